@@ -1,2 +1,19 @@
-//! Shared.
+//! What the programs in the kernel and the agent in user space share: the layouts of the maps, the names of
+//! maps and programs, and the decision itself.
+//!
+//! `decide` is a pure function of a pod's policy, a flow and a few look-ups behind a trait. The programs call it
+//! with the maps behind that trait, `explain` with the same entries read from user space, so there is one rule
+//! order and it lives in [`decide`].
 #![no_std]
+#![forbid(unsafe_code)]
+
+pub mod addr;
+pub mod decide;
+pub mod failure;
+pub mod layout;
+pub mod names;
+pub mod reason;
+
+pub use addr::Addr;
+pub use decide::{Facts, Inbound, Outbound, decide_inbound, decide_outbound};
+pub use reason::{Decision, Reason, Target, Verdict};

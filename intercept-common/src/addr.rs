@@ -1,0 +1,162 @@
+//! An IP address of either family, as it stands in every map.
+
+use core::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+
+use bytemuck::{Pod, Zeroable};
+
+/// 16 bytes in network order; IPv4 is held as `::ffff:a.b.c.d`, so that IPv4 through an `AF_INET6` socket is the
+/// same address as IPv4 through an `AF_INET` one.
+///
+/// Four words rather than sixteen bytes, because that is how the kernel hands addresses to BPF programs and
+/// because it keeps the alignment of every struct that holds one at four.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Pod, Zeroable)]
+#[repr(transparent)]
+pub struct Addr([u32; 4]);
+
+const V4_MARK: u32 = u32::from_be_bytes([0, 0, 0xff, 0xff]).to_be();
+
+impl Addr {
+    /// `::`, and what an unbound source reads as.
+    pub const UNSPECIFIED: Self = Self([0; 4]);
+    /// `::ffff:0.0.0.0`, what an unbound IPv4 source reads as.
+    pub const UNSPECIFIED_V4: Self = Self::from_v4(0);
+    /// `::1`.
+    pub const LOCALHOST_V6: Self = Self::from_v6([0, 0, 0, 1u32.to_be()]);
+    /// `127.0.0.1`.
+    pub const LOCALHOST_V4: Self = Self::from_v4(u32::from_be_bytes([127, 0, 0, 1]).to_be());
+    /// `127.0.0.6`: the source that Istio's proxy binds for traffic that it hands to the application.
+    pub const PASSTHROUGH_V4: Self = Self::from_v4(u32::from_be_bytes([127, 0, 0, 6]).to_be());
+    /// `::6`, the same for IPv6.
+    pub const PASSTHROUGH_V6: Self = Self::from_v6([0, 0, 0, 6u32.to_be()]);
+
+    /// From the word that the kernel uses for an IPv4 address (network byte order in memory).
+    #[inline(always)]
+    pub const fn from_v4(be: u32) -> Self {
+        Self([0, 0, V4_MARK, be])
+    }
+
+    /// From the four words that the kernel uses for an IPv6 address (network byte order in memory).
+    #[inline(always)]
+    pub const fn from_v6(be: [u32; 4]) -> Self {
+        Self(be)
+    }
+
+    /// The four words, network byte order in memory.
+    #[inline(always)]
+    pub const fn words(&self) -> [u32; 4] {
+        self.0
+    }
+
+    /// The IPv4 word (network byte order in memory); only meaningful if [`Addr::is_v4`].
+    #[inline(always)]
+    pub const fn v4(&self) -> u32 {
+        self.0[3]
+    }
+
+    /// Whether this is IPv4, native or mapped.
+    #[inline(always)]
+    pub const fn is_v4(&self) -> bool {
+        self.0[0] == 0 && self.0[1] == 0 && self.0[2] == V4_MARK
+    }
+
+    /// `0.0.0.0` or `::`.
+    #[inline(always)]
+    pub const fn is_unspecified(&self) -> bool {
+        self.0[0] == 0 && self.0[1] == 0 && (self.0[2] == 0 || self.0[2] == V4_MARK) && self.0[3] == 0
+    }
+
+    /// `127.0.0.0/8` or `::1`.
+    #[inline(always)]
+    pub const fn is_loopback(&self) -> bool {
+        if self.0[0] != 0 || self.0[1] != 0 {
+            return false;
+        }
+        if self.0[2] == V4_MARK {
+            return self.0[3] & 0xff_u32.to_le() == 127_u32.to_le();
+        }
+        self.0[2] == 0 && self.0[3] == 1u32.to_be()
+    }
+
+    /// `127.0.0.6` or `::6`.
+    #[inline(always)]
+    pub fn is_passthrough(&self) -> bool {
+        *self == Self::PASSTHROUGH_V4 || *self == Self::PASSTHROUGH_V6
+    }
+}
+
+impl From<Ipv4Addr> for Addr {
+    fn from(addr: Ipv4Addr) -> Self {
+        Self::from_v4(u32::from_ne_bytes(addr.octets()))
+    }
+}
+
+impl From<Ipv6Addr> for Addr {
+    fn from(addr: Ipv6Addr) -> Self {
+        Self(bytemuck::cast(addr.octets()))
+    }
+}
+
+impl From<IpAddr> for Addr {
+    fn from(addr: IpAddr) -> Self {
+        match addr {
+            IpAddr::V4(addr) => addr.into(),
+            IpAddr::V6(addr) => addr.into(),
+        }
+    }
+}
+
+impl From<Addr> for IpAddr {
+    fn from(addr: Addr) -> Self {
+        let v6 = Ipv6Addr::from(bytemuck::cast::<_, [u8; 16]>(addr.0));
+        if addr.is_v4() { Self::V4(Ipv4Addr::from(addr.v4().to_ne_bytes())) } else { Self::V6(v6) }
+    }
+}
+
+impl core::fmt::Debug for Addr {
+    fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+        IpAddr::from(*self).fmt(f)
+    }
+}
+
+impl core::fmt::Display for Addr {
+    fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+        IpAddr::from(*self).fmt(f)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn addr(text: &str) -> Addr {
+        text.parse::<IpAddr>().expect("an address").into()
+    }
+
+    #[test]
+    fn mapped_and_native_ipv4_are_one_address() {
+        assert_eq!(addr("::ffff:10.1.2.3"), addr("10.1.2.3"));
+        assert_eq!(IpAddr::from(addr("::ffff:10.1.2.3")), "10.1.2.3".parse::<IpAddr>().unwrap());
+        assert!(addr("10.1.2.3").is_v4());
+        assert!(!addr("::10.1.2.3").is_v4());
+    }
+
+    #[test]
+    fn loopback_is_127_slash_8_and_one() {
+        for yes in ["127.0.0.1", "127.255.3.4", "::1", "::ffff:127.0.0.9"] {
+            assert!(addr(yes).is_loopback(), "{yes}");
+        }
+        for no in ["126.0.0.1", "128.0.0.1", "::2", "::", "0.0.0.0", "1::1", "::127.0.0.1", "10.0.0.127"] {
+            assert!(!addr(no).is_loopback(), "{no}");
+        }
+    }
+
+    #[test]
+    fn constants_are_what_they_are_called() {
+        assert_eq!(Addr::LOCALHOST_V4, addr("127.0.0.1"));
+        assert_eq!(Addr::LOCALHOST_V6, addr("::1"));
+        assert!(addr("127.0.0.6").is_passthrough() && addr("::6").is_passthrough());
+        assert!(!addr("127.0.0.1").is_passthrough());
+        assert!(addr("0.0.0.0").is_unspecified() && addr("::").is_unspecified());
+        assert!(!addr("::1").is_unspecified() && !addr("1.0.0.0").is_unspecified());
+    }
+}

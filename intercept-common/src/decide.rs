@@ -1,0 +1,238 @@
+//! The decision: which row of istio-iptables' rules a flow meets first. The order of the rows is in this file and
+//! nowhere else; the rows are numbered as in [`crate::Reason::row`].
+
+use crate::{
+    Addr, Decision, Reason,
+    layout::{Destination, PodPolicy, destination, interface, policy, port},
+};
+
+const TCP: u8 = 6;
+
+/// What a decision may ask. The programs answer from the maps, `explain` from the same entries in user space.
+/// Each is asked at most once a decision (`destination` once for each address), and only when a row needs it.
+pub trait Facts {
+    /// What is known of an address: the longest prefix that covers it, or zeroes.
+    fn destination(&self, policy: u32, addr: Addr) -> Destination;
+    /// Bits of [`port`].
+    fn port(&self, policy: u32, port: u16) -> u32;
+    /// Whether a gid is in the pod's list of owner groups.
+    fn group(&self, policy: u32, gid: u32) -> bool;
+    /// Bits of [`interface`].
+    fn interface(&self, policy: u32, ifindex: u32) -> u32;
+    /// TPROXY only: whether the connection under decision was marked when it was made.
+    fn marked(&self) -> bool;
+}
+
+/// Who made a socket: ids of the initial user namespace. A socket without a file has no owner, and every "owner is
+/// not" row matches it.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Owner {
+    /// fsuid at creation.
+    pub uid: u32,
+    /// fsgid at creation.
+    pub gid: u32,
+}
+
+impl Owner {
+    /// Stands for a socket without a file; (uid_t)-1 is no user.
+    pub const NONE: Self = Self { uid: u32::MAX, gid: u32::MAX };
+}
+
+/// A flow that a process of the pod starts.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Outbound {
+    /// 6 or 17.
+    pub protocol: u8,
+    /// What is dialled.
+    pub dst: Addr,
+    /// Host order.
+    pub dst_port: u16,
+    /// What the socket is bound to; unspecified if it is not.
+    pub src: Addr,
+    /// Who made the socket.
+    pub owner: Owner,
+}
+
+/// A TCP connection that reaches the namespace.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Inbound {
+    /// What was dialled.
+    pub dst: Addr,
+    /// Host order.
+    pub dst_port: u16,
+    /// Who dials.
+    pub src: Addr,
+    /// Where it arrived.
+    pub ifindex: u32,
+}
+
+/// An outbound decision, with what was learnt of the destination on the way.
+#[must_use = "a decision that is dropped is a connection that goes the wrong way"]
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct OutboundDecision {
+    /// What happens and why.
+    pub decision: Decision,
+    /// The source that the route would give; unspecified if not known.
+    pub source: Addr,
+    /// TPROXY: sk_lookup is to steer this connection to the inbound listener (mangle's mark).
+    pub mark: bool,
+}
+
+/// Decide for a flow that a process of the pod starts.
+#[inline(always)]
+pub fn decide_outbound(pod: &PodPolicy, flow: &Outbound, facts: &impl Facts) -> OutboundDecision {
+    let dst = facts.destination(pod.id, flow.dst);
+    let reason = outbound_reason(pod, flow, &dst, facts);
+    // TPROXY marks by owner, loopback and localhost alone; nat's rows come after and win where they redirect.
+    let mark = pod.flags & policy::TPROXY != 0
+        && flow.protocol == TCP
+        && matches!(
+            reason,
+            Reason::ProxyUid | Reason::ProxyGid | Reason::LoopbackNotProxyUid | Reason::LoopbackNotProxyGid
+        )
+        && dst.flags & (destination::LO | destination::LOCALHOST) == destination::LO
+        && (owned_by(&pod.uids, pod.uid_count, flow.owner.uid)
+            || owned_by(&pod.gids, pod.gid_count, flow.owner.gid));
+    OutboundDecision { decision: reason.into(), source: dst.source, mark }
+}
+
+#[inline(always)]
+fn owned_by(ids: &[u32], count: u16, id: u32) -> bool {
+    ids.iter().take(count as usize).any(|&owner| owner == id)
+}
+
+#[inline(always)]
+fn outbound_reason(pod: &PodPolicy, flow: &Outbound, dst: &Destination, facts: &impl Facts) -> Reason {
+    let is = |bit: u32| dst.flags & bit != 0;
+    let has = |bit: u32| pod.flags & bit != 0;
+    let tcp = flow.protocol == TCP;
+    let lo = is(destination::LO);
+    let localhost = is(destination::LOCALHOST);
+    let dns = has(policy::DNS);
+    let to_53 = dns && flow.dst_port == 53;
+
+    // 0: no rule sees a packet that is never sent.
+    if !is(destination::ROUTED) {
+        return Reason::NoRoute;
+    }
+    // 1
+    if is(destination::EXCLUDED_EGRESS) {
+        return Reason::ExcludedEgress;
+    }
+    // 2
+    let ports = if has(policy::OUTBOUND_PORTS) { facts.port(pod.id, flow.dst_port) } else { 0 };
+    if ports & port::OUTBOUND_EXCLUDED != 0 {
+        return Reason::ExcludedOutboundPort;
+    }
+    // 3
+    if lo && flow.src.is_passthrough() {
+        return Reason::Passthrough;
+    }
+    // 4 and 5. A row "b" of one user ends the walk for another that comes later, so the order of -u counts.
+    let loops_back = lo && !localhost && tcp && flow.dst_port != pod.tunnel_port;
+    let leaves_lo = lo && !has(policy::INCLUDES_LOOPBACK) && (!dns || (tcp && !to_53));
+    for i in 0..pod.uids.len() {
+        if i >= pod.uid_count as usize {
+            break;
+        }
+        if pod.uids[i] == flow.owner.uid {
+            return if loops_back && !to_53 { Reason::ProxyUidToPod } else { Reason::ProxyUid };
+        }
+        if leaves_lo {
+            return Reason::LoopbackNotProxyUid;
+        }
+    }
+    for i in 0..pod.gids.len() {
+        if i >= pod.gid_count as usize {
+            break;
+        }
+        if pod.gids[i] == flow.owner.gid {
+            return if loops_back { Reason::ProxyGidToPod } else { Reason::ProxyGid };
+        }
+        if leaves_lo {
+            return Reason::LoopbackNotProxyGid;
+        }
+    }
+    // 6
+    if has(policy::GROUPS_ONLY | policy::GROUPS_EXCEPT) {
+        let listed = facts.group(pod.id, flow.owner.gid);
+        if listed == has(policy::GROUPS_EXCEPT) {
+            return Reason::OwnerGroup;
+        }
+    }
+    // 7
+    if to_53 && (has(policy::DNS_ALL) || is(destination::RESOLVER)) {
+        return Reason::DnsCapture;
+    }
+    // 8
+    if localhost {
+        return Reason::Localhost;
+    }
+    // 9
+    if is(destination::EXCLUDED) {
+        return Reason::ExcludedCidr;
+    }
+    // 10
+    if tcp && ports & port::OUTBOUND != 0 {
+        return Reason::OutboundPort;
+    }
+    // 11
+    if tcp && is(destination::INCLUDED) {
+        return Reason::IncludedCidr;
+    }
+    Reason::NotIncluded
+}
+
+/// Decide for a TCP connection that reaches the namespace.
+#[inline(always)]
+pub fn decide_inbound(pod: &PodPolicy, flow: &Inbound, facts: &impl Facts) -> Decision {
+    inbound_reason(pod, flow, facts).into()
+}
+
+#[inline(always)]
+fn inbound_reason(pod: &PodPolicy, flow: &Inbound, facts: &impl Facts) -> Reason {
+    let has = |bit: u32| pod.flags & bit != 0;
+    let tproxy = has(policy::TPROXY);
+
+    // 0: what this namespace sends to itself arrives over lo. sk_lookup cannot tell lo by the interface index (it
+    // names the interface of the address), the source can: it is an address of the pod.
+    if flow.src.is_loopback() || facts.destination(pod.id, flow.src).flags & destination::LO != 0 {
+        return if tproxy && facts.marked() { Reason::MarkedLoopback } else { Reason::LocalSource };
+    }
+    let interface = if has(policy::INTERFACES) { facts.interface(pod.id, flow.ifindex) } else { 0 };
+    // 1: nat looks at -k first; under TPROXY mangle has taken what -b names before nat is asked.
+    let virt = interface & interface::VIRT != 0;
+    if virt && !tproxy {
+        return virt_reason(pod, flow, facts);
+    }
+    // 2
+    if interface & interface::EXCLUDED != 0 {
+        return if virt { virt_reason(pod, flow, facts) } else { Reason::ExcludedIngress };
+    }
+    // 3: the exception for the tunnel port lives in nat only.
+    if !tproxy && flow.dst_port == pod.tunnel_port {
+        return Reason::TunnelPort;
+    }
+    // 4
+    let ports = if has(policy::INBOUND_PORTS) { facts.port(pod.id, flow.dst_port) } else { 0 };
+    let reason = if has(policy::INBOUND_ALL) {
+        if ports & port::INBOUND_EXCLUDED != 0 { Reason::ExcludedInboundPort } else { Reason::InboundAll }
+    } else if ports & port::INBOUND != 0 {
+        Reason::InboundPort
+    } else {
+        Reason::NotInboundPort
+    };
+    if virt && matches!(reason, Reason::ExcludedInboundPort | Reason::NotInboundPort) {
+        return virt_reason(pod, flow, facts);
+    }
+    reason
+}
+
+#[inline(always)]
+fn virt_reason(pod: &PodPolicy, flow: &Inbound, facts: &impl Facts) -> Reason {
+    if facts.destination(pod.id, flow.dst).flags & destination::INCLUDED != 0 {
+        Reason::VirtIncluded
+    } else {
+        Reason::VirtNotIncluded
+    }
+}

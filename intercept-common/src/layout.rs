@@ -1,0 +1,294 @@
+//! The layouts of all maps. Every struct is plain old data without padding; sizes are asserted here because a
+//! byte of padding in a key is a look-up that misses.
+//!
+//! Ports are in host order, addresses in network order, ids are those of the initial user namespace.
+
+use bytemuck::{Pod, Zeroable};
+
+use crate::{Addr, reason::COUNTERS};
+
+/// Version of everything in this file; part of the pin path. A change of any layout raises it.
+pub const VERSION: u32 = 1;
+
+/// Most users and most groups that `-u` and `-g` may name.
+pub const MAX_OWNERS: usize = 16;
+/// Pods on one node: as many counters' slots there are.
+pub const MAX_PODS: u32 = 1024;
+/// Listening sockets kept for one (pod, port, family), so that one closing does not leave the port without any.
+pub const LISTENER_SLOTS: u8 = 8;
+
+/// Bits of [`PodPolicy::flags`].
+pub mod policy {
+    /// TPROXY rather than REDIRECT.
+    pub const TPROXY: u32 = 1 << 0;
+    /// `-b '*'`.
+    pub const INBOUND_ALL: u32 = 1 << 1;
+    /// `-b` or `-d` name ports: ask PORTS for inbound flows.
+    pub const INBOUND_PORTS: u32 = 1 << 2;
+    /// `-o` or `-q` name ports: ask PORTS for outbound flows.
+    pub const OUTBOUND_PORTS: u32 = 1 << 3;
+    /// Some CIDR of `-i` is a loopback one: rows 4b and 5b are skipped.
+    pub const INCLUDES_LOOPBACK: u32 = 1 << 4;
+    /// `--redirect-dns` is in force.
+    pub const DNS: u32 = 1 << 5;
+    /// `--capture-all-dns` too.
+    pub const DNS_ALL: u32 = 1 << 6;
+    /// Only owners in GROUPS are captured.
+    pub const GROUPS_ONLY: u32 = 1 << 7;
+    /// Owners in GROUPS are not captured.
+    pub const GROUPS_EXCEPT: u32 = 1 << 8;
+    /// `-c` or `-k` name interfaces: ask INTERFACES for inbound flows.
+    pub const INTERFACES: u32 = 1 << 9;
+    /// Inbound flows pass to the application when the proxy does not listen.
+    pub const OPEN_WITHOUT_PROXY: u32 = 1 << 10;
+}
+
+/// Bits of [`Destination::flags`].
+pub mod destination {
+    /// A route leads there.
+    pub const ROUTED: u32 = 1 << 0;
+    /// Through the loopback interface.
+    pub const LO: u32 = 1 << 1;
+    /// In `ISTIO_OUTBOUND_IPV4_LOOPBACK_CIDR`, or `::1`.
+    pub const LOCALHOST: u32 = 1 << 2;
+    /// Through an interface of `-c`.
+    pub const EXCLUDED_EGRESS: u32 = 1 << 3;
+    /// In `-i`.
+    pub const INCLUDED: u32 = 1 << 4;
+    /// In `-x`.
+    pub const EXCLUDED: u32 = 1 << 5;
+    /// A DNS server of the pod.
+    pub const RESOLVER: u32 = 1 << 6;
+}
+
+/// Bits of the value in PORTS.
+pub mod port {
+    /// In `-b`.
+    pub const INBOUND: u32 = 1 << 0;
+    /// In `-d`.
+    pub const INBOUND_EXCLUDED: u32 = 1 << 1;
+    /// In `-q`.
+    pub const OUTBOUND: u32 = 1 << 2;
+    /// In `-o`.
+    pub const OUTBOUND_EXCLUDED: u32 = 1 << 3;
+}
+
+/// Bits of the value in INTERFACES.
+pub mod interface {
+    /// In `-c`.
+    pub const EXCLUDED: u32 = 1 << 0;
+    /// In `-k`.
+    pub const VIRT: u32 = 1 << 1;
+}
+
+/// Bits of [`Proxy::flags`].
+pub mod proxy {
+    /// The outbound listener is bound to the wildcard address: any of 127/8 reaches it.
+    pub const OUTBOUND_WILDCARD: u32 = 1 << 0;
+}
+
+/// Value of PODS: what is decided the same for every flow of a pod. Lists that can be long are in maps of their
+/// own, under [`PodPolicy::id`]: a new policy is built beside the old one under a fresh id and put in force by
+/// replacing this one value.
+#[derive(Clone, Copy, Pod, Zeroable, PartialEq, Eq, Debug)]
+#[repr(C)]
+pub struct PodPolicy {
+    /// Prefix of the keys in DESTINATIONS, PORTS, GROUPS and INTERFACES. Never 0.
+    pub id: u32,
+    /// Index into PROXIES and DECISIONS.
+    pub slot: u32,
+    /// Bits of [`policy`].
+    pub flags: u32,
+    /// Where outbound TCP goes, `-p`.
+    pub outbound_port: u16,
+    /// Where inbound TCP goes, `-z`.
+    pub inbound_port: u16,
+    /// `-e`.
+    pub tunnel_port: u16,
+    /// 15053.
+    pub dns_port: u16,
+    /// How many of `uids` count.
+    pub uid_count: u16,
+    /// How many of `gids` count.
+    pub gid_count: u16,
+    /// `-u`, in order.
+    pub uids: [u32; MAX_OWNERS],
+    /// `-g`, in order.
+    pub gids: [u32; MAX_OWNERS],
+}
+
+/// Key of DESTINATIONS after its prefix length (in bits, 32 of them for the policy).
+#[derive(Clone, Copy, Pod, Zeroable, PartialEq, Eq, Hash, Debug)]
+#[repr(C)]
+pub struct DestinationKey {
+    /// [`PodPolicy::id`].
+    pub policy: u32,
+    /// Network order; IPv4 mapped, so that its prefix length is 96 more.
+    pub addr: Addr,
+}
+
+/// Value of DESTINATIONS: all that is known of an address, from the CIDR lists and from the namespace's routes.
+/// One look-up answers every row that looks at the destination.
+#[derive(Clone, Copy, Pod, Zeroable, PartialEq, Eq, Debug)]
+#[repr(C)]
+pub struct Destination {
+    /// Bits of [`destination`].
+    pub flags: u32,
+    /// The source that the route would give an unbound socket; unspecified if not known.
+    pub source: Addr,
+}
+
+/// Key of PORTS, GROUPS and INTERFACES: the member of a set of one policy.
+#[derive(Clone, Copy, Pod, Zeroable, PartialEq, Eq, Hash, Debug)]
+#[repr(C)]
+pub struct MemberKey {
+    /// [`PodPolicy::id`].
+    pub policy: u32,
+    /// A port, a gid or an interface index.
+    pub member: u32,
+}
+
+/// Key of LISTENERS.
+#[derive(Clone, Copy, Pod, Zeroable, PartialEq, Eq, Hash, Debug)]
+#[repr(C)]
+pub struct ListenerKey {
+    /// Netns cookie.
+    pub netns: u64,
+    /// Port it listens on.
+    pub port: u16,
+    /// 4 or 6: the family of the socket; one of 6 may take IPv4 as well.
+    pub family: u8,
+    /// 0 to [`LISTENER_SLOTS`], so that several sockets of one port are held.
+    pub slot: u8,
+    /// Zero.
+    pub reserved: u32,
+}
+
+/// Key of ORIG_DST: the redirected connection as it is on the wire, in its own namespace.
+#[derive(Clone, Copy, Pod, Zeroable, PartialEq, Eq, Hash, Debug)]
+#[repr(C)]
+pub struct ConnKey {
+    /// Netns cookie: two pods may have the same addresses and ports.
+    pub netns: u64,
+    /// The end that dialled.
+    pub client: Addr,
+    /// The proxy's end.
+    pub proxy: Addr,
+    /// Host order.
+    pub client_port: u16,
+    /// Host order.
+    pub proxy_port: u16,
+    /// Zero.
+    pub reserved: u32,
+}
+
+/// Value of ORIG_DST.
+#[derive(Clone, Copy, Pod, Zeroable, PartialEq, Eq, Debug)]
+#[repr(C)]
+pub struct OrigDst {
+    /// What the client dialled.
+    pub addr: Addr,
+    /// Host order.
+    pub port: u16,
+    /// Zero.
+    pub reserved: u16,
+    /// Ends that are alive, bits of [`end`]. The entry goes with the last.
+    pub ends: u32,
+}
+
+/// Bits of [`OrigDst::ends`].
+pub mod end {
+    /// The socket that dialled.
+    pub const CLIENT: u32 = 1 << 0;
+    /// The socket that the proxy accepts.
+    pub const PROXY: u32 = 1 << 1;
+    /// TPROXY: the connection was not rewritten; sk_lookup steers it by this entry.
+    pub const STEERED: u32 = 1 << 2;
+}
+
+/// Value of SOCKETS.
+#[derive(Clone, Copy, Pod, Zeroable, PartialEq, Eq, Debug)]
+#[repr(C)]
+pub struct SocketState {
+    /// What was dialled, or the DNS server asked last.
+    pub addr: Addr,
+    /// Host order.
+    pub port: u16,
+    /// One of [`socket`].
+    pub kind: u16,
+}
+
+/// Values of [`SocketState::kind`].
+pub mod socket {
+    /// TCP whose destination was rewritten.
+    pub const REDIRECTED: u16 = 1;
+    /// TCP that sk_lookup is to steer.
+    pub const STEERED: u16 = 2;
+    /// A datagram socket with a query under way.
+    pub const DATAGRAM: u16 = 3;
+}
+
+/// Value of PROXIES.
+#[derive(Clone, Copy, Pod, Zeroable, PartialEq, Eq, Debug)]
+#[repr(C)]
+pub struct Proxy {
+    /// Bits of [`proxy`].
+    pub flags: u32,
+}
+
+/// Value of DECISIONS, one a CPU.
+#[derive(Clone, Copy, Pod, Zeroable, PartialEq, Eq, Debug)]
+#[repr(C)]
+pub struct Counters {
+    /// By reason, then by failure.
+    pub counts: [u64; COUNTERS],
+}
+
+/// Record of EVENTS.
+#[derive(Clone, Copy, Pod, Zeroable, PartialEq, Eq, Debug)]
+#[repr(C)]
+pub struct Event {
+    /// Nanoseconds of `CLOCK_MONOTONIC`.
+    pub time: u64,
+    /// Netns cookie.
+    pub netns: u64,
+    /// Dialled address, or the address that a connection arrived for.
+    pub dst: Addr,
+    /// Bound source (outbound), or the remote client (inbound).
+    pub src: Addr,
+    /// Host order.
+    pub dst_port: u16,
+    /// Host order.
+    pub src_port: u16,
+    /// Thread group; 0 for inbound.
+    pub pid: u32,
+    /// Owner of the socket; `u32::MAX` where there is none (inbound).
+    pub uid: u32,
+    /// As `uid`.
+    pub gid: u32,
+    /// Discriminant of [`crate::Reason`].
+    pub reason: u8,
+    /// 6 or 17.
+    pub protocol: u8,
+    /// 1 for inbound.
+    pub inbound: u8,
+    /// Zero.
+    pub reserved: u8,
+    /// Name of the task, NUL padded; empty for inbound.
+    pub comm: [u8; 16],
+    /// Zero.
+    pub reserved2: u32,
+}
+
+const _: () = {
+    assert!(size_of::<PodPolicy>() == 24 + 8 * MAX_OWNERS);
+    assert!(size_of::<DestinationKey>() == 20);
+    assert!(size_of::<Destination>() == 20);
+    assert!(size_of::<MemberKey>() == 8);
+    assert!(size_of::<ListenerKey>() == 16);
+    // 48 of the hash element's head + 48 + 24 + 8 of the allocator's: the last that fits a 128-byte object.
+    assert!(size_of::<ConnKey>() == 48);
+    assert!(size_of::<OrigDst>() == 24);
+    assert!(size_of::<SocketState>() == 20);
+    assert!(size_of::<Event>() == 88);
+};

@@ -1,0 +1,92 @@
+//! The one list of names: of maps by content, of programs by hook. At most 15 bytes each, which is all that the
+//! kernel keeps (`BPF_OBJ_NAME_LEN`).
+
+/// Netns cookie to [`crate::layout::PodPolicy`]: the master switch. A namespace without an entry is left alone.
+pub const PODS: &str = "PODS";
+/// Longest-prefix trie over (policy, address) to [`crate::layout::Destination`].
+pub const DESTINATIONS: &str = "DESTINATIONS";
+/// (policy, port) to the lists that name the port.
+pub const PORTS: &str = "PORTS";
+/// (policy, gid) for `ISTIO_OUTBOUND_OWNER_GROUPS` and its `_EXCLUDE`.
+pub const GROUPS: &str = "GROUPS";
+/// (policy, interface index) to the lists that name the interface.
+pub const INTERFACES: &str = "INTERFACES";
+/// (cookie, port, family, slot) to the proxy's listening sockets.
+pub const LISTENERS: &str = "LISTENERS";
+/// (cookie, 4-tuple) to the original destination of a redirected connection.
+pub const ORIG_DST: &str = "ORIG_DST";
+/// Socket storage: from the connect hook to the connect callback, and for datagram sockets that were redirected.
+pub const SOCKETS: &str = "SOCKETS";
+/// Slot to what is known of the pod's proxy while it runs.
+pub const PROXIES: &str = "PROXIES";
+/// Slot to per-CPU counts by reason.
+pub const DECISIONS: &str = "DECISIONS";
+/// Ring buffer of decisions, for `trace`.
+pub const EVENTS: &str = "EVENTS";
+/// One cell: whether anybody reads [`EVENTS`].
+pub const TRACING: &str = "TRACING";
+
+/// Every map that is shared by all pods of a node and pinned.
+pub const MAPS: [&str; 12] = [
+    PODS,
+    DESTINATIONS,
+    PORTS,
+    GROUPS,
+    INTERFACES,
+    LISTENERS,
+    ORIG_DST,
+    SOCKETS,
+    PROXIES,
+    DECISIONS,
+    EVENTS,
+    TRACING,
+];
+
+/// `cgroup/connect4`.
+pub const CONNECT4: &str = "connect4";
+/// `cgroup/connect6`.
+pub const CONNECT6: &str = "connect6";
+/// `cgroup/getpeername4`.
+pub const GETPEERNAME4: &str = "getpeername4";
+/// `cgroup/getpeername6`.
+pub const GETPEERNAME6: &str = "getpeername6";
+/// `cgroup/sendmsg4`.
+pub const SENDMSG4: &str = "sendmsg4";
+/// `cgroup/sendmsg6`.
+pub const SENDMSG6: &str = "sendmsg6";
+/// `cgroup/recvmsg4`.
+pub const RECVMSG4: &str = "recvmsg4";
+/// `cgroup/recvmsg6`.
+pub const RECVMSG6: &str = "recvmsg6";
+/// `cgroup/getsockopt`.
+pub const GETSOCKOPT: &str = "getsockopt";
+/// `sock_ops`.
+pub const SOCK_OPS: &str = "sock_ops";
+/// `sk_lookup`: one instance a pod, because that hook cannot ask for the netns cookie.
+pub const SK_LOOKUP: &str = "sk_lookup";
+
+/// The programs that attach to a pod's cgroup, in the order in which they are attached.
+pub const CGROUP_PROGRAMS: [&str; 10] = [
+    SOCK_OPS,
+    GETSOCKOPT,
+    GETPEERNAME4,
+    GETPEERNAME6,
+    RECVMSG4,
+    RECVMSG6,
+    SENDMSG4,
+    SENDMSG6,
+    CONNECT4,
+    CONNECT6,
+];
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_fit_what_the_kernel_keeps() {
+        for name in MAPS.iter().chain(&CGROUP_PROGRAMS).chain(&[SK_LOOKUP]) {
+            assert!(name.len() <= 15, "{name}");
+        }
+    }
+}
