@@ -1,0 +1,120 @@
+//! Builds the eBPF programs and leaves them in `OUT_DIR/intercept.o`.
+
+use std::{
+    env, fs,
+    path::{Path, PathBuf},
+    process::{Command, ExitCode},
+};
+
+#[path = "build/toolchain.rs"]
+mod toolchain;
+
+use toolchain::{Compiler, TARGET, Toolchain};
+
+const PACKAGE: &str = "intercept-ebpf";
+const BINARY: &str = "intercept";
+
+fn main() -> ExitCode {
+    match build() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(message) => {
+            eprintln!("{message}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn build() -> Result<(), String> {
+    let workspace = path("CARGO_MANIFEST_DIR")?.join("..");
+    rerun_when_changed(&workspace);
+    let toolchain = toolchain::find(&path("RUSTC")?).map_err(|missing| missing.to_string())?;
+    println!("cargo::rerun-if-changed={}", toolchain.linker.display());
+
+    let out_dir = path("OUT_DIR")?;
+    // Its own folder: the outer cargo holds the lock of the workspace's.
+    let target_dir = out_dir.join("bpf");
+    let mut cargo = cargo(&toolchain)?;
+    cargo.current_dir(&workspace).arg("--target-dir").arg(&target_dir);
+    let status = cargo.status().map_err(|error| format!("starting {cargo:?}: {error}"))?;
+    if !status.success() {
+        return Err(format!("building {PACKAGE} with {toolchain}: {status}"));
+    }
+
+    let built = target_dir.join(TARGET).join("release").join(BINARY);
+    let object = out_dir.join("intercept.o");
+    fs::copy(&built, &object)
+        .map_err(|error| format!("copying {} to {}: {error}", built.display(), object.display()))?;
+    Ok(())
+}
+
+/// The command that builds the programs, in an environment that says nothing of the build around it.
+fn cargo(toolchain: &Toolchain) -> Result<Command, String> {
+    let mut cargo = match &toolchain.compiler {
+        Compiler::Nightly => {
+            let mut rustup = Command::new("rustup");
+            rustup.args(["run", "nightly", "cargo", "build", "-Zbuild-std=core"]);
+            rustup
+        }
+        Compiler::ReadyMade(_) => {
+            let mut cargo = Command::new(path("CARGO")?);
+            cargo.arg("build");
+            cargo
+        }
+    };
+    cargo.args(["--release", "--package", PACKAGE, "--bin", BINARY, "--target", TARGET]);
+
+    for (name, _) in env::vars_os() {
+        if name.to_str().is_some_and(belongs_to_outer_build) {
+            cargo.env_remove(name);
+        }
+    }
+    if let Compiler::ReadyMade(rustc) = &toolchain.compiler {
+        // The target is of tier 3, and aya-ebpf uses unstable features.
+        cargo.env("RUSTC", rustc).env("RUSTC_BOOTSTRAP", "1");
+    }
+    cargo.env("LD_LIBRARY_PATH", &toolchain.llvm);
+
+    let arch =
+        env::var("CARGO_CFG_TARGET_ARCH").map_err(|error| format!("CARGO_CFG_TARGET_ARCH: {error}"))?;
+    let arch = if arch.starts_with("riscv64") { "riscv64" } else { &arch };
+    let flags = [
+        &format!("--cfg=bpf_target_arch=\"{arch}\""),
+        // Socket storage and the maps' types are described by BTF, which the linker makes from debug information.
+        "-Cdebuginfo=2",
+        "-Clink-arg=--btf",
+        // 32-bit arithmetic (Linux 5.1), and atomic additions that return the old value (5.12, where used).
+        "-Ctarget-cpu=v3",
+        &format!("-Clinker={}", toolchain.linker.display()),
+    ];
+    cargo.env("CARGO_ENCODED_RUSTFLAGS", flags.join("\x1f"));
+    Ok(cargo)
+}
+
+/// Compilers, wrappers (clippy's too), flags, profiles and folders of the outer build; but where the registry is, how
+/// to reach it and how many jobs may run holds for both.
+fn belongs_to_outer_build(name: &str) -> bool {
+    const SHARED: [&str; 6] =
+        ["CARGO_HOME", "CARGO_HTTP_", "CARGO_MAKEFLAGS", "CARGO_NET_", "CARGO_REGISTR", "CARGO_TERM_"];
+    let shared = SHARED.iter().any(|shared| name.starts_with(shared));
+    let tool =
+        ["CARGO", "RUSTC", "RUSTDOC", "RUSTFLAGS", "CLIPPY_"].iter().any(|tool| name.starts_with(tool));
+    tool && !shared
+}
+
+fn rerun_when_changed(workspace: &Path) {
+    for source in ["intercept-ebpf", "intercept-common", "Cargo.toml", "Cargo.lock"] {
+        println!("cargo::rerun-if-changed={}", workspace.join(source).display());
+    }
+    for script in ["build.rs", "build/toolchain.rs"] {
+        println!("cargo::rerun-if-changed={script}");
+    }
+    for variable in ["INTERCEPT_CACHE", "XDG_CACHE_HOME", "HOME", "PATH"] {
+        println!("cargo::rerun-if-env-changed={variable}");
+    }
+}
+
+fn path(variable: &str) -> Result<PathBuf, String> {
+    env::var_os(variable)
+        .map(PathBuf::from)
+        .ok_or_else(|| format!("{variable} is not set: run this through cargo"))
+}

@@ -1,0 +1,115 @@
+//! What turns the eBPF crate into an object file, and where it is on this machine.
+//!
+//! One file for the two who ask: the build script, which uses it, and `cargo xtask setup`, which provides it.
+
+use std::{
+    env, fmt,
+    path::{Path, PathBuf},
+    process::{Command, Stdio},
+};
+
+/// The compiler's and the linker's name for the target.
+pub(crate) const TARGET: &str = "bpfel-unknown-none";
+
+/// A distribution's compiler; Debian's comes with a ready-made core for [`TARGET`].
+const SYSTEM_RUSTC: &str = "/usr/bin/rustc";
+
+/// A complete set: compiler, linker, and the LLVM that the linker loads at run time.
+pub(crate) struct Toolchain {
+    pub(crate) compiler: Compiler,
+    pub(crate) linker: PathBuf,
+    pub(crate) llvm: PathBuf,
+}
+
+/// Where `core` for [`TARGET`] comes from.
+pub(crate) enum Compiler {
+    /// rustup's nightly builds it from the sources of its `rust-src` component.
+    Nightly,
+    /// This compiler has it ready-made.
+    ReadyMade(PathBuf),
+}
+
+/// The parts that were not found.
+pub(crate) struct Missing {
+    pub(crate) compiler: bool,
+    pub(crate) linker: bool,
+}
+
+/// Finds a complete set. `host_rustc` is the compiler that builds the rest of the workspace.
+pub(crate) fn find(host_rustc: &Path) -> Result<Toolchain, Missing> {
+    let compiler = nightly().or_else(|| ready_made(host_rustc));
+    let linker = linker();
+    let missing = Missing { compiler: compiler.is_none(), linker: linker.is_none() };
+    match (compiler, linker) {
+        (Some((compiler, llvm)), Some(linker)) => Ok(Toolchain { compiler, linker, llvm }),
+        _ => Err(missing),
+    }
+}
+
+/// The folder for what `cargo xtask setup` builds and downloads; `None` without a home.
+pub(crate) fn cache() -> Option<PathBuf> {
+    let set = |name| env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
+    set("INTERCEPT_CACHE")
+        .or_else(|| set("XDG_CACHE_HOME").map(|base| base.join("intercept")))
+        .or_else(|| set("HOME").map(|home| home.join(".cache/intercept")))
+}
+
+fn nightly() -> Option<(Compiler, PathBuf)> {
+    let mut rustc = Command::new("rustup");
+    // Looking must not install anything.
+    rustc.args(["run", "nightly", "rustc"]).env("RUSTUP_AUTO_INSTALL", "0");
+    let sysroot = sysroot(rustc)?;
+    let sources = sysroot.join("lib/rustlib/src/rust/library/core");
+    sources.is_dir().then(|| (Compiler::Nightly, sysroot.join("lib")))
+}
+
+fn ready_made(host_rustc: &Path) -> Option<(Compiler, PathBuf)> {
+    let rustc = PathBuf::from(SYSTEM_RUSTC);
+    let core = sysroot(Command::new(&rustc))?.join("lib/rustlib").join(TARGET).join("lib");
+    // The linker was built for the LLVM that comes with the host's compiler.
+    let llvm = sysroot(Command::new(host_rustc))?.join("lib");
+    core.is_dir().then_some((Compiler::ReadyMade(rustc), llvm))
+}
+
+fn sysroot(mut rustc: Command) -> Option<PathBuf> {
+    let output = rustc.args(["--print", "sysroot"]).stderr(Stdio::null()).output().ok()?;
+    let path = String::from_utf8(output.stdout).ok()?;
+    output.status.success().then(|| PathBuf::from(path.trim()))
+}
+
+fn linker() -> Option<PathBuf> {
+    let own = cache().map(|cache| cache.join("bpf-linker/bin"));
+    let path = env::var_os("PATH").unwrap_or_default();
+    own.into_iter()
+        .chain(env::split_paths(&path))
+        .map(|folder| folder.join("bpf-linker"))
+        .find(|p| p.is_file())
+}
+
+impl fmt::Display for Toolchain {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.compiler {
+            Compiler::Nightly => write!(f, "rustup's nightly with rust-src")?,
+            Compiler::ReadyMade(rustc) => write!(f, "{} with its core for {TARGET}", rustc.display())?,
+        }
+        write!(f, ", {}, LLVM from {}", self.linker.display(), self.llvm.display())
+    }
+}
+
+impl fmt::Display for Missing {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "building the eBPF programs needs parts that are not here")?;
+        if self.compiler {
+            write!(
+                f,
+                "\n  a compiler with core for {TARGET}; one of\n    \
+                 rustup toolchain install nightly --component rust-src\n    \
+                 apt-get install --no-install-recommends rustc-web libstd-rust-web-dev-bpf    (Debian; gives {SYSTEM_RUSTC})"
+            )?;
+        }
+        if self.linker {
+            write!(f, "\n  bpf-linker, on the PATH or in the cache\n    cargo install bpf-linker --locked")?;
+        }
+        write!(f, "\n`cargo xtask setup` gets what can be had on this machine")
+    }
+}
