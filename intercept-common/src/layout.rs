@@ -188,22 +188,34 @@ pub struct ConnKey {
 pub struct OrigDst {
     /// What the client dialled.
     pub addr: Addr,
-    /// Host order.
-    pub port: u16,
-    /// Zero.
-    pub reserved: u16,
-    /// Ends that are alive, bits of [`end`]. The entry goes with the last.
-    pub ends: u32,
+    /// Its port (host order) in the low half, the ends that are alive (bits of [`end`]) in the high one: one word,
+    /// because BPF has no smaller atomics in Rust. The entry goes with the last end.
+    pub port_and_ends: u64,
 }
 
-/// Bits of [`OrigDst::ends`].
+impl OrigDst {
+    /// An entry held by `ends`.
+    #[inline(always)]
+    pub const fn new(addr: Addr, port: u16, ends: u64) -> Self {
+        Self { addr, port_and_ends: port as u64 | ends }
+    }
+
+    /// What the client dialled; host order.
+    #[inline(always)]
+    #[expect(clippy::cast_possible_truncation, reason = "the low half is a port")]
+    pub const fn port(&self) -> u16 {
+        self.port_and_ends as u16
+    }
+}
+
+/// Bits of the ends in [`OrigDst::port_and_ends`].
 pub mod end {
     /// The socket that dialled.
-    pub const CLIENT: u32 = 1 << 0;
+    pub const CLIENT: u64 = 1 << 32;
     /// The socket that the proxy accepts.
-    pub const PROXY: u32 = 1 << 1;
+    pub const PROXY: u64 = 1 << 33;
     /// TPROXY: the connection was not rewritten; sk_lookup steers it by this entry.
-    pub const STEERED: u32 = 1 << 2;
+    pub const STEERED: u64 = 1 << 34;
 }
 
 /// Value of SOCKETS.

@@ -63,7 +63,7 @@ pub const GETSOCKOPT: &str = "getsockopt";
 /// `sock_ops`.
 pub const SOCK_OPS: &str = "sock_ops";
 /// `sk_lookup`: one instance a pod, because that hook cannot ask for the netns cookie.
-pub const SK_LOOKUP: &str = "sk_lookup";
+pub const SK_LOOKUP: &str = "lookup";
 
 /// The programs that attach to a pod's cgroup, in the order in which they are attached.
 pub const CGROUP_PROGRAMS: [&str; 10] = [

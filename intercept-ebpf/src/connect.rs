@@ -1,0 +1,170 @@
+//! `connect()`: decide, remember what was dialled, and dial the proxy instead.
+
+use core::mem::size_of;
+
+use aya_ebpf::{helpers::generated::bpf_bind, programs::SockAddrContext};
+use intercept_common::{
+    Addr, Target, Verdict,
+    decide::{Outbound, decide_outbound},
+    failure::{Failure, OnFailure},
+    layout::{PodPolicy, SocketState, policy, proxy, socket},
+};
+
+use crate::{
+    context::{self, AF_INET, AF_INET6, Family, TCP, UDP},
+    facts::MapFacts,
+    maps, observe, owner,
+};
+
+/// What the hook tells the kernel.
+#[derive(Clone, Copy)]
+pub(crate) enum Outcome {
+    /// Go on, with what may have been rewritten.
+    Proceed,
+    /// Fail the system call.
+    Refuse,
+}
+
+impl From<OnFailure> for Outcome {
+    #[inline(always)]
+    fn from(policy: OnFailure) -> Self {
+        match policy {
+            OnFailure::Open => Self::Proceed,
+            OnFailure::Closed => Self::Refuse,
+        }
+    }
+}
+
+/// A socket is being connected.
+#[inline(always)]
+pub(crate) fn connect<F: Family>(ctx: &SockAddrContext) -> Outcome {
+    let protocol = context::protocol(ctx);
+    if protocol != TCP && protocol != UDP {
+        return Outcome::Proceed;
+    }
+    let netns = maps::netns_cookie(ctx);
+    let Some(pod) = maps::pod(netns) else { return Outcome::Proceed };
+    let dst_port = context::named_port(ctx);
+    if protocol == UDP && !wants_datagram(pod, dst_port) {
+        return Outcome::Proceed;
+    }
+    let sk = context::sock(ctx);
+    let flow = Outbound {
+        protocol: protocol as u8,
+        dst: F::named(ctx),
+        dst_port,
+        src: F::bound(sk),
+        owner: owner::of(sk),
+    };
+    let decided = decide_outbound(pod, &flow, &MapFacts { conn: None });
+    observe::outbound(netns, pod, &flow, decided.decision.reason);
+    let (addr, port, kind) = match decided.decision.verdict {
+        Verdict::Leave if decided.mark => (flow.dst, flow.dst_port, socket::STEERED),
+        Verdict::Leave => {
+            // A datagram socket may have been connected to a captured server before.
+            if protocol == UDP {
+                maps::forget_socket(sk);
+            }
+            return Outcome::Proceed;
+        }
+        Verdict::Redirect(target) => {
+            let kind = if protocol == UDP { socket::DATAGRAM } else { socket::REDIRECTED };
+            let (addr, port) = proxy_addr(pod, target, flow.dst, flow.dst_port);
+            (addr, port, kind)
+        }
+    };
+    let state = SocketState { addr: flow.dst, port: flow.dst_port, kind };
+    if maps::set_socket(sk, state).is_none() {
+        observe::failure(pod, Failure::NoStorage);
+        return Failure::NoStorage.policy().into();
+    }
+    if kind == socket::STEERED {
+        return Outcome::Proceed;
+    }
+    if flow.src.is_unspecified() && !decided.source.is_unspecified() && !bind::<F>(ctx, decided.source) {
+        observe::failure(pod, Failure::SourceNotBound);
+        if matches!(Failure::SourceNotBound.policy(), OnFailure::Closed) {
+            return Outcome::Refuse;
+        }
+    }
+    F::rename(ctx, addr);
+    context::rename_port(ctx, port);
+    Outcome::Proceed
+}
+
+/// Whether a datagram to this port can be a captured query: all others go on without a decision.
+#[inline(always)]
+pub(crate) fn wants_datagram(pod: &PodPolicy, dst_port: u16) -> bool {
+    pod.flags & policy::DNS != 0 && dst_port == 53
+}
+
+/// Where the proxy is dialled in place of a destination.
+#[inline(always)]
+pub(crate) fn proxy_addr(pod: &PodPolicy, target: Target, dst: Addr, dst_port: u16) -> (Addr, u16) {
+    let port = match target {
+        Target::Outbound => pod.outbound_port,
+        Target::Inbound => pod.inbound_port,
+        Target::Dns => pod.dns_port,
+    };
+    if !dst.is_v4() {
+        return (Addr::LOCALHOST_V6, port);
+    }
+    if matches!(target, Target::Outbound) && outbound_is_wildcard(pod) {
+        return (spread(dst, dst_port), port);
+    }
+    (Addr::LOCALHOST_V4, port)
+}
+
+#[inline(always)]
+fn outbound_is_wildcard(pod: &PodPolicy) -> bool {
+    match maps::proxy(pod.slot) {
+        // SAFETY: an array element, which is never freed; a torn read of one word cannot be.
+        Some(proxy) => unsafe { (*proxy).flags & proxy::OUTBOUND_WILDCARD != 0 },
+        None => false,
+    }
+}
+
+/// An address of 127.128/9 that depends on the destination, so that each destination has the whole range of local
+/// ports to itself instead of sharing 28,232 of them with all others.
+#[inline(always)]
+fn spread(dst: Addr, dst_port: u16) -> Addr {
+    // Fibonacci hashing: the upper bits of the product are well mixed.
+    let mixed = (dst.v4() ^ u32::from(dst_port).rotate_left(16)).wrapping_mul(0x9e37_79b1);
+    Addr::from_v4((0x7f80_0000 | (mixed >> 9)).to_be())
+}
+
+#[repr(C)]
+struct SockaddrIn {
+    family: u16,
+    port: u16,
+    addr: u32,
+    zero: [u32; 2],
+}
+
+#[repr(C)]
+struct SockaddrIn6 {
+    family: u16,
+    port: u16,
+    flowinfo: u32,
+    addr: [u32; 4],
+    scope: u32,
+}
+
+/// Bind the socket to the source that it would have had, the port still open. Without it the proxy would see
+/// 127.0.0.1 as its client, and the client itself as its own address.
+#[inline(always)]
+fn bind<F: Family>(ctx: &SockAddrContext, source: Addr) -> bool {
+    // SAFETY: the address is of the size that is given; the hook is one that may bind.
+    let bound = unsafe {
+        if F::V6 {
+            let mut sockaddr =
+                SockaddrIn6 { family: AF_INET6 as u16, port: 0, flowinfo: 0, addr: source.words(), scope: 0 };
+            bpf_bind(ctx.sock_addr, (&raw mut sockaddr).cast(), size_of::<SockaddrIn6>() as i32)
+        } else {
+            let mut sockaddr =
+                SockaddrIn { family: AF_INET as u16, port: 0, addr: source.v4(), zero: [0; 2] };
+            bpf_bind(ctx.sock_addr, (&raw mut sockaddr).cast(), size_of::<SockaddrIn>() as i32)
+        }
+    };
+    bound == 0
+}

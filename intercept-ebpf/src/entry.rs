@@ -1,0 +1,95 @@
+//! One function a hook. What a hook returns on each outcome is to be read off this one screen.
+
+use aya_ebpf::{
+    bindings::sk_action::{SK_DROP, SK_PASS},
+    macros::{cgroup_sock_addr, cgroup_sockopt, sk_lookup, sock_ops},
+    programs::{SkLookupContext, SockAddrContext, SockOpsContext, SockoptContext},
+};
+
+use crate::{
+    connect,
+    context::{V4, V6},
+    datagram,
+    inbound::{self, Steer},
+    lifecycle, original,
+};
+
+/// The system call goes on.
+const ALLOW: i32 = 1;
+/// The system call fails with EPERM.
+const DENY: i32 = 0;
+
+#[cgroup_sock_addr(connect4)]
+fn connect4(ctx: SockAddrContext) -> i32 {
+    connect_verdict(connect::connect::<V4>(&ctx))
+}
+
+#[cgroup_sock_addr(connect6)]
+fn connect6(ctx: SockAddrContext) -> i32 {
+    connect_verdict(connect::connect::<V6>(&ctx))
+}
+
+#[inline(always)]
+fn connect_verdict(outcome: connect::Outcome) -> i32 {
+    match outcome {
+        connect::Outcome::Proceed => ALLOW,
+        connect::Outcome::Refuse => DENY,
+    }
+}
+
+#[cgroup_sock_addr(sendmsg4)]
+fn sendmsg4(ctx: SockAddrContext) -> i32 {
+    connect_verdict(datagram::sendmsg::<V4>(&ctx))
+}
+
+#[cgroup_sock_addr(sendmsg6)]
+fn sendmsg6(ctx: SockAddrContext) -> i32 {
+    connect_verdict(datagram::sendmsg::<V6>(&ctx))
+}
+
+// The kernel takes nothing but "go on" from the hooks that report an address.
+
+#[cgroup_sock_addr(recvmsg4)]
+fn recvmsg4(ctx: SockAddrContext) -> i32 {
+    datagram::recvmsg::<V4>(&ctx);
+    ALLOW
+}
+
+#[cgroup_sock_addr(recvmsg6)]
+fn recvmsg6(ctx: SockAddrContext) -> i32 {
+    datagram::recvmsg::<V6>(&ctx);
+    ALLOW
+}
+
+#[cgroup_sock_addr(getpeername4)]
+fn getpeername4(ctx: SockAddrContext) -> i32 {
+    original::getpeername::<V4>(&ctx);
+    ALLOW
+}
+
+#[cgroup_sock_addr(getpeername6)]
+fn getpeername6(ctx: SockAddrContext) -> i32 {
+    original::getpeername::<V6>(&ctx);
+    ALLOW
+}
+
+#[cgroup_sockopt(getsockopt)]
+fn getsockopt(ctx: SockoptContext) -> i32 {
+    original::getsockopt(&ctx);
+    ALLOW
+}
+
+#[sock_ops]
+fn sock_ops(ctx: SockOpsContext) -> u32 {
+    lifecycle::callback(&ctx);
+    0
+}
+
+#[sk_lookup]
+// Not `sk_lookup`: the linker takes that for the name of the section.
+fn lookup(ctx: SkLookupContext) -> u32 {
+    match inbound::steer(&ctx) {
+        Steer::Pass | Steer::Assigned => SK_PASS,
+        Steer::Drop => SK_DROP,
+    }
+}

@@ -1,0 +1,93 @@
+//! Connections that reach the namespace: `sk_lookup` hands them to the proxy's listener. Nothing is rewritten, so
+//! the proxy finds the original destination as its own local address.
+
+use aya_ebpf::programs::SkLookupContext;
+use intercept_common::{
+    Target, Verdict,
+    decide::{Inbound, decide_inbound},
+    failure::Failure,
+    layout::{LISTENER_SLOTS, ListenerKey, PodPolicy, policy},
+};
+
+use crate::{
+    context::{self, TCP, load},
+    facts::MapFacts,
+    maps, observe,
+    original::proxy_key,
+};
+
+/// The cookie of the namespace that this instance is attached to: the hook has no helper that tells it. The agent
+/// writes it into the one instruction that loads it.
+#[inline(always)]
+fn own_netns() -> u64 {
+    #[cfg(target_arch = "bpf")]
+    {
+        let cookie: u64;
+        // SAFETY: loads a constant.
+        unsafe { core::arch::asm!("{0} = 0x696e746572636570 ll", out(reg) cookie, options(pure, nomem)) };
+        cookie
+    }
+    #[cfg(not(target_arch = "bpf"))]
+    unreachable!("runs in the kernel only")
+}
+
+/// What becomes of the look-up.
+pub(crate) enum Steer {
+    /// Go on looking, as without us.
+    Pass,
+    /// The proxy's listener has it.
+    Assigned,
+    /// Nobody has it: reset.
+    Drop,
+}
+
+/// A connection without a socket of its own yet.
+#[inline(always)]
+pub(crate) fn steer(ctx: &SkLookupContext) -> Steer {
+    if load!(ctx.lookup, protocol) != TCP {
+        return Steer::Pass;
+    }
+    let ends = context::lookup_ends(ctx.lookup);
+    // The way to the proxy itself, and all else that is dialled on loopback.
+    if ends.local.is_loopback() {
+        return Steer::Pass;
+    }
+    let netns = own_netns();
+    let Some(pod) = maps::pod(netns) else { return Steer::Pass };
+    let flow = Inbound {
+        dst: ends.local,
+        dst_port: ends.local_port,
+        src: ends.remote,
+        ifindex: load!(ctx.lookup, ingress_ifindex),
+    };
+    let conn = proxy_key(netns, &ends);
+    let decision = decide_inbound(pod, &flow, &MapFacts { conn: Some(&conn) });
+    observe::inbound(netns, pod, &flow, ends.remote_port, decision.reason);
+    match decision.verdict {
+        Verdict::Leave => Steer::Pass,
+        Verdict::Redirect(target) => assign(ctx, netns, pod, target),
+    }
+}
+
+#[inline(always)]
+fn assign(ctx: &SkLookupContext, netns: u64, pod: &PodPolicy, target: Target) -> Steer {
+    let port = match target {
+        Target::Outbound => pod.outbound_port,
+        Target::Inbound | Target::Dns => pod.inbound_port,
+    };
+    let own = if load!(ctx.lookup, family) == context::AF_INET6 { 6 } else { 4 };
+    // A socket of IPv6 may take IPv4 as well; the kernel refuses the assignment if it does not.
+    for family in [own, 6] {
+        for slot in 0..LISTENER_SLOTS {
+            let key = ListenerKey { netns, port, family, slot, reserved: 0 };
+            if maps::assign_listener(ctx, &key).is_ok() {
+                return Steer::Assigned;
+            }
+        }
+        if own == 6 {
+            break;
+        }
+    }
+    observe::failure(pod, Failure::NoListener);
+    if pod.flags & policy::OPEN_WITHOUT_PROXY != 0 { Steer::Pass } else { Steer::Drop }
+}

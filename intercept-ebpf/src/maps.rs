@@ -1,0 +1,189 @@
+//! The maps, each behind the few accessors that the programs need. What they hold and how it is laid out is in
+//! `intercept_common::{names, layout}`.
+
+use core::ffi::c_void;
+
+use aya_ebpf::{
+    EbpfContext,
+    bindings::{BPF_F_NO_PREALLOC, BPF_SK_STORAGE_GET_F_CREATE, bpf_sock, bpf_sock_ops},
+    btf_maps::SkStorage,
+    helpers::{
+        bpf_get_netns_cookie,
+        generated::{bpf_sk_storage_delete, bpf_sk_storage_get},
+    },
+    macros::{btf_map, map},
+    maps::{Array, HashMap, LpmTrie, PerCpuArray, RingBuf, SockHash, lpm_trie::Key},
+    programs::SkLookupContext,
+};
+use intercept_common::{
+    Addr,
+    layout::{
+        ConnKey, Counters, Destination, DestinationKey, ListenerKey, MAX_PODS, MemberKey, OrigDst, PodPolicy,
+        Proxy, SocketState,
+    },
+};
+
+/// Entries are allocated one by one, so these limits cost nothing until they are used.
+const MANY: u32 = 1 << 20;
+
+#[map]
+static PODS: HashMap<u64, PodPolicy> = HashMap::with_max_entries(MAX_PODS, BPF_F_NO_PREALLOC);
+#[map]
+static DESTINATIONS: LpmTrie<DestinationKey, Destination> = LpmTrie::with_max_entries(MANY, 0);
+#[map]
+static PORTS: HashMap<MemberKey, u32> = HashMap::with_max_entries(MANY, BPF_F_NO_PREALLOC);
+#[map]
+static GROUPS: HashMap<MemberKey, u32> = HashMap::with_max_entries(MANY, BPF_F_NO_PREALLOC);
+#[map]
+static INTERFACES: HashMap<MemberKey, u32> = HashMap::with_max_entries(MANY, BPF_F_NO_PREALLOC);
+#[map]
+static LISTENERS: SockHash<ListenerKey> = SockHash::with_max_entries(1 << 15, 0);
+#[map]
+static ORIG_DST: HashMap<ConnKey, OrigDst> = HashMap::with_max_entries(MANY, BPF_F_NO_PREALLOC);
+#[btf_map]
+static SOCKETS: SkStorage<SocketState> = SkStorage::new();
+#[map]
+static PROXIES: Array<Proxy> = Array::with_max_entries(MAX_PODS, 0);
+#[map]
+static DECISIONS: PerCpuArray<Counters> = PerCpuArray::with_max_entries(MAX_PODS, 0);
+#[map]
+static EVENTS: RingBuf = RingBuf::with_byte_size(1 << 20, 0);
+#[map]
+static TRACING: Array<u32> = Array::with_max_entries(1, 0);
+
+/// The cookie of the namespace of the socket under a hook.
+#[inline(always)]
+pub(crate) fn netns_cookie(ctx: &impl EbpfContext) -> u64 {
+    // SAFETY: the context is that of the running program.
+    unsafe { bpf_get_netns_cookie(ctx.as_ptr()) }
+}
+
+/// The policy of a namespace; none where it is not captured.
+#[inline(always)]
+pub(crate) fn pod(netns: u64) -> Option<&'static PodPolicy> {
+    // SAFETY: values are only replaced whole, by the agent; an element taken out is freed after a grace period.
+    unsafe { PODS.get(netns) }
+}
+
+/// The longest prefix that covers an address.
+#[inline(always)]
+pub(crate) fn destination(policy: u32, addr: Addr) -> Option<&'static Destination> {
+    DESTINATIONS.get(Key::new(160, DestinationKey { policy, addr }))
+}
+
+/// The lists that name a port.
+#[inline(always)]
+pub(crate) fn port(key: MemberKey) -> u32 {
+    // SAFETY: as for `pod`.
+    unsafe { PORTS.get(key) }.copied().unwrap_or(0)
+}
+
+/// Whether a gid is listed.
+#[inline(always)]
+pub(crate) fn group(key: MemberKey) -> bool {
+    // SAFETY: as for `pod`.
+    unsafe { GROUPS.get(key) }.is_some()
+}
+
+/// The lists that name an interface.
+#[inline(always)]
+pub(crate) fn interface(key: MemberKey) -> u32 {
+    // SAFETY: as for `pod`.
+    unsafe { INTERFACES.get(key) }.copied().unwrap_or(0)
+}
+
+/// Hold a socket that listens. `BPF_NOEXIST` finds the slot taken as `-EEXIST`.
+#[inline(always)]
+pub(crate) fn add_listener(ops: *mut bpf_sock_ops, key: ListenerKey) -> Result<(), i32> {
+    const BPF_NOEXIST: u64 = 1;
+    // SAFETY: `ops` is the context of the running program.
+    LISTENERS.update(key, unsafe { &mut *ops }, BPF_NOEXIST)
+}
+
+/// Hand an arriving connection to a held listener. `-ENOENT` where the slot is empty.
+#[inline(always)]
+pub(crate) fn assign_listener(ctx: &SkLookupContext, key: &ListenerKey) -> Result<(), i32> {
+    LISTENERS.redirect_sk_lookup(ctx, key, 0)
+}
+
+/// The original destination of a redirected connection.
+#[inline(always)]
+pub(crate) fn orig_dst(key: &ConnKey) -> Option<*mut OrigDst> {
+    ORIG_DST.get_ptr_mut(key)
+}
+
+/// Remember one.
+#[inline(always)]
+pub(crate) fn add_orig_dst(key: &ConnKey, value: &OrigDst) -> Result<(), i32> {
+    ORIG_DST.insert(key, value, 0)
+}
+
+/// Forget one.
+#[inline(always)]
+pub(crate) fn remove_orig_dst(key: &ConnKey) {
+    // The other end may have been first: nothing is lost then.
+    let _already_gone = ORIG_DST.remove(key);
+}
+
+#[inline(always)]
+fn sockets() -> *mut c_void {
+    core::ptr::addr_of!(SOCKETS).cast_mut().cast()
+}
+
+/// What is remembered of a socket.
+#[inline(always)]
+pub(crate) fn socket(sk: *mut bpf_sock) -> Option<&'static mut SocketState> {
+    // SAFETY: the map is a socket storage of SocketState, the socket one that the verifier knows.
+    unsafe {
+        bpf_sk_storage_get(sockets(), sk.cast(), core::ptr::null_mut(), 0).cast::<SocketState>().as_mut()
+    }
+}
+
+/// Remember something of a socket, in place of what was. None if there is no memory.
+#[inline(always)]
+pub(crate) fn set_socket(sk: *mut bpf_sock, mut state: SocketState) -> Option<()> {
+    // SAFETY: as for `socket`.
+    let slot = unsafe {
+        bpf_sk_storage_get(
+            sockets(),
+            sk.cast(),
+            core::ptr::from_mut(&mut state).cast(),
+            BPF_SK_STORAGE_GET_F_CREATE.into(),
+        )
+        .cast::<SocketState>()
+        .as_mut()
+    }?;
+    *slot = state;
+    Some(())
+}
+
+/// Forget a socket.
+#[inline(always)]
+pub(crate) fn forget_socket(sk: *mut bpf_sock) {
+    // SAFETY: as for `socket`. That there is nothing to forget is no error.
+    unsafe { bpf_sk_storage_delete(sockets(), sk.cast()) };
+}
+
+/// What is known of a pod's proxy.
+#[inline(always)]
+pub(crate) fn proxy(slot: u32) -> Option<*mut Proxy> {
+    PROXIES.get_ptr_mut(slot)
+}
+
+/// This CPU's counters of a pod.
+#[inline(always)]
+pub(crate) fn counters(slot: u32) -> Option<*mut Counters> {
+    DECISIONS.get_ptr_mut(slot)
+}
+
+/// Whether anybody reads events.
+#[inline(always)]
+pub(crate) fn tracing() -> bool {
+    TRACING.get(0).is_some_and(|&on| on != 0)
+}
+
+/// The events.
+#[inline(always)]
+pub(crate) fn events() -> &'static RingBuf {
+    &EVENTS
+}

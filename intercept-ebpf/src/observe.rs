@@ -1,0 +1,92 @@
+//! Counters always, events when somebody listens, log lines for failures.
+
+use aya_ebpf::helpers::{bpf_get_current_comm, bpf_get_current_pid_tgid, generated::bpf_ktime_get_ns};
+use intercept_common::{
+    Reason,
+    decide::{Inbound, Outbound, Owner},
+    failure::Failure,
+    layout::{Event, PodPolicy},
+};
+
+use crate::{context::TCP, maps};
+
+#[inline(always)]
+fn count(slot: u32, index: usize) {
+    if let Some(counters) = maps::counters(slot) {
+        // SAFETY: this CPU's own value. A program that interrupts this one may lose a count, never more.
+        unsafe {
+            if let Some(cell) = (*counters).counts.get_mut(index) {
+                *cell += 1;
+            }
+        }
+    }
+}
+
+/// A failure: its counter, by the table in `intercept_common::failure`.
+#[inline(always)]
+pub(crate) fn failure(pod: &PodPolicy, failure: Failure) {
+    count(pod.slot, Reason::ALL.len() + failure as usize);
+}
+
+/// An outbound decision.
+#[inline(always)]
+pub(crate) fn outbound(netns: u64, pod: &PodPolicy, flow: &Outbound, reason: Reason) {
+    count(pod.slot, reason as usize);
+    if maps::tracing() {
+        let comm = bpf_get_current_comm().unwrap_or([0; 16]);
+        emit(&Event {
+            time: now(),
+            netns,
+            dst: flow.dst,
+            src: flow.src,
+            dst_port: flow.dst_port,
+            src_port: 0,
+            pid: (bpf_get_current_pid_tgid() >> 32) as u32,
+            uid: flow.owner.uid,
+            gid: flow.owner.gid,
+            reason: reason as u8,
+            protocol: flow.protocol,
+            inbound: 0,
+            reserved: 0,
+            comm,
+            reserved2: 0,
+        });
+    }
+}
+
+/// An inbound decision.
+#[inline(always)]
+pub(crate) fn inbound(netns: u64, pod: &PodPolicy, flow: &Inbound, src_port: u16, reason: Reason) {
+    count(pod.slot, reason as usize);
+    if maps::tracing() {
+        emit(&Event {
+            time: now(),
+            netns,
+            dst: flow.dst,
+            src: flow.src,
+            dst_port: flow.dst_port,
+            src_port,
+            pid: 0,
+            uid: Owner::NONE.uid,
+            gid: Owner::NONE.gid,
+            reason: reason as u8,
+            protocol: TCP as u8,
+            inbound: 1,
+            reserved: 0,
+            comm: [0; 16],
+            reserved2: 0,
+        });
+    }
+}
+
+#[inline(always)]
+fn now() -> u64 {
+    // SAFETY: takes no argument.
+    unsafe { bpf_ktime_get_ns() }
+}
+
+#[inline(always)]
+fn emit(event: &Event) {
+    // A reader that falls behind loses events, never connections.
+    let _full = maps::events().output::<Event>(event, 0);
+}

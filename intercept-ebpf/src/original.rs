@@ -1,0 +1,146 @@
+//! The original destination: to the proxy that asks for it with `SO_ORIGINAL_DST`, and to the client that asks who
+//! its peer is.
+
+use aya_ebpf::{
+    bindings::bpf_sockopt,
+    programs::{SockAddrContext, SockoptContext},
+};
+use intercept_common::{
+    Addr,
+    layout::{ConnKey, socket},
+};
+
+use crate::{
+    context::{self, AF_INET, AF_INET6, Ends, Family, TCP, UDP, load},
+    maps,
+};
+
+const SOL_IP: i32 = 0;
+const SOL_IPV6: i32 = 41;
+/// `SO_ORIGINAL_DST` and `IP6T_SO_ORIGINAL_DST`.
+const ORIGINAL_DST: i32 = 80;
+
+/// The connection as its client sees it, `ends` being the client's.
+#[inline(always)]
+pub(crate) fn client_key(netns: u64, ends: &Ends) -> ConnKey {
+    ConnKey {
+        netns,
+        client: ends.local,
+        proxy: ends.remote,
+        client_port: ends.local_port,
+        proxy_port: ends.remote_port,
+        reserved: 0,
+    }
+}
+
+/// The same connection, `ends` being the proxy's.
+#[inline(always)]
+pub(crate) fn proxy_key(netns: u64, ends: &Ends) -> ConnKey {
+    ConnKey {
+        netns,
+        client: ends.remote,
+        proxy: ends.local,
+        client_port: ends.remote_port,
+        proxy_port: ends.local_port,
+        reserved: 0,
+    }
+}
+
+/// An option was read from a socket; what the kernel answered stands in the context.
+#[inline(always)]
+pub(crate) fn getsockopt(ctx: &SockoptContext) {
+    if !answered(ctx) {
+        // Zero tells the kernel to let its own answer stand, and saves it copying the hook's buffer back. That
+        // buffer ends at a page, so that for a larger option (iptables' own, for one) all else would be EFAULT.
+        // SAFETY: the hook may write this field.
+        unsafe { core::ptr::write_volatile(&raw mut (*ctx.sockopt).optlen, 0) };
+    }
+}
+
+#[inline(always)]
+fn answered(ctx: &SockoptContext) -> bool {
+    let level = load!(ctx.sockopt, level);
+    if load!(ctx.sockopt, optname) != ORIGINAL_DST || (level != SOL_IP && level != SOL_IPV6) {
+        return false;
+    }
+    let netns = maps::netns_cookie(ctx);
+    let sk = load!(ctx.sockopt, __bindgen_anon_1.sk);
+    if sk.is_null() || load!(sk, protocol) != TCP || maps::pod(netns).is_none() {
+        return false;
+    }
+    let ends = context::sock_ends(sk);
+    let (addr, port) = match maps::orig_dst(&proxy_key(netns, &ends)) {
+        // SAFETY: the map holds OrigDst; an element taken out meanwhile is freed after a grace period.
+        Some(entry) => unsafe { ((*entry).addr, (*entry).port()) },
+        // conntrack, where it is there, has answered for a connection that nobody rewrote.
+        None if load!(ctx.sockopt, retval) == 0 => return false,
+        // What it would say of such a connection: arriving ones are steered without a rewrite.
+        None => (ends.local, ends.local_port),
+    };
+    // An IPv4 connection is asked for at SOL_IP, whatever the socket's family, and IPv6 at SOL_IPV6.
+    addr.is_v4() == (level == SOL_IP) && answer(ctx.sockopt, addr, port)
+}
+
+#[inline(always)]
+fn answer(sockopt: *mut bpf_sockopt, addr: Addr, port: u16) -> bool {
+    let start: *mut u8 = load!(sockopt, __bindgen_anon_2.optval).cast();
+    let end: *mut u8 = load!(sockopt, __bindgen_anon_3.optval_end).cast();
+    let port_be = u32::from(port.to_be()) << 16;
+    let len: usize = if addr.is_v4() { 16 } else { 28 };
+    // SAFETY: the bound is checked against the end of the buffer, as the verifier demands; fields are the hook's.
+    unsafe {
+        if addr.is_v4() {
+            if start.add(16) > end {
+                return false;
+            }
+            let out: *mut u32 = start.cast();
+            out.write_unaligned(AF_INET | port_be);
+            out.add(1).write_unaligned(addr.v4());
+            out.add(2).write_unaligned(0);
+            out.add(3).write_unaligned(0);
+        } else {
+            if start.add(28) > end {
+                return false;
+            }
+            let words = addr.words();
+            let out: *mut u32 = start.cast();
+            out.write_unaligned(AF_INET6 | port_be);
+            out.add(1).write_unaligned(0);
+            out.add(2).write_unaligned(words[0]);
+            out.add(3).write_unaligned(words[1]);
+            out.add(4).write_unaligned(words[2]);
+            out.add(5).write_unaligned(words[3]);
+            out.add(6).write_unaligned(0);
+        }
+        core::ptr::write_volatile(&raw mut (*sockopt).optlen, len as i32);
+        core::ptr::write_volatile(&raw mut (*sockopt).retval, 0);
+    }
+    true
+}
+
+/// The peer of a socket is about to be reported, by getpeername() or accept().
+#[inline(always)]
+pub(crate) fn getpeername<F: Family>(ctx: &SockAddrContext) {
+    // Redirected sockets have a loopback peer: everyone else pays for this comparison only.
+    if !F::named(ctx).is_loopback() {
+        return;
+    }
+    let sk = context::sock(ctx);
+    let protocol = context::protocol(ctx);
+    let (addr, port) = if protocol == UDP {
+        match maps::socket(sk) {
+            Some(state) if state.kind == socket::DATAGRAM => (state.addr, state.port),
+            _ => return,
+        }
+    } else {
+        // By tuple, not by socket: the peer of an MPTCP socket is asked for on another socket than dialled.
+        let netns = maps::netns_cookie(ctx);
+        match maps::orig_dst(&client_key(netns, &context::sock_ends(sk))) {
+            // SAFETY: as in `getsockopt`.
+            Some(entry) => unsafe { ((*entry).addr, (*entry).port()) },
+            None => return,
+        }
+    };
+    F::rename(ctx, addr);
+    context::rename_port(ctx, port);
+}

@@ -1,0 +1,67 @@
+//! Who made a socket. The owner match of iptables looks at the credentials of the socket's file, that is at fsuid
+//! and fsgid when `socket()` was called (xt_owner: `sk->sk_socket->file->f_cred`), not at the task that connects:
+//! they differ after setresuid, for setuid programs and for sockets that were passed on.
+
+use core::ffi::c_void;
+
+use aya_ebpf::{
+    bindings::bpf_sock,
+    helpers::{bpf_get_current_uid_gid, generated::bpf_probe_read_kernel},
+};
+use intercept_common::decide::Owner;
+
+/// Offsets in bytes on the running kernel, from its BTF; the agent fills them in before it loads the programs.
+/// All zero where there is no BTF: then the task's own ids stand in.
+#[unsafe(no_mangle)]
+static SOCK_SOCKET_OFF: u32 = 0;
+#[unsafe(no_mangle)]
+static SOCKET_FILE_OFF: u32 = 0;
+#[unsafe(no_mangle)]
+static FILE_CRED_OFF: u32 = 0;
+/// fsgid follows fsuid.
+#[unsafe(no_mangle)]
+static CRED_FSUID_OFF: u32 = 0;
+
+macro_rules! offset {
+    ($global:ident) => {
+        // SAFETY: reads a static; volatile because the loader replaces its value.
+        unsafe { core::ptr::read_volatile(&raw const $global) as usize }
+    };
+}
+
+/// The owner of a socket in the hands of a system call.
+#[inline(always)]
+pub(crate) fn of(sk: *mut bpf_sock) -> Owner {
+    if offset!(SOCK_SOCKET_OFF) == 0 {
+        let ids = bpf_get_current_uid_gid();
+        return Owner { uid: ids as u32, gid: (ids >> 32) as u32 };
+    }
+    let socket: u64 = follow(sk as u64, offset!(SOCK_SOCKET_OFF));
+    let file: u64 = follow(socket, offset!(SOCKET_FILE_OFF));
+    let cred: u64 = follow(file, offset!(FILE_CRED_OFF));
+    if cred == 0 {
+        return Owner::NONE;
+    }
+    let ids: u64 = follow(cred, offset!(CRED_FSUID_OFF));
+    Owner { uid: ids as u32, gid: (ids >> 32) as u32 }
+}
+
+/// Eight bytes at an offset from a kernel address; 0 from a null pointer or where nothing can be read.
+#[inline(always)]
+fn follow(base: u64, offset: usize) -> u64 {
+    let mut value = 0u64;
+    if base != 0 {
+        // SAFETY: the helper checks the address that it reads from and fills the eight bytes it is given.
+        let read = unsafe {
+            bpf_probe_read_kernel(
+                (&raw mut value).cast(),
+                size_of::<u64>() as u32,
+                (base as usize + offset) as *const c_void,
+            )
+        };
+        if read != 0 {
+            return 0;
+        }
+    }
+    value
+}
