@@ -1,0 +1,29 @@
+//! The options of istio-iptables: read as given ([`RawOptions`]), then checked and typed ([`Config`]).
+//!
+//! Nothing past [`RawOptions::validate`] carries a port, an id or a range as text, and nothing is ignored in
+//! silence: what needs no action here comes back as a [`Note`], everything else that is not understood is an
+//! [`OptionError`] naming the option, the value and the way out.
+
+mod cidr;
+mod config;
+mod error;
+mod go_syntax;
+mod interface;
+mod names;
+mod ports;
+mod raw;
+mod resolv_conf;
+mod setting;
+mod validate;
+
+pub use config::{
+    Cidrs, Config, DNS_PORT, Dns, InboundMode, InboundPorts, MAX_OWNER_GROUPS, MAX_PROXY_IDS, OwnerGroups,
+    Switches,
+};
+pub use error::{OptionError, Problem};
+pub use interface::Interface;
+pub use names::{EtcFiles, Names};
+pub use ports::Ports;
+pub use raw::RawOptions;
+pub use setting::{Origin, Setting};
+pub use validate::Note;

@@ -1,0 +1,216 @@
+//! The validated policy of one pod, and the switches of one run.
+
+use std::collections::BTreeSet;
+use std::net::{IpAddr, Ipv4Addr};
+use std::path::PathBuf;
+use std::time::Duration;
+
+use ipnet::{IpNet, Ipv4Net};
+use serde::{Deserialize, Serialize};
+
+use super::{Interface, Ports};
+
+/// Where captured DNS goes; not an option in istio-iptables either.
+pub const DNS_PORT: u16 = 15053;
+/// Most users, and most groups, whose traffic is the proxy's own.
+pub const MAX_PROXY_IDS: usize = 16;
+/// Most groups in either owner-group list; istio's own limit for the list of groups to capture.
+pub const MAX_OWNER_GROUPS: usize = 64;
+
+/// What is captured for one pod, and what is left alone.
+///
+/// Two equal values decide every flow alike: sets are sorted and free of duplicates, and what other options
+/// make meaningless is left out. Ports and ids are in host order; ids are those seen inside the pod.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Config {
+    /// Where outbound TCP goes.
+    pub proxy_port: u16,
+    /// Where inbound TCP goes.
+    pub inbound_port: u16,
+    /// Never captured inbound in [`InboundMode::Redirect`], never looped back to the inbound port.
+    pub tunnel_port: u16,
+    /// Users whose traffic is the proxy's, in the order given, which decides.
+    pub proxy_uids: Vec<u32>,
+    /// Groups whose traffic is the proxy's, in the order given.
+    pub proxy_gids: Vec<u32>,
+    /// How inbound connections reach the proxy.
+    pub mode: InboundMode,
+    /// The mark of packets on their way to the proxy in [`InboundMode::Tproxy`].
+    pub tproxy_mark: u32,
+    /// The routing table of marked packets in [`InboundMode::Tproxy`].
+    pub tproxy_table: u32,
+    /// Inbound ports to capture.
+    pub inbound_ports: InboundPorts,
+    /// Inbound ports left alone; empty unless `inbound_ports` is [`InboundPorts::All`].
+    pub inbound_exclude: Ports,
+    /// Interfaces on which neither direction is captured.
+    pub exclude_interfaces: Vec<Interface>,
+    /// Interfaces whose arriving traffic is treated as outbound.
+    pub virt_interfaces: Vec<Interface>,
+    /// Outbound destinations to capture.
+    pub include: Cidrs,
+    /// Outbound destinations left alone; host bits cleared, sorted.
+    pub exclude: Vec<IpNet>,
+    /// Outbound ports captured in addition to `include`.
+    pub outbound_ports: Ports,
+    /// Outbound ports left alone, for TCP and UDP.
+    pub outbound_exclude_ports: Ports,
+    /// Whose outbound traffic is captured.
+    pub owner_groups: OwnerGroups,
+    /// What counts as localhost for IPv4; host bits cleared.
+    pub loopback_v4: Ipv4Net,
+    /// Which DNS queries go to [`DNS_PORT`].
+    pub dns: Dns,
+}
+
+/// How inbound connections reach the proxy.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum InboundMode {
+    /// The proxy asks for the original destination.
+    Redirect,
+    /// The proxy sees the original destination, and the application the original source.
+    Tproxy,
+}
+
+/// Inbound ports to capture.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum InboundPorts {
+    /// Every port but the excluded ones.
+    All,
+    /// These; none when empty.
+    Only(Ports),
+}
+
+/// Outbound destinations to capture.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Cidrs {
+    /// Every destination; `list` is empty then.
+    pub all: bool,
+    /// These destinations; host bits cleared, sorted.
+    pub list: Vec<IpNet>,
+    /// An item was written with a loopback address: other owners' loopback traffic is then not left alone early.
+    /// Kept apart from `list` because the address as written counts, host bits included (`127.0.0.1/1`).
+    pub loopback: bool,
+}
+
+/// Whose outbound traffic is captured. Group ids, sorted.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum OwnerGroups {
+    /// Everyone's.
+    All,
+    /// That of these groups; nobody's when empty.
+    Only(Vec<u32>),
+    /// Everyone's but that of these groups.
+    Except(Vec<u32>),
+}
+
+/// Which DNS queries go to [`DNS_PORT`].
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Dns {
+    /// None.
+    Off,
+    /// Those to these servers; sorted, never empty.
+    Resolvers(Vec<IpAddr>),
+    /// Everything to port 53.
+    All,
+}
+
+/// What this run is asked to do. None of it is policy: it does not decide a flow.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Switches {
+    /// Print what would be done, change nothing.
+    pub dry_run: bool,
+    /// Change nothing; useful with `run_validation`.
+    pub skip_rule_apply: bool,
+    /// Probe that redirection works.
+    pub run_validation: bool,
+    /// The port the probe connects to.
+    pub probe_port: u16,
+    /// How long the probe may take; never zero.
+    pub probe_timeout: Duration,
+    /// Remove what is attached, attach nothing.
+    pub cleanup_only: bool,
+    /// Replace what differs instead of failing.
+    pub reconcile: bool,
+    /// Apply again although the same is in force.
+    pub force_apply: bool,
+    /// The pod's network namespace, as a path.
+    pub network_namespace: Option<PathBuf>,
+    /// Called from a CNI plugin, in the host's filesystem.
+    pub cni_mode: bool,
+    /// Both address families were asked for.
+    pub dual_stack: bool,
+    /// Conntrack hygiene was asked for.
+    pub drop_invalid: bool,
+    /// nftables was asked for.
+    pub native_nftables: bool,
+    /// The iptables binary asked for.
+    pub force_iptables_binary: Option<String>,
+    /// The log level asked for, in istio's `scope:level` form.
+    pub log_output_level: Option<String>,
+    /// JSON logs were asked for.
+    pub log_as_json: bool,
+}
+
+impl Default for Config {
+    /// What no options at all mean where no `istio-proxy` user exists: nothing is captured.
+    fn default() -> Self {
+        Self {
+            proxy_port: 15001,
+            inbound_port: 15006,
+            tunnel_port: 15008,
+            proxy_uids: vec![1337],
+            proxy_gids: vec![1337],
+            mode: InboundMode::Redirect,
+            tproxy_mark: 1337,
+            tproxy_table: 133,
+            inbound_ports: InboundPorts::Only(Ports::default()),
+            inbound_exclude: Ports::default(),
+            exclude_interfaces: Vec::new(),
+            virt_interfaces: Vec::new(),
+            include: Cidrs::default(),
+            exclude: Vec::new(),
+            outbound_ports: Ports::default(),
+            outbound_exclude_ports: Ports::default(),
+            owner_groups: OwnerGroups::All,
+            loopback_v4: Ipv4Net::from(Ipv4Addr::LOCALHOST),
+            dns: Dns::Off,
+        }
+    }
+}
+
+impl Default for Switches {
+    fn default() -> Self {
+        Self {
+            dry_run: false,
+            skip_rule_apply: false,
+            run_validation: false,
+            probe_port: 15002,
+            probe_timeout: Duration::from_secs(5),
+            cleanup_only: false,
+            reconcile: false,
+            force_apply: false,
+            network_namespace: None,
+            cni_mode: false,
+            dual_stack: false,
+            drop_invalid: false,
+            native_nftables: false,
+            force_iptables_binary: None,
+            log_output_level: None,
+            log_as_json: false,
+        }
+    }
+}
+
+impl OwnerGroups {
+    /// Everyone's but that of `groups`, which need not be sorted.
+    pub(super) fn except(groups: BTreeSet<u32>) -> Self {
+        if groups.is_empty() { Self::All } else { Self::Except(groups.into_iter().collect()) }
+    }
+}
