@@ -12,6 +12,7 @@ mod interface;
 mod names;
 mod ports;
 mod raw;
+mod render;
 mod resolv_conf;
 mod setting;
 mod validate;

@@ -7,8 +7,8 @@ use ipnet::IpNet;
 use super::Problem;
 use super::go_syntax::parse_decimal;
 
-/// `10.0.0.0/8`, `fd00::/8`, or an address alone (/32, /128). Host bits are kept: they are cleared by the caller,
-/// who may first want to know which address was written.
+/// `10.0.0.0/8`, `fd00::/8`, or an address alone (/32, /128). Host bits are kept: they are cleared by the
+/// caller, who may first want to know which address was written.
 pub(super) fn parse(text: &str) -> Result<IpNet, Problem> {
     let (address, prefix) = match text.split_once('/') {
         Some((address, prefix)) => (address, Some(prefix)),

@@ -92,8 +92,9 @@ pub struct Cidrs {
     pub all: bool,
     /// These destinations; host bits cleared, sorted.
     pub list: Vec<IpNet>,
-    /// An item was written with a loopback address: other owners' loopback traffic is then not left alone early.
-    /// Kept apart from `list` because the address as written counts, host bits included (`127.0.0.1/1`).
+    /// An item was written with a loopback address: other owners' loopback traffic is then not left alone
+    /// early. Kept apart from `list` because the address as written counts, host bits included
+    /// (`127.0.0.1/1`).
     pub loopback: bool,
 }
 

@@ -80,9 +80,7 @@ pub enum Problem {
     #[error("lists {0} groups, and there is room for {MAX_OWNER_GROUPS}; give fewer")]
     TooManyGroups(usize),
     /// Neither a user nor a group marks the proxy.
-    #[error(
-        "names nobody, and neither does -g: the proxy's own traffic would be sent back to it; give its user id"
-    )]
+    #[error("names nobody, and neither does -g: the proxy would be sent its own traffic; give its user id")]
     NoProxy,
     /// Groups to exclude beside a list of groups to capture.
     #[error("excludes groups while ISTIO_OUTBOUND_OWNER_GROUPS lists those to capture; keep one of the two")]
@@ -92,7 +90,7 @@ pub enum Problem {
     GroupWildcard,
     /// Not the name of an interface.
     #[error(
-        "is not the name of an interface; give 1 to 15 bytes without `/`, `:` or space, with a trailing `+` for all that begin so"
+        "is not the name of an interface; give 1 to 15 bytes without `/`, `:` or space; `eth+` is all that begin with eth"
     )]
     Interface,
     /// A file that cannot be read.

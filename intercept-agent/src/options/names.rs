@@ -21,8 +21,8 @@ pub trait Names {
 
 /// [`Names`] from the files below a root, such as `/proc/PID/root`.
 ///
-/// Users and groups that are not there are looked up in this host's own files; the servers are the pod's alone.
-/// The pod writes these files, so they are opened as seen from its root, where a link cannot lead out.
+/// Users and groups that are not there are looked up in this host's own files; the servers are the pod's
+/// alone. The pod writes these files, so they are opened as seen from its root, where a link cannot lead out.
 #[derive(Clone, Debug)]
 pub struct EtcFiles {
     root: PathBuf,

@@ -10,8 +10,8 @@ const HEADING: &str = "Capture options (as istio-iptables)";
 
 /// The options as given on a command line and in the environment. Flatten into a clap command.
 ///
-/// clap sees the flags alone: the environment is read by [`RawOptions::read_env`], so that a test can bring its own
-/// and a refusal can name the variable at fault.
+/// clap sees the flags alone: the environment is read by [`RawOptions::read_env`], so that a test can bring its
+/// own and a refusal can name the variable at fault.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct RawOptions {
     flags: BTreeMap<&'static str, String>,
