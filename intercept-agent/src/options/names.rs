@@ -144,6 +144,14 @@ mod tests {
     }
 
     #[test]
+    fn follows_the_root_of_a_process() {
+        let names = EtcFiles::below(format!("/proc/{}/root", std::process::id()));
+        assert_eq!(names.user("root").expect("read"), Some(0));
+        let error = EtcFiles::below("/proc/0/root").resolv_conf().expect_err("no such process").to_string();
+        assert!(error.starts_with("/proc/0/root/etc/resolv.conf: "), "{error}");
+    }
+
+    #[test]
     fn a_link_stays_below_the_root() {
         let root = pod();
         fs::write(root.path().join("etc/real"), "app:x:5:5::/:\n").expect("real");
