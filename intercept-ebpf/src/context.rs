@@ -1,11 +1,12 @@
 //! Reads and writes of the contexts that the kernel hands to the programs.
 //!
 //! The verifier wants every access as one load or store of the field's own size at a constant offset from the
-//! context pointer; LLVM likes to merge neighbouring loads and to hoist address arithmetic ("invalid bpf_context
-//! access off=48 size=8", "dereference of modified ctx ptr"). Volatile accesses keep them apart.
+//! context pointer. LLVM merges neighbouring loads and hoists address arithmetic even of volatile ones
+//! ("invalid bpf_context access off=48 size=8", "dereference of modified ctx ptr R7 off=28 disallowed"), so loads
+//! are one instruction of assembly each.
 
 use aya_ebpf::{
-    bindings::{bpf_sk_lookup, bpf_sock, bpf_sock_ops},
+    bindings::{bpf_sk_lookup, bpf_sock, bpf_sock_addr, bpf_sock_ops},
     programs::SockAddrContext,
 };
 use intercept_common::Addr;
@@ -19,39 +20,94 @@ pub(crate) const TCP: u32 = 6;
 /// `IPPROTO_UDP`.
 pub(crate) const UDP: u32 = 17;
 
+/// `load!(load_u32, bpf_sock_addr, pointer, user_port)`: a field; with a number behind it, that word of an array field.
 macro_rules! load {
-    ($pointer:expr, $($field:tt)+) => {
+    ($size:ident, $struct:ty, $pointer:expr, $field:ident $(. $inner:ident)* $(, $index:literal)?) => {{
+        const OFFSET: usize = core::mem::offset_of!($struct, $field $(. $inner)*) $(+ 4 * $index)?;
+        let pointer: *mut $struct = $pointer;
         // SAFETY: the pointer is the context, or a socket that the verifier knows as one; the field is inside it.
-        unsafe { core::ptr::read_volatile(&raw const (*$pointer).$($field)+) }
-    };
+        unsafe { $crate::context::$size::<OFFSET>(pointer.cast()) }
+    }};
 }
 pub(crate) use load;
 
+macro_rules! loader {
+    ($name:ident, $type:ty, $asm:literal) => {
+        /// One load at a constant offset.
+        ///
+        /// # Safety
+        /// As `load!` says.
+        #[inline(always)]
+        pub(crate) unsafe fn $name<const OFFSET: usize>(pointer: *const u8) -> $type {
+            #[cfg(target_arch = "bpf")]
+            {
+                let value: $type;
+                // SAFETY: as the caller vouches.
+                unsafe {
+                    core::arch::asm!($asm, out(reg) value, in(reg) pointer, const OFFSET, options(readonly, nostack));
+                }
+                value
+            }
+            #[cfg(not(target_arch = "bpf"))]
+            // SAFETY: as the caller vouches.
+            unsafe {
+                pointer.add(OFFSET).cast::<$type>().read_unaligned()
+            }
+        }
+    };
+}
+loader!(load_u16, u16, "{0} = *(u16 *)({1} + {2})");
+loader!(load_u32, u32, "{0} = *(u32 *)({1} + {2})");
+loader!(load_u64, u64, "{0} = *(u64 *)({1} + {2})");
+
 macro_rules! load_v6 {
-    ($pointer:expr, $field:ident) => {
+    ($struct:ty, $pointer:expr, $field:ident) => {
         Addr::from_v6([
-            load!($pointer, $field[0]),
-            load!($pointer, $field[1]),
-            load!($pointer, $field[2]),
-            load!($pointer, $field[3]),
+            load!(load_u32, $struct, $pointer, $field, 0),
+            load!(load_u32, $struct, $pointer, $field, 1),
+            load!(load_u32, $struct, $pointer, $field, 2),
+            load!(load_u32, $struct, $pointer, $field, 3),
         ])
     };
 }
 
+/// `store!(bpf_sock_addr, pointer, value, user_port)`: a 32-bit field, or with a number behind it that word of an
+/// array field.
 macro_rules! store {
-    ($pointer:expr, $value:expr, $($field:tt)+) => {
-        // SAFETY: the pointer is the context; the verifier lets this hook write the field.
-        unsafe { core::ptr::write_volatile(&raw mut (*$pointer).$($field)+, $value) }
-    };
+    ($struct:ty, $pointer:expr, $value:expr, $field:ident $(, $index:literal)?) => {{
+        const OFFSET: usize = core::mem::offset_of!($struct, $field) $(+ 4 * $index)?;
+        let pointer: *mut $struct = $pointer;
+        // SAFETY: the pointer is the context, the field inside it and one that the verifier lets this hook write.
+        unsafe { $crate::context::store_u32::<OFFSET>(pointer.cast(), $value) }
+    }};
+}
+pub(crate) use store;
+
+/// One store at a constant offset.
+///
+/// # Safety
+/// As `store!` says.
+#[inline(always)]
+pub(crate) unsafe fn store_u32<const OFFSET: usize>(pointer: *mut u8, value: u32) {
+    #[cfg(target_arch = "bpf")]
+    // SAFETY: as the caller vouches.
+    unsafe {
+        core::arch::asm!("*(u32 *)({0} + {1}) = {2}", in(reg) pointer, const OFFSET, in(reg) value, options(nostack));
+    }
+    #[cfg(not(target_arch = "bpf"))]
+    // SAFETY: as the caller vouches.
+    unsafe {
+        pointer.add(OFFSET).cast::<u32>().write_unaligned(value);
+    }
 }
 
 macro_rules! store_v6 {
     ($pointer:expr, $addr:expr, $field:ident) => {{
         let words = $addr.words();
-        store!($pointer, words[0], $field[0]);
-        store!($pointer, words[1], $field[1]);
-        store!($pointer, words[2], $field[2]);
-        store!($pointer, words[3], $field[3]);
+        store!(bpf_sock_addr, $pointer, words[0], $field, 0);
+        store!(bpf_sock_addr, $pointer, words[1], $field, 1);
+        store!(bpf_sock_addr, $pointer, words[2], $field, 2);
+        store!(bpf_sock_addr, $pointer, words[3], $field, 3);
     }};
 }
 
@@ -88,27 +144,27 @@ impl Family for V4 {
 
     #[inline(always)]
     fn named(ctx: &SockAddrContext) -> Addr {
-        Addr::from_v4(load!(ctx.sock_addr, user_ip4))
+        Addr::from_v4(load!(load_u32, bpf_sock_addr, ctx.sock_addr, user_ip4))
     }
 
     #[inline(always)]
     fn rename(ctx: &SockAddrContext, addr: Addr) {
-        store!(ctx.sock_addr, addr.v4(), user_ip4);
+        store!(bpf_sock_addr, ctx.sock_addr, addr.v4(), user_ip4);
     }
 
     #[inline(always)]
     fn bound(sk: *mut bpf_sock) -> Addr {
-        Addr::from_v4(load!(sk, src_ip4))
+        Addr::from_v4(load!(load_u32, bpf_sock, sk, src_ip4))
     }
 
     #[inline(always)]
     fn datagram_source(ctx: &SockAddrContext) -> Addr {
-        Addr::from_v4(load!(ctx.sock_addr, msg_src_ip4))
+        Addr::from_v4(load!(load_u32, bpf_sock_addr, ctx.sock_addr, msg_src_ip4))
     }
 
     #[inline(always)]
     fn set_datagram_source(ctx: &SockAddrContext, addr: Addr) {
-        store!(ctx.sock_addr, addr.v4(), msg_src_ip4);
+        store!(bpf_sock_addr, ctx.sock_addr, addr.v4(), msg_src_ip4);
     }
 }
 
@@ -117,7 +173,7 @@ impl Family for V6 {
 
     #[inline(always)]
     fn named(ctx: &SockAddrContext) -> Addr {
-        load_v6!(ctx.sock_addr, user_ip6)
+        load_v6!(bpf_sock_addr, ctx.sock_addr, user_ip6)
     }
 
     #[inline(always)]
@@ -127,12 +183,12 @@ impl Family for V6 {
 
     #[inline(always)]
     fn bound(sk: *mut bpf_sock) -> Addr {
-        load_v6!(sk, src_ip6)
+        load_v6!(bpf_sock, sk, src_ip6)
     }
 
     #[inline(always)]
     fn datagram_source(ctx: &SockAddrContext) -> Addr {
-        load_v6!(ctx.sock_addr, msg_src_ip6)
+        load_v6!(bpf_sock_addr, ctx.sock_addr, msg_src_ip6)
     }
 
     #[inline(always)]
@@ -144,25 +200,25 @@ impl Family for V6 {
 /// The port that the system call names, host order.
 #[inline(always)]
 pub(crate) fn named_port(ctx: &SockAddrContext) -> u16 {
-    port_from_be(load!(ctx.sock_addr, user_port))
+    port_from_be(load!(load_u32, bpf_sock_addr, ctx.sock_addr, user_port))
 }
 
 /// Replace it.
 #[inline(always)]
 pub(crate) fn rename_port(ctx: &SockAddrContext, port: u16) {
-    store!(ctx.sock_addr, u32::from(port.to_be()), user_port);
+    store!(bpf_sock_addr, ctx.sock_addr, u32::from(port.to_be()), user_port);
 }
 
 /// `IPPROTO_*` of the socket.
 #[inline(always)]
 pub(crate) fn protocol(ctx: &SockAddrContext) -> u32 {
-    load!(ctx.sock_addr, protocol)
+    load!(load_u32, bpf_sock_addr, ctx.sock_addr, protocol)
 }
 
 /// The socket of a system call on addresses. Never null in these hooks.
 #[inline(always)]
 pub(crate) fn sock(ctx: &SockAddrContext) -> *mut bpf_sock {
-    load!(ctx.sock_addr, __bindgen_anon_1.sk)
+    load!(load_u64, bpf_sock_addr, ctx.sock_addr, __bindgen_anon_1) as *mut bpf_sock
 }
 
 /// Both ends of a socket.
@@ -182,70 +238,76 @@ pub(crate) struct Ends {
 /// ones are filled later by some kernels.
 #[inline(always)]
 pub(crate) fn sock_ends(sk: *mut bpf_sock) -> Ends {
-    let remote6 = load_v6!(sk, dst_ip6);
-    let v6 = load!(sk, family) == AF_INET6 && !remote6.is_v4();
+    let remote6 = load_v6!(bpf_sock, sk, dst_ip6);
+    let v6 = load!(load_u32, bpf_sock, sk, family) == AF_INET6 && !remote6.is_v4();
     let (local, remote) = if v6 {
-        (load_v6!(sk, src_ip6), remote6)
+        (load_v6!(bpf_sock, sk, src_ip6), remote6)
     } else {
-        (Addr::from_v4(load!(sk, src_ip4)), Addr::from_v4(load!(sk, dst_ip4)))
+        (
+            Addr::from_v4(load!(load_u32, bpf_sock, sk, src_ip4)),
+            Addr::from_v4(load!(load_u32, bpf_sock, sk, dst_ip4)),
+        )
     };
     Ends {
         local,
-        local_port: load!(sk, src_port) as u16,
+        local_port: load!(load_u32, bpf_sock, sk, src_port) as u16,
         remote,
-        remote_port: u16::from_be(load!(sk, dst_port)),
+        remote_port: u16::from_be(load!(load_u16, bpf_sock, sk, dst_port)),
     }
 }
 
 /// Both ends of the socket of a callback.
 #[inline(always)]
 pub(crate) fn callback_ends(ops: *mut bpf_sock_ops) -> Ends {
-    let mut v6 = load!(ops, family) == AF_INET6;
+    let mut v6 = load!(load_u32, bpf_sock_ops, ops, family) == AF_INET6;
     let mut remote = Addr::UNSPECIFIED;
     if v6 {
-        remote = load_v6!(ops, remote_ip6);
+        remote = load_v6!(bpf_sock_ops, ops, remote_ip6);
         v6 = !remote.is_v4();
     }
     let local;
     if v6 {
-        local = load_v6!(ops, local_ip6);
+        local = load_v6!(bpf_sock_ops, ops, local_ip6);
     } else {
-        remote = Addr::from_v4(load!(ops, remote_ip4));
-        local = Addr::from_v4(load!(ops, local_ip4));
+        remote = Addr::from_v4(load!(load_u32, bpf_sock_ops, ops, remote_ip4));
+        local = Addr::from_v4(load!(load_u32, bpf_sock_ops, ops, local_ip4));
     }
     Ends {
         local,
-        local_port: load!(ops, local_port) as u16,
+        local_port: load!(load_u32, bpf_sock_ops, ops, local_port) as u16,
         remote,
         // The port is the upper half of the word on little endian: the kernel shifts it there.
-        remote_port: u32::from_be(load!(ops, remote_port)) as u16,
+        remote_port: u32::from_be(load!(load_u32, bpf_sock_ops, ops, remote_port)) as u16,
     }
 }
 
 /// The local address of the socket of a callback.
 #[inline(always)]
 pub(crate) fn callback_local(ops: *mut bpf_sock_ops) -> Addr {
-    if load!(ops, family) == AF_INET6 {
-        let local = load_v6!(ops, local_ip6);
+    if load!(load_u32, bpf_sock_ops, ops, family) == AF_INET6 {
+        let local = load_v6!(bpf_sock_ops, ops, local_ip6);
         if !local.is_v4() {
             return local;
         }
     }
-    Addr::from_v4(load!(ops, local_ip4))
+    Addr::from_v4(load!(load_u32, bpf_sock_ops, ops, local_ip4))
 }
 
 /// Both ends of a connection that arrives: "local" is what was dialled.
 #[inline(always)]
 pub(crate) fn lookup_ends(lookup: *mut bpf_sk_lookup) -> Ends {
-    let (local, remote) = if load!(lookup, family) == AF_INET6 {
-        (load_v6!(lookup, local_ip6), load_v6!(lookup, remote_ip6))
+    let (local, remote) = if load!(load_u32, bpf_sk_lookup, lookup, family) == AF_INET6 {
+        (load_v6!(bpf_sk_lookup, lookup, local_ip6), load_v6!(bpf_sk_lookup, lookup, remote_ip6))
     } else {
-        (Addr::from_v4(load!(lookup, local_ip4)), Addr::from_v4(load!(lookup, remote_ip4)))
+        (
+            Addr::from_v4(load!(load_u32, bpf_sk_lookup, lookup, local_ip4)),
+            Addr::from_v4(load!(load_u32, bpf_sk_lookup, lookup, remote_ip4)),
+        )
     };
     Ends {
         local,
-        local_port: load!(lookup, local_port) as u16,
+        local_port: load!(load_u32, bpf_sk_lookup, lookup, local_port) as u16,
         remote,
-        remote_port: u16::from_be(load!(lookup, remote_port)),
+        remote_port: u16::from_be(load!(load_u16, bpf_sk_lookup, lookup, remote_port)),
     }
 }

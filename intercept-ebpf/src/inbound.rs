@@ -1,7 +1,7 @@
 //! Connections that reach the namespace: `sk_lookup` hands them to the proxy's listener. Nothing is rewritten, so
 //! the proxy finds the original destination as its own local address.
 
-use aya_ebpf::programs::SkLookupContext;
+use aya_ebpf::{bindings::bpf_sk_lookup, programs::SkLookupContext};
 use intercept_common::{
     Target, Verdict,
     decide::{Inbound, decide_inbound},
@@ -44,7 +44,7 @@ pub(crate) enum Steer {
 /// A connection without a socket of its own yet.
 #[inline(always)]
 pub(crate) fn steer(ctx: &SkLookupContext) -> Steer {
-    if load!(ctx.lookup, protocol) != TCP {
+    if load!(load_u32, bpf_sk_lookup, ctx.lookup, protocol) != TCP {
         return Steer::Pass;
     }
     let ends = context::lookup_ends(ctx.lookup);
@@ -58,7 +58,7 @@ pub(crate) fn steer(ctx: &SkLookupContext) -> Steer {
         dst: ends.local,
         dst_port: ends.local_port,
         src: ends.remote,
-        ifindex: load!(ctx.lookup, ingress_ifindex),
+        ifindex: load!(load_u32, bpf_sk_lookup, ctx.lookup, ingress_ifindex),
     };
     let conn = proxy_key(netns, &ends);
     let decision = decide_inbound(pod, &flow, &MapFacts { conn: Some(&conn) });
@@ -75,7 +75,7 @@ fn assign(ctx: &SkLookupContext, netns: u64, pod: &PodPolicy, target: Target) ->
         Target::Outbound => pod.outbound_port,
         Target::Inbound | Target::Dns => pod.inbound_port,
     };
-    let own = if load!(ctx.lookup, family) == context::AF_INET6 { 6 } else { 4 };
+    let own = if load!(load_u32, bpf_sk_lookup, ctx.lookup, family) == context::AF_INET6 { 6 } else { 4 };
     // A socket of IPv6 may take IPv4 as well; the kernel refuses the assignment if it does not.
     for family in [own, 6] {
         for slot in 0..LISTENER_SLOTS {

@@ -8,7 +8,7 @@
 use aya_ebpf::{
     bindings::{
         BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB, BPF_SOCK_OPS_STATE_CB, BPF_SOCK_OPS_STATE_CB_FLAG,
-        BPF_SOCK_OPS_TCP_CONNECT_CB, BPF_SOCK_OPS_TCP_LISTEN_CB, BPF_TCP_CLOSE, bpf_sock_ops,
+        BPF_SOCK_OPS_TCP_CONNECT_CB, BPF_SOCK_OPS_TCP_LISTEN_CB, BPF_TCP_CLOSE, bpf_sock, bpf_sock_ops,
     },
     programs::SockOpsContext,
 };
@@ -27,7 +27,7 @@ use crate::{
 /// A callback; most of the kernel's are none of ours and must cost nothing.
 #[inline(always)]
 pub(crate) fn callback(ctx: &SockOpsContext) {
-    match load!(ctx.ops, op) {
+    match load!(load_u32, bpf_sock_ops, ctx.ops, op) {
         BPF_SOCK_OPS_STATE_CB => state(ctx),
         BPF_SOCK_OPS_TCP_CONNECT_CB => dial(ctx),
         BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB => accepted(ctx),
@@ -39,7 +39,7 @@ pub(crate) fn callback(ctx: &SockOpsContext) {
 /// A SYN is about to leave: the local port is known now.
 #[inline(always)]
 fn dial(ctx: &SockOpsContext) {
-    let sk = load!(ctx.ops, __bindgen_anon_2.sk);
+    let sk = load!(load_u64, bpf_sock_ops, ctx.ops, __bindgen_anon_2) as *mut bpf_sock;
     if sk.is_null() {
         return;
     }
@@ -80,7 +80,7 @@ fn accepted(ctx: &SockOpsContext) {
 /// A watched socket changed state.
 #[inline(always)]
 fn state(ctx: &SockOpsContext) {
-    if load!(ctx.ops, __bindgen_anon_1.args[1]) != BPF_TCP_CLOSE {
+    if load!(load_u32, bpf_sock_ops, ctx.ops, __bindgen_anon_1, 1) != BPF_TCP_CLOSE {
         return;
     }
     let netns = maps::netns_cookie(ctx);
@@ -105,7 +105,7 @@ fn release(key: &ConnKey, gone: u64) -> bool {
 
 #[inline(always)]
 fn watch_state(ctx: &SockOpsContext) {
-    let flags = load!(ctx.ops, bpf_sock_ops_cb_flags) | BPF_SOCK_OPS_STATE_CB_FLAG;
+    let flags = load!(load_u32, bpf_sock_ops, ctx.ops, bpf_sock_ops_cb_flags) | BPF_SOCK_OPS_STATE_CB_FLAG;
     // Fails only for sockets that are not full ones, which none of the callbacks above has.
     let _full_socket = ctx.set_cb_flags(flags as i32);
 }
@@ -115,7 +115,7 @@ fn watch_state(ctx: &SockOpsContext) {
 fn listen(ctx: &SockOpsContext) {
     let netns = maps::netns_cookie(ctx);
     let Some(pod) = maps::pod(netns) else { return };
-    let port = load!(ctx.ops, local_port) as u16;
+    let port = load!(load_u32, bpf_sock_ops, ctx.ops, local_port) as u16;
     if port != pod.outbound_port && port != pod.inbound_port {
         return;
     }
@@ -136,7 +136,7 @@ fn listen(ctx: &SockOpsContext) {
 #[inline(always)]
 fn hold(ops: *mut bpf_sock_ops, netns: u64, port: u16) -> bool {
     const EEXIST: i32 = 17;
-    let family = if load!(ops, family) == AF_INET6 { 6 } else { 4 };
+    let family = if load!(load_u32, bpf_sock_ops, ops, family) == AF_INET6 { 6 } else { 4 };
     for slot in 0..LISTENER_SLOTS {
         match maps::add_listener(ops, ListenerKey { netns, port, family, slot, reserved: 0 }) {
             Ok(()) => return true,

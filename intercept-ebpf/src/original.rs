@@ -2,7 +2,7 @@
 //! its peer is.
 
 use aya_ebpf::{
-    bindings::bpf_sockopt,
+    bindings::{bpf_sock, bpf_sockopt},
     programs::{SockAddrContext, SockoptContext},
 };
 use intercept_common::{
@@ -11,7 +11,7 @@ use intercept_common::{
 };
 
 use crate::{
-    context::{self, AF_INET, AF_INET6, Ends, Family, TCP, UDP, load},
+    context::{self, AF_INET, AF_INET6, Ends, Family, TCP, UDP, load, store},
     maps,
 };
 
@@ -52,20 +52,21 @@ pub(crate) fn getsockopt(ctx: &SockoptContext) {
     if !answered(ctx) {
         // Zero tells the kernel to let its own answer stand, and saves it copying the hook's buffer back. That
         // buffer ends at a page, so that for a larger option (iptables' own, for one) all else would be EFAULT.
-        // SAFETY: the hook may write this field.
-        unsafe { core::ptr::write_volatile(&raw mut (*ctx.sockopt).optlen, 0) };
+        store!(bpf_sockopt, ctx.sockopt, 0, optlen);
     }
 }
 
 #[inline(always)]
 fn answered(ctx: &SockoptContext) -> bool {
-    let level = load!(ctx.sockopt, level);
-    if load!(ctx.sockopt, optname) != ORIGINAL_DST || (level != SOL_IP && level != SOL_IPV6) {
+    let level = load!(load_u32, bpf_sockopt, ctx.sockopt, level).cast_signed();
+    if load!(load_u32, bpf_sockopt, ctx.sockopt, optname).cast_signed() != ORIGINAL_DST
+        || (level != SOL_IP && level != SOL_IPV6)
+    {
         return false;
     }
     let netns = maps::netns_cookie(ctx);
-    let sk = load!(ctx.sockopt, __bindgen_anon_1.sk);
-    if sk.is_null() || load!(sk, protocol) != TCP || maps::pod(netns).is_none() {
+    let sk = load!(load_u64, bpf_sockopt, ctx.sockopt, __bindgen_anon_1) as *mut bpf_sock;
+    if sk.is_null() || load!(load_u32, bpf_sock, sk, protocol) != TCP || maps::pod(netns).is_none() {
         return false;
     }
     let ends = context::sock_ends(sk);
@@ -73,7 +74,7 @@ fn answered(ctx: &SockoptContext) -> bool {
         // SAFETY: the map holds OrigDst; an element taken out meanwhile is freed after a grace period.
         Some(entry) => unsafe { ((*entry).addr, (*entry).port()) },
         // conntrack, where it is there, has answered for a connection that nobody rewrote.
-        None if load!(ctx.sockopt, retval) == 0 => return false,
+        None if load!(load_u32, bpf_sockopt, ctx.sockopt, retval).cast_signed() == 0 => return false,
         // What it would say of such a connection: arriving ones are steered without a rewrite.
         None => (ends.local, ends.local_port),
     };
@@ -83,10 +84,10 @@ fn answered(ctx: &SockoptContext) -> bool {
 
 #[inline(always)]
 fn answer(sockopt: *mut bpf_sockopt, addr: Addr, port: u16) -> bool {
-    let start: *mut u8 = load!(sockopt, __bindgen_anon_2.optval).cast();
-    let end: *mut u8 = load!(sockopt, __bindgen_anon_3.optval_end).cast();
+    let start: *mut u8 = load!(load_u64, bpf_sockopt, sockopt, __bindgen_anon_2) as *mut u8;
+    let end: *mut u8 = load!(load_u64, bpf_sockopt, sockopt, __bindgen_anon_3) as *mut u8;
     let port_be = u32::from(port.to_be()) << 16;
-    let len: usize = if addr.is_v4() { 16 } else { 28 };
+    let len: u32 = if addr.is_v4() { 16 } else { 28 };
     // SAFETY: the bound is checked against the end of the buffer, as the verifier demands; fields are the hook's.
     unsafe {
         if addr.is_v4() {
@@ -112,9 +113,9 @@ fn answer(sockopt: *mut bpf_sockopt, addr: Addr, port: u16) -> bool {
             out.add(5).write_unaligned(words[3]);
             out.add(6).write_unaligned(0);
         }
-        core::ptr::write_volatile(&raw mut (*sockopt).optlen, len as i32);
-        core::ptr::write_volatile(&raw mut (*sockopt).retval, 0);
     }
+    store!(bpf_sockopt, sockopt, len, optlen);
+    store!(bpf_sockopt, sockopt, 0, retval);
     true
 }
 

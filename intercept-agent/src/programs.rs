@@ -1,0 +1,165 @@
+//! The programs: those of the cgroup hooks are loaded once a node and shared by all pods; `sk_lookup` has an instance a
+//! pod, because that hook cannot ask in which namespace it runs.
+
+use std::{
+    collections::HashSet,
+    io,
+    os::fd::{AsFd as _, AsRawFd as _, OwnedFd},
+    path::Path,
+};
+
+use aya::{
+    EbpfLoader,
+    programs::{CgroupSockAddr, CgroupSockopt, Program, SockOps},
+};
+use aya_obj::{Object, generated::bpf_attach_type};
+use intercept_common::names;
+
+use crate::{kernel, offsets};
+
+/// The compiled programs.
+pub static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/intercept.o"));
+
+/// The constant that stands in the object for the cookie of the pod's namespace.
+const COOKIE_PLACEHOLDER: u64 = 0x696e_7465_7263_6570;
+
+/// Why programs could not be loaded.
+#[derive(Debug, thiserror::Error)]
+pub enum ProgramError {
+    /// aya could not make maps or relocate.
+    #[error("creating the maps and relocating the programs")]
+    Load(#[source] aya::EbpfError),
+    /// The kernel refused a program.
+    #[error("loading program {name}: `intercept-agent check` says what this kernel lacks")]
+    Verify {
+        /// Name of the program.
+        name: &'static str,
+        /// The kernel's word, with the verifier's log.
+        #[source]
+        source: Box<aya::programs::ProgramError>,
+    },
+    /// A name of the list is not in the object, or of another kind.
+    #[error("the built-in object has no program {0}: the build is inconsistent")]
+    Absent(&'static str),
+    /// Pinning failed.
+    #[error("pinning program {name} in {dir}")]
+    Pin {
+        /// Name of the program.
+        name: &'static str,
+        /// Folder in bpffs.
+        dir: String,
+        /// The kernel's word.
+        #[source]
+        source: io::Error,
+    },
+    /// The per-pod instance could not be made from the object.
+    #[error("preparing program {} for a pod", names::SK_LOOKUP)]
+    Instance(#[source] Box<dyn std::error::Error + Send + Sync>),
+    /// The kernel refused the per-pod instance.
+    #[error("loading program {} for a pod", names::SK_LOOKUP)]
+    InstanceLoad(#[source] io::Error),
+}
+
+/// The hook that a program of the cgroup attaches to.
+pub fn attach_type(program: &str) -> bpf_attach_type {
+    match program {
+        names::CONNECT4 => bpf_attach_type::BPF_CGROUP_INET4_CONNECT,
+        names::CONNECT6 => bpf_attach_type::BPF_CGROUP_INET6_CONNECT,
+        names::GETPEERNAME4 => bpf_attach_type::BPF_CGROUP_INET4_GETPEERNAME,
+        names::GETPEERNAME6 => bpf_attach_type::BPF_CGROUP_INET6_GETPEERNAME,
+        names::SENDMSG4 => bpf_attach_type::BPF_CGROUP_UDP4_SENDMSG,
+        names::SENDMSG6 => bpf_attach_type::BPF_CGROUP_UDP6_SENDMSG,
+        names::RECVMSG4 => bpf_attach_type::BPF_CGROUP_UDP4_RECVMSG,
+        names::RECVMSG6 => bpf_attach_type::BPF_CGROUP_UDP6_RECVMSG,
+        names::GETSOCKOPT => bpf_attach_type::BPF_CGROUP_GETSOCKOPT,
+        names::SOCK_OPS => bpf_attach_type::BPF_CGROUP_SOCK_OPS,
+        names::SK_LOOKUP => bpf_attach_type::BPF_SK_LOOKUP,
+        other => unreachable!("{other} is not in the list of programs"),
+    }
+}
+
+/// Load the shared programs over the maps pinned in `maps` (made and pinned there if they are not), and pin them in
+/// `programs`.
+pub fn load_shared(maps: &Path, programs: &Path) -> Result<(), ProgramError> {
+    let found = offsets::find();
+    if let Err(error) = &found {
+        tracing::warn!(error = error as &dyn std::error::Error, "owners are those of the task that connects");
+    }
+    let mut loader = EbpfLoader::new();
+    if let Ok(offsets) = &found {
+        for (name, offset) in offsets {
+            loader.override_global(name, offset, true);
+        }
+    }
+    let paths = names::MAPS.map(|name| (name, maps.join(name)));
+    for (name, path) in &paths {
+        loader.map_pin_path(name, path.as_path());
+    }
+    let mut ebpf = loader.load(OBJECT).map_err(ProgramError::Load)?;
+    for name in names::CGROUP_PROGRAMS {
+        let program = ebpf.program_mut(name).ok_or(ProgramError::Absent(name))?;
+        let loaded = match program {
+            Program::CgroupSockAddr(program) => CgroupSockAddr::load(program),
+            Program::CgroupSockopt(program) => CgroupSockopt::load(program),
+            Program::SockOps(program) => SockOps::load(program),
+            _ => return Err(ProgramError::Absent(name)),
+        };
+        let verify = |source| ProgramError::Verify { name, source: Box::new(source) };
+        loaded.map_err(verify)?;
+        kernel::pin(program.fd().map_err(verify)?.as_fd(), &programs.join(name)).map_err(|source| {
+            ProgramError::Pin { name, dir: programs.display().to_string(), source }
+        })?;
+    }
+    Ok(())
+}
+
+/// Load the `sk_lookup` program for the namespace of this cookie, over the maps pinned in `maps`.
+///
+/// Not through aya's loader, which reads all of the kernel's types first: an instance takes a tenth of that.
+pub fn load_lookup(maps: &Path, netns_cookie: u64) -> Result<OwnedFd, ProgramError> {
+    let instance = |error: Box<dyn std::error::Error + Send + Sync>| ProgramError::Instance(error);
+    let mut object = Object::parse(OBJECT).map_err(|e| instance(e.into()))?;
+    let text_sections: HashSet<usize> = object.functions.keys().map(|(section, _)| *section).collect();
+    let mut opened = Vec::new();
+    for name in object.maps.keys().filter(|name| names::MAPS.contains(&name.as_str())) {
+        let fd = kernel::open_pin(&maps.join(name)).map_err(|e| instance(e.into()))?;
+        opened.push((name.clone(), fd));
+    }
+    let object_maps = object.maps.clone();
+    // Sections without a map of their own (the globals) are used by other programs only; any descriptor does.
+    let any = opened.first().map_or(-1, |(_, fd)| fd.as_raw_fd());
+    let fds = object_maps.iter().map(|(name, map)| {
+        let fd = opened.iter().find(|(opened, _)| opened == name).map_or(any, |(_, fd)| fd.as_raw_fd());
+        (name.as_str(), fd, map)
+    });
+    object.relocate_maps(fds, &text_sections).map_err(|e| instance(e.into()))?;
+    object.relocate_calls(&text_sections).map_err(|e| instance(e.into()))?;
+    let key = object.programs.get(names::SK_LOOKUP).ok_or(ProgramError::Absent(names::SK_LOOKUP))?.function_key();
+    let function = object.functions.get_mut(&key).ok_or(ProgramError::Absent(names::SK_LOOKUP))?;
+    if !write_cookie(&mut function.instructions, netns_cookie) {
+        return Err(instance("the placeholder of the netns cookie is not in the program".into()));
+    }
+    kernel::load_sk_lookup(names::SK_LOOKUP, &function.instructions).map_err(ProgramError::InstanceLoad)
+}
+
+/// Replace the placeholder: a 64-bit constant is two instructions with half of it each.
+fn write_cookie(instructions: &mut [aya_obj::generated::bpf_insn], cookie: u64) -> bool {
+    const LD_IMM64: u8 = 0x18;
+    let halves = |value: u64| ((value & 0xffff_ffff) as u32, (value >> 32) as u32);
+    let (low, high) = halves(COOKIE_PLACEHOLDER);
+    let (new_low, new_high) = halves(cookie);
+    let mut written = false;
+    for at in 1..instructions.len() {
+        let [first, second] = &mut instructions[at - 1..=at] else { continue };
+        if first.code == LD_IMM64
+            && first.src_reg() == 0
+            && first.imm.cast_unsigned() == low
+            && second.imm.cast_unsigned() == high
+        {
+            first.imm = new_low.cast_signed();
+            second.imm = new_high.cast_signed();
+            written = true;
+        }
+    }
+    written
+}

@@ -1,0 +1,258 @@
+//! The agent's folder in bpffs, which is all of its state:
+//!
+//! ```text
+//! BPFFS/intercept/v<layout>/maps/NAME               shared by all pods
+//! BPFFS/intercept/v<layout>/programs-<digest>/NAME  shared by all pods; the digest is that of the object
+//! BPFFS/intercept/v<layout>/pods/<cookie>/<link>    one for each program
+//! BPFFS/intercept/v<layout>/pods/<cookie>/record-<policy id>
+//! ```
+//!
+//! A pod is in force when PODS has its cookie; the record in force is the one that is named by that policy's id. All
+//! else is on its way in or out, and may be swept.
+
+use std::{
+    fs::{self, File},
+    io,
+    os::fd::AsFd as _,
+    path::{Path, PathBuf},
+};
+
+use intercept_common::layout;
+use rustix::fs::FlockOperation;
+use serde::{Deserialize, Serialize};
+
+use crate::{kernel, options::Config};
+
+/// Where bpffs is mounted unless `--bpffs` says otherwise.
+pub const DEFAULT_BPFFS: &str = "/sys/fs/bpf";
+
+/// A step on the store failed.
+#[derive(Debug, thiserror::Error)]
+pub enum StoreError {
+    /// The folder is there but is no bpffs, and nothing can be mounted on it.
+    #[error("mounting bpffs on {path}: run as root with CAP_SYS_ADMIN, or mount it with `mount -t bpf bpf {path}`")]
+    Mount {
+        /// The folder.
+        path: String,
+        /// The kernel's word.
+        #[source]
+        source: io::Error,
+    },
+    /// A call on a path failed.
+    #[error("{action} {path}")]
+    Path {
+        /// What was attempted.
+        action: &'static str,
+        /// On what.
+        path: String,
+        /// The kernel's word.
+        #[source]
+        source: io::Error,
+    },
+    /// A record does not read.
+    #[error("reading record {path}: it was written by another version; detach the pod with that version")]
+    Record {
+        /// The pin.
+        path: String,
+        /// What is wrong with it.
+        #[source]
+        source: serde_json::Error,
+    },
+}
+
+fn at<'a>(action: &'static str, path: &'a Path) -> impl FnOnce(io::Error) -> StoreError + use<'a> {
+    move |source| StoreError::Path { action, path: path.display().to_string(), source }
+}
+
+/// What is remembered of an attached pod, beside its links.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Record {
+    /// Netns cookie.
+    pub cookie: u64,
+    /// [`layout::PodPolicy::id`] of the policy that this record describes.
+    pub policy: u32,
+    /// Index of its counters.
+    pub slot: u32,
+    /// The cgroup, as it was named.
+    pub cgroup: PathBuf,
+    /// Its id, which a cgroup of the same name made later does not have.
+    pub cgroup_id: u64,
+    /// Inode of the network namespace.
+    pub netns_inode: u64,
+    /// A path that leads to the namespace, if one was given.
+    pub netns_path: Option<PathBuf>,
+    /// What is captured; ids as seen inside the pod.
+    pub config: Config,
+    /// Seconds since 1970 when this policy was put in force.
+    pub since: u64,
+}
+
+/// The folder.
+#[derive(Clone, Debug)]
+pub struct Store {
+    root: PathBuf,
+    digest: String,
+}
+
+/// Held while the store is changed: one agent at a time.
+pub struct Lock(#[expect(dead_code, reason = "the lock goes with the descriptor")] File);
+
+impl Store {
+    /// The store in this bpffs, which is mounted if it is not.
+    pub fn open(bpffs: &Path) -> Result<Self, StoreError> {
+        ensure_bpffs(bpffs)?;
+        Ok(Self::at(bpffs))
+    }
+
+    /// The store in this bpffs if it is mounted there: for those who only look.
+    pub fn find(bpffs: &Path) -> Option<Self> {
+        (is_bpffs(bpffs) && Self::at(bpffs).maps().is_dir()).then(|| Self::at(bpffs))
+    }
+
+    fn at(bpffs: &Path) -> Self {
+        Self { root: bpffs.join("intercept"), digest: digest(crate::programs::OBJECT) }
+    }
+
+    /// Wait for the store to be ours.
+    pub fn lock(&self) -> Result<Lock, StoreError> {
+        fs::create_dir_all(&self.root).map_err(at("creating", &self.root))?;
+        let dir = File::open(&self.root).map_err(at("opening", &self.root))?;
+        rustix::fs::flock(&dir, FlockOperation::LockExclusive)
+            .map_err(io::Error::from)
+            .map_err(at("locking", &self.root))?;
+        Ok(Lock(dir))
+    }
+
+    fn version(&self) -> PathBuf {
+        self.root.join(format!("v{}", layout::VERSION))
+    }
+
+    /// Folder of the maps.
+    pub fn maps(&self) -> PathBuf {
+        self.version().join("maps")
+    }
+
+    /// Folder of the programs of this very build.
+    pub fn programs(&self) -> PathBuf {
+        self.version().join(format!("programs-{}", self.digest))
+    }
+
+    /// Folders of the programs of other builds.
+    pub fn other_programs(&self) -> Result<Vec<PathBuf>, StoreError> {
+        let own = self.programs();
+        Ok(list(&self.version())?
+            .into_iter()
+            .filter(|path| *path != own && file_name(path).starts_with("programs-"))
+            .collect())
+    }
+
+    /// Folder of a pod.
+    pub fn pod(&self, cookie: u64) -> PathBuf {
+        self.version().join("pods").join(cookie.to_string())
+    }
+
+    /// Cookies of all pods that have a folder, in force or not.
+    pub fn pods(&self) -> Result<Vec<u64>, StoreError> {
+        let mut cookies: Vec<u64> =
+            list(&self.version().join("pods"))?.iter().filter_map(|path| file_name(path).parse().ok()).collect();
+        cookies.sort_unstable();
+        Ok(cookies)
+    }
+
+    /// Write a record; it counts once its policy is in force.
+    pub fn write_record(&self, record: &Record) -> Result<(), StoreError> {
+        let path = self.record_path(record.cookie, record.policy);
+        let json = serde_json::to_vec(record).expect("a record has string keys only");
+        kernel::create_blob("record", &json)
+            .and_then(|map| kernel::pin(map.as_fd(), &path))
+            .map_err(at("writing record", &path))
+    }
+
+    /// The record of a policy, if there is one.
+    pub fn read_record(&self, cookie: u64, policy: u32) -> Result<Option<Record>, StoreError> {
+        let path = self.record_path(cookie, policy);
+        if !path.exists() {
+            return Ok(None);
+        }
+        let read = || {
+            let data = aya::maps::MapData::from_pin(&path).map_err(io::Error::other)?;
+            let len = data.info().map_err(io::Error::other)?.value_size();
+            kernel::read_blob(data.fd().as_fd(), len as usize)
+        };
+        let json = read().map_err(at("reading record", &path))?;
+        serde_json::from_slice(&json)
+            .map(Some)
+            .map_err(|source| StoreError::Record { path: path.display().to_string(), source })
+    }
+
+    /// Take out all records of a pod but that of one policy.
+    pub fn drop_other_records(&self, cookie: u64, keep: u32) -> Result<(), StoreError> {
+        let keep = self.record_path(cookie, keep);
+        for path in list(&self.pod(cookie))? {
+            if path != keep && file_name(&path).starts_with("record-") {
+                fs::remove_file(&path).map_err(at("removing", &path))?;
+            }
+        }
+        Ok(())
+    }
+
+    fn record_path(&self, cookie: u64, policy: u32) -> PathBuf {
+        self.pod(cookie).join(format!("record-{policy}"))
+    }
+
+    /// Take out a folder with what is pinned in it.
+    pub fn remove(&self, path: &Path) -> Result<(), StoreError> {
+        match fs::remove_dir_all(path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(at("removing", path)(error)),
+            _ => Ok(()),
+        }
+    }
+
+    /// Take out everything.
+    pub fn remove_all(&self) -> Result<(), StoreError> {
+        self.remove(&self.root)
+    }
+
+    /// Make a folder.
+    pub fn create(&self, path: &Path) -> Result<(), StoreError> {
+        fs::create_dir_all(path).map_err(at("creating", path))
+    }
+}
+
+fn file_name(path: &Path) -> &str {
+    path.file_name().and_then(|name| name.to_str()).unwrap_or_default()
+}
+
+fn list(dir: &Path) -> Result<Vec<PathBuf>, StoreError> {
+    match fs::read_dir(dir) {
+        Ok(entries) => {
+            entries.map(|entry| entry.map(|e| e.path())).collect::<Result<_, _>>().map_err(at("listing", dir))
+        }
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
+        Err(error) => Err(at("listing", dir)(error)),
+    }
+}
+
+fn is_bpffs(path: &Path) -> bool {
+    const BPF_FS_MAGIC: u64 = 0xcafe_4a11;
+    rustix::fs::statfs(path).is_ok_and(|stat| stat.f_type.cast_unsigned() == BPF_FS_MAGIC)
+}
+
+fn ensure_bpffs(path: &Path) -> Result<(), StoreError> {
+    if is_bpffs(path) {
+        return Ok(());
+    }
+    fs::create_dir_all(path).map_err(at("creating", path))?;
+    rustix::mount::mount("bpf", path, "bpf", rustix::mount::MountFlags::empty(), Some(c"mode=0700"))
+        .map_err(|source| StoreError::Mount { path: path.display().to_string(), source: source.into() })?;
+    tracing::info!(path = %path.display(), "mounted bpffs");
+    Ok(())
+}
+
+/// Names an object in a path (bpffs allows no dots). Tells builds apart; guards against nothing.
+fn digest(object: &[u8]) -> String {
+    use std::hash::{Hash as _, Hasher as _};
+    let mut hasher = std::hash::DefaultHasher::new();
+    object.hash(&mut hasher);
+    format!("{:016x}", hasher.finish())
+}

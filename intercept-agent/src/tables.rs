@@ -1,0 +1,256 @@
+//! The pinned maps of a node, typed.
+
+use std::{
+    io,
+    path::{Path, PathBuf},
+};
+
+use aya::maps::{
+    Array, HashMap, MapData, MapError, PerCpuArray, PerCpuValues, SockHash,
+    lpm_trie::{Key, LpmTrie},
+};
+use intercept_common::{
+    layout::{
+        ConnKey, Counters, Destination, DestinationKey, ListenerKey, MemberKey, OrigDst, PodPolicy, Proxy,
+    },
+    names,
+};
+
+use crate::{compile::Entries, kernel::Plain};
+
+type Hash<K, V> = HashMap<MapData, Plain<K>, Plain<V>>;
+
+/// The maps, opened from their pins.
+pub struct Tables {
+    /// Netns cookie to policy.
+    pub pods: HashMap<MapData, u64, Plain<PodPolicy>>,
+    destinations: LpmTrie<MapData, Plain<DestinationKey>, Plain<Destination>>,
+    ports: Hash<MemberKey, u32>,
+    groups: Hash<MemberKey, u32>,
+    interfaces: Hash<MemberKey, u32>,
+    listeners: SockHash<MapData, Plain<ListenerKey>>,
+    orig_dst: Hash<ConnKey, OrigDst>,
+    proxies: Array<MapData, Plain<Proxy>>,
+    decisions: PerCpuArray<MapData, Plain<Counters>>,
+}
+
+/// A map call failed.
+#[derive(Debug, thiserror::Error)]
+#[error("{action} map {map}")]
+pub struct TableError {
+    action: &'static str,
+    map: String,
+    #[source]
+    source: MapError,
+}
+
+impl TableError {
+    /// Whether the map has no room.
+    pub fn is_full(&self) -> bool {
+        matches!(&self.source, MapError::SyscallError(e) if e.io_error.raw_os_error() == Some(libc::E2BIG)
+            || e.io_error.raw_os_error() == Some(libc::ENOSPC))
+    }
+}
+
+fn failed(action: &'static str, map: &str) -> impl FnOnce(MapError) -> TableError {
+    move |source| TableError { action, map: map.to_owned(), source }
+}
+
+fn gone_is_fine(result: Result<(), MapError>) -> Result<(), MapError> {
+    match result {
+        Err(MapError::KeyNotFound) => Ok(()),
+        Err(MapError::SyscallError(error)) if error.io_error.kind() == io::ErrorKind::NotFound => Ok(()),
+        other => other,
+    }
+}
+
+fn open<T: TryFrom<aya::maps::Map, Error = MapError>>(
+    dir: &Path,
+    name: &str,
+    wrap: fn(MapData) -> aya::maps::Map,
+) -> Result<T, TableError> {
+    let path: PathBuf = dir.join(name);
+    let data = MapData::from_pin(&path).map_err(failed("opening", &path.display().to_string()))?;
+    T::try_from(wrap(data)).map_err(failed("opening", name))
+}
+
+impl Tables {
+    /// Open all of them from their folder.
+    pub fn open(dir: &Path) -> Result<Self, TableError> {
+        use aya::maps::Map;
+        Ok(Self {
+            pods: open(dir, names::PODS, Map::HashMap)?,
+            destinations: open(dir, names::DESTINATIONS, Map::LpmTrie)?,
+            ports: open(dir, names::PORTS, Map::HashMap)?,
+            groups: open(dir, names::GROUPS, Map::HashMap)?,
+            interfaces: open(dir, names::INTERFACES, Map::HashMap)?,
+            listeners: open(dir, names::LISTENERS, Map::SockHash)?,
+            orig_dst: open(dir, names::ORIG_DST, Map::HashMap)?,
+            proxies: open(dir, names::PROXIES, Map::Array)?,
+            decisions: open(dir, names::DECISIONS, Map::PerCpuArray)?,
+        })
+    }
+
+    /// The policies in force.
+    pub fn policies(&self) -> Result<Vec<(u64, PodPolicy)>, TableError> {
+        self.pods
+            .iter()
+            .map(|entry| entry.map(|(cookie, policy)| (cookie, policy.0)))
+            .collect::<Result<_, _>>()
+            .map_err(failed("reading", names::PODS))
+    }
+
+    /// The policy of a namespace.
+    pub fn policy(&self, cookie: u64) -> Result<Option<PodPolicy>, TableError> {
+        match self.pods.get(&cookie, 0) {
+            Ok(policy) => Ok(Some(policy.0)),
+            Err(MapError::KeyNotFound) => Ok(None),
+            Err(error) => Err(failed("reading", names::PODS)(error)),
+        }
+    }
+
+    /// Put a policy in force, or another in its place: the one step that connections notice.
+    pub fn switch_on(&mut self, cookie: u64, policy: &PodPolicy) -> Result<(), TableError> {
+        self.pods.insert(cookie, Plain(*policy), 0).map_err(failed("switching on a pod in", names::PODS))
+    }
+
+    /// Let the namespace alone from here on.
+    pub fn switch_off(&mut self, cookie: u64) -> Result<(), TableError> {
+        gone_is_fine(self.pods.remove(&cookie)).map_err(failed("switching off a pod in", names::PODS))
+    }
+
+    /// Write the lists of a policy that is not in force yet.
+    pub fn write(&mut self, id: u32, entries: &Entries) -> Result<(), TableError> {
+        for (prefix_len, addr, destination) in &entries.destinations {
+            let key = Key::new(32 + prefix_len, Plain(DestinationKey { policy: id, addr: *addr }));
+            self.destinations
+                .insert(&key, Plain(*destination), 0)
+                .map_err(failed("writing to", names::DESTINATIONS))?;
+        }
+        for (map, name, members) in [
+            (&mut self.ports, names::PORTS, &entries.ports),
+            (&mut self.groups, names::GROUPS, &entries.groups),
+            (&mut self.interfaces, names::INTERFACES, &entries.interfaces),
+        ] {
+            for (&member, &bits) in members {
+                map.insert(Plain(MemberKey { policy: id, member }), Plain(bits), 0).map_err(failed("writing to", name))?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Take out every list entry whose policy `keep` does not want; says how many.
+    pub fn purge_lists(&mut self, keep: impl Fn(u32) -> bool) -> Result<usize, TableError> {
+        let mut purged = 0;
+        let stale: Vec<_> = self
+            .destinations
+            .keys()
+            .collect::<Result<Vec<_>, _>>()
+            .map_err(failed("reading", names::DESTINATIONS))?
+            .into_iter()
+            .filter(|key| !keep(key.data().0.policy))
+            .collect();
+        purged += stale.len();
+        for key in stale {
+            gone_is_fine(self.destinations.remove(&key)).map_err(failed("purging", names::DESTINATIONS))?;
+        }
+        for (map, name) in [
+            (&mut self.ports, names::PORTS),
+            (&mut self.groups, names::GROUPS),
+            (&mut self.interfaces, names::INTERFACES),
+        ] {
+            let stale: Vec<_> = map
+                .keys()
+                .collect::<Result<Vec<_>, _>>()
+                .map_err(failed("reading", name))?
+                .into_iter()
+                .filter(|key| !keep(key.0.policy))
+                .collect();
+            purged += stale.len();
+            for key in stale {
+                gone_is_fine(map.remove(&key)).map_err(failed("purging", name))?;
+            }
+        }
+        Ok(purged)
+    }
+
+    /// Forget the connections and listeners of every namespace that `keep` does not want; says how many.
+    pub fn purge_connections(&mut self, keep: impl Fn(u64) -> bool) -> Result<usize, TableError> {
+        let stale: Vec<_> = self
+            .orig_dst
+            .keys()
+            .filter_map(Result::ok)
+            .filter(|key| !keep(key.0.netns))
+            .collect();
+        for key in &stale {
+            gone_is_fine(self.orig_dst.remove(key)).map_err(failed("purging", names::ORIG_DST))?;
+        }
+        let listeners: Vec<_> =
+            self.listeners.keys().filter_map(Result::ok).filter(|key| !keep(key.0.netns)).collect();
+        for key in &listeners {
+            gone_is_fine(self.listeners.remove(key)).map_err(failed("purging", names::LISTENERS))?;
+        }
+        Ok(stale.len() + listeners.len())
+    }
+
+    /// How many redirected connections of a namespace are remembered.
+    pub fn connections(&self, cookie: u64) -> usize {
+        self.orig_dst.keys().filter_map(Result::ok).filter(|key| key.0.netns == cookie).count()
+    }
+
+    /// Hold a socket that listened before the programs were attached.
+    pub fn add_listener(&mut self, key: ListenerKey, socket: impl std::os::fd::AsRawFd) -> Result<(), TableError> {
+        self.listeners.insert(Plain(key), socket, 0).map_err(failed("holding a listener in", names::LISTENERS))
+    }
+
+    /// The listeners held for a namespace.
+    pub fn listeners(&self, cookie: u64) -> Vec<ListenerKey> {
+        self.listeners.keys().filter_map(Result::ok).map(|key| key.0).filter(|key| key.netns == cookie).collect()
+    }
+
+    /// What is known of the proxy in a slot.
+    pub fn set_proxy(&mut self, slot: u32, proxy: Proxy) -> Result<(), TableError> {
+        self.proxies.set(slot, Plain(proxy), 0).map_err(failed("writing to", names::PROXIES))
+    }
+
+    /// The counters of a slot, all CPUs added up.
+    pub fn counters(&self, slot: u32) -> Result<Counters, TableError> {
+        let values = self.decisions.get(&slot, 0).map_err(failed("reading", names::DECISIONS))?;
+        let mut sum = Counters { counts: [0; intercept_common::reason::COUNTERS] };
+        for cpu in values.iter() {
+            for (total, count) in sum.counts.iter_mut().zip(cpu.0.counts) {
+                *total += count;
+            }
+        }
+        Ok(sum)
+    }
+
+    /// Start a slot's counters from nothing.
+    pub fn reset_counters(&mut self, slot: u32) -> Result<(), TableError> {
+        let cpus = aya::util::nr_cpus().map_err(|(_, e)| failed("counting CPUs for", names::DECISIONS)(MapError::IoError(e)))?;
+        let zero = Plain(Counters { counts: [0; intercept_common::reason::COUNTERS] });
+        let values = PerCpuValues::try_from(vec![zero; cpus])
+            .map_err(|e| failed("writing to", names::DECISIONS)(MapError::IoError(e)))?;
+        self.decisions.set(slot, values, 0).map_err(failed("writing to", names::DECISIONS))
+    }
+
+    /// What the programs would find for an address.
+    pub fn destination(&self, policy: u32, addr: intercept_common::Addr) -> Option<Destination> {
+        self.destinations.get(&Key::new(160, Plain(DestinationKey { policy, addr })), 0).ok().map(|d| d.0)
+    }
+
+    /// What the programs would find for a port.
+    pub fn port(&self, policy: u32, port: u16) -> u32 {
+        self.ports.get(&Plain(MemberKey { policy, member: port.into() }), 0).map_or(0, |bits| bits.0)
+    }
+
+    /// Whether the programs would find a group.
+    pub fn group(&self, policy: u32, gid: u32) -> bool {
+        self.groups.get(&Plain(MemberKey { policy, member: gid }), 0).is_ok()
+    }
+
+    /// What the programs would find for an interface.
+    pub fn interface(&self, policy: u32, ifindex: u32) -> u32 {
+        self.interfaces.get(&Plain(MemberKey { policy, member: ifindex }), 0).map_or(0, |bits| bits.0)
+    }
+}
