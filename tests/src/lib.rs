@@ -4,4 +4,6 @@
 //! Everything here works by system calls and rtnetlink alone, so that it also runs in a virtual machine that
 //! holds nothing but these binaries. The only exception is [`iptables`], which needs iptables-restore.
 
+pub mod actor;
+pub mod datagram;
 pub mod testbed;
