@@ -1,1 +1,9 @@
-//! Testbed.
+//! The testbed: pods made of a network namespace, a cgroup and a veth pair to the outside world, an actor that
+//! makes and answers flows in them, istio-iptables' rules as data, and the comparison between the two.
+//!
+//! Everything here works by system calls and rtnetlink alone, so that it also runs in a virtual machine that
+//! holds nothing but these binaries. The only exception is [`iptables`], which needs iptables-restore.
+
+pub mod actor;
+pub mod datagram;
+pub mod testbed;

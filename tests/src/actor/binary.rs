@@ -1,0 +1,53 @@
+//! Where the actor's executable is.
+
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail};
+use tempfile::TempDir;
+
+/// The variable that overrides the search.
+pub const VARIABLE: &str = "INTERCEPT_ACTOR";
+
+/// Finds the binary `actor`: where [`VARIABLE`] says, or beside the running executable or one folder above it,
+/// which is where cargo puts it.
+pub fn locate() -> Result<PathBuf> {
+    if let Some(path) = std::env::var_os(VARIABLE) {
+        return Ok(path.into());
+    }
+    let here = std::env::current_exe().context("finding the running executable")?;
+    for folder in here.ancestors().skip(1).take(2) {
+        let path = folder.join("actor");
+        if path.is_file() {
+            return Ok(path);
+        }
+    }
+    bail!("no actor beside {}: build it with cargo build -p tests, or set {VARIABLE}", here.display());
+}
+
+/// A copy of an executable that every user may run; a checkout in root's home is closed to others.
+#[derive(Debug)]
+pub struct ReadableCopy {
+    path: PathBuf,
+    _folder: TempDir,
+}
+
+impl ReadableCopy {
+    /// Copies `original` into a new folder below the system's one for temporary files.
+    pub fn of(original: &Path) -> Result<Self> {
+        let folder =
+            tempfile::Builder::new().prefix("intercept-test.").tempdir().context("making a folder")?;
+        fs::set_permissions(folder.path(), fs::Permissions::from_mode(0o755))?;
+        let name = original.file_name().with_context(|| format!("{} is no file", original.display()))?;
+        let path = folder.path().join(name);
+        fs::copy(original, &path).with_context(|| format!("copying {}", original.display()))?;
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o755))?;
+        Ok(Self { path, _folder: folder })
+    }
+
+    /// The copy.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+}

@@ -1,0 +1,103 @@
+//! The actor's process: reads requests, hands each to the thread that runs as the asked user, writes replies.
+
+mod crew;
+mod dial;
+mod listen;
+mod options;
+mod query;
+mod relay;
+
+use std::io::{BufRead, BufWriter, Write};
+use std::sync::mpsc;
+
+use anyhow::{Context, Result};
+use tests::actor::protocol::{Done, Job, Message, Request};
+use tests::actor::{Listen, Transport};
+
+use crew::Crew;
+use options::Privileged;
+
+/// Where replies go.
+type Output = mpsc::Sender<Message>;
+
+fn main() -> Result<()> {
+    let (output, messages) = mpsc::channel();
+    let writer = std::thread::spawn(move || write(&messages));
+    let privileged = Privileged::start();
+    let mut crew = Crew::default();
+    for line in std::io::stdin().lock().lines() {
+        let line = line.context("reading requests")?;
+        let Request { id, job } =
+            serde_json::from_str(&line).with_context(|| format!("understanding the request {line}"))?;
+        start(&mut crew, &privileged, &output, id, job);
+    }
+    // Nobody is left to tell; connections still open end with the process.
+    drop(writer);
+    Ok(())
+}
+
+fn start(crew: &mut Crew, privileged: &Privileged, output: &Output, id: u64, job: Job) {
+    let output = output.clone();
+    let reply = {
+        let output = output.clone();
+        // An error means that the writer is gone, and with it the reader.
+        move |done| drop(output.send(Message::Reply { id, done }))
+    };
+    let ids = match &job {
+        Job::Listen(Listen { bind, .. }) => bind.ids,
+        Job::Relay(relay) => relay.bind.ids,
+        Job::Dial(dial) => dial.ids,
+        Job::Query(query) => query.ids,
+        Job::Close(opened) => {
+            let known = crew.close(*opened);
+            reply(if known {
+                Done::Closed
+            } else {
+                Done::Failed(format!("request {opened} opened nothing"))
+            });
+            return;
+        }
+    };
+    let result = match job {
+        Job::Dial(dial) => crew.member(ids).map(|member| {
+            member.run(async move || reply(Done::Dialled(dial::dial(dial).await)));
+        }),
+        Job::Query(query) => crew.member(ids).map(|member| {
+            member.run(async move || reply(Done::Queried(query::query(query).await)));
+        }),
+        Job::Listen(listen) => crew.member(ids).map(|member| {
+            let privileged = privileged.clone();
+            let stop = member.run_until_closed(async move || {
+                let failed = reply.clone();
+                let ready = move |addr| reply(Done::Ready(addr));
+                let served = match listen.transport {
+                    Transport::Tcp => listen::connections(listen, &privileged, ready).await,
+                    Transport::Udp => listen::datagrams(listen, &privileged, ready).await,
+                };
+                if let Err(error) = served {
+                    failed(Done::Failed(format!("{error:#}")));
+                }
+            });
+            crew.opened(id, vec![stop]);
+        }),
+        Job::Relay(relay) => relay::open(crew, privileged, relay, id, &output, reply.clone()),
+        Job::Close(_) => unreachable!("answered above"),
+    };
+    if let Err(error) = result {
+        drop(output.send(Message::Reply { id, done: Done::Failed(format!("{error:#}")) }));
+    }
+}
+
+fn write(messages: &mpsc::Receiver<Message>) -> Result<()> {
+    let mut output = BufWriter::new(std::io::stdout().lock());
+    while let Ok(first) = messages.recv() {
+        let mut next = Some(first);
+        while let Some(message) = next {
+            serde_json::to_writer(&mut output, &message)?;
+            output.write_all(b"\n")?;
+            next = messages.try_recv().ok();
+        }
+        output.flush()?;
+    }
+    Ok(())
+}

@@ -1,0 +1,120 @@
+//! A network namespace that lives as long as its guard.
+
+use std::fs::{self, File};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, anyhow};
+use rustix::mount::{UnmountFlags, mount_bind, unmount};
+use rustix::thread::{LinkNameSpaceType, UnshareFlags, move_into_link_name_space, unshare_unsafe};
+
+use super::{complain, name};
+
+/// Where namespaces are kept by bind mounts, as iproute2 does.
+pub const FOLDER: &str = "/run/netns";
+
+/// A network namespace, kept at [`Namespace::path`] by a bind mount.
+#[derive(Debug)]
+pub struct Namespace {
+    name: String,
+    path: PathBuf,
+    fd: OwnedFd,
+}
+
+impl Namespace {
+    /// A new namespace with lo up, no duplicate address detection, no source validation, and all ports open to
+    /// every user.
+    pub fn new(label: &str) -> Result<Self> {
+        let name = name::fresh(label);
+        let path = Path::new(FOLDER).join(&name);
+        fs::create_dir_all(FOLDER).with_context(|| format!("making {FOLDER}"))?;
+        File::create_new(&path).with_context(|| format!("making {}", path.display()))?;
+        let made = std::thread::scope(|scope| {
+            scope
+                .spawn(|| -> Result<OwnedFd> {
+                    // SAFETY: of what unshare can part a thread from, only the network namespace is asked for:
+                    // memory and descriptors stay shared.
+                    unsafe { unshare_unsafe(UnshareFlags::NEWNET) }
+                        .context("making a network namespace (needs CAP_SYS_ADMIN)")?;
+                    mount_bind("/proc/thread-self/ns/net", &path)
+                        .with_context(|| format!("keeping the namespace at {}", path.display()))?;
+                    Ok(File::open(&path)?.into())
+                })
+                .join()
+                .map_err(|_| anyhow!("the thread making a namespace panicked"))?
+        });
+        let fd = match made {
+            Ok(fd) => fd,
+            Err(error) => {
+                drop(fs::remove_file(&path));
+                return Err(error);
+            }
+        };
+        let namespace = Self { name, path, fd };
+        for (key, value) in [
+            ("net/ipv6/conf/all/accept_dad", "0"),
+            ("net/ipv6/conf/default/accept_dad", "0"),
+            ("net/ipv4/conf/all/rp_filter", "0"),
+            ("net/ipv4/conf/default/rp_filter", "0"),
+            ("net/ipv4/ip_unprivileged_port_start", "0"),
+        ] {
+            namespace.sysctl(key, value)?;
+        }
+        namespace.link_up("lo")?;
+        Ok(namespace)
+    }
+
+    /// The namespace's name: `intercept-test.PID.N.LABEL`.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// The file that stands for the namespace, as `--netns` takes it.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Runs `work` on a thread of its own inside the namespace.
+    pub fn run<T: Send>(&self, work: impl FnOnce() -> T + Send) -> Result<T> {
+        std::thread::scope(|scope| {
+            scope
+                .spawn(|| {
+                    move_into_link_name_space(self.fd.as_fd(), Some(LinkNameSpaceType::Network))
+                        .with_context(|| format!("entering {}", self.path.display()))?;
+                    Ok(work())
+                })
+                .join()
+                .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+        })
+    }
+
+    /// Writes a setting below /proc/sys, for instance `net/ipv4/ip_forward`.
+    pub fn sysctl(&self, key: &str, value: &str) -> Result<()> {
+        let path = Path::new("/proc/sys").join(key);
+        self.run(|| fs::write(&path, value))?
+            .with_context(|| format!("writing {value} to {} in {}", path.display(), self.name))
+    }
+}
+
+impl AsFd for Namespace {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+}
+
+impl Drop for Namespace {
+    fn drop(&mut self) {
+        if let Err(error) = remove(&self.path) {
+            complain(&format_args!("removing the namespace {}: {error}", self.path.display()));
+        }
+    }
+}
+
+/// Undoes the bind mount and removes its file.
+pub(super) fn remove(path: &Path) -> std::io::Result<()> {
+    match unmount(path, UnmountFlags::DETACH) {
+        // Not a mount point: its maker died between the file and the mount.
+        Ok(()) | Err(rustix::io::Errno::INVAL) => fs::remove_file(path),
+        Err(error) => Err(error.into()),
+    }
+}

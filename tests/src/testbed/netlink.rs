@@ -1,0 +1,243 @@
+//! Interfaces, addresses, routes and rules of a namespace, by rtnetlink.
+
+use std::future::Future;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::os::fd::{AsFd, AsRawFd};
+
+use anyhow::{Context, Result, bail};
+use futures_util::TryStreamExt;
+use ipnet::IpNet;
+use netlink_packet_route::address::{AddressAttribute, AddressFlags, AddressHeaderFlags};
+use netlink_packet_route::link::{LinkAttribute, LinkMessage};
+use netlink_packet_route::route::{RouteMessage, RouteScope, RouteType};
+use netlink_packet_route::rule::RuleAction;
+use rtnetlink::{Handle, LinkDummy, LinkUnspec, LinkVeth, RouteMessageBuilder};
+
+use super::Namespace;
+
+/// The kernel's own table of local addresses, looked at before all others.
+pub const TABLE_LOCAL: u32 = 255;
+/// The table of ordinary routes.
+pub const TABLE_MAIN: u32 = 254;
+
+/// A route to be added.
+#[derive(Debug, Clone, Copy)]
+pub struct Route<'a> {
+    /// Destinations.
+    pub to: IpNet,
+    /// The next hop; none means that destinations are on the link.
+    pub via: Option<IpAddr>,
+    /// The interface; may be left out when there is a next hop.
+    pub dev: Option<&'a str>,
+    /// The routing table.
+    pub table: u32,
+    /// The destinations are this host's own.
+    pub local: bool,
+}
+
+impl Namespace {
+    /// Runs a future with a netlink handle inside the namespace.
+    pub fn netlink<T: Send, F>(&self, work: impl FnOnce(Handle) -> F + Send) -> Result<T>
+    where
+        F: Future<Output = Result<T>>,
+    {
+        self.run(|| {
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_io().build()?;
+            runtime.block_on(async {
+                let (connection, handle, _) =
+                    rtnetlink::new_connection().context("opening a netlink socket")?;
+                tokio::spawn(connection);
+                work(handle).await
+            })
+        })?
+        .with_context(|| format!("configuring {}", self.name()))
+    }
+
+    /// Joins this namespace to `other` by a pair of interfaces, both up.
+    pub fn veth(&self, name: &str, other: &Self, other_name: &str) -> Result<()> {
+        self.netlink(async |handle| {
+            // Both ends may be called eth0, so the far end is born there, under its own name.
+            let peer = LinkUnspec::new_with_name(other_name).setns_by_fd(other.as_fd().as_raw_fd()).build();
+            let mut link = LinkVeth::new(name, other_name).build();
+            replace_peer(&mut link, peer);
+            handle
+                .link()
+                .add(link)
+                .execute()
+                .await
+                .with_context(|| format!("making the interfaces {name} and {other_name}"))
+        })?;
+        // Not at creation: an end without its peer cannot be up (ENOTCONN).
+        self.link_up(name)?;
+        other.link_up(other_name)
+    }
+
+    /// Adds a dummy interface, up.
+    pub fn dummy(&self, name: &str) -> Result<()> {
+        self.netlink(async |handle| {
+            handle
+                .link()
+                .add(LinkDummy::new(name).up().build())
+                .execute()
+                .await
+                .with_context(|| format!("making the interface {name}"))
+        })
+    }
+
+    /// Removes an interface.
+    pub fn delete_link(&self, name: &str) -> Result<()> {
+        self.netlink(async |handle| {
+            let index = index(&handle, name).await?;
+            handle.link().del(index).execute().await.with_context(|| format!("removing {name}"))
+        })
+    }
+
+    /// Sets an interface up.
+    pub fn link_up(&self, name: &str) -> Result<()> {
+        self.set_link(name, true)
+    }
+
+    /// Sets an interface down.
+    pub fn link_down(&self, name: &str) -> Result<()> {
+        self.set_link(name, false)
+    }
+
+    fn set_link(&self, name: &str, up: bool) -> Result<()> {
+        self.netlink(async |handle| {
+            let message = LinkUnspec::new_with_name(name);
+            let message = if up { message.up() } else { message.down() };
+            handle
+                .link()
+                .set(message.build())
+                .execute()
+                .await
+                .with_context(|| format!("setting {name} {}", if up { "up" } else { "down" }))
+        })
+    }
+
+    /// The index of an interface.
+    pub fn link_index(&self, name: &str) -> Result<u32> {
+        self.netlink(async |handle| index(&handle, name).await)
+    }
+
+    /// Adds an address, usable at once (no duplicate address detection).
+    pub fn add_address(&self, dev: &str, address: IpNet) -> Result<()> {
+        self.netlink(async |handle| {
+            let index = index(&handle, dev).await?;
+            let mut request = handle.address().add(index, address.addr(), address.prefix_len());
+            if address.addr().is_ipv6() {
+                let message = request.message_mut();
+                message.header.flags |= AddressHeaderFlags::Nodad;
+                message.attributes.push(AddressAttribute::Flags(AddressFlags::Nodad));
+            }
+            request.execute().await.with_context(|| format!("adding {address} to {dev}"))
+        })
+    }
+
+    /// Removes an address.
+    pub fn delete_address(&self, dev: &str, address: IpNet) -> Result<()> {
+        self.netlink(async |handle| {
+            let index = index(&handle, dev).await?;
+            let found = handle
+                .address()
+                .get()
+                .set_link_index_filter(index)
+                .set_address_filter(address.addr())
+                .execute()
+                .try_next()
+                .await?
+                .with_context(|| format!("{dev} does not have {address}"))?;
+            handle
+                .address()
+                .del(found)
+                .execute()
+                .await
+                .with_context(|| format!("removing {address} from {dev}"))
+        })
+    }
+
+    /// Adds a route.
+    pub fn add_route(&self, route: Route<'_>) -> Result<()> {
+        self.netlink(async |handle| {
+            let message = route_message(&handle, route).await?;
+            handle.route().add(message).execute().await.with_context(|| format!("adding {route:?}"))
+        })
+    }
+
+    /// Removes a route that [`Namespace::add_route`] added.
+    pub fn delete_route(&self, route: Route<'_>) -> Result<()> {
+        self.netlink(async |handle| {
+            let message = route_message(&handle, route).await?;
+            handle.route().del(message).execute().await.with_context(|| format!("removing {route:?}"))
+        })
+    }
+
+    /// Packets with this mark are routed by `table` (`ip rule add fwmark MARK lookup TABLE`), both families.
+    pub fn add_mark_rule(&self, mark: u32, table: u32) -> Result<()> {
+        self.netlink(async |handle| {
+            let rule = || handle.rule().add().fw_mark(mark).table_id(table).action(RuleAction::ToTable);
+            rule().v4().execute().await.with_context(|| format!("routing mark {mark} by table {table}"))?;
+            rule().v6().execute().await.with_context(|| format!("routing mark {mark} by table {table}, IPv6"))
+        })
+    }
+}
+
+/// rtnetlink makes the message for the peer from its name alone: put the whole message in its place.
+fn replace_peer(link: &mut LinkMessage, peer: LinkMessage) {
+    use netlink_packet_route::link::{InfoData, InfoVeth, LinkInfo};
+    for attribute in &mut link.attributes {
+        let LinkAttribute::LinkInfo(infos) = attribute else { continue };
+        for info in infos {
+            if let LinkInfo::Data(InfoData::Veth(veth)) = info {
+                *veth = InfoVeth::Peer(peer);
+                return;
+            }
+        }
+    }
+    unreachable!("a veth message has a peer");
+}
+
+async fn index(handle: &Handle, name: &str) -> Result<u32> {
+    let link = handle.link().get().match_name(name.to_owned()).execute().try_next().await;
+    match link {
+        Ok(Some(link)) => Ok(link.header.index),
+        Ok(None) => bail!("there is no interface {name}"),
+        Err(error) => Err(error).with_context(|| format!("looking up the interface {name}")),
+    }
+}
+
+async fn route_message(handle: &Handle, route: Route<'_>) -> Result<RouteMessage> {
+    let dev = match route.dev {
+        Some(dev) => Some(index(handle, dev).await?),
+        None => None,
+    };
+    let kind = if route.local { RouteType::Local } else { RouteType::Unicast };
+    let scope = match (route.local, route.via) {
+        (true, _) => RouteScope::Host,
+        (false, None) => RouteScope::Link,
+        (false, Some(_)) => RouteScope::Universe,
+    };
+    macro_rules! build {
+        ($family:ty, $net:expr, $via:expr) => {{
+            let mut message = RouteMessageBuilder::<$family>::new()
+                .destination_prefix($net.addr(), $net.prefix_len())
+                .table_id(route.table)
+                .kind(kind)
+                .scope(scope);
+            if let Some(via) = $via {
+                message = message.gateway(via);
+            }
+            if let Some(dev) = dev {
+                message = message.output_interface(dev);
+            }
+            message.build()
+        }};
+    }
+    Ok(match (route.to, route.via) {
+        (IpNet::V4(net), None) => build!(Ipv4Addr, net, None),
+        (IpNet::V4(net), Some(IpAddr::V4(via))) => build!(Ipv4Addr, net, Some(via)),
+        (IpNet::V6(net), None) => build!(Ipv6Addr, net, None),
+        (IpNet::V6(net), Some(IpAddr::V6(via))) => build!(Ipv6Addr, net, Some(via)),
+        (to, Some(via)) => bail!("{to} cannot be reached via {via}: another family"),
+    })
+}

@@ -1,0 +1,174 @@
+//! Pods and the outside world they talk to.
+
+use std::net::IpAddr;
+use std::ops::Deref;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use anyhow::{Context, Result};
+use ipnet::IpNet;
+
+use super::Place;
+use super::netlink::{Route, TABLE_LOCAL, TABLE_MAIN};
+
+/// The outside world: a namespace that takes every address outside the pods' own networks for its own, so that
+/// a wildcard listener in it answers whatever is dialled.
+#[derive(Debug)]
+pub struct Neighbour {
+    place: Place,
+    pods: AtomicU32,
+}
+
+/// One interface of a pod, with the outside world at its other end.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Interface {
+    /// Its name in the pod.
+    pub name: String,
+    /// The pod's addresses on it, with the prefix of the link. The first of a family is the primary one.
+    pub pod: Vec<IpNet>,
+    /// The neighbour's addresses on it, one of each family.
+    pub neighbour: Vec<IpNet>,
+    /// Destinations routed over it.
+    pub routes: Vec<IpNet>,
+}
+
+/// What a pod looks like.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PodSpec {
+    /// Becomes part of the names of the pod's namespace and cgroup.
+    pub label: String,
+    /// Its interfaces; eth0 first.
+    pub interfaces: Vec<Interface>,
+}
+
+/// A pod: namespace, cgroup, and links to its neighbour.
+#[derive(Debug)]
+pub struct Pod {
+    place: Place,
+    neighbour: Arc<Neighbour>,
+    spec: PodSpec,
+}
+
+impl PodSpec {
+    /// eth0 with 10.66.0.2/24 and fd66::2/64, and everything routed over it via .1 and ::1.
+    pub fn new(label: &str) -> Self {
+        let eth0 = Interface {
+            name: "eth0".into(),
+            pod: nets(&["10.66.0.2/24", "fd66::2/64"]),
+            neighbour: nets(&["10.66.0.1/24", "fd66::1/64"]),
+            routes: nets(&["0.0.0.0/0", "::/0"]),
+        };
+        Self { label: label.into(), interfaces: vec![eth0] }
+    }
+
+    /// Adds eth1 with 10.67.0.2/24 and fd67::2/64, over which 172.20.0.0/16 and fd20::/16 are routed.
+    #[must_use]
+    pub fn with_eth1(mut self) -> Self {
+        self.interfaces.push(Interface {
+            name: "eth1".into(),
+            pod: nets(&["10.67.0.2/24", "fd67::2/64"]),
+            neighbour: nets(&["10.67.0.1/24", "fd67::1/64"]),
+            routes: nets(&["172.20.0.0/16", "fd20::/16"]),
+        });
+        self
+    }
+
+    /// Adds another address of the pod's own to an interface.
+    #[must_use]
+    pub fn with_address(mut self, interface: usize, address: &str) -> Self {
+        self.interfaces[interface].pod.extend(nets(&[address]));
+        self
+    }
+}
+
+impl Neighbour {
+    /// A new outside world, without pods.
+    pub fn new(label: &str) -> Result<Arc<Self>> {
+        let place = Place::new(&format!("{label}-world"))?;
+        for everything in nets(&["0.0.0.0/0", "::/0"]) {
+            // In the local table, because that is where the kernel asks whether it may answer from an address.
+            let route = Route { to: everything, via: None, dev: Some("lo"), table: TABLE_LOCAL, local: true };
+            place.netns.add_route(route)?;
+        }
+        Ok(Arc::new(Self { place, pods: AtomicU32::new(0) }))
+    }
+}
+
+impl Pod {
+    /// A pod with an outside world of its own.
+    pub fn new(spec: PodSpec) -> Result<Self> {
+        let neighbour = Neighbour::new(&spec.label)?;
+        Self::join(spec, neighbour)
+    }
+
+    /// A pod joined to an outside world that may have other pods, of other addresses.
+    pub fn join(spec: PodSpec, neighbour: Arc<Neighbour>) -> Result<Self> {
+        let place = Place::new(&spec.label)?;
+        let n = neighbour.pods.fetch_add(1, Ordering::Relaxed);
+        for (i, interface) in spec.interfaces.iter().enumerate() {
+            let far = format!("pod{n}-{i}");
+            connect(&place, interface, &neighbour.place, &far)
+                .with_context(|| format!("connecting {} of {}", interface.name, spec.label))?;
+        }
+        Ok(Self { place, neighbour, spec })
+    }
+
+    /// The outside world.
+    pub fn neighbour(&self) -> &Arc<Neighbour> {
+        &self.neighbour
+    }
+
+    /// What it was made from.
+    pub fn spec(&self) -> &PodSpec {
+        &self.spec
+    }
+
+    /// The primary address of eth0.
+    ///
+    /// # Panics
+    /// If the pod has none of that family.
+    pub fn address(&self, v6: bool) -> IpAddr {
+        let addresses = &self.spec.interfaces[0].pod;
+        addresses.iter().map(IpNet::addr).find(|addr| addr.is_ipv6() == v6).expect("an address of the family")
+    }
+}
+
+impl Deref for Neighbour {
+    type Target = Place;
+    fn deref(&self) -> &Place {
+        &self.place
+    }
+}
+
+impl Deref for Pod {
+    type Target = Place;
+    fn deref(&self) -> &Place {
+        &self.place
+    }
+}
+
+fn connect(pod: &Place, interface: &Interface, world: &Place, far: &str) -> Result<()> {
+    pod.netns.veth(&interface.name, &world.netns, far)?;
+    for address in &interface.neighbour {
+        world.netns.add_address(far, *address)?;
+        // More specific than "everything is local", so that the pod itself is not.
+        let link = Route { to: address.trunc(), via: None, dev: Some(far), table: TABLE_LOCAL, local: false };
+        world.netns.add_route(link)?;
+    }
+    for address in &interface.pod {
+        pod.netns.add_address(&interface.name, *address)?;
+    }
+    for to in &interface.routes {
+        let via = interface.neighbour.iter().map(IpNet::addr).find(|a| a.is_ipv6() == to.addr().is_ipv6());
+        let route = Route { to: *to, via, dev: Some(&interface.name), table: TABLE_MAIN, local: false };
+        pod.netns.add_route(route)?;
+    }
+    Ok(())
+}
+
+fn nets(texts: &[&str]) -> Vec<IpNet> {
+    texts
+        .iter()
+        .map(|text| text.parse().unwrap_or_else(|_| panic!("{text} is not an address with prefix")))
+        .collect()
+}

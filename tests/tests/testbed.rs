@@ -1,0 +1,100 @@
+//! The testbed itself: what it makes works, and nothing is left behind.
+
+use std::io::{Read, Write};
+use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
+use std::os::unix::process::ExitStatusExt;
+use std::process::Command;
+use std::time::Duration;
+
+use tests::testbed::{Ids, Pod, PodSpec, cgroup, sweep};
+
+/// Connects from the pod to an address that exists nowhere; the neighbour answers.
+#[test]
+fn the_outside_world_answers_on_any_address() {
+    let pod = Pod::new(PodSpec::new("any-address").with_eth1()).expect("a pod");
+    for (dst, src) in [
+        ("198.51.100.7", "10.66.0.2"),
+        ("10.66.0.1", "10.66.0.2"),
+        ("172.20.1.2", "10.67.0.2"),
+        ("2001:db8::7", "fd66::2"),
+        ("fd20::7", "fd67::2"),
+    ] {
+        let dst: IpAddr = dst.parse().expect("address");
+        let any = if dst.is_ipv6() { "[::]:80" } else { "0.0.0.0:80" };
+        let listener = pod.neighbour().netns.run(|| TcpListener::bind(any)).expect("entered").expect("bound");
+        let answered = std::thread::scope(|scope| {
+            let server = scope.spawn(move || {
+                let (mut stream, peer) = listener.accept().expect("a connection");
+                stream.write_all(b"x").expect("written");
+                (stream.local_addr().expect("local address"), peer)
+            });
+            let connected = pod.netns.run(|| {
+                let to = SocketAddr::new(dst, 80);
+                let mut stream = TcpStream::connect_timeout(&to, Duration::from_secs(3)).expect("connected");
+                let mut byte = [0];
+                stream.read_exact(&mut byte).expect("an answer");
+            });
+            connected.expect("entered");
+            server.join().expect("the server")
+        });
+        assert_eq!(answered.0, SocketAddr::new(dst, 80));
+        assert_eq!(answered.1.ip(), src.parse::<IpAddr>().expect("address"));
+    }
+}
+
+#[test]
+fn commands_run_in_the_pod_as_whom_they_should() {
+    let pod = Pod::new(PodSpec::new("commands")).expect("a pod");
+    let output = pod
+        .command_as("/bin/sh", Ids::PROXY)
+        .expect("a command")
+        .args(["-c", "id -u; id -G; cat /proc/self/cgroup; readlink /proc/self/ns/net"])
+        .output()
+        .expect("started");
+    let text = String::from_utf8(output.stdout).expect("text");
+    let lines: Vec<&str> = text.lines().collect();
+    assert_eq!(lines[..2], ["1337", "1337"]);
+    let below =
+        pod.cgroup.path().strip_prefix(cgroup::mount_point().expect("cgroup2")).expect("below the mount");
+    assert!(lines.contains(&format!("0::/{}", below.display()).as_str()), "{text}");
+    let here = std::fs::read_link("/proc/self/ns/net").expect("a namespace");
+    assert_ne!(lines.last(), here.to_str().as_ref(), "the command stayed outside");
+}
+
+#[test]
+fn guards_leave_nothing_behind() {
+    let (netns, group, pid) = {
+        let pod = Pod::new(PodSpec::new("leaves-nothing").with_eth1()).expect("a pod");
+        let sleeper = pod.command("/bin/sleep").expect("a command").arg("1000").spawn().expect("started");
+        assert_eq!(pod.cgroup.processes().expect("processes"), [sleeper.id()]);
+        let mine = sweep::leftovers(std::process::id()).expect("listed");
+        assert!(mine.iter().any(|path| path == pod.netns.path()), "{mine:?}");
+        (pod.netns.path().to_owned(), pod.cgroup.path().to_owned(), sleeper)
+    };
+    assert!(!netns.exists() && !group.exists());
+    let status = { pid }.wait().expect("waited");
+    assert!(!status.success(), "the sleeper was not killed: {status}");
+}
+
+/// Runs this test binary again as a process that makes a pod and dies without unwinding.
+#[test]
+fn what_a_killed_run_left_is_swept() {
+    if std::env::var_os("DIE_WITH_A_POD").is_some() {
+        let pod = Pod::new(PodSpec::new("killed")).expect("a pod");
+        drop(pod.command("/bin/sleep").expect("a command").arg("1000").spawn().expect("started"));
+        std::process::abort();
+    }
+    let mut run = Command::new(std::env::current_exe().expect("this binary"))
+        .args(["--exact", "what_a_killed_run_left_is_swept"])
+        .env("DIE_WITH_A_POD", "1")
+        .stdout(std::process::Stdio::null())
+        .stderr(std::process::Stdio::null())
+        .spawn()
+        .expect("started");
+    let pid = run.id();
+    // Aborted, not failed: it had made its pod.
+    assert_eq!(run.wait().expect("waited").signal(), Some(libc::SIGABRT));
+    // Another test's sweep may come first; what counts is that afterwards nothing is left.
+    sweep::sweep().expect("swept");
+    assert_eq!(sweep::leftovers(pid).expect("listed"), Vec::<std::path::PathBuf>::new());
+}
