@@ -31,8 +31,9 @@ fn build() -> Result<(), String> {
     println!("cargo::rerun-if-changed={}", toolchain.linker.display());
 
     let out_dir = path("OUT_DIR")?;
-    // Its own folder: the outer cargo holds the lock of the workspace's.
-    let target_dir = out_dir.join("bpf");
+    // Not the outer cargo's folder, whose lock is held; one for all of the outer's profiles.
+    let target = out_dir.ancestors().find(|folder| folder.join("CACHEDIR.TAG").is_file());
+    let target_dir = target.unwrap_or(&out_dir).join("bpf");
     let mut cargo = cargo(&toolchain)?;
     cargo.current_dir(&workspace).arg("--target-dir").arg(&target_dir);
     let status = cargo.status().map_err(|error| format!("starting {cargo:?}: {error}"))?;

@@ -48,7 +48,8 @@ pub(crate) fn find(host_rustc: &Path) -> Result<Toolchain, Missing> {
 
 /// The folder for what `cargo xtask setup` builds and downloads; `None` without a home.
 pub(crate) fn cache() -> Option<PathBuf> {
-    let set = |name| env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
+    // A relative path would mean another folder to every crate that is built.
+    let set = |name| env::var_os(name).map(PathBuf::from).filter(|path| path.is_absolute());
     set("INTERCEPT_CACHE")
         .or_else(|| set("XDG_CACHE_HOME").map(|base| base.join("intercept")))
         .or_else(|| set("HOME").map(|home| home.join(".cache/intercept")))

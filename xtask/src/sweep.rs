@@ -1,0 +1,189 @@
+//! What runs leave on the machine when they are killed, or when something is wrong with them.
+
+use std::{
+    fmt, fs, io,
+    path::{Path, PathBuf},
+    time::{Duration, Instant},
+};
+
+use anyhow::{Result, ensure};
+use rustix::mount::{UnmountFlags, unmount};
+use rustix::process::{Pid, Signal, kill_process, test_kill_process};
+
+use crate::workspace;
+
+/// What the names of everything that tests and the demo make begin with; the pid of the maker follows.
+const PREFIX: &str = "intercept-test.";
+
+const NAMESPACES: &str = "/run/netns";
+const PINS: &str = "/sys/fs/bpf";
+
+/// The agent's own folder below [`PINS`].
+const AGENT_PINS: &str = "intercept";
+
+/// One thing that is left.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) enum Leftover {
+    Process(Pid, PathBuf),
+    Namespace(PathBuf),
+    Cgroup(PathBuf),
+    Pins(PathBuf),
+}
+
+/// Removes everything that [`leftovers`] finds, as far as possible.
+pub(crate) fn sweep() -> Result<()> {
+    let mut failed = 0;
+    for left in leftovers() {
+        match left.remove() {
+            Ok(()) => println!("removed {left}"),
+            Err(error) => {
+                failed += 1;
+                eprintln!("removing {left}: {error}");
+            }
+        }
+    }
+    ensure!(failed == 0, "sweeping: {failed} could not be removed");
+    Ok(())
+}
+
+/// What is there of makers that are dead. What a running test or demo has, and what an agent does that was
+/// installed on this machine, is not among it.
+pub(crate) fn leftovers() -> Vec<Leftover> {
+    let mut found: Vec<_> = orphans();
+    found.extend(abandoned(Path::new(NAMESPACES)).map(Leftover::Namespace));
+    found.extend(cgroup2().iter().flat_map(|mount| abandoned(mount)).map(Leftover::Cgroup));
+    found.extend(abandoned(Path::new(PINS)).map(Leftover::Pins));
+    found
+}
+
+/// What there is of anybody, the agent included; to be compared with what there was before.
+pub(crate) fn present() -> Vec<Leftover> {
+    let mut found = leftovers();
+    found.push(Leftover::Pins(Path::new(PINS).join(AGENT_PINS)));
+    found.retain(|left| !matches!(left, Leftover::Pins(path) if !path.exists()));
+    found
+}
+
+impl Leftover {
+    fn remove(&self) -> io::Result<()> {
+        match self {
+            Self::Process(pid, _) => Ok(kill_process(*pid, Signal::KILL)?),
+            Self::Namespace(path) => {
+                unmounted(path)?;
+                fs::remove_file(path)
+            }
+            Self::Cgroup(path) => remove_cgroup(path),
+            Self::Pins(path) => {
+                unmounted(path)?;
+                fs::remove_dir_all(path)
+            }
+        }
+    }
+}
+
+impl fmt::Display for Leftover {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Process(pid, program) => write!(f, "process {pid} ({})", program.display()),
+            Self::Namespace(path) => write!(f, "network namespace {}", path.display()),
+            Self::Cgroup(path) => write!(f, "cgroup {}", path.display()),
+            Self::Pins(path) => write!(f, "pins {}", path.display()),
+        }
+    }
+}
+
+/// The entries of a folder that a process made which is no more.
+fn abandoned(folder: &Path) -> impl Iterator<Item = PathBuf> + use<> {
+    let entries = fs::read_dir(folder).into_iter().flatten().flatten();
+    entries.map(|entry| entry.path()).filter(|path| {
+        let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+        maker(name).is_some_and(|pid| test_kill_process(pid) == Err(rustix::io::Errno::SRCH))
+    })
+}
+
+fn maker(name: &str) -> Option<Pid> {
+    Pid::from_raw(name.strip_prefix(PREFIX)?.split('.').next()?.parse().ok()?)
+}
+
+/// Programs built here that nobody waits for.
+fn orphans() -> Vec<Leftover> {
+    let built = workspace::target();
+    let processes = fs::read_dir("/proc").into_iter().flatten().flatten();
+    processes
+        .filter_map(|entry| {
+            let pid = entry.file_name().to_str()?.parse().ok()?;
+            let program = fs::read_link(entry.path().join("exe")).ok()?;
+            let orphan = program.starts_with(&built) && parent(&entry.path())? == 1;
+            orphan.then_some(Leftover::Process(Pid::from_raw(pid)?, program))
+        })
+        .collect()
+}
+
+fn parent(process: &Path) -> Option<u32> {
+    let stat = fs::read_to_string(process.join("stat")).ok()?;
+    // "PID (NAME) STATE PPID ...", where the name may have spaces and parentheses.
+    stat.rsplit_once(')')?.1.split_whitespace().nth(1)?.parse().ok()
+}
+
+fn cgroup2() -> Option<PathBuf> {
+    let mounts = fs::read_to_string("/proc/self/mounts").ok()?;
+    let mount = mounts.lines().find(|line| line.split(' ').nth(2) == Some("cgroup2"))?;
+    mount.split(' ').nth(1).map(PathBuf::from)
+}
+
+/// Unmounts what may be mounted there.
+fn unmounted(path: &Path) -> io::Result<()> {
+    match unmount(path, UnmountFlags::DETACH) {
+        Err(rustix::io::Errno::INVAL) => Ok(()),
+        done => Ok(done?),
+    }
+}
+
+fn remove_cgroup(path: &Path) -> io::Result<()> {
+    let deadline = Instant::now() + Duration::from_secs(5);
+    // Before Linux 5.14 there is no cgroup.kill; a cgroup with processes then stays, and is reported.
+    drop(fs::write(path.join("cgroup.kill"), "1"));
+    for entry in fs::read_dir(path)? {
+        let entry = entry?;
+        if entry.file_type()?.is_dir() {
+            remove_cgroup(&entry.path())?;
+        }
+    }
+    loop {
+        match fs::remove_dir(path) {
+            Err(error) if error.kind() == io::ErrorKind::ResourceBusy && Instant::now() < deadline => {
+                std::thread::yield_now();
+            }
+            done => return done,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::process;
+
+    use super::*;
+
+    #[test]
+    fn names_lead_to_their_maker() {
+        let me = process::id();
+        assert_eq!(maker(&format!("{PREFIX}{me}.0.label")), Pid::from_raw(me.cast_signed()));
+        assert_eq!(maker(&format!("{PREFIX}{me}")), Pid::from_raw(me.cast_signed()));
+        assert_eq!(maker("intercept-test.x.0"), None);
+        assert_eq!(maker("other.1.0"), None);
+    }
+
+    #[test]
+    fn only_what_dead_makers_left_is_abandoned() {
+        let folder = std::env::temp_dir().join(format!("sweep.{}", process::id()));
+        let mut dead = process::Command::new("true").spawn().expect("started");
+        dead.wait().expect("waited");
+        let left = folder.join(format!("{PREFIX}{}.0.x", dead.id()));
+        fs::create_dir_all(folder.join(format!("{PREFIX}{}.0.x", process::id()))).expect("made");
+        fs::create_dir_all(&left).expect("made");
+        let found: Vec<_> = abandoned(&folder).collect();
+        fs::remove_dir_all(&folder).expect("removed");
+        assert_eq!(found, [left]);
+    }
+}

@@ -1,0 +1,77 @@
+//! Rules of the project that the compiler does not check.
+//!
+//! A rule is a function from the sources to complaints, each of which begins with the place.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
+
+use anyhow::{Context, Result, bail};
+
+use crate::{run, workspace};
+
+mod documents;
+mod sources;
+
+/// Checks every rule.
+pub(crate) fn tidy() -> Result<()> {
+    let tree = Tree::read(workspace::root())?;
+    let complaints: Vec<String> = [
+        sources::manifests_inherit_lints(&tree),
+        sources::files_are_short(&tree),
+        sources::nothing_is_allowed(&tree),
+        sources::unsafe_is_where_it_may_be(&tree),
+        sources::kernel_names_are_short(&tree),
+        documents::architecture_is_true(&tree),
+        documents::readme_opens_with_two_commands(&tree),
+    ]
+    .concat();
+    for complaint in &complaints {
+        println!("{complaint}");
+    }
+    if !complaints.is_empty() {
+        bail!("tidy: {} complaints", complaints.len());
+    }
+    Ok(())
+}
+
+/// The text files under version control, or about to be.
+struct Tree {
+    files: Vec<(PathBuf, String)>,
+}
+
+impl Tree {
+    fn read(root: &Path) -> Result<Self> {
+        let mut git = std::process::Command::new("git");
+        git.args(["ls-files", "--cached", "--others", "--exclude-standard"]).current_dir(root);
+        let mut files = Vec::new();
+        for path in run::output(&mut git).context("listing the files")?.lines() {
+            // Deleted files are still listed, and pictures are not text.
+            if let Ok(text) = fs::read_to_string(root.join(path)) {
+                files.push((PathBuf::from(path), text));
+            }
+        }
+        Ok(Self { files })
+    }
+
+    fn with_extension<'a>(&'a self, extension: &str) -> impl Iterator<Item = (&'a Path, &'a str)> {
+        self.files
+            .iter()
+            .filter(move |(path, _)| path.extension().is_some_and(|found| found == extension))
+            .map(|(path, text)| (path.as_path(), text.as_str()))
+    }
+
+    fn text(&self, path: &str) -> Option<&str> {
+        self.files.iter().find(|(found, _)| found == Path::new(path)).map(|(_, text)| text.as_str())
+    }
+
+    fn has(&self, path: &Path) -> bool {
+        self.files.iter().any(|(found, _)| found.starts_with(path))
+    }
+
+    #[cfg(test)]
+    fn of(files: &[(&str, &str)]) -> Self {
+        Self { files: files.iter().map(|(path, text)| (PathBuf::from(path), (*text).to_owned())).collect() }
+    }
+}

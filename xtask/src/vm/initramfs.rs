@@ -1,0 +1,169 @@
+//! The machine's file system: busybox, a few modules, our programs, and what runs first.
+
+use std::{
+    ffi::OsStr,
+    fs::{self, File},
+    io::{BufWriter, Write},
+    os::unix::ffi::OsStrExt,
+    path::Path,
+    process::Command,
+};
+
+use anyhow::{Context, Result, bail, ensure};
+use cpio::newc::{Builder, ModeFileType, trailer};
+
+use super::kernel::Kernel;
+use crate::run;
+
+/// What runs first: mounts, loads the modules, runs the command and tells its exit status.
+const INIT: &str = include_str!("init.sh");
+
+const FOLDERS: [&str; 10] =
+    ["bin", "dev", "etc", "modules", "proc", "root", "run", "run/netns", "sys", "tmp"];
+
+/// The contents, in the order in which they are unpacked.
+pub(super) struct Initramfs {
+    files: Vec<(String, u32, Vec<u8>)>,
+}
+
+impl Initramfs {
+    /// With the modules named and what those need.
+    pub(super) fn new(kernel: &Kernel, modules: &[&str]) -> Result<Self> {
+        let mut initramfs = Self { files: Vec::new() };
+        let busybox = run::which("busybox").context("there is no busybox: install busybox-static")?;
+        initramfs.program("busybox", &busybox)?;
+        initramfs.file(
+            "etc/passwd",
+            0o644,
+            b"root:x:0:0::/root:/bin/sh\nistio-proxy:x:1337:1337::/:/bin/sh\n",
+        );
+        initramfs.file("etc/group", 0o644, b"root:x:0:\nistio-proxy:x:1337:\n");
+        let dependencies = kernel.modules.join("modules.dep");
+        let dependencies = fs::read_to_string(&dependencies)
+            .with_context(|| format!("reading {}", dependencies.display()))?;
+        let builtin = fs::read_to_string(kernel.modules.join("modules.builtin")).unwrap_or_default();
+        for (position, path) in load_order(&dependencies, &builtin, modules)?.into_iter().enumerate() {
+            let module = decompressed(&kernel.modules.join(path))?;
+            // Loaded in the order of their names.
+            initramfs.file(&format!("modules/{position:02}-{}.ko", stem(path)), 0o644, &module);
+        }
+        Ok(initramfs)
+    }
+
+    /// Adds a program to `/bin`; it must need no libraries.
+    pub(super) fn program(&mut self, name: &str, path: &Path) -> Result<()> {
+        let contents = fs::read(path).with_context(|| format!("reading {}", path.display()))?;
+        ensure!(
+            !is_dynamic(&contents),
+            "{} is not linked statically, and the machine has no libraries",
+            path.display()
+        );
+        self.file(&format!("bin/{name}"), 0o755, &contents);
+        Ok(())
+    }
+
+    /// Writes it, with a shell command to be run.
+    pub(super) fn write(mut self, command: &OsStr, to: &Path) -> Result<()> {
+        self.file("init", 0o755, INIT.as_bytes());
+        self.file("command", 0o644, command.as_bytes());
+        self.write_entries(to).with_context(|| format!("writing {}", to.display()))
+    }
+
+    fn file(&mut self, name: &str, mode: u32, contents: &[u8]) {
+        self.files.push((name.to_owned(), mode, contents.to_owned()));
+    }
+
+    fn write_entries(&self, to: &Path) -> Result<()> {
+        let mut out = BufWriter::new(File::create(to)?);
+        for folder in FOLDERS {
+            let entry = Builder::new(folder).mode(0o755).set_mode_file_type(ModeFileType::Directory);
+            entry.write(&mut out, 0).finish()?;
+        }
+        // The first process's input and output are this, before anything is mounted.
+        let console = Builder::new("dev/console").mode(0o600).set_mode_file_type(ModeFileType::Char);
+        console.rdev_major(5).rdev_minor(1).write(&mut out, 0).finish()?;
+        for (name, mode, contents) in &self.files {
+            let entry = Builder::new(name).mode(*mode).set_mode_file_type(ModeFileType::Regular);
+            let mut entry = entry.write(&mut out, u32::try_from(contents.len())?);
+            entry.write_all(contents)?;
+            entry.finish()?;
+        }
+        trailer(out)?.flush()?;
+        Ok(())
+    }
+}
+
+/// The files of the modules and of what they need, the needed ones first; what is built in needs no file.
+fn load_order<'a>(dependencies: &'a str, builtin: &str, modules: &[&str]) -> Result<Vec<&'a str>> {
+    let mut order = Vec::new();
+    for module in modules {
+        let line = dependencies.lines().find_map(|line| {
+            let (path, needs) = line.split_once(':')?;
+            (stem(path) == *module).then_some((path, needs))
+        });
+        match line {
+            // In modules.dep the one to be loaded first is the last.
+            Some((path, needs)) => order.extend(needs.split_whitespace().rev().chain([path])),
+            None if builtin.lines().any(|path| stem(path) == *module) => {}
+            None => bail!("the kernel has no module {module}"),
+        }
+    }
+    let mut once = Vec::new();
+    for path in order {
+        if !once.contains(&path) {
+            once.push(path);
+        }
+    }
+    Ok(once)
+}
+
+/// "kernel/net/ipv4/tcp_diag.ko.xz" is the module tcp_diag; file names may have hyphens for underscores.
+fn stem(path: &str) -> String {
+    let file = path.rsplit('/').next().unwrap_or(path);
+    file.split('.').next().unwrap_or(file).replace('-', "_")
+}
+
+fn decompressed(path: &Path) -> Result<Vec<u8>> {
+    if path.extension() != Some(OsStr::new("xz")) {
+        return fs::read(path).with_context(|| format!("reading {}", path.display()));
+    }
+    let output = Command::new("xz").args(["-dc"]).arg(path).output().context("starting xz")?;
+    ensure!(output.status.success(), "decompressing {}: {}", path.display(), output.status);
+    Ok(output.stdout)
+}
+
+/// Whether an ELF file of 64 bits names an interpreter, as those do that need libraries.
+fn is_dynamic(elf: &[u8]) -> bool {
+    const PT_INTERP: u32 = 3;
+    let number = |at: usize, bytes: usize| {
+        let mut value = [0; 8];
+        let field = elf.get(at..at + bytes).unwrap_or_default();
+        value[..field.len()].copy_from_slice(field);
+        usize::try_from(u64::from_le_bytes(value)).unwrap_or(usize::MAX)
+    };
+    let (table, size, count) = (number(32, 8), number(54, 2), number(56, 2));
+    (0..count).any(|index| number(table.saturating_add(index * size), 4) == PT_INTERP as usize)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn modules_are_loaded_after_what_they_need() {
+        let dependencies = "kernel/net/ipv4/tcp_diag.ko.xz: kernel/net/ipv4/inet_diag.ko.xz kernel/net/base.ko.xz\n\
+                            kernel/net/base.ko.xz:\nkernel/net/ipv4/inet_diag.ko.xz: kernel/net/base.ko.xz\n";
+        let order =
+            load_order(dependencies, "kernel/drivers/net/veth.ko\n", &["veth", "tcp_diag", "inet_diag"]);
+        let expected =
+            ["kernel/net/base.ko.xz", "kernel/net/ipv4/inet_diag.ko.xz", "kernel/net/ipv4/tcp_diag.ko.xz"];
+        assert_eq!(order.expect("found"), expected);
+        assert!(load_order(dependencies, "", &["veth"]).is_err());
+    }
+
+    #[test]
+    fn this_test_needs_libraries() {
+        assert!(is_dynamic(&fs::read("/proc/self/exe").expect("readable")));
+        assert!(!is_dynamic(b"#!/bin/sh\n"));
+    }
+}

@@ -1,0 +1,166 @@
+//! Debian's kernels: which there are, and getting one into the cache.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    process::Command,
+};
+
+use anyhow::{Context, Result, bail};
+
+use crate::{run, workspace};
+
+/// Releases whose kernels are offered, oldest first, when the machine's own lists have no such kernel.
+const RELEASES: [&str; 4] = ["bullseye", "bookworm", "trixie", "trixie-backports"];
+
+/// An unpacked package.
+pub(super) struct Kernel {
+    /// The compressed kernel.
+    pub(super) image: PathBuf,
+    /// The folder of its modules, which has `modules.dep`.
+    pub(super) modules: PathBuf,
+}
+
+impl Kernel {
+    /// The newest kernel that Debian has of this version ("6.1"), from the cache if any is there.
+    pub(super) fn get(version: &str) -> Result<Self> {
+        if version.is_empty() || !version.chars().all(|c| c.is_ascii_digit() || c == '.') {
+            bail!("getting Linux {version:?}: not a version such as 6.1");
+        }
+        let folder = workspace::cache()?.join("kernels").join(version);
+        if !folder.is_dir() {
+            fetch(version, &folder).with_context(|| format!("getting Linux {version}"))?;
+        }
+        Self::open(&folder).with_context(|| format!("using {}; remove it to get it anew", folder.display()))
+    }
+
+    fn open(folder: &Path) -> Result<Self> {
+        let modules = only_entry(&folder.join("lib/modules"), "")?;
+        let image = only_entry(&folder.join("boot"), "vmlinuz-")?;
+        Ok(Self { image, modules })
+    }
+}
+
+/// Where lists of packages are: the machine's, or our own beside them.
+#[derive(Default)]
+struct Lists {
+    options: Vec<String>,
+}
+
+impl Lists {
+    /// Our own, which have [`RELEASES`].
+    fn own() -> Result<Self> {
+        let folder = workspace::cache()?.join("apt");
+        for part in ["lists/partial", "archives/partial"] {
+            fs::create_dir_all(folder.join(part)).with_context(|| format!("making {}", folder.display()))?;
+        }
+        let archive = archive()?;
+        let lines = RELEASES.map(|release| format!("deb {archive} {release} main\n"));
+        let sources = folder.join("sources.list");
+        fs::write(&sources, lines.concat()).with_context(|| format!("writing {}", sources.display()))?;
+        let folder = folder.display();
+        let settings = [
+            format!("Dir::Etc::sourcelist={folder}/sources.list"),
+            "Dir::Etc::sourceparts=-".to_owned(),
+            format!("Dir::State::lists={folder}/lists"),
+            format!("Dir::Cache={folder}"),
+        ];
+        let lists =
+            Self { options: settings.into_iter().flat_map(|value| ["-o".to_owned(), value]).collect() };
+        run::quietly("reading which kernels Debian has", lists.command("apt-get").arg("update"))?;
+        Ok(lists)
+    }
+
+    fn command(&self, program: &str) -> Command {
+        let mut command = Command::new(program);
+        // The user that apt would become cannot write to a cache in root's home.
+        command.args(&self.options).args(["-q", "-o", "APT::Sandbox::User=root", "-o", "Acquire::Retries=3"]);
+        command
+    }
+
+    /// The package with the newest kernel of the version.
+    fn newest(&self, version: &str) -> Result<Option<String>> {
+        let names = run::output(self.command("apt-cache").args(["pkgnames", "linux-image-"]))?;
+        Ok(newest(names.lines(), version).map(str::to_owned))
+    }
+}
+
+/// The archive that this machine gets Debian from.
+fn archive() -> Result<String> {
+    let targets = run::output(Command::new("apt-get").args([
+        "indextargets",
+        "--format",
+        "$(REPO_URI)",
+        "Created-By: Packages",
+    ]))?;
+    let debian = targets.lines().find(|uri| uri.trim_end_matches('/').ends_with("/debian"));
+    debian.map(str::to_owned).context("no archive of Debian among apt's sources; its kernels come from there")
+}
+
+fn newest<'a>(names: impl Iterator<Item = &'a str>, version: &str) -> Option<&'a str> {
+    let start = format!("linux-image-{version}.");
+    names
+        .filter(|name| name.starts_with(&start) && name.ends_with("-cloud-amd64"))
+        .max_by_key(|name| numbers(name))
+}
+
+fn numbers(name: &str) -> Vec<u32> {
+    name.split(|c: char| !c.is_ascii_digit()).filter_map(|digits| digits.parse().ok()).collect()
+}
+
+fn fetch(version: &str, folder: &Path) -> Result<()> {
+    let mut lists = Lists::default();
+    let mut package = lists.newest(version)?;
+    if package.is_none() {
+        lists = Lists::own()?;
+        package = lists.newest(version)?;
+    }
+    let package = package.with_context(|| format!("Debian ({}) has no such kernel", RELEASES.join(", ")))?;
+
+    let unpacked = folder.with_extension("part");
+    drop(fs::remove_dir_all(&unpacked));
+    fs::create_dir_all(&unpacked).with_context(|| format!("making {}", unpacked.display()))?;
+    let heading = format!("downloading {package}");
+    run::quietly(&heading, lists.command("apt-get").args(["download", &package]).current_dir(&unpacked))?;
+    let archive = only_entry(&unpacked, "linux-image-")?;
+    run::output(Command::new("dpkg-deb").arg("-x").args([&archive, &unpacked]))?;
+    fs::remove_file(&archive).with_context(|| format!("removing {}", archive.display()))?;
+    if !unpacked.join("lib").exists() {
+        std::os::unix::fs::symlink("usr/lib", unpacked.join("lib")).context("linking lib to usr/lib")?;
+    }
+    let modules = Kernel::open(&unpacked)?.modules;
+    let release = modules.file_name().context("the folder of modules has no name")?;
+    let depmod = run::which("depmod").context("there is no depmod: install kmod")?;
+    run::output(Command::new(depmod).arg("--basedir").arg(&unpacked).arg(release))?;
+    fs::rename(&unpacked, folder).with_context(|| format!("keeping {}", folder.display()))
+}
+
+fn only_entry(folder: &Path, start: &str) -> Result<PathBuf> {
+    let entries = fs::read_dir(folder).with_context(|| format!("reading {}", folder.display()))?;
+    let mut paths = entries.flatten().filter(|entry| entry.file_name().to_string_lossy().starts_with(start));
+    match (paths.next(), paths.next()) {
+        (Some(entry), None) => Ok(entry.path()),
+        _ => bail!("{} should have one entry {start}*", folder.display()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_newest_of_a_version_is_taken() {
+        let names = [
+            "linux-image-6.1.0-9-cloud-amd64",
+            "linux-image-6.1.0-51-cloud-amd64",
+            "linux-image-6.1.0-60-amd64",
+            "linux-image-6.12-cloud-amd64",
+            "linux-image-6.12.100+deb12-cloud-amd64",
+            "linux-image-6.12.99+deb12-cloud-amd64",
+            "linux-image-6.12.101+deb12-cloud-amd64-unsigned",
+        ];
+        assert_eq!(newest(names.into_iter(), "6.1"), Some(names[1]));
+        assert_eq!(newest(names.into_iter(), "6.12"), Some(names[4]));
+        assert_eq!(newest(names.into_iter(), "6.2"), None);
+    }
+}
