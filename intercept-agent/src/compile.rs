@@ -39,6 +39,20 @@ pub struct Compiled {
     pub entries: Entries,
 }
 
+impl Compiled {
+    /// Tells one compiled policy apart from another.
+    pub fn digest(&self) -> u64 {
+        use std::hash::{Hash as _, Hasher as _};
+        let mut hasher = std::hash::DefaultHasher::new();
+        bytemuck::bytes_of(&self.policy).hash(&mut hasher);
+        for (len, addr, value) in &self.entries.destinations {
+            (len, addr, bytemuck::bytes_of(value)).hash(&mut hasher);
+        }
+        (&self.entries.ports, &self.entries.groups, &self.entries.interfaces).hash(&mut hasher);
+        hasher.finish()
+    }
+}
+
 /// Compile. The ids in `config` are those of the initial user namespace.
 pub fn compile(config: &Config, mirror: &Mirror) -> Compiled {
     let entries = Entries {

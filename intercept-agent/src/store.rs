@@ -21,7 +21,7 @@ use intercept_common::layout;
 use rustix::fs::FlockOperation;
 use serde::{Deserialize, Serialize};
 
-use crate::{kernel, options::Config};
+use crate::{kernel, options::Config, plumbing::Plumbing};
 
 /// Where bpffs is mounted unless `--bpffs` says otherwise.
 pub const DEFAULT_BPFFS: &str = "/sys/fs/bpf";
@@ -83,6 +83,10 @@ pub struct Record {
     pub netns_path: Option<PathBuf>,
     /// What is captured; ids as seen inside the pod.
     pub config: Config,
+    /// Tells the compiled policy apart from another.
+    pub digest: u64,
+    /// What was changed in the namespace.
+    pub plumbing: Plumbing,
     /// Seconds since 1970 when this policy was put in force.
     pub since: u64,
 }

@@ -1,0 +1,454 @@
+//! The node's programs and maps, and the pods they are attached to.
+//!
+//! A pod is put in force by one write to PODS. Everything before it (folder, record, lists, links, listeners) has no
+//! effect on any connection, so that an agent that dies on the way leaves the old state in force; everything after it
+//! is tidying that the next call makes up for.
+
+use std::{
+    io,
+    os::fd::{AsFd as _, OwnedFd},
+    path::{Path, PathBuf},
+    time::{SystemTime, UNIX_EPOCH},
+};
+
+use intercept_common::{layout, layout::PodPolicy, names};
+
+use crate::{
+    cgroup::CgroupDir,
+    compile::{Compiled, compile},
+    kernel::{self, LinkTarget},
+    listeners::{self, ListenerError},
+    mirror::{Mirror, MirrorError},
+    netns::Netns,
+    options::Config,
+    plumbing::{self, Plumbing, PlumbingError},
+    programs::{self, ProgramError},
+    store::{Lock, Record, Store, StoreError},
+    tables::{TableError, Tables},
+    userns::{UserNs, UserNsError},
+};
+
+/// Why a pod could not be attached, detached or read.
+#[derive(Debug, thiserror::Error)]
+#[expect(missing_docs, reason = "each is its text")]
+pub enum NodeError {
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    #[error(transparent)]
+    Table(#[from] TableError),
+    #[error(transparent)]
+    Program(#[from] ProgramError),
+    #[error("mirroring the routes of {netns}")]
+    Mirror { netns: String, source: MirrorError },
+    #[error("looking for listeners of the proxy in {netns}")]
+    Listeners { netns: String, source: ListenerError },
+    #[error("preparing namespace {netns}")]
+    Plumbing { netns: String, source: PlumbingError },
+    #[error("translating user and group ids of {cgroup}")]
+    UserNs { cgroup: String, source: UserNsError },
+    #[error("attaching {program} to {target}")]
+    Attach { program: &'static str, target: String, source: io::Error },
+    #[error("replacing {program} of pod {cookie}")]
+    Replace { program: &'static str, cookie: u64, source: io::Error },
+    #[error(
+        "{netns} is captured through cgroup {cgroup} already: a namespace has one capture; \
+         detach that one first (`intercept-agent detach --cgroup-path {cgroup}`)"
+    )]
+    NetnsTaken { netns: String, cgroup: String },
+    #[error(
+        "cgroup {cgroup} is attached for another namespace (inode {inode}) already; \
+         detach it first (`intercept-agent detach --cgroup-path {cgroup}`)"
+    )]
+    CgroupTaken { cgroup: String, inode: u64 },
+    #[error("{0} pods are attached to this node, which is all it has counters for")]
+    TooManyPods(usize),
+    #[error("{0} is not attached")]
+    NotAttached(String),
+}
+
+/// What a pod is made of.
+pub struct Target {
+    /// Its cgroup.
+    pub cgroup: CgroupDir,
+    /// Its network namespace.
+    pub netns: Netns,
+    /// A path that leads to the namespace, if one was given.
+    pub netns_path: Option<PathBuf>,
+}
+
+/// What `attach` did.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Attached {
+    /// The same was in force.
+    Unchanged,
+    /// The pod was not attached before.
+    New,
+    /// Another policy was in force.
+    Replaced,
+}
+
+impl Attached {
+    /// The word for it.
+    pub fn word(self) -> &'static str {
+        match self {
+            Self::Unchanged => "unchanged",
+            Self::New => "attached",
+            Self::Replaced => "replaced",
+        }
+    }
+}
+
+/// The node's store and maps, with the store locked.
+pub struct Node {
+    store: Store,
+    tables: Tables,
+    _lock: Lock,
+}
+
+impl Node {
+    /// Lock the store; load the programs if this build's are not there, and put them under the links of all pods.
+    pub fn open(bpffs: &Path) -> Result<Self, NodeError> {
+        let store = Store::open(bpffs)?;
+        let lock = store.lock()?;
+        if !store.programs().join(names::CONNECT6).exists() {
+            // What an agent left that died on the way is in the way.
+            store.remove(&store.programs())?;
+            store.create(&store.maps())?;
+            store.create(&store.programs())?;
+            programs::load_shared(&store.maps(), &store.programs())?;
+        }
+        let mut node = Self { tables: Tables::open(&store.maps())?, store, _lock: lock };
+        let others = node.store.other_programs()?;
+        if !others.is_empty() {
+            for cookie in node.store.pods()? {
+                node.replace_programs(cookie)?;
+            }
+            for other in others {
+                node.store.remove(&other)?;
+            }
+        }
+        Ok(node)
+    }
+
+    /// The store and maps if there are any: for those who only look, and for those who take away.
+    pub fn find(bpffs: &Path) -> Result<Option<Self>, NodeError> {
+        let Some(store) = Store::find(bpffs) else { return Ok(None) };
+        let lock = store.lock()?;
+        // Another agent may have taken it away while we waited.
+        if !store.maps().is_dir() {
+            return Ok(None);
+        }
+        Ok(Some(Self { tables: Tables::open(&store.maps())?, store, _lock: lock }))
+    }
+
+    /// The maps.
+    pub fn tables(&self) -> &Tables {
+        &self.tables
+    }
+
+    /// The records in force, each with its policy.
+    pub fn pods(&self) -> Result<Vec<(Record, PodPolicy)>, NodeError> {
+        let mut pods = Vec::new();
+        for (cookie, policy) in self.tables.policies()? {
+            if let Some(record) = self.store.read_record(cookie, policy.id)? {
+                pods.push((record, policy));
+            }
+        }
+        pods.sort_by_key(|(record, _)| record.since);
+        Ok(pods)
+    }
+
+    /// The pod that is attached to this cgroup.
+    pub fn pod_of_cgroup(&self, cgroup_id: u64) -> Result<Option<(Record, PodPolicy)>, NodeError> {
+        Ok(self.pods()?.into_iter().find(|(record, _)| record.cgroup_id == cgroup_id))
+    }
+
+    /// Put a policy in force for a pod. `config` has the ids as the pod sees them.
+    pub fn attach(&mut self, target: &Target, config: &Config) -> Result<Attached, NodeError> {
+        let cookie = target.netns.cookie();
+        self.refuse_conflicts(target)?;
+        self.sweep()?;
+        let netns = || target.netns.name().to_owned();
+        let before = self.tables.policy(cookie)?;
+        let old = match &before {
+            Some(policy) => self.store.read_record(cookie, policy.id)?,
+            None => None,
+        };
+
+        let was = old.as_ref().map(|record| record.plumbing.clone()).unwrap_or_default();
+        let plumbing = plumbing::apply(&target.netns, config, &was)
+            .map_err(|source| NodeError::Plumbing { netns: netns(), source })?;
+        let compiled = self.compile(target, config)?;
+        let digest = compiled.digest();
+        if let (Some(policy), Some(record)) = (&before, &old)
+            && record.config == *config
+            && record.digest == digest
+            && self.links_intact(cookie, target)
+        {
+            // A proxy may have started to listen while another capture held its socket.
+            self.hold_listeners(target, config, policy.slot)?;
+            return Ok(Attached::Unchanged);
+        }
+
+        let slot = match &before {
+            Some(policy) => policy.slot,
+            None => self.free_slot()?,
+        };
+        let id = self.free_id()?;
+        let record = Record {
+            cookie,
+            policy: id,
+            slot,
+            cgroup: target.cgroup.path().to_owned(),
+            cgroup_id: target.cgroup.id(),
+            netns_inode: target.netns.inode(),
+            netns_path: target.netns_path.clone(),
+            config: config.clone(),
+            digest,
+            plumbing: plumbing.clone(),
+            since: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |t| t.as_secs()),
+        };
+        if let Err(error) = self.install(target, &record, &compiled, before.is_none()) {
+            // Best effort: what is left has no effect and is swept by the next call.
+            if before.is_none() {
+                let _swept_later = self.take_out(cookie);
+                plumbing::remove(&target.netns, &plumbing);
+            }
+            return Err(error);
+        }
+        // In force from here on: a failure below is not one of the attach.
+        if let Err(error) = self.tidy_after(cookie, id, before.map(|policy| policy.id)) {
+            tracing::warn!(error = &error as &dyn std::error::Error, "tidying after attach");
+        }
+        Ok(if before.is_some() { Attached::Replaced } else { Attached::New })
+    }
+
+    /// Follow a change of routes, addresses or interfaces; says whether anything changed.
+    pub fn refresh(&mut self, target: &Target, config: &Config) -> Result<bool, NodeError> {
+        Ok(self.attach(target, config)? != Attached::Unchanged)
+    }
+
+    /// Take a pod out of force and leave nothing of it. `netns` is its namespace, if it still can be reached.
+    pub fn detach(&mut self, cookie: u64, netns: Option<&Netns>) -> Result<(), NodeError> {
+        let record = match self.tables.policy(cookie)? {
+            Some(policy) => self.store.read_record(cookie, policy.id)?,
+            None => None,
+        };
+        self.take_out(cookie)?;
+        if let (Some(record), Some(netns)) = (record, netns) {
+            plumbing::remove(netns, &record.plumbing);
+        }
+        Ok(())
+    }
+
+    /// Remove programs and maps if no pod uses them.
+    pub fn remove_if_unused(self) -> Result<(), NodeError> {
+        if self.store.pods()?.is_empty() {
+            self.store.remove_all()?;
+        }
+        Ok(())
+    }
+
+    /// Take away what dead pods and dead agents left: folders without a policy in force, pods whose cgroup or
+    /// namespace is gone. Says which pods were removed.
+    pub fn sweep(&mut self) -> Result<Vec<u64>, NodeError> {
+        let mut removed = Vec::new();
+        for cookie in self.store.pods()? {
+            if self.tables.policy(cookie)?.is_none() || !self.alive(cookie) {
+                self.take_out(cookie)?;
+                removed.push(cookie);
+            }
+        }
+        Ok(removed)
+    }
+
+    fn take_out(&mut self, cookie: u64) -> Result<(), NodeError> {
+        self.tables.switch_off(cookie)?;
+        self.store.remove(&self.store.pod(cookie))?;
+        let in_force: Vec<_> = self.tables.policies()?;
+        self.tables.purge_lists(|id| in_force.iter().any(|(_, policy)| policy.id == id))?;
+        self.tables.purge_connections(|netns| netns != cookie)?;
+        Ok(())
+    }
+
+    fn compile(&self, target: &Target, config: &Config) -> Result<Compiled, NodeError> {
+        let mirror = Mirror::snapshot(&target.netns)
+            .map_err(|source| NodeError::Mirror { netns: target.netns.name().to_owned(), source })?;
+        let userns = UserNs::of_cgroup(&target.cgroup).map_err(|source| NodeError::UserNs {
+            cgroup: target.cgroup.path().display().to_string(),
+            source,
+        })?;
+        Ok(compile(&userns.translate(config), &mirror))
+    }
+
+    fn refuse_conflicts(&self, target: &Target) -> Result<(), NodeError> {
+        for (record, _) in self.pods()? {
+            let same_netns = record.cookie == target.netns.cookie();
+            let same_cgroup = record.cgroup_id == target.cgroup.id();
+            if same_netns == same_cgroup || !self.alive(record.cookie) {
+                continue;
+            }
+            return Err(if same_netns {
+                NodeError::NetnsTaken {
+                    netns: target.netns.name().to_owned(),
+                    cgroup: record.cgroup.display().to_string(),
+                }
+            } else {
+                NodeError::CgroupTaken {
+                    cgroup: target.cgroup.path().display().to_string(),
+                    inode: record.netns_inode,
+                }
+            });
+        }
+        Ok(())
+    }
+
+    fn install(&mut self, target: &Target, record: &Record, compiled: &Compiled, new: bool) -> Result<(), NodeError> {
+        self.store.create(&self.store.pod(record.cookie))?;
+        self.store.write_record(record)?;
+        self.tables.write(record.policy, &compiled.entries)?;
+        self.link(target)?;
+        if new {
+            self.tables.reset_counters(record.slot)?;
+        }
+        self.hold_listeners(target, &record.config, record.slot)?;
+        let policy = PodPolicy { id: record.policy, slot: record.slot, ..compiled.policy };
+        self.tables.switch_on(record.cookie, &policy)?;
+        // A listener that came up since the look above was not seen by the callback, which knew no policy yet.
+        self.hold_listeners(target, &record.config, record.slot)
+    }
+
+    fn tidy_after(&mut self, cookie: u64, id: u32, old: Option<u32>) -> Result<(), NodeError> {
+        self.store.drop_other_records(cookie, id)?;
+        if let Some(old) = old {
+            self.tables.purge_lists(|id| id != old)?;
+        }
+        Ok(())
+    }
+
+    /// Make the links of a pod that are not there.
+    fn link(&self, target: &Target) -> Result<(), NodeError> {
+        let cookie = target.netns.cookie();
+        let cgroup = target.cgroup.path().display().to_string();
+        for program in names::CGROUP_PROGRAMS {
+            let path = self.store.pod(cookie).join(program);
+            if self.link_is(&path, LinkTarget::Cgroup(Some(target.cgroup.id()))) {
+                continue;
+            }
+            let attach = || {
+                let fd = kernel::open_pin(&self.store.programs().join(program))?;
+                let link = kernel::link_create(fd.as_fd(), target.cgroup.as_fd(), programs::attach_type(program))?;
+                replace_pin(&link, &path)
+            };
+            attach().map_err(|source| NodeError::Attach { program, target: cgroup.clone(), source })?;
+        }
+        let path = self.store.pod(cookie).join(names::SK_LOOKUP);
+        if self.link_is(&path, LinkTarget::Netns(u32::try_from(target.netns.inode()).ok())) {
+            return Ok(());
+        }
+        let program = programs::load_lookup(&self.store.maps(), cookie)?;
+        kernel::link_create(program.as_fd(), target.netns.as_fd(), programs::attach_type(names::SK_LOOKUP))
+            .and_then(|link| replace_pin(&link, &path))
+            .map_err(|source| NodeError::Attach {
+                program: names::SK_LOOKUP,
+                target: target.netns.name().to_owned(),
+                source,
+            })
+    }
+
+    fn link_is(&self, path: &Path, target: LinkTarget) -> bool {
+        kernel::open_pin(path)
+            .and_then(|link| kernel::link_info(link.as_fd()))
+            .is_ok_and(|info| info.target == target)
+    }
+
+    fn links_intact(&self, cookie: u64, target: &Target) -> bool {
+        let dir = self.store.pod(cookie);
+        names::CGROUP_PROGRAMS
+            .iter()
+            .all(|name| self.link_is(&dir.join(name), LinkTarget::Cgroup(Some(target.cgroup.id()))))
+            && self.link_is(&dir.join(names::SK_LOOKUP), LinkTarget::Netns(u32::try_from(target.netns.inode()).ok()))
+    }
+
+    /// Whether the cgroup and the namespace of a pod are still there. A link tells: it outlives both and then names
+    /// neither.
+    pub fn alive(&self, cookie: u64) -> bool {
+        let target_of = |name: &str| {
+            kernel::open_pin(&self.store.pod(cookie).join(name))
+                .and_then(|link| kernel::link_info(link.as_fd()))
+                .map(|info| info.target)
+        };
+        matches!(target_of(names::SOCK_OPS), Ok(LinkTarget::Cgroup(Some(_))))
+            && matches!(target_of(names::SK_LOOKUP), Ok(LinkTarget::Netns(Some(_))))
+    }
+
+    /// Put this build's programs under the links of a pod.
+    fn replace_programs(&self, cookie: u64) -> Result<(), NodeError> {
+        let dir = self.store.pod(cookie);
+        for program in names::CGROUP_PROGRAMS {
+            let update = || {
+                let link = kernel::open_pin(&dir.join(program))?;
+                let fd = kernel::open_pin(&self.store.programs().join(program))?;
+                kernel::link_update(link.as_fd(), fd.as_fd())
+            };
+            update().map_err(|source| NodeError::Replace { program, cookie, source })?;
+        }
+        let program = programs::load_lookup(&self.store.maps(), cookie)?;
+        kernel::open_pin(&dir.join(names::SK_LOOKUP))
+            .and_then(|link| kernel::link_update(link.as_fd(), program.as_fd()))
+            .map_err(|source| NodeError::Replace { program: names::SK_LOOKUP, cookie, source })
+    }
+
+    /// Hold the proxy's sockets that listen already.
+    fn hold_listeners(&mut self, target: &Target, config: &Config, slot: u32) -> Result<(), NodeError> {
+        let ports = [config.proxy_port, config.inbound_port];
+        let found = listeners::find(&target.netns, &target.cgroup, &ports)
+            .map_err(|source| NodeError::Listeners { netns: target.netns.name().to_owned(), source })?;
+        let cookie = target.netns.cookie();
+        let mut taken = self.tables.listeners(cookie);
+        if let Some(outbound) = found.iter().find(|listener| listener.port == config.proxy_port) {
+            let wildcard = outbound.addr.is_unspecified();
+            let flags = if wildcard { layout::proxy::OUTBOUND_WILDCARD } else { 0 };
+            self.tables.set_proxy(slot, layout::Proxy { flags })?;
+        }
+        if !taken.is_empty() {
+            return Ok(());
+        }
+        for listener in found.iter().filter(|listener| !listener.addr.is_loopback()) {
+            let key = |slot| layout::ListenerKey {
+                netns: cookie,
+                port: listener.port,
+                family: listener.family,
+                slot,
+                reserved: 0,
+            };
+            let free = (0..layout::LISTENER_SLOTS).map(key).find(|key| !taken.contains(key));
+            if let Some(key) = free {
+                self.tables.add_listener(key, &listener.fd)?;
+                taken.push(key);
+            }
+        }
+        Ok(())
+    }
+
+    fn free_slot(&self) -> Result<u32, NodeError> {
+        let used: Vec<u32> = self.tables.policies()?.iter().map(|(_, policy)| policy.slot).collect();
+        (0..layout::MAX_PODS).find(|slot| !used.contains(slot)).ok_or(NodeError::TooManyPods(used.len()))
+    }
+
+    /// One above all in force; entries of ids that are not were swept.
+    fn free_id(&self) -> Result<u32, NodeError> {
+        let highest = self.tables.policies()?.iter().map(|(_, policy)| policy.id).max().unwrap_or(0);
+        Ok(highest.checked_add(1).unwrap_or(1))
+    }
+}
+
+/// Pin a link in place of what an earlier agent left.
+fn replace_pin(link: &OwnedFd, path: &Path) -> io::Result<()> {
+    match std::fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+        _ => {}
+    }
+    kernel::pin(link.as_fd(), path)
+}
+
