@@ -15,6 +15,7 @@ use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use crate::{
     mirror::{Mirror, Reach, Route},
     options::{Config, DNS_PORT, Dns, InboundMode, InboundPorts, OwnerGroups, Ports},
+    userns::{IdMap, IdMaps},
 };
 
 /// What is written to the lists under a policy's id.
@@ -82,6 +83,29 @@ pub fn compile(config: &Config, mirror: &Mirror) -> Compiled {
     Compiled { policy, entries }
 }
 
+/// The same options with the ids of the initial user namespace, and the ids that nobody can have. Those keep their
+/// place in the lists, because a row "owner is not U" matches everyone then.
+pub fn outside(config: &Config, maps: &IdMaps) -> (Config, Vec<u32>) {
+    /// Neither a user nor what stands for no user at all.
+    const NOBODY: u32 = u32::MAX - 1;
+    let mut nobody = Vec::new();
+    let mut translate = |map: &IdMap, ids: &mut Vec<u32>| {
+        for id in ids {
+            *id = map.outside(*id).unwrap_or_else(|| {
+                nobody.push(*id);
+                NOBODY
+            });
+        }
+    };
+    let mut config = config.clone();
+    translate(&maps.users, &mut config.proxy_uids);
+    translate(&maps.groups, &mut config.proxy_gids);
+    if let OwnerGroups::Only(gids) | OwnerGroups::Except(gids) = &mut config.owner_groups {
+        translate(&maps.groups, gids);
+    }
+    (config, nobody)
+}
+
 /// The parser refuses longer lists.
 fn owners(ids: &[u32]) -> ([u32; MAX_OWNERS], u16) {
     let mut owners = [0; MAX_OWNERS];
@@ -103,7 +127,8 @@ fn flags(config: &Config) -> u32 {
     set(config.mode == InboundMode::Tproxy, policy::TPROXY);
     set(config.inbound_ports == InboundPorts::All, policy::INBOUND_ALL);
     set(
-        !config.inbound_exclude.is_empty() || matches!(&config.inbound_ports, InboundPorts::Only(list) if !list.is_empty()),
+        !config.inbound_exclude.is_empty()
+            || matches!(&config.inbound_ports, InboundPorts::Only(list) if !list.is_empty()),
         policy::INBOUND_PORTS,
     );
     set(
@@ -115,10 +140,7 @@ fn flags(config: &Config) -> u32 {
     set(config.dns == Dns::All, policy::DNS_ALL);
     set(matches!(config.owner_groups, OwnerGroups::Only(_)), policy::GROUPS_ONLY);
     set(matches!(config.owner_groups, OwnerGroups::Except(_)), policy::GROUPS_EXCEPT);
-    set(
-        !config.exclude_interfaces.is_empty() || !config.virt_interfaces.is_empty(),
-        policy::INTERFACES,
-    );
+    set(!config.exclude_interfaces.is_empty() || !config.virt_interfaces.is_empty(), policy::INTERFACES);
     flags
 }
 
@@ -172,7 +194,10 @@ fn destinations(config: &Config, mirror: &Mirror) -> Vec<(u32, Addr, Destination
     said.extend(config.include.list.iter().map(|&net| (net, Says::Bits(destination::INCLUDED))));
     said.extend(config.exclude.iter().map(|&net| (net, Says::Bits(destination::EXCLUDED))));
     said.push((config.loopback_v4.into(), Says::Bits(destination::LOCALHOST)));
-    said.push((IpNet::from(std::net::IpAddr::from(std::net::Ipv6Addr::LOCALHOST)), Says::Bits(destination::LOCALHOST)));
+    said.push((
+        IpNet::from(std::net::IpAddr::from(std::net::Ipv6Addr::LOCALHOST)),
+        Says::Bits(destination::LOCALHOST),
+    ));
     if let Dns::Resolvers(servers) = &config.dns {
         said.extend(servers.iter().map(|&server| (IpNet::from(server), Says::Bits(destination::RESOLVER))));
     }

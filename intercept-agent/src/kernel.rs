@@ -12,7 +12,9 @@ use std::{
     path::Path,
 };
 
-use aya_obj::generated::{bpf_attach_type, bpf_attr, bpf_cmd, bpf_insn, bpf_link_info, bpf_map_type, bpf_prog_type};
+use aya_obj::generated::{
+    bpf_attach_type, bpf_attr, bpf_cmd, bpf_insn, bpf_link_info, bpf_map_type, bpf_prog_type,
+};
 
 /// A value that a map holds.
 ///
@@ -31,7 +33,9 @@ fn empty_attr() -> bpf_attr {
 
 fn call(cmd: bpf_cmd, attr: &mut bpf_attr) -> io::Result<i64> {
     // SAFETY: the attribute is of the size given; pointers in it are to memory that the callers below keep alive.
-    let ret = unsafe { libc::syscall(libc::SYS_bpf, cmd as libc::c_long, std::ptr::from_mut(attr), size_of::<bpf_attr>()) };
+    let ret = unsafe {
+        libc::syscall(libc::SYS_bpf, cmd as libc::c_long, std::ptr::from_mut(attr), size_of::<bpf_attr>())
+    };
     if ret < 0 { Err(io::Error::last_os_error()) } else { Ok(ret) }
 }
 
@@ -104,8 +108,12 @@ pub fn link_info(link: BorrowedFd<'_>) -> io::Result<LinkInfo> {
     // SAFETY: the kernel filled the variant that the type names.
     let target = unsafe {
         match info.type_ {
-            BPF_LINK_TYPE_CGROUP => LinkTarget::Cgroup(Some(info.__bindgen_anon_1.cgroup.cgroup_id).filter(|&id| id != 0)),
-            BPF_LINK_TYPE_NETNS => LinkTarget::Netns(Some(info.__bindgen_anon_1.netns.netns_ino).filter(|&ino| ino != 0)),
+            BPF_LINK_TYPE_CGROUP => {
+                LinkTarget::Cgroup(Some(info.__bindgen_anon_1.cgroup.cgroup_id).filter(|&id| id != 0))
+            }
+            BPF_LINK_TYPE_NETNS => {
+                LinkTarget::Netns(Some(info.__bindgen_anon_1.netns.netns_ino).filter(|&ino| ino != 0))
+            }
             _ => LinkTarget::Other,
         }
     };

@@ -1,10 +1,16 @@
 //! The agent as a library, so that tests can look at its parts; the binary is a command line around it.
 
+pub mod cgroup;
 pub mod compile;
 pub mod kernel;
+pub mod listeners;
 pub mod mirror;
+pub mod netns;
+pub mod node;
 pub mod offsets;
 pub mod options;
+pub mod plumbing;
 pub mod programs;
 pub mod store;
 pub mod tables;
+pub mod userns;

@@ -6,7 +6,7 @@
 
 use std::{
     io,
-    os::fd::{AsFd as _, OwnedFd},
+    os::fd::{AsFd as _, AsRawFd as _, OwnedFd},
     path::{Path, PathBuf},
     time::{SystemTime, UNIX_EPOCH},
 };
@@ -15,7 +15,7 @@ use intercept_common::{layout, layout::PodPolicy, names};
 
 use crate::{
     cgroup::CgroupDir,
-    compile::{Compiled, compile},
+    compile::{Compiled, compile, outside},
     kernel::{self, LinkTarget},
     listeners::{self, ListenerError},
     mirror::{Mirror, MirrorError},
@@ -25,7 +25,7 @@ use crate::{
     programs::{self, ProgramError},
     store::{Lock, Record, Store, StoreError},
     tables::{TableError, Tables},
-    userns::{UserNs, UserNsError},
+    userns::{IdMapError, IdMaps},
 };
 
 /// Why a pod could not be attached, detached or read.
@@ -45,7 +45,7 @@ pub enum NodeError {
     #[error("preparing namespace {netns}")]
     Plumbing { netns: String, source: PlumbingError },
     #[error("translating user and group ids of {cgroup}")]
-    UserNs { cgroup: String, source: UserNsError },
+    UserNs { cgroup: String, source: IdMapError },
     #[error("attaching {program} to {target}")]
     Attach { program: &'static str, target: String, source: io::Error },
     #[error("replacing {program} of pod {cookie}")]
@@ -249,12 +249,17 @@ impl Node {
         Ok(())
     }
 
+    /// Remove programs, maps and all pods that are left.
+    pub fn remove_everything(self) -> Result<(), NodeError> {
+        Ok(self.store.remove_all()?)
+    }
+
     /// Take away what dead pods and dead agents left: folders without a policy in force, pods whose cgroup or
     /// namespace is gone. Says which pods were removed.
     pub fn sweep(&mut self) -> Result<Vec<u64>, NodeError> {
         let mut removed = Vec::new();
         for cookie in self.store.pods()? {
-            if self.tables.policy(cookie)?.is_none() || !self.alive(cookie) {
+            if self.tables.policy(cookie)?.is_none() || self.cgroup_of(cookie).is_none() {
                 self.take_out(cookie)?;
                 removed.push(cookie);
             }
@@ -274,36 +279,44 @@ impl Node {
     fn compile(&self, target: &Target, config: &Config) -> Result<Compiled, NodeError> {
         let mirror = Mirror::snapshot(&target.netns)
             .map_err(|source| NodeError::Mirror { netns: target.netns.name().to_owned(), source })?;
-        let userns = UserNs::of_cgroup(&target.cgroup).map_err(|source| NodeError::UserNs {
-            cgroup: target.cgroup.path().display().to_string(),
-            source,
-        })?;
-        Ok(compile(&userns.translate(config), &mirror))
+        let cgroup = || target.cgroup.path().display().to_string();
+        let ids = IdMaps::of_cgroup(&target.cgroup)
+            .map_err(|source| NodeError::UserNs { cgroup: cgroup(), source })?;
+        let (config, nobody) = outside(config, &ids);
+        if !nobody.is_empty() {
+            tracing::warn!(cgroup = cgroup(), ids = ?nobody, "ids that the pod's user namespace does not map match nobody");
+        }
+        Ok(compile(&config, &mirror))
     }
 
+    /// A namespace has one capture and a cgroup one namespace: programs that are attached twice would run twice.
     fn refuse_conflicts(&self, target: &Target) -> Result<(), NodeError> {
-        for (record, _) in self.pods()? {
-            let same_netns = record.cookie == target.netns.cookie();
-            let same_cgroup = record.cgroup_id == target.cgroup.id();
-            if same_netns == same_cgroup || !self.alive(record.cookie) {
+        let own = target.netns.cookie();
+        for cookie in self.store.pods()? {
+            let cgroup = self.cgroup_of(cookie);
+            let same_cgroup = cgroup == Some(target.cgroup.id());
+            if (cookie == own) == same_cgroup || cgroup.is_none() {
                 continue;
             }
-            return Err(if same_netns {
-                NodeError::NetnsTaken {
-                    netns: target.netns.name().to_owned(),
-                    cgroup: record.cgroup.display().to_string(),
-                }
+            let Some(policy) = self.tables.policy(cookie)? else { continue };
+            let Some(record) = self.store.read_record(cookie, policy.id)? else { continue };
+            let cgroup = record.cgroup.display().to_string();
+            return Err(if cookie == own {
+                NodeError::NetnsTaken { netns: target.netns.name().to_owned(), cgroup }
             } else {
-                NodeError::CgroupTaken {
-                    cgroup: target.cgroup.path().display().to_string(),
-                    inode: record.netns_inode,
-                }
+                NodeError::CgroupTaken { cgroup, inode: record.netns_inode }
             });
         }
         Ok(())
     }
 
-    fn install(&mut self, target: &Target, record: &Record, compiled: &Compiled, new: bool) -> Result<(), NodeError> {
+    fn install(
+        &mut self,
+        target: &Target,
+        record: &Record,
+        compiled: &Compiled,
+        new: bool,
+    ) -> Result<(), NodeError> {
         self.store.create(&self.store.pod(record.cookie))?;
         self.store.write_record(record)?;
         self.tables.write(record.policy, &compiled.entries)?;
@@ -337,7 +350,8 @@ impl Node {
             }
             let attach = || {
                 let fd = kernel::open_pin(&self.store.programs().join(program))?;
-                let link = kernel::link_create(fd.as_fd(), target.cgroup.as_fd(), programs::attach_type(program))?;
+                let link =
+                    kernel::link_create(fd.as_fd(), target.cgroup.as_fd(), programs::attach_type(program))?;
                 replace_pin(&link, &path)
             };
             attach().map_err(|source| NodeError::Attach { program, target: cgroup.clone(), source })?;
@@ -367,19 +381,24 @@ impl Node {
         names::CGROUP_PROGRAMS
             .iter()
             .all(|name| self.link_is(&dir.join(name), LinkTarget::Cgroup(Some(target.cgroup.id()))))
-            && self.link_is(&dir.join(names::SK_LOOKUP), LinkTarget::Netns(u32::try_from(target.netns.inode()).ok()))
+            && self.link_is(
+                &dir.join(names::SK_LOOKUP),
+                LinkTarget::Netns(u32::try_from(target.netns.inode()).ok()),
+            )
     }
 
-    /// Whether the cgroup and the namespace of a pod are still there. A link tells: it outlives both and then names
+    /// The cgroup of a pod if that and its namespace are still there. The links tell: they outlive both and then name
     /// neither.
-    pub fn alive(&self, cookie: u64) -> bool {
+    pub fn cgroup_of(&self, cookie: u64) -> Option<u64> {
         let target_of = |name: &str| {
             kernel::open_pin(&self.store.pod(cookie).join(name))
                 .and_then(|link| kernel::link_info(link.as_fd()))
                 .map(|info| info.target)
         };
-        matches!(target_of(names::SOCK_OPS), Ok(LinkTarget::Cgroup(Some(_))))
-            && matches!(target_of(names::SK_LOOKUP), Ok(LinkTarget::Netns(Some(_))))
+        match (target_of(names::SOCK_OPS), target_of(names::SK_LOOKUP)) {
+            (Ok(LinkTarget::Cgroup(cgroup)), Ok(LinkTarget::Netns(Some(_)))) => cgroup,
+            _ => None,
+        }
     }
 
     /// Put this build's programs under the links of a pod.
@@ -424,7 +443,7 @@ impl Node {
             };
             let free = (0..layout::LISTENER_SLOTS).map(key).find(|key| !taken.contains(key));
             if let Some(key) = free {
-                self.tables.add_listener(key, &listener.fd)?;
+                self.tables.add_listener(key, listener.fd.as_raw_fd())?;
                 taken.push(key);
             }
         }
@@ -436,10 +455,13 @@ impl Node {
         (0..layout::MAX_PODS).find(|slot| !used.contains(slot)).ok_or(NodeError::TooManyPods(used.len()))
     }
 
-    /// One above all in force; entries of ids that are not were swept.
+    /// Any that is not in force. Drawn at random, so that it does not meet entries that an agent wrote for a policy
+    /// that it did not live to put in force.
     fn free_id(&self) -> Result<u32, NodeError> {
-        let highest = self.tables.policies()?.iter().map(|(_, policy)| policy.id).max().unwrap_or(0);
-        Ok(highest.checked_add(1).unwrap_or(1))
+        use std::hash::{BuildHasher as _, RandomState};
+        let used: Vec<u32> = self.tables.policies()?.iter().map(|(_, policy)| policy.id).collect();
+        let draw = || (RandomState::new().hash_one(used.len()) & 0xffff_ffff) as u32;
+        Ok(std::iter::repeat_with(draw).find(|id| *id != 0 && !used.contains(id)).unwrap_or(1))
     }
 }
 
@@ -451,4 +473,3 @@ fn replace_pin(link: &OwnedFd, path: &Path) -> io::Result<()> {
     }
     kernel::pin(link.as_fd(), path)
 }
-

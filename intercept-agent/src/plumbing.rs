@@ -64,7 +64,8 @@ pub fn apply(netns: &Netns, config: &Config, before: &Plumbing) -> Result<Plumbi
     let before = before.clone();
     inside(netns, async move |handle| {
         let wanted = wanted(&config);
-        let mut done: Vec<Change> = before.0.iter().filter(|c| wanted.iter().any(|w| w.same(c))).cloned().collect();
+        let mut done: Vec<Change> =
+            before.0.iter().filter(|c| wanted.iter().any(|w| w.same(c))).cloned().collect();
         let kept = done.len();
         for change in wanted {
             if done.iter().any(|d| d.same(&change)) {
@@ -100,13 +101,18 @@ pub fn remove(netns: &Netns, plumbing: &Plumbing) {
         }
     });
     if let Err(error) = removed {
-        tracing::warn!(netns = netns.name(), error = &error as &dyn std::error::Error, "restoring the namespace");
+        tracing::warn!(
+            netns = netns.name(),
+            error = &error as &dyn std::error::Error,
+            "restoring the namespace"
+        );
     }
 }
 
 fn inside<T: Send, F: AsyncFnOnce(Handle) -> T + Send>(netns: &Netns, work: F) -> Result<T, PlumbingError> {
     netns.run(|| {
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_io().build().map_err(PlumbingError::Open)?;
+        let runtime =
+            tokio::runtime::Builder::new_current_thread().enable_io().build().map_err(PlumbingError::Open)?;
         runtime.block_on(async {
             let (connection, handle, _) = rtnetlink::new_connection().map_err(PlumbingError::Open)?;
             let connection = tokio::spawn(connection);
@@ -197,7 +203,11 @@ async fn unmake(handle: &Handle, change: &Change) {
             .map_err(|source| PlumbingError::Sysctl { path: ACCEPT_MARK, source }),
     };
     if let Err(error) = result {
-        tracing::warn!(?change, error = &error as &dyn std::error::Error, "undoing a change of the namespace");
+        tracing::warn!(
+            ?change,
+            error = &error as &dyn std::error::Error,
+            "undoing a change of the namespace"
+        );
     }
 }
 
@@ -227,8 +237,12 @@ async fn loopback(handle: &Handle) -> Result<u32, PlumbingError> {
 
 async fn del_passthrough(handle: &Handle) -> Result<(), PlumbingError> {
     let lo = loopback(handle).await?;
-    let mut addresses =
-        handle.address().get().set_link_index_filter(lo).set_address_filter(IpAddr::V6(PASSTHROUGH_V6)).execute();
+    let mut addresses = handle
+        .address()
+        .get()
+        .set_link_index_filter(lo)
+        .set_address_filter(IpAddr::V6(PASSTHROUGH_V6))
+        .execute();
     while let Some(address) = addresses.try_next().await.map_err(box_netlink)? {
         handle.address().del(address).execute().await.map_err(box_netlink)?;
     }
@@ -269,10 +283,13 @@ fn mark_rule(v6: bool, mark: u32, table: u32) -> RuleMessage {
 
 async fn rules(handle: &Handle, v6: bool) -> Result<Vec<RuleMessage>, PlumbingError> {
     let version = if v6 { rtnetlink::IpVersion::V6 } else { rtnetlink::IpVersion::V4 };
-    handle.rule().get(version).execute().try_collect().await.map_err(|source| PlumbingError::Netlink {
-        action: "reading the rules",
-        source: Box::new(source),
-    })
+    handle
+        .rule()
+        .get(version)
+        .execute()
+        .try_collect()
+        .await
+        .map_err(|source| PlumbingError::Netlink { action: "reading the rules", source: Box::new(source) })
 }
 
 fn is_mark_rule(rule: &RuleMessage, mark: u32, table: u32) -> bool {

@@ -106,9 +106,8 @@ pub fn load_shared(maps: &Path, programs: &Path) -> Result<(), ProgramError> {
         };
         let verify = |source| ProgramError::Verify { name, source: Box::new(source) };
         loaded.map_err(verify)?;
-        kernel::pin(program.fd().map_err(verify)?.as_fd(), &programs.join(name)).map_err(|source| {
-            ProgramError::Pin { name, dir: programs.display().to_string(), source }
-        })?;
+        kernel::pin(program.fd().map_err(verify)?.as_fd(), &programs.join(name))
+            .map_err(|source| ProgramError::Pin { name, dir: programs.display().to_string(), source })?;
     }
     Ok(())
 }
@@ -134,7 +133,8 @@ pub fn load_lookup(maps: &Path, netns_cookie: u64) -> Result<OwnedFd, ProgramErr
     });
     object.relocate_maps(fds, &text_sections).map_err(|e| instance(e.into()))?;
     object.relocate_calls(&text_sections).map_err(|e| instance(e.into()))?;
-    let key = object.programs.get(names::SK_LOOKUP).ok_or(ProgramError::Absent(names::SK_LOOKUP))?.function_key();
+    let key =
+        object.programs.get(names::SK_LOOKUP).ok_or(ProgramError::Absent(names::SK_LOOKUP))?.function_key();
     let function = object.functions.get_mut(&key).ok_or(ProgramError::Absent(names::SK_LOOKUP))?;
     if !write_cookie(&mut function.instructions, netns_cookie) {
         return Err(instance("the placeholder of the netns cookie is not in the program".into()));

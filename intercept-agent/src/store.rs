@@ -30,7 +30,9 @@ pub const DEFAULT_BPFFS: &str = "/sys/fs/bpf";
 #[derive(Debug, thiserror::Error)]
 pub enum StoreError {
     /// The folder is there but is no bpffs, and nothing can be mounted on it.
-    #[error("mounting bpffs on {path}: run as root with CAP_SYS_ADMIN, or mount it with `mount -t bpf bpf {path}`")]
+    #[error(
+        "mounting bpffs on {path}: run as root with CAP_SYS_ADMIN, or mount it with `mount -t bpf bpf {path}`"
+    )]
     Mount {
         /// The folder.
         path: String,
@@ -113,6 +115,13 @@ impl Store {
         (is_bpffs(bpffs) && Self::at(bpffs).maps().is_dir()).then(|| Self::at(bpffs))
     }
 
+    /// A store of this process's own beside the real one, to try things in; its user removes it.
+    pub fn scratch(bpffs: &Path) -> Result<Self, StoreError> {
+        ensure_bpffs(bpffs)?;
+        let root = bpffs.join(format!("intercept-check-{}", std::process::id()));
+        Ok(Self { root, ..Self::at(bpffs) })
+    }
+
     fn at(bpffs: &Path) -> Self {
         Self { root: bpffs.join("intercept"), digest: digest(crate::programs::OBJECT) }
     }
@@ -157,8 +166,10 @@ impl Store {
 
     /// Cookies of all pods that have a folder, in force or not.
     pub fn pods(&self) -> Result<Vec<u64>, StoreError> {
-        let mut cookies: Vec<u64> =
-            list(&self.version().join("pods"))?.iter().filter_map(|path| file_name(path).parse().ok()).collect();
+        let mut cookies: Vec<u64> = list(&self.version().join("pods"))?
+            .iter()
+            .filter_map(|path| file_name(path).parse().ok())
+            .collect();
         cookies.sort_unstable();
         Ok(cookies)
     }

@@ -133,7 +133,8 @@ impl Tables {
             (&mut self.interfaces, names::INTERFACES, &entries.interfaces),
         ] {
             for (&member, &bits) in members {
-                map.insert(Plain(MemberKey { policy: id, member }), Plain(bits), 0).map_err(failed("writing to", name))?;
+                map.insert(Plain(MemberKey { policy: id, member }), Plain(bits), 0)
+                    .map_err(failed("writing to", name))?;
             }
         }
         Ok(())
@@ -176,12 +177,8 @@ impl Tables {
 
     /// Forget the connections and listeners of every namespace that `keep` does not want; says how many.
     pub fn purge_connections(&mut self, keep: impl Fn(u64) -> bool) -> Result<usize, TableError> {
-        let stale: Vec<_> = self
-            .orig_dst
-            .keys()
-            .filter_map(Result::ok)
-            .filter(|key| !keep(key.0.netns))
-            .collect();
+        let stale: Vec<_> =
+            self.orig_dst.keys().filter_map(Result::ok).filter(|key| !keep(key.0.netns)).collect();
         for key in &stale {
             gone_is_fine(self.orig_dst.remove(key)).map_err(failed("purging", names::ORIG_DST))?;
         }
@@ -199,13 +196,24 @@ impl Tables {
     }
 
     /// Hold a socket that listened before the programs were attached.
-    pub fn add_listener(&mut self, key: ListenerKey, socket: impl std::os::fd::AsRawFd) -> Result<(), TableError> {
-        self.listeners.insert(Plain(key), socket, 0).map_err(failed("holding a listener in", names::LISTENERS))
+    pub fn add_listener(
+        &mut self,
+        key: ListenerKey,
+        socket: impl std::os::fd::AsRawFd,
+    ) -> Result<(), TableError> {
+        self.listeners
+            .insert(Plain(key), socket, 0)
+            .map_err(failed("holding a listener in", names::LISTENERS))
     }
 
     /// The listeners held for a namespace.
     pub fn listeners(&self, cookie: u64) -> Vec<ListenerKey> {
-        self.listeners.keys().filter_map(Result::ok).map(|key| key.0).filter(|key| key.netns == cookie).collect()
+        self.listeners
+            .keys()
+            .filter_map(Result::ok)
+            .map(|key| key.0)
+            .filter(|key| key.netns == cookie)
+            .collect()
     }
 
     /// What is known of the proxy in a slot.
@@ -227,7 +235,8 @@ impl Tables {
 
     /// Start a slot's counters from nothing.
     pub fn reset_counters(&mut self, slot: u32) -> Result<(), TableError> {
-        let cpus = aya::util::nr_cpus().map_err(|(_, e)| failed("counting CPUs for", names::DECISIONS)(MapError::IoError(e)))?;
+        let cpus = aya::util::nr_cpus()
+            .map_err(|(_, e)| failed("counting CPUs for", names::DECISIONS)(MapError::IoError(e)))?;
         let zero = Plain(Counters { counts: [0; intercept_common::reason::COUNTERS] });
         let values = PerCpuValues::try_from(vec![zero; cpus])
             .map_err(|e| failed("writing to", names::DECISIONS)(MapError::IoError(e)))?;

@@ -10,11 +10,24 @@ fn loads() {
     let t = std::time::Instant::now();
     let r = intercept_agent::programs::load_shared(&store.maps(), &store.programs());
     println!("shared {:?}", t.elapsed());
-    if let Err(e) = &r { let mut s: Option<&dyn std::error::Error> = Some(e); while let Some(x) = s { println!("{x}"); s = x.source(); } }
+    if let Err(e) = &r {
+        let mut s: Option<&dyn std::error::Error> = Some(e);
+        while let Some(x) = s {
+            println!("{x}");
+            s = x.source();
+        }
+    }
     let t = std::time::Instant::now();
     let l = intercept_agent::programs::load_lookup(&store.maps(), 77);
     println!("lookup {:?}", t.elapsed());
-    if let Err(e) = &l { let mut s: Option<&dyn std::error::Error> = Some(e); while let Some(x) = s { println!("{x}"); s = x.source(); } }
+    if let Err(e) = &l {
+        let mut s: Option<&dyn std::error::Error> = Some(e);
+        while let Some(x) = s {
+            println!("{x}");
+            s = x.source();
+        }
+    }
     store.remove_all().unwrap();
-    r.unwrap(); l.unwrap();
+    r.unwrap();
+    l.unwrap();
 }

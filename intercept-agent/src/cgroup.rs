@@ -1,0 +1,314 @@
+//! The pod's cgroup: where the programs are attached, and which processes they concern.
+
+use std::collections::BTreeSet;
+use std::fs::{self, File, OpenOptions};
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use rustix::fs::OFlags;
+use rustix::process::Pid;
+
+/// `CGROUP2_SUPER_MAGIC` of linux/magic.h.
+const CGROUP2_MAGIC: u64 = 0x6367_7270;
+/// `CGROUP_SUPER_MAGIC`, of the version 1 hierarchies.
+const CGROUP1_MAGIC: u64 = 0x0027_e0eb;
+/// Retained only below the root: how the root is told apart (cgroup-v2.rst of the kernel).
+const NOT_IN_ROOT: &str = "cgroup.events";
+
+/// A cgroup that programs may be attached to.
+#[derive(Debug)]
+pub struct CgroupDir {
+    dir: File,
+    path: PathBuf,
+    id: u64,
+}
+
+/// Why a cgroup is refused or cannot be read.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum CgroupError {
+    /// No such folder, or no right to open it.
+    #[error("opening cgroup {}{}", path.display(), hint(mounts))]
+    Open {
+        /// As given.
+        path: PathBuf,
+        /// Where cgroup2 is mounted.
+        mounts: Vec<PathBuf>,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// A file.
+    #[error("{} is not a folder; give the folder of the pod's cgroup", path.display())]
+    NotFolder {
+        /// As given.
+        path: PathBuf,
+    },
+    /// A hierarchy of version 1, which programs cannot be attached to.
+    #[error("{} is a cgroup of version 1, which takes no programs{}", path.display(), hint(mounts))]
+    Version1 {
+        /// As given.
+        path: PathBuf,
+        /// Where cgroup2 is mounted.
+        mounts: Vec<PathBuf>,
+    },
+    /// Some other folder.
+    #[error("{} is not a cgroup{}", path.display(), hint(mounts))]
+    NotCgroup {
+        /// As given.
+        path: PathBuf,
+        /// Where cgroup2 is mounted.
+        mounts: Vec<PathBuf>,
+    },
+    /// The root of the hierarchy, which holds everything on the node.
+    #[error("{} is the root of all cgroups, and would capture the whole node; give the pod's own cgroup", path.display())]
+    Root {
+        /// As given.
+        path: PathBuf,
+    },
+    /// Reading the files below it failed.
+    #[error("reading {}", path.display())]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// The processes belong to another PID namespace.
+    #[error(
+        "the {count} processes of cgroup {} are not visible from here; share the node's PID namespace (hostPID: true)",
+        path.display()
+    )]
+    Hidden {
+        /// The cgroup.
+        path: PathBuf,
+        /// How many there are.
+        count: usize,
+    },
+}
+
+impl CgroupDir {
+    /// Opens the cgroup at `path`, which must be one of version 2 below the root.
+    pub fn open(path: impl AsRef<Path>) -> Result<Self, CgroupError> {
+        let path = path.as_ref().to_path_buf();
+        // Non-blocking, lest a FIFO holds us up before it is refused.
+        let flags = (OFlags::NONBLOCK | OFlags::CLOEXEC).bits().cast_signed();
+        let dir = match OpenOptions::new().read(true).custom_flags(flags).open(&path) {
+            Ok(dir) => dir,
+            Err(source) => return Err(CgroupError::Open { mounts: mounts(), path, source }),
+        };
+        let read = |source| CgroupError::Read { path: path.clone(), source };
+        let metadata = dir.metadata().map_err(read)?;
+        if !metadata.is_dir() {
+            return Err(CgroupError::NotFolder { path });
+        }
+        match rustix::fs::fstatfs(&dir).map_err(|error| read(error.into()))?.f_type.cast_unsigned() {
+            CGROUP2_MAGIC => {}
+            CGROUP1_MAGIC => return Err(CgroupError::Version1 { path, mounts: mounts() }),
+            _ => return Err(CgroupError::NotCgroup { path, mounts: mounts() }),
+        }
+        if !path.join(NOT_IN_ROOT).exists() {
+            return Err(CgroupError::Root { path });
+        }
+        // The id that bpf_get_current_cgroup_id and bpf_link_info give is the inode number, since Linux 5.5 and
+        // on 64-bit machines.
+        Ok(Self { dir, path, id: metadata.ino() })
+    }
+
+    /// As given to [`CgroupDir::open`].
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The id that links attached to this cgroup show.
+    pub fn id(&self) -> u64 {
+        self.id
+    }
+
+    /// The processes of the cgroup and of all below it, in ascending order. Empty when there are none.
+    pub fn processes(&self) -> Result<Vec<Pid>, CgroupError> {
+        let mut found = BTreeSet::new();
+        let mut hidden = 0;
+        let mut folders = vec![self.path.clone()];
+        while let Some(folder) = folders.pop() {
+            let read = |path: &Path, source| CgroupError::Read { path: path.to_path_buf(), source };
+            let list = folder.join("cgroup.procs");
+            let text = match fs::read_to_string(&list) {
+                Ok(text) => text,
+                // Gone meanwhile, or a threaded cgroup, whose processes are listed by the one above it.
+                Err(error) if gone(&error) || error.raw_os_error() == Some(libc::EOPNOTSUPP) => String::new(),
+                Err(source) => return Err(read(&list, source)),
+            };
+            for line in text.lines() {
+                // A process of a PID namespace that is not below ours is listed as 0.
+                match line.trim().parse().ok().and_then(Pid::from_raw) {
+                    Some(pid) => _ = found.insert(pid.as_raw_nonzero()),
+                    None => hidden += 1,
+                }
+            }
+            let entries = match fs::read_dir(&folder) {
+                Ok(entries) => entries,
+                Err(error) if gone(&error) => continue,
+                Err(source) => return Err(read(&folder, source)),
+            };
+            for entry in entries {
+                let entry = match entry {
+                    Ok(entry) => entry,
+                    Err(error) if gone(&error) => break,
+                    Err(source) => return Err(read(&folder, source)),
+                };
+                if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+                    folders.push(entry.path());
+                }
+            }
+        }
+        if found.is_empty() && hidden > 0 {
+            return Err(CgroupError::Hidden { path: self.path.clone(), count: hidden });
+        }
+        Ok(found.into_iter().filter_map(|pid| Pid::from_raw(pid.get())).collect())
+    }
+}
+
+impl AsFd for CgroupDir {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.dir.as_fd()
+    }
+}
+
+/// Where cgroup2 is mounted; empty when it is not.
+pub fn mounts() -> Vec<PathBuf> {
+    let Ok(mounts) = procfs::process::Process::myself().and_then(|own| own.mountinfo()) else {
+        return Vec::new();
+    };
+    mounts.into_iter().filter(|mount| mount.fs_type == "cgroup2").map(|mount| mount.mount_point).collect()
+}
+
+fn gone(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::ENOENT | libc::ENODEV))
+}
+
+/// The end of an error's text: where to look instead.
+fn hint(mounts: &[PathBuf]) -> String {
+    match mounts {
+        [] => "; cgroup2 is not mounted here: mount it, or start with the node's /sys/fs/cgroup".to_owned(),
+        [first, ..] => format!("; give a folder below {}, where cgroup2 is mounted", first.display()),
+    }
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use std::process::{Child, Command, Stdio};
+    use std::sync::atomic::{AtomicU32, Ordering};
+
+    use super::*;
+
+    /// A cgroup of its own, gone with its processes at the end of the test.
+    pub(crate) struct TestCgroup {
+        pub(crate) cgroup: CgroupDir,
+        children: Vec<Child>,
+    }
+
+    impl TestCgroup {
+        pub(crate) fn new() -> Self {
+            static NEXT: AtomicU32 = AtomicU32::new(0);
+            let mount = mounts().into_iter().next().expect("cgroup2 is mounted");
+            let number = NEXT.fetch_add(1, Ordering::Relaxed);
+            let path = mount.join(format!("intercept-unit-{}-{number}", std::process::id()));
+            fs::create_dir(&path).expect("root creates cgroups");
+            Self { cgroup: CgroupDir::open(path).expect("a fresh cgroup"), children: Vec::new() }
+        }
+
+        /// Starts `command` and moves it into the folder `below` of the cgroup.
+        pub(crate) fn spawn(&mut self, below: &str, command: &mut Command) -> Pid {
+            let folder = self.cgroup.path().join(below);
+            fs::create_dir_all(&folder).expect("a cgroup below");
+            let child = command.stdin(Stdio::null()).spawn().expect("the command starts");
+            let pid = Pid::from_child(&child);
+            self.children.push(child);
+            fs::write(folder.join("cgroup.procs"), pid.to_string()).expect("moving a process");
+            pid
+        }
+
+        /// A process that does nothing.
+        pub(crate) fn idle(&mut self, below: &str) -> Pid {
+            self.spawn(below, Command::new("sleep").arg("600"))
+        }
+
+        pub(crate) fn kill_all(&mut self) {
+            for mut child in self.children.drain(..) {
+                _ = child.kill();
+                _ = child.wait();
+            }
+        }
+    }
+
+    impl Drop for TestCgroup {
+        fn drop(&mut self) {
+            self.kill_all();
+            for entry in fs::read_dir(self.cgroup.path()).into_iter().flatten().flatten() {
+                _ = fs::remove_dir(entry.path());
+            }
+            let removed = fs::remove_dir(self.cgroup.path());
+            if !std::thread::panicking() {
+                removed.expect("the test left nothing in its cgroup");
+            }
+        }
+    }
+
+    fn text(error: &CgroupError) -> String {
+        error.to_string()
+    }
+
+    #[test]
+    fn what_is_no_cgroup2_below_the_root_is_refused_with_the_way_out() {
+        let mount = mounts().into_iter().next().expect("cgroup2 is mounted");
+        let below = format!("below {}", mount.display());
+
+        let error = CgroupDir::open(mount.join("no-such-cgroup")).unwrap_err();
+        assert!(matches!(error, CgroupError::Open { .. }), "{error:?}");
+        assert!(text(&error).contains(&below), "{error}");
+
+        let error = CgroupDir::open(&mount).unwrap_err();
+        assert!(matches!(error, CgroupError::Root { .. }), "{error:?}");
+
+        let error = CgroupDir::open(mount.join("cgroup.procs")).unwrap_err();
+        assert!(matches!(error, CgroupError::NotFolder { .. }), "{error:?}");
+
+        let error = CgroupDir::open("/proc").unwrap_err();
+        assert!(matches!(error, CgroupError::NotCgroup { .. }), "{error:?}");
+        assert!(text(&error).contains(&below), "{error}");
+    }
+
+    #[test]
+    fn a_version_1_cgroup_is_refused_as_such() {
+        let version1 = procfs::process::Process::myself()
+            .and_then(|own| own.mountinfo())
+            .expect("own mounts")
+            .into_iter()
+            .find(|mount| mount.fs_type == "cgroup");
+        // On a machine without any there is nothing that could be mistaken.
+        if let Some(mount) = version1 {
+            let error = CgroupDir::open(&mount.mount_point).unwrap_err();
+            assert!(matches!(error, CgroupError::Version1 { .. }), "{error:?}");
+        }
+    }
+
+    #[test]
+    fn the_id_is_that_of_the_folder() {
+        let test = TestCgroup::new();
+        assert_eq!(test.cgroup.id(), fs::metadata(test.cgroup.path()).unwrap().ino());
+        assert_ne!(test.cgroup.id(), 0);
+    }
+
+    #[test]
+    fn processes_of_the_whole_subtree_are_found() {
+        let mut test = TestCgroup::new();
+        assert_eq!(test.cgroup.processes().unwrap(), []);
+        let mut expected = vec![test.idle("sandbox"), test.idle("app"), test.idle("app")];
+        expected.sort_by_key(|pid| pid.as_raw_nonzero());
+        assert_eq!(test.cgroup.processes().unwrap(), expected);
+        test.kill_all();
+        assert_eq!(test.cgroup.processes().unwrap(), []);
+    }
+}

@@ -1,0 +1,190 @@
+//! The arguments of the commands, and logging.
+
+use std::{net::IpAddr, path::PathBuf};
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use intercept_agent::{options::RawOptions, store::DEFAULT_BPFFS};
+
+/// Takes a pod's traffic through its sidecar proxy with eBPF, as istio-iptables does with netfilter.
+#[derive(Parser)]
+#[command(name = "intercept-agent", version, max_term_width = 110)]
+pub(crate) struct Cli {
+    #[command(flatten)]
+    pub(crate) logging: Logging,
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+/// How to log; results go to standard output, logs to standard error.
+#[derive(Args)]
+pub(crate) struct Logging {
+    /// Log lines as text or JSON
+    #[arg(long, global = true, value_enum, default_value_t = LogFormat::Text, env = "INTERCEPT_LOG_FORMAT")]
+    log_format: LogFormat,
+    /// What to log: error, warn, info, debug or trace, or `module=level` pairs
+    #[arg(long, global = true, default_value = "info", env = "INTERCEPT_LOG")]
+    log: String,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum LogFormat {
+    Text,
+    Json,
+}
+
+#[derive(Subcommand)]
+pub(crate) enum Command {
+    /// Capture one pod; returns once it is in force
+    ///
+    /// The capture outlives the agent. The same options again change nothing, other options replace the
+    /// capture in one step.
+    Attach(AttachArgs),
+    /// Remove the capture of one pod, or of all, and leave nothing behind
+    Detach(DetachArgs),
+    /// Capture one pod in the foreground: follow its addresses and routes, detach on SIGINT or SIGTERM
+    Run(AttachArgs),
+    /// Show what is attached, and its counters
+    Status(StatusArgs),
+    /// Say how a flow would be decided, and by which row
+    Explain(ExplainArgs),
+    /// Say what this kernel can and cannot do; loads every program and takes it away again
+    Check(CheckArgs),
+    /// The command line of istio-iptables, for the namespace and the pod that it runs in
+    #[command(name = "istio-iptables")]
+    IstioIptables(IstioArgs),
+}
+
+/// Which bpffs.
+#[derive(Args, Clone)]
+pub(crate) struct Bpffs {
+    /// Where bpffs is, or is to be mounted
+    #[arg(long, default_value = DEFAULT_BPFFS, env = "INTERCEPT_BPFFS")]
+    pub(crate) bpffs: PathBuf,
+}
+
+#[derive(Args)]
+pub(crate) struct AttachArgs {
+    /// The pod's cgroup, version 2
+    #[arg(long, value_name = "PATH")]
+    pub(crate) cgroup_path: PathBuf,
+    /// The pod's network namespace [default: that of the processes in the cgroup]
+    #[arg(long, value_name = "PATH")]
+    pub(crate) netns: Option<PathBuf>,
+    #[command(flatten)]
+    pub(crate) bpffs: Bpffs,
+    #[command(flatten)]
+    pub(crate) options: RawOptions,
+}
+
+#[derive(Args)]
+pub(crate) struct IstioArgs {
+    /// The pod's cgroup [default: the one around this container's own]
+    #[arg(long, value_name = "PATH", env = "INTERCEPT_CGROUP_PATH")]
+    pub(crate) cgroup_path: Option<PathBuf>,
+    #[command(flatten)]
+    pub(crate) bpffs: Bpffs,
+    #[command(flatten)]
+    pub(crate) options: RawOptions,
+}
+
+#[derive(Args)]
+#[group(required = true, multiple = false)]
+pub(crate) struct Which {
+    /// The pod's cgroup
+    #[arg(long, value_name = "PATH")]
+    pub(crate) cgroup_path: Option<PathBuf>,
+    /// Every pod of this node, and the programs
+    #[arg(long)]
+    pub(crate) all: bool,
+}
+
+#[derive(Args)]
+pub(crate) struct DetachArgs {
+    #[command(flatten)]
+    pub(crate) which: Which,
+    #[command(flatten)]
+    pub(crate) bpffs: Bpffs,
+}
+
+#[derive(Args)]
+pub(crate) struct StatusArgs {
+    /// Only the pod of this cgroup
+    #[arg(long, value_name = "PATH")]
+    pub(crate) cgroup_path: Option<PathBuf>,
+    /// For tools
+    #[arg(long)]
+    pub(crate) json: bool,
+    #[command(flatten)]
+    pub(crate) bpffs: Bpffs,
+}
+
+#[derive(Args)]
+pub(crate) struct CheckArgs {
+    /// For tools
+    #[arg(long)]
+    pub(crate) json: bool,
+    #[command(flatten)]
+    pub(crate) bpffs: Bpffs,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Direction {
+    /// Made in the pod
+    Outbound,
+    /// Arriving at the pod
+    Inbound,
+}
+
+#[derive(Args)]
+pub(crate) struct ExplainArgs {
+    /// Which way the flow goes
+    #[arg(value_enum)]
+    pub(crate) direction: Direction,
+    /// The attached pod of this cgroup; answered from the entries that the programs use
+    #[arg(long, value_name = "PATH")]
+    pub(crate) cgroup_path: PathBuf,
+    /// What is dialled
+    #[arg(long, value_name = "ADDRESS")]
+    pub(crate) dst: IpAddr,
+    /// The port that is dialled
+    #[arg(long, value_name = "PORT")]
+    pub(crate) dport: u16,
+    /// Outbound: what the socket is bound to. Inbound: who dials
+    #[arg(long, value_name = "ADDRESS")]
+    pub(crate) src: Option<IpAddr>,
+    /// The user that made the socket, as the node sees it
+    #[arg(long, default_value_t = 0)]
+    pub(crate) uid: u32,
+    /// The group that made the socket, as the node sees it
+    #[arg(long, default_value_t = 0)]
+    pub(crate) gid: u32,
+    /// UDP rather than TCP
+    #[arg(long)]
+    pub(crate) udp: bool,
+    /// Inbound: the index of the interface that the flow arrives on
+    #[arg(long, default_value_t = 0, value_name = "INDEX")]
+    pub(crate) ifindex: u32,
+    /// For tools
+    #[arg(long)]
+    pub(crate) json: bool,
+    #[command(flatten)]
+    pub(crate) bpffs: Bpffs,
+}
+
+/// Start logging to standard error.
+pub(crate) fn start_logging(logging: &Logging) {
+    use tracing_subscriber::EnvFilter;
+    let (filter, wrong) = match EnvFilter::try_new(&logging.log) {
+        Ok(filter) => (filter, None),
+        Err(error) => (EnvFilter::new("info"), Some(error)),
+    };
+    let subscriber =
+        tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_target(false);
+    match logging.log_format {
+        LogFormat::Text => subscriber.init(),
+        LogFormat::Json => subscriber.json().init(),
+    }
+    if let Some(error) = wrong {
+        tracing::warn!(%error, log = logging.log, "the filter of --log does not read: logging info");
+    }
+}

@@ -1,0 +1,45 @@
+//! What each command does, and the exit code of what fails.
+
+mod attach;
+mod check;
+mod detach;
+mod explain;
+mod run;
+mod status;
+
+use anyhow::Result;
+use intercept_agent::options::OptionError;
+
+use crate::cli::{Cli, Command};
+
+/// A failure whose exit code is not 1.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum Failed {
+    /// The options do not hold.
+    #[error(transparent)]
+    Usage(#[from] OptionError),
+    /// Redirection does not work although it is in force.
+    #[error("validation failed")]
+    Validation,
+}
+
+impl Failed {
+    pub(crate) fn exit_code(&self) -> u8 {
+        match self {
+            Self::Usage(_) => OptionError::EXIT_CODE,
+            Self::Validation => 126,
+        }
+    }
+}
+
+pub(crate) fn run(cli: Cli) -> Result<()> {
+    match cli.command {
+        Command::Attach(args) => attach::attach(args),
+        Command::Detach(args) => detach::detach(&args),
+        Command::Run(args) => run::run(args),
+        Command::Status(args) => status::status(&args),
+        Command::Explain(args) => explain::explain(&args),
+        Command::Check(args) => check::check(&args),
+        Command::IstioIptables(args) => attach::istio_iptables(args),
+    }
+}

@@ -1,0 +1,141 @@
+//! `attach`, and the same under the name of istio-iptables.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
+
+use anyhow::{Context as _, Result, bail};
+use intercept_agent::{
+    cgroup::CgroupDir,
+    netns::Netns,
+    node::{Node, Target},
+    options::{Config, EtcFiles, Note, RawOptions, Switches},
+};
+
+use super::{Failed, detach};
+use crate::cli::{AttachArgs, IstioArgs};
+
+/// A pod and what is asked for it, all validated: nothing has been changed yet.
+pub(super) struct Request {
+    pub(super) target: Target,
+    pub(super) config: Config,
+    pub(super) switches: Switches,
+    pub(super) bpffs: PathBuf,
+}
+
+impl Request {
+    pub(super) fn of(args: AttachArgs) -> Result<Self> {
+        let cgroup = CgroupDir::open(&args.cgroup_path)?;
+        let options = Checked::of(args.options, &cgroup)?;
+        let netns_path = args.netns.or_else(|| options.switches.network_namespace.clone());
+        let netns = match &netns_path {
+            Some(path) => Netns::open(path)?,
+            None => Netns::of_cgroup(&cgroup)?,
+        };
+        Ok(Self {
+            target: Target { cgroup, netns, netns_path },
+            config: options.config,
+            switches: options.switches,
+            bpffs: args.bpffs.bpffs,
+        })
+    }
+}
+
+struct Checked {
+    config: Config,
+    switches: Switches,
+}
+
+impl Checked {
+    fn of(options: RawOptions, cgroup: &CgroupDir) -> Result<Self> {
+        // Users, groups and resolvers are those of the pod, if anything runs in it yet.
+        let root = match cgroup.processes()?.first() {
+            Some(pid) => PathBuf::from(format!("/proc/{pid}/root")),
+            None => PathBuf::from("/"),
+        };
+        let (config, switches, notes) =
+            options.read_process_env().validate(&EtcFiles::below(root)).map_err(Failed::Usage)?;
+        for Note { origin, why } in notes {
+            tracing::info!(option = %origin, "{why}");
+        }
+        Ok(Self { config, switches })
+    }
+}
+
+pub(super) fn attach(args: AttachArgs) -> Result<()> {
+    apply(Request::of(args)?)
+}
+
+/// The init container's command line: the namespace is this process's own.
+pub(super) fn istio_iptables(args: IstioArgs) -> Result<()> {
+    let path = match args.cgroup_path {
+        Some(path) => path,
+        None => around_own_cgroup()?,
+    };
+    let cgroup = CgroupDir::open(&path)?;
+    let options = Checked::of(args.options, &cgroup)?;
+    let netns_path = options.switches.network_namespace.clone();
+    let netns = match &netns_path {
+        Some(path) => Netns::open(path)?,
+        None => Netns::own()?,
+    };
+    apply(Request {
+        target: Target { cgroup, netns, netns_path },
+        config: options.config,
+        switches: options.switches,
+        bpffs: args.bpffs.bpffs,
+    })
+}
+
+/// The pod's cgroup is the parent of a container's.
+fn around_own_cgroup() -> Result<PathBuf> {
+    let own = fs::read_to_string("/proc/self/cgroup").context("reading /proc/self/cgroup")?;
+    let path = own.lines().find_map(|line| line.strip_prefix("0::")).unwrap_or("/");
+    let parent = Path::new(path).parent().filter(|parent| *parent != Path::new("/") && !path.contains(".."));
+    let mount = intercept_agent::cgroup::mounts().into_iter().next();
+    match (parent, mount) {
+        (Some(parent), Some(mount)) => Ok(mount.join(parent.strip_prefix("/").unwrap_or(parent))),
+        _ => bail!(
+            "looking for the pod's cgroup around {path} of /proc/self/cgroup: it is not visible from this container; \
+             name it with --cgroup-path or INTERCEPT_CGROUP_PATH (mount the host's cgroup2 hierarchy, or let the \
+             node's agent attach the pod)"
+        ),
+    }
+}
+
+fn apply(request: Request) -> Result<()> {
+    let Request { target, config, switches, bpffs } = request;
+    if switches.dry_run {
+        print!("{config}");
+        println!("{}", serde_json::to_string_pretty(&config)?);
+        return Ok(());
+    }
+    if switches.cleanup_only {
+        return detach::detach_cgroup(&bpffs, target.cgroup.path(), true);
+    }
+    super::check::require_privileges()?;
+    if !switches.skip_rule_apply {
+        let mut node =
+            Node::open(&bpffs).with_context(|| format!("opening the state in {}", bpffs.display()))?;
+        let done = node.attach(&target, &config).with_context(|| {
+            format!("attaching cgroup {} in {}", target.cgroup.path().display(), target.netns.name())
+        })?;
+        println!(
+            "{} cgroup {} in namespace {} (cookie {})",
+            done.word(),
+            target.cgroup.path().display(),
+            target.netns.name(),
+            target.netns.cookie()
+        );
+    }
+    if switches.run_validation {
+        validate(&target, &config, &switches)?;
+    }
+    Ok(())
+}
+
+fn validate(target: &Target, config: &Config, switches: &Switches) -> Result<()> {
+    let _todo = (target, config, switches);
+    Err(Failed::Validation.into())
+}

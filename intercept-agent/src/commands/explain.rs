@@ -1,0 +1,104 @@
+//! `explain`: the decision for a flow, by the same function and the same entries as in the kernel.
+
+use anyhow::{Result, bail};
+use intercept_agent::{cgroup::CgroupDir, node::Node, tables::Tables};
+use intercept_common::{
+    Addr, Decision, Facts, Inbound, Outbound, Target, Verdict,
+    decide::Owner,
+    decide_inbound, decide_outbound,
+    layout::{Destination, PodPolicy},
+};
+use serde::Serialize;
+
+use crate::cli::{Direction, ExplainArgs};
+
+/// What `--json` prints. The names are stable.
+#[derive(Serialize)]
+struct Answer {
+    verdict: &'static str,
+    port: Option<u16>,
+    reason: &'static str,
+    row: &'static str,
+    because: &'static str,
+}
+
+struct FromTables<'a>(&'a Tables);
+
+impl Facts for FromTables<'_> {
+    fn destination(&self, policy: u32, addr: Addr) -> Destination {
+        self.0.destination(policy, addr).unwrap_or(Destination { flags: 0, source: Addr::UNSPECIFIED })
+    }
+    fn port(&self, policy: u32, port: u16) -> u32 {
+        self.0.port(policy, port)
+    }
+    fn group(&self, policy: u32, gid: u32) -> bool {
+        self.0.group(policy, gid)
+    }
+    fn interface(&self, policy: u32, ifindex: u32) -> u32 {
+        self.0.interface(policy, ifindex)
+    }
+    fn marked(&self) -> bool {
+        false
+    }
+}
+
+pub(super) fn explain(args: &ExplainArgs) -> Result<()> {
+    let cgroup = CgroupDir::open(&args.cgroup_path)?;
+    let node = Node::find(&args.bpffs.bpffs)?;
+    let found = match &node {
+        Some(node) => node.pod_of_cgroup(cgroup.id())?.map(|(_, policy)| (node, policy)),
+        None => None,
+    };
+    let Some((node, policy)) = found else {
+        bail!("cgroup {} is not attached: `intercept-agent attach` it first", args.cgroup_path.display());
+    };
+    let decision = decide(args, &policy, &FromTables(node.tables()));
+    let answer = answer(decision, &policy);
+    if args.json {
+        println!("{}", serde_json::to_string_pretty(&answer)?);
+    } else {
+        match answer.port {
+            Some(port) => {
+                println!("to the proxy on {port}: {} ({}, row {})", answer.because, answer.reason, answer.row)
+            }
+            None => println!("left alone: {} ({}, row {})", answer.because, answer.reason, answer.row),
+        }
+    }
+    Ok(())
+}
+
+fn decide(args: &ExplainArgs, policy: &PodPolicy, facts: &impl Facts) -> Decision {
+    let src = args.src.map_or(Addr::UNSPECIFIED, Addr::from);
+    let dst = Addr::from(args.dst);
+    match args.direction {
+        Direction::Outbound => {
+            let flow = Outbound {
+                protocol: if args.udp { 17 } else { 6 },
+                dst,
+                dst_port: args.dport,
+                src,
+                owner: Owner { uid: args.uid, gid: args.gid },
+            };
+            decide_outbound(policy, &flow, facts).decision
+        }
+        Direction::Inbound => {
+            decide_inbound(policy, &Inbound { dst, dst_port: args.dport, src, ifindex: args.ifindex }, facts)
+        }
+    }
+}
+
+fn answer(decision: Decision, policy: &PodPolicy) -> Answer {
+    let (verdict, port) = match decision.verdict {
+        Verdict::Leave => ("leave", None),
+        Verdict::Redirect(Target::Outbound) => ("outbound", Some(policy.outbound_port)),
+        Verdict::Redirect(Target::Inbound) => ("inbound", Some(policy.inbound_port)),
+        Verdict::Redirect(Target::Dns) => ("dns", Some(policy.dns_port)),
+    };
+    Answer {
+        verdict,
+        port,
+        reason: decision.reason.word(),
+        row: decision.reason.row(),
+        because: decision.reason.describe(),
+    }
+}

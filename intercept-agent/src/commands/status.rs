@@ -1,0 +1,104 @@
+//! `status`: what is attached, and its counters.
+
+use anyhow::Result;
+use intercept_agent::{cgroup::CgroupDir, node::Node, store::Record};
+use intercept_common::{Reason, failure::Failure, layout::PodPolicy};
+use serde::Serialize;
+
+use crate::cli::StatusArgs;
+
+/// One pod, as `--json` prints it. The names are stable.
+#[derive(Serialize)]
+struct Pod {
+    cgroup: std::path::PathBuf,
+    netns_inode: u64,
+    netns_cookie: u64,
+    state: &'static str,
+    since: u64,
+    arguments: Vec<String>,
+    environment: Vec<(&'static str, String)>,
+    policy: u32,
+    connections: usize,
+    listeners: Vec<Listener>,
+    decisions: Vec<Count>,
+    failures: Vec<Count>,
+}
+
+#[derive(Serialize)]
+struct Listener {
+    port: u16,
+    family: u8,
+}
+
+#[derive(Serialize)]
+struct Count {
+    reason: &'static str,
+    count: u64,
+}
+
+pub(super) fn status(args: &StatusArgs) -> Result<()> {
+    let only = args.cgroup_path.as_ref().map(CgroupDir::open).transpose()?.map(|cgroup| cgroup.id());
+    let mut pods = Vec::new();
+    if let Some(node) = Node::find(&args.bpffs.bpffs)? {
+        for (record, policy) in node.pods()? {
+            if only.is_none_or(|id| id == record.cgroup_id) {
+                pods.push(pod(&node, &record, &policy)?);
+            }
+        }
+    }
+    if args.json {
+        println!("{}", serde_json::to_string_pretty(&pods)?);
+    } else if pods.is_empty() {
+        println!("nothing is attached");
+    } else {
+        pods.iter().for_each(print);
+    }
+    Ok(())
+}
+
+fn pod(node: &Node, record: &Record, policy: &PodPolicy) -> Result<Pod> {
+    let counters = node.tables().counters(policy.slot)?;
+    let count =
+        |(reason, count): (&'static str, &u64)| (*count > 0).then_some(Count { reason, count: *count });
+    let (decisions, failures) = counters.counts.split_at(Reason::ALL.len());
+    Ok(Pod {
+        cgroup: record.cgroup.clone(),
+        netns_inode: record.netns_inode,
+        netns_cookie: record.cookie,
+        state: if node.cgroup_of(record.cookie).is_some() { "attached" } else { "gone" },
+        since: record.since,
+        arguments: record.config.to_args(),
+        environment: record.config.to_env(),
+        policy: policy.id,
+        connections: node.tables().connections(record.cookie),
+        listeners: node
+            .tables()
+            .listeners(record.cookie)
+            .into_iter()
+            .map(|key| Listener { port: key.port, family: key.family })
+            .collect(),
+        decisions: Reason::ALL.iter().map(|r| r.word()).zip(decisions).filter_map(count).collect(),
+        failures: Failure::ALL.iter().map(|f| f.word()).zip(failures).filter_map(count).collect(),
+    })
+}
+
+fn print(pod: &Pod) {
+    println!("{} ({}, cookie {})", pod.cgroup.display(), pod.state, pod.netns_cookie);
+    println!("  options      {}", pod.arguments.join(" "));
+    for (name, value) in &pod.environment {
+        println!("               {name}={value}");
+    }
+    println!("  connections  {} redirected", pod.connections);
+    let mut ports: Vec<String> =
+        pod.listeners.iter().map(|l| format!("{} (IPv{})", l.port, l.family)).collect();
+    ports.sort();
+    ports.dedup();
+    let none = "none: inbound connections are refused".to_owned();
+    println!("  listeners    {}", if ports.is_empty() { none } else { ports.join(", ") });
+    for Count { reason, count } in &pod.decisions {
+        println!("  {count:>12}  {reason}");
+    }
+    for Count { reason, count } in &pod.failures {
+        println!("  {count:>12}  FAILED {reason}");
+    }
+}

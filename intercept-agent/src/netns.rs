@@ -1,0 +1,393 @@
+//! The pod's network namespace: opened, told apart from the node's own, and entered.
+
+use std::collections::BTreeMap;
+use std::fmt::{self, Write as _};
+use std::fs::{self, File, OpenOptions};
+use std::io;
+use std::net::UdpSocket;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::thread;
+
+use rustix::fs::OFlags;
+use rustix::io::Errno;
+use rustix::process::Pid;
+use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
+
+use crate::cgroup::{CgroupDir, CgroupError};
+
+/// `NSFS_MAGIC` of linux/magic.h.
+const NSFS_MAGIC: u64 = 0x6e73_6673;
+/// The inode of the first network namespace since Linux 6.18 (`NET_NS_INIT_INO`); before, numbers as low were
+/// not given to any.
+const FIRST_INODE: u64 = 0xeffffff9;
+/// The cookie of the first network namespace before Linux 6.18; since, no network namespace has it.
+const FIRST_COOKIE: u64 = 1;
+
+/// A network namespace that is not the node's own. Held open: it lives at least as long as this.
+#[derive(Debug)]
+pub struct Netns {
+    file: File,
+    name: String,
+    inode: u64,
+    cookie: u64,
+}
+
+/// Why a network namespace is refused or cannot be entered.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum NetnsError {
+    /// It cannot be opened.
+    #[error("opening network namespace {name}; is the pod still there, and may this process look at it?")]
+    Open {
+        /// Path of the namespace.
+        name: String,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// Something else.
+    #[error("{name} is not a network namespace; give one, as in /proc/PID/ns/net or /run/netns/NAME")]
+    NotNetns {
+        /// Path of the namespace.
+        name: String,
+    },
+    /// The node's own, or that of this process.
+    #[error(
+        "{name} is {whose} network namespace, whose traffic is not a pod's; pods with hostNetwork: true cannot be captured"
+    )]
+    Host {
+        /// Path of the namespace.
+        name: String,
+        /// Whose it is.
+        whose: Whose,
+    },
+    /// It cannot be entered.
+    #[error("entering network namespace {name}; this takes CAP_SYS_ADMIN")]
+    Enter {
+        /// Path of the namespace.
+        name: String,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// The kernel does not tell its cookie.
+    #[error("reading the cookie of network namespace {name}; this takes Linux 5.14 or later")]
+    Cookie {
+        /// Path of the namespace.
+        name: String,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// The cgroup is empty, so nothing says which namespace is meant.
+    #[error("cgroup {} has no processes, so its network namespace is not known; pass --netns", cgroup.display())]
+    NoProcess {
+        /// Path of the cgroup.
+        cgroup: PathBuf,
+    },
+    /// The processes of the cgroup are in several namespaces.
+    #[error("the processes of cgroup {} are in several network namespaces ({}); pass --netns", cgroup.display(), list(found))]
+    Several {
+        /// Path of the cgroup.
+        cgroup: PathBuf,
+        /// Inodes of the namespaces, and one process of each.
+        found: Vec<(u64, Pid)>,
+    },
+    /// The cgroup cannot be read.
+    #[error(transparent)]
+    Cgroup(#[from] CgroupError),
+}
+
+/// Whose namespace it is that must be left alone.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Whose {
+    /// The first one, or that of the node's first process.
+    Node,
+    /// That of the process asking.
+    Own,
+}
+
+impl fmt::Display for Whose {
+    fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
+        out.write_str(match self {
+            Self::Node => "the node's own",
+            Self::Own => "this process's own",
+        })
+    }
+}
+
+impl Netns {
+    /// Opens the namespace at `path`, which must be neither the node's own nor that of this process.
+    pub fn open(path: impl AsRef<Path>) -> Result<Self, NetnsError> {
+        Self::admit(path.as_ref(), true)
+    }
+
+    /// Opens the namespace of the process `pid`, as [`Netns::open`] does.
+    pub fn of_process(pid: Pid) -> Result<Self, NetnsError> {
+        Self::open(path_of(pid))
+    }
+
+    /// Opens the namespace that this process is in, for an init container, which runs inside the pod. Only the
+    /// node's own is refused.
+    pub fn own() -> Result<Self, NetnsError> {
+        Self::admit(Path::new("/proc/thread-self/ns/net"), false)
+    }
+
+    /// Opens the namespace that all processes of `cgroup` are in, as [`Netns::open`] does.
+    pub fn of_cgroup(cgroup: &CgroupDir) -> Result<Self, NetnsError> {
+        let mut found = BTreeMap::new();
+        let mut refused = None;
+        for pid in cgroup.processes()? {
+            let path = path_of(pid);
+            match fs::metadata(&path) {
+                Ok(metadata) => _ = found.entry(metadata.ino()).or_insert(pid),
+                // Gone meanwhile, or about to be: a zombie has no namespaces.
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                Err(source) => {
+                    refused = Some(NetnsError::Open { name: path.display().to_string(), source });
+                }
+            }
+        }
+        let found: Vec<_> = found.into_iter().collect();
+        match (found.as_slice(), refused) {
+            ([(_, pid)], _) => Self::of_process(*pid),
+            ([], Some(refused)) => Err(refused),
+            ([], None) => Err(NetnsError::NoProcess { cgroup: cgroup.path().to_path_buf() }),
+            _ => Err(NetnsError::Several { cgroup: cgroup.path().to_path_buf(), found }),
+        }
+    }
+
+    fn admit(path: &Path, refuse_own: bool) -> Result<Self, NetnsError> {
+        let name = path.display().to_string();
+        // Non-blocking, lest a FIFO holds us up before it is refused.
+        let flags = (OFlags::NONBLOCK | OFlags::CLOEXEC).bits().cast_signed();
+        let opened = OpenOptions::new().read(true).custom_flags(flags).open(path);
+        let open = |source| NetnsError::Open { name: name.clone(), source };
+        let file = opened.map_err(open)?;
+        let kind = rustix::fs::fstatfs(&file).map_err(|error| open(error.into()))?.f_type.cast_unsigned();
+        if kind != NSFS_MAGIC {
+            return Err(NetnsError::NotNetns { name });
+        }
+        let metadata = file.metadata().map_err(open)?;
+        let is = |path: &str| {
+            // That of the first process is not always ours to look at; the namespace's own marks remain.
+            fs::metadata(path)
+                .is_ok_and(|other| (other.dev(), other.ino()) == (metadata.dev(), metadata.ino()))
+        };
+        let own = is("/proc/thread-self/ns/net") || is("/proc/self/ns/net");
+        if metadata.ino() == FIRST_INODE || (is("/proc/1/ns/net") && (refuse_own || !own)) {
+            return Err(NetnsError::Host { name, whose: Whose::Node });
+        }
+        if refuse_own && own {
+            return Err(NetnsError::Host { name, whose: Whose::Own });
+        }
+
+        let mut netns = Self { file, name, inode: metadata.ino(), cookie: 0 };
+        netns.cookie = match netns.run(cookie) {
+            Ok(Ok(cookie)) => cookie,
+            Ok(Err(source)) => return Err(NetnsError::Cookie { name: netns.name, source }),
+            // The kernel's own answer to whether it is one of the network.
+            Err(NetnsError::Enter { name, source }) if source.raw_os_error() == Some(libc::EINVAL) => {
+                return Err(NetnsError::NotNetns { name });
+            }
+            Err(error) => return Err(error),
+        };
+        if netns.cookie == FIRST_COOKIE {
+            return Err(NetnsError::Host { name: netns.name, whose: Whose::Node });
+        }
+        Ok(netns)
+    }
+
+    /// The inode number, as `/proc/PID/ns/net` and links attached to the namespace show it.
+    pub fn inode(&self) -> u64 {
+        self.inode
+    }
+
+    /// What programs know the namespace by (`bpf_get_netns_cookie`); never given to another until the next boot.
+    pub fn cookie(&self) -> u64 {
+        self.cookie
+    }
+
+    /// The path it was opened by.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Whether the process `pid` is in this namespace; not one that is gone, or that may not be looked at.
+    pub fn holds(&self, pid: Pid) -> bool {
+        fs::metadata(path_of(pid)).is_ok_and(|other| other.ino() == self.inode)
+    }
+
+    /// Runs `work` inside the namespace, on a thread of its own, and waits for it. Sockets and processes that it
+    /// makes stay in the namespace. A panic in it goes on in the caller.
+    pub fn run<T: Send>(&self, work: impl FnOnce() -> T + Send) -> Result<T, NetnsError> {
+        let enter = |source| NetnsError::Enter { name: self.name.clone(), source };
+        thread::scope(|scope| {
+            let inside = move || -> Result<T, Errno> {
+                move_into_link_name_space(self.file.as_fd(), Some(LinkNameSpaceType::Network))?;
+                Ok(work())
+            };
+            let thread =
+                thread::Builder::new().name("netns".to_owned()).spawn_scoped(scope, inside).map_err(enter)?;
+            match thread.join() {
+                Ok(result) => result.map_err(|error| enter(error.into())),
+                Err(panic) => std::panic::resume_unwind(panic),
+            }
+        })
+    }
+}
+
+impl AsFd for Netns {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.file.as_fd()
+    }
+}
+
+fn path_of(pid: Pid) -> PathBuf {
+    PathBuf::from(format!("/proc/{pid}/ns/net"))
+}
+
+/// The cookie of the namespace that the calling thread is in.
+fn cookie() -> io::Result<u64> {
+    /// Of asm-generic/socket.h; the libc crate does not have it for every target.
+    const SO_NETNS_COOKIE: libc::c_int = 71;
+    // Any socket will do, and an unbound one of IPv4 can always be made.
+    let socket = rustix::net::socket(rustix::net::AddressFamily::INET, rustix::net::SocketType::DGRAM, None)?;
+    let socket = UdpSocket::from(socket);
+    let mut cookie = 0_u64;
+    let mut length: libc::socklen_t = 8;
+    // SAFETY: the kernel writes at most `length` bytes, which is the size of `cookie`; both outlive the call.
+    let result = unsafe {
+        libc::getsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_SOCKET,
+            SO_NETNS_COOKIE,
+            (&raw mut cookie).cast(),
+            &raw mut length,
+        )
+    };
+    if result == 0 { Ok(cookie) } else { Err(io::Error::last_os_error()) }
+}
+
+/// The first few of what was found, for an error's text.
+fn list(found: &[(u64, Pid)]) -> String {
+    let mut text = String::new();
+    for (inode, pid) in found.iter().take(3) {
+        let separator = if text.is_empty() { "" } else { ", " };
+        _ = write!(text, "{separator}{inode} of process {pid}");
+    }
+    if found.len() > 3 {
+        text.push_str(", ..");
+    }
+    text
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use std::process::Command;
+
+    use rustix::thread::{UnshareFlags, unshare_unsafe};
+
+    use super::*;
+    use crate::cgroup::tests::TestCgroup;
+
+    /// A new network namespace, in which not even the loopback interface is up.
+    pub(crate) fn fresh() -> Netns {
+        let inside = thread::spawn(|| {
+            // SAFETY: a new network namespace leaves memory and file descriptors shared as they were.
+            unsafe { unshare_unsafe(UnshareFlags::NEWNET) }.expect("root makes namespaces");
+            File::open("/proc/thread-self/ns/net").expect("own namespace")
+        });
+        let file = inside.join().expect("a namespace");
+        Netns::open(format!("/proc/self/fd/{}", file.as_raw_fd())).expect("a fresh namespace is accepted")
+    }
+
+    /// A process in `netns` and in the cgroup.
+    fn idle(netns: &Netns, cgroup: &mut TestCgroup, below: &str) -> Pid {
+        netns.run(|| cgroup.spawn(below, Command::new("sleep").arg("600"))).expect("entering")
+    }
+
+    #[test]
+    fn what_is_no_network_namespace_is_refused() {
+        for path in ["/proc/self/ns/mnt", "/proc/self/ns/user", "/dev/null", "/proc", "/"] {
+            let error = Netns::open(path).unwrap_err();
+            assert!(matches!(error, NetnsError::NotNetns { .. }), "{path}: {error:?}");
+            assert!(error.to_string().starts_with(path), "{error}");
+        }
+        let error = Netns::open("/run/netns/no-such-namespace").unwrap_err();
+        assert!(matches!(error, NetnsError::Open { .. }), "{error:?}");
+    }
+
+    #[test]
+    fn the_nodes_own_namespace_is_refused() {
+        let own = fs::metadata("/proc/self/ns/net").unwrap().ino();
+        let error = Netns::open("/proc/self/ns/net").unwrap_err();
+        assert!(matches!(error, NetnsError::Host { .. }), "{error:?}");
+        // An init container may name its own, but not when that is the node's.
+        if own == FIRST_INODE {
+            let error = Netns::own().unwrap_err();
+            assert!(matches!(error, NetnsError::Host { whose: Whose::Node, .. }), "{error:?}");
+        }
+    }
+
+    #[test]
+    fn an_own_namespace_apart_from_the_nodes_is_accepted_where_asked_for() {
+        let netns = fresh();
+        let inside = netns.run(|| (Netns::own(), Netns::open("/proc/thread-self/ns/net"))).unwrap();
+        assert_eq!(inside.0.unwrap().inode(), netns.inode());
+        assert!(matches!(inside.1, Err(NetnsError::Host { whose: Whose::Own, .. })), "{:?}", inside.1);
+    }
+
+    #[test]
+    fn work_runs_inside_and_the_caller_stays_outside() {
+        let netns = fresh();
+        let inode = || fs::metadata("/proc/thread-self/ns/net").unwrap().ino();
+        let before = inode();
+        assert_eq!(netns.run(inode).unwrap(), netns.inode());
+        assert_eq!(inode(), before);
+        assert_ne!(netns.inode(), before);
+    }
+
+    #[test]
+    fn cookies_tell_namespaces_apart() {
+        let (one, other) = (fresh(), fresh());
+        assert_ne!(one.cookie(), other.cookie());
+        assert_ne!(one.cookie(), cookie().unwrap());
+        assert_eq!(one.run(cookie).unwrap().unwrap(), one.cookie());
+    }
+
+    #[test]
+    #[should_panic(expected = "from inside")]
+    fn a_panic_inside_reaches_the_caller() {
+        _ = fresh().run(|| panic!("from inside"));
+    }
+
+    #[test]
+    fn a_cgroup_leads_to_the_namespace_of_its_processes() {
+        let (mut test, netns) = (TestCgroup::new(), fresh());
+        let error = Netns::of_cgroup(&test.cgroup).unwrap_err();
+        assert!(matches!(error, NetnsError::NoProcess { .. }), "{error:?}");
+        assert!(error.to_string().contains("--netns"), "{error}");
+
+        let pid = idle(&netns, &mut test, "sandbox");
+        idle(&netns, &mut test, "app");
+        let found = Netns::of_cgroup(&test.cgroup).unwrap();
+        assert_eq!((found.inode(), found.cookie()), (netns.inode(), netns.cookie()));
+        assert!(netns.holds(pid));
+        assert_eq!(Netns::of_process(pid).unwrap().inode(), netns.inode());
+
+        let other = fresh();
+        let elsewhere = idle(&other, &mut test, "app");
+        assert!(!netns.holds(elsewhere));
+        let error = Netns::of_cgroup(&test.cgroup).unwrap_err();
+        assert!(matches!(&error, NetnsError::Several { found, .. } if found.len() == 2), "{error:?}");
+        assert!(error.to_string().contains("--netns"), "{error}");
+    }
+
+    #[test]
+    fn a_cgroup_of_the_nodes_network_is_refused() {
+        let mut test = TestCgroup::new();
+        test.idle("app");
+        let error = Netns::of_cgroup(&test.cgroup).unwrap_err();
+        assert!(matches!(error, NetnsError::Host { .. }), "{error:?}");
+    }
+}
