@@ -8,6 +8,7 @@ use anyhow::{Context, Result};
 use super::capture::Capture;
 use super::case::{Case, End, Flow, Kind};
 use super::layout;
+use super::oracle;
 use super::seen::Seen;
 use crate::actor::{Actor, Bind, Dial, Listen, Query, Transport};
 use crate::iptables::Options;
@@ -15,6 +16,8 @@ use crate::testbed::{Ids, Pod};
 
 /// Long enough for one lost SYN to be sent again (after a second).
 const TIMEOUT: Duration = Duration::from_millis(2500);
+/// For flows that nobody should answer: whoever does so wrongly does it at once.
+const SILENCE: Duration = Duration::from_millis(300);
 /// Flows under way at the same time, from each end.
 const WINDOW: usize = 400;
 
@@ -32,8 +35,13 @@ pub fn observe(case: &Case, capture: &Capture) -> Result<Vec<Seen>> {
         serve_inside(&inside, case)?;
         captured
     };
-    let mut seen = Vec::with_capacity(case.flows.len());
-    for flows in case.flows.chunks(WINDOW) {
+    let patience = oracle::predict(case).into_iter().map(|expected| match expected.server {
+        Some(_) => TIMEOUT,
+        None => SILENCE,
+    });
+    let flows: Vec<(Flow, Duration)> = case.flows.iter().cloned().zip(patience).collect();
+    let mut seen = Vec::with_capacity(flows.len());
+    for flows in flows.chunks(WINDOW) {
         seen.extend(make(flows, &inside, &world)?);
     }
     captured.stop()?;
@@ -41,27 +49,27 @@ pub fn observe(case: &Case, capture: &Capture) -> Result<Vec<Seen>> {
 }
 
 /// Makes flows at the same time.
-fn make(flows: &[Flow], inside: &Actor, world: &Actor) -> Result<Vec<Seen>> {
+fn make(flows: &[(Flow, Duration)], inside: &Actor, world: &Actor) -> Result<Vec<Seen>> {
     let mut seen: Vec<Option<Seen>> = vec![None; flows.len()];
     std::thread::scope(|scope| {
         let mut makers = Vec::new();
         for (actor, end) in [(inside, End::Pod), (world, End::World)] {
             let indexed = |tcp: bool| {
-                let of_kind = move |flow: &&Flow| flow.end == end && (flow.kind == Kind::Tcp) == tcp;
-                let found = flows.iter().enumerate().filter(move |(_, flow)| of_kind(flow));
-                found.map(|(i, flow)| (i, flow.clone())).collect::<Vec<_>>()
+                let found = flows.iter().enumerate();
+                let found = found.filter(|(_, (flow, _))| flow.end == end && (flow.kind == Kind::Tcp) == tcp);
+                found.map(|(i, (flow, patience))| (i, flow, *patience)).collect::<Vec<_>>()
             };
             let (connections, datagrams) = (indexed(true), indexed(false));
             makers.push(scope.spawn(move || -> Result<Vec<(usize, Seen)>> {
-                let dialled = actor.dial_all(connections.iter().map(|(_, flow)| dial(flow)).collect())?;
-                let dialled = connections.into_iter().zip(dialled).map(|((i, _), seen)| (i, seen.into()));
-                Ok(dialled.collect())
+                let dials = connections.iter().map(|(_, flow, patience)| dial(flow, *patience)).collect();
+                let dialled = connections.iter().zip(actor.dial_all(dials)?);
+                Ok(dialled.map(|((i, ..), seen)| (*i, seen.into())).collect())
             }));
             makers.push(scope.spawn(move || -> Result<Vec<(usize, Seen)>> {
-                let queries = datagrams.iter().filter_map(|(_, flow)| query(flow)).collect();
-                let queried = actor.query_all(queries)?;
-                let queried = datagrams.into_iter().zip(queried).map(|((i, _), seen)| (i, seen.into()));
-                Ok(queried.collect())
+                let queries =
+                    datagrams.iter().filter_map(|(_, flow, patience)| query(flow, *patience)).collect();
+                let queried = datagrams.iter().zip(actor.query_all(queries)?);
+                Ok(queried.map(|((i, ..), seen)| (*i, seen.into())).collect())
             }));
         }
         for maker in makers {
@@ -74,11 +82,11 @@ fn make(flows: &[Flow], inside: &Actor, world: &Actor) -> Result<Vec<Seen>> {
     })
 }
 
-fn dial(flow: &Flow) -> Dial {
-    Dial { ids: flow.ids, to: flow.to, from: flow.from, mapped: flow.mapped, timeout: TIMEOUT }
+fn dial(flow: &Flow, timeout: Duration) -> Dial {
+    Dial { ids: flow.ids, to: flow.to, from: flow.from, mapped: flow.mapped, timeout }
 }
 
-fn query(flow: &Flow) -> Option<Query> {
+fn query(flow: &Flow, timeout: Duration) -> Option<Query> {
     let Kind::Udp(datagram) = flow.kind else { return None };
     Some(Query {
         ids: flow.ids,
@@ -86,7 +94,7 @@ fn query(flow: &Flow) -> Option<Query> {
         from: flow.from,
         mapped: flow.mapped,
         sending: datagram.into(),
-        timeout: TIMEOUT,
+        timeout,
     })
 }
 
