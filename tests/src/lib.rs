@@ -6,4 +6,6 @@
 
 pub mod actor;
 pub mod datagram;
+pub mod differential;
+pub mod iptables;
 pub mod testbed;

@@ -90,6 +90,8 @@ impl Neighbour {
             let route = Route { to: everything, via: None, dev: Some("lo"), table: TABLE_LOCAL, local: true };
             place.netns.add_route(route)?;
         }
+        // For sources of choice IPv4 takes the local route for leave; IPv6 must be told.
+        place.netns.sysctl("net/ipv6/ip_nonlocal_bind", "1")?;
         Ok(Arc::new(Self { place, pods: AtomicU32::new(0) }))
     }
 }

@@ -81,10 +81,6 @@ pub(crate) async fn datagrams(
     let v6 = listen.bind.addr.is_ipv6();
     let socket = bound(&listen.bind, Transport::Udp, privileged)?;
     datagram::want_destinations(&socket, v6)?;
-    if v6 {
-        // IPv6 does not take a local route for leave to answer from an address, as IPv4 does.
-        socket.set_freebind_v6(true)?;
-    }
     let bound = socket.local_addr()?.as_socket().unwrap_or(listen.bind.addr);
     let socket = UdpSocket::from_std(socket.into())?;
     ready(bound);

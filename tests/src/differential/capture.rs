@@ -1,0 +1,83 @@
+//! The ways in which a pod can be captured.
+
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+
+use anyhow::{Context, Result, bail};
+
+use crate::iptables::{self, Backend, Options};
+use crate::testbed::Pod;
+
+/// The variable that says where the agent is.
+pub const AGENT: &str = "INTERCEPT_AGENT";
+
+/// Who captures.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Capture {
+    /// The real iptables.
+    Iptables(Backend),
+    /// This agent.
+    Agent(PathBuf),
+}
+
+/// Undoes the capture of a pod.
+#[derive(Debug)]
+pub struct Captured<'a> {
+    agent: Option<(&'a Path, PathBuf)>,
+}
+
+impl Capture {
+    /// The agent named by [`AGENT`], if it is set.
+    pub fn agent() -> Option<Self> {
+        std::env::var_os(AGENT).map(|path| Self::Agent(path.into()))
+    }
+
+    /// Captures a pod.
+    pub fn start(&self, options: &Options, pod: &Pod) -> Result<Captured<'_>> {
+        match self {
+            Self::Iptables(backend) => {
+                iptables::apply(options, pod, *backend)?;
+                Ok(Captured { agent: None })
+            }
+            Self::Agent(agent) => {
+                let mut resolv_conf = tempfile::NamedTempFile::new()?;
+                resolv_conf.write_all(options.resolv_conf().as_bytes())?;
+                let mut command = Command::new(agent);
+                command.arg("attach").arg("--cgroup-path").arg(pod.cgroup.path());
+                command.arg("--netns").arg(pod.netns.path());
+                command.args(options.arguments(resolv_conf.path())).envs(options.environment());
+                run(&mut command)?;
+                Ok(Captured { agent: Some((agent, pod.cgroup.path().to_owned())) })
+            }
+        }
+    }
+}
+
+impl Captured<'_> {
+    /// Ends the capture. iptables' ends with the namespace.
+    pub fn stop(mut self) -> Result<()> {
+        self.detach()
+    }
+
+    fn detach(&mut self) -> Result<()> {
+        let Some((agent, cgroup)) = self.agent.take() else { return Ok(()) };
+        run(Command::new(agent).arg("detach").arg("--cgroup-path").arg(cgroup))
+    }
+}
+
+impl Drop for Captured<'_> {
+    fn drop(&mut self) {
+        if let Err(error) = self.detach() {
+            eprintln!("{error:#}");
+        }
+    }
+}
+
+fn run(command: &mut Command) -> Result<()> {
+    let Output { status, stderr, .. } = command.output().with_context(|| format!("starting {command:?}"))?;
+    if !status.success() {
+        bail!("{command:?}: {status}: {}", String::from_utf8_lossy(&stderr));
+    }
+    Ok(())
+}

@@ -1,0 +1,125 @@
+//! Differences between what was seen and what should have been, made readable.
+
+use std::fmt::Write;
+use std::path::Path;
+
+use super::case::{Case, Flow};
+use super::oracle::{self, Expected};
+use super::seen::{Connection, Seen};
+
+/// How many differing flows are written out.
+const SHOWN: usize = 20;
+
+/// What real iptables did otherwise than the walk of its rules says; none if nothing.
+pub fn with_oracle(case: &Case, seen: &[Seen]) -> Option<String> {
+    let expected = oracle::predict(case);
+    let all = case.flows.iter().zip(&expected).zip(seen);
+    let differing = all.filter_map(|((flow, expected), seen)| {
+        let lines = oracle::unexpected(flow, expected, seen);
+        (!lines.is_empty()).then(|| story(flow, expected, &lines, &[("seen", seen)]))
+    });
+    report(case, differing.collect())
+}
+
+/// What the agent did otherwise than iptables; none if nothing.
+pub fn with_iptables(case: &Case, iptables: &[Seen], agent: &[Seen]) -> Option<String> {
+    let expected = oracle::predict(case);
+    let all = case.flows.iter().zip(&expected).zip(iptables.iter().zip(agent));
+    let differing = all.filter_map(|((flow, expected), (iptables, agent))| {
+        let lines = differences(iptables, agent);
+        (!lines.is_empty())
+            .then(|| story(flow, expected, &lines, &[("iptables", iptables), ("agent", agent)]))
+    });
+    report(case, differing.collect())
+}
+
+/// In what the agent's result differs from iptables', one line each.
+fn differences(iptables: &Seen, agent: &Seen) -> Vec<String> {
+    let (Seen::Connection(iptables), Seen::Connection(agent)) = (iptables, agent) else {
+        if iptables == agent {
+            return Vec::new();
+        }
+        return vec!["the results differ".into()];
+    };
+    let mut lines = Vec::new();
+    // Destructured, so that a new field is not forgotten.
+    let Connection {
+        server,
+        original_dst,
+        peer,
+        same_port: _,
+        same_peername,
+        sockname,
+        peername,
+        peername_after,
+    } = iptables;
+    let mut differ = |what: &str, same: bool| {
+        if !same {
+            lines.push(format!("{what} differs"));
+        }
+    };
+    differ("who answered", *server == agent.server);
+    differ("the original destination", *original_dst == agent.original_dst);
+    differ("the client as the server sees it", *peer == agent.peer);
+    // Connection tracking may change the client's port; nothing else may.
+    differ("the client's port at both ends", agent.same_port);
+    differ("the server's getpeername", *same_peername == agent.same_peername);
+    differ("the client's getsockname", *sockname == agent.sockname);
+    differ("the client's getpeername", *peername == agent.peername);
+    differ("the client's getpeername afterwards", *peername_after == agent.peername_after);
+    lines
+}
+
+fn story(flow: &Flow, expected: &Expected, lines: &[String], seen: &[(&str, &Seen)]) -> String {
+    let mut text = format!("- {flow}\n");
+    for line in lines {
+        writeln!(text, "    {line}").expect("strings take everything");
+    }
+    let Expected { verdict, server } = expected;
+    writeln!(text, "    rules:    {verdict:?}, answered by {server:?}").expect("strings take everything");
+    for (who, seen) in seen {
+        writeln!(text, "    {:<9} {seen:?}", format!("{who}:")).expect("strings take everything");
+    }
+    text
+}
+
+fn report(case: &Case, differing: Vec<String>) -> Option<String> {
+    if differing.is_empty() {
+        return None;
+    }
+    let mut text = format!("{} of {} flows differ; {}\n", differing.len(), case.flows.len(), describe(case));
+    for story in differing.iter().take(SHOWN) {
+        text.push_str(story);
+    }
+    if differing.len() > SHOWN {
+        writeln!(text, "... and {} more", differing.len() - SHOWN).expect("strings take everything");
+    }
+    Some(text)
+}
+
+/// How to get the case again, and what it is.
+pub fn describe(case: &Case) -> String {
+    let mut text = format!("case {}\n  ", case.origin);
+    for (name, value) in case.options.environment() {
+        write!(text, "{name}='{value}' ").expect("strings take everything");
+    }
+    let arguments = case.options.arguments(Path::new("resolv.conf"));
+    let arguments: Vec<String> = arguments
+        .iter()
+        .map(|argument| {
+            if argument.is_empty() || argument.contains('*') {
+                format!("'{argument}'")
+            } else {
+                argument.clone()
+            }
+        })
+        .collect();
+    write!(text, "{}", arguments.join(" ")).expect("strings take everything");
+    if let Some(dns) = &case.options.dns {
+        write!(text, " (nameservers {:?})", dns.servers).expect("strings take everything");
+    }
+    let listening = if case.listening_first { "before" } else { "after" };
+    let sockets = if case.dual_stack_proxy { "by one socket for both families" } else { "" };
+    write!(text, "\n  proxy listening {listening} capture {sockets}").expect("strings take everything");
+    text
+}

@@ -1,0 +1,95 @@
+//! The pod of a comparison: its addresses, its routes, and who listens where.
+
+use std::collections::BTreeSet;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+
+use ipnet::IpNet;
+
+use crate::iptables::Options;
+use crate::iptables::chains::{DNS_PORT, PASSTHROUGH_V6};
+use crate::testbed::PodSpec;
+
+/// Where applications, and the outside world, answer connections.
+const APP_PORTS: [u16; 11] = [22, 53, 80, 443, 3306, 8080, 9090, 15000, 15002, 15020, 15090];
+/// Where applications, and the outside world, answer datagrams.
+const APP_UDP_PORTS: [u16; 2] = [53, 5353];
+
+/// The pod: two interfaces, and a second address of each family on the first.
+pub fn spec(label: &str) -> PodSpec {
+    PodSpec::new(label).with_eth1().with_address(0, "10.66.0.3/24").with_address(0, "fd66::3/64")
+}
+
+/// Who listens on a port in the pod; every listener is a wildcard one.
+pub fn listener(options: &Options, tcp: bool, port: u16) -> Option<&'static str> {
+    if port == DNS_PORT {
+        return Some("dns");
+    }
+    if !tcp {
+        return APP_UDP_PORTS.contains(&port).then_some("app");
+    }
+    if port == options.envoy_port {
+        Some("outbound")
+    } else if port == options.inbound_port {
+        Some("inbound")
+    } else if port == options.tunnel_port {
+        Some("tunnel")
+    } else {
+        APP_PORTS.contains(&port).then_some("app")
+    }
+}
+
+/// The ports on which something listens in the pod; the outside world listens on the same ones.
+pub fn ports(options: &Options, tcp: bool) -> BTreeSet<u16> {
+    let special: &[u16] = &[options.envoy_port, options.inbound_port, options.tunnel_port, DNS_PORT];
+    if tcp {
+        APP_PORTS.iter().chain(special).copied().collect()
+    } else {
+        APP_UDP_PORTS.iter().copied().chain([DNS_PORT]).collect()
+    }
+}
+
+/// Whether an address belongs to the pod, ::6 included: istio-iptables adds it.
+pub fn is_own(spec: &PodSpec, addr: IpAddr) -> bool {
+    addr.is_loopback()
+        || addr == IpAddr::V6(PASSTHROUGH_V6)
+        || spec.interfaces.iter().flat_map(|interface| &interface.pod).any(|own| own.addr() == addr)
+}
+
+/// The interface by which packets to `addr` leave the pod.
+pub fn egress(spec: &PodSpec, addr: IpAddr) -> &str {
+    if is_own(spec, addr) {
+        return "lo";
+    }
+    let on_link = |interface: &&crate::testbed::Interface| {
+        interface
+            .pod
+            .iter()
+            .chain(interface.routes.iter().filter(|route| route.prefix_len() > 0))
+            .any(|net: &IpNet| net.contains(&addr))
+    };
+    let interface = spec.interfaces.iter().find(on_link).unwrap_or(&spec.interfaces[0]);
+    &interface.name
+}
+
+/// The interface on which packets from outside to `addr` arrive.
+pub fn ingress(spec: &PodSpec, addr: IpAddr) -> &str {
+    let has = |interface: &&crate::testbed::Interface| interface.pod.iter().any(|own| own.addr() == addr);
+    spec.interfaces.iter().find(has).map_or("eth0", |interface| &interface.name)
+}
+
+/// The source the kernel chooses for packets to `addr`.
+pub fn source(spec: &PodSpec, addr: IpAddr) -> IpAddr {
+    match addr {
+        IpAddr::V4(addr) if addr.is_loopback() => Ipv4Addr::LOCALHOST.into(),
+        // RFC 6724 rule 1: to oneself from oneself. IPv4 takes the interface's primary address instead.
+        IpAddr::V6(_) if is_own(spec, addr) => addr,
+        _ => {
+            let name = if is_own(spec, addr) { ingress(spec, addr) } else { egress(spec, addr) };
+            let interface = spec.interfaces.iter().find(|interface| interface.name == name);
+            let mut addresses = interface.into_iter().flat_map(|interface| &interface.pod).map(IpNet::addr);
+            let unspecified =
+                if addr.is_ipv6() { Ipv6Addr::UNSPECIFIED.into() } else { Ipv4Addr::UNSPECIFIED.into() };
+            addresses.find(|own| own.is_ipv6() == addr.is_ipv6()).unwrap_or(unspecified)
+        }
+    }
+}

@@ -1,0 +1,94 @@
+//! What the rules say should come of a flow.
+
+use std::net::{IpAddr, SocketAddr};
+
+use super::case::{Case, End, Flow, Kind};
+use super::layout;
+use super::seen::Seen;
+use crate::actor::OriginalDst;
+use crate::iptables::chains::PASSTHROUGH_V6;
+use crate::iptables::{Origin, Packet, Protocol, Verdict, Walker};
+use crate::testbed::PodSpec;
+
+/// What is expected of a flow.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Expected {
+    /// What becomes of its first packet.
+    pub verdict: Verdict,
+    /// Who answers, if anybody.
+    pub server: Option<&'static str>,
+}
+
+/// What the rules say of every flow of a case.
+pub fn predict(case: &Case) -> Vec<Expected> {
+    let walker = Walker::new(&case.options);
+    let spec = layout::spec("compared");
+    case.flows.iter().map(|flow| expect(case, &walker, &spec, flow)).collect()
+}
+
+fn expect(case: &Case, walker: &Walker, spec: &PodSpec, flow: &Flow) -> Expected {
+    let protocol = if flow.kind == Kind::Tcp { Protocol::Tcp } else { Protocol::Udp };
+    let tcp = protocol == Protocol::Tcp;
+    let from = flow.from.unwrap_or_else(|| layout::source(spec, flow.to.ip()));
+    let egress = layout::egress(spec, flow.to.ip());
+    let origin = match flow.end {
+        End::Pod => Origin::Here { out: egress.into(), owner: flow.ids },
+        End::World => Origin::Outside { on: layout::ingress(spec, flow.to.ip()).into() },
+    };
+    // No rule looks at the source port of a client.
+    let packet = Packet { protocol, from: SocketAddr::new(from, 40000), to: flow.to, origin };
+    let verdict = walker.walk(&packet);
+    let inside = |port| layout::listener(&case.options, tcp, port);
+    // The kernel finds no route from 127/8 to outside (EINVAL), and asks no rule.
+    let no_route = flow.end == End::Pod && egress != "lo" && from.is_ipv4() && from.is_loopback();
+    let server = match verdict {
+        _ if no_route => None,
+        Verdict::Drop => None,
+        Verdict::Redirect(port) | Verdict::Tproxy(port) => inside(port),
+        Verdict::Leave if flow.end == End::World || egress == "lo" => inside(flow.to.port()),
+        Verdict::Leave if !is_routable(from) => None,
+        Verdict::Leave => layout::ports(&case.options, tcp).contains(&flow.to.port()).then_some("world"),
+    };
+    Expected { verdict, server }
+}
+
+/// Nobody outside answers to the pod's own loopback addresses.
+fn is_routable(from: IpAddr) -> bool {
+    !from.is_loopback() && from != IpAddr::V6(PASSTHROUGH_V6)
+}
+
+/// What of `seen` is not as expected, one line each.
+pub fn unexpected(flow: &Flow, expected: &Expected, seen: &Seen) -> Vec<String> {
+    let mut lines = Vec::new();
+    if seen.server() != expected.server {
+        lines.push(format!("answered by {:?}, not by {:?}", seen.server(), expected.server));
+        return lines;
+    }
+    let dialled = |addr: SocketAddr| SocketAddr::new(addr.ip().to_canonical(), addr.port()) == flow.to;
+    match seen {
+        Seen::Connection(connection) => {
+            if let Some(original) = connection.original_dst
+                && original != OriginalDst::Addr(flow.to)
+            {
+                lines.push(format!("the original destination is {original:?}"));
+            }
+            for (what, name) in [("first", connection.peername), ("afterwards", connection.peername_after)] {
+                if !name.is_some_and(dialled) {
+                    lines.push(format!("the client's getpeername is {what} {name:?}"));
+                }
+            }
+            if !connection.same_peername {
+                lines.push("the server's getpeername differs from accept".into());
+            }
+            let sockname = connection.sockname.map(|name| name.to_canonical());
+            if sockname != Some(connection.peer) {
+                lines.push(format!("the client is {sockname:?}, the server sees {}", connection.peer));
+            }
+        }
+        Seen::Datagram(datagram) if !dialled(datagram.from) => {
+            lines.push(format!("the answer came from {}", datagram.from));
+        }
+        _ => {}
+    }
+    lines
+}

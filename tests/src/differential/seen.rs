@@ -1,0 +1,116 @@
+//! What both ends of a flow saw, freed of what differs from run to run.
+
+use std::net::{IpAddr, SocketAddr};
+
+use crate::actor::{Answer, Dialled, OriginalDst, Outcome, Queried, QueryReply, Stage};
+
+/// What came of a flow.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Seen {
+    /// A server answered a connection.
+    Connection(Connection),
+    /// A server answered a datagram.
+    Datagram(Datagram),
+    /// Refused.
+    Refused,
+    /// Cut off.
+    Dropped(Stage),
+    /// No answer.
+    TimedOut(Stage),
+    /// Another error.
+    Failed(Stage, i32),
+    /// An answer that is none.
+    Garbled(String),
+}
+
+/// Both ends of a connection.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Connection {
+    /// Who answered.
+    pub server: String,
+    /// SO_ORIGINAL_DST, of the proxy's listeners only: no other asks.
+    pub original_dst: Option<OriginalDst>,
+    /// The client as the server sees it.
+    pub peer: IpAddr,
+    /// The client's port is the same at both ends. (Connection tracking changes it when it clashes.)
+    pub same_port: bool,
+    /// The server's getpeername agrees with accept.
+    pub same_peername: bool,
+    /// The client's own address.
+    pub sockname: Option<IpAddr>,
+    /// The client's getpeername, once connected.
+    pub peername: Option<SocketAddr>,
+    /// The client's getpeername, after the answer.
+    pub peername_after: Option<SocketAddr>,
+}
+
+/// Both ends of a datagram. Whom the DNS proxy sees as the client is not compared: nothing depends on it, and a
+/// source cannot be bound at sendto.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Datagram {
+    /// Who answered.
+    pub server: String,
+    /// The source of the answer.
+    pub from: SocketAddr,
+    /// The client's own address.
+    pub sockname: Option<IpAddr>,
+    /// The client's getpeername, if connected.
+    pub peername: Option<SocketAddr>,
+}
+
+/// The listeners that ask for the original destination.
+const PROXIES: [&str; 2] = ["outbound", "inbound"];
+
+impl Seen {
+    /// Who answered, if anybody.
+    pub fn server(&self) -> Option<&str> {
+        match self {
+            Self::Connection(connection) => Some(&connection.server),
+            Self::Datagram(datagram) => Some(&datagram.server),
+            _ => None,
+        }
+    }
+}
+
+impl From<Dialled> for Seen {
+    fn from(dialled: Dialled) -> Self {
+        match dialled.outcome {
+            Outcome::Answered(ref answer) => Self::Connection(connection(answer, &dialled)),
+            Outcome::Garbled(text) => Self::Garbled(text),
+            Outcome::Refused => Self::Refused,
+            Outcome::Dropped(stage) => Self::Dropped(stage),
+            Outcome::TimedOut(stage) => Self::TimedOut(stage),
+            Outcome::Failed { stage, errno } => Self::Failed(stage, errno),
+        }
+    }
+}
+
+impl From<Queried> for Seen {
+    fn from(mut queried: Queried) -> Self {
+        match queried.replies.pop() {
+            Some(QueryReply::Answered { from, answer }) => Self::Datagram(Datagram {
+                server: answer.server,
+                from,
+                sockname: queried.sockname.map(|name| name.ip()),
+                peername: queried.peername,
+            }),
+            Some(QueryReply::Failed { errno: libc::ECONNREFUSED, .. }) => Self::Refused,
+            Some(QueryReply::Failed { stage, errno }) => Self::Failed(stage, errno),
+            Some(QueryReply::TimedOut) | None => Self::TimedOut(Stage::Read),
+        }
+    }
+}
+
+fn connection(answer: &Answer, dialled: &Dialled) -> Connection {
+    let asks = PROXIES.contains(&answer.server.as_str());
+    Connection {
+        server: answer.server.clone(),
+        original_dst: answer.original_dst.filter(|_| asks),
+        peer: answer.peer.ip().to_canonical(),
+        same_port: dialled.sockname.map(|name| name.port()) == Some(answer.peer.port()),
+        same_peername: answer.peername == Some(answer.peer),
+        sockname: dialled.sockname.map(|name| name.ip()),
+        peername: dialled.peername,
+        peername_after: dialled.peername_after,
+    }
+}

@@ -1,0 +1,240 @@
+//! From a configuration to the rules, in the order in which istio-iptables makes them.
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+
+use ipnet::IpNet;
+
+use super::options::{Cidrs, Groups, Options, Ports};
+use super::rule::{Chain, Family, Match, Protocol, Rule, Table, Target};
+
+mod dns;
+mod inbound;
+
+/// What the source of the proxy's inbound passthrough is bound to.
+pub const PASSTHROUGH_V4: Ipv4Addr = Ipv4Addr::new(127, 0, 0, 6);
+/// The same for IPv6; an address of lo only because istio-iptables adds it.
+pub const PASSTHROUGH_V6: Ipv6Addr = Ipv6Addr::new(0, 0, 0, 0, 0, 0, 0, 6);
+/// The mark of the proxy's own connections over lo, in TPROXY mode.
+pub const OUTBOUND_MARK: u32 = 1338;
+/// Where the agent answers DNS.
+pub const DNS_PORT: u16 = 15053;
+
+/// All rules of a configuration for one family.
+pub fn rules(options: &Options, family: Family) -> Vec<Rule> {
+    let mut builder = Builder::new(options, family);
+    builder.exclude_interfaces();
+    builder.virtual_interfaces();
+    builder.drop_invalid();
+    builder.inbound();
+    builder.outbound();
+    builder.tproxy_marks();
+    builder.rules
+}
+
+struct Builder<'a> {
+    options: &'a Options,
+    family: Family,
+    /// What counts as "localhost".
+    localhost: IpNet,
+    passthrough: IpNet,
+    rules: Vec<Rule>,
+}
+
+impl<'a> Builder<'a> {
+    fn new(options: &'a Options, family: Family) -> Self {
+        let localhost = match family {
+            Family::V4 => IpNet::V4(options.loopback_cidr),
+            Family::V6 => family.host(Ipv4Addr::LOCALHOST, Ipv6Addr::LOCALHOST),
+        };
+        let passthrough = family.host(PASSTHROUGH_V4, PASSTHROUGH_V6);
+        Self { options, family, localhost, passthrough, rules: Vec::new() }
+    }
+
+    fn append<const N: usize>(&mut self, table: Table, chain: Chain, matches: [Match; N], target: Target) {
+        self.rules.push(Rule { table, chain, position: None, matches: matches.into(), target });
+    }
+
+    fn insert<const N: usize>(
+        &mut self,
+        table: Table,
+        chain: Chain,
+        position: usize,
+        matches: [Match; N],
+        target: Target,
+    ) {
+        self.rules.push(Rule { table, chain, position: Some(position), matches: matches.into(), target });
+    }
+
+    /// Appends to nat's ISTIO_OUTPUT.
+    fn output<const N: usize>(&mut self, matches: [Match; N], target: Target) {
+        self.append(Table::Nat, Chain::IstioOutput, matches, target);
+    }
+
+    fn exclude_interfaces(&mut self) {
+        let tables: &[Table] =
+            if self.options.tproxy.is_some() { &[Table::Nat, Table::Mangle] } else { &[Table::Nat] };
+        for &table in tables {
+            for interface in &self.options.exclude_interfaces {
+                self.append(table, Chain::Prerouting, [Match::In(interface.clone())], Target::Return);
+                self.append(table, Chain::Output, [Match::Out(interface.clone())], Target::Return);
+            }
+        }
+    }
+
+    fn virtual_interfaces(&mut self) {
+        for interface in &self.options.virtual_interfaces {
+            self.insert(Table::Nat, Chain::Prerouting, 1, [Match::In(interface.clone())], Target::Return);
+        }
+    }
+
+    fn drop_invalid(&mut self) {
+        if self.options.drop_invalid {
+            self.append(Table::Mangle, Chain::Prerouting, [Match::Invalid], Target::Jump(Chain::IstioDrop));
+            self.append(Table::Mangle, Chain::IstioDrop, [], Target::Drop);
+        }
+    }
+
+    fn outbound(&mut self) {
+        let family = self.family;
+        self.append(Table::Nat, Chain::Output, [], Target::Jump(Chain::IstioOutput));
+        for &port in &self.options.exclude_outbound_ports {
+            for protocol in [Protocol::Tcp, Protocol::Udp] {
+                self.output([Match::Protocol(protocol), Match::Port(port)], Target::Return);
+            }
+        }
+        self.output([lo_out(), Match::Source(self.passthrough)], Target::Return);
+        self.proxy_users();
+        self.proxy_groups();
+        self.owner_groups();
+        self.dns();
+        self.output([Match::Destination(self.localhost)], Target::Return);
+        for &cidr in self.options.exclude_cidrs.iter().filter(|cidr| family.is_of(cidr)) {
+            self.output([Match::Destination(cidr)], Target::Return);
+        }
+        for &port in &self.options.include_outbound_ports {
+            self.output(
+                [Match::Protocol(Protocol::Tcp), Match::Port(port)],
+                Target::Jump(Chain::IstioRedirect),
+            );
+        }
+        self.include_cidrs();
+    }
+
+    fn proxy_users(&mut self) {
+        let dns = self.options.dns_in_force().is_some();
+        let tunnel = self.options.tunnel_port;
+        for &user in &self.options.proxy_uids {
+            let port = if dns { Match::NotPorts(vec![53, tunnel]) } else { Match::NotPort(tunnel) };
+            self.output(
+                [
+                    lo_out(),
+                    Match::NotDestination(self.localhost),
+                    Match::Protocol(Protocol::Tcp),
+                    port,
+                    Match::User(user),
+                ],
+                Target::Jump(Chain::IstioInRedirect),
+            );
+            self.self_calls(Match::NotUser(user));
+            self.output([Match::User(user)], Target::Return);
+        }
+    }
+
+    fn proxy_groups(&mut self) {
+        let tunnel = self.options.tunnel_port;
+        for &group in &self.options.proxy_gids {
+            // Unlike for users, port 53 is not excepted when DNS is captured.
+            self.output(
+                [
+                    lo_out(),
+                    Match::NotDestination(self.localhost),
+                    Match::Protocol(Protocol::Tcp),
+                    Match::NotPort(tunnel),
+                    Match::Group(group),
+                ],
+                Target::Jump(Chain::IstioInRedirect),
+            );
+            self.self_calls(Match::NotGroup(group));
+            self.output([Match::Group(group)], Target::Return);
+        }
+    }
+
+    /// Others' connections to the pod itself are left alone, unless loopback is among the captured networks.
+    fn self_calls(&mut self, others: Match) {
+        if let Cidrs::List(cidrs) = &self.options.include_cidrs
+            && cidrs.iter().any(|cidr| cidr.addr().is_loopback())
+        {
+            return;
+        }
+        if self.options.dns_in_force().is_some() {
+            self.output(
+                [lo_out(), Match::Protocol(Protocol::Tcp), Match::NotPort(53), others],
+                Target::Return,
+            );
+        } else {
+            self.output([lo_out(), others], Target::Return);
+        }
+    }
+
+    fn owner_groups(&mut self) {
+        match &self.options.owner_groups {
+            Groups::Except(groups) => {
+                for &group in groups {
+                    self.output([Match::Group(group)], Target::Return);
+                }
+            }
+            Groups::Only(groups) => self.rules.push(Rule {
+                table: Table::Nat,
+                chain: Chain::IstioOutput,
+                position: None,
+                matches: groups.iter().map(|&group| Match::NotGroup(group)).collect(),
+                target: Target::Return,
+            }),
+        }
+    }
+
+    fn include_cidrs(&mut self) {
+        let family = self.family;
+        match &self.options.include_cidrs {
+            Cidrs::All => {
+                self.output([], Target::Jump(Chain::IstioRedirect));
+                for interface in &self.options.virtual_interfaces {
+                    self.insert(
+                        Table::Nat,
+                        Chain::Prerouting,
+                        1,
+                        [Match::In(interface.clone())],
+                        Target::Jump(Chain::IstioRedirect),
+                    );
+                }
+            }
+            Cidrs::List(cidrs) => {
+                for &cidr in cidrs.iter().filter(|cidr| family.is_of(cidr)) {
+                    for interface in &self.options.virtual_interfaces {
+                        self.insert(
+                            Table::Nat,
+                            Chain::Prerouting,
+                            1,
+                            [Match::In(interface.clone()), Match::Destination(cidr)],
+                            Target::Jump(Chain::IstioRedirect),
+                        );
+                    }
+                    self.output([Match::Destination(cidr)], Target::Jump(Chain::IstioRedirect));
+                }
+            }
+        }
+    }
+}
+
+fn lo_out() -> Match {
+    Match::Out("lo".into())
+}
+
+fn host(addr: IpAddr) -> IpNet {
+    addr.into()
+}
+
+/// Whether any inbound port is captured.
+fn captures_inbound(options: &Options) -> bool {
+    options.inbound_ports != Ports::List(Vec::new())
+}

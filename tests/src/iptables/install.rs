@@ -1,0 +1,64 @@
+//! Giving the rules to the real iptables.
+
+use std::io::Write;
+use std::process::Stdio;
+
+use anyhow::{Context, Result, bail};
+use ipnet::{IpNet, Ipv6Net};
+
+use super::chains::{PASSTHROUGH_V6, rules};
+use super::options::{Options, Ports};
+use super::restore::restore_input;
+use super::rule::Family;
+use crate::testbed::Place;
+use crate::testbed::netlink::Route;
+
+/// Which of the two iptables.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Backend {
+    /// iptables-nft, what iptables is by default nowadays.
+    Nft,
+    /// iptables-legacy.
+    Legacy,
+}
+
+/// Does to a pod what istio-iptables does: rules of both families, ::6 on lo, and the routes of TPROXY mode.
+pub fn apply(options: &Options, place: &Place, backend: Backend) -> Result<()> {
+    let name = if backend == Backend::Nft { "nft" } else { "legacy" };
+    for (program, family) in [("iptables", Family::V4), ("ip6tables", Family::V6)] {
+        restore(place, &format!("{program}-{name}-restore"), &restore_input(&rules(options, family)))?;
+    }
+    place.netns.add_address("lo", IpNet::V6(Ipv6Net::from(PASSTHROUGH_V6)))?;
+    if let Some(tproxy) = options.tproxy
+        && options.inbound_ports != Ports::List(Vec::new())
+    {
+        place.netns.add_mark_rule(tproxy.mark, tproxy.table)?;
+        for everything in ["0.0.0.0/0", "::/0"] {
+            place.netns.add_route(Route {
+                to: everything.parse()?,
+                via: None,
+                dev: Some("lo"),
+                table: tproxy.table,
+                local: true,
+            })?;
+        }
+    }
+    Ok(())
+}
+
+fn restore(place: &Place, program: &str, input: &str) -> Result<()> {
+    let mut child = place
+        .command(program)?
+        .arg("--noflush")
+        .stdin(Stdio::piped())
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped())
+        .spawn()
+        .with_context(|| format!("starting {program}; is the package iptables installed?"))?;
+    child.stdin.take().context("no standard input")?.write_all(input.as_bytes())?;
+    let output = child.wait_with_output()?;
+    if !output.status.success() {
+        bail!("{program} refused: {}\n{input}", String::from_utf8_lossy(&output.stderr));
+    }
+    Ok(())
+}

@@ -1,0 +1,212 @@
+//! A naive interpreter of the chains: what becomes of the first packet of a connection, or of a datagram.
+
+use std::collections::HashMap;
+use std::net::SocketAddr;
+
+use super::chains::rules;
+use super::options::Options;
+use super::rule::{Chain, Family, Match, Protocol, Rule, Table, Target};
+use crate::testbed::Ids;
+
+/// A packet that begins something.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Packet {
+    /// Connection or datagram.
+    pub protocol: Protocol,
+    /// Source.
+    pub from: SocketAddr,
+    /// Destination.
+    pub to: SocketAddr,
+    /// Where it comes from.
+    pub origin: Origin,
+}
+
+/// Where a packet comes from.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Origin {
+    /// A socket of this pod.
+    Here {
+        /// The interface by which the route to the destination leaves.
+        out: String,
+        /// The owner of the socket.
+        owner: Ids,
+    },
+    /// Outside.
+    Outside {
+        /// The interface on which it arrives.
+        on: String,
+    },
+}
+
+/// What becomes of a packet.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Verdict {
+    /// It goes where it was going.
+    Leave,
+    /// Its destination becomes this port of this host.
+    Redirect(u16),
+    /// It is given to the listener on this port with its destination unchanged.
+    Tproxy(u16),
+    /// It is lost.
+    Drop,
+}
+
+/// The chains of one configuration.
+#[derive(Debug)]
+pub struct Walker {
+    v4: Chains,
+    v6: Chains,
+}
+
+type Chains = HashMap<(Table, Chain), Vec<Rule>>;
+
+/// What a chain said.
+enum End {
+    /// Nothing final: on with the calling chain.
+    Fell,
+    /// No more rules of this table.
+    Accepted,
+    Final(Verdict),
+}
+
+/// What rules of one hook see and change.
+struct State<'a> {
+    packet: &'a Packet,
+    input: &'a str,
+    output: &'a str,
+    owner: Option<Ids>,
+    /// The packet's mark; it survives the way over lo.
+    mark: u32,
+    /// The connection's mark.
+    connmark: u32,
+}
+
+impl Walker {
+    /// The chains of `options`, inserted rules in their places.
+    pub fn new(options: &Options) -> Self {
+        Self { v4: chains(rules(options, Family::V4)), v6: chains(rules(options, Family::V6)) }
+    }
+
+    /// What becomes of `packet`.
+    pub fn walk(&self, packet: &Packet) -> Verdict {
+        let chains = if packet.to.is_ipv6() { &self.v6 } else { &self.v4 };
+        match &packet.origin {
+            Origin::Outside { on } => {
+                let mut state = State { packet, input: on, output: "", owner: None, mark: 0, connmark: 0 };
+                hook(chains, Chain::Prerouting, &mut state, &[Table::Raw, Table::Mangle, Table::Nat])
+            }
+            Origin::Here { out, owner } => {
+                let mut state =
+                    State { packet, input: "", output: out, owner: Some(*owner), mark: 0, connmark: 0 };
+                let verdict =
+                    hook(chains, Chain::Output, &mut state, &[Table::Raw, Table::Mangle, Table::Nat]);
+                if out != "lo" && !matches!(verdict, Verdict::Redirect(_)) {
+                    return verdict;
+                }
+                again_over_lo(chains, &state, verdict)
+            }
+        }
+    }
+}
+
+/// What left by lo, or was redirected there, arrives on lo. nat is not asked again: its answer belongs to the
+/// connection.
+fn again_over_lo(chains: &Chains, sent: &State<'_>, verdict: Verdict) -> Verdict {
+    let mut packet = sent.packet.clone();
+    if let Verdict::Redirect(port) = verdict {
+        let localhost = match packet.to {
+            SocketAddr::V4(_) => std::net::Ipv4Addr::LOCALHOST.into(),
+            SocketAddr::V6(_) => std::net::Ipv6Addr::LOCALHOST.into(),
+        };
+        packet.to = SocketAddr::new(localhost, port);
+    }
+    // The socket goes with the packet, but owner has no meaning outside OUTPUT.
+    let mut state = State {
+        packet: &packet,
+        input: "lo",
+        output: "",
+        owner: None,
+        mark: sent.mark,
+        connmark: sent.connmark,
+    };
+    match hook(chains, Chain::Prerouting, &mut state, &[Table::Raw, Table::Mangle]) {
+        Verdict::Leave => verdict,
+        changed => changed,
+    }
+}
+
+fn hook(chains: &Chains, start: Chain, state: &mut State<'_>, tables: &[Table]) -> Verdict {
+    for &table in tables {
+        if let End::Final(verdict) = chain(chains, table, start, state) {
+            return verdict;
+        }
+    }
+    Verdict::Leave
+}
+
+fn chain(chains: &Chains, table: Table, name: Chain, state: &mut State<'_>) -> End {
+    for rule in chains.get(&(table, name)).into_iter().flatten() {
+        if !rule.matches.iter().all(|condition| holds(condition, state)) {
+            continue;
+        }
+        match rule.target {
+            Target::Return => return End::Fell,
+            Target::Accept => return End::Accepted,
+            Target::Drop => return End::Final(Verdict::Drop),
+            Target::Redirect(port) => return End::Final(Verdict::Redirect(port)),
+            Target::Tproxy { port, .. } => return End::Final(Verdict::Tproxy(port)),
+            Target::SetMark(mark) => state.mark = mark,
+            Target::SaveMark => state.connmark = state.mark,
+            Target::RestoreMark => state.mark = state.connmark,
+            // Zones keep two conversations of the same addresses apart; one alone does not notice.
+            Target::Zone(_) => {}
+            Target::Jump(to) => match chain(chains, table, to, state) {
+                End::Fell => {}
+                end => return end,
+            },
+        }
+    }
+    End::Fell
+}
+
+fn holds(condition: &Match, state: &State<'_>) -> bool {
+    let packet = state.packet;
+    let user = |uid| state.owner.is_some_and(|owner| owner.uid == uid);
+    let group = |gid| state.owner.is_some_and(|owner| owner.gid == gid);
+    match condition {
+        Match::In(interface) => state.input == interface,
+        Match::Out(interface) => state.output == interface,
+        Match::Source(net) => net.contains(&packet.from.ip()),
+        Match::Destination(net) => net.contains(&packet.to.ip()),
+        Match::NotDestination(net) => !net.contains(&packet.to.ip()),
+        Match::Protocol(protocol) => packet.protocol == *protocol,
+        Match::Port(port) => packet.to.port() == *port,
+        Match::NotPort(port) => packet.to.port() != *port,
+        Match::NotPorts(ports) => !ports.contains(&packet.to.port()),
+        Match::SourcePort(port) => packet.from.port() == *port,
+        Match::User(uid) => user(*uid),
+        Match::NotUser(uid) => !user(*uid),
+        Match::Group(gid) => group(*gid),
+        Match::NotGroup(gid) => !group(*gid),
+        Match::Mark(mark) => state.mark == *mark,
+        Match::NotMark(mark) => state.mark != *mark,
+        Match::Connmark(mark) => state.connmark == *mark,
+        // The first packet of a connection is neither.
+        Match::Established | Match::Invalid => false,
+    }
+}
+
+fn chains(rules: Vec<Rule>) -> Chains {
+    let mut chains = Chains::new();
+    for rule in rules {
+        let chain = chains.entry((rule.table, rule.chain)).or_default();
+        match rule.position {
+            None => chain.push(rule),
+            Some(position) => chain.insert(position - 1, rule),
+        }
+    }
+    chains
+}
+
+#[cfg(test)]
+mod tests;
