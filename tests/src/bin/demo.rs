@@ -1,0 +1,361 @@
+//! `cargo xtask demo`: one pod, both directions, shown as a table.
+//!
+//! Makes a pod and its neighbour, starts a proxy as user 1337, an application and a remote client, attaches with the
+//! flags of Istio's own init command, sends traffic both ways and says of each flow what was dialled, where it went,
+//! which original destination the proxy recovered, and by which row. Fails if any of it is not as it must be.
+
+use std::{
+    net::{IpAddr, SocketAddr},
+    path::{Path, PathBuf},
+    process::{Command, ExitCode},
+    time::Duration,
+};
+
+use anyhow::{Context as _, Result, bail, ensure};
+use clap::{Parser, ValueEnum};
+use serde_json::Value;
+use tests::{
+    actor::{Actor, Bind, Dial, Dialled, Direction, Listen, OriginalDst, Outcome, Relay, Relayed, Transport},
+    testbed::{self, Ids, Pod, PodSpec},
+};
+
+/// The flags that Istio's injected init container passes.
+const INIT_FLAGS: [&str; 14] =
+    ["-p", "15001", "-z", "15006", "-u", "1337", "-m", "REDIRECT", "-i", "*", "-x", "", "-b", "*"];
+const INIT_EXCLUDED: [&str; 2] = ["-d", "15090,15020"];
+const APP_PORT: u16 = 8080;
+const METRICS_PORT: u16 = 15090;
+const WORLD_PORT: u16 = 80;
+
+#[derive(Parser)]
+struct Options {
+    /// The agent
+    #[arg(long, default_value = "target/release/intercept-agent")]
+    agent: PathBuf,
+    /// Who plays the sidecar proxy
+    #[arg(long, value_enum, default_value_t = Proxy::Relay)]
+    proxy: Proxy,
+    /// Envoy's binary, for --proxy envoy
+    #[arg(long)]
+    envoy: Option<PathBuf>,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Proxy {
+    /// A small one that is built in
+    Relay,
+    /// The real one
+    Envoy,
+}
+
+fn main() -> ExitCode {
+    match demo(&Options::parse()) {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => {
+            eprintln!("error: a flow did not go where it must");
+            ExitCode::FAILURE
+        }
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// A flow, and what must come of it.
+struct Flow {
+    what: &'static str,
+    from_world: bool,
+    ids: Ids,
+    to: SocketAddr,
+    mapped: bool,
+    expect: Expect,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Expect {
+    ProxyOut,
+    ProxyIn,
+    Direct,
+}
+
+impl Expect {
+    fn word(self) -> &'static str {
+        match self {
+            Self::ProxyOut => "proxy, outbound",
+            Self::ProxyIn => "proxy, inbound",
+            Self::Direct => "direct",
+        }
+    }
+}
+
+fn flows(pod: &Pod) -> Vec<Flow> {
+    let world = |text: &str, port| SocketAddr::new(text.parse().expect("an address"), port);
+    let mut flows = Vec::new();
+    for (v6, service) in [(false, "10.96.0.10"), (true, "fd96::10")] {
+        let own = pod.address(v6);
+        let localhost: IpAddr = if v6 { [0, 0, 0, 0, 0, 0, 0, 1].into() } else { [127, 0, 0, 1].into() };
+        let mut flow = |what, from_world, ids, to, expect| {
+            flows.push(Flow { what, from_world, ids, to, mapped: false, expect });
+        };
+        flow("the app calls a service", false, Ids::APP, world(service, WORLD_PORT), Expect::ProxyOut);
+        flow("a client calls the app", true, Ids::ROOT, SocketAddr::new(own, APP_PORT), Expect::ProxyIn);
+        flow(
+            "a client scrapes an excluded port",
+            true,
+            Ids::ROOT,
+            SocketAddr::new(own, METRICS_PORT),
+            Expect::Direct,
+        );
+        flow("the proxy calls a service", false, Ids::PROXY, world(service, WORLD_PORT), Expect::Direct);
+        flow(
+            "the app calls localhost",
+            false,
+            Ids::APP,
+            SocketAddr::new(localhost, APP_PORT),
+            Expect::Direct,
+        );
+        flow(
+            "the app calls its own address",
+            false,
+            Ids::APP,
+            SocketAddr::new(own, APP_PORT),
+            Expect::Direct,
+        );
+        flow(
+            "the proxy calls its own pod",
+            false,
+            Ids::PROXY,
+            SocketAddr::new(own, APP_PORT),
+            Expect::ProxyIn,
+        );
+    }
+    flows.push(Flow {
+        what: "the app calls IPv4 through IPv6",
+        from_world: false,
+        ids: Ids::APP,
+        to: world("10.96.0.10", WORLD_PORT),
+        mapped: true,
+        expect: Expect::ProxyOut,
+    });
+    flows
+}
+
+fn demo(options: &Options) -> Result<bool> {
+    ensure!(options.agent.exists(), "{} is not built: `cargo build --release`", options.agent.display());
+    testbed::sweep::sweep()?;
+    println!("a pod, its neighbour, and a proxy as user 1337");
+    let pod = Pod::new(PodSpec::new("demo"))?;
+    let world = Actor::start(pod.neighbour())?;
+    let inside = Actor::start(&pod)?;
+    for any in [IpAddr::from([0, 0, 0, 0]), IpAddr::from([0u16; 8])] {
+        serve(&world, "world", Ids::ROOT, any, WORLD_PORT)?;
+        serve(&inside, "app", Ids::APP, any, APP_PORT)?;
+        serve(&inside, "metrics", Ids::APP, any, METRICS_PORT)?;
+    }
+    let proxy = match options.proxy {
+        Proxy::Relay => start_relay(&inside)?,
+        Proxy::Envoy => bail!("--proxy envoy: not yet"),
+    };
+
+    let agent = Agent { binary: &options.agent, cgroup: pod.cgroup.path(), netns: pod.netns.path() };
+    println!(
+        "intercept-agent attach {}",
+        [&INIT_FLAGS[..], &INIT_EXCLUDED[..]]
+            .concat()
+            .iter()
+            .map(|arg| quote(arg))
+            .collect::<Vec<_>>()
+            .join(" ")
+    );
+    print!(
+        "{}",
+        agent.run(
+            &[
+                &["attach", "--netns", &agent.netns.display().to_string()],
+                &INIT_FLAGS[..],
+                &INIT_EXCLUDED[..]
+            ]
+            .concat()
+        )?
+    );
+    let shown = show(&flows(&pod), &pod, &agent, &inside, &world, &proxy);
+    print!("{}", agent.run(&["detach"])?);
+    let all_right = shown?;
+    drop((inside, world, proxy, pod));
+    let left = testbed::sweep::leftovers(std::process::id())?;
+    ensure!(left.is_empty(), "left behind: {left:?}");
+    println!("nothing is left behind");
+    Ok(all_right)
+}
+
+fn quote(arg: &str) -> String {
+    if arg.is_empty() || arg == "*" { format!("'{arg}'") } else { arg.to_owned() }
+}
+
+fn serve(actor: &Actor, name: &str, ids: Ids, any: IpAddr, port: u16) -> Result<()> {
+    let bind = Bind::new(ids, SocketAddr::new(any, port));
+    actor.listen(Listen { name: name.into(), transport: Transport::Tcp, bind }).map(drop)
+}
+
+fn start_relay(inside: &Actor) -> Result<()> {
+    for any in [IpAddr::from([0, 0, 0, 0]), IpAddr::from([0u16; 8])] {
+        for (name, port, direction) in
+            [("outbound", 15001, Direction::Outbound), ("inbound", 15006, Direction::Inbound)]
+        {
+            let bind = Bind::new(Ids::PROXY, SocketAddr::new(any, port));
+            inside.relay(Relay {
+                name: name.into(),
+                bind,
+                direction,
+                report: true,
+                reset: true,
+                workers: 1,
+            })?;
+        }
+    }
+    Ok(())
+}
+
+struct Agent<'a> {
+    binary: &'a Path,
+    cgroup: &'a Path,
+    netns: &'a Path,
+}
+
+impl Agent<'_> {
+    fn run(&self, args: &[&str]) -> Result<String> {
+        let (command, rest) = args.split_first().context("no command")?;
+        let output = Command::new(self.binary)
+            .args(["--log", "warn", command, "--cgroup-path"])
+            .arg(self.cgroup)
+            .args(rest)
+            .output()
+            .with_context(|| format!("starting {}", self.binary.display()))?;
+        ensure!(
+            output.status.success(),
+            "intercept-agent {command}: {}{}",
+            output.status,
+            String::from_utf8_lossy(&output.stderr)
+        );
+        Ok(String::from_utf8(output.stdout)?)
+    }
+
+    /// The reason that `explain` gives for a flow.
+    fn reason(&self, flow: &Flow, client: Option<SocketAddr>) -> Result<String> {
+        let direction = if flow.from_world { "inbound" } else { "outbound" };
+        let (dst, port, uid) =
+            (flow.to.ip().to_string(), flow.to.port().to_string(), flow.ids.uid.to_string());
+        let mut args = vec![
+            "explain", direction, "--json", "--dst", &dst, "--dport", &port, "--uid", &uid, "--gid", &uid,
+        ];
+        let src = client.map(|client| client.ip().to_string());
+        if let (true, Some(src)) = (flow.from_world, &src) {
+            args.extend(["--src", src]);
+        }
+        let answer: Value = serde_json::from_str(&self.run(&args)?)?;
+        let text = |key: &str| answer[key].as_str().unwrap_or_default().to_owned();
+        Ok(format!("{} ({})", text("because"), text("row")))
+    }
+}
+
+fn show(
+    flows: &[Flow],
+    pod: &Pod,
+    agent: &Agent<'_>,
+    inside: &Actor,
+    world: &Actor,
+    _proxy: &(),
+) -> Result<bool> {
+    let mut rows = vec![
+        ["flow", "dialled", "went to", "original destination", "peer the proxy saw", "because", ""]
+            .map(str::to_owned),
+    ];
+    let mut all_right = true;
+    for flow in flows {
+        let actor = if flow.from_world { world } else { inside };
+        let dial = Dial { mapped: flow.mapped, ..Dial::new(flow.ids, flow.to) };
+        let dialled = actor.dial(dial)?;
+        let relayed = relayed(inside, flow)?;
+        let verdict = judge(flow, &dialled, relayed.as_ref(), pod);
+        all_right &= verdict.is_ok();
+        rows.push([
+            flow.what.to_owned(),
+            flow.to.to_string(),
+            went_to(&dialled, relayed.as_ref()),
+            relayed.as_ref().map_or("-".to_owned(), |r| original(r.original_dst)),
+            relayed.as_ref().map_or("-".to_owned(), |r| r.peer.ip().to_string()),
+            agent.reason(flow, dialled.sockname)?,
+            verdict.map_or_else(|why| format!("WRONG: {why}"), |()| "ok".to_owned()),
+        ]);
+    }
+    table(&rows);
+    Ok(all_right)
+}
+
+/// The relay's report of a flow; none if the flow does not pass it.
+fn relayed(inside: &Actor, flow: &Flow) -> Result<Option<Relayed>> {
+    if flow.expect == Expect::Direct {
+        let stray = inside.relayed(0, Duration::ZERO);
+        return Ok(stray.into_iter().next());
+    }
+    let reports = inside.relayed(1, Duration::from_secs(3));
+    Ok(reports.into_iter().next())
+}
+
+fn original(original: OriginalDst) -> String {
+    match original {
+        OriginalDst::Addr(addr) => addr.to_string(),
+        OriginalDst::Errno(errno) => format!("error {errno}"),
+    }
+}
+
+fn went_to(dialled: &Dialled, relayed: Option<&Relayed>) -> String {
+    let served = match &dialled.outcome {
+        Outcome::Answered(answer) => answer.server.clone(),
+        other => format!("{other:?}"),
+    };
+    match relayed {
+        Some(relayed) => format!("proxy, {} -> {served}", relayed.relay),
+        None => served,
+    }
+}
+
+/// Whether all ends saw what they must see.
+fn judge(flow: &Flow, dialled: &Dialled, relayed: Option<&Relayed>, pod: &Pod) -> Result<(), String> {
+    let Outcome::Answered(_) = &dialled.outcome else {
+        return Err(format!("no answer: {:?}", dialled.outcome));
+    };
+    let by = relayed.map_or(Expect::Direct, |relayed| {
+        if relayed.relay == "outbound" { Expect::ProxyOut } else { Expect::ProxyIn }
+    });
+    if by != flow.expect {
+        return Err(format!("went {}, must go {}", by.word(), flow.expect.word()));
+    }
+    let unmapped = |addr: SocketAddr| SocketAddr::new(addr.ip().to_canonical(), addr.port());
+    if dialled.peername.map(unmapped) != Some(flow.to) {
+        return Err(format!("the client's peer is {:?}", dialled.peername));
+    }
+    let Some(relayed) = relayed else { return Ok(()) };
+    if relayed.original_dst != OriginalDst::Addr(flow.to) {
+        return Err(format!("the original destination is {}", original(relayed.original_dst)));
+    }
+    if dialled.sockname.map(unmapped) != Some(unmapped(relayed.peer)) {
+        return Err(format!("the client is {:?}, the proxy saw {}", dialled.sockname, relayed.peer));
+    }
+    let own = pod.address(flow.to.is_ipv6());
+    if !flow.from_world && relayed.peer.ip().to_canonical() != own {
+        return Err(format!("the proxy saw {} in place of {own}", relayed.peer.ip()));
+    }
+    Ok(())
+}
+
+fn table<const N: usize>(rows: &[[String; N]]) {
+    let width = |column: usize| rows.iter().map(|row| row[column].chars().count()).max().unwrap_or(0);
+    let widths: Vec<usize> = (0..N).map(width).collect();
+    for row in rows {
+        let line: Vec<String> =
+            row.iter().zip(&widths).map(|(cell, width)| format!("{cell:width$}")).collect();
+        println!("{}", line.join("  ").trim_end());
+    }
+}
