@@ -111,8 +111,8 @@ fn outbound_reason(pod: &PodPolicy, flow: &Outbound, dst: &Destination, facts: &
     let dns = has(policy::DNS);
     let to_53 = dns && flow.dst_port == 53;
 
-    // 0: no rule sees a packet that is never sent.
-    if !is(destination::ROUTED) {
+    // 0: no rule sees a packet that is never sent. IPv4 does not leave a host from a loopback address either.
+    if !is(destination::ROUTED) || (!lo && flow.src.is_v4() && flow.src.is_loopback()) {
         return Reason::NoRoute;
     }
     // 1
@@ -196,34 +196,38 @@ fn inbound_reason(pod: &PodPolicy, flow: &Inbound, facts: &impl Facts) -> Reason
 
     // 0: what this namespace sends to itself arrives over lo. sk_lookup cannot tell lo by the interface index (it
     // names the interface of the address), the source can: it is an address of the pod.
-    if flow.src.is_loopback() || facts.destination(pod.id, flow.src).flags & destination::LO != 0 {
-        return if tproxy && facts.marked() { Reason::MarkedLoopback } else { Reason::LocalSource };
+    let lo = flow.src.is_loopback() || facts.destination(pod.id, flow.src).flags & destination::LO != 0;
+    if lo && !(tproxy && facts.marked()) {
+        return Reason::LocalSource;
     }
-    let interface = if has(policy::INTERFACES) { facts.interface(pod.id, flow.ifindex) } else { 0 };
-    // 1: nat looks at -k first; under TPROXY mangle has taken what -b names before nat is asked.
+    let interface = if has(policy::INTERFACES) && !lo { facts.interface(pod.id, flow.ifindex) } else { 0 };
     let virt = interface & interface::VIRT != 0;
-    if virt && !tproxy {
-        return virt_reason(pod, flow, facts);
-    }
-    // 2
-    if interface & interface::EXCLUDED != 0 {
-        return if virt { virt_reason(pod, flow, facts) } else { Reason::ExcludedIngress };
-    }
-    // 3: the exception for the tunnel port lives in nat only.
-    if !tproxy && flow.dst_port == pod.tunnel_port {
-        return Reason::TunnelPort;
-    }
-    // 4
-    let ports = if has(policy::INBOUND_PORTS) { facts.port(pod.id, flow.dst_port) } else { 0 };
-    let reason = if has(policy::INBOUND_ALL) {
-        if ports & port::INBOUND_EXCLUDED != 0 { Reason::ExcludedInboundPort } else { Reason::InboundAll }
-    } else if ports & port::INBOUND != 0 {
-        Reason::InboundPort
+    let reason = if virt && !tproxy {
+        // 1: nat looks at -k first.
+        Reason::VirtNotIncluded
+    } else if interface & interface::EXCLUDED != 0 {
+        // 2
+        Reason::ExcludedIngress
+    } else if !tproxy && flow.dst_port == pod.tunnel_port {
+        // 3: this exception lives in nat only.
+        Reason::TunnelPort
     } else {
-        Reason::NotInboundPort
+        // 4
+        let ports = if has(policy::INBOUND_PORTS) { facts.port(pod.id, flow.dst_port) } else { 0 };
+        if has(policy::INBOUND_ALL) {
+            if ports & port::INBOUND_EXCLUDED != 0 { Reason::ExcludedInboundPort } else { Reason::InboundAll }
+        } else if ports & port::INBOUND != 0 {
+            Reason::InboundPort
+        } else {
+            Reason::NotInboundPort
+        }
     };
-    if virt && matches!(reason, Reason::ExcludedInboundPort | Reason::NotInboundPort) {
+    // 1 again: under TPROXY mangle comes before nat, which sees what mangle left.
+    if virt && !matches!(reason, Reason::InboundAll | Reason::InboundPort) {
         return virt_reason(pod, flow, facts);
+    }
+    if lo && matches!(reason, Reason::InboundAll | Reason::InboundPort) {
+        return Reason::MarkedLoopback;
     }
     reason
 }
