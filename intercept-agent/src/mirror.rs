@@ -1,0 +1,200 @@
+//! What the programs cannot see of the pod's network: its interfaces, its routes, and the source address that a
+//! route gives. Mirrored from netlink before the first attach, and followed after it.
+//!
+//! The routing decision is not made anew here. The prefixes of all routes (and of rules with `to`) cut the
+//! addresses into ranges within which the kernel decides alike; for one address of each range the kernel is
+//! asked. So rules, metrics, dead next hops and the like are what the kernel makes of them. What is asked is the
+//! output route of an unbound, unmarked socket of root, therefore:
+//! - rules that select by mark, user, protocol, port or source answer as for such a socket;
+//! - of several next hops, the one for the address asked stands for all;
+//! - an IPv6 source is one for the whole prefix, though the kernel may prefer another of the pod's own for the part
+//!   that has more bits in common with it (RFC 6724, rule 8). The labels of that RFC are honoured.
+
+mod follow;
+mod prefixes;
+mod requests;
+
+use std::collections::BTreeSet;
+use std::io;
+use std::net::IpAddr;
+
+use ipnet::IpNet;
+use netlink_packet_route::AddressFamily;
+use netlink_packet_route::route::RouteType;
+
+use self::prefixes::Prefixes;
+use self::requests::{Answer, Requests};
+use crate::netns::{Netns, NetnsError};
+
+pub use follow::Follower;
+
+/// What netlink said of one namespace at one time.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Mirror {
+    /// In ascending order of their indices.
+    pub interfaces: Vec<Interface>,
+    /// One a prefix, sorted by it. No prefix, no route.
+    pub routes: Vec<Route>,
+}
+
+/// A network interface.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Interface {
+    /// Unique within its namespace.
+    pub index: u32,
+    /// As `ip link` shows it.
+    pub name: String,
+    /// The loopback interface of the namespace.
+    pub loopback: bool,
+    /// Set up by the administrator.
+    pub up: bool,
+}
+
+/// What the kernel does with destinations in a prefix that are in no longer one.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Route {
+    /// Host bits cleared.
+    pub prefix: IpNet,
+    /// Where it leads.
+    pub reach: Reach,
+    /// The source of an unbound socket; `None` when there is no one address for the whole prefix: because there is
+    /// none at all, because it is an IPv6 link-local one, which cannot be bound without its interface, or because a
+    /// local prefix gives each destination itself.
+    pub source: Option<IpAddr>,
+}
+
+/// Where a route leads.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Reach {
+    /// Through the loopback interface: the pod's own addresses among others.
+    Local,
+    /// Through the interface of this index.
+    Via(u32),
+    /// Nowhere: unreachable, prohibited, or thrown away.
+    None,
+}
+
+/// Why the mirror could not be made.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum MirrorError {
+    /// The namespace cannot be entered.
+    #[error(transparent)]
+    Netns(#[from] NetnsError),
+    /// Netlink cannot be spoken to, or said no.
+    #[error("{attempt} by netlink in network namespace {netns}")]
+    Netlink {
+        /// What was attempted.
+        attempt: &'static str,
+        /// Path of the namespace.
+        netns: String,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// Interfaces or routes changed each time while they were read.
+    #[error("{attempt} in network namespace {netns}: they change faster than they can be read; try again")]
+    Restless {
+        /// What was attempted.
+        attempt: &'static str,
+        /// Path of the namespace.
+        netns: String,
+    },
+}
+
+impl Mirror {
+    /// Reads `netns` as it is now.
+    pub fn snapshot(netns: &Netns) -> Result<Self, MirrorError> {
+        Self::read(&mut Requests::open(netns)?)
+    }
+
+    fn read(requests: &mut Requests) -> Result<Self, MirrorError> {
+        let mut interfaces = requests.links()?;
+        interfaces.sort_by_key(|interface| interface.index);
+        let mut mirror = Self { interfaces, routes: Vec::new() };
+        for family in [AddressFamily::Inet, AddressFamily::Inet6] {
+            mirror.read_family(requests, family)?;
+        }
+        mirror.routes.sort_by_key(|route| route.prefix);
+        Ok(mirror)
+    }
+
+    fn read_family(&mut self, requests: &mut Requests, family: AddressFamily) -> Result<(), MirrorError> {
+        let rules = requests.rules(family)?;
+        let mut prefixes: BTreeSet<IpNet> = rules.destinations.into_iter().collect();
+        // Broadcast and multicast are not for TCP: left out, but nothing inside them may stand for its
+        // surroundings either.
+        let mut holes = BTreeSet::new();
+        for (prefix, kind, table) in requests.routes(family)? {
+            if matches!(kind, RouteType::Broadcast | RouteType::Multicast) {
+                holes.insert(prefix);
+            } else if rules.tables.contains(table) {
+                prefixes.insert(prefix);
+            }
+        }
+        if prefixes.is_empty() {
+            return Ok(());
+        }
+        let refinements = match family {
+            AddressFamily::Inet6 => prefixes::labelled().difference(&prefixes).copied().collect(),
+            _ => BTreeSet::new(),
+        };
+        let space = Prefixes::new(prefixes.iter().chain(&holes).chain(&refinements).copied());
+        for prefix in prefixes.difference(&holes) {
+            let Some(address) = space.representative(prefix) else { continue };
+            self.routes.extend(self.resolve(requests, *prefix, address)?);
+        }
+        for prefix in &refinements {
+            let Some(address) = space.representative(prefix) else { continue };
+            let Some(route) = self.resolve(requests, *prefix, address)? else { continue };
+            let around = self.lookup(address).map(|route| (route.reach, route.source));
+            if around.unwrap_or((Reach::None, None)) != (route.reach, route.source) {
+                self.routes.push(route);
+            }
+        }
+        Ok(())
+    }
+
+    /// What the kernel does with `address`, taken for all of `prefix`; `None` when it is not an address for TCP.
+    fn resolve(
+        &self,
+        requests: &mut Requests,
+        prefix: IpNet,
+        address: IpAddr,
+    ) -> Result<Option<Route>, MirrorError> {
+        let (reach, source) = match requests.ask(address)? {
+            Answer::Refused => (Reach::None, None),
+            Answer::Route { kind: RouteType::Broadcast | RouteType::Multicast, .. } => return Ok(None),
+            Answer::Route { kind: RouteType::Local, source, .. } => (Reach::Local, source),
+            Answer::Route { egress: Some(index), source, .. } if self.is_loopback(index) => {
+                (Reach::Local, source)
+            }
+            Answer::Route { egress: Some(index), source, kind: RouteType::Unicast } => {
+                (Reach::Via(index), source)
+            }
+            Answer::Route { .. } => (Reach::None, None),
+        };
+        let own = reach == Reach::Local && source == Some(address) && IpNet::from(address) != prefix;
+        Ok(Some(Route { prefix, reach, source: source.filter(|source| !own && can_be_bound(source)) }))
+    }
+
+    fn is_loopback(&self, index: u32) -> bool {
+        self.interfaces.iter().any(|interface| interface.index == index && interface.loopback)
+    }
+
+    /// The route of `address`; `None` when there is none. An IPv4 mapped address is an IPv4 one.
+    pub fn lookup(&self, address: IpAddr) -> Option<&Route> {
+        let address = address.to_canonical();
+        let covering = self.routes.iter().filter(|route| route.prefix.contains(&address));
+        covering.max_by_key(|route| route.prefix.prefix_len())
+    }
+}
+
+fn can_be_bound(source: &IpAddr) -> bool {
+    match source {
+        IpAddr::V4(source) => !source.is_unspecified(),
+        IpAddr::V6(source) => !source.is_unspecified() && !source.is_unicast_link_local(),
+    }
+}
+
+#[cfg(test)]
+mod tests;

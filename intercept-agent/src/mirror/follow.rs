@@ -1,0 +1,127 @@
+//! Changes of the mirrored state, as they happen.
+
+use std::io;
+use std::time::Duration;
+
+use netlink_sys::{Socket, protocols::NETLINK_ROUTE};
+use rustix::io::Errno;
+use rustix::net::RecvFlags;
+use tokio::io::unix::AsyncFd;
+use tokio::time::{Instant, timeout_at};
+
+use super::requests::Requests;
+use super::{Mirror, MirrorError};
+use crate::netns::Netns;
+
+/// `RTNLGRP_*` of linux/rtnetlink.h: links; addresses, routes and rules of both families; next hop objects.
+const GROUPS: [u32; 8] = [1, 5, 7, 8, 9, 11, 19, 32];
+/// A change rarely comes alone: how long after one the next is waited for, and for how long at most.
+const QUIET: Duration = Duration::from_millis(10);
+const LATEST: Duration = Duration::from_millis(50);
+/// Events read at a time, so that a flood of them does not keep us from reading the state.
+const BATCH: usize = 1024;
+
+/// A namespace's [`Mirror`], kept up to date. Holds the namespace: drop it when the pod is gone.
+pub struct Follower {
+    events: AsyncFd<Socket>,
+    requests: Requests,
+    current: Mirror,
+    netns: String,
+    /// Something happened since `current` was read.
+    stale: bool,
+}
+
+impl Follower {
+    /// Subscribes, then reads what there is, so that nothing falls in between. To be called within a tokio
+    /// runtime with io and time enabled.
+    pub fn start(netns: &Netns) -> Result<Self, MirrorError> {
+        let subscribe = || {
+            let mut socket = Socket::new(NETLINK_ROUTE)?;
+            socket.set_non_blocking(true)?;
+            socket.bind_auto()?;
+            for group in GROUPS {
+                socket.add_membership(group)?;
+            }
+            Ok(socket)
+        };
+        let netlink = |source| MirrorError::Netlink {
+            attempt: "subscribing to changes",
+            netns: netns.name().to_owned(),
+            source,
+        };
+        let events = netns.run(subscribe)?.map_err(netlink)?;
+        // SAFETY: a Socket gives the one descriptor that it owns, and closes it only when it is dropped.
+        let events = unsafe { AsyncFd::register(events) }.map_err(|error| netlink(error.into()))?;
+        let mut requests = Requests::open(netns)?;
+        let current = Mirror::read(&mut requests)?;
+        Ok(Self { events, requests, current, netns: netns.name().to_owned(), stale: false })
+    }
+
+    /// The last state read.
+    pub fn current(&self) -> &Mirror {
+        &self.current
+    }
+
+    /// Waits for a state that differs from [`Follower::current`], and makes it that. After an error it may be
+    /// called again: the state is then read anew. Nothing is lost when it is dropped while waiting.
+    pub async fn changed(&mut self) -> Result<&Mirror, MirrorError> {
+        loop {
+            if !self.stale {
+                self.event().await?;
+            }
+            let latest = Instant::now() + LATEST;
+            while let Ok(event) = timeout_at(latest.min(Instant::now() + QUIET), self.event()).await {
+                event?;
+            }
+            let read = Mirror::read(&mut self.requests)?;
+            self.stale = false;
+            if read != self.current {
+                self.current = read;
+                return Ok(&self.current);
+            }
+        }
+    }
+
+    /// Waits for events and takes them. What they say does not matter, not even when some were lost (ENOBUFS):
+    /// the state is read as a whole.
+    async fn event(&mut self) -> Result<(), MirrorError> {
+        let netlink = |source: io::Error| MirrorError::Netlink {
+            attempt: "waiting for changes",
+            netns: self.netns.clone(),
+            source,
+        };
+        loop {
+            let mut ready = self.events.readable().await.map_err(netlink)?;
+            let mut bytes = [0_u8; 16];
+            for _ in 0..BATCH {
+                match rustix::net::recv(ready.get_inner(), &mut bytes, RecvFlags::DONTWAIT) {
+                    Ok(_) | Err(Errno::NOBUFS) => self.stale = true,
+                    Err(Errno::INTR) => {}
+                    Err(Errno::AGAIN) => {
+                        ready.clear_ready();
+                        break;
+                    }
+                    Err(error) => return Err(netlink(error.into())),
+                }
+            }
+            if self.stale {
+                return Ok(());
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+impl Follower {
+    /// Leaves the socket room for a few events only.
+    pub(super) fn shrink_buffer(&self) {
+        rustix::net::sockopt::set_socket_recv_buffer_size(self.events.get_ref(), 4096)
+            .expect("a buffer size");
+    }
+
+    /// Whether events were dropped; takes the socket's word for it, which it gives once, and one event.
+    pub(super) fn has_lost_events(&self) -> bool {
+        let mut bytes = [0_u8; 16];
+        rustix::net::recv(self.events.get_ref(), &mut bytes, RecvFlags::DONTWAIT) == Err(Errno::NOBUFS)
+    }
+}

@@ -1,0 +1,289 @@
+//! Questions to netlink, asked and answered in one go on a socket inside the namespace.
+
+use std::collections::BTreeSet;
+use std::io;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::time::Duration;
+
+use ipnet::IpNet;
+use netlink_packet_core::{
+    NLM_F_DUMP, NLM_F_DUMP_INTR, NLM_F_REQUEST, NetlinkHeader, NetlinkMessage, NetlinkPayload,
+};
+use netlink_packet_route::link::{LinkAttribute, LinkFlags, LinkMessage};
+use netlink_packet_route::route::{RouteAddress, RouteAttribute, RouteMessage, RouteType};
+use netlink_packet_route::rule::{RuleAction, RuleAttribute, RuleMessage};
+use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
+use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_ROUTE};
+
+use super::{Interface, MirrorError};
+use crate::netns::Netns;
+
+/// Number of a routing table.
+pub(super) type Table = u32;
+
+/// How often a list is read anew when it changed while it was read.
+const ATTEMPTS: usize = 16;
+/// The kernel answers at once; a socket that does not is broken.
+const PATIENCE: Duration = Duration::from_secs(5);
+
+/// A netlink socket for questions.
+pub(super) struct Requests {
+    socket: Socket,
+    netns: String,
+    sequence: u32,
+}
+
+/// The kernel's answer for one destination.
+pub(super) enum Answer {
+    /// It is sent nowhere.
+    Refused,
+    /// It is routed.
+    Route {
+        /// What becomes of it.
+        kind: RouteType,
+        /// Index of the interface it leaves by.
+        egress: Option<u32>,
+        /// The source that an unbound socket gets.
+        source: Option<IpAddr>,
+    },
+}
+
+/// What matters of the rules of one family.
+pub(super) struct Rules {
+    /// The tables that any of them looks at.
+    pub(super) tables: Tables,
+    /// Where they apply to certain destinations only.
+    pub(super) destinations: Vec<IpNet>,
+}
+
+/// Routing tables.
+pub(super) enum Tables {
+    /// These.
+    Some(BTreeSet<Table>),
+    /// Any: which is not known.
+    All,
+}
+
+impl Tables {
+    pub(super) fn contains(&self, table: Table) -> bool {
+        match self {
+            Self::Some(tables) => tables.contains(&table),
+            Self::All => true,
+        }
+    }
+}
+
+impl Requests {
+    pub(super) fn open(netns: &Netns) -> Result<Self, MirrorError> {
+        let open = || {
+            let mut socket = Socket::new(NETLINK_ROUTE)?;
+            socket.bind_auto()?;
+            socket.connect(&SocketAddr::new(0, 0))?;
+            rustix::net::sockopt::set_socket_timeout(
+                &socket,
+                rustix::net::sockopt::Timeout::Recv,
+                Some(PATIENCE),
+            )?;
+            Ok(socket)
+        };
+        let netlink = |source| MirrorError::Netlink {
+            attempt: "opening a socket for questions",
+            netns: netns.name().to_owned(),
+            source,
+        };
+        let socket = netns.run(open)?.map_err(netlink)?;
+        Ok(Self { socket, netns: netns.name().to_owned(), sequence: 0 })
+    }
+
+    pub(super) fn links(&mut self) -> Result<Vec<Interface>, MirrorError> {
+        let found =
+            self.list("reading the interfaces", RouteNetlinkMessage::GetLink(LinkMessage::default()))?;
+        let interface = |message| {
+            let RouteNetlinkMessage::NewLink(link) = message else { return None };
+            let name = link.attributes.into_iter().find_map(|attribute| match attribute {
+                LinkAttribute::IfName(name) => Some(name),
+                _ => None,
+            })?;
+            let has = |flag| link.header.flags.contains(flag);
+            let (loopback, up) = (has(LinkFlags::Loopback), has(LinkFlags::Up));
+            Some(Interface { index: link.header.index, name, loopback, up })
+        };
+        Ok(found.into_iter().filter_map(interface).collect())
+    }
+
+    pub(super) fn rules(&mut self, family: AddressFamily) -> Result<Rules, MirrorError> {
+        let mut question = RuleMessage::default();
+        question.header.family = family;
+        let found = match self.list("reading the routing rules", RouteNetlinkMessage::GetRule(question)) {
+            Ok(found) => found,
+            // A kernel without CONFIG_IP_MULTIPLE_TABLES has no rules.
+            Err(MirrorError::Netlink { source, .. }) if source.raw_os_error() == Some(libc::EOPNOTSUPP) => {
+                return Ok(Rules { tables: Tables::All, destinations: Vec::new() });
+            }
+            Err(error) => return Err(error),
+        };
+        let (mut tables, mut by_interface, mut destinations) = (BTreeSet::new(), false, Vec::new());
+        for message in found {
+            let RouteNetlinkMessage::NewRule(rule) = message else { continue };
+            if rule.header.family != family {
+                continue;
+            }
+            let mut table = Table::from(rule.header.table);
+            for attribute in rule.attributes {
+                match attribute {
+                    RuleAttribute::Table(number) => table = number,
+                    // The table is that of the interface's VRF.
+                    RuleAttribute::L3MDev(l3mdev) => by_interface |= l3mdev,
+                    RuleAttribute::Destination(address) => {
+                        destinations.extend(IpNet::new(address, rule.header.dst_len).map(|net| net.trunc()));
+                    }
+                    _ => {}
+                }
+            }
+            if rule.header.action == RuleAction::ToTable {
+                tables.insert(table);
+            }
+        }
+        let tables = if by_interface { Tables::All } else { Tables::Some(tables) };
+        Ok(Rules { tables, destinations })
+    }
+
+    pub(super) fn routes(
+        &mut self,
+        family: AddressFamily,
+    ) -> Result<Vec<(IpNet, RouteType, Table)>, MirrorError> {
+        let mut question = RouteMessage::default();
+        question.header.address_family = family;
+        let found = self.list("reading the routes", RouteNetlinkMessage::GetRoute(question))?;
+        let route = |message| {
+            let RouteNetlinkMessage::NewRoute(route) = message else { return None };
+            let mut destination = match route.header.address_family {
+                AddressFamily::Inet if family == AddressFamily::Inet => IpAddr::V4(Ipv4Addr::UNSPECIFIED),
+                AddressFamily::Inet6 if family == AddressFamily::Inet6 => IpAddr::V6(Ipv6Addr::UNSPECIFIED),
+                // Without IPv6 the kernel answers with everything it has.
+                _ => return None,
+            };
+            let mut table = Table::from(route.header.table);
+            for attribute in &route.attributes {
+                match attribute {
+                    RouteAttribute::Destination(address) => destination = ip(address)?,
+                    RouteAttribute::Table(number) => table = *number,
+                    _ => {}
+                }
+            }
+            let prefix = IpNet::new(destination, route.header.destination_prefix_length).ok()?;
+            Some((prefix.trunc(), route.header.kind, table))
+        };
+        Ok(found.into_iter().filter_map(route).collect())
+    }
+
+    /// Where the kernel would send what is for `destination`.
+    pub(super) fn ask(&mut self, destination: IpAddr) -> Result<Answer, MirrorError> {
+        let mut question = RouteMessage::default();
+        (question.header.address_family, question.header.destination_prefix_length) = match destination {
+            IpAddr::V4(_) => (AddressFamily::Inet, 32),
+            IpAddr::V6(_) => (AddressFamily::Inet6, 128),
+        };
+        question.attributes.push(RouteAttribute::Destination(destination.into()));
+        let attempt = "asking for a route";
+        let (answer, _) = match self.exchange(RouteNetlinkMessage::GetRoute(question), NLM_F_REQUEST) {
+            Ok(answer) => answer,
+            // No route, or one that is unreachable, prohibit or blackhole.
+            Err(error)
+                if matches!(
+                    error.raw_os_error(),
+                    Some(libc::ENETUNREACH | libc::EHOSTUNREACH | libc::EACCES | libc::EINVAL)
+                ) =>
+            {
+                return Ok(Answer::Refused);
+            }
+            Err(source) => return Err(self.error(attempt, source)),
+        };
+        let [RouteNetlinkMessage::NewRoute(route)] = answer.as_slice() else {
+            return Err(self.error(attempt, io::Error::other("the answer is not a route")));
+        };
+        let (mut egress, mut source) = (None, None);
+        for attribute in &route.attributes {
+            match attribute {
+                RouteAttribute::Oif(index) => egress = Some(*index),
+                RouteAttribute::PrefSource(address) => source = ip(address),
+                _ => {}
+            }
+        }
+        Ok(Answer::Route { kind: route.header.kind, egress, source })
+    }
+
+    /// All entries of a list, read when it did not change.
+    fn list(
+        &mut self,
+        attempt: &'static str,
+        question: RouteNetlinkMessage,
+    ) -> Result<Vec<RouteNetlinkMessage>, MirrorError> {
+        for _ in 0..ATTEMPTS {
+            match self.exchange(question.clone(), NLM_F_REQUEST | NLM_F_DUMP) {
+                Ok((found, false)) => return Ok(found),
+                Ok((_, true)) => {}
+                Err(source) => return Err(self.error(attempt, source)),
+            }
+        }
+        Err(MirrorError::Restless { attempt, netns: self.netns.clone() })
+    }
+
+    /// Sends `question` and receives the whole answer; true when the list changed meanwhile.
+    fn exchange(
+        &mut self,
+        question: RouteNetlinkMessage,
+        flags: u16,
+    ) -> io::Result<(Vec<RouteNetlinkMessage>, bool)> {
+        self.sequence = self.sequence.wrapping_add(1);
+        let mut header = NetlinkHeader::default();
+        (header.flags, header.sequence_number) = (flags, self.sequence);
+        let mut message = NetlinkMessage::new(header, NetlinkPayload::InnerMessage(question));
+        message.finalize();
+        let mut bytes = vec![0; message.buffer_len()];
+        message.serialize(&mut bytes);
+        self.socket.send(&bytes, 0)?;
+
+        let (mut found, mut interrupted) = (Vec::new(), false);
+        loop {
+            let (bytes, _) = self.socket.recv_from_full()?;
+            let mut rest = bytes.as_slice();
+            while !rest.is_empty() {
+                let message =
+                    NetlinkMessage::<RouteNetlinkMessage>::deserialize(rest).map_err(io::Error::other)?;
+                // Padded to four bytes, but maybe not the last.
+                let length = usize::try_from(message.header.length).unwrap_or(usize::MAX);
+                rest = rest.get(length.next_multiple_of(4)..).unwrap_or_default();
+                if message.header.sequence_number != self.sequence {
+                    // Left over from a question whose answer was given up.
+                    continue;
+                }
+                interrupted |= message.header.flags & NLM_F_DUMP_INTR != 0;
+                match message.payload {
+                    NetlinkPayload::InnerMessage(inner) => found.push(inner),
+                    NetlinkPayload::Done(done) if done.code < 0 => {
+                        return Err(io::Error::from_raw_os_error(-done.code));
+                    }
+                    NetlinkPayload::Done(_) => return Ok((found, interrupted)),
+                    NetlinkPayload::Error(error) => return Err(error.to_io()),
+                    _ => {}
+                }
+            }
+            if flags & NLM_F_DUMP != NLM_F_DUMP && !found.is_empty() {
+                return Ok((found, interrupted));
+            }
+        }
+    }
+
+    fn error(&self, attempt: &'static str, source: io::Error) -> MirrorError {
+        MirrorError::Netlink { attempt, netns: self.netns.clone(), source }
+    }
+}
+
+fn ip(address: &RouteAddress) -> Option<IpAddr> {
+    match address {
+        RouteAddress::Inet(address) => Some(IpAddr::V4(*address)),
+        RouteAddress::Inet6(address) => Some(IpAddr::V6(*address)),
+        _ => None,
+    }
+}
