@@ -1,16 +1,283 @@
-//! stub
-use crate::{cgroup::CgroupDir, netns::Netns};
-use std::{net::IpAddr, os::fd::OwnedFd};
+//! Sockets of the proxy that listened before the programs were attached, and so did not register themselves.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::io;
+use std::net::{IpAddr, SocketAddr};
+use std::os::fd::OwnedFd;
+
+use procfs::ProcError;
+use procfs::net::TcpState;
+use procfs::process::Process;
+use rustix::net::AddressFamily;
+use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open};
+
+use crate::cgroup::{CgroupDir, CgroupError};
+use crate::netns::{Netns, NetnsError};
+
+/// A listening TCP socket, shared with the process that has it.
+#[derive(Debug)]
 pub struct Listener {
+    /// 4 or 6: the family of the socket.
     pub family: u8,
+    /// What it is bound to; unspecified for all addresses.
     pub addr: IpAddr,
+    /// Host order.
     pub port: u16,
+    /// Of family 6, and does not take IPv4.
     pub v6only: bool,
+    /// The same socket: closing it leaves the other's open, and the other closing it leaves this open.
     pub fd: OwnedFd,
 }
+
+/// A listening socket that could not be had.
+#[derive(Debug)]
+pub struct Missed {
+    /// What it is bound to.
+    pub address: SocketAddr,
+    /// Why; `None` when no process that can be seen has it.
+    pub cause: Option<io::Error>,
+}
+
+/// All that listens on the ports asked for.
+#[derive(Debug, Default)]
+pub struct Found {
+    /// By inode, all of a group that shares a port by SO_REUSEPORT among them.
+    pub listeners: Vec<Listener>,
+    /// Worth a warning: what comes in for these ports will not reach them.
+    pub missed: Vec<Missed>,
+}
+
+/// Why it cannot be said what listens.
 #[derive(Debug, thiserror::Error)]
-#[error("x")]
-pub struct ListenerError;
-pub fn find(_: &Netns, _: &CgroupDir, _: &[u16]) -> Result<Vec<Listener>, ListenerError> {
-    Ok(vec![])
+#[non_exhaustive]
+pub enum ListenersError {
+    /// The sockets of the namespace cannot be listed.
+    #[error("listing the TCP sockets of network namespace {netns}; is /proc mounted?")]
+    List {
+        /// Path of the namespace.
+        netns: String,
+        /// What the kernel said.
+        source: ProcError,
+    },
+    /// The namespace cannot be entered.
+    #[error(transparent)]
+    Netns(#[from] NetnsError),
+    /// The cgroup cannot be read.
+    #[error(transparent)]
+    Cgroup(#[from] CgroupError),
+}
+
+/// Finds what listens on `ports` in `netns`. The processes of `cgroup` are asked first, then all others that are in
+/// the namespace.
+pub fn find(netns: &Netns, cgroup: &CgroupDir, ports: &[u16]) -> Result<Found, ListenersError> {
+    let list = |source| ListenersError::List { netns: netns.name().to_owned(), source };
+    let mut wanted = netns.run(|| listening(ports))?.map_err(list)?;
+    let mut found = Found::default();
+    if wanted.is_empty() {
+        return Ok(found);
+    }
+    let pods = match cgroup.processes() {
+        Ok(pods) => pods,
+        // Then nobody is found to have them, which is reported socket by socket.
+        Err(CgroupError::Hidden { .. }) => Vec::new(),
+        Err(error) => return Err(error.into()),
+    };
+    let mut causes = BTreeMap::new();
+    let mut seen = BTreeSet::new();
+    let others = std::iter::once_with(|| everyone().into_iter().filter(|&pid| netns.holds(pid))).flatten();
+    for pid in pods.into_iter().chain(others) {
+        if wanted.is_empty() {
+            break;
+        }
+        if seen.insert(pid.as_raw_nonzero()) {
+            take(pid, &mut wanted, &mut found.listeners, &mut causes);
+        }
+    }
+    let missed = |(inode, address)| Missed { address, cause: causes.remove(&inode) };
+    found.missed = wanted.into_iter().map(missed).collect();
+    Ok(found)
+}
+
+/// Inode and address of what listens on `ports` in the calling thread's namespace.
+fn listening(ports: &[u16]) -> Result<BTreeMap<u64, SocketAddr>, ProcError> {
+    // The thread's own entry: that of the process shows the namespace of its first thread.
+    let thread = Process::new(rustix::thread::gettid().as_raw_nonzero().get())?;
+    let tcp6 = match thread.tcp6() {
+        // A kernel without IPv6.
+        Err(ProcError::NotFound(_)) => Vec::new(),
+        entries => entries?,
+    };
+    let entries = thread.tcp()?.into_iter().chain(tcp6);
+    let wanted = entries
+        .filter(|entry| entry.state == TcpState::Listen && ports.contains(&entry.local_address.port()))
+        .map(|entry| (entry.inode, entry.local_address));
+    Ok(wanted.collect())
+}
+
+/// Moves those of the wanted sockets that the process has to `listeners`.
+fn take(
+    pid: Pid,
+    wanted: &mut BTreeMap<u64, SocketAddr>,
+    listeners: &mut Vec<Listener>,
+    causes: &mut BTreeMap<u64, io::Error>,
+) {
+    // A process that is gone, or that may not be looked at, has nothing for us.
+    let Ok(entries) = fs::read_dir(format!("/proc/{pid}/fd")) else { return };
+    for entry in entries.flatten() {
+        let Some(number) = entry.file_name().to_str().and_then(|name| name.parse().ok()) else { continue };
+        let Some(inode) = fs::read_link(entry.path()).ok().and_then(|link| socket_inode(link.to_str()?))
+        else {
+            continue;
+        };
+        let Some(&address) = wanted.get(&inode) else { continue };
+        match duplicate(pid, number, inode, address) {
+            Ok(Some(listener)) => {
+                wanted.remove(&inode);
+                listeners.push(listener);
+            }
+            // Closed or replaced meanwhile.
+            Ok(None) => {}
+            Err(error) => _ = causes.insert(inode, error),
+        }
+    }
+}
+
+fn duplicate(pid: Pid, number: i32, inode: u64, address: SocketAddr) -> io::Result<Option<Listener>> {
+    let process = pidfd_open(pid, PidfdFlags::empty())?;
+    let fd = pidfd_getfd(&process, number, PidfdGetfdFlags::empty())?;
+    if rustix::fs::fstat(&fd)?.st_ino != inode {
+        return Ok(None);
+    }
+    let of_6 = rustix::net::sockopt::socket_domain(&fd)? == AddressFamily::INET6;
+    let v6only = of_6 && rustix::net::sockopt::ipv6_v6only(&fd)?;
+    let family = if of_6 { 6 } else { 4 };
+    Ok(Some(Listener { family, addr: address.ip(), port: address.port(), v6only, fd }))
+}
+
+/// The inode in `socket:[INODE]`.
+fn socket_inode(link: &str) -> Option<u64> {
+    link.strip_prefix("socket:[")?.strip_suffix(']')?.parse().ok()
+}
+
+/// All processes that can be seen.
+fn everyone() -> Vec<Pid> {
+    let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
+    entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok().and_then(Pid::from_raw)).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::{TcpListener, TcpStream};
+    use std::process::{Child, Command, Stdio};
+
+    use rustix::net::{SocketFlags, SocketType, ipproto, socket_with};
+
+    use super::*;
+    use crate::cgroup::tests::TestCgroup;
+    use crate::netns::tests::fresh;
+
+    const PROXY: u16 = 15001;
+    const INBOUND: u16 = 15006;
+
+    /// A namespace with the loopback interface up.
+    fn network() -> Netns {
+        let netns = fresh();
+        let up = || Command::new("ip").args(["link", "set", "lo", "up"]).status().unwrap();
+        assert!(netns.run(up).unwrap().success());
+        netns
+    }
+
+    /// Listens with SO_REUSEPORT; without IPv4 where that is an option.
+    fn listen(address: &str) -> OwnedFd {
+        let address: SocketAddr = address.parse().unwrap();
+        let family = if address.is_ipv6() { AddressFamily::INET6 } else { AddressFamily::INET };
+        let fd = socket_with(family, SocketType::STREAM, SocketFlags::CLOEXEC, Some(ipproto::TCP)).unwrap();
+        rustix::net::sockopt::set_socket_reuseport(&fd, true).unwrap();
+        if address.is_ipv6() {
+            rustix::net::sockopt::set_ipv6_v6only(&fd, true).unwrap();
+        }
+        rustix::net::bind(&fd, &address).unwrap();
+        rustix::net::listen(&fd, 16).unwrap();
+        fd
+    }
+
+    /// A process that will have the two sockets, and nothing else will.
+    fn holder(one: OwnedFd, other: OwnedFd) -> Command {
+        let mut command = Command::new("sleep");
+        command.arg("600").stdin(Stdio::null()).stdout(Stdio::from(one)).stderr(Stdio::from(other));
+        command
+    }
+
+    fn shown(found: &Found) -> Vec<(u8, String, bool)> {
+        let show = |l: &Listener| (l.family, SocketAddr::new(l.addr, l.port).to_string(), l.v6only);
+        let mut shown: Vec<_> = found.listeners.iter().map(show).collect();
+        shown.sort();
+        shown
+    }
+
+    #[test]
+    fn listeners_of_the_pod_are_shared() {
+        let (netns, mut test) = (network(), TestCgroup::new());
+        let mut hold = |one: &str, other: &str| {
+            netns.run(|| test.spawn("proxy", &mut holder(listen(one), listen(other)))).unwrap();
+        };
+        hold("0.0.0.0:15001", "[::]:15001");
+        // A group of two, and a port that nobody asks for.
+        hold("127.0.0.1:15006", "127.0.0.1:15006");
+        hold("0.0.0.0:15090", "[::1]:15006");
+        let found = find(&netns, &test.cgroup, &[PROXY, INBOUND]).unwrap();
+        assert_eq!(
+            shown(&found),
+            [
+                (4, "0.0.0.0:15001".to_owned(), false),
+                (4, "127.0.0.1:15006".to_owned(), false),
+                (4, "127.0.0.1:15006".to_owned(), false),
+                (6, "[::1]:15006".to_owned(), true),
+                (6, "[::]:15001".to_owned(), true),
+            ]
+        );
+        assert!(found.missed.is_empty(), "{found:?}");
+
+        // The very socket: what comes in for it can be accepted here.
+        let listener = found.listeners.into_iter().find(|l| l.family == 4 && l.port == PROXY).unwrap();
+        let dialled = netns.run(|| TcpStream::connect("127.0.0.1:15001").unwrap()).unwrap();
+        let (_accepted, peer) = TcpListener::from(listener.fd).accept().unwrap();
+        assert_eq!(peer, dialled.local_addr().unwrap());
+    }
+
+    #[test]
+    fn a_process_outside_the_cgroup_but_in_the_namespace_is_asked_too() {
+        struct Killed(Child);
+        impl Drop for Killed {
+            fn drop(&mut self) {
+                _ = self.0.kill();
+                _ = self.0.wait();
+            }
+        }
+        let (netns, test) = (network(), TestCgroup::new());
+        let spawn = || holder(listen("0.0.0.0:15001"), listen("[::]:15006")).spawn().unwrap();
+        let _process = Killed(netns.run(spawn).unwrap());
+        let found = find(&netns, &test.cgroup, &[PROXY]).unwrap();
+        assert_eq!(shown(&found), [(4, "0.0.0.0:15001".to_owned(), false)]);
+    }
+
+    #[test]
+    fn a_listener_that_nobody_seen_has_is_reported() {
+        let (netns, test) = (network(), TestCgroup::new());
+        // This process has it, and is not in the namespace.
+        let _listener = netns.run(|| listen("127.0.0.1:15001")).unwrap();
+        let found = find(&netns, &test.cgroup, &[PROXY]).unwrap();
+        assert!(found.listeners.is_empty(), "{found:?}");
+        let [missed] = found.missed.as_slice() else { panic!("{found:?}") };
+        assert_eq!(missed.address, "127.0.0.1:15001".parse().unwrap());
+        assert!(missed.cause.is_none(), "{missed:?}");
+    }
+
+    #[test]
+    fn nothing_is_found_where_nothing_listens() {
+        let (netns, test) = (network(), TestCgroup::new());
+        let found = find(&netns, &test.cgroup, &[PROXY, INBOUND]).unwrap();
+        assert!(found.listeners.is_empty() && found.missed.is_empty(), "{found:?}");
+    }
 }

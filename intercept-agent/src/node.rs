@@ -17,7 +17,7 @@ use crate::{
     cgroup::CgroupDir,
     compile::{Compiled, compile, outside},
     kernel::{self, LinkTarget},
-    listeners::{self, ListenerError},
+    listeners::{self, ListenersError},
     mirror::{Mirror, MirrorError},
     netns::Netns,
     options::Config,
@@ -41,7 +41,7 @@ pub enum NodeError {
     #[error("mirroring the routes of {netns}")]
     Mirror { netns: String, source: MirrorError },
     #[error("looking for listeners of the proxy in {netns}")]
-    Listeners { netns: String, source: ListenerError },
+    Listeners { netns: String, source: ListenersError },
     #[error("preparing namespace {netns}")]
     Plumbing { netns: String, source: PlumbingError },
     #[error("translating user and group ids of {cgroup}")]
@@ -418,33 +418,37 @@ impl Node {
             .map_err(|source| NodeError::Replace { program: names::SK_LOOKUP, cookie, source })
     }
 
-    /// Hold the proxy's sockets that listen already.
+    /// Hold the proxy's sockets that listen already, on ports for which none is held.
     fn hold_listeners(&mut self, target: &Target, config: &Config, slot: u32) -> Result<(), NodeError> {
         let ports = [config.proxy_port, config.inbound_port];
         let found = listeners::find(&target.netns, &target.cgroup, &ports)
             .map_err(|source| NodeError::Listeners { netns: target.netns.name().to_owned(), source })?;
-        let cookie = target.netns.cookie();
-        let mut taken = self.tables.listeners(cookie);
-        if let Some(outbound) = found.iter().find(|listener| listener.port == config.proxy_port) {
+        for missed in found.missed {
+            tracing::warn!(
+                address = %missed.address,
+                cause = missed.cause.as_ref().map(tracing::field::display),
+                "nobody could be found who holds this listener: until it is opened anew, what arrives for it is refused"
+            );
+        }
+        if let Some(outbound) = found.listeners.iter().find(|listener| listener.port == config.proxy_port) {
             let wildcard = outbound.addr.is_unspecified();
             let flags = if wildcard { layout::proxy::OUTBOUND_WILDCARD } else { 0 };
             self.tables.set_proxy(slot, layout::Proxy { flags })?;
         }
-        if !taken.is_empty() {
-            return Ok(());
-        }
-        for listener in found.iter().filter(|listener| !listener.addr.is_loopback()) {
-            let key = |slot| layout::ListenerKey {
-                netns: cookie,
-                port: listener.port,
-                family: listener.family,
-                slot,
-                reserved: 0,
-            };
-            let free = (0..layout::LISTENER_SLOTS).map(key).find(|key| !taken.contains(key));
-            if let Some(key) = free {
+        let netns = target.netns.cookie();
+        let held = self.tables.listeners(netns);
+        let mut used = std::collections::HashMap::<(u16, u8), u8>::new();
+        for listener in &found.listeners {
+            let (port, family) = (listener.port, listener.family);
+            // What is bound to loopback would not get arriving connections from a REDIRECT either.
+            if listener.addr.is_loopback() || held.iter().any(|key| key.port == port && key.family == family) {
+                continue;
+            }
+            let slot = used.entry((port, family)).or_default();
+            if *slot < layout::LISTENER_SLOTS {
+                let key = layout::ListenerKey { netns, port, family, slot: *slot, reserved: 0 };
                 self.tables.add_listener(key, listener.fd.as_raw_fd())?;
-                taken.push(key);
+                *slot += 1;
             }
         }
         Ok(())

@@ -135,7 +135,7 @@ fn apply(request: Request) -> Result<()> {
     Ok(())
 }
 
-fn validate(target: &Target, config: &Config, switches: &Switches) -> Result<()> {
+pub(super) fn validate(target: &Target, config: &Config, switches: &Switches) -> Result<()> {
     let _todo = (target, config, switches);
     Err(Failed::Validation.into())
 }
