@@ -441,7 +441,8 @@ impl Node {
         for listener in &found.listeners {
             let (port, family) = (listener.port, listener.family);
             // What is bound to loopback would not get arriving connections from a REDIRECT either.
-            if listener.addr.is_loopback() || held.iter().any(|key| key.port == port && key.family == family) {
+            if listener.addr.is_loopback() || held.iter().any(|key| key.port == port && key.family == family)
+            {
                 continue;
             }
             let slot = used.entry((port, family)).or_default();

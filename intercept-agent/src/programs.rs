@@ -67,6 +67,8 @@ pub fn attach_type(program: &str) -> bpf_attach_type {
         names::CONNECT6 => bpf_attach_type::BPF_CGROUP_INET6_CONNECT,
         names::GETPEERNAME4 => bpf_attach_type::BPF_CGROUP_INET4_GETPEERNAME,
         names::GETPEERNAME6 => bpf_attach_type::BPF_CGROUP_INET6_GETPEERNAME,
+        names::GETSOCKNAME4 => bpf_attach_type::BPF_CGROUP_INET4_GETSOCKNAME,
+        names::GETSOCKNAME6 => bpf_attach_type::BPF_CGROUP_INET6_GETSOCKNAME,
         names::SENDMSG4 => bpf_attach_type::BPF_CGROUP_UDP4_SENDMSG,
         names::SENDMSG6 => bpf_attach_type::BPF_CGROUP_UDP6_SENDMSG,
         names::RECVMSG4 => bpf_attach_type::BPF_CGROUP_UDP4_RECVMSG,

@@ -2,7 +2,7 @@
 //! nowhere else; the rows are numbered as in [`crate::Reason::row`].
 
 use crate::{
-    Addr, Decision, Reason,
+    Addr, Decision, Reason, Verdict,
     layout::{Destination, PodPolicy, destination, interface, policy, port},
 };
 
@@ -82,18 +82,37 @@ pub struct OutboundDecision {
 #[inline(always)]
 pub fn decide_outbound(pod: &PodPolicy, flow: &Outbound, facts: &impl Facts) -> OutboundDecision {
     let dst = facts.destination(pod.id, flow.dst);
-    let reason = outbound_reason(pod, flow, &dst, facts);
-    // TPROXY marks by owner, loopback and localhost alone; nat's rows come after and win where they redirect.
-    let mark = pod.flags & policy::TPROXY != 0
-        && flow.protocol == TCP
-        && matches!(
-            reason,
-            Reason::ProxyUid | Reason::ProxyGid | Reason::LoopbackNotProxyUid | Reason::LoopbackNotProxyGid
-        )
-        && dst.flags & (destination::LO | destination::LOCALHOST) == destination::LO
-        && (owned_by(&pod.uids, pod.uid_count, flow.owner.uid)
-            || owned_by(&pod.gids, pod.gid_count, flow.owner.gid));
+    let src = if flow.src.is_unspecified() { dst.source } else { flow.src };
+    let mut reason = outbound_reason(pod, flow, src, &dst, facts);
+    let mut mark = false;
+    if pod.flags & policy::TPROXY != 0 && is_marked(pod, flow, &dst, reason, facts) {
+        // What is dialled on loopback does not reach sk_lookup's rules.
+        if flow.dst.is_loopback() {
+            reason = Reason::MarkedLoopback;
+        } else {
+            mark = true;
+        }
+    }
     OutboundDecision { decision: reason.into(), source: dst.source, mark }
+}
+
+/// TPROXY: mangle marks what the proxy sends over loopback, whatever nat leaves alone, and takes it to the inbound
+/// port when it arrives there.
+#[inline(always)]
+fn is_marked(
+    pod: &PodPolicy,
+    flow: &Outbound,
+    dst: &Destination,
+    reason: Reason,
+    facts: &impl Facts,
+) -> bool {
+    flow.protocol == TCP
+        && dst.flags & (destination::LO | destination::LOCALHOST) == destination::LO
+        && matches!(reason.verdict(), Verdict::Leave)
+        && !matches!(reason, Reason::NoRoute | Reason::ExcludedEgress | Reason::Passthrough)
+        && (owned_by(&pod.uids, pod.uid_count, flow.owner.uid)
+            || owned_by(&pod.gids, pod.gid_count, flow.owner.gid))
+        && matches!(inbound_port_reason(pod, flow.dst_port, facts).verdict(), Verdict::Redirect(_))
 }
 
 #[inline(always)]
@@ -102,7 +121,13 @@ fn owned_by(ids: &[u32], count: u16, id: u32) -> bool {
 }
 
 #[inline(always)]
-fn outbound_reason(pod: &PodPolicy, flow: &Outbound, dst: &Destination, facts: &impl Facts) -> Reason {
+fn outbound_reason(
+    pod: &PodPolicy,
+    flow: &Outbound,
+    src: Addr,
+    dst: &Destination,
+    facts: &impl Facts,
+) -> Reason {
     let is = |bit: u32| dst.flags & bit != 0;
     let has = |bit: u32| pod.flags & bit != 0;
     let tcp = flow.protocol == TCP;
@@ -125,7 +150,7 @@ fn outbound_reason(pod: &PodPolicy, flow: &Outbound, dst: &Destination, facts: &
         return Reason::ExcludedOutboundPort;
     }
     // 3
-    if lo && flow.src.is_passthrough() {
+    if lo && src.is_passthrough() {
         return Reason::Passthrough;
     }
     // 4 and 5. A row "b" of one user ends the walk for another that comes later, so the order of -u counts.
@@ -196,11 +221,10 @@ fn inbound_reason(pod: &PodPolicy, flow: &Inbound, facts: &impl Facts) -> Reason
 
     // 0: what this namespace sends to itself arrives over lo. sk_lookup cannot tell lo by the interface index (it
     // names the interface of the address), the source can: it is an address of the pod.
-    let lo = flow.src.is_loopback() || facts.destination(pod.id, flow.src).flags & destination::LO != 0;
-    if lo && !(tproxy && facts.marked()) {
-        return Reason::LocalSource;
+    if flow.src.is_loopback() || facts.destination(pod.id, flow.src).flags & destination::LO != 0 {
+        return if tproxy && facts.marked() { Reason::MarkedLoopback } else { Reason::LocalSource };
     }
-    let interface = if has(policy::INTERFACES) && !lo { facts.interface(pod.id, flow.ifindex) } else { 0 };
+    let interface = if has(policy::INTERFACES) { facts.interface(pod.id, flow.ifindex) } else { 0 };
     let virt = interface & interface::VIRT != 0;
     let reason = if virt && !tproxy {
         // 1: nat looks at -k first.
@@ -213,23 +237,22 @@ fn inbound_reason(pod: &PodPolicy, flow: &Inbound, facts: &impl Facts) -> Reason
         Reason::TunnelPort
     } else {
         // 4
-        let ports = if has(policy::INBOUND_PORTS) { facts.port(pod.id, flow.dst_port) } else { 0 };
-        if has(policy::INBOUND_ALL) {
-            if ports & port::INBOUND_EXCLUDED != 0 { Reason::ExcludedInboundPort } else { Reason::InboundAll }
-        } else if ports & port::INBOUND != 0 {
-            Reason::InboundPort
-        } else {
-            Reason::NotInboundPort
-        }
+        inbound_port_reason(pod, flow.dst_port, facts)
     };
     // 1 again: under TPROXY mangle comes before nat, which sees what mangle left.
-    if virt && !matches!(reason, Reason::InboundAll | Reason::InboundPort) {
-        return virt_reason(pod, flow, facts);
+    if virt && matches!(reason.verdict(), Verdict::Leave) { virt_reason(pod, flow, facts) } else { reason }
+}
+
+#[inline(always)]
+fn inbound_port_reason(pod: &PodPolicy, dst_port: u16, facts: &impl Facts) -> Reason {
+    let ports = if pod.flags & policy::INBOUND_PORTS != 0 { facts.port(pod.id, dst_port) } else { 0 };
+    if pod.flags & policy::INBOUND_ALL != 0 {
+        if ports & port::INBOUND_EXCLUDED != 0 { Reason::ExcludedInboundPort } else { Reason::InboundAll }
+    } else if ports & port::INBOUND != 0 {
+        Reason::InboundPort
+    } else {
+        Reason::NotInboundPort
     }
-    if lo && matches!(reason, Reason::InboundAll | Reason::InboundPort) {
-        return Reason::MarkedLoopback;
-    }
-    reason
 }
 
 #[inline(always)]

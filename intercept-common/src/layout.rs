@@ -224,6 +224,8 @@ pub mod end {
 pub struct SocketState {
     /// What was dialled, or the DNS server asked last.
     pub addr: Addr,
+    /// The address that the socket has without us, if it could not be bound to it; else unspecified.
+    pub source: Addr,
     /// Host order.
     pub port: u16,
     /// One of [`socket`].
@@ -301,6 +303,6 @@ const _: () = {
     // 48 of the hash element's head + 48 + 24 + 8 of the allocator's: the last that fits a 128-byte object.
     assert!(size_of::<ConnKey>() == 48);
     assert!(size_of::<OrigDst>() == 24);
-    assert!(size_of::<SocketState>() == 20);
+    assert!(size_of::<SocketState>() == 36);
     assert!(size_of::<Event>() == 88);
 };

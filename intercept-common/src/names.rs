@@ -50,6 +50,10 @@ pub const CONNECT6: &str = "connect6";
 pub const GETPEERNAME4: &str = "getpeername4";
 /// `cgroup/getpeername6`.
 pub const GETPEERNAME6: &str = "getpeername6";
+/// `cgroup/getsockname4`.
+pub const GETSOCKNAME4: &str = "getsockname4";
+/// `cgroup/getsockname6`.
+pub const GETSOCKNAME6: &str = "getsockname6";
 /// `cgroup/sendmsg4`.
 pub const SENDMSG4: &str = "sendmsg4";
 /// `cgroup/sendmsg6`.
@@ -66,11 +70,13 @@ pub const SOCK_OPS: &str = "sock_ops";
 pub const SK_LOOKUP: &str = "lookup";
 
 /// The programs that attach to a pod's cgroup, in the order in which they are attached.
-pub const CGROUP_PROGRAMS: [&str; 10] = [
+pub const CGROUP_PROGRAMS: [&str; 12] = [
     SOCK_OPS,
     GETSOCKOPT,
     GETPEERNAME4,
     GETPEERNAME6,
+    GETSOCKNAME4,
+    GETSOCKNAME6,
     RECVMSG4,
     RECVMSG6,
     SENDMSG4,

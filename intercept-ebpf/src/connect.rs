@@ -73,19 +73,31 @@ pub(crate) fn connect<F: Family>(ctx: &SockAddrContext) -> Outcome {
             (addr, port, kind)
         }
     };
-    let state = SocketState { addr: flow.dst, port: flow.dst_port, kind };
+    let mut state = SocketState { addr: flow.dst, source: Addr::UNSPECIFIED, port: flow.dst_port, kind };
+    let mut addr = addr;
+    if kind != socket::STEERED
+        && flow.src.is_unspecified()
+        && !decided.source.is_unspecified()
+        && !bind::<F>(ctx, decided.source)
+    {
+        // The port was bound without an address. The pod's own address leads to a wildcard listener as well, and
+        // gives the source that it would have had; else the socket's own name is put right where it is asked for.
+        if protocol == TCP && listens_on_any(pod, port) {
+            addr = decided.source;
+        } else {
+            observe::failure(pod, Failure::SourceNotBound);
+            if matches!(Failure::SourceNotBound.policy(), OnFailure::Closed) {
+                return Outcome::Refuse;
+            }
+            state.source = decided.source;
+        }
+    }
     if maps::set_socket(sk, state).is_none() {
         observe::failure(pod, Failure::NoStorage);
         return Failure::NoStorage.policy().into();
     }
     if kind == socket::STEERED {
         return Outcome::Proceed;
-    }
-    if flow.src.is_unspecified() && !decided.source.is_unspecified() && !bind::<F>(ctx, decided.source) {
-        observe::failure(pod, Failure::SourceNotBound);
-        if matches!(Failure::SourceNotBound.policy(), OnFailure::Closed) {
-            return Outcome::Refuse;
-        }
     }
     F::rename(ctx, addr);
     context::rename_port(ctx, port);
@@ -109,17 +121,18 @@ pub(crate) fn proxy_addr(pod: &PodPolicy, target: Target, dst: Addr, dst_port: u
     if !dst.is_v4() {
         return (Addr::LOCALHOST_V6, port);
     }
-    if matches!(target, Target::Outbound) && outbound_is_wildcard(pod) {
+    if listens_on_any(pod, port) {
         return (spread(dst, dst_port), port);
     }
     (Addr::LOCALHOST_V4, port)
 }
 
+/// Whether the proxy's listener on this port takes connections to any address.
 #[inline(always)]
-fn outbound_is_wildcard(pod: &PodPolicy) -> bool {
+fn listens_on_any(pod: &PodPolicy, port: u16) -> bool {
     match maps::proxy(pod.slot) {
         // SAFETY: an array element, which is never freed; a torn read of one word cannot be.
-        Some(proxy) => unsafe { (*proxy).flags & proxy::OUTBOUND_WILDCARD != 0 },
+        Some(proxy) => port == pod.outbound_port && unsafe { (*proxy).flags & proxy::OUTBOUND_WILDCARD != 0 },
         None => false,
     }
 }

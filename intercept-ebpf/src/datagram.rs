@@ -3,7 +3,7 @@
 
 use aya_ebpf::programs::SockAddrContext;
 use intercept_common::{
-    Verdict,
+    Addr, Verdict,
     decide::{Outbound, decide_outbound},
     failure::Failure,
     layout::{SocketState, socket},
@@ -41,7 +41,12 @@ pub(crate) fn sendmsg<F: Family>(ctx: &SockAddrContext) -> Outcome {
         Verdict::Leave => return Outcome::Proceed,
         Verdict::Redirect(target) => target,
     };
-    let state = SocketState { addr: flow.dst, port: flow.dst_port, kind: socket::DATAGRAM };
+    let state = SocketState {
+        addr: flow.dst,
+        source: Addr::UNSPECIFIED,
+        port: flow.dst_port,
+        kind: socket::DATAGRAM,
+    };
     if maps::set_socket(sk, state).is_none() {
         observe::failure(pod, Failure::NoStorage);
         return Failure::NoStorage.policy().into();

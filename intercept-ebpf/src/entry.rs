@@ -73,6 +73,18 @@ fn getpeername6(ctx: SockAddrContext) -> i32 {
     ALLOW
 }
 
+#[cgroup_sock_addr(getsockname4)]
+fn getsockname4(ctx: SockAddrContext) -> i32 {
+    original::getsockname::<V4>(&ctx);
+    ALLOW
+}
+
+#[cgroup_sock_addr(getsockname6)]
+fn getsockname6(ctx: SockAddrContext) -> i32 {
+    original::getsockname::<V6>(&ctx);
+    ALLOW
+}
+
 #[cgroup_sockopt(getsockopt)]
 fn getsockopt(ctx: SockoptContext) -> i32 {
     original::getsockopt(&ctx);

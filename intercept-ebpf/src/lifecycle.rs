@@ -65,11 +65,12 @@ fn dial(ctx: &SockOpsContext) {
 /// A connection was accepted by the kernel: if it is one of ours the proxy's end holds it from here on.
 #[inline(always)]
 fn accepted(ctx: &SockOpsContext) {
-    // The proxy is dialled on loopback; everything that arrives from outside ends here.
-    if !context::callback_local(ctx.ops).is_loopback() {
+    let ends = context::callback_ends(ctx.ops);
+    // The proxy is dialled on loopback, or from and to one address of the pod; what arrives from outside ends here.
+    if !ends.local.is_loopback() && ends.local != ends.remote {
         return;
     }
-    let key = proxy_key(maps::netns_cookie(ctx), &context::callback_ends(ctx.ops));
+    let key = proxy_key(maps::netns_cookie(ctx), &ends);
     if let Some(entry) = maps::orig_dst(&key) {
         // SAFETY: aligned and inside a map element, which outlives the program.
         let _before = unsafe { atomic::fetch_or(&raw mut (*entry).port_and_ends, end::PROXY) };

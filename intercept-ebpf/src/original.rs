@@ -122,13 +122,13 @@ fn answer(sockopt: *mut bpf_sockopt, addr: Addr, port: u16) -> bool {
 /// The peer of a socket is about to be reported, by getpeername() or accept().
 #[inline(always)]
 pub(crate) fn getpeername<F: Family>(ctx: &SockAddrContext) {
-    // Redirected sockets have a loopback peer: everyone else pays for this comparison only.
-    if !F::named(ctx).is_loopback() {
+    let sk = context::sock(ctx);
+    let peer = F::named(ctx);
+    // Redirected sockets have a loopback peer, or their own address: everyone else pays for this comparison only.
+    if !peer.is_loopback() && peer != F::bound(sk) {
         return;
     }
-    let sk = context::sock(ctx);
-    let protocol = context::protocol(ctx);
-    let (addr, port) = if protocol == UDP {
+    let (addr, port) = if context::protocol(ctx) == UDP {
         match maps::socket(sk) {
             Some(state) if state.kind == socket::DATAGRAM => (state.addr, state.port),
             _ => return,
@@ -144,4 +144,18 @@ pub(crate) fn getpeername<F: Family>(ctx: &SockAddrContext) {
     };
     F::rename(ctx, addr);
     context::rename_port(ctx, port);
+}
+
+/// A socket's own name is about to be reported.
+#[inline(always)]
+pub(crate) fn getsockname<F: Family>(ctx: &SockAddrContext) {
+    // Only datagram sockets that could not be bound to their source have a name that is to be put right.
+    if context::protocol(ctx) != UDP || !F::named(ctx).is_loopback() {
+        return;
+    }
+    if let Some(state) = maps::socket(context::sock(ctx))
+        && !state.source.is_unspecified()
+    {
+        F::rename(ctx, state.source);
+    }
 }

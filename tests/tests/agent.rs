@@ -25,11 +25,15 @@ fn beside_iptables(cases: &[Case]) {
 fn fixed_configurations() {
     let seed = number("INTERCEPT_SEED", 1);
     let fixed = configurations::fixed().into_iter();
-    beside_iptables(&fixed.map(|(name, options)| random::case_of(name, options, seed, 400)).collect::<Vec<_>>());
+    beside_iptables(
+        &fixed.map(|(name, options)| random::case_of(name, options, seed, 400)).collect::<Vec<_>>(),
+    );
 }
 
 #[test]
 fn random_configurations() {
     let seed = number("INTERCEPT_SEED", 1);
-    beside_iptables(&(seed..seed + number("INTERCEPT_CASES", 10)).map(|seed| random::case(seed, 400)).collect::<Vec<_>>());
+    beside_iptables(
+        &(seed..seed + number("INTERCEPT_CASES", 10)).map(|seed| random::case(seed, 400)).collect::<Vec<_>>(),
+    );
 }

@@ -17,7 +17,8 @@ use crate::cli::AttachArgs;
 pub(super) fn run(args: AttachArgs) -> Result<()> {
     let request = Request::of(args)?;
     super::check::require_privileges()?;
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().context("starting the runtime")?;
+    let runtime =
+        tokio::runtime::Builder::new_current_thread().enable_all().build().context("starting the runtime")?;
     runtime.block_on(follow(request))
 }
 
@@ -28,7 +29,12 @@ async fn follow(request: Request) -> Result<()> {
     let mut terminate = signal(SignalKind::terminate()).context("listening for SIGTERM")?;
     let mut changes = Follower::start(&target.netns)?;
     let done = put_in_force(&bpffs, &target, &config)?;
-    println!("{} cgroup {} in namespace {}", done.word(), target.cgroup.path().display(), target.netns.name());
+    println!(
+        "{} cgroup {} in namespace {}",
+        done.word(),
+        target.cgroup.path().display(),
+        target.netns.name()
+    );
     if switches.run_validation {
         attach::validate(&target, &config, &switches)?;
     }
