@@ -12,7 +12,7 @@ use crate::{run, workspace};
 
 const AGENT: &str = "intercept-agent";
 
-/// The kinds of programs in the package `tests` that are not tests.
+/// The programs of the package `tests` that are not tests.
 const PROGRAMS: &str = "tests/src/bin";
 
 /// Builds the agent, optimised; returns where it is.
@@ -21,34 +21,23 @@ pub(crate) fn agent() -> Result<PathBuf> {
     Ok(workspace::target().join("release").join(AGENT))
 }
 
-/// Builds the agent and the program `name` of the package `tests`, and runs it.
+/// Builds the agent and the programs of the package `tests`, and runs the one with this name.
 pub(crate) fn and_run(name: &str, options: &[OsString]) -> Result<()> {
     exists(name)?;
-    run::shown(run::cargo("build").args([
-        "--release",
-        "-p",
-        AGENT,
-        "-p",
-        "tests",
-        "--bin",
-        AGENT,
-        "--bin",
-        name,
-    ]))?;
+    run::shown(&mut everything())?;
     let folder = workspace::target().join("release");
     let mut program = Command::new(folder.join(name));
     run::shown(with_parts(program.args(options), &folder.join(AGENT))?)
 }
 
-/// Builds both for the virtual machine, where there are no libraries; returns the folder they are in.
+/// Builds them for the virtual machine, where there are no libraries; returns the folder they are in.
 pub(crate) fn linked_statically(name: &str) -> Result<PathBuf> {
     // Named, so that the flag is not used for build scripts and macros, which cannot be static.
     const TARGET: &str = "x86_64-unknown-linux-gnu";
     exists(name)?;
     let target = workspace::target().join("static");
     run::shown(
-        run::cargo("build")
-            .args(["--release", "-p", AGENT, "-p", "tests", "--bin", AGENT, "--bin", name])
+        everything()
             .args(["--target", TARGET, "--target-dir"])
             .arg(&target)
             .env("RUSTFLAGS", "-Ctarget-feature=+crt-static")
@@ -56,6 +45,13 @@ pub(crate) fn linked_statically(name: &str) -> Result<PathBuf> {
             .env("CARGO_PROFILE_RELEASE_STRIP", "true"),
     )?;
     Ok(target.join(TARGET).join("release"))
+}
+
+/// All of them, because the programs of `tests` start one another.
+fn everything() -> Command {
+    let mut cargo = run::cargo("build");
+    cargo.args(["--release", "--package", AGENT, "--package", "tests", "--bins"]);
+    cargo
 }
 
 /// Tells a program where the parts are that set-up and the build have made.

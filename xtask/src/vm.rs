@@ -18,6 +18,9 @@ use kernel::Kernel;
 /// listing sockets.
 const MODULES: [&str; 4] = ["veth", "inet_diag", "tcp_diag", "udp_diag"];
 
+/// The demo, and what it starts.
+const PROGRAMS: [&str; 3] = ["demo", "actor", "intercept-agent"];
+
 #[derive(Args)]
 pub(crate) struct Arguments {
     /// Kernels, each by the beginning of its version; Debian has 5.10, 6.1, 6.12 and newer ones in backports
@@ -63,7 +66,7 @@ fn boot(version: &str, programs: Option<&PathBuf>, arguments: &Arguments) -> Res
     let mut initramfs = Initramfs::new(&kernel, &MODULES)?;
     let mut command = OsString::from("uname -a");
     if let Some(programs) = programs {
-        for name in ["intercept-agent", "demo"] {
+        for name in PROGRAMS {
             initramfs.program(name, &programs.join(name))?;
         }
         command = OsString::from("demo");
