@@ -5,7 +5,8 @@
 
 use std::{
     fs, io,
-    net::{IpAddr, Ipv4Addr, Ipv6Addr},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, UdpSocket},
+    time::Duration,
 };
 
 use futures_util::TryStreamExt as _;
@@ -112,7 +113,7 @@ pub fn remove(netns: &Netns, plumbing: &Plumbing) {
 fn inside<T: Send, F: AsyncFnOnce(Handle) -> T + Send>(netns: &Netns, work: F) -> Result<T, PlumbingError> {
     netns.run(|| {
         let runtime =
-            tokio::runtime::Builder::new_current_thread().enable_io().build().map_err(PlumbingError::Open)?;
+            tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(PlumbingError::Open)?;
         runtime.block_on(async {
             let (connection, handle, _) = rtnetlink::new_connection().map_err(PlumbingError::Open)?;
             let connection = tokio::spawn(connection);
@@ -158,7 +159,15 @@ async fn make(handle: &Handle, change: Change) -> Result<Option<Change>, Plumbin
         Change::PassthroughAddress => {
             let lo = loopback(handle).await?;
             let added = handle.address().add(lo, IpAddr::V6(PASSTHROUGH_V6), 128).execute().await;
-            unless_there(added).map_err(failed("adding ::6/128 to the loopback interface"))?
+            let added = unless_there(added).map_err(failed("adding ::6/128 to the loopback interface"))?;
+            // The kernel makes its route a moment later, and the mirror is to find it.
+            for _ in 0..1000 {
+                if UdpSocket::bind((PASSTHROUGH_V6, 0)).and_then(|socket| socket.connect((PASSTHROUGH_V6, 9))).is_ok() {
+                    break;
+                }
+                tokio::time::sleep(Duration::from_millis(1)).await;
+            }
+            added
         }
         Change::LocalTable { v6, table } => {
             let route = local_route(*v6, *table, loopback(handle).await?);

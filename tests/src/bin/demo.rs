@@ -30,13 +30,13 @@ const WORLD_PORT: u16 = 80;
 #[derive(Parser)]
 struct Options {
     /// The agent
-    #[arg(long, default_value = "target/release/intercept-agent")]
+    #[arg(long, env = "INTERCEPT_AGENT", default_value = "target/release/intercept-agent")]
     agent: PathBuf,
     /// Who plays the sidecar proxy
     #[arg(long, value_enum, default_value_t = Proxy::Relay)]
     proxy: Proxy,
     /// Envoy's binary, for --proxy envoy
-    #[arg(long)]
+    #[arg(long, env = "INTERCEPT_ENVOY")]
     envoy: Option<PathBuf>,
 }
 
