@@ -94,10 +94,8 @@ fn options(rng: &mut StdRng) -> Options {
     if rng.random_bool(0.15) {
         options.tunnel_port = *[80, 15020, 16008].choose(rng).expect("not empty");
     }
-    options.proxy_uids =
-        some(rng, 0.75, &[vec![1337]], &[vec![1338, 1337], vec![1337, 0], vec![1338], vec![]]);
-    options.proxy_gids =
-        some(rng, 0.75, &[vec![1337]], &[vec![2000, 1337], vec![1337, 0], vec![2000], vec![]]);
+    options.proxy_uids = some(rng, 0.75, &[vec![1337]], &[vec![1338, 1337], vec![1337, 0], vec![1338]]);
+    options.proxy_gids = some(rng, 0.75, &[vec![1337]], &[vec![2000, 1337], vec![1337, 0], vec![2000]]);
     if rng.random_bool(0.3) {
         let (mark, table) = *[(1337, 133), (77, 99)].choose(rng).expect("not empty");
         options.tproxy = Some(Tproxy { mark, table });
