@@ -16,8 +16,8 @@ fn number(name: &str, default: u64) -> u64 {
 
 fn fixed_cases(flows: usize) -> Vec<Case> {
     let seed = number("INTERCEPT_SEED", 1);
-    let fixed = configurations::fixed().into_iter();
-    fixed.map(|(name, options)| random::case_of(name, options, seed, flows)).collect()
+    let fixed = configurations::fixed().into_iter().zip(seed..);
+    fixed.map(|((name, options), seed)| random::case_of(name, options, seed, flows)).collect()
 }
 
 fn random_cases(flows: usize) -> Vec<Case> {
@@ -64,6 +64,7 @@ fn agent_against_iptables(cases: &[Case]) {
             (iptables.join().expect("observed"), observe(&agent))
         });
         reports.extend(compare::with_iptables(case, &iptables, &agent));
+        reports.extend(compare::changed_ports(case, &agent));
     }
     assert!(reports.is_empty(), "{}", reports.join("\n"));
 }

@@ -78,8 +78,8 @@ pub fn case_of(name: &str, options: Options, seed: u64, flows: usize) -> Case {
     let mut rng = StdRng::seed_from_u64(seed);
     Case {
         origin: format!("{name:?}, flows of seed {seed}"),
-        dual_stack_proxy: false,
-        listening_first: true,
+        dual_stack_proxy: rng.random_bool(0.3),
+        listening_first: rng.random_bool(0.5),
         flows: (0..flows).map(|_| flow(&mut rng, &options)).collect(),
         options,
     }
