@@ -7,7 +7,7 @@ pub mod binary;
 mod client;
 pub mod protocol;
 
-pub use client::Actor;
+pub use client::{Actor, BINARY, Listening};
 pub use protocol::{
     Answer, Bind, Dial, Dialled, Direction, Listen, OriginalDst, Outcome, Queried, Query, QueryReply, Relay,
     Relayed, Sending, Stage, Transport,

@@ -1,9 +1,10 @@
 //! Real iptables beside the walk of its rules, and beside the agent where there is one.
 
+use std::collections::BTreeMap;
 use std::time::Instant;
 
-use tests::differential::{Capture, Case, compare, configurations, observe, random};
-use tests::iptables::Backend;
+use tests::differential::{Capture, Case, compare, configurations, observe, oracle, random};
+use tests::iptables::{Backend, Options, Verdict};
 
 const NFT: Capture = Capture::Iptables(Backend::Nft);
 const LEGACY: Capture = Capture::Iptables(Backend::Legacy);
@@ -15,8 +16,8 @@ fn number(name: &str, default: u64) -> u64 {
 
 fn fixed_cases(flows: usize) -> Vec<Case> {
     let seed = number("INTERCEPT_SEED", 1);
-    let fixed = configurations::fixed().into_iter();
-    fixed.map(|(name, options)| random::case_of(name, options, seed, flows)).collect()
+    let fixed = configurations::fixed().into_iter().zip(seed..);
+    fixed.map(|((name, options), seed)| random::case_of(name, options, seed, flows)).collect()
 }
 
 fn random_cases(flows: usize) -> Vec<Case> {
@@ -51,10 +52,85 @@ fn random_configurations_under_iptables_as_the_rules_say() {
     against_oracle(&random_cases(400), &NFT);
 }
 
+fn agent_against_iptables(cases: &[Case]) {
+    let agent = Capture::agent().expect("the agent");
+    let mut reports = Vec::new();
+    for case in cases {
+        let observe = |capture| {
+            observe(case, capture).unwrap_or_else(|error| panic!("{}: {error:#}", compare::describe(case)))
+        };
+        let (iptables, agent) = std::thread::scope(|scope| {
+            let iptables = scope.spawn(|| observe(&NFT));
+            (iptables.join().expect("observed"), observe(&agent))
+        });
+        reports.extend(compare::with_iptables(case, &iptables, &agent));
+        reports.extend(compare::changed_ports(case, &agent));
+    }
+    assert!(reports.is_empty(), "{}", reports.join("\n"));
+}
+
+#[test]
+#[ignore = "needs intercept-agent, built"]
+fn fixed_configurations_under_the_agent_as_under_iptables() {
+    agent_against_iptables(&fixed_cases(400));
+}
+
+#[test]
+#[ignore = "needs intercept-agent, built"]
+fn random_configurations_under_the_agent_as_under_iptables() {
+    agent_against_iptables(&random_cases(400));
+}
+
+/// Two captures that work alike show no difference however closely they are compared, and one that does not does.
+#[test]
+fn the_close_comparison_is_right() {
+    for case in random_cases(400).into_iter().take(3) {
+        let nft = observe(&case, &NFT).expect("observed");
+        let legacy = observe(&case, &LEGACY).expect("observed");
+        assert_eq!(compare::with_iptables(&case, &nft, &legacy), None);
+    }
+    let case = random::case_of("injected", Options::injected(), 1, 200);
+    let other = Case { options: Options { envoy_port: 15000, ..Options::injected() }, ..case.clone() };
+    let (right, wrong) = (observe(&case, &NFT).expect("observed"), observe(&other, &NFT).expect("observed"));
+    let report = compare::with_iptables(&case, &right, &wrong).expect("a difference");
+    assert!(report.contains("who answered differs"), "{report}");
+}
+
+/// The seeds draw flows of every fate.
+#[test]
+fn random_cases_leave_nothing_out() {
+    let mut fates = BTreeMap::new();
+    for seed in 0..100 {
+        let case = random::case(seed, 400);
+        for expected in oracle::predict(&case) {
+            let verdict = match expected.verdict {
+                Verdict::Leave => "left",
+                Verdict::Redirect(_) => "redirected",
+                Verdict::Tproxy(_) => "tproxied",
+                Verdict::Drop => "dropped",
+            };
+            *fates.entry((verdict, expected.server.unwrap_or("nobody"))).or_insert(0) += 1;
+        }
+    }
+    for fate in [
+        ("left", "world"),
+        ("left", "app"),
+        ("left", "tunnel"),
+        ("left", "dns"),
+        ("left", "nobody"),
+        ("redirected", "outbound"),
+        ("redirected", "inbound"),
+        ("redirected", "dns"),
+        ("tproxied", "inbound"),
+    ] {
+        assert!(fates.get(&fate).is_some_and(|count| *count >= 200), "{fate:?}: {fates:?}");
+    }
+}
+
 /// The comparison notices when the rules in force are not those that were walked.
 #[test]
 fn a_wrong_rule_is_noticed() {
-    let mut case = random::case_of("wrong", tests::iptables::Options::injected(), 1, 200);
+    let mut case = random::case_of("wrong", Options::injected(), 1, 200);
     let seen = observe(&case, &NFT).expect("observed");
     assert_eq!(compare::with_oracle(&case, &seen), None);
     case.options.exclude_outbound_ports = vec![80];

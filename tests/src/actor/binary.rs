@@ -1,4 +1,4 @@
-//! Where the actor's executable is.
+//! Where the executables are that the testbed starts.
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
@@ -7,23 +7,20 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, bail};
 use tempfile::TempDir;
 
-/// The variable that overrides the search.
-pub const VARIABLE: &str = "INTERCEPT_ACTOR";
-
-/// Finds the binary `actor`: where [`VARIABLE`] says, or beside the running executable or one folder above it,
-/// which is where cargo puts it.
-pub fn locate() -> Result<PathBuf> {
-    if let Some(path) = std::env::var_os(VARIABLE) {
+/// Finds a binary of this workspace: where the environment variable says, or beside the running executable or one
+/// folder above it, which is where cargo puts it.
+pub fn locate(name: &str, variable: &str) -> Result<PathBuf> {
+    if let Some(path) = std::env::var_os(variable) {
         return Ok(path.into());
     }
     let here = std::env::current_exe().context("finding the running executable")?;
     for folder in here.ancestors().skip(1).take(2) {
-        let path = folder.join("actor");
+        let path = folder.join(name);
         if path.is_file() {
             return Ok(path);
         }
     }
-    bail!("no actor beside {}: build it with cargo build -p tests, or set {VARIABLE}", here.display());
+    bail!("no {name} near {}: build it, or set {variable}", here.display());
 }
 
 /// A copy of an executable that every user may run; a checkout in root's home is closed to others.

@@ -16,6 +16,8 @@ use super::binary;
 use super::protocol::{Dial, Dialled, Done, Job, Listen, Message, Queried, Query, Relay, Relayed, Request};
 use crate::testbed::Place;
 
+/// The variable that says where the actor's executable is.
+pub const BINARY: &str = "INTERCEPT_ACTOR";
 /// How much longer than asked for an answer may take before the actor counts as stuck.
 const GRACE: Duration = Duration::from_secs(20);
 
@@ -46,10 +48,10 @@ pub struct Listening {
 }
 
 impl Actor {
-    /// Starts the actor found by [`binary::locate`] in a pod or its neighbour, as root; it changes its ids as
+    /// Starts the actor, found by [`binary::locate`] and [`BINARY`], in a pod or its neighbour, as root; it changes its ids as
     /// each request says.
     pub fn start(place: &Place) -> Result<Self> {
-        let program = binary::locate()?;
+        let program = binary::locate("actor", BINARY)?;
         let mut child = place
             .command(&program)?
             .stdin(Stdio::piped())

@@ -6,6 +6,7 @@ use std::process::{Command, Output};
 
 use anyhow::{Context, Result, bail};
 
+use crate::actor::binary;
 use crate::iptables::{self, Backend, Options};
 use crate::testbed::Pod;
 
@@ -28,9 +29,9 @@ pub struct Captured<'a> {
 }
 
 impl Capture {
-    /// The agent named by [`AGENT`], if it is set.
-    pub fn agent() -> Option<Self> {
-        std::env::var_os(AGENT).map(|path| Self::Agent(path.into()))
+    /// The agent: named by [`AGENT`], or beside the running executable or one folder above it, where cargo puts it.
+    pub fn agent() -> Result<Self> {
+        binary::locate("intercept-agent", AGENT).map(Self::Agent)
     }
 
     /// Captures a pod.

@@ -1,36 +1,57 @@
 //! Differences between what was seen and what should have been, made readable.
 
+use std::collections::BTreeMap;
 use std::fmt::Write;
 use std::path::Path;
 
-use super::case::{Case, Flow};
+use super::case::{Case, End, Flow};
 use super::oracle::{self, Expected};
 use super::seen::{Connection, Seen};
 
-/// How many differing flows are written out.
-const SHOWN: usize = 20;
+/// How many of the flows that differ in the same way are written out.
+const SHOWN: usize = 3;
+
+/// A flow that differs.
+struct Differing {
+    /// In what way; flows that differ alike are counted together.
+    how: String,
+    /// The flow and what came of it.
+    story: String,
+}
 
 /// What real iptables did otherwise than the walk of its rules says; none if nothing.
 pub fn with_oracle(case: &Case, seen: &[Seen]) -> Option<String> {
     let expected = oracle::predict(case);
     let all = case.flows.iter().zip(&expected).zip(seen);
-    let differing = all.filter_map(|((flow, expected), seen)| {
+    let found = all.filter_map(|((flow, expected), seen)| {
         let lines = oracle::unexpected(flow, expected, seen);
-        (!lines.is_empty()).then(|| story(flow, expected, &lines, &[("seen", seen)]))
+        (!lines.is_empty()).then(|| differing(flow, expected, &lines, &[("seen", seen)]))
     });
-    report(case, differing.collect())
+    report(case, found.collect())
 }
 
 /// What the agent did otherwise than iptables; none if nothing.
 pub fn with_iptables(case: &Case, iptables: &[Seen], agent: &[Seen]) -> Option<String> {
     let expected = oracle::predict(case);
     let all = case.flows.iter().zip(&expected).zip(iptables.iter().zip(agent));
-    let differing = all.filter_map(|((flow, expected), (iptables, agent))| {
+    let found = all.filter_map(|((flow, expected), (iptables, agent))| {
         let lines = differences(iptables, agent);
         (!lines.is_empty())
-            .then(|| story(flow, expected, &lines, &[("iptables", iptables), ("agent", agent)]))
+            .then(|| differing(flow, expected, &lines, &[("iptables", iptables), ("agent", agent)]))
     });
-    report(case, differing.collect())
+    report(case, found.collect())
+}
+
+/// The flows in which the server sees another port than the client has; none if none. Connection tracking may
+/// change it when it clashes with another flow's; nothing else may.
+pub fn changed_ports(case: &Case, agent: &[Seen]) -> Option<String> {
+    let expected = oracle::predict(case);
+    let all = case.flows.iter().zip(&expected).zip(agent);
+    let found = all.filter_map(|((flow, expected), agent)| {
+        let changed = matches!(agent, Seen::Connection(connection) if !connection.same_port);
+        changed.then(|| differing(flow, expected, &["the ports differ".into()], &[("agent", agent)]))
+    });
+    report(case, found.collect())
 }
 
 /// In what the agent's result differs from iptables', one line each.
@@ -61,8 +82,6 @@ fn differences(iptables: &Seen, agent: &Seen) -> Vec<String> {
     differ("who answered", *server == agent.server);
     differ("the original destination", *original_dst == agent.original_dst);
     differ("the client as the server sees it", *peer == agent.peer);
-    // Connection tracking may change the client's port; nothing else may.
-    differ("the client's port at both ends", agent.same_port);
     differ("the server's getpeername", *same_peername == agent.same_peername);
     differ("the client's getsockname", *sockname == agent.sockname);
     differ("the client's getpeername", *peername == agent.peername);
@@ -70,29 +89,29 @@ fn differences(iptables: &Seen, agent: &Seen) -> Vec<String> {
     lines
 }
 
-fn story(flow: &Flow, expected: &Expected, lines: &[String], seen: &[(&str, &Seen)]) -> String {
-    let mut text = format!("- {flow}\n");
-    for line in lines {
-        writeln!(text, "    {line}").expect("strings take everything");
-    }
+fn differing(flow: &Flow, expected: &Expected, lines: &[String], seen: &[(&str, &Seen)]) -> Differing {
     let Expected { verdict, server } = expected;
-    writeln!(text, "    rules:    {verdict:?}, answered by {server:?}").expect("strings take everything");
+    let end = if flow.end == End::Pod { "from the pod" } else { "from the world" };
+    let how = format!("{end}, by the rules {verdict:?} to {server:?}: {}", lines.join(", "));
+    let mut story = format!("    - {flow}\n");
     for (who, seen) in seen {
-        writeln!(text, "    {:<9} {seen:?}", format!("{who}:")).expect("strings take everything");
+        writeln!(story, "        {:<9} {seen:?}", format!("{who}:")).expect("strings take everything");
     }
-    text
+    Differing { how, story }
 }
 
-fn report(case: &Case, differing: Vec<String>) -> Option<String> {
+fn report(case: &Case, differing: Vec<Differing>) -> Option<String> {
     if differing.is_empty() {
         return None;
     }
     let mut text = format!("{} of {} flows differ; {}\n", differing.len(), case.flows.len(), describe(case));
-    for story in differing.iter().take(SHOWN) {
-        text.push_str(story);
+    let mut ways: BTreeMap<String, Vec<String>> = BTreeMap::new();
+    for Differing { how, story } in differing {
+        ways.entry(how).or_default().push(story);
     }
-    if differing.len() > SHOWN {
-        writeln!(text, "... and {} more", differing.len() - SHOWN).expect("strings take everything");
+    for (how, stories) in ways {
+        writeln!(text, "  {} {how}", stories.len()).expect("strings take everything");
+        text.extend(stories.into_iter().take(SHOWN));
     }
     Some(text)
 }

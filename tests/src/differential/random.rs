@@ -78,8 +78,8 @@ pub fn case_of(name: &str, options: Options, seed: u64, flows: usize) -> Case {
     let mut rng = StdRng::seed_from_u64(seed);
     Case {
         origin: format!("{name:?}, flows of seed {seed}"),
-        dual_stack_proxy: false,
-        listening_first: true,
+        dual_stack_proxy: rng.random_bool(0.3),
+        listening_first: rng.random_bool(0.5),
         flows: (0..flows).map(|_| flow(&mut rng, &options)).collect(),
         options,
     }
@@ -94,10 +94,8 @@ fn options(rng: &mut StdRng) -> Options {
     if rng.random_bool(0.15) {
         options.tunnel_port = *[80, 15020, 16008].choose(rng).expect("not empty");
     }
-    options.proxy_uids =
-        some(rng, 0.75, &[vec![1337]], &[vec![1338, 1337], vec![1337, 0], vec![1338], vec![]]);
-    options.proxy_gids =
-        some(rng, 0.75, &[vec![1337]], &[vec![2000, 1337], vec![1337, 0], vec![2000], vec![]]);
+    options.proxy_uids = some(rng, 0.75, &[vec![1337]], &[vec![1338, 1337], vec![1337, 0], vec![1338]]);
+    options.proxy_gids = some(rng, 0.75, &[vec![1337]], &[vec![2000, 1337], vec![1337, 0], vec![2000]]);
     if rng.random_bool(0.3) {
         let (mark, table) = *[(1337, 133), (77, 99)].choose(rng).expect("not empty");
         options.tproxy = Some(Tproxy { mark, table });

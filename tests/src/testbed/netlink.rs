@@ -3,6 +3,7 @@
 use std::future::Future;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::os::fd::{AsFd, AsRawFd};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use futures_util::TryStreamExt;
@@ -131,7 +132,35 @@ impl Namespace {
                 message.attributes.push(AddressAttribute::Flags(AddressFlags::Nodad));
             }
             request.execute().await.with_context(|| format!("adding {address} to {dev}"))
-        })
+        })?;
+        match address.addr() {
+            IpAddr::V4(_) => Ok(()),
+            IpAddr::V6(addr) => self.await_local_route(addr),
+        }
+    }
+
+    /// Waits until packets to an IPv6 address of this namespace arrive: a work queue adds the route for it, some
+    /// time after the address (addrconf_dad_work; seen to lose the race on Linux 6.18).
+    fn await_local_route(&self, addr: Ipv6Addr) -> Result<()> {
+        const LOCAL: u32 = 0x8000_0000;
+        let wanted: String = addr.octets().iter().map(|byte| format!("{byte:02x}")).collect();
+        let deadline = Instant::now() + Duration::from_secs(5);
+        loop {
+            // Destination, prefix in hexadecimal, source, prefix, next hop, metric, references, use, flags, device.
+            let table = self.run(|| std::fs::read_to_string("/proc/thread-self/net/ipv6_route"))?;
+            let table = table.context("reading the IPv6 routes")?;
+            let found = table.lines().map(|line| line.split_whitespace().collect::<Vec<_>>()).any(|fields| {
+                let flags = fields.get(8).and_then(|flags| u32::from_str_radix(flags, 16).ok());
+                fields[..2] == [wanted.as_str(), "80"] && flags.is_some_and(|flags| flags & LOCAL != 0)
+            });
+            if found {
+                return Ok(());
+            }
+            if Instant::now() > deadline {
+                bail!("{addr} has been added to {}, but its route does not appear", self.name());
+            }
+            std::thread::yield_now();
+        }
     }
 
     /// Removes an address.

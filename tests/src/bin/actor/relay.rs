@@ -148,8 +148,8 @@ async fn connect_onwards(
         Direction::InboundTransparent { mark } => {
             set_transparent(&socket, v6, privileged)?;
             privileged.set(&socket, move |socket| socket.set_mark(mark)).context("marking a connection")?;
-            let from = SocketAddr::new(peer.ip().to_canonical(), peer.port());
-            socket.set_reuse_address(true)?;
+            // Another port than the client's: addresses and ports of the two connections would be the same.
+            let from = SocketAddr::new(peer.ip().to_canonical(), 0);
             socket.bind(&from.into()).with_context(|| format!("binding {from}"))?;
         }
     }
