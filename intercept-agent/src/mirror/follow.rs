@@ -118,10 +118,4 @@ impl Follower {
         rustix::net::sockopt::set_socket_recv_buffer_size(self.events.get_ref(), 4096)
             .expect("a buffer size");
     }
-
-    /// Whether events were dropped; takes the socket's word for it, which it gives once, and one event.
-    pub(super) fn has_lost_events(&self) -> bool {
-        let mut bytes = [0_u8; 16];
-        rustix::net::recv(self.events.get_ref(), &mut bytes, RecvFlags::DONTWAIT) == Err(Errno::NOBUFS)
-    }
 }
