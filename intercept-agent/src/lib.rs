@@ -14,3 +14,4 @@ pub mod programs;
 pub mod store;
 pub mod tables;
 pub mod userns;
+pub mod validation;

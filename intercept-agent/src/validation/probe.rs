@@ -1,0 +1,305 @@
+//! The process of the check. It is forked from one that may have other threads, so it does nothing but system
+//! calls: no memory is asked for and no lock is taken.
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::time::{Duration, Instant};
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
+use rustix::net::sockopt::{
+    ip_original_dst, ipv6_original_dst, set_ipv6_v6only, set_socket_reuseaddr, socket_error,
+};
+use rustix::net::{
+    AddressFamily, SocketFlags, SocketType, accept_with, bind, connect, ipproto, listen, socket_with,
+};
+use rustix::process::{Gid, Pid, Uid};
+use rustix::thread::{
+    LinkNameSpaceType, move_into_link_name_space, set_thread_groups, set_thread_res_gid, set_thread_res_uid,
+};
+
+use super::{Probe, Seen};
+
+/// Between two attempts: programs that are being attached may come into force any time.
+const PAUSE: Duration = Duration::from_millis(100);
+/// More patience than this is not told from it.
+pub(super) const LONGEST: Duration = Duration::from_secs(24 * 3600);
+
+/// One connection of the check.
+#[derive(Clone, Copy)]
+pub(super) enum Leg {
+    V4 = 0,
+    V6 = 1,
+}
+
+impl Leg {
+    pub(super) const BOTH: [Self; 2] = [Self::V4, Self::V6];
+
+    /// Where it comes from, and where the proxy would listen.
+    pub(super) fn source(self) -> IpAddr {
+        match self {
+            Self::V4 => IpAddr::V4(Ipv4Addr::LOCALHOST),
+            Self::V6 => IpAddr::V6(Ipv6Addr::LOCALHOST),
+        }
+    }
+
+    /// What is dialled. `::6` is put on the loopback interface when interception is set up.
+    pub(super) fn destination(self) -> IpAddr {
+        match self {
+            Self::V4 => IpAddr::V4(Ipv4Addr::new(127, 0, 0, 6)),
+            Self::V6 => IpAddr::V6(Ipv6Addr::new(0, 0, 0, 0, 0, 0, 0, 6)),
+        }
+    }
+
+    /// What SO_ORIGINAL_DST tells on an accepted connection.
+    fn original(self, accepted: &OwnedFd) -> Result<SocketAddr, Errno> {
+        match self {
+            Self::V4 => ip_original_dst(accepted).map(SocketAddr::V4),
+            Self::V6 => ipv6_original_dst(accepted).map(SocketAddr::V6),
+        }
+    }
+}
+
+/// What became of a leg.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Outcome {
+    /// It arrived as it should, at this port.
+    Passed(u16),
+    /// The namespace does not have the addresses.
+    Absent,
+    /// It did not arrive as it should.
+    Failed(Seen),
+    /// No port to arrive at.
+    Listen(Errno),
+    /// The process could not be made what it has to be.
+    Setup(Step, Errno),
+}
+
+/// What it takes before the check.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Step {
+    Cgroup = 0,
+    Netns = 1,
+    User = 2,
+    Socket = 3,
+}
+
+impl Step {
+    const ALL: [Self; 4] = [Self::Cgroup, Self::Netns, Self::User, Self::Socket];
+
+    pub(super) fn text(self) -> &'static str {
+        match self {
+            Self::Cgroup => "joining a cgroup below the pod's",
+            Self::Netns => "entering the pod's network namespace",
+            Self::User => "becoming the proxy's user",
+            Self::Socket => "making a socket",
+        }
+    }
+}
+
+impl Outcome {
+    /// Bytes of one: what, a port, another port or a step, an error.
+    pub(super) const SIZE: usize = 12;
+
+    pub(super) fn encode(self) -> [u8; Self::SIZE] {
+        let error = |error: Errno| error.raw_os_error();
+        let (what, one, other, error) = match self {
+            Self::Passed(at) => (0_u32, at, 0, 0),
+            Self::Absent => (1, 0, 0, 0),
+            Self::Failed(Seen::Refused(why)) => (2, 0, 0, error(why)),
+            Self::Failed(Seen::Elsewhere) => (3, 0, 0, 0),
+            Self::Failed(Seen::Nothing) => (4, 0, 0, 0),
+            Self::Failed(Seen::NoOriginal(at, why)) => (5, at, 0, error(why)),
+            Self::Failed(Seen::OtherPort(at, original)) => (6, at, original, 0),
+            Self::Listen(why) => (7, 0, 0, error(why)),
+            Self::Setup(step, why) => (8, 0, step as u16, error(why)),
+        };
+        let mut bytes = [0; Self::SIZE];
+        bytes[..4].copy_from_slice(&what.to_ne_bytes());
+        bytes[4..6].copy_from_slice(&one.to_ne_bytes());
+        bytes[6..8].copy_from_slice(&other.to_ne_bytes());
+        bytes[8..].copy_from_slice(&error.to_ne_bytes());
+        bytes
+    }
+
+    pub(super) fn decode(bytes: &[u8]) -> Option<Self> {
+        let (what, rest) = bytes.split_first_chunk::<4>()?;
+        let (one, rest) = rest.split_first_chunk::<2>()?;
+        let (other, rest) = rest.split_first_chunk::<2>()?;
+        let number = i32::from_ne_bytes(*rest.first_chunk::<4>()?);
+        let error = || (1..4096).contains(&number).then(|| Errno::from_raw_os_error(number));
+        let (one, other) = (u16::from_ne_bytes(*one), u16::from_ne_bytes(*other));
+        Some(match u32::from_ne_bytes(*what) {
+            0 => Self::Passed(one),
+            1 => Self::Absent,
+            2 => Self::Failed(Seen::Refused(error()?)),
+            3 => Self::Failed(Seen::Elsewhere),
+            4 => Self::Failed(Seen::Nothing),
+            5 => Self::Failed(Seen::NoOriginal(one, error()?)),
+            6 => Self::Failed(Seen::OtherPort(one, other)),
+            7 => Self::Listen(error()?),
+            8 => Self::Setup(*Step::ALL.get(usize::from(other))?, error()?),
+            _ => return None,
+        })
+    }
+}
+
+/// Starts the process. It writes the outcomes of both legs to `report` and ends.
+pub(super) fn start(
+    procs: BorrowedFd<'_>,
+    netns: BorrowedFd<'_>,
+    report: BorrowedFd<'_>,
+    probe: &Probe,
+) -> Result<Pid, Errno> {
+    let deadline = Instant::now() + probe.timeout.min(LONGEST);
+    // SAFETY: the child has one thread and runs only `child`, which makes system calls on what it is given and on
+    // its own stack, takes no lock, asks for no memory and does not panic; then it ends without running any
+    // destructor or exit handler of the parent's.
+    match unsafe { libc::fork() } {
+        -1 => Err(Errno::from_io_error(&std::io::Error::last_os_error()).unwrap_or(Errno::AGAIN)),
+        0 => {
+            let outcomes = child(procs, netns, probe, deadline);
+            let mut bytes = [0; 2 * Outcome::SIZE];
+            let (v4, v6) = bytes.split_at_mut(Outcome::SIZE);
+            v4.copy_from_slice(&outcomes[0].encode());
+            v6.copy_from_slice(&outcomes[1].encode());
+            _ = rustix::io::write(report, &bytes);
+            // SAFETY: ends the process at once, which has nothing to tidy up.
+            unsafe { libc::_exit(0) }
+        }
+        pid => Pid::from_raw(pid).ok_or(Errno::AGAIN),
+    }
+}
+
+fn child(procs: BorrowedFd<'_>, netns: BorrowedFd<'_>, probe: &Probe, deadline: Instant) -> [Outcome; 2] {
+    if let Err((step, error)) = become_proxy(procs, netns, probe) {
+        return [Outcome::Setup(step, error); 2];
+    }
+    let v4 = attempt(Leg::V4, probe, deadline);
+    match v4 {
+        // Told first, and there is no time left.
+        Outcome::Passed(_) => [v4, attempt(Leg::V6, probe, deadline)],
+        _ => [v4; 2],
+    }
+}
+
+/// Sockets belong to the user and the cgroup of the process that makes them.
+fn become_proxy(procs: BorrowedFd<'_>, netns: BorrowedFd<'_>, probe: &Probe) -> Result<(), (Step, Errno)> {
+    rustix::io::write(procs, b"0").map_err(|error| (Step::Cgroup, error))?;
+    move_into_link_name_space(netns, Some(LinkNameSpaceType::Network))
+        .map_err(|error| (Step::Netns, error))?;
+    let (uid, gid) = (Uid::from_raw(probe.uid), Gid::from_raw(probe.gid));
+    let user = |error| (Step::User, error);
+    set_thread_groups(&[]).map_err(user)?;
+    set_thread_res_gid(gid, gid, gid).map_err(user)?;
+    set_thread_res_uid(uid, uid, uid).map_err(user)
+}
+
+fn attempt(leg: Leg, probe: &Probe, deadline: Instant) -> Outcome {
+    let failed = |error| Outcome::Setup(Step::Socket, error);
+    if let Leg::V6 = leg {
+        for address in [leg.source(), leg.destination()] {
+            match socket(leg).and_then(|socket| bind(&socket, &SocketAddr::new(address, 0))) {
+                Ok(()) => {}
+                Err(Errno::ADDRNOTAVAIL | Errno::AFNOSUPPORT) => return Outcome::Absent,
+                Err(error) => return failed(error),
+            }
+        }
+    }
+    let ports = [probe.proxy_port, probe.inbound_port];
+    let listeners = ports.map(|port| listener(leg, port));
+    if let [Err(_), Err(error)] = listeners {
+        return Outcome::Listen(error);
+    }
+    let mut seen = Seen::Nothing;
+    loop {
+        match connection(leg, probe, &listeners, deadline) {
+            Ok(Ok(index)) => return Outcome::Passed(ports[index]),
+            // An attempt that time ran out for says less than one before.
+            Ok(Err(Seen::Nothing)) => {}
+            Ok(Err(what)) => seen = what,
+            Err(error) => return failed(error),
+        }
+        let left = deadline.saturating_duration_since(Instant::now());
+        _ = poll(&mut [], Some(&timespec(left.min(PAUSE))));
+        if left <= PAUSE {
+            return Outcome::Failed(seen);
+        }
+    }
+}
+
+/// One connection: where it arrived, or what happened instead.
+fn connection(
+    leg: Leg,
+    probe: &Probe,
+    listeners: &[Result<OwnedFd, Errno>; 2],
+    deadline: Instant,
+) -> Result<Result<usize, Seen>, Errno> {
+    let ports = [probe.proxy_port, probe.inbound_port];
+    let client = socket(leg)?;
+    bind(&client, &SocketAddr::new(leg.source(), 0))?;
+    match connect(&client, &SocketAddr::new(leg.destination(), probe.probe_port)) {
+        Ok(()) | Err(Errno::INPROGRESS) => {}
+        Err(error) => return Ok(Err(Seen::Refused(error))),
+    }
+    let mut made = false;
+    loop {
+        for (index, listener) in listeners.iter().enumerate() {
+            let Ok(listener) = listener else { continue };
+            let Ok(accepted) = accept_with(listener, SocketFlags::CLOEXEC) else { continue };
+            return Ok(match leg.original(&accepted) {
+                Ok(original) if original.port() == probe.probe_port => Ok(index),
+                Ok(original) => Err(Seen::OtherPort(ports[index], original.port())),
+                Err(error) => Err(Seen::NoOriginal(ports[index], error)),
+            });
+        }
+        let left = deadline.saturating_duration_since(Instant::now());
+        if left.is_zero() || made {
+            return Ok(Err(if made { Seen::Elsewhere } else { Seen::Nothing }));
+        }
+        // Listeners that are not there are stood in for by the client, which is waited for anyway.
+        let fd = |index: usize| listeners[index].as_ref().map_or(client.as_fd(), AsFd::as_fd);
+        let interest = |index: usize| if listeners[index].is_ok() { PollFlags::IN } else { PollFlags::OUT };
+        let mut waiting = [
+            PollFd::from_borrowed_fd(client.as_fd(), PollFlags::OUT),
+            PollFd::from_borrowed_fd(fd(0), interest(0)),
+            PollFd::from_borrowed_fd(fd(1), interest(1)),
+        ];
+        match poll(&mut waiting, Some(&timespec(left))) {
+            Ok(_) | Err(Errno::INTR) => {}
+            Err(error) => return Err(error),
+        }
+        if !waiting[0].revents().is_empty() {
+            if let Err(error) = socket_error(&client)? {
+                return Ok(Err(Seen::Refused(error)));
+            }
+            // On the loopback interface the other end is in the listener's queue by now: one more look.
+            made = true;
+        }
+    }
+}
+
+fn listener(leg: Leg, port: u16) -> Result<OwnedFd, Errno> {
+    let socket = socket(leg)?;
+    set_socket_reuseaddr(&socket, true)?;
+    bind(&socket, &SocketAddr::new(leg.source(), port))?;
+    listen(&socket, 16)?;
+    Ok(socket)
+}
+
+fn socket(leg: Leg) -> Result<OwnedFd, Errno> {
+    let family = match leg {
+        Leg::V4 => AddressFamily::INET,
+        Leg::V6 => AddressFamily::INET6,
+    };
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    let socket = socket_with(family, SocketType::STREAM, flags, Some(ipproto::TCP))?;
+    if let Leg::V6 = leg {
+        set_ipv6_v6only(&socket, true)?;
+    }
+    Ok(socket)
+}
+
+fn timespec(duration: Duration) -> Timespec {
+    Timespec { tv_sec: duration.as_secs().cast_signed(), tv_nsec: duration.subsec_nanos().into() }
+}
