@@ -19,15 +19,15 @@ pub(crate) enum Failed {
     #[error(transparent)]
     Usage(#[from] OptionError),
     /// Redirection does not work although it is in force.
-    #[error("validation failed")]
-    Validation,
+    #[error(transparent)]
+    Validation(intercept_agent::validation::ValidationError),
 }
 
 impl Failed {
     pub(crate) fn exit_code(&self) -> u8 {
         match self {
             Self::Usage(_) => OptionError::EXIT_CODE,
-            Self::Validation => 126,
+            Self::Validation(_) => 126,
         }
     }
 }

@@ -169,12 +169,9 @@ pub fn create_blob(name: &str, bytes: &[u8]) -> io::Result<OwnedFd> {
     let map = call_for_fd(bpf_cmd::BPF_MAP_CREATE, &mut attr)?;
     let key = 0u32;
     let mut attr = empty_attr();
-    // SAFETY: as above; key and value outlive the call and are of the sizes the map was made with.
-    unsafe {
-        attr.__bindgen_anon_2.map_fd = raw(std::os::fd::AsFd::as_fd(&map));
-        attr.__bindgen_anon_2.key = std::ptr::from_ref(&key) as u64;
-        attr.__bindgen_anon_2.__bindgen_anon_1.value = bytes.as_ptr() as u64;
-    }
+    attr.__bindgen_anon_2.map_fd = raw(std::os::fd::AsFd::as_fd(&map));
+    attr.__bindgen_anon_2.key = std::ptr::from_ref(&key) as u64;
+    attr.__bindgen_anon_2.__bindgen_anon_1.value = bytes.as_ptr() as u64;
     call(bpf_cmd::BPF_MAP_UPDATE_ELEM, &mut attr)?;
     Ok(map)
 }
@@ -184,12 +181,9 @@ pub fn read_blob(map: BorrowedFd<'_>, len: usize) -> io::Result<Vec<u8>> {
     let key = 0u32;
     let mut bytes = vec![0u8; len];
     let mut attr = empty_attr();
-    // SAFETY: as above.
-    unsafe {
-        attr.__bindgen_anon_2.map_fd = raw(map);
-        attr.__bindgen_anon_2.key = std::ptr::from_ref(&key) as u64;
-        attr.__bindgen_anon_2.__bindgen_anon_1.value = bytes.as_mut_ptr() as u64;
-    }
+    attr.__bindgen_anon_2.map_fd = raw(map);
+    attr.__bindgen_anon_2.key = std::ptr::from_ref(&key) as u64;
+    attr.__bindgen_anon_2.__bindgen_anon_1.value = bytes.as_mut_ptr() as u64;
     call(bpf_cmd::BPF_MAP_LOOKUP_ELEM, &mut attr)?;
     Ok(bytes)
 }

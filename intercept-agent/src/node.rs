@@ -21,7 +21,7 @@ use crate::{
     mirror::{Mirror, MirrorError},
     netns::Netns,
     options::Config,
-    plumbing::{self, Plumbing, PlumbingError},
+    plumbing::{self, PlumbingError},
     programs::{self, ProgramError},
     store::{Lock, Record, Store, StoreError},
     tables::{TableError, Tables},
@@ -117,7 +117,7 @@ impl Node {
             store.create(&store.programs())?;
             programs::load_shared(&store.maps(), &store.programs())?;
         }
-        let mut node = Self { tables: Tables::open(&store.maps())?, store, _lock: lock };
+        let node = Self { tables: Tables::open(&store.maps())?, store, _lock: lock };
         let others = node.store.other_programs()?;
         if !others.is_empty() {
             for cookie in node.store.pods()? {

@@ -112,8 +112,10 @@ pub fn remove(netns: &Netns, plumbing: &Plumbing) {
 
 fn inside<T: Send, F: AsyncFnOnce(Handle) -> T + Send>(netns: &Netns, work: F) -> Result<T, PlumbingError> {
     netns.run(|| {
-        let runtime =
-            tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(PlumbingError::Open)?;
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .map_err(PlumbingError::Open)?;
         runtime.block_on(async {
             let (connection, handle, _) = rtnetlink::new_connection().map_err(PlumbingError::Open)?;
             let connection = tokio::spawn(connection);
@@ -162,7 +164,10 @@ async fn make(handle: &Handle, change: Change) -> Result<Option<Change>, Plumbin
             let added = unless_there(added).map_err(failed("adding ::6/128 to the loopback interface"))?;
             // The kernel makes its route a moment later, and the mirror is to find it.
             for _ in 0..1000 {
-                if UdpSocket::bind((PASSTHROUGH_V6, 0)).and_then(|socket| socket.connect((PASSTHROUGH_V6, 9))).is_ok() {
+                if UdpSocket::bind((PASSTHROUGH_V6, 0))
+                    .and_then(|socket| socket.connect((PASSTHROUGH_V6, 9)))
+                    .is_ok()
+                {
                     break;
                 }
                 tokio::time::sleep(Duration::from_millis(1)).await;

@@ -11,6 +11,8 @@ use intercept_agent::{
     netns::Netns,
     node::{Node, Target},
     options::{Config, EtcFiles, Note, RawOptions, Switches},
+    userns::{IdMap, IdMaps},
+    validation::{self, Probe, Validated},
 };
 
 use super::{Failed, detach};
@@ -135,7 +137,23 @@ fn apply(request: Request) -> Result<()> {
     Ok(())
 }
 
+/// Istio's own check; what is in force stays in force if it fails.
 pub(super) fn validate(target: &Target, config: &Config, switches: &Switches) -> Result<()> {
-    let _todo = (target, config, switches);
-    Err(Failed::Validation.into())
+    let ids = IdMaps::of_cgroup(&target.cgroup)?;
+    let outside = |map: &IdMap, ids: &[u32]| {
+        ids.first().and_then(|&id| map.outside(id)).context("the proxy's first id is not one of the pod's")
+    };
+    let probe = Probe {
+        proxy_port: config.proxy_port,
+        inbound_port: config.inbound_port,
+        probe_port: switches.probe_port,
+        timeout: switches.probe_timeout,
+        uid: outside(&ids.users, &config.proxy_uids)?,
+        gid: outside(&ids.groups, &config.proxy_gids)?,
+    };
+    let Validated { v4, v6 } =
+        validation::validate(&target.netns, &target.cgroup, &probe).map_err(Failed::Validation)?;
+    let v6 = v6.map_or("no IPv6 to check".to_owned(), |port| format!("IPv6 at port {port}"));
+    println!("validated: IPv4 arrives at port {v4}, {v6}");
+    Ok(())
 }
