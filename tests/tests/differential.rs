@@ -61,7 +61,8 @@ fn agent_against_iptables(cases: &[Case]) {
         };
         let (iptables, agent) = std::thread::scope(|scope| {
             let iptables = scope.spawn(|| observe(&NFT));
-            (iptables.join().expect("observed"), observe(&agent))
+            let agent = observe(&agent);
+            (iptables.join().expect("observed"), agent)
         });
         reports.extend(compare::with_iptables(case, &iptables, &agent));
         reports.extend(compare::changed_ports(case, &agent));

@@ -14,8 +14,8 @@ use crate::actor::{Actor, Bind, Dial, Listen, Query, Transport};
 use crate::iptables::Options;
 use crate::testbed::{Ids, Pod};
 
-/// Long enough for one lost SYN to be sent again (after a second).
-const TIMEOUT: Duration = Duration::from_millis(2500);
+/// Long enough for two lost SYNs to be sent again (after one and three seconds).
+const TIMEOUT: Duration = Duration::from_secs(5);
 /// For flows that nobody should answer: whoever does so wrongly does it at once.
 const SILENCE: Duration = Duration::from_millis(300);
 /// Flows under way at the same time, from each end.

@@ -71,6 +71,7 @@ pub fn fixed() -> Vec<(&'static str, Options)> {
             Options {
                 tproxy: Some(Tproxy { mark: 77, table: 99 }),
                 inbound_ports: Ports::List(vec![80, 8080]),
+                exclude_inbound_ports: Vec::new(),
                 exclude_interfaces: vec!["eth1".into()],
                 ..injected()
             },
