@@ -71,13 +71,11 @@ fn agent_against_iptables(cases: &[Case]) {
 }
 
 #[test]
-#[ignore = "needs intercept-agent, built"]
 fn fixed_configurations_under_the_agent_as_under_iptables() {
     agent_against_iptables(&fixed_cases(400));
 }
 
 #[test]
-#[ignore = "needs intercept-agent, built"]
 fn random_configurations_under_the_agent_as_under_iptables() {
     agent_against_iptables(&random_cases(400));
 }
