@@ -85,7 +85,7 @@ pub fn decide_outbound(pod: &PodPolicy, flow: &Outbound, facts: &impl Facts) -> 
     let src = if flow.src.is_unspecified() { dst.source } else { flow.src };
     let mut reason = outbound_reason(pod, flow, src, &dst, facts);
     let mut mark = false;
-    if pod.flags & policy::TPROXY != 0 && is_marked(pod, flow, &dst, reason, facts) {
+    if pod.flags & policy::TPROXY != 0 && is_marked(pod, flow, src, &dst, reason, facts) {
         // What is dialled on loopback does not reach sk_lookup's rules.
         if flow.dst.is_loopback() {
             reason = Reason::MarkedLoopback;
@@ -102,6 +102,7 @@ pub fn decide_outbound(pod: &PodPolicy, flow: &Outbound, facts: &impl Facts) -> 
 fn is_marked(
     pod: &PodPolicy,
     flow: &Outbound,
+    src: Addr,
     dst: &Destination,
     reason: Reason,
     facts: &impl Facts,
@@ -109,7 +110,8 @@ fn is_marked(
     flow.protocol == TCP
         && dst.flags & (destination::LO | destination::LOCALHOST) == destination::LO
         && matches!(reason.verdict(), Verdict::Leave)
-        && !matches!(reason, Reason::NoRoute | Reason::ExcludedEgress | Reason::Passthrough)
+        && !matches!(reason, Reason::NoRoute | Reason::ExcludedEgress)
+        && !src.is_passthrough()
         && (owned_by(&pod.uids, pod.uid_count, flow.owner.uid)
             || owned_by(&pod.gids, pod.gid_count, flow.owner.gid))
         && matches!(inbound_port_reason(pod, flow.dst_port, facts).verdict(), Verdict::Redirect(_))
