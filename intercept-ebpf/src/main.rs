@@ -1,5 +1,6 @@
 //! The programs. An entry point is its hook's name, one call and the translation of the outcome into what the
 //! hook understands; everything else is in the module of its concern.
+#![expect(clippy::cast_possible_truncation, reason = "the contexts hold ports and protocols in words")]
 #![cfg_attr(target_arch = "bpf", no_std, no_main, feature(asm_experimental_arch))]
 
 mod atomic;
