@@ -7,13 +7,11 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 
+use super::crew::Crew;
 use super::mode::Mode;
 use super::nft;
 use crate::iptables::{Family, Options, chains::rules, restore::restore_input};
 use crate::testbed::Place;
-
-/// The variable that says where the agent is.
-pub const VARIABLE: &str = "INTERCEPT_AGENT";
 
 /// Empties the one table that REDIRECT mode uses. Quicker than what istio-iptables does, rule by rule.
 const EMPTY: &str = "*nat\n:PREROUTING ACCEPT\n:OUTPUT ACCEPT\nCOMMIT\n";
@@ -40,7 +38,7 @@ struct Step {
 
 impl<'a> Capture<'a> {
     /// Of a pod, by flags. Modes without capture have nothing to do.
-    pub fn prepare(mode: Mode, options: &Options, place: &'a Place) -> Result<Self> {
+    pub fn prepare(mode: Mode, options: &Options, place: &'a Place, crew: &Crew) -> Result<Self> {
         let step = |program: &str, arguments: &[&str], input: String| Step {
             program: program.into(),
             arguments: arguments.iter().map(ToString::to_string).collect(),
@@ -70,9 +68,9 @@ impl<'a> Capture<'a> {
                 vec![step("nft", &["-f", "-"], nft::REMOVAL.into())],
             ),
             Mode::Agent | Mode::Accelerated => {
-                let program = agent()?;
+                let agent = crew.agent()?;
                 let cgroup = ["--cgroup-path".to_owned(), utf8(place.cgroup.path())?];
-                let mut attach = vec!["attach".to_owned()];
+                let mut attach = agent.arguments("attach");
                 attach.extend(cgroup.clone());
                 attach.extend(["--netns".to_owned(), utf8(place.netns.path())?]);
                 if mode == Mode::Accelerated {
@@ -80,10 +78,10 @@ impl<'a> Capture<'a> {
                 }
                 // There is no DNS capture, which is what the file would be for.
                 attach.extend(options.arguments(Path::new("/dev/null")));
-                let mut detach = vec!["detach".to_owned()];
+                let mut detach = agent.arguments("detach");
                 detach.extend(cgroup);
                 let run = |arguments| Step {
-                    program: program.clone(),
+                    program: agent.program().to_owned(),
                     arguments,
                     input: String::new(),
                     inside: false,
@@ -115,19 +113,6 @@ impl Drop for Capture<'_> {
             eprintln!("taking {} out of force: {error:#}", self.place.netns.name());
         }
     }
-}
-
-/// Where the agent is: where [`VARIABLE`] says, or beside the running executable.
-pub fn agent() -> Result<PathBuf> {
-    if let Some(path) = std::env::var_os(VARIABLE) {
-        return Ok(path.into());
-    }
-    let here = std::env::current_exe().context("finding the running executable")?;
-    let folders = here.ancestors().skip(1).take(2);
-    let found = folders.map(|folder| folder.join("intercept-agent")).find(|path| path.is_file());
-    found.with_context(|| {
-        format!("no agent beside {}: build it with cargo build -p intercept-agent, or set {VARIABLE}", here.display())
-    })
 }
 
 fn utf8(path: &Path) -> Result<String> {

@@ -10,8 +10,9 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 
-use super::{envoy, interrupt};
+use super::agent::Agent;
 use super::worker::{Answer, Job, READY, Role};
+use super::{envoy, interrupt};
 use crate::actor::binary::ReadableCopy;
 use crate::testbed::{Ids, Place};
 
@@ -27,6 +28,7 @@ pub struct Crew {
     /// The benchmark's own.
     program: ReadableCopy,
     envoy: OnceCell<ReadableCopy>,
+    agent: OnceCell<Agent>,
 }
 
 /// A running worker. Dropping it ends the process.
@@ -43,7 +45,7 @@ impl Crew {
     /// Copies the running executable.
     pub fn new() -> Result<Self> {
         let original: PathBuf = std::env::current_exe().context("finding the running executable")?;
-        Ok(Self { program: ReadableCopy::of(&original)?, envoy: OnceCell::new() })
+        Ok(Self { program: ReadableCopy::of(&original)?, envoy: OnceCell::new(), agent: OnceCell::new() })
     }
 
     /// Envoy, which is copied when it is first asked for.
@@ -52,6 +54,14 @@ impl Crew {
             drop(self.envoy.set(ReadableCopy::of(&envoy::program()?)?));
         }
         Ok(self.envoy.get().context("there is no copy of Envoy")?.path())
+    }
+
+    /// The agent, which is looked for when it is first asked for.
+    pub fn agent(&self) -> Result<&Agent> {
+        if self.agent.get().is_none() {
+            drop(self.agent.set(Agent::new()?));
+        }
+        self.agent.get().context("there is no agent")
     }
 
     /// Starts a worker in a pod and waits until it is ready.

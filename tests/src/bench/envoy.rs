@@ -65,8 +65,16 @@ impl Envoy {
         Self::start(program, place, Ids::APP, &listener, &[], port)
     }
 
-    fn start(program: &Path, place: &Place, ids: Ids, listener: &Value, clusters: &[Value], port: u16) -> Result<Self> {
-        let folder = tempfile::Builder::new().prefix("intercept-test.").tempdir().context("making a folder")?;
+    fn start(
+        program: &Path,
+        place: &Place,
+        ids: Ids,
+        listener: &Value,
+        clusters: &[Value],
+        port: u16,
+    ) -> Result<Self> {
+        let folder =
+            tempfile::Builder::new().prefix("intercept-test.").tempdir().context("making a folder")?;
         fs::set_permissions(folder.path(), fs::Permissions::from_mode(0o755))?;
         let path = folder.path().join("envoy.json");
         let config = json!({"static_resources": {"listeners": [listener], "clusters": clusters}});

@@ -125,9 +125,7 @@ fn cidrs(n: u32) -> Vec<ipnet::IpNet> {
     let all = (1..=8).flat_map(|a| (0..=255).flat_map(move |b| (0..5).map(move |c| (a, b, 2 * c))));
     let nets: Vec<ipnet::IpNet> = all
         .take(n as usize)
-        .map(|(a, b, c)| {
-            ipnet::Ipv4Net::new_assert(std::net::Ipv4Addr::new(a, b, c, 0), 24).into()
-        })
+        .map(|(a, b, c)| ipnet::Ipv4Net::new_assert(std::net::Ipv4Addr::new(a, b, c, 0), 24).into())
         .collect();
     assert_eq!(nets.len(), n as usize, "there are not so many short networks");
     nets

@@ -64,8 +64,12 @@ fn lines(rules: &[&Rule], family: &str) -> Vec<String> {
             continue;
         }
         for wanted in [Shape::Destination, Shape::TcpPort, Shape::UdpPort] {
-            let elements: Vec<String> =
-                now.iter().filter_map(|rule| shape(rule)).filter(|(found, _)| *found == wanted).map(|(_, e)| e).collect();
+            let elements: Vec<String> = now
+                .iter()
+                .filter_map(|rule| shape(rule))
+                .filter(|(found, _)| *found == wanted)
+                .map(|(_, e)| e)
+                .collect();
             let elements = elements.join(", ");
             match wanted {
                 _ if elements.is_empty() => {}

@@ -97,6 +97,14 @@ impl Plan {
         if self.quick { self.among(&few) } else { self.modes.clone() }
     }
 
+    /// The modes that are given many connections: one of those that share a mechanism.
+    pub fn crowded(&self) -> Vec<Mode> {
+        self.among(&[Mode::Explicit, Mode::IptablesNft, Mode::Nft, Mode::Agent])
+            .into_iter()
+            .filter(|mode| !self.quick || *mode != Mode::Nft)
+            .collect()
+    }
+
     /// The parts that consist of rounds.
     pub fn suites(&self) -> Vec<Suite> {
         let suites = [self.plain(), self.paths(), self.lists(), self.envoy_tcp(), self.envoy_http()];
@@ -138,10 +146,16 @@ impl Plan {
         let mut suite = Suite { title: "long lists", rounds: self.rounds(3, 10), ..self.empty() };
         if self.has(Section::Lists) {
             suite.works = vec![Work::Connect { clients: 8 }];
-            let full =
-                [Lists::Injected, Lists::Cidrs(100), Lists::Cidrs(1000), Lists::Cidrs(10_000), Lists::Ports(1000)];
+            let full = [
+                Lists::Injected,
+                Lists::Cidrs(100),
+                Lists::Cidrs(1000),
+                Lists::Cidrs(10_000),
+                Lists::Ports(1000),
+            ];
             for &lists in self.choose(&[Lists::Injected, Lists::Cidrs(10_000)][..], &full) {
-                let modes = self.few().into_iter().filter(|mode| mode.captures() && *mode != Mode::Accelerated);
+                let modes =
+                    self.few().into_iter().filter(|mode| mode.captures() && *mode != Mode::Accelerated);
                 suite.cells.extend(modes.map(|mode| Cell { lists, ..Cell::plain(mode) }));
             }
         }
@@ -152,7 +166,8 @@ impl Plan {
         let mut suite = Suite { title: "Envoy, TCP", rounds: self.rounds(3, 10), ..self.empty() };
         if self.has(Section::EnvoyTcp) {
             suite.works = vec![Work::Connect { clients: 8 }, Work::Exchange { size: 128, connections: 16 }];
-            suite.cells = self.few().iter().map(|&mode| Cell { proxy: Proxy::EnvoyTcp, ..Cell::plain(mode) }).collect();
+            suite.cells =
+                self.few().iter().map(|&mode| Cell { proxy: Proxy::EnvoyTcp, ..Cell::plain(mode) }).collect();
         }
         suite
     }
@@ -163,8 +178,11 @@ impl Plan {
         suite.timing.measure = Duration::from_secs(1);
         if self.has(Section::EnvoyHttp) {
             suite.works = vec![Work::Http { connections: 16 }];
-            suite.cells =
-                self.few().iter().map(|&mode| Cell { proxy: Proxy::EnvoyHttp, ..Cell::plain(mode) }).collect();
+            suite.cells = self
+                .few()
+                .iter()
+                .map(|&mode| Cell { proxy: Proxy::EnvoyHttp, ..Cell::plain(mode) })
+                .collect();
         }
         suite
     }
@@ -178,7 +196,8 @@ impl Suite {
     /// How long it will take, roughly, in seconds.
     pub fn seconds(&self) -> f64 {
         let one = (self.timing.warm_up + self.timing.measure).as_secs_f64() + 0.02;
-        let set_up = self.cells.iter().map(|cell| if cell.proxy == Proxy::Relay { 0.3 } else { 1.0 }).sum::<f64>();
+        let set_up =
+            self.cells.iter().map(|cell| if cell.proxy == Proxy::Relay { 0.3 } else { 1.0 }).sum::<f64>();
         (self.cells.len() * self.works.len() * self.rounds) as f64 * one + set_up
     }
 }

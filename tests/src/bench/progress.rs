@@ -32,7 +32,12 @@ impl Progress {
         // The plan is a guess; what it took so far corrects it.
         let pace = if self.done > 5.0 { self.begun.elapsed().as_secs_f64() / self.done } else { 1.0 };
         let left = ((self.planned - self.done) * pace).max(0.0);
-        let line = format!("{:3.0} %  {:2.0} min {:02.0} s left  {what}", part * 100.0, (left / 60.0).floor(), left % 60.0);
+        let line = format!(
+            "{:3.0} %  {:2.0} min {:02.0} s left  {what}",
+            part * 100.0,
+            (left / 60.0).floor(),
+            left % 60.0
+        );
         let mut error = std::io::stderr().lock();
         // Nobody is left to tell if this fails.
         drop(if terminal { write!(error, "\r\x1b[K{line}") } else { writeln!(error, "{line}") });

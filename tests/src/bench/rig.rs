@@ -128,7 +128,7 @@ impl<'a> Rig<'a> {
         let mut captures = Vec::new();
         for (wanted, place) in [(outbound, &pods.client), (inbound, &pods.server)] {
             if wanted && cell.mode.captures() {
-                let mut capture = Capture::prepare(cell.mode, &cell.lists.options(), place)?;
+                let mut capture = Capture::prepare(cell.mode, &cell.lists.options(), place, crew)?;
                 capture.install()?;
                 captures.push(capture);
             }
@@ -168,7 +168,8 @@ impl<'a> Rig<'a> {
             }
         }
         let role = Role::Client { pods: pods.cgroups() };
-        let clients = (0..size.clients).map(|_| crew.start(&pods.client, Ids::APP, &role)).collect::<Result<_>>()?;
+        let clients =
+            (0..size.clients).map(|_| crew.start(&pods.client, Ids::APP, &role)).collect::<Result<_>>()?;
         Ok(Self { cell, clients, _workers: workers, _envoys: envoys, _captures: captures, pods })
     }
 
@@ -195,10 +196,11 @@ impl<'a> Rig<'a> {
     pub fn measure(&mut self, job: &Job, timing: Timing) -> Result<Measured> {
         let limit = timing.warm_up + timing.measure + Duration::from_secs(10);
         let cell = self.cell;
-        let measured = match self.clients[0].ask(job, limit).with_context(|| format!("measuring {}", cell.mode))? {
-            Answer::Measured(measured) => measured,
-            other => anyhow::bail!("the client answered {other:?}"),
-        };
+        let measured =
+            match self.clients[0].ask(job, limit).with_context(|| format!("measuring {}", cell.mode))? {
+                Answer::Measured(measured) => measured,
+                other => anyhow::bail!("the client answered {other:?}"),
+            };
         // A few lost connections are the machine's; many are the mode's, and no figure.
         anyhow::ensure!(
             measured.failures * 100 <= measured.operations.max(100),

@@ -50,7 +50,10 @@ pub fn run(suite: &Suite, crew: &Crew, random: &mut StdRng, progress: &mut Progr
     let share = suite.seconds() / (suite.rounds * suite.works.len() * suite.cells.len()) as f64;
     for round in 0..suite.rounds {
         if begun.elapsed() > limit {
-            eprintln!("\n{}: this takes too long; stopped after {round} of {} rounds", suite.title, suite.rounds);
+            eprintln!(
+                "\n{}: this takes too long; stopped after {round} of {} rounds",
+                suite.title, suite.rounds
+            );
             break;
         }
         for &work in &suite.works {
@@ -59,7 +62,13 @@ pub fn run(suite: &Suite, crew: &Crew, random: &mut StdRng, progress: &mut Progr
             for index in order {
                 let rig = &mut rigs[index];
                 let cell = rig.cell();
-                progress.at(&format!("{}, round {} of {}: {work}, {}", suite.title, round + 1, suite.rounds, cell.mode));
+                progress.at(&format!(
+                    "{}, round {} of {}: {work}, {}",
+                    suite.title,
+                    round + 1,
+                    suite.rounds,
+                    cell.mode
+                ));
                 let measured = measure(rig, work, suite.timing)?;
                 rows.push(Row { suite: suite.title.into(), round, work, cell, measured });
                 progress.advance(share);

@@ -25,8 +25,7 @@ pub fn run(role: &Role) -> Result<()> {
     raise_descriptor_limit()?;
     match role {
         Role::Server { ports } => {
-            let listeners =
-                ports.iter().map(|&port| socket::listen(port)).collect::<Result<Vec<_>>>()?;
+            let listeners = ports.iter().map(|&port| socket::listen(port)).collect::<Result<Vec<_>>>()?;
             std::thread::spawn(move || end_with(server::serve(&listeners)));
             ready()?;
             wait_for_end()
@@ -48,7 +47,8 @@ pub fn run(role: &Role) -> Result<()> {
 /// As many descriptors as this process may have without asking anybody.
 fn raise_descriptor_limit() -> Result<()> {
     let Rlimit { maximum, .. } = getrlimit(Resource::Nofile);
-    setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum }).context("raising the limit of descriptors")
+    setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum })
+        .context("raising the limit of descriptors")
 }
 
 fn ready() -> Result<()> {

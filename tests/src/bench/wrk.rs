@@ -74,7 +74,11 @@ fn read(text: &str) -> Result<Measured> {
     Ok(measured)
 }
 
-#[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a float becomes the nearest integer")]
+#[expect(
+    clippy::cast_possible_truncation,
+    clippy::cast_sign_loss,
+    reason = "a float becomes the nearest integer"
+)]
 fn nanoseconds(time: &str) -> Result<u32> {
     let units = [("us", 1e3), ("ms", 1e6), ("s", 1e9)];
     let (number, factor) = units

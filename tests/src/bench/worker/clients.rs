@@ -7,6 +7,7 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
+use rustix::io::Errno;
 
 use super::hold::Holding;
 use super::protocol::{Answer, Job, Latency, Measured, Timing};
@@ -23,9 +24,10 @@ pub(super) fn obey(pods: &[PathBuf]) -> Result<()> {
     let mut holding = Holding::default();
     for line in std::io::stdin().lock().lines() {
         let line = line.context("reading a job")?;
-        let job: Job = serde_json::from_str(&line).with_context(|| format!("understanding the job {line}"))?;
-        let answer = perform(&job, &meter, &mut holding)
-            .unwrap_or_else(|error| Answer::Failed(format!("{error:#}")));
+        let job: Job =
+            serde_json::from_str(&line).with_context(|| format!("understanding the job {line}"))?;
+        let answer =
+            perform(&job, &meter, &mut holding).unwrap_or_else(|error| Answer::Failed(format!("{error:#}")));
         say(&serde_json::to_string(&answer)?)?;
     }
     Ok(())
@@ -139,7 +141,8 @@ pub(super) struct Progress {
 pub(super) enum State {
     Waiting,
     Answered,
-    Broken,
+    /// With the error, unless the other end merely closed.
+    Broken(Option<Errno>),
 }
 
 impl Progress {
@@ -148,19 +151,27 @@ impl Progress {
     }
 
     /// Sends and receives as far as possible.
-    pub(super) fn go_on(&mut self, socket: &OwnedFd, request: &[u8], response: usize, buffer: &mut [u8]) -> State {
+    pub(super) fn go_on(
+        &mut self,
+        socket: &OwnedFd,
+        request: &[u8],
+        response: usize,
+        buffer: &mut [u8],
+    ) -> State {
         while self.sent < request.len() {
             match write(socket, &request[self.sent..]) {
                 Step::Bytes(n) => self.sent += n,
                 Step::Later => return State::Waiting,
-                Step::End => return State::Broken,
+                Step::End => return State::Broken(None),
+                Step::Broken(error) => return State::Broken(Some(error)),
             }
         }
         while self.received < response {
             match read(socket, buffer) {
                 Step::Bytes(n) => self.received += n,
                 Step::Later => return State::Waiting,
-                Step::End => return State::Broken,
+                Step::End => return State::Broken(None),
+                Step::Broken(error) => return State::Broken(Some(error)),
             }
         }
         State::Answered

@@ -31,7 +31,13 @@ struct Slot {
 }
 
 /// Keeps `slots` requests under way.
-pub(super) fn run(to: SocketAddr, slots: usize, kind: Kind, timing: Timing, meter: &Meter) -> Result<Measured> {
+pub(super) fn run(
+    to: SocketAddr,
+    slots: usize,
+    kind: Kind,
+    timing: Timing,
+    meter: &Meter,
+) -> Result<Measured> {
     let size = match kind {
         Kind::Fresh => 1,
         Kind::Kept { size } => size,
@@ -97,7 +103,7 @@ impl Asking {
             let request = if slot.first { &self.request[..] } else { &self.request[8..] };
             match slot.progress.go_on(&slot.socket, request, self.size, buffer) {
                 State::Waiting => return true,
-                State::Broken => {
+                State::Broken(_) => {
                     window.failures += 1;
                     return false;
                 }

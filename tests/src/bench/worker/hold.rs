@@ -5,10 +5,11 @@ use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
 
 use anyhow::Result;
+use rustix::io::Errno;
 
 use super::clients::{Progress, State, index};
 use super::protocol::Held;
-use super::socket::{Poller, Readiness, dial, error};
+use super::socket::{Poller, Readiness, dial};
 
 /// So many are being opened at the same time.
 const UNDER_WAY: usize = 64;
@@ -42,9 +43,9 @@ impl Holding {
         let mut held = Held { open: 0, failures: 0, errno: None, seconds: 0.0 };
         let (mut dialled, mut in_a_row) = (0_usize, 0);
         let mut happened: Vec<Readiness> = Vec::new();
-        let failed = |error: Option<std::io::Error>, held: &mut Held| {
+        let failed = |error: Option<Errno>, held: &mut Held| {
             held.failures += 1;
-            held.errno = error.and_then(|error| error.raw_os_error()).or(held.errno);
+            held.errno = error.map(Errno::raw_os_error).or(held.errno);
         };
         while held.open < connections && in_a_row < HOPELESS && Instant::now() < deadline {
             let under_way = slots.iter().flatten().count();
@@ -65,7 +66,7 @@ impl Holding {
                     }
                     Err(error) => {
                         in_a_row += 1;
-                        failed(Some(error.into()), &mut held);
+                        failed(Some(error), &mut held);
                     }
                 }
             }
@@ -83,9 +84,9 @@ impl Holding {
                         held.open += 1;
                         self.open.extend(slot.take().map(|(socket, _)| socket));
                     }
-                    State::Broken => {
+                    State::Broken(error) => {
                         in_a_row += 1;
-                        failed(error(socket), &mut held);
+                        failed(error, &mut held);
                         *slot = None;
                     }
                 }

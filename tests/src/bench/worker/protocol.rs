@@ -162,7 +162,8 @@ impl Latency {
     /// Of a set of samples, which it sorts; none of an empty set.
     pub fn of(samples: &mut [u32]) -> Option<Self> {
         samples.sort_unstable();
-        let at = |permille: usize| samples.get((samples.len() * permille / 1000).min(samples.len() - 1)).copied();
+        let at =
+            |permille: usize| samples.get((samples.len() * permille / 1000).min(samples.len() - 1)).copied();
         if samples.is_empty() {
             return None;
         }

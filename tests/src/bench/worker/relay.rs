@@ -55,7 +55,8 @@ pub(super) fn relay(listener: &OwnedFd, relay: &Relay) -> Result<()> {
 fn onwards(client: OwnedFd, relay: &Relay, turn: &mut usize) -> Result<Option<Pair>> {
     let to = match &relay.upstream {
         Upstream::OriginalDestination => SocketAddr::V4(
-            sockopt::ip_original_dst(&client).context("asking for the original destination of a connection")?,
+            sockopt::ip_original_dst(&client)
+                .context("asking for the original destination of a connection")?,
         ),
         Upstream::Fixed(upstreams) => {
             *turn += 1;
@@ -63,7 +64,9 @@ fn onwards(client: OwnedFd, relay: &Relay, turn: &mut usize) -> Result<Option<Pa
         }
     };
     if to.port() == relay.port {
-        bail!("the original destination {to} is the relay's own port: the connection was not captured rightly");
+        bail!(
+            "the original destination {to} is the relay's own port: the connection was not captured rightly"
+        );
     }
     // Where no port is left the client learns it by the reset.
     let Ok(server) = dial(to, relay.source) else { return Ok(None) };
@@ -133,7 +136,7 @@ fn copy(pair: &mut Pair, from: usize, drain: bool, buffer: &mut [u8]) -> bool {
             match write(&to.socket, &to.pending) {
                 Step::Bytes(n) => drop(to.pending.drain(..n)),
                 Step::Later => return true,
-                Step::End => return false,
+                Step::End | Step::Broken(_) => return false,
             }
         }
         if from.finished {
@@ -148,7 +151,7 @@ fn copy(pair: &mut Pair, from: usize, drain: bool, buffer: &mut [u8]) -> bool {
                 let written = match write(&to.socket, &buffer[..n]) {
                     Step::Bytes(written) => written,
                     Step::Later => 0,
-                    Step::End => return false,
+                    Step::End | Step::Broken(_) => return false,
                 };
                 if written < n {
                     to.pending.extend_from_slice(&buffer[written..n]);
@@ -158,7 +161,7 @@ fn copy(pair: &mut Pair, from: usize, drain: bool, buffer: &mut [u8]) -> bool {
             }
             Step::Later => return true,
             // A reset is passed on as one.
-            Step::End if super::socket::error(&from.socket).is_some() => return false,
+            Step::Broken(_) => return false,
             Step::End => from.finished = true,
         }
     }

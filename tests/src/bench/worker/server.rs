@@ -69,7 +69,7 @@ impl Conversation {
                 match write(&self.socket, &[0; 16 * 1024][..self.owed.min(16 * 1024)]) {
                     Step::Bytes(n) => self.owed -= n,
                     Step::Later => return true,
-                    Step::End => return false,
+                    Step::End | Step::Broken(_) => return false,
                 }
             }
             if !more && !drain {
@@ -78,7 +78,7 @@ impl Conversation {
             let n = match read(&self.socket, buffer) {
                 Step::Bytes(n) => n,
                 Step::Later => return true,
-                Step::End => return false,
+                Step::End | Step::Broken(_) => return false,
             };
             // A short read has emptied the socket.
             more = n == buffer.len();

@@ -1,6 +1,5 @@
 //! Sockets that do not block, and one epoll over them.
 
-use std::io;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::os::fd::{AsFd, OwnedFd};
 use std::time::{Duration, Instant};
@@ -103,7 +102,10 @@ impl Poller {
     }
 
     /// Waits for events, until the deadline if there is one; then there are none.
-    pub(super) fn wait(&mut self, deadline: Option<Instant>) -> Result<impl Iterator<Item = Readiness> + use<'_>> {
+    pub(super) fn wait(
+        &mut self,
+        deadline: Option<Instant>,
+    ) -> Result<impl Iterator<Item = Readiness> + use<'_>> {
         let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
         let timeout = left.map(|left| Timespec {
             tv_sec: i64::try_from(left.as_secs()).unwrap_or(i64::MAX),
@@ -134,8 +136,10 @@ pub(super) enum Step {
     Bytes(usize),
     /// Not now.
     Later,
-    /// The other end has closed (reading), or the connection is broken.
+    /// The other end sends no more.
     End,
+    /// The connection failed or was reset; the error is told only once.
+    Broken(Errno),
 }
 
 pub(super) fn read(socket: &OwnedFd, buffer: &mut [u8]) -> Step {
@@ -143,7 +147,7 @@ pub(super) fn read(socket: &OwnedFd, buffer: &mut [u8]) -> Step {
         Ok(0) => Step::End,
         Ok(n) => Step::Bytes(n),
         Err(Errno::AGAIN | Errno::INTR) => Step::Later,
-        Err(_) => Step::End,
+        Err(error) => Step::Broken(error),
     }
 }
 
@@ -151,14 +155,6 @@ pub(super) fn write(socket: &OwnedFd, bytes: &[u8]) -> Step {
     match rustix::net::send(socket, bytes, rustix::net::SendFlags::NOSIGNAL) {
         Ok(n) => Step::Bytes(n),
         Err(Errno::AGAIN | Errno::INTR) => Step::Later,
-        Err(_) => Step::End,
-    }
-}
-
-/// The error that a connection ended with.
-pub(super) fn error(socket: &OwnedFd) -> Option<io::Error> {
-    match sockopt::socket_error(socket) {
-        Ok(Ok(())) => None,
-        Ok(Err(error)) | Err(error) => Some(error.into()),
+        Err(error) => Step::Broken(error),
     }
 }

@@ -3,7 +3,7 @@
 use std::net::SocketAddr;
 use std::time::Instant;
 
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
 
 use super::clients::{Window, connect};
 use super::protocol::{ENDLESS, Measured, Timing};
@@ -30,7 +30,8 @@ pub(super) fn run(to: SocketAddr, timing: Timing, meter: &Meter) -> Result<Measu
                     continue;
                 }
                 Step::Later => {}
-                Step::End => bail!("the connection to {to} broke"),
+                Step::End => bail!("the connection to {to} was closed"),
+                Step::Broken(error) => return Err(error).with_context(|| format!("writing to {to}")),
             }
         }
         let deadline = Some(window.deadline());
