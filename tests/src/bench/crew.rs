@@ -102,6 +102,11 @@ impl Worker {
         Ok(Self { name, child, input, lines, reader: Some(reader) })
     }
 
+    /// The process.
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
     /// Has a job done; an error if it takes longer than `limit`.
     pub fn ask(&mut self, job: &Job, limit: Duration) -> Result<Answer> {
         self.tell(job)?;

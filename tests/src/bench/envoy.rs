@@ -2,14 +2,13 @@
 
 use std::fs;
 use std::io::Read as _;
-use std::net::{Ipv4Addr, SocketAddr, TcpStream};
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
@@ -65,6 +64,11 @@ impl Envoy {
         Self::start(program, place, Ids::APP, &listener, &[], port)
     }
 
+    /// The process.
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
     fn start(
         program: &Path,
         place: &Place,
@@ -92,16 +96,23 @@ impl Envoy {
             .spawn()
             .with_context(|| format!("starting {}", program.display()))?;
         let mut envoy = Self { child, _folder: folder };
-        envoy.wait_until_it_listens(place, port)?;
+        envoy.wait_until_it_listens(port)?;
         Ok(envoy)
     }
 
-    fn wait_until_it_listens(&mut self, place: &Place, port: u16) -> Result<()> {
+    /// Looks at the table of sockets: a connection would be one more that the proxy has to deal with.
+    fn wait_until_it_listens(&mut self, port: u16) -> Result<()> {
         let deadline = Instant::now() + PATIENCE;
-        let addr = SocketAddr::from((Ipv4Addr::LOCALHOST, port));
-        // Its own port on localhost is left alone by every mode.
-        while place.netns.run(|| TcpStream::connect(addr).is_err())? {
+        let table = format!("/proc/{}/net/tcp", self.child.id());
+        // "SL LOCAL:PORT REMOTE:PORT STATE ...", in hexadecimal; 0A is LISTEN.
+        let local = format!("00000000:{port:04X}");
+        loop {
             interrupt::check()?;
+            let text = fs::read_to_string(&table).unwrap_or_default();
+            let mut sockets = text.lines().map(|line| line.split_whitespace().collect::<Vec<_>>());
+            if sockets.any(|words| words.get(1) == Some(&&*local) && words.get(3) == Some(&"0A")) {
+                return Ok(());
+            }
             if let Some(status) = self.child.try_wait()? {
                 let mut said = String::new();
                 if let Some(output) = &mut self.child.stderr {
@@ -109,12 +120,9 @@ impl Envoy {
                 }
                 bail!("Envoy ended ({status}): {said}");
             }
-            if Instant::now() > deadline {
-                bail!("Envoy does not listen on port {port} after {PATIENCE:?}");
-            }
+            ensure!(Instant::now() < deadline, "Envoy does not listen on port {port} after {PATIENCE:?}");
             std::thread::yield_now();
         }
-        Ok(())
     }
 }
 

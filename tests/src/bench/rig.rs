@@ -1,15 +1,17 @@
 //! A pair of pods joined by veth, with their proxies, the client in the one and the server in the other.
 
+use std::fs;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail, ensure};
 use ipnet::{IpNet, Ipv4Net};
 
 use super::capture::Capture;
 use super::crew::{Crew, Worker};
 use super::envoy::Envoy;
+use super::interrupt;
 use super::mode::{Cell, Mode, Path, Proxy};
 use super::worker::protocol::Relay;
 use super::worker::{Answer, Job, Measured, Role, Timing, Upstream};
@@ -23,6 +25,9 @@ const OUTBOUND: u16 = 15001;
 const INBOUND: u16 = 15006;
 /// What the server's proxy binds when it connects to the server.
 const PASSTHROUGH: Ipv4Addr = Ipv4Addr::new(127, 0, 0, 6);
+
+/// How long a single connection may take.
+const PATIENCE: Duration = Duration::from_secs(5);
 
 /// Both pods have so many addresses.
 const ADDRESSES: u8 = 4;
@@ -104,6 +109,19 @@ fn net(address: Ipv4Addr) -> IpNet {
     Ipv4Net::new_assert(address, 24).into()
 }
 
+/// How many sockets processes have.
+fn sockets(processes: &[u32]) -> Result<usize> {
+    let mut count = 0;
+    for process in processes {
+        let folder = format!("/proc/{process}/fd");
+        let entries =
+            fs::read_dir(&folder).with_context(|| format!("listing {folder}; has the proxy died?"))?;
+        let targets = entries.flatten().filter_map(|entry| fs::read_link(entry.path()).ok());
+        count += targets.filter(|target| target.to_string_lossy().starts_with("socket:")).count();
+    }
+    Ok(count)
+}
+
 /// The addresses of the client's pod.
 pub fn sources() -> Vec<IpAddr> {
     (0..ADDRESSES).map(|n| client_address(n).into()).collect()
@@ -134,6 +152,7 @@ impl<'a> Rig<'a> {
             }
         }
         let mut workers = Vec::new();
+        let mut passed = Vec::new();
         let mut envoys = Vec::new();
         if cell.proxy == Proxy::EnvoyHttp {
             envoys.push(Envoy::server(crew.envoy()?, &pods.server, SERVER_PORT)?);
@@ -159,18 +178,51 @@ impl<'a> Rig<'a> {
                 _ => Upstream::OriginalDestination,
             };
             let relay = Relay { port, upstream, source };
+            let mut processes = Vec::new();
             if cell.proxy == Proxy::Relay {
                 for _ in 0..size.relays {
-                    workers.push(crew.start(place, Ids::PROXY, &Role::Relay(relay.clone()))?);
+                    let worker = crew.start(place, Ids::PROXY, &Role::Relay(relay.clone()))?;
+                    processes.push(worker.pid());
+                    workers.push(worker);
                 }
             } else {
-                envoys.push(Envoy::sidecar(crew.envoy()?, place, &relay, cell.proxy)?);
+                let envoy = Envoy::sidecar(crew.envoy()?, place, &relay, cell.proxy)?;
+                processes.push(envoy.pid());
+                envoys.push(envoy);
             }
+            passed.push(processes);
         }
         let role = Role::Client { pods: pods.cgroups() };
         let clients =
             (0..size.clients).map(|_| crew.start(&pods.client, Ids::APP, &role)).collect::<Result<_>>()?;
-        Ok(Self { cell, clients, _workers: workers, _envoys: envoys, _captures: captures, pods })
+        let mut rig = Self { cell, clients, _workers: workers, _envoys: envoys, _captures: captures, pods };
+        rig.prove(&passed)?;
+        Ok(rig)
+    }
+
+    /// Makes sure that a connection passes the proxies of each pod that is to be captured: a way around them
+    /// would look fast.
+    fn prove(&mut self, proxies: &[Vec<u32>]) -> Result<()> {
+        let before = proxies.iter().map(|pod| sockets(pod)).collect::<Result<Vec<_>>>()?;
+        let say =
+            if self.cell.proxy == Proxy::EnvoyHttp { "GET / HTTP/1.1\r\nHost: pod\r\n\r\n" } else { "" };
+        let to = self.destinations()[0];
+        let client = &mut self.clients[0];
+        client.ask(&Job::Probe { to, say: say.into() }, PATIENCE)?;
+        for (pod, before) in proxies.iter().zip(before) {
+            let deadline = Instant::now() + PATIENCE;
+            // The one that was accepted, and the one that goes onwards.
+            while sockets(pod)? < before + 2 {
+                interrupt::check()?;
+                ensure!(
+                    Instant::now() < deadline,
+                    "a connection to {to} has not passed the proxy: it is not captured"
+                );
+                std::thread::yield_now();
+            }
+        }
+        client.ask(&Job::Release, PATIENCE)?;
+        Ok(())
     }
 
     /// What this is.
@@ -199,10 +251,10 @@ impl<'a> Rig<'a> {
         let measured =
             match self.clients[0].ask(job, limit).with_context(|| format!("measuring {}", cell.mode))? {
                 Answer::Measured(measured) => measured,
-                other => anyhow::bail!("the client answered {other:?}"),
+                other => bail!("the client answered {other:?}"),
             };
         // A few lost connections are the machine's; many are the mode's, and no figure.
-        anyhow::ensure!(
+        ensure!(
             measured.failures * 100 <= measured.operations.max(100),
             "measuring {}: {} connections failed beside {} operations",
             cell.mode,

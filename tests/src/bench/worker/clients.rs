@@ -1,6 +1,6 @@
 //! The client: does one job after the other.
 
-use std::io::BufRead;
+use std::io::{BufRead, Write as _};
 use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
@@ -45,6 +45,13 @@ fn perform(job: &Job, meter: &Meter, holding: &mut Holding) -> Result<Answer> {
         Job::Stream { to, timing } => stream::run(*to, *timing, meter).map(Answer::Measured),
         Job::Hold { to, from, connections, limit } => {
             holding.open(to, from, *connections, *limit).map(Answer::Held)
+        }
+        Job::Probe { to, say } => {
+            let mut stream =
+                std::net::TcpStream::connect(to).with_context(|| format!("connecting to {to}"))?;
+            stream.write_all(say.as_bytes()).with_context(|| format!("writing to {to}"))?;
+            holding.keep(stream.into());
+            Ok(Answer::Connected)
         }
         Job::Release => {
             *holding = Holding::default();

@@ -24,6 +24,11 @@ pub(super) struct Holding {
 }
 
 impl Holding {
+    /// Keeps one more.
+    pub(super) fn keep(&mut self, socket: OwnedFd) {
+        self.open.push(socket);
+    }
+
     /// Opens connections, each answered a byte, until there are so many or the time is over or nothing works any
     /// more.
     pub(super) fn open(

@@ -101,7 +101,14 @@ pub enum Job {
         /// When to give up.
         limit: Duration,
     },
-    /// Close what [`Job::Hold`] opened.
+    /// Open a connection, write to it, and keep it until [`Job::Release`].
+    Probe {
+        /// The server.
+        to: SocketAddr,
+        /// What is written.
+        say: String,
+    },
+    /// Close what [`Job::Hold`] and [`Job::Probe`] opened.
     Release,
 }
 
@@ -112,6 +119,8 @@ pub enum Answer {
     Measured(Measured),
     /// Of Hold.
     Held(Held),
+    /// Of Probe.
+    Connected,
     /// Of Release.
     Released,
     /// It could not be done.
