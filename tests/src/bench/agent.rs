@@ -1,0 +1,121 @@
+//! The agent that is measured, with a bpffs of its own, so that neither an agent installed here nor another run is
+//! touched.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context, Result, bail};
+use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
+
+use crate::testbed::name;
+
+/// The variable that says where the agent is.
+pub const VARIABLE: &str = "INTERCEPT_AGENT";
+
+/// bpffs itself takes no names with dots, so the mount is elsewhere.
+const FOLDER: &str = "/run";
+
+/// The agent and its bpffs. Dropping it unmounts that, and with it goes every link that is still pinned there.
+#[derive(Debug)]
+pub struct Agent {
+    program: PathBuf,
+    bpffs: PathBuf,
+}
+
+impl Agent {
+    /// The agent of this build, where it can be used, with an empty bpffs.
+    pub fn new() -> Result<Self> {
+        sweep()?;
+        let program = locate()?;
+        let bpffs = Path::new(FOLDER).join(name::fresh("bpf"));
+        fs::create_dir(&bpffs).with_context(|| format!("making {}", bpffs.display()))?;
+        let agent = Self { program, bpffs };
+        mount("bpf", &agent.bpffs, "bpf", MountFlags::empty(), Some(c"mode=0700"))
+            .with_context(|| format!("mounting a bpffs at {}", agent.bpffs.display()))?;
+        Ok(agent)
+    }
+
+    /// A subcommand, on the benchmark's bpffs.
+    pub fn arguments(&self, subcommand: &str) -> Vec<String> {
+        vec![subcommand.into(), "--bpffs".into(), self.bpffs.display().to_string()]
+    }
+
+    /// The binary.
+    pub fn program(&self) -> &Path {
+        &self.program
+    }
+
+    /// The pins of the programs that all pods share: those in folders called `programs-...`.
+    pub fn pinned_programs(&self) -> Result<Vec<PathBuf>> {
+        let mut found = Vec::new();
+        let mut folders = vec![self.bpffs.clone()];
+        while let Some(folder) = folders.pop() {
+            let name = folder.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+            let programs = name.starts_with("programs");
+            for entry in fs::read_dir(&folder).with_context(|| format!("listing {}", folder.display()))? {
+                let entry = entry?;
+                if entry.file_type()?.is_dir() {
+                    folders.push(entry.path());
+                } else if programs {
+                    found.push(entry.path());
+                }
+            }
+        }
+        Ok(found)
+    }
+
+    /// Whether it can join the sockets of a node.
+    pub fn accelerates(&self) -> Result<bool> {
+        let output = Command::new(&self.program)
+            .args(["attach", "--help"])
+            .output()
+            .with_context(|| format!("starting {}", self.program.display()))?;
+        if !output.status.success() {
+            bail!("{} attach --help: {}", self.program.display(), output.status);
+        }
+        Ok(String::from_utf8_lossy(&output.stdout).contains("--accelerate"))
+    }
+}
+
+impl Drop for Agent {
+    fn drop(&mut self) {
+        if let Err(error) = remove(&self.bpffs) {
+            eprintln!("removing the bpffs {}: {error}", self.bpffs.display());
+        }
+    }
+}
+
+/// Where the agent is: where [`VARIABLE`] says, or beside the running executable.
+fn locate() -> Result<PathBuf> {
+    if let Some(path) = std::env::var_os(VARIABLE) {
+        return Ok(path.into());
+    }
+    let here = std::env::current_exe().context("finding the running executable")?;
+    let folders = here.ancestors().skip(1).take(2);
+    let found = folders.map(|folder| folder.join("intercept-agent")).find(|path| path.is_file());
+    found.with_context(|| {
+        let here = here.display();
+        format!("no agent beside {here}: build it with cargo build -p intercept-agent, or set {VARIABLE}")
+    })
+}
+
+/// Removes the bpffs of runs that were killed.
+fn sweep() -> Result<()> {
+    for entry in fs::read_dir(FOLDER).with_context(|| format!("listing {FOLDER}"))?.flatten() {
+        let Some(maker) = entry.file_name().to_str().and_then(name::owner) else { continue };
+        if !Path::new("/proc").join(maker.to_string()).exists() {
+            let path = entry.path();
+            remove(&path).with_context(|| format!("removing the bpffs {}", path.display()))?;
+        }
+    }
+    Ok(())
+}
+
+fn remove(path: &Path) -> std::io::Result<()> {
+    match unmount(path, UnmountFlags::DETACH) {
+        // Its maker ended before it was mounted.
+        Ok(()) | Err(rustix::io::Errno::INVAL) => fs::remove_dir(path),
+        Err(error) => Err(error.into()),
+    }
+}

@@ -1,0 +1,144 @@
+//! Putting a pod in force and taking it out again, in each mode.
+
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+
+use super::crew::Crew;
+use super::mode::Mode;
+use super::nft;
+use crate::iptables::{Family, Options, chains::rules, restore::restore_input};
+use crate::testbed::Place;
+
+/// Empties the one table that REDIRECT mode uses. Quicker than what istio-iptables does, rule by rule.
+const EMPTY: &str = "*nat\n:PREROUTING ACCEPT\n:OUTPUT ACCEPT\nCOMMIT\n";
+
+/// What captures one pod: prepared first, so that only the programs themselves are timed. Dropping it takes the
+/// pod out of force.
+#[derive(Debug)]
+pub struct Capture<'a> {
+    place: &'a Place,
+    install: Vec<Step>,
+    remove: Vec<Step>,
+    in_force: bool,
+}
+
+/// A program, its arguments and its input.
+#[derive(Debug)]
+struct Step {
+    program: PathBuf,
+    arguments: Vec<String>,
+    input: String,
+    /// The program is to run in the pod's namespace, rather than to be told of it.
+    inside: bool,
+}
+
+impl<'a> Capture<'a> {
+    /// Of a pod, by flags. Modes without capture have nothing to do.
+    pub fn prepare(mode: Mode, options: &Options, place: &'a Place, crew: &Crew) -> Result<Self> {
+        let step = |program: &str, arguments: &[&str], input: String| Step {
+            program: program.into(),
+            arguments: arguments.iter().map(ToString::to_string).collect(),
+            input,
+            inside: true,
+        };
+        let restore = |backend: &str, family: Family, input: String| {
+            let program = if family == Family::V4 { "iptables" } else { "ip6tables" };
+            step(&format!("{program}-{backend}-restore"), &["--noflush"], input)
+        };
+        let both = [Family::V4, Family::V6];
+        let (install, remove) = match mode {
+            Mode::None | Mode::Explicit => (Vec::new(), Vec::new()),
+            Mode::IptablesNft | Mode::IptablesLegacy => {
+                let backend = if mode == Mode::IptablesNft { "nft" } else { "legacy" };
+                let install =
+                    both.map(|family| restore(backend, family, restore_input(&rules(options, family))));
+                let remove = both.map(|family| Step {
+                    // Without --noflush the chains and rules that are not named go.
+                    arguments: Vec::new(),
+                    ..restore(backend, family, EMPTY.into())
+                });
+                (install.into(), remove.into())
+            }
+            Mode::Nft => (
+                vec![step("nft", &["-f", "-"], nft::ruleset(options))],
+                vec![step("nft", &["-f", "-"], nft::REMOVAL.into())],
+            ),
+            Mode::Agent | Mode::Accelerated => {
+                let agent = crew.agent()?;
+                let cgroup = ["--cgroup-path".to_owned(), utf8(place.cgroup.path())?];
+                let mut attach = agent.arguments("attach");
+                attach.extend(cgroup.clone());
+                attach.extend(["--netns".to_owned(), utf8(place.netns.path())?]);
+                if mode == Mode::Accelerated {
+                    attach.push("--accelerate".into());
+                }
+                // There is no DNS capture, which is what the file would be for.
+                attach.extend(options.arguments(Path::new("/dev/null")));
+                let mut detach = agent.arguments("detach");
+                detach.extend(cgroup);
+                let run = |arguments| Step {
+                    program: agent.program().to_owned(),
+                    arguments,
+                    input: String::new(),
+                    inside: false,
+                };
+                (vec![run(attach)], vec![run(detach)])
+            }
+        };
+        Ok(Self { place, install, remove, in_force: false })
+    }
+
+    /// Puts the pod in force; returns how long that took.
+    pub fn install(&mut self) -> Result<Duration> {
+        self.in_force = true;
+        perform(&self.install, self.place)
+    }
+
+    /// Takes the pod out of force; returns how long that took.
+    pub fn remove(&mut self) -> Result<Duration> {
+        self.in_force = false;
+        perform(&self.remove, self.place)
+    }
+}
+
+impl Drop for Capture<'_> {
+    fn drop(&mut self) {
+        if self.in_force
+            && let Err(error) = self.remove()
+        {
+            eprintln!("taking {} out of force: {error:#}", self.place.netns.name());
+        }
+    }
+}
+
+fn utf8(path: &Path) -> Result<String> {
+    Ok(path.to_str().with_context(|| format!("{} is not UTF-8", path.display()))?.to_owned())
+}
+
+fn perform(steps: &[Step], place: &Place) -> Result<Duration> {
+    let mut commands = Vec::new();
+    for step in steps {
+        let mut command =
+            if step.inside { place.command(&step.program)? } else { Command::new(&step.program) };
+        command.args(&step.arguments).stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::piped());
+        commands.push((command, step));
+    }
+    let begun = Instant::now();
+    for (command, step) in &mut commands {
+        let name = step.program.display();
+        let mut child =
+            command.spawn().with_context(|| format!("starting {name}; is its package installed?"))?;
+        // A program that refuses at once does not read all of it; what it says is better than that.
+        let written = child.stdin.take().context("no standard input")?.write_all(step.input.as_bytes());
+        let output = child.wait_with_output()?;
+        if !output.status.success() {
+            bail!("{name} refused ({}): {}", output.status, String::from_utf8_lossy(&output.stderr).trim());
+        }
+        written.with_context(|| format!("writing to {name}"))?;
+    }
+    Ok(begun.elapsed())
+}

@@ -1,0 +1,113 @@
+//! The regression check: figures that are quiet enough to have limits.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use rand::SeedableRng as _;
+use rand::rngs::StdRng;
+use serde::Deserialize;
+
+use super::crew::Crew;
+use super::memory::{Trial, crowd};
+use super::mode::{Cell, Mode};
+use super::plan::Suite;
+use super::progress::Progress;
+use super::summary::{Base, summarize};
+use super::work::Work;
+use super::worker::Timing;
+use super::{programs, rounds};
+
+/// The limits; the file says how they are changed.
+const LIMITS: &str = include_str!("../../bench-limits.json");
+
+/// For so many connections the maps' memory is read.
+const CONNECTIONS: usize = 2000;
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Limits {
+    #[expect(dead_code, reason = "it is for people")]
+    about: Vec<String>,
+    /// At most so many instructions seen by the verifier, by program.
+    verified_instructions: BTreeMap<String, u32>,
+    /// At most so many bytes of the agent's maps for one redirected connection.
+    map_bytes_per_connection: f64,
+    /// Of medians in one run.
+    ratios: Vec<RatioLimit>,
+}
+
+/// A limit of the agent beside another mode.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RatioLimit {
+    work: Work,
+    over: Base,
+    /// Rates are at least this.
+    rate_at_least: f64,
+    /// CPU time for a unit is at most this.
+    cpu_at_most: f64,
+}
+
+/// Measures what has limits and prints it beside them; an error if one is exceeded.
+pub fn run(crew: &Crew) -> Result<()> {
+    let limits: Limits = serde_json::from_str(LIMITS).context("reading bench-limits.json")?;
+    let mut exceeded = Vec::new();
+    let mut judge = |what: String, found: f64, good: bool, limit: String| {
+        println!("{:4} {what:<48} {found:>10.2}   {limit}", if good { "ok" } else { "BAD" });
+        if !good {
+            exceeded.push(what);
+        }
+    };
+    for (program, found) in programs::instructions(crew)? {
+        let limit = limits.verified_instructions.get(&program).copied();
+        let shown = limit.map_or("has no limit yet".into(), |limit| format!("at most {limit}"));
+        let good = limit.is_some_and(|limit| found <= limit);
+        judge(format!("instructions of {program}"), found.into(), good, shown);
+    }
+    let crowd = crowd(Mode::Agent, Trial::Memory, CONNECTIONS, Duration::from_secs(30), crew)?;
+    ensure!(
+        crowd.held.open == CONNECTIONS,
+        "only {} of {CONNECTIONS} connections came about",
+        crowd.held.open
+    );
+    #[expect(clippy::cast_precision_loss, reason = "bytes of a few maps fit")]
+    let bytes = crowd.maps as f64 / CONNECTIONS as f64;
+    let limit = limits.map_bytes_per_connection;
+    judge("bytes of maps for a connection".into(), bytes, bytes <= limit, format!("at most {limit}"));
+    let suite = Suite {
+        title: "check",
+        cells: [Mode::Explicit, Mode::IptablesNft, Mode::Agent].map(Cell::plain).into(),
+        works: limits.ratios.iter().map(|limit| limit.work).collect(),
+        rounds: 9,
+        timing: Timing { warm_up: Duration::from_millis(50), measure: Duration::from_millis(250) },
+    };
+    let mut progress = Progress::new(suite.seconds());
+    let rows = rounds::run(&suite, crew, &mut StdRng::seed_from_u64(0), &mut progress)?;
+    progress.finish();
+    let summaries = summarize(&rows, 1);
+    for RatioLimit { work, over, rate_at_least, cpu_at_most } in limits.ratios {
+        let agent = summaries.iter().find(|summary| (summary.cell.mode, summary.work) == (Mode::Agent, work));
+        let ratio =
+            agent.and_then(|agent| agent.over(over)).with_context(|| format!("{work} has no ratio"))?;
+        let (rate, cpu) = (ratio.rate.median, ratio.cpu.median);
+        judge(
+            format!("rate of {work} over {over:?}"),
+            rate,
+            rate >= rate_at_least,
+            format!("at least {rate_at_least}"),
+        );
+        judge(
+            format!("CPU of {work} over {over:?}"),
+            cpu,
+            cpu <= cpu_at_most,
+            format!("at most {cpu_at_most}"),
+        );
+    }
+    ensure!(
+        exceeded.is_empty(),
+        "beyond the limits of tests/bench-limits.json: {}; that file says what to do",
+        exceeded.join(", ")
+    );
+    Ok(())
+}

@@ -1,0 +1,203 @@
+//! Which pairs of pods do which work, how often and how long.
+
+use std::time::Duration;
+
+use clap::ValueEnum;
+use serde::{Deserialize, Serialize};
+
+use super::mode::{Cell, Lists, Mode, Path, Proxy};
+use super::work::Work;
+use super::worker::Timing;
+
+/// A part of the benchmark.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Section {
+    /// New connections
+    Connect,
+    /// Requests and responses on connections that stay
+    Exchange,
+    /// Bulk
+    Stream,
+    /// Only one of the two pods captured
+    Paths,
+    /// Many excluded networks and ports
+    Lists,
+    /// Envoy instead of the relay, copying bytes
+    EnvoyTcp,
+    /// Envoy instead of the relay, understanding HTTP
+    EnvoyHttp,
+    /// Time to put a pod in force and to take it out
+    Install,
+    /// Time and runs of each BPF program
+    Programs,
+    /// Kernel memory of many connections
+    Memory,
+    /// How many connections one pod can have to three destinations
+    Reach,
+}
+
+/// Cells that do the same works, interleaved.
+#[derive(Debug, Clone)]
+pub struct Suite {
+    /// What it is called.
+    pub title: &'static str,
+    /// Compared with each other.
+    pub cells: Vec<Cell>,
+    /// What each of them does.
+    pub works: Vec<Work>,
+    /// So often.
+    pub rounds: usize,
+    /// For how long.
+    pub timing: Timing,
+}
+
+/// How much is measured.
+#[derive(Debug, Clone)]
+pub struct Plan {
+    /// Compared; in the order of tables.
+    pub modes: Vec<Mode>,
+    /// Parts that are wanted.
+    pub sections: Vec<Section>,
+    /// A smaller choice, for three minutes.
+    pub quick: bool,
+    /// Overrides how often everything is measured.
+    pub rounds: Option<usize>,
+}
+
+impl Plan {
+    /// Whether a part is wanted.
+    pub fn has(&self, section: Section) -> bool {
+        self.sections.contains(&section)
+    }
+
+    /// One of two figures.
+    pub fn choose<T>(&self, quick: T, full: T) -> T {
+        if self.quick { quick } else { full }
+    }
+
+    /// How often something is measured.
+    pub fn rounds(&self, quick: usize, full: usize) -> usize {
+        self.rounds.unwrap_or(self.choose(quick, full))
+    }
+
+    fn timing(&self) -> Timing {
+        let [warm_up, measure] = self.choose([80, 320], [200, 1000]).map(Duration::from_millis);
+        Timing { warm_up, measure }
+    }
+
+    /// Those of the modes that are among `wanted`.
+    fn among(&self, wanted: &[Mode]) -> Vec<Mode> {
+        self.modes.iter().copied().filter(|mode| wanted.contains(mode)).collect()
+    }
+
+    /// The modes of the smaller parts: of the netfilter ones only the usual one in quick runs.
+    fn few(&self) -> Vec<Mode> {
+        let few = [Mode::Explicit, Mode::IptablesNft, Mode::Agent, Mode::Accelerated];
+        if self.quick { self.among(&few) } else { self.modes.clone() }
+    }
+
+    /// The modes that are given many connections: one of those that share a mechanism.
+    pub fn crowded(&self) -> Vec<Mode> {
+        self.among(&[Mode::Explicit, Mode::IptablesNft, Mode::Nft, Mode::Agent])
+            .into_iter()
+            .filter(|mode| !self.quick || *mode != Mode::Nft)
+            .collect()
+    }
+
+    /// The parts that consist of rounds.
+    pub fn suites(&self) -> Vec<Suite> {
+        let suites = [self.plain(), self.paths(), self.lists(), self.envoy_tcp(), self.envoy_http()];
+        suites.into_iter().filter(|suite| !suite.cells.is_empty() && !suite.works.is_empty()).collect()
+    }
+
+    fn plain(&self) -> Suite {
+        let mut works = Vec::new();
+        if self.has(Section::Connect) {
+            works.extend([1, 8].map(|clients| Work::Connect { clients }));
+        }
+        if self.has(Section::Exchange) {
+            for size in self.choose(&[128][..], &[128, 4096]) {
+                for &connections in self.choose(&[1, 16][..], &[1, 16, 128]) {
+                    works.push(Work::Exchange { size: *size, connections });
+                }
+            }
+        }
+        if self.has(Section::Stream) {
+            works.push(Work::Stream);
+        }
+        let cells = self.modes.iter().map(|&mode| Cell::plain(mode)).collect();
+        Suite { title: "both pods captured", cells, works, rounds: self.rounds(5, 15), timing: self.timing() }
+    }
+
+    fn paths(&self) -> Suite {
+        let mut suite = Suite { title: "one pod captured", rounds: self.rounds(3, 10), ..self.empty() };
+        if self.has(Section::Paths) {
+            suite.works = vec![Work::Connect { clients: 8 }, Work::Exchange { size: 128, connections: 16 }];
+            for path in [Path::Outbound, Path::Inbound] {
+                let modes = self.few().into_iter().filter(|mode| *mode != Mode::None);
+                suite.cells.extend(modes.map(|mode| Cell { path, ..Cell::plain(mode) }));
+            }
+        }
+        suite
+    }
+
+    fn lists(&self) -> Suite {
+        let mut suite = Suite { title: "long lists", rounds: self.rounds(3, 10), ..self.empty() };
+        if self.has(Section::Lists) {
+            suite.works = vec![Work::Connect { clients: 8 }];
+            let full = [
+                Lists::Injected,
+                Lists::Cidrs(100),
+                Lists::Cidrs(1000),
+                Lists::Cidrs(10_000),
+                Lists::Ports(1000),
+            ];
+            for &lists in self.choose(&[Lists::Injected, Lists::Cidrs(10_000)][..], &full) {
+                let modes =
+                    self.few().into_iter().filter(|mode| mode.captures() && *mode != Mode::Accelerated);
+                suite.cells.extend(modes.map(|mode| Cell { lists, ..Cell::plain(mode) }));
+            }
+        }
+        suite
+    }
+
+    fn envoy_tcp(&self) -> Suite {
+        let mut suite = Suite { title: "Envoy, TCP", rounds: self.rounds(3, 10), ..self.empty() };
+        if self.has(Section::EnvoyTcp) {
+            suite.works = vec![Work::Connect { clients: 8 }, Work::Exchange { size: 128, connections: 16 }];
+            suite.cells =
+                self.few().iter().map(|&mode| Cell { proxy: Proxy::EnvoyTcp, ..Cell::plain(mode) }).collect();
+        }
+        suite
+    }
+
+    fn envoy_http(&self) -> Suite {
+        let mut suite = Suite { title: "Envoy, HTTP", rounds: self.rounds(3, 10), ..self.empty() };
+        // wrk counts in whole seconds.
+        suite.timing.measure = Duration::from_secs(1);
+        if self.has(Section::EnvoyHttp) {
+            suite.works = vec![Work::Http { connections: 16 }];
+            suite.cells = self
+                .few()
+                .iter()
+                .map(|&mode| Cell { proxy: Proxy::EnvoyHttp, ..Cell::plain(mode) })
+                .collect();
+        }
+        suite
+    }
+
+    fn empty(&self) -> Suite {
+        Suite { title: "", cells: Vec::new(), works: Vec::new(), rounds: 0, timing: self.timing() }
+    }
+}
+
+impl Suite {
+    /// How long it will take, roughly, in seconds.
+    pub fn seconds(&self) -> f64 {
+        let one = (self.timing.warm_up + self.timing.measure).as_secs_f64() + 0.02;
+        let set_up =
+            self.cells.iter().map(|cell| if cell.proxy == Proxy::Relay { 0.3 } else { 1.0 }).sum::<f64>();
+        (self.cells.len() * self.works.len() * self.rounds) as f64 * one + set_up
+    }
+}

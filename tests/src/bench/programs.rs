@@ -1,0 +1,113 @@
+//! What the kernel says of the agent's programs: instructions as verified, runs, and nanoseconds a run.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use anyhow::{Context, Result, ensure};
+use aya::programs::{ProgramInfo, loaded_programs};
+use aya::sys::{Stats, enable_stats};
+use serde::{Deserialize, Serialize};
+
+use super::crew::Crew;
+use super::mode::{Cell, Mode};
+use super::rig::{Pods, Rig, Size};
+use super::rounds::measure;
+use super::work::Work;
+use super::worker::Timing;
+
+/// One program, or all instances of one.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Figures {
+    /// As the kernel knows it.
+    pub name: String,
+    /// Instructions that the verifier has seen; the size of the program's paths rather than of its code.
+    pub verified: u32,
+    /// Runs for one connection of a client, with both pods captured: three connections in all.
+    pub runs: f64,
+    /// Nanoseconds of a run, with the kernel's own measuring.
+    pub nanoseconds: f64,
+}
+
+impl Figures {
+    /// Microseconds for one connection of a client.
+    pub fn microseconds(&self) -> f64 {
+        self.runs * self.nanoseconds / 1000.0
+    }
+}
+
+#[derive(Debug, Clone, Copy, Default)]
+struct Count {
+    verified: u32,
+    runs: u64,
+    nanoseconds: u128,
+}
+
+/// Measures fresh connections with the kernel's statistics on, which slows everything: no rates are taken.
+pub fn run(timing: Timing, crew: &Crew) -> Result<Vec<Figures>> {
+    let pods = Pods::new("programs")?;
+    let mut rig = Rig::build(Cell::plain(Mode::Agent), Size::ONE, &pods, crew)?;
+    let _on = enable_stats(Stats::RunTime).context("turning the kernel's statistics of programs on")?;
+    let work = Work::Connect { clients: 8 };
+    // The window does not begin with the statistics: a run for scale, then one for the difference of two counts,
+    // without a warm-up that would be counted in one and not in the other.
+    measure(&mut rig, work, timing)?;
+    let timing = Timing { warm_up: std::time::Duration::ZERO, ..timing };
+    let before = counts(crew)?;
+    let connections = measure(&mut rig, work, timing)?.operations;
+    let after = counts(crew)?;
+    #[expect(clippy::cast_precision_loss, reason = "counts of seconds fit")]
+    let figures = after.iter().map(|(name, now)| {
+        let earlier = before.get(name).copied().unwrap_or_default();
+        let runs = now.runs - earlier.runs;
+        Figures {
+            name: name.clone(),
+            verified: now.verified,
+            runs: runs as f64 / connections as f64,
+            nanoseconds: (now.nanoseconds - earlier.nanoseconds) as f64 / runs.max(1) as f64,
+        }
+    });
+    Ok(figures.collect())
+}
+
+/// Instructions of each program, as verified: the same in every run.
+pub fn instructions(crew: &Crew) -> Result<BTreeMap<String, u32>> {
+    let pods = Pods::new("programs")?;
+    let _rig = Rig::build(Cell::plain(Mode::Agent), Size::ONE, &pods, crew)?;
+    Ok(counts(crew)?.into_iter().map(|(name, count)| (name, count.verified)).collect())
+}
+
+fn counts(crew: &Crew) -> Result<BTreeMap<String, Count>> {
+    let mut counts: BTreeMap<String, Count> = BTreeMap::new();
+    for info in loaded(crew)? {
+        let name = info.name_as_str().unwrap_or_default().to_owned();
+        let count = counts.entry(name).or_default();
+        count.verified = count.verified.max(info.verified_instruction_count().unwrap_or(0));
+        count.runs += info.run_count();
+        count.nanoseconds += info.run_time().as_nanos();
+    }
+    ensure!(!counts.is_empty(), "the agent has no program");
+    Ok(counts)
+}
+
+/// The agent's programs: those that share a map with the ones that are pinned. A pod's own are not pinned, and
+/// other agents on this machine have maps of their own.
+fn loaded(crew: &Crew) -> Result<Vec<ProgramInfo>> {
+    let maps = maps(crew)?;
+    let mut found = Vec::new();
+    // Programs of others may vanish meanwhile.
+    for info in loaded_programs().flatten() {
+        if info.map_ids().ok().flatten().is_some_and(|ids| ids.iter().any(|id| maps.contains(id))) {
+            found.push(info);
+        }
+    }
+    Ok(found)
+}
+
+/// The ids of the maps that the agent's pinned programs use.
+pub(super) fn maps(crew: &Crew) -> Result<BTreeSet<u32>> {
+    let mut maps = BTreeSet::new();
+    for pin in crew.agent()?.pinned_programs()? {
+        let info = ProgramInfo::from_pin(&pin).with_context(|| format!("looking at {}", pin.display()))?;
+        maps.extend(info.map_ids()?.unwrap_or_default());
+    }
+    Ok(maps)
+}

@@ -1,0 +1,145 @@
+//! All that a run has found, and its three forms: a table, JSON, and a page.
+
+pub mod page;
+pub mod plot;
+pub mod table;
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+use serde::{Deserialize, Serialize};
+
+use super::install::Installed;
+use super::machine::Machine;
+use super::memory::Crowd;
+use super::mode::{Lists, Mode};
+use super::programs::Figures;
+use super::rounds::Row;
+use super::statistics::Spread;
+use super::summary::Summary;
+
+/// A run.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Report {
+    /// Where.
+    pub machine: Machine,
+    /// What decided the order.
+    pub seed: u64,
+    /// A small choice rather than everything.
+    pub quick: bool,
+    /// What was left out, and why.
+    pub notes: Vec<String>,
+    /// Rounds, summed up.
+    pub summaries: Vec<Summary>,
+    /// Pods put in force and taken out.
+    pub installed: Vec<Installed>,
+    /// The agent's programs.
+    pub programs: Vec<Figures>,
+    /// Connections for which memory was read.
+    pub memory: Vec<Crowd>,
+    /// As many connections as one pod could have.
+    pub reach: Vec<Crowd>,
+    /// Every measurement.
+    pub rows: Vec<Row>,
+}
+
+/// Times of one mode with the same flags.
+#[derive(Debug, Clone, Copy)]
+pub struct InstallTimes {
+    /// By what.
+    pub mode: Mode,
+    /// With which flags.
+    pub lists: Lists,
+    /// Milliseconds to put a pod in force.
+    pub install: Spread,
+    /// Milliseconds to take it out.
+    pub remove: Spread,
+    /// Beside iptables-nft with the same flags in the same round: putting in force.
+    pub install_ratio: Option<Spread>,
+    /// The same for taking out.
+    pub remove_ratio: Option<Spread>,
+}
+
+/// Kernel memory of one connection of a client, in one mode.
+#[derive(Debug, Clone, Copy)]
+pub struct MemoryPerConnection {
+    /// How it was captured.
+    pub mode: Mode,
+    /// Bytes, sockets included.
+    pub kernel: f64,
+    /// Bytes more than with explicit proxying, which has the same sockets.
+    pub beyond_explicit: Option<f64>,
+    /// Bytes in connection tracking's slab.
+    pub conntrack: f64,
+    /// Bytes that the kernel accounts to the agent's maps.
+    pub maps: f64,
+}
+
+impl Report {
+    /// Writes the files; returns the page's path and the JSON's.
+    pub fn write(&self, folder: &Path) -> Result<[PathBuf; 2]> {
+        fs::create_dir_all(folder).with_context(|| format!("making {}", folder.display()))?;
+        let paths = ["report.html", "report.json"].map(|name| folder.join(name));
+        let json = serde_json::to_string_pretty(self)?;
+        for (path, text) in paths.iter().zip([page::page(self), json]) {
+            fs::write(path, text).with_context(|| format!("writing {}", path.display()))?;
+        }
+        Ok(paths)
+    }
+
+    /// Times to put a pod in force, by flags and mode.
+    pub fn install_times(&self) -> Vec<InstallTimes> {
+        let mut keys: Vec<(Lists, Mode)> = self.installed.iter().map(|one| (one.lists, one.mode)).collect();
+        keys.sort_unstable();
+        keys.dedup();
+        let times = |(lists, mode): (Lists, Mode)| {
+            let of =
+                |mode: Mode| self.installed.iter().filter(move |one| (one.lists, one.mode) == (lists, mode));
+            let milliseconds = |time: std::time::Duration| time.as_secs_f64() * 1000.0;
+            let ratio = |figure: fn(&Installed) -> std::time::Duration| {
+                Spread::of(of(mode).filter_map(|one| {
+                    let base = of(Mode::IptablesNft).find(|base| base.round == one.round)?;
+                    Some(figure(one).as_secs_f64() / figure(base).as_secs_f64())
+                }))
+            };
+            Some(InstallTimes {
+                mode,
+                lists,
+                install: Spread::of(of(mode).map(|one| milliseconds(one.install)))?,
+                remove: Spread::of(of(mode).map(|one| milliseconds(one.remove)))?,
+                install_ratio: ratio(|one| one.install),
+                remove_ratio: ratio(|one| one.remove),
+            })
+        };
+        keys.into_iter().filter_map(times).collect()
+    }
+
+    /// Kernel memory by mode: medians of what was read.
+    pub fn memory_per_connection(&self) -> Vec<MemoryPerConnection> {
+        let median = |mode: Mode, figure: &dyn Fn(&Crowd) -> i64| {
+            #[expect(clippy::cast_precision_loss, reason = "bytes of a machine's memory fit")]
+            let all = self
+                .memory
+                .iter()
+                .filter(|crowd| crowd.mode == mode && crowd.held.open > 0)
+                .map(|crowd| figure(crowd) as f64 / crowd.held.open as f64);
+            Spread::of(all).map(|spread| spread.median)
+        };
+        let mut modes: Vec<Mode> = self.memory.iter().map(|crowd| crowd.mode).collect();
+        modes.sort_unstable();
+        modes.dedup();
+        let explicit = median(Mode::Explicit, &|crowd| crowd.kernel);
+        let of = |mode: Mode| {
+            let kernel = median(mode, &|crowd| crowd.kernel)?;
+            Some(MemoryPerConnection {
+                mode,
+                kernel,
+                beyond_explicit: explicit.filter(|_| mode.captures()).map(|explicit| kernel - explicit),
+                conntrack: median(mode, &|crowd| crowd.conntrack)?,
+                maps: median(mode, &|crowd| crowd.maps)?,
+            })
+        };
+        modes.into_iter().filter_map(of).collect()
+    }
+}

@@ -1,0 +1,95 @@
+//! The report as one HTML file that needs no other.
+
+use std::fmt::Write;
+
+use super::Report;
+use super::plot::{Line, escape, ratios};
+use super::table;
+use crate::bench::mode::Mode;
+use crate::bench::summary::{Base, Ratio, Summary};
+
+const STYLE: &str = "
+:root { color-scheme: light dark; }
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
+pre { overflow-x: auto; font-size: 12px; line-height: 1.35; }
+figure { margin: 0 0 1.5rem; overflow-x: auto; }
+svg { font: 12px system-ui, sans-serif; fill: currentColor; }
+svg .title { font-weight: 600; }
+svg .tick { text-anchor: middle; opacity: .6; font-size: 11px; }
+svg .grid { stroke: currentColor; opacity: .15; }
+svg .one { stroke: currentColor; opacity: .6; }
+svg .own { stroke: #0a7d55; fill: #0a7d55; stroke-width: 2; }
+svg .other { stroke: #8a8f98; fill: #8a8f98; stroke-width: 2; }
+";
+
+/// The page.
+pub fn page(report: &Report) -> String {
+    let mut html = String::new();
+    write_page(report, &mut html).expect("strings take everything");
+    html
+}
+
+fn write_page(report: &Report, html: &mut String) -> std::fmt::Result {
+    write!(
+        html,
+        "<!doctype html>\n<html lang=\"en\"><meta charset=\"utf-8\">\
+         <meta name=\"viewport\" content=\"width=device-width, initial-scale=1\">\
+         <title>intercept beside iptables</title><style>{STYLE}</style>\n<h1>intercept beside iptables</h1>\n\
+         <p>Ratios of pairs within a round: the dot is the median, the line the middle half. \
+         Rates: right is better. CPU time and latency: left is better.</p>\n"
+    )?;
+    let mut suites: Vec<&str> = Vec::new();
+    for summary in &report.summaries {
+        if !suites.contains(&summary.suite.as_str()) {
+            suites.push(&summary.suite);
+        }
+    }
+    for suite in suites {
+        writeln!(html, "<h2>{}</h2>", escape(suite))?;
+        let of_suite: Vec<&Summary> =
+            report.summaries.iter().filter(|summary| summary.suite == suite).collect();
+        let mut works = Vec::new();
+        for summary in &of_suite {
+            if !works.contains(&summary.work) {
+                works.push(summary.work);
+            }
+        }
+        for work in works {
+            let of_work = of_suite.iter().copied().filter(|summary| summary.work == work);
+            let of_work: Vec<&Summary> = of_work.collect();
+            let rate = format!("{work}: {}/s over iptables-nft", work.unit());
+            figure(html, &rate, &of_work, |ratio| Some(ratio.rate))?;
+            figure(html, &format!("{work}: CPU over iptables-nft"), &of_work, |ratio| Some(ratio.cpu))?;
+            if work.unit() == "requests" {
+                figure(html, &format!("{work}: p99 latency over iptables-nft"), &of_work, |ratio| ratio.p99)?;
+            }
+        }
+    }
+    let times = report.install_times().into_iter().filter_map(|time| {
+        let label = format!("{}, {}", time.mode, time.lists);
+        Some(Line { label, spread: time.install_ratio?, own: time.mode.is_agent() })
+    });
+    let times: Vec<Line> = times.collect();
+    if !times.is_empty() {
+        write!(html, "<h2>one more pod</h2>")?;
+        writeln!(html, "<figure>{}</figure>", ratios("time to put it in force, over iptables-nft", &times))?;
+    }
+    writeln!(html, "<h2>all figures</h2>\n<pre>{}</pre>\n</html>", escape(&table::tables(report)))
+}
+
+fn figure(
+    html: &mut String,
+    title: &str,
+    summaries: &[&Summary],
+    figure: impl Fn(&Ratio) -> Option<crate::bench::statistics::Spread>,
+) -> std::fmt::Result {
+    let lines = summaries.iter().filter(|summary| summary.cell.mode != Mode::None).filter_map(|summary| {
+        let spread = figure(summary.over(Base::IptablesNft)?)?;
+        Some(Line { label: table::label(summary.cell), spread, own: summary.cell.mode.is_agent() })
+    });
+    let lines: Vec<Line> = lines.collect();
+    if lines.is_empty() {
+        return Ok(());
+    }
+    writeln!(html, "<figure>{}</figure>", ratios(title, &lines))
+}

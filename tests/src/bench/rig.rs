@@ -1,0 +1,266 @@
+//! A pair of pods joined by veth, with their proxies, the client in the one and the server in the other.
+
+use std::fs;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use ipnet::{IpNet, Ipv4Net};
+
+use super::capture::Capture;
+use super::crew::{Crew, Worker};
+use super::envoy::Envoy;
+use super::interrupt;
+use super::mode::{Cell, Mode, Path, Proxy};
+use super::worker::protocol::Relay;
+use super::worker::{Answer, Job, Measured, Role, Timing, Upstream};
+use crate::testbed::{Ids, Place};
+
+/// Where the server listens.
+pub const SERVER_PORT: u16 = 8080;
+/// Where outbound connections go.
+const OUTBOUND: u16 = 15001;
+/// Where inbound connections go.
+const INBOUND: u16 = 15006;
+/// What the server's proxy binds when it connects to the server.
+const PASSTHROUGH: Ipv4Addr = Ipv4Addr::new(127, 0, 0, 6);
+
+/// How long a single connection may take.
+const PATIENCE: Duration = Duration::from_secs(5);
+
+/// Both pods have so many addresses.
+const ADDRESSES: u8 = 4;
+
+/// How many processes of a kind there are, where one may not have enough descriptors.
+#[derive(Debug, Clone, Copy)]
+pub struct Size {
+    /// Clients.
+    pub clients: usize,
+    /// Relays of a pod.
+    pub relays: usize,
+    /// Servers.
+    pub servers: usize,
+}
+
+impl Size {
+    /// One of each.
+    pub const ONE: Self = Self { clients: 1, relays: 1, servers: 1 };
+}
+
+/// The two pods, unoccupied.
+#[derive(Debug)]
+pub struct Pods {
+    client: Place,
+    server: Place,
+}
+
+/// The pods at work. Dropping it ends the processes and takes the pods out of force; the pods themselves go with
+/// [`Pods`].
+#[derive(Debug)]
+pub struct Rig<'a> {
+    cell: Cell,
+    /// What makes the connections.
+    pub clients: Vec<Worker>,
+    _workers: Vec<Worker>,
+    _envoys: Vec<Envoy>,
+    _captures: Vec<Capture<'a>>,
+    pods: &'a Pods,
+}
+
+impl Pods {
+    /// Two new pods, joined.
+    pub fn new(label: &str) -> Result<Self> {
+        let client = Place::new(&format!("{label}-client"))?;
+        let server = Place::new(&format!("{label}-server"))?;
+        client.netns.veth("eth0", &server.netns, "eth0")?;
+        for n in 0..ADDRESSES {
+            client.netns.add_address("eth0", net(client_address(n)))?;
+            server.netns.add_address("eth0", net(server_address(n)))?;
+        }
+        Ok(Self { client, server })
+    }
+
+    /// The client's pod.
+    pub fn client(&self) -> &Place {
+        &self.client
+    }
+
+    /// The server's pod.
+    pub fn server(&self) -> &Place {
+        &self.server
+    }
+
+    /// The cgroups of both.
+    pub fn cgroups(&self) -> Vec<PathBuf> {
+        [&self.client, &self.server].map(|pod| pod.cgroup.path().to_owned()).into()
+    }
+}
+
+fn client_address(n: u8) -> Ipv4Addr {
+    Ipv4Addr::new(10, 66, 0, 2 + n)
+}
+
+fn server_address(n: u8) -> Ipv4Addr {
+    Ipv4Addr::new(10, 66, 0, 102 + n)
+}
+
+fn net(address: Ipv4Addr) -> IpNet {
+    Ipv4Net::new_assert(address, 24).into()
+}
+
+/// How many sockets processes have.
+fn sockets(processes: &[u32]) -> Result<usize> {
+    let mut count = 0;
+    for process in processes {
+        let folder = format!("/proc/{process}/fd");
+        let entries =
+            fs::read_dir(&folder).with_context(|| format!("listing {folder}; has the proxy died?"))?;
+        let targets = entries.flatten().filter_map(|entry| fs::read_link(entry.path()).ok());
+        count += targets.filter(|target| target.to_string_lossy().starts_with("socket:")).count();
+    }
+    Ok(count)
+}
+
+/// The addresses of the client's pod.
+pub fn sources() -> Vec<IpAddr> {
+    (0..ADDRESSES).map(|n| client_address(n).into()).collect()
+}
+
+/// The server's addresses, with its port.
+fn servers(port: u16) -> Vec<SocketAddr> {
+    (0..ADDRESSES).map(|n| (server_address(n), port).into()).collect()
+}
+
+impl<'a> Rig<'a> {
+    /// Puts the pods in force, then starts the processes: the order of an init container.
+    pub fn build(cell: Cell, size: Size, pods: &'a Pods, crew: &Crew) -> Result<Self> {
+        let here = || format!("setting up {} ({}, {}, {})", cell.mode, cell.path, cell.lists, cell.proxy);
+        Self::try_build(cell, size, pods, crew).with_context(here)
+    }
+
+    fn try_build(cell: Cell, size: Size, pods: &'a Pods, crew: &Crew) -> Result<Self> {
+        let proxied = cell.mode != Mode::None;
+        let outbound = proxied && cell.path != Path::Inbound;
+        let inbound = proxied && cell.path != Path::Outbound;
+        let mut captures = Vec::new();
+        for (wanted, place) in [(outbound, &pods.client), (inbound, &pods.server)] {
+            if wanted && cell.mode.captures() {
+                let mut capture = Capture::prepare(cell.mode, &cell.lists.options(), place, crew)?;
+                capture.install()?;
+                captures.push(capture);
+            }
+        }
+        let mut workers = Vec::new();
+        let mut passed = Vec::new();
+        let mut envoys = Vec::new();
+        if cell.proxy == Proxy::EnvoyHttp {
+            envoys.push(Envoy::server(crew.envoy()?, &pods.server, SERVER_PORT)?);
+        } else {
+            let server = Role::Server { ports: vec![SERVER_PORT] };
+            for _ in 0..size.servers {
+                workers.push(crew.start(&pods.server, Ids::APP, &server)?);
+            }
+        }
+        let next = if inbound { INBOUND } else { SERVER_PORT };
+        let proxies = [
+            (inbound, &pods.server, INBOUND, SERVER_PORT, Some(PASSTHROUGH.into())),
+            (outbound, &pods.client, OUTBOUND, next, None),
+        ];
+        for (wanted, place, port, next, source) in proxies {
+            if !wanted {
+                continue;
+            }
+            let upstream = match cell.mode {
+                // To as many destinations as the client of the other modes.
+                Mode::Explicit if size.relays == 1 => Upstream::Fixed(servers(next)[..1].into()),
+                Mode::Explicit => Upstream::Fixed(servers(next)),
+                _ => Upstream::OriginalDestination,
+            };
+            let relay = Relay { port, upstream, source };
+            let mut processes = Vec::new();
+            if cell.proxy == Proxy::Relay {
+                for _ in 0..size.relays {
+                    let worker = crew.start(place, Ids::PROXY, &Role::Relay(relay.clone()))?;
+                    processes.push(worker.pid());
+                    workers.push(worker);
+                }
+            } else {
+                let envoy = Envoy::sidecar(crew.envoy()?, place, &relay, cell.proxy)?;
+                processes.push(envoy.pid());
+                envoys.push(envoy);
+            }
+            passed.push(processes);
+        }
+        let role = Role::Client { pods: pods.cgroups() };
+        let clients =
+            (0..size.clients).map(|_| crew.start(&pods.client, Ids::APP, &role)).collect::<Result<_>>()?;
+        let mut rig = Self { cell, clients, _workers: workers, _envoys: envoys, _captures: captures, pods };
+        rig.prove(&passed)?;
+        Ok(rig)
+    }
+
+    /// Makes sure that a connection passes the proxies of each pod that is to be captured: a way around them
+    /// would look fast.
+    fn prove(&mut self, proxies: &[Vec<u32>]) -> Result<()> {
+        let before = proxies.iter().map(|pod| sockets(pod)).collect::<Result<Vec<_>>>()?;
+        let say =
+            if self.cell.proxy == Proxy::EnvoyHttp { "GET / HTTP/1.1\r\nHost: pod\r\n\r\n" } else { "" };
+        let to = self.destinations()[0];
+        let client = &mut self.clients[0];
+        client.ask(&Job::Probe { to, say: say.into() }, PATIENCE)?;
+        for (pod, before) in proxies.iter().zip(before) {
+            let deadline = Instant::now() + PATIENCE;
+            // The one that was accepted, and the one that goes onwards.
+            while sockets(pod)? < before + 2 {
+                interrupt::check()?;
+                ensure!(
+                    Instant::now() < deadline,
+                    "a connection to {to} has not passed the proxy: it is not captured"
+                );
+                std::thread::yield_now();
+            }
+        }
+        client.ask(&Job::Release, PATIENCE)?;
+        Ok(())
+    }
+
+    /// What this is.
+    pub fn cell(&self) -> Cell {
+        self.cell
+    }
+
+    /// The pods it is made of.
+    pub fn pods(&self) -> &'a Pods {
+        self.pods
+    }
+
+    /// What the client dials, once for each address of the server.
+    pub fn destinations(&self) -> Vec<SocketAddr> {
+        match (self.cell.mode, self.cell.path) {
+            (Mode::Explicit, Path::Both | Path::Outbound) => vec![(Ipv4Addr::LOCALHOST, OUTBOUND).into()],
+            (Mode::Explicit, Path::Inbound) => servers(INBOUND),
+            _ => servers(SERVER_PORT),
+        }
+    }
+
+    /// Measures one job of the client.
+    pub fn measure(&mut self, job: &Job, timing: Timing) -> Result<Measured> {
+        let limit = timing.warm_up + timing.measure + Duration::from_secs(10);
+        let cell = self.cell;
+        let measured =
+            match self.clients[0].ask(job, limit).with_context(|| format!("measuring {}", cell.mode))? {
+                Answer::Measured(measured) => measured,
+                other => bail!("the client answered {other:?}"),
+            };
+        // A few lost connections are the machine's; many are the mode's, and no figure.
+        ensure!(
+            measured.failures * 100 <= measured.operations.max(100),
+            "measuring {}: {} connections failed beside {} operations",
+            cell.mode,
+            measured.failures,
+            measured.operations
+        );
+        Ok(measured)
+    }
+}

@@ -1,0 +1,89 @@
+//! Running a suite: every round has all works, every work all cells, in random order.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+use rand::rngs::StdRng;
+use rand::seq::SliceRandom;
+use serde::{Deserialize, Serialize};
+
+use super::crew::Crew;
+use super::mode::Cell;
+use super::plan::Suite;
+use super::progress::Progress;
+use super::rig::{Pods, Rig, Size};
+use super::work::Work;
+use super::worker::{Measured, Timing};
+use super::{interrupt, wrk};
+
+/// One measurement.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Row {
+    /// The suite's title.
+    pub suite: String,
+    /// Measurements of one suite, work and round belong together.
+    pub round: usize,
+    /// What was done.
+    pub work: Work,
+    /// Through what.
+    pub cell: Cell,
+    /// How it went.
+    pub measured: Measured,
+}
+
+/// A suite that takes this many times what was planned stops early.
+const OVERDUE: f64 = 2.5;
+
+/// Runs a suite. If it takes much too long, the rounds that are complete are what there is.
+pub fn run(suite: &Suite, crew: &Crew, random: &mut StdRng, progress: &mut Progress) -> Result<Vec<Row>> {
+    progress.at(&format!("{}: setting up", suite.title));
+    let begun = Instant::now();
+    let limit = Duration::from_secs_f64(suite.seconds() * OVERDUE + 10.0);
+    let labels = suite.cells.iter().map(|cell| cell.mode.to_string());
+    let pods = labels.map(|label| Pods::new(&label)).collect::<Result<Vec<_>>>()?;
+    let rigs = suite.cells.iter().zip(&pods).map(|(&cell, pods)| {
+        interrupt::check()?;
+        Rig::build(cell, Size::ONE, pods, crew)
+    });
+    let mut rigs = rigs.collect::<Result<Vec<_>>>()?;
+    let mut rows = Vec::new();
+    let share = suite.seconds() / (suite.rounds * suite.works.len() * suite.cells.len()) as f64;
+    for round in 0..suite.rounds {
+        if begun.elapsed() > limit {
+            eprintln!(
+                "\n{}: this takes too long; stopped after {round} of {} rounds",
+                suite.title, suite.rounds
+            );
+            break;
+        }
+        for &work in &suite.works {
+            let mut order: Vec<usize> = (0..rigs.len()).collect();
+            order.shuffle(random);
+            for index in order {
+                let rig = &mut rigs[index];
+                let cell = rig.cell();
+                progress.at(&format!(
+                    "{}, round {} of {}: {work}, {}",
+                    suite.title,
+                    round + 1,
+                    suite.rounds,
+                    cell.mode
+                ));
+                let measured = measure(rig, work, suite.timing)?;
+                rows.push(Row { suite: suite.title.into(), round, work, cell, measured });
+                progress.advance(share);
+            }
+        }
+    }
+    Ok(rows)
+}
+
+/// One measurement.
+pub fn measure(rig: &mut Rig<'_>, work: Work, timing: Timing) -> Result<Measured> {
+    let to = *rig.destinations().first().context("there is nothing to dial")?;
+    match (work.job(to, timing), work) {
+        (Some(job), _) => rig.measure(&job, timing),
+        (None, Work::Http { connections }) => wrk::measure(rig, to, connections, timing),
+        (None, _) => unreachable!("only HTTP has another client"),
+    }
+}

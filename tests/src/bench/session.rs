@@ -1,0 +1,176 @@
+//! A whole run: the parts of a plan, one after the other.
+
+use std::time::Duration;
+
+use anyhow::Result;
+use rand::SeedableRng;
+use rand::rngs::StdRng;
+
+use super::crew::Crew;
+use super::machine::Machine;
+use super::memory::{Trial, crowd};
+use super::mode::{Mode, Proxy};
+use super::plan::{Plan, Section};
+use super::progress::Progress;
+use super::report::Report;
+use super::summary::summarize;
+use super::worker::Timing;
+use super::{envoy, install, interrupt, programs, rounds};
+
+/// How many connections a pod is asked to have to three destinations.
+const REACH: usize = 80_000;
+
+/// Planned seconds of parts that do not consist of rounds.
+const INSTALL: f64 = 0.25;
+const PROGRAMS: f64 = 3.0;
+
+/// A run, and whether everything in it worked.
+#[derive(Debug)]
+pub struct Outcome {
+    /// What was measured.
+    pub report: Report,
+    /// Parts that failed; the report has the others.
+    pub failures: Vec<anyhow::Error>,
+}
+
+/// Measures everything in the plan. A part that fails does not keep the others from being measured; an
+/// interruption does.
+pub fn perform(mut plan: Plan, connections: usize, seed: u64, crew: &Crew) -> Result<Outcome> {
+    let mut notes = Vec::new();
+    adapt(&mut plan, crew, &mut notes)?;
+    let mut run = Run {
+        crew,
+        random: StdRng::seed_from_u64(seed),
+        progress: Progress::new(planned(&plan, connections)),
+        failures: Vec::new(),
+    };
+    let machine = Machine::here();
+    let mut rows = Vec::new();
+    for suite in plan.suites() {
+        run.attempt(|run| {
+            rows.extend(rounds::run(&suite, run.crew, &mut run.random, &mut run.progress)?);
+            Ok(())
+        });
+    }
+    let mut report = Report {
+        summaries: summarize(&rows, machine.processors),
+        machine,
+        seed,
+        quick: plan.quick,
+        notes,
+        installed: Vec::new(),
+        programs: Vec::new(),
+        memory: Vec::new(),
+        reach: Vec::new(),
+        rows,
+    };
+    if plan.has(Section::Install) {
+        run.attempt(|run| {
+            run.progress.at("putting pods in force");
+            let rounds = plan.rounds(5, 20);
+            let progress = &mut run.progress;
+            report.installed = install::run(&plan.modes, rounds, run.crew, &mut run.random, || {
+                progress.advance(INSTALL);
+            })?;
+            Ok(())
+        });
+    }
+    if plan.has(Section::Programs) && plan.modes.contains(&Mode::Agent) {
+        run.attempt(|run| {
+            run.progress.at("timing the programs");
+            let timing = Timing { warm_up: Duration::from_millis(200), measure: Duration::from_secs(1) };
+            report.programs = programs::run(timing, run.crew)?;
+            run.progress.advance(PROGRAMS);
+            Ok(())
+        });
+    }
+    if plan.has(Section::Memory) {
+        for round in 0..memory_rounds(&plan) {
+            for mode in plan.crowded() {
+                run.attempt(|run| {
+                    run.progress.at(&format!("memory, round {}: {mode}", round + 1));
+                    let limit = Duration::from_secs_f64(crowd_seconds(connections) * 4.0);
+                    report.memory.push(crowd(mode, Trial::Memory, connections, limit, run.crew)?);
+                    run.progress.advance(crowd_seconds(connections));
+                    Ok(())
+                });
+            }
+        }
+    }
+    if plan.has(Section::Reach) {
+        for mode in plan.crowded().into_iter().filter(|mode| *mode != Mode::Explicit) {
+            run.attempt(|run| {
+                run.progress.at(&format!("reach: {mode}"));
+                let limit = Duration::from_secs_f64(crowd_seconds(REACH) * 2.0);
+                report.reach.push(crowd(mode, Trial::Reach, REACH, limit, run.crew)?);
+                run.progress.advance(crowd_seconds(REACH));
+                Ok(())
+            });
+        }
+    }
+    run.progress.finish();
+    Ok(Outcome { report, failures: run.failures })
+}
+
+struct Run<'a> {
+    crew: &'a Crew,
+    random: StdRng,
+    progress: Progress,
+    failures: Vec<anyhow::Error>,
+}
+
+impl Run<'_> {
+    /// Does a part, unless the run is to end.
+    fn attempt(&mut self, part: impl FnOnce(&mut Self) -> Result<()>) {
+        if !interrupt::asked()
+            && let Err(error) = part(self)
+        {
+            eprintln!("\n{error:#}");
+            self.failures.push(error);
+        }
+    }
+}
+
+/// Leaves out what cannot be measured here, and says so.
+fn adapt(plan: &mut Plan, crew: &Crew, notes: &mut Vec<String>) -> Result<()> {
+    if plan.modes.contains(&Mode::Accelerated) && !crew.agent()?.accelerates()? {
+        plan.modes.retain(|mode| *mode != Mode::Accelerated);
+        notes.push("accelerated: left out, because this agent has no --accelerate".into());
+    }
+    let wants_envoy = [Section::EnvoyTcp, Section::EnvoyHttp].into_iter().any(|section| plan.has(section));
+    if wants_envoy && let Err(error) = envoy::program() {
+        plan.sections.retain(|section| !matches!(section, Section::EnvoyTcp | Section::EnvoyHttp));
+        notes.push(format!("{} and {}: left out. {error}", Proxy::EnvoyTcp, Proxy::EnvoyHttp));
+    }
+    Ok(())
+}
+
+fn memory_rounds(plan: &Plan) -> usize {
+    plan.choose(1, 3)
+}
+
+/// Planned seconds for so many connections, with the time to settle.
+#[expect(clippy::cast_precision_loss, reason = "counts of connections fit")]
+fn crowd_seconds(connections: usize) -> f64 {
+    3.0 + connections as f64 / 3000.0
+}
+
+#[expect(clippy::cast_precision_loss, reason = "counts of rounds fit")]
+fn planned(plan: &Plan, connections: usize) -> f64 {
+    let mut seconds: f64 = plan.suites().iter().map(super::plan::Suite::seconds).sum();
+    if plan.has(Section::Install) {
+        let captured = plan.modes.iter().filter(|mode| mode.captures()).count();
+        seconds += (captured * 2 * plan.rounds(5, 20)) as f64 * INSTALL;
+    }
+    if plan.has(Section::Programs) {
+        seconds += PROGRAMS;
+    }
+    let crowded = plan.crowded().len();
+    if plan.has(Section::Memory) {
+        seconds += (crowded * memory_rounds(plan)) as f64 * crowd_seconds(connections);
+    }
+    if plan.has(Section::Reach) {
+        seconds += crowded as f64 * crowd_seconds(REACH);
+    }
+    seconds
+}

@@ -1,0 +1,77 @@
+//! The processes that make the traffic: a client, relays and a server, each of one thread and one epoll, so that
+//! what is measured is the kernel's work on the way rather than theirs.
+//!
+//! A worker is the benchmark's own binary; its [`Role`] is its argument. It says [`READY`], answers each line of
+//! its input with a line, and ends when its input does.
+
+mod clients;
+mod exchange;
+mod hold;
+pub mod protocol;
+mod relay;
+mod server;
+mod socket;
+mod stream;
+
+use std::io::{BufRead, Write};
+
+use anyhow::{Context, Result};
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+
+pub use protocol::{Answer, Job, Measured, READY, Role, Timing, Upstream};
+
+/// Does what the role says, until the end of the input.
+pub fn run(role: &Role) -> Result<()> {
+    raise_descriptor_limit()?;
+    match role {
+        Role::Server { ports } => {
+            let listeners = ports.iter().map(|&port| socket::listen(port)).collect::<Result<Vec<_>>>()?;
+            std::thread::spawn(move || end_with(server::serve(&listeners)));
+            ready()?;
+            wait_for_end()
+        }
+        Role::Relay(relay) => {
+            let listener = socket::listen(relay.port)?;
+            let relay = relay.clone();
+            std::thread::spawn(move || end_with(relay::relay(&listener, &relay)));
+            ready()?;
+            wait_for_end()
+        }
+        Role::Client { pods } => {
+            ready()?;
+            clients::obey(pods)
+        }
+    }
+}
+
+/// As many descriptors as this process may have without asking anybody.
+fn raise_descriptor_limit() -> Result<()> {
+    let Rlimit { maximum, .. } = getrlimit(Resource::Nofile);
+    setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum })
+        .context("raising the limit of descriptors")
+}
+
+fn ready() -> Result<()> {
+    say(READY)
+}
+
+fn say(line: &str) -> Result<()> {
+    let mut output = std::io::stdout().lock();
+    writeln!(output, "{line}").and_then(|()| output.flush()).context("answering")
+}
+
+/// The end of the input is the end of whoever started this process, however it came about.
+fn wait_for_end() -> Result<()> {
+    for line in std::io::stdin().lock().lines() {
+        line.context("reading the input")?;
+    }
+    Ok(())
+}
+
+/// A server or relay that stops ends the process, so that the measurement fails at once rather than by time.
+fn end_with(result: Result<()>) {
+    if let Err(error) = result {
+        eprintln!("{error:#}");
+        std::process::exit(1);
+    }
+}

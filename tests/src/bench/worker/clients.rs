@@ -1,0 +1,186 @@
+//! The client: does one job after the other.
+
+use std::io::{BufRead, Write as _};
+use std::net::SocketAddr;
+use std::os::fd::OwnedFd;
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use rustix::io::Errno;
+
+use super::hold::Holding;
+use super::protocol::{Answer, Job, Latency, Measured, Timing};
+use super::socket::{Poller, Readiness, Step, dial, read, write};
+use super::{exchange, say, stream};
+use crate::bench::cpu::{Meter, Sample};
+
+/// How long after its time a measurement may still wait for anything.
+pub(super) const PATIENCE: Duration = Duration::from_secs(5);
+
+/// Reads jobs and answers them, until the end of the input.
+pub(super) fn obey(pods: &[PathBuf]) -> Result<()> {
+    let meter = Meter::new(pods)?;
+    let mut holding = Holding::default();
+    for line in std::io::stdin().lock().lines() {
+        let line = line.context("reading a job")?;
+        let job: Job =
+            serde_json::from_str(&line).with_context(|| format!("understanding the job {line}"))?;
+        let answer =
+            perform(&job, &meter, &mut holding).unwrap_or_else(|error| Answer::Failed(format!("{error:#}")));
+        say(&serde_json::to_string(&answer)?)?;
+    }
+    Ok(())
+}
+
+fn perform(job: &Job, meter: &Meter, holding: &mut Holding) -> Result<Answer> {
+    match job {
+        Job::Connect { to, clients, timing } => {
+            exchange::run(*to, *clients, exchange::Kind::Fresh, *timing, meter).map(Answer::Measured)
+        }
+        Job::Exchange { to, connections, size, timing } => {
+            exchange::run(*to, *connections, exchange::Kind::Kept { size: *size }, *timing, meter)
+                .map(Answer::Measured)
+        }
+        Job::Stream { to, timing } => stream::run(*to, *timing, meter).map(Answer::Measured),
+        Job::Hold { to, from, connections, limit } => {
+            holding.open(to, from, *connections, *limit).map(Answer::Held)
+        }
+        Job::Probe { to, say } => {
+            let mut stream =
+                std::net::TcpStream::connect(to).with_context(|| format!("connecting to {to}"))?;
+            stream.write_all(say.as_bytes()).with_context(|| format!("writing to {to}"))?;
+            holding.keep(stream.into());
+            Ok(Answer::Connected)
+        }
+        Job::Release => {
+            *holding = Holding::default();
+            Ok(Answer::Released)
+        }
+    }
+}
+
+/// The span that counts: after the warm-up, until the time is over.
+pub(super) struct Window<'a> {
+    meter: &'a Meter,
+    opens: Instant,
+    length: Duration,
+    started: Option<(Instant, Sample)>,
+    /// What was done within.
+    pub(super) operations: u64,
+    /// What failed within.
+    pub(super) failures: u64,
+    /// How long each operation took, in nanoseconds.
+    pub(super) samples: Vec<u32>,
+}
+
+impl<'a> Window<'a> {
+    pub(super) fn new(timing: Timing, meter: &'a Meter) -> Self {
+        let opens = Instant::now() + timing.warm_up;
+        let (operations, failures, samples) = (0, 0, Vec::with_capacity(1 << 16));
+        Self { meter, opens, length: timing.measure, started: None, operations, failures, samples }
+    }
+
+    /// Takes note of the time; false once it is over.
+    pub(super) fn is_open(&mut self, now: Instant) -> Result<bool> {
+        match self.started {
+            Some((started, _)) => Ok(now < started + self.length),
+            None => {
+                if now >= self.opens {
+                    self.operations = 0;
+                    self.failures = 0;
+                    self.samples.clear();
+                    self.started = Some((Instant::now(), self.meter.read()?));
+                }
+                Ok(true)
+            }
+        }
+    }
+
+    /// When something is to be done even if nothing happens.
+    pub(super) fn deadline(&self) -> Instant {
+        self.started.as_ref().map_or(self.opens, |(started, _)| *started + self.length)
+    }
+
+    /// An operation that was begun then is complete.
+    pub(super) fn done(&mut self, begun: Instant, now: Instant) {
+        self.operations += 1;
+        let nanoseconds = now.saturating_duration_since(begun).as_nanos();
+        self.samples.push(u32::try_from(nanoseconds).unwrap_or(u32::MAX));
+    }
+
+    pub(super) fn close(mut self) -> Result<Measured> {
+        let (started, before) = self.started.take().context("the measurement ended before it began")?;
+        let seconds = started.elapsed().as_secs_f64();
+        let cpu = self.meter.read()?.since(&before);
+        ensure!(
+            self.operations > 0,
+            "nothing was done within {seconds:.1} s, and {} connections failed",
+            self.failures
+        );
+        let latency = Latency::of(&mut self.samples);
+        Ok(Measured { seconds, operations: self.operations, failures: self.failures, latency, cpu })
+    }
+}
+
+/// Connects, or says why not.
+pub(super) fn connect(to: SocketAddr, poller: &Poller, token: usize) -> Result<OwnedFd> {
+    let socket = dial(to, None).with_context(|| format!("connecting to {to}"))?;
+    poller.add(&socket, token as u64)?;
+    Ok(socket)
+}
+
+/// The index that a socket was registered with.
+pub(super) fn index(event: Readiness) -> usize {
+    usize::try_from(event.token).expect("tokens are indices")
+}
+
+/// A request being sent and its response being received.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Progress {
+    pub(super) begun: Instant,
+    sent: usize,
+    received: usize,
+}
+
+/// How far it is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum State {
+    Waiting,
+    Answered,
+    /// With the error, unless the other end merely closed.
+    Broken(Option<Errno>),
+}
+
+impl Progress {
+    pub(super) fn begin() -> Self {
+        Self { begun: Instant::now(), sent: 0, received: 0 }
+    }
+
+    /// Sends and receives as far as possible.
+    pub(super) fn go_on(
+        &mut self,
+        socket: &OwnedFd,
+        request: &[u8],
+        response: usize,
+        buffer: &mut [u8],
+    ) -> State {
+        while self.sent < request.len() {
+            match write(socket, &request[self.sent..]) {
+                Step::Bytes(n) => self.sent += n,
+                Step::Later => return State::Waiting,
+                Step::End => return State::Broken(None),
+                Step::Broken(error) => return State::Broken(Some(error)),
+            }
+        }
+        while self.received < response {
+            match read(socket, buffer) {
+                Step::Bytes(n) => self.received += n,
+                Step::Later => return State::Waiting,
+                Step::End => return State::Broken(None),
+                Step::Broken(error) => return State::Broken(Some(error)),
+            }
+        }
+        State::Answered
+    }
+}

@@ -1,0 +1,168 @@
+//! The built-in proxy: accepts, connects onwards, and copies both ways by plain reads and writes.
+
+use std::net::SocketAddr;
+use std::os::fd::OwnedFd;
+
+use anyhow::{Context, Result, bail};
+use rustix::net::{Shutdown, shutdown, sockopt};
+
+use super::protocol::{Relay, Upstream};
+use super::socket::{Poller, Readiness, Step, accept, dial, read, write};
+
+const BUFFER: usize = 64 * 1024;
+const LISTENER: u64 = u64::MAX;
+
+/// One end of a relayed connection.
+struct End {
+    socket: OwnedFd,
+    /// Taken from the other end, and not yet taken by this one.
+    pending: Vec<u8>,
+    connected: bool,
+    /// This end sends no more.
+    finished: bool,
+    /// Nothing more will be written to this end.
+    shut: bool,
+}
+
+/// The connection that was accepted, and the one that goes onwards.
+type Pair = [End; 2];
+
+/// Relays what comes to the listener.
+pub(super) fn relay(listener: &OwnedFd, relay: &Relay) -> Result<()> {
+    let mut poller = Poller::new()?;
+    poller.add_listener(listener, LISTENER)?;
+    let mut pairs = Pairs::default();
+    let mut buffer = vec![0; BUFFER];
+    let mut turn = 0;
+    let mut happened = Vec::new();
+    loop {
+        happened.clear();
+        happened.extend(poller.wait(None)?);
+        for &event in &happened {
+            if event.token == LISTENER {
+                while let Some(client) = accept(listener)? {
+                    if let Some(pair) = onwards(client, relay, &mut turn)? {
+                        pairs.insert(pair, &poller)?;
+                    }
+                }
+                continue;
+            }
+            pairs.handle(event, &mut buffer);
+        }
+    }
+}
+
+fn onwards(client: OwnedFd, relay: &Relay, turn: &mut usize) -> Result<Option<Pair>> {
+    let to = match &relay.upstream {
+        Upstream::OriginalDestination => SocketAddr::V4(
+            sockopt::ip_original_dst(&client)
+                .context("asking for the original destination of a connection")?,
+        ),
+        Upstream::Fixed(upstreams) => {
+            *turn += 1;
+            upstreams[*turn % upstreams.len()]
+        }
+    };
+    if to.port() == relay.port {
+        bail!(
+            "the original destination {to} is the relay's own port: the connection was not captured rightly"
+        );
+    }
+    // Where no port is left the client learns it by the reset.
+    let Ok(server) = dial(to, relay.source) else { return Ok(None) };
+    let end =
+        |socket, connected| End { socket, pending: Vec::new(), connected, finished: false, shut: false };
+    Ok(Some([end(client, true), end(server, false)]))
+}
+
+/// The open pairs. The token of an end is its pair's index, doubled, and 1 for the end that goes onwards.
+#[derive(Default)]
+struct Pairs {
+    pairs: Vec<Option<Pair>>,
+    free: Vec<usize>,
+}
+
+impl Pairs {
+    fn insert(&mut self, pair: Pair, poller: &Poller) -> Result<()> {
+        let index = self.free.pop().unwrap_or_else(|| {
+            self.pairs.push(None);
+            self.pairs.len() - 1
+        });
+        for (side, end) in pair.iter().enumerate() {
+            poller.add(&end.socket, (index * 2 + side) as u64)?;
+        }
+        self.pairs[index] = Some(pair);
+        Ok(())
+    }
+
+    /// An event of a pair that has just been closed may still come, and then meet a new pair: that one merely
+    /// finds nothing to do.
+    fn handle(&mut self, event: Readiness, buffer: &mut [u8]) {
+        let token = usize::try_from(event.token).expect("tokens are indices");
+        let Some(Some(pair)) = self.pairs.get_mut(token / 2) else { return };
+        let side = token % 2;
+        let alive = happened(pair, side, event, buffer);
+        if !alive || pair.iter().all(|end| end.finished && end.shut) {
+            self.pairs[token / 2] = None;
+            self.free.push(token / 2);
+        }
+    }
+}
+
+/// Does what can be done now; false if the connection is broken.
+fn happened(pair: &mut Pair, side: usize, event: Readiness, buffer: &mut [u8]) -> bool {
+    if event.writable {
+        let first = !pair[side].connected;
+        pair[side].connected = true;
+        if first || !pair[side].pending.is_empty() {
+            // What came from the other end meanwhile has waited for this.
+            if !copy(pair, 1 - side, true, buffer) {
+                return false;
+            }
+        }
+    }
+    !event.readable || copy(pair, side, event.closing, buffer)
+}
+
+/// Copies from an end to the other as long as both allow; `drain` also looks for the end of the stream.
+fn copy(pair: &mut Pair, from: usize, drain: bool, buffer: &mut [u8]) -> bool {
+    let (left, right) = pair.split_at_mut(1);
+    let (from, to) = if from == 0 { (&mut left[0], &mut right[0]) } else { (&mut right[0], &mut left[0]) };
+    if !to.connected {
+        return !(drain && from.finished);
+    }
+    loop {
+        while !to.pending.is_empty() {
+            match write(&to.socket, &to.pending) {
+                Step::Bytes(n) => drop(to.pending.drain(..n)),
+                Step::Later => return true,
+                Step::End | Step::Broken(_) => return false,
+            }
+        }
+        if from.finished {
+            if !to.shut {
+                to.shut = true;
+                return shutdown(&to.socket, Shutdown::Write).is_ok();
+            }
+            return true;
+        }
+        match read(&from.socket, buffer) {
+            Step::Bytes(n) => {
+                let written = match write(&to.socket, &buffer[..n]) {
+                    Step::Bytes(written) => written,
+                    Step::Later => 0,
+                    Step::End | Step::Broken(_) => return false,
+                };
+                if written < n {
+                    to.pending.extend_from_slice(&buffer[written..n]);
+                } else if n < buffer.len() && !drain {
+                    return true;
+                }
+            }
+            Step::Later => return true,
+            // A reset is passed on as one.
+            Step::Broken(_) => return false,
+            Step::End => from.finished = true,
+        }
+    }
+}

@@ -1,0 +1,110 @@
+//! The benchmark; `cargo xtask bench` builds and runs it. Needs root, and leaves nothing behind.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use anyhow::{Context, Result, bail, ensure};
+use clap::{Parser, ValueEnum};
+use tests::bench::crew::{Crew, WORKER};
+use tests::bench::mode::Mode;
+use tests::bench::plan::{Plan, Section};
+use tests::bench::report::table::tables;
+use tests::bench::session::{Outcome, perform};
+use tests::bench::{check, interrupt, worker};
+use tests::testbed::sweep::sweep;
+
+/// Measure what it costs to capture a pod's traffic: this agent beside iptables, nftables, explicit proxying and no
+/// proxy at all, interleaved in one run.
+#[derive(Parser)]
+#[command(bin_name = "cargo xtask bench")]
+struct Arguments {
+    /// A smaller choice of everything; takes at most three minutes
+    #[arg(long)]
+    quick: bool,
+    /// Only these modes [default: all]
+    #[arg(long, value_enum, value_delimiter = ',')]
+    modes: Vec<Mode>,
+    /// Only these parts [default: all; with --quick all but reach]
+    #[arg(long, value_enum, value_delimiter = ',')]
+    work: Vec<Section>,
+    /// How often everything is measured [default: 3 to 20, by part]
+    #[arg(long)]
+    rounds: Option<usize>,
+    /// Decides the order [default: the time]
+    #[arg(long)]
+    seed: Option<u64>,
+    /// How many connections have their memory looked at [default: 50000; with --quick 10000]
+    #[arg(long)]
+    connections: Option<usize>,
+    /// Where report.html and report.json go [default: target/bench]
+    #[arg(long)]
+    out: Option<PathBuf>,
+    /// Compare quiet figures with the limits in tests/bench-limits.json, and do nothing else
+    #[arg(long)]
+    check: bool,
+}
+
+fn main() -> ExitCode {
+    match run() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run() -> Result<()> {
+    let mut words = std::env::args().skip(1);
+    if words.next().as_deref() == Some(WORKER) {
+        let role = words.next().context("a worker needs a role")?;
+        return worker::run(&serde_json::from_str(&role).context("understanding the role of a worker")?);
+    }
+    let arguments = Arguments::parse();
+    ensure!(rustix::process::geteuid().is_root(), "making pods: not root; run with sudo -E");
+    interrupt::watch()?;
+    for path in sweep()? {
+        eprintln!("removed {}, which a killed run left", path.display());
+    }
+    let crew = Crew::new()?;
+    if arguments.check {
+        return check::run(&crew);
+    }
+    measure(arguments, &crew)
+}
+
+fn measure(arguments: Arguments, crew: &Crew) -> Result<()> {
+    let quick = arguments.quick;
+    let all = |section: &Section| !quick || *section != Section::Reach;
+    let mut plan = Plan { modes: arguments.modes, sections: arguments.work, quick, rounds: arguments.rounds };
+    if plan.modes.is_empty() {
+        plan.modes = Mode::value_variants().to_vec();
+    }
+    if plan.sections.is_empty() {
+        plan.sections = Section::value_variants().iter().copied().filter(all).collect();
+    }
+    // In the order of the tables, each once.
+    plan.modes.sort_unstable();
+    plan.modes.dedup();
+    let time =
+        std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).map_or(0, |time| time.as_secs());
+    let seed = arguments.seed.unwrap_or(time);
+    let connections = arguments.connections.unwrap_or(if quick { 10_000 } else { 50_000 });
+    let Outcome { report, failures } = perform(plan, connections, seed, crew)?;
+    print!("{}", tables(&report));
+    let paths = report.write(&arguments.out.map_or_else(default_folder, Ok)?)?;
+    for path in paths {
+        println!("{}", path.display());
+    }
+    interrupt::check()?;
+    if !failures.is_empty() {
+        bail!("{} parts failed: {:#}", failures.len(), failures[0]);
+    }
+    Ok(())
+}
+
+/// `bench` in cargo's target folder, where this program is in `release` or `debug`.
+fn default_folder() -> Result<PathBuf> {
+    let here = std::env::current_exe().context("finding the running executable")?;
+    Ok(here.ancestors().nth(2).context("the executable is not in cargo's folder")?.join("bench"))
+}
