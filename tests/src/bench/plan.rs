@@ -127,11 +127,11 @@ impl Plan {
             works.push(Work::Stream);
         }
         let cells = self.modes.iter().map(|&mode| Cell::plain(mode)).collect();
-        Suite { title: "both pods captured", cells, works, rounds: self.rounds(5, 15), timing: self.timing() }
+        Suite { title: "both pods captured", cells, works, rounds: self.rounds(5, 11), timing: self.timing() }
     }
 
     fn paths(&self) -> Suite {
-        let mut suite = Suite { title: "one pod captured", rounds: self.rounds(3, 10), ..self.empty() };
+        let mut suite = Suite { title: "one pod captured", rounds: self.rounds(3, 7), ..self.empty() };
         if self.has(Section::Paths) {
             suite.works = vec![Work::Connect { clients: 8 }, Work::Exchange { size: 128, connections: 16 }];
             for path in [Path::Outbound, Path::Inbound] {
@@ -143,7 +143,7 @@ impl Plan {
     }
 
     fn lists(&self) -> Suite {
-        let mut suite = Suite { title: "long lists", rounds: self.rounds(3, 10), ..self.empty() };
+        let mut suite = Suite { title: "long lists", rounds: self.rounds(3, 7), ..self.empty() };
         if self.has(Section::Lists) {
             suite.works = vec![Work::Connect { clients: 8 }];
             let full = [
@@ -163,7 +163,7 @@ impl Plan {
     }
 
     fn envoy_tcp(&self) -> Suite {
-        let mut suite = Suite { title: "Envoy, TCP", rounds: self.rounds(3, 10), ..self.empty() };
+        let mut suite = Suite { title: "Envoy, TCP", rounds: self.rounds(3, 7), ..self.empty() };
         if self.has(Section::EnvoyTcp) {
             suite.works = vec![Work::Connect { clients: 8 }, Work::Exchange { size: 128, connections: 16 }];
             suite.cells =
@@ -173,7 +173,7 @@ impl Plan {
     }
 
     fn envoy_http(&self) -> Suite {
-        let mut suite = Suite { title: "Envoy, HTTP", rounds: self.rounds(3, 10), ..self.empty() };
+        let mut suite = Suite { title: "Envoy, HTTP", rounds: self.rounds(3, 7), ..self.empty() };
         // wrk counts in whole seconds.
         suite.timing.measure = Duration::from_secs(1);
         if self.has(Section::EnvoyHttp) {

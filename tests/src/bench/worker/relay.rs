@@ -3,7 +3,7 @@
 use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Result, bail};
 use rustix::net::{Shutdown, shutdown, sockopt};
 
 use super::protocol::{Relay, Upstream};
@@ -54,10 +54,11 @@ pub(super) fn relay(listener: &OwnedFd, relay: &Relay) -> Result<()> {
 
 fn onwards(client: OwnedFd, relay: &Relay, turn: &mut usize) -> Result<Option<Pair>> {
     let to = match &relay.upstream {
-        Upstream::OriginalDestination => SocketAddr::V4(
-            sockopt::ip_original_dst(&client)
-                .context("asking for the original destination of a connection")?,
-        ),
+        // Where NAT has lost count, as it does when ports run short, the client learns it by the reset.
+        Upstream::OriginalDestination => match sockopt::ip_original_dst(&client) {
+            Ok(to) => SocketAddr::V4(to),
+            Err(_) => return Ok(None),
+        },
         Upstream::Fixed(upstreams) => {
             *turn += 1;
             upstreams[*turn % upstreams.len()]
