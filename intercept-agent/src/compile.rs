@@ -108,7 +108,7 @@ pub fn outside(config: &Config, maps: &IdMaps) -> (Config, Vec<u32>) {
 
 /// The parser refuses longer lists.
 fn owners(ids: &[u32]) -> ([u32; MAX_OWNERS], u16) {
-    let mut owners = [0; MAX_OWNERS];
+    let mut owners = [ids.first().copied().unwrap_or(0); MAX_OWNERS];
     let mut count = 0;
     for (slot, &id) in owners.iter_mut().zip(ids) {
         *slot = id;

@@ -9,7 +9,7 @@ use bytemuck::{Pod, Zeroable};
 ///
 /// Four words rather than sixteen bytes, because that is how the kernel hands addresses to BPF programs and
 /// because it keeps the alignment of every struct that holds one at four.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, Pod, Zeroable)]
+#[derive(Clone, Copy, Eq, Pod, Zeroable)]
 #[repr(transparent)]
 pub struct Addr([u32; 4]);
 
@@ -56,31 +56,47 @@ impl Addr {
     /// Whether this is IPv4, native or mapped.
     #[inline(always)]
     pub const fn is_v4(&self) -> bool {
-        self.0[0] == 0 && self.0[1] == 0 && self.0[2] == V4_MARK
+        self.0[0] | self.0[1] | (self.0[2] ^ V4_MARK) == 0
     }
 
     /// `0.0.0.0` or `::`.
     #[inline(always)]
     pub const fn is_unspecified(&self) -> bool {
-        self.0[0] == 0 && self.0[1] == 0 && (self.0[2] == 0 || self.0[2] == V4_MARK) && self.0[3] == 0
+        (self.0[0] | self.0[1] | self.0[3]) == 0 && (self.0[2] == 0 || self.0[2] == V4_MARK)
     }
 
     /// `127.0.0.0/8` or `::1`.
     #[inline(always)]
     pub const fn is_loopback(&self) -> bool {
-        if self.0[0] != 0 || self.0[1] != 0 {
-            return false;
-        }
-        if self.0[2] == V4_MARK {
-            return self.0[3] & 0xff_u32.to_le() == 127_u32.to_le();
-        }
-        self.0[2] == 0 && self.0[3] == 1u32.to_be()
+        let upper = self.0[0] | self.0[1];
+        // The first byte in memory is the lowest of a little-endian word and the highest of a big-endian one.
+        let first = u32::from_be(self.0[3]) >> 24;
+        (upper | (self.0[2] ^ V4_MARK) | (first ^ 127)) == 0
+            || (upper | self.0[2] | (self.0[3] ^ 1u32.to_be())) == 0
     }
 
     /// `127.0.0.6` or `::6`.
     #[inline(always)]
     pub fn is_passthrough(&self) -> bool {
         *self == Self::PASSTHROUGH_V4 || *self == Self::PASSTHROUGH_V6
+    }
+}
+
+/// In one comparison: a branch a word would be four ways for the verifier to follow.
+impl PartialEq for Addr {
+    #[inline(always)]
+    fn eq(&self, other: &Self) -> bool {
+        (self.0[0] ^ other.0[0])
+            | (self.0[1] ^ other.0[1])
+            | (self.0[2] ^ other.0[2])
+            | (self.0[3] ^ other.0[3])
+            == 0
+    }
+}
+
+impl core::hash::Hash for Addr {
+    fn hash<H: core::hash::Hasher>(&self, state: &mut H) {
+        self.0.hash(state);
     }
 }
 

@@ -3,7 +3,7 @@
 
 use crate::{
     Addr, Decision, Reason, Verdict,
-    layout::{Destination, PodPolicy, destination, interface, policy, port},
+    layout::{Destination, MAX_OWNERS, PodPolicy, destination, interface, policy, port},
 };
 
 const TCP: u8 = 6;
@@ -117,9 +117,28 @@ fn is_marked(
         && matches!(inbound_port_reason(pod, flow.dst_port, facts).verdict(), Verdict::Redirect(_))
 }
 
+/// Whether an id is in a list of owners, whose unused places repeat the first one.
+///
+/// Nearly always there is one. The others are compared without a branch, because the verifier follows every branch of
+/// every turn of a loop on its own.
 #[inline(always)]
-fn owned_by(ids: &[u32], count: u16, id: u32) -> bool {
-    ids.iter().take(count as usize).any(|&owner| owner == id)
+fn owned_by(ids: &[u32; MAX_OWNERS], count: u16, id: u32) -> bool {
+    if count == 0 {
+        return false;
+    }
+    if ids[0] == id {
+        return true;
+    }
+    if count == 1 {
+        return false;
+    }
+    let mut all_differ = u32::MAX;
+    for owner in ids {
+        let differs = owner ^ id;
+        // The top bit is set unless the two are equal.
+        all_differ &= differs | differs.wrapping_neg();
+    }
+    all_differ >> 31 == 0
 }
 
 #[inline(always)]
@@ -155,30 +174,23 @@ fn outbound_reason(
     if lo && src.is_passthrough() {
         return Reason::Passthrough;
     }
-    // 4 and 5. A row "b" of one user ends the walk for another that comes later, so the order of -u counts.
+    // 4 and 5. Row b of the first id ends the walk for all that come later, so the order of -u counts.
     let loops_back = lo && !localhost && tcp && flow.dst_port != pod.tunnel_port;
     let leaves_lo = lo && !has(policy::INCLUDES_LOOPBACK) && (!dns || (tcp && !to_53));
-    for i in 0..pod.uids.len() {
-        if i >= pod.uid_count as usize {
-            break;
-        }
-        if pod.uids[i] == flow.owner.uid {
-            return if loops_back && !to_53 { Reason::ProxyUidToPod } else { Reason::ProxyUid };
-        }
-        if leaves_lo {
-            return Reason::LoopbackNotProxyUid;
-        }
+    let is_proxy = |ids: &[u32; MAX_OWNERS], count: u16, id: u32| {
+        if leaves_lo { count != 0 && ids[0] == id } else { owned_by(ids, count, id) }
+    };
+    if is_proxy(&pod.uids, pod.uid_count, flow.owner.uid) {
+        return if loops_back && !to_53 { Reason::ProxyUidToPod } else { Reason::ProxyUid };
     }
-    for i in 0..pod.gids.len() {
-        if i >= pod.gid_count as usize {
-            break;
-        }
-        if pod.gids[i] == flow.owner.gid {
-            return if loops_back { Reason::ProxyGidToPod } else { Reason::ProxyGid };
-        }
-        if leaves_lo {
-            return Reason::LoopbackNotProxyGid;
-        }
+    if leaves_lo && pod.uid_count != 0 {
+        return Reason::LoopbackNotProxyUid;
+    }
+    if is_proxy(&pod.gids, pod.gid_count, flow.owner.gid) {
+        return if loops_back { Reason::ProxyGidToPod } else { Reason::ProxyGid };
+    }
+    if leaves_lo && pod.gid_count != 0 {
+        return Reason::LoopbackNotProxyGid;
     }
     // 6
     if has(policy::GROUPS_ONLY | policy::GROUPS_EXCEPT) {

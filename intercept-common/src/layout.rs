@@ -111,9 +111,9 @@ pub struct PodPolicy {
     pub uid_count: u16,
     /// How many of `gids` count.
     pub gid_count: u16,
-    /// `-u`, in order.
+    /// `-u`, in order; the first again in places that are not used.
     pub uids: [u32; MAX_OWNERS],
-    /// `-g`, in order.
+    /// `-g`, in order; as `uids`.
     pub gids: [u32; MAX_OWNERS],
 }
 

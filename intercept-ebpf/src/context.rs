@@ -234,6 +234,15 @@ pub(crate) struct Ends {
     pub(crate) remote_port: u16,
 }
 
+impl Ends {
+    /// Whether a socket with these ends may be the proxy's end of a redirected connection. The proxy is dialled on
+    /// loopback, or from and to one address of the pod; what arrives from outside needs no look-up.
+    #[inline(always)]
+    pub(crate) fn may_be_redirected(&self) -> bool {
+        self.local.is_loopback() || self.local == self.remote
+    }
+}
+
 /// Both ends of a connected socket. Of an `AF_INET6` socket that speaks IPv4, the IPv4 fields are read: the mapped
 /// ones are filled later by some kernels.
 #[inline(always)]

@@ -66,8 +66,7 @@ fn dial(ctx: &SockOpsContext) {
 #[inline(always)]
 fn accepted(ctx: &SockOpsContext) {
     let ends = context::callback_ends(ctx.ops);
-    // The proxy is dialled on loopback, or from and to one address of the pod; what arrives from outside ends here.
-    if !ends.local.is_loopback() && ends.local != ends.remote {
+    if !ends.may_be_redirected() {
         return;
     }
     let key = proxy_key(maps::netns_cookie(ctx), &ends);

@@ -64,17 +64,19 @@ fn answered(ctx: &SockoptContext) -> bool {
     {
         return false;
     }
-    let netns = maps::netns_cookie(ctx);
     let sk = load!(load_u64, bpf_sockopt, ctx.sockopt, __bindgen_anon_1) as *mut bpf_sock;
-    if sk.is_null() || load!(load_u32, bpf_sock, sk, protocol) != TCP || maps::pod(netns).is_none() {
+    if sk.is_null() || load!(load_u32, bpf_sock, sk, protocol) != TCP {
         return false;
     }
+    let netns = maps::netns_cookie(ctx);
     let ends = context::sock_ends(sk);
-    let (addr, port) = match maps::orig_dst(&proxy_key(netns, &ends)) {
+    let redirected = if ends.may_be_redirected() { maps::orig_dst(&proxy_key(netns, &ends)) } else { None };
+    let (addr, port) = match redirected {
         // SAFETY: the map holds OrigDst; an element taken out meanwhile is freed after a grace period.
         Some(entry) => unsafe { ((*entry).addr, (*entry).port()) },
         // conntrack, where it is there, has answered for a connection that nobody rewrote.
-        None if load!(load_u32, bpf_sockopt, ctx.sockopt, retval).cast_signed() == 0 => return false,
+        None if load!(load_u32, bpf_sockopt, ctx.sockopt, retval) == 0 => return false,
+        None if maps::pod(netns).is_none() => return false,
         // What it would say of such a connection: arriving ones are steered without a rewrite.
         None => (ends.local, ends.local_port),
     };

@@ -153,10 +153,10 @@ fn demo(options: &Options) -> Result<bool> {
         serve(&inside, "app", Ids::APP, any, APP_PORT)?;
         serve(&inside, "metrics", Ids::APP, any, METRICS_PORT)?;
     }
-    let proxy = match options.proxy {
+    match options.proxy {
         Proxy::Relay => start_relay(&inside)?,
         Proxy::Envoy => bail!("--proxy envoy: not yet"),
-    };
+    }
 
     let agent = Agent { binary: &options.agent, cgroup: pod.cgroup.path(), netns: pod.netns.path() };
     println!(
@@ -179,10 +179,10 @@ fn demo(options: &Options) -> Result<bool> {
             .concat()
         )?
     );
-    let shown = show(&flows(&pod), &pod, &agent, &inside, &world, &proxy);
+    let shown = show(&flows(&pod), &pod, &agent, &inside, &world);
     print!("{}", agent.run(&["detach"])?);
     let all_right = shown?;
-    drop((inside, world, proxy, pod));
+    drop((inside, world, pod));
     let left = testbed::sweep::leftovers(std::process::id())?;
     ensure!(left.is_empty(), "left behind: {left:?}");
     println!("nothing is left behind");
@@ -259,14 +259,7 @@ impl Agent<'_> {
     }
 }
 
-fn show(
-    flows: &[Flow],
-    pod: &Pod,
-    agent: &Agent<'_>,
-    inside: &Actor,
-    world: &Actor,
-    _proxy: &(),
-) -> Result<bool> {
+fn show(flows: &[Flow], pod: &Pod, agent: &Agent<'_>, inside: &Actor, world: &Actor) -> Result<bool> {
     let mut rows = vec![
         ["flow", "dialled", "went to", "original destination", "peer the proxy saw", "because", ""]
             .map(str::to_owned),
