@@ -43,8 +43,9 @@ fn build() -> Result<(), String> {
 
     let built = target_dir.join(TARGET).join("release").join(BINARY);
     let object = out_dir.join("intercept.o");
-    fs::copy(&built, &object)
-        .map_err(|error| format!("copying {} to {}: {error}", built.display(), object.display()))?;
+    let bytes = fs::read(&built).map_err(|error| format!("reading {}: {error}", built.display()))?;
+    fs::write(&object, plain_names(bytes))
+        .map_err(|error| format!("writing {}: {error}", object.display()))?;
     Ok(())
 }
 
@@ -118,4 +119,18 @@ fn path(variable: &str) -> Result<PathBuf, String> {
     env::var_os(variable)
         .map(PathBuf::from)
         .ok_or_else(|| format!("{variable} is not set: run this through cargo"))
+}
+
+/// The kernel takes only identifiers as names of types ("[128] UNION MaybeUninit<u8> size=1 vlen=2 Invalid name") and
+/// refuses all types of the object otherwise. bpf-linker makes them so for structs, but not for this union, which
+/// comes with aya-log's level.
+fn plain_names(mut object: Vec<u8>) -> Vec<u8> {
+    const RUST: &[u8] = b"MaybeUninit<u8>\0";
+    const PLAIN: &[u8; 16] = b"MaybeUninit_u8_\0";
+    for at in 0..object.len().saturating_sub(RUST.len()) {
+        if object[at..].starts_with(RUST) {
+            object[at..at + RUST.len()].copy_from_slice(PLAIN);
+        }
+    }
+    object
 }

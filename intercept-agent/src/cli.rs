@@ -1,9 +1,9 @@
 //! The arguments of the commands, and logging.
 
-use std::{net::IpAddr, path::PathBuf};
+use std::{io::IsTerminal as _, net::IpAddr, path::PathBuf};
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use intercept_agent::{options::RawOptions, store::DEFAULT_BPFFS};
+use intercept_agent::{options::RawOptions, programs::DEFAULT_MAX_CONNECTIONS, store::DEFAULT_BPFFS};
 
 /// Takes a pod's traffic through its sidecar proxy with eBPF, as istio-iptables does with netfilter.
 #[derive(Parser)]
@@ -54,6 +54,15 @@ pub(crate) enum Command {
     IstioIptables(IstioArgs),
 }
 
+/// The node's programs and maps.
+#[derive(Args, Clone)]
+pub(crate) struct Load {
+    /// Most redirected connections that this node remembers; counts when the programs are loaded, by the first pod
+    #[arg(long, value_name = "N", default_value_t = DEFAULT_MAX_CONNECTIONS, env = "INTERCEPT_MAX_CONNECTIONS",
+          value_parser = clap::value_parser!(u32).range(1..))]
+    pub(crate) max_connections: u32,
+}
+
 /// Which bpffs.
 #[derive(Args, Clone)]
 pub(crate) struct Bpffs {
@@ -73,6 +82,8 @@ pub(crate) struct AttachArgs {
     #[command(flatten)]
     pub(crate) bpffs: Bpffs,
     #[command(flatten)]
+    pub(crate) load: Load,
+    #[command(flatten)]
     pub(crate) options: RawOptions,
 }
 
@@ -83,6 +94,8 @@ pub(crate) struct IstioArgs {
     pub(crate) cgroup_path: Option<PathBuf>,
     #[command(flatten)]
     pub(crate) bpffs: Bpffs,
+    #[command(flatten)]
+    pub(crate) load: Load,
     #[command(flatten)]
     pub(crate) options: RawOptions,
 }
@@ -178,8 +191,11 @@ pub(crate) fn start_logging(logging: &Logging) {
         Ok(filter) => (filter, None),
         Err(error) => (EnvFilter::new("info"), Some(error)),
     };
-    let subscriber =
-        tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_target(false);
+    let subscriber = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_target(false)
+        .with_ansi(std::io::stderr().is_terminal());
     match logging.log_format {
         LogFormat::Text => subscriber.init(),
         LogFormat::Json => subscriber.json().init(),

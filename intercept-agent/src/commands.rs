@@ -32,6 +32,14 @@ impl Failed {
     }
 }
 
+/// Tell a result. A reader that has gone away is no failure: what is told was done.
+macro_rules! say {
+    ($($what:tt)*) => {
+        drop(std::io::Write::write_fmt(&mut std::io::stdout(), format_args!("{}\n", format_args!($($what)*))))
+    };
+}
+use say;
+
 pub(crate) fn run(cli: Cli) -> Result<()> {
     match cli.command {
         Command::Attach(args) => attach::attach(args),

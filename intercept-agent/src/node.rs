@@ -11,6 +11,8 @@ use std::{
     time::{SystemTime, UNIX_EPOCH},
 };
 
+use aya::programs::ProgramInfo;
+use aya_log::EbpfLogger;
 use intercept_common::{layout, layout::PodPolicy, names};
 
 use crate::{
@@ -62,6 +64,8 @@ pub enum NodeError {
     CgroupTaken { cgroup: String, inode: u64 },
     #[error("{0} pods are attached to this node, which is all it has counters for")]
     TooManyPods(usize),
+    #[error("reading the log lines of the programs")]
+    Logs { source: Box<dyn std::error::Error + Send + Sync> },
     #[error("{0} is not attached")]
     NotAttached(String),
 }
@@ -107,7 +111,8 @@ pub struct Node {
 
 impl Node {
     /// Lock the store; load the programs if this build's are not there, and put them under the links of all pods.
-    pub fn open(bpffs: &Path) -> Result<Self, NodeError> {
+    /// `max_connections` is the size of ORIG_DST if it is made now.
+    pub fn open(bpffs: &Path, max_connections: u32) -> Result<Self, NodeError> {
         let store = Store::open(bpffs)?;
         let lock = store.lock()?;
         if !store.programs().join(names::CONNECT6).exists() {
@@ -115,7 +120,7 @@ impl Node {
             store.remove(&store.programs())?;
             store.create(&store.maps())?;
             store.create(&store.programs())?;
-            programs::load_shared(&store.maps(), &store.programs())?;
+            programs::load_shared(&store.maps(), &store.programs(), max_connections)?;
         }
         let node = Self { tables: Tables::open(&store.maps())?, store, _lock: lock };
         let others = node.store.other_programs()?;
@@ -139,6 +144,14 @@ impl Node {
             return Ok(None);
         }
         Ok(Some(Self { tables: Tables::open(&store.maps())?, store, _lock: lock }))
+    }
+
+    /// What reads the log lines of this build's programs.
+    pub fn log_reader(&self) -> Result<EbpfLogger<&'static dyn log::Log>, NodeError> {
+        let failed = |source: Box<dyn std::error::Error + Send + Sync>| NodeError::Logs { source };
+        let program = ProgramInfo::from_pin(self.store.programs().join(names::SOCK_OPS))
+            .map_err(|e| failed(e.into()))?;
+        EbpfLogger::init_from_id(program.id()).map_err(|e| failed(e.into()))
     }
 
     /// The maps.

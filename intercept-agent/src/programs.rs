@@ -80,14 +80,19 @@ pub fn attach_type(program: &str) -> bpf_attach_type {
     }
 }
 
+/// Most redirected connections that a node remembers unless it is told otherwise; an entry takes memory only while its
+/// connection lives.
+pub const DEFAULT_MAX_CONNECTIONS: u32 = 1 << 20;
+
 /// Load the shared programs over the maps pinned in `maps` (made and pinned there if they are not), and pin them in
 /// `programs`.
-pub fn load_shared(maps: &Path, programs: &Path) -> Result<(), ProgramError> {
+pub fn load_shared(maps: &Path, programs: &Path, max_connections: u32) -> Result<(), ProgramError> {
     let found = offsets::find();
     if let Err(error) = &found {
         tracing::warn!(error = error as &dyn std::error::Error, "owners are those of the task that connects");
     }
     let mut loader = EbpfLoader::new();
+    loader.map_max_entries(names::ORIG_DST, max_connections);
     if let Ok(offsets) = &found {
         for (name, offset) in offsets {
             loader.override_global(name, offset, true);

@@ -26,8 +26,12 @@ pub const EVENTS: &str = "EVENTS";
 /// One cell: whether anybody reads [`EVENTS`].
 pub const TRACING: &str = "TRACING";
 
+/// Ring buffer of log lines; the name is aya-log's.
+pub const LOGS: &str = "AYA_LOGS";
+
 /// Every map that is shared by all pods of a node and pinned.
-pub const MAPS: [&str; 12] = [
+pub const MAPS: [&str; 13] = [
+    LOGS,
     PODS,
     DESTINATIONS,
     PORTS,

@@ -93,7 +93,13 @@ pub(crate) fn connect<F: Family>(ctx: &SockAddrContext) -> Outcome {
         }
     }
     if maps::set_socket(sk, state).is_none() {
-        observe::failure(pod, Failure::NoStorage);
+        observe::failure_line!(
+            ctx,
+            netns,
+            pod,
+            Failure::NoStorage,
+            "remembering an original destination of netns {}: no memory, the connect is refused"
+        );
         return Failure::NoStorage.policy().into();
     }
     if kind == socket::STEERED {

@@ -48,7 +48,13 @@ pub(crate) fn sendmsg<F: Family>(ctx: &SockAddrContext) -> Outcome {
         kind: socket::DATAGRAM,
     };
     if maps::set_socket(sk, state).is_none() {
-        observe::failure(pod, Failure::NoStorage);
+        observe::failure_line!(
+            ctx,
+            netns,
+            pod,
+            Failure::NoStorage,
+            "remembering an original destination of netns {}: no memory, the connect is refused"
+        );
         return Failure::NoStorage.policy().into();
     }
     if flow.src.is_unspecified() && !decided.source.is_unspecified() {

@@ -55,7 +55,13 @@ fn dial(ctx: &SockOpsContext) {
     maps::forget_socket(sk);
     if maps::add_orig_dst(&key, &value).is_err() {
         if let Some(pod) = maps::pod(netns) {
-            observe::failure(pod, Failure::OrigDstFull);
+            observe::failure_line!(
+                ctx,
+                netns,
+                pod,
+                Failure::OrigDstFull,
+                "storing an original destination of netns {}: ORIG_DST is full, raise --max-connections"
+            );
         }
         return;
     }
@@ -128,7 +134,13 @@ fn listen(ctx: &SockOpsContext) {
     }
     // What is bound to loopback would not get arriving connections from a REDIRECT either.
     if !local.is_loopback() && !hold(ctx.ops, netns, port) {
-        observe::failure(pod, Failure::ListenerNotAdded);
+        observe::failure_line!(
+            ctx,
+            netns,
+            pod,
+            Failure::ListenerNotAdded,
+            "holding a listener of netns {}: it will get no inbound connections"
+        );
     }
 }
 

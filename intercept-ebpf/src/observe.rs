@@ -28,6 +28,17 @@ pub(crate) fn failure(pod: &PodPolicy, failure: Failure) {
     count(pod.slot, Reason::ALL.len() + failure as usize);
 }
 
+/// A failure that is rare and worth a line: read by whoever runs an agent in the foreground. The line says what was
+/// attempted and has a place for the cookie of the namespace.
+macro_rules! failure_line {
+    ($ctx:expr, $netns:expr, $pod:expr, $failure:expr, $line:literal) => {{
+        $crate::observe::failure($pod, $failure);
+        #[cfg(target_arch = "bpf")]
+        aya_log_ebpf::warn!($ctx, $line, $netns);
+    }};
+}
+pub(crate) use failure_line;
+
 /// An outbound decision.
 #[inline(always)]
 pub(crate) fn outbound(netns: u64, pod: &PodPolicy, flow: &Outbound, reason: Reason) {

@@ -15,7 +15,7 @@ use intercept_agent::{
     validation::{self, Probe, Validated},
 };
 
-use super::{Failed, detach};
+use super::{Failed, detach, say};
 use crate::cli::{AttachArgs, IstioArgs};
 
 /// A pod and what is asked for it, all validated: nothing has been changed yet.
@@ -24,6 +24,7 @@ pub(super) struct Request {
     pub(super) config: Config,
     pub(super) switches: Switches,
     pub(super) bpffs: PathBuf,
+    pub(super) max_connections: u32,
 }
 
 impl Request {
@@ -40,6 +41,7 @@ impl Request {
             config: options.config,
             switches: options.switches,
             bpffs: args.bpffs.bpffs,
+            max_connections: args.load.max_connections,
         })
     }
 }
@@ -87,6 +89,7 @@ pub(super) fn istio_iptables(args: IstioArgs) -> Result<()> {
         config: options.config,
         switches: options.switches,
         bpffs: args.bpffs.bpffs,
+        max_connections: args.load.max_connections,
     })
 }
 
@@ -107,10 +110,10 @@ fn around_own_cgroup() -> Result<PathBuf> {
 }
 
 fn apply(request: Request) -> Result<()> {
-    let Request { target, config, switches, bpffs } = request;
+    let Request { target, config, switches, bpffs, max_connections } = request;
     if switches.dry_run {
-        print!("{config}");
-        println!("{}", serde_json::to_string_pretty(&config)?);
+        say!("{config}");
+        say!("{}", serde_json::to_string_pretty(&config)?);
         return Ok(());
     }
     if switches.cleanup_only {
@@ -118,12 +121,12 @@ fn apply(request: Request) -> Result<()> {
     }
     super::check::require_privileges()?;
     if !switches.skip_rule_apply {
-        let mut node =
-            Node::open(&bpffs).with_context(|| format!("opening the state in {}", bpffs.display()))?;
+        let mut node = Node::open(&bpffs, max_connections)
+            .with_context(|| format!("opening the state in {}", bpffs.display()))?;
         let done = node.attach(&target, &config).with_context(|| {
             format!("attaching cgroup {} in {}", target.cgroup.path().display(), target.netns.name())
         })?;
-        println!(
+        say!(
             "{} cgroup {} in namespace {} (cookie {})",
             done.word(),
             target.cgroup.path().display(),
@@ -154,6 +157,6 @@ pub(super) fn validate(target: &Target, config: &Config, switches: &Switches) ->
     let Validated { v4, v6 } =
         validation::validate(&target.netns, &target.cgroup, &probe).map_err(Failed::Validation)?;
     let v6 = v6.map_or("no IPv6 to check".to_owned(), |port| format!("IPv6 at port {port}"));
-    println!("validated: IPv4 arrives at port {v4}, {v6}");
+    say!("validated: IPv4 arrives at port {v4}, {v6}");
     Ok(())
 }

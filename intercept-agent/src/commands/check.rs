@@ -6,6 +6,7 @@ use anyhow::{Result, bail};
 use intercept_agent::{cgroup, offsets, programs, store::Store};
 use serde::Serialize;
 
+use super::say;
 use crate::cli::CheckArgs;
 
 #[derive(Serialize)]
@@ -52,10 +53,10 @@ pub(super) fn require_privileges() -> Result<()> {
 pub(super) fn check(args: &CheckArgs) -> Result<()> {
     let findings = findings(&args.bpffs.bpffs);
     if args.json {
-        println!("{}", serde_json::to_string_pretty(&findings)?);
+        say!("{}", serde_json::to_string_pretty(&findings)?);
     } else {
         for Finding { what, ok, detail } in &findings {
-            println!("{} {what}: {detail}", if *ok { "ok     " } else { "MISSING" });
+            say!("{} {what}: {detail}", if *ok { "ok     " } else { "MISSING" });
         }
     }
     let missing = findings.iter().filter(|finding| !finding.ok).count();
@@ -109,7 +110,13 @@ fn programs(bpffs: &Path) -> Finding {
             .create(&store.maps())
             .and_then(|()| store.create(&store.programs()))
             .map_err(anyhow::Error::from)
-            .and_then(|()| Ok(programs::load_shared(&store.maps(), &store.programs())?))
+            .and_then(|()| {
+                Ok(programs::load_shared(
+                    &store.maps(),
+                    &store.programs(),
+                    programs::DEFAULT_MAX_CONNECTIONS,
+                )?)
+            })
             .and_then(|()| Ok(programs::load_lookup(&store.maps(), 1).map(drop)?));
         store.remove_all()?;
         loaded

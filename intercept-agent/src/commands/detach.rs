@@ -10,6 +10,7 @@ use intercept_agent::{
     store::Record,
 };
 
+use super::say;
 use crate::cli::DetachArgs;
 
 pub(super) fn detach(args: &DetachArgs) -> Result<()> {
@@ -36,7 +37,7 @@ pub(super) fn detach_cgroup(bpffs: &Path, cgroup: &Path, absent_is_fine: bool) -
             let netns = reach(record);
             node.detach(record.cookie, netns.as_ref())
                 .with_context(|| format!("detaching cgroup {}", cgroup.display()))?;
-            println!("detached cgroup {} (cookie {})", cgroup.display(), record.cookie);
+            say!("detached cgroup {} (cookie {})", cgroup.display(), record.cookie);
         }
         None if absent_is_fine => {}
         None => return Err(absent().into()),
@@ -48,7 +49,7 @@ pub(super) fn detach_cgroup(bpffs: &Path, cgroup: &Path, absent_is_fine: bool) -
 
 fn detach_all(bpffs: &Path) -> Result<()> {
     let Some(mut node) = Node::find(bpffs)? else {
-        println!("nothing is attached");
+        say!("nothing is attached");
         return Ok(());
     };
     let mut failed = None;
@@ -56,7 +57,7 @@ fn detach_all(bpffs: &Path) -> Result<()> {
         let netns = reach(&record);
         // Take away what can be taken away, and report what could not.
         match node.detach(record.cookie, netns.as_ref()) {
-            Ok(()) => println!("detached cgroup {} (cookie {})", record.cgroup.display(), record.cookie),
+            Ok(()) => say!("detached cgroup {} (cookie {})", record.cgroup.display(), record.cookie),
             Err(error) => {
                 tracing::error!(cgroup = %record.cgroup.display(), error = &error as &dyn std::error::Error, "detaching");
                 failed = Some(error);

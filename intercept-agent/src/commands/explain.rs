@@ -10,6 +10,7 @@ use intercept_common::{
 };
 use serde::Serialize;
 
+use super::say;
 use crate::cli::{Direction, ExplainArgs};
 
 /// What `--json` prints. The names are stable.
@@ -55,13 +56,13 @@ pub(super) fn explain(args: &ExplainArgs) -> Result<()> {
     let decision = decide(args, &policy, &FromTables(node.tables()));
     let answer = answer(decision, &policy);
     if args.json {
-        println!("{}", serde_json::to_string_pretty(&answer)?);
+        say!("{}", serde_json::to_string_pretty(&answer)?);
     } else {
         match answer.port {
             Some(port) => {
-                println!("to the proxy on {port}: {} ({}, row {})", answer.because, answer.reason, answer.row)
+                say!("to the proxy on {port}: {} ({}, row {})", answer.because, answer.reason, answer.row)
             }
-            None => println!("left alone: {} ({}, row {})", answer.because, answer.reason, answer.row),
+            None => say!("left alone: {} ({}, row {})", answer.because, answer.reason, answer.row),
         }
     }
     Ok(())

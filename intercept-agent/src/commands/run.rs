@@ -3,15 +3,22 @@
 use std::path::Path;
 
 use anyhow::{Context as _, Result};
+use aya_log::EbpfLogger;
 use intercept_agent::{
     mirror::Follower,
     netns::Netns,
     node::{Attached, Node, Target},
     options::Config,
 };
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::{
+    io::{Interest, unix::AsyncFd},
+    signal::unix::{SignalKind, signal},
+};
 
-use super::attach::{self, Request};
+use super::{
+    attach::{self, Request},
+    say,
+};
 use crate::cli::AttachArgs;
 
 pub(super) fn run(args: AttachArgs) -> Result<()> {
@@ -23,30 +30,31 @@ pub(super) fn run(args: AttachArgs) -> Result<()> {
 }
 
 async fn follow(request: Request) -> Result<()> {
-    let Request { target, config, switches, bpffs } = request;
+    let Request { target, config, switches, bpffs, max_connections } = request;
     // Before the attach, so that no signal and no change falls in between.
     let mut interrupt = signal(SignalKind::interrupt()).context("listening for SIGINT")?;
     let mut terminate = signal(SignalKind::terminate()).context("listening for SIGTERM")?;
     let mut changes = Follower::start(&target.netns)?;
-    let done = put_in_force(&bpffs, &target, &config)?;
-    println!(
-        "{} cgroup {} in namespace {}",
-        done.word(),
-        target.cgroup.path().display(),
-        target.netns.name()
-    );
+    let done = put_in_force(&bpffs, max_connections, &target, &config)?;
+    say!("{} cgroup {} in namespace {}", done.word(), target.cgroup.path().display(), target.netns.name());
     if switches.run_validation {
         attach::validate(&target, &config, &switches)?;
     }
+    let mut lines = log_lines(&bpffs)?;
     loop {
         tokio::select! {
+            ready = lines.readable_mut() => {
+                let mut ready = ready.context("waiting for log lines of the programs")?;
+                ready.get_inner_mut().flush();
+                ready.clear_ready();
+            }
             _ = interrupt.recv() => break,
             _ = terminate.recv() => break,
             change = changes.changed() => {
                 if let Err(error) = change {
                     tracing::warn!(error = &error as &dyn std::error::Error, "following the namespace: reading it anew");
                 }
-                match put_in_force(&bpffs, &target, &config) {
+                match put_in_force(&bpffs, max_connections, &target, &config) {
                     Ok(Attached::Unchanged) => {}
                     Ok(_) => tracing::info!(netns = target.netns.name(), "followed a change of addresses or routes"),
                     Err(error) => tracing::error!("{error:#}: what was in force stays in force"),
@@ -55,15 +63,23 @@ async fn follow(request: Request) -> Result<()> {
         }
     }
     take_out(&bpffs, &target.netns).context("detaching")?;
-    println!("detached cgroup {}", target.cgroup.path().display());
+    say!("detached cgroup {}", target.cgroup.path().display());
     Ok(())
 }
 
-fn put_in_force(bpffs: &Path, target: &Target, config: &Config) -> Result<Attached> {
-    let mut node = Node::open(bpffs).with_context(|| format!("opening the state in {}", bpffs.display()))?;
+fn put_in_force(bpffs: &Path, max_connections: u32, target: &Target, config: &Config) -> Result<Attached> {
+    let mut node = Node::open(bpffs, max_connections)
+        .with_context(|| format!("opening the state in {}", bpffs.display()))?;
     node.attach(target, config).with_context(|| {
         format!("attaching cgroup {} in {}", target.cgroup.path().display(), target.netns.name())
     })
+}
+
+fn log_lines(bpffs: &Path) -> Result<AsyncFd<EbpfLogger<&'static dyn log::Log>>> {
+    let node = Node::find(bpffs)?.context("the state that was just written is gone")?;
+    // SAFETY: the reader keeps its descriptor open, and always the same one, until it is dropped.
+    let reader = unsafe { AsyncFd::register_with_interest(node.log_reader()?, Interest::READABLE) };
+    reader.map_err(std::io::Error::from).context("waiting for log lines of the programs")
 }
 
 fn take_out(bpffs: &Path, netns: &Netns) -> Result<()> {

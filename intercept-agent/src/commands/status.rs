@@ -5,6 +5,7 @@ use intercept_agent::{cgroup::CgroupDir, node::Node, store::Record};
 use intercept_common::{Reason, failure::Failure, layout::PodPolicy};
 use serde::Serialize;
 
+use super::say;
 use crate::cli::StatusArgs;
 
 /// One pod, as `--json` prints it. The names are stable.
@@ -47,9 +48,9 @@ pub(super) fn status(args: &StatusArgs) -> Result<()> {
         }
     }
     if args.json {
-        println!("{}", serde_json::to_string_pretty(&pods)?);
+        say!("{}", serde_json::to_string_pretty(&pods)?);
     } else if pods.is_empty() {
-        println!("nothing is attached");
+        say!("nothing is attached");
     } else {
         pods.iter().for_each(print);
     }
@@ -83,22 +84,22 @@ fn pod(node: &Node, record: &Record, policy: &PodPolicy) -> Result<Pod> {
 }
 
 fn print(pod: &Pod) {
-    println!("{} ({}, cookie {})", pod.cgroup.display(), pod.state, pod.netns_cookie);
-    println!("  options      {}", pod.arguments.join(" "));
+    say!("{} ({}, cookie {})", pod.cgroup.display(), pod.state, pod.netns_cookie);
+    say!("  options      {}", pod.arguments.join(" "));
     for (name, value) in &pod.environment {
-        println!("               {name}={value}");
+        say!("               {name}={value}");
     }
-    println!("  connections  {} redirected", pod.connections);
+    say!("  connections  {} redirected", pod.connections);
     let mut ports: Vec<String> =
         pod.listeners.iter().map(|l| format!("{} (IPv{})", l.port, l.family)).collect();
     ports.sort();
     ports.dedup();
     let none = "none: inbound connections are refused".to_owned();
-    println!("  listeners    {}", if ports.is_empty() { none } else { ports.join(", ") });
+    say!("  listeners    {}", if ports.is_empty() { none } else { ports.join(", ") });
     for Count { reason, count } in &pod.decisions {
-        println!("  {count:>12}  {reason}");
+        say!("  {count:>12}  {reason}");
     }
     for Count { reason, count } in &pod.failures {
-        println!("  {count:>12}  FAILED {reason}");
+        say!("  {count:>12}  FAILED {reason}");
     }
 }
