@@ -64,6 +64,11 @@ pub enum NodeError {
     CgroupTaken { cgroup: String, inode: u64 },
     #[error("{0} pods are attached to this node, which is all it has counters for")]
     TooManyPods(usize),
+    #[error(
+        "pods are attached by another version of the agent, with another layout of its maps ({0}): detach them with that \
+         version, or `intercept-agent detach --all`, and attach them again"
+    )]
+    OtherLayout(String),
     #[error("reading the log lines of the programs")]
     Logs { source: Box<dyn std::error::Error + Send + Sync> },
     #[error("{0} is not attached")]
@@ -115,6 +120,9 @@ impl Node {
     pub fn open(bpffs: &Path, max_connections: u32) -> Result<Self, NodeError> {
         let store = Store::open(bpffs)?;
         let lock = store.lock()?;
+        if let Some(other) = store.other_layout()? {
+            return Err(NodeError::OtherLayout(other.display().to_string()));
+        }
         if !store.programs().join(names::CONNECT6).exists() {
             // What an agent left that died on the way is in the way.
             store.remove(&store.programs())?;
@@ -122,9 +130,11 @@ impl Node {
             store.create(&store.programs())?;
             programs::load_shared(&store.maps(), &store.programs(), max_connections)?;
         }
-        let node = Self { tables: Tables::open(&store.maps())?, store, _lock: lock };
+        let mut node = Self { tables: Tables::open(&store.maps())?, store, _lock: lock };
         let others = node.store.other_programs()?;
         if !others.is_empty() {
+            // The links of pods that are gone take no other program.
+            node.sweep()?;
             for cookie in node.store.pods()? {
                 node.replace_programs(cookie)?;
             }

@@ -115,6 +115,17 @@ impl Store {
         (is_bpffs(bpffs) && Self::at(bpffs).maps().is_dir()).then(|| Self::at(bpffs))
     }
 
+    /// Take out whatever is in the folder, whichever version wrote it. False if there is none.
+    pub fn remove_any(bpffs: &Path) -> Result<bool, StoreError> {
+        let store = Self::at(bpffs);
+        if !is_bpffs(bpffs) || !store.root.is_dir() {
+            return Ok(false);
+        }
+        let _lock = store.lock()?;
+        store.remove_all()?;
+        Ok(true)
+    }
+
     /// A store of this process's own beside the real one, to try things in; its user removes it.
     pub fn scratch(bpffs: &Path) -> Result<Self, StoreError> {
         ensure_bpffs(bpffs)?;
@@ -157,6 +168,17 @@ impl Store {
             .into_iter()
             .filter(|path| *path != own && file_name(path).starts_with("programs-"))
             .collect())
+    }
+
+    /// The folder of another layout version that holds pods, if there is one.
+    pub fn other_layout(&self) -> Result<Option<PathBuf>, StoreError> {
+        let own = self.version();
+        for version in list(&self.root)? {
+            if version != own && !list(&version.join("pods"))?.is_empty() {
+                return Ok(Some(version));
+            }
+        }
+        Ok(None)
     }
 
     /// Folder of a pod.

@@ -7,7 +7,7 @@ use intercept_agent::{
     cgroup::CgroupDir,
     netns::Netns,
     node::{Node, NodeError},
-    store::Record,
+    store::{Record, Store},
 };
 
 use super::say;
@@ -49,7 +49,11 @@ pub(super) fn detach_cgroup(bpffs: &Path, cgroup: &Path, absent_is_fine: bool) -
 
 fn detach_all(bpffs: &Path) -> Result<()> {
     let Some(mut node) = Node::find(bpffs)? else {
-        say!("nothing is attached");
+        if Store::remove_any(bpffs)? {
+            say!("removed what another version of the agent, or one that died, had left");
+        } else {
+            say!("nothing is attached");
+        }
         return Ok(());
     };
     let mut failed = None;
