@@ -1,0 +1,53 @@
+//! What can go wrong on a node.
+
+use std::io;
+
+use crate::{
+    listeners::ListenersError, mirror::MirrorError, plumbing::PlumbingError, programs::ProgramError,
+    store::StoreError, tables::TableError, userns::IdMapError,
+};
+
+/// Why a pod could not be attached, detached or read.
+#[derive(Debug, thiserror::Error)]
+#[expect(missing_docs, reason = "each is its text")]
+pub enum NodeError {
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    #[error(transparent)]
+    Table(#[from] TableError),
+    #[error(transparent)]
+    Program(#[from] ProgramError),
+    #[error("mirroring the routes of {netns}")]
+    Mirror { netns: String, source: MirrorError },
+    #[error("looking for listeners of the proxy in {netns}")]
+    Listeners { netns: String, source: ListenersError },
+    #[error("preparing namespace {netns}")]
+    Plumbing { netns: String, source: PlumbingError },
+    #[error("translating user and group ids of {cgroup}")]
+    UserNs { cgroup: String, source: IdMapError },
+    #[error("attaching {program} to {target}")]
+    Attach { program: &'static str, target: String, source: io::Error },
+    #[error("replacing {program} of pod {cookie}")]
+    Replace { program: &'static str, cookie: u64, source: io::Error },
+    #[error(
+        "{netns} is captured through cgroup {cgroup} already: a namespace has one capture; \
+         detach that one first (`intercept-agent detach --cgroup-path {cgroup}`)"
+    )]
+    NetnsTaken { netns: String, cgroup: String },
+    #[error(
+        "cgroup {cgroup} is attached for another namespace (inode {inode}) already; \
+         detach it first (`intercept-agent detach --cgroup-path {cgroup}`)"
+    )]
+    CgroupTaken { cgroup: String, inode: u64 },
+    #[error("{0} pods are attached to this node, which is all it has counters for")]
+    TooManyPods(usize),
+    #[error(
+        "pods are attached by another version of the agent, with another layout of its maps ({0}): detach them with that \
+         version, or `intercept-agent detach --all`, and attach them again"
+    )]
+    OtherLayout(String),
+    #[error("reading the log lines of the programs")]
+    Logs { source: Box<dyn std::error::Error + Send + Sync> },
+    #[error("{0} is not attached")]
+    NotAttached(String),
+}
