@@ -5,6 +5,7 @@
 //! holds nothing but these binaries. The only exception is [`iptables`], which needs iptables-restore.
 
 pub mod actor;
+pub mod agent;
 pub mod bench;
 pub mod datagram;
 pub mod differential;

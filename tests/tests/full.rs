@@ -3,45 +3,30 @@
 use std::{
     io::{BufRead as _, BufReader, Write as _},
     net::{IpAddr, SocketAddr},
-    process::{Command, Stdio},
+    process::Stdio,
     time::{Duration, Instant},
 };
 
 use tests::{
-    actor::{Actor, Bind, Dial, Listen, OriginalDst, Outcome, Transport, binary},
+    actor::{Actor, Bind, Dial, Listen, OriginalDst, Outcome, Transport},
+    agent::Agent,
     testbed::{Ids, Pod, PodSpec},
 };
 
 const ROOM: usize = 4;
 
-/// A bpffs of the test's own, so that the map is made with the size asked for.
-struct Bpffs(tempfile::TempDir);
-
-impl Drop for Bpffs {
-    fn drop(&mut self) {
-        let unmounted = rustix::mount::unmount(self.0.path(), rustix::mount::UnmountFlags::DETACH);
-        assert!(unmounted.is_ok() || std::thread::panicking(), "{unmounted:?}");
-    }
-}
-
 /// The policy for a full map: the connection is not let around the proxy, which sees its own port as the original
 /// destination; it is counted, and a line of log says what to do.
 #[test]
 fn a_full_map_is_closed_counted_and_told() {
-    let agent = binary::locate("intercept-agent", "INTERCEPT_AGENT").expect("the agent");
-    let bpffs = Bpffs(tempfile::tempdir().expect("a folder"));
+    let agent = Agent::new().expect("the agent");
     let pod = Pod::new(PodSpec::new("full")).expect("a pod");
     let inside = Actor::start(&pod).expect("an actor");
     let bind = Bind::new(Ids::PROXY, SocketAddr::new(IpAddr::from([0, 0, 0, 0]), 15001));
     inside.listen(Listen { name: "outbound".into(), transport: Transport::Tcp, bind }).expect("a proxy");
 
-    let mut run = Command::new(&agent)
-        .args(["run", "-i", "*", "-u", "1337", "--max-connections", &ROOM.to_string(), "--cgroup-path"])
-        .arg(pod.cgroup.path())
-        .arg("--netns")
-        .arg(pod.netns.path())
-        .arg("--bpffs")
-        .arg(bpffs.0.path())
+    let mut run = agent
+        .command_for("run", &pod, ["-i", "*", "-u", "1337", "--max-connections", &ROOM.to_string()])
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
         .spawn()
@@ -80,13 +65,8 @@ fn a_full_map_is_closed_counted_and_told() {
         assert!(Instant::now() < deadline, "room is not given back");
     }
 
-    let status = Command::new(&agent)
-        .args(["status", "--json", "--bpffs"])
-        .arg(bpffs.0.path())
-        .output()
-        .expect("status");
-    let status: serde_json::Value = serde_json::from_slice(&status.stdout).expect("JSON");
-    assert_eq!(status[0]["failures"][0]["reason"], "orig_dst_full", "{status:#}");
+    let status = agent.status().expect("status");
+    assert_eq!(status[0]["failures"][0]["reason"], "orig_dst_full", "{status:?}");
 
     rustix::process::kill_process(rustix::process::Pid::from_child(&run), rustix::process::Signal::TERM)
         .expect("a signal");

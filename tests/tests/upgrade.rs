@@ -4,23 +4,14 @@ use std::{
     fs,
     net::{IpAddr, SocketAddr},
     path::Path,
-    process::Command,
     sync::atomic::{AtomicBool, AtomicUsize, Ordering},
 };
 
 use tests::{
-    actor::{Actor, Bind, Dial, Listen, Outcome, Transport, binary},
+    actor::{Actor, Bind, Dial, Listen, Outcome, Transport},
+    agent::Agent,
     testbed::{Ids, Pod, PodSpec},
 };
-
-struct Bpffs(tempfile::TempDir);
-
-impl Drop for Bpffs {
-    fn drop(&mut self) {
-        let unmounted = rustix::mount::unmount(self.0.path(), rustix::mount::UnmountFlags::DETACH);
-        assert!(unmounted.is_ok() || std::thread::panicking(), "{unmounted:?}");
-    }
-}
 
 fn programs(bpffs: &Path) -> Vec<String> {
     let version =
@@ -36,27 +27,14 @@ fn programs(bpffs: &Path) -> Vec<String> {
 
 #[test]
 fn programs_are_replaced_without_a_gap() {
-    let agent = binary::locate("intercept-agent", "INTERCEPT_AGENT").expect("the agent");
-    let bpffs = Bpffs(tempfile::tempdir().expect("a folder"));
+    let agent = Agent::new().expect("the agent");
     let pod = Pod::new(PodSpec::new("upgrade")).expect("a pod");
     let inside = Actor::start(&pod).expect("an actor");
     let bind = Bind::new(Ids::PROXY, SocketAddr::new(IpAddr::from([0, 0, 0, 0]), 15001));
     inside.listen(Listen { name: "outbound".into(), transport: Transport::Tcp, bind }).expect("a proxy");
-    let attach = || {
-        let output = Command::new(&agent)
-            .args(["attach", "-i", "*", "-u", "1337", "--cgroup-path"])
-            .arg(pod.cgroup.path())
-            .arg("--netns")
-            .arg(pod.netns.path())
-            .arg("--bpffs")
-            .arg(bpffs.0.path())
-            .output()
-            .expect("the agent starts");
-        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-        String::from_utf8(output.stdout).expect("text")
-    };
+    let attach = || agent.attach(&pod, &["-i", "*", "-u", "1337"]).expect("attached");
     assert!(attach().starts_with("attached"));
-    let own = programs(bpffs.0.path());
+    let own = programs(agent.bpffs());
     assert_eq!(own.len(), 1, "{own:?}");
 
     let to = SocketAddr::from(([10, 96, 0, 10], 80));
@@ -74,10 +52,10 @@ fn programs_are_replaced_without_a_gap() {
         });
         for other in ["programs-0000000000000001", "programs-0000000000000002"] {
             // As another build would have left them.
-            let version = bpffs.0.path().join("intercept").join("v1");
+            let version = agent.bpffs().join("intercept").join("v1");
             fs::rename(version.join(&own[0]), version.join(other)).expect("renamed");
             assert!(attach().starts_with("unchanged"));
-            assert_eq!(programs(bpffs.0.path()), own, "the other build's are gone");
+            assert_eq!(programs(agent.bpffs()), own, "the other build's are gone");
         }
         stop.store(true, Ordering::Relaxed);
         if let Err(panic) = client.join() {
@@ -85,11 +63,6 @@ fn programs_are_replaced_without_a_gap() {
         }
     });
     assert!(dialled.load(Ordering::Relaxed) > 20, "too few connections to tell");
-    let detached = Command::new(&agent)
-        .args(["detach", "--all", "--bpffs"])
-        .arg(bpffs.0.path())
-        .status()
-        .expect("detach");
-    assert!(detached.success());
-    assert!(!bpffs.0.path().join("intercept").exists());
+    agent.detach(&pod).expect("detached");
+    assert_eq!(agent.left(), [""; 0].map(std::path::PathBuf::from));
 }
