@@ -147,8 +147,8 @@ impl Node {
     /// Put a policy in force for a pod. `config` has the ids as the pod sees them.
     pub fn attach(&mut self, target: &Target, config: &Config) -> Result<Attached, NodeError> {
         let cookie = target.netns.cookie();
-        self.refuse_conflicts(target)?;
-        self.sweep()?;
+        let living = self.sweep()?;
+        self.refuse_conflicts(target, &living)?;
         let netns = || target.netns.name().to_owned();
         let before = self.tables.policy(cookie)?;
         let old = match &before {
@@ -236,16 +236,19 @@ impl Node {
     }
 
     /// Take away what dead pods and dead agents left: folders without a policy in force, pods whose cgroup or
-    /// namespace is gone. Says which pods were removed.
-    pub fn sweep(&mut self) -> Result<Vec<u64>, NodeError> {
-        let mut removed = Vec::new();
+    /// namespace is gone. Says which pods live, by cookie and cgroup.
+    pub fn sweep(&mut self) -> Result<Vec<(u64, u64)>, NodeError> {
+        let in_force = self.tables.policies()?;
+        let mut living = Vec::new();
         for cookie in self.store.pods()? {
-            if self.tables.policy(cookie)?.is_none() || self.cgroup_of(cookie).is_none() {
-                self.take_out(cookie)?;
-                removed.push(cookie);
+            let cgroup =
+                self.cgroup_of(cookie).filter(|_| in_force.iter().any(|(netns, _)| *netns == cookie));
+            match cgroup {
+                Some(cgroup) => living.push((cookie, cgroup)),
+                None => self.take_out(cookie)?,
             }
         }
-        Ok(removed)
+        Ok(living)
     }
 
     fn take_out(&mut self, cookie: u64) -> Result<(), NodeError> {
@@ -271,12 +274,10 @@ impl Node {
     }
 
     /// A namespace has one capture and a cgroup one namespace: programs that are attached twice would run twice.
-    fn refuse_conflicts(&self, target: &Target) -> Result<(), NodeError> {
+    fn refuse_conflicts(&self, target: &Target, living: &[(u64, u64)]) -> Result<(), NodeError> {
         let own = target.netns.cookie();
-        for cookie in self.store.pods()? {
-            let cgroup = self.cgroup_of(cookie);
-            let same_cgroup = cgroup == Some(target.cgroup.id());
-            if (cookie == own) == same_cgroup || cgroup.is_none() {
+        for &(cookie, cgroup) in living {
+            if (cookie == own) == (cgroup == target.cgroup.id()) {
                 continue;
             }
             let Some(policy) = self.tables.policy(cookie)? else { continue };

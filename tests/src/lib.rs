@@ -7,6 +7,7 @@
 pub mod actor;
 pub mod agent;
 pub mod bench;
+pub mod bpf;
 pub mod datagram;
 pub mod differential;
 pub mod iptables;

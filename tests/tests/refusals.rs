@@ -1,0 +1,104 @@
+//! Wrong input is refused before anything changes, with the exit code and the words that help.
+
+use std::{path::Path, process::Command};
+
+use tests::{
+    agent::Agent,
+    testbed::{Place, cgroup},
+};
+
+/// Runs `attach` and checks that it is refused as said and that nothing has changed.
+fn refused(agent: &Agent, args: &[&str], code: i32, words: &[&str]) {
+    let mut command = agent.command(["attach"]);
+    command.args(args);
+    check_refused(agent, &mut command, code, words);
+}
+
+fn check_refused(agent: &Agent, command: &mut Command, code: i32, words: &[&str]) {
+    let output = command.output().expect("the agent starts");
+    let text = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(code), "{command:?}: {text}");
+    for word in words {
+        assert!(text.contains(word), "{command:?} does not say {word:?}: {text}");
+    }
+    assert!(agent.left().is_empty(), "{command:?} left something in bpffs");
+}
+
+#[test]
+fn options_that_do_not_hold() {
+    let (agent, pod) = (Agent::new().expect("the agent"), Place::new("options").expect("a pod"));
+    let place = [
+        "--cgroup-path",
+        pod.cgroup.path().to_str().expect("text"),
+        "--netns",
+        pod.netns.path().to_str().expect("text"),
+    ];
+    for (options, words) in [
+        (&["-p", "0"][..], &["--envoy-port", "0"][..]),
+        (&["-z", "70000"], &["--inbound-capture-port", "70000"]),
+        (&["-i", "10.0.0.0/33"], &["--istio-service-cidr", "10.0.0.0/33"]),
+        (&["-x", "*"], &["--istio-service-exclude-cidr", "*"]),
+        (&["-m", "FOO"], &["FOO", "REDIRECT", "TPROXY"]),
+        (&["-u", "nobody-of-this-name"], &["nobody-of-this-name"]),
+        (&["-d", "80,http"], &["--istio-local-exclude-ports", "http"]),
+        (&["--no-such-option"], &["--no-such-option"]),
+    ] {
+        refused(&agent, &[&place[..], options].concat(), 2, words);
+    }
+}
+
+#[test]
+fn cgroups_that_are_none() {
+    let (agent, pod) = (Agent::new().expect("the agent"), Place::new("cgroups").expect("a pod"));
+    let netns = pod.netns.path().to_str().expect("text");
+    let root = cgroup::mount_point().expect("cgroup2");
+    let file = pod.cgroup.path().join("cgroup.procs");
+    let gone = pod.cgroup.path().join("gone");
+    let mut cases = vec![
+        (gone.as_path(), vec!["gone"]),
+        (file.as_path(), vec!["cgroup.procs"]),
+        (root.as_path(), vec!["root"]),
+        (Path::new("/tmp"), vec!["/tmp", "cgroup"]),
+    ];
+    let v1 = Path::new("/sys/fs/cgroup/memory");
+    if v1.is_dir() && root != Path::new("/sys/fs/cgroup") {
+        cases.push((v1, vec!["version 1", root.to_str().expect("text")]));
+    }
+    for (path, words) in cases {
+        refused(
+            &agent,
+            &["--cgroup-path", path.to_str().expect("text"), "--netns", netns, "-i", "*"],
+            1,
+            &words,
+        );
+    }
+}
+
+#[test]
+fn namespaces_that_are_none() {
+    let (agent, pod) = (Agent::new().expect("the agent"), Place::new("netns").expect("a pod"));
+    let cgroup = pod.cgroup.path().to_str().expect("text");
+    for (args, words) in [
+        (&["--netns", "/etc/hostname"][..], &["/etc/hostname", "namespace"][..]),
+        (&["--netns", "/proc/self/ns/mnt"], &["/proc/self/ns/mnt", "network"]),
+        (&["--netns", "/no/such/path"], &["/no/such/path"]),
+        (&["--netns", "/proc/self/ns/net"], &["/proc/self/ns/net"]),
+        // Nothing runs in the cgroup that could tell.
+        (&[], &["--netns"]),
+    ] {
+        refused(&agent, &[&["--cgroup-path", cgroup, "-i", "*"], args].concat(), 1, words);
+    }
+}
+
+#[test]
+fn without_privileges() {
+    let (agent, pod) = (Agent::new().expect("the agent"), Place::new("unprivileged").expect("a pod"));
+    let inner = agent.command_for("attach", &pod, ["-i", "*"]);
+    // Root without CAP_NET_ADMIN, by the tool that is everywhere.
+    let mut command = Command::new("setpriv");
+    command
+        .args(["--bounding-set", "-net_admin", "--inh-caps", "-all"])
+        .arg(inner.get_program())
+        .args(inner.get_args());
+    check_refused(&agent, &mut command, 1, &["CAP_NET_ADMIN"]);
+}
