@@ -5,8 +5,12 @@
 //! holds nothing but these binaries. The only exception is [`iptables`], which needs iptables-restore.
 
 pub mod actor;
+pub mod agent;
 pub mod bench;
 pub mod datagram;
 pub mod differential;
 pub mod iptables;
+pub mod kernel;
+pub mod snapshot;
+pub mod swarm;
 pub mod testbed;
