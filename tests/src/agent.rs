@@ -1,19 +1,25 @@
-//! The agent under test, with a bpffs of its own.
+//! The agent under test, with a bpffs of its own: neither an installed agent nor another test is touched.
 
-use std::{
-    ffi::OsStr,
-    path::{Path, PathBuf},
-    process::{Command, Output},
-};
+use std::ffi::OsStr;
+use std::io::{BufRead as _, BufReader, Read as _};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Output, Stdio};
 
-use anyhow::{Context as _, Result, ensure};
-use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
+use anyhow::{Context, Result, ensure};
+use aya::maps::{HashMap, Map, MapData};
+use intercept_agent::kernel::Plain;
+use intercept_common::layout::{self, ConnKey, OrigDst};
+use intercept_common::names;
+use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
-use tempfile::TempDir;
 
-use crate::{actor::binary, testbed::Place};
+use crate::actor::binary;
+use crate::testbed::{Bpffs, Place};
 
-/// The flags of Istio's own init command.
+/// The variable that says where the agent is.
+pub const VARIABLE: &str = "INTERCEPT_AGENT";
+
+/// The flags of Istio's own init container.
 pub const INIT_FLAGS: [&str; 16] = [
     "-p",
     "15001",
@@ -33,86 +39,154 @@ pub const INIT_FLAGS: [&str; 16] = [
     "15090,15020",
 ];
 
-/// The agent's binary and a bpffs that nobody else uses. What is attached when it is dropped is detached.
+/// The agent and its bpffs. Dropping it unmounts that, and with it goes every link that is pinned there.
 #[derive(Debug)]
 pub struct Agent {
-    binary: PathBuf,
-    bpffs: TempDir,
+    program: PathBuf,
+    bpffs: Bpffs,
+}
+
+/// `intercept-agent run`. Dropping it kills the process.
+#[derive(Debug)]
+pub struct Running {
+    child: Child,
 }
 
 impl Agent {
-    /// Finds the binary (`INTERCEPT_AGENT`, or beside the test's own) and mounts the bpffs.
-    pub fn new() -> Result<Self> {
-        let binary = binary::locate("intercept-agent", "INTERCEPT_AGENT")?;
-        let bpffs = TempDir::with_prefix("intercept-test-bpffs")?;
-        mount("bpf", bpffs.path(), "bpf", MountFlags::empty(), None).context("mounting a bpffs")?;
-        Ok(Self { binary, bpffs })
+    /// The agent of this build with an empty bpffs.
+    pub fn new(label: &str) -> Result<Self> {
+        Self::on(Bpffs::new(label)?)
     }
 
-    /// Where its bpffs is.
+    /// The agent of this build with this bpffs.
+    pub fn on(bpffs: Bpffs) -> Result<Self> {
+        Ok(Self { program: binary::locate("intercept-agent", VARIABLE)?, bpffs })
+    }
+
+    /// The binary.
+    pub fn program(&self) -> &Path {
+        &self.program
+    }
+
+    /// Where everything of the agent's is pinned.
     pub fn bpffs(&self) -> &Path {
         self.bpffs.path()
     }
 
-    /// A command of the agent.
-    pub fn command<A: AsRef<OsStr>>(&self, args: impl IntoIterator<Item = A>) -> Command {
-        let mut command = Command::new(&self.binary);
-        command.args(args).arg("--bpffs").arg(self.bpffs.path());
-        command
-    }
-
-    /// The same for one pod.
-    pub fn command_for<A: AsRef<OsStr>>(
-        &self,
-        subcommand: &str,
-        place: &Place,
-        args: impl IntoIterator<Item = A>,
-    ) -> Command {
-        let mut command = self.command([subcommand]);
-        command.arg("--cgroup-path").arg(place.cgroup.path()).args(args);
-        if subcommand == "attach" || subcommand == "run" {
-            command.arg("--netns").arg(place.netns.path());
+    /// A subcommand on this bpffs; everything else is to be added.
+    pub fn command(&self, subcommand: &str) -> Command {
+        let mut command = Command::new(&self.program);
+        command.arg(subcommand).arg("--bpffs").arg(self.bpffs());
+        // Those of the caller are not the test's.
+        for (name, _) in std::env::vars_os() {
+            let name = name.to_string_lossy().into_owned();
+            if name != VARIABLE && (name.starts_with("INTERCEPT_") || name.starts_with("ISTIO_")) {
+                command.env_remove(name);
+            }
         }
+        command.stdin(Stdio::null());
         command
     }
 
-    /// Captures a pod; what the agent said.
-    pub fn attach(&self, place: &Place, args: &[&str]) -> Result<String> {
-        said(&mut self.command_for("attach", place, args))
+    /// A subcommand for one pod, whose namespace is named.
+    pub fn for_pod(&self, subcommand: &str, pod: &Place, flags: &[&str]) -> Command {
+        let mut command = self.command(subcommand);
+        command.arg("--cgroup-path").arg(pod.cgroup.path());
+        if subcommand != "detach" {
+            command.arg("--netns").arg(pod.netns.path());
+        }
+        command.args(flags);
+        command
     }
 
-    /// Ends the capture of a pod.
-    pub fn detach(&self, place: &Place) -> Result<String> {
-        said(&mut self.command_for("detach", place, [""; 0]))
+    /// Attaches a pod; the answer's first word says what was done.
+    pub fn attach(&self, pod: &Place, flags: &[&str]) -> Result<String> {
+        succeed(self.for_pod("attach", pod, flags))
     }
 
-    /// `status --json`: one entry a pod.
-    pub fn status(&self) -> Result<Vec<Value>> {
-        Ok(serde_json::from_str(&said(&mut self.command(["status", "--json"]))?)?)
+    /// Detaches a pod.
+    pub fn detach(&self, pod: &Place) -> Result<String> {
+        succeed(self.for_pod("detach", pod, &[]))
     }
 
-    /// What the agent left in its bpffs; nothing when nothing is attached.
-    pub fn left(&self) -> Vec<PathBuf> {
-        let store = self.bpffs().join("intercept");
-        if store.exists() { vec![store] } else { Vec::new() }
+    /// Detaches all pods, and takes out the programs.
+    pub fn detach_all(&self) -> Result<String> {
+        let mut command = self.command("detach");
+        command.arg("--all");
+        succeed(command)
+    }
+
+    /// What `status --json` says of all pods.
+    pub fn status(&self) -> Result<Value> {
+        let mut command = self.command("status");
+        command.arg("--json");
+        Ok(serde_json::from_str(&succeed(command)?)?)
+    }
+
+    /// Starts `run` and waits until it is in force; also gives the line that it says then.
+    pub fn run(&self, pod: &Place, flags: &[&str]) -> Result<(Running, String)> {
+        let mut child = self
+            .for_pod("run", pod, flags)
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .with_context(|| format!("starting {}", self.program.display()))?;
+        let output = child.stdout.take();
+        let mut running = Running { child };
+        let mut said = String::new();
+        BufReader::new(output.context("the agent has no standard output")?).read_line(&mut said)?;
+        if said.is_empty() {
+            let mut why = String::new();
+            running.child.stderr.take().context("no standard error")?.read_to_string(&mut why)?;
+            anyhow::bail!("intercept-agent run: {why}");
+        }
+        Ok((running, said))
+    }
+
+    /// How many original destinations are remembered, of whichever namespace.
+    pub fn remembered(&self) -> Result<usize> {
+        let path = self.store().join("maps").join(names::ORIG_DST);
+        let data = MapData::from_pin(&path).with_context(|| format!("opening {}", path.display()))?;
+        let map: HashMap<_, Plain<ConnKey>, Plain<OrigDst>> = Map::HashMap(data).try_into()?;
+        Ok(map.keys().filter_map(Result::ok).count())
+    }
+
+    /// The folder of this build's layout.
+    pub fn store(&self) -> PathBuf {
+        self.bpffs().join("intercept").join(format!("v{}", layout::VERSION))
     }
 }
 
-impl Drop for Agent {
+impl Running {
+    /// Ends it as systemd and the kubelet do; its status and what it logged.
+    pub fn terminate(mut self) -> Result<(ExitStatus, String)> {
+        kill_process(Pid::from_child(&self.child), Signal::TERM).context("signalling the agent")?;
+        let mut log = String::new();
+        if let Some(mut output) = self.child.stderr.take() {
+            output.read_to_string(&mut log)?;
+        }
+        Ok((self.child.wait()?, log))
+    }
+}
+
+impl Drop for Running {
     fn drop(&mut self) {
-        let detached = said(&mut self.command(["detach", "--all"]));
-        let unmounted = unmount(self.bpffs.path(), UnmountFlags::DETACH);
-        if !std::thread::panicking() {
-            detached.expect("detached");
-            unmounted.expect("unmounted");
-        }
+        drop(self.child.kill());
+        drop(self.child.wait());
     }
 }
 
-/// Runs a command that must succeed; its standard output.
-pub fn said(command: &mut Command) -> Result<String> {
-    let Output { status, stdout, stderr } =
-        command.output().with_context(|| format!("starting {command:?}"))?;
-    ensure!(status.success(), "{command:?}: {status}: {}", String::from_utf8_lossy(&stderr));
-    Ok(String::from_utf8(stdout)?)
+/// Runs a command, which must succeed, and gives what it prints.
+pub fn succeed(mut command: Command) -> Result<String> {
+    let output = finish(&mut command)?;
+    let error = String::from_utf8_lossy(&output.stderr);
+    ensure!(output.status.success(), "{command:?}: {}: {error}", output.status);
+    Ok(String::from_utf8(output.stdout)?)
+}
+
+/// Runs a command to its end.
+pub fn finish(command: &mut Command) -> Result<Output> {
+    let program: &OsStr = command.get_program();
+    let what = format!("starting {}", program.display());
+    command.output().context(what)
 }

@@ -11,4 +11,7 @@ pub mod bpf;
 pub mod datagram;
 pub mod differential;
 pub mod iptables;
+pub mod kernel;
+pub mod snapshot;
+pub mod swarm;
 pub mod testbed;

@@ -3,6 +3,7 @@
 //! Names carry the maker's pid, so that what a killed run left behind is recognised and removed by
 //! [`sweep::sweep`]. Needs CAP_SYS_ADMIN, CAP_NET_ADMIN and a cgroup2 mount; without them making a guard fails.
 
+pub mod bpffs;
 pub mod cgroup;
 pub mod name;
 pub mod namespace;
@@ -11,6 +12,7 @@ pub mod place;
 pub mod pod;
 pub mod sweep;
 
+pub use bpffs::Bpffs;
 pub use cgroup::Cgroup;
 pub use namespace::Namespace;
 pub use place::{Ids, Place};

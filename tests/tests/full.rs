@@ -19,14 +19,14 @@ const ROOM: usize = 4;
 /// destination; it is counted, and a line of log says what to do.
 #[test]
 fn a_full_map_is_closed_counted_and_told() {
-    let agent = Agent::new().expect("the agent");
+    let agent = Agent::new("full").expect("the agent");
     let pod = Pod::new(PodSpec::new("full")).expect("a pod");
     let inside = Actor::start(&pod).expect("an actor");
     let bind = Bind::new(Ids::PROXY, SocketAddr::new(IpAddr::from([0, 0, 0, 0]), 15001));
     inside.listen(Listen { name: "outbound".into(), transport: Transport::Tcp, bind }).expect("a proxy");
 
     let mut run = agent
-        .command_for("run", &pod, ["-i", "*", "-u", "1337", "--max-connections", &ROOM.to_string()])
+        .for_pod("run", &pod, &["-i", "*", "-u", "1337", "--max-connections", &ROOM.to_string()])
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
         .spawn()

@@ -3,7 +3,6 @@
 use std::{
     net::{IpAddr, Ipv6Addr, SocketAddr, UdpSocket},
     os::fd::AsRawFd as _,
-    path::PathBuf,
     process::Stdio,
     thread,
     time::{Duration, Instant},
@@ -64,7 +63,7 @@ fn programs_on(place: &Place) -> usize {
 
 #[test]
 fn the_same_again_changes_nothing_and_other_options_replace() {
-    let agent = Agent::new().expect("the agent");
+    let agent = Agent::new("install").expect("the agent");
     let (pod, inside, _world) = pod("install");
     assert_eq!(answers(&inside).0, "world");
     assert!(!passthrough_v6(&pod));
@@ -89,12 +88,12 @@ fn the_same_again_changes_nothing_and_other_options_replace() {
     assert_eq!(answers(&inside).0, "world");
     assert_eq!(programs_on(&pod), 0);
     assert!(!passthrough_v6(&pod));
-    assert_eq!(agent.left(), Vec::<PathBuf>::new());
+    assert!(!agent.bpffs().join("intercept").exists());
 }
 
 #[test]
 fn replacing_under_load_loses_no_connection() {
-    let agent = Agent::new().expect("the agent");
+    let agent = Agent::new("replace").expect("the agent");
     let (pod, inside, _world) = pod("replace");
     agent.attach(&pod, &INIT_FLAGS).expect("attached");
     thread::scope(|scope| {
@@ -125,7 +124,7 @@ fn replacing_under_load_loses_no_connection() {
 
 #[test]
 fn killed_at_any_moment_it_leaves_the_old_state_or_the_new() {
-    let agent = Agent::new().expect("the agent");
+    let agent = Agent::new("killed").expect("the agent");
     let (pod, inside, _world) = pod("killed");
     let seed = std::env::var("INTERCEPT_SEED").map_or(1, |text| text.parse().expect("a number"));
     println!("seed {seed}");
@@ -134,7 +133,7 @@ fn killed_at_any_moment_it_leaves_the_old_state_or_the_new() {
         // From nothing, and from another policy; the first of a kind also loads the programs.
         let fresh = round % 3 == 0;
         let old = if fresh {
-            if !agent.status().expect("status").is_empty() {
+            if agent.status().expect("status")[0].is_object() {
                 agent.detach(&pod).expect("detached");
             }
             "world"
@@ -143,7 +142,7 @@ fn killed_at_any_moment_it_leaves_the_old_state_or_the_new() {
             "world"
         };
         let mut attach =
-            agent.command_for("attach", &pod, INIT_FLAGS).stdout(Stdio::null()).spawn().expect("started");
+            agent.for_pod("attach", &pod, &INIT_FLAGS).stdout(Stdio::null()).spawn().expect("started");
         let wait = Duration::from_micros(random.random_range(0..if fresh { 150_000 } else { 30_000 }));
         let start = Instant::now();
         while start.elapsed() < wait {
@@ -161,13 +160,13 @@ fn killed_at_any_moment_it_leaves_the_old_state_or_the_new() {
     agent.detach(&pod).expect("detached");
     assert_eq!(answers(&inside).0, "world");
     assert_eq!(programs_on(&pod), 0);
-    assert_eq!(agent.left(), Vec::<PathBuf>::new());
+    assert!(!agent.bpffs().join("intercept").exists());
 }
 
 #[test]
 fn one_more_pod_on_a_node_with_many_takes_at_most_60_ms() {
     const MANY: usize = 60;
-    let agent = Agent::new().expect("the agent");
+    let agent = Agent::new("many").expect("the agent");
     let places: Vec<Place> = (0..MANY).map(|_| Place::new("many").expect("a pod")).collect();
     // Processor time as well as the clock, which on a busy machine says more about its other work.
     let mut took: Vec<(Duration, Duration)> = places
@@ -184,12 +183,12 @@ fn one_more_pod_on_a_node_with_many_takes_at_most_60_ms() {
     let quickest = last.iter().map(|(_, wall)| *wall).min().expect("some");
     println!("median of {cpu:?} on a processor; the quickest took {quickest:?}");
     assert!(cpu <= Duration::from_millis(60), "{last:?}");
-    assert_eq!(agent.status().expect("status").len(), MANY);
+    assert_eq!(agent.status().expect("status").as_array().map(Vec::len), Some(MANY));
     // Those whose namespace or cgroup is gone are swept by the next call.
     drop(places);
     let place = Place::new("one").expect("a pod");
     agent.attach(&place, &INIT_FLAGS).expect("attached");
-    assert_eq!(agent.status().expect("status").len(), 1);
+    assert_eq!(agent.status().expect("status").as_array().map(Vec::len), Some(1));
 }
 
 fn cpu_of_children() -> Duration {

@@ -9,7 +9,7 @@ use tests::{
 
 /// Runs `attach` and checks that it is refused as said and that nothing has changed.
 fn refused(agent: &Agent, args: &[&str], code: i32, words: &[&str]) {
-    let mut command = agent.command(["attach"]);
+    let mut command = agent.command("attach");
     command.args(args);
     check_refused(agent, &mut command, code, words);
 }
@@ -21,12 +21,12 @@ fn check_refused(agent: &Agent, command: &mut Command, code: i32, words: &[&str]
     for word in words {
         assert!(text.contains(word), "{command:?} does not say {word:?}: {text}");
     }
-    assert!(agent.left().is_empty(), "{command:?} left something in bpffs");
+    assert!(!agent.bpffs().join("intercept").exists(), "{command:?} left something in bpffs");
 }
 
 #[test]
 fn options_that_do_not_hold() {
-    let (agent, pod) = (Agent::new().expect("the agent"), Place::new("options").expect("a pod"));
+    let (agent, pod) = (Agent::new("options").expect("the agent"), Place::new("options").expect("a pod"));
     let place = [
         "--cgroup-path",
         pod.cgroup.path().to_str().expect("text"),
@@ -49,7 +49,7 @@ fn options_that_do_not_hold() {
 
 #[test]
 fn cgroups_that_are_none() {
-    let (agent, pod) = (Agent::new().expect("the agent"), Place::new("cgroups").expect("a pod"));
+    let (agent, pod) = (Agent::new("cgroups").expect("the agent"), Place::new("cgroups").expect("a pod"));
     let netns = pod.netns.path().to_str().expect("text");
     let root = cgroup::mount_point().expect("cgroup2");
     let file = pod.cgroup.path().join("cgroup.procs");
@@ -76,7 +76,7 @@ fn cgroups_that_are_none() {
 
 #[test]
 fn namespaces_that_are_none() {
-    let (agent, pod) = (Agent::new().expect("the agent"), Place::new("netns").expect("a pod"));
+    let (agent, pod) = (Agent::new("netns").expect("the agent"), Place::new("netns").expect("a pod"));
     let cgroup = pod.cgroup.path().to_str().expect("text");
     for (args, words) in [
         (&["--netns", "/etc/hostname"][..], &["/etc/hostname", "namespace"][..]),
@@ -92,8 +92,9 @@ fn namespaces_that_are_none() {
 
 #[test]
 fn without_privileges() {
-    let (agent, pod) = (Agent::new().expect("the agent"), Place::new("unprivileged").expect("a pod"));
-    let inner = agent.command_for("attach", &pod, ["-i", "*"]);
+    let (agent, pod) =
+        (Agent::new("unprivileged").expect("the agent"), Place::new("unprivileged").expect("a pod"));
+    let inner = agent.for_pod("attach", &pod, &["-i", "*"]);
     // Root without CAP_NET_ADMIN, by the tool that is everywhere.
     let mut command = Command::new("setpriv");
     command

@@ -5,9 +5,9 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result};
 
-use super::{cgroup, name, namespace};
+use super::{bpffs, cgroup, name, namespace};
 
-/// Removes the namespaces and cgroups whose maker is dead; returns what it removed.
+/// Removes the namespaces, cgroups and bpffs mounts whose maker is dead; returns what it removed.
 pub fn sweep() -> Result<Vec<PathBuf>> {
     let mut removed = Vec::new();
     for (path, owner) in ours()? {
@@ -16,6 +16,8 @@ pub fn sweep() -> Result<Vec<PathBuf>> {
         }
         if path.starts_with(namespace::FOLDER) {
             namespace::remove(&path).with_context(|| format!("removing the namespace {}", path.display()))?;
+        } else if path.starts_with(bpffs::FOLDER) {
+            bpffs::remove(&path).with_context(|| format!("removing the bpffs {}", path.display()))?;
         } else {
             cgroup::remove(&path).with_context(|| format!("removing the cgroup {}", path.display()))?;
         }
@@ -24,14 +26,14 @@ pub fn sweep() -> Result<Vec<PathBuf>> {
     Ok(removed)
 }
 
-/// The namespaces and cgroups that the process `owner` has made and not removed.
+/// The namespaces, cgroups and bpffs mounts that the process `owner` has made and not removed.
 pub fn leftovers(owner: u32) -> Result<Vec<PathBuf>> {
     Ok(ours()?.into_iter().filter(|(_, pid)| *pid == owner).map(|(path, _)| path).collect())
 }
 
 fn ours() -> Result<Vec<(PathBuf, u32)>> {
     let mut found = Vec::new();
-    for folder in [PathBuf::from(namespace::FOLDER), cgroup::mount_point()?] {
+    for folder in [PathBuf::from(namespace::FOLDER), PathBuf::from(bpffs::FOLDER), cgroup::mount_point()?] {
         let Ok(entries) = fs::read_dir(&folder) else { continue };
         for entry in entries {
             let entry = entry.with_context(|| format!("listing {}", folder.display()))?;

@@ -1,0 +1,89 @@
+//! Which programs the kernel has attached, asked of the kernel itself rather than of whoever attached them.
+
+use std::fs::File;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+
+use anyhow::{Context, Result};
+use aya_obj::generated::{bpf_attach_type, bpf_cmd};
+
+use crate::testbed::Place;
+
+const BPF_F_QUERY_EFFECTIVE: u32 = 1;
+
+/// `bpf_attr.query` of linux/bpf.h.
+#[repr(C)]
+#[derive(Default)]
+struct Query {
+    target_fd: u32,
+    attach_type: u32,
+    query_flags: u32,
+    attach_flags: u32,
+    prog_ids: u64,
+    prog_cnt: u32,
+    reserved: u32,
+    prog_attach_flags: u64,
+    link_ids: u64,
+    link_attach_flags: u64,
+    revision: u64,
+}
+
+/// How many programs run for the processes of a cgroup, those of the cgroups around it included, and for the look-up
+/// of sockets in its namespace. Names of hooks with a number, where there is any.
+pub fn attached(place: &Place) -> Result<Vec<(String, u32)>> {
+    let mut found = Vec::new();
+    let cgroup = File::open(place.cgroup.path()).context("opening the cgroup")?;
+    for hook in HOOKS {
+        // The effective ones of a namespace are those that are attached to it.
+        let (target, flags) = match hook {
+            bpf_attach_type::BPF_SK_LOOKUP => (place.netns.as_fd(), 0),
+            _ => (cgroup.as_fd(), BPF_F_QUERY_EFFECTIVE),
+        };
+        match query(target, hook, flags).with_context(|| format!("asking for programs of {hook:?}"))? {
+            0 => {}
+            count => found.push((format!("{hook:?}"), count)),
+        }
+    }
+    Ok(found)
+}
+
+/// All that the agent might use, and more.
+const HOOKS: [bpf_attach_type; 19] = [
+    bpf_attach_type::BPF_CGROUP_INET_INGRESS,
+    bpf_attach_type::BPF_CGROUP_INET_EGRESS,
+    bpf_attach_type::BPF_CGROUP_INET_SOCK_CREATE,
+    bpf_attach_type::BPF_CGROUP_SOCK_OPS,
+    bpf_attach_type::BPF_CGROUP_INET4_BIND,
+    bpf_attach_type::BPF_CGROUP_INET6_BIND,
+    bpf_attach_type::BPF_CGROUP_INET4_CONNECT,
+    bpf_attach_type::BPF_CGROUP_INET6_CONNECT,
+    bpf_attach_type::BPF_CGROUP_UDP4_SENDMSG,
+    bpf_attach_type::BPF_CGROUP_UDP6_SENDMSG,
+    bpf_attach_type::BPF_CGROUP_UDP4_RECVMSG,
+    bpf_attach_type::BPF_CGROUP_UDP6_RECVMSG,
+    bpf_attach_type::BPF_CGROUP_GETSOCKOPT,
+    bpf_attach_type::BPF_CGROUP_SETSOCKOPT,
+    bpf_attach_type::BPF_CGROUP_INET4_GETPEERNAME,
+    bpf_attach_type::BPF_CGROUP_INET6_GETPEERNAME,
+    bpf_attach_type::BPF_CGROUP_INET4_GETSOCKNAME,
+    bpf_attach_type::BPF_CGROUP_INET6_GETSOCKNAME,
+    bpf_attach_type::BPF_SK_LOOKUP,
+];
+
+fn query(target: BorrowedFd<'_>, hook: bpf_attach_type, flags: u32) -> std::io::Result<u32> {
+    let mut query = Query {
+        target_fd: target.as_raw_fd().cast_unsigned(),
+        attach_type: hook as u32,
+        query_flags: flags,
+        ..Query::default()
+    };
+    // SAFETY: the kernel writes to the query alone, whose size it is told: without room for ids it gives their number.
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_bpf,
+            bpf_cmd::BPF_PROG_QUERY as libc::c_long,
+            std::ptr::from_mut(&mut query),
+            size_of::<Query>(),
+        )
+    };
+    if result < 0 { Err(std::io::Error::last_os_error()) } else { Ok(query.prog_cnt) }
+}

@@ -1,0 +1,46 @@
+//! How many connections one pod can have at the same time.
+
+use std::time::{Duration, Instant};
+
+use tests::agent::{Agent, INIT_FLAGS};
+use tests::swarm::{self, Accept, Dial, Manner, Role, Swarm, Tally};
+use tests::testbed::{Ids, Pod, PodSpec};
+
+use crate::bed::{addr, eventually};
+
+/// Each end takes a descriptor, of which a process here may have 20,000.
+const PROCESSES: u32 = 4;
+const EACH: u32 = 15_000;
+
+/// 28,232 local ports would be the end if all dialled the same address of the proxy.
+#[test]
+fn sixty_thousand_connections_to_three_destinations() {
+    let agent = Agent::new("crowd").expect("the agent");
+    let pod = Pod::new(PodSpec::new("crowd")).expect("a pod");
+    let program = swarm::program().expect("the swarm");
+    agent.attach(&pod, &INIT_FLAGS).expect("attached");
+    let accept = Accept { addr: addr("0.0.0.0:15001"), backlog: 4096, keep: true, paused: false };
+    let start = |ids, role: &Role| Swarm::start(&program, &pod, ids, role).expect("a swarm");
+    let mut proxies: Vec<Swarm> =
+        (0..PROCESSES).map(|_| start(Ids::PROXY, &Role::Accept(accept.clone()))).collect();
+    let to = ["10.96.0.1:80", "10.96.0.2:80", "198.51.100.3:443"].map(addr).to_vec();
+    let dial = Role::Dial(Dial { to, from: None, count: EACH, threads: 2, manner: Manner::Held });
+    let begun = Instant::now();
+    let mut clients: Vec<Swarm> = (0..PROCESSES).map(|_| start(Ids::APP, &dial)).collect();
+    let all = |swarms: &mut Vec<Swarm>, ask: fn(&mut Swarm) -> Tally| {
+        swarms.iter_mut().map(ask).fold(Tally::default(), Tally::and)
+    };
+    let right = Tally { right: PROCESSES * EACH, ..Tally::default() };
+    assert_eq!(all(&mut clients, |swarm| swarm.tally().expect("a tally")), right);
+    eprintln!("{} connections in {:?}", right.right, begun.elapsed());
+    assert_eq!(all(&mut proxies, |swarm| swarm.seen().expect("a tally")), right);
+    assert_eq!(agent.remembered().expect("the map"), (PROCESSES * EACH) as usize);
+
+    // With all of them there, each is still told right.
+    all(&mut proxies, |swarm| swarm.again().map(|()| Tally::default()).expect("asked"));
+    assert_eq!(all(&mut proxies, |swarm| swarm.seen().expect("a tally")), right);
+    drop((clients, proxies));
+    let limit = Duration::from_secs(30);
+    eventually("original destinations", limit, &0, || agent.remembered().expect("the map"));
+    agent.detach(&pod).expect("detached");
+}

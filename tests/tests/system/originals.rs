@@ -1,0 +1,139 @@
+//! Original destinations: right for everybody who asks, and forgotten when their connection is gone.
+
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use tests::actor::binary::ReadableCopy;
+use tests::agent::{Agent, INIT_FLAGS};
+use tests::swarm::{self, Accept, Dial, Manner, Role, Swarm, Tally};
+use tests::testbed::{Ids, Place, Pod, PodSpec};
+
+use crate::bed::{addr, eventually};
+
+const LIMIT: Duration = Duration::from_secs(20);
+
+fn proxy(program: &ReadableCopy, place: &Place, accept: Accept) -> Swarm {
+    Swarm::start(program, place, Ids::PROXY, &Role::Accept(accept)).expect("a proxy")
+}
+
+fn accept(at: &str) -> Accept {
+    Accept { addr: addr(at), backlog: 4096, keep: false, paused: false }
+}
+
+/// Services at which nothing listens: only the proxy can answer.
+fn services(v6: bool) -> Vec<SocketAddr> {
+    let service = |n| if v6 { format!("[fd96::{n}]:80") } else { format!("10.96.0.{n}:80") };
+    (1..=10).map(|n| addr(&service(n))).collect()
+}
+
+/// What a proxy sees until it has seen so many.
+fn seen(proxy: &mut Swarm, count: u32) -> Tally {
+    let mut sum = Tally::default();
+    eventually("connections that the proxy has seen", LIMIT, &true, || {
+        sum = std::mem::take(&mut sum).and(proxy.seen().expect("a tally"));
+        sum.right + sum.silent + sum.wrong.values().sum::<u32>() >= count
+    });
+    sum
+}
+
+fn all_right(count: u32) -> Tally {
+    Tally { right: count, ..Tally::default() }
+}
+
+fn fast_opens(pod: &Pod) -> u64 {
+    // Two lines for each group: names, then values.
+    let read = || std::fs::read_to_string("/proc/thread-self/net/netstat");
+    let text = pod.netns.run(read).expect("entered").expect("netstat");
+    let mut lines = text.lines().filter(|line| line.starts_with("TcpExt:"));
+    let (names, values) = (lines.next().expect("names"), lines.next().expect("values"));
+    let mut pairs = names.split_whitespace().zip(values.split_whitespace());
+    let (_, value) = pairs.find(|(name, _)| *name == "TCPFastOpenActive").expect("the counter");
+    value.parse().expect("a number")
+}
+
+/// A hundred thousand connections, one way and the other; then nothing is remembered.
+#[test]
+fn they_are_forgotten_with_their_connections() {
+    let agent = Agent::new("originals").expect("the agent");
+    let pod = Pod::new(PodSpec::new("originals")).expect("a pod");
+    // Clients and servers of Fast Open, without cookies.
+    pod.netns.sysctl("net/ipv4/tcp_fastopen", "1543").expect("Fast Open");
+    let program = swarm::program().expect("the swarm");
+    assert!(agent.attach(&pod, &INIT_FLAGS).expect("attached").starts_with("attached"));
+    let dial = |to: &[SocketAddr], count: u32, manner: Manner| {
+        let dial = Dial { to: to.to_vec(), from: None, count, threads: 4, manner };
+        let tally = Swarm::dial(&program, &pod, Ids::APP, dial).expect("dialled");
+        assert_eq!(tally, all_right(count), "{manner:?}");
+    };
+    let mut total = 0;
+    for (v6, at, share) in [(false, "0.0.0.0:15001", 4), (true, "[::]:15001", 1)] {
+        let to = services(v6);
+        // Before anything listens.
+        dial(&to, 2_000 * share, Manner::Refused);
+
+        let mut running = proxy(&program, &pod, accept(at));
+        dial(&to, 11_000 * share, Manner::Answered);
+        assert_eq!(seen(&mut running, 11_000 * share), all_right(11_000 * share));
+        let before = fast_opens(&pod);
+        dial(&to, 1_000 * share, Manner::FastOpenSend);
+        dial(&to, 500 * share, Manner::FastOpenConnect);
+        assert_eq!(seen(&mut running, 1_500 * share), all_right(1_500 * share));
+        assert!(fast_opens(&pod) - before >= u64::from(1_500 * share), "no data went with the SYN");
+
+        // The client is gone before the proxy accepts, and the proxy is still told.
+        for manner in [Manner::Early, Manner::EarlyFastOpen] {
+            for _ in 0..share {
+                running.pause().expect("paused");
+                dial(&to, 1_500, manner);
+                running.go().expect("going");
+                assert_eq!(seen(&mut running, 1_500), all_right(1_500), "{manner:?}");
+            }
+        }
+
+        // More than the kernel takes without the proxy: some are reset, some are not even established.
+        running.pause().expect("paused");
+        dial(&to, 2_500 * share, Manner::Abandoned);
+        running.go().expect("going");
+        drop(running);
+        total += (2_000 + 11_000 + 1_500 + 3_000 + 2_500) * share;
+    }
+    assert_eq!(total, 100_000);
+    eventually("original destinations", LIMIT, &0, || agent.remembered().expect("the map"));
+    agent.detach(&pod).expect("detached");
+}
+
+/// The same addresses and the same ports at both ends, at the same time.
+#[test]
+fn pods_of_equal_addresses_are_kept_apart() {
+    const COUNT: u32 = 500;
+    let agent = Agent::new("equals").expect("the agent");
+    let program = swarm::program().expect("the swarm");
+    let pods: Vec<Pod> =
+        (0..2).map(|n| Pod::new(PodSpec::new(&format!("equals{n}"))).expect("a pod")).collect();
+    let mut running = Vec::new();
+    for (pod, service) in pods.iter().zip(["192.0.2.1:80", "192.0.2.2:443"]) {
+        agent.attach(pod, &INIT_FLAGS).expect("attached");
+        // Not on all addresses, so that the proxy's end is the same whatever is dialled.
+        let mut proxy = proxy(&program, pod, Accept { keep: true, ..accept("127.0.0.1:15001") });
+        let from = Some(SocketAddr::new(pod.address(false), 20_000));
+        let dial = Dial { to: vec![addr(service)], from, count: COUNT, threads: 1, manner: Manner::Held };
+        let mut clients = Swarm::start(&program, pod, Ids::APP, &Role::Dial(dial)).expect("clients");
+        assert_eq!(clients.tally().expect("a tally"), all_right(COUNT));
+        assert_eq!(proxy.seen().expect("a tally"), all_right(COUNT));
+        running.push((proxy, clients));
+    }
+    assert_eq!(agent.remembered().expect("the map"), 2 * COUNT as usize);
+    for (proxy, _) in &mut running {
+        proxy.again().expect("asked");
+        assert_eq!(proxy.seen().expect("a tally"), all_right(COUNT));
+    }
+    // The one pod's connections go, the other's stay.
+    drop(running.remove(0));
+    eventually("original destinations", LIMIT, &(COUNT as usize), || agent.remembered().expect("the map"));
+    let (proxy, _clients) = &mut running[0];
+    proxy.again().expect("asked");
+    assert_eq!(proxy.seen().expect("a tally"), all_right(COUNT));
+    drop(running);
+    eventually("original destinations", LIMIT, &0, || agent.remembered().expect("the map"));
+    agent.detach_all().expect("detached");
+}
