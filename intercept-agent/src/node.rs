@@ -412,10 +412,18 @@ impl Node {
                 "nobody could be found who holds this listener: until it is opened anew, what arrives for it is refused"
             );
         }
-        if let Some(outbound) = found.listeners.iter().find(|listener| listener.port == config.proxy_port) {
-            let wildcard = outbound.addr.is_unspecified();
-            let flags = if wildcard { layout::proxy::OUTBOUND_WILDCARD } else { 0 };
-            self.tables.set_proxy(slot, layout::Proxy { flags })?;
+        let bound = |family| {
+            let mut own =
+                found.listeners.iter().filter(|l| l.port == config.proxy_port && l.family == family);
+            match own.next() {
+                None => layout::proxy::UNKNOWN,
+                Some(listener) if listener.addr.is_unspecified() => layout::proxy::WILDCARD,
+                Some(_) => layout::proxy::ONE,
+            }
+        };
+        let proxy = layout::Proxy { outbound_v4: bound(4), outbound_v6: bound(6) };
+        if proxy != (layout::Proxy { outbound_v4: 0, outbound_v6: 0 }) {
+            self.tables.set_proxy(slot, proxy)?;
         }
         let netns = target.netns.cookie();
         let held = self.tables.listeners(netns);

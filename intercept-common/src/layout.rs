@@ -81,10 +81,14 @@ pub mod interface {
     pub const VIRT: u32 = 1 << 1;
 }
 
-/// Bits of [`Proxy::flags`].
+/// Values of [`Proxy::outbound_v4`] and [`Proxy::outbound_v6`].
 pub mod proxy {
-    /// The outbound listener is bound to the wildcard address: any of 127/8 reaches it.
-    pub const OUTBOUND_WILDCARD: u32 = 1 << 0;
+    /// No such socket has been seen to listen.
+    pub const UNKNOWN: u16 = 0;
+    /// It is bound to the wildcard address: any address of the pod reaches it.
+    pub const WILDCARD: u16 = 1;
+    /// It is bound to one address, which is loopback's if it is to be reached at all.
+    pub const ONE: u16 = 2;
 }
 
 /// Value of PODS: what is decided the same for every flow of a pod. Lists that can be long are in maps of their
@@ -242,12 +246,24 @@ pub mod socket {
     pub const DATAGRAM: u16 = 3;
 }
 
-/// Value of PROXIES.
+/// Value of PROXIES: how the proxy's outbound listeners are bound, each half written whole by the listener that it is
+/// about. The zero of [`proxy`] where nothing is known.
 #[derive(Clone, Copy, Pod, Zeroable, PartialEq, Eq, Debug)]
 #[repr(C)]
 pub struct Proxy {
-    /// Bits of [`proxy`].
-    pub flags: u32,
+    /// Of family 4.
+    pub outbound_v4: u16,
+    /// Of family 6, which may take IPv4 as well.
+    pub outbound_v6: u16,
+}
+
+impl Proxy {
+    /// Whether any address of the pod reaches the listener for this family.
+    #[inline(always)]
+    pub const fn takes_any(self, v6: bool) -> bool {
+        self.outbound_v6 == proxy::WILDCARD && (v6 || self.outbound_v4 == proxy::UNKNOWN)
+            || !v6 && self.outbound_v4 == proxy::WILDCARD
+    }
 }
 
 /// Value of DECISIONS, one a CPU.
@@ -304,5 +320,6 @@ const _: () = {
     assert!(size_of::<ConnKey>() == 48);
     assert!(size_of::<OrigDst>() == 24);
     assert!(size_of::<SocketState>() == 36);
+    assert!(size_of::<Proxy>() == 4);
     assert!(size_of::<Event>() == 88);
 };

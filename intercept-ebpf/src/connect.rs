@@ -7,7 +7,7 @@ use intercept_common::{
     Addr, Target, Verdict,
     decide::{Outbound, decide_outbound},
     failure::{Failure, OnFailure},
-    layout::{PodPolicy, SocketState, policy, proxy, socket},
+    layout::{PodPolicy, SocketState, policy, socket},
 };
 
 use crate::{
@@ -69,7 +69,10 @@ pub(crate) fn connect<F: Family>(ctx: &SockAddrContext) -> Outcome {
         }
         Verdict::Redirect(target) => {
             let kind = if protocol == UDP { socket::DATAGRAM } else { socket::REDIRECTED };
-            let (addr, port) = proxy_addr(pod, target, flow.dst, flow.dst_port);
+            let (mut addr, port) = proxy_addr(pod, target, flow.dst, flow.dst_port);
+            if protocol == TCP && !flow.dst.is_v4() && listens_on_any(pod, port, true) {
+                addr = own_addr(if flow.src.is_unspecified() { decided.source } else { flow.src });
+            }
             (addr, port, kind)
         }
     };
@@ -82,7 +85,7 @@ pub(crate) fn connect<F: Family>(ctx: &SockAddrContext) -> Outcome {
     {
         // The port was bound without an address. The pod's own address leads to a wildcard listener as well, and
         // gives the source that it would have had; else the socket's own name is put right where it is asked for.
-        if protocol == TCP && listens_on_any(pod, port) {
+        if protocol == TCP && listens_on_any(pod, port, !flow.dst.is_v4()) {
             addr = decided.source;
         } else {
             observe::failure(pod, Failure::SourceNotBound);
@@ -127,18 +130,27 @@ pub(crate) fn proxy_addr(pod: &PodPolicy, target: Target, dst: Addr, dst_port: u
     if !dst.is_v4() {
         return (Addr::LOCALHOST_V6, port);
     }
-    if listens_on_any(pod, port) {
+    if listens_on_any(pod, port, false) {
         return (spread(dst, dst_port), port);
     }
     (Addr::LOCALHOST_V4, port)
 }
 
+/// The pod's own address, rather than ::1, for a listener that takes both: what the kernel answers without a socket (a
+/// reset, the last acknowledgement) does not get from any other address of the pod to ::1, because it is sent by the
+/// interface that has the other (tcp_v6_send_response, seen on Linux 6.18). A proxy's socket whose client closed first
+/// would stay in LAST-ACK until it gave up, minutes later.
+#[inline(always)]
+fn own_addr(source: Addr) -> Addr {
+    if source.is_unspecified() { Addr::LOCALHOST_V6 } else { source }
+}
+
 /// Whether the proxy's listener on this port takes connections to any address.
 #[inline(always)]
-fn listens_on_any(pod: &PodPolicy, port: u16) -> bool {
+fn listens_on_any(pod: &PodPolicy, port: u16, v6: bool) -> bool {
     match maps::proxy(pod.slot) {
-        // SAFETY: an array element, which is never freed; a torn read of one word cannot be.
-        Some(proxy) => port == pod.outbound_port && unsafe { (*proxy).flags & proxy::OUTBOUND_WILDCARD != 0 },
+        // SAFETY: an array element, which is never freed; each half is written whole.
+        Some(proxy) => port == pod.outbound_port && unsafe { *proxy }.takes_any(v6),
         None => false,
     }
 }

@@ -129,8 +129,15 @@ fn listen(ctx: &SockOpsContext) {
     if port == pod.outbound_port
         && let Some(proxy) = maps::proxy(pod.slot)
     {
-        // SAFETY: an array element; one word is written whole.
-        unsafe { (*proxy).flags = if local.is_unspecified() { proxy::OUTBOUND_WILDCARD } else { 0 } };
+        let bound = if local.is_unspecified() { proxy::WILDCARD } else { proxy::ONE };
+        // SAFETY: an array element; half a word is written whole.
+        unsafe {
+            if load!(load_u32, bpf_sock_ops, ctx.ops, family) == AF_INET6 {
+                (*proxy).outbound_v6 = bound;
+            } else {
+                (*proxy).outbound_v4 = bound;
+            }
+        }
     }
     // What is bound to loopback would not get arriving connections from a REDIRECT either.
     if !local.is_loopback() && !hold(ctx.ops, netns, port) {

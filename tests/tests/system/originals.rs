@@ -65,20 +65,27 @@ fn they_are_forgotten_with_their_connections() {
         let tally = Swarm::dial(&program, &pod, Ids::APP, dial).expect("dialled");
         assert_eq!(tally, all_right(count), "{manner:?}");
     };
+    // Phase by phase, so that what leaks is known.
+    let forgotten = |what: &str| {
+        eventually(what, LIMIT, &0, || agent.remembered().expect("the map"));
+    };
     let mut total = 0;
     for (v6, at, share) in [(false, "0.0.0.0:15001", 4), (true, "[::]:15001", 1)] {
         let to = services(v6);
         // Before anything listens.
         dial(&to, 2_000 * share, Manner::Refused);
+        forgotten("refused");
 
         let mut running = proxy(&program, &pod, accept(at));
         dial(&to, 11_000 * share, Manner::Answered);
         assert_eq!(seen(&mut running, 11_000 * share), all_right(11_000 * share));
+        forgotten("answered");
         let before = fast_opens(&pod);
         dial(&to, 1_000 * share, Manner::FastOpenSend);
         dial(&to, 500 * share, Manner::FastOpenConnect);
         assert_eq!(seen(&mut running, 1_500 * share), all_right(1_500 * share));
         assert!(fast_opens(&pod) - before >= u64::from(1_500 * share), "no data went with the SYN");
+        forgotten("opened fast");
 
         // The client is gone before the proxy accepts, and the proxy is still told.
         for manner in [Manner::Early, Manner::EarlyFastOpen] {
@@ -87,6 +94,7 @@ fn they_are_forgotten_with_their_connections() {
                 dial(&to, 1_500, manner);
                 running.go().expect("going");
                 assert_eq!(seen(&mut running, 1_500), all_right(1_500), "{manner:?}");
+                forgotten(&format!("{manner:?}"));
             }
         }
 
@@ -94,11 +102,11 @@ fn they_are_forgotten_with_their_connections() {
         running.pause().expect("paused");
         dial(&to, 2_500 * share, Manner::Abandoned);
         running.go().expect("going");
+        forgotten("abandoned");
         drop(running);
         total += (2_000 + 11_000 + 1_500 + 3_000 + 2_500) * share;
     }
     assert_eq!(total, 100_000);
-    eventually("original destinations", LIMIT, &0, || agent.remembered().expect("the map"));
     agent.detach(&pod).expect("detached");
 }
 
