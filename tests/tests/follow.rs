@@ -1,0 +1,212 @@
+//! `run` follows the namespace's addresses and routes and takes the capture away when it is ended; the validation
+//! says whether redirection works.
+
+use std::{
+    io::{BufRead as _, BufReader},
+    net::{IpAddr, Ipv4Addr, SocketAddr},
+    process::{Child, Output, Stdio},
+    time::{Duration, Instant},
+};
+
+use rustix::process::{Pid, Signal, kill_process};
+use tests::{
+    actor::{Actor, Answer, Bind, Dial, Listen, OriginalDst, Outcome, Transport},
+    agent::{Agent, INIT_FLAGS},
+    testbed::{Ids, Pod, PodSpec, netlink::Route, netlink::TABLE_MAIN},
+};
+
+/// How soon a change has to be in force.
+const SOON: Duration = Duration::from_millis(500);
+
+fn addr(text: &str) -> SocketAddr {
+    text.parse().unwrap_or_else(|_| panic!("{text} is not an address"))
+}
+
+/// The agent in the foreground; killed if the test fails before it ends it.
+struct Running(Child);
+
+impl Running {
+    fn start(agent: &Agent, pod: &Pod, args: &[&str]) -> Self {
+        let mut command = agent.command_for("run", pod, args);
+        let mut child = command.stdout(Stdio::piped()).spawn().expect("started");
+        let output = child.stdout.take().expect("its output");
+        let running = Self(child);
+        let mut line = String::new();
+        BufReader::new(output).read_line(&mut line).expect("a line");
+        assert!(line.starts_with("attached cgroup "), "{line}");
+        running
+    }
+
+    fn end(mut self, signal: Signal) {
+        let pid = Pid::from_child(&self.0);
+        kill_process(pid, signal).expect("signalled");
+        let status = self.0.wait().expect("ended");
+        assert!(status.success(), "{status}");
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        drop(self.0.kill());
+        drop(self.0.wait());
+    }
+}
+
+/// A pod with a proxy and an app, and the world at its other end.
+struct Bed {
+    agent: Agent,
+    inside: Actor,
+    _world: Actor,
+    pod: Pod,
+}
+
+impl Bed {
+    fn new(label: &str) -> Self {
+        let agent = Agent::new().expect("the agent");
+        let pod = Pod::new(PodSpec::new(label).with_eth1()).expect("a pod");
+        let (inside, world) =
+            (Actor::start(&pod).expect("an actor"), Actor::start(pod.neighbour()).expect("an actor"));
+        for any in ["0.0.0.0", "[::]"] {
+            let serve = |actor: &Actor, name: &str, ids, port: u16| {
+                let bind = Bind::new(ids, addr(&format!("{any}:{port}")));
+                actor
+                    .listen(Listen { name: name.into(), transport: Transport::Tcp, bind })
+                    .expect("a server");
+            };
+            serve(&inside, "proxy", Ids::PROXY, 15001);
+            serve(&inside, "app", Ids::APP, 80);
+            serve(&world, "world", Ids::ROOT, 80);
+        }
+        Self { agent, inside, _world: world, pod }
+    }
+
+    fn dial(&self, to: SocketAddr) -> Answer {
+        match self.inside.dial(Dial::new(Ids::APP, to)).expect("dialled").outcome {
+            Outcome::Answered(answer) => answer,
+            other => panic!("{to}: {other:?}"),
+        }
+    }
+
+    /// Who answers must become `server` soon after `since`, and no other than that or `before` may answer meanwhile.
+    fn becomes(&self, to: SocketAddr, before: &str, server: &str, since: Instant) {
+        loop {
+            let started = since.elapsed();
+            let answer = self.dial(to);
+            if answer.server == server {
+                if server == "proxy" {
+                    assert_eq!(answer.original_dst, Some(OriginalDst::Addr(to)));
+                }
+                return;
+            }
+            assert_eq!(answer.server, before, "{to}");
+            assert!(started < SOON, "{to} still goes to {before} after {started:?}");
+        }
+    }
+}
+
+#[test]
+fn new_addresses_are_followed() {
+    let bed = Bed::new("follow-address");
+    let running = Running::start(&bed.agent, &bed.pod, &INIT_FLAGS);
+    for (net, to) in [("10.99.0.7/32", "10.99.0.7:80"), ("fd99::7/128", "[fd99::7]:80")] {
+        let (net, to) = (net.parse().expect("a net"), addr(to));
+        assert_eq!(bed.dial(to).server, "proxy", "{to} is the world's yet");
+        bed.pod.netns.add_address("eth0", net).expect("added");
+        bed.becomes(to, "proxy", "app", Instant::now());
+        bed.pod.netns.delete_address("eth0", net).expect("removed");
+        // The packets are routed by the new state at once, and the world takes every address for its own.
+        bed.becomes(to, "world", "proxy", Instant::now());
+    }
+    running.end(Signal::INT);
+}
+
+#[test]
+fn moved_routes_are_followed() {
+    let bed = Bed::new("follow-route");
+    let running = Running::start(&bed.agent, &bed.pod, &[&INIT_FLAGS[..], &["-c", "eth1"]].concat());
+    for (net, via, to) in
+        [("172.20.0.0/16", "10.67.0.1", "172.20.1.1:80"), ("fd20::/16", "fd67::1", "[fd20::1]:80")]
+    {
+        let via: IpAddr = via.parse().expect("an address");
+        let route = || Route {
+            to: net.parse().expect("a net"),
+            via: Some(via),
+            dev: Some("eth1"),
+            table: TABLE_MAIN,
+            local: false,
+        };
+        let to = addr(to);
+        assert_eq!(bed.dial(to).server, "world", "what leaves by eth1 is not captured");
+        bed.pod.netns.delete_route(route()).expect("removed");
+        bed.becomes(to, "world", "proxy", Instant::now());
+        bed.pod.netns.add_route(route()).expect("added");
+        bed.becomes(to, "proxy", "world", Instant::now());
+    }
+    running.end(Signal::TERM);
+}
+
+#[test]
+fn its_end_is_the_end_of_the_capture() {
+    let bed = Bed::new("run-end");
+    let to = SocketAddr::from((Ipv4Addr::new(198, 51, 100, 7), 80));
+    for signal in [Signal::TERM, Signal::INT] {
+        let running = Running::start(&bed.agent, &bed.pod, &INIT_FLAGS);
+        assert_eq!(bed.dial(to).server, "proxy");
+        assert_eq!(bed.agent.status().expect("a status").len(), 1);
+        running.end(signal);
+        assert_eq!(bed.dial(to).server, "world");
+        assert_eq!(bed.agent.left(), [""; 0].map(std::path::PathBuf::from));
+    }
+}
+
+#[test]
+fn killed_it_leaves_the_capture_in_force() {
+    let bed = Bed::new("run-killed");
+    let to = SocketAddr::from((Ipv4Addr::new(198, 51, 100, 7), 80));
+    drop(Running::start(&bed.agent, &bed.pod, &INIT_FLAGS));
+    assert_eq!(bed.dial(to).server, "proxy");
+    bed.agent.detach(&bed.pod).expect("detached");
+    assert_eq!(bed.dial(to).server, "world");
+    assert_eq!(bed.agent.left(), [""; 0].map(std::path::PathBuf::from));
+}
+
+/// Runs attach; its exit code and all it said.
+fn attach(agent: &Agent, pod: &Pod, args: &[&str]) -> (Option<i32>, String) {
+    let args = [&INIT_FLAGS[..], args].concat();
+    let Output { status, stdout, stderr } =
+        agent.command_for("attach", pod, &args).output().expect("started");
+    (status.code(), String::from_utf8_lossy(&stdout).into_owned() + &String::from_utf8_lossy(&stderr))
+}
+
+#[test]
+fn validation_tells_whether_redirection_works() {
+    let agent = Agent::new().expect("the agent");
+    let pod = Pod::new(PodSpec::new("validation")).expect("a pod");
+    let (code, said) = attach(&agent, &pod, &["--skip-rule-apply", "--run-validation"]);
+    assert_eq!(code, Some(126), "nothing is attached: {said}");
+    assert!(said.contains("127.0.0.6:15002") && said.contains("not redirected"), "{said}");
+    assert_eq!(agent.left(), [""; 0].map(std::path::PathBuf::from));
+
+    let (code, said) = attach(&agent, &pod, &["--run-validation"]);
+    assert_eq!(code, Some(0), "{said}");
+    assert!(said.contains("validated: IPv4 arrives at port 15006, IPv6 at port 15006"), "{said}");
+    let (code, said) = attach(&agent, &pod, &["--skip-rule-apply", "--run-validation"]);
+    assert_eq!(code, Some(0), "{said}");
+
+    // With the proxy there the ports are taken, and the check says so in place of guessing.
+    let inside = Actor::start(&pod).expect("an actor");
+    for port in [15001, 15006] {
+        let bind = Bind::new(Ids::PROXY, SocketAddr::from((Ipv4Addr::UNSPECIFIED, port)));
+        inside.listen(Listen { name: "proxy".into(), transport: Transport::Tcp, bind }).expect("a proxy");
+    }
+    let (code, said) = attach(&agent, &pod, &["--skip-rule-apply", "--run-validation"]);
+    assert_eq!(code, Some(126), "{said}");
+    assert!(said.contains("before the proxy starts"), "{said}");
+    drop(inside);
+
+    let children = std::fs::read_dir(pod.cgroup.path()).expect("the cgroup").flatten();
+    let children = children.filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir())).count();
+    assert_eq!(children, 0, "the check's cgroup is left");
+    agent.detach(&pod).expect("detached");
+    assert_eq!(agent.left(), [""; 0].map(std::path::PathBuf::from));
+}
