@@ -55,7 +55,9 @@ fn answer(mut stream: &TcpStream) -> Result<()> {
         if head(&mut reader)?.is_empty() {
             return Ok(());
         }
-        write!(stream, "HTTP/1.1 200 OK\r\ncontent-length: {}\r\n\r\n{body}", body.len())?;
+        // In one write: what follows a first small one would wait for its acknowledgement.
+        let answer = format!("HTTP/1.1 200 OK\r\ncontent-length: {}\r\n\r\n{body}", body.len());
+        stream.write_all(answer.as_bytes())?;
     }
 }
 
