@@ -11,7 +11,7 @@ use std::{
 
 use tests::{
     actor::binary::{self, ReadableCopy},
-    agent::{Agent, INIT_FLAGS, said},
+    agent::{Agent, INIT_FLAGS, succeed},
     envoy::{self, Sidecar, Speaks},
     testbed::{Ids, Place, Pod, PodSpec},
 };
@@ -53,7 +53,7 @@ struct Bed {
 
 impl Bed {
     fn new(label: &str) -> Self {
-        let agent = Agent::new().expect("the agent");
+        let agent = Agent::new("envoy").expect("the agent");
         let pod = Pod::new(PodSpec::new(label)).expect("a pod");
         let original = binary::locate("http", "INTERCEPT_HTTP").expect("the HTTP program");
         let http = ReadableCopy::of(&original).expect("a copy");
@@ -93,7 +93,7 @@ impl Bed {
 
     fn end(self) {
         self.agent.detach(&self.pod).expect("detached");
-        assert_eq!(self.agent.left(), [""; 0].map(std::path::PathBuf::from));
+        assert!(!self.agent.bpffs().join("intercept").exists());
     }
 }
 
@@ -104,7 +104,7 @@ fn requests_both_ways_pass_envoy_and_none_is_lost() {
     let mut expected = BTreeMap::new();
     for way @ (listener, to) in bed.ways() {
         for kind in ["fresh", "kept"] {
-            said(&mut bed.get(way, REQUESTS, kind)).expect("answered");
+            succeed(bed.get(way, REQUESTS, kind)).expect("answered");
         }
         expected.insert((listener.to_owned(), to.to_string(), to.to_string()), 2 * REQUESTS);
     }
@@ -129,12 +129,12 @@ fn without_envoy_nothing_passes_and_a_new_one_takes_over() {
     let bed = Bed::new("envoy-restart");
     for _ in 0..2 {
         for way in bed.ways() {
-            let why = said(&mut bed.get(way, 1, "fresh")).expect_err("there is no proxy").to_string();
+            let why = succeed(bed.get(way, 1, "fresh")).expect_err("there is no proxy").to_string();
             assert!(why.contains("refused"), "{way:?}: {why}");
         }
         let _envoy = bed.envoy();
         for way in bed.ways() {
-            said(&mut bed.get(way, 10, "fresh")).expect("answered");
+            succeed(bed.get(way, 10, "fresh")).expect("answered");
         }
     }
     bed.end();
@@ -165,7 +165,7 @@ fn a_restart_under_load_costs_only_connections_of_the_gap() {
         let mut batches = Vec::new();
         while !stop.load(Ordering::Relaxed) {
             let started = Instant::now();
-            let failed = said(&mut bed.get(way, 5, "fresh")).err().map(|error| error.to_string());
+            let failed = succeed(bed.get(way, 5, "fresh")).err().map(|error| error.to_string());
             batches.push(Batch { started, ended: Instant::now(), failed });
             count.fetch_add(1, Ordering::Relaxed);
         }

@@ -2,16 +2,14 @@
 //! says whether redirection works.
 
 use std::{
-    io::{BufRead as _, BufReader},
     net::{IpAddr, Ipv4Addr, SocketAddr},
-    process::{Child, Output, Stdio},
+    process::Output,
     time::{Duration, Instant},
 };
 
-use rustix::process::{Pid, Signal, kill_process};
 use tests::{
     actor::{Actor, Answer, Bind, Dial, Listen, OriginalDst, Outcome, Transport},
-    agent::{Agent, INIT_FLAGS},
+    agent::{Agent, INIT_FLAGS, Running, finish},
     testbed::{Ids, Pod, PodSpec, netlink::Route, netlink::TABLE_MAIN},
 };
 
@@ -22,34 +20,16 @@ fn addr(text: &str) -> SocketAddr {
     text.parse().unwrap_or_else(|_| panic!("{text} is not an address"))
 }
 
-/// The agent in the foreground; killed if the test fails before it ends it.
-struct Running(Child);
-
-impl Running {
-    fn start(agent: &Agent, pod: &Pod, args: &[&str]) -> Self {
-        let mut command = agent.command_for("run", pod, args);
-        let mut child = command.stdout(Stdio::piped()).spawn().expect("started");
-        let output = child.stdout.take().expect("its output");
-        let running = Self(child);
-        let mut line = String::new();
-        BufReader::new(output).read_line(&mut line).expect("a line");
-        assert!(line.starts_with("attached cgroup "), "{line}");
-        running
-    }
-
-    fn end(mut self, signal: Signal) {
-        let pid = Pid::from_child(&self.0);
-        kill_process(pid, signal).expect("signalled");
-        let status = self.0.wait().expect("ended");
-        assert!(status.success(), "{status}");
-    }
+/// The agent in the foreground; killed if it is dropped.
+fn run(bed: &Bed, flags: &[&str]) -> Running {
+    let (running, said) = bed.agent.run(&bed.pod, flags).expect("in force");
+    assert!(said.starts_with("attached cgroup "), "{said}");
+    running
 }
 
-impl Drop for Running {
-    fn drop(&mut self) {
-        drop(self.0.kill());
-        drop(self.0.wait());
-    }
+fn end(running: Running) {
+    let (status, log) = running.terminate().expect("ended");
+    assert!(status.success(), "{status}: {log}");
 }
 
 /// A pod with a proxy and an app, and the world at its other end.
@@ -62,7 +42,7 @@ struct Bed {
 
 impl Bed {
     fn new(label: &str) -> Self {
-        let agent = Agent::new().expect("the agent");
+        let agent = Agent::new("follow").expect("the agent");
         let pod = Pod::new(PodSpec::new(label).with_eth1()).expect("a pod");
         let (inside, world) =
             (Actor::start(&pod).expect("an actor"), Actor::start(pod.neighbour()).expect("an actor"));
@@ -107,7 +87,7 @@ impl Bed {
 #[test]
 fn new_addresses_are_followed() {
     let bed = Bed::new("follow-address");
-    let running = Running::start(&bed.agent, &bed.pod, &INIT_FLAGS);
+    let running = run(&bed, &INIT_FLAGS);
     for (net, to) in [("10.99.0.7/32", "10.99.0.7:80"), ("fd99::7/128", "[fd99::7]:80")] {
         let (net, to) = (net.parse().expect("a net"), addr(to));
         assert_eq!(bed.dial(to).server, "proxy", "{to} is the world's yet");
@@ -117,13 +97,13 @@ fn new_addresses_are_followed() {
         // The packets are routed by the new state at once, and the world takes every address for its own.
         bed.becomes(to, "world", "proxy", Instant::now());
     }
-    running.end(Signal::INT);
+    end(running);
 }
 
 #[test]
 fn moved_routes_are_followed() {
     let bed = Bed::new("follow-route");
-    let running = Running::start(&bed.agent, &bed.pod, &[&INIT_FLAGS[..], &["-c", "eth1"]].concat());
+    let running = run(&bed, &[&INIT_FLAGS[..], &["-c", "eth1"]].concat());
     for (net, via, to) in
         [("172.20.0.0/16", "10.67.0.1", "172.20.1.1:80"), ("fd20::/16", "fd67::1", "[fd20::1]:80")]
     {
@@ -142,20 +122,20 @@ fn moved_routes_are_followed() {
         bed.pod.netns.add_route(route()).expect("added");
         bed.becomes(to, "proxy", "world", Instant::now());
     }
-    running.end(Signal::TERM);
+    end(running);
 }
 
 #[test]
 fn its_end_is_the_end_of_the_capture() {
     let bed = Bed::new("run-end");
     let to = SocketAddr::from((Ipv4Addr::new(198, 51, 100, 7), 80));
-    for signal in [Signal::TERM, Signal::INT] {
-        let running = Running::start(&bed.agent, &bed.pod, &INIT_FLAGS);
+    for _ in 0..2 {
+        let running = run(&bed, &INIT_FLAGS);
         assert_eq!(bed.dial(to).server, "proxy");
-        assert_eq!(bed.agent.status().expect("a status").len(), 1);
-        running.end(signal);
+        assert_eq!(bed.agent.status().expect("a status").as_array().map(Vec::len), Some(1));
+        end(running);
         assert_eq!(bed.dial(to).server, "world");
-        assert_eq!(bed.agent.left(), [""; 0].map(std::path::PathBuf::from));
+        assert!(!bed.agent.bpffs().join("intercept").exists());
     }
 }
 
@@ -163,29 +143,29 @@ fn its_end_is_the_end_of_the_capture() {
 fn killed_it_leaves_the_capture_in_force() {
     let bed = Bed::new("run-killed");
     let to = SocketAddr::from((Ipv4Addr::new(198, 51, 100, 7), 80));
-    drop(Running::start(&bed.agent, &bed.pod, &INIT_FLAGS));
+    drop(run(&bed, &INIT_FLAGS));
     assert_eq!(bed.dial(to).server, "proxy");
     bed.agent.detach(&bed.pod).expect("detached");
     assert_eq!(bed.dial(to).server, "world");
-    assert_eq!(bed.agent.left(), [""; 0].map(std::path::PathBuf::from));
+    assert!(!bed.agent.bpffs().join("intercept").exists());
 }
 
 /// Runs attach; its exit code and all it said.
 fn attach(agent: &Agent, pod: &Pod, args: &[&str]) -> (Option<i32>, String) {
     let args = [&INIT_FLAGS[..], args].concat();
     let Output { status, stdout, stderr } =
-        agent.command_for("attach", pod, &args).output().expect("started");
+        finish(&mut agent.for_pod("attach", pod, &args)).expect("started");
     (status.code(), String::from_utf8_lossy(&stdout).into_owned() + &String::from_utf8_lossy(&stderr))
 }
 
 #[test]
 fn validation_tells_whether_redirection_works() {
-    let agent = Agent::new().expect("the agent");
+    let agent = Agent::new("follow").expect("the agent");
     let pod = Pod::new(PodSpec::new("validation")).expect("a pod");
     let (code, said) = attach(&agent, &pod, &["--skip-rule-apply", "--run-validation"]);
     assert_eq!(code, Some(126), "nothing is attached: {said}");
     assert!(said.contains("127.0.0.6:15002") && said.contains("not redirected"), "{said}");
-    assert_eq!(agent.left(), [""; 0].map(std::path::PathBuf::from));
+    assert!(!agent.bpffs().join("intercept").exists());
 
     let (code, said) = attach(&agent, &pod, &["--run-validation"]);
     assert_eq!(code, Some(0), "{said}");
@@ -208,5 +188,5 @@ fn validation_tells_whether_redirection_works() {
     let children = children.filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir())).count();
     assert_eq!(children, 0, "the check's cgroup is left");
     agent.detach(&pod).expect("detached");
-    assert_eq!(agent.left(), [""; 0].map(std::path::PathBuf::from));
+    assert!(!agent.bpffs().join("intercept").exists());
 }
