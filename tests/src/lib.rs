@@ -10,6 +10,7 @@ pub mod bench;
 pub mod bpf;
 pub mod datagram;
 pub mod differential;
+pub mod envoy;
 pub mod iptables;
 pub mod kernel;
 pub mod snapshot;

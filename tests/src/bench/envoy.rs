@@ -54,14 +54,14 @@ impl Envoy {
                 json!({}),
             )]);
         }
-        Self::start(program, place, Ids::PROXY, &listener, &[cluster], relay.port)
+        Self::start(program, place, Ids::PROXY, &[listener], &[cluster], relay.port, &[])
     }
 
     /// A server that answers every request with a few bytes.
     pub fn server(program: &Path, place: &Place, port: u16) -> Result<Self> {
         let answer = json!({"status": 200, "body": {"inline_string": "hello\n"}});
         let listener = listener(port, &http(answer, "direct_response"));
-        Self::start(program, place, Ids::APP, &listener, &[], port)
+        Self::start(program, place, Ids::APP, &[listener], &[], port, &[])
     }
 
     /// The process.
@@ -69,19 +69,21 @@ impl Envoy {
         self.child.id()
     }
 
-    fn start(
+    /// Starts it with these parts and further arguments; returns when it listens on `port` of IPv4.
+    pub(crate) fn start(
         program: &Path,
         place: &Place,
         ids: Ids,
-        listener: &Value,
+        listeners: &[Value],
         clusters: &[Value],
         port: u16,
+        more: &[&str],
     ) -> Result<Self> {
         let folder =
             tempfile::Builder::new().prefix("intercept-test.").tempdir().context("making a folder")?;
         fs::set_permissions(folder.path(), fs::Permissions::from_mode(0o755))?;
         let path = folder.path().join("envoy.json");
-        let config = json!({"static_resources": {"listeners": [listener], "clusters": clusters}});
+        let config = json!({"static_resources": {"listeners": listeners, "clusters": clusters}});
         fs::write(&path, config.to_string()).with_context(|| format!("writing {}", path.display()))?;
         let base = std::process::id() % 100_000 * 100 + BASE_ID.fetch_add(1, Ordering::Relaxed) % 100;
         let child = place
@@ -90,6 +92,7 @@ impl Envoy {
             .arg(&path)
             .args(["--concurrency", "1", "--log-level", "error", "--disable-hot-restart"])
             .args(["--base-id", &base.to_string()])
+            .args(more)
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(Stdio::piped())
@@ -141,7 +144,7 @@ pub fn program() -> Result<PathBuf> {
     Ok(path.into())
 }
 
-fn named(name: &str, kind: &str, mut config: Value) -> Value {
+pub(crate) fn named(name: &str, kind: &str, mut config: Value) -> Value {
     config["@type"] = kind.into();
     json!({"name": name, "typed_config": config})
 }
@@ -153,7 +156,7 @@ fn listener(port: u16, filter: &Value) -> Value {
     })
 }
 
-fn http(action: Value, kind: &str) -> Value {
+pub(crate) fn http(action: Value, kind: &str) -> Value {
     let router = named(
         "envoy.filters.http.router",
         "type.googleapis.com/envoy.extensions.filters.http.router.v3.Router",

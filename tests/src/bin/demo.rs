@@ -11,11 +11,12 @@ use std::{
     time::Duration,
 };
 
-use anyhow::{Context as _, Result, bail, ensure};
+use anyhow::{Context as _, Result, ensure};
 use clap::{Parser, ValueEnum};
 use serde_json::Value;
 use tests::{
     actor::{Actor, Bind, Dial, Dialled, Direction, Listen, OriginalDst, Outcome, Relay, Relayed, Transport},
+    envoy::{self, Sidecar, Speaks},
     testbed::{self, Ids, Pod, PodSpec},
 };
 
@@ -153,10 +154,17 @@ fn demo(options: &Options) -> Result<bool> {
         serve(&inside, "app", Ids::APP, any, APP_PORT)?;
         serve(&inside, "metrics", Ids::APP, any, METRICS_PORT)?;
     }
-    match options.proxy {
-        Proxy::Relay => start_relay(&inside)?,
-        Proxy::Envoy => bail!("--proxy envoy: not yet"),
-    }
+    let sidecar = match options.proxy {
+        Proxy::Relay => {
+            start_relay(&inside)?;
+            None
+        }
+        Proxy::Envoy => {
+            let program = options.envoy.clone().map_or_else(envoy::program, Ok)?;
+            Some(Sidecar::start(&program, &pod, Speaks::Tcp)?)
+        }
+    };
+    let mut reports = Reports { inside: &inside, sidecar: sidecar.as_ref(), logged: 0 };
 
     let agent = Agent { binary: &options.agent, cgroup: pod.cgroup.path(), netns: pod.netns.path() };
     println!(
@@ -179,10 +187,10 @@ fn demo(options: &Options) -> Result<bool> {
             .concat()
         )?
     );
-    let shown = show(&flows(&pod), &pod, &agent, &inside, &world);
+    let shown = show(&flows(&pod), &pod, &agent, &mut reports, &world);
     print!("{}", agent.run(&["detach"])?);
     let all_right = shown?;
-    drop((inside, world, pod));
+    drop((sidecar, inside, world, pod));
     let left = testbed::sweep::leftovers(std::process::id())?;
     ensure!(left.is_empty(), "left behind: {left:?}");
     println!("nothing is left behind");
@@ -259,17 +267,23 @@ impl Agent<'_> {
     }
 }
 
-fn show(flows: &[Flow], pod: &Pod, agent: &Agent<'_>, inside: &Actor, world: &Actor) -> Result<bool> {
+fn show(
+    flows: &[Flow],
+    pod: &Pod,
+    agent: &Agent<'_>,
+    reports: &mut Reports<'_>,
+    world: &Actor,
+) -> Result<bool> {
     let mut rows = vec![
         ["flow", "dialled", "went to", "original destination", "peer the proxy saw", "because", ""]
             .map(str::to_owned),
     ];
     let mut all_right = true;
     for flow in flows {
-        let actor = if flow.from_world { world } else { inside };
+        let actor = if flow.from_world { world } else { reports.inside };
         let dial = Dial { mapped: flow.mapped, ..Dial::new(flow.ids, flow.to) };
         let dialled = actor.dial(dial)?;
-        let relayed = relayed(inside, flow)?;
+        let relayed = reports.of(flow)?;
         let verdict = judge(flow, &dialled, relayed.as_ref(), pod);
         all_right &= verdict.is_ok();
         rows.push([
@@ -286,14 +300,40 @@ fn show(flows: &[Flow], pod: &Pod, agent: &Agent<'_>, inside: &Actor, world: &Ac
     Ok(all_right)
 }
 
-/// The relay's report of a flow; none if the flow does not pass it.
-fn relayed(inside: &Actor, flow: &Flow) -> Result<Option<Relayed>> {
-    if flow.expect == Expect::Direct {
-        let stray = inside.relayed(0, Duration::ZERO);
-        return Ok(stray.into_iter().next());
+/// What the proxy says of the flows that pass it.
+struct Reports<'a> {
+    /// Where the built-in relay is.
+    inside: &'a Actor,
+    sidecar: Option<&'a Sidecar>,
+    /// Lines of the sidecar's log that have been looked at.
+    logged: usize,
+}
+
+impl Reports<'_> {
+    /// The report of a flow that was just made; none if it does not pass the proxy.
+    fn of(&mut self, flow: &Flow) -> Result<Option<Relayed>> {
+        let (expected, patience) = match flow.expect {
+            Expect::Direct => (0, Duration::ZERO),
+            _ => (1, Duration::from_secs(3)),
+        };
+        let Some(sidecar) = self.sidecar else {
+            return Ok(self.inside.relayed(expected, patience).into_iter().next());
+        };
+        let lines = sidecar.logged(self.logged + expected, patience)?;
+        let new = lines.get(self.logged).cloned();
+        self.logged = lines.len();
+        new.map(|line| {
+            let original: SocketAddr = line.original.parse()?;
+            Ok(Relayed {
+                relay: line.listener,
+                original_dst: OriginalDst::Addr(original),
+                local: original,
+                peer: line.client.parse()?,
+                error: None,
+            })
+        })
+        .transpose()
     }
-    let reports = inside.relayed(1, Duration::from_secs(3));
-    Ok(reports.into_iter().next())
 }
 
 fn original(original: OriginalDst) -> String {

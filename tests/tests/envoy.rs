@@ -1,0 +1,140 @@
+//! The real Envoy as the sidecar of a captured pod: requests both ways, and what its access log says of them.
+
+use std::{
+    collections::BTreeMap,
+    io::{BufRead as _, BufReader},
+    net::SocketAddr,
+    process::{Child, Command, Stdio},
+    time::Duration,
+};
+
+use tests::{
+    actor::binary::{self, ReadableCopy},
+    agent::{Agent, INIT_FLAGS, succeed},
+    envoy::{self, Sidecar, Speaks},
+    testbed::{Ids, Place, Pod, PodSpec},
+};
+
+/// Requests of each kind and family; over fresh and kept connections of both families that is 1,000 a direction.
+const REQUESTS: usize = 250;
+
+struct Server(Child);
+
+impl Server {
+    fn start(http: &ReadableCopy, place: &Place, ids: Ids, port: u16) -> Self {
+        let addresses = ["0.0.0.0", "[::]"].map(|any| format!("{any}:{port}"));
+        let mut command = place.command_as(http.path(), ids).expect("a command");
+        let mut child =
+            command.arg("serve").args(addresses).stdout(Stdio::piped()).spawn().expect("a server");
+        let output = child.stdout.take().expect("its output");
+        let server = Self(child);
+        let mut line = String::new();
+        BufReader::new(output).read_line(&mut line).expect("a line");
+        assert_eq!(line, "ready\n");
+        server
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        drop(self.0.kill());
+        drop(self.0.wait());
+    }
+}
+
+/// A captured pod with an app and without its Envoy yet, and the world.
+struct Bed {
+    agent: Agent,
+    http: ReadableCopy,
+    _servers: [Server; 2],
+    pod: Pod,
+}
+
+impl Bed {
+    fn new(label: &str) -> Self {
+        let agent = Agent::new("envoy").expect("the agent");
+        let pod = Pod::new(PodSpec::new(label)).expect("a pod");
+        let original = binary::locate("http", "INTERCEPT_HTTP").expect("the HTTP program");
+        let http = ReadableCopy::of(&original).expect("a copy");
+        let app = Server::start(&http, &pod, Ids::APP, 8080);
+        let world = Server::start(&http, pod.neighbour(), Ids::ROOT, 80);
+        // Before Envoy, as an init container does it.
+        agent.attach(&pod, &INIT_FLAGS).expect("attached");
+        Self { agent, http, _servers: [app, world], pod }
+    }
+
+    fn envoy(&self) -> Sidecar {
+        let program = envoy::program().expect("Envoy's binary");
+        Sidecar::start(&program, &self.pod, Speaks::Http).expect("Envoy")
+    }
+
+    /// What is dialled: the listener that has to get it, and where it goes.
+    fn ways(&self) -> [(&'static str, SocketAddr); 4] {
+        let service = |text: &str| text.parse().expect("an address");
+        let app = |v6| SocketAddr::new(self.pod.address(v6), 8080);
+        [
+            ("outbound", service("10.96.0.10:80")),
+            ("outbound", service("[fd96::10]:80")),
+            ("inbound", app(false)),
+            ("inbound", app(true)),
+        ]
+    }
+
+    /// Requests by the app, or by the world when they are to come in.
+    fn get(&self, (listener, to): (&str, SocketAddr), count: usize, kind: &str) -> Command {
+        let world: &Place = self.pod.neighbour();
+        let (place, ids): (&Place, _) =
+            if listener == "outbound" { (&self.pod, Ids::APP) } else { (world, Ids::ROOT) };
+        let mut get = place.command_as(self.http.path(), ids).expect("a command");
+        get.args(["get", &to.to_string(), &count.to_string(), kind]);
+        get
+    }
+
+    fn end(self) {
+        self.agent.detach(&self.pod).expect("detached");
+        assert!(!self.agent.bpffs().join("intercept").exists());
+    }
+}
+
+#[test]
+fn requests_both_ways_pass_envoy_and_none_is_lost() {
+    let bed = Bed::new("envoy");
+    let envoy = bed.envoy();
+    let mut expected = BTreeMap::new();
+    for way @ (listener, to) in bed.ways() {
+        for kind in ["fresh", "kept"] {
+            succeed(bed.get(way, REQUESTS, kind)).expect("answered");
+        }
+        expected.insert((listener.to_owned(), to.to_string(), to.to_string()), 2 * REQUESTS);
+    }
+
+    let mut logged = BTreeMap::new();
+    for line in envoy.logged(expected.values().sum(), Duration::from_secs(10)).expect("a log") {
+        let client: SocketAddr = line.client.parse().expect("an address");
+        let v6 = client.is_ipv6();
+        // The pod itself going out; the neighbour, by its address on the link, coming in.
+        let world = if v6 { "fd66::1" } else { "10.66.0.1" }.parse().expect("an address");
+        let who = if line.listener == "outbound" { bed.pod.address(v6) } else { world };
+        assert_eq!(client.ip(), who, "{line:?}");
+        *logged.entry((line.listener, line.original, line.upstream)).or_insert(0) += 1;
+    }
+    assert_eq!(logged, expected);
+    drop(envoy);
+    bed.end();
+}
+
+#[test]
+fn without_envoy_nothing_passes_and_a_new_one_takes_over() {
+    let bed = Bed::new("envoy-restart");
+    for _ in 0..2 {
+        for way in bed.ways() {
+            let why = succeed(bed.get(way, 1, "fresh")).expect_err("there is no proxy").to_string();
+            assert!(why.contains("refused"), "{way:?}: {why}");
+        }
+        let _envoy = bed.envoy();
+        for way in bed.ways() {
+            succeed(bed.get(way, 10, "fresh")).expect("answered");
+        }
+    }
+    bed.end();
+}
