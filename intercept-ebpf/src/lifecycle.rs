@@ -130,9 +130,10 @@ fn listen(ctx: &SockOpsContext) {
         && let Some(proxy) = maps::proxy(pod.slot)
     {
         let bound = if local.is_unspecified() { proxy::WILDCARD } else { proxy::ONE };
+        let v6 = load!(load_u32, bpf_sock_ops, ctx.ops, family) == AF_INET6;
         // SAFETY: an array element; half a word is written whole.
         unsafe {
-            if load!(load_u32, bpf_sock_ops, ctx.ops, family) == AF_INET6 {
+            if v6 {
                 (*proxy).outbound_v6 = bound;
             } else {
                 (*proxy).outbound_v4 = bound;
