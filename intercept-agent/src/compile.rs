@@ -186,7 +186,9 @@ enum Says<'a> {
 
 fn destinations(config: &Config, mirror: &Mirror) -> Vec<(u32, Addr, Destination)> {
     let everything = [IpNet::V4(Ipv4Net::default()), IpNet::V6(Ipv6Net::default())];
-    let mut said: Vec<(IpNet, Says<'_>)> = Vec::new();
+    // IPv4 is a prefix of IPv6 in the map: without an entry of its own for all of it, what is said of ::/0 would be
+    // found for it.
+    let mut said: Vec<(IpNet, Says<'_>)> = vec![(IpNet::V4(Ipv4Net::default()), Says::Bits(0))];
     said.extend(mirror.routes.iter().map(|route| (route.prefix, Says::Route(route))));
     if config.include.all {
         said.extend(everything.map(|net| (net, Says::Bits(destination::INCLUDED))));
