@@ -16,3 +16,4 @@ pub mod kernel;
 pub mod snapshot;
 pub mod swarm;
 pub mod testbed;
+pub mod witness;

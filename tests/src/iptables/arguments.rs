@@ -13,7 +13,8 @@ impl Options {
         option("-p", self.envoy_port.to_string());
         option("-z", self.inbound_port.to_string());
         option("-e", self.tunnel_port.to_string());
-        option("-u", join(&self.proxy_uids));
+        // An empty argument is none; a list of empty items is an empty list.
+        option("-u", if self.proxy_uids.is_empty() { ",".into() } else { join(&self.proxy_uids) });
         option("-g", join(&self.proxy_gids));
         match self.tproxy {
             None => option("-m", "REDIRECT".into()),

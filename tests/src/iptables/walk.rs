@@ -174,8 +174,8 @@ fn holds(condition: &Match, state: &State<'_>) -> bool {
     let user = |uid| state.owner.is_some_and(|owner| owner.uid == uid);
     let group = |gid| state.owner.is_some_and(|owner| owner.gid == gid);
     match condition {
-        Match::In(interface) => state.input == interface,
-        Match::Out(interface) => state.output == interface,
+        Match::In(interface) => is_called(state.input, interface),
+        Match::Out(interface) => is_called(state.output, interface),
         Match::Source(net) => net.contains(&packet.from.ip()),
         Match::Destination(net) => net.contains(&packet.to.ip()),
         Match::NotDestination(net) => !net.contains(&packet.to.ip()),
@@ -193,6 +193,15 @@ fn holds(condition: &Match, state: &State<'_>) -> bool {
         Match::Connmark(mark) => state.connmark == *mark,
         // The first packet of a connection is neither.
         Match::Established | Match::Invalid => false,
+    }
+}
+
+/// Whether `-i` or `-o` with this argument means an interface; `eth+` is all that begin with eth.
+fn is_called(name: &str, argument: &str) -> bool {
+    // No interface at all is no interface of any name.
+    match argument.strip_suffix('+') {
+        Some(start) => !name.is_empty() && name.starts_with(start),
+        None => name == argument,
     }
 }
 

@@ -1,0 +1,152 @@
+//! The project's own witness: the command line, read, validated and compiled, and `decide` over the entries as they
+//! would stand in the maps.
+
+use std::collections::HashMap;
+use std::io;
+use std::path::Path;
+
+use anyhow::{Context, Result};
+use clap::Parser;
+use intercept_agent::compile::{Compiled, Entries, compile};
+use intercept_agent::options::{Names, RawOptions};
+use intercept_common::decide::Owner;
+use intercept_common::layout::Destination;
+use intercept_common::{
+    Addr, Decision, Facts, Inbound, Outbound, Reason, Target, Verdict, decide_inbound, decide_outbound,
+};
+
+use super::{Fate, Flow, Place};
+use crate::iptables::Options;
+
+/// A compiled configuration.
+#[derive(Debug)]
+pub struct Ours(Compiled);
+
+#[derive(Debug, Parser)]
+#[command(name = "istio-iptables")]
+struct CommandLine {
+    #[command(flatten)]
+    raw: RawOptions,
+}
+
+/// A pod without users, whose servers are those of the options.
+struct Pod(String);
+
+impl Names for Pod {
+    fn user(&self, _: &str) -> io::Result<Option<u32>> {
+        Ok(None)
+    }
+    fn group(&self, _: &str) -> io::Result<Option<u32>> {
+        Ok(None)
+    }
+    fn resolv_conf(&self) -> io::Result<String> {
+        Ok(self.0.clone())
+    }
+}
+
+/// The entries in place of the maps; `marked` is what the connection hook left for the connection.
+struct InMemory<'a> {
+    entries: &'a Entries,
+    marked: bool,
+}
+
+impl Facts for InMemory<'_> {
+    fn destination(&self, _: u32, addr: Addr) -> Destination {
+        let covering = self.entries.destinations.iter().filter(|(len, net, _)| covers(*len, *net, addr));
+        let longest = covering.max_by_key(|(len, ..)| *len);
+        longest.map_or(Destination { flags: 0, source: Addr::UNSPECIFIED }, |(_, _, value)| *value)
+    }
+    fn port(&self, _: u32, port: u16) -> u32 {
+        self.entries.ports.get(&u32::from(port)).copied().unwrap_or(0)
+    }
+    fn group(&self, _: u32, gid: u32) -> bool {
+        self.entries.groups.contains_key(&gid)
+    }
+    fn interface(&self, _: u32, ifindex: u32) -> u32 {
+        self.entries.interfaces.get(&ifindex).copied().unwrap_or(0)
+    }
+    fn marked(&self) -> bool {
+        self.marked
+    }
+}
+
+fn covers(len: u32, net: Addr, addr: Addr) -> bool {
+    let bits = |addr: Addr| u128::from_be_bytes(bytes(addr));
+    let differing = bits(net) ^ bits(addr);
+    len == 0 || differing >> (128 - len) == 0
+}
+
+fn bytes(addr: Addr) -> [u8; 16] {
+    let mut bytes = [0; 16];
+    for (to, word) in bytes.chunks_exact_mut(4).zip(addr.words()) {
+        to.copy_from_slice(&word.to_ne_bytes());
+    }
+    bytes
+}
+
+impl Ours {
+    /// As `attach` would make it of the options' command line and environment.
+    pub fn new(options: &Options, place: &Place) -> Result<Self> {
+        let arguments = options.arguments(Path::new(""));
+        let environment: HashMap<_, _> = options.environment().into_iter().collect();
+        let line = std::iter::once("istio-iptables".to_owned()).chain(arguments);
+        let raw = CommandLine::try_parse_from(line).context("reading the command line")?.raw;
+        let raw = raw.read_env(|name| environment.get(name).cloned());
+        let (config, ..) = raw.validate(&Pod(options.resolv_conf())).context("validating the options")?;
+        Ok(Self(compile(&config, &place.mirror())))
+    }
+
+    /// What becomes of a flow, and the row that said so.
+    pub fn fate(&self, place: &Place, flow: &Flow) -> (Fate, Reason) {
+        let decision = match flow {
+            Flow::Made { .. } => self.made(place, flow),
+            Flow::Arriving { link, from, to } => self.arriving(*link, (*from).into(), *to, false),
+        };
+        (self.say(decision), decision.reason)
+    }
+
+    fn say(&self, decision: Decision) -> Fate {
+        let policy = &self.0.policy;
+        match decision.verdict {
+            _ if decision.reason == Reason::NoRoute => Fate::Unroutable,
+            Verdict::Leave => Fate::Left,
+            Verdict::Redirect(Target::Outbound) => Fate::To(policy.outbound_port),
+            Verdict::Redirect(Target::Inbound) => Fate::To(policy.inbound_port),
+            Verdict::Redirect(Target::Dns) => Fate::To(policy.dns_port),
+        }
+    }
+
+    /// What the connect hook decides, and then, for what it leaves on loopback, sk_lookup.
+    fn made(&self, place: &Place, flow: &Flow) -> Decision {
+        let Flow::Made { udp, from, to, owner } = flow else { unreachable!("asked for these only") };
+        let asked = Outbound {
+            protocol: if *udp { 17 } else { 6 },
+            dst: to.ip().into(),
+            dst_port: to.port(),
+            src: from.map_or(Addr::UNSPECIFIED, Addr::from),
+            owner: Owner { uid: owner.uid, gid: owner.gid },
+        };
+        let facts = InMemory { entries: &self.0.entries, marked: false };
+        let decided = decide_outbound(&self.0.policy, &asked, &facts);
+        let left = decided.decision.verdict == Verdict::Leave && decided.decision.reason != Reason::NoRoute;
+        let over_lo = place.egress(to.ip()).is_some_and(|(out, _)| out == "lo");
+        if !left || !over_lo || *udp || to.ip().is_loopback() {
+            assert!(!decided.mark, "marked, and never looked up: {decided:?}");
+            return decided.decision;
+        }
+        // The source of such a connection is one of the pod's own, whichever.
+        let from = from.map_or(decided.source, Addr::from);
+        let from = if from.is_unspecified() { asked.dst } else { from };
+        let arrived = self.arriving(0, from, *to, decided.mark);
+        match arrived.verdict {
+            Verdict::Leave => decided.decision,
+            Verdict::Redirect(_) => arrived,
+        }
+    }
+
+    fn arriving(&self, link: usize, from: Addr, to: std::net::SocketAddr, marked: bool) -> Decision {
+        let ifindex = u32::try_from(link + 1).expect("a handful of interfaces");
+        let flow = Inbound { dst: to.ip().into(), dst_port: to.port(), src: from, ifindex };
+        decide_inbound(&self.0.policy, &flow, &InMemory { entries: &self.0.entries, marked })
+    }
+}
