@@ -13,6 +13,7 @@ pub mod differential;
 pub mod envoy;
 pub mod iptables;
 pub mod kernel;
+pub mod slip;
 pub mod snapshot;
 pub mod swarm;
 pub mod testbed;

@@ -1,0 +1,179 @@
+//! DNS capture with real clients and servers: dig, glibc's resolver, dnsmasq; and sockets that ask several servers.
+
+use std::io::Write;
+use std::net::SocketAddr;
+use std::process::{Child, Stdio};
+use std::time::{Duration, Instant};
+
+use tests::agent::{Agent, INIT_FLAGS, succeed};
+use tests::slip::{Manner, Slip, Slipped, Slipping};
+use tests::testbed::{Ids, Place, Pod, PodSpec};
+
+/// The servers of the pod's resolv.conf.
+const RESOLV_CONF: &str = "nameserver 10.96.0.10\nnameserver fd96::10\n";
+
+/// Where the world's server listens: those two and two others.
+const SERVERS: [&str; 4] = ["10.96.0.10", "10.96.0.11", "fd96::10", "fd96::11"];
+
+/// Answers every name with one address; dropping it ends it.
+struct Dnsmasq(Child);
+
+impl Dnsmasq {
+    /// `answer` tells it apart from the others.
+    fn start(place: &Place, port: u16, answer: &str, ids: Ids) -> Self {
+        let mut command = place.command_as("dnsmasq", ids).expect("a command");
+        command.args([
+            "--keep-in-foreground",
+            "--conf-file=/dev/null",
+            "--no-resolv",
+            "--no-hosts",
+            "--pid-file=",
+        ]);
+        command.arg(format!("--port={port}")).arg(format!("--address=/#/{answer}"));
+        // In the world, whose addresses are on no interface: of others it closes what comes by TCP. There it would
+        // also change to a user of its own.
+        if ids == Ids::ROOT {
+            command.arg("--bind-interfaces");
+            command.args(SERVERS.map(|server| format!("--listen-address={server}")));
+            command.args(["--user=root", "--group=root"]);
+        }
+        Self(command.stderr(Stdio::null()).spawn().expect("dnsmasq"))
+    }
+}
+
+impl Drop for Dnsmasq {
+    fn drop(&mut self) {
+        drop(self.0.kill());
+        drop(self.0.wait());
+    }
+}
+
+/// A pod whose proxy answers 192.0.2.1 and whose world answers 192.0.2.2.
+struct Bed {
+    agent: Agent,
+    resolv_conf: tempfile::NamedTempFile,
+    _servers: [Dnsmasq; 2],
+    pod: Pod,
+}
+
+const PROXY: &str = "192.0.2.1";
+const WORLD: &str = "192.0.2.2";
+
+impl Bed {
+    fn new(flags: &[&str]) -> Self {
+        let pod = Pod::new(PodSpec::new("dns")).expect("a pod");
+        let agent = Agent::new("dns").expect("a bpffs");
+        let mut resolv_conf = tempfile::NamedTempFile::new().expect("a file");
+        resolv_conf.write_all(RESOLV_CONF.as_bytes()).expect("written");
+        let servers = [
+            Dnsmasq::start(&pod, 15053, PROXY, Ids::PROXY),
+            Dnsmasq::start(pod.neighbour(), 53, WORLD, Ids::ROOT),
+        ];
+        let bed = Self { agent, resolv_conf, _servers: servers, pod };
+        bed.await_answer(&["@127.0.0.1", "-p", "15053"], PROXY);
+        bed.await_answer(&["@10.96.0.10"], WORLD);
+        let path = bed.resolv_conf.path().display().to_string();
+        let flags = [&INIT_FLAGS[..], &["--redirect-dns", "--resolv-conf", &path], flags].concat();
+        bed.agent.attach(&bed.pod, &flags).expect("attached");
+        bed
+    }
+
+    fn await_answer(&self, arguments: &[&str], answer: &str) {
+        let deadline = Instant::now() + Duration::from_secs(20);
+        loop {
+            let said = self.dig(Ids::APP, arguments);
+            if said == answer {
+                return;
+            }
+            assert!(Instant::now() < deadline, "dig {arguments:?}: {said:?}, not {answer}");
+        }
+    }
+
+    /// What dig prints: the address, or what went wrong. It refuses answers of another than it asked.
+    fn dig(&self, ids: Ids, arguments: &[&str]) -> String {
+        let mut dig = self.pod.command_as("dig", ids).expect("a command");
+        dig.args(["+short", "+tries=1", "+time=2", "-r"]).args(arguments).args(["service.test", "A"]);
+        let output = dig.output().expect("dig");
+        String::from_utf8_lossy(&output.stdout).trim().to_owned()
+    }
+
+    /// What glibc's resolver makes of a name, by the pod's resolv.conf and /etc/hosts of nobody.
+    fn getent(&self) -> String {
+        let script = format!(
+            "mount --bind {} /etc/resolv.conf && exec getent ahostsv4 service.test",
+            self.resolv_conf.path().display()
+        );
+        let mut unshare = self.pod.command("unshare").expect("a command");
+        unshare.args(["--mount", "--propagation", "private", "sh", "-c", &script]);
+        let said = succeed(unshare).expect("getent");
+        said.split_whitespace().next().unwrap_or_default().to_owned()
+    }
+}
+
+#[test]
+fn queries_to_the_servers_of_resolv_conf_go_to_the_proxy() {
+    let bed = Bed::new(&[]);
+    for transport in ["+notcp", "+tcp"] {
+        for (server, answer) in
+            [("@10.96.0.10", PROXY), ("@fd96::10", PROXY), ("@10.96.0.11", WORLD), ("@fd96::11", WORLD)]
+        {
+            let said = bed.dig(Ids::APP, &[server, transport]);
+            // To others TCP goes to the proxy's outbound listener as everything does, and there is none here.
+            let answer = if answer == WORLD && transport == "+tcp" { None } else { Some(answer) };
+            match answer {
+                Some(answer) => assert_eq!(said, answer, "{server} {transport}"),
+                None => assert_ne!(said, PROXY, "{server} {transport}"),
+            }
+            // The proxy's own queries are left alone.
+            assert_eq!(bed.dig(Ids::PROXY, &[server, transport]), WORLD, "{server} {transport}");
+        }
+    }
+    assert_eq!(bed.getent(), PROXY);
+}
+
+#[test]
+fn all_queries_go_to_the_proxy_if_asked_for() {
+    let bed = Bed::new(&["--capture-all-dns"]);
+    for transport in ["+notcp", "+tcp"] {
+        for server in ["@10.96.0.10", "@10.96.0.11", "@fd96::10", "@fd96::11"] {
+            assert_eq!(bed.dig(Ids::APP, &[server, transport]), PROXY, "{server} {transport}");
+            assert_eq!(bed.dig(Ids::PROXY, &[server, transport]), WORLD, "{server} {transport}");
+        }
+    }
+    assert_eq!(bed.getent(), PROXY);
+}
+
+/// The actor answers here, because it says which question an answer is to.
+fn ask(manner: Manner, to: &[SocketAddr]) -> Slipped {
+    let bed = tests::slip::bed::Bed::new("dns").expect("a pod");
+    let agent = Agent::new("dns").expect("a bpffs");
+    let flags = [&INIT_FLAGS[..], &["--redirect-dns", "--capture-all-dns"]].concat();
+    agent.attach(&bed.pod, &flags).expect("attached");
+    let slip = Slip { to: to.to_vec(), ..Slip::new(manner, to[0]) };
+    Slipping::start(&bed.pod, &slip).expect("started").go().expect("asked")
+}
+
+fn servers(texts: &[&str]) -> Vec<SocketAddr> {
+    texts.iter().map(|text| text.parse().expect("an address")).collect()
+}
+
+#[test]
+fn one_socket_that_asks_servers_in_turn_hears_from_each() {
+    for to in [
+        servers(&["10.96.0.10:53", "10.96.0.11:53", "10.96.0.10:53", "203.0.113.9:53"]),
+        servers(&["[fd96::10]:53", "[fd96::11]:53", "[fd96::10]:53"]),
+    ] {
+        let slipped = ask(Manner::InTurn, &to);
+        assert!(slipped.servers.iter().all(|server| server.as_deref() == Ok("dns")), "{slipped:?}");
+        assert_eq!(slipped.peers, to);
+    }
+}
+
+/// README, section Limits: the answers all arrive, each with the name of the server that was asked last.
+#[test]
+fn of_several_queries_at_once_the_last_server_counts() {
+    let to = servers(&["10.96.0.10:53", "10.96.0.11:53", "203.0.113.9:53"]);
+    let slipped = ask(Manner::AtOnce, &to);
+    assert!(slipped.servers.iter().all(|server| server.as_deref() == Ok("dns")), "{slipped:?}");
+    assert_eq!(slipped.peers, [to[2]; 3]);
+}
