@@ -50,13 +50,13 @@ fn decide_agrees_with_the_rules() {
     let count = number("INTERCEPT_CONFIGURATIONS", 12_000);
     println!("{count} configurations from seed {first}, {FLOWS} flows each");
     let total = Mutex::new(Tally::default());
-    let threads = std::thread::available_parallelism().map_or(1, usize::from) as u64;
+    let threads = std::thread::available_parallelism().map_or(1, usize::from);
     std::thread::scope(|scope| {
         for thread in 0..threads {
             let total = &total;
             scope.spawn(move || {
                 let mut tally = Tally::default();
-                for seed in (first..first + count).skip(thread as usize).step_by(threads as usize) {
+                for seed in (first..first + count).skip(thread).step_by(threads) {
                     examine(seed, &mut tally);
                 }
                 let mut total = total.lock().expect("no thread panicked");
