@@ -74,6 +74,14 @@ pub fn link_update(link: BorrowedFd<'_>, program: BorrowedFd<'_>) -> io::Result<
     call(bpf_cmd::BPF_LINK_UPDATE, &mut attr).map(drop)
 }
 
+/// Take a link's program out at once. Without this a link that nobody holds any more goes by a work queue, a while after
+/// the last descriptor or pin.
+pub fn link_detach(link: BorrowedFd<'_>) -> io::Result<()> {
+    let mut attr = empty_attr();
+    attr.link_detach.link_fd = raw(link);
+    call(bpf_cmd::BPF_LINK_DETACH, &mut attr).map(drop)
+}
+
 /// What a link holds on to.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum LinkTarget {

@@ -253,6 +253,11 @@ impl Node {
 
     fn take_out(&mut self, cookie: u64) -> Result<(), NodeError> {
         self.tables.switch_off(cookie)?;
+        for program in names::CGROUP_PROGRAMS.iter().chain([&names::SK_LOOKUP]) {
+            // So that nothing is attached any more when this returns. Whoever fails here leaves it to the removal.
+            let link = kernel::open_pin(&self.store.pod(cookie).join(program));
+            let _goes_with_its_pin = link.and_then(|link| kernel::link_detach(link.as_fd()));
+        }
         self.store.remove(&self.store.pod(cookie))?;
         let in_force: Vec<_> = self.tables.policies()?;
         self.tables.purge_lists(|id| in_force.iter().any(|(_, policy)| policy.id == id))?;
