@@ -33,7 +33,6 @@ pub struct Sidecar {
     envoy: Envoy,
     log: PathBuf,
     _folder: TempDir,
-    _program: ReadableCopy,
 }
 
 /// A line of the access log; addresses with ports.
@@ -50,9 +49,9 @@ pub struct Logged {
 }
 
 impl Sidecar {
-    /// Starts this Envoy in a pod; returns when it listens on 15001 and 15006.
-    pub fn start(program: &Path, place: &Place, speaks: Speaks) -> Result<Self> {
-        let program = ReadableCopy::of(program)?;
+    /// Starts this Envoy in a pod; returns when it listens on 15001 and 15006. The copy has to live on: one that is
+    /// made while other processes are started cannot be executed as long as one of them holds it open for writing.
+    pub fn start(program: &ReadableCopy, place: &Place, speaks: Speaks) -> Result<Self> {
         let folder =
             tempfile::Builder::new().prefix("intercept-test.").tempdir().context("making a folder")?;
         fs::set_permissions(folder.path(), fs::Permissions::from_mode(0o777))?;
@@ -76,7 +75,7 @@ impl Sidecar {
         }
         let more = ["--file-flush-interval-msec", "50"];
         let envoy = Envoy::start(program.path(), place, Ids::PROXY, &listeners, &clusters, 15006, &more)?;
-        Ok(Self { envoy, log, _folder: folder, _program: program })
+        Ok(Self { envoy, log, _folder: folder })
     }
 
     /// The process.

@@ -5,7 +5,8 @@ use std::{
     io::{BufRead as _, BufReader},
     net::SocketAddr,
     process::{Child, Command, Stdio},
-    time::Duration,
+    sync::atomic::{AtomicBool, AtomicUsize, Ordering},
+    time::{Duration, Instant},
 };
 
 use tests::{
@@ -46,6 +47,7 @@ impl Drop for Server {
 struct Bed {
     agent: Agent,
     http: ReadableCopy,
+    program: ReadableCopy,
     _servers: [Server; 2],
     pod: Pod,
 }
@@ -56,16 +58,16 @@ impl Bed {
         let pod = Pod::new(PodSpec::new(label)).expect("a pod");
         let original = binary::locate("http", "INTERCEPT_HTTP").expect("the HTTP program");
         let http = ReadableCopy::of(&original).expect("a copy");
+        let program = ReadableCopy::of(&envoy::program().expect("Envoy's binary")).expect("a copy");
         let app = Server::start(&http, &pod, Ids::APP, 8080);
         let world = Server::start(&http, pod.neighbour(), Ids::ROOT, 80);
         // Before Envoy, as an init container does it.
         agent.attach(&pod, &INIT_FLAGS).expect("attached");
-        Self { agent, http, _servers: [app, world], pod }
+        Self { agent, http, program, _servers: [app, world], pod }
     }
 
     fn envoy(&self) -> Sidecar {
-        let program = envoy::program().expect("Envoy's binary");
-        Sidecar::start(&program, &self.pod, Speaks::Http).expect("Envoy")
+        Sidecar::start(&self.program, &self.pod, Speaks::Http).expect("Envoy")
     }
 
     /// What is dialled: the listener that has to get it, and where it goes.
@@ -136,5 +138,75 @@ fn without_envoy_nothing_passes_and_a_new_one_takes_over() {
             succeed(bed.get(way, 10, "fresh")).expect("answered");
         }
     }
+    bed.end();
+}
+
+/// Some requests one after the other, each over a connection of its own.
+struct Batch {
+    started: Instant,
+    ended: Instant,
+    failed: Option<String>,
+}
+
+/// Ends the load also when the test fails, which would wait for it otherwise.
+struct Stop<'a>(&'a AtomicBool);
+
+impl Drop for Stop<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
+#[test]
+fn a_restart_under_load_costs_only_connections_of_the_gap() {
+    let bed = Bed::new("envoy-load");
+    let mut envoy = Some(bed.envoy());
+    let (stop, count) = (AtomicBool::new(false), AtomicUsize::new(0));
+    let load = |way| {
+        let mut batches = Vec::new();
+        while !stop.load(Ordering::Relaxed) {
+            let started = Instant::now();
+            let failed = succeed(bed.get(way, 5, "fresh")).err().map(|error| error.to_string());
+            batches.push(Batch { started, ended: Instant::now(), failed });
+            count.fetch_add(1, Ordering::Relaxed);
+        }
+        batches
+    };
+    let more = |batches| {
+        let (enough, deadline) =
+            (count.load(Ordering::Relaxed) + batches, Instant::now() + Duration::from_secs(60));
+        while count.load(Ordering::Relaxed) < enough {
+            assert!(Instant::now() < deadline, "the load has stopped");
+            std::thread::yield_now();
+        }
+    };
+    let ways = bed.ways();
+    let (loads, gap) = std::thread::scope(|scope| {
+        let load = &load;
+        let loads = ways.map(|way| scope.spawn(move || load(way)));
+        let end = Stop(&stop);
+        more(20);
+        let gone = Instant::now();
+        envoy.take();
+        more(12);
+        envoy = Some(bed.envoy());
+        let back = Instant::now();
+        more(40);
+        drop(end);
+        (loads.map(|load| load.join().expect("a load")), gone..back)
+    });
+    for (way, batches) in ways.iter().zip(loads) {
+        let (mut before, mut after, mut lost) = (0, 0, 0);
+        for Batch { started, ended, failed } in batches {
+            if ended < gap.start || started > gap.end {
+                assert_eq!(failed, None, "{way:?}: outside the gap");
+                *(if ended < gap.start { &mut before } else { &mut after }) += 1;
+            } else {
+                lost += usize::from(failed.is_some());
+            }
+        }
+        assert!(before > 0 && after > 0 && lost > 0, "{way:?}: {before} before, {lost} lost, {after} after");
+    }
+    drop(envoy);
     bed.end();
 }

@@ -15,7 +15,10 @@ use anyhow::{Context as _, Result, ensure};
 use clap::{Parser, ValueEnum};
 use serde_json::Value;
 use tests::{
-    actor::{Actor, Bind, Dial, Dialled, Direction, Listen, OriginalDst, Outcome, Relay, Relayed, Transport},
+    actor::{
+        Actor, Bind, Dial, Dialled, Direction, Listen, OriginalDst, Outcome, Relay, Relayed, Transport,
+        binary::ReadableCopy,
+    },
     envoy::{self, Sidecar, Speaks},
     testbed::{self, Ids, Pod, PodSpec},
 };
@@ -161,10 +164,12 @@ fn demo(options: &Options) -> Result<bool> {
         }
         Proxy::Envoy => {
             let program = options.envoy.clone().map_or_else(envoy::program, Ok)?;
-            Some(Sidecar::start(&program, &pod, Speaks::Tcp)?)
+            let program = ReadableCopy::of(&program)?;
+            Some((Sidecar::start(&program, &pod, Speaks::Tcp)?, program))
         }
     };
-    let mut reports = Reports { inside: &inside, sidecar: sidecar.as_ref(), logged: 0 };
+    let mut reports =
+        Reports { inside: &inside, sidecar: sidecar.as_ref().map(|(sidecar, _)| sidecar), logged: 0 };
 
     let agent = Agent { binary: &options.agent, cgroup: pod.cgroup.path(), netns: pod.netns.path() };
     println!(
