@@ -5,6 +5,7 @@ pub mod compile;
 pub mod kernel;
 pub mod listeners;
 pub mod mirror;
+mod netlink;
 pub mod netns;
 pub mod node;
 pub mod offsets;

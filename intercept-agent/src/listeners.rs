@@ -6,6 +6,10 @@ use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::OwnedFd;
 
+use netlink_packet_core::{NLM_F_DUMP, NLM_F_REQUEST};
+use netlink_packet_sock_diag::inet::{ExtensionFlags, InetRequest, SocketId, StateFlags};
+use netlink_packet_sock_diag::{AF_INET, AF_INET6, IPPROTO_TCP, SockDiagMessage};
+use netlink_sys::protocols::NETLINK_SOCK_DIAG;
 use procfs::ProcError;
 use procfs::net::TcpState;
 use procfs::process::Process;
@@ -13,6 +17,7 @@ use rustix::net::AddressFamily;
 use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open};
 
 use crate::cgroup::{CgroupDir, CgroupError};
+use crate::netlink::Questions;
 use crate::netns::{Netns, NetnsError};
 
 /// A listening TCP socket, shared with the process that has it.
@@ -53,12 +58,12 @@ pub struct Found {
 #[non_exhaustive]
 pub enum ListenersError {
     /// The sockets of the namespace cannot be listed.
-    #[error("listing the TCP sockets of network namespace {netns}; is /proc mounted?")]
+    #[error("listing the listening TCP sockets of network namespace {netns}")]
     List {
         /// Path of the namespace.
         netns: String,
         /// What the kernel said.
-        source: ProcError,
+        source: io::Error,
     },
     /// The namespace cannot be entered.
     #[error(transparent)]
@@ -71,8 +76,7 @@ pub enum ListenersError {
 /// Finds what listens on `ports` in `netns`. The processes of `cgroup` are asked first, then all others that are in
 /// the namespace.
 pub fn find(netns: &Netns, cgroup: &CgroupDir, ports: &[u16]) -> Result<Found, ListenersError> {
-    let list = |source| ListenersError::List { netns: netns.name().to_owned(), source };
-    let mut wanted = netns.run(|| listening(ports))?.map_err(list)?;
+    let mut wanted = listening(netns, ports)?;
     let mut found = Found::default();
     if wanted.is_empty() {
         return Ok(found);
@@ -99,8 +103,47 @@ pub fn find(netns: &Netns, cgroup: &CgroupDir, ports: &[u16]) -> Result<Found, L
     Ok(found)
 }
 
-/// Inode and address of what listens on `ports` in the calling thread's namespace.
-fn listening(ports: &[u16]) -> Result<BTreeMap<u64, SocketAddr>, ProcError> {
+/// Inode and address of what listens on `ports` in `netns`.
+fn listening(netns: &Netns, ports: &[u16]) -> Result<BTreeMap<u64, SocketAddr>, ListenersError> {
+    let list = |source| ListenersError::List { netns: netns.name().to_owned(), source };
+    let listed = match listed(netns)? {
+        // Kernels without it are rare, and may load its module only on request.
+        Err(error) if matches!(error.raw_os_error(), Some(libc::ENOENT | libc::EPROTONOSUPPORT)) => {
+            netns.run(read).map_err(ListenersError::from)?.map_err(|error| list(io::Error::other(error)))?
+        }
+        listed => listed.map_err(list)?,
+    };
+    Ok(listed.into_iter().filter(|(_, address)| ports.contains(&address.port())).collect())
+}
+
+/// All that listens, from the kernel's table of listeners: /proc/net/tcp goes through the node's whole table of
+/// connections, which takes a hundred times as long.
+fn listed(netns: &Netns) -> Result<io::Result<Vec<(u64, SocketAddr)>>, NetnsError> {
+    let ask = |mut questions: Questions| {
+        let mut found = Vec::new();
+        for (family, socket_id) in [(AF_INET, SocketId::new_v4()), (AF_INET6, SocketId::new_v6())] {
+            let request = InetRequest {
+                family,
+                protocol: IPPROTO_TCP,
+                extensions: ExtensionFlags::empty(),
+                states: StateFlags::LISTEN,
+                socket_id,
+            };
+            let request = SockDiagMessage::InetRequest(request);
+            let (answers, _) = questions.ask(request, NLM_F_REQUEST | NLM_F_DUMP)?;
+            found.extend(answers.into_iter().filter_map(|answer| {
+                let SockDiagMessage::InetResponse(response) = answer else { return None };
+                let (header, id) = (&response.header, &response.header.socket_id);
+                Some((header.inode.into(), SocketAddr::new(id.source_address, id.source_port)))
+            }));
+        }
+        Ok(found)
+    };
+    Ok(Questions::open(netns, NETLINK_SOCK_DIAG)?.and_then(ask))
+}
+
+/// All that listens, from /proc and for the calling thread's namespace.
+fn read() -> Result<Vec<(u64, SocketAddr)>, ProcError> {
     // The thread's own entry: that of the process shows the namespace of its first thread.
     let thread = Process::new(rustix::thread::gettid().as_raw_nonzero().get())?;
     let tcp6 = match thread.tcp6() {
@@ -108,11 +151,8 @@ fn listening(ports: &[u16]) -> Result<BTreeMap<u64, SocketAddr>, ProcError> {
         Err(ProcError::NotFound(_)) => Vec::new(),
         entries => entries?,
     };
-    let entries = thread.tcp()?.into_iter().chain(tcp6);
-    let wanted = entries
-        .filter(|entry| entry.state == TcpState::Listen && ports.contains(&entry.local_address.port()))
-        .map(|entry| (entry.inode, entry.local_address));
-    Ok(wanted.collect())
+    let entries = thread.tcp()?.into_iter().chain(tcp6).filter(|entry| entry.state == TcpState::Listen);
+    Ok(entries.map(|entry| (entry.inode, entry.local_address)).collect())
 }
 
 /// Moves those of the wanted sockets that the process has to `listeners`.
@@ -272,6 +312,19 @@ mod tests {
         let [missed] = found.missed.as_slice() else { panic!("{found:?}") };
         assert_eq!(missed.address, "127.0.0.1:15001".parse().unwrap());
         assert!(missed.cause.is_none(), "{missed:?}");
+    }
+
+    #[test]
+    fn both_lists_of_the_kernel_say_the_same() {
+        let netns = network();
+        let _listeners = netns.run(|| ["0.0.0.0:15001", "[::]:15001", "[::1]:7"].map(listen)).unwrap();
+        let sorted = |mut list: Vec<_>| {
+            list.sort_unstable();
+            list
+        };
+        let listed = sorted(listed(&netns).unwrap().unwrap());
+        assert_eq!(listed.len(), 3);
+        assert_eq!(listed, sorted(netns.run(read).unwrap().unwrap()));
     }
 
     #[test]

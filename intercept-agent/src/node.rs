@@ -7,10 +7,11 @@
 mod error;
 
 use std::{
+    cell::OnceCell,
     io,
     os::fd::{AsFd as _, AsRawFd as _, OwnedFd},
     path::{Path, PathBuf},
-    time::{SystemTime, UNIX_EPOCH},
+    time::{Instant, SystemTime, UNIX_EPOCH},
 };
 
 use aya::programs::ProgramInfo;
@@ -25,7 +26,8 @@ use crate::{
     mirror::Mirror,
     netns::Netns,
     options::Config,
-    plumbing, programs,
+    plumbing,
+    programs::{self, Lookup, ProgramError},
     store::{Lock, Record, Store},
     tables::Tables,
     userns::IdMaps,
@@ -69,6 +71,7 @@ impl Attached {
 pub struct Node {
     store: Store,
     tables: Tables,
+    lookup: OnceCell<Lookup>,
     _lock: Lock,
 }
 
@@ -88,7 +91,8 @@ impl Node {
             store.create(&store.programs())?;
             programs::load_shared(&store.maps(), &store.programs(), max_connections)?;
         }
-        let mut node = Self { tables: Tables::open(&store.maps())?, store, _lock: lock };
+        let tables = Tables::open(&store.maps())?;
+        let mut node = Self { tables, lookup: OnceCell::new(), store, _lock: lock };
         let others = node.store.other_programs()?;
         if !others.is_empty() {
             // The links of pods that are gone take no other program.
@@ -111,7 +115,8 @@ impl Node {
         if !store.maps().is_dir() {
             return Ok(None);
         }
-        Ok(Some(Self { tables: Tables::open(&store.maps())?, store, _lock: lock }))
+        let tables = Tables::open(&store.maps())?;
+        Ok(Some(Self { tables, lookup: OnceCell::new(), store, _lock: lock }))
     }
 
     /// What reads the log lines of this build's programs.
@@ -189,7 +194,11 @@ impl Node {
             plumbing: plumbing.clone(),
             since: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |t| t.as_secs()),
         };
-        if let Err(error) = self.install(target, &record, &compiled, before.is_none()) {
+        self.lookup()?;
+        let start = Instant::now();
+        let installed = self.install(target, &record, &compiled, before.is_none());
+        tracing::debug!(seconds = start.elapsed().as_secs_f64(), cookie, "wrote maps and made links");
+        if let Err(error) = installed {
             // Best effort: what is left has no effect and is swept by the next call.
             if before.is_none() {
                 let _swept_later = self.take_out(cookie);
@@ -263,6 +272,15 @@ impl Node {
         self.tables.purge_lists(|id| in_force.iter().any(|(_, policy)| policy.id == id))?;
         self.tables.purge_connections(|netns| netns != cookie)?;
         Ok(())
+    }
+
+    /// What all instances of the `sk_lookup` program are made of.
+    fn lookup(&self) -> Result<&Lookup, ProgramError> {
+        if let Some(lookup) = self.lookup.get() {
+            return Ok(lookup);
+        }
+        let lookup = Lookup::prepare(&self.store.maps())?;
+        Ok(self.lookup.get_or_init(|| lookup))
     }
 
     fn compile(&self, target: &Target, config: &Config) -> Result<Compiled, NodeError> {
@@ -347,7 +365,7 @@ impl Node {
         if self.link_is(&path, LinkTarget::Netns(u32::try_from(target.netns.inode()).ok())) {
             return Ok(());
         }
-        let program = programs::load_lookup(&self.store.maps(), cookie)?;
+        let program = self.lookup()?.load(cookie)?;
         kernel::link_create(program.as_fd(), target.netns.as_fd(), programs::attach_type(names::SK_LOOKUP))
             .and_then(|link| replace_pin(&link, &path))
             .map_err(|source| NodeError::Attach {
@@ -399,7 +417,7 @@ impl Node {
             };
             update().map_err(|source| NodeError::Replace { program, cookie, source })?;
         }
-        let program = programs::load_lookup(&self.store.maps(), cookie)?;
+        let program = self.lookup()?.load(cookie)?;
         kernel::open_pin(&dir.join(names::SK_LOOKUP))
             .and_then(|link| kernel::link_update(link.as_fd(), program.as_fd()))
             .map_err(|source| NodeError::Replace { program: names::SK_LOOKUP, cookie, source })

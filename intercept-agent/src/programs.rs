@@ -12,7 +12,10 @@ use aya::{
     EbpfLoader,
     programs::{CgroupSockAddr, CgroupSockopt, Program, SockOps},
 };
-use aya_obj::{Object, generated::bpf_attach_type};
+use aya_obj::{
+    Object,
+    generated::{bpf_attach_type, bpf_insn},
+};
 use intercept_common::names;
 
 use crate::{kernel, offsets};
@@ -119,38 +122,61 @@ pub fn load_shared(maps: &Path, programs: &Path, max_connections: u32) -> Result
     Ok(())
 }
 
-/// Load the `sk_lookup` program for the namespace of this cookie, over the maps pinned in `maps`.
-///
-/// Not through aya's loader, which reads all of the kernel's types first: an instance takes a tenth of that.
-pub fn load_lookup(maps: &Path, netns_cookie: u64) -> Result<OwnedFd, ProgramError> {
-    let instance = |error: Box<dyn std::error::Error + Send + Sync>| ProgramError::Instance(error);
-    let mut object = Object::parse(OBJECT).map_err(|e| instance(e.into()))?;
-    let text_sections: HashSet<usize> = object.functions.keys().map(|(section, _)| *section).collect();
-    let mut opened = Vec::new();
-    for name in object.maps.keys().filter(|name| names::MAPS.contains(&name.as_str())) {
-        let fd = kernel::open_pin(&maps.join(name)).map_err(|e| instance(e.into()))?;
-        opened.push((name.clone(), fd));
+/// The `sk_lookup` program over a node's maps, as it is before the cookie of a namespace is in it.
+pub struct Lookup {
+    instructions: Vec<bpf_insn>,
+    // The instructions name them by number.
+    _maps: Vec<OwnedFd>,
+}
+
+impl Lookup {
+    /// Relocate it over the maps pinned in `maps`.
+    ///
+    /// Not through aya's loader, which reads all of the kernel's types first: this takes a tenth of that.
+    pub fn prepare(maps: &Path) -> Result<Self, ProgramError> {
+        let failed = |error: Box<dyn std::error::Error + Send + Sync>| ProgramError::Instance(error);
+        let mut object = Object::parse(OBJECT).map_err(|e| failed(e.into()))?;
+        object.programs.retain(|name, _| name == names::SK_LOOKUP);
+        let key = object
+            .programs
+            .get(names::SK_LOOKUP)
+            .ok_or(ProgramError::Absent(names::SK_LOOKUP))?
+            .function_key();
+        let text_sections: HashSet<usize> = object.functions.keys().map(|(section, _)| *section).collect();
+        let mut opened = Vec::new();
+        for name in object.maps.keys().filter(|name| names::MAPS.contains(&name.as_str())) {
+            let fd = kernel::open_pin(&maps.join(name)).map_err(|e| failed(e.into()))?;
+            opened.push((name.clone(), fd));
+        }
+        let object_maps = object.maps.clone();
+        // Sections without a map of their own (the globals) are used by other programs only; any descriptor does.
+        let any = opened.first().map_or(-1, |(_, fd)| fd.as_raw_fd());
+        let fds = object_maps.iter().map(|(name, map)| {
+            let fd = opened.iter().find(|(opened, _)| opened == name).map_or(any, |(_, fd)| fd.as_raw_fd());
+            (name.as_str(), fd, map)
+        });
+        object.relocate_maps(fds, &text_sections).map_err(|e| failed(e.into()))?;
+        object.relocate_calls(&text_sections).map_err(|e| failed(e.into()))?;
+        let function = object.functions.remove(&key).ok_or(ProgramError::Absent(names::SK_LOOKUP))?;
+        Ok(Self {
+            instructions: function.instructions,
+            _maps: opened.into_iter().map(|(_, fd)| fd).collect(),
+        })
     }
-    let object_maps = object.maps.clone();
-    // Sections without a map of their own (the globals) are used by other programs only; any descriptor does.
-    let any = opened.first().map_or(-1, |(_, fd)| fd.as_raw_fd());
-    let fds = object_maps.iter().map(|(name, map)| {
-        let fd = opened.iter().find(|(opened, _)| opened == name).map_or(any, |(_, fd)| fd.as_raw_fd());
-        (name.as_str(), fd, map)
-    });
-    object.relocate_maps(fds, &text_sections).map_err(|e| instance(e.into()))?;
-    object.relocate_calls(&text_sections).map_err(|e| instance(e.into()))?;
-    let key =
-        object.programs.get(names::SK_LOOKUP).ok_or(ProgramError::Absent(names::SK_LOOKUP))?.function_key();
-    let function = object.functions.get_mut(&key).ok_or(ProgramError::Absent(names::SK_LOOKUP))?;
-    if !write_cookie(&mut function.instructions, netns_cookie) {
-        return Err(instance("the placeholder of the netns cookie is not in the program".into()));
+
+    /// Load an instance for the namespace of this cookie.
+    pub fn load(&self, netns_cookie: u64) -> Result<OwnedFd, ProgramError> {
+        let mut instructions = self.instructions.clone();
+        if !write_cookie(&mut instructions, netns_cookie) {
+            let why = "the placeholder of the netns cookie is not in the program";
+            return Err(ProgramError::Instance(why.into()));
+        }
+        kernel::load_sk_lookup(names::SK_LOOKUP, &instructions).map_err(ProgramError::InstanceLoad)
     }
-    kernel::load_sk_lookup(names::SK_LOOKUP, &function.instructions).map_err(ProgramError::InstanceLoad)
 }
 
 /// Replace the placeholder: a 64-bit constant is two instructions with half of it each.
-fn write_cookie(instructions: &mut [aya_obj::generated::bpf_insn], cookie: u64) -> bool {
+fn write_cookie(instructions: &mut [bpf_insn], cookie: u64) -> bool {
     const LD_IMM64: u8 = 0x18;
     let halves = |value: u64| ((value & 0xffff_ffff) as u32, (value >> 32) as u32);
     let (low, high) = halves(COOKIE_PLACEHOLDER);

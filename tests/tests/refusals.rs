@@ -1,10 +1,10 @@
 //! Wrong input is refused before anything changes, with the exit code and the words that help.
 
-use std::{path::Path, process::Command};
+use std::{path::Path, process::Command, thread};
 
 use tests::{
     agent::Agent,
-    testbed::{Place, cgroup},
+    testbed::{Bpffs, Place, cgroup},
 };
 
 /// Runs `attach` and checks that it is refused as said and that nothing has changed.
@@ -102,4 +102,39 @@ fn without_privileges() {
         .arg(inner.get_program())
         .args(inner.get_args());
     check_refused(&agent, &mut command, 1, &["CAP_NET_ADMIN"]);
+}
+
+#[test]
+fn without_a_bpffs() {
+    let agent = Agent::on(Bpffs::folder("unmounted").expect("a folder")).expect("the agent");
+    let pod = Place::new("unmounted").expect("a pod");
+    // A thread that may not mount, as containers may not by default; what it starts may not either.
+    thread::scope(|scope| {
+        let forbidden = scope.spawn(|| {
+            forbid(libc::SYS_mount);
+            let mount = format!("mount -t bpf bpf {}", agent.bpffs().display());
+            check_refused(&agent, &mut agent.for_pod("attach", &pod, &["-i", "*"]), 1, &["bpffs", &mount]);
+        });
+        forbidden.join().expect("refused");
+    });
+    // Whoever may mounts it.
+    agent.attach(&pod, &["-i", "*"]).expect("attached");
+    assert!(agent.bpffs().join("intercept").is_dir());
+    agent.detach(&pod).expect("detached");
+
+    let file = tempfile::NamedTempFile::new().expect("a file");
+    let mut attach = Command::new(agent.program());
+    attach.arg("attach").arg("--bpffs").arg(file.path());
+    attach.arg("--cgroup-path").arg(pod.cgroup.path()).arg("--netns").arg(pod.netns.path());
+    check_refused(&agent, &mut attach, 1, &[file.path().to_str().expect("text")]);
+}
+
+/// Has a system call fail with EPERM from now on, for this thread and its children.
+fn forbid(call: libc::c_long) {
+    use seccompiler::{SeccompAction, SeccompFilter, TargetArch};
+    let denied = SeccompAction::Errno(libc::EPERM.cast_unsigned());
+    let arch = TargetArch::try_from(std::env::consts::ARCH).expect("an architecture that seccomp knows");
+    let filter = SeccompFilter::new([(call, vec![])].into(), SeccompAction::Allow, denied, arch);
+    let program: seccompiler::BpfProgram = filter.and_then(TryInto::try_into).expect("a filter");
+    seccompiler::apply_filter(&program).expect("in force");
 }

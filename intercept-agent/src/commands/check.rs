@@ -117,7 +117,7 @@ fn programs(bpffs: &Path) -> Finding {
                     programs::DEFAULT_MAX_CONNECTIONS,
                 )?)
             })
-            .and_then(|()| Ok(programs::load_lookup(&store.maps(), 1).map(drop)?));
+            .and_then(|()| Ok(programs::Lookup::prepare(&store.maps())?.load(1).map(drop)?));
         store.remove_all()?;
         loaded
     };

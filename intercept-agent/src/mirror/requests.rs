@@ -1,36 +1,30 @@
-//! Questions to netlink, asked and answered in one go on a socket inside the namespace.
+//! Questions about interfaces, rules and routes.
 
 use std::collections::BTreeSet;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
-use std::time::Duration;
 
 use ipnet::IpNet;
-use netlink_packet_core::{
-    NLM_F_DUMP, NLM_F_DUMP_INTR, NLM_F_REQUEST, NetlinkHeader, NetlinkMessage, NetlinkPayload,
-};
+use netlink_packet_core::{NLM_F_DUMP, NLM_F_REQUEST};
 use netlink_packet_route::link::{LinkAttribute, LinkFlags, LinkMessage};
 use netlink_packet_route::route::{RouteAddress, RouteAttribute, RouteMessage, RouteType};
 use netlink_packet_route::rule::{RuleAction, RuleAttribute, RuleMessage};
 use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
-use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_ROUTE};
+use netlink_sys::protocols::NETLINK_ROUTE;
 
 use super::{Interface, MirrorError};
-use crate::netns::Netns;
+use crate::{netlink::Questions, netns::Netns};
 
 /// Number of a routing table.
 pub(super) type Table = u32;
 
 /// How often a list is read anew when it changed while it was read.
 const ATTEMPTS: usize = 16;
-/// The kernel answers at once; a socket that does not is broken.
-const PATIENCE: Duration = Duration::from_secs(5);
 
-/// A netlink socket for questions.
+/// Asks in one namespace.
 pub(super) struct Requests {
-    socket: Socket,
+    questions: Questions,
     netns: String,
-    sequence: u32,
 }
 
 /// The kernel's answer for one destination.
@@ -75,24 +69,13 @@ impl Tables {
 
 impl Requests {
     pub(super) fn open(netns: &Netns) -> Result<Self, MirrorError> {
-        let open = || {
-            let mut socket = Socket::new(NETLINK_ROUTE)?;
-            socket.bind_auto()?;
-            socket.connect(&SocketAddr::new(0, 0))?;
-            rustix::net::sockopt::set_socket_timeout(
-                &socket,
-                rustix::net::sockopt::Timeout::Recv,
-                Some(PATIENCE),
-            )?;
-            Ok(socket)
-        };
         let netlink = |source| MirrorError::Netlink {
             attempt: "opening a socket for questions",
             netns: netns.name().to_owned(),
             source,
         };
-        let socket = netns.run(open)?.map_err(netlink)?;
-        Ok(Self { socket, netns: netns.name().to_owned(), sequence: 0 })
+        let questions = Questions::open(netns, NETLINK_ROUTE)?.map_err(netlink)?;
+        Ok(Self { questions, netns: netns.name().to_owned() })
     }
 
     pub(super) fn links(&mut self) -> Result<Vec<Interface>, MirrorError> {
@@ -186,7 +169,7 @@ impl Requests {
         };
         question.attributes.push(RouteAttribute::Destination(destination.into()));
         let attempt = "asking for a route";
-        let (answer, _) = match self.exchange(RouteNetlinkMessage::GetRoute(question), NLM_F_REQUEST) {
+        let (answer, _) = match self.questions.ask(RouteNetlinkMessage::GetRoute(question), NLM_F_REQUEST) {
             Ok(answer) => answer,
             // No route, or one that is unreachable, prohibit or blackhole.
             Err(error)
@@ -220,59 +203,13 @@ impl Requests {
         question: RouteNetlinkMessage,
     ) -> Result<Vec<RouteNetlinkMessage>, MirrorError> {
         for _ in 0..ATTEMPTS {
-            match self.exchange(question.clone(), NLM_F_REQUEST | NLM_F_DUMP) {
+            match self.questions.ask(question.clone(), NLM_F_REQUEST | NLM_F_DUMP) {
                 Ok((found, false)) => return Ok(found),
                 Ok((_, true)) => {}
                 Err(source) => return Err(self.error(attempt, source)),
             }
         }
         Err(MirrorError::Restless { attempt, netns: self.netns.clone() })
-    }
-
-    /// Sends `question` and receives the whole answer; true when the list changed meanwhile.
-    fn exchange(
-        &mut self,
-        question: RouteNetlinkMessage,
-        flags: u16,
-    ) -> io::Result<(Vec<RouteNetlinkMessage>, bool)> {
-        self.sequence = self.sequence.wrapping_add(1);
-        let mut header = NetlinkHeader::default();
-        (header.flags, header.sequence_number) = (flags, self.sequence);
-        let mut message = NetlinkMessage::new(header, NetlinkPayload::InnerMessage(question));
-        message.finalize();
-        let mut bytes = vec![0; message.buffer_len()];
-        message.serialize(&mut bytes);
-        self.socket.send(&bytes, 0)?;
-
-        let (mut found, mut interrupted) = (Vec::new(), false);
-        loop {
-            let (bytes, _) = self.socket.recv_from_full()?;
-            let mut rest = bytes.as_slice();
-            while !rest.is_empty() {
-                let message =
-                    NetlinkMessage::<RouteNetlinkMessage>::deserialize(rest).map_err(io::Error::other)?;
-                // Padded to four bytes, but maybe not the last.
-                let length = usize::try_from(message.header.length).unwrap_or(usize::MAX);
-                rest = rest.get(length.next_multiple_of(4)..).unwrap_or_default();
-                if message.header.sequence_number != self.sequence {
-                    // Left over from a question whose answer was given up.
-                    continue;
-                }
-                interrupted |= message.header.flags & NLM_F_DUMP_INTR != 0;
-                match message.payload {
-                    NetlinkPayload::InnerMessage(inner) => found.push(inner),
-                    NetlinkPayload::Done(done) if done.code < 0 => {
-                        return Err(io::Error::from_raw_os_error(-done.code));
-                    }
-                    NetlinkPayload::Done(_) => return Ok((found, interrupted)),
-                    NetlinkPayload::Error(error) => return Err(error.to_io()),
-                    _ => {}
-                }
-            }
-            if flags & NLM_F_DUMP != NLM_F_DUMP && !found.is_empty() {
-                return Ok((found, interrupted));
-            }
-        }
     }
 
     fn error(&self, attempt: &'static str, source: io::Error) -> MirrorError {
