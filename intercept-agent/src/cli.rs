@@ -171,6 +171,9 @@ pub(crate) struct ExplainArgs {
     /// The group that made the socket, as the node sees it
     #[arg(long, default_value_t = 0)]
     pub(crate) gid: u32,
+    /// Outbound: SO_MARK of the socket
+    #[arg(long, default_value_t = 0)]
+    pub(crate) mark: u32,
     /// UDP rather than TCP
     #[arg(long)]
     pub(crate) udp: bool,

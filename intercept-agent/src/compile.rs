@@ -75,6 +75,7 @@ pub fn compile(config: &Config, mirror: &Mirror) -> Compiled {
         inbound_port: config.inbound_port,
         tunnel_port: config.tunnel_port,
         dns_port: DNS_PORT,
+        tproxy_mark: if config.mode == InboundMode::Tproxy { config.tproxy_mark } else { 0 },
         uid_count,
         gid_count,
         uids,

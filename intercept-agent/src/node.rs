@@ -5,11 +5,12 @@
 //! is tidying that the next call makes up for.
 
 mod error;
+mod hold;
 
 use std::{
     cell::OnceCell,
     io,
-    os::fd::{AsFd as _, AsRawFd as _, OwnedFd},
+    os::fd::{AsFd as _, OwnedFd},
     path::{Path, PathBuf},
     time::{Instant, SystemTime, UNIX_EPOCH},
 };
@@ -22,7 +23,6 @@ use crate::{
     cgroup::CgroupDir,
     compile::{Compiled, compile, outside},
     kernel::{self, LinkTarget},
-    listeners,
     mirror::Mirror,
     netns::Netns,
     options::Config,
@@ -151,6 +151,15 @@ impl Node {
 
     /// Put a policy in force for a pod. `config` has the ids as the pod sees them.
     pub fn attach(&mut self, target: &Target, config: &Config) -> Result<Attached, NodeError> {
+        self.put_in_force(target, config, false)
+    }
+
+    /// The same, also if it is in force already: every entry is written anew.
+    pub fn attach_anew(&mut self, target: &Target, config: &Config) -> Result<Attached, NodeError> {
+        self.put_in_force(target, config, true)
+    }
+
+    fn put_in_force(&mut self, target: &Target, config: &Config, anew: bool) -> Result<Attached, NodeError> {
         let cookie = target.netns.cookie();
         let living = self.sweep()?;
         self.refuse_conflicts(target, &living)?;
@@ -166,7 +175,8 @@ impl Node {
             .map_err(|source| NodeError::Plumbing { netns: netns(), source })?;
         let compiled = self.compile(target, config)?;
         let digest = compiled.digest();
-        if let (Some(policy), Some(record)) = (&before, &old)
+        if !anew
+            && let (Some(policy), Some(record)) = (&before, &old)
             && record.config == *config
             && record.digest == digest
             && self.links_intact(cookie, target)
@@ -421,51 +431,6 @@ impl Node {
         kernel::open_pin(&dir.join(names::SK_LOOKUP))
             .and_then(|link| kernel::link_update(link.as_fd(), program.as_fd()))
             .map_err(|source| NodeError::Replace { program: names::SK_LOOKUP, cookie, source })
-    }
-
-    /// Hold the proxy's sockets that listen already, on ports for which none is held.
-    fn hold_listeners(&mut self, target: &Target, config: &Config, slot: u32) -> Result<(), NodeError> {
-        let ports = [config.proxy_port, config.inbound_port];
-        let found = listeners::find(&target.netns, &target.cgroup, &ports)
-            .map_err(|source| NodeError::Listeners { netns: target.netns.name().to_owned(), source })?;
-        for missed in found.missed {
-            tracing::warn!(
-                address = %missed.address,
-                cause = missed.cause.as_ref().map(tracing::field::display),
-                "nobody could be found who holds this listener: until it is opened anew, what arrives for it is refused"
-            );
-        }
-        let bound = |family| {
-            let mut own =
-                found.listeners.iter().filter(|l| l.port == config.proxy_port && l.family == family);
-            match own.next() {
-                None => layout::proxy::UNKNOWN,
-                Some(listener) if listener.addr.is_unspecified() => layout::proxy::WILDCARD,
-                Some(_) => layout::proxy::ONE,
-            }
-        };
-        let proxy = layout::Proxy { outbound_v4: bound(4), outbound_v6: bound(6) };
-        if proxy != (layout::Proxy { outbound_v4: 0, outbound_v6: 0 }) {
-            self.tables.set_proxy(slot, proxy)?;
-        }
-        let netns = target.netns.cookie();
-        let held = self.tables.listeners(netns);
-        let mut used = std::collections::HashMap::<(u16, u8), u8>::new();
-        for listener in &found.listeners {
-            let (port, family) = (listener.port, listener.family);
-            // What is bound to loopback would not get arriving connections from a REDIRECT either.
-            if listener.addr.is_loopback() || held.iter().any(|key| key.port == port && key.family == family)
-            {
-                continue;
-            }
-            let slot = used.entry((port, family)).or_default();
-            if *slot < layout::LISTENER_SLOTS {
-                let key = layout::ListenerKey { netns, port, family, slot: *slot, reserved: 0 };
-                self.tables.add_listener(key, listener.fd.as_raw_fd())?;
-                *slot += 1;
-            }
-        }
-        Ok(())
     }
 
     fn free_slot(&self) -> Result<u32, NodeError> {

@@ -1,5 +1,6 @@
 //! What is changed in a pod's namespace itself, as istio-iptables changes it: an address that the proxy's inbound
-//! passthrough binds, and in TPROXY mode the rules and routes that bring marked packets to the loopback interface.
+//! passthrough binds, in TPROXY mode the rules and routes that bring marked packets to the loopback interface, and for
+//! the interfaces of -k those that keep what arrives there for elsewhere in the pod.
 //!
 //! What was there already is left alone, when installing and when removing.
 
@@ -10,8 +11,10 @@ use std::{
 };
 
 use futures_util::TryStreamExt as _;
+use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use netlink_packet_route::{
-    AddressFamily,
+    AddressFamily, IpProtocol,
+    link::{LinkAttribute, LinkMessage},
     route::{RouteMessage, RouteScope, RouteType},
     rule::{RuleAction, RuleAttribute, RuleHeader, RuleMessage},
 };
@@ -37,6 +40,10 @@ enum Change {
     LocalTable { v6: bool, table: u32 },
     /// Packets with this mark are routed by this table.
     MarkRule { v6: bool, mark: u32, table: u32 },
+    /// These destinations are local in this table.
+    GuestRoute { net: IpNet, table: u32 },
+    /// TCP that arrives on this interface is routed by this table, if that has a route.
+    GuestRule { v6: bool, interface: String, table: u32 },
     /// What accepts a marked connection answers with the mark. Holds what was set before.
     AcceptMark { before: String },
 }
@@ -64,7 +71,7 @@ pub fn apply(netns: &Netns, config: &Config, before: &Plumbing) -> Result<Plumbi
     let config = config.clone();
     let before = before.clone();
     inside(netns, async move |handle| {
-        let wanted = wanted(&config);
+        let wanted = wanted(&config, &links(&handle).await?);
         let mut done: Vec<Change> =
             before.0.iter().filter(|c| wanted.iter().any(|w| w.same(c))).cloned().collect();
         let kept = done.len();
@@ -130,7 +137,13 @@ fn has_v6() -> bool {
     fs::read_to_string(DISABLE_V6).is_ok_and(|value| value.trim() == "0")
 }
 
-fn wanted(config: &Config) -> Vec<Change> {
+/// The table of -k: any that is neither the kernel's nor that of -r.
+fn guest_table(config: &Config) -> u32 {
+    if config.tproxy_table == 15001 { 15002 } else { 15001 }
+}
+
+/// `links` are the names of the namespace's interfaces.
+fn wanted(config: &Config, links: &[String]) -> Vec<Change> {
     let mut changes = Vec::new();
     let v6 = has_v6();
     if v6 {
@@ -143,6 +156,28 @@ fn wanted(config: &Config) -> Vec<Change> {
             changes.push(Change::MarkRule { v6, mark, table });
         }
         changes.push(Change::AcceptMark { before: String::new() });
+    }
+    changes.extend(guests(config, links, v6));
+    changes
+}
+
+/// netfilter rewrites what arrives on an interface of -k to an address of the pod. Here it keeps its destination, so
+/// the pod must take that for its own, on these interfaces only.
+fn guests(config: &Config, links: &[String], v6: bool) -> Vec<Change> {
+    let table = guest_table(config);
+    let interfaces: Vec<&String> =
+        links.iter().filter(|name| config.virt_interfaces.iter().any(|named| named.matches(name))).collect();
+    if interfaces.is_empty() {
+        return Vec::new();
+    }
+    let everything = [IpNet::V4(Ipv4Net::default()), IpNet::V6(Ipv6Net::default())];
+    let nets: &[IpNet] = if config.include.all { &everything } else { &config.include.list };
+    let nets = nets.iter().filter(|net| v6 || net.addr().is_ipv4());
+    let mut changes: Vec<Change> = nets.map(|&net| Change::GuestRoute { net, table }).collect();
+    for interface in interfaces {
+        for v6 in [false, true].into_iter().take(1 + usize::from(v6)) {
+            changes.push(Change::GuestRule { v6, interface: interface.clone(), table });
+        }
     }
     changes
 }
@@ -174,8 +209,21 @@ async fn make(handle: &Handle, change: Change) -> Result<Option<Change>, Plumbin
             }
             added
         }
+        Change::GuestRoute { net, table } => {
+            let route = local_route(*net, *table, loopback(handle).await?);
+            unless_there(handle.route().add(route).execute().await)
+                .map_err(failed("adding a local route for a network of -i to the table of -k"))?
+        }
+        Change::GuestRule { v6, interface, table } => {
+            let mut request = handle.rule().add();
+            *request.message_mut() = guest_rule(*v6, interface, *table);
+            let there = rules(handle, *v6).await?.iter().any(|rule| is_guest_rule(rule, interface, *table));
+            !there
+                && unless_there(request.execute().await)
+                    .map_err(failed("adding a rule for an interface of -k"))?
+        }
         Change::LocalTable { v6, table } => {
-            let route = local_route(*v6, *table, loopback(handle).await?);
+            let route = local_route(everything(*v6), *table, loopback(handle).await?);
             unless_there(handle.route().add(route).execute().await)
                 .map_err(failed("adding a local default route to the table of -r"))?
         }
@@ -207,9 +255,19 @@ async fn unmake(handle: &Handle, change: &Change) {
     let result = match change {
         Change::PassthroughAddress => del_passthrough(handle).await,
         Change::LocalTable { v6, table } => match loopback(handle).await {
-            Ok(lo) => handle.route().del(local_route(*v6, *table, lo)).execute().await.map_err(box_netlink),
+            Ok(lo) => {
+                let route = local_route(everything(*v6), *table, lo);
+                handle.route().del(route).execute().await.map_err(box_netlink)
+            }
             Err(error) => Err(error),
         },
+        Change::GuestRoute { net, table } => match loopback(handle).await {
+            Ok(lo) => handle.route().del(local_route(*net, *table, lo)).execute().await.map_err(box_netlink),
+            Err(error) => Err(error),
+        },
+        Change::GuestRule { v6, interface, table } => {
+            handle.rule().del(guest_rule(*v6, interface, *table)).execute().await.map_err(box_netlink)
+        }
         Change::MarkRule { v6, mark, table } => {
             handle.rule().del(mark_rule(*v6, *mark, *table)).execute().await.map_err(box_netlink)
         }
@@ -263,24 +321,58 @@ async fn del_passthrough(handle: &Handle) -> Result<(), PlumbingError> {
     Ok(())
 }
 
-fn local_route(v6: bool, table: u32, lo: u32) -> RouteMessage {
-    if v6 {
-        RouteMessageBuilder::<Ipv6Addr>::new()
-            .destination_prefix(Ipv6Addr::UNSPECIFIED, 0)
-            .kind(RouteType::Local)
-            .scope(RouteScope::Host)
-            .table_id(table)
-            .output_interface(lo)
-            .build()
-    } else {
-        RouteMessageBuilder::<Ipv4Addr>::new()
-            .destination_prefix(Ipv4Addr::UNSPECIFIED, 0)
-            .kind(RouteType::Local)
-            .scope(RouteScope::Host)
-            .table_id(table)
-            .output_interface(lo)
-            .build()
+/// The names of all interfaces.
+async fn links(handle: &Handle) -> Result<Vec<String>, PlumbingError> {
+    let failed =
+        |source| PlumbingError::Netlink { action: "listing the interfaces", source: Box::new(source) };
+    let found: Vec<_> = handle.link().get().execute().try_collect().await.map_err(failed)?;
+    let name = |link: LinkMessage| {
+        link.attributes.into_iter().find_map(|attribute| match attribute {
+            LinkAttribute::IfName(name) => Some(name),
+            _ => None,
+        })
+    };
+    Ok(found.into_iter().filter_map(name).collect())
+}
+
+fn everything(v6: bool) -> IpNet {
+    if v6 { Ipv6Net::default().into() } else { Ipv4Net::default().into() }
+}
+
+fn local_route(net: IpNet, table: u32, lo: u32) -> RouteMessage {
+    macro_rules! build {
+        ($family:ty, $net:expr) => {
+            RouteMessageBuilder::<$family>::new()
+                .destination_prefix($net.network(), $net.prefix_len())
+                .kind(RouteType::Local)
+                .scope(RouteScope::Host)
+                .table_id(table)
+                .output_interface(lo)
+                .build()
+        };
     }
+    match net {
+        IpNet::V4(net) => build!(Ipv4Addr, net),
+        IpNet::V6(net) => build!(Ipv6Addr, net),
+    }
+}
+
+fn guest_rule(v6: bool, interface: &str, table: u32) -> RuleMessage {
+    let mut rule = RuleMessage::default();
+    rule.header = RuleHeader {
+        family: if v6 { AddressFamily::Inet6 } else { AddressFamily::Inet },
+        action: RuleAction::ToTable,
+        ..RuleHeader::default()
+    };
+    rule.attributes.push(RuleAttribute::Iifname(interface.to_owned()));
+    rule.attributes.push(RuleAttribute::IpProtocol(IpProtocol::Tcp));
+    rule.attributes.push(RuleAttribute::Table(table));
+    rule
+}
+
+fn is_guest_rule(rule: &RuleMessage, interface: &str, table: u32) -> bool {
+    rule.attributes.contains(&RuleAttribute::Iifname(interface.to_owned()))
+        && rule.attributes.contains(&RuleAttribute::Table(table))
 }
 
 fn mark_rule(v6: bool, mark: u32, table: u32) -> RuleMessage {

@@ -82,6 +82,31 @@ impl Addr {
     }
 }
 
+/// Sources that carry a number: `127.53.x.y`, and `100::35:xxyy` of the prefix that is for discarding (RFC 6666).
+impl Addr {
+    const NUMBERED_V6: u32 = u32::from_be_bytes([1, 0, 0, 0]).to_be();
+
+    /// The source of this number, of IPv4 or of IPv6.
+    #[inline(always)]
+    pub const fn numbered(v4: bool, number: u16) -> Self {
+        if v4 {
+            Self::from_v4((0x7f35_0000 | number as u32).to_be())
+        } else {
+            Self([Self::NUMBERED_V6, 0, 0, (0x35_0000 | number as u32).to_be()])
+        }
+    }
+
+    /// The number of such a source.
+    #[inline(always)]
+    #[expect(clippy::cast_possible_truncation, reason = "the low half is the number")]
+    pub const fn number(&self) -> Option<u16> {
+        let last = u32::from_be(self.0[3]);
+        let v4 = self.0[0] | (self.0[2] ^ V4_MARK) | ((last >> 16) ^ 0x7f35);
+        let v6 = (self.0[0] ^ Self::NUMBERED_V6) | self.0[2] | ((last >> 16) ^ 0x35);
+        if self.0[1] == 0 && (v4 == 0 || v6 == 0) { Some(last as u16) } else { None }
+    }
+}
+
 /// In one comparison: a branch a word would be four ways for the verifier to follow.
 impl PartialEq for Addr {
     #[inline(always)]
@@ -163,6 +188,21 @@ mod tests {
         }
         for no in ["126.0.0.1", "128.0.0.1", "::2", "::", "0.0.0.0", "1::1", "::127.0.0.1", "10.0.0.127"] {
             assert!(!addr(no).is_loopback(), "{no}");
+        }
+    }
+
+    #[test]
+    fn numbers_are_read_back() {
+        for number in [0, 1, 255, 256, u16::MAX] {
+            for v4 in [false, true] {
+                let source = Addr::numbered(v4, number);
+                assert_eq!((source.is_v4(), source.number()), (v4, Some(number)));
+            }
+        }
+        assert_eq!(Addr::numbered(true, 258), addr("127.53.1.2"));
+        assert_eq!(Addr::numbered(false, 258), addr("100::35:102"));
+        for none in ["127.0.0.53", "127.128.1.2", "100::", "100::36:1", "100:0:1::35:1", "::1", "::35:1"] {
+            assert_eq!(addr(none).number(), None, "{none}");
         }
     }
 

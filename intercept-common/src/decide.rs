@@ -21,6 +21,8 @@ pub trait Facts {
     fn interface(&self, policy: u32, ifindex: u32) -> u32;
     /// TPROXY only: whether the connection under decision was marked when it was made.
     fn marked(&self) -> bool;
+    /// TPROXY only: whether the proxy made the connection under decision with the mark of -t.
+    fn onward(&self) -> bool;
 }
 
 /// Who made a socket: ids of the initial user namespace. A socket without a file has no owner, and every "owner is
@@ -51,6 +53,8 @@ pub struct Outbound {
     pub src: Addr,
     /// Who made the socket.
     pub owner: Owner,
+    /// SO_MARK of the socket.
+    pub mark: u32,
 }
 
 /// A TCP connection that reaches the namespace.
@@ -76,6 +80,9 @@ pub struct OutboundDecision {
     pub source: Addr,
     /// TPROXY: sk_lookup is to steer this connection to the inbound listener (mangle's mark).
     pub mark: bool,
+    /// TPROXY: sk_lookup is to leave this connection alone, from whatever address it comes: the proxy goes on to the
+    /// application (the mark of -t).
+    pub onward: bool,
 }
 
 /// Decide for a flow that a process of the pod starts.
@@ -85,7 +92,9 @@ pub fn decide_outbound(pod: &PodPolicy, flow: &Outbound, facts: &impl Facts) -> 
     let src = if flow.src.is_unspecified() { dst.source } else { flow.src };
     let mut reason = outbound_reason(pod, flow, src, &dst, facts);
     let mut mark = false;
-    if pod.flags & policy::TPROXY != 0 && is_marked(pod, flow, src, &dst, reason, facts) {
+    let tproxy = pod.flags & policy::TPROXY != 0;
+    let onward = tproxy && flow.protocol == TCP && flow.mark == pod.tproxy_mark;
+    if tproxy && !onward && is_marked(pod, flow, src, &dst, reason, facts) {
         // What is dialled on loopback does not reach sk_lookup's rules.
         if flow.dst.is_loopback() {
             reason = Reason::MarkedLoopback;
@@ -93,7 +102,7 @@ pub fn decide_outbound(pod: &PodPolicy, flow: &Outbound, facts: &impl Facts) -> 
             mark = true;
         }
     }
-    OutboundDecision { decision: reason.into(), source: dst.source, mark }
+    OutboundDecision { decision: reason.into(), source: dst.source, mark, onward }
 }
 
 /// TPROXY: mangle marks what the proxy sends over loopback, whatever nat leaves alone, and takes it to the inbound
@@ -237,6 +246,10 @@ fn inbound_reason(pod: &PodPolicy, flow: &Inbound, facts: &impl Facts) -> Reason
     // names the interface of the address), the source can: it is an address of the pod.
     if flow.src.is_loopback() || facts.destination(pod.id, flow.src).flags & destination::LO != 0 {
         return if tproxy && facts.marked() { Reason::MarkedLoopback } else { Reason::LocalSource };
+    }
+    // The proxy, which goes on from its client's address.
+    if tproxy && facts.onward() {
+        return Reason::LocalSource;
     }
     let interface = if has(policy::INTERFACES) { facts.interface(pod.id, flow.ifindex) } else { 0 };
     let virt = interface & interface::VIRT != 0;

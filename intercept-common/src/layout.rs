@@ -8,7 +8,7 @@ use bytemuck::{Pod, Zeroable};
 use crate::{Addr, reason::COUNTERS};
 
 /// Version of everything in this file; part of the pin path. A change of any layout raises it.
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
 
 /// Most users and most groups that `-u` and `-g` may name.
 pub const MAX_OWNERS: usize = 16;
@@ -16,6 +16,9 @@ pub const MAX_OWNERS: usize = 16;
 pub const MAX_PODS: u32 = 1024;
 /// Listening sockets kept for one (pod, port, family), so that one closing does not leave the port without any.
 pub const LISTENER_SLOTS: u8 = 8;
+
+/// DNS servers that a datagram socket may ask besides its first without one being forgotten.
+pub const MAX_SERVERS: usize = 8;
 
 /// Bits of [`PodPolicy::flags`].
 pub mod policy {
@@ -111,6 +114,8 @@ pub struct PodPolicy {
     pub tunnel_port: u16,
     /// 15053.
     pub dns_port: u16,
+    /// `-t`; 0 unless the mode is TPROXY.
+    pub tproxy_mark: u32,
     /// How many of `uids` count.
     pub uid_count: u16,
     /// How many of `gids` count.
@@ -220,13 +225,15 @@ pub mod end {
     pub const PROXY: u64 = 1 << 33;
     /// TPROXY: the connection was not rewritten; sk_lookup steers it by this entry.
     pub const STEERED: u64 = 1 << 34;
+    /// TPROXY: the proxy goes on to the application; sk_lookup leaves it alone by this entry.
+    pub const ONWARD: u64 = 1 << 35;
 }
 
 /// Value of SOCKETS.
 #[derive(Clone, Copy, Pod, Zeroable, PartialEq, Eq, Debug)]
 #[repr(C)]
 pub struct SocketState {
-    /// What was dialled, or the DNS server asked last.
+    /// What was dialled, or the DNS server asked first.
     pub addr: Addr,
     /// The address that the socket has without us, if it could not be bound to it; else unspecified.
     pub source: Addr,
@@ -244,6 +251,52 @@ pub mod socket {
     pub const STEERED: u16 = 2;
     /// A datagram socket with a query under way.
     pub const DATAGRAM: u16 = 3;
+    /// TCP that sk_lookup is to leave alone.
+    pub const ONWARD: u16 = 4;
+}
+
+/// Value of SERVERS: the DNS servers that a datagram socket has asked besides its first. Each has a number, and the
+/// query to it a source of that number ([`Addr::numbered`]), by which its answer is told from the others'.
+#[derive(Clone, Copy, Pod, Zeroable, PartialEq, Eq, Debug)]
+#[repr(C)]
+pub struct Servers {
+    /// The next number, of which the low 16 bits count.
+    pub next: u32,
+    /// By number modulo [`MAX_SERVERS`]; the oldest gives way.
+    pub addrs: [Addr; MAX_SERVERS],
+}
+
+#[expect(clippy::cast_possible_truncation, reason = "the low half of `next` counts")]
+impl Servers {
+    /// The number of a server, if it is remembered.
+    #[inline(always)]
+    pub fn number_of(&self, addr: Addr) -> Option<u16> {
+        for slot in 0..MAX_SERVERS {
+            if self.addrs[slot] == addr {
+                // The last number before `next` that leads to this slot.
+                let age = (self.next as usize).wrapping_sub(1).wrapping_sub(slot) % MAX_SERVERS;
+                return Some((self.next as u16).wrapping_sub(1).wrapping_sub(age as u16));
+            }
+        }
+        None
+    }
+
+    /// Remember a server; its number.
+    #[inline(always)]
+    pub fn add(&mut self, addr: Addr) -> u16 {
+        let number = self.next as u16;
+        self.addrs[number as usize % MAX_SERVERS] = addr;
+        self.next = self.next.wrapping_add(1);
+        number
+    }
+
+    /// The server of a number; none if it has given way.
+    #[inline(always)]
+    pub fn server(&self, number: u16) -> Option<Addr> {
+        let age = (self.next as u16).wrapping_sub(number);
+        let addr = self.addrs[number as usize % MAX_SERVERS];
+        if age == 0 || age as usize > MAX_SERVERS || addr.is_unspecified() { None } else { Some(addr) }
+    }
 }
 
 /// Value of PROXIES: how the proxy's outbound listeners are bound, each half written whole by the listener that it is
@@ -311,7 +364,7 @@ pub struct Event {
 }
 
 const _: () = {
-    assert!(size_of::<PodPolicy>() == 24 + 8 * MAX_OWNERS);
+    assert!(size_of::<PodPolicy>() == 28 + 8 * MAX_OWNERS);
     assert!(size_of::<DestinationKey>() == 20);
     assert!(size_of::<Destination>() == 20);
     assert!(size_of::<MemberKey>() == 8);
@@ -321,5 +374,28 @@ const _: () = {
     assert!(size_of::<OrigDst>() == 24);
     assert!(size_of::<SocketState>() == 36);
     assert!(size_of::<Proxy>() == 4);
+    assert!(size_of::<Servers>() == 132);
     assert!(size_of::<Event>() == 88);
 };
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn servers_are_found_by_number_until_they_give_way() {
+        let mut servers = Servers { next: 0xfffa, ..Servers::zeroed() };
+        let addr = |n: u32| Addr::from_v4((0x0a00_0000 + n).to_be());
+        assert_eq!(servers.server(0xfff9), None, "nobody has been asked");
+        let mut numbers = [0; MAX_SERVERS + 2];
+        for (n, number) in (0..).zip(&mut numbers) {
+            *number = servers.add(addr(n));
+        }
+        for (n, number) in (0..).zip(&numbers) {
+            let remembered = n >= 2;
+            assert_eq!(servers.server(*number), remembered.then_some(addr(n)), "{n}");
+            assert_eq!(servers.number_of(addr(n)), remembered.then_some(*number), "{n}");
+        }
+        assert_eq!(servers.server(numbers[MAX_SERVERS + 1].wrapping_add(1)), None);
+    }
+}

@@ -17,6 +17,8 @@ pub const LISTENERS: &str = "LISTENERS";
 pub const ORIG_DST: &str = "ORIG_DST";
 /// Socket storage: from the connect hook to the connect callback, and for datagram sockets that were redirected.
 pub const SOCKETS: &str = "SOCKETS";
+/// Socket storage: for datagram sockets that ask several DNS servers, all but the first of them.
+pub const SERVERS: &str = "SERVERS";
 /// Slot to what is known of the pod's proxy while it runs.
 pub const PROXIES: &str = "PROXIES";
 /// Slot to per-CPU counts by reason.
@@ -30,7 +32,7 @@ pub const TRACING: &str = "TRACING";
 pub const LOGS: &str = "AYA_LOGS";
 
 /// Every map that is shared by all pods of a node and pinned.
-pub const MAPS: [&str; 13] = [
+pub const MAPS: [&str; 14] = [
     LOGS,
     PODS,
     DESTINATIONS,
@@ -40,6 +42,7 @@ pub const MAPS: [&str; 13] = [
     LISTENERS,
     ORIG_DST,
     SOCKETS,
+    SERVERS,
     PROXIES,
     DECISIONS,
     EVENTS,

@@ -55,11 +55,13 @@ pub(crate) fn connect<F: Family>(ctx: &SockAddrContext) -> Outcome {
         dst_port,
         src: F::bound(sk),
         owner: owner::of(sk),
+        mark: context::mark(sk),
     };
     let decided = decide_outbound(pod, &flow, &MapFacts { conn: None });
     observe::outbound(netns, pod, &flow, decided.decision.reason);
     let (addr, port, kind) = match decided.decision.verdict {
         Verdict::Leave if decided.mark => (flow.dst, flow.dst_port, socket::STEERED),
+        Verdict::Leave if decided.onward => (flow.dst, flow.dst_port, socket::ONWARD),
         Verdict::Leave => {
             // A datagram socket may have been connected to a captured server before.
             if protocol == UDP {
@@ -78,7 +80,8 @@ pub(crate) fn connect<F: Family>(ctx: &SockAddrContext) -> Outcome {
     };
     let mut state = SocketState { addr: flow.dst, source: Addr::UNSPECIFIED, port: flow.dst_port, kind };
     let mut addr = addr;
-    if kind != socket::STEERED
+    let rewritten = kind == socket::REDIRECTED || kind == socket::DATAGRAM;
+    if rewritten
         && flow.src.is_unspecified()
         && !decided.source.is_unspecified()
         && !bind::<F>(ctx, decided.source)
@@ -105,7 +108,7 @@ pub(crate) fn connect<F: Family>(ctx: &SockAddrContext) -> Outcome {
         );
         return Failure::NoStorage.policy().into();
     }
-    if kind == socket::STEERED {
+    if !rewritten {
         return Outcome::Proceed;
     }
     F::rename(ctx, addr);

@@ -221,6 +221,24 @@ pub(crate) fn sock(ctx: &SockAddrContext) -> *mut bpf_sock {
     load!(load_u64, bpf_sock_addr, ctx.sock_addr, __bindgen_anon_1) as *mut bpf_sock
 }
 
+/// The port that a socket is bound to, host order.
+#[inline(always)]
+pub(crate) fn bound_port(sk: *mut bpf_sock) -> u16 {
+    load!(load_u32, bpf_sock, sk, src_port) as u16
+}
+
+/// SO_MARK of a socket.
+#[inline(always)]
+pub(crate) fn mark(sk: *mut bpf_sock) -> u32 {
+    load!(load_u32, bpf_sock, sk, mark)
+}
+
+/// Whether a socket has a peer.
+#[inline(always)]
+pub(crate) fn is_connected(sk: *mut bpf_sock) -> bool {
+    load!(load_u16, bpf_sock, sk, dst_port) != 0
+}
+
 /// Both ends of a socket.
 #[derive(Clone, Copy)]
 pub(crate) struct Ends {

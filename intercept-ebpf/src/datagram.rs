@@ -1,12 +1,17 @@
 //! Datagrams of DNS: `sendmsg()` to a captured server goes to the proxy, and `recvmsg()` names the server that was
 //! asked as the sender of the answer.
+//!
+//! Of a socket that asks one server, which is nearly every one, the server is remembered and that is all. When it asks
+//! another, the answers must be told apart, and of an answer `recvmsg()` shows the sender only. So a query to a further
+//! server is given a source that carries a number; the proxy answers to there; and its answer, a `sendmsg()` in the
+//! same pod, is made to come from there as well.
 
-use aya_ebpf::programs::SockAddrContext;
+use aya_ebpf::{bindings::bpf_sock, programs::SockAddrContext};
 use intercept_common::{
     Addr, Verdict,
     decide::{Outbound, decide_outbound},
     failure::Failure,
-    layout::{SocketState, socket},
+    layout::{PodPolicy, SocketState, socket},
 };
 
 use crate::{
@@ -23,6 +28,7 @@ pub(crate) fn sendmsg<F: Family>(ctx: &SockAddrContext) -> Outcome {
     let netns = maps::netns_cookie(ctx);
     let Some(pod) = maps::pod(netns) else { return Outcome::Proceed };
     if !wants_datagram(pod, dst_port) {
+        answer::<F>(ctx, pod);
         return Outcome::Proceed;
     }
     let sk = context::sock(ctx);
@@ -34,6 +40,8 @@ pub(crate) fn sendmsg<F: Family>(ctx: &SockAddrContext) -> Outcome {
         dst_port,
         src: if asked.is_unspecified() { bound } else { asked },
         owner: owner::of(sk),
+        // Connections only are told by it.
+        mark: 0,
     };
     let decided = decide_outbound(pod, &flow, &MapFacts { conn: None });
     observe::outbound(netns, pod, &flow, decided.decision.reason);
@@ -41,24 +49,19 @@ pub(crate) fn sendmsg<F: Family>(ctx: &SockAddrContext) -> Outcome {
         Verdict::Leave => return Outcome::Proceed,
         Verdict::Redirect(target) => target,
     };
-    let state = SocketState {
-        addr: flow.dst,
-        source: Addr::UNSPECIFIED,
-        port: flow.dst_port,
-        kind: socket::DATAGRAM,
-    };
-    if maps::set_socket(sk, state).is_none() {
+    let source = if flow.src.is_unspecified() { decided.source } else { Addr::UNSPECIFIED };
+    let Some(source) = remember(sk, &flow, source) else {
         observe::failure_line!(
             ctx,
             netns,
             pod,
             Failure::NoStorage,
-            "remembering an original destination of netns {}: no memory, the connect is refused"
+            "remembering a DNS server of netns {}: no memory, the query is refused"
         );
         return Failure::NoStorage.policy().into();
-    }
-    if flow.src.is_unspecified() && !decided.source.is_unspecified() {
-        F::set_datagram_source(ctx, decided.source);
+    };
+    if !source.is_unspecified() {
+        F::set_datagram_source(ctx, source);
     }
     let (addr, port) = proxy_addr(pod, target, flow.dst, flow.dst_port);
     F::rename(ctx, addr);
@@ -66,20 +69,73 @@ pub(crate) fn sendmsg<F: Family>(ctx: &SockAddrContext) -> Outcome {
     Outcome::Proceed
 }
 
+/// Remember which server is asked; the source for the query, unspecified for what the socket has. None if there is no
+/// memory.
+#[inline(always)]
+fn remember(sk: *mut bpf_sock, flow: &Outbound, source: Addr) -> Option<Addr> {
+    if let Some(first) = maps::socket(sk)
+        && first.kind == socket::DATAGRAM
+    {
+        if first.addr == flow.dst {
+            return Some(source);
+        }
+        // To a socket that is bound to an address nothing else can be answered: there the server asked last counts.
+        // Unless it is connected, when an answer of another server must not reach it, and from a number it does not.
+        if flow.src.is_unspecified() || context::is_connected(sk) {
+            let servers = maps::servers_to_fill(sk)?;
+            let number = match servers.number_of(flow.dst) {
+                Some(number) => number,
+                None => servers.add(flow.dst),
+            };
+            return Some(Addr::numbered(flow.dst.is_v4(), number));
+        }
+    }
+    let state = SocketState {
+        addr: flow.dst,
+        source: Addr::UNSPECIFIED,
+        port: flow.dst_port,
+        kind: socket::DATAGRAM,
+    };
+    maps::set_socket(sk, state)?;
+    Some(source)
+}
+
+/// A datagram to anywhere else; if it is the proxy's answer to a number, it comes from there.
+#[inline(always)]
+fn answer<F: Family>(ctx: &SockAddrContext, pod: &PodPolicy) {
+    let dst = F::named(ctx);
+    if dst.number().is_none() || context::bound_port(context::sock(ctx)) != pod.dns_port {
+        return;
+    }
+    F::set_datagram_source(ctx, dst);
+    if F::V6 {
+        // IPv4 is at home on all of 127/8. This address is nowhere, but nobody asks whether a source is one's own.
+        F::rename(ctx, Addr::LOCALHOST_V6);
+    }
+}
+
 /// A datagram is being received: `ctx` names its sender.
 #[inline(always)]
 pub(crate) fn recvmsg<F: Family>(ctx: &SockAddrContext) {
     let sender = F::named(ctx);
-    if !sender.is_loopback() {
+    let number = sender.number();
+    if number.is_none() && !sender.is_loopback() {
         return;
     }
-    let Some(state) = maps::socket(context::sock(ctx)) else { return };
+    let sk = context::sock(ctx);
+    let Some(first) = maps::socket(sk) else { return };
     let Some(pod) = maps::pod(maps::netns_cookie(ctx)) else { return };
-    if state.kind == socket::DATAGRAM
-        && context::named_port(ctx) == pod.dns_port
-        && state.addr.is_v4() == sender.is_v4()
+    if first.kind != socket::DATAGRAM || context::named_port(ctx) != pod.dns_port {
+        return;
+    }
+    let server = match number {
+        None => Some(first.addr),
+        Some(number) => maps::servers(sk).and_then(|servers| servers.server(number)),
+    };
+    if let Some(server) = server
+        && server.is_v4() == sender.is_v4()
     {
-        F::rename(ctx, state.addr);
-        context::rename_port(ctx, state.port);
+        F::rename(ctx, server);
+        context::rename_port(ctx, first.port);
     }
 }

@@ -39,10 +39,23 @@ impl Facts for MapFacts<'_> {
 
     #[inline(always)]
     fn marked(&self) -> bool {
+        self.has(end::STEERED)
+    }
+
+    #[inline(always)]
+    fn onward(&self) -> bool {
+        self.has(end::ONWARD)
+    }
+}
+
+impl MapFacts<'_> {
+    /// Whether the client's connect hook left this bit.
+    #[inline(always)]
+    fn has(&self, bit: u64) -> bool {
         let Some(conn) = self.conn else { return false };
         match maps::orig_dst(conn) {
             // SAFETY: the map holds OrigDst; an element taken out meanwhile is freed after a grace period.
-            Some(entry) => unsafe { (*entry).port_and_ends & end::STEERED != 0 },
+            Some(entry) => unsafe { (*entry).port_and_ends & bit != 0 },
             None => false,
         }
     }

@@ -47,6 +47,7 @@ fn dial(ctx: &SockOpsContext) {
     let ends = match state.kind {
         socket::REDIRECTED => end::CLIENT,
         socket::STEERED => end::CLIENT | end::STEERED,
+        socket::ONWARD => end::CLIENT | end::ONWARD,
         _ => return,
     };
     let netns = maps::netns_cookie(ctx);

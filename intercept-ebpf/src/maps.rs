@@ -19,7 +19,7 @@ use intercept_common::{
     Addr,
     layout::{
         ConnKey, Counters, Destination, DestinationKey, ListenerKey, MAX_PODS, MemberKey, OrigDst, PodPolicy,
-        Proxy, SocketState,
+        Proxy, Servers, SocketState,
     },
 };
 
@@ -42,6 +42,8 @@ static LISTENERS: SockHash<ListenerKey> = SockHash::with_max_entries(1 << 15, 0)
 static ORIG_DST: HashMap<ConnKey, OrigDst> = HashMap::with_max_entries(MANY, BPF_F_NO_PREALLOC);
 #[btf_map]
 static SOCKETS: SkStorage<SocketState> = SkStorage::new();
+#[btf_map]
+static SERVERS: SkStorage<Servers> = SkStorage::new();
 #[map]
 static PROXIES: Array<Proxy> = Array::with_max_entries(MAX_PODS, 0);
 #[map]
@@ -128,6 +130,30 @@ pub(crate) fn remove_orig_dst(key: &ConnKey) {
 #[inline(always)]
 fn sockets() -> *mut c_void {
     core::ptr::addr_of!(SOCKETS).cast_mut().cast()
+}
+
+#[inline(always)]
+fn all_servers() -> *mut c_void {
+    core::ptr::addr_of!(SERVERS).cast_mut().cast()
+}
+
+/// The further servers that a socket has asked.
+#[inline(always)]
+pub(crate) fn servers(sk: *mut bpf_sock) -> Option<&'static mut Servers> {
+    // SAFETY: the map is a socket storage of Servers, the socket one that the verifier knows.
+    unsafe {
+        bpf_sk_storage_get(all_servers(), sk.cast(), core::ptr::null_mut(), 0).cast::<Servers>().as_mut()
+    }
+}
+
+/// The same; none yet if there was no such entry. None if there is no memory.
+#[inline(always)]
+pub(crate) fn servers_to_fill(sk: *mut bpf_sock) -> Option<&'static mut Servers> {
+    // SAFETY: as above; the kernel fills a new value with zeroes.
+    unsafe {
+        let create = BPF_SK_STORAGE_GET_F_CREATE.into();
+        bpf_sk_storage_get(all_servers(), sk.cast(), core::ptr::null_mut(), create).cast::<Servers>().as_mut()
+    }
 }
 
 /// What is remembered of a socket.

@@ -100,6 +100,44 @@ impl Sidecar {
     }
 }
 
+/// Envoy as Istio's inbound proxy in TPROXY mode: it takes connections to any address and goes on to the original
+/// destination from the client's own address, with the mark. As root of the proxy's group, which Istio gives it then:
+/// both need CAP_NET_ADMIN.
+pub fn transparent(program: &Path, place: &Place, mark: u32) -> Result<Envoy> {
+    let kind = |name: &str| format!("type.googleapis.com/envoy.extensions.filters.{name}");
+    let original_dst = named(
+        "envoy.filters.listener.original_dst",
+        &kind("listener.original_dst.v3.OriginalDst"),
+        json!({}),
+    );
+    let original_src = named(
+        "envoy.filters.listener.original_src",
+        &kind("listener.original_src.v3.OriginalSrc"),
+        json!({"mark": mark}),
+    );
+    let (mut listeners, mut clusters) = (Vec::new(), Vec::new());
+    // IPv4's comes last: that is the one waited for.
+    for any in ["::", "0.0.0.0"] {
+        let filter = named(
+            "envoy.filters.network.tcp_proxy",
+            &kind("network.tcp_proxy.v3.TcpProxy"),
+            json!({"stat_prefix": "tcp", "cluster": any}),
+        );
+        listeners.push(json!({
+            "name": any,
+            "address": {"socket_address": {"address": any, "port_value": 15006}},
+            "transparent": true,
+            "listener_filters": [original_dst, original_src],
+            "filter_chains": [{"filters": [filter]}],
+        }));
+        clusters.push(json!({
+            "name": any, "connect_timeout": "5s", "type": "ORIGINAL_DST", "lb_policy": "CLUSTER_PROVIDED",
+        }));
+    }
+    let root = Ids { gid: Ids::PROXY.gid, ..Ids::ROOT };
+    Envoy::start(program, place, root, &listeners, &clusters, 15006, &[])
+}
+
 /// Envoy's binary: where the variable says, or where `cargo xtask setup` puts it.
 pub fn program() -> Result<PathBuf> {
     envoy::program().or_else(|error| {

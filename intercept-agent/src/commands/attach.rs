@@ -123,7 +123,8 @@ fn apply(request: Request) -> Result<()> {
     if !switches.skip_rule_apply {
         let mut node = Node::open(&bpffs, max_connections)
             .with_context(|| format!("opening the state in {}", bpffs.display()))?;
-        let done = node.attach(&target, &config).with_context(|| {
+        let attach = if switches.force_apply { Node::attach_anew } else { Node::attach };
+        let done = attach(&mut node, &target, &config).with_context(|| {
             format!("attaching cgroup {} in {}", target.cgroup.path().display(), target.netns.name())
         })?;
         say!(

@@ -3,7 +3,7 @@
 use anyhow::{Result, bail};
 use intercept_agent::{cgroup::CgroupDir, node::Node, tables::Tables};
 use intercept_common::{
-    Addr, Decision, Facts, Inbound, Outbound, Target, Verdict,
+    Addr, Decision, Facts, Inbound, Outbound, Reason, Target, Verdict,
     decide::Owner,
     decide_inbound, decide_outbound,
     layout::{Destination, PodPolicy},
@@ -39,6 +39,9 @@ impl Facts for FromTables<'_> {
         self.0.interface(policy, ifindex)
     }
     fn marked(&self) -> bool {
+        false
+    }
+    fn onward(&self) -> bool {
         false
     }
 }
@@ -79,8 +82,11 @@ fn decide(args: &ExplainArgs, policy: &PodPolicy, facts: &impl Facts) -> Decisio
                 dst_port: args.dport,
                 src,
                 owner: Owner { uid: args.uid, gid: args.gid },
+                mark: args.mark,
             };
-            decide_outbound(policy, &flow, facts).decision
+            let decided = decide_outbound(policy, &flow, facts);
+            // Left alone by the connect hook, and taken on its way over loopback.
+            if decided.mark { Reason::MarkedLoopback.into() } else { decided.decision }
         }
         Direction::Inbound => {
             decide_inbound(policy, &Inbound { dst, dst_port: args.dport, src, ifindex: args.ifindex }, facts)

@@ -23,6 +23,8 @@ pub enum NodeError {
     Listeners { netns: String, source: ListenersError },
     #[error("preparing namespace {netns}")]
     Plumbing { netns: String, source: PlumbingError },
+    #[error("letting the listener of port {port} answer for the guests of -k (IP_TRANSPARENT)")]
+    Transparent { port: u16, source: io::Error },
     #[error("translating user and group ids of {cgroup}")]
     UserNs { cgroup: String, source: IdMapError },
     #[error("attaching {program} to {target}")]

@@ -75,7 +75,7 @@ impl<'a> Reader<'a> {
             inbound_ports,
             inbound_exclude,
             exclude_interfaces: self.interfaces(&setting::EXCLUDE_INTERFACES)?,
-            virt_interfaces: self.interfaces(&setting::VIRT_INTERFACES)?,
+            virt_interfaces: self.virt_interfaces()?,
             include: self.include()?,
             exclude: self.exclude()?,
             outbound_ports: self.ports(&setting::OUTBOUND_PORTS)?,
@@ -128,6 +128,26 @@ impl<'a> Reader<'a> {
                 switches.force_iptables_binary.is_some(),
                 &setting::FORCE_IPTABLES_BINARY,
                 "nothing to do, because iptables is not called",
+            ),
+            (
+                switches.reconcile,
+                &setting::RECONCILE,
+                "nothing to do, because what is in force and differs is always replaced, in one step",
+            ),
+            (
+                switches.log_output_level.is_some(),
+                &setting::LOG_OUTPUT_LEVEL,
+                "not used, because the scopes are istio's; --log or INTERCEPT_LOG say what is logged",
+            ),
+            (
+                switches.log_as_json,
+                &setting::LOG_AS_JSON,
+                "not used; --log-format json or INTERCEPT_LOG_FORMAT=json do that",
+            ),
+            (
+                switches.cni_mode,
+                &setting::CNI_MODE,
+                "nothing to do, because the pod's namespace is entered from wherever the agent runs",
             ),
         ] {
             if set {
@@ -219,6 +239,18 @@ impl<'a> Reader<'a> {
         let mut interfaces = self.list(setting, Interface::parse)?;
         interfaces.sort_unstable();
         interfaces.dedup();
+        Ok(interfaces)
+    }
+
+    fn virt_interfaces(&mut self) -> Result<Vec<Interface>, OptionError> {
+        let interfaces = self.interfaces(&setting::VIRT_INTERFACES)?;
+        if !interfaces.is_empty() {
+            self.note(
+                &setting::VIRT_INTERFACES,
+                "IPv4 for addresses that are not the pod's is answered by a listener of -p that is IP_TRANSPARENT: \
+                 one that listens already is made so, for one that comes later attach again (or let it set the option)",
+            );
+        }
         Ok(interfaces)
     }
 

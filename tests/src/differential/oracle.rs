@@ -32,7 +32,7 @@ fn expect(case: &Case, walker: &Walker, spec: &PodSpec, flow: &Flow) -> Expected
     let from = flow.from.unwrap_or_else(|| layout::source(spec, flow.to.ip()));
     let egress = layout::egress(spec, flow.to.ip());
     let origin = match flow.end {
-        End::Pod => Origin::Here { out: egress.into(), owner: flow.ids },
+        End::Pod => Origin::Here { out: egress.into(), owner: flow.ids, mark: 0 },
         End::World => Origin::Outside { on: layout::ingress(spec, flow.to.ip()).into() },
     };
     // No rule looks at the source port of a client.

@@ -30,6 +30,8 @@ pub enum Origin {
         out: String,
         /// The owner of the socket.
         owner: Ids,
+        /// Its SO_MARK.
+        mark: u32,
     },
     /// Outside.
     Outside {
@@ -95,9 +97,9 @@ impl Walker {
                 let mut state = State { packet, input: on, output: "", owner: None, mark: 0, connmark: 0 };
                 hook(chains, Chain::Prerouting, &mut state, &[Table::Raw, Table::Mangle, Table::Nat])
             }
-            Origin::Here { out, owner } => {
-                let mut state =
-                    State { packet, input: "", output: out, owner: Some(*owner), mark: 0, connmark: 0 };
+            Origin::Here { out, owner, mark } => {
+                let (owner, mark) = (Some(*owner), *mark);
+                let mut state = State { packet, input: "", output: out, owner, mark, connmark: 0 };
                 let verdict =
                     hook(chains, Chain::Output, &mut state, &[Table::Raw, Table::Mangle, Table::Nat]);
                 if out != "lo" && !matches!(verdict, Verdict::Redirect(_)) {

@@ -40,6 +40,8 @@ pub enum Flow {
         to: SocketAddr,
         /// Who made the socket.
         owner: Ids,
+        /// Its SO_MARK; that of TPROXY only for what leaves by lo anyway, as all so marked would.
+        mark: u32,
     },
     /// A connection from elsewhere.
     Arriving {
@@ -93,7 +95,10 @@ impl Situation {
             } else {
                 None
             };
-            return Flow::Made { udp, from, to, owner };
+            let over_lo = self.place.egress(to.ip()).is_some_and(|(out, _)| out == "lo");
+            let marks: &[u32] = if over_lo { &[0, 0, 5, 1337] } else { &[0, 5] };
+            let mark = *marks.choose(&mut self.rng).expect("not empty");
+            return Flow::Made { udp, from, to, owner, mark };
         }
     }
 

@@ -3,6 +3,7 @@
 
 use std::collections::HashMap;
 use std::io;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::Path;
 
 use anyhow::{Context, Result};
@@ -48,6 +49,7 @@ impl Names for Pod {
 struct InMemory<'a> {
     entries: &'a Entries,
     marked: bool,
+    onward: bool,
 }
 
 impl Facts for InMemory<'_> {
@@ -67,6 +69,9 @@ impl Facts for InMemory<'_> {
     }
     fn marked(&self) -> bool {
         self.marked
+    }
+    fn onward(&self) -> bool {
+        self.onward
     }
 }
 
@@ -100,7 +105,7 @@ impl Ours {
     pub fn fate(&self, place: &Place, flow: &Flow) -> (Fate, Reason) {
         let decision = match flow {
             Flow::Made { .. } => self.made(place, flow),
-            Flow::Arriving { link, from, to } => self.arriving(*link, (*from).into(), *to, false),
+            Flow::Arriving { link, from, to } => self.arriving(*link, (*from).into(), *to, false, false),
         };
         (self.say(decision), decision.reason)
     }
@@ -118,15 +123,16 @@ impl Ours {
 
     /// What the connect hook decides, and then, for what it leaves on loopback, sk_lookup.
     fn made(&self, place: &Place, flow: &Flow) -> Decision {
-        let Flow::Made { udp, from, to, owner } = flow else { unreachable!("asked for these only") };
+        let Flow::Made { udp, from, to, owner, mark } = flow else { unreachable!("asked for these only") };
         let asked = Outbound {
             protocol: if *udp { 17 } else { 6 },
             dst: to.ip().into(),
             dst_port: to.port(),
             src: from.map_or(Addr::UNSPECIFIED, Addr::from),
             owner: Owner { uid: owner.uid, gid: owner.gid },
+            mark: *mark,
         };
-        let facts = InMemory { entries: &self.0.entries, marked: false };
+        let facts = InMemory { entries: &self.0.entries, marked: false, onward: false };
         let decided = decide_outbound(&self.0.policy, &asked, &facts);
         let left = decided.decision.verdict == Verdict::Leave && decided.decision.reason != Reason::NoRoute;
         let over_lo = place.egress(to.ip()).is_some_and(|(out, _)| out == "lo");
@@ -134,19 +140,29 @@ impl Ours {
             assert!(!decided.mark, "marked, and never looked up: {decided:?}");
             return decided.decision;
         }
-        // The source of such a connection is one of the pod's own, whichever.
+        // The source of such a connection is one of the pod's own, whichever; but the proxy goes on from anybody's.
         let from = from.map_or(decided.source, Addr::from);
         let from = if from.is_unspecified() { asked.dst } else { from };
-        let arrived = self.arriving(0, from, *to, decided.mark);
+        let from = if decided.onward { somebody(*to) } else { from };
+        let arrived = self.arriving(0, from, *to, decided.mark, decided.onward);
         match arrived.verdict {
             Verdict::Leave => decided.decision,
             Verdict::Redirect(_) => arrived,
         }
     }
 
-    fn arriving(&self, link: usize, from: Addr, to: std::net::SocketAddr, marked: bool) -> Decision {
+    fn arriving(&self, link: usize, from: Addr, to: SocketAddr, marked: bool, onward: bool) -> Decision {
         let ifindex = u32::try_from(link + 1).expect("a handful of interfaces");
         let flow = Inbound { dst: to.ip().into(), dst_port: to.port(), src: from, ifindex };
-        decide_inbound(&self.0.policy, &flow, &InMemory { entries: &self.0.entries, marked })
+        decide_inbound(&self.0.policy, &flow, &InMemory { entries: &self.0.entries, marked, onward })
     }
+}
+
+/// An address that no namespace here has.
+fn somebody(of: SocketAddr) -> Addr {
+    let addr: IpAddr = match of {
+        SocketAddr::V4(_) => Ipv4Addr::new(240, 0, 0, 1).into(),
+        SocketAddr::V6(_) => Ipv6Addr::new(0x4001, 0, 0, 0, 0, 0, 0, 1).into(),
+    };
+    addr.into()
 }

@@ -18,7 +18,7 @@ impl Rules {
     /// What becomes of a flow.
     pub fn fate(&self, place: &Place, flow: &Flow) -> Fate {
         let packet = match flow {
-            Flow::Made { udp, from, to, owner } => {
+            Flow::Made { udp, from, to, owner, mark } => {
                 let Some((out, source)) = place.egress(to.ip()) else { return Fate::Unroutable };
                 let from = from.or(source).unwrap_or(unspecified(to.ip()));
                 // The kernel finds no route from 127/8 to outside (EINVAL), and asks no rule.
@@ -26,7 +26,7 @@ impl Rules {
                     return Fate::Unroutable;
                 }
                 let protocol = if *udp { Protocol::Udp } else { Protocol::Tcp };
-                let origin = Origin::Here { out: out.to_owned(), owner: *owner };
+                let origin = Origin::Here { out: out.to_owned(), owner: *owner, mark: *mark };
                 Packet { protocol, from: SocketAddr::new(from, 40000), to: *to, origin }
             }
             Flow::Arriving { link, from, to } => {

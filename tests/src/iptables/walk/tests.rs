@@ -9,7 +9,7 @@ const PROXY: Ids = Ids { uid: 1337, gid: 1337 };
 fn from_here(owner: Ids, out: &str, from: &str, to: &str) -> Packet {
     let from = SocketAddr::new(from.parse().expect("an address"), 40000);
     let to = to.parse().expect("an address");
-    Packet { protocol: Protocol::Tcp, from, to, origin: Origin::Here { out: out.into(), owner } }
+    Packet { protocol: Protocol::Tcp, from, to, origin: Origin::Here { out: out.into(), owner, mark: 0 } }
 }
 
 fn from_outside(on: &str, to: &str) -> Packet {

@@ -1,0 +1,108 @@
+//! The switches of istio-iptables that are no policy: each acts, or is answered by a note that says why not.
+
+use std::process::Output;
+
+use serde_json::Value;
+use tests::agent::{Agent, finish, succeed};
+use tests::testbed::{Pod, PodSpec};
+
+const FLAGS: [&str; 4] = ["-u", "1337", "-i", "*"];
+
+fn bed(label: &str) -> (Agent, Pod) {
+    (Agent::new("switches").expect("the agent"), Pod::new(PodSpec::new(label)).expect("a pod"))
+}
+
+/// An attach with these flags besides the usual ones; what it said, and what it logged.
+fn attach(agent: &Agent, pod: &Pod, more: &[&str]) -> (String, String) {
+    let mut command = agent.for_pod("attach", pod, &FLAGS);
+    let Output { status, stdout, stderr } = finish(command.args(more)).expect("started");
+    let log = String::from_utf8_lossy(&stderr).into_owned();
+    assert!(status.success(), "{more:?}: {status}: {log}");
+    (String::from_utf8_lossy(&stdout).into_owned(), log)
+}
+
+fn attached(agent: &Agent) -> usize {
+    agent.status().expect("the status").as_array().expect("a list").len()
+}
+
+#[test]
+fn a_dry_run_prints_the_policy_and_changes_nothing() {
+    let (agent, pod) = bed("dry-run");
+    for flag in ["-n", "--dry-run"] {
+        let (said, _) = attach(&agent, &pod, &[flag, "-q", "3306"]);
+        assert!(said.contains("outbound TCP goes to      15001"), "{said}");
+        let json: Value = serde_json::from_str(&said[said.find('{').expect("JSON")..]).expect("JSON");
+        assert_eq!(json["proxy_port"], 15001, "{json}");
+        assert_eq!(json["outbound_ports"], "3306", "{json}");
+    }
+    assert!(!agent.store().exists(), "something was loaded");
+}
+
+#[test]
+fn cleanup_only_takes_away_what_there_is() {
+    let (agent, pod) = bed("cleanup");
+    attach(&agent, &pod, &["--cleanup-only"]);
+    attach(&agent, &pod, &[]);
+    assert_eq!(attached(&agent), 1);
+    attach(&agent, &pod, &["--cleanup-only"]);
+    assert!(!agent.store().exists(), "something is left");
+}
+
+#[test]
+fn skip_rule_apply_changes_nothing() {
+    let (agent, pod) = bed("skip");
+    attach(&agent, &pod, &["--skip-rule-apply"]);
+    assert!(!agent.store().exists(), "something was loaded");
+    attach(&agent, &pod, &[]);
+    attach(&agent, &pod, &["--skip-rule-apply", "-q", "3306"]);
+    let status = agent.status().expect("the status");
+    assert!(!status[0]["arguments"].to_string().contains("3306"), "{status}");
+}
+
+#[test]
+fn force_apply_writes_everything_anew() {
+    let (agent, pod) = bed("force");
+    let policy = || agent.status().expect("the status")[0]["policy"].clone();
+    assert!(attach(&agent, &pod, &[]).0.starts_with("attached"));
+    let first = policy();
+    assert!(attach(&agent, &pod, &[]).0.starts_with("unchanged"));
+    assert_eq!(policy(), first);
+    assert!(attach(&agent, &pod, &["--force-apply"]).0.starts_with("replaced"));
+    assert_ne!(policy(), first);
+}
+
+#[test]
+fn the_network_namespace_may_be_named_the_istio_way() {
+    let (agent, pod) = bed("netns");
+    // Nothing runs in the cgroup, from which it could be known.
+    let mut attach = agent.command("attach");
+    attach.arg("--cgroup-path").arg(pod.cgroup.path()).args(FLAGS);
+    attach.arg("--network-namespace").arg(pod.netns.path());
+    assert!(succeed(attach).expect("attached").starts_with("attached"));
+}
+
+/// What needs no doing here is said to need none, by its name; without the switch nothing is said of it.
+#[test]
+fn the_rest_is_answered_by_a_note() {
+    let (agent, pod) = bed("notes");
+    let (_, quiet) = attach(&agent, &pod, &[]);
+    for switch in [
+        "--reconcile",
+        "--cni-mode",
+        "--dual-stack",
+        "--drop-invalid",
+        "--native-nftables",
+        "--force-iptables-binary=nft",
+        "--log_as_json",
+        "--log_output_level=default:info",
+        "--capture-all-dns",
+        "-d=8080",
+        "-k=eth9",
+    ] {
+        let name = switch.split('=').next().expect("a name");
+        let (_, log) = attach(&agent, &pod, &[switch]);
+        let note = log.lines().find(|line| line.contains(name));
+        assert!(note.is_some_and(|note| note.contains("not") && note.contains("INFO")), "{switch}: {log}");
+        assert!(!quiet.contains(name), "{quiet}");
+    }
+}

@@ -1,0 +1,77 @@
+//! TPROXY with the real Envoy: the client's address is kept end to end, as under iptables, and what was made in the
+//! namespace for it is taken away again.
+
+use std::net::SocketAddr;
+
+use tests::actor::{Actor, Bind, Dial, Listen, Outcome, Transport};
+use tests::agent::Agent;
+use tests::agent::succeed;
+use tests::envoy;
+use tests::iptables::{Backend, Options, Tproxy, apply};
+use tests::testbed::{Ids, Place, Pod, PodSpec};
+
+const FLAGS: [&str; 14] =
+    ["-m", "TPROXY", "-t", "1337", "-r", "133", "-u", "1337", "-g", "1337", "-i", "*", "-b", "*"];
+
+fn listen(actor: &Actor, name: &str, ids: Ids, port: u16) {
+    for any in ["0.0.0.0", "::"] {
+        let bind = Bind::new(ids, SocketAddr::new(any.parse().expect("an address"), port));
+        actor.listen(Listen { name: name.into(), transport: Transport::Tcp, bind }).expect("a server");
+    }
+}
+
+/// What the app sees of clients in the world when a transparent Envoy is between them.
+fn client_is_kept(label: &str, capture: impl FnOnce(&Pod)) -> Pod {
+    let pod = Pod::new(PodSpec::new(label)).expect("a pod");
+    let (inside, world) =
+        (Actor::start(&pod).expect("an actor"), Actor::start(pod.neighbour()).expect("an actor"));
+    listen(&inside, "app", Ids::APP, 8080);
+    capture(&pod);
+    let program = envoy::program().expect("Envoy: cargo xtask setup envoy");
+    let envoy = envoy::transparent(&program, &pod, 1337).expect("Envoy starts");
+    for (to, from) in [("10.66.0.2:8080", "198.51.100.9"), ("[fd66::2]:8080", "2001:db8::9")] {
+        let to: SocketAddr = to.parse().expect("an address");
+        for _ in 0..20 {
+            let seen =
+                world.dial(Dial { from: from.parse().ok(), ..Dial::new(Ids::ROOT, to) }).expect("dialled");
+            let Outcome::Answered(answer) = &seen.outcome else { panic!("{to}: {:?}", seen.outcome) };
+            assert_eq!((answer.server.as_str(), answer.local), ("app", to));
+            assert_eq!(answer.peer.ip().to_string(), from, "the application does not see the client itself");
+            assert_ne!(Some(answer.peer), seen.sockname, "not by way of Envoy, which has a port of its own");
+        }
+    }
+    drop(envoy);
+    // Without the proxy nothing gets around it. The agent refuses; TPROXY without a listener is silent.
+    let seen =
+        world.dial(Dial::new(Ids::ROOT, "10.66.0.2:8080".parse().expect("an address"))).expect("dialled");
+    assert!(!matches!(seen.outcome, Outcome::Answered(_)), "{:?}", seen.outcome);
+    pod
+}
+
+fn routing(place: &Place) -> String {
+    let mut ip = place.command("/bin/sh").expect("a command");
+    ip.args(["-c", "for v in 4 6; do ip -$v rule; ip -$v route show table all; done; sysctl -n net.ipv4.tcp_fwmark_accept"]);
+    succeed(ip).expect("ip runs")
+}
+
+#[test]
+fn the_client_is_kept_under_the_agent() {
+    let agent = Agent::new("tproxy").expect("the agent");
+    let mut before = String::new();
+    let pod = client_is_kept("tproxy-agent", |pod| {
+        before = routing(pod);
+        agent.attach(pod, &FLAGS).expect("attached");
+        let during = routing(pod);
+        assert!(during.contains("fwmark 0x539 lookup 133") && during.contains("table 133"), "{during}");
+    });
+    agent.detach(&pod).expect("detached");
+    assert_eq!(routing(&pod), before);
+}
+
+#[test]
+fn the_client_is_kept_under_iptables() {
+    let options = Options { tproxy: Some(Tproxy { mark: 1337, table: 133 }), ..Options::injected() };
+    client_is_kept("tproxy-nft", |pod| {
+        apply(&options, pod, Backend::Nft).expect("rules");
+    });
+}

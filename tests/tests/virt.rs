@@ -1,0 +1,129 @@
+//! `-k`: what arrives on a guest's interface for addresses that are not the pod's goes to the outbound listener.
+
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use tests::actor::{Actor, Bind, Dial, Dialled, Listen, OriginalDst, Outcome, Stage, Transport};
+use tests::agent::Agent;
+use tests::agent::succeed;
+use tests::iptables::{Backend, Cidrs, Options, apply};
+use tests::testbed::netlink::{Route, TABLE_LOCAL};
+use tests::testbed::{Ids, Place, Pod, PodSpec};
+
+/// What guests dial: in -i, and not.
+const CAPTURED: [&str; 2] = ["203.0.113.80:80", "[2001:db8:9::80]:80"];
+const OTHER: [&str; 2] = ["203.0.114.80:80", "[2001:db8:a::80]:80"];
+const FROM: [&str; 2] = ["198.51.100.9", "2001:db8::9"];
+const FLAGS: [&str; 6] = ["-u", "1337", "-k", "eth1", "-i", "203.0.113.0/24,2001:db8:9::/48"];
+
+/// The pod, with the world routing the guests' destinations by way of its eth1.
+fn pod(label: &str) -> (Pod, Actor, Actor) {
+    let pod = Pod::new(PodSpec::new(label).with_eth1()).expect("a pod");
+    let by_eth1 = [
+        ("203.0.113.0/24", "10.67.0.2"),
+        ("203.0.114.0/24", "10.67.0.2"),
+        ("2001:db8:9::/48", "fd67::2"),
+        ("2001:db8:a::/48", "fd67::2"),
+    ];
+    for (to, via) in by_eth1 {
+        let (to, via) = (to.parse().expect("a net"), via.parse().ok());
+        // In the local table, where this world says that everything is its own.
+        let route = Route { to, via, dev: Some("pod0-1"), table: TABLE_LOCAL, local: false };
+        pod.neighbour().netns.add_route(route).expect("a route");
+    }
+    let (inside, world) =
+        (Actor::start(&pod).expect("an actor"), Actor::start(pod.neighbour()).expect("an actor"));
+    (pod, inside, world)
+}
+
+fn listen(inside: &Actor) {
+    for any in ["0.0.0.0:15001", "[::]:15001"] {
+        let bind = Bind::new(Ids::PROXY, any.parse().expect("an address"));
+        inside.listen(Listen { name: "outbound".into(), transport: Transport::Tcp, bind }).expect("a proxy");
+    }
+}
+
+fn dial(world: &Actor, to: &str, from: &str) -> Dialled {
+    let to: SocketAddr = to.parse().expect("an address");
+    let timeout = Duration::from_millis(700);
+    world.dial(Dial { from: from.parse().ok(), timeout, ..Dial::new(Ids::ROOT, to) }).expect("dialled")
+}
+
+fn arrives_at_the_proxy(seen: &Dialled, to: &str, from: &str) {
+    let Outcome::Answered(answer) = &seen.outcome else { panic!("{to}: {:?}", seen.outcome) };
+    assert_eq!(answer.server, "outbound");
+    assert_eq!(answer.original_dst, Some(OriginalDst::Addr(to.parse().expect("an address"))));
+    assert_eq!(answer.peer.ip().to_string(), from);
+}
+
+fn routing(place: &Place) -> String {
+    let mut ip = place.command("/bin/sh").expect("a command");
+    ip.args(["-c", "for v in 4 6; do ip -$v rule; ip -$v route show table all; done"]);
+    succeed(ip).expect("ip runs")
+}
+
+fn guests_are_captured(world: &Actor) {
+    for (to, from) in CAPTURED.into_iter().zip(FROM) {
+        arrives_at_the_proxy(&dial(world, to, from), to, from);
+    }
+    for (to, from) in OTHER.into_iter().zip(FROM) {
+        let seen = dial(world, to, from);
+        assert!(!matches!(seen.outcome, Outcome::Answered(_)), "{to}: {:?}", seen.outcome);
+    }
+}
+
+#[test]
+fn guests_are_captured_under_the_agent() {
+    let agent = Agent::new("virt").expect("the agent");
+    let (pod, inside, world) = pod("virt-agent");
+    listen(&inside);
+    let before = routing(&pod);
+    agent.attach(&pod, &FLAGS).expect("attached");
+    guests_are_captured(&world);
+    agent.detach(&pod).expect("detached");
+    assert_eq!(routing(&pod), before);
+}
+
+#[test]
+fn guests_are_captured_under_iptables() {
+    let (pod, inside, world) = pod("virt-nft");
+    let include = ["203.0.113.0/24", "2001:db8:9::/48"].map(|net| net.parse().expect("a net"));
+    let options = Options {
+        virtual_interfaces: vec!["eth1".into()],
+        include_cidrs: Cidrs::List(include.into()),
+        ..Options::default()
+    };
+    apply(&options, &pod, Backend::Nft).expect("rules");
+    listen(&inside);
+    guests_are_captured(&world);
+}
+
+/// Documented: a listener that comes after the attach and is not IP_TRANSPARENT by itself cannot answer for IPv4
+/// addresses that are not the pod's; nothing gets around it. Attaching again makes it so.
+#[test]
+fn a_later_listener_serves_guests_once_attached_again() {
+    let agent = Agent::new("virt").expect("the agent");
+    let (pod, inside, world) = pod("virt-later");
+    agent.attach(&pod, &FLAGS).expect("attached");
+    listen(&inside);
+    arrives_at_the_proxy(&dial(&world, CAPTURED[1], FROM[1]), CAPTURED[1], FROM[1]);
+    let seen = dial(&world, CAPTURED[0], FROM[0]);
+    assert_eq!(seen.outcome, Outcome::TimedOut(Stage::Connect));
+    assert!(agent.attach(&pod, &FLAGS).expect("attached").starts_with("unchanged"));
+    guests_are_captured(&world);
+}
+
+/// Only what arrives on these interfaces is kept: the pod's own connections to the same destinations leave it.
+#[test]
+fn the_pods_own_connections_still_leave() {
+    let agent = Agent::new("virt").expect("the agent");
+    let (pod, inside, world) = pod("virt-own");
+    listen(&inside);
+    let bind = Bind::new(Ids::ROOT, "0.0.0.0:80".parse().expect("an address"));
+    world.listen(Listen { name: "world".into(), transport: Transport::Tcp, bind }).expect("a server");
+    agent.attach(&pod, &["-u", "1337", "-k", "eth1", "-i", "203.0.115.0/24", "-b", ""]).expect("attached");
+    let to = "203.0.115.7:80".parse().expect("an address");
+    let seen = inside.dial(Dial::new(Ids::PROXY, to)).expect("dialled");
+    let Outcome::Answered(answer) = &seen.outcome else { panic!("{:?}", seen.outcome) };
+    assert_eq!((answer.server.as_str(), answer.local), ("world", to));
+}
