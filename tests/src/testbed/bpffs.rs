@@ -47,11 +47,14 @@ impl Drop for Bpffs {
     }
 }
 
-/// Unmounts what is mounted there, and removes the folder.
+/// Unmounts what is mounted there, and removes the folder. A process that outlived the mount may have written into it.
 pub(super) fn remove(path: &Path) -> std::io::Result<()> {
-    match unmount(path, UnmountFlags::DETACH) {
-        // Not a mount point: its maker died before the mount, or nothing was ever mounted.
-        Ok(()) | Err(rustix::io::Errno::INVAL) => fs::remove_dir(path),
-        Err(error) => Err(error.into()),
+    loop {
+        match unmount(path, UnmountFlags::DETACH) {
+            Ok(()) => {}
+            // Not a mount point, or not any more.
+            Err(rustix::io::Errno::INVAL) => return fs::remove_dir_all(path),
+            Err(error) => return Err(error.into()),
+        }
     }
 }
