@@ -6,6 +6,7 @@ use anyhow::Result;
 use clap::{Parser, Subcommand};
 
 mod build;
+mod fuzz;
 mod run;
 mod setup;
 mod sweep;
@@ -46,6 +47,8 @@ enum Task {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         options: Vec<OsString>,
     },
+    /// Fuzz the option parser, and decide beside the rules
+    Fuzz(fuzz::Arguments),
     /// Run the demo under other kernels, in virtual machines
     Vm(vm::Arguments),
     /// Check the rules of the project that the compiler does not
@@ -88,6 +91,7 @@ fn perform(task: Task) -> Result<()> {
             build::and_run("bench", &options)
         }
         Task::Test(arguments) => test::test(&arguments),
+        Task::Fuzz(arguments) => fuzz::fuzz(&arguments),
         Task::Vm(arguments) => vm::vm(&arguments),
         Task::Tidy => tidy::tidy(),
         Task::Clean => sweep::sweep(),

@@ -48,11 +48,13 @@ pub(crate) enum Group {
     Vm,
     /// Load generators
     Bench,
+    /// A compiler for libFuzzer
+    Fuzz,
 }
 
 impl Group {
     /// What `cargo xtask test` needs.
-    pub(crate) const FOR_TESTS: [Self; 3] = [Self::Base, Self::Test, Self::Envoy];
+    pub(crate) const FOR_TESTS: [Self; 4] = [Self::Base, Self::Test, Self::Envoy, Self::Fuzz];
 }
 
 /// Gets what the groups need and is not there.

@@ -65,7 +65,12 @@ struct Flags(Vec<String>);
 impl Flags {
     fn push(&mut self, setting: &Setting, value: &dyn Display) {
         self.switch(setting);
-        self.0.push(value.to_string());
+        let value = value.to_string();
+        // An interface may be called -p: by itself that would be a flag.
+        match self.0.last_mut() {
+            Some(flag) if value.starts_with('-') => *flag += &format!("={value}"),
+            _ => self.0.push(value),
+        }
     }
 
     fn differing<T: Display + PartialEq>(&mut self, setting: &Setting, value: &T, default: &T) {

@@ -54,7 +54,7 @@ fn ids() -> impl Strategy<Value = Vec<u32>> {
 }
 
 fn interfaces() -> impl Strategy<Value = Vec<Interface>> {
-    let interface = ("[a-z][a-z0-9.-]{0,13}", any::<bool>())
+    let interface = ("[a-z-][a-z0-9.-]{0,13}", any::<bool>())
         .prop_map(|(name, prefix)| if prefix { Interface::Prefix(name) } else { Interface::Exact(name) });
     btree_set(interface, 0..4).prop_map(|interfaces| interfaces.into_iter().collect())
 }

@@ -15,7 +15,7 @@ use crate::testbed::Ids;
 
 /// A configuration in a namespace.
 #[derive(Debug, Clone)]
-pub struct Situation {
+pub struct Situation<R = StdRng> {
     /// The namespace.
     pub place: Place,
     /// The configuration.
@@ -24,7 +24,7 @@ pub struct Situation {
     nets: Vec<IpNet>,
     ports: Vec<u16>,
     ids: Vec<u32>,
-    rng: StdRng,
+    rng: R,
 }
 
 /// Something that happens in a namespace.
@@ -57,7 +57,13 @@ pub enum Flow {
 impl Situation {
     /// The situation of a seed.
     pub fn new(seed: u64) -> Self {
-        let mut rng = StdRng::seed_from_u64(seed);
+        Self::drawn(StdRng::seed_from_u64(seed))
+    }
+}
+
+impl<R: Rng> Situation<R> {
+    /// The situation that this draws, and later its flows.
+    pub fn drawn(mut rng: R) -> Self {
         let addresses = addresses(&mut rng);
         let ports: Vec<u16> = std::iter::repeat_with(|| rng.random_range(1..=u16::MAX)).take(8).collect();
         let ports = [&ports[..], &[22, 53, 53, 53, 80, 443, 15001, 15006, 15008, DNS_PORT]].concat();
@@ -153,7 +159,7 @@ impl Situation {
 }
 
 /// None of 127/8, where the kernel knows better than any route.
-fn random_address(rng: &mut StdRng) -> IpAddr {
+fn random_address(rng: &mut impl Rng) -> IpAddr {
     if rng.random_bool(0.5) {
         let first = [rng.random_range(1..127), rng.random_range(128..224)];
         let first: u32 = *first.choose(rng).expect("two");
@@ -164,7 +170,7 @@ fn random_address(rng: &mut StdRng) -> IpAddr {
 }
 
 /// Some addresses, several of which are near one another.
-fn addresses(rng: &mut StdRng) -> Vec<IpAddr> {
+fn addresses(rng: &mut impl Rng) -> Vec<IpAddr> {
     let mut addresses = Vec::new();
     for _ in 0..5 {
         let base = random_address(rng);
@@ -184,7 +190,7 @@ fn addresses(rng: &mut StdRng) -> Vec<IpAddr> {
     addresses
 }
 
-fn net(rng: &mut StdRng, addresses: &[IpAddr]) -> IpNet {
+fn net(rng: &mut impl Rng, addresses: &[IpAddr]) -> IpNet {
     let addr = *addresses.choose(rng).expect("not empty");
     let most = if addr.is_ipv6() { 128 } else { 32 };
     let len = match rng.random_range(0..8) {
@@ -195,7 +201,7 @@ fn net(rng: &mut StdRng, addresses: &[IpAddr]) -> IpNet {
     IpNet::new(addr, len).expect("a prefix that fits")
 }
 
-fn place(rng: &mut StdRng, addresses: &[IpAddr]) -> Place {
+fn place(rng: &mut impl Rng, addresses: &[IpAddr]) -> Place {
     let links: Vec<String> = ["lo", "eth0", "eth1", "net1"].map(String::from).into();
     let localhost = |text: &str| Some(text.parse::<IpAddr>().expect("an address"));
     let mut routes: Vec<(IpNet, Way)> = vec![
@@ -231,7 +237,7 @@ fn place(rng: &mut StdRng, addresses: &[IpAddr]) -> Place {
     Place { links, routes }
 }
 
-fn options(rng: &mut StdRng, place: &Place, addresses: &[IpAddr], ports: &[u16], ids: &[u32]) -> Options {
+fn options(rng: &mut impl Rng, place: &Place, addresses: &[IpAddr], ports: &[u16], ids: &[u32]) -> Options {
     let mut options = Options::injected();
     if rng.random_bool(0.3) {
         options.envoy_port = *ports.choose(rng).expect("not empty");
@@ -287,11 +293,11 @@ fn options(rng: &mut StdRng, place: &Place, addresses: &[IpAddr], ports: &[u16],
     options
 }
 
-fn some<T: Clone>(rng: &mut StdRng, items: &[T], least: usize, most: usize) -> Vec<T> {
+fn some<T: Clone>(rng: &mut impl Rng, items: &[T], least: usize, most: usize) -> Vec<T> {
     (0..rng.random_range(least..=most)).filter_map(|_| items.choose(rng).cloned()).collect()
 }
 
-fn nets(rng: &mut StdRng, addresses: &[IpAddr], most: usize) -> Vec<IpNet> {
+fn nets(rng: &mut impl Rng, addresses: &[IpAddr], most: usize) -> Vec<IpNet> {
     (0..rng.random_range(0..=most)).map(|_| net(rng, addresses)).collect()
 }
 

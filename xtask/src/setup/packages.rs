@@ -8,7 +8,7 @@ use super::Group;
 use crate::run;
 
 /// Which group needs which program, and the package of Debian and its descendants that has it.
-const PROGRAMS: [(Group, &str, &str); 15] = [
+const PROGRAMS: [(Group, &str, &str); 16] = [
     (Group::Test, "dig", "dnsutils"),
     (Group::Test, "dnsmasq", "dnsmasq-base"),
     (Group::Test, "ip", "iproute2"),
@@ -20,6 +20,7 @@ const PROGRAMS: [(Group, &str, &str); 15] = [
     (Group::Vm, "depmod", "kmod"),
     (Group::Vm, "qemu-system-x86_64", "qemu-system-x86"),
     (Group::Vm, "xz", "xz-utils"),
+    (Group::Fuzz, "c++", "g++"),
     (Group::Bench, "h2load", "nghttp2-client"),
     (Group::Bench, "ip", "iproute2"),
     (Group::Bench, "iperf3", "iperf3"),

@@ -1,0 +1,74 @@
+//! Fuzzing: inputs that grow towards code not yet reached.
+
+use std::{fs, process::Command};
+
+use anyhow::{Context as _, Result};
+use clap::{Args, ValueEnum};
+
+use crate::{run, setup, setup::Group, workspace};
+
+#[derive(Args)]
+pub(crate) struct Arguments {
+    /// What to fuzz; without any, everything
+    #[arg(value_enum)]
+    targets: Vec<Target>,
+    /// For how long each
+    #[arg(long, default_value_t = 60)]
+    seconds: u32,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum Target {
+    /// The option parser
+    Options,
+    /// `decide` beside the walk of istio-iptables' rules
+    Decide,
+}
+
+/// What rustc adds for libFuzzer: counters of edges, and comparisons. Only for the target, not for what builds it.
+const INSTRUMENTED: [&str; 8] = [
+    "-Cpasses=sancov-module",
+    "-Cllvm-args=-sanitizer-coverage-level=4",
+    "-Cllvm-args=-sanitizer-coverage-inline-8bit-counters",
+    "-Cllvm-args=-sanitizer-coverage-pc-table",
+    "-Cllvm-args=-sanitizer-coverage-trace-compares",
+    "-Ccodegen-units=1",
+    "-Cdebug-assertions",
+    "--cfg=fuzzing",
+];
+
+const PLATFORM: &str = "x86_64-unknown-linux-gnu";
+
+/// Builds the targets and runs each for its time. What they learn is kept below target/fuzz.
+pub(crate) fn fuzz(arguments: &Arguments) -> Result<()> {
+    setup::setup(&[Group::Base, Group::Fuzz])?;
+    let folder = workspace::target().join("fuzz");
+    run::shown(
+        run::cargo("build")
+            .args(["--release", "--package", "fuzz", "--target", PLATFORM, "--target-dir"])
+            .arg(&folder)
+            .env("RUSTFLAGS", INSTRUMENTED.join(" ")),
+    )?;
+    let targets = if arguments.targets.is_empty() { Target::value_variants() } else { &arguments.targets };
+    for target in targets {
+        let (name, dictionary) = match target {
+            Target::Options => ("fuzz-options", Some("tests/fuzz/options.dict")),
+            Target::Decide => ("fuzz-decide", None),
+        };
+        let (corpus, findings) = (folder.join("corpus").join(name), folder.join("findings").join(name));
+        for folder in [&corpus, &findings] {
+            fs::create_dir_all(folder).with_context(|| format!("making {}", folder.display()))?;
+        }
+        let mut fuzzer = Command::new(folder.join(PLATFORM).join("release").join(name));
+        fuzzer.arg(format!("-max_total_time={}", arguments.seconds));
+        fuzzer.arg(format!("-artifact_prefix={}/", findings.display()));
+        if let Some(dictionary) = dictionary {
+            fuzzer.arg(format!("-dict={}", workspace::root().join(dictionary).display()));
+        }
+        eprintln!("== {name}, for {} s", arguments.seconds);
+        let found = || format!("{name} has found something: run it with the file in {}", findings.display());
+        run::shown(fuzzer.args(["-max_len=4096", "-verbosity=0", "-print_final_stats=1"]).arg(&corpus))
+            .with_context(found)?;
+    }
+    Ok(())
+}
