@@ -27,6 +27,9 @@ const SETTLING: Duration = Duration::from_secs(15);
 /// Many connections of one mode.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Crowd {
+    /// Together with the others of the round.
+    #[serde(default)]
+    pub round: usize,
     /// How they were captured.
     pub mode: Mode,
     /// So many were asked for.
@@ -78,6 +81,7 @@ pub fn crowd(mode: Mode, trial: Trial, wanted: usize, limit: Duration, crew: &Cr
         client.ask(&Job::Release, Duration::from_secs(30))?;
     }
     Ok(Crowd {
+        round: 0,
         mode,
         wanted,
         held,

@@ -1,5 +1,6 @@
-//! All that a run has found, and its three forms: a table, JSON, and a page.
+//! All that a run has found, and its forms: a table, JSON, a page, and a chapter for the documentation.
 
+pub mod document;
 pub mod page;
 pub mod plot;
 pub mod table;
@@ -68,8 +69,8 @@ pub struct MemoryPerConnection {
     pub mode: Mode,
     /// Bytes, sockets included.
     pub kernel: f64,
-    /// Bytes more than with explicit proxying, which has the same sockets.
-    pub beyond_explicit: Option<f64>,
+    /// Bytes more than with explicit proxying in the same round, which has the same sockets.
+    pub beyond_explicit: Option<Spread>,
     /// Bytes in connection tracking's slab.
     pub conntrack: f64,
     /// Bytes that the kernel accounts to the agent's maps.
@@ -77,12 +78,12 @@ pub struct MemoryPerConnection {
 }
 
 impl Report {
-    /// Writes the files; returns the page's path and the JSON's.
-    pub fn write(&self, folder: &Path) -> Result<[PathBuf; 2]> {
+    /// Writes the files; returns where they are.
+    pub fn write(&self, folder: &Path) -> Result<[PathBuf; 3]> {
         fs::create_dir_all(folder).with_context(|| format!("making {}", folder.display()))?;
-        let paths = ["report.html", "report.json"].map(|name| folder.join(name));
+        let paths = ["report.html", "report.md", "report.json"].map(|name| folder.join(name));
         let json = serde_json::to_string_pretty(self)?;
-        for (path, text) in paths.iter().zip([page::page(self), json]) {
+        for (path, text) in paths.iter().zip([page::page(self), document::document(self), json]) {
             fs::write(path, text).with_context(|| format!("writing {}", path.display()))?;
         }
         Ok(paths)
@@ -117,29 +118,34 @@ impl Report {
 
     /// Kernel memory by mode: medians of what was read.
     pub fn memory_per_connection(&self) -> Vec<MemoryPerConnection> {
-        let median = |mode: Mode, figure: &dyn Fn(&Crowd) -> i64| {
-            #[expect(clippy::cast_precision_loss, reason = "bytes of a machine's memory fit")]
-            let all = self
-                .memory
-                .iter()
-                .filter(|crowd| crowd.mode == mode && crowd.held.open > 0)
-                .map(|crowd| figure(crowd) as f64 / crowd.held.open as f64);
-            Spread::of(all).map(|spread| spread.median)
+        let bytes = |crowd: &Crowd| each_of(crowd, |crowd| crowd.kernel);
+        let median = |mode: Mode, figure| {
+            let all = self.memory.iter().filter(|crowd| crowd.mode == mode);
+            Spread::of(all.filter_map(|crowd| each_of(crowd, figure))).map(|spread| spread.median)
         };
         let mut modes: Vec<Mode> = self.memory.iter().map(|crowd| crowd.mode).collect();
         modes.sort_unstable();
         modes.dedup();
-        let explicit = median(Mode::Explicit, &|crowd| crowd.kernel);
         let of = |mode: Mode| {
-            let kernel = median(mode, &|crowd| crowd.kernel)?;
+            let own = self.memory.iter().filter(|crowd| crowd.mode == mode && mode.captures());
+            let pairs = own.filter_map(|own| {
+                let same = |crowd: &&Crowd| (crowd.mode, crowd.round) == (Mode::Explicit, own.round);
+                Some(bytes(own)? - bytes(self.memory.iter().find(same)?)?)
+            });
             Some(MemoryPerConnection {
                 mode,
-                kernel,
-                beyond_explicit: explicit.filter(|_| mode.captures()).map(|explicit| kernel - explicit),
-                conntrack: median(mode, &|crowd| crowd.conntrack)?,
-                maps: median(mode, &|crowd| crowd.maps)?,
+                kernel: median(mode, |crowd| crowd.kernel)?,
+                beyond_explicit: Spread::of(pairs),
+                conntrack: median(mode, |crowd| crowd.conntrack)?,
+                maps: median(mode, |crowd| crowd.maps)?,
             })
         };
         modes.into_iter().filter_map(of).collect()
     }
+}
+
+/// A figure of a crowd for one of its connections.
+#[expect(clippy::cast_precision_loss, reason = "bytes of a machine's memory fit")]
+fn each_of(crowd: &Crowd, figure: fn(&Crowd) -> i64) -> Option<f64> {
+    (crowd.held.open > 0).then(|| figure(crowd) as f64 / crowd.held.open as f64)
 }

@@ -1,5 +1,6 @@
 //! A whole run: the parts of a plan, one after the other.
 
+use std::path::Path;
 use std::time::Duration;
 
 use anyhow::Result;
@@ -8,9 +9,9 @@ use rand::rngs::StdRng;
 
 use super::crew::Crew;
 use super::machine::Machine;
-use super::memory::{Trial, crowd};
+use super::memory::{Crowd, Trial, crowd};
 use super::mode::{Mode, Proxy};
-use super::plan::{Plan, Section};
+use super::plan::{Plan, Section, Suite};
 use super::progress::Progress;
 use super::report::Report;
 use super::summary::summarize;
@@ -37,100 +38,116 @@ pub struct Outcome {
 }
 
 /// Measures everything in the plan. A part that fails does not keep the others from being measured; an
-/// interruption does.
-pub fn perform(mut plan: Plan, connections: usize, seed: u64, crew: &Crew) -> Result<Outcome> {
+/// interruption does. The files in `folder` are written after each part, so that whatever ends a long run ends it
+/// with what was found until then.
+pub fn perform(mut plan: Plan, connections: usize, seed: u64, crew: &Crew, folder: &Path) -> Result<Outcome> {
     let mut notes = Vec::new();
     adapt(&mut plan, crew, &mut notes)?;
-    let mut run = Run {
-        crew,
-        random: StdRng::seed_from_u64(seed),
-        progress: Progress::new(planned(&plan, connections)),
-        failures: Vec::new(),
-    };
-    let machine = Machine::here();
-    let mut rows = Vec::new();
-    for suite in plan.suites() {
-        run.attempt(|run| {
-            rows.extend(rounds::run(&suite, run.crew, &mut run.random, &mut run.progress)?);
-            Ok(())
-        });
-    }
-    let mut report = Report {
-        summaries: summarize(&rows, machine.processors),
-        machine,
+    let report = Report {
+        machine: Machine::here(),
         seed,
         quick: plan.quick,
         notes,
+        summaries: Vec::new(),
         installed: Vec::new(),
         programs: Vec::new(),
         memory: Vec::new(),
         reach: Vec::new(),
-        rows,
+        rows: Vec::new(),
     };
+    let mut run = Run {
+        crew,
+        folder,
+        random: StdRng::seed_from_u64(seed),
+        progress: Progress::new(planned(&plan, connections)),
+        report,
+        failures: Vec::new(),
+    };
+    for suite in plan.suites() {
+        run.attempt(|run| run.rounds(&suite));
+    }
     if plan.has(Section::Install) {
-        run.attempt(|run| {
-            run.progress.at("putting pods in force");
-            let rounds = plan.rounds(5, 20);
-            let progress = &mut run.progress;
-            report.installed = install::run(&plan.modes, rounds, run.crew, &mut run.random, || {
-                progress.advance(INSTALL);
-            })?;
-            Ok(())
-        });
+        run.attempt(|run| run.install(&plan));
     }
     if plan.has(Section::Programs) && plan.modes.contains(&Mode::Agent) {
-        run.attempt(|run| {
-            run.progress.at("timing the programs");
-            let timing = Timing { warm_up: Duration::from_millis(200), measure: Duration::from_secs(1) };
-            report.programs = programs::run(timing, run.crew)?;
-            run.progress.advance(PROGRAMS);
-            Ok(())
-        });
+        run.attempt(Run::programs);
     }
     if plan.has(Section::Memory) {
         for round in 0..memory_rounds(&plan) {
             for mode in plan.crowded() {
-                run.attempt(|run| {
-                    run.progress.at(&format!("memory, round {}: {mode}", round + 1));
-                    let limit = Duration::from_secs_f64(crowd_seconds(connections) * 4.0);
-                    report.memory.push(crowd(mode, Trial::Memory, connections, limit, run.crew)?);
-                    run.progress.advance(crowd_seconds(connections));
-                    Ok(())
-                });
+                run.attempt(|run| run.memory(mode, round, connections));
             }
         }
     }
     if plan.has(Section::Reach) {
         for mode in plan.crowded().into_iter().filter(|mode| *mode != Mode::Explicit) {
-            run.attempt(|run| {
-                run.progress.at(&format!("reach: {mode}"));
-                let limit = Duration::from_secs_f64(REACH_LIMIT);
-                report.reach.push(crowd(mode, Trial::Reach, REACH, limit, run.crew)?);
-                run.progress.advance(REACH_LIMIT);
-                Ok(())
-            });
+            run.attempt(|run| run.reach(mode));
         }
     }
     run.progress.finish();
-    Ok(Outcome { report, failures: run.failures })
+    Ok(Outcome { report: run.report, failures: run.failures })
 }
 
 struct Run<'a> {
     crew: &'a Crew,
+    folder: &'a Path,
     random: StdRng,
     progress: Progress,
+    report: Report,
     failures: Vec<anyhow::Error>,
 }
 
 impl Run<'_> {
-    /// Does a part, unless the run is to end.
+    /// Does a part, unless the run is to end, and writes down what there is.
     fn attempt(&mut self, part: impl FnOnce(&mut Self) -> Result<()>) {
-        if !interrupt::asked()
-            && let Err(error) = part(self)
-        {
+        if interrupt::asked() {
+            return;
+        }
+        if let Err(error) = part(self).and_then(|()| self.report.write(self.folder).map(drop)) {
             eprintln!("\n{error:#}");
             self.failures.push(error);
         }
+    }
+
+    fn rounds(&mut self, suite: &Suite) -> Result<()> {
+        let rows = rounds::run(suite, self.crew, &mut self.random, &mut self.progress)?;
+        self.report.rows.extend(rows);
+        self.report.summaries = summarize(&self.report.rows, self.report.machine.processors);
+        Ok(())
+    }
+
+    fn install(&mut self, plan: &Plan) -> Result<()> {
+        self.progress.at("putting pods in force");
+        let progress = &mut self.progress;
+        let after_each = || progress.advance(INSTALL);
+        self.report.installed =
+            install::run(&plan.modes, plan.rounds(5, 20), self.crew, &mut self.random, after_each)?;
+        Ok(())
+    }
+
+    fn programs(&mut self) -> Result<()> {
+        self.progress.at("timing the programs");
+        let timing = Timing { warm_up: Duration::from_millis(200), measure: Duration::from_secs(1) };
+        self.report.programs = programs::run(timing, self.crew)?;
+        self.progress.advance(PROGRAMS);
+        Ok(())
+    }
+
+    fn memory(&mut self, mode: Mode, round: usize, connections: usize) -> Result<()> {
+        self.progress.at(&format!("memory, round {}: {mode}", round + 1));
+        let limit = Duration::from_secs_f64(crowd_seconds(connections) * 4.0);
+        let crowd = crowd(mode, Trial::Memory, connections, limit, self.crew)?;
+        self.report.memory.push(Crowd { round, ..crowd });
+        self.progress.advance(crowd_seconds(connections));
+        Ok(())
+    }
+
+    fn reach(&mut self, mode: Mode) -> Result<()> {
+        self.progress.at(&format!("reach: {mode}"));
+        let limit = Duration::from_secs_f64(REACH_LIMIT);
+        self.report.reach.push(crowd(mode, Trial::Reach, REACH, limit, self.crew)?);
+        self.progress.advance(REACH_LIMIT);
+        Ok(())
     }
 }
 
@@ -160,7 +177,7 @@ fn crowd_seconds(connections: usize) -> f64 {
 
 #[expect(clippy::cast_precision_loss, reason = "counts of rounds fit")]
 fn planned(plan: &Plan, connections: usize) -> f64 {
-    let mut seconds: f64 = plan.suites().iter().map(super::plan::Suite::seconds).sum();
+    let mut seconds: f64 = plan.suites().iter().map(Suite::seconds).sum();
     if plan.has(Section::Install) {
         let captured = plan.modes.iter().filter(|mode| mode.captures()).count();
         seconds += (captured * 2 * plan.rounds(5, 20)) as f64 * INSTALL;

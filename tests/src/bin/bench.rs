@@ -1,6 +1,6 @@
 //! The benchmark; `cargo xtask bench` builds and runs it. Needs root, and leaves nothing behind.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::{Context, Result, bail, ensure};
@@ -8,6 +8,7 @@ use clap::{Parser, ValueEnum};
 use tests::bench::crew::{Crew, WORKER};
 use tests::bench::mode::Mode;
 use tests::bench::plan::{Plan, Section};
+use tests::bench::report::Report;
 use tests::bench::report::table::tables;
 use tests::bench::session::{Outcome, perform};
 use tests::bench::{check, interrupt, worker};
@@ -36,9 +37,12 @@ struct Arguments {
     /// How many connections have their memory looked at [default: 50000; with --quick 10000]
     #[arg(long)]
     connections: Option<usize>,
-    /// Where report.html and report.json go [default: target/bench]
+    /// Where report.html, report.md and report.json go [default: target/bench]
     #[arg(long)]
     out: Option<PathBuf>,
+    /// Measure nothing: make the tables and files anew from the report.json of an earlier run
+    #[arg(long, value_name = "REPORT.JSON")]
+    from: Option<PathBuf>,
     /// Compare quiet figures with the limits in tests/bench-limits.json, and do nothing else
     #[arg(long)]
     check: bool,
@@ -61,6 +65,12 @@ fn run() -> Result<()> {
         return worker::run(&serde_json::from_str(&role).context("understanding the role of a worker")?);
     }
     let arguments = Arguments::parse();
+    if let Some(path) = &arguments.from {
+        let text = std::fs::read_to_string(path).with_context(|| format!("reading {}", path.display()))?;
+        let report: Report =
+            serde_json::from_str(&text).with_context(|| format!("understanding {}", path.display()))?;
+        return show(&report, &arguments.out.map_or_else(default_folder, Ok)?);
+    }
     ensure!(rustix::process::geteuid().is_root(), "making pods: not root; run with sudo -E");
     interrupt::watch()?;
     for path in sweep()? {
@@ -90,15 +100,21 @@ fn measure(arguments: Arguments, crew: &Crew) -> Result<()> {
         std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).map_or(0, |time| time.as_secs());
     let seed = arguments.seed.unwrap_or(time);
     let connections = arguments.connections.unwrap_or(if quick { 10_000 } else { 50_000 });
-    let Outcome { report, failures } = perform(plan, connections, seed, crew)?;
-    print!("{}", tables(&report));
-    let paths = report.write(&arguments.out.map_or_else(default_folder, Ok)?)?;
-    for path in paths {
-        println!("{}", path.display());
-    }
+    let folder = arguments.out.map_or_else(default_folder, Ok)?;
+    let Outcome { report, failures } = perform(plan, connections, seed, crew, &folder)?;
+    show(&report, &folder)?;
     interrupt::check()?;
     if !failures.is_empty() {
         bail!("{} parts failed: {:#}", failures.len(), failures[0]);
+    }
+    Ok(())
+}
+
+/// Prints the tables, and writes the files.
+fn show(report: &Report, folder: &Path) -> Result<()> {
+    print!("{}", tables(report));
+    for path in report.write(folder)? {
+        println!("{}", path.display());
     }
     Ok(())
 }

@@ -106,6 +106,11 @@ pub(super) fn with_spread(spread: Spread) -> String {
     format!("{:.2} [{:.2} {:.2}]", spread.median, spread.low, spread.high)
 }
 
+/// "504 [480 551]".
+pub(super) fn with_spread_of_bytes(spread: Spread) -> String {
+    format!("{:.0} [{:.0} {:.0}]", spread.median, spread.low, spread.high)
+}
+
 fn install(report: &Report, text: &mut String) -> std::fmt::Result {
     let times = report.install_times();
     if times.is_empty() {
@@ -167,7 +172,7 @@ fn memory(report: &Report, text: &mut String) -> std::fmt::Result {
             "  {:<28} {:>10.0} {:>16} {:>16.0} {:>10.0}",
             mode.mode,
             mode.kernel,
-            mode.beyond_explicit.map_or(String::new(), |bytes| format!("{bytes:.0}")),
+            mode.beyond_explicit.map_or(String::new(), with_spread_of_bytes),
             mode.conntrack,
             mode.maps
         )?;
