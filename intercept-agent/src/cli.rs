@@ -3,7 +3,10 @@
 use std::{io::IsTerminal as _, net::IpAddr, path::PathBuf};
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use intercept_agent::{options::RawOptions, programs::DEFAULT_MAX_CONNECTIONS, store::DEFAULT_BPFFS};
+use intercept_agent::{
+    daemon::protocol::DEFAULT_SOCKET, options::RawOptions, programs::DEFAULT_MAX_CONNECTIONS,
+    store::DEFAULT_BPFFS,
+};
 
 /// Takes a pod's traffic through its sidecar proxy with eBPF, as istio-iptables does with netfilter.
 #[derive(Parser)]
@@ -49,6 +52,17 @@ pub(crate) enum Command {
     Explain(ExplainArgs),
     /// Say what this kernel can and cannot do; loads every program and takes it away again
     Check(CheckArgs),
+    /// Keep every pod of this node captured
+    ///
+    /// Pods are those of --pods-dir, and those that the CNI plugin asks for. What is in force when it starts is
+    /// taken over, and stays in force when it ends.
+    Daemon(DaemonArgs),
+    /// Show decisions as they are made; one reader at a time
+    Trace(TraceArgs),
+    /// Remove everything from this node: pods, programs, maps, the CNI plugin; a daemon that runs lets go
+    Cleanup(CleanupArgs),
+    /// The CNI plugin, as a container runtime calls it; or put it into the node's configuration
+    Cni(CniArgs),
     /// The command line of istio-iptables, for the namespace and the pod that it runs in
     #[command(name = "istio-iptables")]
     IstioIptables(IstioArgs),
@@ -129,6 +143,105 @@ pub(crate) struct StatusArgs {
     pub(crate) json: bool,
     #[command(flatten)]
     pub(crate) bpffs: Bpffs,
+}
+
+#[derive(Args)]
+pub(crate) struct DaemonArgs {
+    /// A folder of pods: one JSON file each, with `cgroup`, and `netns`, `arguments`, `environment` as for `attach`
+    #[arg(long, value_name = "PATH", env = "INTERCEPT_PODS_DIR")]
+    pub(crate) pods_dir: Option<PathBuf>,
+    /// Answer GET /metrics, /healthz and /readyz here [default: nowhere]
+    #[arg(long, value_name = "ADDRESS:PORT", env = "INTERCEPT_METRICS_ADDRESS")]
+    pub(crate) metrics_address: Option<std::net::SocketAddr>,
+    /// Look for the cgroups of Kubernetes' pods below this folder [default: where cgroup2 is mounted]
+    #[arg(long, value_name = "PATH", env = "INTERCEPT_CGROUP_ROOT")]
+    pub(crate) cgroup_root: Option<PathBuf>,
+    #[command(flatten)]
+    pub(crate) socket: Socket,
+    #[command(flatten)]
+    pub(crate) load: Load,
+    #[command(flatten)]
+    pub(crate) bpffs: Bpffs,
+}
+
+/// Which socket.
+#[derive(Args, Clone)]
+pub(crate) struct Socket {
+    /// The daemon's socket, for root alone
+    #[arg(long, value_name = "PATH", default_value = DEFAULT_SOCKET, env = "INTERCEPT_SOCKET")]
+    pub(crate) socket: PathBuf,
+}
+
+#[derive(Args)]
+pub(crate) struct TraceArgs {
+    /// Only the pod of this cgroup
+    #[arg(long, value_name = "PATH")]
+    pub(crate) cgroup_path: Option<PathBuf>,
+    /// End after so many
+    #[arg(long, value_name = "N")]
+    pub(crate) count: Option<u64>,
+    /// One JSON object a line
+    #[arg(long)]
+    pub(crate) json: bool,
+    #[command(flatten)]
+    pub(crate) bpffs: Bpffs,
+}
+
+/// Where a node has its CNI files.
+#[derive(Args, Clone)]
+pub(crate) struct CniFolders {
+    /// Configurations of CNI
+    #[arg(long, value_name = "PATH", default_value = "/etc/cni/net.d", env = "INTERCEPT_CNI_CONF_DIR")]
+    pub(crate) cni_conf_dir: PathBuf,
+    /// Plugins of CNI
+    #[arg(long, value_name = "PATH", default_value = "/opt/cni/bin", env = "INTERCEPT_CNI_BIN_DIR")]
+    pub(crate) cni_bin_dir: PathBuf,
+}
+
+#[derive(Args)]
+pub(crate) struct CleanupArgs {
+    #[command(flatten)]
+    pub(crate) folders: CniFolders,
+    #[command(flatten)]
+    pub(crate) socket: Socket,
+    #[command(flatten)]
+    pub(crate) bpffs: Bpffs,
+}
+
+#[derive(Args)]
+pub(crate) struct CniArgs {
+    #[command(subcommand)]
+    pub(crate) command: Option<CniCommand>,
+}
+
+#[derive(Subcommand)]
+pub(crate) enum CniCommand {
+    /// Copy the plugin, and put it last in the node's list of plugins; again: no change
+    Install {
+        #[command(flatten)]
+        folders: CniFolders,
+        #[command(flatten)]
+        socket: Socket,
+        /// Which pods are captured
+        #[arg(long, value_enum, default_value_t = SelectPods::Sidecar, env = "INTERCEPT_CNI_SELECT")]
+        select: SelectPods,
+        /// Options of `attach` for every pod; annotations are stronger
+        #[arg(last = true, value_name = "OPTIONS")]
+        options: Vec<String>,
+    },
+    /// Take the plugin out of every list, and its copy away
+    Uninstall {
+        #[command(flatten)]
+        folders: CniFolders,
+    },
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum SelectPods {
+    /// Those with a sidecar
+    Sidecar,
+    /// Every pod, for nodes without Kubernetes
+    All,
 }
 
 #[derive(Args)]

@@ -2,10 +2,14 @@
 
 mod attach;
 mod check;
+mod cleanup;
+mod cni;
+mod daemon;
 mod detach;
 mod explain;
 mod run;
 mod status;
+mod trace;
 
 use anyhow::Result;
 use intercept_agent::options::OptionError;
@@ -18,6 +22,9 @@ pub(crate) enum Failed {
     /// The options do not hold.
     #[error(transparent)]
     Usage(#[from] OptionError),
+    /// The CNI plugin's error, which is printed already.
+    #[error("the runtime was told")]
+    Told,
     /// Redirection does not work although it is in force.
     #[error(transparent)]
     Validation(intercept_agent::validation::ValidationError),
@@ -27,6 +34,7 @@ impl Failed {
     pub(crate) fn exit_code(&self) -> u8 {
         match self {
             Self::Usage(_) => OptionError::EXIT_CODE,
+            Self::Told => 1,
             Self::Validation(_) => 126,
         }
     }
@@ -48,6 +56,10 @@ pub(crate) fn run(cli: Cli) -> Result<()> {
         Command::Status(args) => status::status(&args),
         Command::Explain(args) => explain::explain(&args),
         Command::Check(args) => check::check(&args),
+        Command::Daemon(args) => daemon::daemon(args),
+        Command::Trace(args) => trace::trace(&args),
+        Command::Cleanup(args) => cleanup::cleanup(&args),
+        Command::Cni(args) => cni::cni(args),
         Command::IstioIptables(args) => attach::istio_iptables(args),
     }
 }

@@ -1,7 +1,9 @@
 //! The agent as a library, so that tests can look at its parts; the binary is a command line around it.
 
 pub mod cgroup;
+pub mod cni;
 pub mod compile;
+pub mod daemon;
 pub mod kernel;
 pub mod listeners;
 pub mod mirror;
@@ -14,5 +16,6 @@ pub mod plumbing;
 pub mod programs;
 pub mod store;
 pub mod tables;
+pub mod trace;
 pub mod userns;
 pub mod validation;

@@ -6,6 +6,7 @@ mod commands;
 use std::{ffi::OsString, process::ExitCode};
 
 use clap::Parser as _;
+use intercept_agent::cni;
 
 use crate::{cli::Cli, commands::Failed};
 
@@ -23,11 +24,12 @@ fn main() -> ExitCode {
     }
 }
 
-/// Called by the name istio-iptables, that is the subcommand.
+/// Called by the name of a subcommand, that is the subcommand: as istio-iptables, and as the CNI plugin.
 fn arguments(mut args: impl Iterator<Item = OsString>) -> Vec<OsString> {
-    const NAME: &str = "istio-iptables";
+    const NAMES: [(&str, &str); 2] = [("istio-iptables", "istio-iptables"), (cni::PLUGIN, "cni")];
     let Some(own) = args.next() else { return Vec::new() };
-    let called = std::path::Path::new(&own).file_name().is_some_and(|name| name == NAME);
-    let subcommand = called.then(|| OsString::from(NAME));
+    let called = std::path::Path::new(&own).file_name();
+    let subcommand = NAMES.iter().find(|(name, _)| called.is_some_and(|called| called == *name));
+    let subcommand = subcommand.map(|(_, subcommand)| OsString::from(subcommand));
     std::iter::once(own).chain(subcommand).chain(args).collect()
 }

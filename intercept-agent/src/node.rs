@@ -6,6 +6,7 @@
 
 mod error;
 mod hold;
+mod paused;
 
 use std::{
     cell::OnceCell,
@@ -28,12 +29,13 @@ use crate::{
     options::Config,
     plumbing,
     programs::{self, Lookup, ProgramError},
-    store::{Lock, Record, Store},
+    store::{Lock, Origin, Record, Store},
     tables::Tables,
     userns::IdMaps,
 };
 
 pub use error::NodeError;
+pub use paused::Paused;
 
 /// What a pod is made of.
 pub struct Target {
@@ -43,6 +45,8 @@ pub struct Target {
     pub netns: Netns,
     /// A path that leads to the namespace, if one was given.
     pub netns_path: Option<PathBuf>,
+    /// Who asks.
+    pub origin: Origin,
 }
 
 /// What `attach` did.
@@ -127,6 +131,11 @@ impl Node {
         EbpfLogger::init_from_id(program.id()).map_err(|e| failed(e.into()))
     }
 
+    /// The store.
+    pub fn store(&self) -> &Store {
+        &self.store
+    }
+
     /// The maps.
     pub fn tables(&self) -> &Tables {
         &self.tables
@@ -179,6 +188,7 @@ impl Node {
             && let (Some(policy), Some(record)) = (&before, &old)
             && record.config == *config
             && record.digest == digest
+            && record.origin == target.origin
             && self.links_intact(cookie, target)
         {
             // A proxy may have started to listen while another capture held its socket.
@@ -202,6 +212,7 @@ impl Node {
             config: config.clone(),
             digest,
             plumbing: plumbing.clone(),
+            origin: target.origin.clone(),
             since: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |t| t.as_secs()),
         };
         self.lookup()?;
@@ -241,9 +252,9 @@ impl Node {
         Ok(())
     }
 
-    /// Remove programs and maps if no pod uses them.
+    /// Remove programs and maps if no pod uses them and no daemon keeps them.
     pub fn remove_if_unused(self) -> Result<(), NodeError> {
-        if self.store.pods()?.is_empty() {
+        if self.store.pods()?.is_empty() && !self.store.is_kept() {
             self.store.remove_all()?;
         }
         Ok(())

@@ -13,7 +13,7 @@
 use std::{
     fs::{self, File},
     io,
-    os::fd::AsFd as _,
+    os::{fd::AsFd as _, unix::fs::MetadataExt as _},
     path::{Path, PathBuf},
 };
 
@@ -66,6 +66,46 @@ fn at<'a>(action: &'static str, path: &'a Path) -> impl FnOnce(io::Error) -> Sto
     move |source| StoreError::Path { action, path: path.display().to_string(), source }
 }
 
+/// Who asked for a pod. It may then be taken away when the same no longer asks.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Origin {
+    /// `attach` or `run`: only `detach` takes it away.
+    #[default]
+    Command,
+    /// A file of the daemon's folder of pods.
+    File {
+        /// Its name in the folder.
+        name: String,
+    },
+    /// Kubernetes, or a container runtime through the CNI plugin.
+    Pod {
+        /// The pod's UID; without Kubernetes, the id of its sandbox.
+        uid: String,
+        /// Its namespace; may be empty.
+        namespace: String,
+        /// Its name; may be empty.
+        name: String,
+        /// The sandbox that the plugin was called for, if it was.
+        sandbox: Option<String>,
+    },
+}
+
+impl Origin {
+    /// A name for people, where it has one.
+    pub fn name(&self) -> Option<String> {
+        match self {
+            Self::Command => None,
+            Self::File { name } => Some(name.clone()),
+            Self::Pod { uid, namespace, name, .. } => Some(match (namespace.as_str(), name.as_str()) {
+                ("", "") => uid.clone(),
+                (namespace, "") => format!("{namespace}/{uid}"),
+                (namespace, name) => format!("{namespace}/{name}"),
+            }),
+        }
+    }
+}
+
 /// What is remembered of an attached pod, beside its links.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Record {
@@ -89,8 +129,18 @@ pub struct Record {
     pub digest: u64,
     /// What was changed in the namespace.
     pub plumbing: Plumbing,
+    /// Who asked for it.
+    #[serde(default)]
+    pub origin: Origin,
     /// Seconds since 1970 when this policy was put in force.
     pub since: u64,
+}
+
+impl Record {
+    /// A name for people: `namespace/name` of a pod, or what there is.
+    pub fn name(&self) -> String {
+        self.origin.name().unwrap_or_else(|| self.cgroup.display().to_string())
+    }
 }
 
 /// The folder.
@@ -100,7 +150,7 @@ pub struct Store {
     digest: String,
 }
 
-/// Held while the store is changed: one agent at a time.
+/// Held while the store is changed: one agent at a time. Or, shared, while its programs are to stay.
 pub struct Lock(#[expect(dead_code, reason = "the lock goes with the descriptor")] File);
 
 impl Store {
@@ -140,11 +190,32 @@ impl Store {
     /// Wait for the store to be ours.
     pub fn lock(&self) -> Result<Lock, StoreError> {
         fs::create_dir_all(&self.root).map_err(at("creating", &self.root))?;
-        let dir = File::open(&self.root).map_err(at("opening", &self.root))?;
-        rustix::fs::flock(&dir, FlockOperation::LockExclusive)
-            .map_err(io::Error::from)
-            .map_err(at("locking", &self.root))?;
-        Ok(Lock(dir))
+        lock_dir(&self.root, FlockOperation::LockExclusive)
+    }
+
+    /// Have programs and maps stay while this is held, also when no pod uses them. Does not wait.
+    pub fn keep(&self) -> Result<Lock, StoreError> {
+        self.lock_version(FlockOperation::NonBlockingLockShared)
+    }
+
+    /// Whether somebody has programs and maps stay.
+    pub fn is_kept(&self) -> bool {
+        self.version().is_dir() && self.lock_version(FlockOperation::NonBlockingLockExclusive).is_err()
+    }
+
+    /// Be the one reader of the events of `trace`; an error when somebody else is.
+    pub fn lock_events(&self) -> Result<Lock, StoreError> {
+        lock_dir(&self.maps(), FlockOperation::NonBlockingLockExclusive)
+    }
+
+    fn lock_version(&self, operation: FlockOperation) -> Result<Lock, StoreError> {
+        self.create(&self.version())?;
+        lock_dir(&self.version(), operation)
+    }
+
+    /// The inode of the folder of maps: it tells whether the maps are still the ones that were opened.
+    pub fn generation(&self) -> Option<u64> {
+        fs::metadata(self.maps()).ok().map(|folder| folder.ino())
     }
 
     fn version(&self) -> PathBuf {
@@ -254,6 +325,12 @@ impl Store {
     pub fn create(&self, path: &Path) -> Result<(), StoreError> {
         fs::create_dir_all(path).map_err(at("creating", path))
     }
+}
+
+fn lock_dir(path: &Path, operation: FlockOperation) -> Result<Lock, StoreError> {
+    let dir = File::open(path).map_err(at("opening", path))?;
+    rustix::fs::flock(&dir, operation).map_err(io::Error::from).map_err(at("locking", path))?;
+    Ok(Lock(dir))
 }
 
 fn file_name(path: &Path) -> &str {

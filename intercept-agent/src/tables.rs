@@ -6,7 +6,7 @@ use std::{
 };
 
 use aya::maps::{
-    Array, HashMap, MapData, MapError, PerCpuArray, PerCpuValues, SockHash,
+    Array, HashMap, MapData, MapError, MapInfo, PerCpuArray, PerCpuValues, SockHash,
     lpm_trie::{Key, LpmTrie},
 };
 use intercept_common::{
@@ -32,6 +32,14 @@ pub struct Tables {
     orig_dst: Hash<ConnKey, OrigDst>,
     proxies: Array<MapData, Plain<Proxy>>,
     decisions: PerCpuArray<MapData, Plain<Counters>>,
+}
+
+/// How full the maps are.
+pub struct Fill {
+    /// Redirected connections by netns cookie.
+    pub connections: std::collections::HashMap<u64, usize>,
+    /// Name, entries in use, entries there is room for.
+    pub maps: Vec<(&'static str, usize, u32)>,
 }
 
 /// A map call failed.
@@ -193,6 +201,30 @@ impl Tables {
     /// How many redirected connections of a namespace are remembered.
     pub fn connections(&self, cookie: u64) -> usize {
         self.orig_dst.keys().filter_map(Result::ok).filter(|key| key.0.netns == cookie).count()
+    }
+
+    /// How full the maps are, all keys counted once. `dir` is their folder.
+    pub fn fill(&self, dir: &Path) -> Result<Fill, TableError> {
+        let mut connections = std::collections::HashMap::new();
+        let mut open = 0;
+        for key in self.orig_dst.keys().filter_map(Result::ok) {
+            *connections.entry(key.0.netns).or_default() += 1;
+            open += 1;
+        }
+        let used = [
+            (names::PODS, self.pods.keys().count()),
+            (names::ORIG_DST, open),
+            (names::DESTINATIONS, self.destinations.keys().count()),
+            (names::LISTENERS, self.listeners.keys().count()),
+            (names::PORTS, self.ports.keys().count()),
+            (names::GROUPS, self.groups.keys().count()),
+            (names::INTERFACES, self.interfaces.keys().count()),
+        ];
+        let with_room = used.into_iter().map(|(name, used)| {
+            let info = MapInfo::from_pin(dir.join(name)).map_err(failed("asking for the size of", name))?;
+            Ok((name, used, info.max_entries()))
+        });
+        Ok(Fill { connections, maps: with_room.collect::<Result<_, _>>()? })
     }
 
     /// Hold a socket that listened before the programs were attached.

@@ -7,6 +7,7 @@ use clap::{Parser, Subcommand};
 
 mod build;
 mod fuzz;
+mod manifests;
 mod run;
 mod setup;
 mod sweep;
@@ -51,6 +52,8 @@ enum Task {
     Fuzz(fuzz::Arguments),
     /// Run the demo under other kernels, in virtual machines
     Vm(vm::Arguments),
+    /// Check the chart and the manifests in deploy/ without a cluster
+    Manifests(manifests::Arguments),
     /// Check the rules of the project that the compiler does not
     Tidy,
     /// Remove what killed runs left: namespaces, cgroups, pins, processes
@@ -93,6 +96,7 @@ fn perform(task: Task) -> Result<()> {
         Task::Test(arguments) => test::test(&arguments),
         Task::Fuzz(arguments) => fuzz::fuzz(&arguments),
         Task::Vm(arguments) => vm::vm(&arguments),
+        Task::Manifests(arguments) => manifests::manifests(&arguments),
         Task::Tidy => tidy::tidy(),
         Task::Clean => sweep::sweep(),
     }

@@ -11,6 +11,7 @@ use intercept_agent::{
     netns::Netns,
     node::{Node, Target},
     options::{Config, EtcFiles, Note, RawOptions, Switches},
+    store::Origin,
     userns::{IdMap, IdMaps},
     validation::{self, Probe, Validated},
 };
@@ -37,7 +38,7 @@ impl Request {
             None => Netns::of_cgroup(&cgroup)?,
         };
         Ok(Self {
-            target: Target { cgroup, netns, netns_path },
+            target: Target { cgroup, netns, netns_path, origin: Origin::Command },
             config: options.config,
             switches: options.switches,
             bpffs: args.bpffs.bpffs,
@@ -85,7 +86,7 @@ pub(super) fn istio_iptables(args: IstioArgs) -> Result<()> {
         None => Netns::own()?,
     };
     apply(Request {
-        target: Target { cgroup, netns, netns_path },
+        target: Target { cgroup, netns, netns_path, origin: Origin::Command },
         config: options.config,
         switches: options.switches,
         bpffs: args.bpffs.bpffs,

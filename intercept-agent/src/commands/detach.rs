@@ -47,7 +47,7 @@ pub(super) fn detach_cgroup(bpffs: &Path, cgroup: &Path, absent_is_fine: bool) -
     Ok(())
 }
 
-fn detach_all(bpffs: &Path) -> Result<()> {
+pub(super) fn detach_all(bpffs: &Path) -> Result<()> {
     let Some(mut node) = Node::find(bpffs)? else {
         if Store::remove_any(bpffs)? {
             say!("removed what another version of the agent, or one that died, had left");

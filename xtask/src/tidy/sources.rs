@@ -11,11 +11,13 @@ const LINES: usize = 500;
 const LONG: [(&str, &str); 0] = [];
 
 /// Files that may say `unsafe`: context reads, map access, raw system calls.
-const UNSAFE: [&str; 22] = [
+const UNSAFE: [&str; 24] = [
     "intercept-agent/src/commands/run.rs",
+    "intercept-agent/src/daemon/folder.rs",
     "intercept-agent/src/kernel.rs",
     "intercept-agent/src/mirror/follow.rs",
     "intercept-agent/src/netns.rs",
+    "intercept-agent/src/trace.rs",
     "intercept-agent/src/validation/probe.rs",
     "intercept-ebpf/src/atomic.rs",
     "intercept-ebpf/src/connect.rs",

@@ -1,0 +1,220 @@
+//! The CNI plugin: chained after those that make the pod's network, it has the daemon put the pod in force.
+//!
+//! Of the specification's versions 0.3.0 to 1.0.0. The daemon does the work, because it also keeps it.
+
+mod config;
+pub mod install;
+
+use std::{
+    collections::BTreeMap,
+    io,
+    path::{Path, PathBuf},
+};
+
+use serde_json::{Value, json};
+
+pub use config::{PLUGIN, PluginConfig};
+
+use crate::daemon::{
+    protocol::{Add, Request, Response, Sandbox, Select},
+    socket,
+};
+
+/// The versions that are spoken, oldest first.
+pub const VERSIONS: [&str; 4] = ["0.3.0", "0.3.1", "0.4.0", "1.0.0"];
+/// The mark of a pod that was injected.
+const STATUS: &str = "sidecar.istio.io/status";
+
+/// An error, as the runtime reads it. Codes below 100 are the specification's.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct CniError {
+    /// What kind.
+    pub code: u32,
+    /// What was attempted, and what to do.
+    pub msg: String,
+    /// The causes.
+    pub details: String,
+}
+
+impl CniError {
+    const VERSION: u32 = 1;
+    const ENVIRONMENT: u32 = 4;
+    const IO: u32 = 5;
+    const DECODE: u32 = 6;
+    const CONFIG: u32 = 7;
+    const TRY_AGAIN: u32 = 11;
+    const NOT_CAPTURED: u32 = 100;
+
+    fn new(code: u32, msg: impl Into<String>, details: impl ToString) -> Self {
+        Self { code, msg: msg.into(), details: details.to_string() }
+    }
+
+    /// As it is printed.
+    pub fn json(&self, version: &str) -> Value {
+        json!({ "cniVersion": version, "code": self.code, "msg": self.msg, "details": self.details })
+    }
+}
+
+/// What a runtime calls the plugin with.
+#[derive(Clone, Debug, Default)]
+pub struct Call {
+    /// The variables that begin with `CNI_`.
+    pub environment: BTreeMap<String, String>,
+    /// What came on standard input.
+    pub stdin: String,
+}
+
+/// What is printed, and whether it is an error's.
+pub type Printed = Result<Option<Value>, Value>;
+
+impl Call {
+    /// This process's own.
+    pub fn read() -> io::Result<Self> {
+        let environment = std::env::vars_os()
+            .filter_map(|(name, value)| {
+                Some((name.into_string().ok()?, value.to_string_lossy().into_owned()))
+            })
+            .filter(|(name, _)| name.starts_with("CNI_"))
+            .collect();
+        Ok(Self { environment, stdin: io::read_to_string(io::stdin())? })
+    }
+
+    /// Do what is asked.
+    pub fn perform(&self) -> Printed {
+        let newest = VERSIONS[VERSIONS.len() - 1];
+        let config = match PluginConfig::read(&self.stdin) {
+            Ok(config) => config,
+            // VERSION may come without a configuration.
+            Err(_) if self.command() == "VERSION" => PluginConfig::default(),
+            Err(error) => {
+                return Err(CniError::new(CniError::DECODE, "reading the configuration", error).json(newest));
+            }
+        };
+        let version = config.cni_version.clone().unwrap_or_else(|| "0.2.0".to_owned());
+        self.dispatch(&config, &version).map_err(|error| error.json(&version))
+    }
+
+    fn command(&self) -> &str {
+        self.environment.get("CNI_COMMAND").map_or("", String::as_str)
+    }
+
+    fn dispatch(&self, config: &PluginConfig, version: &str) -> Result<Option<Value>, CniError> {
+        if self.command() == "VERSION" {
+            return Ok(Some(json!({ "cniVersion": version, "supportedVersions": VERSIONS })));
+        }
+        if !VERSIONS.contains(&version) {
+            let msg = format!(
+                "version {version} of CNI is not spoken: set cniVersion to one of {}",
+                VERSIONS.join(", ")
+            );
+            return Err(CniError::new(CniError::VERSION, msg, ""));
+        }
+        match self.command() {
+            "ADD" => self.add(config).map(Some),
+            "DEL" => self.delete(config).map(|()| None),
+            "CHECK" => self.check(config).map(|()| None),
+            other => Err(CniError::new(
+                CniError::ENVIRONMENT,
+                format!("CNI_COMMAND is {other:?}: ADD, DEL, CHECK or VERSION"),
+                "",
+            )),
+        }
+    }
+
+    fn required(&self, name: &'static str) -> Result<&str, CniError> {
+        let value = self.environment.get(name).map(String::as_str).filter(|value| !value.is_empty());
+        value.ok_or_else(|| CniError::new(CniError::ENVIRONMENT, format!("{name} is not set"), ""))
+    }
+
+    fn sandbox(&self) -> Result<Sandbox, CniError> {
+        let sandbox = self.required("CNI_CONTAINERID")?.to_owned();
+        let args = self.environment.get("CNI_ARGS").map_or("", String::as_str);
+        let arg = |name: &str| {
+            let pairs = args.split(';').filter_map(|pair| pair.split_once('='));
+            pairs
+                .filter(|(key, _)| *key == name)
+                .map(|(_, value)| value.to_owned())
+                .find(|value| !value.is_empty())
+        };
+        Ok(Sandbox {
+            sandbox,
+            uid: arg("K8S_POD_UID"),
+            namespace: arg("K8S_POD_NAMESPACE").unwrap_or_default(),
+            name: arg("K8S_POD_NAME").unwrap_or_default(),
+        })
+    }
+
+    fn add(&self, config: &PluginConfig) -> Result<Value, CniError> {
+        let netns = PathBuf::from(self.required("CNI_NETNS")?);
+        self.required("CNI_IFNAME")?;
+        let Some(previous) = config.previous.clone() else {
+            let msg = "there is no prevResult: this plugin comes after one that makes the pod's network; put it last in \
+                       the plugins of a conflist (`intercept-agent cni install` does)";
+            return Err(CniError::new(CniError::CONFIG, msg, ""));
+        };
+        let request = Request::Add(Box::new(Add {
+            pod: self.sandbox()?,
+            netns,
+            cgroup: config.runtime.cgroup_path.clone(),
+            annotations: config.runtime.annotations.clone(),
+            select: config.select,
+            given: config.given(),
+        }));
+        match socket::request(&config.socket, &request) {
+            Ok(Response::Done(_)) => Ok(previous),
+            Ok(other) => Err(refused("capturing the pod", &other)),
+            // Injected pods bear their mark; others need no daemon to be left alone.
+            Err(_) if is_plain(config) => Ok(previous),
+            Err(error) => Err(unreachable(&config.socket, &error)),
+        }
+    }
+
+    fn delete(&self, config: &PluginConfig) -> Result<(), CniError> {
+        let sandbox = self.sandbox()?;
+        match socket::request(&config.socket, &Request::Delete(sandbox)) {
+            // Without a daemon the next one sweeps: its cgroup and namespace will be gone.
+            Ok(Response::Done(_)) | Err(_) => Ok(()),
+            Ok(other) => Err(refused("releasing the pod", &other)),
+        }
+    }
+
+    fn check(&self, config: &PluginConfig) -> Result<(), CniError> {
+        self.required("CNI_NETNS")?;
+        let sandbox = self.sandbox()?;
+        match socket::request(&config.socket, &Request::Check(sandbox)) {
+            Ok(Response::Done(_)) => Ok(()),
+            Ok(other) => Err(refused("checking the pod", &other)),
+            Err(error) => Err(unreachable(&config.socket, &error)),
+        }
+    }
+}
+
+fn is_plain(config: &PluginConfig) -> bool {
+    config.select == Select::Sidecar
+        && config.runtime.annotations.as_ref().is_some_and(|annotations| !annotations.contains_key(STATUS))
+}
+
+fn refused(what: &str, response: &Response) -> CniError {
+    match response {
+        Response::Failed(problem) if problem.cause == "ending" => {
+            CniError::new(CniError::TRY_AGAIN, format!("{what}: the daemon is ending"), &problem.text)
+        }
+        Response::Failed(problem) => {
+            CniError::new(CniError::NOT_CAPTURED, format!("{what}: {}", problem.text), &problem.cause)
+        }
+        other => CniError::new(
+            CniError::IO,
+            format!("{what}: the daemon gave an answer to something else"),
+            format!("{other:?}"),
+        ),
+    }
+}
+
+fn unreachable(path: &Path, error: &io::Error) -> CniError {
+    let msg =
+        format!("asking the daemon on {}: is `intercept-agent daemon` running on this node?", path.display());
+    CniError::new(CniError::TRY_AGAIN, msg, error)
+}
+
+#[cfg(test)]
+mod tests;

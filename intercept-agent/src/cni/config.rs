@@ -1,0 +1,75 @@
+//! The plugin's part of a conflist, with what the runtime adds to it.
+
+use std::{collections::BTreeMap, path::PathBuf};
+
+use serde::Deserialize;
+use serde_json::Value;
+
+use crate::daemon::{
+    protocol::{DEFAULT_SOCKET, Select},
+    wanted::Given,
+};
+
+/// The plugin's type, which is the name of its binary.
+pub const PLUGIN: &str = "intercept-cni";
+
+/// The configuration. What other plugins read in theirs is not looked at.
+#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[serde(default)]
+pub struct PluginConfig {
+    /// Version of the specification.
+    #[serde(rename = "cniVersion")]
+    pub cni_version: Option<String>,
+    /// The daemon's socket.
+    pub socket: PathBuf,
+    /// Which pods are captured.
+    pub select: Select,
+    /// Options for every pod, as `attach` takes them.
+    pub arguments: Vec<String>,
+    /// Variables for every pod, as `attach` reads them.
+    pub environment: BTreeMap<String, String>,
+    /// What the plugins before gave.
+    #[serde(rename = "prevResult")]
+    pub previous: Option<Value>,
+    /// What the runtime adds for the capabilities.
+    #[serde(rename = "runtimeConfig")]
+    pub runtime: RuntimeConfig,
+}
+
+/// What the runtime adds.
+#[derive(Clone, Debug, Default, PartialEq, Deserialize)]
+#[serde(default)]
+pub struct RuntimeConfig {
+    /// The pod's annotations.
+    #[serde(rename = "io.kubernetes.cri.pod-annotations")]
+    pub annotations: Option<BTreeMap<String, String>>,
+    /// The pod's cgroup.
+    #[serde(rename = "cgroupPath")]
+    pub cgroup_path: Option<String>,
+}
+
+impl Default for PluginConfig {
+    fn default() -> Self {
+        Self {
+            cni_version: None,
+            socket: PathBuf::from(DEFAULT_SOCKET),
+            select: Select::default(),
+            arguments: Vec::new(),
+            environment: BTreeMap::new(),
+            previous: None,
+            runtime: RuntimeConfig::default(),
+        }
+    }
+}
+
+impl PluginConfig {
+    /// Read what came on standard input.
+    pub fn read(text: &str) -> Result<Self, serde_json::Error> {
+        serde_json::from_str(text)
+    }
+
+    /// The options for every pod.
+    pub fn given(&self) -> Given {
+        Given { arguments: self.arguments.clone(), environment: self.environment.clone() }
+    }
+}

@@ -1,0 +1,126 @@
+use std::os::unix::net::UnixListener;
+
+use super::*;
+use crate::daemon::{protocol, reconcile::Problem};
+
+const PREVIOUS: &str = r#"{"cniVersion":"1.0.0","interfaces":[{"name":"eth0","sandbox":"/n"}],"ips":[{"address":"10.1.0.5/24"}]}"#;
+
+fn call(command: &str, config: &str) -> Call {
+    let environment = [
+        ("CNI_COMMAND", command),
+        ("CNI_CONTAINERID", "sandbox-1"),
+        ("CNI_NETNS", "/run/netns/n"),
+        ("CNI_IFNAME", "eth0"),
+        ("CNI_ARGS", "IgnoreUnknown=1;K8S_POD_NAMESPACE=shop;K8S_POD_NAME=cart-0;K8S_POD_UID=uid-1"),
+    ];
+    let environment = environment.map(|(name, value)| (name.to_owned(), value.to_owned())).into();
+    Call { environment, stdin: config.to_owned() }
+}
+
+fn config(socket: &Path, more: &str) -> String {
+    format!(
+        r#"{{"cniVersion":"1.0.0","name":"net","type":"intercept-cni","socket":{socket:?},"prevResult":{PREVIOUS}{more}}}"#
+    )
+}
+
+fn error(printed: Printed) -> (u64, String) {
+    let error = printed.expect_err("an error");
+    (error["code"].as_u64().expect("a code"), error["msg"].as_str().expect("a text").to_owned())
+}
+
+/// A daemon that gives one answer; the request it got.
+fn answering(folder: &Path, answer: Response) -> (PathBuf, std::thread::JoinHandle<Request>) {
+    use std::io::{BufRead as _, Write as _};
+    let path = folder.join("s.sock");
+    let listener = UnixListener::bind(&path).expect("bound");
+    let thread = std::thread::spawn(move || {
+        let (mut stream, _) = listener.accept().expect("a connection");
+        let mut line = String::new();
+        std::io::BufReader::new(&stream).read_line(&mut line).expect("a line");
+        let answer = serde_json::to_string(&answer).expect("json");
+        stream.write_all(format!("{answer}\n").as_bytes()).expect("written");
+        serde_json::from_str(&line).expect("a request")
+    });
+    (path, thread)
+}
+
+#[test]
+fn add_asks_for_the_pod_and_passes_the_result_on() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let (socket, daemon) = answering(folder.path(), Response::Done("captured".into()));
+    let more = r#","arguments":["-m","TPROXY"],"runtimeConfig":{"cgroupPath":"/kubepods/poduid-1",
+        "io.kubernetes.cri.pod-annotations":{"sidecar.istio.io/status":"{}"}}"#;
+    let printed = call("ADD", &config(&socket, more)).perform().expect("done").expect("a result");
+    assert_eq!(printed, serde_json::from_str::<Value>(PREVIOUS).expect("json"));
+    let Request::Add(add) = daemon.join().expect("answered") else { panic!("another request") };
+    assert_eq!(
+        *add,
+        Add {
+            pod: Sandbox {
+                sandbox: "sandbox-1".into(),
+                uid: Some("uid-1".into()),
+                namespace: "shop".into(),
+                name: "cart-0".into()
+            },
+            netns: "/run/netns/n".into(),
+            cgroup: Some("/kubepods/poduid-1".into()),
+            annotations: Some([("sidecar.istio.io/status".to_owned(), "{}".to_owned())].into()),
+            select: protocol::Select::Sidecar,
+            given: crate::daemon::wanted::Given {
+                arguments: vec!["-m".into(), "TPROXY".into()],
+                ..Default::default()
+            },
+        }
+    );
+}
+
+#[test]
+fn a_pod_that_is_not_captured_fails_add_with_the_daemons_words() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let problem = Problem { cause: "options".into(), text: "annotation x: no".into() };
+    let (socket, daemon) = answering(folder.path(), Response::Failed(problem));
+    let printed = call("ADD", &config(&socket, "")).perform();
+    assert_eq!(error(printed), (100, "capturing the pod: annotation x: no".into()));
+    daemon.join().expect("answered");
+}
+
+#[test]
+fn without_a_daemon_only_pods_that_bear_the_mark_wait_for_it() {
+    let nowhere = Path::new("/nonexistent/agent.sock");
+    let with = |annotations: &str| {
+        config(nowhere, &format!(r#","runtimeConfig":{{"io.kubernetes.cri.pod-annotations":{annotations}}}"#))
+    };
+    let (code, msg) = error(call("ADD", &with(r#"{"sidecar.istio.io/status":"{}"}"#)).perform());
+    assert!(code == 11 && msg.contains("/nonexistent/agent.sock") && msg.contains("daemon"), "{code} {msg}");
+    assert!(call("ADD", &with("{}")).perform().is_ok());
+    // Nobody knows what kind of pod this is.
+    assert_eq!(error(call("ADD", &config(nowhere, "")).perform()).0, 11);
+    assert_eq!(call("DEL", &config(nowhere, "")).perform(), Ok(None));
+    assert_eq!(error(call("CHECK", &config(nowhere, "")).perform()).0, 11);
+}
+
+#[test]
+fn wrong_calls_are_answered_with_the_specifications_codes() {
+    let nowhere = Path::new("/nonexistent/agent.sock");
+    let sound = config(nowhere, "");
+    assert_eq!(error(call("ADD", "{").perform()).0, 6);
+    assert_eq!(error(call("ADD", &sound.replacen("1.0.0", "0.1.0", 1)).perform()).0, 1);
+    assert_eq!(error(call("LIST", &sound).perform()).0, 4);
+    for name in ["CNI_CONTAINERID", "CNI_NETNS", "CNI_IFNAME"] {
+        let mut call = call("ADD", &sound);
+        call.environment.remove(name);
+        let (code, msg) = error(call.perform());
+        assert!(code == 4 && msg.contains(name), "{code} {msg}");
+    }
+    let unchained = r#"{"cniVersion":"1.0.0","name":"net","type":"intercept-cni"}"#;
+    let (code, msg) = error(call("ADD", unchained).perform());
+    assert!(code == 7 && msg.contains("prevResult"), "{code} {msg}");
+}
+
+#[test]
+fn version_tells_what_is_spoken() {
+    for stdin in ["", r#"{"cniVersion":"1.0.0"}"#] {
+        let printed = call("VERSION", stdin).perform().expect("done").expect("a result");
+        assert_eq!(printed["supportedVersions"], json!(["0.3.0", "0.3.1", "0.4.0", "1.0.0"]));
+    }
+}

@@ -1,0 +1,76 @@
+//! `trace`: decisions as they are made.
+
+use std::{collections::HashMap, io::Write as _};
+
+use anyhow::{Context as _, Result, bail};
+use intercept_agent::{
+    cgroup::CgroupDir,
+    node::Node,
+    store::Store,
+    trace::{Printer, Trace},
+};
+use tokio::signal::unix::{SignalKind, signal};
+
+use crate::cli::TraceArgs;
+
+pub(super) fn trace(args: &TraceArgs) -> Result<()> {
+    let bpffs = &args.bpffs.bpffs;
+    let (Some(node), Some(store)) = (Node::find(bpffs)?, Store::find(bpffs)) else {
+        bail!("tracing: nothing is attached to this node, so that nothing is decided");
+    };
+    let mut only = None;
+    if let Some(path) = &args.cgroup_path {
+        let cgroup = CgroupDir::open(path)?;
+        let (record, _) = node
+            .pod_of_cgroup(cgroup.id())?
+            .with_context(|| format!("tracing: {} is not attached", path.display()))?;
+        only = Some(record.cookie);
+    }
+    let names: HashMap<u64, String> =
+        node.pods()?.into_iter().map(|(record, _)| (record.cookie, record.name())).collect();
+    // Others may use the node while we listen.
+    drop(node);
+    let runtime =
+        tokio::runtime::Builder::new_current_thread().enable_all().build().context("starting the runtime")?;
+    runtime.block_on(read(args, &store, only, &names))
+}
+
+async fn read(
+    args: &TraceArgs,
+    store: &Store,
+    only: Option<u64>,
+    names: &HashMap<u64, String>,
+) -> Result<()> {
+    // Before the events are switched on: they are switched off again also after a signal.
+    let mut interrupt = signal(SignalKind::interrupt()).context("listening for SIGINT")?;
+    let mut terminate = signal(SignalKind::terminate()).context("listening for SIGTERM")?;
+    let mut trace = Trace::start(store)?;
+    let printer = Printer::new();
+    let mut left = args.count;
+    loop {
+        let mut out = std::io::stdout().lock();
+        let print = |event: &intercept_common::layout::Event| {
+            if only.is_some_and(|cookie| cookie != event.netns) {
+                return true;
+            }
+            let line = printer.line(event, names.get(&event.netns).cloned());
+            let written = match args.json {
+                true => {
+                    serde_json::to_writer(&mut out, &line).map_err(Into::into).and_then(|()| writeln!(out))
+                }
+                false => writeln!(out, "{line}"),
+            };
+            left = left.map(|left| left.saturating_sub(1));
+            // A reader that went away has seen enough.
+            written.is_ok() && left != Some(0)
+        };
+        let go_on = tokio::select! {
+            go_on = trace.read(print) => go_on?,
+            _ = interrupt.recv() => false,
+            _ = terminate.recv() => false,
+        };
+        if !go_on {
+            return Ok(());
+        }
+    }
+}

@@ -1,0 +1,17 @@
+//! Every pod of a node, kept captured.
+//!
+//! Sources say which pods are wanted ([`folder`], the CNI plugin through [`socket`]); [`reconcile`]
+//! alone compares them with what is in force, and has the [`worker`] change it. Nothing else calls the node.
+
+pub mod capture;
+pub mod folder;
+pub mod metrics;
+pub mod placement;
+pub mod protocol;
+pub mod reconcile;
+pub mod retry;
+pub mod serve;
+pub mod sidecar;
+pub mod socket;
+pub mod wanted;
+pub mod worker;

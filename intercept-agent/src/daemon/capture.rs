@@ -1,0 +1,283 @@
+//! What the worker does for one pod.
+
+use std::{
+    fs,
+    os::unix::fs::MetadataExt as _,
+    path::{Path, PathBuf},
+    time::{Duration, Instant},
+};
+
+use procfs::{net::TcpState, process::Process};
+use tokio::runtime::Handle;
+
+use super::{
+    wanted::{GivenError, Options, Wanted},
+    worker::{Access, WorkerFailed},
+};
+use crate::{
+    cgroup::{CgroupDir, CgroupError},
+    mirror::{Follower, MirrorError},
+    netns::{Netns, NetnsError},
+    node::{Attached, Node, NodeError, Target},
+    options::OptionError,
+    store::{Origin, Record, StoreError},
+};
+
+/// Why a pod is not captured as it is wanted.
+#[derive(Debug, thiserror::Error)]
+#[expect(missing_docs, reason = "each is its text")]
+pub enum CaptureError {
+    #[error(transparent)]
+    Options(#[from] GivenError),
+    #[error(transparent)]
+    Cgroup(#[from] CgroupError),
+    #[error(transparent)]
+    Netns(#[from] NetnsError),
+    #[error(transparent)]
+    Node(#[from] NodeError),
+    #[error("following the namespace")]
+    Follow(#[from] MirrorError),
+    #[error(transparent)]
+    Worker(#[from] WorkerFailed),
+    /// It was attached by command, and is detached: that is not undone.
+    #[error("it was detached by command")]
+    Detached,
+    /// What a source says of the pod cannot be understood.
+    #[error("{0}")]
+    Source(String),
+}
+
+impl CaptureError {
+    /// One word for the cause, for metrics. Stable.
+    pub fn cause(&self) -> &'static str {
+        match self {
+            Self::Options(_) | Self::Source(_) => "options",
+            Self::Cgroup(_) => "cgroup",
+            Self::Netns(NetnsError::Host { .. }) => "host_network",
+            Self::Netns(NetnsError::NoProcess { .. }) => "no_process",
+            Self::Netns(_) => "netns",
+            Self::Node(NodeError::Table(error)) if error.is_full() => "map_full",
+            Self::Node(NodeError::TooManyPods(_)) => "map_full",
+            Self::Node(NodeError::NetnsTaken { .. } | NodeError::CgroupTaken { .. }) => "conflict",
+            Self::Node(NodeError::Store(StoreError::Mount { .. } | StoreError::Record { .. })) => "store",
+            Self::Node(NodeError::Mirror { .. }) | Self::Follow(_) => "routes",
+            Self::Node(_) => "kernel",
+            Self::Worker(_) => "internal",
+            Self::Detached => "detached",
+        }
+    }
+
+    /// The error with its causes, each after a colon.
+    pub fn text(&self) -> String {
+        let mut text = self.to_string();
+        let mut source = std::error::Error::source(self);
+        while let Some(error) = source {
+            text = format!("{text}: {error}");
+            source = error.source();
+        }
+        text
+    }
+
+    /// Whether it is the pod's description that is wrong, so that only another one helps.
+    pub fn is_about_options(&self) -> bool {
+        self.cause() == "options"
+    }
+}
+
+impl From<OptionError> for CaptureError {
+    fn from(error: OptionError) -> Self {
+        Self::Options(error.into())
+    }
+}
+
+/// A pod that is in force.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Held {
+    /// Cookie of its namespace.
+    pub cookie: u64,
+    /// Its cgroup.
+    pub cgroup: PathBuf,
+    /// Id of the cgroup, which one of the same name made later does not have.
+    pub cgroup_id: u64,
+    /// Inode of its namespace.
+    pub netns_inode: u64,
+    /// The path it was opened by; none when its processes led to it.
+    pub netns_path: Option<PathBuf>,
+}
+
+/// Whether a pod is still there, as far as can be told without a descriptor that would keep it there.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Seen {
+    /// It is.
+    Here,
+    /// What leads to its namespace is gone: it may be gone itself, and must not be held.
+    Unsure,
+    /// Its cgroup is gone.
+    Gone,
+}
+
+impl Held {
+    /// What a record says.
+    pub fn of_record(record: &Record) -> Self {
+        Self {
+            cookie: record.cookie,
+            cgroup: record.cgroup.clone(),
+            cgroup_id: record.cgroup_id,
+            netns_inode: record.netns_inode,
+            netns_path: record.netns_path.clone(),
+        }
+    }
+
+    /// Look: two system calls, or four for a pod whose namespace has no path.
+    pub fn look(&self) -> Seen {
+        if inode(&self.cgroup) != Some(self.cgroup_id) {
+            return Seen::Gone;
+        }
+        let leads = match &self.netns_path {
+            Some(path) => inode(path) == Some(self.netns_inode),
+            None => self.has_processes(),
+        };
+        if leads { Seen::Here } else { Seen::Unsure }
+    }
+
+    /// Whether anything runs in the cgroup.
+    pub fn has_processes(&self) -> bool {
+        let events = fs::read_to_string(self.cgroup.join("cgroup.events"));
+        events.is_ok_and(|text| text.lines().any(|line| line == "populated 1"))
+    }
+
+    /// Its namespace, if something still leads to it.
+    fn netns(&self) -> Option<Netns> {
+        let opened = match &self.netns_path {
+            Some(path) => Netns::open(path).ok(),
+            None => CgroupDir::open(&self.cgroup).ok().and_then(|cgroup| Netns::of_cgroup(&cgroup).ok()),
+        };
+        opened.filter(|netns| netns.cookie() == self.cookie)
+    }
+}
+
+fn inode(path: &Path) -> Option<u64> {
+    fs::metadata(path).ok().map(|found| found.ino())
+}
+
+/// A pod that was put in force, or was already.
+pub struct Captured {
+    /// What was done.
+    pub done: Attached,
+    /// The pod.
+    pub held: Held,
+    /// Follows its namespace, unless that was followed before.
+    pub follower: Option<Follower>,
+    /// Connections that its processes had before it was captured, which go on as they are.
+    pub earlier: usize,
+    /// How long it took, without the wait for the worker.
+    pub took: Duration,
+}
+
+/// Put a pod in force as it is wanted. `before` is what is in force for it, `followed` the cookie of the namespace
+/// that is followed. `runtime` is the one that the follower will live in.
+pub fn capture(
+    access: &mut Access,
+    runtime: &Handle,
+    wanted: &Wanted,
+    before: Option<&Held>,
+    followed: Option<u64>,
+) -> Result<Captured, CaptureError> {
+    let started = Instant::now();
+    let cgroup = CgroupDir::open(&wanted.cgroup)?;
+    let config = match &wanted.options {
+        Options::Given(given) => given.validate(&cgroup)?,
+        Options::Config(config) => (**config).clone(),
+    };
+    let netns = match &wanted.netns {
+        Some(path) => Netns::open(path)?,
+        None => Netns::of_cgroup(&cgroup)?,
+    };
+    let cookie = netns.cookie();
+    let target = Target { cgroup, netns, netns_path: wanted.netns.clone(), origin: wanted.origin.clone() };
+    // Before the attach, so that no change falls in between.
+    let follower = if followed == Some(cookie) {
+        None
+    } else {
+        let _inside = runtime.enter();
+        Some(Follower::start(&target.netns)?)
+    };
+    let mut connections = None;
+    let done = access.with(|node| {
+        if let Some(before) = before.filter(|held| held.cookie != cookie) {
+            // The pod has a new sandbox: the cgroup cannot have both.
+            node.detach(before.cookie, None)?;
+        }
+        let in_force = node.tables().policy(cookie).map_err(NodeError::from)?.is_some();
+        if wanted.origin == Origin::Command && !in_force {
+            return Err(CaptureError::Detached);
+        }
+        if !in_force {
+            connections = established(&target.netns).ok();
+        }
+        Ok(node.attach(&target, &config)?)
+    })?;
+    let held = Held {
+        cookie,
+        cgroup: target.cgroup.path().to_owned(),
+        cgroup_id: target.cgroup.id(),
+        netns_inode: target.netns.inode(),
+        netns_path: wanted.netns.clone(),
+    };
+    let earlier = connections.unwrap_or_default();
+    Ok(Captured { done, held, follower, earlier, took: started.elapsed() })
+}
+
+/// The TCP connections in a namespace, both ends counted where both are in it.
+fn established(netns: &Netns) -> Result<usize, NetnsError> {
+    let count = || {
+        let thread = Process::new(rustix::thread::gettid().as_raw_nonzero().get()).ok()?;
+        let entries = thread.tcp().ok()?.into_iter().chain(thread.tcp6().unwrap_or_default());
+        let is_open =
+            |state: &TcpState| !matches!(state, TcpState::Listen | TcpState::TimeWait | TcpState::Close);
+        Some(entries.filter(|entry| is_open(&entry.state)).count())
+    };
+    Ok(netns.run(count)?.unwrap_or_default())
+}
+
+/// Take a pod out of force.
+pub fn release(access: &mut Access, held: &Held) -> Result<(), NodeError> {
+    let netns = held.netns();
+    access.with(|node| node.detach(held.cookie, netns.as_ref()))
+}
+
+/// Whether cgroup and namespace of a pod are still there.
+pub fn is_alive(access: &mut Access, cookie: u64) -> Result<bool, NodeError> {
+    access.with(|node| Ok(node.cgroup_of(cookie).is_some()))
+}
+
+/// Take away what is dead, and say what is in force.
+pub fn sweep(access: &mut Access) -> Result<Vec<Record>, NodeError> {
+    access.with(|node| {
+        let swept = node.sweep()?;
+        if !swept.is_empty() {
+            tracing::info!(pods = swept.len(), "removed the state of pods that are gone");
+        }
+        silence(node)?;
+        Ok(node.pods()?.into_iter().map(|(record, _)| record).collect())
+    })
+}
+
+/// Cookies of what is in force, after taking away what is dead.
+pub fn audit(access: &mut Access, known: &[u64]) -> Result<(Vec<u64>, Vec<Record>), NodeError> {
+    access.with(|node| {
+        node.sweep()?;
+        silence(node)?;
+        let in_force: Vec<u64> = node.tables().policies()?.into_iter().map(|(cookie, _)| cookie).collect();
+        let unknown = in_force.iter().any(|cookie| !known.contains(cookie));
+        let records = if unknown { node.pods()? } else { Vec::new() };
+        let new =
+            records.into_iter().map(|(record, _)| record).filter(|r| !known.contains(&r.cookie)).collect();
+        Ok((in_force, new))
+    })
+}
+
+/// A reader of events that was killed left them switched on.
+fn silence(node: &Node) -> Result<(), NodeError> {
+    crate::trace::switch_off_if_unread(node.store()).map_err(NodeError::from)
+}

@@ -1,0 +1,217 @@
+//! What the daemon counts of itself, and what the programs count of the pods, for Prometheus.
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    path::Path,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+use intercept_common::{Reason, failure::Failure};
+use prometheus_client::{
+    encoding::{EncodeLabelSet, text},
+    metrics::{counter::Counter, family::Family, gauge::Gauge, histogram::Histogram},
+    registry::Registry,
+};
+
+use super::reconcile::Report;
+use crate::{
+    node::{Attached, NodeError},
+    store::Store,
+    tables::Tables,
+};
+
+/// Seconds. The promise is 5 ms, and 20 ms for one in a hundred.
+const LATENCIES: [f64; 12] = [0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.02, 0.05, 0.1, 0.5, 1.0, 5.0];
+
+macro_rules! labels {
+    ($($name:ident { $($field:ident: $kind:ty),+ })+) => {
+        $(
+            #[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
+            struct $name { $($field: $kind),+ }
+        )+
+    };
+}
+
+labels! {
+    Cause { cause: String }
+    Result { result: String }
+    State { state: String }
+    Why { why: String }
+    Decision { pod: String, reason: String }
+    Failed { pod: String, failure: String }
+    Named { pod: String }
+    Of { map: String }
+}
+
+/// Shared by all parts of the daemon.
+#[derive(Clone)]
+pub struct Metrics(Arc<Inner>);
+
+struct Inner {
+    registry: Registry,
+    attaches: Family<Result, Counter>,
+    latency: Histogram,
+    errors: Family<Cause, Counter>,
+    pods: Family<State, Gauge>,
+    left_alone: Family<Why, Gauge>,
+    earlier: Gauge,
+    started: Instant,
+    /// Milliseconds after `started` when the loop looked at its pods last.
+    beat: AtomicU64,
+}
+
+impl Metrics {
+    /// Nothing counted.
+    pub fn new() -> Self {
+        let mut registry = Registry::with_prefix("intercept");
+        let attaches = Family::default();
+        registry.register("attaches", "Pods put in force, by what had to be done", attaches.clone());
+        let latency = Histogram::new(LATENCIES);
+        registry.register("attach_seconds", "Time to put a pod in force", latency.clone());
+        let errors = Family::default();
+        registry.register("errors", "Attempts on a pod that failed, by cause", errors.clone());
+        let pods = Family::default();
+        registry.register("pods", "Pods by state", pods.clone());
+        let left_alone = Family::default();
+        registry.register("pods_left_alone", "Pods that are not to be captured, by why", left_alone.clone());
+        let earlier = Gauge::default();
+        registry.register(
+            "pods_with_earlier_connections",
+            "Captured pods that had connections before they were captured",
+            earlier.clone(),
+        );
+        let beat = AtomicU64::new(0);
+        let started = Instant::now();
+        Self(Arc::new(Inner {
+            registry,
+            attaches,
+            latency,
+            errors,
+            pods,
+            left_alone,
+            earlier,
+            started,
+            beat,
+        }))
+    }
+
+    /// A pod was put in force.
+    pub fn captured(&self, done: Attached, took: Duration) {
+        self.0.attaches.get_or_create(&Result { result: done.word().to_owned() }).inc();
+        if done == Attached::New {
+            self.0.latency.observe(took.as_secs_f64());
+        }
+    }
+
+    /// An attempt failed.
+    pub fn error(&self, cause: &str) {
+        self.0.errors.get_or_create(&Cause { cause: cause.to_owned() }).inc();
+    }
+
+    /// How many pods are in each state.
+    pub fn pods(&self, counts: impl IntoIterator<Item = (&'static str, usize)>) {
+        for (state, count) in counts {
+            self.0
+                .pods
+                .get_or_create(&State { state: state.to_owned() })
+                .set(count.try_into().unwrap_or(i64::MAX));
+        }
+    }
+
+    /// How many are left alone, by why.
+    pub fn left_alone(&self, counts: &BTreeMap<&'static str, usize>) {
+        self.0.left_alone.clear();
+        for (why, count) in counts {
+            let gauge = self.0.left_alone.get_or_create(&Why { why: (*why).to_owned() }).clone();
+            gauge.set((*count).try_into().unwrap_or(i64::MAX));
+        }
+    }
+
+    /// How many captured pods had connections before.
+    pub fn earlier(&self, pods: usize) {
+        self.0.earlier.set(pods.try_into().unwrap_or(i64::MAX));
+    }
+
+    /// The loop is alive.
+    pub fn beat(&self) {
+        let now = u64::try_from(self.0.started.elapsed().as_millis()).unwrap_or(u64::MAX);
+        self.0.beat.store(now, Ordering::Relaxed);
+    }
+
+    /// How long ago the loop was alive.
+    pub fn since_beat(&self) -> Duration {
+        self.0.started.elapsed().saturating_sub(Duration::from_millis(self.0.beat.load(Ordering::Relaxed)))
+    }
+
+    /// Everything as text, with the programs' own counters read now from this bpffs. `reports` gives pods their
+    /// names.
+    pub fn text(&self, bpffs: &Path, reports: &[Report]) -> String {
+        let mut text = String::new();
+        let written = text::encode_registry(&mut text, &self.0.registry);
+        let mut node = Registry::with_prefix("intercept");
+        if let Err(error) = read_node(&mut node, bpffs, reports) {
+            self.error("metrics");
+            tracing::error!(error = &error as &dyn std::error::Error, "reading the counters of the programs");
+        }
+        let written = written.and(text::encode_registry(&mut text, &node)).and(text::encode_eof(&mut text));
+        written.expect("a string takes any text");
+        text
+    }
+}
+
+impl Default for Metrics {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+fn read_node(
+    registry: &mut Registry,
+    bpffs: &Path,
+    reports: &[Report],
+) -> std::result::Result<(), NodeError> {
+    let decisions = Family::<Decision, Counter>::default();
+    registry.register("decisions", "Decisions on flows, by pod and reason", decisions.clone());
+    let failures = Family::<Failed, Counter>::default();
+    registry.register("failures", "Failures inside the programs, by pod", failures.clone());
+    let connections = Family::<Named, Gauge>::default();
+    registry.register("connections", "Redirected connections that are open, by pod", connections.clone());
+    let entries = Family::<Of, Gauge>::default();
+    registry.register("map_entries", "Entries in use, by map", entries.clone());
+    let capacity = Family::<Of, Gauge>::default();
+    registry.register("map_max_entries", "Entries that a map has room for", capacity.clone());
+
+    // Without the lock: reading disturbs nobody, and must not wait for an attach.
+    let Some(store) = Store::find(bpffs) else { return Ok(()) };
+    let tables = Tables::open(&store.maps())?;
+    let by_cookie: HashMap<u64, &str> =
+        reports.iter().filter_map(|report| Some((report.netns_cookie?, report.name.as_str()))).collect();
+    let name =
+        |cookie: u64| by_cookie.get(&cookie).map_or_else(|| format!("netns:{cookie}"), |n| (*n).to_owned());
+    let fill = tables.fill(&store.maps())?;
+    for (cookie, policy) in tables.policies()? {
+        let pod = name(cookie);
+        let counters = tables.counters(policy.slot)?;
+        let (by_reason, by_failure) = counters.counts.split_at(Reason::ALL.len());
+        for (reason, count) in Reason::ALL.iter().zip(by_reason).filter(|(_, count)| **count > 0) {
+            let labels = Decision { pod: pod.clone(), reason: reason.word().to_owned() };
+            decisions.get_or_create(&labels).inc_by(*count);
+        }
+        for (failure, count) in Failure::ALL.iter().zip(by_failure).filter(|(_, count)| **count > 0) {
+            let labels = Failed { pod: pod.clone(), failure: failure.word().to_owned() };
+            failures.get_or_create(&labels).inc_by(*count);
+        }
+        let open = fill.connections.get(&cookie).copied().unwrap_or_default();
+        connections.get_or_create(&Named { pod }).set(open.try_into().unwrap_or(i64::MAX));
+    }
+    for (map, used, room) in fill.maps {
+        let labels = Of { map: map.to_owned() };
+        entries.get_or_create(&labels).set(used.try_into().unwrap_or(i64::MAX));
+        capacity.get_or_create(&labels).set(room.into());
+    }
+    Ok(())
+}

@@ -1,0 +1,414 @@
+//! The one place where what is wanted meets what is in force.
+//!
+//! A pod has at most one job with the worker. What happens to it meanwhile is noted and looked at when the job is
+//! done. A pod that fails is tried again later and later; none waits for another.
+
+mod message;
+mod pod;
+mod watch;
+
+use std::{
+    collections::{BTreeMap, HashSet},
+    time::{Duration, Instant},
+};
+
+use tokio::{
+    runtime::Handle,
+    sync::{mpsc, oneshot},
+};
+
+pub use message::{Message, Outcome, Source};
+pub use pod::{Answer, Problem, Report, State};
+
+use self::pod::Pod;
+use super::{
+    capture::{self, CaptureError, Captured, Held, Seen},
+    metrics::Metrics,
+    retry,
+    wanted::{Key, Wanted},
+    worker::{Lane, Worker},
+};
+use crate::{
+    node::{Attached, NodeError},
+    store::{Origin, Record},
+};
+
+/// How often pods are looked at: a pod that is gone is to be gone within a second.
+const LOOK: Duration = Duration::from_millis(400);
+/// How often the whole state is compared with what should be in force.
+const AUDIT: Duration = Duration::from_secs(10);
+
+/// The loop.
+pub struct Reconciler {
+    pods: BTreeMap<Key, Pod>,
+    worker: Worker,
+    metrics: Metrics,
+    messages: mpsc::UnboundedSender<Message>,
+    inbox: mpsc::UnboundedReceiver<Message>,
+    runtime: Handle,
+    leaving: bool,
+}
+
+impl Reconciler {
+    /// A loop without pods, and the way to tell it things. To be called within the runtime.
+    pub fn new(worker: Worker, metrics: Metrics) -> (Self, mpsc::UnboundedSender<Message>) {
+        let (messages, inbox) = mpsc::unbounded_channel();
+        let runtime = Handle::current();
+        let reconciler = Self {
+            pods: BTreeMap::new(),
+            worker,
+            metrics,
+            messages: messages.clone(),
+            inbox,
+            runtime,
+            leaving: false,
+        };
+        (reconciler, messages)
+    }
+
+    /// Take over what is in force, after sweeping what is dead.
+    pub async fn adopt(&mut self) -> Result<usize, CaptureError> {
+        let records = self.worker.run(Lane::Urgent, capture::sweep).await??;
+        let adopted = records.len();
+        for record in records {
+            self.adopt_one(&record);
+        }
+        Ok(adopted)
+    }
+
+    fn adopt_one(&mut self, record: &Record) {
+        let wanted = Wanted::of_record(record);
+        let key = Key::of_record(record);
+        let pod = self.pods.entry(key.clone()).or_default();
+        if pod.wanted.is_none() {
+            pod.want(wanted);
+        }
+        pod.held = Some(Held::of_record(record));
+        // Routes may have changed while nobody followed them.
+        self.step(&key);
+    }
+
+    /// Until the last sender of messages is gone.
+    pub async fn run(mut self) {
+        let mut look = tokio::time::interval(LOOK);
+        look.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        let mut audit = tokio::time::interval(AUDIT);
+        loop {
+            tokio::select! {
+                message = self.inbox.recv() => match message {
+                    Some(message) => self.take(message),
+                    None => return,
+                },
+                _ = look.tick() => self.look(),
+                _ = audit.tick() => self.start_audit(),
+            }
+        }
+    }
+
+    fn take(&mut self, message: Message) {
+        match message {
+            Message::Want(wanted) => self.want(*wanted, None),
+            Message::Add(wanted, reply) => self.want(*wanted, Some(reply)),
+            Message::Unwanted(key) => self.unwant(&key),
+            Message::Refused { key, name, problem } => self.refuse(&key, name, problem),
+            Message::LeftAlone { key, name, why } => self.leave_alone(&key, name, why),
+            Message::Synced(source, keys) => self.synced(source, &keys),
+            Message::Delete { key, sandbox, reply } => self.delete(&key, &sandbox, reply),
+            Message::Check(key, reply) => drop(reply.send(self.check(&key))),
+            Message::Report(reply) => {
+                drop(reply.send(self.pods.iter().map(|(key, pod)| Report::of(key, pod)).collect()));
+            }
+            Message::Leave(reply) => self.leave(reply),
+            Message::Changed(key, cookie) => {
+                if self.pods.get(&key).and_then(|pod| pod.held.as_ref()).is_some_and(|h| h.cookie == cookie) {
+                    self.step(&key);
+                }
+            }
+            Message::Done(key, outcome) => self.done(&key, *outcome),
+            Message::Audited(in_force, new) => self.audited(&in_force, &new),
+        }
+    }
+
+    fn want(&mut self, mut wanted: Wanted, reply: Option<oneshot::Sender<Answer>>) {
+        if self.leaving {
+            let problem =
+                Problem { cause: "leaving".into(), text: "the agent is being removed from this node".into() };
+            if let Some(reply) = reply {
+                drop(reply.send(Err(problem)));
+            }
+            return;
+        }
+        let key = wanted.key(0);
+        let pod = self.pods.entry(key.clone()).or_default();
+        if let Some(before) = &pod.wanted {
+            // The plugin knows the sandbox, the API does not.
+            if let (Origin::Pod { sandbox: own @ None, .. }, Origin::Pod { sandbox, .. }) =
+                (&mut wanted.origin, &before.origin)
+            {
+                *own = sandbox.clone();
+                wanted.netns = wanted.netns.or_else(|| before.netns.clone());
+            }
+            if reply.is_none() && *before == wanted && pod.problem.is_none() {
+                return;
+            }
+        }
+        pod.want(wanted);
+        if let Some(reply) = reply {
+            pod.wait(reply);
+        }
+        self.step(&key);
+    }
+
+    fn unwant(&mut self, key: &Key) {
+        if let Some(pod) = self.pods.get_mut(key) {
+            pod.wanted = None;
+            pod.left_alone = None;
+            pod.problem = None;
+            pod.due = None;
+            self.step(key);
+        }
+    }
+
+    fn refuse(&mut self, key: &Key, name: String, text: String) {
+        self.metrics.error("options");
+        tracing::error!(pod = %key, name, "{text}");
+        let pod = self.pods.entry(key.clone()).or_default();
+        pod.name = name;
+        pod.failures += 1;
+        pod.problem = Some(Problem { cause: "options".into(), text });
+    }
+
+    fn leave_alone(&mut self, key: &Key, name: String, why: &'static str) {
+        let pod = self.pods.entry(key.clone()).or_default();
+        if pod.left_alone != Some(why) {
+            tracing::debug!(pod = %key, name, why, "left alone");
+        }
+        pod.wanted = None;
+        pod.problem = None;
+        pod.name = name;
+        pod.left_alone = Some(why);
+        self.step(key);
+    }
+
+    fn synced(&mut self, source: Source, keys: &HashSet<Key>) {
+        let owned = |key: &Key| match source {
+            Source::Folder => matches!(key, Key::File(_)),
+        };
+        let gone: Vec<Key> =
+            self.pods.keys().filter(|key| owned(key) && !keys.contains(key)).cloned().collect();
+        for key in gone {
+            tracing::info!(pod = %key, "not wanted any more");
+            self.unwant(&key);
+        }
+    }
+
+    fn delete(&mut self, key: &Key, sandbox: &str, reply: oneshot::Sender<Answer>) {
+        let pod = self.pods.get_mut(key);
+        let is_it = |wanted: &Wanted| matches!(&wanted.origin, Origin::Pod { sandbox: Some(own), .. } if own == sandbox);
+        match pod {
+            Some(pod) if pod.wanted.as_ref().is_some_and(is_it) => {
+                pod.wait(reply);
+                self.unwant(key);
+            }
+            Some(pod) if pod.left_alone.is_some() => {
+                self.unwant(key);
+                drop(reply.send(Ok("absent")));
+            }
+            // DEL may be repeated, and may come for what never was: both are fine by the specification.
+            _ => drop(reply.send(Ok("absent"))),
+        }
+    }
+
+    fn check(&self, key: &Key) -> Answer {
+        match self.pods.get(key) {
+            Some(pod) if pod.left_alone.is_some() => Ok("left_alone"),
+            Some(Pod { held: Some(held), problem: None, .. }) if held.look() == Seen::Here => Ok("captured"),
+            Some(Pod { problem: Some(problem), .. }) => Err(problem.clone()),
+            _ => Err(Problem { cause: "absent".into(), text: "the pod is not captured".into() }),
+        }
+    }
+
+    fn leave(&mut self, reply: oneshot::Sender<Result<(), NodeError>>) {
+        self.leaving = true;
+        tracing::info!("removing everything from this node");
+        let mut held = Vec::new();
+        for pod in std::mem::take(&mut self.pods).values_mut() {
+            pod.stop_following();
+            held.extend(pod.held.take());
+        }
+        let worker = self.worker.clone();
+        tokio::spawn(async move {
+            let removed = worker.run(Lane::Urgent, move |access| {
+                for held in held {
+                    // What stays is removed below; only the namespace's own settings may be left as they are.
+                    if let Err(error) = capture::release(access, &held) {
+                        tracing::warn!(
+                            cookie = held.cookie,
+                            error = &error as &dyn std::error::Error,
+                            "detaching"
+                        );
+                    }
+                }
+                access.remove_everything()
+            });
+            if let Ok(removed) = removed.await {
+                drop(reply.send(removed));
+            }
+        });
+    }
+
+    /// Have the worker do what is to be done for a pod, if anything.
+    fn step(&mut self, key: &Key) {
+        let Some(pod) = self.pods.get_mut(key) else { return };
+        if pod.busy {
+            pod.again = true;
+            return;
+        }
+        if pod.due.is_some_and(|due| due > Instant::now()) {
+            return;
+        }
+        let lane = if pod.waiting.is_empty() { Lane::Normal } else { Lane::Urgent };
+        match (&pod.wanted, &pod.held) {
+            (Some(wanted), held) => {
+                pod.busy = true;
+                let (wanted, held) = (wanted.clone(), held.clone());
+                let followed = pod.follow.as_ref().map(|(cookie, _)| *cookie);
+                let runtime = self.runtime.clone();
+                self.spawn(key, lane, Outcome::Captured, move |access| {
+                    capture::capture(access, &runtime, &wanted, held.as_ref(), followed)
+                });
+            }
+            (None, Some(held)) => {
+                let held = held.clone();
+                pod.busy = true;
+                pod.stop_following();
+                self.spawn(key, lane, Outcome::Released, move |access| Ok(capture::release(access, &held)?));
+            }
+            (None, None) => {
+                pod.stop_following();
+                pod.answer(&Ok("released"));
+                if pod.left_alone.is_none() && pod.problem.is_none() {
+                    self.pods.remove(key);
+                }
+            }
+        }
+    }
+
+    fn spawn<T: Send + 'static>(
+        &self,
+        key: &Key,
+        lane: Lane,
+        outcome: fn(Result<T, CaptureError>) -> Outcome,
+        work: impl FnOnce(&mut super::worker::Access) -> Result<T, CaptureError> + Send + 'static,
+    ) {
+        let (worker, messages, key) = (self.worker.clone(), self.messages.clone(), key.clone());
+        tokio::spawn(async move {
+            let result = worker.run(lane, work).await.unwrap_or_else(|failed| Err(failed.into()));
+            // The loop is gone when the daemon ends.
+            drop(messages.send(Message::Done(key, Box::new(outcome(result)))));
+        });
+    }
+
+    fn done(&mut self, key: &Key, outcome: Outcome) {
+        let Some(pod) = self.pods.get_mut(key) else { return };
+        pod.busy = false;
+        let mut again = std::mem::take(&mut pod.again);
+        match outcome {
+            Outcome::Captured(Ok(captured)) => self.captured(key, captured, !again),
+            Outcome::Captured(Err(CaptureError::Detached)) => {
+                pod.wanted = None;
+                pod.held = None;
+                again = true;
+            }
+            Outcome::Captured(Err(error)) | Outcome::Released(Err(error)) => self.failed(key, &error, !again),
+            Outcome::Released(Ok(())) => {
+                tracing::info!(pod = %key, name = pod.name, "released");
+                pod.held = None;
+                // Answers whoever waits for that, if nothing is wanted again by now.
+                again = true;
+            }
+            Outcome::Alive(Ok(true)) => {}
+            Outcome::Alive(Ok(false)) => self.vanished(key),
+            Outcome::Alive(Err(error)) => tracing::warn!(pod = %key, "{}", error.text()),
+        }
+        if again {
+            self.step(key);
+        }
+    }
+
+    /// `latest` unless something else is wanted by now.
+    fn captured(&mut self, key: &Key, captured: Captured, latest: bool) {
+        let Some(pod) = self.pods.get_mut(key) else { return };
+        let Captured { done, held, follower, earlier, took } = captured;
+        self.metrics.captured(done, took);
+        if done != Attached::Unchanged {
+            tracing::info!(
+                pod = %key, name = pod.name, cookie = held.cookie, cgroup = %held.cgroup.display(),
+                took = ?took, "{}", done.word()
+            );
+        }
+        if done == Attached::New {
+            pod.earlier = earlier;
+            if earlier > 0 {
+                tracing::warn!(
+                    pod = %key, name = pod.name, connections = earlier,
+                    "the pod had connections before it was captured: they go on past the proxy until they are closed"
+                );
+            }
+        }
+        if let Some(mut follower) = follower {
+            pod.stop_following();
+            let (messages, key, cookie) = (self.messages.clone(), key.clone(), held.cookie);
+            let task = tokio::spawn(async move {
+                loop {
+                    if let Err(error) = follower.changed().await {
+                        tracing::warn!(pod = %key, error = &error as &dyn std::error::Error, "following the namespace");
+                        // The next call reads the state anew, at once.
+                        tokio::time::sleep(retry::delay(4)).await;
+                    }
+                    if messages.send(Message::Changed(key.clone(), cookie)).is_err() {
+                        return;
+                    }
+                }
+            });
+            pod.follow = Some((held.cookie, task));
+        }
+        pod.held = Some(held);
+        if latest {
+            pod.settled = true;
+            pod.problem = None;
+            pod.failures = 0;
+            pod.due = None;
+            pod.answer(&Ok("captured"));
+        }
+    }
+
+    fn failed(&mut self, key: &Key, error: &CaptureError, latest: bool) {
+        let Some(pod) = self.pods.get_mut(key) else { return };
+        self.metrics.error(error.cause());
+        if !latest {
+            return;
+        }
+        pod.failures = pod.failures.saturating_add(1);
+        let delay = retry::delay(pod.failures);
+        let problem = Problem::from(error);
+        // The same again and again is said once.
+        if pod.problem.as_ref() != Some(&problem) {
+            tracing::error!(
+                pod = %key, name = pod.name, cause = error.cause(), failures = pod.failures,
+                retry_in = ?delay, "{}", problem.text
+            );
+        }
+        pod.due = Some(Instant::now() + delay);
+        let asked = !pod.waiting.is_empty();
+        pod.answer(&Err(problem.clone()));
+        pod.problem = Some(problem);
+        if asked && pod.held.is_none() && matches!(key, Key::Pod(_)) {
+            // The runtime takes the sandbox down after a failed ADD, and asks again with another.
+            pod.wanted = None;
+            pod.problem = None;
+            pod.due = None;
+            self.step(key);
+        }
+    }
+}

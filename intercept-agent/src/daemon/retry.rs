@@ -1,0 +1,40 @@
+//! When what failed is tried again.
+
+use std::{
+    hash::{BuildHasher as _, RandomState},
+    time::Duration,
+};
+
+const FIRST: Duration = Duration::from_millis(100);
+const LAST: Duration = Duration::from_secs(30);
+
+/// How long to wait after this many failures in a row (one at least): twice as long each time up to half a minute,
+/// and by chance a quarter more or less, so that pods that failed together are not tried together for ever.
+pub fn delay(failures: u32) -> Duration {
+    // Hashing a constant with fresh keys is all the chance that is needed.
+    let chance = RandomState::new().hash_one(0) % 1024;
+    nominal(failures).mul_f64(0.75 + 0.5 * (chance as f64 / 1024.0))
+}
+
+fn nominal(failures: u32) -> Duration {
+    let doublings = failures.saturating_sub(1).min(16);
+    (FIRST * (1 << doublings)).min(LAST)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn delays_double_up_to_half_a_minute() {
+        let nominal = [1, 2, 3, 9, 10, 40, u32::MAX].map(|n| nominal(n).as_millis());
+        assert_eq!(nominal, [100, 200, 400, 25_600, 30_000, 30_000, 30_000]);
+    }
+
+    #[test]
+    fn delays_vary_by_a_quarter() {
+        let delays: Vec<Duration> = (0..200).map(|_| delay(20)).collect();
+        assert!(delays.iter().all(|d| (LAST.mul_f64(0.75)..=LAST.mul_f64(1.25)).contains(d)), "{delays:?}");
+        assert!(delays.iter().any(|d| *d < LAST) && delays.iter().any(|d| *d > LAST), "{delays:?}");
+    }
+}

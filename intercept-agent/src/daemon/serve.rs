@@ -1,0 +1,193 @@
+//! The daemon as a whole: sources, loop, socket and HTTP in one runtime on one thread, beside the worker's.
+
+use std::{
+    io,
+    net::SocketAddr,
+    path::PathBuf,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
+
+use axum::{Router, extract::State, http::StatusCode, routing::get};
+use tokio::sync::{mpsc::UnboundedSender, oneshot};
+
+use super::{
+    capture::CaptureError,
+    folder::{Folder, FolderError},
+    metrics::Metrics,
+    placement::Placement,
+    reconcile::{Message, Reconciler, Report},
+    socket::{Server, SocketError},
+    worker::{Lane, Worker},
+};
+use crate::cgroup;
+
+/// The loop looks at its pods more often than twice a second; a worker that takes longer than this is stuck.
+const STUCK: Duration = Duration::from_secs(15);
+
+/// What the daemon is started with.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// Where bpffs is.
+    pub bpffs: PathBuf,
+    /// Most redirected connections that the node remembers.
+    pub max_connections: u32,
+    /// A folder of pods.
+    pub pods_dir: Option<PathBuf>,
+    /// The socket for the CNI plugin.
+    pub socket: PathBuf,
+    /// Where metrics and probes are answered; nowhere if none.
+    pub metrics_address: Option<SocketAddr>,
+    /// Below which folder pods' cgroups are looked for; by default where cgroup2 is mounted.
+    pub cgroup_root: Option<PathBuf>,
+}
+
+/// Why the daemon cannot start.
+#[derive(Debug, thiserror::Error)]
+#[expect(missing_docs, reason = "each is its text")]
+pub enum ServeError {
+    #[error(transparent)]
+    Folder(#[from] FolderError),
+    #[error(transparent)]
+    Socket(#[from] SocketError),
+    #[error("taking over what is in force on this node")]
+    Adopt(#[source] CaptureError),
+    #[error("listening on {address} for metrics")]
+    Metrics { address: SocketAddr, source: io::Error },
+    #[error("starting a thread")]
+    Thread(#[source] io::Error),
+}
+
+/// What the probes look at.
+#[derive(Clone)]
+struct Probes {
+    metrics: Metrics,
+    worker: Worker,
+    messages: UnboundedSender<Message>,
+    adopted: Arc<AtomicBool>,
+    bpffs: PathBuf,
+}
+
+/// Run until `shutdown` is ready. What is in force stays in force.
+pub async fn serve(settings: Settings, shutdown: impl Future<Output = ()>) -> Result<(), ServeError> {
+    raise_file_limit();
+    let worker =
+        Worker::start(settings.bpffs.clone(), settings.max_connections).map_err(ServeError::Thread)?;
+    let metrics = Metrics::new();
+    let (mut reconciler, messages) = Reconciler::new(worker.clone(), metrics.clone());
+    let mounts = settings.cgroup_root.map_or_else(cgroup::mounts, |root| vec![root]);
+    // First, because it also says whether another daemon runs.
+    let server = Server::open(&settings.socket, messages.clone(), Placement::below(mounts))?;
+    let folder = settings.pods_dir.map(Folder::open).transpose()?;
+    let adopted = Arc::new(AtomicBool::new(false));
+    if let Some(address) = settings.metrics_address {
+        let probes = Probes {
+            metrics: metrics.clone(),
+            worker: worker.clone(),
+            messages: messages.clone(),
+            adopted: Arc::clone(&adopted),
+            bpffs: settings.bpffs,
+        };
+        let listener = tokio::net::TcpListener::bind(address)
+            .await
+            .map_err(|source| ServeError::Metrics { address, source })?;
+        tracing::info!(address = %listener.local_addr().unwrap_or(address), "answering for metrics and probes");
+        tokio::spawn(async move {
+            if let Err(error) = axum::serve(listener, router(probes)).await {
+                tracing::error!(%error, "answering for metrics and probes");
+            }
+        });
+    }
+
+    let started = std::time::Instant::now();
+    let pods = reconciler.adopt().await.map_err(ServeError::Adopt)?;
+    adopted.store(true, Ordering::Release);
+    tracing::info!(pods, took = ?started.elapsed(), "took over what is in force");
+    // Only now, when what is in force is known, may a source say what is not wanted any more.
+    if let Some(folder) = folder {
+        tokio::spawn(folder.follow(messages.clone()));
+    }
+    tokio::spawn(server.serve());
+    tokio::select! {
+        () = reconciler.run() => {}
+        () = shutdown => tracing::info!("ending; what is in force stays in force"),
+    }
+    Ok(())
+}
+
+fn router(probes: Probes) -> Router {
+    Router::new()
+        .route("/metrics", get(metrics))
+        .route("/healthz", get(healthz))
+        .route("/readyz", get(readyz))
+        .with_state(probes)
+}
+
+async fn reports(probes: &Probes) -> Option<Vec<Report>> {
+    let (reply, answer) = oneshot::channel();
+    probes.messages.send(Message::Report(reply)).ok()?;
+    answer.await.ok()
+}
+
+async fn metrics(
+    State(probes): State<Probes>,
+) -> Result<([(&'static str, &'static str); 1], String), StatusCode> {
+    let reports = reports(&probes).await.ok_or(StatusCode::SERVICE_UNAVAILABLE)?;
+    let Probes { metrics, bpffs, .. } = probes;
+    // Walks the maps: not on the thread that everything else runs on.
+    let text = tokio::task::spawn_blocking(move || metrics.text(&bpffs, &reports)).await;
+    let text = text.map_err(|_| StatusCode::INTERNAL_SERVER_ERROR)?;
+    Ok(([("content-type", "application/openmetrics-text; version=1.0.0; charset=utf-8")], text))
+}
+
+/// Whether restarting would help: the loop turns, and the worker works.
+async fn healthz(State(probes): State<Probes>) -> (StatusCode, String) {
+    let since = probes.metrics.since_beat();
+    if since > STUCK {
+        return (
+            StatusCode::SERVICE_UNAVAILABLE,
+            format!("the loop has not looked at its pods for {since:?}\n"),
+        );
+    }
+    match tokio::time::timeout(STUCK, probes.worker.run(Lane::Urgent, |_| ())).await {
+        Ok(Ok(())) => (StatusCode::OK, "ok\n".to_owned()),
+        Ok(Err(failed)) => (StatusCode::SERVICE_UNAVAILABLE, format!("{failed}\n")),
+        Err(_) => (
+            StatusCode::SERVICE_UNAVAILABLE,
+            format!("the worker has been at one job for {STUCK:?}; {} wait\n", probes.worker.waiting()),
+        ),
+    }
+}
+
+/// Whether a pod that is started now would be captured.
+async fn readyz(State(probes): State<Probes>) -> (StatusCode, String) {
+    if !probes.adopted.load(Ordering::Acquire) {
+        return (StatusCode::SERVICE_UNAVAILABLE, "taking over what is in force\n".to_owned());
+    }
+    match probes
+        .worker
+        .run(Lane::Urgent, |access| {
+            access.with(|node| Ok::<_, crate::node::NodeError>(node.tables().policies()?.len()))
+        })
+        .await
+    {
+        Ok(Ok(_)) => (StatusCode::OK, "ok\n".to_owned()),
+        Ok(Err(error)) => {
+            (StatusCode::SERVICE_UNAVAILABLE, format!("{}\n", CaptureError::from(error).text()))
+        }
+        Err(failed) => (StatusCode::SERVICE_UNAVAILABLE, format!("{failed}\n")),
+    }
+}
+
+/// Two descriptors a pod, and a shell's limit is 1024.
+fn raise_file_limit() {
+    use rustix::process::{Resource, getrlimit, setrlimit};
+    let mut limit = getrlimit(Resource::Nofile);
+    limit.current = limit.maximum;
+    if let Err(error) = setrlimit(Resource::Nofile, limit) {
+        tracing::warn!(%error, "raising the limit of open files: a node of many pods may run out of them");
+    }
+}

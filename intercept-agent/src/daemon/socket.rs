@@ -1,0 +1,257 @@
+//! The socket on which pods are asked for: root's alone.
+
+use std::{
+    fs, io,
+    os::unix::fs::{DirBuilderExt as _, PermissionsExt as _},
+    path::Path,
+    sync::Arc,
+};
+
+use rustix::fs::FlockOperation;
+use tokio::{
+    io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, BufReader},
+    net::{UnixListener, UnixStream},
+    sync::{mpsc::UnboundedSender, oneshot},
+    time::timeout,
+};
+
+use super::{
+    placement::Placement,
+    protocol::{Add, MAX_LINE, PATIENCE, Request, Response, Sandbox, Select},
+    reconcile::{Answer, Message, Problem},
+    sidecar::{self, Facts, Verdict},
+    wanted::{Key, Options, Wanted},
+};
+use crate::store::Origin;
+
+/// The socket cannot be had.
+#[derive(Debug, thiserror::Error)]
+#[error("{action} {path}")]
+pub struct SocketError {
+    action: &'static str,
+    path: String,
+    #[source]
+    source: io::Error,
+}
+
+fn at(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> SocketError {
+    let path = path.display().to_string();
+    move |source| SocketError { action, path, source }
+}
+
+/// The socket, and the lock that makes this the one daemon that has it.
+pub struct Server {
+    listener: UnixListener,
+    _lock: fs::File,
+    context: Arc<Context>,
+}
+
+struct Context {
+    messages: UnboundedSender<Message>,
+    placement: Placement,
+}
+
+impl Server {
+    /// Listen. The folder is made if it is not there; what a daemon left that is gone is replaced.
+    pub fn open(
+        path: &Path,
+        messages: UnboundedSender<Message>,
+        placement: Placement,
+    ) -> Result<Self, SocketError> {
+        let folder = path.parent().unwrap_or(Path::new("."));
+        fs::DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(folder)
+            .map_err(at("making folder", folder))?;
+        let locked = path.with_extension("lock");
+        let lock = fs::File::create(&locked).map_err(at("opening", &locked))?;
+        rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive)
+            .map_err(io::Error::from)
+            .map_err(at("another daemon has this socket: locking", &locked))?;
+        match fs::remove_file(path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                return Err(at("replacing socket", path)(error));
+            }
+            _ => {}
+        }
+        let listener = UnixListener::bind(path).map_err(at("listening on socket", path))?;
+        // Whoever was quicker than this is turned away by the check of the peer.
+        fs::set_permissions(path, fs::Permissions::from_mode(0o600))
+            .map_err(at("closing to others", path))?;
+        Ok(Self { listener, _lock: lock, context: Arc::new(Context { messages, placement }) })
+    }
+
+    /// Answer, for ever.
+    pub async fn serve(self) {
+        loop {
+            match self.listener.accept().await {
+                Ok((stream, _)) => {
+                    let context = Arc::clone(&self.context);
+                    tokio::spawn(async move {
+                        if let Err(error) = context.answer(stream).await {
+                            tracing::warn!(%error, "answering on the socket");
+                        }
+                    });
+                }
+                Err(error) => {
+                    // Out of descriptors, most likely: it passes.
+                    tracing::error!(%error, "accepting on the socket");
+                    tokio::time::sleep(std::time::Duration::from_millis(100)).await;
+                }
+            }
+        }
+    }
+}
+
+impl Context {
+    async fn answer(&self, mut stream: UnixStream) -> io::Result<()> {
+        let peer = stream.peer_cred()?;
+        let response = if peer.uid() == 0 {
+            let mut line = String::new();
+            let (reader, _) = stream.split();
+            let mut reader = BufReader::new(reader.take(MAX_LINE));
+            match timeout(PATIENCE, reader.read_line(&mut line)).await {
+                Ok(read) => _ = read?,
+                Err(late) => return Err(late.into()),
+            }
+            match serde_json::from_str(&line) {
+                Ok(request) => self.perform(request).await,
+                Err(error) => failed("request", format!("reading the request: {error}")),
+            }
+        } else {
+            tracing::warn!(uid = peer.uid(), "turned away from the socket");
+            failed("forbidden", "this socket is root's".to_owned())
+        };
+        let mut text = serde_json::to_string(&response)?;
+        text.push('\n');
+        stream.write_all(text.as_bytes()).await?;
+        stream.shutdown().await
+    }
+
+    async fn perform(&self, request: Request) -> Response {
+        match request {
+            Request::Add(add) => self.add(*add).await,
+            Request::Delete(sandbox) => {
+                let key = key(&sandbox);
+                self.ask(|reply| Message::Delete { key, sandbox: sandbox.sandbox, reply }).await
+            }
+            Request::Check(sandbox) => self.ask(|reply| Message::Check(key(&sandbox), reply)).await,
+            Request::Report => match self.tell(Message::Report).await {
+                Some(reports) => Response::Pods(reports),
+                None => ending(),
+            },
+            Request::Leave => match self.tell(Message::Leave).await {
+                Some(Ok(())) => Response::Done("left".to_owned()),
+                Some(Err(error)) => failed("internal", super::capture::CaptureError::from(error).text()),
+                None => ending(),
+            },
+        }
+    }
+
+    async fn add(&self, add: Add) -> Response {
+        let key = key(&add.pod);
+        let name = format!("{}/{}", add.pod.namespace, add.pod.name);
+        let given = match add.select {
+            Select::All => add.given.clone(),
+            Select::Sidecar => {
+                let Some(annotations) = add.annotations.clone() else {
+                    return failed(
+                        "options",
+                        "the runtime passes no annotations to the plugin, so that nothing says which pods have a sidecar; \
+                         let the plugin have the capability io.kubernetes.cri.pod-annotations (containerd 1.7, CRI-O 1.21)"
+                            .to_owned(),
+                    );
+                };
+                let facts = Facts { annotations, ..Facts::default() };
+                match sidecar::decide(&facts, &add.given) {
+                    Ok(Verdict::Capture(given)) => given,
+                    Ok(Verdict::LeaveAlone(why)) => {
+                        drop(self.messages.send(Message::LeftAlone { key, name, why }));
+                        return Response::Done(why.to_owned());
+                    }
+                    Err(error) => return failed("options", error.to_string()),
+                }
+            }
+        };
+        let placed = match (&add.cgroup, &add.pod.uid) {
+            (Some(name), _) => self.placement.of_name(name),
+            (None, Some(uid)) => self.placement.of_pod(uid),
+            (None, None) => {
+                return failed(
+                    "cgroup",
+                    "the runtime says neither which cgroup nor which pod this is: let the plugin have the capability \
+                     cgroupPath, or pass K8S_POD_UID"
+                        .to_owned(),
+                );
+            }
+        };
+        let cgroup = match placed {
+            Ok(cgroup) => cgroup,
+            Err(error) => return failed("cgroup", error.to_string()),
+        };
+        let wanted = Wanted {
+            origin: origin(add.pod),
+            cgroup,
+            netns: Some(add.netns),
+            options: Options::Given(given),
+        };
+        self.ask(|reply| Message::Add(Box::new(wanted), reply)).await
+    }
+
+    async fn ask(&self, message: impl FnOnce(oneshot::Sender<Answer>) -> Message) -> Response {
+        match self.tell(message).await {
+            Some(Ok(how)) => Response::Done(how.to_owned()),
+            Some(Err(problem)) => Response::Failed(problem),
+            None => ending(),
+        }
+    }
+
+    async fn tell<T>(&self, message: impl FnOnce(oneshot::Sender<T>) -> Message) -> Option<T> {
+        let (reply, answer) = oneshot::channel();
+        self.messages.send(message(reply)).ok()?;
+        answer.await.ok()
+    }
+}
+
+fn failed(cause: &str, text: String) -> Response {
+    Response::Failed(Problem { cause: cause.to_owned(), text })
+}
+
+fn ending() -> Response {
+    failed("ending", "the daemon is ending; try again".to_owned())
+}
+
+fn uid(sandbox: &Sandbox) -> &str {
+    sandbox.uid.as_deref().unwrap_or(&sandbox.sandbox)
+}
+
+fn key(sandbox: &Sandbox) -> Key {
+    Key::Pod(uid(sandbox).to_owned())
+}
+
+fn origin(sandbox: Sandbox) -> Origin {
+    Origin::Pod {
+        uid: uid(&sandbox).to_owned(),
+        namespace: sandbox.namespace,
+        name: sandbox.name,
+        sandbox: Some(sandbox.sandbox),
+    }
+}
+
+/// Ask the daemon, from another process, and wait for its answer.
+pub fn request(path: &Path, request: &Request) -> io::Result<Response> {
+    use std::io::{BufRead as _, Read as _, Write as _};
+    let mut stream = std::os::unix::net::UnixStream::connect(path)?;
+    stream.set_read_timeout(Some(PATIENCE * 3))?;
+    stream.set_write_timeout(Some(PATIENCE))?;
+    let mut text = serde_json::to_string(request)?;
+    text.push('\n');
+    stream.write_all(text.as_bytes())?;
+    let mut line = String::new();
+    std::io::BufReader::new(stream.take(MAX_LINE * 64)).read_line(&mut line)?;
+    if line.is_empty() {
+        return Err(io::ErrorKind::UnexpectedEof.into());
+    }
+    Ok(serde_json::from_str(&line)?)
+}

@@ -1,0 +1,207 @@
+//! The one thread that changes the node, so that nothing that waits for the kernel holds up the rest of the daemon.
+
+use std::{
+    collections::VecDeque,
+    io,
+    panic::{AssertUnwindSafe, catch_unwind},
+    path::PathBuf,
+    sync::{Arc, Condvar, Mutex, PoisonError},
+    thread,
+};
+
+use tokio::sync::oneshot;
+
+use crate::{
+    node::{Node, NodeError, Paused},
+    store::Lock,
+};
+
+type Job = Box<dyn FnOnce(&mut Access) + Send>;
+
+/// Which jobs go first.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Lane {
+    /// Somebody waits for it: a pod that is being started.
+    Urgent,
+    /// What keeps the state right.
+    Normal,
+}
+
+/// The job panicked, or the thread is gone.
+#[derive(Debug, thiserror::Error)]
+#[error("the daemon's worker failed on this; its log says where")]
+pub struct WorkerFailed;
+
+#[derive(Default)]
+struct Queue {
+    lanes: Mutex<Lanes>,
+    more: Condvar,
+}
+
+#[derive(Default)]
+struct Lanes {
+    urgent: VecDeque<Job>,
+    normal: VecDeque<Job>,
+    closed: bool,
+}
+
+impl Queue {
+    fn lanes(&self) -> std::sync::MutexGuard<'_, Lanes> {
+        // Jobs run outside the lock, so that a panic leaves the queue whole.
+        self.lanes.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn next(&self) -> Option<Job> {
+        let mut lanes = self.lanes();
+        loop {
+            let job = lanes.urgent.pop_front().or_else(|| lanes.normal.pop_front());
+            if job.is_some() || lanes.closed {
+                return job;
+            }
+            lanes = self.more.wait(lanes).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+}
+
+/// Gives jobs to the thread, which ends with the last of these.
+#[derive(Clone)]
+pub struct Worker(Arc<Handle>);
+
+struct Handle(Arc<Queue>);
+
+impl Drop for Handle {
+    fn drop(&mut self) {
+        self.0.lanes().closed = true;
+        self.0.more.notify_all();
+    }
+}
+
+impl Worker {
+    /// Start the thread, for the state in this bpffs. It is opened by the first job that wants it.
+    pub fn start(bpffs: PathBuf, max_connections: u32) -> io::Result<Self> {
+        let queue = Arc::new(Queue::default());
+        thread::Builder::new().name("node".to_owned()).spawn({
+            let queue = Arc::clone(&queue);
+            move || {
+                let mut access = Access { bpffs, max_connections, paused: None, keep: None };
+                while let Some(job) = queue.next() {
+                    job(&mut access);
+                }
+            }
+        })?;
+        Ok(Self(Arc::new(Handle(queue))))
+    }
+
+    /// Run a job and wait for what it gives.
+    pub async fn run<T: Send + 'static>(
+        &self,
+        lane: Lane,
+        work: impl FnOnce(&mut Access) -> T + Send + 'static,
+    ) -> Result<T, WorkerFailed> {
+        let (reply, result) = oneshot::channel();
+        let job: Job = Box::new(move |access| {
+            match catch_unwind(AssertUnwindSafe(|| work(access))) {
+                // Nobody waits any more: what was to be changed is changed all the same.
+                Ok(result) => drop(reply.send(result)),
+                Err(_) => access.paused = None,
+            }
+        });
+        {
+            let mut lanes = self.0.0.lanes();
+            match lane {
+                Lane::Urgent => lanes.urgent.push_back(job),
+                Lane::Normal => lanes.normal.push_back(job),
+            }
+        }
+        self.0.0.more.notify_one();
+        result.await.map_err(|_| WorkerFailed)
+    }
+
+    /// How many jobs wait.
+    pub fn waiting(&self) -> usize {
+        let lanes = self.0.0.lanes();
+        lanes.urgent.len() + lanes.normal.len()
+    }
+}
+
+/// The node, for a job.
+pub struct Access {
+    bpffs: PathBuf,
+    max_connections: u32,
+    paused: Option<Paused>,
+    keep: Option<Lock>,
+}
+
+impl Access {
+    /// Lock the node for as long as `work` takes. Between jobs other agents may use it.
+    pub fn with<T, E: From<NodeError>>(
+        &mut self,
+        work: impl FnOnce(&mut Node) -> Result<T, E>,
+    ) -> Result<T, E> {
+        let resumed = match self.paused.take() {
+            Some(paused) => paused.resume()?,
+            None => None,
+        };
+        let mut node = match resumed {
+            Some(node) => node,
+            None => {
+                let node = Node::open(&self.bpffs, self.max_connections)?;
+                self.keep = Some(node.store().keep().map_err(NodeError::from)?);
+                node
+            }
+        };
+        let result = work(&mut node);
+        self.paused = Some(node.pause());
+        result
+    }
+
+    /// Remove everything from the node, whoever attached it.
+    pub fn remove_everything(&mut self) -> Result<(), NodeError> {
+        self.paused = None;
+        self.keep = None;
+        match Node::find(&self.bpffs)? {
+            Some(node) => node.remove_everything(),
+            None => Ok(()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn runtime() -> tokio::runtime::Runtime {
+        tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime")
+    }
+
+    #[test]
+    fn a_panic_in_a_job_fails_that_job_alone() {
+        let worker = Worker::start("/nonexistent".into(), 1).expect("a thread");
+        runtime().block_on(async {
+            let failed = worker.run(Lane::Normal, |_| panic!("on purpose")).await;
+            assert!(matches!(failed, Err(WorkerFailed)), "{failed:?}");
+            assert_eq!(worker.run(Lane::Normal, |_| 7).await.expect("still there"), 7);
+        });
+    }
+
+    #[test]
+    fn urgent_jobs_overtake() {
+        let worker = Worker::start("/nonexistent".into(), 1).expect("a thread");
+        let order = Arc::new(Mutex::new(Vec::new()));
+        runtime().block_on(async {
+            let (go, wait) = std::sync::mpsc::channel::<()>();
+            let first = worker.run(Lane::Normal, move |_| wait.recv().expect("a word"));
+            let note = |what: &'static str| {
+                let order = Arc::clone(&order);
+                move |_: &mut Access| order.lock().expect("whole").push(what)
+            };
+            let normal = worker.run(Lane::Normal, note("normal"));
+            let urgent = worker.run(Lane::Urgent, note("urgent"));
+            let (first, normal, urgent, ()) = tokio::join!(first, normal, urgent, async {
+                go.send(()).expect("the worker waits");
+            });
+            first.and(normal).and(urgent).expect("all done");
+        });
+        assert_eq!(*order.lock().expect("whole"), ["urgent", "normal"]);
+    }
+}

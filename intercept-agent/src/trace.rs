@@ -1,0 +1,284 @@
+//! Live decisions, from the ring buffer that the programs write while somebody listens.
+
+use std::{
+    fmt, fs, io,
+    net::IpAddr,
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
+
+use aya::maps::{Array, Map, MapData, MapError, RingBuf};
+use intercept_common::{Reason, Target, Verdict, layout::Event, names};
+use serde::Serialize;
+use tokio::io::{Interest, unix::AsyncFd};
+
+use crate::{
+    node::NodeError,
+    store::{Lock, Store, StoreError},
+};
+
+/// Why decisions cannot be traced.
+#[derive(Debug, thiserror::Error)]
+#[expect(missing_docs, reason = "each is its text")]
+pub enum TraceError {
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    #[error(transparent)]
+    Node(#[from] NodeError),
+    #[error("another `intercept-agent trace` reads the events of this node: there is one reader at a time")]
+    Busy(#[source] StoreError),
+    #[error("{action} map {map}")]
+    Map { action: &'static str, map: &'static str, source: MapError },
+    #[error("waiting for events")]
+    Wait(#[source] io::Error),
+}
+
+/// The events, switched on while this lives.
+pub struct Trace {
+    events: AsyncFd<RingBuf<MapData>>,
+    switch: Array<MapData, u32>,
+    // After the switch, so that the next reader finds it off.
+    _lock: Lock,
+}
+
+fn open<T: TryFrom<Map, Error = MapError>>(
+    store: &Store,
+    map: &'static str,
+    wrap: fn(MapData) -> Map,
+) -> Result<T, TraceError> {
+    MapData::from_pin(store.maps().join(map))
+        .and_then(|data| T::try_from(wrap(data)))
+        .map_err(|source| TraceError::Map { action: "opening", map, source })
+}
+
+fn set(switch: &mut Array<MapData, u32>, value: u32) -> Result<(), TraceError> {
+    switch.set(0, value, 0).map_err(|source| TraceError::Map {
+        action: "writing to",
+        map: names::TRACING,
+        source,
+    })
+}
+
+impl Trace {
+    /// Switch the events on. To be called within a tokio runtime with io enabled.
+    pub fn start(store: &Store) -> Result<Self, TraceError> {
+        let lock = store.lock_events().map_err(TraceError::Busy)?;
+        let events: RingBuf<MapData> = open(store, names::EVENTS, Map::RingBuf)?;
+        let mut switch = open(store, names::TRACING, Map::Array)?;
+        // SAFETY: the ring buffer keeps its descriptor open, and always the same one, until it is dropped.
+        let events = unsafe { AsyncFd::register_with_interest(events, Interest::READABLE) };
+        let mut events = events.map_err(|error| TraceError::Wait(error.into()))?;
+        // What a reader before us did not read.
+        while events.get_mut().next().is_some() {}
+        set(&mut switch, 1)?;
+        Ok(Self { events, switch, _lock: lock })
+    }
+
+    /// Wait for events, and give each to `take`, which says whether to go on.
+    pub async fn read(&mut self, mut take: impl FnMut(&Event) -> bool) -> Result<bool, TraceError> {
+        let mut ready = self.events.readable_mut().await.map_err(TraceError::Wait)?;
+        while let Some(item) = ready.get_inner_mut().next() {
+            // One of another size is from programs of another layout, which are not in this folder.
+            if let Ok(event) = bytemuck::try_pod_read_unaligned(&item)
+                && !take(&event)
+            {
+                return Ok(false);
+            }
+        }
+        ready.clear_ready();
+        Ok(true)
+    }
+}
+
+impl Drop for Trace {
+    fn drop(&mut self) {
+        if let Err(error) = set(&mut self.switch, 0) {
+            tracing::warn!(error = &error as &dyn std::error::Error, "switching the events off");
+        }
+    }
+}
+
+/// Switch off what a reader left on that was killed. Does nothing while one reads.
+pub fn switch_off_if_unread(store: &Store) -> Result<(), StoreError> {
+    let Ok(lock) = store.lock_events() else { return Ok(()) };
+    let switched = open::<Array<MapData, u32>>(store, names::TRACING, Map::Array).and_then(|mut switch| {
+        match switch.get(&0, 0) {
+            Ok(0) => Ok(()),
+            _ => set(&mut switch, 0),
+        }
+    });
+    if let Err(error) = switched {
+        tracing::warn!(error = &error as &dyn std::error::Error, "switching off events that nobody reads");
+    }
+    drop(lock);
+    Ok(())
+}
+
+/// An event as it is printed. The names are stable.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+#[expect(missing_docs, reason = "the names are the documentation")]
+pub struct Line {
+    /// Seconds since 1970.
+    pub time: f64,
+    pub netns_cookie: u64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub pod: Option<String>,
+    pub direction: &'static str,
+    pub protocol: &'static str,
+    pub source: IpAddr,
+    pub source_port: u16,
+    pub destination: IpAddr,
+    pub destination_port: u16,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub pid: Option<u32>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub process: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub uid: Option<u32>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub gid: Option<u32>,
+    pub verdict: &'static str,
+    pub reason: &'static str,
+}
+
+/// Turns events into lines.
+pub struct Printer {
+    boot: Duration,
+}
+
+impl Printer {
+    /// Times of events count from when the machine started.
+    pub fn new() -> Self {
+        let now = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
+        let up = Duration::new(
+            u64::try_from(now.tv_sec).unwrap_or_default(),
+            u32::try_from(now.tv_nsec).unwrap_or_default(),
+        );
+        let wall = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        Self { boot: wall.saturating_sub(up) }
+    }
+
+    /// The line of an event, with a name for its pod.
+    pub fn line(&self, event: &Event, pod: Option<String>) -> Line {
+        let inbound = event.inbound != 0;
+        let reason = Reason::ALL.get(usize::from(event.reason)).copied();
+        let owned = |value: u32| (!inbound).then_some(value);
+        Line {
+            time: (self.boot + Duration::from_nanos(event.time)).as_secs_f64(),
+            netns_cookie: event.netns,
+            pod,
+            direction: if inbound { "inbound" } else { "outbound" },
+            protocol: match event.protocol {
+                6 => "tcp",
+                17 => "udp",
+                _ => "other",
+            },
+            source: event.src.into(),
+            source_port: event.src_port,
+            destination: event.dst.into(),
+            destination_port: event.dst_port,
+            pid: owned(event.pid),
+            process: (!inbound).then(|| process(event)),
+            uid: owned(event.uid),
+            gid: owned(event.gid),
+            verdict: match reason.map(Reason::verdict) {
+                None => "unknown",
+                Some(Verdict::Leave) => "leave",
+                Some(Verdict::Redirect(Target::Outbound)) => "outbound_port",
+                Some(Verdict::Redirect(Target::Inbound)) => "inbound_port",
+                Some(Verdict::Redirect(Target::Dns)) => "dns_port",
+            },
+            reason: reason.map_or("unknown", Reason::word),
+        }
+    }
+}
+
+impl Default for Printer {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+/// The name of the process, which is not that of the thread; of the thread when the process is gone already.
+fn process(event: &Event) -> String {
+    let name = fs::read_to_string(format!("/proc/{}/comm", event.pid)).ok();
+    let name = name.map(|name| name.trim_end().to_owned());
+    name.unwrap_or_else(|| {
+        let end = event.comm.iter().position(|byte| *byte == 0).unwrap_or(event.comm.len());
+        String::from_utf8_lossy(&event.comm[..end]).into_owned()
+    })
+}
+
+impl fmt::Display for Line {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let end = |ip: &IpAddr, port: u16| std::net::SocketAddr::new(*ip, port).to_string();
+        write!(f, "{:.6} ", self.time)?;
+        match &self.pod {
+            Some(pod) => write!(f, "{pod} ")?,
+            None => write!(f, "netns:{} ", self.netns_cookie)?,
+        }
+        write!(f, "{} {} ", self.direction, self.protocol)?;
+        match (&self.process, self.pid, self.uid, self.gid) {
+            (Some(process), Some(pid), Some(uid), Some(gid)) => write!(f, "{process}[{pid}] {uid}:{gid} ")?,
+            _ => write!(f, "{} ", end(&self.source, self.source_port))?,
+        }
+        write!(f, "-> {} {} ({})", end(&self.destination, self.destination_port), self.verdict, self.reason)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use intercept_common::Addr;
+
+    use super::*;
+
+    fn addr(text: &str) -> Addr {
+        text.parse::<IpAddr>().expect("an address").into()
+    }
+
+    fn event() -> Event {
+        let mut comm = [0; 16];
+        comm[..4].copy_from_slice(b"curl");
+        Event {
+            time: 1_500_000_000,
+            netns: 42,
+            dst: addr("10.96.0.1"),
+            src: addr("0.0.0.0"),
+            dst_port: 80,
+            src_port: 0,
+            // More than any process has.
+            pid: u32::MAX,
+            uid: 1000,
+            gid: 1000,
+            reason: Reason::IncludedCidr as u8,
+            protocol: 6,
+            inbound: 0,
+            reserved: 0,
+            comm,
+            reserved2: 0,
+        }
+    }
+
+    #[test]
+    fn an_outbound_event_names_its_process() {
+        let printer = Printer { boot: Duration::from_secs(1000) };
+        let line = printer.line(&event(), Some("default/app".into()));
+        assert_eq!(
+            line.to_string(),
+            "1001.500000 default/app outbound tcp curl[4294967295] 1000:1000 -> 10.96.0.1:80 outbound_port (included_cidr)"
+        );
+    }
+
+    #[test]
+    fn an_inbound_event_names_its_client_and_no_process() {
+        let printer = Printer { boot: Duration::ZERO };
+        let src = addr("2001:db8::1");
+        let event = Event { inbound: 1, src, src_port: 5555, reason: Reason::InboundAll as u8, ..event() };
+        let line = printer.line(&event, None);
+        assert_eq!(
+            line.to_string(),
+            "1.500000 netns:42 inbound tcp [2001:db8::1]:5555 -> 10.96.0.1:80 inbound_port (inbound_all)"
+        );
+        let json = serde_json::to_value(&line).expect("json");
+        assert!(json.get("process").is_none() && json.get("uid").is_none(), "{json}");
+    }
+}

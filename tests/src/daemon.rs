@@ -1,0 +1,154 @@
+//! The daemon under test, with a folder of pods and a socket of its own.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    process::{Child, Command, Stdio},
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context as _, Result, bail, ensure};
+use intercept_agent::daemon::{
+    protocol::{Request, Response},
+    reconcile::{Report, State},
+    socket,
+};
+use serde_json::json;
+use tempfile::TempDir;
+
+use crate::{agent::Agent, testbed::Place};
+
+/// How long anything may take that is not measured.
+const PATIENCE: Duration = Duration::from_secs(20);
+
+/// A daemon, running or not. Killed when it is dropped; what it put in force goes with the [`Agent`].
+#[derive(Debug)]
+pub struct Daemon<'a> {
+    agent: &'a Agent,
+    folder: TempDir,
+    arguments: Vec<String>,
+    child: Option<Child>,
+}
+
+impl<'a> Daemon<'a> {
+    /// Start one, and wait until it answers.
+    pub fn start(agent: &'a Agent, arguments: &[&str]) -> Result<Self> {
+        let folder = TempDir::with_prefix("intercept-test-daemon")?;
+        fs::create_dir(folder.path().join("pods"))?;
+        let arguments = arguments.iter().map(|argument| (*argument).to_owned()).collect();
+        let mut daemon = Self { agent, folder, arguments, child: None };
+        daemon.restart()?;
+        Ok(daemon)
+    }
+
+    /// Start it again; says how long it took to take over what is in force.
+    pub fn restart(&mut self) -> Result<Duration> {
+        ensure!(self.child.is_none(), "it runs");
+        let started = Instant::now();
+        let mut command: Command = self.agent.command("daemon");
+        command
+            .arg("--pods-dir")
+            .arg(self.pods_dir())
+            .arg("--socket")
+            .arg(self.socket())
+            .args(&self.arguments);
+        self.child = Some(command.stdin(Stdio::null()).spawn().context("starting the daemon")?);
+        self.wait("the daemon answers", |daemon| daemon.reports().is_ok())?;
+        Ok(started.elapsed())
+    }
+
+    /// Kill it as the kernel does when memory is short.
+    pub fn kill(&mut self) -> Result<()> {
+        let mut child = self.child.take().context("it does not run")?;
+        child.kill()?;
+        child.wait()?;
+        Ok(())
+    }
+
+    /// Its process.
+    pub fn pid(&self) -> Option<u32> {
+        self.child.as_ref().map(Child::id)
+    }
+
+    /// The folder of pods.
+    pub fn pods_dir(&self) -> PathBuf {
+        self.folder.path().join("pods")
+    }
+
+    /// The socket.
+    pub fn socket(&self) -> PathBuf {
+        self.folder.path().join("agent.sock")
+    }
+
+    /// A folder for whatever else.
+    pub fn folder(&self) -> &Path {
+        self.folder.path()
+    }
+
+    /// Put a pod into the folder, or change it there.
+    pub fn put(&self, name: &str, place: &Place, arguments: &[&str]) -> Result<()> {
+        let text =
+            json!({ "cgroup": place.cgroup.path(), "netns": place.netns.path(), "arguments": arguments });
+        self.put_text(name, &text.to_string())
+    }
+
+    /// Put any text into the folder.
+    pub fn put_text(&self, name: &str, text: &str) -> Result<()> {
+        let beside = self.pods_dir().join(format!(".{name}"));
+        fs::write(&beside, text)?;
+        Ok(fs::rename(beside, self.pods_dir().join(format!("{name}.json")))?)
+    }
+
+    /// Take a pod out of the folder.
+    pub fn remove(&self, name: &str) -> Result<()> {
+        Ok(fs::remove_file(self.pods_dir().join(format!("{name}.json")))?)
+    }
+
+    /// Ask on the socket.
+    pub fn ask(&self, request: &Request) -> Result<Response> {
+        Ok(socket::request(&self.socket(), request)?)
+    }
+
+    /// What it knows of every pod.
+    pub fn reports(&self) -> Result<Vec<Report>> {
+        match self.ask(&Request::Report)? {
+            Response::Pods(reports) => Ok(reports),
+            other => bail!("another answer: {other:?}"),
+        }
+    }
+
+    /// What it knows of one pod of the folder.
+    pub fn report(&self, name: &str) -> Result<Option<Report>> {
+        let key = format!("file/{name}.json");
+        Ok(self.reports()?.into_iter().find(|report| report.pod == key))
+    }
+
+    /// Wait until a pod of the folder is in a state.
+    pub fn wait_for(&self, name: &str, state: State) -> Result<Report> {
+        self.wait(&format!("{name} is {state:?}"), |daemon| {
+            daemon.report(name).is_ok_and(|report| report.is_some_and(|report| report.state == state))
+        })?;
+        self.report(name)?.context("it is gone again")
+    }
+
+    /// Wait until something is so.
+    pub fn wait(&self, what: &str, so: impl Fn(&Self) -> bool) -> Result<()> {
+        let deadline = Instant::now() + PATIENCE;
+        while !so(self) {
+            ensure!(Instant::now() < deadline, "waited in vain: {what}; {:?}", self.reports());
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Daemon<'_> {
+    fn drop(&mut self) {
+        if let Some(mut child) = self.child.take() {
+            let killed = child.kill().and_then(|()| child.wait());
+            if !std::thread::panicking() {
+                killed.expect("killed");
+            }
+        }
+    }
+}

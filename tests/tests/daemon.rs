@@ -1,0 +1,496 @@
+//! The daemon with real pods: what its folder and its socket ask for is in force, and nothing else.
+
+use std::{
+    fs,
+    io::{Read as _, Write as _},
+    net::{IpAddr, SocketAddr, TcpListener, TcpStream},
+    os::unix::fs::PermissionsExt as _,
+    process::{Command, Stdio},
+    sync::atomic::{AtomicBool, AtomicUsize, Ordering},
+    time::{Duration, Instant},
+};
+
+use intercept_agent::daemon::{
+    protocol::{Add, Request, Response, Sandbox, Select},
+    reconcile::State,
+    wanted::Given,
+};
+use serde_json::{Value, json};
+use tests::{
+    actor::{Actor, Bind, Dial, Listen, Outcome, Transport},
+    agent::Agent,
+    daemon::Daemon,
+    testbed::{Ids, Place, Pod, PodSpec},
+};
+
+const OUTBOUND: [&str; 4] = ["-i", "*", "-u", "1337"];
+
+fn service() -> SocketAddr {
+    SocketAddr::from(([10, 96, 0, 10], 80))
+}
+
+/// An actor in the pod that plays the proxy on 15001.
+fn proxy(pod: &Pod) -> Actor {
+    let actor = Actor::start(pod).expect("an actor");
+    let bind = Bind::new(Ids::PROXY, SocketAddr::new(IpAddr::from([0, 0, 0, 0]), 15001));
+    actor.listen(Listen { name: "proxy".into(), transport: Transport::Tcp, bind }).expect("a proxy");
+    actor
+}
+
+/// Who answers the app; none if nobody does.
+fn answers(actor: &Actor, to: SocketAddr) -> Option<String> {
+    match actor.dial(Dial::new(Ids::APP, to)).expect("dialled").outcome {
+        Outcome::Answered(answer) => Some(answer.server),
+        _ => None,
+    }
+}
+
+#[test]
+fn pods_of_the_folder_are_captured_changed_and_released() {
+    let agent = Agent::new("d-folder").expect("the agent");
+    let daemon = Daemon::start(&agent, &[]).expect("a daemon");
+    let pod = Pod::new(PodSpec::new("folder")).expect("a pod");
+    let actor = proxy(&pod);
+    daemon.put("a", &pod, &OUTBOUND).expect("put");
+    daemon.wait_for("a", State::Captured).expect("captured");
+    assert_eq!(answers(&actor, service()).as_deref(), Some("proxy"));
+
+    // A wrong change leaves in force what was.
+    daemon.put("a", &pod, &["-i", "nonsense"]).expect("put");
+    let report = daemon.wait_for("a", State::Failed).expect("failed");
+    let problem = report.problem.expect("a problem");
+    assert!(problem.cause == "options" && problem.text.contains("nonsense"), "{problem:?}");
+    assert_eq!(answers(&actor, service()).as_deref(), Some("proxy"));
+
+    daemon.put("a", &pod, &["-i", "*", "-x", "10.96.0.0/16", "-u", "1337"]).expect("put");
+    daemon.wait_for("a", State::Captured).expect("captured");
+    assert_ne!(answers(&actor, service()).as_deref(), Some("proxy"));
+
+    daemon.remove("a").expect("removed");
+    daemon.wait("released", |daemon| daemon.reports().is_ok_and(|all| all.is_empty())).expect("released");
+    assert_eq!(agent.status().expect("status"), json!([]));
+    // A command beside the daemon does not take its programs away.
+    agent.attach(&pod, &OUTBOUND).expect("attached");
+    agent.detach(&pod).expect("detached");
+    assert!(agent.store().join("maps").is_dir());
+    daemon.put("a", &pod, &OUTBOUND).expect("put");
+    daemon.wait_for("a", State::Captured).expect("captured again");
+}
+
+#[test]
+fn a_broken_pod_harms_no_other_and_heals() {
+    let agent = Agent::new("d-broken").expect("the agent");
+    let daemon = Daemon::start(&agent, &[]).expect("a daemon");
+    let place = Place::new("good").expect("a place");
+    daemon.put_text("unreadable", "{").expect("put");
+    daemon.put_text("host", r#"{"cgroup": "/sys/fs/cgroup", "netns": "/proc/1/ns/net"}"#).expect("put");
+    let late =
+        fs::canonicalize(place.cgroup.path().parent().expect("a parent")).expect("a path").join("late");
+    let text = json!({"cgroup": late, "netns": place.netns.path(), "arguments": OUTBOUND});
+    daemon.put_text("late", &text.to_string()).expect("put");
+    for (name, cause) in [("unreadable", "options"), ("host", "cgroup"), ("late", "cgroup")] {
+        let report = daemon.wait_for(name, State::Failed).expect(name);
+        assert_eq!(report.problem.expect("a problem").cause, cause, "{name}");
+    }
+    daemon
+        .wait("tried again", |d| d.report("late").is_ok_and(|r| r.is_some_and(|r| r.failures > 2)))
+        .expect("retried");
+    fs::create_dir(&late).expect("made");
+    let healed = daemon.wait_for("late", State::Captured);
+    daemon.remove("late").expect("removed");
+    daemon.wait("gone", |d| d.report("late").is_ok_and(|r| r.is_none())).expect("gone");
+    fs::remove_dir(&late).expect("removed");
+    healed.expect("captured when its cgroup came");
+    daemon.put("good", &place, &OUTBOUND).expect("put");
+    daemon.wait_for("good", State::Captured).expect("captured");
+    assert!(daemon.report("unreadable").expect("asked").is_some());
+}
+
+#[test]
+fn a_pod_that_is_gone_is_gone_within_a_second() {
+    let agent = Agent::new("d-gone").expect("the agent");
+    let mut daemon = Daemon::start(&agent, &[]).expect("a daemon");
+    let place = Place::new("gone").expect("a place");
+    daemon.put("a", &place, &OUTBOUND).expect("put");
+    assert!(daemon.wait_for("a", State::Captured).expect("captured").followed);
+    daemon.remove("a").expect("removed");
+    daemon.put("b", &place, &OUTBOUND).expect("put");
+    daemon.wait_for("b", State::Captured).expect("captured under its other name");
+    drop(place);
+    let gone = Instant::now();
+    daemon.wait("no state", |_| agent.status().is_ok_and(|pods| pods == json!([]))).expect("gone");
+    let took = gone.elapsed();
+    assert!(took < Duration::from_secs(1), "{took:?}");
+    // The file still asks for it.
+    let cause = |daemon: &Daemon<'_>| daemon.report("b").ok()??.problem.map(|problem| problem.cause);
+    daemon.wait("it is told why", |daemon| cause(daemon).as_deref() == Some("cgroup")).expect("failed");
+
+    let place = Place::new("gone-meanwhile").expect("a place");
+    daemon.put("c", &place, &OUTBOUND).expect("put");
+    daemon.wait_for("c", State::Captured).expect("captured");
+    daemon.kill().expect("killed");
+    drop(place);
+    daemon.restart().expect("started");
+    assert_eq!(agent.status().expect("status"), json!([]));
+}
+
+#[test]
+fn killed_under_load_no_connection_fails_or_passes_by() {
+    let agent = Agent::new("d-killed").expect("the agent");
+    let mut daemon = Daemon::start(&agent, &[]).expect("a daemon");
+    let pod = Pod::new(PodSpec::new("killed")).expect("a pod");
+    let actor = proxy(&pod);
+    let other = Place::new("unwanted").expect("a place");
+    daemon.put("a", &pod, &OUTBOUND).expect("put");
+    daemon.put("b", &other, &OUTBOUND).expect("put");
+    for name in ["a", "b"] {
+        daemon.wait_for(name, State::Captured).expect(name);
+    }
+    let (stop, dialled) = (AtomicBool::new(false), AtomicUsize::new(0));
+    std::thread::scope(|scope| {
+        let client = scope.spawn(|| {
+            while !stop.load(Ordering::Relaxed) {
+                assert_eq!(
+                    answers(&actor, service()).as_deref(),
+                    Some("proxy"),
+                    "a connection went elsewhere"
+                );
+                dialled.fetch_add(1, Ordering::Relaxed);
+            }
+        });
+        for _ in 0..3 {
+            daemon.kill().expect("killed");
+            daemon.restart().expect("started");
+            daemon.wait_for("a", State::Captured).expect("taken over");
+        }
+        daemon.kill().expect("killed");
+        daemon.remove("b").expect("removed");
+        daemon.restart().expect("started");
+        stop.store(true, Ordering::Relaxed);
+        if let Err(panic) = client.join() {
+            std::panic::resume_unwind(panic);
+        }
+    });
+    assert!(dialled.load(Ordering::Relaxed) > 20, "too few connections to tell");
+    // What went from the folder while nobody looked.
+    daemon.wait("b is released", |d| d.report("b").is_ok_and(|report| report.is_none())).expect("released");
+    let pods = agent.status().expect("status");
+    assert_eq!(pods.as_array().map(Vec::len), Some(1), "{pods}");
+    assert_eq!(pods[0]["cgroup"], json!(pod.cgroup.path()));
+}
+
+#[test]
+fn addresses_are_followed() {
+    let agent = Agent::new("d-followed").expect("the agent");
+    let daemon = Daemon::start(&agent, &[]).expect("a daemon");
+    let pod = Pod::new(PodSpec::new("followed")).expect("a pod");
+    let actor = proxy(&pod);
+    let bind = Bind::new(Ids::APP, SocketAddr::new(IpAddr::from([0, 0, 0, 0]), 80));
+    actor.listen(Listen { name: "app".into(), transport: Transport::Tcp, bind }).expect("an app");
+    daemon.put("a", &pod, &OUTBOUND).expect("put");
+    daemon.wait_for("a", State::Captured).expect("captured");
+    let own = SocketAddr::from(([10, 66, 0, 77], 80));
+    assert_eq!(answers(&actor, own).as_deref(), Some("proxy"), "not the pod's own yet");
+    pod.netns.add_address("eth0", "10.66.0.77/24".parse().expect("a network")).expect("added");
+    daemon
+        .wait("its own address is left alone", |_| answers(&actor, own).as_deref() == Some("app"))
+        .expect("followed");
+}
+
+fn add(place: &Place, sandbox: &str) -> Add {
+    let cgroup = place.cgroup.path().strip_prefix(tests::testbed::cgroup::mount_point().expect("cgroup2"));
+    Add {
+        pod: Sandbox {
+            sandbox: sandbox.into(),
+            uid: Some("uid-1".into()),
+            namespace: "shop".into(),
+            name: "cart".into(),
+        },
+        netns: place.netns.path().to_owned(),
+        cgroup: Some(cgroup.expect("below the mount").display().to_string()),
+        annotations: None,
+        select: Select::All,
+        given: Given { arguments: OUTBOUND.map(str::to_owned).to_vec(), ..Given::default() },
+    }
+}
+
+#[test]
+fn a_pod_of_the_socket_is_in_force_when_it_answers() {
+    let agent = Agent::new("d-socket").expect("the agent");
+    let mut daemon = Daemon::start(&agent, &[]).expect("a daemon");
+    let pod = Pod::new(PodSpec::new("socket")).expect("a pod");
+    let actor = proxy(&pod);
+    let ask = |daemon: &Daemon<'_>, request| daemon.ask(&request).expect("an answer");
+    let done = |word: &str| Response::Done(word.into());
+    let sandbox = add(&pod, "s1").pod;
+    assert_eq!(ask(&daemon, Request::Add(Box::new(add(&pod, "s1")))), done("captured"));
+    assert_eq!(answers(&actor, service()).as_deref(), Some("proxy"));
+    assert_eq!(ask(&daemon, Request::Check(sandbox.clone())), done("captured"));
+    // A late DEL of a sandbox that it had before, and one of what never was.
+    let before = Sandbox { sandbox: "s0".into(), ..sandbox.clone() };
+    assert_eq!(ask(&daemon, Request::Delete(before)), done("absent"));
+    assert_eq!(answers(&actor, service()).as_deref(), Some("proxy"));
+
+    // The next daemon knows whose it is.
+    daemon.kill().expect("killed");
+    daemon.restart().expect("started");
+    assert_eq!(daemon.reports().expect("reports")[0].name, "shop/cart");
+    assert_eq!(ask(&daemon, Request::Delete(sandbox.clone())), done("released"));
+    assert_eq!(agent.status().expect("status"), json!([]));
+    assert!(
+        matches!(ask(&daemon, Request::Check(sandbox)), Response::Failed(problem) if problem.cause == "absent")
+    );
+
+    let marked = |annotations: &[(&str, &str)]| {
+        let annotations = annotations.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect();
+        Request::Add(Box::new(Add {
+            annotations: Some(annotations),
+            select: Select::Sidecar,
+            ..add(&pod, "s2")
+        }))
+    };
+    assert_eq!(ask(&daemon, marked(&[])), done("no_sidecar"));
+    let status = ("sidecar.istio.io/status", "{}");
+    let wrong = marked(&[status, ("traffic.sidecar.istio.io/includeInboundPorts", "http")]);
+    match ask(&daemon, wrong) {
+        Response::Failed(problem) => assert!(problem.text.contains("includeInboundPorts"), "{problem:?}"),
+        other => panic!("{other:?}"),
+    }
+    assert_eq!(ask(&daemon, marked(&[status])), done("captured"));
+    assert_eq!(agent.status().expect("status").as_array().map(Vec::len), Some(1));
+}
+
+#[test]
+fn the_plugin_captures_a_pod_and_lets_it_go() {
+    let agent = Agent::new("d-plugin").expect("the agent");
+    let daemon = Daemon::start(&agent, &[]).expect("a daemon");
+    let place = Place::new("plugin").expect("a place");
+    let (conf, bin) = (daemon.folder().join("net.d"), daemon.folder().join("bin"));
+    fs::create_dir(&conf).expect("made");
+    let list = json!({"cniVersion": "1.0.0", "name": "net", "plugins": [{"type": "bridge"}]});
+    fs::write(conf.join("10-net.conflist"), list.to_string()).expect("written");
+    let mut install = Command::new(agent.program());
+    install
+        .args(["cni", "install", "--select", "all", "--cni-conf-dir"])
+        .arg(&conf)
+        .arg("--cni-bin-dir")
+        .arg(&bin);
+    install.arg("--socket").arg(daemon.socket()).arg("--").args(OUTBOUND);
+    assert!(install.status().expect("started").success());
+    let installed: Value =
+        serde_json::from_str(&fs::read_to_string(conf.join("10-net.conflist")).expect("read")).expect("JSON");
+
+    // As a runtime calls it: its entry, with what belongs to the list.
+    let mut config = installed["plugins"][1].clone();
+    let previous =
+        json!({"cniVersion": "1.0.0", "interfaces": [], "ips": [{"address": "10.1.0.5/24"}], "dns": {}});
+    config["cniVersion"] = json!("1.0.0");
+    config["name"] = json!("net");
+    config["prevResult"] = previous.clone();
+    config["runtimeConfig"] = json!({"cgroupPath": add(&place, "s").cgroup});
+    let call = |command: &str| {
+        let mut child = Command::new(bin.join("intercept-cni"))
+            .env("CNI_COMMAND", command)
+            .env("CNI_CONTAINERID", "s")
+            .env("CNI_NETNS", place.netns.path())
+            .env("CNI_IFNAME", "eth0")
+            .env("CNI_ARGS", "K8S_POD_NAMESPACE=shop;K8S_POD_NAME=cart;K8S_POD_UID=uid-1")
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .expect("started");
+        child.stdin.take().expect("piped").write_all(config.to_string().as_bytes()).expect("written");
+        let output = child.wait_with_output().expect("ended");
+        (output.status.success(), String::from_utf8(output.stdout).expect("text"))
+    };
+    let (ok, printed) = call("ADD");
+    assert!(ok, "{printed}");
+    assert_eq!(serde_json::from_str::<Value>(&printed).expect("JSON"), previous);
+    assert_eq!(agent.status().expect("status").as_array().map(Vec::len), Some(1));
+    assert_eq!(call("CHECK"), (true, String::new()));
+    assert_eq!(call("DEL"), (true, String::new()));
+    assert_eq!(agent.status().expect("status"), json!([]));
+    assert_eq!(call("DEL"), (true, String::new()), "again");
+    let (ok, printed) = call("CHECK");
+    let error: Value = serde_json::from_str(&printed).expect("JSON");
+    assert!(!ok && error["code"] == 100, "{printed}");
+
+    // Everything goes, also what is in force.
+    assert!(call("ADD").0);
+    let mut cleanup = agent.command("cleanup");
+    cleanup
+        .arg("--cni-conf-dir")
+        .arg(&conf)
+        .arg("--cni-bin-dir")
+        .arg(&bin)
+        .arg("--socket")
+        .arg(daemon.socket());
+    assert!(cleanup.status().expect("started").success());
+    assert_eq!(fs::read_dir(agent.bpffs()).expect("listed").count(), 0);
+    assert_eq!(fs::read_dir(&bin).expect("listed").count(), 0);
+    let left: Value =
+        serde_json::from_str(&fs::read_to_string(conf.join("10-net.conflist")).expect("read")).expect("JSON");
+    assert_eq!(left, list);
+    assert!(
+        matches!(daemon.ask(&Request::Add(Box::new(add(&place, "s")))), Ok(Response::Failed(_))),
+        "it stays away"
+    );
+}
+
+#[test]
+fn the_socket_is_roots_alone() {
+    let agent = Agent::new("d-roots").expect("the agent");
+    let daemon = Daemon::start(&agent, &[]).expect("a daemon");
+    let mode = |path: &std::path::Path| fs::metadata(path).expect("there").permissions().mode() & 0o777;
+    assert_eq!(mode(&daemon.socket()), 0o600);
+    // The mode is not all that keeps others out.
+    for (path, bits) in [(daemon.folder().to_owned(), 0o755), (daemon.socket(), 0o666)] {
+        fs::set_permissions(path, fs::Permissions::from_mode(bits)).expect("opened");
+    }
+    let response = std::thread::scope(|scope| {
+        let as_nobody = scope.spawn(|| {
+            rustix::thread::set_thread_uid(rustix::fs::Uid::from_raw(65534))
+                .expect("this thread becomes nobody");
+            daemon.ask(&Request::Leave)
+        });
+        as_nobody.join().expect("no panic")
+    });
+    assert!(
+        matches!(&response, Ok(Response::Failed(problem)) if problem.cause == "forbidden"),
+        "{response:?}"
+    );
+}
+
+fn get(address: SocketAddr, path: &str) -> (u16, String) {
+    let mut stream = TcpStream::connect(address).expect("connected");
+    write!(stream, "GET {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n").expect("written");
+    let mut text = String::new();
+    stream.read_to_string(&mut text).expect("read");
+    let status = text.split(' ').nth(1).and_then(|code| code.parse().ok()).expect("a status");
+    (status, text)
+}
+
+#[test]
+fn metrics_tell_decisions_states_and_errors() {
+    let agent = Agent::new("d-metrics").expect("the agent");
+    let free = TcpListener::bind("127.0.0.1:0").and_then(|socket| socket.local_addr()).expect("a port");
+    let daemon = Daemon::start(&agent, &["--metrics-address", &free.to_string()]).expect("a daemon");
+    let pod = Pod::new(PodSpec::new("metrics")).expect("a pod");
+    let actor = proxy(&pod);
+    daemon.put("a", &pod, &OUTBOUND).expect("put");
+    daemon.put_text("b", "{").expect("put");
+    daemon.wait_for("a", State::Captured).expect("captured");
+    for _ in 0..3 {
+        assert_eq!(answers(&actor, service()).as_deref(), Some("proxy"));
+    }
+    let wanted = [
+        r#"intercept_decisions_total{pod="a.json",reason="included_cidr"} 3"#,
+        r#"intercept_pods{state="captured"} 1"#,
+        r#"intercept_pods{state="failed"} 1"#,
+        r#"intercept_errors_total{cause="options"} 1"#,
+        r#"intercept_attaches_total{result="attached"} 1"#,
+        "intercept_attach_seconds_count 1",
+        r#"intercept_map_entries{map="PODS"} 1"#,
+        "# EOF",
+    ];
+    daemon
+        .wait("all metrics", |_| {
+            let (status, text) = get(free, "/metrics");
+            status == 200 && wanted.iter().all(|line| text.contains(line))
+        })
+        .unwrap_or_else(|error| panic!("{error}: {}", get(free, "/metrics").1));
+    assert_eq!(get(free, "/healthz").0, 200);
+    assert_eq!(get(free, "/readyz").0, 200);
+    assert_eq!(get(free, "/").0, 404);
+}
+
+#[test]
+fn without_an_address_nothing_listens() {
+    let agent = Agent::new("d-silent").expect("the agent");
+    let daemon = Daemon::start(&agent, &[]).expect("a daemon");
+    let pid = daemon.pid().expect("it runs");
+    let sockets: Vec<String> = fs::read_dir(format!("/proc/{pid}/fd"))
+        .expect("listed")
+        .flatten()
+        .filter_map(|fd| {
+            fs::read_link(fd.path())
+                .ok()?
+                .to_str()?
+                .strip_prefix("socket:[")?
+                .strip_suffix(']')
+                .map(str::to_owned)
+        })
+        .collect();
+    assert!(!sockets.is_empty(), "the unix socket at least");
+    for table in ["tcp", "tcp6", "udp", "udp6"] {
+        let text = fs::read_to_string(format!("/proc/{pid}/net/{table}")).expect("read");
+        for line in text.lines().skip(1) {
+            let inode = line.split_whitespace().nth(9).expect("an inode");
+            assert!(!sockets.iter().any(|own| own == inode), "{table}: {line}");
+        }
+    }
+}
+
+#[test]
+fn trace_shows_decisions_while_it_runs_only() {
+    let agent = Agent::new("d-trace").expect("the agent");
+    let daemon = Daemon::start(&agent, &[]).expect("a daemon");
+    let pod = Pod::new(PodSpec::new("trace")).expect("a pod");
+    let actor = proxy(&pod);
+    daemon.put("a", &pod, &OUTBOUND).expect("put");
+    daemon.wait_for("a", State::Captured).expect("captured");
+    // Nobody listened to this one.
+    assert_eq!(answers(&actor, SocketAddr::from(([10, 96, 0, 99], 80))).as_deref(), Some("proxy"));
+    let mut trace = agent.command("trace");
+    trace.arg("--json").arg("--cgroup-path").arg(pod.cgroup.path());
+    let mut trace = trace.stdout(Stdio::piped()).spawn().expect("started");
+    let output = trace.stdout.take().expect("piped");
+    let (lines, seen) = std::sync::mpsc::channel();
+    let reader = std::thread::spawn(move || {
+        use std::io::BufRead as _;
+        for line in std::io::BufReader::new(output).lines() {
+            drop(lines.send(line.expect("text")));
+        }
+    });
+    let deadline = Instant::now() + Duration::from_secs(10);
+    let line = loop {
+        assert_eq!(answers(&actor, service()).as_deref(), Some("proxy"));
+        if let Ok(line) = seen.recv_timeout(Duration::from_millis(50)) {
+            break line;
+        }
+        assert!(Instant::now() < deadline, "no event came");
+    };
+    let line: Value = serde_json::from_str(&line).expect("JSON");
+    assert_eq!(line["destination"], "10.96.0.10");
+    assert_eq!(
+        (&line["pod"], &line["process"], &line["uid"], &line["reason"]),
+        (&json!("a.json"), &json!("actor"), &json!(1000), &json!("included_cidr"))
+    );
+    // One reader at a time.
+    let second = agent.command("trace").output().expect("started");
+    assert!(!second.status.success());
+    assert!(String::from_utf8_lossy(&second.stderr).contains("one reader at a time"));
+    let pid = rustix::process::Pid::from_child(&trace);
+    rustix::process::kill_process(pid, rustix::process::Signal::INT).expect("signalled");
+    assert!(trace.wait().expect("ended").success());
+    reader.join().expect("read to the end");
+    // Switched off: the next one sees what happens from then on.
+    assert_eq!(answers(&actor, service()).as_deref(), Some("proxy"));
+    let mut next = agent.command("trace");
+    let mut next = next.args(["--count", "1"]).stdout(Stdio::piped()).spawn().expect("started");
+    daemon
+        .wait("one event", |_| {
+            answers(&actor, SocketAddr::from(([10, 96, 0, 11], 80)));
+            next_ended(&next)
+        })
+        .expect("an event");
+    let mut text = String::new();
+    next.stdout.take().expect("piped").read_to_string(&mut text).expect("text");
+    assert!(next.wait().expect("ended").success());
+    assert!(text.contains("10.96.0.11:80 outbound_port (included_cidr)"), "{text}");
+}
+
+fn next_ended(child: &std::process::Child) -> bool {
+    let state = fs::read_to_string(format!("/proc/{}/stat", child.id())).unwrap_or_default();
+    state.rsplit(')').next().is_some_and(|rest| rest.trim_start().starts_with('Z'))
+}

@@ -1,0 +1,155 @@
+//! A node of many pods: what the daemon takes of memory and time, and that nothing is left of pods that came and went.
+//!
+//! `INTERCEPT_TEST_PODS` says how many there are at a time (40; 250 is what is promised), `INTERCEPT_TEST_STARTS` how
+//! many come and go (100).
+
+use std::{
+    fs,
+    path::Path,
+    time::{Duration, Instant},
+};
+
+use intercept_agent::daemon::{
+    protocol::{Add, Request, Response, Sandbox, Select},
+    reconcile::State,
+    wanted::Given,
+};
+use tests::{
+    agent::Agent,
+    daemon::Daemon,
+    testbed::{Place, cgroup},
+};
+
+fn number(variable: &str, default: usize) -> usize {
+    std::env::var(variable).map_or(default, |text| text.parse().expect("a number"))
+}
+
+fn add(place: &Place, uid: &str) -> Request {
+    let mount = cgroup::mount_point().expect("cgroup2");
+    let relative = place.cgroup.path().strip_prefix(mount).expect("below the mount");
+    Request::Add(Box::new(Add {
+        pod: pod(uid),
+        netns: place.netns.path().to_owned(),
+        cgroup: Some(relative.display().to_string()),
+        annotations: None,
+        select: Select::All,
+        given: Given { arguments: ["-i", "*", "-b", "*"].map(str::to_owned).to_vec(), ..Given::default() },
+    }))
+}
+
+fn pod(uid: &str) -> Sandbox {
+    Sandbox { sandbox: uid.into(), uid: Some(uid.into()), ..Sandbox::default() }
+}
+
+/// Resident memory in KiB, and CPU time.
+fn usage(pid: u32) -> (u64, Duration) {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).expect("a process");
+    let rss = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).expect("a size");
+    let rss = rss.trim().trim_end_matches(" kB").parse().expect("a number");
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).expect("a process");
+    let fields: Vec<&str> = stat.rsplit(')').next().expect("fields").split_whitespace().collect();
+    // utime and stime are the 14th and 15th; the first two are before the last bracket. 100 ticks a second.
+    let ticks: u64 = fields[11].parse::<u64>().expect("ticks") + fields[12].parse::<u64>().expect("ticks");
+    (rss, Duration::from_millis(ticks * 10))
+}
+
+fn descriptors(pid: u32) -> usize {
+    fs::read_dir(format!("/proc/{pid}/fd")).expect("listed").count()
+}
+
+/// Pins below a folder, sorted.
+fn pins(folder: &Path, found: &mut Vec<String>) {
+    for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
+        if entry.file_type().expect("a type").is_dir() {
+            pins(&entry.path(), found);
+        } else {
+            found.push(entry.path().display().to_string());
+        }
+    }
+    found.sort();
+}
+
+#[test]
+fn a_full_node_is_cheap() {
+    let count = number("INTERCEPT_TEST_PODS", 40);
+    let agent = Agent::new("d-full").expect("the agent");
+    let mut daemon = Daemon::start(&agent, &[]).expect("a daemon");
+    let places: Vec<Place> = (0..count).map(|n| Place::new(&format!("n{n}")).expect("a place")).collect();
+    let mut latencies: Vec<Duration> = places
+        .iter()
+        .enumerate()
+        .map(|(n, place)| {
+            let asked = Instant::now();
+            let answer = daemon.ask(&add(place, &format!("uid-{n}"))).expect("an answer");
+            assert_eq!(answer, Response::Done("captured".into()), "pod {n}");
+            asked.elapsed()
+        })
+        .collect();
+    latencies.sort();
+    let percentile = |p: usize| latencies[(latencies.len() - 1) * p / 100];
+    println!("{count} pods: in force after {:?} (median), {:?} (p99)", percentile(50), percentile(99));
+
+    daemon.kill().expect("killed");
+    let adopted = daemon.restart().expect("started");
+    assert_eq!(daemon.reports().expect("reports").len(), count);
+    println!("{count} pods: taken over {adopted:?} after the start of the process");
+    daemon
+        .wait("all are followed", |daemon| {
+            daemon
+                .reports()
+                .is_ok_and(|all| all.iter().all(|report| report.followed && report.state == State::Captured))
+        })
+        .expect("followed");
+    let pid = daemon.pid().expect("it runs");
+    let (rss, before) = usage(pid);
+    let idle = Duration::from_secs(5);
+    // This measures what happens while nothing does.
+    std::thread::sleep(idle);
+    let (_, after) = usage(pid);
+    let share = (after - before).as_secs_f64() / idle.as_secs_f64();
+    println!(
+        "{count} pods: {} MiB resident, {:.2} % of a core idle, {} descriptors",
+        rss >> 10,
+        share * 100.0,
+        descriptors(pid)
+    );
+    assert!(rss <= 40 << 10, "{rss} KiB");
+    assert!(share <= 0.02, "{share}");
+    if !cfg!(debug_assertions) {
+        assert!(adopted < Duration::from_secs(1) * 2, "{adopted:?}");
+    }
+
+    let gone = Instant::now();
+    drop(places);
+    daemon.wait("all are gone", |daemon| daemon.reports().is_ok_and(|all| all.is_empty())).expect("gone");
+    println!("{count} pods: gone after {:?}", gone.elapsed());
+    assert_eq!(agent.status().expect("status"), serde_json::json!([]));
+}
+
+#[test]
+fn pods_that_come_and_go_leave_nothing() {
+    let starts = number("INTERCEPT_TEST_STARTS", 100);
+    let agent = Agent::new("d-churn").expect("the agent");
+    let daemon = Daemon::start(&agent, &[]).expect("a daemon");
+    let pid = daemon.pid().expect("it runs");
+    let places: Vec<Place> = (0..4).map(|n| Place::new(&format!("churn{n}")).expect("a place")).collect();
+    let round = |n: usize| {
+        let (place, uid) = (&places[n % places.len()], format!("uid-{n}"));
+        assert_eq!(daemon.ask(&add(place, &uid)).expect("an answer"), Response::Done("captured".into()));
+        let released = daemon.ask(&Request::Delete(pod(&uid))).expect("an answer");
+        assert_eq!(released, Response::Done("released".into()));
+    };
+    let state = || {
+        let mut found = Vec::new();
+        pins(agent.bpffs(), &mut found);
+        (found, descriptors(pid))
+    };
+    // Buffers grow to their size first.
+    (0..20).for_each(round);
+    let (before, (rss, _)) = (state(), usage(pid));
+    (20..20 + starts).for_each(round);
+    daemon.wait("descriptors are where they were", |_| state() == before).expect("nothing is left");
+    let (after, _) = usage(pid);
+    println!("{starts} starts: {rss} KiB before, {after} KiB after");
+    assert!(after < rss + (4 << 10), "{rss} KiB before, {after} KiB after");
+}
