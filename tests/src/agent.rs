@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Output, Stdio};
 
 use anyhow::{Context, Result, ensure};
-use aya::maps::{HashMap, Map, MapData};
+use aya::maps::{Array, HashMap, Map, MapData};
 use intercept_agent::kernel::Plain;
 use intercept_common::layout::{self, ConnKey, OrigDst};
 use intercept_common::names;
@@ -149,6 +149,14 @@ impl Agent {
         let data = MapData::from_pin(&path).with_context(|| format!("opening {}", path.display()))?;
         let map: HashMap<_, Plain<ConnKey>, Plain<OrigDst>> = Map::HashMap(data).try_into()?;
         Ok(map.keys().filter_map(Result::ok).count())
+    }
+
+    /// Whether the programs write events for `trace`.
+    pub fn tracing(&self) -> Result<bool> {
+        let path = self.store().join("maps").join(names::TRACING);
+        let data = MapData::from_pin(&path).with_context(|| format!("opening {}", path.display()))?;
+        let map: Array<_, u32> = Map::Array(data).try_into()?;
+        Ok(map.get(&0, 0)? != 0)
     }
 
     /// The folder of this build's layout.

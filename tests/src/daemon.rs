@@ -2,8 +2,10 @@
 
 use std::{
     fs,
+    io::{Read as _, Write as _},
+    net::{IpAddr, SocketAddr, TcpListener, TcpStream},
     path::{Path, PathBuf},
-    process::{Child, Command, Stdio},
+    process::{Child, Command, ExitStatus, Stdio},
     time::{Duration, Instant},
 };
 
@@ -13,10 +15,15 @@ use intercept_agent::daemon::{
     reconcile::{Report, State},
     socket,
 };
+use rustix::process::{Pid, Signal, kill_process};
 use serde_json::json;
 use tempfile::TempDir;
 
-use crate::{agent::Agent, testbed::Place};
+use crate::{
+    actor::{Actor, Bind, Dial, Listen, Outcome, Transport},
+    agent::Agent,
+    testbed::{Ids, Place, Pod},
+};
 
 /// How long anything may take that is not measured.
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -63,6 +70,13 @@ impl<'a> Daemon<'a> {
         child.kill()?;
         child.wait()?;
         Ok(())
+    }
+
+    /// End it as the kubelet does.
+    pub fn terminate(&mut self) -> Result<ExitStatus> {
+        let mut child = self.child.take().context("it does not run")?;
+        kill_process(Pid::from_child(&child), Signal::TERM).context("signalling the daemon")?;
+        Ok(child.wait()?)
     }
 
     /// Its process.
@@ -151,4 +165,43 @@ impl Drop for Daemon<'_> {
             }
         }
     }
+}
+
+/// Everything outbound to the proxy.
+pub const OUTBOUND: [&str; 4] = ["-i", "*", "-u", "1337"];
+
+/// A service that is nowhere.
+pub fn service() -> SocketAddr {
+    SocketAddr::from(([10, 96, 0, 10], 80))
+}
+
+/// An actor in the pod that plays the proxy on 15001.
+pub fn proxy(pod: &Pod) -> Actor {
+    let actor = Actor::start(pod).expect("an actor");
+    let bind = Bind::new(Ids::PROXY, SocketAddr::new(IpAddr::from([0, 0, 0, 0]), 15001));
+    actor.listen(Listen { name: "proxy".into(), transport: Transport::Tcp, bind }).expect("a proxy");
+    actor
+}
+
+/// Who answers the app; none if nobody does.
+pub fn answers(actor: &Actor, to: SocketAddr) -> Option<String> {
+    match actor.dial(Dial::new(Ids::APP, to)).expect("dialled").outcome {
+        Outcome::Answered(answer) => Some(answer.server),
+        _ => None,
+    }
+}
+
+/// GET; the status and all that was answered.
+pub fn get(address: SocketAddr, path: &str) -> (u16, String) {
+    let mut stream = TcpStream::connect(address).expect("connected");
+    write!(stream, "GET {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n").expect("written");
+    let mut text = String::new();
+    stream.read_to_string(&mut text).expect("read");
+    let status = text.split(' ').nth(1).and_then(|code| code.parse().ok()).expect("a status");
+    (status, text)
+}
+
+/// An address on which nothing listens yet.
+pub fn free_address() -> SocketAddr {
+    TcpListener::bind("127.0.0.1:0").and_then(|socket| socket.local_addr()).expect("a port")
 }

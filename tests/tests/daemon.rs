@@ -2,8 +2,8 @@
 
 use std::{
     fs,
-    io::{Read as _, Write as _},
-    net::{IpAddr, SocketAddr, TcpListener, TcpStream},
+    io::Write as _,
+    net::{IpAddr, SocketAddr},
     os::unix::fs::PermissionsExt as _,
     process::{Command, Stdio},
     sync::atomic::{AtomicBool, AtomicUsize, Ordering},
@@ -17,33 +17,11 @@ use intercept_agent::daemon::{
 };
 use serde_json::{Value, json};
 use tests::{
-    actor::{Actor, Bind, Dial, Listen, Outcome, Transport},
+    actor::{Bind, Listen, Transport},
     agent::Agent,
-    daemon::Daemon,
+    daemon::{Daemon, OUTBOUND, answers, free_address, get, proxy, service},
     testbed::{Ids, Place, Pod, PodSpec},
 };
-
-const OUTBOUND: [&str; 4] = ["-i", "*", "-u", "1337"];
-
-fn service() -> SocketAddr {
-    SocketAddr::from(([10, 96, 0, 10], 80))
-}
-
-/// An actor in the pod that plays the proxy on 15001.
-fn proxy(pod: &Pod) -> Actor {
-    let actor = Actor::start(pod).expect("an actor");
-    let bind = Bind::new(Ids::PROXY, SocketAddr::new(IpAddr::from([0, 0, 0, 0]), 15001));
-    actor.listen(Listen { name: "proxy".into(), transport: Transport::Tcp, bind }).expect("a proxy");
-    actor
-}
-
-/// Who answers the app; none if nobody does.
-fn answers(actor: &Actor, to: SocketAddr) -> Option<String> {
-    match actor.dial(Dial::new(Ids::APP, to)).expect("dialled").outcome {
-        Outcome::Answered(answer) => Some(answer.server),
-        _ => None,
-    }
-}
 
 #[test]
 fn pods_of_the_folder_are_captured_changed_and_released() {
@@ -180,6 +158,29 @@ fn killed_under_load_no_connection_fails_or_passes_by() {
 }
 
 #[test]
+fn ended_by_sigterm_pods_stay_captured() {
+    let agent = Agent::new("d-term").expect("the agent");
+    let mut daemon = Daemon::start(&agent, &[]).expect("a daemon");
+    let pod = Pod::new(PodSpec::new("term")).expect("a pod");
+    let actor = proxy(&pod);
+    daemon.put("a", &pod, &OUTBOUND).expect("put");
+    daemon.wait_for("a", State::Captured).expect("captured");
+    let before = agent.status().expect("status");
+    assert!(daemon.terminate().expect("ended").success());
+    assert_eq!(answers(&actor, service()).as_deref(), Some("proxy"));
+    // Its programs are not anybody's whom a command may take for gone.
+    let other = Place::new("term-other").expect("a place");
+    agent.attach(&other, &OUTBOUND).expect("attached");
+    agent.detach(&other).expect("detached");
+    assert_eq!(answers(&actor, service()).as_deref(), Some("proxy"));
+    daemon.restart().expect("started");
+    daemon.wait_for("a", State::Captured).expect("taken over");
+    let cookie = |status: &Value| status[0]["cookie"].clone();
+    let after = agent.status().expect("status");
+    assert_eq!((cookie(&after), after.as_array().map(Vec::len)), (cookie(&before), Some(1)), "{after}");
+}
+
+#[test]
 fn addresses_are_followed() {
     let agent = Agent::new("d-followed").expect("the agent");
     let daemon = Daemon::start(&agent, &[]).expect("a daemon");
@@ -263,7 +264,8 @@ fn a_pod_of_the_socket_is_in_force_when_it_answers() {
 #[test]
 fn the_plugin_captures_a_pod_and_lets_it_go() {
     let agent = Agent::new("d-plugin").expect("the agent");
-    let daemon = Daemon::start(&agent, &[]).expect("a daemon");
+    let probes = free_address();
+    let daemon = Daemon::start(&agent, &["--metrics-address", &probes.to_string()]).expect("a daemon");
     let place = Place::new("plugin").expect("a place");
     let (conf, bin) = (daemon.folder().join("net.d"), daemon.folder().join("bin"));
     fs::create_dir(&conf).expect("made");
@@ -326,7 +328,7 @@ fn the_plugin_captures_a_pod_and_lets_it_go() {
         .arg("--socket")
         .arg(daemon.socket());
     assert!(cleanup.status().expect("started").success());
-    assert_eq!(fs::read_dir(agent.bpffs()).expect("listed").count(), 0);
+    assert!(!agent.bpffs().join("intercept").exists());
     assert_eq!(fs::read_dir(&bin).expect("listed").count(), 0);
     let left: Value =
         serde_json::from_str(&fs::read_to_string(conf.join("10-net.conflist")).expect("read")).expect("JSON");
@@ -335,6 +337,9 @@ fn the_plugin_captures_a_pod_and_lets_it_go() {
         matches!(daemon.ask(&Request::Add(Box::new(add(&place, "s")))), Ok(Response::Failed(_))),
         "it stays away"
     );
+    // Nor does a probe bring anything back.
+    assert_eq!(get(probes, "/readyz").0, 503);
+    assert!(!agent.bpffs().join("intercept").exists());
 }
 
 #[test]
@@ -359,138 +364,4 @@ fn the_socket_is_roots_alone() {
         matches!(&response, Ok(Response::Failed(problem)) if problem.cause == "forbidden"),
         "{response:?}"
     );
-}
-
-fn get(address: SocketAddr, path: &str) -> (u16, String) {
-    let mut stream = TcpStream::connect(address).expect("connected");
-    write!(stream, "GET {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n").expect("written");
-    let mut text = String::new();
-    stream.read_to_string(&mut text).expect("read");
-    let status = text.split(' ').nth(1).and_then(|code| code.parse().ok()).expect("a status");
-    (status, text)
-}
-
-#[test]
-fn metrics_tell_decisions_states_and_errors() {
-    let agent = Agent::new("d-metrics").expect("the agent");
-    let free = TcpListener::bind("127.0.0.1:0").and_then(|socket| socket.local_addr()).expect("a port");
-    let daemon = Daemon::start(&agent, &["--metrics-address", &free.to_string()]).expect("a daemon");
-    let pod = Pod::new(PodSpec::new("metrics")).expect("a pod");
-    let actor = proxy(&pod);
-    daemon.put("a", &pod, &OUTBOUND).expect("put");
-    daemon.put_text("b", "{").expect("put");
-    daemon.wait_for("a", State::Captured).expect("captured");
-    for _ in 0..3 {
-        assert_eq!(answers(&actor, service()).as_deref(), Some("proxy"));
-    }
-    let wanted = [
-        r#"intercept_decisions_total{pod="a.json",reason="included_cidr"} 3"#,
-        r#"intercept_pods{state="captured"} 1"#,
-        r#"intercept_pods{state="failed"} 1"#,
-        r#"intercept_errors_total{cause="options"} 1"#,
-        r#"intercept_attaches_total{result="attached"} 1"#,
-        "intercept_attach_seconds_count 1",
-        r#"intercept_map_entries{map="PODS"} 1"#,
-        "# EOF",
-    ];
-    daemon
-        .wait("all metrics", |_| {
-            let (status, text) = get(free, "/metrics");
-            status == 200 && wanted.iter().all(|line| text.contains(line))
-        })
-        .unwrap_or_else(|error| panic!("{error}: {}", get(free, "/metrics").1));
-    assert_eq!(get(free, "/healthz").0, 200);
-    assert_eq!(get(free, "/readyz").0, 200);
-    assert_eq!(get(free, "/").0, 404);
-}
-
-#[test]
-fn without_an_address_nothing_listens() {
-    let agent = Agent::new("d-silent").expect("the agent");
-    let daemon = Daemon::start(&agent, &[]).expect("a daemon");
-    let pid = daemon.pid().expect("it runs");
-    let sockets: Vec<String> = fs::read_dir(format!("/proc/{pid}/fd"))
-        .expect("listed")
-        .flatten()
-        .filter_map(|fd| {
-            fs::read_link(fd.path())
-                .ok()?
-                .to_str()?
-                .strip_prefix("socket:[")?
-                .strip_suffix(']')
-                .map(str::to_owned)
-        })
-        .collect();
-    assert!(!sockets.is_empty(), "the unix socket at least");
-    for table in ["tcp", "tcp6", "udp", "udp6"] {
-        let text = fs::read_to_string(format!("/proc/{pid}/net/{table}")).expect("read");
-        for line in text.lines().skip(1) {
-            let inode = line.split_whitespace().nth(9).expect("an inode");
-            assert!(!sockets.iter().any(|own| own == inode), "{table}: {line}");
-        }
-    }
-}
-
-#[test]
-fn trace_shows_decisions_while_it_runs_only() {
-    let agent = Agent::new("d-trace").expect("the agent");
-    let daemon = Daemon::start(&agent, &[]).expect("a daemon");
-    let pod = Pod::new(PodSpec::new("trace")).expect("a pod");
-    let actor = proxy(&pod);
-    daemon.put("a", &pod, &OUTBOUND).expect("put");
-    daemon.wait_for("a", State::Captured).expect("captured");
-    // Nobody listened to this one.
-    assert_eq!(answers(&actor, SocketAddr::from(([10, 96, 0, 99], 80))).as_deref(), Some("proxy"));
-    let mut trace = agent.command("trace");
-    trace.arg("--json").arg("--cgroup-path").arg(pod.cgroup.path());
-    let mut trace = trace.stdout(Stdio::piped()).spawn().expect("started");
-    let output = trace.stdout.take().expect("piped");
-    let (lines, seen) = std::sync::mpsc::channel();
-    let reader = std::thread::spawn(move || {
-        use std::io::BufRead as _;
-        for line in std::io::BufReader::new(output).lines() {
-            drop(lines.send(line.expect("text")));
-        }
-    });
-    let deadline = Instant::now() + Duration::from_secs(10);
-    let line = loop {
-        assert_eq!(answers(&actor, service()).as_deref(), Some("proxy"));
-        if let Ok(line) = seen.recv_timeout(Duration::from_millis(50)) {
-            break line;
-        }
-        assert!(Instant::now() < deadline, "no event came");
-    };
-    let line: Value = serde_json::from_str(&line).expect("JSON");
-    assert_eq!(line["destination"], "10.96.0.10");
-    assert_eq!(
-        (&line["pod"], &line["process"], &line["uid"], &line["reason"]),
-        (&json!("a.json"), &json!("actor"), &json!(1000), &json!("included_cidr"))
-    );
-    // One reader at a time.
-    let second = agent.command("trace").output().expect("started");
-    assert!(!second.status.success());
-    assert!(String::from_utf8_lossy(&second.stderr).contains("one reader at a time"));
-    let pid = rustix::process::Pid::from_child(&trace);
-    rustix::process::kill_process(pid, rustix::process::Signal::INT).expect("signalled");
-    assert!(trace.wait().expect("ended").success());
-    reader.join().expect("read to the end");
-    // Switched off: the next one sees what happens from then on.
-    assert_eq!(answers(&actor, service()).as_deref(), Some("proxy"));
-    let mut next = agent.command("trace");
-    let mut next = next.args(["--count", "1"]).stdout(Stdio::piped()).spawn().expect("started");
-    daemon
-        .wait("one event", |_| {
-            answers(&actor, SocketAddr::from(([10, 96, 0, 11], 80)));
-            next_ended(&next)
-        })
-        .expect("an event");
-    let mut text = String::new();
-    next.stdout.take().expect("piped").read_to_string(&mut text).expect("text");
-    assert!(next.wait().expect("ended").success());
-    assert!(text.contains("10.96.0.11:80 outbound_port (included_cidr)"), "{text}");
-}
-
-fn next_ended(child: &std::process::Child) -> bool {
-    let state = fs::read_to_string(format!("/proc/{}/stat", child.id())).unwrap_or_default();
-    state.rsplit(')').next().is_some_and(|rest| rest.trim_start().starts_with('Z'))
 }

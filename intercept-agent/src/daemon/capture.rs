@@ -60,6 +60,7 @@ impl CaptureError {
             Self::Node(NodeError::TooManyPods(_)) => "map_full",
             Self::Node(NodeError::NetnsTaken { .. } | NodeError::CgroupTaken { .. }) => "conflict",
             Self::Node(NodeError::Store(StoreError::Mount { .. } | StoreError::Record { .. })) => "store",
+            Self::Node(NodeError::Left) => "leaving",
             Self::Node(NodeError::Mirror { .. }) | Self::Follow(_) => "routes",
             Self::Node(_) => "kernel",
             Self::Worker(_) => "internal",

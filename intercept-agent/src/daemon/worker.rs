@@ -83,7 +83,7 @@ impl Worker {
         thread::Builder::new().name("node".to_owned()).spawn({
             let queue = Arc::clone(&queue);
             move || {
-                let mut access = Access { bpffs, max_connections, paused: None, keep: None };
+                let mut access = Access { bpffs, max_connections, paused: None, keep: None, left: false };
                 while let Some(job) = queue.next() {
                     job(&mut access);
                 }
@@ -130,6 +130,7 @@ pub struct Access {
     max_connections: u32,
     paused: Option<Paused>,
     keep: Option<Lock>,
+    left: bool,
 }
 
 impl Access {
@@ -138,6 +139,9 @@ impl Access {
         &mut self,
         work: impl FnOnce(&mut Node) -> Result<T, E>,
     ) -> Result<T, E> {
+        if self.left {
+            return Err(NodeError::Left.into());
+        }
         let resumed = match self.paused.take() {
             Some(paused) => paused.resume()?,
             None => None,
@@ -155,8 +159,9 @@ impl Access {
         result
     }
 
-    /// Remove everything from the node, whoever attached it.
+    /// Remove everything from the node, whoever attached it. Jobs that come after find nothing, and make nothing.
     pub fn remove_everything(&mut self) -> Result<(), NodeError> {
+        self.left = true;
         self.paused = None;
         self.keep = None;
         match Node::find(&self.bpffs)? {

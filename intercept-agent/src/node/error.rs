@@ -50,6 +50,10 @@ pub enum NodeError {
     OtherLayout(String),
     #[error("reading the log lines of the programs")]
     Logs { source: Box<dyn std::error::Error + Send + Sync> },
+    #[error(
+        "everything of the agent's was taken off this node on request; start the daemon again to capture pods"
+    )]
+    Left,
     #[error("{0} is not attached")]
     NotAttached(String),
 }
