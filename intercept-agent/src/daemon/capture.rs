@@ -255,9 +255,10 @@ pub fn is_alive(access: &mut Access, cookie: u64) -> Result<bool, NodeError> {
 /// Take away what is dead, and say what is in force.
 pub fn sweep(access: &mut Access) -> Result<Vec<Record>, NodeError> {
     access.with(|node| {
-        let swept = node.sweep()?;
-        if !swept.is_empty() {
-            tracing::info!(pods = swept.len(), "removed the state of pods that are gone");
+        let before = node.store().pods()?.len();
+        let living = node.sweep()?.len();
+        if before > living {
+            tracing::info!(pods = before - living, "removed the state of pods that are gone");
         }
         silence(node)?;
         Ok(node.pods()?.into_iter().map(|(record, _)| record).collect())

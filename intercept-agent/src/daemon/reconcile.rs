@@ -110,6 +110,11 @@ impl Reconciler {
             Message::Want(wanted) => self.want(*wanted, None),
             Message::Add(wanted, reply) => self.want(*wanted, Some(reply)),
             Message::Unwanted(key) => self.unwant(&key),
+            Message::Deleted(key) => {
+                if !self.has_sandbox(&key) {
+                    self.unwant(&key);
+                }
+            }
             Message::Refused { key, name, problem } => self.refuse(&key, name, problem),
             Message::LeftAlone { key, name, why } => self.leave_alone(&key, name, why),
             Message::Synced(source, keys) => self.synced(source, &keys),
@@ -178,7 +183,16 @@ impl Reconciler {
         pod.problem = Some(Problem { cause: "options".into(), text });
     }
 
+    /// The runtime asked for it, and will say when it goes; the list of the API may be older than that.
+    fn has_sandbox(&self, key: &Key) -> bool {
+        let wanted = self.pods.get(key).and_then(|pod| pod.wanted.as_ref());
+        wanted.is_some_and(|wanted| matches!(wanted.origin, Origin::Pod { sandbox: Some(_), .. }))
+    }
+
     fn leave_alone(&mut self, key: &Key, name: String, why: &'static str) {
+        if self.has_sandbox(key) {
+            return;
+        }
         let pod = self.pods.entry(key.clone()).or_default();
         if pod.left_alone != Some(why) {
             tracing::debug!(pod = %key, name, why, "left alone");
@@ -193,6 +207,7 @@ impl Reconciler {
     fn synced(&mut self, source: Source, keys: &HashSet<Key>) {
         let owned = |key: &Key| match source {
             Source::Folder => matches!(key, Key::File(_)),
+            Source::Kubernetes => matches!(key, Key::Pod(_)) && !self.has_sandbox(key),
         };
         let gone: Vec<Key> =
             self.pods.keys().filter(|key| owned(key) && !keys.contains(key)).cloned().collect();

@@ -17,10 +17,12 @@ use tokio::sync::{mpsc::UnboundedSender, oneshot};
 use super::{
     capture::CaptureError,
     folder::{Folder, FolderError},
+    kubernetes::{Kubernetes, KubernetesError},
     metrics::Metrics,
     placement::Placement,
     reconcile::{Message, Reconciler, Report},
     socket::{Server, SocketError},
+    wanted::{Given, GivenError},
     worker::{Lane, Worker},
 };
 use crate::cgroup;
@@ -43,12 +45,20 @@ pub struct Settings {
     pub metrics_address: Option<SocketAddr>,
     /// Below which folder pods' cgroups are looked for; by default where cgroup2 is mounted.
     pub cgroup_root: Option<PathBuf>,
+    /// Watch the Kubernetes API for pods of this node.
+    pub node: Option<String>,
+    /// Options for every pod of the API; annotations are stronger.
+    pub defaults: Given,
 }
 
 /// Why the daemon cannot start.
 #[derive(Debug, thiserror::Error)]
 #[expect(missing_docs, reason = "each is its text")]
 pub enum ServeError {
+    #[error(transparent)]
+    Kubernetes(#[from] KubernetesError),
+    #[error("reading the options for every pod")]
+    Defaults(#[source] GivenError),
     #[error(transparent)]
     Folder(#[from] FolderError),
     #[error(transparent)]
@@ -78,9 +88,17 @@ pub async fn serve(settings: Settings, shutdown: impl Future<Output = ()>) -> Re
         Worker::start(settings.bpffs.clone(), settings.max_connections).map_err(ServeError::Thread)?;
     let metrics = Metrics::new();
     let (mut reconciler, messages) = Reconciler::new(worker.clone(), metrics.clone());
+    settings.defaults.check().map_err(ServeError::Defaults)?;
     let mounts = settings.cgroup_root.map_or_else(cgroup::mounts, |root| vec![root]);
     // First, because it also says whether another daemon runs.
-    let server = Server::open(&settings.socket, messages.clone(), Placement::below(mounts))?;
+    let server = Server::open(&settings.socket, messages.clone(), Placement::below(mounts.clone()))?;
+    let kubernetes = match settings.node {
+        Some(node) => {
+            let placement = Placement::below(mounts);
+            Some(Kubernetes::open(node, settings.defaults, placement, messages.clone()).await?)
+        }
+        None => None,
+    };
     let folder = settings.pods_dir.map(Folder::open).transpose()?;
     let adopted = Arc::new(AtomicBool::new(false));
     if let Some(address) = settings.metrics_address {
@@ -109,6 +127,9 @@ pub async fn serve(settings: Settings, shutdown: impl Future<Output = ()>) -> Re
     // Only now, when what is in force is known, may a source say what is not wanted any more.
     if let Some(folder) = folder {
         tokio::spawn(folder.follow(messages.clone()));
+    }
+    if let Some(kubernetes) = kubernetes {
+        tokio::spawn(kubernetes.follow());
     }
     tokio::spawn(server.serve());
     tokio::select! {

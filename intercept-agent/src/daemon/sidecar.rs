@@ -9,7 +9,8 @@ const PROXY: &str = "istio-proxy";
 /// The init container that captures its pod by itself.
 const INIT: &str = "istio-init";
 const STATUS: &str = "sidecar.istio.io/status";
-const INJECT: &str = "sidecar.istio.io/inject";
+/// Annotation and label: whether the pod was to be injected.
+pub const INJECT: &str = "sidecar.istio.io/inject";
 /// Answered by the proxy itself: never captured inbound.
 const OWN_PORTS: [&str; 3] = ["15020", "15021", "15090"];
 

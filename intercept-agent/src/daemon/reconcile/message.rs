@@ -19,6 +19,8 @@ use crate::{
 pub enum Source {
     /// The folder.
     Folder,
+    /// The Kubernetes API.
+    Kubernetes,
 }
 
 /// What happened.
@@ -27,6 +29,8 @@ pub enum Message {
     Want(Box<Wanted>),
     /// A source does not want it any more.
     Unwanted(Key),
+    /// The API knows the pod no more.
+    Deleted(Key),
     /// What a source says of a pod cannot be understood. What is in force stays.
     Refused {
         /// The pod.
