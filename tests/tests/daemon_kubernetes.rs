@@ -8,11 +8,15 @@ use std::{
     thread,
 };
 
-use intercept_agent::daemon::reconcile::{Report, State};
+use intercept_agent::daemon::{
+    protocol::{Add, Request, Response, Sandbox, Select},
+    reconcile::{Report, State},
+    wanted::Given,
+};
 use serde_json::{Value, json};
 use tests::{
     agent::Agent,
-    daemon::{Daemon, answers, proxy, service},
+    daemon::{Daemon, OUTBOUND, answers, proxy, service},
     testbed::{Pod, PodSpec},
 };
 
@@ -192,6 +196,34 @@ fn pods_of_the_api_are_captured_followed_and_released() {
     daemon.wait("captured", |daemon| is(daemon, "cart", State::Captured)).expect("captured");
     api.event("DELETED", pod("cart", UID, &spec, &none));
     daemon.wait("released", |daemon| report(daemon, "cart").is_none()).expect("released");
+    assert_eq!(agent.status().expect("status"), json!([]));
+
+    // Where the runtime asked, it alone says when the pod goes: a list may be older.
+    let sandbox =
+        Sandbox { sandbox: "s".into(), uid: Some(UID.into()), namespace: "shop".into(), name: "cart".into() };
+    let add = Add {
+        pod: sandbox.clone(),
+        netns: place.netns.path().to_owned(),
+        cgroup: None,
+        annotations: None,
+        select: Select::All,
+        given: Given { arguments: OUTBOUND.map(str::to_owned).to_vec(), ..Given::default() },
+    };
+    let done = |word: &str| Response::Done(word.into());
+    assert_eq!(daemon.ask(&Request::Add(Box::new(add))).expect("an answer"), done("captured"));
+    api.event("DELETED", pod("cart", UID, &spec, &none));
+    daemon.kill().expect("killed");
+    api.cut();
+    api.shared().pods = vec![pod("plain", "uid-plain", &plain, &none)];
+    daemon.restart().expect("started");
+    daemon.wait("the API was heard", |daemon| is(daemon, "plain", State::LeftAlone)).expect("heard");
+    daemon.wait("it watches", |_| !api.shared().watchers.is_empty()).expect("it watches");
+    api.event("DELETED", pod("cart", UID, &spec, &none));
+    api.event("DELETED", pod("plain", "uid-plain", &plain, &none));
+    daemon.wait("the event was heard", |daemon| report(daemon, "plain").is_none()).expect("heard");
+    daemon.wait("still captured", |daemon| is(daemon, "cart", State::Captured)).expect("captured");
+    assert_eq!(answers(&actor, service()).as_deref(), Some("proxy"));
+    assert_eq!(daemon.ask(&Request::Delete(sandbox)).expect("an answer"), done("released"));
     assert_eq!(agent.status().expect("status"), json!([]));
 }
 
