@@ -107,14 +107,15 @@ impl Server {
 impl Context {
     async fn answer(&self, mut stream: UnixStream) -> io::Result<()> {
         let peer = stream.peer_cred()?;
+        // Read in any case: closed with a request unread, the socket would give the peer an error for the answer.
+        let mut line = String::new();
+        let (reader, _) = stream.split();
+        let mut reader = BufReader::new(reader.take(MAX_LINE));
+        match timeout(PATIENCE, reader.read_line(&mut line)).await {
+            Ok(read) => _ = read?,
+            Err(late) => return Err(late.into()),
+        }
         let response = if peer.uid() == 0 {
-            let mut line = String::new();
-            let (reader, _) = stream.split();
-            let mut reader = BufReader::new(reader.take(MAX_LINE));
-            match timeout(PATIENCE, reader.read_line(&mut line)).await {
-                Ok(read) => _ = read?,
-                Err(late) => return Err(late.into()),
-            }
             match serde_json::from_str(&line) {
                 Ok(request) => self.perform(request).await,
                 Err(error) => failed("request", format!("reading the request: {error}")),
