@@ -94,11 +94,14 @@ fn a_pod_that_is_gone_is_gone_within_a_second() {
     daemon.remove("a").expect("removed");
     daemon.put("b", &place, &OUTBOUND).expect("put");
     daemon.wait_for("b", State::Captured).expect("captured under its other name");
+    let emptied = |daemon: &Daemon<'_>| {
+        let gone = Instant::now();
+        daemon.wait("no state", |_| agent.status().is_ok_and(|pods| pods == json!([]))).expect("gone");
+        let took = gone.elapsed();
+        assert!(took < Duration::from_secs(1), "{took:?}");
+    };
     drop(place);
-    let gone = Instant::now();
-    daemon.wait("no state", |_| agent.status().is_ok_and(|pods| pods == json!([]))).expect("gone");
-    let took = gone.elapsed();
-    assert!(took < Duration::from_secs(1), "{took:?}");
+    emptied(&daemon);
     // The file still asks for it.
     let cause = |daemon: &Daemon<'_>| daemon.report("b").ok()??.problem.map(|problem| problem.cause);
     daemon.wait("it is told why", |daemon| cause(daemon).as_deref() == Some("cgroup")).expect("failed");
@@ -109,7 +112,8 @@ fn a_pod_that_is_gone_is_gone_within_a_second() {
     daemon.kill().expect("killed");
     drop(place);
     daemon.restart().expect("started");
-    assert_eq!(agent.status().expect("status"), json!([]));
+    // Not at once: the kernel lets go of a cgroup's links some time after the cgroup is gone.
+    emptied(&daemon);
 }
 
 #[test]
