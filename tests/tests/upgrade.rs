@@ -3,7 +3,8 @@
 use std::{
     fs,
     net::{IpAddr, SocketAddr},
-    path::Path,
+    panic::{AssertUnwindSafe, catch_unwind, resume_unwind},
+    path::{Path, PathBuf},
     sync::atomic::{AtomicBool, AtomicUsize, Ordering},
 };
 
@@ -13,10 +14,14 @@ use tests::{
     testbed::{Ids, Pod, PodSpec},
 };
 
+/// The folder of the layout.
+fn version(bpffs: &Path) -> PathBuf {
+    let mut store = fs::read_dir(bpffs.join("intercept")).expect("a store");
+    store.next().expect("a layout").expect("an entry").path()
+}
+
 fn programs(bpffs: &Path) -> Vec<String> {
-    let version =
-        fs::read_dir(bpffs.join("intercept")).expect("a store").next().expect("a layout").expect("an entry");
-    let mut names: Vec<String> = fs::read_dir(version.path())
+    let mut names: Vec<String> = fs::read_dir(version(bpffs))
         .expect("a folder")
         .map(|entry| entry.expect("an entry").file_name().into_string().expect("a name"))
         .filter(|name| name.starts_with("programs-"))
@@ -50,16 +55,19 @@ fn programs_are_replaced_without_a_gap() {
                 dialled.fetch_add(1, Ordering::Relaxed);
             }
         });
-        for other in ["programs-0000000000000001", "programs-0000000000000002"] {
-            // As another build would have left them.
-            let version = agent.bpffs().join("intercept").join("v1");
-            fs::rename(version.join(&own[0]), version.join(other)).expect("renamed");
-            assert!(attach().starts_with("unchanged"));
-            assert_eq!(programs(agent.bpffs()), own, "the other build's are gone");
-        }
+        let replaced = catch_unwind(AssertUnwindSafe(|| {
+            for other in ["programs-0000000000000001", "programs-0000000000000002"] {
+                // As another build would have left them.
+                let version = version(agent.bpffs());
+                fs::rename(version.join(&own[0]), version.join(other)).expect("renamed");
+                assert!(attach().starts_with("unchanged"));
+                assert_eq!(programs(agent.bpffs()), own, "the other build's are gone");
+            }
+        }));
+        // Also after a failure, or the client would go on for ever.
         stop.store(true, Ordering::Relaxed);
-        if let Err(panic) = client.join() {
-            std::panic::resume_unwind(panic);
+        for result in [replaced, client.join()] {
+            result.unwrap_or_else(|panic| resume_unwind(panic));
         }
     });
     assert!(dialled.load(Ordering::Relaxed) > 20, "too few connections to tell");
