@@ -10,6 +10,7 @@ mod paused;
 
 use std::{
     cell::OnceCell,
+    collections::BTreeMap,
     io,
     os::fd::{AsFd as _, OwnedFd},
     path::{Path, PathBuf},
@@ -76,8 +77,12 @@ pub struct Node {
     store: Store,
     tables: Tables,
     lookup: OnceCell<Lookup>,
+    living: Option<Living>,
     _lock: Lock,
 }
+
+/// Cgroup ids by cookie of the pods that are there.
+type Living = BTreeMap<u64, u64>;
 
 impl Node {
     /// Lock the store; load the programs if this build's are not there, and put them under the links of all pods.
@@ -96,7 +101,7 @@ impl Node {
             programs::load_shared(&store.maps(), &store.programs(), max_connections)?;
         }
         let tables = Tables::open(&store.maps())?;
-        let mut node = Self { tables, lookup: OnceCell::new(), store, _lock: lock };
+        let mut node = Self { tables, lookup: OnceCell::new(), living: None, store, _lock: lock };
         let others = node.store.other_programs()?;
         if !others.is_empty() {
             // The links of pods that are gone take no other program.
@@ -120,7 +125,7 @@ impl Node {
             return Ok(None);
         }
         let tables = Tables::open(&store.maps())?;
-        Ok(Some(Self { tables, lookup: OnceCell::new(), store, _lock: lock }))
+        Ok(Some(Self { tables, lookup: OnceCell::new(), living: None, store, _lock: lock }))
     }
 
     /// What reads the log lines of this build's programs.
@@ -170,7 +175,7 @@ impl Node {
 
     fn put_in_force(&mut self, target: &Target, config: &Config, anew: bool) -> Result<Attached, NodeError> {
         let cookie = target.netns.cookie();
-        let living = self.sweep()?;
+        let living = self.living()?;
         self.refuse_conflicts(target, &living)?;
         let netns = || target.netns.name().to_owned();
         let before = self.tables.policy(cookie)?;
@@ -196,11 +201,7 @@ impl Node {
             return Ok(Attached::Unchanged);
         }
 
-        let slot = match &before {
-            Some(policy) => policy.slot,
-            None => self.free_slot()?,
-        };
-        let id = self.free_id()?;
+        let (slot, id) = self.free(before.as_ref())?;
         let record = Record {
             cookie,
             policy: id,
@@ -267,17 +268,35 @@ impl Node {
 
     /// Take away what dead pods and dead agents left: folders without a policy in force, pods whose cgroup or
     /// namespace is gone. Says which pods live, by cookie and cgroup.
-    pub fn sweep(&mut self) -> Result<Vec<(u64, u64)>, NodeError> {
+    pub fn sweep(&mut self) -> Result<Living, NodeError> {
         let in_force = self.tables.policies()?;
-        let mut living = Vec::new();
+        let mut living = Living::new();
         for cookie in self.store.pods()? {
             let cgroup =
                 self.cgroup_of(cookie).filter(|_| in_force.iter().any(|(netns, _)| *netns == cookie));
             match cgroup {
-                Some(cgroup) => living.push((cookie, cgroup)),
+                Some(cgroup) => _ = living.insert(cookie, cgroup),
                 None => self.take_out(cookie)?,
             }
         }
+        self.living = Some(living.clone());
+        Ok(living)
+    }
+
+    /// The pods that are there. Who stays sweeps now and then, and looks in between only at pods that others added: a pod
+    /// that died since is in nobody's way, because nothing else ever has its cookie or the id of its cgroup.
+    fn living(&mut self) -> Result<Living, NodeError> {
+        let Some(mut living) = self.living.take() else { return self.sweep() };
+        let listed = self.store.pods()?;
+        living.retain(|cookie, _| listed.binary_search(cookie).is_ok());
+        for cookie in listed {
+            if !living.contains_key(&cookie)
+                && let Some(cgroup) = self.cgroup_of(cookie)
+            {
+                living.insert(cookie, cgroup);
+            }
+        }
+        self.living = Some(living.clone());
         Ok(living)
     }
 
@@ -318,9 +337,9 @@ impl Node {
     }
 
     /// A namespace has one capture and a cgroup one namespace: programs that are attached twice would run twice.
-    fn refuse_conflicts(&self, target: &Target, living: &[(u64, u64)]) -> Result<(), NodeError> {
+    fn refuse_conflicts(&self, target: &Target, living: &Living) -> Result<(), NodeError> {
         let own = target.netns.cookie();
-        for &(cookie, cgroup) in living {
+        for (&cookie, &cgroup) in living {
             if (cookie == own) == (cgroup == target.cgroup.id()) {
                 continue;
             }
@@ -444,18 +463,19 @@ impl Node {
             .map_err(|source| NodeError::Replace { program: names::SK_LOOKUP, cookie, source })
     }
 
-    fn free_slot(&self) -> Result<u32, NodeError> {
-        let used: Vec<u32> = self.tables.policies()?.iter().map(|(_, policy)| policy.slot).collect();
-        (0..layout::MAX_PODS).find(|slot| !used.contains(slot)).ok_or(NodeError::TooManyPods(used.len()))
-    }
-
-    /// Any that is not in force. Drawn at random, so that it does not meet entries that an agent wrote for a policy
-    /// that it did not live to put in force.
-    fn free_id(&self) -> Result<u32, NodeError> {
+    /// The slot of the policy that is replaced, or a free one; and an id that is not in force. That is drawn at random,
+    /// so that it does not meet entries that an agent wrote for a policy that it did not live to put in force.
+    fn free(&self, before: Option<&PodPolicy>) -> Result<(u32, u32), NodeError> {
         use std::hash::{BuildHasher as _, RandomState};
-        let used: Vec<u32> = self.tables.policies()?.iter().map(|(_, policy)| policy.id).collect();
+        let used: Vec<(u32, u32)> = self.tables.policies()?.iter().map(|(_, p)| (p.slot, p.id)).collect();
+        let is_free = |slot: &u32| used.iter().all(|(used, _)| used != slot);
+        let slot = match before {
+            Some(policy) => policy.slot,
+            None => (0..layout::MAX_PODS).find(is_free).ok_or(NodeError::TooManyPods(used.len()))?,
+        };
         let draw = || (RandomState::new().hash_one(used.len()) & 0xffff_ffff) as u32;
-        Ok(std::iter::repeat_with(draw).find(|id| *id != 0 && !used.contains(id)).unwrap_or(1))
+        let is_new = |id: &u32| *id != 0 && used.iter().all(|(_, used)| used != id);
+        Ok((slot, std::iter::repeat_with(draw).find(is_new).unwrap_or(1)))
     }
 }
 

@@ -232,6 +232,10 @@ pub fn capture(
 /// The TCP connections in a namespace, both ends counted where both are in it.
 fn established(netns: &Netns) -> Result<usize, NetnsError> {
     let count = || {
+        // A new pod has none, and the whole table of connections need not be read.
+        if has_no_tcp_sockets() {
+            return Some(0);
+        }
         let thread = Process::new(rustix::thread::gettid().as_raw_nonzero().get()).ok()?;
         let entries = thread.tcp().ok()?.into_iter().chain(thread.tcp6().unwrap_or_default());
         let is_open =
@@ -239,6 +243,19 @@ fn established(netns: &Netns) -> Result<usize, NetnsError> {
         Some(entries.filter(|entry| is_open(&entry.state)).count())
     };
     Ok(netns.run(count)?.unwrap_or_default())
+}
+
+/// Whether the calling thread's namespace has none in use, by the counters of its protocols.
+fn has_no_tcp_sockets() -> bool {
+    ["sockstat", "sockstat6"].iter().all(|file| {
+        match fs::read_to_string(Path::new("/proc/thread-self/net").join(file)) {
+            Ok(text) => text.lines().filter(|line| line.starts_with("TCP")).all(|line| {
+                line.split_once(": inuse ").is_some_and(|(_, rest)| rest.split(' ').next() == Some("0"))
+            }),
+            // Without IPv6.
+            Err(error) => error.kind() == std::io::ErrorKind::NotFound,
+        }
+    })
 }
 
 /// Take a pod out of force.

@@ -4,7 +4,7 @@ use std::cell::OnceCell;
 
 use intercept_common::names;
 
-use super::{Node, NodeError};
+use super::{Living, Node, NodeError};
 use crate::{programs::Lookup, store::Store, tables::Tables};
 
 /// A [`Node`] that others may use meanwhile.
@@ -12,6 +12,7 @@ pub struct Paused {
     store: Store,
     tables: Tables,
     lookup: OnceCell<Lookup>,
+    living: Option<Living>,
     generation: Option<u64>,
 }
 
@@ -19,7 +20,13 @@ impl Node {
     /// Unlock the store, and keep what is open for the next time.
     pub fn pause(self) -> Paused {
         let generation = self.store.generation();
-        Paused { store: self.store, tables: self.tables, lookup: self.lookup, generation }
+        Paused {
+            store: self.store,
+            tables: self.tables,
+            lookup: self.lookup,
+            living: self.living,
+            generation,
+        }
     }
 }
 
@@ -31,7 +38,7 @@ impl Paused {
         let same = self.generation.is_some()
             && self.store.generation() == self.generation
             && self.store.programs().join(names::CONNECT6).exists();
-        let Self { store, tables, lookup, .. } = self;
-        Ok(same.then_some(Node { store, tables, lookup, _lock: lock }))
+        let Self { store, tables, lookup, living, .. } = self;
+        Ok(same.then_some(Node { store, tables, lookup, living, _lock: lock }))
     }
 }
