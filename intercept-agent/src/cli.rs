@@ -144,6 +144,8 @@ pub(crate) struct StatusArgs {
     pub(crate) json: bool,
     #[command(flatten)]
     pub(crate) bpffs: Bpffs,
+    #[command(flatten)]
+    pub(crate) socket: Socket,
 }
 
 #[derive(Args)]

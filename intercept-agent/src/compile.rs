@@ -137,6 +137,7 @@ fn flags(config: &Config) -> u32 {
         policy::OUTBOUND_PORTS,
     );
     set(config.include.loopback, policy::INCLUDES_LOOPBACK);
+    set(config.open_without_proxy, policy::OPEN_WITHOUT_PROXY);
     set(config.dns != Dns::Off, policy::DNS);
     set(config.dns == Dns::All, policy::DNS_ALL);
     set(matches!(config.owner_groups, OwnerGroups::Only(_)), policy::GROUPS_ONLY);

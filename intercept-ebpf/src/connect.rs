@@ -13,7 +13,7 @@ use intercept_common::{
 use crate::{
     context::{self, AF_INET, AF_INET6, Family, TCP, UDP},
     facts::MapFacts,
-    maps, observe, owner,
+    maps, observe, open, owner,
 };
 
 /// What the hook tells the kernel.
@@ -74,6 +74,12 @@ pub(crate) fn connect<F: Family>(ctx: &SockAddrContext) -> Outcome {
             let (mut addr, port) = proxy_addr(pod, target, flow.dst, flow.dst_port);
             if protocol == TCP && !flow.dst.is_v4() && listens_on_any(pod, port, true) {
                 addr = own_addr(if flow.src.is_unspecified() { decided.source } else { flow.src });
+            }
+            if open::passes(ctx, pod, protocol, addr, port) {
+                if protocol == UDP {
+                    maps::forget_socket(sk);
+                }
+                return Outcome::Proceed;
             }
             (addr, port, kind)
         }

@@ -18,7 +18,7 @@ use crate::{
     connect::{Outcome, proxy_addr, wants_datagram},
     context::{self, Family, UDP},
     facts::MapFacts,
-    maps, observe, owner,
+    maps, observe, open, owner,
 };
 
 /// A datagram is being sent to an address.
@@ -49,6 +49,10 @@ pub(crate) fn sendmsg<F: Family>(ctx: &SockAddrContext) -> Outcome {
         Verdict::Leave => return Outcome::Proceed,
         Verdict::Redirect(target) => target,
     };
+    let (addr, port) = proxy_addr(pod, target, flow.dst, flow.dst_port);
+    if open::passes(ctx, pod, UDP, addr, port) {
+        return Outcome::Proceed;
+    }
     let source = if flow.src.is_unspecified() { decided.source } else { Addr::UNSPECIFIED };
     let Some(source) = remember(sk, &flow, source) else {
         observe::failure_line!(
@@ -63,7 +67,6 @@ pub(crate) fn sendmsg<F: Family>(ctx: &SockAddrContext) -> Outcome {
     if !source.is_unspecified() {
         F::set_datagram_source(ctx, source);
     }
-    let (addr, port) = proxy_addr(pod, target, flow.dst, flow.dst_port);
     F::rename(ctx, addr);
     context::rename_port(ctx, port);
     Outcome::Proceed

@@ -13,6 +13,7 @@ mod inbound;
 mod lifecycle;
 mod maps;
 mod observe;
+mod open;
 mod original;
 mod owner;
 

@@ -153,3 +153,28 @@ fn next_ended(child: &std::process::Child) -> bool {
     let state = fs::read_to_string(format!("/proc/{}/stat", child.id())).unwrap_or_default();
     state.rsplit(')').next().is_some_and(|rest| rest.trim_start().starts_with('Z'))
 }
+
+#[test]
+fn status_says_when_the_daemon_last_saw_a_pod_in_place() {
+    let agent = Agent::new("d-status").expect("the agent");
+    let daemon = Daemon::start(&agent, &[]).expect("a daemon");
+    let pod = Pod::new(PodSpec::new("status")).expect("a pod");
+    daemon.put("a", &pod, &OUTBOUND).expect("put");
+    daemon.put_text("b", "{").expect("put");
+    daemon.wait_for("a", State::Captured).expect("captured");
+    daemon.wait_for("b", State::Failed).expect("failed");
+    let status = |more: &[&str]| {
+        let mut command = agent.command("status");
+        command.arg("--socket").arg(daemon.socket()).args(more);
+        tests::agent::succeed(command).expect("a status")
+    };
+    let pods: Value = serde_json::from_str(&status(&["--json"])).expect("JSON");
+    assert_eq!(pods[0]["daemon"]["state"], "captured", "{pods}");
+    assert!(pods[0]["daemon"]["proven_seconds_ago"].as_u64().is_some_and(|ago| ago < 60), "{pods}");
+    let text = status(&[]);
+    assert!(text.contains("a.json is captured, links seen in place"), "{text}");
+    assert!(text.contains("b.json is failed, never seen in place"), "{text}");
+    // Without a daemon there is what the kernel knows.
+    let pods = agent.status().expect("a status");
+    assert!(pods[0]["daemon"].is_null() && pods[0]["state"] == "attached", "{pods}");
+}

@@ -1,7 +1,16 @@
 //! `status`: what is attached, and its counters.
 
 use anyhow::Result;
-use intercept_agent::{cgroup::CgroupDir, node::Node, store::Record};
+use intercept_agent::{
+    cgroup::CgroupDir,
+    daemon::{
+        protocol::{Request, Response},
+        reconcile::Report,
+        socket,
+    },
+    node::Node,
+    store::Record,
+};
 use intercept_common::{Reason, failure::Failure, layout::PodPolicy};
 use serde::Serialize;
 
@@ -23,6 +32,8 @@ struct Pod {
     listeners: Vec<Listener>,
     decisions: Vec<Count>,
     failures: Vec<Count>,
+    /// What the daemon says of it, where one runs.
+    daemon: Option<Report>,
 }
 
 #[derive(Serialize)]
@@ -39,11 +50,18 @@ struct Count {
 
 pub(super) fn status(args: &StatusArgs) -> Result<()> {
     let only = args.cgroup_path.as_ref().map(CgroupDir::open).transpose()?.map(|cgroup| cgroup.id());
+    let mut reports = match socket::request(&args.socket.socket, &Request::Report) {
+        Ok(Response::Pods(reports)) => reports,
+        // Without a daemon, or without the right to ask it, there is what the kernel knows.
+        Ok(_) | Err(_) => Vec::new(),
+    };
     let mut pods = Vec::new();
     if let Some(node) = Node::find(&args.bpffs.bpffs)? {
         for (record, policy) in node.pods()? {
             if only.is_none_or(|id| id == record.cgroup_id) {
-                pods.push(pod(&node, &record, &policy)?);
+                let its = reports.iter().position(|report| report.netns_cookie == Some(record.cookie));
+                let daemon = its.map(|at| reports.swap_remove(at));
+                pods.push(Pod { daemon, ..pod(&node, &record, &policy)? });
             }
         }
     }
@@ -53,6 +71,11 @@ pub(super) fn status(args: &StatusArgs) -> Result<()> {
         say!("nothing is attached");
     } else {
         pods.iter().for_each(print);
+    }
+    if !args.json && only.is_none() {
+        for report in reports.iter().filter(|report| report.problem.is_some()) {
+            print_daemon(report);
+        }
     }
     Ok(())
 }
@@ -80,6 +103,7 @@ fn pod(node: &Node, record: &Record, policy: &PodPolicy) -> Result<Pod> {
             .collect(),
         decisions: Reason::ALL.iter().map(|r| r.word()).zip(decisions).filter_map(count).collect(),
         failures: Failure::ALL.iter().map(|f| f.word()).zip(failures).filter_map(count).collect(),
+        daemon: None,
     })
 }
 
@@ -89,6 +113,7 @@ fn print(pod: &Pod) {
     for (name, value) in &pod.environment {
         say!("               {name}={value}");
     }
+    pod.daemon.iter().for_each(print_daemon);
     say!("  connections  {} redirected", pod.connections);
     let mut ports: Vec<String> =
         pod.listeners.iter().map(|l| format!("{} (IPv{})", l.port, l.family)).collect();
@@ -101,5 +126,16 @@ fn print(pod: &Pod) {
     }
     for Count { reason, count } in &pod.failures {
         say!("  {count:>12}  FAILED {reason}");
+    }
+}
+
+fn print_daemon(report: &Report) {
+    let proven = match report.proven_seconds_ago {
+        Some(seconds) => format!("links seen in place {seconds} s ago"),
+        None => "never seen in place".to_owned(),
+    };
+    say!("  daemon       {} is {}, {proven}", report.name, report.state.word());
+    if let Some(problem) = &report.problem {
+        say!("               {} ({} attempts failed)", problem.text, report.failures);
     }
 }

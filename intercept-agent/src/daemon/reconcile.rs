@@ -84,6 +84,7 @@ impl Reconciler {
             pod.want(wanted);
         }
         pod.held = Some(Held::of_record(record));
+        pod.proven = Some(Instant::now());
         // Routes may have changed while nobody followed them.
         self.step(&key);
     }
@@ -389,6 +390,7 @@ impl Reconciler {
             pod.follow = Some((held.cookie, task));
         }
         pod.held = Some(held);
+        pod.proven = Some(Instant::now());
         if latest {
             pod.settled = true;
             pod.problem = None;

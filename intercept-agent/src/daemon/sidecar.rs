@@ -29,6 +29,9 @@ const ANNOTATIONS: [(&str, &str, &str); 9] = [
 ];
 const EXCLUDE_INBOUND: &str = "traffic.sidecar.istio.io/excludeInboundPorts";
 
+/// Whether the pod is to go on uncaptured while its proxy does not listen. Ours alone.
+pub const OPEN: &str = "intercept/open-without-proxy";
+
 /// What is known of a pod.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Facts {
@@ -126,6 +129,12 @@ pub fn decide(facts: &Facts, defaults: &Given) -> Result<Verdict, AnnotationErro
     let annotated = annotated(facts)?;
     for (flag, value) in annotated {
         arguments.extend([flag.to_owned(), value]);
+    }
+    if let Some(value) = facts.annotations.get(OPEN) {
+        let problem = || format!("`{value}` is neither true nor false");
+        let open = truth(value.trim());
+        let open = open.ok_or_else(|| AnnotationError { annotation: OPEN.to_owned(), problem: problem() })?;
+        arguments.push(format!("--open-without-proxy={open}"));
     }
     if variable("ISTIO_META_DNS_CAPTURE").and_then(truth) == Some(true) {
         // All of it, because the resolvers of a pod that does not run yet are not known.

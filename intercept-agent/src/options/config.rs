@@ -62,6 +62,9 @@ pub struct Config {
     pub loopback_v4: Ipv4Net,
     /// Which DNS queries go to [`DNS_PORT`].
     pub dns: Dns,
+    /// What would be refused because the proxy does not listen goes on uncaptured.
+    #[serde(default)]
+    pub open_without_proxy: bool,
 }
 
 /// How inbound connections reach the proxy.
@@ -182,6 +185,7 @@ impl Default for Config {
             owner_groups: OwnerGroups::All,
             loopback_v4: Ipv4Net::from(Ipv4Addr::LOCALHOST),
             dns: Dns::Off,
+            open_without_proxy: false,
         }
     }
 }

@@ -39,6 +39,9 @@ impl Config {
         if self.dns == Dns::All {
             args.switch(&setting::CAPTURE_ALL_DNS);
         }
+        if self.open_without_proxy {
+            args.switch(&setting::OPEN_WITHOUT_PROXY);
+        }
         args.0
     }
 
@@ -187,6 +190,7 @@ impl fmt::Display for Config {
             },
         )?;
         line("localhost", format!("{}, ::1/128", self.loopback_v4))?;
+        line("without the proxy", if self.open_without_proxy { "open" } else { "refused" }.to_owned())?;
         line(
             "DNS",
             match &self.dns {

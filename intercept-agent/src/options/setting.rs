@@ -115,6 +115,8 @@ settings! {
         "Capture everything to port 53; only with --redirect-dns";
     RESOLV_CONF: None, Some("resolv-conf"), ["RESOLV_CONF"], Some("PATH"), "the pod's /etc/resolv.conf",
         "The file that lists the servers for --redirect-dns";
+    OPEN_WITHOUT_PROXY: None, Some("open-without-proxy"), ["OPEN_WITHOUT_PROXY"], None, "false",
+        "Not one of istio-iptables: where nothing listens, let traffic go on uncaptured instead of refusing it";
     DROP_INVALID: None, Some("drop-invalid"), ["INVALID_DROP", "DROP_INVALID"], None, "false",
         "Accepted; there is no connection tracking to guard";
     DUAL_STACK: None, Some("dual-stack"), ["ISTIO_DUAL_STACK", "DUAL_STACK"], None, "false",

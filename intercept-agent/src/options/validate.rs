@@ -83,6 +83,7 @@ impl<'a> Reader<'a> {
             owner_groups: self.owner_groups()?,
             loopback_v4: self.value(&setting::LOOPBACK_CIDR, default.loopback_v4, parse_loopback)?,
             dns: self.dns()?,
+            open_without_proxy: self.switch(&setting::OPEN_WITHOUT_PROXY)?,
         })
     }
 

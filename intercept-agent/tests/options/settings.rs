@@ -117,6 +117,7 @@ fn every_setting_by_flag_and_variable() {
         ("", "--redirect-dns", "REDIRECT_DNS", "t", |c, _| {
             c.dns = Dns::Resolvers(vec!["10.96.0.10".parse().expect("address")]);
         }),
+        ("", "--open-without-proxy", "OPEN_WITHOUT_PROXY", "true", |c, _| c.open_without_proxy = true),
         ("", "--network-namespace", "NETWORK_NAMESPACE", "/run/netns/a", |_, s| {
             s.network_namespace = Some("/run/netns/a".into());
         }),
@@ -364,7 +365,7 @@ fn help_is_complete() {
     }
     let command = Cli::command();
     let flags: Vec<_> = command.get_arguments().filter(|arg| arg.get_id() != "help").collect();
-    assert_eq!(flags.len(), 35);
+    assert_eq!(flags.len(), 36);
     for flag in flags {
         let text = flag.get_help().expect("help").to_string();
         let long = flag.get_long().expect("a long flag");

@@ -83,6 +83,8 @@ pub(super) struct Pod {
     pub(super) busy: bool,
     /// Something changed meanwhile.
     pub(super) again: bool,
+    /// When the kernel last said that its links are in place.
+    pub(super) proven: Option<Instant>,
     /// Connections older than the capture.
     pub(super) earlier: usize,
     /// Who waits for it to be in force.
@@ -151,6 +153,8 @@ pub struct Report {
     pub cgroup: Option<std::path::PathBuf>,
     pub followed: bool,
     pub earlier_connections: usize,
+    #[serde(default)]
+    pub proven_seconds_ago: Option<u64>,
 }
 
 impl Report {
@@ -170,6 +174,7 @@ impl Report {
                 .or_else(|| pod.wanted.as_ref().map(|wanted| wanted.cgroup.clone())),
             followed: pod.follow.is_some(),
             earlier_connections: pod.earlier,
+            proven_seconds_ago: pod.proven.map(|proven| proven.elapsed().as_secs()),
         }
     }
 }

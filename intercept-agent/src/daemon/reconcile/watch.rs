@@ -127,6 +127,12 @@ impl Reconciler {
                 self.adopt_one(record);
             }
         }
+        let now = Instant::now();
+        for pod in self.pods.values_mut() {
+            if pod.held.as_ref().is_some_and(|held| in_force.contains(&held.cookie)) {
+                pod.proven = Some(now);
+            }
+        }
         let lost: Vec<Key> = self
             .pods
             .iter()

@@ -55,6 +55,7 @@ fn each_annotation_is_its_flag() {
         ("traffic.sidecar.istio.io/kubevirtInterfaces", "k6t-eth0", "-k k6t-eth0"),
         ("istio.io/reroute-virtual-interfaces", "k6t-eth0", "-k k6t-eth0"),
         ("sidecar.istio.io/interceptionMode", "TPROXY", "-m TPROXY"),
+        (OPEN, "true", "--open-without-proxy"),
     ] {
         let base = "-u 1337 -g 1337 -i * -b * -d 15020,15021,15090 -o 15020";
         let expected = by_flags(&format!("{base} {flags}"));
