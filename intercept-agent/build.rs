@@ -1,4 +1,4 @@
-//! Builds the eBPF programs and leaves them in `OUT_DIR/intercept.o`.
+//! Builds the eBPF programs and leaves them in `OUT_DIR/intercept.o`, and that of the self-test in `OUT_DIR/join.o`.
 
 use std::{
     env, fs,
@@ -12,7 +12,7 @@ mod toolchain;
 use toolchain::{Compiler, TARGET, Toolchain};
 
 const PACKAGE: &str = "intercept-ebpf";
-const BINARY: &str = "intercept";
+const BINARIES: [&str; 2] = ["intercept", "join"];
 
 fn main() -> ExitCode {
     match build() {
@@ -41,11 +41,13 @@ fn build() -> Result<(), String> {
         return Err(format!("building {PACKAGE} with {toolchain}: {status}"));
     }
 
-    let built = target_dir.join(TARGET).join("release").join(BINARY);
-    let object = out_dir.join("intercept.o");
-    let bytes = fs::read(&built).map_err(|error| format!("reading {}: {error}", built.display()))?;
-    fs::write(&object, plain_names(bytes))
-        .map_err(|error| format!("writing {}: {error}", object.display()))?;
+    for binary in BINARIES {
+        let built = target_dir.join(TARGET).join("release").join(binary);
+        let object = out_dir.join(binary).with_extension("o");
+        let bytes = fs::read(&built).map_err(|error| format!("reading {}: {error}", built.display()))?;
+        fs::write(&object, plain_names(bytes))
+            .map_err(|error| format!("writing {}: {error}", object.display()))?;
+    }
     Ok(())
 }
 
@@ -63,7 +65,7 @@ fn cargo(toolchain: &Toolchain) -> Result<Command, String> {
             cargo
         }
     };
-    cargo.args(["--release", "--package", PACKAGE, "--bin", BINARY, "--target", TARGET]);
+    cargo.args(["--release", "--package", PACKAGE, "--bins", "--target", TARGET]);
 
     for (name, _) in env::vars_os() {
         if name.to_str().is_some_and(belongs_to_outer_build) {

@@ -69,13 +69,17 @@ pub(crate) enum Command {
     IstioIptables(IstioArgs),
 }
 
-/// The node's programs and maps.
+/// The node's programs and maps, and what they are to do besides istio-iptables' options.
 #[derive(Args, Clone)]
 pub(crate) struct Load {
     /// Most redirected connections that this node remembers; counts when the programs are loaded, by the first pod
     #[arg(long, value_name = "N", default_value_t = DEFAULT_MAX_CONNECTIONS, env = "INTERCEPT_MAX_CONNECTIONS",
           value_parser = clap::value_parser!(u32).range(1..))]
     pub(crate) max_connections: u32,
+    /// Join the two ends of connections within this node, past TCP; refused where that does not behave like TCP, so
+    /// far on every kernel (`check --accelerate` says why)
+    #[arg(long)]
+    pub(crate) accelerate: bool,
 }
 
 /// Which bpffs.
@@ -255,6 +259,9 @@ pub(crate) enum SelectPods {
 
 #[derive(Args)]
 pub(crate) struct CheckArgs {
+    /// Only whether connections could be joined past TCP: tried out on some in a namespace that is made for it
+    #[arg(long)]
+    pub(crate) accelerate: bool,
     /// For tools
     #[arg(long)]
     pub(crate) json: bool,

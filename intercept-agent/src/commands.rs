@@ -1,5 +1,6 @@
 //! What each command does, and the exit code of what fails.
 
+mod accelerate;
 mod attach;
 mod check;
 mod cleanup;

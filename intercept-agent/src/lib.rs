@@ -1,5 +1,6 @@
 //! The agent as a library, so that tests can look at its parts; the binary is a command line around it.
 
+pub mod acceleration;
 pub mod cgroup;
 pub mod cni;
 pub mod compile;

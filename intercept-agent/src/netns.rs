@@ -13,7 +13,7 @@ use rustix::fs::OFlags;
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socket_with};
 use rustix::process::Pid;
-use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
+use rustix::thread::{LinkNameSpaceType, UnshareFlags, move_into_link_name_space, unshare_unsafe};
 
 use crate::cgroup::{CgroupDir, CgroupError};
 
@@ -61,6 +61,12 @@ pub enum NetnsError {
         name: String,
         /// Whose it is.
         whose: Whose,
+    },
+    /// None can be made.
+    #[error("making a network namespace; this takes CAP_SYS_ADMIN")]
+    Make {
+        /// What the kernel said.
+        source: io::Error,
     },
     /// It cannot be entered.
     #[error("entering network namespace {name}; this takes CAP_SYS_ADMIN")]
@@ -154,6 +160,24 @@ impl Netns {
             ([], None) => Err(NetnsError::NoProcess { cgroup: cgroup.path().to_path_buf() }),
             _ => Err(NetnsError::Several { cgroup: cgroup.path().to_path_buf(), found }),
         }
+    }
+
+    /// Makes a namespace in which not even the loopback interface is up. It goes with the last that holds it or is
+    /// in it.
+    pub fn fresh() -> Result<Self, NetnsError> {
+        let make = || -> io::Result<File> {
+            // SAFETY: a new network namespace leaves memory and file descriptors shared as they were.
+            unsafe { unshare_unsafe(UnshareFlags::NEWNET) }?;
+            File::open("/proc/thread-self/ns/net")
+        };
+        let failed = |source| NetnsError::Make { source };
+        // A thread of its own: only that one changes its namespace.
+        let thread = thread::Builder::new().name("netns".to_owned()).spawn(make).map_err(failed)?;
+        let file = match thread.join() {
+            Ok(made) => made.map_err(failed)?,
+            Err(panic) => std::panic::resume_unwind(panic),
+        };
+        Self::open(format!("/proc/self/fd/{}", file.as_raw_fd()))
     }
 
     fn admit(path: &Path, refuse_own: bool) -> Result<Self, NetnsError> {
@@ -284,20 +308,12 @@ fn list(found: &[(u64, Pid)]) -> String {
 pub(crate) mod tests {
     use std::process::Command;
 
-    use rustix::thread::{UnshareFlags, unshare_unsafe};
-
     use super::*;
     use crate::cgroup::tests::TestCgroup;
 
-    /// A new network namespace, in which not even the loopback interface is up.
+    /// A new network namespace.
     pub(crate) fn fresh() -> Netns {
-        let inside = thread::spawn(|| {
-            // SAFETY: a new network namespace leaves memory and file descriptors shared as they were.
-            unsafe { unshare_unsafe(UnshareFlags::NEWNET) }.expect("root makes namespaces");
-            File::open("/proc/thread-self/ns/net").expect("own namespace")
-        });
-        let file = inside.join().expect("a namespace");
-        Netns::open(format!("/proc/self/fd/{}", file.as_raw_fd())).expect("a fresh namespace is accepted")
+        Netns::fresh().expect("root makes namespaces")
     }
 
     /// A process in `netns` and in the cgroup.

@@ -76,6 +76,14 @@ pub const SOCK_OPS: &str = "sock_ops";
 /// `sk_lookup`: one instance a pod, because that hook cannot ask for the netns cookie.
 pub const SK_LOOKUP: &str = "lookup";
 
+/// The self-test's `sk_msg`, and its maps: the ends that are joined, and how many messages went that way. They are in
+/// an object of their own and never pinned.
+pub const SK_MSG: &str = "join";
+/// See [`SK_MSG`].
+pub const PEERS: &str = "PEERS";
+/// See [`SK_MSG`].
+pub const JOINED: &str = "JOINED";
+
 /// The programs that attach to a pod's cgroup, in the order in which they are attached.
 pub const CGROUP_PROGRAMS: [&str; 12] = [
     SOCK_OPS,

@@ -26,6 +26,7 @@ pub(super) struct Request {
     pub(super) switches: Switches,
     pub(super) bpffs: PathBuf,
     pub(super) max_connections: u32,
+    pub(super) accelerate: bool,
 }
 
 impl Request {
@@ -43,6 +44,7 @@ impl Request {
             switches: options.switches,
             bpffs: args.bpffs.bpffs,
             max_connections: args.load.max_connections,
+            accelerate: args.load.accelerate,
         })
     }
 }
@@ -91,6 +93,7 @@ pub(super) fn istio_iptables(args: IstioArgs) -> Result<()> {
         switches: options.switches,
         bpffs: args.bpffs.bpffs,
         max_connections: args.load.max_connections,
+        accelerate: args.load.accelerate,
     })
 }
 
@@ -111,7 +114,7 @@ fn around_own_cgroup() -> Result<PathBuf> {
 }
 
 fn apply(request: Request) -> Result<()> {
-    let Request { target, config, switches, bpffs, max_connections } = request;
+    let Request { target, config, switches, bpffs, max_connections, accelerate } = request;
     if switches.dry_run {
         say!("{config}");
         say!("{}", serde_json::to_string_pretty(&config)?);
@@ -121,6 +124,7 @@ fn apply(request: Request) -> Result<()> {
         return detach::detach_cgroup(&bpffs, target.cgroup.path(), true);
     }
     super::check::require_privileges()?;
+    super::accelerate::admit(accelerate)?;
     if !switches.skip_rule_apply {
         let mut node = Node::open(&bpffs, max_connections)
             .with_context(|| format!("opening the state in {}", bpffs.display()))?;

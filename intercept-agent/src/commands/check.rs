@@ -6,7 +6,7 @@ use anyhow::{Result, bail};
 use intercept_agent::{cgroup, offsets, programs, store::Store};
 use serde::Serialize;
 
-use super::say;
+use super::{accelerate, say};
 use crate::cli::CheckArgs;
 
 #[derive(Serialize)]
@@ -51,6 +51,9 @@ pub(super) fn require_privileges() -> Result<()> {
 }
 
 pub(super) fn check(args: &CheckArgs) -> Result<()> {
+    if args.accelerate {
+        return accelerate::check(args.json);
+    }
     let findings = findings(&args.bpffs.bpffs);
     if args.json {
         say!("{}", serde_json::to_string_pretty(&findings)?);

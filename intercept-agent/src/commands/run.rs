@@ -24,13 +24,14 @@ use crate::cli::AttachArgs;
 pub(super) fn run(args: AttachArgs) -> Result<()> {
     let request = Request::of(args)?;
     super::check::require_privileges()?;
+    super::accelerate::admit(request.accelerate)?;
     let runtime =
         tokio::runtime::Builder::new_current_thread().enable_all().build().context("starting the runtime")?;
     runtime.block_on(follow(request))
 }
 
 async fn follow(request: Request) -> Result<()> {
-    let Request { target, config, switches, bpffs, max_connections } = request;
+    let Request { target, config, switches, bpffs, max_connections, .. } = request;
     // Before the attach, so that no signal and no change falls in between.
     let mut interrupt = signal(SignalKind::interrupt()).context("listening for SIGINT")?;
     let mut terminate = signal(SignalKind::terminate()).context("listening for SIGTERM")?;

@@ -1,0 +1,211 @@
+//! A connection of the self-test, and what its checks do with one. Nothing here waits longer than [`PATIENCE`] for one
+//! answer of the kernel.
+
+use std::{
+    io::{self, IoSlice, Read as _, Write as _},
+    net::{Ipv4Addr, TcpListener, TcpStream},
+    os::fd::AsFd,
+    sync::atomic::{AtomicI32, Ordering},
+    thread,
+    time::{Duration, Instant},
+};
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+
+/// More than anything on one machine takes; what takes longer does not come.
+pub(super) const PATIENCE: Duration = Duration::from_secs(3);
+
+/// How many bytes a second loses against the first byte that fails; a reader in turn reads no more at once.
+pub(super) const PIECE: usize = 16 << 10;
+
+/// What a check saw; the error is what it should not have seen.
+pub(super) type Seen = Result<String, Fault>;
+
+/// What went wrong with a connection.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum Fault {
+    /// A call failed.
+    #[error("{what}: {error}{}", waited(*after))]
+    Call { what: &'static str, error: io::Error, after: Duration },
+    /// It did not, but should have, or gave something else.
+    #[error("{0}")]
+    Wrong(String),
+}
+
+/// EAGAIN of a socket that blocks means one thing after the time that was set and another before it.
+fn waited(after: Duration) -> String {
+    match after >= PATIENCE / 2 {
+        true => format!(" (nothing in {} s)", PATIENCE.as_secs()),
+        false => " (at once)".to_owned(),
+    }
+}
+
+/// Calls, and says how long it took if that failed.
+pub(super) fn call<T, E: Into<io::Error>>(
+    what: &'static str,
+    call: impl FnOnce() -> Result<T, E>,
+) -> Result<T, Fault> {
+    let start = Instant::now();
+    call().map_err(|error| Fault::Call { what, error: error.into(), after: start.elapsed() })
+}
+
+/// Fails with what is said unless it holds.
+pub(super) fn expect(holds: bool, otherwise: impl FnOnce() -> String) -> Result<(), Fault> {
+    if holds { Ok(()) } else { Err(Fault::Wrong(otherwise())) }
+}
+
+/// Both ends of one TCP connection, over the loopback interface of the thread's namespace.
+pub(super) struct Ends {
+    pub(super) client: TcpStream,
+    pub(super) server: TcpStream,
+}
+
+impl Ends {
+    /// Both block, for [`PATIENCE`] at most.
+    pub(super) fn connect() -> io::Result<Self> {
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
+        let client = TcpStream::connect_timeout(&listener.local_addr()?, PATIENCE)?;
+        // Made by now, or the line above had failed.
+        let (server, _) = listener.accept()?;
+        for end in [&client, &server] {
+            end.set_read_timeout(Some(PATIENCE))?;
+            end.set_write_timeout(Some(PATIENCE))?;
+            end.set_nodelay(true)?;
+        }
+        Ok(Self { client, server })
+    }
+}
+
+/// A byte of the stream that checks send: what is lost, doubled or moved shows.
+fn byte(seed: u64, at: u64) -> u8 {
+    let word = (at / 8 + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15).wrapping_add(seed);
+    word.to_le_bytes()[usize::try_from(at % 8).unwrap_or_default()]
+}
+
+/// Sizes of pieces, one after the other: odd ones, from one byte to a little over [`PIECE`].
+pub(super) fn odd_sizes() -> impl Iterator<Item = usize> {
+    let mut state = 0x2545_f491_4f6c_dd1d_u64;
+    std::iter::repeat_with(move || {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        // As often around ten bytes as around ten thousand.
+        let most = 16_u64 << (state % 11);
+        usize::try_from((state >> 32) % most).unwrap_or_default() | 1
+    })
+}
+
+/// The bytes of a stream from an offset on.
+pub(super) fn stream(seed: u64, from: usize, length: usize) -> Vec<u8> {
+    (from..from + length).map(|at| byte(seed, at as u64)).collect()
+}
+
+/// Compares a piece of a stream with what it should be.
+pub(super) fn compare(seed: u64, from: usize, piece: &[u8]) -> Result<(), Fault> {
+    match piece.iter().enumerate().find(|(at, got)| byte(seed, (from + at) as u64) != **got) {
+        None => Ok(()),
+        Some((at, _)) => Err(Fault::Wrong(format!("another byte than was sent at offset {}", from + at))),
+    }
+}
+
+/// Writes so many bytes of a stream, in pieces of these sizes, every third in two parts by one call.
+pub(super) fn send(
+    mut end: &TcpStream,
+    seed: u64,
+    length: usize,
+    mut sizes: impl Iterator<Item = usize>,
+) -> Result<(), Fault> {
+    let (mut sent, mut turn) = (0, 0_usize);
+    let mut piece = Vec::new();
+    while sent < length {
+        if piece.is_empty() {
+            let size = sizes.next().unwrap_or(PIECE).clamp(1, length - sent);
+            piece = stream(seed, sent, size);
+        }
+        turn += 1;
+        let written = call("sending", || match turn.is_multiple_of(3) {
+            true => {
+                let (one, other) = piece.split_at(piece.len() / 2);
+                end.write_vectored(&[IoSlice::new(one), IoSlice::new(other)])
+            }
+            false => end.write(&piece),
+        })?;
+        expect(written > 0, || "sending took nothing".to_owned())?;
+        piece.drain(..written);
+        sent += written;
+    }
+    Ok(())
+}
+
+/// Reads so many bytes of a stream and compares them.
+pub(super) fn receive(
+    mut end: &TcpStream,
+    seed: u64,
+    length: usize,
+    mut sizes: impl Iterator<Item = usize>,
+) -> Result<(), Fault> {
+    let mut got = 0;
+    let mut buffer = vec![0; 2 * PIECE];
+    while got < length {
+        let size = sizes.next().unwrap_or(PIECE).clamp(1, length - got).min(buffer.len());
+        let read = call("receiving", || end.read(&mut buffer[..size]))?;
+        expect(read > 0, || format!("the stream ended after {got} of {length} bytes"))?;
+        compare(seed, got, &buffer[..read])?;
+        got += read;
+    }
+    Ok(())
+}
+
+/// The stream is at its end.
+pub(super) fn ended(mut end: &TcpStream) -> Result<(), Fault> {
+    let more = call("waiting for the end of the stream", || end.read(&mut [0; 64]))?;
+    expect(more == 0, || format!("{more} bytes after the end of the stream"))
+}
+
+/// Does both at the same time; the first failure of the two.
+pub(super) fn both(
+    one: impl FnOnce() -> Result<(), Fault> + Send,
+    other: impl FnOnce() -> Result<(), Fault> + Send,
+) -> Result<(), Fault> {
+    thread::scope(|scope| {
+        let thread = scope.spawn(other);
+        let one = one();
+        let other = thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+        one.and(other)
+    })
+}
+
+/// Whether it becomes ready for this within a time.
+pub(super) fn ready(end: impl AsFd, what: PollFlags, within: Duration) -> Result<bool, Fault> {
+    let within = Timespec { tv_sec: within.as_secs().cast_signed(), tv_nsec: within.subsec_nanos().into() };
+    let found = call("polling", || poll(&mut [PollFd::new(&end, what)], Some(&within)))?;
+    Ok(found > 0)
+}
+
+/// Where a thread says that it is about to wait, so that another does something only then.
+#[derive(Default)]
+pub(super) struct Sleeper(AtomicI32);
+
+impl Sleeper {
+    /// This thread's next call is the one that waits.
+    pub(super) fn about_to_sleep(&self) {
+        self.0.store(rustix::thread::gettid().as_raw_nonzero().get(), Ordering::Release);
+    }
+
+    /// Returns once that thread sleeps; asks for nothing but the kernel's word on its state.
+    pub(super) fn sleeps(&self) -> Result<(), Fault> {
+        let deadline = Instant::now() + PATIENCE;
+        while Instant::now() < deadline {
+            let thread = self.0.load(Ordering::Acquire);
+            let path = format!("/proc/self/task/{thread}/stat");
+            // "TID (NAME) S ..."
+            let stat = std::fs::read_to_string(path).unwrap_or_default();
+            if thread != 0 && stat.rsplit_once(") ").is_some_and(|(_, state)| state.starts_with('S')) {
+                self.0.store(0, Ordering::Release);
+                return Ok(());
+            }
+            thread::yield_now();
+        }
+        Err(Fault::Wrong("a thread that should wait did not".to_owned()))
+    }
+}

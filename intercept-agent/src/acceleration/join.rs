@@ -1,0 +1,81 @@
+//! Joining the two ends of a connection, for the self-test: the program, its maps, and nothing pinned.
+
+use std::{net::SocketAddr, os::fd::AsRawFd as _};
+
+use aya::{
+    Ebpf,
+    maps::{Array, MapError, SockHash},
+    programs::{ProgramError, SkMsg},
+};
+use intercept_common::names;
+
+use super::ends::Ends;
+
+static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/join.o"));
+
+/// Why connections cannot be joined at all.
+#[derive(Debug, thiserror::Error)]
+pub enum JoinError {
+    /// aya could not make the maps.
+    #[error("making the maps of the self-test")]
+    Load(#[source] Box<aya::EbpfError>),
+    /// The kernel refused the program.
+    #[error("loading and attaching the self-test's program of sk_msg")]
+    Program(#[source] Box<ProgramError>),
+    /// The kernel refused a socket, or a look at the count.
+    #[error("putting a connection into the self-test's map")]
+    Map(#[source] Box<MapError>),
+    /// The object is not what this file thinks.
+    #[error("the built-in object has no {0}: the build is inconsistent")]
+    Absent(&'static str),
+    /// A socket has no address of IPv4.
+    #[error("asking a socket of the self-test for its addresses")]
+    Addresses(#[source] std::io::Error),
+}
+
+impl From<MapError> for JoinError {
+    fn from(error: MapError) -> Self {
+        Self::Map(Box::new(error))
+    }
+}
+
+impl From<ProgramError> for JoinError {
+    fn from(error: ProgramError) -> Self {
+        Self::Program(Box::new(error))
+    }
+}
+
+/// The program in force over its map. Dropping it takes both out.
+pub(super) struct Joiner(Ebpf);
+
+impl Joiner {
+    pub(super) fn load() -> Result<Self, JoinError> {
+        let mut ebpf = Ebpf::load(OBJECT).map_err(|error| JoinError::Load(Box::new(error)))?;
+        let map = ebpf.map(names::PEERS).ok_or(JoinError::Absent(names::PEERS))?;
+        let map = SockHash::<_, u64>::try_from(map)?.fd().try_clone().map_err(MapError::from)?;
+        let program = ebpf.program_mut(names::SK_MSG).ok_or(JoinError::Absent(names::SK_MSG))?;
+        let program: &mut SkMsg = program.try_into()?;
+        program.load()?;
+        program.attach(&map)?;
+        Ok(Self(ebpf))
+    }
+
+    /// Joins a connection over which nothing has been sent yet. It leaves the map when it is closed.
+    pub(super) fn join(&mut self, ends: &Ends) -> Result<(), JoinError> {
+        let map = self.0.map_mut(names::PEERS).ok_or(JoinError::Absent(names::PEERS))?;
+        let mut map = SockHash::<_, u64>::try_from(map)?;
+        for end in [&ends.client, &ends.server] {
+            let port = |addr: std::io::Result<SocketAddr>| addr.map(|addr| u64::from(addr.port()));
+            let local = port(end.local_addr()).map_err(JoinError::Addresses)?;
+            let remote = port(end.peer_addr()).map_err(JoinError::Addresses)?;
+            map.insert(local << 32 | remote, end.as_raw_fd(), 0)?;
+        }
+        Ok(())
+    }
+
+    /// How many messages have gone from one end to the other past TCP.
+    pub(super) fn messages(&self) -> Result<u64, JoinError> {
+        let map = self.0.map(names::JOINED).ok_or(JoinError::Absent(names::JOINED))?;
+        Ok(Array::<_, u64>::try_from(map)?.get(&0, 0)?)
+    }
+}

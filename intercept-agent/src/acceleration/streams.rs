@@ -1,0 +1,153 @@
+//! Checks of what arrives: everything, once, in order, by every way to read and write.
+
+use std::{
+    hash::{DefaultHasher, Hasher as _},
+    io::{Read as _, Write as _},
+    net::{Shutdown, TcpStream},
+    os::fd::OwnedFd,
+};
+
+use rustix::{
+    event::PollFlags,
+    fs::{MemfdFlags, memfd_create, sendfile},
+    pipe::{PipeFlags, SpliceFlags, pipe_with, splice},
+};
+
+use super::ends::{
+    Ends, Fault, PATIENCE, PIECE, Seen, both, call, compare, ended, expect, odd_sizes, ready, receive, send,
+    stream,
+};
+
+/// What goes one way in odd pieces.
+const ORDERED: usize = 4 << 20;
+/// What goes each way at the same time.
+const SUMMED: usize = 16 << 20;
+/// What goes by other calls than send and recv.
+const OTHERWISE: usize = 1 << 20;
+
+/// One way, written and read in pieces of odd sizes that have nothing to do with each other.
+pub(super) fn order(ends: Ends) -> Seen {
+    both(
+        || send(&ends.client, 3, ORDERED, odd_sizes()),
+        || receive(&ends.server, 3, ORDERED, odd_sizes().skip(17)),
+    )?;
+    Ok(format!("{} MiB in odd pieces", ORDERED >> 20))
+}
+
+/// Both ways at the same time, in large pieces; sums are taken of what was given to one end and what the other gave.
+pub(super) fn checksums(ends: Ends) -> Seen {
+    let way = |from: &TcpStream, to: &TcpStream, seed: u64| {
+        let (mut sent, mut received) = (0, 0);
+        both(
+            || {
+                sent = summed_send(from, seed)?;
+                call("shutting down", || from.shutdown(Shutdown::Write))
+            },
+            || {
+                received = summed_receive(to)?;
+                Ok(())
+            },
+        )?;
+        expect(sent == received, || "the checksums of what was sent and received differ".to_owned())
+    };
+    both(|| way(&ends.client, &ends.server, 4), || way(&ends.server, &ends.client, 5))?;
+    Ok(format!("{} MiB each way at the same time", SUMMED >> 20))
+}
+
+fn summed_send(mut end: &TcpStream, seed: u64) -> Result<u64, Fault> {
+    const LARGE: usize = 256 << 10;
+    let mut sum = DefaultHasher::new();
+    let mut piece = stream(seed, 0, LARGE);
+    for round in 0..SUMMED / LARGE {
+        // So that no two pieces are alike.
+        piece[..8].copy_from_slice(&(round as u64).to_le_bytes());
+        sum.write(&piece);
+        call("sending", || end.write_all(&piece))?;
+    }
+    Ok(sum.finish())
+}
+
+fn summed_receive(mut end: &TcpStream) -> Result<u64, Fault> {
+    let mut sum = DefaultHasher::new();
+    let (mut buffer, mut got) = (vec![0; 4 * PIECE], 0);
+    loop {
+        match call("receiving", || end.read(&mut buffer))? {
+            0 => break,
+            read => {
+                sum.write(&buffer[..read]);
+                got += read;
+            }
+        }
+        // More than was sent must not be read for ever.
+        expect(got <= SUMMED, || format!("more than the {SUMMED} bytes that were sent"))?;
+    }
+    expect(got == SUMMED, || format!("the stream ended after {got} of {SUMMED} bytes"))?;
+    Ok(sum.finish())
+}
+
+/// From the socket into a pipe, and only when the socket says that there is something.
+pub(super) fn splice_out(ends: Ends) -> Seen {
+    let (out, into) = call("making a pipe", || pipe_with(PipeFlags::CLOEXEC))?;
+    let mut out = std::fs::File::from(out);
+    let reader = || {
+        let mut got = 0;
+        let mut buffer = vec![0; PIECE];
+        while got < OTHERWISE {
+            expect(ready(&ends.server, PollFlags::IN, PATIENCE)?, || {
+                format!("nothing to read after {got} of {OTHERWISE} bytes")
+            })?;
+            // No more than a pipe takes, so that only the socket can be waited for.
+            let moved = call("splicing from a socket with data pending", || {
+                splice(&ends.server, None, &into, None, PIECE, SpliceFlags::empty())
+            })?;
+            expect(moved > 0, || format!("the stream ended after {got} of {OTHERWISE} bytes"))?;
+            call("reading the pipe", || out.read_exact(&mut buffer[..moved]))?;
+            compare(6, got, &buffer[..moved])?;
+            got += moved;
+        }
+        Ok(())
+    };
+    both(reader, || send(&ends.client, 6, OTHERWISE, std::iter::repeat(PIECE)))?;
+    Ok(format!("{} KiB into a pipe", OTHERWISE >> 10))
+}
+
+/// From a file into the socket.
+pub(super) fn sendfile_in(ends: Ends) -> Seen {
+    let file: OwnedFd = call("making a file in memory", || memfd_create("self-test", MemfdFlags::CLOEXEC))?;
+    let mut file = std::fs::File::from(file);
+    call("writing the file", || file.write_all(&stream(7, 0, OTHERWISE)))?;
+    let writer = || {
+        let mut offset = 0;
+        while (offset as usize) < OTHERWISE {
+            let left = OTHERWISE - offset as usize;
+            let moved = call("sending the file", || sendfile(&ends.client, &file, Some(&mut offset), left))?;
+            expect(moved > 0, || format!("sendfile stopped after {offset} of {OTHERWISE} bytes"))?;
+        }
+        call("shutting down", || ends.client.shutdown(Shutdown::Write))
+    };
+    let reader = || {
+        receive(&ends.server, 7, OTHERWISE, std::iter::repeat(PIECE))?;
+        ended(&ends.server)
+    };
+    both(writer, reader)?;
+    Ok(format!("{} KiB from a file", OTHERWISE >> 10))
+}
+
+/// What was peeked at is still there, and comes first.
+pub(super) fn peek(ends: Ends) -> Seen {
+    const GREETING: usize = 3000;
+    let half = GREETING / 2;
+    for round in 0..20 {
+        let sent = stream(round, 0, GREETING);
+        let mut got = vec![0; GREETING];
+        call("sending", || (&ends.client).write_all(&sent[..half]))?;
+        let peeked = call("peeking", || ends.server.peek(&mut got))?;
+        compare(round, 0, &got[..peeked])?;
+        call("sending", || (&ends.client).write_all(&sent[half..]))?;
+        let peeked = call("peeking", || ends.server.peek(&mut got))?;
+        compare(round, 0, &got[..peeked])?;
+        call("receiving", || (&ends.server).read_exact(&mut got))?;
+        compare(round, 0, &got)?;
+    }
+    Ok("the same bytes were read afterwards".to_owned())
+}

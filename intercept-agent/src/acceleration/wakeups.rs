@@ -1,0 +1,177 @@
+//! Checks of who is woken, and by what.
+
+use std::{
+    io::{ErrorKind, Read as _, Write as _},
+    net::{Shutdown, TcpStream},
+    time::Duration,
+};
+
+use rustix::event::{Timespec, epoll};
+
+use super::ends::{Ends, Fault, PATIENCE, PIECE, Seen, Sleeper, both, call, ended, expect, receive, send};
+
+/// Enough for a race to be lost once.
+const ROUNDS: usize = 200;
+
+/// Bytes of one direction where a check is not about their number.
+const SOME: usize = 512 << 10;
+
+/// A byte there and a byte back, each to somebody who sleeps in `recv`.
+pub(super) fn blocking_receive(ends: Ends) -> Seen {
+    let sleeper = Sleeper::default();
+    let exchange = |mut end: &TcpStream, first: bool| {
+        for round in 0..ROUNDS {
+            let mut got = [0];
+            if first {
+                sleeper.sleeps()?;
+                call("sending", || end.write_all(&[1]))?;
+                call("waiting for the answer", || end.read_exact(&mut got))?;
+            } else {
+                sleeper.about_to_sleep();
+                call("waiting in recv", || end.read_exact(&mut got))?;
+                call("answering", || end.write_all(&[2]))?;
+            }
+            expect(got == [if first { 2 } else { 1 }], || format!("another byte in round {round}"))?;
+        }
+        Ok(())
+    };
+    both(|| exchange(&ends.client, true), || exchange(&ends.server, false))?;
+    Ok(format!("woken {ROUNDS} times"))
+}
+
+/// The same to somebody who sleeps in `epoll_wait`, edge-triggered, and reads until there is no more.
+pub(super) fn epoll_edge(ends: Ends) -> Seen {
+    let sleeper = Sleeper::default();
+    call("making the socket non-blocking", || ends.server.set_nonblocking(true))?;
+    let waker = || {
+        for round in 0..ROUNDS {
+            sleeper.sleeps()?;
+            call("sending", || (&ends.client).write_all(&vec![1; 1 + round * 7 % 3000]))?;
+            call("waiting for the answer", || (&ends.client).read_exact(&mut [0]))?;
+        }
+        call("shutting down", || ends.client.shutdown(Shutdown::Write))
+    };
+    let woken = || {
+        let epoll = call("making an epoll", || epoll::create(epoll::CreateFlags::CLOEXEC))?;
+        let interest = epoll::EventFlags::IN | epoll::EventFlags::ET;
+        call("adding to the epoll", || {
+            epoll::add(&epoll, &ends.server, epoll::EventData::new_u64(0), interest)
+        })?;
+        let mut round = 0;
+        // A socket that was just added is reported as it is.
+        let mut wanted = 1;
+        loop {
+            sleeper.about_to_sleep();
+            wait(&epoll)?;
+            let Some(got) = drain(&ends.server)? else { break };
+            // A message may come in two parts, with an event each.
+            wanted -= got.min(wanted);
+            if wanted == 0 {
+                call("answering", || (&ends.server).write_all(&[2]))?;
+                round += 1;
+                wanted = 1 + round * 7 % 3000;
+            }
+        }
+        expect(round == ROUNDS, || format!("the stream ended after {round} of {ROUNDS} messages"))
+    };
+    both(waker, woken)?;
+    Ok(format!("an edge for each of {ROUNDS} messages and for the end"))
+}
+
+fn wait(epoll: impl std::os::fd::AsFd) -> Result<(), Fault> {
+    let mut events = Vec::with_capacity(4);
+    let within = Timespec { tv_sec: PATIENCE.as_secs().cast_signed(), tv_nsec: 0 };
+    let found = call("waiting in epoll_wait", || {
+        epoll::wait(&epoll, rustix::buffer::spare_capacity(&mut events), Some(&within))
+    })?;
+    expect(found > 0, || format!("no event in {} s", PATIENCE.as_secs()))
+}
+
+/// How many bytes there were; none at the end of the stream.
+fn drain(mut end: &TcpStream) -> Result<Option<usize>, Fault> {
+    let mut sum = 0;
+    loop {
+        match end.read(&mut [0; 1000]) {
+            Ok(0) => return Ok(None),
+            Ok(read) => sum += read,
+            Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(Some(sum)),
+            Err(error) => {
+                return Err(Fault::Call { what: "receiving", error, after: Duration::ZERO });
+            }
+        }
+    }
+}
+
+/// One end says that it has sent everything; what the other sends after that still comes.
+pub(super) fn half_close(ends: Ends) -> Seen {
+    let sizes = || std::iter::repeat(PIECE);
+    let client = || {
+        send(&ends.client, 1, SOME, sizes())?;
+        call("shutting down", || ends.client.shutdown(Shutdown::Write))?;
+        receive(&ends.client, 2, SOME, sizes())?;
+        ended(&ends.client)
+    };
+    let server = || {
+        receive(&ends.server, 1, SOME, sizes())?;
+        ended(&ends.server)?;
+        send(&ends.server, 2, SOME, sizes())?;
+        call("shutting down", || ends.server.shutdown(Shutdown::Write))
+    };
+    both(client, server)?;
+    Ok(format!("{} KiB after the end of the other direction", SOME >> 10))
+}
+
+/// A thread sleeps in `recv` while another shuts the write side down; the answer comes after that.
+pub(super) fn shutdown_elsewhere(ends: Ends) -> Seen {
+    /// Long enough for a reader that is woken by it to come back.
+    const STILL: Duration = Duration::from_millis(200);
+    let Ends { client, server } = &ends;
+    let sleeper = &Sleeper::default();
+    let (woken, wait) = std::sync::mpsc::sync_channel(1);
+    let reader = move || {
+        let mut got = [0; 6];
+        sleeper.about_to_sleep();
+        let read = call("sleeping in recv while another thread shut the write side down", || {
+            { client }.read_exact(&mut got)
+        });
+        // That the other has given up waiting is the good case.
+        let _others_went_on = woken.try_send(());
+        read?;
+        expect(&got == b"answer", || "another answer than was sent".to_owned())
+    };
+    let others = move || {
+        call("sending", || { client }.write_all(b"question"))?;
+        sleeper.sleeps()?;
+        call("shutting down", || client.shutdown(Shutdown::Write))?;
+        call("receiving", || { server }.read_exact(&mut [0; 8]))?;
+        ended(server)?;
+        // If the reader is back, it says itself why.
+        let _still_asleep = wait.recv_timeout(STILL);
+        call("answering", || { server }.write_all(b"answer"))
+    };
+    both(reader, others)?;
+    Ok("the answer came after it".to_owned())
+}
+
+/// One end is closed with a reset while the other sleeps in `recv`.
+pub(super) fn reset(ends: Ends) -> Seen {
+    let Ends { client, server } = ends;
+    let sleeper = Sleeper::default();
+    let reader = || {
+        call("receiving", || (&client).read_exact(&mut [0; 8]))?;
+        sleeper.about_to_sleep();
+        match (&client).read(&mut [0]) {
+            Err(error) if error.kind() == ErrorKind::ConnectionReset => Ok(()),
+            other => Err(Fault::Wrong(format!("recv gave {other:?} rather than a reset"))),
+        }
+    };
+    let closer = || {
+        call("sending", || (&server).write_all(b"greeting"))?;
+        sleeper.sleeps()?;
+        call("setting SO_LINGER", || rustix::net::sockopt::set_socket_linger(&server, Some(Duration::ZERO)))?;
+        drop(server);
+        Ok(())
+    };
+    both(reader, closer)?;
+    Ok("seen by the sleeping reader".to_owned())
+}
