@@ -15,7 +15,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 /// More than anything on one machine takes; what takes longer does not come.
 pub(super) const PATIENCE: Duration = Duration::from_secs(3);
 
-/// How many bytes a second loses against the first byte that fails; a reader in turn reads no more at once.
+/// What is sent or read at once where a check is not about sizes.
 pub(super) const PIECE: usize = 16 << 10;
 
 /// What a check saw; the error is what it should not have seen.
@@ -82,7 +82,7 @@ fn byte(seed: u64, at: u64) -> u8 {
     word.to_le_bytes()[usize::try_from(at % 8).unwrap_or_default()]
 }
 
-/// Sizes of pieces, one after the other: odd ones, from one byte to a little over [`PIECE`].
+/// Sizes of pieces, one after the other: odd ones, from one byte to [`PIECE`].
 pub(super) fn odd_sizes() -> impl Iterator<Item = usize> {
     let mut state = 0x2545_f491_4f6c_dd1d_u64;
     std::iter::repeat_with(move || {
@@ -207,5 +207,31 @@ impl Sleeper {
             thread::yield_now();
         }
         Err(Fault::Wrong("a thread that should wait did not".to_owned()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_lost_doubled_or_moved_is_found() {
+        let sent = stream(1, 0, 4096);
+        compare(1, 0, &sent).expect("as it was sent");
+        compare(1, 1000, &sent[1000..]).expect("as it was sent");
+        assert!(compare(2, 0, &sent).is_err(), "of another stream");
+        for by in [1, 7, 8, 64, 1024] {
+            assert!(compare(1, by, &sent).is_err(), "doubled {by} bytes");
+            assert!(compare(1, 0, &sent[by..]).is_err(), "lost {by} bytes");
+        }
+        let moved = [&sent[1024..2048], &sent[..1024]].concat();
+        assert!(compare(1, 0, &moved).is_err());
+    }
+
+    #[test]
+    fn sizes_are_odd_and_of_all_magnitudes() {
+        let sizes: Vec<_> = odd_sizes().take(1000).collect();
+        assert!(sizes.iter().all(|size| size % 2 == 1 && *size <= PIECE));
+        assert!(sizes.iter().any(|size| *size < 8) && sizes.iter().any(|size| *size > PIECE / 2));
     }
 }

@@ -121,6 +121,25 @@ pub(super) fn half_close(ends: Ends) -> Seen {
     Ok(format!("{} KiB after the end of the other direction", SOME >> 10))
 }
 
+/// One end is closed while the other sleeps in `recv`.
+pub(super) fn end_of_stream(ends: Ends) -> Seen {
+    let Ends { client, server } = ends;
+    let sleeper = Sleeper::default();
+    let reader = || {
+        call("receiving", || (&client).read_exact(&mut [0; 8]))?;
+        sleeper.about_to_sleep();
+        ended(&client)
+    };
+    let closer = || {
+        call("sending", || (&server).write_all(b"greeting"))?;
+        sleeper.sleeps()?;
+        drop(server);
+        Ok(())
+    };
+    both(reader, closer)?;
+    Ok("seen by the sleeping reader".to_owned())
+}
+
 /// A thread sleeps in `recv` while another shuts the write side down; the answer comes after that.
 pub(super) fn shutdown_elsewhere(ends: Ends) -> Seen {
     /// Long enough for a reader that is woken by it to come back.
@@ -162,7 +181,8 @@ pub(super) fn reset(ends: Ends) -> Seen {
         sleeper.about_to_sleep();
         match (&client).read(&mut [0]) {
             Err(error) if error.kind() == ErrorKind::ConnectionReset => Ok(()),
-            other => Err(Fault::Wrong(format!("recv gave {other:?} rather than a reset"))),
+            Err(error) => Err(Fault::Wrong(format!("recv gave {error} rather than a reset"))),
+            Ok(read) => Err(Fault::Wrong(format!("recv gave {read} bytes rather than a reset"))),
         }
     };
     let closer = || {

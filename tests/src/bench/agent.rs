@@ -1,14 +1,15 @@
 //! The agent that is measured, with a bpffs of its own, so that neither an agent installed here nor another run is
 //! touched.
 
+use std::ffi::OsStr;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, ensure};
 use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 
-use crate::testbed::name;
+use crate::testbed::{Place, name};
 
 /// The variable that says where the agent is.
 pub const VARIABLE: &str = "INTERCEPT_AGENT";
@@ -65,16 +66,28 @@ impl Agent {
         Ok(found)
     }
 
-    /// Whether it can join the sockets of a node.
-    pub fn accelerates(&self) -> Result<bool> {
-        let output = Command::new(&self.program)
-            .args(["attach", "--help"])
-            .output()
-            .with_context(|| format!("starting {}", self.program.display()))?;
-        if !output.status.success() {
-            bail!("{} attach --help: {}", self.program.display(), output.status);
+    /// Why it does not join the sockets of a node; none if it does. Tried out on a pod.
+    pub fn refuses_to_accelerate(&self) -> Result<Option<String>> {
+        let pod = Place::new("accelerate")?;
+        let run = |subcommand: &str, options: &[&OsStr]| {
+            Command::new(&self.program)
+                .args(self.arguments(subcommand))
+                .arg("--cgroup-path")
+                .arg(pod.cgroup.path())
+                .args(options)
+                .output()
+                .with_context(|| format!("starting {}", self.program.display()))
+        };
+        let attach =
+            run("attach", &["--netns".as_ref(), pod.netns.path().as_os_str(), "--accelerate".as_ref()])?;
+        if !attach.status.success() {
+            let said = String::from_utf8_lossy(&attach.stderr);
+            let why = said.lines().find(|line| line.starts_with("error")).unwrap_or("it does not say why");
+            return Ok(Some(why.to_owned()));
         }
-        Ok(String::from_utf8_lossy(&output.stdout).contains("--accelerate"))
+        let detach = run("detach", &[])?;
+        ensure!(detach.status.success(), "detaching: {}", String::from_utf8_lossy(&detach.stderr));
+        Ok(None)
     }
 }
 

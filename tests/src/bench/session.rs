@@ -153,9 +153,11 @@ impl Run<'_> {
 
 /// Leaves out what cannot be measured here, and says so.
 fn adapt(plan: &mut Plan, crew: &Crew, notes: &mut Vec<String>) -> Result<()> {
-    if plan.modes.contains(&Mode::Accelerated) && !crew.agent()?.accelerates()? {
+    if plan.modes.contains(&Mode::Accelerated)
+        && let Some(why) = crew.agent()?.refuses_to_accelerate()?
+    {
         plan.modes.retain(|mode| *mode != Mode::Accelerated);
-        notes.push("accelerated: left out, because this agent has no --accelerate".into());
+        notes.push(format!("accelerated: left out. {why}"));
     }
     let wants_envoy = [Section::EnvoyTcp, Section::EnvoyHttp].into_iter().any(|section| plan.has(section));
     if wants_envoy && let Err(error) = envoy::program() {
