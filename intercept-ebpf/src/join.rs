@@ -3,7 +3,7 @@
 #![cfg_attr(target_arch = "bpf", no_std, no_main)]
 
 use aya_ebpf::{
-    bindings::sk_msg_md,
+    bindings::{sk_action, sk_msg_md},
     macros::{map, sk_msg},
     maps::{Array, SockHash},
     programs::SkMsgContext,
@@ -18,16 +18,20 @@ static JOINED: Array<u64> = Array::with_max_entries(1, 0);
 
 /// A message is sent: `SK_DROP`, seen as EACCES by the sender, if the other end is not there.
 #[sk_msg]
-pub fn join(ctx: SkMsgContext) -> u32 {
+fn join(ctx: SkMsgContext) -> u32 {
     /// `BPF_F_INGRESS`: to the other's receive queue.
     const INGRESS: u64 = 1;
+    /// `SK_PASS`, as the helper gives it.
+    const PASS: i64 = 1;
     if let Some(count) = JOINED.get_ptr_mut(0) {
         // SAFETY: an element of an array map, which outlives the program. A count lost to a race does no harm.
         unsafe { *count += 1 };
     }
     let (local, remote) = ports(ctx.msg);
-    let verdict = PEERS.redirect_msg(&ctx, u64::from(remote) << 32 | u64::from(local), INGRESS);
-    verdict as u32
+    match PEERS.redirect_msg(&ctx, u64::from(remote) << 32 | u64::from(local), INGRESS) {
+        PASS => sk_action::SK_PASS,
+        _ => sk_action::SK_DROP,
+    }
 }
 
 /// Both in host order.

@@ -114,6 +114,8 @@ fn arrived(end: &TcpStream, wanted: usize) -> Result<(), Fault> {
 }
 
 fn set_low_water(end: &TcpStream, bytes: libc::c_int) -> std::io::Result<()> {
+    const LENGTH: libc::socklen_t = 4;
+    const _: () = assert!(size_of::<libc::c_int>() == LENGTH as usize);
     // SAFETY: the kernel reads one int, which outlives the call.
     let result = unsafe {
         libc::setsockopt(
@@ -121,7 +123,7 @@ fn set_low_water(end: &TcpStream, bytes: libc::c_int) -> std::io::Result<()> {
             libc::SOL_SOCKET,
             libc::SO_RCVLOWAT,
             (&raw const bytes).cast(),
-            size_of::<libc::c_int>() as libc::socklen_t,
+            LENGTH,
         )
     };
     if result == 0 { Ok(()) } else { Err(std::io::Error::last_os_error()) }

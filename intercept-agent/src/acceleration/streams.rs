@@ -113,11 +113,11 @@ pub(super) fn sendfile_in(ends: Ends) -> Seen {
     let mut file = std::fs::File::from(file);
     call("writing the file", || file.write_all(&stream(7, 0, OTHERWISE)))?;
     let writer = || {
-        let mut offset = 0;
-        while (offset as usize) < OTHERWISE {
-            let left = OTHERWISE - offset as usize;
+        let (mut offset, mut left) = (0, OTHERWISE);
+        while left > 0 {
             let moved = call("sending the file", || sendfile(&ends.client, &file, Some(&mut offset), left))?;
             expect(moved > 0, || format!("sendfile stopped after {offset} of {OTHERWISE} bytes"))?;
+            left -= moved;
         }
         call("shutting down", || ends.client.shutdown(Shutdown::Write))
     };

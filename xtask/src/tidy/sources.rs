@@ -11,7 +11,8 @@ const LINES: usize = 500;
 const LONG: [(&str, &str); 0] = [];
 
 /// Files that may say `unsafe`: context reads, map access, raw system calls.
-const UNSAFE: [&str; 25] = [
+const UNSAFE: [&str; 27] = [
+    "intercept-agent/src/acceleration/queue.rs",
     "intercept-agent/src/commands/run.rs",
     "intercept-agent/src/daemon/folder.rs",
     "intercept-agent/src/kernel.rs",
@@ -24,6 +25,7 @@ const UNSAFE: [&str; 25] = [
     "intercept-ebpf/src/context.rs",
     "intercept-ebpf/src/facts.rs",
     "intercept-ebpf/src/inbound.rs",
+    "intercept-ebpf/src/join.rs",
     "intercept-ebpf/src/lifecycle.rs",
     "intercept-ebpf/src/maps.rs",
     "intercept-ebpf/src/observe.rs",
