@@ -132,6 +132,8 @@ fn what_fails_is_refused_and_nothing_is_left() {
         is_back_to(programs);
         assert!(Snapshot::of(&pod).expect("looked at") == before, "{subcommand} changed the pod");
     }
+    let (code, text) = code_and_text(agent.command("daemon").arg("--accelerate"));
+    assert!(code == Some(1) && text.contains("refusing --accelerate"), "{text}");
     // Wrong usage is told first.
     let (code, text) = code_and_text(&mut agent.for_pod("attach", &pod, &["-p", "0", "--accelerate"]));
     assert_eq!(code, Some(2), "{text}");

@@ -11,6 +11,7 @@ use crate::cli::DaemonArgs;
 
 pub(super) fn daemon(args: DaemonArgs) -> Result<()> {
     super::check::require_privileges()?;
+    super::accelerate::admit(args.load.accelerate)?;
     let settings = Settings {
         bpffs: args.bpffs.bpffs,
         max_connections: args.load.max_connections,
