@@ -44,6 +44,7 @@ pub const INIT_FLAGS: [&str; 16] = [
 pub struct Agent {
     program: PathBuf,
     bpffs: Bpffs,
+    capabilities: Option<Vec<String>>,
 }
 
 /// `intercept-agent run`. Dropping it kills the process.
@@ -60,7 +61,13 @@ impl Agent {
 
     /// The agent of this build with this bpffs.
     pub fn on(bpffs: Bpffs) -> Result<Self> {
-        Ok(Self { program: binary::locate("intercept-agent", VARIABLE)?, bpffs })
+        Ok(Self { program: binary::locate("intercept-agent", VARIABLE)?, bpffs, capabilities: None })
+    }
+
+    /// From now on every command has these capabilities and can get no others, as in a container of
+    /// Kubernetes that drops all and adds these. Named as there: NET_ADMIN.
+    pub fn confine(&mut self, capabilities: &[String]) {
+        self.capabilities = Some(capabilities.to_vec());
     }
 
     /// The binary.
@@ -75,7 +82,7 @@ impl Agent {
 
     /// A subcommand on this bpffs; everything else is to be added.
     pub fn command(&self, subcommand: &str) -> Command {
-        let mut command = Command::new(&self.program);
+        let mut command = self.start(&self.program);
         command.arg(subcommand).arg("--bpffs").arg(self.bpffs());
         // Those of the caller are not the test's.
         for (name, _) in std::env::vars_os() {
@@ -85,6 +92,18 @@ impl Agent {
             }
         }
         command.stdin(Stdio::null());
+        command
+    }
+
+    /// A program with the capabilities that the agent has; everything else is to be added.
+    pub fn start(&self, program: &Path) -> Command {
+        let Some(capabilities) = &self.capabilities else { return Command::new(program) };
+        let added = capabilities.iter().map(|name| format!(",+{}", name.to_lowercase()));
+        let mut command = Command::new("setpriv");
+        command
+            .arg(format!("--bounding-set=-all{}", added.collect::<String>()))
+            .args(["--inh-caps=-all", "--ambient-caps=-all", "--no-new-privs"])
+            .arg(program);
         command
     }
 

@@ -1,0 +1,247 @@
+//! The capabilities that deploy/ gives the agent: enough for all it does, and none too many.
+
+use std::{
+    collections::BTreeSet,
+    fs,
+    io::Write as _,
+    net::{SocketAddr, TcpListener, TcpStream},
+    os::fd::OwnedFd,
+    path::{Path, PathBuf},
+    process::{Child, Command, Stdio},
+    time::Duration,
+};
+
+use clap::Parser;
+use intercept_agent::{
+    cgroup::CgroupDir,
+    daemon::reconcile::State,
+    netns::Netns,
+    node::{Node, Target},
+    options::{EtcFiles, RawOptions},
+    programs::DEFAULT_MAX_CONNECTIONS,
+    store::Origin,
+};
+use rustix::thread::{CapabilitySet, CapabilitySets, set_capabilities};
+use serde_json::json;
+use tests::{
+    agent::{Agent, finish, succeed},
+    daemon::Daemon,
+    testbed::{Ids, Pod, PodSpec},
+};
+
+const FLAGS: [&str; 6] = ["-i", "*", "-b", "*", "-u", "1337"];
+
+/// What the agent's container adds to none, of the manifests or the chart.
+fn listed(file: &str) -> Vec<String> {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../deploy").join(file);
+    let text = fs::read_to_string(path).expect("read");
+    let (_, container) = text.split_once("- name: agent").expect("the agent's container");
+    let (_, list) = container.split_once("add: [").expect("a list of capabilities");
+    let (list, _) = list.split_once(']').expect("its end");
+    list.split(", ").map(str::to_owned).collect()
+}
+
+fn manifest() -> Vec<String> {
+    listed("intercept.yaml")
+}
+
+fn bit(name: &str) -> CapabilitySet {
+    match name {
+        "NET_ADMIN" => CapabilitySet::NET_ADMIN,
+        "SYS_ADMIN" => CapabilitySet::SYS_ADMIN,
+        "SYS_PTRACE" => CapabilitySet::SYS_PTRACE,
+        "DAC_OVERRIDE" => CapabilitySet::DAC_OVERRIDE,
+        other => panic!("{other} is new in deploy/: what fails without it?"),
+    }
+}
+
+/// A pod, all of whose processes are the proxy's user, and which listened before anybody captured it.
+struct Running {
+    pod: Pod,
+    listener: TcpListener,
+    proxy: Child,
+}
+
+impl Running {
+    fn new(label: &str) -> Self {
+        let pod = Pod::new(PodSpec::new(label)).expect("a pod");
+        let listener = pod.netns.run(|| TcpListener::bind("0.0.0.0:15006")).expect("entered").expect("bound");
+        // We hold it as well, but from outside, where nobody looks for it.
+        let held: OwnedFd = listener.try_clone().expect("a copy").into();
+        let mut holder = pod.command_as("sleep", Ids::PROXY).expect("a command");
+        let proxy = holder.arg("600").stdin(Stdio::from(held)).spawn().expect("started");
+        Self { pod, listener, proxy }
+    }
+
+    /// Whether a connection from outside to a port on which nothing listens arrives at the proxy.
+    fn captured(&self) -> bool {
+        let to = SocketAddr::new(self.pod.address(false), 8080);
+        let limit = Duration::from_secs(5);
+        let dialled = self.pod.neighbour().netns.run(|| TcpStream::connect_timeout(&to, limit));
+        let Ok(client) = dialled.expect("entered") else { return false };
+        let (accepted, peer) = self.listener.accept().expect("accepted");
+        assert_eq!((accepted.local_addr().expect("bound"), peer), (to, client.local_addr().expect("bound")));
+        true
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        drop(self.proxy.kill());
+        drop(self.proxy.wait());
+    }
+}
+
+#[test]
+fn the_agent_asks_for_those_that_the_manifests_give() {
+    let list = manifest();
+    assert_eq!(list, listed("chart/templates/daemonset.yaml"));
+    let mut agent = Agent::new("c-asked").expect("the agent");
+    agent.confine(&[]);
+    let output = finish(&mut agent.command("daemon")).expect("started");
+    let error = String::from_utf8(output.stderr).expect("text");
+    assert!(!output.status.success(), "{error}");
+    let asked: BTreeSet<_> = error
+        .split(|c: char| !c.is_ascii_alphanumeric() && c != '_')
+        .filter_map(|word| word.strip_prefix("CAP_"))
+        .collect();
+    assert_eq!(asked, list.iter().map(String::as_str).collect(), "{error}");
+}
+
+#[test]
+fn with_just_these_every_way_captures() {
+    let mut agent = Agent::new("c-enough").expect("the agent");
+    agent.confine(&manifest());
+
+    let by_hand = Running::new("by-hand");
+    assert!(!by_hand.captured());
+    let cgroup = by_hand.pod.cgroup.path();
+    let mut attach = agent.command("attach");
+    attach.arg("--cgroup-path").arg(cgroup).args(FLAGS);
+    succeed(attach).expect("attached");
+    assert!(by_hand.captured());
+    agent.detach(&by_hand.pod).expect("detached");
+
+    // TPROXY changes the pod's rules and routes.
+    let tproxy = Running::new("tproxy");
+    agent.attach(&tproxy.pod, &[&FLAGS[..], &["-m", "TPROXY"]].concat()).expect("attached");
+    agent.detach(&tproxy.pod).expect("detached");
+
+    let daemon = Daemon::start(&agent, &[]).expect("a daemon");
+    let text = json!({"cgroup": cgroup, "arguments": FLAGS});
+    daemon.put_text("a", &text.to_string()).expect("put");
+    daemon.wait_for("a", State::Captured).expect("captured");
+    assert!(by_hand.captured());
+
+    let by_plugin = Running::new("by-plugin");
+    let (installed, plugin) = install(&agent, &daemon);
+    let call = |command| {
+        let mut call = agent.start(&plugin);
+        add_call(&mut call, command, &by_plugin.pod);
+        let mut child = call.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().expect("started");
+        let mut config = installed.clone();
+        config["runtimeConfig"] = json!({"cgroupPath": relative(by_plugin.pod.cgroup.path())});
+        child.stdin.take().expect("piped").write_all(config.to_string().as_bytes()).expect("written");
+        let output = child.wait_with_output().expect("ended");
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stdout));
+    };
+    call("ADD");
+    assert!(by_plugin.captured());
+    call("DEL");
+    assert!(!by_plugin.captured());
+}
+
+/// The plugin put into a node's configuration: its entry as a runtime passes it on, and the program.
+fn install(agent: &Agent, daemon: &Daemon<'_>) -> (serde_json::Value, PathBuf) {
+    let (conf, bin) = (daemon.folder().join("net.d"), daemon.folder().join("bin"));
+    fs::create_dir(&conf).expect("made");
+    let path = conf.join("10-net.conflist");
+    let list = json!({"cniVersion": "1.0.0", "name": "net", "plugins": [{"type": "bridge"}]});
+    fs::write(&path, list.to_string()).expect("written");
+    let mut install = agent.start(agent.program());
+    install.args(["cni", "install", "--select", "all", "--cni-conf-dir"]).arg(&conf);
+    install.arg("--cni-bin-dir").arg(&bin).arg("--socket").arg(daemon.socket()).arg("--").args(FLAGS);
+    succeed(install).expect("installed");
+    let list: serde_json::Value =
+        serde_json::from_str(&fs::read_to_string(path).expect("read")).expect("JSON");
+    let mut entry = list["plugins"][1].clone();
+    entry["cniVersion"] = json!("1.0.0");
+    entry["name"] = json!("net");
+    entry["prevResult"] = json!({"cniVersion": "1.0.0", "interfaces": [], "ips": [], "dns": {}});
+    (entry, bin.join("intercept-cni"))
+}
+
+fn add_call(call: &mut Command, command: &str, pod: &Pod) {
+    call.env("CNI_COMMAND", command)
+        .env("CNI_CONTAINERID", "s")
+        .env("CNI_NETNS", pod.netns.path())
+        .env("CNI_IFNAME", "eth0")
+        .env("CNI_ARGS", "K8S_POD_NAMESPACE=shop;K8S_POD_NAME=cart;K8S_POD_UID=uid-1");
+}
+
+fn relative(cgroup: &Path) -> String {
+    let mount = tests::testbed::cgroup::mount_point().expect("cgroup2");
+    cgroup.strip_prefix(mount).expect("below the mount").display().to_string()
+}
+
+#[test]
+fn without_any_of_them_it_is_refused_by_name() {
+    let list = manifest();
+    let running = Running::new("refused");
+    for missing in &list {
+        let mut agent = Agent::new("c-refused").expect("the agent");
+        let rest: Vec<_> = list.iter().filter(|name| *name != missing).cloned().collect();
+        agent.confine(&rest);
+        let entries = || fs::read_dir(agent.bpffs()).expect("listed").count();
+        let before = entries();
+        for mut command in [agent.for_pod("attach", &running.pod, &FLAGS), agent.command("daemon")] {
+            let output = finish(&mut command).expect("started");
+            let error = String::from_utf8(output.stderr).expect("text");
+            assert!(!output.status.success() && error.contains(&format!("CAP_{missing}")), "{error}");
+            for other in &rest {
+                assert!(!error.contains(&format!("CAP_{other}")), "{other} is there: {error}");
+            }
+        }
+        assert_eq!(entries(), before, "something was changed");
+    }
+}
+
+#[derive(Parser)]
+struct CommandLine {
+    #[command(flatten)]
+    options: RawOptions,
+}
+
+/// What `attach` does, but for asking first whether it may.
+fn attach_unasked(bpffs: &Path, cgroup: &Path) -> anyhow::Result<()> {
+    let cgroup = CgroupDir::open(cgroup)?;
+    let netns = Netns::of_cgroup(&cgroup)?;
+    let line = CommandLine::parse_from([&["attach"][..], &FLAGS].concat());
+    let (config, ..) = line.options.validate(&EtcFiles::below("/"))?;
+    let mut node = Node::open(bpffs, DEFAULT_MAX_CONNECTIONS)?;
+    node.attach(&Target { cgroup, netns, netns_path: None, origin: Origin::Command }, &config)?;
+    Ok(())
+}
+
+#[test]
+fn none_of_them_is_superfluous() {
+    let list = manifest();
+    let whole = list.iter().fold(CapabilitySet::empty(), |all, name| all | bit(name));
+    for missing in list.iter().map(Some).chain([None]) {
+        let running = Running::new("needed");
+        let agent = Agent::new("c-needed").expect("the agent");
+        let have = missing.map_or(whole, |name| whole - bit(name));
+        let attached = std::thread::scope(|scope| {
+            let confined = scope.spawn(|| {
+                // Of this thread and those that it starts.
+                let inheritable = CapabilitySet::empty();
+                let sets = CapabilitySets { effective: have, permitted: have, inheritable };
+                set_capabilities(None, sets).expect("set");
+                attach_unasked(agent.bpffs(), running.pod.cgroup.path())
+            });
+            confined.join().expect("no panic")
+        });
+        let captured = attached.is_ok() && running.captured();
+        assert_eq!(captured, missing.is_none(), "without {missing:?}: {attached:?}");
+    }
+}
