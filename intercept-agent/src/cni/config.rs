@@ -2,7 +2,7 @@
 
 use std::{collections::BTreeMap, path::PathBuf};
 
-use serde::Deserialize;
+use serde::{Deserialize, Deserializer};
 use serde_json::Value;
 
 use crate::daemon::{
@@ -40,12 +40,20 @@ pub struct PluginConfig {
 #[derive(Clone, Debug, Default, PartialEq, Deserialize)]
 #[serde(default)]
 pub struct RuntimeConfig {
-    /// The pod's annotations.
-    #[serde(rename = "io.kubernetes.cri.pod-annotations")]
+    /// The pod's annotations; none if the runtime does not pass them.
+    #[serde(rename = "io.kubernetes.cri.pod-annotations", deserialize_with = "passed")]
     pub annotations: Option<BTreeMap<String, String>>,
     /// The pod's cgroup.
     #[serde(rename = "cgroupPath")]
     pub cgroup_path: Option<String>,
+}
+
+/// A pod without annotations has `null` from containerd, whose empty maps have no JSON of their own.
+fn passed<'de, D>(input: D) -> Result<Option<BTreeMap<String, String>>, D::Error>
+where
+    D: Deserializer<'de>,
+{
+    Option::deserialize(input).map(|annotations| Some(annotations.unwrap_or_default()))
 }
 
 impl Default for PluginConfig {

@@ -93,6 +93,8 @@ fn without_a_daemon_only_pods_that_bear_the_mark_wait_for_it() {
     let (code, msg) = error(call("ADD", &with(r#"{"sidecar.istio.io/status":"{}"}"#)).perform());
     assert!(code == 11 && msg.contains("/nonexistent/agent.sock") && msg.contains("daemon"), "{code} {msg}");
     assert!(call("ADD", &with("{}")).perform().is_ok());
+    // A pod without annotations, as containerd tells of it.
+    assert!(call("ADD", &with("null")).perform().is_ok());
     // Nobody knows what kind of pod this is.
     assert_eq!(error(call("ADD", &config(nowhere, "")).perform()).0, 11);
     assert_eq!(call("DEL", &config(nowhere, "")).perform(), Ok(None));

@@ -160,7 +160,7 @@ impl Context {
                     return failed(
                         "options",
                         "the runtime passes no annotations to the plugin, so that nothing says which pods have a sidecar; \
-                         let the plugin have the capability io.kubernetes.cri.pod-annotations (containerd 1.7, CRI-O 1.21)"
+                         let the plugin have the capability io.kubernetes.cri.pod-annotations (containerd 1.6, CRI-O 1.28)"
                             .to_owned(),
                     );
                 };
