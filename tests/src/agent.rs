@@ -1,6 +1,7 @@
 //! The agent under test, with a bpffs of its own: neither an installed agent nor another test is touched.
 
 use std::ffi::OsStr;
+use std::fs;
 use std::io::{BufRead as _, BufReader, Read as _};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Output, Stdio};
@@ -44,7 +45,20 @@ pub const INIT_FLAGS: [&str; 16] = [
 pub struct Agent {
     program: PathBuf,
     bpffs: Bpffs,
-    capabilities: Option<Vec<String>>,
+    // What the commands are started by, if anything.
+    starter: Vec<String>,
+}
+
+/// The capabilities that the agent's container adds to none, in a file of deploy/: the manifests, or the chart's.
+pub fn deployed_capabilities(file: &str) -> Result<Vec<String>> {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../deploy").join(file);
+    let text = fs::read_to_string(&path).with_context(|| format!("reading {}", path.display()))?;
+    let list = text.split_once("- name: agent").and_then(|(_, container)| {
+        let (_, list) = container.split_once("add: [")?;
+        Some(list.split_once(']')?.0)
+    });
+    let list = list.with_context(|| format!("{} gives the agent no capabilities", path.display()))?;
+    Ok(list.split(", ").map(str::to_owned).collect())
 }
 
 /// `intercept-agent run`. Dropping it kills the process.
@@ -61,13 +75,21 @@ impl Agent {
 
     /// The agent of this build with this bpffs.
     pub fn on(bpffs: Bpffs) -> Result<Self> {
-        Ok(Self { program: binary::locate("intercept-agent", VARIABLE)?, bpffs, capabilities: None })
+        Ok(Self { program: binary::locate("intercept-agent", VARIABLE)?, bpffs, starter: Vec::new() })
     }
 
     /// From now on every command has these capabilities and can get no others, as in a container of
     /// Kubernetes that drops all and adds these. Named as there: NET_ADMIN.
     pub fn confine(&mut self, capabilities: &[String]) {
-        self.capabilities = Some(capabilities.to_vec());
+        let added = capabilities.iter().map(|name| format!(",+{}", name.to_lowercase()));
+        let bounding = format!("--bounding-set=-all{}", added.collect::<String>());
+        let confined = ["setpriv", &bounding, "--inh-caps=-all", "--ambient-caps=-all", "--no-new-privs"];
+        self.starter.extend(confined.map(str::to_owned));
+    }
+
+    /// From now on every command is started by this one, which is given the program and its arguments.
+    pub fn start_by(&mut self, starter: Vec<String>) {
+        self.starter = starter;
     }
 
     /// The binary.
@@ -95,15 +117,11 @@ impl Agent {
         command
     }
 
-    /// A program with the capabilities that the agent has; everything else is to be added.
+    /// A program, started as the agent's commands are; everything else is to be added.
     pub fn start(&self, program: &Path) -> Command {
-        let Some(capabilities) = &self.capabilities else { return Command::new(program) };
-        let added = capabilities.iter().map(|name| format!(",+{}", name.to_lowercase()));
-        let mut command = Command::new("setpriv");
-        command
-            .arg(format!("--bounding-set=-all{}", added.collect::<String>()))
-            .args(["--inh-caps=-all", "--ambient-caps=-all", "--no-new-privs"])
-            .arg(program);
+        let Some((starter, arguments)) = self.starter.split_first() else { return Command::new(program) };
+        let mut command = Command::new(starter);
+        command.args(arguments).arg(program);
         command
     }
 

@@ -8,6 +8,7 @@ pub mod actor;
 pub mod agent;
 pub mod bench;
 pub mod bpf;
+pub mod cri;
 pub mod daemon;
 pub mod datagram;
 pub mod differential;

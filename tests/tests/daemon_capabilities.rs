@@ -24,25 +24,15 @@ use intercept_agent::{
 use rustix::thread::{CapabilitySet, CapabilitySets, set_capabilities};
 use serde_json::json;
 use tests::{
-    agent::{Agent, finish, succeed},
+    agent::{Agent, deployed_capabilities, finish, succeed},
     daemon::Daemon,
     testbed::{Ids, Pod, PodSpec},
 };
 
 const FLAGS: [&str; 6] = ["-i", "*", "-b", "*", "-u", "1337"];
 
-/// What the agent's container adds to none, of the manifests or the chart.
-fn listed(file: &str) -> Vec<String> {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../deploy").join(file);
-    let text = fs::read_to_string(path).expect("read");
-    let (_, container) = text.split_once("- name: agent").expect("the agent's container");
-    let (_, list) = container.split_once("add: [").expect("a list of capabilities");
-    let (list, _) = list.split_once(']').expect("its end");
-    list.split(", ").map(str::to_owned).collect()
-}
-
 fn manifest() -> Vec<String> {
-    listed("intercept.yaml")
+    deployed_capabilities("intercept.yaml").expect("a list")
 }
 
 fn bit(name: &str) -> CapabilitySet {
@@ -95,7 +85,7 @@ impl Drop for Running {
 #[test]
 fn the_agent_asks_for_those_that_the_manifests_give() {
     let list = manifest();
-    assert_eq!(list, listed("chart/templates/daemonset.yaml"));
+    assert_eq!(list, deployed_capabilities("chart/templates/daemonset.yaml").expect("a list"));
     let mut agent = Agent::new("c-asked").expect("the agent");
     agent.confine(&[]);
     let output = finish(&mut agent.command("daemon")).expect("started");

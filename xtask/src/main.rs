@@ -6,6 +6,7 @@ use anyhow::Result;
 use clap::{Parser, Subcommand};
 
 mod build;
+mod cri;
 mod fuzz;
 mod manifests;
 mod run;
@@ -52,6 +53,8 @@ enum Task {
     Fuzz(fuzz::Arguments),
     /// Run the demo under other kernels, in virtual machines
     Vm(vm::Arguments),
+    /// Run pods of containerd with the daemon and the CNI plugin
+    Cri(cri::Arguments),
     /// Check the chart and the manifests in deploy/ without a cluster
     Manifests(manifests::Arguments),
     /// Check the rules of the project that the compiler does not
@@ -96,6 +99,7 @@ fn perform(task: Task) -> Result<()> {
         Task::Test(arguments) => test::test(&arguments),
         Task::Fuzz(arguments) => fuzz::fuzz(&arguments),
         Task::Vm(arguments) => vm::vm(&arguments),
+        Task::Cri(arguments) => cri::cri(&arguments),
         Task::Manifests(arguments) => manifests::manifests(&arguments),
         Task::Tidy => tidy::tidy(),
         Task::Clean => sweep::sweep(),

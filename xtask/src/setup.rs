@@ -9,6 +9,8 @@ use crate::{run, toolchain, workspace};
 
 mod packages;
 
+pub(crate) use packages::apt;
+
 /// Works with LLVM 22, which is in Rust 1.95 and which Debian's compiler writes for.
 const LINKER: &str = "bpf-linker@0.10.1";
 
@@ -46,6 +48,8 @@ pub(crate) enum Group {
     Envoy,
     /// An emulator, for other kernels
     Vm,
+    /// What the image of pods is made of, and containerd's start
+    Cri,
     /// Load generators
     Bench,
     /// A compiler for libFuzzer

@@ -8,7 +8,7 @@ use super::Group;
 use crate::run;
 
 /// Which group needs which program, and the package of Debian and its descendants that has it.
-const PROGRAMS: [(Group, &str, &str); 16] = [
+const PROGRAMS: [(Group, &str, &str); 19] = [
     (Group::Test, "dig", "dnsutils"),
     (Group::Test, "dnsmasq", "dnsmasq-base"),
     (Group::Test, "ip", "iproute2"),
@@ -20,6 +20,9 @@ const PROGRAMS: [(Group, &str, &str); 16] = [
     (Group::Vm, "depmod", "kmod"),
     (Group::Vm, "qemu-system-x86_64", "qemu-system-x86"),
     (Group::Vm, "xz", "xz-utils"),
+    (Group::Cri, "busybox", "busybox-static"),
+    (Group::Cri, "ip", "iproute2"),
+    (Group::Cri, "python3", "python3"),
     (Group::Fuzz, "c++", "g++"),
     (Group::Bench, "h2load", "nghttp2-client"),
     (Group::Bench, "ip", "iproute2"),

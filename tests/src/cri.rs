@@ -1,0 +1,11 @@
+//! Real pods: containerd with its runtime and its network plugins, on a node that is only namespaces.
+//!
+//! `cargo xtask cri` gets the parts.
+
+mod client;
+mod image;
+mod messages;
+mod node;
+
+pub use client::{Client, PodConfig, Sandbox, log, uid, wait};
+pub use node::{IMAGE, Node, VARIABLE};

@@ -1,0 +1,206 @@
+//! Asking the runtime as a kubelet does.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context as _, Result, ensure};
+use prost::Message;
+use tokio::runtime::Runtime;
+use tonic::{
+    Request,
+    client::Grpc,
+    codegen::http::uri::PathAndQuery,
+    transport::{Channel, Endpoint},
+};
+use tonic_prost::ProstCodec;
+
+use super::messages as m;
+use crate::testbed::Ids;
+
+/// How long anything may take.
+const PATIENCE: Duration = Duration::from_secs(30);
+const ENDED: i32 = 2;
+
+/// A connection to the runtime.
+#[derive(Debug)]
+pub struct Client {
+    runtime: Runtime,
+    channel: Channel,
+}
+
+/// A pod that is asked for.
+#[derive(Clone, Debug)]
+pub struct PodConfig(m::PodSandboxConfig);
+
+/// A pod that runs.
+#[derive(Clone, Debug)]
+pub struct Sandbox {
+    id: String,
+    config: PodConfig,
+}
+
+impl PodConfig {
+    /// Of this name, in a cgroup that is there; its containers' logs go to a folder.
+    pub fn new(name: &str, cgroup: &str, logs: &Path, annotations: &[(&str, &str)]) -> Self {
+        Self(m::PodSandboxConfig {
+            metadata: Some(m::PodSandboxMetadata {
+                name: name.to_owned(),
+                uid: uid(name),
+                namespace: "shop".to_owned(),
+            }),
+            log_directory: logs.display().to_string(),
+            annotations: annotations.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect(),
+            linux: Some(m::LinuxPodSandboxConfig { cgroup_parent: cgroup.to_owned() }),
+        })
+    }
+
+    fn logs(&self) -> PathBuf {
+        PathBuf::from(&self.0.log_directory)
+    }
+}
+
+/// The UID of the pod of this name.
+pub fn uid(name: &str) -> String {
+    format!("3e5d2a1c-0c1f-4d53-9f57-{name}")
+}
+
+impl Client {
+    /// Connect to the socket, on which something listens.
+    pub fn connect(socket: &Path) -> Result<Self> {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        let endpoint = Endpoint::from_shared(format!("unix://{}", socket.display()))?.timeout(PATIENCE);
+        let channel = runtime.block_on(endpoint.connect()).context("connecting to containerd")?;
+        Ok(Self { runtime, channel })
+    }
+
+    fn call<Q, A>(&self, method: &'static str, request: Q) -> Result<A>
+    where
+        Q: Message + Send + Sync + 'static,
+        A: Message + Default + Send + Sync + 'static,
+    {
+        let mut grpc = Grpc::new(self.channel.clone());
+        self.runtime.block_on(async {
+            grpc.ready().await.context("waiting for containerd")?;
+            let path = PathAndQuery::from_static(method);
+            let answer = grpc.unary(Request::new(request), path, ProstCodec::<Q, A>::default()).await;
+            // What containerd says is the text.
+            Ok(answer.map_err(|status| anyhow::anyhow!("{method}: {}", status.message()))?.into_inner())
+        })
+    }
+
+    /// Wait until the runtime can use an image.
+    pub fn wait_for_image(&self, image: &str) -> Result<()> {
+        wait(&format!("the image {image}"), || {
+            let image = Some(m::ImageSpec { image: image.to_owned() });
+            let answer: m::ImageStatusResponse =
+                self.call("/runtime.v1.ImageService/ImageStatus", m::ImageStatusRequest { image })?;
+            Ok(answer.image.is_some_and(|image| !image.id.is_empty()))
+        })
+    }
+
+    /// RunPodSandbox.
+    pub fn run(&self, config: &PodConfig) -> Result<Sandbox> {
+        let request = m::RunPodSandboxRequest { config: Some(config.0.clone()) };
+        let answer: m::PodSandboxId = self.call("/runtime.v1.RuntimeService/RunPodSandbox", request)?;
+        Ok(Sandbox { id: answer.id, config: config.clone() })
+    }
+
+    /// StopPodSandbox.
+    pub fn stop(&self, sandbox: &Sandbox) -> Result<()> {
+        let request = m::PodSandboxId { id: sandbox.id.clone() };
+        self.call::<_, m::Nothing>("/runtime.v1.RuntimeService/StopPodSandbox", request).map(drop)
+    }
+
+    /// RemovePodSandbox.
+    pub fn remove(&self, sandbox: &Sandbox) -> Result<()> {
+        let request = m::PodSandboxId { id: sandbox.id.clone() };
+        self.call::<_, m::Nothing>("/runtime.v1.RuntimeService/RemovePodSandbox", request).map(drop)
+    }
+
+    /// The address that the runtime knows for the pod.
+    pub fn address(&self, sandbox: &Sandbox) -> Result<String> {
+        let request = m::PodSandboxId { id: sandbox.id.clone() };
+        let answer: m::PodSandboxStatusResponse =
+            self.call("/runtime.v1.RuntimeService/PodSandboxStatus", request)?;
+        let network = answer.status.and_then(|status| status.network);
+        Ok(network.context("the pod has no network")?.ip)
+    }
+
+    /// Make and start a container that sees this machine's programs. Returns its id.
+    pub fn start(
+        &self,
+        sandbox: &Sandbox,
+        name: &str,
+        image: &str,
+        ids: Ids,
+        command: &[&str],
+    ) -> Result<String> {
+        let mounts = ["/usr", "/lib", "/lib64"].map(|path| m::Mount {
+            container_path: path.to_owned(),
+            host_path: path.to_owned(),
+            readonly: true,
+        });
+        let id = |id: u32| Some(m::Int64Value { value: id.into() });
+        let security =
+            m::LinuxContainerSecurityContext { run_as_user: id(ids.uid), run_as_group: id(ids.gid) };
+        let config = m::ContainerConfig {
+            metadata: Some(m::ContainerMetadata { name: name.to_owned() }),
+            image: Some(m::ImageSpec { image: image.to_owned() }),
+            command: command.iter().map(|&word| word.to_owned()).collect(),
+            mounts: mounts.to_vec(),
+            log_path: format!("{name}.log"),
+            linux: Some(m::LinuxContainerConfig { security_context: Some(security) }),
+        };
+        let request = m::CreateContainerRequest {
+            sandbox: sandbox.id.clone(),
+            config: Some(config),
+            sandbox_config: Some(sandbox.config.0.clone()),
+        };
+        let made: m::ContainerId = self.call("/runtime.v1.RuntimeService/CreateContainer", request)?;
+        self.call::<_, m::Nothing>("/runtime.v1.RuntimeService/StartContainer", made.clone())?;
+        Ok(made.id)
+    }
+
+    /// Run a container to its end: its exit code, and what it printed.
+    pub fn finish(
+        &self,
+        sandbox: &Sandbox,
+        name: &str,
+        image: &str,
+        ids: Ids,
+        command: &[&str],
+    ) -> Result<(i32, String)> {
+        let id = self.start(sandbox, name, image, ids, command)?;
+        let mut code = 0;
+        wait(&format!("the container {name}"), || {
+            let request = m::ContainerId { id: id.clone() };
+            let answer: m::ContainerStatusResponse =
+                self.call("/runtime.v1.RuntimeService/ContainerStatus", request)?;
+            let status = answer.status.context("it has no state")?;
+            code = status.exit_code;
+            Ok(status.state == ENDED)
+        })?;
+        Ok((code, log(sandbox, name)?))
+    }
+}
+
+/// What a container has printed.
+pub fn log(sandbox: &Sandbox, name: &str) -> Result<String> {
+    let path = sandbox.config.logs().join(format!("{name}.log"));
+    let text = fs::read_to_string(&path).with_context(|| format!("reading {}", path.display()))?;
+    // "TIME stdout F LINE"
+    Ok(text.lines().filter_map(|line| line.splitn(4, ' ').nth(3)).map(|line| format!("{line}\n")).collect())
+}
+
+/// Wait until something is so.
+pub fn wait(what: &str, mut so: impl FnMut() -> Result<bool>) -> Result<()> {
+    let deadline = Instant::now() + PATIENCE;
+    while !so()? {
+        ensure!(Instant::now() < deadline, "waited in vain for {what}");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    Ok(())
+}

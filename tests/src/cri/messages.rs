@@ -1,0 +1,176 @@
+//! What is used of the CRI's messages (package runtime.v1), by their numbers in its api.proto.
+
+use std::collections::HashMap;
+
+use prost::Message;
+
+/// A pod.
+#[derive(Clone, PartialEq, Message)]
+pub(super) struct PodSandboxConfig {
+    #[prost(message, optional, tag = "1")]
+    pub(super) metadata: Option<PodSandboxMetadata>,
+    #[prost(string, tag = "3")]
+    pub(super) log_directory: String,
+    #[prost(map = "string, string", tag = "7")]
+    pub(super) annotations: HashMap<String, String>,
+    #[prost(message, optional, tag = "8")]
+    pub(super) linux: Option<LinuxPodSandboxConfig>,
+}
+
+#[derive(Clone, PartialEq, Message)]
+pub(super) struct PodSandboxMetadata {
+    #[prost(string, tag = "1")]
+    pub(super) name: String,
+    #[prost(string, tag = "2")]
+    pub(super) uid: String,
+    #[prost(string, tag = "3")]
+    pub(super) namespace: String,
+}
+
+#[derive(Clone, PartialEq, Message)]
+pub(super) struct LinuxPodSandboxConfig {
+    #[prost(string, tag = "1")]
+    pub(super) cgroup_parent: String,
+}
+
+#[derive(Clone, PartialEq, Message)]
+pub(super) struct RunPodSandboxRequest {
+    #[prost(message, optional, tag = "1")]
+    pub(super) config: Option<PodSandboxConfig>,
+}
+
+/// Of requests and answers that name a pod and nothing else.
+#[derive(Clone, PartialEq, Message)]
+pub(super) struct PodSandboxId {
+    #[prost(string, tag = "1")]
+    pub(super) id: String,
+}
+
+#[derive(Clone, PartialEq, Message)]
+pub(super) struct Nothing {}
+
+#[derive(Clone, PartialEq, Message)]
+pub(super) struct PodSandboxStatusResponse {
+    #[prost(message, optional, tag = "1")]
+    pub(super) status: Option<PodSandboxStatus>,
+}
+
+#[derive(Clone, PartialEq, Message)]
+pub(super) struct PodSandboxStatus {
+    #[prost(message, optional, tag = "5")]
+    pub(super) network: Option<PodSandboxNetworkStatus>,
+}
+
+#[derive(Clone, PartialEq, Message)]
+pub(super) struct PodSandboxNetworkStatus {
+    #[prost(string, tag = "1")]
+    pub(super) ip: String,
+}
+
+#[derive(Clone, PartialEq, Message)]
+pub(super) struct ImageSpec {
+    #[prost(string, tag = "1")]
+    pub(super) image: String,
+}
+
+#[derive(Clone, PartialEq, Message)]
+pub(super) struct ImageStatusRequest {
+    #[prost(message, optional, tag = "1")]
+    pub(super) image: Option<ImageSpec>,
+}
+
+#[derive(Clone, PartialEq, Message)]
+pub(super) struct ImageStatusResponse {
+    #[prost(message, optional, tag = "1")]
+    pub(super) image: Option<Image>,
+}
+
+#[derive(Clone, PartialEq, Message)]
+pub(super) struct Image {
+    #[prost(string, tag = "1")]
+    pub(super) id: String,
+}
+
+#[derive(Clone, PartialEq, Message)]
+pub(super) struct CreateContainerRequest {
+    #[prost(string, tag = "1")]
+    pub(super) sandbox: String,
+    #[prost(message, optional, tag = "2")]
+    pub(super) config: Option<ContainerConfig>,
+    #[prost(message, optional, tag = "3")]
+    pub(super) sandbox_config: Option<PodSandboxConfig>,
+}
+
+#[derive(Clone, PartialEq, Message)]
+pub(super) struct ContainerConfig {
+    #[prost(message, optional, tag = "1")]
+    pub(super) metadata: Option<ContainerMetadata>,
+    #[prost(message, optional, tag = "2")]
+    pub(super) image: Option<ImageSpec>,
+    #[prost(string, repeated, tag = "3")]
+    pub(super) command: Vec<String>,
+    #[prost(message, repeated, tag = "7")]
+    pub(super) mounts: Vec<Mount>,
+    #[prost(string, tag = "11")]
+    pub(super) log_path: String,
+    #[prost(message, optional, tag = "15")]
+    pub(super) linux: Option<LinuxContainerConfig>,
+}
+
+#[derive(Clone, PartialEq, Message)]
+pub(super) struct ContainerMetadata {
+    #[prost(string, tag = "1")]
+    pub(super) name: String,
+}
+
+#[derive(Clone, PartialEq, Message)]
+pub(super) struct Mount {
+    #[prost(string, tag = "1")]
+    pub(super) container_path: String,
+    #[prost(string, tag = "2")]
+    pub(super) host_path: String,
+    #[prost(bool, tag = "3")]
+    pub(super) readonly: bool,
+}
+
+#[derive(Clone, PartialEq, Message)]
+pub(super) struct LinuxContainerConfig {
+    #[prost(message, optional, tag = "2")]
+    pub(super) security_context: Option<LinuxContainerSecurityContext>,
+}
+
+#[derive(Clone, PartialEq, Message)]
+pub(super) struct LinuxContainerSecurityContext {
+    #[prost(message, optional, tag = "5")]
+    pub(super) run_as_user: Option<Int64Value>,
+    #[prost(message, optional, tag = "12")]
+    pub(super) run_as_group: Option<Int64Value>,
+}
+
+#[derive(Clone, PartialEq, Message)]
+pub(super) struct Int64Value {
+    #[prost(int64, tag = "1")]
+    pub(super) value: i64,
+}
+
+/// Of requests and answers that name a container and nothing else.
+#[derive(Clone, PartialEq, Message)]
+pub(super) struct ContainerId {
+    #[prost(string, tag = "1")]
+    pub(super) id: String,
+}
+
+#[derive(Clone, PartialEq, Message)]
+pub(super) struct ContainerStatusResponse {
+    #[prost(message, optional, tag = "1")]
+    pub(super) status: Option<ContainerStatus>,
+}
+
+#[derive(Clone, PartialEq, Message)]
+pub(super) struct ContainerStatus {
+    /// 0 made, 1 running, 2 ended.
+    #[prost(int32, tag = "3")]
+    pub(super) state: i32,
+    #[prost(int32, tag = "7")]
+    pub(super) exit_code: i32,
+}

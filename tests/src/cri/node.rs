@@ -1,0 +1,233 @@
+//! A node: a network namespace and a cgroup, with mounts of its own in which that cgroup is the whole hierarchy.
+
+use std::{
+    env,
+    ffi::OsStr,
+    fs,
+    io::{BufRead as _, BufReader},
+    os::unix::fs::{PermissionsExt as _, symlink},
+    path::{Path, PathBuf},
+    process::{Child, Command, Stdio},
+};
+
+use anyhow::{Context as _, Result, bail};
+use serde_json::json;
+use tempfile::TempDir;
+
+use super::{client::wait, image};
+use crate::{agent::succeed, testbed::Place};
+
+/// The variable that says where the parts are unpacked.
+pub const VARIABLE: &str = "INTERCEPT_CRI";
+/// The only image there is.
+pub const IMAGE: &str = "intercept.test/busybox:1";
+
+/// Everything that the programs write to by name becomes the node's own; bpffs and the scratch folder stay.
+const SET_UP: &str = r#"
+set -e
+bpffs=$1 scratch=$2
+mount --make-rprivate /
+mkdir "$scratch/bpffs"
+mount --bind "$bpffs" "$scratch/bpffs"
+mount -t tmpfs none /run
+mkdir -p "$bpffs" /run/netns
+mount --move "$scratch/bpffs" "$bpffs"
+mount -t tmpfs none /var/lib
+umount -R /sys/fs/cgroup
+mount -t cgroup2 none /sys/fs/cgroup
+echo ready
+exec sleep 3600
+"#;
+
+/// What a machine without CAP_SYS_RESOURCE, and with controllers in the old hierarchies, cannot do.
+const RUNC: &str = r#"#!/usr/bin/python3
+import json, os, sys
+RUNC = "@RUNC@"
+if "create" in sys.argv:
+    path = sys.argv[sys.argv.index("--bundle") + 1] + "/config.json"
+    with open(path) as file:
+        spec = json.load(file)
+    spec["linux"]["resources"] = {"devices": spec["linux"].get("resources", {}).get("devices", [])}
+    spec["process"].pop("oomScoreAdj", None)
+    for names in spec["process"].get("capabilities", {}).values():
+        names[:] = [name for name in names if name != "CAP_SYS_RESOURCE"]
+    with open(path, "w") as file:
+        json.dump(spec, file)
+os.execv(RUNC, [RUNC] + sys.argv[1:])
+"#;
+
+const CONTAINERD: &str = r#"
+version = 2
+root = "@SCRATCH@/root"
+state = "/run/containerd"
+disabled_plugins = ["io.containerd.internal.v1.opt"]
+[grpc]
+  address = "@SCRATCH@/containerd.sock"
+[plugins."io.containerd.grpc.v1.cri"]
+  sandbox_image = "@IMAGE@"
+  restrict_oom_score_adj = true
+  disable_apparmor = true
+  [plugins."io.containerd.grpc.v1.cri".containerd]
+    snapshotter = "native"
+    [plugins."io.containerd.grpc.v1.cri".containerd.runtimes.runc]
+      runtime_type = "io.containerd.runc.v2"
+      [plugins."io.containerd.grpc.v1.cri".containerd.runtimes.runc.options]
+        BinaryName = "@SCRATCH@/runc"
+  [plugins."io.containerd.grpc.v1.cri".cni]
+    bin_dir = "@SCRATCH@/cni/bin"
+    conf_dir = "@SCRATCH@/cni/net.d"
+"#;
+
+/// A node with containerd. Dropping it kills everything on it.
+#[derive(Debug)]
+pub struct Node {
+    place: Place,
+    scratch: TempDir,
+    first: Child,
+    containerd: Option<Child>,
+}
+
+impl Node {
+    /// A node whose bpffs is this one, with containerd, the image and a network of bridges.
+    pub fn new(bpffs: &Path) -> Result<Self> {
+        let parts = env::var_os(VARIABLE).map(PathBuf::from);
+        let parts = parts.with_context(|| format!("{VARIABLE} is not set: run `cargo xtask cri`"))?;
+        let place = Place::new("cri-node")?;
+        let scratch = TempDir::with_prefix("intercept-test-cri")?;
+        let mut unshare = place.command("unshare")?;
+        unshare.args(["--mount", "--cgroup", "sh", "-c", SET_UP, "sh"]).arg(bpffs).arg(scratch.path());
+        let mut first =
+            unshare.stdin(Stdio::null()).stdout(Stdio::piped()).spawn().context("starting a node")?;
+        let mut said = String::new();
+        BufReader::new(first.stdout.take().context("piped")?).read_line(&mut said)?;
+        let mut node = Self { place, scratch, first, containerd: None };
+        if said != "ready\n" {
+            bail!("making the node's mounts failed: see above");
+        }
+        node.write_files(&parts)?;
+        node.start_containerd(&parts)?;
+        Ok(node)
+    }
+
+    fn write_files(&self, parts: &Path) -> Result<()> {
+        let scratch = self.scratch.path();
+        let fill = |text: &str| {
+            text.replace("@SCRATCH@", &scratch.display().to_string())
+                .replace("@IMAGE@", IMAGE)
+                .replace("@RUNC@", &parts.join("usr/sbin/runc").display().to_string())
+        };
+        fs::write(scratch.join("containerd.toml"), fill(CONTAINERD))?;
+        fs::write(scratch.join("runc"), fill(RUNC))?;
+        fs::set_permissions(scratch.join("runc"), fs::Permissions::from_mode(0o755))?;
+        for folder in [self.cni_bin(), self.cni_conf(), self.logs()] {
+            fs::create_dir_all(folder)?;
+        }
+        for plugin in ["bridge", "host-local", "loopback"] {
+            symlink(parts.join("usr/lib/cni").join(plugin), self.cni_bin().join(plugin))?;
+        }
+        let bridge = json!({
+            "type": "bridge",
+            "bridge": "cni0",
+            "isGateway": true,
+            "ipam": {
+                "type": "host-local",
+                "ranges": [[{ "subnet": "10.88.0.0/24" }]],
+                "routes": [{ "dst": "0.0.0.0/0" }],
+            },
+        });
+        let list = json!({ "cniVersion": "1.0.0", "name": "bridged", "plugins": [bridge] });
+        Ok(fs::write(self.cni_conf().join("10-bridged.conflist"), list.to_string())?)
+    }
+
+    fn start_containerd(&mut self, parts: &Path) -> Result<()> {
+        let bin = parts.join("usr/bin");
+        let log = fs::File::create(self.scratch.path().join("containerd.log"))?;
+        let mut containerd = self.command(bin.join("containerd"))?;
+        let paths = env::var_os("PATH").unwrap_or_default();
+        let paths = std::iter::once(bin.clone()).chain(env::split_paths(&paths));
+        containerd.arg("--config").arg(self.scratch.path().join("containerd.toml"));
+        containerd.env("PATH", env::join_paths(paths)?).stdin(Stdio::null()).stderr(log);
+        self.containerd = Some(containerd.spawn().context("starting containerd")?);
+        let socket = self.socket();
+        wait("containerd", || Ok(std::os::unix::net::UnixStream::connect(&socket).is_ok()))
+            .with_context(|| self.log())?;
+        let archive = image::make(self.scratch.path(), IMAGE)?;
+        let mut import = self.command(bin.join("ctr"))?;
+        import.arg("--address").arg(&socket).args(["--namespace", "k8s.io", "images", "import"]);
+        import.args(["--snapshotter", "native"]).arg(archive);
+        succeed(import).map(drop).with_context(|| self.log())
+    }
+
+    /// A program on the node.
+    pub fn command(&self, program: impl AsRef<OsStr>) -> Result<Command> {
+        let mut command = self.place.command("nsenter")?;
+        command.args(self.entry()).arg(program);
+        Ok(command)
+    }
+
+    /// The arguments with which `nsenter` comes to the node's mounts, network and view of cgroups.
+    pub fn entry(&self) -> [String; 4] {
+        let first = self.first.id();
+        [
+            format!("--net={}", self.place.netns.path().display()),
+            format!("--mount=/proc/{first}/ns/mnt"),
+            format!("--cgroup=/proc/{first}/ns/cgroup"),
+            "--".to_owned(),
+        ]
+    }
+
+    /// Its network namespace and its cgroup.
+    pub fn place(&self) -> &Place {
+        &self.place
+    }
+
+    /// What the kubelet does before it asks for a pod: its cgroup. Returns what the runtime is told.
+    pub fn make_pod_cgroup(&self, uid: &str) -> Result<String> {
+        let path = format!("kubepods/besteffort/pod{uid}");
+        fs::create_dir_all(self.place.cgroup.path().join(&path)).with_context(|| format!("making {path}"))?;
+        Ok(format!("/{path}"))
+    }
+
+    /// And after.
+    pub fn remove_pod_cgroup(&self, uid: &str) -> Result<()> {
+        let path = self.place.cgroup.path().join("kubepods/besteffort").join(format!("pod{uid}"));
+        fs::remove_dir(&path).with_context(|| format!("removing {}", path.display()))
+    }
+
+    /// containerd's socket.
+    pub fn socket(&self) -> PathBuf {
+        self.scratch.path().join("containerd.sock")
+    }
+
+    /// The folder of CNI plugins.
+    pub fn cni_bin(&self) -> PathBuf {
+        self.scratch.path().join("cni/bin")
+    }
+
+    /// The folder of CNI configurations.
+    pub fn cni_conf(&self) -> PathBuf {
+        self.scratch.path().join("cni/net.d")
+    }
+
+    /// The folder of the containers' logs.
+    pub fn logs(&self) -> PathBuf {
+        self.scratch.path().join("logs")
+    }
+
+    /// The end of what containerd has logged.
+    pub fn log(&self) -> String {
+        let text = fs::read_to_string(self.scratch.path().join("containerd.log")).unwrap_or_default();
+        let lines: Vec<_> = text.lines().collect();
+        lines[lines.len().saturating_sub(20)..].join("\n")
+    }
+}
+
+impl Drop for Node {
+    fn drop(&mut self) {
+        // Shims and containers go with the cgroup; these are ours to wait for.
+        for child in self.containerd.iter_mut().chain([&mut self.first]) {
+            drop(child.kill());
+            drop(child.wait());
+        }
+    }
+}
