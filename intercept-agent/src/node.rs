@@ -99,6 +99,7 @@ impl Node {
             store.create(&store.maps())?;
             store.create(&store.programs())?;
             programs::load_shared(&store.maps(), &store.programs(), max_connections)?;
+            kernel::give_back_memory();
         }
         let tables = Tables::open(&store.maps())?;
         let mut node = Self { tables, lookup: OnceCell::new(), living: None, store, _lock: lock };
