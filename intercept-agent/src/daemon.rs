@@ -4,6 +4,7 @@
 //! alone compares them with what is in force, and has the [`worker`] change it. Nothing else calls the node.
 
 pub mod capture;
+pub mod complaints;
 pub mod folder;
 pub mod kubernetes;
 pub mod metrics;

@@ -2,7 +2,7 @@
 
 use std::{
     fs,
-    io::{BufRead as _, BufReader, Write as _},
+    io::{BufRead as _, BufReader, Read as _, Write as _},
     net::{SocketAddr, TcpListener, TcpStream},
     sync::{Arc, Mutex},
     thread,
@@ -33,6 +33,7 @@ struct Shared {
     pods: Vec<Value>,
     watchers: Vec<TcpStream>,
     asked: Vec<String>,
+    posted: Vec<Value>,
     version: u64,
 }
 
@@ -72,11 +73,24 @@ impl Api {
 }
 
 fn answer(mut stream: TcpStream, shared: &Mutex<Shared>) {
-    let mut lines = BufReader::new(stream.try_clone().expect("a copy")).lines();
-    let request = lines.next().and_then(Result::ok).unwrap_or_default();
-    while lines.next().and_then(Result::ok).is_some_and(|line| !line.is_empty()) {}
+    let mut reader = BufReader::new(stream.try_clone().expect("a copy"));
+    let mut head = reader.by_ref().lines().map_while(Result::ok).take_while(|line| !line.is_empty());
+    let request = head.next().unwrap_or_default();
+    let length = head.find_map(|line| {
+        line.to_ascii_lowercase().strip_prefix("content-length:").map(|value| value.trim().to_owned())
+    });
+    head.for_each(drop);
+    let mut body = vec![0; length.map_or(0, |length| length.parse().expect("a length"))];
+    reader.read_exact(&mut body).expect("a body");
     let mut shared = shared.lock().expect("whole");
     let head = "HTTP/1.1 200 OK\r\ncontent-type: application/json\r\nconnection: close\r\n\r\n";
+    if request.starts_with("POST ") {
+        let posted: Value = serde_json::from_slice(&body).expect("JSON");
+        let sent = stream.write_all(format!("{}{posted}", head.replace("200 OK", "201 Created")).as_bytes());
+        shared.posted.push(posted);
+        shared.asked.push(request);
+        return sent.expect("sent");
+    }
     let sent = if request.contains("watch=true") {
         let sent = stream.write_all(head.as_bytes());
         shared.watchers.push(stream);
@@ -155,9 +169,16 @@ fn pods_of_the_api_are_captured_followed_and_released() {
     assert_eq!(left("host").as_deref(), Some("host_network"));
     assert_eq!(left("plain").as_deref(), Some("no_sidecar"));
     let problem = report(&daemon, "wrong").and_then(|report| report.problem).expect("a problem");
+    daemon.wait("an event says so", |_| !api.shared().posted.is_empty()).expect("an event");
+    let events = std::mem::take(&mut api.shared().posted);
+    assert_eq!(events.len(), 1, "{events:?}");
+    assert_eq!(events[0]["regarding"]["name"], "wrong", "{events:?}");
+    assert_eq!((&events[0]["reason"], &events[0]["type"]), (&json!("NotCaptured"), &json!("Warning")));
+    assert_eq!(events[0]["note"], problem.text, "{events:?}");
     assert!(problem.cause == "options" && problem.text.contains("includeInboundPorts"), "{problem:?}");
     let asked = api.shared().asked.clone();
-    assert!(asked.iter().all(|request| request.contains("spec.nodeName%3Dnode-1")), "{asked:?}");
+    let mut questions = asked.iter().filter(|request| request.starts_with("GET "));
+    assert!(questions.all(|request| request.contains("spec.nodeName%3Dnode-1")), "{asked:?}");
 
     // A changed annotation, in place.
     let excluded = json!({ "traffic.sidecar.istio.io/excludeOutboundIPRanges": "10.96.0.0/16" });

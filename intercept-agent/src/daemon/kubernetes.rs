@@ -22,6 +22,7 @@ use kube::{
 use tokio::sync::mpsc::UnboundedSender;
 
 use super::{
+    complaints::{self, Complaint},
     placement::Placement,
     reconcile::{Message, Source},
     sidecar::{self, Container, Facts, INJECT, Verdict},
@@ -43,6 +44,7 @@ pub struct KubernetesError(#[source] kube::Error);
 
 /// This node's pods.
 pub struct Kubernetes {
+    client: Client,
     pods: Api<Pod>,
     node: String,
     told: Told,
@@ -76,12 +78,17 @@ impl Kubernetes {
     ) -> Result<Self, KubernetesError> {
         let client = Client::try_default().await.map_err(KubernetesError)?;
         let told = Told { placement, defaults, messages, waiting: BTreeMap::new() };
-        Ok(Self { pods: Api::all(client), node, told })
+        Ok(Self { pods: Api::all(client.clone()), client, node, told })
+    }
+
+    /// Where to complain of pods that cannot be captured.
+    pub fn complaints(&self) -> UnboundedSender<Complaint> {
+        complaints::publish(self.client.clone(), self.node.clone())
     }
 
     /// Tell of every pod, then of every change, for ever.
     pub async fn follow(self) {
-        let Self { pods, node, mut told } = self;
+        let Self { pods, node, mut told, .. } = self;
         let config = watcher::Config::default().fields(&format!("spec.nodeName={node}"));
         let mut events = pin!(watcher::watcher(pods, config).default_backoff());
         let mut again = tokio::time::interval(AGAIN);

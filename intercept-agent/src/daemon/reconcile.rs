@@ -23,6 +23,7 @@ pub use pod::{Answer, Problem, Report, State};
 use self::pod::Pod;
 use super::{
     capture::{self, CaptureError, Captured, Held, Seen},
+    complaints::Complaint,
     metrics::Metrics,
     retry,
     wanted::{Key, Wanted},
@@ -46,6 +47,7 @@ pub struct Reconciler {
     messages: mpsc::UnboundedSender<Message>,
     inbox: mpsc::UnboundedReceiver<Message>,
     runtime: Handle,
+    complaints: Option<mpsc::UnboundedSender<Complaint>>,
     leaving: bool,
 }
 
@@ -61,9 +63,26 @@ impl Reconciler {
             messages: messages.clone(),
             inbox,
             runtime,
+            complaints: None,
             leaving: false,
         };
         (reconciler, messages)
+    }
+
+    /// Have somebody else told of pods of the API that could not be captured.
+    pub fn complain_to(&mut self, complaints: mpsc::UnboundedSender<Complaint>) {
+        self.complaints = Some(complaints);
+    }
+
+    /// Once for the failures in a row, which may be many.
+    fn complain(&self, key: &Key) {
+        let (Some(complaints), Key::Pod(uid), Some(pod)) = (&self.complaints, key, self.pods.get(key)) else {
+            return;
+        };
+        if let (Some(problem), 1) = (&pod.problem, pod.failures) {
+            let complaint = Complaint { uid: uid.clone(), name: pod.name.clone(), problem: problem.clone() };
+            drop(complaints.send(complaint));
+        }
     }
 
     /// Take over what is in force, after sweeping what is dead.
@@ -182,6 +201,7 @@ impl Reconciler {
         pod.name = name;
         pod.failures += 1;
         pod.problem = Some(Problem { cause: "options".into(), text });
+        self.complain(key);
     }
 
     /// The runtime asked for it, and will say when it goes; the list of the API may be older than that.
@@ -420,7 +440,9 @@ impl Reconciler {
         let asked = !pod.waiting.is_empty();
         pod.answer(&Err(problem.clone()));
         pod.problem = Some(problem);
-        if asked && pod.held.is_none() && matches!(key, Key::Pod(_)) {
+        let unwanted = asked && pod.held.is_none() && matches!(key, Key::Pod(_));
+        self.complain(key);
+        if unwanted && let Some(pod) = self.pods.get_mut(key) {
             // The runtime takes the sandbox down after a failed ADD, and asks again with another.
             pod.wanted = None;
             pod.problem = None;

@@ -95,7 +95,9 @@ pub async fn serve(settings: Settings, shutdown: impl Future<Output = ()>) -> Re
     let kubernetes = match settings.node {
         Some(node) => {
             let placement = Placement::below(mounts);
-            Some(Kubernetes::open(node, settings.defaults, placement, messages.clone()).await?)
+            let kubernetes = Kubernetes::open(node, settings.defaults, placement, messages.clone()).await?;
+            reconciler.complain_to(kubernetes.complaints());
+            Some(kubernetes)
         }
         None => None,
     };

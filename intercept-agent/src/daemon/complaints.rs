@@ -1,0 +1,66 @@
+//! Kubernetes events for pods that could not be captured, where `kubectl describe pod` shows them.
+
+use k8s_openapi::api::core::v1::ObjectReference;
+use kube::{
+    Client,
+    runtime::events::{Event, EventType, Recorder, Reporter},
+};
+use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
+
+use super::reconcile::Problem;
+
+/// What the API takes of a message, in bytes.
+const NOTE_BYTES: usize = 1024;
+
+/// A pod of the API that could not be captured.
+#[derive(Debug)]
+pub struct Complaint {
+    /// The pod's UID.
+    pub uid: String,
+    /// Its namespace and name, with a slash between.
+    pub name: String,
+    /// Why.
+    pub problem: Problem,
+}
+
+/// Publish what is sent here as events by this node's agent, for ever. Nothing waits for the API: an event that is not
+/// taken is lost, and its text is in the log all the same.
+pub fn publish(client: Client, node: String) -> UnboundedSender<Complaint> {
+    let (sender, complaints) = unbounded_channel();
+    let reporter = Reporter { controller: "intercept-agent".to_owned(), instance: Some(node) };
+    tokio::spawn(follow(Recorder::new(client, reporter), complaints));
+    sender
+}
+
+async fn follow(recorder: Recorder, mut complaints: UnboundedReceiver<Complaint>) {
+    while let Some(Complaint { uid, name, problem }) = complaints.recv().await {
+        let Some((namespace, pod)) = name.split_once('/') else { continue };
+        let reference = ObjectReference {
+            api_version: Some("v1".to_owned()),
+            kind: Some("Pod".to_owned()),
+            namespace: Some(namespace.to_owned()),
+            name: Some(pod.to_owned()),
+            uid: Some(uid),
+            ..ObjectReference::default()
+        };
+        let event = Event {
+            type_: EventType::Warning,
+            reason: "NotCaptured".to_owned(),
+            note: Some(shortened(problem.text)),
+            action: "Capture".to_owned(),
+            secondary: None,
+        };
+        if let Err(error) = recorder.publish(&event, &reference).await {
+            tracing::warn!(
+                name,
+                error = &error as &dyn std::error::Error,
+                "publishing an event for this pod"
+            );
+        }
+    }
+}
+
+fn shortened(mut text: String) -> String {
+    text.truncate(text.floor_char_boundary(NOTE_BYTES));
+    text
+}
