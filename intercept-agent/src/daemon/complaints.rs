@@ -7,8 +7,6 @@ use kube::{
 };
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 
-use super::reconcile::Problem;
-
 /// What the API takes of a message, in bytes.
 const NOTE_BYTES: usize = 1024;
 
@@ -19,8 +17,8 @@ pub struct Complaint {
     pub uid: String,
     /// Its namespace and name, with a slash between.
     pub name: String,
-    /// Why.
-    pub problem: Problem,
+    /// Why, with the causes.
+    pub text: String,
 }
 
 /// Publish what is sent here as events by this node's agent, for ever. Nothing waits for the API: an event that is not
@@ -33,7 +31,7 @@ pub fn publish(client: Client, node: String) -> UnboundedSender<Complaint> {
 }
 
 async fn follow(recorder: Recorder, mut complaints: UnboundedReceiver<Complaint>) {
-    while let Some(Complaint { uid, name, problem }) = complaints.recv().await {
+    while let Some(Complaint { uid, name, text }) = complaints.recv().await {
         let Some((namespace, pod)) = name.split_once('/') else { continue };
         let reference = ObjectReference {
             api_version: Some("v1".to_owned()),
@@ -46,7 +44,7 @@ async fn follow(recorder: Recorder, mut complaints: UnboundedReceiver<Complaint>
         let event = Event {
             type_: EventType::Warning,
             reason: "NotCaptured".to_owned(),
-            note: Some(shortened(problem.text)),
+            note: Some(shortened(text)),
             action: "Capture".to_owned(),
             secondary: None,
         };

@@ -80,7 +80,8 @@ impl Reconciler {
             return;
         };
         if let (Some(problem), 1) = (&pod.problem, pod.failures) {
-            let complaint = Complaint { uid: uid.clone(), name: pod.name.clone(), problem: problem.clone() };
+            let complaint =
+                Complaint { uid: uid.clone(), name: pod.name.clone(), text: problem.text.clone() };
             drop(complaints.send(complaint));
         }
     }
