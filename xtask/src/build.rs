@@ -41,6 +41,8 @@ pub(crate) fn linked_statically(name: &str) -> Result<PathBuf> {
             .args(["--target", TARGET, "--target-dir"])
             .arg(&target)
             .env("RUSTFLAGS", "-Ctarget-feature=+crt-static")
+            // What runs there is seconds long, and building it minutes.
+            .env("CARGO_PROFILE_RELEASE_OPT_LEVEL", "1")
             .env("CARGO_PROFILE_RELEASE_DEBUG", "false")
             .env("CARGO_PROFILE_RELEASE_STRIP", "true"),
     )?;
