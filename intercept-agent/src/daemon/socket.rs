@@ -160,7 +160,7 @@ impl Context {
                     return failed(
                         "options",
                         "the runtime passes no annotations to the plugin, so that nothing says which pods have a sidecar; \
-                         let the plugin have the capability io.kubernetes.cri.pod-annotations (containerd 1.6, CRI-O 1.28)"
+                         let the plugin have the capability io.kubernetes.cri.pod-annotations (containerd 1.6 passes it)"
                             .to_owned(),
                     );
                 };
