@@ -201,3 +201,82 @@ pub fn read_blob(map: BorrowedFd<'_>, len: usize) -> io::Result<Vec<u8>> {
     call(bpf_cmd::BPF_MAP_LOOKUP_ELEM, &mut attr)?;
     Ok(bytes)
 }
+
+/// All entries of a hash map or trie, a thousand a call: one by one they are two calls each. Entries that come or go
+/// meanwhile may be in it or not, as with one by one.
+pub fn entries<K: bytemuck::Pod, V: bytemuck::Pod>(map: BorrowedFd<'_>) -> io::Result<Vec<(K, V)>> {
+    let mut found = Vec::new();
+    // Where to go on: a number for a hash map, a key for a trie.
+    let mut at = vec![0u8; size_of::<K>().max(4)];
+    let mut next = at.clone();
+    let mut room = 1024;
+    let mut started = false;
+    loop {
+        let mut keys = vec![K::zeroed(); room];
+        let mut values = vec![V::zeroed(); room];
+        let mut attr = empty_attr();
+        attr.batch.in_batch = if started { at.as_ptr() as u64 } else { 0 };
+        attr.batch.out_batch = next.as_mut_ptr() as u64;
+        attr.batch.keys = keys.as_mut_ptr() as u64;
+        attr.batch.values = values.as_mut_ptr() as u64;
+        attr.batch.count = u32::try_from(room).map_err(io::Error::other)?;
+        attr.batch.map_fd = raw(map);
+        let called = call(bpf_cmd::BPF_MAP_LOOKUP_BATCH, &mut attr);
+        let is_last = match &called {
+            Ok(_) => false,
+            Err(error) if error.raw_os_error() == Some(libc::ENOENT) => true,
+            // A bucket of a hash map has more than there is room for.
+            Err(error) if error.raw_os_error() == Some(libc::ENOSPC) && room < 1 << 20 => {
+                room *= 8;
+                continue;
+            }
+            Err(_) => return called.map(|_| found),
+        };
+        // SAFETY: the kernel has written the count back to where it was read from.
+        let count = unsafe { attr.batch.count } as usize;
+        found.extend(keys.into_iter().zip(values).take(count));
+        if is_last {
+            return Ok(found);
+        }
+        std::mem::swap(&mut at, &mut next);
+        started = true;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{collections::BTreeMap, os::fd::AsFd as _};
+
+    use super::*;
+
+    fn hash_map(max_entries: u32) -> OwnedFd {
+        let mut attr = empty_attr();
+        // SAFETY: writes of integers to a variant of a union that is all zero.
+        let create = unsafe { &mut attr.__bindgen_anon_1 };
+        create.map_type = bpf_map_type::BPF_MAP_TYPE_HASH as u32;
+        (create.key_size, create.value_size, create.max_entries) = (4, 8, max_entries);
+        call_for_fd(bpf_cmd::BPF_MAP_CREATE, &mut attr).expect("root makes maps")
+    }
+
+    fn insert(map: &OwnedFd, key: u32, value: u64) {
+        let mut attr = empty_attr();
+        attr.__bindgen_anon_2.map_fd = raw(map.as_fd());
+        attr.__bindgen_anon_2.key = std::ptr::from_ref(&key) as u64;
+        attr.__bindgen_anon_2.__bindgen_anon_1.value = std::ptr::from_ref(&value) as u64;
+        call(bpf_cmd::BPF_MAP_UPDATE_ELEM, &mut attr).expect("there is room");
+    }
+
+    #[test]
+    fn all_entries_are_read_each_once() {
+        for count in [0, 1, 1023, 1024, 1025, 5000] {
+            let map = hash_map(8192);
+            let expected: BTreeMap<u32, u64> = (0..count).map(|n| (n, u64::from(n) << 32)).collect();
+            for (key, value) in &expected {
+                insert(&map, *key, *value);
+            }
+            let found = entries::<u32, u64>(map.as_fd()).expect("read");
+            assert_eq!(found.len(), expected.len());
+            assert_eq!(found.into_iter().collect::<BTreeMap<_, _>>(), expected);
+        }
+    }
+}

@@ -1,5 +1,6 @@
 //! The pod's network namespace: opened, told apart from the node's own, and entered.
 
+use std::cell::Cell;
 use std::collections::BTreeMap;
 use std::fmt::{self, Write as _};
 use std::fs::{self, File, OpenOptions};
@@ -119,6 +120,11 @@ impl fmt::Display for Whose {
             Self::Own => "this process's own",
         })
     }
+}
+
+thread_local! {
+    /// The namespace that `Netns::run` has moved this thread into, by its cookie.
+    static INSIDE: Cell<Option<u64>> = const { Cell::new(None) };
 }
 
 impl Netns {
@@ -243,11 +249,17 @@ impl Netns {
 
     /// Runs `work` inside the namespace, on a thread of its own, and waits for it. Sockets and processes that it
     /// makes stay in the namespace. A panic in it goes on in the caller.
+    ///
+    /// Work that runs inside already stays on its thread: who has much to do enters once, and need not hand that on.
     pub fn run<T: Send>(&self, work: impl FnOnce() -> T + Send) -> Result<T, NetnsError> {
+        if INSIDE.get() == Some(self.cookie) {
+            return Ok(work());
+        }
         let enter = |source| NetnsError::Enter { name: self.name.clone(), source };
         thread::scope(|scope| {
             let inside = move || -> Result<T, Errno> {
                 move_into_link_name_space(self.file.as_fd(), Some(LinkNameSpaceType::Network))?;
+                INSIDE.set(Some(self.cookie));
                 Ok(work())
             };
             let thread =
@@ -360,6 +372,19 @@ pub(crate) mod tests {
         assert_eq!(netns.run(inode).unwrap(), netns.inode());
         assert_eq!(inode(), before);
         assert_ne!(netns.inode(), before);
+    }
+
+    #[test]
+    fn work_inside_stays_on_its_thread_in_the_same_namespace_only() {
+        let (one, other) = (fresh(), fresh());
+        let inode = || fs::metadata("/proc/thread-self/ns/net").unwrap().ino();
+        let here = || (thread::current().id(), inode());
+        let (outer, same, elsewhere, after) =
+            one.run(|| (here(), one.run(here).unwrap(), other.run(here).unwrap(), here())).unwrap();
+        assert_eq!(outer, same);
+        assert_eq!(outer, after);
+        assert_ne!(outer.0, elsewhere.0);
+        assert_eq!(elsewhere.1, other.inode());
     }
 
     #[test]

@@ -6,13 +6,13 @@
 
 mod error;
 mod hold;
+mod links;
 mod paused;
 
 use std::{
     cell::OnceCell,
     collections::BTreeMap,
-    io,
-    os::fd::{AsFd as _, OwnedFd},
+    os::fd::AsFd as _,
     path::{Path, PathBuf},
     time::{Instant, SystemTime, UNIX_EPOCH},
 };
@@ -24,8 +24,8 @@ use intercept_common::{layout, layout::PodPolicy, names};
 use crate::{
     cgroup::CgroupDir,
     compile::{Compiled, compile, outside},
-    kernel::{self, LinkTarget},
-    mirror::Mirror,
+    kernel,
+    mirror::{Follower, Mirror},
     netns::Netns,
     options::Config,
     plumbing,
@@ -166,15 +166,42 @@ impl Node {
 
     /// Put a policy in force for a pod. `config` has the ids as the pod sees them.
     pub fn attach(&mut self, target: &Target, config: &Config) -> Result<Attached, NodeError> {
-        self.put_in_force(target, config, false)
+        self.enter_and_put_in_force(target, config, false, None)
     }
 
     /// The same, also if it is in force already: every entry is written anew.
     pub fn attach_anew(&mut self, target: &Target, config: &Config) -> Result<Attached, NodeError> {
-        self.put_in_force(target, config, true)
+        self.enter_and_put_in_force(target, config, true, None)
     }
 
-    fn put_in_force(&mut self, target: &Target, config: &Config, anew: bool) -> Result<Attached, NodeError> {
+    /// The same for a namespace that will be followed from the state that is put in force.
+    pub fn attach_followed(
+        &mut self,
+        target: &Target,
+        config: &Config,
+        follower: &mut Follower,
+    ) -> Result<Attached, NodeError> {
+        self.enter_and_put_in_force(target, config, false, Some(follower))
+    }
+
+    /// Half of the steps are taken inside the namespace, which is entered once.
+    fn enter_and_put_in_force(
+        &mut self,
+        target: &Target,
+        config: &Config,
+        anew: bool,
+        follower: Option<&mut Follower>,
+    ) -> Result<Attached, NodeError> {
+        target.netns.run(|| self.put_in_force(target, config, anew, follower))?
+    }
+
+    fn put_in_force(
+        &mut self,
+        target: &Target,
+        config: &Config,
+        anew: bool,
+        follower: Option<&mut Follower>,
+    ) -> Result<Attached, NodeError> {
         let cookie = target.netns.cookie();
         let living = self.living()?;
         self.refuse_conflicts(target, &living)?;
@@ -188,7 +215,7 @@ impl Node {
         let was = old.as_ref().map(|record| record.plumbing.clone()).unwrap_or_default();
         let plumbing = plumbing::apply(&target.netns, config, &was)
             .map_err(|source| NodeError::Plumbing { netns: netns(), source })?;
-        let compiled = self.compile(target, config)?;
+        let compiled = self.compile(target, config, follower)?;
         let digest = compiled.digest();
         if !anew
             && let (Some(policy), Some(record)) = (&before, &old)
@@ -324,9 +351,18 @@ impl Node {
         Ok(self.lookup.get_or_init(|| lookup))
     }
 
-    fn compile(&self, target: &Target, config: &Config) -> Result<Compiled, NodeError> {
-        let mirror = Mirror::snapshot(&target.netns)
-            .map_err(|source| NodeError::Mirror { netns: target.netns.name().to_owned(), source })?;
+    fn compile(
+        &self,
+        target: &Target,
+        config: &Config,
+        follower: Option<&mut Follower>,
+    ) -> Result<Compiled, NodeError> {
+        let mirror = match follower {
+            Some(follower) => follower.look().cloned(),
+            None => Mirror::snapshot(&target.netns),
+        };
+        let mirror =
+            mirror.map_err(|source| NodeError::Mirror { netns: target.netns.name().to_owned(), source })?;
         let cgroup = || target.cgroup.path().display().to_string();
         let ids = IdMaps::of_cgroup(&target.cgroup)
             .map_err(|source| NodeError::UserNs { cgroup: cgroup(), source })?;
@@ -385,85 +421,6 @@ impl Node {
         Ok(())
     }
 
-    /// Make the links of a pod that are not there.
-    fn link(&self, target: &Target) -> Result<(), NodeError> {
-        let cookie = target.netns.cookie();
-        let cgroup = target.cgroup.path().display().to_string();
-        for program in names::CGROUP_PROGRAMS {
-            let path = self.store.pod(cookie).join(program);
-            if self.link_is(&path, LinkTarget::Cgroup(Some(target.cgroup.id()))) {
-                continue;
-            }
-            let attach = || {
-                let fd = kernel::open_pin(&self.store.programs().join(program))?;
-                let link =
-                    kernel::link_create(fd.as_fd(), target.cgroup.as_fd(), programs::attach_type(program))?;
-                replace_pin(&link, &path)
-            };
-            attach().map_err(|source| NodeError::Attach { program, target: cgroup.clone(), source })?;
-        }
-        let path = self.store.pod(cookie).join(names::SK_LOOKUP);
-        if self.link_is(&path, LinkTarget::Netns(u32::try_from(target.netns.inode()).ok())) {
-            return Ok(());
-        }
-        let program = self.lookup()?.load(cookie)?;
-        kernel::link_create(program.as_fd(), target.netns.as_fd(), programs::attach_type(names::SK_LOOKUP))
-            .and_then(|link| replace_pin(&link, &path))
-            .map_err(|source| NodeError::Attach {
-                program: names::SK_LOOKUP,
-                target: target.netns.name().to_owned(),
-                source,
-            })
-    }
-
-    fn link_is(&self, path: &Path, target: LinkTarget) -> bool {
-        kernel::open_pin(path)
-            .and_then(|link| kernel::link_info(link.as_fd()))
-            .is_ok_and(|info| info.target == target)
-    }
-
-    fn links_intact(&self, cookie: u64, target: &Target) -> bool {
-        let dir = self.store.pod(cookie);
-        names::CGROUP_PROGRAMS
-            .iter()
-            .all(|name| self.link_is(&dir.join(name), LinkTarget::Cgroup(Some(target.cgroup.id()))))
-            && self.link_is(
-                &dir.join(names::SK_LOOKUP),
-                LinkTarget::Netns(u32::try_from(target.netns.inode()).ok()),
-            )
-    }
-
-    /// The cgroup of a pod if that and its namespace are still there. The links tell: they outlive both and then name
-    /// neither.
-    pub fn cgroup_of(&self, cookie: u64) -> Option<u64> {
-        let target_of = |name: &str| {
-            kernel::open_pin(&self.store.pod(cookie).join(name))
-                .and_then(|link| kernel::link_info(link.as_fd()))
-                .map(|info| info.target)
-        };
-        match (target_of(names::SOCK_OPS), target_of(names::SK_LOOKUP)) {
-            (Ok(LinkTarget::Cgroup(cgroup)), Ok(LinkTarget::Netns(Some(_)))) => cgroup,
-            _ => None,
-        }
-    }
-
-    /// Put this build's programs under the links of a pod.
-    fn replace_programs(&self, cookie: u64) -> Result<(), NodeError> {
-        let dir = self.store.pod(cookie);
-        for program in names::CGROUP_PROGRAMS {
-            let update = || {
-                let link = kernel::open_pin(&dir.join(program))?;
-                let fd = kernel::open_pin(&self.store.programs().join(program))?;
-                kernel::link_update(link.as_fd(), fd.as_fd())
-            };
-            update().map_err(|source| NodeError::Replace { program, cookie, source })?;
-        }
-        let program = self.lookup()?.load(cookie)?;
-        kernel::open_pin(&dir.join(names::SK_LOOKUP))
-            .and_then(|link| kernel::link_update(link.as_fd(), program.as_fd()))
-            .map_err(|source| NodeError::Replace { program: names::SK_LOOKUP, cookie, source })
-    }
-
     /// The slot of the policy that is replaced, or a free one; and an id that is not in force. That is drawn at random,
     /// so that it does not meet entries that an agent wrote for a policy that it did not live to put in force.
     fn free(&self, before: Option<&PodPolicy>) -> Result<(u32, u32), NodeError> {
@@ -478,13 +435,4 @@ impl Node {
         let is_new = |id: &u32| *id != 0 && used.iter().all(|(_, used)| used != id);
         Ok((slot, std::iter::repeat_with(draw).find(is_new).unwrap_or(1)))
     }
-}
-
-/// Pin a link in place of what an earlier agent left.
-fn replace_pin(link: &OwnedFd, path: &Path) -> io::Result<()> {
-    match std::fs::remove_file(path) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-        _ => {}
-    }
-    kernel::pin(link.as_fd(), path)
 }

@@ -1,5 +1,5 @@
-//! The programs: those of the cgroup hooks are loaded once a node and shared by all pods; `sk_lookup` has an instance a
-//! pod, because that hook cannot ask in which namespace it runs.
+//! The programs: all are loaded once a node and shared by all pods, but for the first half of `sk_lookup`, which has an
+//! instance a pod, because that hook cannot ask in which namespace it runs.
 
 use std::{
     collections::HashSet,
@@ -9,8 +9,9 @@ use std::{
 };
 
 use aya::{
-    EbpfLoader,
-    programs::{CgroupSockAddr, CgroupSockopt, Program, SockOps},
+    Ebpf, EbpfLoader,
+    maps::ProgramArray,
+    programs::{CgroupSockAddr, CgroupSockopt, Program, SkLookup, SockOps},
 };
 use aya_obj::{
     Object,
@@ -55,6 +56,9 @@ pub enum ProgramError {
         #[source]
         source: io::Error,
     },
+    /// It could not be put where the per-pod instances look for it.
+    #[error("putting program {} into map {}", names::STEER, names::INBOUND)]
+    Steer(#[source] Box<aya::maps::MapError>),
     /// The per-pod instance could not be made from the object.
     #[error("preparing program {} for a pod", names::SK_LOOKUP)]
     Instance(#[source] Box<dyn std::error::Error + Send + Sync>),
@@ -106,6 +110,7 @@ pub fn load_shared(maps: &Path, programs: &Path, max_connections: u32) -> Result
         loader.map_pin_path(name, path.as_path());
     }
     let mut ebpf = loader.load(OBJECT).map_err(ProgramError::Load)?;
+    load_steer(&mut ebpf)?;
     for name in names::CGROUP_PROGRAMS {
         let program = ebpf.program_mut(name).ok_or(ProgramError::Absent(name))?;
         let loaded = match program {
@@ -120,6 +125,21 @@ pub fn load_shared(maps: &Path, programs: &Path, max_connections: u32) -> Result
             .map_err(|source| ProgramError::Pin { name, dir: programs.display().to_string(), source })?;
     }
     Ok(())
+}
+
+/// Load what all instances of [`names::SK_LOOKUP`] go on to, and put it where they find it: in place of an earlier
+/// build's, for all pods at once. The map holds it as long as it is pinned.
+fn load_steer(ebpf: &mut Ebpf) -> Result<(), ProgramError> {
+    let name = names::STEER;
+    let verify = |source| ProgramError::Verify { name, source: Box::new(source) };
+    let program: &mut SkLookup =
+        ebpf.program_mut(name).ok_or(ProgramError::Absent(name))?.try_into().map_err(verify)?;
+    program.load().map_err(verify)?;
+    let fd = program.fd().and_then(|fd| Ok(fd.try_clone()?)).map_err(verify)?;
+    let map = ebpf.map_mut(names::INBOUND).ok_or(ProgramError::Absent(names::INBOUND))?;
+    ProgramArray::try_from(map)
+        .and_then(|mut map| map.set(0, &fd, 0))
+        .map_err(|source| ProgramError::Steer(source.into()))
 }
 
 /// The `sk_lookup` program over a node's maps, as it is before the cookie of a namespace is in it.

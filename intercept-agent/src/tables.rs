@@ -2,11 +2,12 @@
 
 use std::{
     io,
+    os::fd::AsFd as _,
     path::{Path, PathBuf},
 };
 
 use aya::maps::{
-    Array, HashMap, MapData, MapError, MapInfo, PerCpuArray, PerCpuValues, SockHash,
+    Array, HashMap, IterableMap as _, MapData, MapError, MapInfo, PerCpuArray, PerCpuValues, SockHash,
     lpm_trie::{Key, LpmTrie},
 };
 use intercept_common::{
@@ -16,7 +17,10 @@ use intercept_common::{
     names,
 };
 
-use crate::{compile::Entries, kernel::Plain};
+use crate::{
+    compile::Entries,
+    kernel::{self, Plain},
+};
 
 type Hash<K, V> = HashMap<MapData, Plain<K>, Plain<V>>;
 
@@ -32,6 +36,14 @@ pub struct Tables {
     orig_dst: Hash<ConnKey, OrigDst>,
     proxies: Array<MapData, Plain<Proxy>>,
     decisions: PerCpuArray<MapData, Plain<Counters>>,
+}
+
+/// Key of DESTINATIONS with its prefix length.
+#[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
+#[repr(C)]
+struct PrefixKey {
+    prefix_len: u32,
+    key: DestinationKey,
 }
 
 /// How full the maps are.
@@ -82,6 +94,10 @@ fn open<T: TryFrom<aya::maps::Map, Error = MapError>>(
     T::try_from(wrap(data)).map_err(failed("opening", name))
 }
 
+fn entries<K: bytemuck::Pod, V: bytemuck::Pod>(map: &MapData, name: &str) -> Result<Vec<(K, V)>, TableError> {
+    kernel::entries(map.fd().as_fd()).map_err(|error| failed("reading", name)(MapError::IoError(error)))
+}
+
 impl Tables {
     /// Open all of them from their folder.
     pub fn open(dir: &Path) -> Result<Self, TableError> {
@@ -101,11 +117,7 @@ impl Tables {
 
     /// The policies in force.
     pub fn policies(&self) -> Result<Vec<(u64, PodPolicy)>, TableError> {
-        self.pods
-            .iter()
-            .map(|entry| entry.map(|(cookie, policy)| (cookie, policy.0)))
-            .collect::<Result<_, _>>()
-            .map_err(failed("reading", names::PODS))
+        entries(self.pods.map(), names::PODS)
     }
 
     /// The policy of a namespace.
@@ -151,33 +163,24 @@ impl Tables {
     /// Take out every list entry whose policy `keep` does not want; says how many.
     pub fn purge_lists(&mut self, keep: impl Fn(u32) -> bool) -> Result<usize, TableError> {
         let mut purged = 0;
-        let stale: Vec<_> = self
-            .destinations
-            .keys()
-            .collect::<Result<Vec<_>, _>>()
-            .map_err(failed("reading", names::DESTINATIONS))?
-            .into_iter()
-            .filter(|key| !keep(key.data().0.policy))
-            .collect();
-        purged += stale.len();
-        for key in stale {
-            gone_is_fine(self.destinations.remove(&key)).map_err(failed("purging", names::DESTINATIONS))?;
+        for (key, _) in entries::<PrefixKey, Destination>(self.destinations.map(), names::DESTINATIONS)? {
+            if !keep(key.key.policy) {
+                let key = Key::new(key.prefix_len, Plain(key.key));
+                gone_is_fine(self.destinations.remove(&key))
+                    .map_err(failed("purging", names::DESTINATIONS))?;
+                purged += 1;
+            }
         }
         for (map, name) in [
             (&mut self.ports, names::PORTS),
             (&mut self.groups, names::GROUPS),
             (&mut self.interfaces, names::INTERFACES),
         ] {
-            let stale: Vec<_> = map
-                .keys()
-                .collect::<Result<Vec<_>, _>>()
-                .map_err(failed("reading", name))?
-                .into_iter()
-                .filter(|key| !keep(key.0.policy))
-                .collect();
-            purged += stale.len();
-            for key in stale {
-                gone_is_fine(map.remove(&key)).map_err(failed("purging", name))?;
+            for (key, _) in entries::<MemberKey, u32>(map.map(), name)? {
+                if !keep(key.policy) {
+                    gone_is_fine(map.remove(&Plain(key))).map_err(failed("purging", name))?;
+                    purged += 1;
+                }
             }
         }
         Ok(purged)
@@ -185,40 +188,51 @@ impl Tables {
 
     /// Forget the connections and listeners of every namespace that `keep` does not want; says how many.
     pub fn purge_connections(&mut self, keep: impl Fn(u64) -> bool) -> Result<usize, TableError> {
-        let stale: Vec<_> =
-            self.orig_dst.keys().filter_map(Result::ok).filter(|key| !keep(key.0.netns)).collect();
-        for key in &stale {
-            gone_is_fine(self.orig_dst.remove(key)).map_err(failed("purging", names::ORIG_DST))?;
+        let mut purged = 0;
+        for (key, _) in self.originals()? {
+            if !keep(key.netns) {
+                gone_is_fine(self.orig_dst.remove(&Plain(key)))
+                    .map_err(failed("purging", names::ORIG_DST))?;
+                purged += 1;
+            }
         }
         let listeners: Vec<_> =
             self.listeners.keys().filter_map(Result::ok).filter(|key| !keep(key.0.netns)).collect();
         for key in &listeners {
             gone_is_fine(self.listeners.remove(key)).map_err(failed("purging", names::LISTENERS))?;
         }
-        Ok(stale.len() + listeners.len())
+        Ok(purged + listeners.len())
+    }
+
+    fn originals(&self) -> Result<Vec<(ConnKey, OrigDst)>, TableError> {
+        entries(self.orig_dst.map(), names::ORIG_DST)
     }
 
     /// How many redirected connections of a namespace are remembered.
-    pub fn connections(&self, cookie: u64) -> usize {
-        self.orig_dst.keys().filter_map(Result::ok).filter(|key| key.0.netns == cookie).count()
+    pub fn connections(&self, cookie: u64) -> Result<usize, TableError> {
+        Ok(self.originals()?.iter().filter(|(key, _)| key.netns == cookie).count())
     }
 
     /// How full the maps are, all keys counted once. `dir` is their folder.
     pub fn fill(&self, dir: &Path) -> Result<Fill, TableError> {
         let mut connections = std::collections::HashMap::new();
-        let mut open = 0;
-        for key in self.orig_dst.keys().filter_map(Result::ok) {
-            *connections.entry(key.0.netns).or_default() += 1;
-            open += 1;
+        let originals = self.originals()?;
+        for (key, _) in &originals {
+            *connections.entry(key.netns).or_default() += 1;
         }
+        let members =
+            |map: &Hash<MemberKey, u32>, name| Ok(entries::<MemberKey, u32>(map.map(), name)?.len());
         let used = [
-            (names::PODS, self.pods.keys().count()),
-            (names::ORIG_DST, open),
-            (names::DESTINATIONS, self.destinations.keys().count()),
+            (names::PODS, self.policies()?.len()),
+            (names::ORIG_DST, originals.len()),
+            (
+                names::DESTINATIONS,
+                entries::<PrefixKey, Destination>(self.destinations.map(), names::DESTINATIONS)?.len(),
+            ),
             (names::LISTENERS, self.listeners.keys().count()),
-            (names::PORTS, self.ports.keys().count()),
-            (names::GROUPS, self.groups.keys().count()),
-            (names::INTERFACES, self.interfaces.keys().count()),
+            (names::PORTS, members(&self.ports, names::PORTS)?),
+            (names::GROUPS, members(&self.groups, names::GROUPS)?),
+            (names::INTERFACES, members(&self.interfaces, names::INTERFACES)?),
         ];
         let with_room = used.into_iter().map(|(name, used)| {
             let info = MapInfo::from_pin(dir.join(name)).map_err(failed("asking for the size of", name))?;

@@ -51,4 +51,6 @@ failures! {
     SourceNotBound = "source_not_bound", Open;
     /// the proxy's listener could not be registered: inbound is refused until it is
     ListenerNotAdded = "listener_not_added", Closed;
+    /// the program that decides on inbound flows is not there: inbound is refused
+    SteerMissing = "steer_missing", Closed;
 }

@@ -8,7 +8,7 @@ use bytemuck::{Pod, Zeroable};
 use crate::{Addr, reason::COUNTERS};
 
 /// Version of everything in this file; part of the pin path. A change of any layout raises it.
-pub const VERSION: u32 = 2;
+pub const VERSION: u32 = 3;
 
 /// Most users and most groups that `-u` and `-g` may name.
 pub const MAX_OWNERS: usize = 16;
@@ -297,6 +297,16 @@ impl Servers {
         let addr = self.addrs[number as usize % MAX_SERVERS];
         if age == 0 || age as usize > MAX_SERVERS || addr.is_unspecified() { None } else { Some(addr) }
     }
+}
+
+/// Value of ARRIVAL, one a CPU: the look-up that is under way.
+#[derive(Clone, Copy, Pod, Zeroable, PartialEq, Eq, Debug)]
+#[repr(C)]
+pub struct Arrival {
+    /// Netns cookie.
+    pub netns: u64,
+    /// Ports, and the remote address if it is of IPv4: another look-up's cookie is not taken for this one's.
+    pub tag: u64,
 }
 
 /// Value of PROXIES: how the proxy's outbound listeners are bound, each half written whole by the listener that it is

@@ -19,6 +19,10 @@ pub const ORIG_DST: &str = "ORIG_DST";
 pub const SOCKETS: &str = "SOCKETS";
 /// Socket storage: for datagram sockets that ask several DNS servers, all but the first of them.
 pub const SERVERS: &str = "SERVERS";
+/// One cell: the program [`STEER`], to which every pod's [`SK_LOOKUP`] goes on.
+pub const INBOUND: &str = "INBOUND";
+/// Per CPU, one cell: which pod's look-up is under way, from [`SK_LOOKUP`] to [`STEER`].
+pub const ARRIVAL: &str = "ARRIVAL";
 /// Slot to what is known of the pod's proxy while it runs.
 pub const PROXIES: &str = "PROXIES";
 /// Slot to per-CPU counts by reason.
@@ -32,7 +36,7 @@ pub const TRACING: &str = "TRACING";
 pub const LOGS: &str = "AYA_LOGS";
 
 /// Every map that is shared by all pods of a node and pinned.
-pub const MAPS: [&str; 14] = [
+pub const MAPS: [&str; 16] = [
     LOGS,
     PODS,
     DESTINATIONS,
@@ -43,6 +47,8 @@ pub const MAPS: [&str; 14] = [
     ORIG_DST,
     SOCKETS,
     SERVERS,
+    INBOUND,
+    ARRIVAL,
     PROXIES,
     DECISIONS,
     EVENTS,
@@ -73,8 +79,11 @@ pub const RECVMSG6: &str = "recvmsg6";
 pub const GETSOCKOPT: &str = "getsockopt";
 /// `sock_ops`.
 pub const SOCK_OPS: &str = "sock_ops";
-/// `sk_lookup`: one instance a pod, because that hook cannot ask for the netns cookie.
+/// `sk_lookup`: one instance a pod, because that hook cannot ask for the netns cookie. It says which pod it is and goes
+/// on to [`STEER`], so that it is small: it is what an attach has to load.
 pub const SK_LOOKUP: &str = "lookup";
+/// `sk_lookup`, shared by all pods, by tail call.
+pub const STEER: &str = "steer";
 
 /// The self-test's `sk_msg`, and its maps: the ends that are joined, and how many messages went that way. They are in
 /// an object of their own and never pinned.
@@ -106,7 +115,7 @@ mod tests {
 
     #[test]
     fn names_fit_what_the_kernel_keeps() {
-        for name in MAPS.iter().chain(&CGROUP_PROGRAMS).chain(&[SK_LOOKUP]) {
+        for name in MAPS.iter().chain(&CGROUP_PROGRAMS).chain(&[SK_LOOKUP, STEER]) {
             assert!(name.len() <= 15, "{name}");
         }
     }

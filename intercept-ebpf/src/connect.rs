@@ -54,7 +54,7 @@ pub(crate) fn connect<F: Family>(ctx: &SockAddrContext) -> Outcome {
         dst: F::named(ctx),
         dst_port,
         src: F::bound(sk),
-        owner: owner::of(sk),
+        owner: owner::of(sk, protocol),
         mark: context::mark(sk),
     };
     let decided = decide_outbound(pod, &flow, &MapFacts { conn: None });

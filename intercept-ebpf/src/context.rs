@@ -320,19 +320,26 @@ pub(crate) fn callback_local(ops: *mut bpf_sock_ops) -> Addr {
     Addr::from_v4(load!(load_u32, bpf_sock_ops, ops, local_ip4))
 }
 
+/// The address that a connection arrives for.
+#[inline(always)]
+pub(crate) fn lookup_local(lookup: *mut bpf_sk_lookup) -> Addr {
+    if load!(load_u32, bpf_sk_lookup, lookup, family) == AF_INET6 {
+        load_v6!(bpf_sk_lookup, lookup, local_ip6)
+    } else {
+        Addr::from_v4(load!(load_u32, bpf_sk_lookup, lookup, local_ip4))
+    }
+}
+
 /// Both ends of a connection that arrives: "local" is what was dialled.
 #[inline(always)]
 pub(crate) fn lookup_ends(lookup: *mut bpf_sk_lookup) -> Ends {
-    let (local, remote) = if load!(load_u32, bpf_sk_lookup, lookup, family) == AF_INET6 {
-        (load_v6!(bpf_sk_lookup, lookup, local_ip6), load_v6!(bpf_sk_lookup, lookup, remote_ip6))
+    let remote = if load!(load_u32, bpf_sk_lookup, lookup, family) == AF_INET6 {
+        load_v6!(bpf_sk_lookup, lookup, remote_ip6)
     } else {
-        (
-            Addr::from_v4(load!(load_u32, bpf_sk_lookup, lookup, local_ip4)),
-            Addr::from_v4(load!(load_u32, bpf_sk_lookup, lookup, remote_ip4)),
-        )
+        Addr::from_v4(load!(load_u32, bpf_sk_lookup, lookup, remote_ip4))
     };
     Ends {
-        local,
+        local: lookup_local(lookup),
         local_port: load!(load_u32, bpf_sk_lookup, lookup, local_port) as u16,
         remote,
         remote_port: u16::from_be(load!(load_u16, bpf_sk_lookup, lookup, remote_port)),

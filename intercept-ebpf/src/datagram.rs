@@ -39,7 +39,7 @@ pub(crate) fn sendmsg<F: Family>(ctx: &SockAddrContext) -> Outcome {
         dst: F::named(ctx),
         dst_port,
         src: if asked.is_unspecified() { bound } else { asked },
-        owner: owner::of(sk),
+        owner: owner::of(sk, UDP),
         // Connections only are told by it.
         mark: 0,
     };

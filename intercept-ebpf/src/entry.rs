@@ -100,7 +100,18 @@ fn sock_ops(ctx: SockOpsContext) -> u32 {
 #[sk_lookup]
 // Not `sk_lookup`: the linker takes that for the name of the section.
 fn lookup(ctx: SkLookupContext) -> u32 {
-    match inbound::steer(&ctx) {
+    steer_verdict(inbound::arrive(&ctx))
+}
+
+// Reached from `lookup` only.
+#[sk_lookup]
+fn steer(ctx: SkLookupContext) -> u32 {
+    steer_verdict(inbound::steer(&ctx))
+}
+
+#[inline(always)]
+fn steer_verdict(outcome: Steer) -> u32 {
+    match outcome {
         Steer::Pass | Steer::Assigned => SK_PASS,
         Steer::Drop => SK_DROP,
     }

@@ -6,7 +6,7 @@ use intercept_common::{
     Target, Verdict,
     decide::{Inbound, decide_inbound},
     failure::Failure,
-    layout::{LISTENER_SLOTS, ListenerKey, PodPolicy, policy},
+    layout::{Arrival, LISTENER_SLOTS, ListenerKey, PodPolicy, policy},
 };
 
 use crate::{
@@ -41,19 +41,53 @@ pub(crate) enum Steer {
     Drop,
 }
 
-/// A connection without a socket of its own yet.
+/// A connection without a socket of its own yet: say whose it is, and go on to [`steer`].
+///
+/// A program of its own a pod, so that an attach loads these few instructions and not all of the decision.
 #[inline(always)]
-pub(crate) fn steer(ctx: &SkLookupContext) -> Steer {
+pub(crate) fn arrive(ctx: &SkLookupContext) -> Steer {
     if load!(load_u32, bpf_sk_lookup, ctx.lookup, protocol) != TCP {
         return Steer::Pass;
     }
-    let ends = context::lookup_ends(ctx.lookup);
     // The way to the proxy itself, and all else that is dialled on loopback.
-    if ends.local.is_loopback() {
+    if context::lookup_local(ctx.lookup).is_loopback() {
         return Steer::Pass;
     }
     let netns = own_netns();
+    if let Some(arrival) = maps::arrival() {
+        // SAFETY: this CPU's own value.
+        unsafe { arrival.write(Arrival { netns, tag: tag(ctx) }) };
+        maps::go_on(ctx);
+    }
+    match maps::pod(netns) {
+        Some(pod) => fail(pod, Failure::SteerMissing),
+        None => Steer::Pass,
+    }
+}
+
+/// Tells a look-up from another that interrupts it. Packets do not interrupt each other, but a packet may interrupt
+/// the look-up of a process that asks for one socket (`ss`).
+#[inline(always)]
+fn tag(ctx: &SkLookupContext) -> u64 {
+    // Zero for IPv6.
+    let remote = load!(load_u32, bpf_sk_lookup, ctx.lookup, remote_ip4);
+    let local_port = load!(load_u32, bpf_sk_lookup, ctx.lookup, local_port);
+    let remote_port = load!(load_u16, bpf_sk_lookup, ctx.lookup, remote_port);
+    u64::from(remote) << 32 | u64::from(local_port << 16) | u64::from(remote_port)
+}
+
+/// Decide on a connection that [`arrive`] has announced.
+#[inline(always)]
+pub(crate) fn steer(ctx: &SkLookupContext) -> Steer {
+    // SAFETY: this CPU's own value.
+    let Some(arrival) = maps::arrival().map(|arrival| unsafe { arrival.read() }) else { return Steer::Drop };
+    if arrival.tag != tag(ctx) {
+        // No packet: whoever asked finds nothing.
+        return Steer::Drop;
+    }
+    let netns = arrival.netns;
     let Some(pod) = maps::pod(netns) else { return Steer::Pass };
+    let ends = context::lookup_ends(ctx.lookup);
     let flow = Inbound {
         dst: ends.local,
         dst_port: ends.local_port,
@@ -88,6 +122,11 @@ fn assign(ctx: &SkLookupContext, netns: u64, pod: &PodPolicy, target: Target) ->
             break;
         }
     }
-    observe::failure(pod, Failure::NoListener);
+    fail(pod, Failure::NoListener)
+}
+
+#[inline(always)]
+fn fail(pod: &PodPolicy, failure: Failure) -> Steer {
+    observe::failure(pod, failure);
     if pod.flags & policy::OPEN_WITHOUT_PROXY != 0 { Steer::Pass } else { Steer::Drop }
 }

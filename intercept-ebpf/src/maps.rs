@@ -12,30 +12,34 @@ use aya_ebpf::{
         generated::{bpf_sk_storage_delete, bpf_sk_storage_get},
     },
     macros::{btf_map, map},
-    maps::{Array, HashMap, LpmTrie, PerCpuArray, RingBuf, SockHash, lpm_trie::Key},
+    maps::{Array, HashMap, LpmTrie, PerCpuArray, ProgramArray, RingBuf, SockHash, lpm_trie::Key},
     programs::SkLookupContext,
 };
 use intercept_common::{
     Addr,
     layout::{
-        ConnKey, Counters, Destination, DestinationKey, ListenerKey, MAX_PODS, MemberKey, OrigDst, PodPolicy,
-        Proxy, Servers, SocketState,
+        Arrival, ConnKey, Counters, Destination, DestinationKey, ListenerKey, MAX_PODS, MemberKey, OrigDst,
+        PodPolicy, Proxy, Servers, SocketState,
     },
 };
 
-/// Entries are allocated one by one, so these limits cost nothing until they are used.
+/// Entries are allocated one by one, so that this limit costs 16 bytes each until it is used.
 const MANY: u32 = 1 << 20;
+/// For lists that are short in nearly all pods: who takes a pod out reads them through, the empty buckets too.
+const SOME: u32 = 1 << 17;
+/// For what few pods have at all.
+const FEW: u32 = 1 << 14;
 
 #[map]
 static PODS: HashMap<u64, PodPolicy> = HashMap::with_max_entries(MAX_PODS, BPF_F_NO_PREALLOC);
 #[map]
 static DESTINATIONS: LpmTrie<DestinationKey, Destination> = LpmTrie::with_max_entries(MANY, 0);
 #[map]
-static PORTS: HashMap<MemberKey, u32> = HashMap::with_max_entries(MANY, BPF_F_NO_PREALLOC);
+static PORTS: HashMap<MemberKey, u32> = HashMap::with_max_entries(SOME, BPF_F_NO_PREALLOC);
 #[map]
-static GROUPS: HashMap<MemberKey, u32> = HashMap::with_max_entries(MANY, BPF_F_NO_PREALLOC);
+static GROUPS: HashMap<MemberKey, u32> = HashMap::with_max_entries(FEW, BPF_F_NO_PREALLOC);
 #[map]
-static INTERFACES: HashMap<MemberKey, u32> = HashMap::with_max_entries(MANY, BPF_F_NO_PREALLOC);
+static INTERFACES: HashMap<MemberKey, u32> = HashMap::with_max_entries(FEW, BPF_F_NO_PREALLOC);
 #[map]
 static LISTENERS: SockHash<ListenerKey> = SockHash::with_max_entries(1 << 15, 0);
 #[map]
@@ -44,6 +48,10 @@ static ORIG_DST: HashMap<ConnKey, OrigDst> = HashMap::with_max_entries(MANY, BPF
 static SOCKETS: SkStorage<SocketState> = SkStorage::new();
 #[btf_map]
 static SERVERS: SkStorage<Servers> = SkStorage::new();
+#[map]
+static INBOUND: ProgramArray = ProgramArray::with_max_entries(1, 0);
+#[map]
+static ARRIVAL: PerCpuArray<Arrival> = PerCpuArray::with_max_entries(1, 0);
 #[map]
 static PROXIES: Array<Proxy> = Array::with_max_entries(MAX_PODS, 0);
 #[map]
@@ -106,6 +114,19 @@ pub(crate) fn add_listener(ops: *mut bpf_sock_ops, key: ListenerKey) -> Result<(
 #[inline(always)]
 pub(crate) fn assign_listener(ctx: &SkLookupContext, key: &ListenerKey) -> Result<(), i32> {
     LISTENERS.redirect_sk_lookup(ctx, key, 0)
+}
+
+/// Go on with the program that all pods share. Comes back only if it is not there.
+#[inline(always)]
+pub(crate) fn go_on(ctx: &SkLookupContext) {
+    // SAFETY: the agent puts a program of this hook there, or none.
+    unsafe { INBOUND.tail_call(ctx, 0) };
+}
+
+/// This CPU's note of the look-up that is under way.
+#[inline(always)]
+pub(crate) fn arrival() -> Option<*mut Arrival> {
+    ARRIVAL.get_ptr_mut(0)
 }
 
 /// The original destination of a redirected connection.

@@ -5,10 +5,15 @@
 use core::ffi::c_void;
 
 use aya_ebpf::{
-    bindings::bpf_sock,
-    helpers::{bpf_get_current_uid_gid, generated::bpf_probe_read_kernel},
+    bindings::{bpf_sock, tcp_sock},
+    helpers::{
+        bpf_get_current_uid_gid,
+        generated::{bpf_probe_read_kernel, bpf_skc_to_tcp_sock},
+    },
 };
 use intercept_common::decide::Owner;
+
+use crate::context::TCP;
 
 /// Offsets in bytes on the running kernel, from its BTF; the agent fills them in before it loads the programs.
 /// All zero where there is no BTF: then the task's own ids stand in.
@@ -29,12 +34,17 @@ macro_rules! offset {
     };
 }
 
-/// The owner of a socket in the hands of a system call.
+/// The owner of a socket in the hands of a system call; `protocol` is the socket's.
 #[inline(always)]
-pub(crate) fn of(sk: *mut bpf_sock) -> Owner {
+pub(crate) fn of(sk: *mut bpf_sock, protocol: u32) -> Owner {
     if offset!(SOCK_SOCKET_OFF) == 0 {
         let ids = bpf_get_current_uid_gid();
         return Owner { uid: ids as u32, gid: (ids >> 32) as u32 };
+    }
+    if protocol == TCP {
+        // SAFETY: the helper takes any socket, and gives null for one that is not of TCP.
+        let tcp = unsafe { bpf_skc_to_tcp_sock(sk.cast()) };
+        return if tcp.is_null() { Owner::NONE } else { of_tcp(tcp) };
     }
     let socket: u64 = follow(address(sk), offset!(SOCK_SOCKET_OFF));
     let file: u64 = follow(socket, offset!(SOCKET_FILE_OFF));
@@ -44,6 +54,27 @@ pub(crate) fn of(sk: *mut bpf_sock) -> Owner {
     }
     let ids: u64 = follow(cred, offset!(CRED_FSUID_OFF));
     Owner { uid: ids as u32, gid: (ids >> 32) as u32 }
+}
+
+/// The same by plain loads: of this pointer the verifier knows the type, and the kernel makes zeroes of what cannot be
+/// read. Four calls of the helper below take a tenth of a connect.
+#[inline(always)]
+fn of_tcp(tcp: *mut tcp_sock) -> Owner {
+    let socket: *const u8 = at(tcp.cast(), offset!(SOCK_SOCKET_OFF));
+    let file: *const u8 = at(socket, offset!(SOCKET_FILE_OFF));
+    let cred: *const u8 = at(file, offset!(FILE_CRED_OFF));
+    if cred.is_null() {
+        return Owner::NONE;
+    }
+    let fsuid = offset!(CRED_FSUID_OFF);
+    Owner { uid: at(cred, fsuid), gid: at(cred, fsuid + size_of::<u32>()) }
+}
+
+/// A member of a kernel struct.
+#[inline(always)]
+fn at<T>(base: *const u8, offset: usize) -> T {
+    // SAFETY: the verifier holds the load against the kernel's types; from a null pointer it gives zero.
+    unsafe { base.add(offset).cast::<T>().read() }
 }
 
 /// A socket's address as a number. The verifier forbids arithmetic on the pointer ("R3 pointer arithmetic on sock

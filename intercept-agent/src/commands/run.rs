@@ -35,8 +35,8 @@ async fn follow(request: Request) -> Result<()> {
     // Before the attach, so that no signal and no change falls in between.
     let mut interrupt = signal(SignalKind::interrupt()).context("listening for SIGINT")?;
     let mut terminate = signal(SignalKind::terminate()).context("listening for SIGTERM")?;
-    let mut changes = Follower::start(&target.netns)?;
-    let done = put_in_force(&bpffs, max_connections, &target, &config)?;
+    let mut changes = Follower::subscribe(&target.netns)?;
+    let done = put_in_force(&bpffs, max_connections, &target, &config, Some(&mut changes))?;
     say!("{} cgroup {} in namespace {}", done.word(), target.cgroup.path().display(), target.netns.name());
     if switches.run_validation {
         attach::validate(&target, &config, &switches)?;
@@ -55,7 +55,7 @@ async fn follow(request: Request) -> Result<()> {
                 if let Err(error) = change {
                     tracing::warn!(error = &error as &dyn std::error::Error, "following the namespace: reading it anew");
                 }
-                match put_in_force(&bpffs, max_connections, &target, &config) {
+                match put_in_force(&bpffs, max_connections, &target, &config, None) {
                     Ok(Attached::Unchanged) => {}
                     Ok(_) => tracing::info!(netns = target.netns.name(), "followed a change of addresses or routes"),
                     Err(error) => tracing::error!("{error:#}: what was in force stays in force"),
@@ -68,10 +68,20 @@ async fn follow(request: Request) -> Result<()> {
     Ok(())
 }
 
-fn put_in_force(bpffs: &Path, max_connections: u32, target: &Target, config: &Config) -> Result<Attached> {
+fn put_in_force(
+    bpffs: &Path,
+    max_connections: u32,
+    target: &Target,
+    config: &Config,
+    follower: Option<&mut Follower>,
+) -> Result<Attached> {
     let mut node = Node::open(bpffs, max_connections)
         .with_context(|| format!("opening the state in {}", bpffs.display()))?;
-    node.attach(target, config).with_context(|| {
+    let done = match follower {
+        Some(follower) => node.attach_followed(target, config, follower),
+        None => node.attach(target, config),
+    };
+    done.with_context(|| {
         format!("attaching cgroup {} in {}", target.cgroup.path().display(), target.netns.name())
     })
 }

@@ -94,7 +94,7 @@ fn pod(node: &Node, record: &Record, policy: &PodPolicy) -> Result<Pod> {
         arguments: record.config.to_args(),
         environment: record.config.to_env(),
         policy: policy.id,
-        connections: node.tables().connections(record.cookie),
+        connections: node.tables().connections(record.cookie)?,
         listeners: node
             .tables()
             .listeners(record.cookie)

@@ -55,7 +55,7 @@ impl CaptureError {
             Self::Cgroup(_) => "cgroup",
             Self::Netns(NetnsError::Host { .. }) => "host_network",
             Self::Netns(NetnsError::NoProcess { .. }) => "no_process",
-            Self::Netns(_) => "netns",
+            Self::Netns(_) | Self::Node(NodeError::Netns(_)) => "netns",
             Self::Node(NodeError::Table(error)) if error.is_full() => "map_full",
             Self::Node(NodeError::TooManyPods(_)) => "map_full",
             Self::Node(NodeError::NetnsTaken { .. } | NodeError::CgroupTaken { .. }) => "conflict",
@@ -196,28 +196,35 @@ pub fn capture(
     };
     let cookie = netns.cookie();
     let target = Target { cgroup, netns, netns_path: wanted.netns.clone(), origin: wanted.origin.clone() };
-    // Before the attach, so that no change falls in between.
-    let follower = if followed == Some(cookie) {
-        None
-    } else {
-        let _inside = runtime.enter();
-        Some(Follower::start(&target.netns)?)
-    };
     let mut connections = None;
-    let done = access.with(|node| {
-        if let Some(before) = before.filter(|held| held.cookie != cookie) {
-            // The pod has a new sandbox: the cgroup cannot have both.
-            node.detach(before.cookie, None)?;
-        }
-        let in_force = node.tables().policy(cookie).map_err(NodeError::from)?.is_some();
-        if wanted.origin == Origin::Command && !in_force {
-            return Err(CaptureError::Detached);
-        }
-        if !in_force {
-            connections = established(&target.netns).ok();
-        }
-        Ok(node.attach(&target, &config)?)
-    })?;
+    let (follower, done) = target.netns.run(|| {
+        // Before the attach, so that no change falls in between.
+        let mut follower = if followed == Some(cookie) {
+            None
+        } else {
+            let _runtime = runtime.enter();
+            Some(Follower::subscribe(&target.netns)?)
+        };
+        let done = access.with(|node| {
+            if let Some(before) = before.filter(|held| held.cookie != cookie) {
+                // The pod has a new sandbox: the cgroup cannot have both.
+                node.detach(before.cookie, None)?;
+            }
+            let in_force = node.tables().policy(cookie).map_err(NodeError::from)?.is_some();
+            if wanted.origin == Origin::Command && !in_force {
+                return Err(CaptureError::Detached);
+            }
+            if !in_force {
+                connections = established(&target.netns).ok();
+            }
+            let done = match &mut follower {
+                Some(follower) => node.attach_followed(&target, &config, follower),
+                None => node.attach(&target, &config),
+            };
+            Ok(done?)
+        })?;
+        Ok::<_, CaptureError>((follower, done))
+    })??;
     let held = Held {
         cookie,
         cgroup: target.cgroup.path().to_owned(),

@@ -32,9 +32,9 @@ pub struct Follower {
 }
 
 impl Follower {
-    /// Subscribes, then reads what there is, so that nothing falls in between. To be called within a tokio
-    /// runtime with io and time enabled.
-    pub fn start(netns: &Netns) -> Result<Self, MirrorError> {
+    /// Subscribes: every change from here on is noticed. What there is now is not read yet; [`Follower::look`] does.
+    /// To be called within a tokio runtime with io and time enabled.
+    pub fn subscribe(netns: &Netns) -> Result<Self, MirrorError> {
         let subscribe = || {
             let mut socket = Socket::new(NETLINK_ROUTE)?;
             socket.set_non_blocking(true)?;
@@ -52,12 +52,31 @@ impl Follower {
         let events = netns.run(subscribe)?.map_err(netlink)?;
         // SAFETY: a Socket gives the one descriptor that it owns, and closes it only when it is dropped.
         let events = unsafe { AsyncFd::register(events) }.map_err(|error| netlink(error.into()))?;
-        let mut requests = Requests::open(netns)?;
-        let current = Mirror::read(&mut requests)?;
-        Ok(Self { events, requests, current, netns: netns.name().to_owned(), stale: false })
+        let requests = Requests::open(netns)?;
+        Ok(Self {
+            events,
+            requests,
+            current: Mirror::default(),
+            netns: netns.name().to_owned(),
+            stale: false,
+        })
+    }
+
+    /// Reads what there is, from which changes are told from here on.
+    pub fn look(&mut self) -> Result<&Mirror, MirrorError> {
+        // What has happened until now is in what is read.
+        for _ in 0..BATCH {
+            if take_event(self.events.get_ref()) == Err(Errno::AGAIN) {
+                break;
+            }
+        }
+        self.current = Mirror::read(&mut self.requests)?;
+        self.stale = false;
+        Ok(&self.current)
     }
 
     /// The last state read.
+    #[cfg(test)]
     pub fn current(&self) -> &Mirror {
         &self.current
     }
@@ -92,10 +111,9 @@ impl Follower {
         };
         loop {
             let mut ready = self.events.readable().await.map_err(netlink)?;
-            let mut bytes = [0_u8; 16];
             for _ in 0..BATCH {
-                match rustix::net::recv(ready.get_inner(), &mut bytes, RecvFlags::DONTWAIT) {
-                    Ok(_) | Err(Errno::NOBUFS) => self.stale = true,
+                match take_event(ready.get_inner()) {
+                    Ok(()) | Err(Errno::NOBUFS) => self.stale = true,
                     Err(Errno::INTR) => {}
                     Err(Errno::AGAIN) => {
                         ready.clear_ready();
@@ -111,8 +129,21 @@ impl Follower {
     }
 }
 
+/// One, of which nothing but that it came is of interest.
+fn take_event(socket: &Socket) -> Result<(), Errno> {
+    let mut bytes = [0_u8; 16];
+    rustix::net::recv(socket, &mut bytes, RecvFlags::DONTWAIT).map(drop)
+}
+
 #[cfg(test)]
 impl Follower {
+    /// Subscribes and looks.
+    pub(super) fn start(netns: &Netns) -> Result<Self, MirrorError> {
+        let mut follower = Self::subscribe(netns)?;
+        follower.look()?;
+        Ok(follower)
+    }
+
     /// Leaves the socket room for a few events only.
     pub(super) fn shrink_buffer(&self) {
         rustix::net::sockopt::set_socket_recv_buffer_size(self.events.get_ref(), 4096)

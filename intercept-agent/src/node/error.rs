@@ -3,8 +3,8 @@
 use std::io;
 
 use crate::{
-    listeners::ListenersError, mirror::MirrorError, plumbing::PlumbingError, programs::ProgramError,
-    store::StoreError, tables::TableError, userns::IdMapError,
+    listeners::ListenersError, mirror::MirrorError, netns::NetnsError, plumbing::PlumbingError,
+    programs::ProgramError, store::StoreError, tables::TableError, userns::IdMapError,
 };
 
 /// Why a pod could not be attached, detached or read.
@@ -17,6 +17,8 @@ pub enum NodeError {
     Table(#[from] TableError),
     #[error(transparent)]
     Program(#[from] ProgramError),
+    #[error(transparent)]
+    Netns(#[from] NetnsError),
     #[error("mirroring the routes of {netns}")]
     Mirror { netns: String, source: MirrorError },
     #[error("looking for listeners of the proxy in {netns}")]

@@ -47,6 +47,9 @@ impl Node {
                     .map_err(|source| NodeError::Transparent { port: listener.port, source })?;
             }
         }
+        if found.listeners.is_empty() {
+            return Ok(());
+        }
         let netns = target.netns.cookie();
         let held = self.tables.listeners(netns);
         let mut used = HashMap::<(u16, u8), u8>::new();
