@@ -56,7 +56,7 @@ pub struct Fill {
 
 /// A map call failed.
 #[derive(Debug, thiserror::Error)]
-#[error("{action} map {map}")]
+#[error("{action} map {map}{}", self.hint())]
 pub struct TableError {
     action: &'static str,
     map: String,
@@ -69,6 +69,14 @@ impl TableError {
     pub fn is_full(&self) -> bool {
         matches!(&self.source, MapError::SyscallError(e) if e.io_error.raw_os_error() == Some(libc::E2BIG)
             || e.io_error.raw_os_error() == Some(libc::ENOSPC))
+    }
+
+    fn hint(&self) -> &'static str {
+        if self.is_full() {
+            ", which is full: shorten the pod's lists of CIDRs, ports and groups, or run fewer pods on this node"
+        } else {
+            ""
+        }
     }
 }
 
@@ -139,8 +147,17 @@ impl Tables {
         gone_is_fine(self.pods.remove(&cookie)).map_err(failed("switching off a pod in", names::PODS))
     }
 
-    /// Write the lists of a policy that is not in force yet.
+    /// Write the lists of a policy that is not in force yet. After a failure none of them is left: half of a list that
+    /// did not fit would take the room of other pods.
     pub fn write(&mut self, id: u32, entries: &Entries) -> Result<(), TableError> {
+        let written = self.write_all(id, entries);
+        if written.is_err() {
+            self.purge_lists(|other| other != id)?;
+        }
+        written
+    }
+
+    fn write_all(&mut self, id: u32, entries: &Entries) -> Result<(), TableError> {
         for (prefix_len, addr, destination) in &entries.destinations {
             let key = Key::new(32 + prefix_len, Plain(DestinationKey { policy: id, addr: *addr }));
             self.destinations

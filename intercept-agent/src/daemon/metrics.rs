@@ -17,7 +17,6 @@ use prometheus_client::{
     registry::Registry,
 };
 
-use super::reconcile::Report;
 use crate::{
     node::{Attached, NodeError},
     store::Store,
@@ -147,13 +146,13 @@ impl Metrics {
         self.0.started.elapsed().saturating_sub(Duration::from_millis(self.0.beat.load(Ordering::Relaxed)))
     }
 
-    /// Everything as text, with the programs' own counters read now from this bpffs. `reports` gives pods their
-    /// names.
-    pub fn text(&self, bpffs: &Path, reports: &[Report]) -> String {
+    /// Everything as text, with the programs' own counters read now from this bpffs. `names` are the pods' by the
+    /// cookies of their namespaces.
+    pub fn text(&self, bpffs: &Path, names: &HashMap<u64, String>) -> String {
         let mut text = String::new();
         let written = text::encode_registry(&mut text, &self.0.registry);
         let mut node = Registry::with_prefix("intercept");
-        if let Err(error) = read_node(&mut node, bpffs, reports) {
+        if let Err(error) = read_node(&mut node, bpffs, names) {
             self.error("metrics");
             tracing::error!(error = &error as &dyn std::error::Error, "reading the counters of the programs");
         }
@@ -172,7 +171,7 @@ impl Default for Metrics {
 fn read_node(
     registry: &mut Registry,
     bpffs: &Path,
-    reports: &[Report],
+    names: &HashMap<u64, String>,
 ) -> std::result::Result<(), NodeError> {
     let decisions = Family::<Decision, Counter>::default();
     registry.register("decisions", "Decisions on flows, by pod and reason", decisions.clone());
@@ -188,10 +187,7 @@ fn read_node(
     // Without the lock: reading disturbs nobody, and must not wait for an attach.
     let Some(store) = Store::find(bpffs) else { return Ok(()) };
     let tables = Tables::open(&store.maps())?;
-    let by_cookie: HashMap<u64, &str> =
-        reports.iter().filter_map(|report| Some((report.netns_cookie?, report.name.as_str()))).collect();
-    let name =
-        |cookie: u64| by_cookie.get(&cookie).map_or_else(|| format!("netns:{cookie}"), |n| (*n).to_owned());
+    let name = |cookie: u64| names.get(&cookie).cloned().unwrap_or_else(|| format!("netns:{cookie}"));
     let fill = tables.fill(&store.maps())?;
     for (cookie, policy) in tables.policies()? {
         let pod = name(cookie);

@@ -25,7 +25,7 @@ use super::{
     wanted::{Given, GivenError},
     worker::{Lane, Worker},
 };
-use crate::cgroup;
+use crate::{cgroup, node::NodeError};
 
 /// The loop looks at its pods more often than twice a second; a worker that takes longer than this is stuck.
 const STUCK: Duration = Duration::from_secs(15);
@@ -123,9 +123,15 @@ pub async fn serve(settings: Settings, shutdown: impl Future<Output = ()>) -> Re
     }
 
     let started = std::time::Instant::now();
-    let pods = reconciler.adopt().await.map_err(ServeError::Adopt)?;
+    match reconciler.adopt().await {
+        Ok(pods) => tracing::info!(pods, took = ?started.elapsed(), "took over what is in force"),
+        // Whoever asks for a pod, or whether we are ready, is told; and all goes well once it is taken away.
+        Err(CaptureError::Node(error @ NodeError::OtherLayout(_))) => {
+            tracing::error!(error = &error as &dyn std::error::Error, "no pod can be captured");
+        }
+        Err(error) => return Err(ServeError::Adopt(error)),
+    }
     adopted.store(true, Ordering::Release);
-    tracing::info!(pods, took = ?started.elapsed(), "took over what is in force");
     // Only now, when what is in force is known, may a source say what is not wanted any more.
     if let Some(folder) = folder {
         tokio::spawn(folder.follow(messages.clone()));
@@ -159,9 +165,10 @@ async fn metrics(
     State(probes): State<Probes>,
 ) -> Result<([(&'static str, &'static str); 1], String), StatusCode> {
     let reports = reports(&probes).await.ok_or(StatusCode::SERVICE_UNAVAILABLE)?;
+    let names = reports.into_iter().filter_map(|report| Some((report.netns_cookie?, report.name))).collect();
     let Probes { metrics, bpffs, .. } = probes;
     // Walks the maps: not on the thread that everything else runs on.
-    let text = tokio::task::spawn_blocking(move || metrics.text(&bpffs, &reports)).await;
+    let text = tokio::task::spawn_blocking(move || metrics.text(&bpffs, &names)).await;
     let text = text.map_err(|_| StatusCode::INTERNAL_SERVER_ERROR)?;
     Ok(([("content-type", "application/openmetrics-text; version=1.0.0; charset=utf-8")], text))
 }
@@ -192,9 +199,7 @@ async fn readyz(State(probes): State<Probes>) -> (StatusCode, String) {
     }
     match probes
         .worker
-        .run(Lane::Urgent, |access| {
-            access.with(|node| Ok::<_, crate::node::NodeError>(node.tables().policies()?.len()))
-        })
+        .run(Lane::Urgent, |access| access.with(|node| Ok::<_, NodeError>(node.tables().policies()?.len())))
         .await
     {
         Ok(Ok(_)) => (StatusCode::OK, "ok\n".to_owned()),

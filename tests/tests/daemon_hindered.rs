@@ -1,0 +1,126 @@
+//! What keeps the daemon from capturing until somebody does something about it: it says what, and goes on by itself.
+
+use std::{
+    fs,
+    os::fd::AsFd as _,
+    path::{Path, PathBuf},
+};
+
+use aya::maps::MapData;
+use aya_obj::Object;
+use intercept_agent::{
+    daemon::reconcile::{Report, State},
+    kernel,
+    programs::OBJECT,
+};
+use intercept_common::{layout, names};
+use tests::{
+    agent::{Agent, succeed},
+    daemon::{Daemon, OUTBOUND, answers, free_address, get, proxy, service},
+    testbed::{Place, Pod, PodSpec},
+};
+
+/// How many ports the lists of all pods may have together.
+const ROOM: u32 = 8;
+
+/// Make the map of ports, which the programs are then loaded over, smaller than they would.
+fn with_little_room(agent: &Agent) {
+    let maps = agent.store().join("maps");
+    fs::create_dir_all(&maps).expect("made");
+    let mut map = Object::parse(OBJECT).expect("an object").maps.remove(names::PORTS).expect("a map");
+    map.set_max_entries(ROOM);
+    let map = MapData::create(map, names::PORTS, None).expect("made");
+    kernel::pin(map.fd().as_fd(), &maps.join(names::PORTS)).expect("pinned");
+}
+
+#[test]
+fn a_full_map_is_told_to_the_pod_that_does_not_fit_and_harms_no_other() {
+    let agent = Agent::new("d-room").expect("the agent");
+    with_little_room(&agent);
+    let daemon = Daemon::start(&agent, &[]).expect("a daemon");
+    let pod = Pod::new(PodSpec::new("room")).expect("a pod");
+    let actor = proxy(&pod);
+    let (large, late) = (Place::new("large").expect("a place"), Place::new("late").expect("a place"));
+    let put = |name: &str, place: &Place, ports: &str| {
+        daemon.put(name, place, &[&OUTBOUND[..], &["-o", ports]].concat()).expect("put");
+    };
+    let is_full = |report: Report| {
+        let problem = report.problem.expect("a problem");
+        assert_eq!(problem.cause, "map_full");
+        assert!(problem.text.contains("PORTS, which is full: shorten"), "{problem:?}");
+    };
+
+    put("small", &pod, "1,2,3");
+    daemon.wait_for("small", State::Captured).expect("captured");
+    put("large", &large, "1,2,3,4,5,6");
+    is_full(daemon.wait_for("large", State::Failed).expect("failed"));
+    let tried = |d: &Daemon<'_>| d.report("large").is_ok_and(|r| r.is_some_and(|r| r.failures > 2));
+    daemon.wait("it is tried again", tried).expect("retried");
+
+    // Nor does one that is in force and is to have more.
+    put("small", &pod, "1,2,3,4,5,6");
+    is_full(daemon.wait_for("small", State::Failed).expect("failed"));
+    assert_eq!(answers(&actor, service()).as_deref(), Some("proxy"));
+    put("late", &late, "1,2,3,4,5");
+    daemon.wait_for("late", State::Captured).expect("what did not fit takes no room");
+    assert_eq!(answers(&actor, service()).as_deref(), Some("proxy"));
+
+    for name in ["small", "late"] {
+        daemon.remove(name).expect("removed");
+    }
+    daemon.wait_for("large", State::Captured).expect("captured when there is room");
+}
+
+/// A pod as an agent with another layout has left it.
+fn pod_of_another_layout(agent: &Agent) -> PathBuf {
+    let version = agent.bpffs().join("intercept").join(format!("v{}", layout::VERSION + 1));
+    fs::create_dir_all(version.join("pods/77")).expect("made");
+    let record = kernel::create_blob("record", b"unreadable").expect("made");
+    kernel::pin(record.as_fd(), &version.join("pods/77/record-1")).expect("pinned");
+    version
+}
+
+#[test]
+fn pods_of_another_layout_are_left_alone_until_they_are_taken_away() {
+    let agent = Agent::new("d-layout").expect("the agent");
+    let other = pod_of_another_layout(&agent);
+    let probes = free_address();
+    let mut daemon = Daemon::start(&agent, &["--metrics-address", &probes.to_string()]).expect("a daemon");
+    let place = Place::new("layout").expect("a place");
+    daemon.put("a", &place, &OUTBOUND).expect("put");
+
+    let tells = |text: &str, other: &Path| {
+        assert!(text.contains(&other.display().to_string()), "{text}");
+        assert!(text.contains("`intercept-agent detach --all`"), "{text}");
+    };
+    let problem = |report: Report| report.problem.expect("a problem").text;
+    tells(&problem(daemon.wait_for("a", State::Failed).expect("failed")), &other);
+    let (status, text) = get(probes, "/readyz");
+    assert_eq!(status, 503);
+    tells(&text, &other);
+    // Being started anew would not help.
+    assert_eq!(get(probes, "/healthz").0, 200);
+    assert!(other.join("pods/77/record-1").exists() && !agent.store().exists());
+
+    agent.detach_all().expect("detached");
+    daemon.wait_for("a", State::Captured).expect("captured");
+    assert_eq!(get(probes, "/readyz").0, 200);
+    assert!(!other.exists());
+
+    // The same by `cleanup`, after which a daemon that is started works.
+    daemon.kill().expect("killed");
+    agent.detach_all().expect("detached");
+    let other = pod_of_another_layout(&agent);
+    daemon.restart().expect("started");
+    tells(&problem(daemon.wait_for("a", State::Failed).expect("failed")), &other);
+    let mut cleanup = agent.command("cleanup");
+    cleanup.arg("--socket").arg(daemon.socket());
+    for option in ["--cni-conf-dir", "--cni-bin-dir"] {
+        cleanup.arg(option).arg(daemon.folder());
+    }
+    succeed(cleanup).expect("cleaned up");
+    assert!(!agent.bpffs().join("intercept").exists());
+    daemon.kill().expect("killed");
+    daemon.restart().expect("started");
+    daemon.wait_for("a", State::Captured).expect("captured");
+}
