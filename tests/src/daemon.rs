@@ -22,7 +22,7 @@ use tempfile::TempDir;
 use crate::{
     actor::{Actor, Bind, Dial, Listen, Outcome, Transport},
     agent::Agent,
-    testbed::{Ids, Place, Pod},
+    testbed::{Ids, Place, Pod, name},
 };
 
 /// How long anything may take that is not measured.
@@ -46,7 +46,7 @@ impl<'a> Daemon<'a> {
 
     /// The same with variables of the environment.
     pub fn start_with(agent: &'a Agent, arguments: &[&str], variables: &[(&str, &str)]) -> Result<Self> {
-        let folder = TempDir::with_prefix("intercept-test-daemon")?;
+        let folder = name::scratch("daemon")?;
         fs::create_dir(folder.path().join("pods"))?;
         let arguments = arguments.iter().map(|argument| (*argument).to_owned()).collect();
         let variables = variables.iter().map(|(n, v)| ((*n).to_owned(), (*v).to_owned())).collect();

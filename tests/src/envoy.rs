@@ -15,7 +15,7 @@ use tempfile::TempDir;
 use crate::{
     actor::binary::ReadableCopy,
     bench::envoy::{self, Envoy, named},
-    testbed::{Ids, Place},
+    testbed::{Ids, Place, name},
 };
 
 /// What Envoy passes on.
@@ -52,8 +52,7 @@ impl Sidecar {
     /// Starts this Envoy in a pod; returns when it listens on 15001 and 15006. The copy has to live on: one that is
     /// made while other processes are started cannot be executed as long as one of them holds it open for writing.
     pub fn start(program: &ReadableCopy, place: &Place, speaks: Speaks) -> Result<Self> {
-        let folder =
-            tempfile::Builder::new().prefix("intercept-test.").tempdir().context("making a folder")?;
+        let folder = name::scratch("envoy").context("making a folder")?;
         fs::set_permissions(folder.path(), fs::Permissions::from_mode(0o777))?;
         let log = folder.path().join("access.log");
         let (mut listeners, mut clusters) = (Vec::new(), Vec::new());

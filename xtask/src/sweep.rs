@@ -1,7 +1,7 @@
 //! What runs leave on the machine when they are killed, or when something is wrong with them.
 
 use std::{
-    fmt, fs, io,
+    env, fmt, fs, io,
     path::{Path, PathBuf},
     time::{Duration, Instant},
 };
@@ -16,10 +16,10 @@ use crate::workspace;
 const PREFIX: &str = "intercept-test.";
 
 const NAMESPACES: &str = "/run/netns";
-const PINS: &str = "/sys/fs/bpf";
-
-/// The agent's own folder below [`PINS`].
-const AGENT_PINS: &str = "intercept";
+/// Where tests mount a bpffs each.
+const MOUNTS: &str = "/run";
+/// The agent's own pins.
+const AGENT_PINS: &str = "/sys/fs/bpf/intercept";
 
 /// One thing that is left.
 #[derive(Debug, PartialEq, Eq)]
@@ -28,6 +28,7 @@ pub(crate) enum Leftover {
     Namespace(PathBuf),
     Cgroup(PathBuf),
     Pins(PathBuf),
+    Folder(PathBuf),
 }
 
 /// Removes everything that [`leftovers`] finds, as far as possible.
@@ -52,14 +53,15 @@ pub(crate) fn leftovers() -> Vec<Leftover> {
     let mut found: Vec<_> = orphans();
     found.extend(abandoned(Path::new(NAMESPACES)).map(Leftover::Namespace));
     found.extend(cgroup2().iter().flat_map(|mount| abandoned(mount)).map(Leftover::Cgroup));
-    found.extend(abandoned(Path::new(PINS)).map(Leftover::Pins));
+    found.extend(abandoned(Path::new(MOUNTS)).map(Leftover::Pins));
+    found.extend(abandoned(&env::temp_dir()).map(Leftover::Folder));
     found
 }
 
 /// What there is of anybody, the agent included; to be compared with what there was before.
 pub(crate) fn present() -> Vec<Leftover> {
     let mut found = leftovers();
-    found.push(Leftover::Pins(Path::new(PINS).join(AGENT_PINS)));
+    found.push(Leftover::Pins(AGENT_PINS.into()));
     found.retain(|left| !matches!(left, Leftover::Pins(path) if !path.exists()));
     found
 }
@@ -77,6 +79,7 @@ impl Leftover {
                 unmounted(path)?;
                 fs::remove_dir_all(path)
             }
+            Self::Folder(path) => fs::remove_dir_all(path),
         }
     }
 }
@@ -88,6 +91,7 @@ impl fmt::Display for Leftover {
             Self::Namespace(path) => write!(f, "network namespace {}", path.display()),
             Self::Cgroup(path) => write!(f, "cgroup {}", path.display()),
             Self::Pins(path) => write!(f, "pins {}", path.display()),
+            Self::Folder(path) => write!(f, "folder {}", path.display()),
         }
     }
 }
@@ -176,7 +180,7 @@ mod tests {
 
     #[test]
     fn only_what_dead_makers_left_is_abandoned() {
-        let folder = std::env::temp_dir().join(format!("sweep.{}", process::id()));
+        let folder = env::temp_dir().join(format!("sweep.{}", process::id()));
         let mut dead = process::Command::new("true").spawn().expect("started");
         dead.wait().expect("waited");
         let left = folder.join(format!("{PREFIX}{}.0.x", dead.id()));

@@ -7,6 +7,8 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, bail};
 use tempfile::TempDir;
 
+use crate::testbed::name;
+
 /// Finds a binary of this workspace: where the environment variable says, or beside the running executable or one
 /// folder above it, which is where cargo puts it.
 pub fn locate(name: &str, variable: &str) -> Result<PathBuf> {
@@ -33,8 +35,7 @@ pub struct ReadableCopy {
 impl ReadableCopy {
     /// Copies `original` into a new folder below the system's one for temporary files.
     pub fn of(original: &Path) -> Result<Self> {
-        let folder =
-            tempfile::Builder::new().prefix("intercept-test.").tempdir().context("making a folder")?;
+        let folder = name::scratch("copy").context("making a folder")?;
         fs::set_permissions(folder.path(), fs::Permissions::from_mode(0o755))?;
         let name = original.file_name().with_context(|| format!("{} is no file", original.display()))?;
         let path = folder.path().join(name);

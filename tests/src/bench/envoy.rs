@@ -16,7 +16,7 @@ use super::interrupt;
 use super::mode::Proxy;
 use super::worker::Upstream;
 use super::worker::protocol::Relay;
-use crate::testbed::{Ids, Place};
+use crate::testbed::{Ids, Place, name};
 
 /// The variable that says where Envoy is.
 pub const VARIABLE: &str = "INTERCEPT_ENVOY";
@@ -79,8 +79,7 @@ impl Envoy {
         port: u16,
         more: &[&str],
     ) -> Result<Self> {
-        let folder =
-            tempfile::Builder::new().prefix("intercept-test.").tempdir().context("making a folder")?;
+        let folder = name::scratch("envoy").context("making a folder")?;
         fs::set_permissions(folder.path(), fs::Permissions::from_mode(0o755))?;
         let path = folder.path().join("envoy.json");
         let config = json!({"static_resources": {"listeners": listeners, "clusters": clusters}});

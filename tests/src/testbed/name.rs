@@ -1,6 +1,9 @@
 //! The names of everything the testbed makes: `intercept-test.PID.N.LABEL`.
 
+use std::io;
 use std::sync::atomic::{AtomicU32, Ordering};
+
+use tempfile::TempDir;
 
 /// What every name made here starts with.
 pub const PREFIX: &str = "intercept-test.";
@@ -13,6 +16,11 @@ pub fn fresh(label: &str) -> String {
     let label: String =
         label.chars().map(|c| if c.is_ascii_alphanumeric() || c == '-' { c } else { '-' }).collect();
     format!("{PREFIX}{}.{n}.{label}", std::process::id())
+}
+
+/// A folder of such a name below the system's one for temporary files. Its owner alone may look into it.
+pub fn scratch(label: &str) -> io::Result<TempDir> {
+    tempfile::Builder::new().prefix(&format!("{}.", fresh(label))).tempdir()
 }
 
 /// The process that made `name`, if it is one of ours.
