@@ -243,7 +243,7 @@ async fn make(handle: &Handle, change: Change) -> Result<Option<Change>, Plumbin
             if before == "1" {
                 return Ok(None);
             }
-            fs::write(ACCEPT_MARK, "1").map_err(sysctl)?;
+            set(ACCEPT_MARK, "1").map_err(sysctl)?;
             return Ok(Some(Change::AcceptMark { before }));
         }
     };
@@ -271,8 +271,9 @@ async fn unmake(handle: &Handle, change: &Change) {
         Change::MarkRule { v6, mark, table } => {
             handle.rule().del(mark_rule(*v6, *mark, *table)).execute().await.map_err(box_netlink)
         }
-        Change::AcceptMark { before } => fs::write(ACCEPT_MARK, before)
-            .map_err(|source| PlumbingError::Sysctl { path: ACCEPT_MARK, source }),
+        Change::AcceptMark { before } => {
+            set(ACCEPT_MARK, before).map_err(|source| PlumbingError::Sysctl { path: ACCEPT_MARK, source })
+        }
     };
     if let Err(error) = result {
         tracing::warn!(
@@ -281,6 +282,28 @@ async fn unmake(handle: &Handle, change: &Change) {
             "undoing a change of the namespace"
         );
     }
+}
+
+/// Write a setting of the calling thread's namespace. Containers have /proc/sys mounted read only.
+fn set(path: &str, value: &str) -> io::Result<()> {
+    match fs::write(path, value) {
+        Err(error) if error.kind() == io::ErrorKind::ReadOnlyFilesystem => set_in_own_mount(path, value),
+        done => done,
+    }
+}
+
+/// Through a procfs that is mounted nowhere, and for this alone.
+fn set_in_own_mount(path: &str, value: &str) -> io::Result<()> {
+    use rustix::{
+        fs::{Mode, OFlags, openat},
+        mount::{FsMountFlags, FsOpenFlags, MountAttrFlags, fsconfig_create, fsmount, fsopen},
+    };
+    let context = fsopen("proc", FsOpenFlags::FSOPEN_CLOEXEC)?;
+    fsconfig_create(&context)?;
+    let proc = fsmount(&context, FsMountFlags::FSMOUNT_CLOEXEC, MountAttrFlags::empty())?;
+    let below = path.trim_start_matches("/proc/");
+    let file = openat(proc, below, OFlags::WRONLY | OFlags::CLOEXEC, Mode::empty())?;
+    io::Write::write_all(&mut fs::File::from(file), value.as_bytes())
 }
 
 fn box_netlink(source: rtnetlink::Error) -> PlumbingError {

@@ -1,11 +1,13 @@
 //! Real pods: containerd with its runtime and its network plugins, on a node that is only namespaces.
 //!
-//! `cargo xtask cri` gets the parts.
+//! `cargo xtask cri` gets the parts, and makes the image of the agent.
 
 mod client;
 mod image;
+mod kubelet;
 mod messages;
 mod node;
 
 pub use client::{Client, PodConfig, Sandbox, log, uid, wait};
+pub use kubelet::DaemonPod;
 pub use node::{IMAGE, Node, VARIABLE};

@@ -1,23 +1,26 @@
-//! Pods of a real container runtime: containerd runs them, its CNI plugins and ours make their network.
+//! Pods of a real container runtime: containerd runs them, and the image of the agent as deploy/ says; its CNI plugins and
+//! ours make their network.
 //!
-//! `cargo xtask cri` gets containerd and runs this.
+//! `cargo xtask cri` gets containerd, makes the image and runs this.
 
 use std::{
+    env, fs,
     io::{Read as _, Write as _},
     net::{SocketAddr, TcpListener, TcpStream},
+    path::Path,
     time::{Duration, Instant},
 };
 
-use serde_json::json;
+use serde_json::Value;
 use tests::{
-    agent::{Agent, deployed_capabilities, succeed},
-    cri::{Client, IMAGE, Node, PodConfig, Sandbox, uid, wait},
-    daemon::Daemon,
+    agent::{Agent, succeed},
+    cri::{Client, DaemonPod, IMAGE, Node, PodConfig, Sandbox, uid, wait},
     testbed::Ids,
 };
 
 const STATUS: (&str, &str) = ("sidecar.istio.io/status", "{}");
 const LEFT_ALONE: (&str, &str) = ("traffic.sidecar.istio.io/excludeOutboundPorts", "81");
+const TPROXY: (&str, &str) = ("sidecar.istio.io/interceptionMode", "TPROXY");
 /// An address of the node's, where a connection arrives that is not captured.
 const SERVICE: &str = "10.96.0.10";
 
@@ -36,12 +39,12 @@ while True:
         accepted.close()
 "#;
 
-struct Bed {
-    node: Node,
-    client: Client,
+struct Bed<'a> {
+    node: &'a Node,
+    client: &'a Client,
 }
 
-impl Bed {
+impl Bed<'_> {
     fn config(&self, name: &str, annotations: &[(&str, &str)]) -> PodConfig {
         let cgroup = self.node.make_pod_cgroup(&uid(name)).expect("a cgroup");
         PodConfig::new(name, &cgroup, &self.node.logs().join(name), annotations)
@@ -50,6 +53,12 @@ impl Bed {
     fn run(&self, name: &str, annotations: &[(&str, &str)]) -> Sandbox {
         let run = self.client.run(&self.config(name, annotations));
         run.unwrap_or_else(|error| panic!("{name}: {error:#}\n{}", self.node.log()))
+    }
+
+    fn end(&self, name: &str, sandbox: &Sandbox) {
+        self.client.stop(sandbox).expect("stopped");
+        self.client.remove(sandbox).expect("removed");
+        self.node.remove_pod_cgroup(&uid(name)).expect("nothing is left in it");
     }
 
     fn dial(&self, sandbox: &Sandbox, container: &str, port: u16) -> (i32, String) {
@@ -77,7 +86,7 @@ fn answer_on(node: &Node) {
 
 #[test]
 #[ignore = "needs containerd: `cargo xtask cri` gets it and runs this"]
-fn pods_of_containerd_are_captured_before_their_first_connection() {
+fn the_daemonsets_pod_captures_pods_before_their_first_connection() {
     let mut agent = Agent::new("cri").expect("the agent");
     let node = Node::new(agent.bpffs()).expect("a node");
     let client = Client::connect(&node.socket()).expect("connected");
@@ -86,15 +95,13 @@ fn pods_of_containerd_are_captured_before_their_first_connection() {
     let mut starter = vec!["nsenter".to_owned()];
     starter.extend(node.entry());
     agent.start_by(starter);
-    // As its container has it.
-    agent.confine(&deployed_capabilities("intercept.yaml").expect("a list"));
-    let mut daemon = Daemon::start(&agent, &[]).expect("a daemon");
+    let configuration = || fs::read_to_string(node.cni_conf().join("10-bridged.conflist")).expect("read");
+    let (before, plugins) = (configuration(), fs::read_dir(node.cni_bin()).expect("listed").count());
 
-    let mut install = agent.start(agent.program());
-    install.args(["cni", "install", "--cni-conf-dir"]).arg(node.cni_conf());
-    install.arg("--cni-bin-dir").arg(node.cni_bin()).arg("--socket").arg(daemon.socket());
-    succeed(install).expect("installed");
-    let bed = Bed { node, client };
+    let manifest = Path::new(env!("CARGO_MANIFEST_DIR")).join("../deploy/intercept.yaml");
+    let mut daemon = DaemonPod::start(&node, &client, &manifest, "agent")
+        .unwrap_or_else(|error| panic!("{error:#}\n{}", node.log()));
+    let bed = Bed { node: &node, client: &client };
     let in_force = || agent.status().expect("status").as_array().map_or(0, Vec::len);
 
     // It is in force when RunPodSandbox returns: nothing listens, so the first connection is refused.
@@ -103,57 +110,72 @@ fn pods_of_containerd_are_captured_before_their_first_connection() {
     let (code, said) = bed.dial(&pod, "first", 80);
     assert!(code == 1 && said.contains("refused"), "{code} {said}");
     assert_eq!(bed.dial(&pod, "left-alone", 81), (0, "the node\n".to_owned()));
-    let address = bed.client.address(&pod).expect("an address");
+    let address = client.address(&pod).expect("an address");
     let proxy = ["/usr/bin/python3", "-c", PROXY];
-    bed.client.start(&pod, "proxy", IMAGE, Ids::PROXY, &proxy).expect("started");
+    client.start(&pod, "proxy", IMAGE, Ids::PROXY, &proxy).expect("started");
+    let proxied = (0, format!("{SERVICE}:80 from {address}\n"));
     let mut attempt = 0;
     wait("the proxy", || {
         attempt += 1;
-        let (code, said) = bed.dial(&pod, &format!("app-{attempt}"), 80);
-        assert!(code == 1 || said == format!("{SERVICE}:80 from {address}\n"), "{said}");
-        Ok(code == 0)
+        let answer = bed.dial(&pod, &format!("app-{attempt}"), 80);
+        assert!(answer.0 == 1 || answer == proxied, "{answer:?}");
+        Ok(answer.0 == 0)
     })
     .expect("the proxy answers");
     // What arrives goes to the proxy as well, whatever its port.
     let to: SocketAddr = format!("{address}:8080").parse().expect("an address");
-    let mut stream =
-        bed.node.place().netns.run(|| TcpStream::connect(to)).expect("entered").expect("connected");
+    let mut stream = node.place().netns.run(|| TcpStream::connect(to)).expect("entered").expect("connected");
     let mut said = String::new();
     stream.read_to_string(&mut said).expect("read");
     assert_eq!(said, format!("{to} from 10.88.0.1\n"));
 
-    // One without a sidecar is left alone.
+    // One without a sidecar is left alone, and one in TPROXY mode has its namespace changed.
     let plain = bed.run("plain", &[]);
     assert_eq!(bed.dial(&plain, "app", 80), (0, "the node\n".to_owned()));
     assert_eq!(in_force(), 1);
+    let tproxy = bed.run("tproxy", &[STATUS, TPROXY]);
+    assert_eq!(in_force(), 2);
+    bed.end("tproxy", &tproxy);
+    assert_eq!(in_force(), 1);
 
-    // Gone when StopPodSandbox returns.
-    bed.client.stop(&pod).expect("stopped");
-    assert_eq!(agent.status().expect("status"), json!([]));
-    bed.client.remove(&pod).expect("removed");
-    bed.node.remove_pod_cgroup(&uid("captured")).expect("nothing is left in it");
-
-    // Without the daemon a pod with a sidecar does not start, and one without does.
+    // Without the daemon, what is captured stays so. A pod with a sidecar does not start, and one without does.
     let stopped_later = bed.run("meanwhile", &[STATUS]);
     daemon.kill().expect("killed");
-    let refused = bed.client.run(&bed.config("refused", &[STATUS])).expect_err("not captured");
+    assert_eq!(bed.dial(&pod, "without-daemon", 80), proxied);
+    let refused = client.run(&bed.config("refused", &[STATUS])).expect_err("not captured");
     assert!(refused.to_string().contains("is `intercept-agent daemon` running"), "{refused:#}");
     let unharmed = bed.run("unharmed", &[]);
     assert_eq!(bed.dial(&unharmed, "app", 80), (0, "the node\n".to_owned()));
     // And one that is captured can go.
-    bed.client.stop(&stopped_later).expect("stopped");
-    bed.client.remove(&stopped_later).expect("removed");
-    bed.node.remove_pod_cgroup(&uid("meanwhile")).expect("nothing is left in it");
+    bed.end("meanwhile", &stopped_later);
     daemon.restart().expect("started");
     let back = Instant::now();
-    daemon.wait("its state is gone", |_| in_force() == 0).expect("gone");
+    wait("its state is gone", || Ok(in_force() == 1)).expect("gone");
     assert!(back.elapsed() < Duration::from_secs(1), "{:?}", back.elapsed());
+    assert_eq!(bed.dial(&pod, "taken-over", 80), proxied);
     // The runtime tries again, as the kubelet has it do.
     let healed = bed.run("refused", &[STATUS]);
+    assert_eq!(in_force(), 2);
+
+    // Gone when StopPodSandbox returns.
+    bed.end("captured", &pod);
     assert_eq!(in_force(), 1);
-    for sandbox in [healed, plain, unharmed] {
-        bed.client.stop(&sandbox).expect("stopped");
-        bed.client.remove(&sandbox).expect("removed");
+
+    // Uninstalling: the pod that cleans up takes the place of the other, and ends.
+    daemon.delete().expect("ended");
+    assert_eq!(in_force(), 1);
+    let manifest = env::var_os("INTERCEPT_UNINSTALL").expect("`cargo xtask cri` sets it");
+    let last = DaemonPod::start(&node, &client, Path::new(&manifest), "last").expect("started");
+    assert_eq!(in_force(), 1);
+    last.delete().expect("ended");
+    assert!(!agent.bpffs().join("intercept").exists());
+    let json = |text: &str| serde_json::from_str::<Value>(text).expect("JSON");
+    assert_eq!(json(&configuration()), json(&before));
+    assert_eq!(fs::read_dir(node.cni_bin()).expect("listed").count(), plugins);
+    assert_eq!(bed.dial(&healed, "released", 80), (0, "the node\n".to_owned()));
+    let after = bed.run("after", &[STATUS]);
+    assert_eq!(bed.dial(&after, "app", 80), (0, "the node\n".to_owned()));
+    for (name, sandbox) in [("refused", healed), ("plain", plain), ("unharmed", unharmed), ("after", after)] {
+        bed.end(name, &sandbox);
     }
-    assert_eq!(agent.status().expect("status"), json!([]));
 }

@@ -2,15 +2,18 @@
 
 use std::{
     ffi::OsString,
+    fs,
     path::{Path, PathBuf},
     process::Command,
 };
 
-use anyhow::{Result, bail};
+use anyhow::{Context as _, Result, bail, ensure};
 
 use crate::{run, workspace};
 
 const AGENT: &str = "intercept-agent";
+/// For which glibc can be linked statically.
+pub(crate) const STATIC: &str = "x86_64-unknown-linux-gnu";
 
 /// The programs of the package `tests` that are not tests.
 const PROGRAMS: &str = "tests/src/bin";
@@ -32,21 +35,45 @@ pub(crate) fn and_run(name: &str, options: &[OsString]) -> Result<()> {
 
 /// Builds them for the virtual machine, where there are no libraries; returns the folder they are in.
 pub(crate) fn linked_statically(name: &str) -> Result<PathBuf> {
-    // Named, so that the flag is not used for build scripts and macros, which cannot be static.
-    const TARGET: &str = "x86_64-unknown-linux-gnu";
     exists(name)?;
-    let target = workspace::target().join("static");
+    // What runs there is seconds long, and building it minutes.
+    statically(everything().env("CARGO_PROFILE_RELEASE_OPT_LEVEL", "1"), "static")
+}
+
+/// Builds the agent for the image, optimised; returns where it is.
+pub(crate) fn static_agent() -> Result<PathBuf> {
+    let agent = statically(run::cargo("build").args(["--release", "--package", AGENT]), "image")?.join(AGENT);
+    let contents = fs::read(&agent).with_context(|| format!("reading {}", agent.display()))?;
+    ensure!(!needs_libraries(&contents), "{} is not linked statically", agent.display());
+    Ok(agent)
+}
+
+/// In a folder of its own, so that the usual build is not done anew after this one.
+fn statically(cargo: &mut Command, folder: &str) -> Result<PathBuf> {
+    let target = workspace::target().join(folder);
     run::shown(
-        everything()
-            .args(["--target", TARGET, "--target-dir"])
+        cargo
+            // Named, so that the flag is not used for build scripts and macros, which cannot be static.
+            .args(["--target", STATIC, "--target-dir"])
             .arg(&target)
             .env("RUSTFLAGS", "-Ctarget-feature=+crt-static")
-            // What runs there is seconds long, and building it minutes.
-            .env("CARGO_PROFILE_RELEASE_OPT_LEVEL", "1")
             .env("CARGO_PROFILE_RELEASE_DEBUG", "false")
             .env("CARGO_PROFILE_RELEASE_STRIP", "true"),
     )?;
-    Ok(target.join(TARGET).join("release"))
+    Ok(target.join(STATIC).join("release"))
+}
+
+/// Whether an ELF file of 64 bits names an interpreter, as those do that need libraries.
+pub(crate) fn needs_libraries(elf: &[u8]) -> bool {
+    const PT_INTERP: u32 = 3;
+    let number = |at: usize, bytes: usize| {
+        let mut value = [0; 8];
+        let field = elf.get(at..at + bytes).unwrap_or_default();
+        value[..field.len()].copy_from_slice(field);
+        usize::try_from(u64::from_le_bytes(value)).unwrap_or(usize::MAX)
+    };
+    let (table, size, count) = (number(32, 8), number(54, 2), number(56, 2));
+    (0..count).any(|index| number(table.saturating_add(index * size), 4) == PT_INTERP as usize)
 }
 
 /// All of them, because the programs of `tests` start one another.
@@ -72,4 +99,15 @@ fn exists(name: &str) -> Result<()> {
         bail!("building {name}: there is no {PROGRAMS}/{name}.rs");
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn this_test_needs_libraries() {
+        assert!(needs_libraries(&fs::read("/proc/self/exe").expect("readable")));
+        assert!(!needs_libraries(b"#!/bin/sh\n"));
+    }
 }

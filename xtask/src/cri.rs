@@ -10,7 +10,7 @@ use std::{
 use anyhow::{Context, Result, ensure};
 use clap::Args;
 
-use crate::{build, run, setup, setup::Group, sweep, workspace};
+use crate::{build, image, manifests, run, setup, setup::Group, sweep, workspace};
 
 /// Debian's packages of what runs pods; their libraries (libc6, libseccomp2) are on every system with systemd.
 const PACKAGES: [&str; 3] = ["containerd", "runc", "containernetworking-plugins"];
@@ -43,10 +43,15 @@ pub(crate) fn cri(arguments: &Arguments) -> Result<()> {
             .with_context(|| format!("trying what is in {}; remove it to get it anew", folder.display()))?;
     }
     let agent = build::agent()?;
+    let image = image::image()?;
+    let uninstall = workspace::target().join("image/uninstall.yaml");
+    fs::write(&uninstall, manifests::rendered(&["cleanUpOnExit=true"])?)
+        .with_context(|| format!("writing {}", uninstall.display()))?;
     let before = sweep::present();
     let mut test = run::cargo("test");
     test.args(["--package", "tests", "--test", "cri", "--", "--ignored", "--test-threads=1"]);
-    let tested = run::shown(build::with_parts(test.env("INTERCEPT_CRI", &folder), &agent)?);
+    test.env("INTERCEPT_CRI", &folder).env("INTERCEPT_IMAGE", image).env("INTERCEPT_UNINSTALL", uninstall);
+    let tested = run::shown(build::with_parts(&mut test, &agent)?);
     let mut left = sweep::present();
     left.retain(|item| !before.contains(item));
     let list: Vec<_> = left.iter().map(ToString::to_string).collect();

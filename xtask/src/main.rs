@@ -8,6 +8,7 @@ use clap::{Parser, Subcommand};
 mod build;
 mod cri;
 mod fuzz;
+mod image;
 mod manifests;
 mod run;
 mod setup;
@@ -53,13 +54,15 @@ enum Task {
     Fuzz(fuzz::Arguments),
     /// Run the demo under other kernels, in virtual machines
     Vm(vm::Arguments),
-    /// Run pods of containerd with the daemon and the CNI plugin
+    /// Make the container image; prints where its archive is, for `docker load` or `ctr images import`
+    Image,
+    /// Run the image as the DaemonSet's pod in containerd, beside pods that it captures
     Cri(cri::Arguments),
     /// Check the chart and the manifests in deploy/ without a cluster
     Manifests(manifests::Arguments),
     /// Check the rules of the project that the compiler does not
     Tidy,
-    /// Remove what killed runs left: namespaces, cgroups, pins, processes
+    /// Remove what killed runs left: namespaces, cgroups, pins, processes, temporary folders
     Clean,
 }
 
@@ -99,6 +102,11 @@ fn perform(task: Task) -> Result<()> {
         Task::Test(arguments) => test::test(&arguments),
         Task::Fuzz(arguments) => fuzz::fuzz(&arguments),
         Task::Vm(arguments) => vm::vm(&arguments),
+        Task::Image => {
+            setup::setup(&[Group::Base])?;
+            println!("{}", image::image()?.display());
+            Ok(())
+        }
         Task::Cri(arguments) => cri::cri(&arguments),
         Task::Manifests(arguments) => manifests::manifests(&arguments),
         Task::Tidy => tidy::tidy(),

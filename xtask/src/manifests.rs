@@ -2,10 +2,10 @@
 
 use std::{fs, path::PathBuf, process::Command};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use clap::Args;
 
-use crate::{run, workspace};
+use crate::{image, run, workspace};
 
 /// Pinned, because what they accept changes.
 const VALIDATE: &str = "kubernetes-validate==1.37.0";
@@ -38,24 +38,23 @@ pub(crate) struct Arguments {
 
 pub(crate) fn manifests(arguments: &Arguments) -> Result<()> {
     let tools = tools()?;
-    let chart = workspace::root().join("deploy/chart");
-    let helm = || Command::new(tools.join("helm"));
-    run::shown(helm().arg("lint").arg("--strict").arg(&chart))?;
+    run::shown(Command::new(tools.join("helm")).args(["lint", "--strict"]).arg(chart()))?;
     let out = tools.join("rendered.yaml");
     let mut plain = String::new();
     for variant in VARIANTS {
-        let mut template = helm();
-        template.args(["template", "intercept"]).arg(&chart).args(["--namespace", "intercept-system"]);
-        for setting in variant {
-            template.args(["--set", setting]);
-        }
-        let text = run::output(&mut template)?;
+        let text = rendered(variant)?;
         fs::write(&out, &text).with_context(|| format!("writing {}", out.display()))?;
         run::shown(Command::new(tools.join("bin/kubernetes-validate")).arg("--strict").arg(&out))?;
         if variant.is_empty() {
             plain = text;
         }
     }
+    // The one that `cargo xtask image` makes.
+    ensure!(
+        plain.contains(&format!("image: {:?}", image::NAME)),
+        "deploy/chart does not run {}: is its appVersion the workspace's version?",
+        image::NAME
+    );
     let lines = plain.lines().filter(|line| !line.starts_with("# Source"));
     let expected = HEAD.lines().chain(lines).map(|line| format!("{line}\n")).collect::<String>();
     let path = workspace::root().join("deploy/intercept.yaml");
@@ -65,6 +64,20 @@ pub(crate) fn manifests(arguments: &Arguments) -> Result<()> {
         bail!("deploy/intercept.yaml is not what deploy/chart gives: `cargo xtask manifests --write`");
     }
     run::shown(Command::new(tools.join("bin/kubernetes-validate")).arg("--strict").arg(&path))
+}
+
+/// What the chart gives with these settings.
+pub(crate) fn rendered(settings: &[&str]) -> Result<String> {
+    let mut template = Command::new(tools()?.join("helm"));
+    template.args(["template", "intercept"]).arg(chart()).args(["--namespace", "intercept-system"]);
+    for setting in settings {
+        template.args(["--set", setting]);
+    }
+    run::output(&mut template)
+}
+
+fn chart() -> PathBuf {
+    workspace::root().join("deploy/chart")
 }
 
 /// A folder with `helm` and `bin/kubernetes-validate`.

@@ -53,8 +53,18 @@ impl PodConfig {
             }),
             log_directory: logs.display().to_string(),
             annotations: annotations.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect(),
-            linux: Some(m::LinuxPodSandboxConfig { cgroup_parent: cgroup.to_owned() }),
+            linux: Some(m::LinuxPodSandboxConfig {
+                cgroup_parent: cgroup.to_owned(),
+                security_context: None,
+            }),
         })
+    }
+
+    /// Have it use namespaces of the node's.
+    pub(super) fn share(&mut self, namespaces: m::NamespaceOption) {
+        if let Some(linux) = &mut self.0.linux {
+            linux.security_context = Some(m::LinuxSandboxSecurityContext { namespaces: Some(namespaces) });
+        }
     }
 
     fn logs(&self) -> PathBuf {
@@ -142,18 +152,28 @@ impl Client {
             container_path: path.to_owned(),
             host_path: path.to_owned(),
             readonly: true,
+            propagation: 0,
         });
         let id = |id: u32| Some(m::Int64Value { value: id.into() });
-        let security =
-            m::LinuxContainerSecurityContext { run_as_user: id(ids.uid), run_as_group: id(ids.gid) };
+        let security = m::LinuxContainerSecurityContext {
+            run_as_user: id(ids.uid),
+            run_as_group: id(ids.gid),
+            ..Default::default()
+        };
         let config = m::ContainerConfig {
-            metadata: Some(m::ContainerMetadata { name: name.to_owned() }),
+            metadata: Some(m::ContainerMetadata { name: name.to_owned(), attempt: 0 }),
             image: Some(m::ImageSpec { image: image.to_owned() }),
             command: command.iter().map(|&word| word.to_owned()).collect(),
             mounts: mounts.to_vec(),
             log_path: format!("{name}.log"),
             linux: Some(m::LinuxContainerConfig { security_context: Some(security) }),
+            ..Default::default()
         };
+        self.start_container(sandbox, config)
+    }
+
+    /// Make and start any container. Returns its id.
+    pub(super) fn start_container(&self, sandbox: &Sandbox, config: m::ContainerConfig) -> Result<String> {
         let request = m::CreateContainerRequest {
             sandbox: sandbox.id.clone(),
             config: Some(config),
@@ -174,16 +194,42 @@ impl Client {
         command: &[&str],
     ) -> Result<(i32, String)> {
         let id = self.start(sandbox, name, image, ids, command)?;
+        let code = self.wait_for_end(&id).with_context(|| format!("running the container {name}"))?;
+        Ok((code, log(sandbox, name)?))
+    }
+
+    /// Wait until a container has ended; its exit code.
+    pub(super) fn wait_for_end(&self, id: &str) -> Result<i32> {
         let mut code = 0;
-        wait(&format!("the container {name}"), || {
-            let request = m::ContainerId { id: id.clone() };
+        wait("its end", || {
+            let request = m::ContainerId { id: id.to_owned() };
             let answer: m::ContainerStatusResponse =
                 self.call("/runtime.v1.RuntimeService/ContainerStatus", request)?;
             let status = answer.status.context("it has no state")?;
             code = status.exit_code;
             Ok(status.state == ENDED)
         })?;
-        Ok((code, log(sandbox, name)?))
+        Ok(code)
+    }
+
+    /// StopContainer: it is killed after this many seconds.
+    pub(super) fn stop_container(&self, id: &str, timeout: i64) -> Result<()> {
+        let request = m::StopContainerRequest { id: id.to_owned(), timeout };
+        self.call::<_, m::Nothing>("/runtime.v1.RuntimeService/StopContainer", request).map(drop)
+    }
+
+    /// RemoveContainer.
+    pub(super) fn remove_container(&self, id: &str) -> Result<()> {
+        let request = m::ContainerId { id: id.to_owned() };
+        self.call::<_, m::Nothing>("/runtime.v1.RuntimeService/RemoveContainer", request).map(drop)
+    }
+
+    /// Run a program in a container to its end: its exit code, and what it printed.
+    pub(super) fn exec(&self, id: &str, command: &[String]) -> Result<(i32, String)> {
+        let request = m::ExecSyncRequest { id: id.to_owned(), command: command.to_vec(), timeout: 0 };
+        let done: m::ExecSyncResponse = self.call("/runtime.v1.RuntimeService/ExecSync", request)?;
+        let said = [done.stdout, done.stderr].concat();
+        Ok((done.exit_code, String::from_utf8_lossy(&said).into_owned()))
     }
 }
 

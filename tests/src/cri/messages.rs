@@ -31,6 +31,29 @@ pub(super) struct PodSandboxMetadata {
 pub(super) struct LinuxPodSandboxConfig {
     #[prost(string, tag = "1")]
     pub(super) cgroup_parent: String,
+    #[prost(message, optional, tag = "2")]
+    pub(super) security_context: Option<LinuxSandboxSecurityContext>,
+}
+
+#[derive(Clone, PartialEq, Message)]
+pub(super) struct LinuxSandboxSecurityContext {
+    #[prost(message, optional, tag = "1")]
+    pub(super) namespaces: Option<NamespaceOption>,
+}
+
+/// Whose namespaces.
+pub(super) const POD: i32 = 0;
+pub(super) const CONTAINER: i32 = 1;
+pub(super) const NODE: i32 = 2;
+
+#[derive(Clone, Copy, PartialEq, Message)]
+pub(super) struct NamespaceOption {
+    #[prost(int32, tag = "1")]
+    pub(super) network: i32,
+    #[prost(int32, tag = "2")]
+    pub(super) pid: i32,
+    #[prost(int32, tag = "3")]
+    pub(super) ipc: i32,
 }
 
 #[derive(Clone, PartialEq, Message)]
@@ -109,6 +132,10 @@ pub(super) struct ContainerConfig {
     pub(super) image: Option<ImageSpec>,
     #[prost(string, repeated, tag = "3")]
     pub(super) command: Vec<String>,
+    #[prost(string, repeated, tag = "4")]
+    pub(super) args: Vec<String>,
+    #[prost(message, repeated, tag = "6")]
+    pub(super) envs: Vec<KeyValue>,
     #[prost(message, repeated, tag = "7")]
     pub(super) mounts: Vec<Mount>,
     #[prost(string, tag = "11")]
@@ -121,6 +148,16 @@ pub(super) struct ContainerConfig {
 pub(super) struct ContainerMetadata {
     #[prost(string, tag = "1")]
     pub(super) name: String,
+    #[prost(uint32, tag = "2")]
+    pub(super) attempt: u32,
+}
+
+#[derive(Clone, PartialEq, Message)]
+pub(super) struct KeyValue {
+    #[prost(string, tag = "1")]
+    pub(super) key: String,
+    #[prost(string, tag = "2")]
+    pub(super) value: String,
 }
 
 #[derive(Clone, PartialEq, Message)]
@@ -131,6 +168,9 @@ pub(super) struct Mount {
     pub(super) host_path: String,
     #[prost(bool, tag = "3")]
     pub(super) readonly: bool,
+    /// 0 none, 1 from the node to the container, 2 both ways.
+    #[prost(int32, tag = "5")]
+    pub(super) propagation: i32,
 }
 
 #[derive(Clone, PartialEq, Message)]
@@ -141,10 +181,30 @@ pub(super) struct LinuxContainerConfig {
 
 #[derive(Clone, PartialEq, Message)]
 pub(super) struct LinuxContainerSecurityContext {
+    #[prost(message, optional, tag = "1")]
+    pub(super) capabilities: Option<Capability>,
+    #[prost(message, optional, tag = "3")]
+    pub(super) namespaces: Option<NamespaceOption>,
     #[prost(message, optional, tag = "5")]
     pub(super) run_as_user: Option<Int64Value>,
+    #[prost(bool, tag = "7")]
+    pub(super) readonly_root: bool,
+    #[prost(bool, tag = "11")]
+    pub(super) no_new_privileges: bool,
     #[prost(message, optional, tag = "12")]
     pub(super) run_as_group: Option<Int64Value>,
+    #[prost(string, repeated, tag = "13")]
+    pub(super) masked_paths: Vec<String>,
+    #[prost(string, repeated, tag = "14")]
+    pub(super) readonly_paths: Vec<String>,
+}
+
+#[derive(Clone, PartialEq, Message)]
+pub(super) struct Capability {
+    #[prost(string, repeated, tag = "1")]
+    pub(super) add: Vec<String>,
+    #[prost(string, repeated, tag = "2")]
+    pub(super) drop: Vec<String>,
 }
 
 #[derive(Clone, PartialEq, Message)]
@@ -172,5 +232,34 @@ pub(super) struct ContainerStatus {
     #[prost(int32, tag = "3")]
     pub(super) state: i32,
     #[prost(int32, tag = "7")]
+    pub(super) exit_code: i32,
+}
+
+#[derive(Clone, PartialEq, Message)]
+pub(super) struct StopContainerRequest {
+    #[prost(string, tag = "1")]
+    pub(super) id: String,
+    /// Seconds until it is killed.
+    #[prost(int64, tag = "2")]
+    pub(super) timeout: i64,
+}
+
+#[derive(Clone, PartialEq, Message)]
+pub(super) struct ExecSyncRequest {
+    #[prost(string, tag = "1")]
+    pub(super) id: String,
+    #[prost(string, repeated, tag = "2")]
+    pub(super) command: Vec<String>,
+    #[prost(int64, tag = "3")]
+    pub(super) timeout: i64,
+}
+
+#[derive(Clone, PartialEq, Message)]
+pub(super) struct ExecSyncResponse {
+    #[prost(bytes = "vec", tag = "1")]
+    pub(super) stdout: Vec<u8>,
+    #[prost(bytes = "vec", tag = "2")]
+    pub(super) stderr: Vec<u8>,
+    #[prost(int32, tag = "3")]
     pub(super) exit_code: i32,
 }

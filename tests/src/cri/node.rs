@@ -15,11 +15,16 @@ use serde_json::json;
 use tempfile::TempDir;
 
 use super::{client::wait, image};
-use crate::{agent::succeed, testbed::Place};
+use crate::{
+    agent::succeed,
+    testbed::{Place, name},
+};
 
 /// The variable that says where the parts are unpacked.
 pub const VARIABLE: &str = "INTERCEPT_CRI";
-/// The only image there is.
+/// The variable that says where the archive of the agent's image is.
+const AGENT_IMAGE: &str = "INTERCEPT_IMAGE";
+/// The image of all pods but the agent's.
 pub const IMAGE: &str = "intercept.test/busybox:1";
 
 /// Everything that the programs write to by name becomes the node's own; bpffs and the scratch folder stay.
@@ -32,9 +37,12 @@ mount --bind "$bpffs" "$scratch/bpffs"
 mount -t tmpfs none /run
 mkdir -p "$bpffs" /run/netns
 mount --move "$scratch/bpffs" "$bpffs"
+mount --bind "$bpffs" /sys/fs/bpf
 mount -t tmpfs none /var/lib
 umount -R /sys/fs/cgroup
 mount -t cgroup2 none /sys/fs/cgroup
+# As systemd has it, so that containers see what is mounted later.
+mount --make-rshared /
 echo ready
 exec sleep 3600
 "#;
@@ -88,12 +96,12 @@ pub struct Node {
 }
 
 impl Node {
-    /// A node whose bpffs is this one, with containerd, the image and a network of bridges.
+    /// A node whose bpffs is this one, with containerd, the images and a network of bridges.
     pub fn new(bpffs: &Path) -> Result<Self> {
         let parts = env::var_os(VARIABLE).map(PathBuf::from);
         let parts = parts.with_context(|| format!("{VARIABLE} is not set: run `cargo xtask cri`"))?;
         let place = Place::new("cri-node")?;
-        let scratch = TempDir::with_prefix("intercept-test-cri")?;
+        let scratch = name::scratch("cri")?;
         let mut unshare = place.command("unshare")?;
         unshare.args(["--mount", "--cgroup", "sh", "-c", SET_UP, "sh"]).arg(bpffs).arg(scratch.path());
         let mut first =
@@ -151,11 +159,14 @@ impl Node {
         let socket = self.socket();
         wait("containerd", || Ok(std::os::unix::net::UnixStream::connect(&socket).is_ok()))
             .with_context(|| self.log())?;
-        let archive = image::make(self.scratch.path(), IMAGE)?;
-        let mut import = self.command(bin.join("ctr"))?;
-        import.arg("--address").arg(&socket).args(["--namespace", "k8s.io", "images", "import"]);
-        import.args(["--snapshotter", "native"]).arg(archive);
-        succeed(import).map(drop).with_context(|| self.log())
+        let agent = env::var_os(AGENT_IMAGE).with_context(|| format!("{AGENT_IMAGE} is not set"))?;
+        for archive in [image::make(self.scratch.path(), IMAGE)?, agent.into()] {
+            let mut import = self.command(bin.join("ctr"))?;
+            import.arg("--address").arg(&socket).args(["--namespace", "k8s.io", "images", "import"]);
+            import.args(["--snapshotter", "native"]).arg(archive);
+            succeed(import).with_context(|| self.log())?;
+        }
+        Ok(())
     }
 
     /// A program on the node.
@@ -197,6 +208,15 @@ impl Node {
     /// containerd's socket.
     pub fn socket(&self) -> PathBuf {
         self.scratch.path().join("containerd.sock")
+    }
+
+    /// Where something is that a pod wants of its node. The machine's own folders of CNI files are not touched.
+    pub(super) fn host_path(&self, path: &Path) -> PathBuf {
+        match path.to_str() {
+            Some("/etc/cni/net.d") => self.cni_conf(),
+            Some("/opt/cni/bin") => self.cni_bin(),
+            _ => path.to_owned(),
+        }
     }
 
     /// The folder of CNI plugins.

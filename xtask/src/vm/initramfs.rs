@@ -13,7 +13,7 @@ use anyhow::{Context, Result, bail, ensure};
 use cpio::newc::{Builder, ModeFileType, trailer};
 
 use super::kernel::Kernel;
-use crate::run;
+use crate::{build, run};
 
 /// What runs first: mounts, loads the modules, runs the command and tells its exit status.
 const INIT: &str = include_str!("init.sh");
@@ -54,7 +54,7 @@ impl Initramfs {
     pub(super) fn program(&mut self, name: &str, path: &Path) -> Result<()> {
         let contents = fs::read(path).with_context(|| format!("reading {}", path.display()))?;
         ensure!(
-            !is_dynamic(&contents),
+            !build::needs_libraries(&contents),
             "{} is not linked statically, and the machine has no libraries",
             path.display()
         );
@@ -132,19 +132,6 @@ fn decompressed(path: &Path) -> Result<Vec<u8>> {
     Ok(output.stdout)
 }
 
-/// Whether an ELF file of 64 bits names an interpreter, as those do that need libraries.
-fn is_dynamic(elf: &[u8]) -> bool {
-    const PT_INTERP: u32 = 3;
-    let number = |at: usize, bytes: usize| {
-        let mut value = [0; 8];
-        let field = elf.get(at..at + bytes).unwrap_or_default();
-        value[..field.len()].copy_from_slice(field);
-        usize::try_from(u64::from_le_bytes(value)).unwrap_or(usize::MAX)
-    };
-    let (table, size, count) = (number(32, 8), number(54, 2), number(56, 2));
-    (0..count).any(|index| number(table.saturating_add(index * size), 4) == PT_INTERP as usize)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -159,11 +146,5 @@ mod tests {
             ["kernel/net/base.ko.xz", "kernel/net/ipv4/inet_diag.ko.xz", "kernel/net/ipv4/tcp_diag.ko.xz"];
         assert_eq!(order.expect("found"), expected);
         assert!(load_order(dependencies, "", &["veth"]).is_err());
-    }
-
-    #[test]
-    fn this_test_needs_libraries() {
-        assert!(is_dynamic(&fs::read("/proc/self/exe").expect("readable")));
-        assert!(!is_dynamic(b"#!/bin/sh\n"));
     }
 }
