@@ -319,7 +319,9 @@ pub(crate) struct ExplainArgs {
 /// Start logging to standard error.
 pub(crate) fn start_logging(logging: &Logging) {
     use tracing_subscriber::EnvFilter;
-    let (filter, wrong) = match EnvFilter::try_new(&logging.log) {
+    // What these say, the daemon says as well, in fewer words; they can be asked for by name.
+    let directives = format!("kube_client=off,kube_runtime=off,{}", logging.log);
+    let (filter, wrong) = match EnvFilter::try_new(directives) {
         Ok(filter) => (filter, None),
         Err(error) => (EnvFilter::new("info"), Some(error)),
     };

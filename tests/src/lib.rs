@@ -15,6 +15,7 @@ pub mod differential;
 pub mod envoy;
 pub mod iptables;
 pub mod kernel;
+pub mod kube;
 pub mod slip;
 pub mod snapshot;
 pub mod swarm;

@@ -7,8 +7,10 @@ use clap::{Parser, Subcommand};
 
 mod build;
 mod cri;
+mod debian;
 mod fuzz;
 mod image;
+mod kube;
 mod manifests;
 mod run;
 mod setup;
@@ -58,6 +60,8 @@ enum Task {
     Image,
     /// Run the image as the DaemonSet's pod in containerd, beside pods that it captures
     Cri(cri::Arguments),
+    /// Have the daemon watch a real kube-apiserver
+    Kube(kube::Arguments),
     /// Check the chart and the manifests in deploy/ without a cluster
     Manifests(manifests::Arguments),
     /// Check the rules of the project that the compiler does not
@@ -108,6 +112,7 @@ fn perform(task: Task) -> Result<()> {
             Ok(())
         }
         Task::Cri(arguments) => cri::cri(&arguments),
+        Task::Kube(arguments) => kube::kube(&arguments),
         Task::Manifests(arguments) => manifests::manifests(&arguments),
         Task::Tidy => tidy::tidy(),
         Task::Clean => sweep::sweep(),

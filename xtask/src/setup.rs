@@ -50,6 +50,8 @@ pub(crate) enum Group {
     Vm,
     /// What the image of pods is made of, and containerd's start
     Cri,
+    /// What unpacks the source of kube-apiserver, and makes its keys
+    Kube,
     /// Load generators
     Bench,
     /// A compiler for libFuzzer

@@ -66,6 +66,15 @@ pub(crate) fn present() -> Vec<Leftover> {
     found
 }
 
+/// Whether all that there is now was there before.
+pub(crate) fn nothing_new(before: &[Leftover]) -> Result<()> {
+    let mut left = present();
+    left.retain(|item| !before.contains(item));
+    let list: Vec<_> = left.iter().map(ToString::to_string).collect();
+    ensure!(left.is_empty(), "left behind: {}; `cargo xtask clean` removes it", list.join(", "));
+    Ok(())
+}
+
 impl Leftover {
     fn remove(&self) -> io::Result<()> {
         match self {

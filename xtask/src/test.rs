@@ -63,14 +63,20 @@ pub(crate) fn test(arguments: &Arguments) -> Result<()> {
         // Their subject is the machine's one network stack and one bpffs.
         cargo_test(&agent, arguments, &selection, &["--test-threads=1"], tally)
     });
-    report.step("nothing is left behind", |_| {
-        let mut left = sweep::present();
-        left.retain(|item| !before.contains(item));
-        let list: Vec<_> = left.iter().map(ToString::to_string).collect();
-        ensure!(left.is_empty(), "left behind: {}; `cargo xtask clean` removes it", list.join(", "));
-        Ok(())
-    });
+    report.step("nothing is left behind", |_| sweep::nothing_new(&before));
     report.close()
+}
+
+/// Runs the ignored tests of a file, which need parts that no set-up gets and are told where those are.
+pub(crate) fn needing(file: &str, parts: &[(&str, &Path)]) -> Result<()> {
+    let agent = build::agent()?;
+    let before = sweep::present();
+    let mut test = run::cargo("test");
+    test.args(["--package", "tests", "--test", file, "--", "--ignored", "--test-threads=1"]);
+    let tested = run::shown(build::with_parts(test.envs(parts.iter().copied()), &agent)?);
+    let left = sweep::nothing_new(&before);
+    tested?;
+    left
 }
 
 impl Report {

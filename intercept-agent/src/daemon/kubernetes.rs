@@ -102,8 +102,8 @@ impl Kubernetes {
                     Some(Ok(Event::Apply(pod))) => drop(told.apply(&pod)),
                     Some(Ok(Event::Delete(pod))) => told.delete(&pod),
                     Some(Err(error)) => tracing::warn!(
-                        node, error = &error as &dyn std::error::Error,
-                        "watching the pods of this node; what is in force stays"
+                        node, error = said(&error),
+                        "watching the pods of this node: what is in force stays, and it is tried again"
                     ),
                     None => return,
                 },
@@ -114,6 +114,23 @@ impl Kubernetes {
             }
         }
     }
+}
+
+/// What went wrong, once: the texts of these errors have their sources and all fields of the API's answer in them.
+fn said(error: &watcher::Error) -> String {
+    let (what, cause) = match error {
+        watcher::Error::InitialListFailed(cause) => ("listing", cause),
+        watcher::Error::WatchStartFailed(cause) => ("starting to watch", cause),
+        watcher::Error::WatchFailed(cause) => ("watching", cause),
+        watcher::Error::WatchError(status) => return format!("the API ends the watch: {}", status.message),
+        error @ watcher::Error::NoResourceVersion => return error.to_string(),
+    };
+    if let kube::Error::Api(status) = cause {
+        return format!("{what}: the API refuses: {}", status.message);
+    }
+    // The innermost is the system's or the other side's.
+    let sources = std::iter::successors(Some(cause as &dyn std::error::Error), |error| error.source());
+    format!("{what}: {}", sources.last().map(ToString::to_string).unwrap_or_default())
 }
 
 impl Told {

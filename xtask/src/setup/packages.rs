@@ -8,7 +8,7 @@ use super::Group;
 use crate::run;
 
 /// Which group needs which program, and the package of Debian and its descendants that has it.
-const PROGRAMS: [(Group, &str, &str); 19] = [
+const PROGRAMS: [(Group, &str, &str); 21] = [
     (Group::Test, "dig", "dnsutils"),
     (Group::Test, "dnsmasq", "dnsmasq-base"),
     (Group::Test, "ip", "iproute2"),
@@ -23,6 +23,8 @@ const PROGRAMS: [(Group, &str, &str); 19] = [
     (Group::Cri, "busybox", "busybox-static"),
     (Group::Cri, "ip", "iproute2"),
     (Group::Cri, "python3", "python3"),
+    (Group::Kube, "dpkg-source", "dpkg-dev"),
+    (Group::Kube, "openssl", "openssl"),
     (Group::Fuzz, "c++", "g++"),
     (Group::Bench, "h2load", "nghttp2-client"),
     (Group::Bench, "ip", "iproute2"),

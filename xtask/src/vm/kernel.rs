@@ -8,7 +8,7 @@ use std::{
 
 use anyhow::{Context, Result, bail};
 
-use crate::{run, workspace};
+use crate::{debian::Lists, run, workspace};
 
 /// Releases whose kernels are offered, oldest first, when the machine's own lists have no such kernel.
 const RELEASES: [&str; 4] = ["bullseye", "bookworm", "trixie", "trixie-backports"];
@@ -41,60 +41,17 @@ impl Kernel {
     }
 }
 
-/// Where lists of packages are: the machine's, or our own beside them.
-#[derive(Default)]
-struct Lists {
-    options: Vec<String>,
+/// Our own lists, which have [`RELEASES`].
+fn own_lists() -> Result<Lists> {
+    let sources = RELEASES.map(|release| format!("deb {release} main"));
+    let sources = sources.each_ref().map(String::as_str);
+    Lists::own(&workspace::cache()?.join("apt"), &sources, "reading which kernels Debian has")
 }
 
-impl Lists {
-    /// Our own, which have [`RELEASES`].
-    fn own() -> Result<Self> {
-        let folder = workspace::cache()?.join("apt");
-        for part in ["lists/partial", "archives/partial"] {
-            fs::create_dir_all(folder.join(part)).with_context(|| format!("making {}", folder.display()))?;
-        }
-        let archive = archive()?;
-        let lines = RELEASES.map(|release| format!("deb {archive} {release} main\n"));
-        let sources = folder.join("sources.list");
-        fs::write(&sources, lines.concat()).with_context(|| format!("writing {}", sources.display()))?;
-        let folder = folder.display();
-        let settings = [
-            format!("Dir::Etc::sourcelist={folder}/sources.list"),
-            "Dir::Etc::sourceparts=-".to_owned(),
-            format!("Dir::State::lists={folder}/lists"),
-            format!("Dir::Cache={folder}"),
-        ];
-        let lists =
-            Self { options: settings.into_iter().flat_map(|value| ["-o".to_owned(), value]).collect() };
-        run::quietly("reading which kernels Debian has", lists.command("apt-get").arg("update"))?;
-        Ok(lists)
-    }
-
-    fn command(&self, program: &str) -> Command {
-        let mut command = Command::new(program);
-        // The user that apt would become cannot write to a cache in root's home.
-        command.args(&self.options).args(["-q", "-o", "APT::Sandbox::User=root", "-o", "Acquire::Retries=3"]);
-        command
-    }
-
-    /// The package with the newest kernel of the version.
-    fn newest(&self, version: &str) -> Result<Option<String>> {
-        let names = run::output(self.command("apt-cache").args(["pkgnames", "linux-image-"]))?;
-        Ok(newest(names.lines(), version).map(str::to_owned))
-    }
-}
-
-/// The archive that this machine gets Debian from.
-fn archive() -> Result<String> {
-    let targets = run::output(Command::new("apt-get").args([
-        "indextargets",
-        "--format",
-        "$(REPO_URI)",
-        "Created-By: Packages",
-    ]))?;
-    let debian = targets.lines().find(|uri| uri.trim_end_matches('/').ends_with("/debian"));
-    debian.map(str::to_owned).context("no archive of Debian among apt's sources; its kernels come from there")
+/// The package with the newest kernel of the version.
+fn newest_of(lists: &Lists, version: &str) -> Result<Option<String>> {
+    let names = run::output(lists.command("apt-cache").args(["pkgnames", "linux-image-"]))?;
+    Ok(newest(names.lines(), version).map(str::to_owned))
 }
 
 fn newest<'a>(names: impl Iterator<Item = &'a str>, version: &str) -> Option<&'a str> {
@@ -110,21 +67,17 @@ fn numbers(name: &str) -> Vec<u32> {
 
 fn fetch(version: &str, folder: &Path) -> Result<()> {
     let mut lists = Lists::default();
-    let mut package = lists.newest(version)?;
+    let mut package = newest_of(&lists, version)?;
     if package.is_none() {
-        lists = Lists::own()?;
-        package = lists.newest(version)?;
+        lists = own_lists()?;
+        package = newest_of(&lists, version)?;
     }
     let package = package.with_context(|| format!("Debian ({}) has no such kernel", RELEASES.join(", ")))?;
 
     let unpacked = folder.with_extension("part");
     drop(fs::remove_dir_all(&unpacked));
     fs::create_dir_all(&unpacked).with_context(|| format!("making {}", unpacked.display()))?;
-    let heading = format!("downloading {package}");
-    run::quietly(&heading, lists.command("apt-get").args(["download", &package]).current_dir(&unpacked))?;
-    let archive = only_entry(&unpacked, "linux-image-")?;
-    run::output(Command::new("dpkg-deb").arg("-x").args([&archive, &unpacked]))?;
-    fs::remove_file(&archive).with_context(|| format!("removing {}", archive.display()))?;
+    lists.unpack(&[&package], &unpacked)?;
     if !unpacked.join("lib").exists() {
         std::os::unix::fs::symlink("usr/lib", unpacked.join("lib")).context("linking lib to usr/lib")?;
     }

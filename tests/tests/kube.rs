@@ -1,0 +1,340 @@
+//! The daemon's watch of the real API: kube-apiserver decides what the agent's account may do and tells of pods.
+//!
+//! `cargo xtask kube` builds kube-apiserver and runs this. Native sidecars are not among it, see [`tests::kube`].
+
+use std::{
+    fs,
+    net::SocketAddr,
+    path::PathBuf,
+    sync::atomic::{AtomicBool, Ordering},
+    thread,
+    time::{Duration, Instant},
+};
+
+use intercept_agent::daemon::reconcile::{Report, State};
+use rustix::process::{Pid, Signal, kill_process};
+use serde_json::{Value, json};
+use tempfile::TempDir;
+use tests::{
+    agent::{Agent, deployed_capabilities},
+    daemon::{Daemon, answers, get},
+    kube::{Client, Deployed, NODE, Pods, Running, Server, object},
+};
+
+const WITH_SIDECAR: [&str; 2] = ["app", "istio-proxy"];
+const EXCLUDED: &str = "traffic.sidecar.istio.io/excludeOutboundPorts";
+const INBOUND: &str = "traffic.sidecar.istio.io/includeInboundPorts";
+const METRICS: &str = "127.0.0.1:15099";
+
+/// What the kubelet and the runtime give the agent's container of the API, and nothing else that could lead to it.
+const CONTAINER: &str = r#"
+set -e
+folder=$1 bpffs=$2
+shift 2
+mkdir -p "$folder/bpffs"
+mount --bind "$bpffs" "$folder/bpffs"
+mount -t tmpfs none /run
+mkdir -p /run/secrets "$bpffs"
+ln -s "$folder/kubernetes.io" /run/secrets/
+mount --bind "$folder/bpffs" "$bpffs"
+unset KUBECONFIG HOME
+exec 2>>"$folder/log"
+exec "$@"
+"#;
+
+/// The agent on the node where the API is.
+struct Node {
+    agent: Agent,
+    folder: TempDir,
+}
+
+impl Node {
+    fn new(server: &Server, client: &Client<'_>, deployed: &Deployed) -> Self {
+        let folder = TempDir::with_prefix("intercept-test-kube").expect("a folder");
+        client.write_secrets(&deployed.account, folder.path()).expect("a token");
+        let mut agent = Agent::new("kube").expect("the agent");
+        let netns = format!("--net={}", server.place().netns.path().display());
+        let mut starter: Vec<String> =
+            ["nsenter", &netns, "unshare", "--mount", "--propagation", "slave", "sh", "-c", CONTAINER, "sh"]
+                .map(str::to_owned)
+                .to_vec();
+        starter.extend([folder.path(), agent.bpffs()].map(|path| path.to_str().expect("text").to_owned()));
+        agent.start_by(starter);
+        agent.confine(&deployed_capabilities("intercept.yaml").expect("a list"));
+        Self { agent, folder }
+    }
+
+    fn daemon(&self, pods: &Pods<'_>) -> Daemon<'_> {
+        let root = pods.root().to_str().expect("text");
+        let arguments = ["--cgroup-root", root, "--metrics-address", METRICS];
+        let variables = [
+            ("INTERCEPT_NODE_NAME", NODE),
+            ("KUBERNETES_SERVICE_HOST", "127.0.0.1"),
+            ("KUBERNETES_SERVICE_PORT", "6443"),
+        ];
+        let daemon = Daemon::start_with(&self.agent, &arguments, &variables);
+        daemon.unwrap_or_else(|error| panic!("{error:#}\n{}", self.log()))
+    }
+
+    fn log(&self) -> String {
+        fs::read_to_string(self.folder.path().join("log")).unwrap_or_default()
+    }
+
+    /// Wait until something is so; if it never is, the log says why.
+    fn wait(&self, daemon: &Daemon<'_>, what: &str, so: impl Fn(&Daemon<'_>) -> bool) {
+        daemon.wait(what, so).unwrap_or_else(|error| panic!("{error:#}\n{}", self.log()));
+    }
+
+    fn wait_for(&self, daemon: &Daemon<'_>, name: &str, state: State) -> Report {
+        self.wait(daemon, &format!("{name} is {state:?}"), |daemon| {
+            report(daemon, name).is_some_and(|report| report.state == state)
+        });
+        report(daemon, name).expect("it is there")
+    }
+
+    fn wait_for_log(&self, daemon: &Daemon<'_>, text: &str) {
+        self.wait(daemon, &format!("the log has {text:?}"), |_| self.log().contains(text));
+    }
+
+    /// The cgroups that are captured, as the kernel has it.
+    fn in_force(&self) -> Vec<PathBuf> {
+        let status = self.agent.status().unwrap_or_else(|error| panic!("{error:#}\n{}", self.log()));
+        let pods = status.as_array().expect("a list").iter();
+        pods.map(|pod| pod["cgroup"].as_str().expect("a path").into()).collect()
+    }
+}
+
+fn report(daemon: &Daemon<'_>, name: &str) -> Option<Report> {
+    daemon.reports().expect("reports").into_iter().find(|report| report.name == format!("shop/{name}"))
+}
+
+fn with_sidecar(name: &str, annotations: &Value) -> Value {
+    object(name, &WITH_SIDECAR, annotations)
+}
+
+/// Who answers the pod's app at a service.
+fn at(pod: &Running, port: u16) -> Option<String> {
+    answers(&pod.actor, SocketAddr::from(([10, 96, 0, 10], port)))
+}
+
+fn is_captured(pod: &Running) -> bool {
+    at(pod, 80).as_deref() == Some("proxy")
+}
+
+fn is_left_alone(pod: &Running) -> bool {
+    at(pod, 80).as_deref() == Some("the world")
+}
+
+fn annotate(client: &Client<'_>, pod: &Running, name: &str, value: &Value) {
+    client.patch(&pod.object, &json!({ "metadata": { "annotations": { name: value } } })).expect("annotated");
+}
+
+#[test]
+#[ignore = "needs kube-apiserver: `cargo xtask kube` builds it and runs this"]
+fn pods_of_the_real_api_are_captured_followed_and_released() {
+    let server = Server::start().expect("an API");
+    let client = Client::connect(&server).expect("a client");
+    let deployed = client.deploy().expect("deployed");
+    let pods = Pods::new(&client).expect("a kubelet");
+    let node = Node::new(&server, &client, &deployed);
+    let run = |object: &Value| pods.run(object).unwrap_or_else(|error| panic!("{error:#}\n{}", server.log()));
+
+    // Before the daemon.
+    let early = run(&with_sidecar("early", &json!({ EXCLUDED: "81" })));
+    let plain = run(&object("plain", &["app"], &json!({})));
+    let wrong = run(&with_sidecar("wrong", &json!({ INBOUND: "http" })));
+    let mut elsewhere = with_sidecar("elsewhere", &json!({}));
+    elsewhere["spec"]["nodeName"] = json!("node-2");
+    let elsewhere = run(&elsewhere);
+    let mut host = with_sidecar("host", &json!({}));
+    host["spec"]["hostNetwork"] = json!(true);
+    let host = run(&host);
+    let daemon = node.daemon(&pods);
+
+    let first = node.wait_for(&daemon, "early", State::Captured);
+    assert_eq!(at(&early, 80).as_deref(), Some("proxy"));
+    assert_eq!(at(&early, 81).as_deref(), Some("the world"));
+    let cgroup = first.cgroup.clone().expect("a cgroup");
+    assert!(cgroup.ends_with(format!("kubepods/burstable/pod{}", early.uid())), "{}", cgroup.display());
+    assert_eq!(node.in_force(), std::slice::from_ref(&cgroup));
+
+    // What is not ours is left alone, and what is but has no sidecar or no network is counted.
+    for (name, why) in [("plain", "no_sidecar"), ("host", "host_network")] {
+        let report = node.wait_for(&daemon, name, State::LeftAlone);
+        assert_eq!(report.left_alone.as_deref(), Some(why));
+    }
+    assert!(is_left_alone(&plain) && is_left_alone(&host) && is_left_alone(&elsewhere));
+    assert_eq!(report(&daemon, "elsewhere"), None);
+    node.wait(&daemon, "they are counted", |_| {
+        let (_, text) = server
+            .place()
+            .netns
+            .run(|| get(METRICS.parse().expect("an address"), "/metrics"))
+            .expect("entered");
+        ["no_sidecar", "host_network"]
+            .iter()
+            .all(|why| text.contains(&format!("intercept_pods_left_alone{{why=\"{why}\"}} 1\n")))
+    });
+
+    // One that cannot be understood has an event that says why.
+    let problem = node.wait_for(&daemon, "wrong", State::Failed).problem.expect("a problem");
+    assert!(problem.text.contains(INBOUND), "{problem:?}");
+    let like =
+        json!({ "apiVersion": "events.k8s.io/v1", "kind": "Event", "metadata": { "namespace": "shop" } });
+    let events = || client.list(&like).expect("listed");
+    node.wait(&daemon, "an event", |_| !events().is_empty());
+    let event = match events().as_slice() {
+        [event] => event.clone(),
+        events => panic!("{events:?}"),
+    };
+    assert_eq!((&event["reason"], &event["type"]), (&json!("NotCaptured"), &json!("Warning")));
+    assert_eq!(event["note"], problem.text);
+    assert_eq!(event["regarding"]["name"], "wrong");
+    assert_eq!(event["regarding"]["uid"], wrong.uid());
+    assert_eq!(event["reportingInstance"], NODE);
+    assert!(is_left_alone(&wrong));
+    // Corrected, it is captured; wrong again, its event is counted, and what is in force stays.
+    annotate(&client, &wrong, INBOUND, &json!("8080"));
+    node.wait_for(&daemon, "wrong", State::Captured);
+    assert!(is_captured(&wrong));
+    annotate(&client, &wrong, INBOUND, &json!("http"));
+    node.wait(&daemon, "the event is counted", |_| {
+        events().iter().any(|event| event["series"]["count"] == 2)
+    });
+    assert_eq!(events().len(), 1);
+    assert!(is_captured(&wrong));
+
+    // After it.
+    let late = run(&with_sidecar("late", &json!({ EXCLUDED: "80" })));
+    node.wait_for(&daemon, "late", State::Captured);
+    assert_eq!(at(&late, 80).as_deref(), Some("the world"));
+    assert_eq!(at(&late, 81).as_deref(), Some("proxy"));
+
+    // A changed annotation, in place.
+    annotate(&client, &early, EXCLUDED, &json!("80"));
+    node.wait(&daemon, "the other port", |_| at(&early, 81).as_deref() == Some("proxy"));
+    assert_eq!(at(&early, 80).as_deref(), Some("the world"));
+    annotate(&client, &early, EXCLUDED, &Value::Null);
+    node.wait(&daemon, "both ports", |_| is_captured(&early));
+    assert_eq!(at(&early, 81).as_deref(), Some("proxy"));
+    assert_eq!(node.wait_for(&daemon, "early", State::Captured).netns_cookie, first.netns_cookie);
+    assert!(!node.log().contains("released"), "{}", node.log());
+
+    // What is to end stays captured until it has.
+    client.delete(&late.object, false).expect("deleted");
+    annotate(&client, &early, EXCLUDED, &json!("81"));
+    node.wait(&daemon, "later news", |_| at(&early, 81).as_deref() == Some("the world"));
+    assert_eq!(at(&late, 81).as_deref(), Some("proxy"));
+    client.delete(&late.object, true).expect("deleted");
+    let ended = Instant::now();
+    node.wait(&daemon, "released", |daemon| report(daemon, "late").is_none());
+    assert!(ended.elapsed() < Duration::from_secs(1), "{:?}", ended.elapsed());
+    assert_eq!(at(&late, 81).as_deref(), Some("the world"));
+    assert_eq!(node.in_force().len(), 2);
+    for pod in [&early, &wrong, &plain, &host, &elsewhere] {
+        client.delete(&pod.object, true).expect("deleted");
+    }
+    node.wait(&daemon, "all are gone", |daemon| daemon.reports().is_ok_and(|reports| reports.is_empty()));
+    assert!(node.in_force().is_empty());
+}
+
+#[test]
+#[ignore = "needs kube-apiserver: `cargo xtask kube` builds it and runs this"]
+fn capture_outlives_the_real_api() {
+    let server = Server::start().expect("an API");
+    let client = Client::connect(&server).expect("a client");
+    let deployed = client.deploy().expect("deployed");
+    let pods = Pods::new(&client).expect("a kubelet");
+    let node = Node::new(&server, &client, &deployed);
+    let run = |name: &str| pods.run(&with_sidecar(name, &json!({}))).expect("it runs");
+    let kept = run("kept");
+    let ended = run("ended");
+    let daemon = node.daemon(&pods);
+    for name in ["kept", "ended"] {
+        node.wait_for(&daemon, name, State::Captured);
+    }
+
+    let over = AtomicBool::new(false);
+    thread::scope(|scope| {
+        // Whatever happens below, its capture has no gap.
+        let dialled = scope.spawn(|| {
+            let mut dialled = 0;
+            while !over.load(Ordering::Relaxed) {
+                assert_eq!(at(&kept, 80).as_deref(), Some("proxy"), "after {dialled} connections");
+                dialled += 1;
+            }
+            dialled
+        });
+        let news = || {
+            server.stop().expect("stopped");
+            node.wait_for_log(&daemon, "what is in force stays");
+            assert_eq!(node.in_force().len(), 2);
+            server.resume().expect("started");
+            let after = run("after");
+            node.wait_for(&daemon, "after", State::Captured);
+            assert!(is_captured(&after) && is_captured(&ended));
+
+            // The daemon misses an end and a beginning, and the API does not know any more what came in between.
+            let process = daemon.pid().and_then(|pid| Pid::from_raw(pid.cast_signed())).expect("it runs");
+            kill_process(process, Signal::STOP).expect("stopped");
+            let unheard =
+                json!({ "apiVersion": "v1", "kind": "Namespace", "metadata": { "name": "unheard" } });
+            client.create(&unheard).expect("made");
+            server.stop().expect("stopped");
+            server.resume().expect("started");
+            client.delete(&ended.object, true).expect("deleted");
+            let missed = run("missed");
+            kill_process(process, Signal::CONT).expect("continued");
+            node.wait_for(&daemon, "missed", State::Captured);
+            node.wait(&daemon, "released", |daemon| report(daemon, "ended").is_none());
+            assert!(is_captured(&missed) && is_captured(&after) && is_left_alone(&ended));
+            let log = node.log();
+            assert!(log.contains("too old resource version"), "{log}");
+        };
+        let outcome = std::panic::catch_unwind(std::panic::AssertUnwindSafe(news));
+        over.store(true, Ordering::Relaxed);
+        let dialled = dialled.join();
+        outcome.unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+        assert!(dialled.is_ok_and(|dialled| dialled > 0));
+    });
+    assert_eq!(node.in_force().len(), 3);
+}
+
+#[test]
+#[ignore = "needs kube-apiserver: `cargo xtask kube` builds it and runs this"]
+fn a_right_that_is_missing_is_named_and_waited_for() {
+    let server = Server::start().expect("an API");
+    let client = Client::connect(&server).expect("a client");
+    let deployed = client.deploy().expect("deployed");
+    let pods = Pods::new(&client).expect("a kubelet");
+    let node = Node::new(&server, &client, &deployed);
+    let allow = |verbs: &[&str]| {
+        let rules = json!([{ "apiGroups": [""], "resources": ["pods"], "verbs": verbs }]);
+        client.patch(&deployed.role, &json!({ "rules": rules })).expect("changed");
+    };
+    let run = |name: &str, annotations| pods.run(&with_sidecar(name, &annotations)).expect("it runs");
+
+    // "get" is of no use, but a rule must have a verb.
+    allow(&["get"]);
+    let first = run("first", json!({}));
+    run("wrong", json!({ INBOUND: "http" }));
+    let daemon = node.daemon(&pods);
+    node.wait_for_log(&daemon, "listing: the API refuses: pods is forbidden");
+    assert!(is_left_alone(&first));
+
+    allow(&["list"]);
+    node.wait_for(&daemon, "first", State::Captured);
+    assert!(is_captured(&first));
+    node.wait_for_log(&daemon, "starting to watch: the API refuses: pods is forbidden");
+    node.wait_for_log(&daemon, "cannot create resource \"events\"");
+    let second = run("second", json!({}));
+
+    allow(&["list", "watch"]);
+    node.wait_for(&daemon, "second", State::Captured);
+    assert!(is_captured(&first) && is_captured(&second));
+    // It says who may not do what, and says it once.
+    let refused = "system:serviceaccount:intercept-system:intercept\\\" cannot watch resource \\\"pods";
+    let log = node.log();
+    let attempts = log.matches("starting to watch").count();
+    assert_eq!((attempts > 0, log.matches(refused).count()), (true, attempts), "{log}");
+}

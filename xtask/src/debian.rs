@@ -1,0 +1,98 @@
+//! Packages of Debian that are unpacked rather than installed.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    process::Command,
+};
+
+use anyhow::{Context, Result};
+
+use crate::run;
+
+/// Where lists of packages are: the machine's, or our own beside them.
+#[derive(Default)]
+pub(crate) struct Lists {
+    options: Vec<String>,
+}
+
+impl Lists {
+    /// Our own in this folder, which know these sources: "deb bookworm main".
+    pub(crate) fn own(folder: &Path, sources: &[&str], heading: &str) -> Result<Self> {
+        for part in ["lists/partial", "archives/partial"] {
+            fs::create_dir_all(folder.join(part)).with_context(|| format!("making {}", folder.display()))?;
+        }
+        let archive = archive()?;
+        let lines = sources.iter().filter_map(|source| source.split_once(' '));
+        let lines: String = lines.map(|(kind, rest)| format!("{kind} {archive} {rest}\n")).collect();
+        let list = folder.join("sources.list");
+        fs::write(&list, lines).with_context(|| format!("writing {}", list.display()))?;
+        let folder = folder.display();
+        let settings = [
+            format!("Dir::Etc::sourcelist={folder}/sources.list"),
+            "Dir::Etc::sourceparts=-".to_owned(),
+            format!("Dir::State::lists={folder}/lists"),
+            format!("Dir::Cache={folder}"),
+        ];
+        let lists =
+            Self { options: settings.into_iter().flat_map(|value| ["-o".to_owned(), value]).collect() };
+        run::quietly(heading, lists.command("apt-get").arg("update"))?;
+        Ok(lists)
+    }
+
+    /// A program of apt's that uses them.
+    pub(crate) fn command(&self, program: &str) -> Command {
+        let mut command = Command::new(program);
+        // The user that apt would become cannot write to a cache in root's home.
+        command.args(&self.options).args(["-q", "-o", "APT::Sandbox::User=root", "-o", "Acquire::Retries=3"]);
+        command
+    }
+
+    /// Downloads packages and unpacks them into a folder, which is there.
+    pub(crate) fn unpack(&self, packages: &[&str], folder: &Path) -> Result<()> {
+        let heading = format!("downloading {}", packages.join(", "));
+        let mut download = self.command("apt-get");
+        run::quietly(&heading, download.arg("download").args(packages).current_dir(folder))?;
+        for archive in with_ending(folder, "deb")? {
+            run::output(Command::new("dpkg-deb").arg("-x").arg(&archive).arg(folder))?;
+            fs::remove_file(&archive).with_context(|| format!("removing {}", archive.display()))?;
+        }
+        Ok(())
+    }
+
+    /// Downloads the source of a package and unpacks it, with Debian's patches, as a folder that is not there yet.
+    pub(crate) fn unpack_source(&self, package: &str, folder: &Path) -> Result<()> {
+        let parent = folder.parent().context("a folder to unpack into has no parent")?;
+        fs::create_dir_all(parent).with_context(|| format!("making {}", parent.display()))?;
+        let mut download = self.command("apt-get");
+        download.args(["source", "--download-only", package]).current_dir(parent);
+        run::quietly(&format!("downloading the source of {package}"), &mut download)?;
+        let description = with_ending(parent, "dsc")?;
+        let description =
+            description.first().with_context(|| format!("there is no .dsc in {}", parent.display()))?;
+        // apt has compared it with the signed list.
+        let mut unpack = Command::new("dpkg-source");
+        run::output(unpack.args(["--no-check", "--extract"]).arg(description).arg(folder)).map(drop)
+    }
+}
+
+/// Those files of a folder.
+fn with_ending(folder: &Path, ending: &str) -> Result<Vec<PathBuf>> {
+    let entries = fs::read_dir(folder).with_context(|| format!("reading {}", folder.display()))?;
+    let paths = entries.flatten().map(|entry| entry.path());
+    Ok(paths.filter(|path| path.extension().is_some_and(|found| found == ending)).collect())
+}
+
+/// The archive that this machine gets Debian from.
+fn archive() -> Result<String> {
+    let targets = run::output(Command::new("apt-get").args([
+        "indextargets",
+        "--format",
+        "$(REPO_URI)",
+        "Created-By: Packages",
+    ]))?;
+    let debian = targets.lines().find(|uri| uri.trim_end_matches('/').ends_with("/debian"));
+    debian
+        .map(str::to_owned)
+        .context("no archive of Debian among apt's sources; these packages come from there")
+}

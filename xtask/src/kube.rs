@@ -1,0 +1,156 @@
+//! The API of Kubernetes itself: its server, built from Debian's source, and Debian's etcd, of which the cache keeps
+//! nothing but the two programs.
+
+use std::{
+    collections::BTreeSet,
+    fs,
+    path::{Path, PathBuf},
+    process::Command,
+};
+
+use anyhow::{Context, Result};
+use clap::Args;
+
+use crate::{debian::Lists, run, setup, setup::Group, test, workspace};
+
+/// The release of Debian that has the source, vendored, and compilers that know it.
+const SOURCES: [&str; 2] = ["deb bookworm main", "deb-src bookworm main"];
+const SOURCE: &str = "kubernetes";
+/// What its server says it is, and is but for Debian's patches.
+const VERSION: &str = "v1.20.2";
+const PACKAGES: [&str; 3] = ["etcd-server", "golang-1.19-go", "golang-1.19-src"];
+const GO_ROOT: &str = "usr/lib/go-1.19";
+/// Where Go looks for it without modules: its own modules' file is older than what is vendored.
+const PACKAGE: &str = "k8s.io/kubernetes";
+/// What is kept.
+const PROGRAMS: [&str; 2] = ["etcd", "kube-apiserver"];
+/// Examples, of which the server has none.
+const EXAMPLES: [&str; 3] = ["/code-generator/", "/sample-apiserver/", "/example"];
+
+#[derive(Args)]
+pub(crate) struct Arguments {
+    /// Do nothing, and say so, where kube-apiserver is not in the cache
+    #[arg(long)]
+    if_cached: bool,
+}
+
+/// Runs the tests that need a server of the API, in namespaces and cgroups of their own.
+pub(crate) fn kube(arguments: &Arguments) -> Result<()> {
+    let folder = workspace::cache()?.join("kube");
+    if arguments.if_cached && !folder.is_dir() {
+        println!(
+            "left out: the watch of a real kube-apiserver, which is not in {} (`cargo xtask kube` builds it)",
+            folder.display()
+        );
+        return Ok(());
+    }
+    setup::setup(&[Group::Base, Group::Kube])?;
+    if !folder.is_dir() {
+        let scratch = folder.with_extension("part");
+        drop(fs::remove_dir_all(&scratch));
+        let built = build(&scratch, &folder);
+        // Two gigabytes that nothing needs any more.
+        let removed = fs::remove_dir_all(&scratch);
+        built.with_context(|| format!("building kube-apiserver in {}", scratch.display()))?;
+        removed.with_context(|| format!("removing {}", scratch.display()))?;
+    }
+    for program in PROGRAMS {
+        run::output(Command::new(folder.join(program)).arg("--version"))
+            .with_context(|| format!("trying what is in {}; remove it to get it anew", folder.display()))?;
+    }
+    test::needing("kube", &[("INTERCEPT_KUBE", &folder)])
+}
+
+/// Makes the folder, whole or not at all.
+fn build(scratch: &Path, folder: &Path) -> Result<()> {
+    let (root, kept) = (scratch.join("root"), scratch.join("kept"));
+    for made in [&root, &kept] {
+        fs::create_dir_all(made).with_context(|| format!("making {}", made.display()))?;
+    }
+    let lists = Lists::own(&scratch.join("apt"), &SOURCES, "reading which packages Debian has")?;
+    lists.unpack(&PACKAGES, &root)?;
+    let go = Go { root: root.join(GO_ROOT), scratch: scratch.to_owned() };
+    lists.unpack_source(SOURCE, &go.source())?;
+
+    let generator = scratch.join("openapi-gen");
+    let package = format!("{PACKAGE}/vendor/k8s.io/kube-openapi/cmd/openapi-gen");
+    run::quietly("building openapi-gen", go.build(&generator).arg(package))?;
+    let mut describe = go.command(&generator);
+    // As its Makefile does, which needs a repository.
+    describe.arg("--logtostderr").arg("--input-dirs").arg(described(&go.source())?);
+    describe.args(["--output-package", &format!("{PACKAGE}/pkg/generated/openapi")]);
+    describe.args(["--output-file-base", "zz_generated.openapi", "--report-filename", "/dev/null"]);
+    describe.args(["--go-header-file", "hack/boilerplate/boilerplate.generatego.txt"]);
+    run::quietly("describing the API", &mut describe)?;
+
+    let linked = format!("-s -w -X {PACKAGE}/vendor/k8s.io/component-base/version.gitVersion={VERSION}");
+    let mut server = go.build(&kept.join("kube-apiserver"));
+    server.args(["-ldflags", &linked, &format!("{PACKAGE}/cmd/kube-apiserver")]);
+    run::quietly("building kube-apiserver (five minutes on two cores)", &mut server)?;
+    fs::rename(root.join("usr/bin/etcd"), kept.join("etcd")).context("keeping etcd")?;
+    fs::rename(&kept, folder).with_context(|| format!("keeping {}", folder.display()))
+}
+
+/// The packages whose types the API has, by the names that they have within the server.
+fn described(source: &Path) -> Result<String> {
+    let mut grep = Command::new("grep");
+    grep.args(["-rlF", "--include=*.go", "+k8s:openapi-gen=", "pkg", "staging/src"]).current_dir(source);
+    let files = run::output(&mut grep).context("looking for the types of the API")?;
+    Ok(packages(&files).into_iter().collect::<Vec<_>>().join(","))
+}
+
+fn packages(files: &str) -> BTreeSet<String> {
+    let files = files.lines().filter(|file| !EXAMPLES.iter().any(|example| file.contains(example)));
+    let folders = files.filter_map(|file| Some(file.rsplit_once('/')?.0));
+    folders
+        .map(|folder| match folder.strip_prefix("staging/src/") {
+            Some(staged) => format!("{PACKAGE}/vendor/{staged}"),
+            None => format!("{PACKAGE}/{folder}"),
+        })
+        .collect()
+}
+
+/// The compiler, which writes nothing outside its folder and downloads nothing.
+struct Go {
+    root: PathBuf,
+    scratch: PathBuf,
+}
+
+impl Go {
+    fn source(&self) -> PathBuf {
+        self.scratch.join("go/src").join(PACKAGE)
+    }
+
+    fn command(&self, program: &Path) -> Command {
+        let source = self.source();
+        let mut command = Command::new(program);
+        command.env_clear().env("PATH", self.root.join("bin")).env("GOROOT", &self.root);
+        command.env("HOME", &self.scratch).env("GOCACHE", self.scratch.join("cache"));
+        command.env("GOPATH", self.scratch.join("go")).env("TMPDIR", &self.scratch);
+        command.envs([("GO111MODULE", "off"), ("GOPROXY", "off"), ("CGO_ENABLED", "0")]);
+        command.env("PWD", &source).current_dir(&source);
+        command
+    }
+
+    fn build(&self, output: &Path) -> Command {
+        let mut command = self.command(&self.root.join("bin/go"));
+        command.args(["build", "-p", "2", "-o"]).arg(output);
+        command
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn types_of_the_api_are_known_by_package() {
+        let files = "pkg/apis/abac/v0/doc.go\n\
+                     staging/src/k8s.io/api/core/v1/doc.go\n\
+                     staging/src/k8s.io/api/core/v1/types.go\n\
+                     staging/src/k8s.io/apiserver/pkg/apis/example/v1/doc.go\n\
+                     staging/src/k8s.io/sample-apiserver/pkg/apis/wardle/v1/types.go\n";
+        let expected = ["k8s.io/kubernetes/pkg/apis/abac/v0", "k8s.io/kubernetes/vendor/k8s.io/api/core/v1"];
+        assert!(packages(files).iter().eq(expected), "{:?}", packages(files));
+    }
+}
