@@ -1,6 +1,10 @@
-//! What is attached to a cgroup, asked of the kernel directly.
+//! What is attached to a cgroup, and what a program makes of a made-up context: asked of the kernel directly.
 
-use std::io;
+use std::{
+    io,
+    net::SocketAddrV4,
+    os::fd::{FromRawFd as _, OwnedFd},
+};
 
 #[repr(C)]
 #[derive(Default)]
@@ -24,4 +28,108 @@ pub fn attached(cgroup: i32, hook: u32) -> io::Result<usize> {
         libc::syscall(libc::SYS_bpf, BPF_PROG_QUERY, std::ptr::from_mut(&mut query), size_of::<Query>())
     };
     if ret < 0 { Err(io::Error::last_os_error()) } else { Ok(query.count as usize) }
+}
+
+#[repr(C)]
+#[derive(Default)]
+struct TestRun {
+    program: u32,
+    result: u32,
+    sizes: [u32; 2],
+    data: [u64; 2],
+    repeat: u32,
+    duration: u32,
+    context_size_in: u32,
+    context_size_out: u32,
+    context_in: u64,
+    context_out: u64,
+    flags: u32,
+    cpu: u32,
+    batch_size: u32,
+    pad: u32,
+}
+
+/// `struct bpf_sk_lookup` of linux/bpf.h.
+#[repr(C)]
+#[derive(Clone, Copy, Default)]
+struct Lookup {
+    cookie: u64,
+    family: u32,
+    protocol: u32,
+    remote_ip4: u32,
+    remote_ip6: [u32; 4],
+    /// Network order.
+    remote_port: u16,
+    pad: u16,
+    local_ip4: u32,
+    local_ip6: [u32; 4],
+    /// Host order.
+    local_port: u32,
+    ingress_ifindex: u32,
+}
+
+/// Has a program of `sk_lookup` look at a TCP connection: its answer (0 is drop, 1 pass), and the cookie of the socket that
+/// it chose; 0 for none.
+pub fn look_up(program: i32, remote: SocketAddrV4, local: SocketAddrV4) -> io::Result<(u32, u64)> {
+    const BPF_PROG_TEST_RUN: libc::c_long = 10;
+    let mut context = Lookup {
+        family: libc::AF_INET.cast_unsigned(),
+        protocol: libc::IPPROTO_TCP.cast_unsigned(),
+        remote_ip4: remote.ip().to_bits().to_be(),
+        remote_port: remote.port().to_be(),
+        local_ip4: local.ip().to_bits().to_be(),
+        local_port: local.port().into(),
+        ..Lookup::default()
+    };
+    let size = u32::try_from(size_of::<Lookup>()).map_err(io::Error::other)?;
+    let address = std::ptr::from_mut(&mut context) as u64;
+    let mut run = TestRun {
+        program: program.cast_unsigned(),
+        context_size_in: size,
+        context_size_out: size,
+        context_in: address,
+        context_out: address,
+        ..TestRun::default()
+    };
+    // SAFETY: the attribute and the context are of the sizes given and outlive the call.
+    let ret = unsafe {
+        libc::syscall(libc::SYS_bpf, BPF_PROG_TEST_RUN, std::ptr::from_mut(&mut run), size_of::<TestRun>())
+    };
+    if ret < 0 { Err(io::Error::last_os_error()) } else { Ok((run.result, context.cookie)) }
+}
+
+#[repr(C)]
+#[derive(Default)]
+struct Load {
+    kind: u32,
+    instruction_count: u32,
+    instructions: u64,
+    license: u64,
+    log: [u64; 2],
+    kernel_version: u32,
+    flags: u32,
+    name: [u8; 16],
+}
+
+/// A program of `sock_ops` that returns at once.
+pub fn load_empty() -> io::Result<OwnedFd> {
+    const BPF_PROG_LOAD: libc::c_long = 5;
+    const BPF_PROG_TYPE_SOCK_OPS: u32 = 13;
+    // r0 = 1; exit
+    let instructions: [[u8; 8]; 2] = [[0xb7, 0, 0, 0, 1, 0, 0, 0], [0x95, 0, 0, 0, 0, 0, 0, 0]];
+    let mut load = Load {
+        kind: BPF_PROG_TYPE_SOCK_OPS,
+        instruction_count: 2,
+        instructions: instructions.as_ptr() as u64,
+        license: c"GPL".as_ptr() as u64,
+        ..Load::default()
+    };
+    load.name[..5].copy_from_slice(b"empty");
+    // SAFETY: the attribute is of the size given; it and what it points to outlive the call.
+    let ret = unsafe {
+        libc::syscall(libc::SYS_bpf, BPF_PROG_LOAD, std::ptr::from_mut(&mut load), size_of::<Load>())
+    };
+    let fd = i32::try_from(ret).map_err(io::Error::other)?;
+    // SAFETY: the kernel has just made this descriptor for us.
+    if fd < 0 { Err(io::Error::last_os_error()) } else { Ok(unsafe { OwnedFd::from_raw_fd(fd) }) }
 }

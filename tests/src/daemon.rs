@@ -11,9 +11,10 @@ use std::{
 
 use anyhow::{Context as _, Result, bail, ensure};
 use intercept_agent::daemon::{
-    protocol::{Request, Response},
+    protocol::{Add, Request, Response, Sandbox, Select},
     reconcile::{Report, State},
     socket,
+    wanted::Given,
 };
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::json;
@@ -22,7 +23,7 @@ use tempfile::TempDir;
 use crate::{
     actor::{Actor, Bind, Dial, Listen, Outcome, Transport},
     agent::Agent,
-    testbed::{Ids, Place, Pod, name},
+    testbed::{Ids, Place, Pod, cgroup, name},
 };
 
 /// How long anything may take that is not measured.
@@ -173,6 +174,28 @@ impl Drop for Daemon<'_> {
             }
         }
     }
+}
+
+/// What the CNI plugin asks for a pod, which is to be captured by these options of the command line.
+pub fn add(place: &Place, uid: &str, arguments: Vec<String>) -> Result<Request> {
+    let relative = place.cgroup.path().strip_prefix(cgroup::mount_point()?)?;
+    Ok(Request::Add(Box::new(Add {
+        pod: sandbox(uid),
+        netns: place.netns.path().to_owned(),
+        cgroup: Some(relative.display().to_string()),
+        annotations: None,
+        select: Select::All,
+        given: Given { arguments, ..Given::default() },
+    })))
+}
+
+/// And when it is gone.
+pub fn delete(uid: &str) -> Request {
+    Request::Delete(sandbox(uid))
+}
+
+fn sandbox(uid: &str) -> Sandbox {
+    Sandbox { sandbox: uid.into(), uid: Some(uid.into()), ..Sandbox::default() }
 }
 
 /// Everything outbound to the proxy.

@@ -176,13 +176,21 @@ fn pods_of_the_api_are_captured_followed_and_released() {
     assert_eq!((&events[0]["reason"], &events[0]["type"]), (&json!("NotCaptured"), &json!("Warning")));
     assert_eq!(events[0]["note"], problem.text, "{events:?}");
     assert!(problem.cause == "options" && problem.text.contains("includeInboundPorts"), "{problem:?}");
+    daemon.wait("it watches", |_| !api.shared().watchers.is_empty()).expect("it watches");
+    let otherwise = json!({ "traffic.sidecar.istio.io/excludeOutboundPorts": "https" });
+    api.event("MODIFIED", pod("wrong", "uid-wrong", &spec, &otherwise));
+    daemon.wait("another event, with another text", |_| !api.shared().posted.is_empty()).expect("an event");
+    let events = std::mem::take(&mut api.shared().posted);
+    assert!(
+        events[0]["note"].as_str().is_some_and(|note| note.contains("excludeOutboundPorts")),
+        "{events:?}"
+    );
     let asked = api.shared().asked.clone();
     let mut questions = asked.iter().filter(|request| request.starts_with("GET "));
     assert!(questions.all(|request| request.contains("spec.nodeName%3Dnode-1")), "{asked:?}");
 
     // A changed annotation, in place.
     let excluded = json!({ "traffic.sidecar.istio.io/excludeOutboundIPRanges": "10.96.0.0/16" });
-    daemon.wait("it watches", |_| !api.shared().watchers.is_empty()).expect("it watches");
     api.event("MODIFIED", pod("cart", UID, &spec, &excluded));
     daemon
         .wait("not captured any more", |_| answers(&actor, service()).as_deref() != Some("proxy"))

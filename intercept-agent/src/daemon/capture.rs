@@ -59,7 +59,10 @@ impl CaptureError {
             Self::Node(NodeError::Table(error)) if error.is_full() => "map_full",
             Self::Node(NodeError::TooManyPods(_)) => "map_full",
             Self::Node(NodeError::NetnsTaken { .. } | NodeError::CgroupTaken { .. }) => "conflict",
-            Self::Node(NodeError::Store(StoreError::Mount { .. } | StoreError::Record { .. })) => "store",
+            Self::Node(
+                NodeError::Store(StoreError::Mount { .. } | StoreError::Record { .. })
+                | NodeError::OtherLayout(_),
+            ) => "store",
             Self::Node(NodeError::Left) => "leaving",
             Self::Node(NodeError::Mirror { .. }) | Self::Follow(_) => "routes",
             Self::Node(_) => "kernel",

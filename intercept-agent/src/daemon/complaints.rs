@@ -1,5 +1,7 @@
 //! Kubernetes events for pods that could not be captured, where `kubectl describe pod` shows them.
 
+use std::collections::HashMap;
+
 use k8s_openapi::api::core::v1::ObjectReference;
 use kube::{
     Client,
@@ -9,6 +11,8 @@ use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 
 /// What the API takes of a message, in bytes.
 const NOTE_BYTES: usize = 1024;
+/// How many pods' last complaints are remembered.
+const REMEMBERED: usize = 1024;
 
 /// A pod of the API that could not be captured.
 #[derive(Debug)]
@@ -26,13 +30,23 @@ pub struct Complaint {
 pub fn publish(client: Client, node: String) -> UnboundedSender<Complaint> {
     let (sender, complaints) = unbounded_channel();
     let reporter = Reporter { controller: "intercept-agent".to_owned(), instance: Some(node) };
-    tokio::spawn(follow(Recorder::new(client, reporter), complaints));
+    tokio::spawn(follow(client, reporter, complaints));
     sender
 }
 
-async fn follow(recorder: Recorder, mut complaints: UnboundedReceiver<Complaint>) {
+async fn follow(client: Client, reporter: Reporter, mut complaints: UnboundedReceiver<Complaint>) {
+    let fresh = || Recorder::new(client.clone(), reporter.clone());
+    let mut recorder = fresh();
+    let mut said = HashMap::<String, String>::new();
     while let Some(Complaint { uid, name, text }) = complaints.recv().await {
         let Some((namespace, pod)) = name.split_once('/') else { continue };
+        // The recorder counts up the pod's last event, whose text stays as it was.
+        if said.insert(uid.clone(), text.clone()).is_some_and(|before| before != text)
+            || said.len() > REMEMBERED
+        {
+            recorder = fresh();
+            said = HashMap::from([(uid.clone(), text.clone())]);
+        }
         let reference = ObjectReference {
             api_version: Some("v1".to_owned()),
             kind: Some("Pod".to_owned()),

@@ -74,15 +74,16 @@ impl Reconciler {
         self.complaints = Some(complaints);
     }
 
-    /// Once for the failures in a row, which may be many.
-    fn complain(&self, key: &Key) {
-        let (Some(complaints), Key::Pod(uid), Some(pod)) = (&self.complaints, key, self.pods.get(key)) else {
+    /// Once for failures of one kind in a row, which may be many.
+    fn complain(&mut self, key: &Key) {
+        let (Some(complaints), Key::Pod(uid), Some(pod)) = (&self.complaints, key, self.pods.get_mut(key))
+        else {
             return;
         };
-        if let (Some(problem), 1) = (&pod.problem, pod.failures) {
-            let complaint =
-                Complaint { uid: uid.clone(), name: pod.name.clone(), text: problem.text.clone() };
-            drop(complaints.send(complaint));
+        let Some(text) = pod.problem.as_ref().map(|problem| problem.text.clone()) else { return };
+        if pod.complained.as_ref() != Some(&text) {
+            pod.complained = Some(text.clone());
+            drop(complaints.send(Complaint { uid: uid.clone(), name: pod.name.clone(), text }));
         }
     }
 
@@ -415,6 +416,7 @@ impl Reconciler {
         if latest {
             pod.settled = true;
             pod.problem = None;
+            pod.complained = None;
             pod.failures = 0;
             pod.due = None;
             pod.answer(&Ok("captured"));

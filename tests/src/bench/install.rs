@@ -1,8 +1,10 @@
 //! How long it takes to put one more pod in force, and to take it out.
 
-use std::time::Duration;
+use std::path::Path;
+use std::time::{Duration, Instant};
 
-use anyhow::Result;
+use anyhow::{Result, bail};
+use intercept_agent::daemon::protocol::{Request, Response};
 use rand::rngs::StdRng;
 use rand::seq::SliceRandom;
 use serde::{Deserialize, Serialize};
@@ -11,7 +13,20 @@ use super::capture::Capture;
 use super::crew::Crew;
 use super::interrupt;
 use super::mode::{Lists, Mode};
+use crate::agent::Agent;
+use crate::daemon::{Daemon, add, delete};
 use crate::testbed::Place;
+
+/// How a pod is put in force.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Way {
+    /// By programs that are started for it.
+    #[default]
+    Command,
+    /// By asking the agent's daemon on its socket, as the CNI plugin does.
+    Daemon,
+}
 
 /// One pod put in force and taken out.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -22,7 +37,10 @@ pub struct Installed {
     pub mode: Mode,
     /// With which flags.
     pub lists: Lists,
-    /// From the start of the first program to the end of the last.
+    /// How it was asked for.
+    #[serde(default)]
+    pub way: Way,
+    /// From the start of the first program to the end of the last, or from question to answer.
     pub install: Duration,
     /// The same for taking it out.
     pub remove: Duration,
@@ -36,29 +54,58 @@ pub fn run(
     random: &mut StdRng,
     mut after_each: impl FnMut(),
 ) -> Result<Vec<Installed>> {
-    let mut cases: Vec<(Mode, Lists)> = Vec::new();
+    let mut cases: Vec<(Mode, Lists, Way)> = Vec::new();
     for &mode in modes.iter().filter(|mode| mode.captures()) {
-        cases.extend([Lists::Injected, Lists::Cidrs(10_000)].map(|lists| (mode, lists)));
+        cases.extend([Lists::Injected, Lists::Cidrs(10_000)].map(|lists| (mode, lists, Way::Command)));
     }
     let neighbours = cases.iter().map(|_| Place::new("neighbour")).collect::<Result<Vec<_>>>()?;
     let mut captures = Vec::new();
-    for (&(mode, _), place) in cases.iter().zip(&neighbours).step_by(2) {
+    for (&(mode, ..), place) in cases.iter().zip(&neighbours).step_by(2) {
         let mut capture = Capture::prepare(mode, &Lists::Injected.options(), place, crew)?;
         capture.install()?;
         captures.push(capture);
     }
+    let agent = modes.contains(&Mode::Agent).then(|| Agent::new("bench")).transpose()?;
+    let daemon = agent.as_ref().map(|agent| Daemon::start(agent, &[])).transpose()?;
+    let near_daemon = Place::new("neighbour")?;
+    if let Some(daemon) = &daemon {
+        ask(daemon, &add(&near_daemon, "neighbour", arguments(Lists::Injected))?)?;
+        cases.extend([Lists::Injected, Lists::Cidrs(10_000)].map(|lists| (Mode::Agent, lists, Way::Daemon)));
+    }
     let mut installed = Vec::new();
     for round in 0..rounds {
         cases.shuffle(random);
-        for &(mode, lists) in &cases {
+        for &(mode, lists, way) in &cases {
             interrupt::check()?;
             let place = Place::new(&mode.to_string())?;
-            let mut capture = Capture::prepare(mode, &lists.options(), &place, crew)?;
-            let install = capture.install()?;
-            let remove = capture.remove()?;
-            installed.push(Installed { round, mode, lists, install, remove });
+            let (install, remove) = match (way, &daemon) {
+                (Way::Daemon, Some(daemon)) => {
+                    let uid = format!("{lists}-{round}");
+                    let question = add(&place, &uid, arguments(lists))?;
+                    (ask(daemon, &question)?, ask(daemon, &delete(&uid))?)
+                }
+                _ => {
+                    let mut capture = Capture::prepare(mode, &lists.options(), &place, crew)?;
+                    (capture.install()?, capture.remove()?)
+                }
+            };
+            installed.push(Installed { round, mode, lists, way, install, remove });
             after_each();
         }
     }
     Ok(installed)
+}
+
+fn arguments(lists: Lists) -> Vec<String> {
+    // There is no DNS capture, which is what the file would be for.
+    lists.options().arguments(Path::new("/dev/null"))
+}
+
+/// How long the answer took.
+fn ask(daemon: &Daemon<'_>, question: &Request) -> Result<Duration> {
+    let begun = Instant::now();
+    match daemon.ask(question)? {
+        Response::Done(_) => Ok(begun.elapsed()),
+        other => bail!("the daemon answered {other:?}"),
+    }
 }

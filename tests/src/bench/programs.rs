@@ -1,10 +1,14 @@
 //! What the kernel says of the agent's programs: instructions as verified, runs, and nanoseconds a run.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::fs::File;
+use std::os::fd::AsFd as _;
 
 use anyhow::{Context, Result, ensure};
 use aya::programs::{ProgramInfo, loaded_programs};
 use aya::sys::{Stats, enable_stats};
+use aya_obj::generated::bpf_attach_type;
+use intercept_agent::kernel;
 use serde::{Deserialize, Serialize};
 
 use super::crew::Crew;
@@ -13,6 +17,7 @@ use super::rig::{Pods, Rig, Size};
 use super::rounds::measure;
 use super::work::Work;
 use super::worker::Timing;
+use crate::bpf;
 
 /// One program, or all instances of one.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -41,31 +46,77 @@ struct Count {
     nanoseconds: u128,
 }
 
+impl Count {
+    fn add(&mut self, info: &ProgramInfo) {
+        self.verified = self.verified.max(info.verified_instruction_count().unwrap_or(0));
+        self.runs += info.run_count();
+        self.nanoseconds += info.run_time().as_nanos();
+    }
+
+    #[expect(clippy::cast_precision_loss, reason = "counts of seconds fit")]
+    fn nanoseconds_a_run(&self, earlier: Self) -> f64 {
+        (self.nanoseconds - earlier.nanoseconds) as f64 / (self.runs - earlier.runs).max(1) as f64
+    }
+}
+
+/// What a run has found.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct Programs {
+    /// The agent's.
+    pub figures: Vec<Figures>,
+    /// Nanoseconds of a run of a program that returns at once, attached beside them: what the kernel's measuring itself
+    /// takes of each of theirs.
+    pub empty: f64,
+}
+
+impl Programs {
+    /// Microseconds of all for one connection of a client.
+    pub fn microseconds(&self) -> f64 {
+        self.figures.iter().map(Figures::microseconds).sum()
+    }
+
+    /// How much of that an empty program would take, run as often.
+    pub fn measuring(&self) -> f64 {
+        self.figures.iter().map(|figures| figures.runs * self.empty / 1000.0).sum()
+    }
+}
+
 /// Measures fresh connections with the kernel's statistics on, which slows everything: no rates are taken.
-pub fn run(timing: Timing, crew: &Crew) -> Result<Vec<Figures>> {
+pub fn run(timing: Timing, crew: &Crew) -> Result<Programs> {
     let pods = Pods::new("programs")?;
     let mut rig = Rig::build(Cell::plain(Mode::Agent), Size::ONE, &pods, crew)?;
+    let empty = bpf::load_empty().context("loading an empty program")?;
+    let cgroup = File::open(pods.client.cgroup.path()).context("opening the client's cgroup")?;
+    let link = kernel::link_create(empty.as_fd(), cgroup.as_fd(), bpf_attach_type::BPF_CGROUP_SOCK_OPS)
+        .context("attaching an empty program")?;
+    let empty = kernel::link_info(link.as_fd()).context("asking for the empty program's id")?.program;
     let _on = enable_stats(Stats::RunTime).context("turning the kernel's statistics of programs on")?;
     let work = Work::Connect { clients: 8 };
     // The window does not begin with the statistics: a run for scale, then one for the difference of two counts,
     // without a warm-up that would be counted in one and not in the other.
     measure(&mut rig, work, timing)?;
     let timing = Timing { warm_up: std::time::Duration::ZERO, ..timing };
-    let before = counts(crew)?;
+    let (before, empty_before) = (counts(crew)?, count_of(empty)?);
     let connections = measure(&mut rig, work, timing)?.operations;
-    let after = counts(crew)?;
+    let (after, empty_after) = (counts(crew)?, count_of(empty)?);
     #[expect(clippy::cast_precision_loss, reason = "counts of seconds fit")]
     let figures = after.iter().map(|(name, now)| {
         let earlier = before.get(name).copied().unwrap_or_default();
-        let runs = now.runs - earlier.runs;
         Figures {
             name: name.clone(),
             verified: now.verified,
-            runs: runs as f64 / connections as f64,
-            nanoseconds: (now.nanoseconds - earlier.nanoseconds) as f64 / runs.max(1) as f64,
+            runs: (now.runs - earlier.runs) as f64 / connections as f64,
+            nanoseconds: now.nanoseconds_a_run(earlier),
         }
     });
-    Ok(figures.collect())
+    Ok(Programs { figures: figures.collect(), empty: empty_after.nanoseconds_a_run(empty_before) })
+}
+
+fn count_of(program: u32) -> Result<Count> {
+    let info = loaded_programs().flatten().find(|info| info.id() == program).context("it is not loaded")?;
+    let mut count = Count::default();
+    count.add(&info);
+    Ok(count)
 }
 
 /// Instructions of each program, as verified: the same in every run.
@@ -79,10 +130,7 @@ fn counts(crew: &Crew) -> Result<BTreeMap<String, Count>> {
     let mut counts: BTreeMap<String, Count> = BTreeMap::new();
     for info in loaded(crew)? {
         let name = info.name_as_str().unwrap_or_default().to_owned();
-        let count = counts.entry(name).or_default();
-        count.verified = count.verified.max(info.verified_instruction_count().unwrap_or(0));
-        count.runs += info.run_count();
-        count.nanoseconds += info.run_time().as_nanos();
+        counts.entry(name).or_default().add(&info);
     }
     ensure!(!counts.is_empty(), "the agent has no program");
     Ok(counts)

@@ -11,11 +11,11 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result};
 use serde::{Deserialize, Serialize};
 
-use super::install::Installed;
+use super::install::{Installed, Way};
 use super::machine::Machine;
 use super::memory::Crowd;
 use super::mode::{Lists, Mode};
-use super::programs::Figures;
+use super::programs::Programs;
 use super::rounds::Row;
 use super::statistics::Spread;
 use super::summary::Summary;
@@ -36,7 +36,8 @@ pub struct Report {
     /// Pods put in force and taken out.
     pub installed: Vec<Installed>,
     /// The agent's programs.
-    pub programs: Vec<Figures>,
+    #[serde(default)]
+    pub programs: Programs,
     /// Connections for which memory was read.
     pub memory: Vec<Crowd>,
     /// As many connections as one pod could have.
@@ -50,6 +51,8 @@ pub struct Report {
 pub struct InstallTimes {
     /// By what.
     pub mode: Mode,
+    /// How it was asked for.
+    pub way: Way,
     /// With which flags.
     pub lists: Lists,
     /// Milliseconds to put a pod in force.
@@ -60,6 +63,16 @@ pub struct InstallTimes {
     pub install_ratio: Option<Spread>,
     /// The same for taking out.
     pub remove_ratio: Option<Spread>,
+}
+
+impl InstallTimes {
+    /// What tells it from the others.
+    fn label(&self) -> String {
+        match self.way {
+            Way::Command => format!("{}, {}", self.mode, self.lists),
+            Way::Daemon => format!("{} by its daemon, {}", self.mode, self.lists),
+        }
+    }
 }
 
 /// Kernel memory of one connection of a client, in one mode.
@@ -91,24 +104,27 @@ impl Report {
 
     /// Times to put a pod in force, by flags and mode.
     pub fn install_times(&self) -> Vec<InstallTimes> {
-        let mut keys: Vec<(Lists, Mode)> = self.installed.iter().map(|one| (one.lists, one.mode)).collect();
+        let mut keys: Vec<(Lists, Mode, Way)> =
+            self.installed.iter().map(|one| (one.lists, one.mode, one.way)).collect();
         keys.sort_unstable();
         keys.dedup();
-        let times = |(lists, mode): (Lists, Mode)| {
-            let of =
-                |mode: Mode| self.installed.iter().filter(move |one| (one.lists, one.mode) == (lists, mode));
+        let times = |(lists, mode, way): (Lists, Mode, Way)| {
+            let of = |mode: Mode, way: Way| {
+                self.installed.iter().filter(move |one| (one.lists, one.mode, one.way) == (lists, mode, way))
+            };
             let milliseconds = |time: std::time::Duration| time.as_secs_f64() * 1000.0;
             let ratio = |figure: fn(&Installed) -> std::time::Duration| {
-                Spread::of(of(mode).filter_map(|one| {
-                    let base = of(Mode::IptablesNft).find(|base| base.round == one.round)?;
+                Spread::of(of(mode, way).filter_map(|one| {
+                    let base = of(Mode::IptablesNft, Way::Command).find(|base| base.round == one.round)?;
                     Some(figure(one).as_secs_f64() / figure(base).as_secs_f64())
                 }))
             };
             Some(InstallTimes {
                 mode,
+                way,
                 lists,
-                install: Spread::of(of(mode).map(|one| milliseconds(one.install)))?,
-                remove: Spread::of(of(mode).map(|one| milliseconds(one.remove)))?,
+                install: Spread::of(of(mode, way).map(|one| milliseconds(one.install)))?,
+                remove: Spread::of(of(mode, way).map(|one| milliseconds(one.remove)))?,
                 install_ratio: ratio(|one| one.install),
                 remove_ratio: ratio(|one| one.remove),
             })

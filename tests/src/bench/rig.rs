@@ -51,7 +51,7 @@ impl Size {
 /// The two pods, unoccupied.
 #[derive(Debug)]
 pub struct Pods {
-    client: Place,
+    pub(super) client: Place,
     server: Place,
 }
 

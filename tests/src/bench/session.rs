@@ -12,6 +12,7 @@ use super::machine::Machine;
 use super::memory::{Crowd, Trial, crowd};
 use super::mode::{Mode, Proxy};
 use super::plan::{Plan, Section, Suite};
+use super::programs::Programs;
 use super::progress::Progress;
 use super::report::Report;
 use super::summary::summarize;
@@ -50,7 +51,7 @@ pub fn perform(mut plan: Plan, connections: usize, seed: u64, crew: &Crew, folde
         notes,
         summaries: Vec::new(),
         installed: Vec::new(),
-        programs: Vec::new(),
+        programs: Programs::default(),
         memory: Vec::new(),
         reach: Vec::new(),
         rows: Vec::new(),
@@ -182,7 +183,9 @@ fn planned(plan: &Plan, connections: usize) -> f64 {
     let mut seconds: f64 = plan.suites().iter().map(Suite::seconds).sum();
     if plan.has(Section::Install) {
         let captured = plan.modes.iter().filter(|mode| mode.captures()).count();
-        seconds += (captured * 2 * plan.rounds(5, 20)) as f64 * INSTALL;
+        // The daemon is one more.
+        let ways = captured + usize::from(plan.modes.contains(&Mode::Agent));
+        seconds += (ways * 2 * plan.rounds(5, 20)) as f64 * INSTALL;
     }
     if plan.has(Section::Programs) {
         seconds += PROGRAMS;

@@ -73,6 +73,8 @@ pub(super) struct Pod {
     pub(super) settled: bool,
     /// Why the last attempt failed.
     pub(super) problem: Option<Problem>,
+    /// What of its problems was last told others, until it is captured.
+    pub(super) complained: Option<String>,
     /// Why it is left alone.
     pub(super) left_alone: Option<&'static str>,
     /// Attempts that failed in a row.

@@ -100,18 +100,18 @@ fn install(report: &Report, text: &mut String) -> std::fmt::Result {
     }
     writeln!(
         text,
-        "\n### One more pod\n\n| flags | mode | in force / iptables-nft | out / iptables-nft |\n|---|---|---|---|"
+        "\n### One more pod\n\n| mode and flags | in force / iptables-nft | out / iptables-nft |\n|---|---|---|"
     )?;
     for time in times.iter().filter(|time| time.mode != Mode::IptablesNft) {
         let shown = |ratio: Option<Spread>| ratio.map_or(String::new(), table::with_spread);
         let (install, remove) = (shown(time.install_ratio), shown(time.remove_ratio));
-        writeln!(text, "| {} | {} | {install} | {remove} |", time.lists, time.mode)?;
+        writeln!(text, "| {} | {install} | {remove} |", time.label())?;
     }
     Ok(())
 }
 
 fn programs(report: &Report, text: &mut String) -> std::fmt::Result {
-    if report.programs.is_empty() {
+    if report.programs.figures.is_empty() {
         return Ok(());
     }
     writeln!(
@@ -119,7 +119,7 @@ fn programs(report: &Report, text: &mut String) -> std::fmt::Result {
         "\n### The programs\n\nFor one connection of a client through both pods, which is three connections.\n"
     )?;
     writeln!(text, "| program | instructions as verified | runs | ns a run | us |\n|---|---|---|---|---|")?;
-    for program in &report.programs {
+    for program in &report.programs.figures {
         let (name, us) = (&program.name, program.microseconds());
         writeln!(
             text,
@@ -127,8 +127,9 @@ fn programs(report: &Report, text: &mut String) -> std::fmt::Result {
             program.verified, program.runs, program.nanoseconds
         )?;
     }
-    let sum: f64 = report.programs.iter().map(crate::bench::programs::Figures::microseconds).sum();
-    writeln!(text, "| all | | | | {sum:.2} |")
+    let empty = report.programs.empty;
+    writeln!(text, "| all | | | | {:.2} |", report.programs.microseconds())?;
+    writeln!(text, "| of which the measuring | | | {empty:.0} | {:.2} |", report.programs.measuring())
 }
 
 fn crowds(report: &Report, text: &mut String) -> std::fmt::Result {

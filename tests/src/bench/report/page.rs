@@ -66,8 +66,7 @@ fn write_page(report: &Report, html: &mut String) -> std::fmt::Result {
         }
     }
     let times = report.install_times().into_iter().filter_map(|time| {
-        let label = format!("{}, {}", time.mode, time.lists);
-        Some(Line { label, spread: time.install_ratio?, own: time.mode.is_agent() })
+        Some(Line { label: time.label(), spread: time.install_ratio?, own: time.mode.is_agent() })
     });
     let times: Vec<Line> = times.collect();
     if !times.is_empty() {

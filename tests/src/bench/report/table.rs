@@ -116,7 +116,10 @@ fn install(report: &Report, text: &mut String) -> std::fmt::Result {
     if times.is_empty() {
         return Ok(());
     }
-    writeln!(text, "\none more pod: medians, from the start of the first program to the end of the last")?;
+    writeln!(
+        text,
+        "\none more pod: medians, from the start of the first program to the end of the last (daemon: from question to answer)"
+    )?;
     writeln!(
         text,
         "  {:<28} {:>10} {:>18} {:>10} {:>18}",
@@ -126,7 +129,7 @@ fn install(report: &Report, text: &mut String) -> std::fmt::Result {
         writeln!(
             text,
             "  {:<28} {:>10.2} {:>18} {:>10.2} {:>18}",
-            format!("{}, {}", time.mode, time.lists),
+            time.label(),
             time.install.median,
             time.install_ratio.map_or(String::new(), with_spread),
             time.remove.median,
@@ -137,12 +140,12 @@ fn install(report: &Report, text: &mut String) -> std::fmt::Result {
 }
 
 fn programs(report: &Report, text: &mut String) -> std::fmt::Result {
-    if report.programs.is_empty() {
+    if report.programs.figures.is_empty() {
         return Ok(());
     }
     writeln!(text, "\nprograms, for one connection of a client through both pods (three connections)")?;
     writeln!(text, "  {:<16} {:>10} {:>8} {:>8} {:>8}", "", "verified", "runs", "ns/run", "us")?;
-    for program in &report.programs {
+    for program in &report.programs.figures {
         writeln!(
             text,
             "  {:<16} {:>10} {:>8.2} {:>8.0} {:>8.2}",
@@ -153,8 +156,9 @@ fn programs(report: &Report, text: &mut String) -> std::fmt::Result {
             program.microseconds()
         )?;
     }
-    let sum: f64 = report.programs.iter().map(super::super::programs::Figures::microseconds).sum();
-    writeln!(text, "  {:<16} {:>10} {:>8} {:>8} {sum:>8.2}", "all", "", "", "")
+    let all = &report.programs;
+    writeln!(text, "  {:<16} {:>10} {:>8} {:>8} {:>8.2}", "all", "", "", "", all.microseconds())?;
+    writeln!(text, "  {:<27} {:>8} {:>8.0} {:>8.2}", "of which the measuring", "", all.empty, all.measuring())
 }
 
 fn memory(report: &Report, text: &mut String) -> std::fmt::Result {

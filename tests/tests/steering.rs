@@ -1,0 +1,110 @@
+//! The two halves of sk_lookup: a pod's stub, and the program that decides for all.
+
+use std::{
+    net::{IpAddr, Ipv4Addr, SocketAddr, SocketAddrV4},
+    os::fd::{AsFd as _, AsRawFd as _},
+    path::PathBuf,
+};
+
+use aya::{
+    maps::{Map, MapData, MapInfo, PerCpuArray, PerCpuValues, ProgramArray},
+    programs::loaded_programs,
+};
+use intercept_agent::kernel::Plain;
+use intercept_common::{layout::Arrival, names};
+use tests::{
+    actor::{Actor, Bind, Dial, Listen, Outcome, Transport},
+    agent::Agent,
+    bpf,
+    testbed::{Ids, Pod, PodSpec},
+};
+
+const FLAGS: [&str; 6] = ["-u", "1337", "-i", "*", "-b", "*"];
+const DROP: u32 = 0;
+const PASS: u32 = 1;
+
+fn listen(actor: &Actor, name: &str, ids: Ids, port: u16) {
+    let bind = Bind::new(ids, SocketAddr::new(IpAddr::from([0, 0, 0, 0]), port));
+    actor.listen(Listen { name: name.into(), transport: Transport::Tcp, bind }).expect("a server");
+}
+
+fn pin(agent: &Agent, map: &str) -> PathBuf {
+    agent.store().join("maps").join(map)
+}
+
+fn answer(pod: &Pod, world: &Actor) -> String {
+    match world
+        .dial(Dial::new(Ids::ROOT, SocketAddr::new(pod.address(false), 8080)))
+        .expect("dialled")
+        .outcome
+    {
+        Outcome::Answered(answer) => answer.server,
+        other => format!("{other:?}"),
+    }
+}
+
+/// The policy for a program that is not there: refused and counted, or let through where that is asked for.
+#[test]
+fn without_the_shared_half_inbound_is_refused() {
+    let agent = Agent::new("half").expect("the agent");
+    let pod = Pod::new(PodSpec::new("half")).expect("a pod");
+    let (inside, world) =
+        (Actor::start(&pod).expect("an actor"), Actor::start(pod.neighbour()).expect("an actor"));
+    listen(&inside, "app", Ids::APP, 8080);
+    listen(&inside, "proxy", Ids::PROXY, 15006);
+    agent.attach(&pod, &FLAGS).expect("attached");
+    assert_eq!(answer(&pod, &world), "proxy");
+
+    let data = MapData::from_pin(pin(&agent, names::INBOUND)).expect("a map");
+    let mut programs = ProgramArray::try_from(Map::ProgramArray(data)).expect("of programs");
+    programs.clear_index(&0).expect("taken out");
+    let refused = answer(&pod, &world);
+    assert!(refused != "proxy" && refused != "app", "{refused}");
+    let status = agent.status().expect("status");
+    assert_eq!(status[0]["failures"][0]["reason"], "steer_missing", "{status:?}");
+
+    agent.attach(&pod, &[&FLAGS[..], &["--open-without-proxy"]].concat()).expect("attached");
+    assert_eq!(answer(&pod, &world), "app");
+    agent.detach(&pod).expect("detached");
+}
+
+/// A look-up that a packet interrupts must not take the packet's pod for its own.
+#[test]
+fn the_note_of_another_look_up_is_not_believed() {
+    let agent = Agent::new("note").expect("the agent");
+    let pod = Pod::new(PodSpec::new("note")).expect("a pod");
+    let inside = Actor::start(&pod).expect("an actor");
+    listen(&inside, "proxy", Ids::PROXY, 15006);
+    agent.attach(&pod, &FLAGS).expect("attached");
+
+    let arrival = MapInfo::from_pin(pin(&agent, names::ARRIVAL)).expect("a map").id();
+    let steer = loaded_programs()
+        .flatten()
+        .find(|program| {
+            program.name_as_str() == Some(names::STEER)
+                && program.map_ids().ok().flatten().is_some_and(|ids| ids.contains(&arrival))
+        })
+        .expect("the program is loaded");
+    let program = steer.fd().expect("a descriptor");
+    let data = MapData::from_pin(pin(&agent, names::ARRIVAL)).expect("a map");
+    let mut notes: PerCpuArray<_, Plain<Arrival>> =
+        PerCpuArray::try_from(Map::PerCpuArray(data)).expect("of notes");
+    let cpus = aya::util::nr_cpus().expect("a number of CPUs");
+    let netns = agent.status().expect("status")[0]["netns_cookie"].as_u64().expect("a cookie");
+
+    let remote = SocketAddrV4::new(Ipv4Addr::new(192, 0, 2, 7), 40_000);
+    let local = SocketAddrV4::new(Ipv4Addr::new(10, 1, 2, 3), 8080);
+    let mut look_up = |ports: u64| {
+        let address = u64::from(remote.ip().to_bits().to_be());
+        let note = Plain(Arrival { netns, tag: address << 32 | ports });
+        notes.set(0, PerCpuValues::try_from(vec![note; cpus]).expect("one a CPU"), 0).expect("noted");
+        bpf::look_up(program.as_fd().as_raw_fd(), remote, local).expect("run")
+    };
+    let ports = u64::from(local.port()) << 16 | u64::from(remote.port().to_be());
+    let (verdict, socket) = look_up(ports);
+    assert!(verdict == PASS && socket != 0, "its own note: {verdict}, socket {socket}");
+    for other in [ports ^ 1, ports ^ 1 << 16] {
+        assert_eq!(look_up(other), (DROP, 0), "the note of another look-up");
+    }
+    agent.detach(&pod).expect("detached");
+}
