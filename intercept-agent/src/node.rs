@@ -94,6 +94,7 @@ impl Node {
             return Err(NodeError::OtherLayout(other.display().to_string()));
         }
         if !store.programs().join(names::CONNECT6).exists() {
+            store.remove_other_layouts()?;
             // What an agent left that died on the way is in the way.
             store.remove(&store.programs())?;
             store.create(&store.maps())?;

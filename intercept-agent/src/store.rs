@@ -252,6 +252,20 @@ impl Store {
         Ok(None)
     }
 
+    /// Take out maps and programs of other layout versions that no pod uses and no daemon keeps.
+    pub fn remove_other_layouts(&self) -> Result<(), StoreError> {
+        let own = self.version();
+        for version in list(&self.root)? {
+            if version != own
+                && list(&version.join("pods"))?.is_empty()
+                && let Ok(_unkept) = lock_dir(&version, FlockOperation::NonBlockingLockExclusive)
+            {
+                self.remove(&version)?;
+            }
+        }
+        Ok(())
+    }
+
     /// Folder of a pod.
     pub fn pod(&self, cookie: u64) -> PathBuf {
         self.version().join("pods").join(cookie.to_string())

@@ -3,11 +3,13 @@
 use std::{
     fs,
     net::{IpAddr, SocketAddr},
+    os::fd::AsFd as _,
     panic::{AssertUnwindSafe, catch_unwind, resume_unwind},
     path::{Path, PathBuf},
     sync::atomic::{AtomicBool, AtomicUsize, Ordering},
 };
 
+use intercept_agent::kernel;
 use tests::{
     actor::{Actor, Bind, Dial, Listen, Outcome, Transport},
     agent::Agent,
@@ -34,25 +36,31 @@ fn programs(bpffs: &Path) -> Vec<String> {
 fn programs_are_replaced_without_a_gap() {
     let agent = Agent::new("upgrade").expect("the agent");
     let pod = Pod::new(PodSpec::new("upgrade")).expect("a pod");
-    let inside = Actor::start(&pod).expect("an actor");
-    let bind = Bind::new(Ids::PROXY, SocketAddr::new(IpAddr::from([0, 0, 0, 0]), 15001));
-    inside.listen(Listen { name: "outbound".into(), transport: Transport::Tcp, bind }).expect("a proxy");
-    let attach = || agent.attach(&pod, &["-i", "*", "-u", "1337"]).expect("attached");
+    let (inside, world) =
+        (Actor::start(&pod).expect("an actor"), Actor::start(pod.neighbour()).expect("an actor"));
+    for (name, port) in [("outbound", 15001), ("inbound", 15006)] {
+        let bind = Bind::new(Ids::PROXY, SocketAddr::new(IpAddr::from([0, 0, 0, 0]), port));
+        inside.listen(Listen { name: name.into(), transport: Transport::Tcp, bind }).expect("a proxy");
+    }
+    let attach = || agent.attach(&pod, &["-i", "*", "-b", "*", "-u", "1337"]).expect("attached");
     assert!(attach().starts_with("attached"));
     let own = programs(agent.bpffs());
     assert_eq!(own.len(), 1, "{own:?}");
 
-    let to = SocketAddr::from(([10, 96, 0, 10], 80));
+    let out = Dial::new(Ids::APP, SocketAddr::from(([10, 96, 0, 10], 80)));
+    let back = Dial::new(Ids::ROOT, SocketAddr::new(pod.address(false), 8080));
     let (stop, dialled) = (AtomicBool::new(false), AtomicUsize::new(0));
     std::thread::scope(|scope| {
         // Every connection reaches the proxy and knows where it was going, whatever happens meanwhile.
         let client = scope.spawn(|| {
             while !stop.load(Ordering::Relaxed) {
-                match inside.dial(Dial::new(Ids::APP, to)).expect("dialled").outcome {
-                    Outcome::Answered(answer) => assert_eq!(answer.server, "outbound"),
-                    other => panic!("after {}: {other:?}", dialled.load(Ordering::Relaxed)),
+                for (actor, dial, proxy) in [(&inside, &out, "outbound"), (&world, &back, "inbound")] {
+                    match actor.dial(dial.clone()).expect("dialled").outcome {
+                        Outcome::Answered(answer) => assert_eq!(answer.server, proxy),
+                        other => panic!("{proxy}, after {}: {other:?}", dialled.load(Ordering::Relaxed)),
+                    }
+                    dialled.fetch_add(1, Ordering::Relaxed);
                 }
-                dialled.fetch_add(1, Ordering::Relaxed);
             }
         });
         let replaced = catch_unwind(AssertUnwindSafe(|| {
@@ -73,4 +81,17 @@ fn programs_are_replaced_without_a_gap() {
     assert!(dialled.load(Ordering::Relaxed) > 20, "too few connections to tell");
     agent.detach(&pod).expect("detached");
     assert!(!agent.bpffs().join("intercept").exists());
+}
+
+#[test]
+fn what_another_layout_left_without_pods_goes() {
+    let agent = Agent::new("idle").expect("the agent");
+    let pod = Pod::new(PodSpec::new("idle")).expect("a pod");
+    let idle = agent.bpffs().join("intercept/v1");
+    fs::create_dir_all(idle.join("maps")).expect("made");
+    let map = kernel::create_blob("left", b"behind").expect("a map");
+    kernel::pin(map.as_fd(), &idle.join("maps/LEFT")).expect("pinned");
+    agent.attach(&pod, &["-i", "*"]).expect("attached");
+    assert!(!idle.exists());
+    agent.detach(&pod).expect("detached");
 }

@@ -1,6 +1,6 @@
 //! Fuzzing: inputs that grow towards code not yet reached.
 
-use std::{fs, process::Command};
+use std::{fs, path::Path, process::Command, thread};
 
 use anyhow::{Context as _, Result};
 use clap::{Args, ValueEnum};
@@ -53,25 +53,37 @@ pub(crate) fn fuzz(arguments: &Arguments) -> Result<()> {
             .env("RUSTFLAGS", INSTRUMENTED.join(" ")),
     )?;
     let targets = if arguments.targets.is_empty() { Target::value_variants() } else { &arguments.targets };
-    for target in targets {
-        let (name, dictionary) = match target {
-            Target::Options => ("fuzz-options", Some("tests/fuzz/options.dict")),
-            Target::Decide => ("fuzz-decide", None),
-        };
-        let (corpus, findings) = (folder.join("corpus").join(name), folder.join("findings").join(name));
-        for folder in [&corpus, &findings] {
-            fs::create_dir_all(folder).with_context(|| format!("making {}", folder.display()))?;
-        }
-        let mut fuzzer = Command::new(folder.join(PLATFORM).join("release").join(name));
-        fuzzer.arg(format!("-max_total_time={}", arguments.seconds));
-        fuzzer.arg(format!("-artifact_prefix={}/", findings.display()));
-        if let Some(dictionary) = dictionary {
-            fuzzer.arg(format!("-dict={}", workspace::root().join(dictionary).display()));
-        }
-        eprintln!("== {name}, for {} s", arguments.seconds);
-        let found = || format!("{name} has found something: run it with the file in {}", findings.display());
-        run::shown(fuzzer.args(["-max_len=4096", "-verbosity=0", "-print_final_stats=1"]).arg(&corpus))
-            .with_context(found)?;
+    let (folder, seconds) = (&folder, arguments.seconds);
+    // Side by side: each has one thread.
+    thread::scope(|scope| {
+        let running: Vec<_> =
+            targets.iter().map(|target| scope.spawn(|| perform(*target, folder, seconds))).collect();
+        let done = running.into_iter().map(|fuzzer| match fuzzer.join() {
+            Ok(result) => result,
+            Err(panic) => std::panic::resume_unwind(panic),
+        });
+        // All of them, whichever has found something.
+        done.collect::<Vec<_>>().into_iter().collect()
+    })
+}
+
+fn perform(target: Target, folder: &Path, seconds: u32) -> Result<()> {
+    let (name, dictionary) = match target {
+        Target::Options => ("fuzz-options", Some("tests/fuzz/options.dict")),
+        Target::Decide => ("fuzz-decide", None),
+    };
+    let (corpus, findings) = (folder.join("corpus").join(name), folder.join("findings").join(name));
+    for folder in [&corpus, &findings] {
+        fs::create_dir_all(folder).with_context(|| format!("making {}", folder.display()))?;
     }
-    Ok(())
+    let mut fuzzer = Command::new(folder.join(PLATFORM).join("release").join(name));
+    fuzzer.arg(format!("-max_total_time={seconds}"));
+    fuzzer.arg(format!("-artifact_prefix={}/", findings.display()));
+    if let Some(dictionary) = dictionary {
+        fuzzer.arg(format!("-dict={}", workspace::root().join(dictionary).display()));
+    }
+    eprintln!("== {name}, for {seconds} s");
+    let found = || format!("{name} has found something: run it with the file in {}", findings.display());
+    run::shown(fuzzer.args(["-max_len=4096", "-verbosity=0", "-print_final_stats=1"]).arg(&corpus))
+        .with_context(found)
 }
