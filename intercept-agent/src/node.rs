@@ -167,7 +167,7 @@ impl Node {
 
     /// Put a policy in force for a pod. `config` has the ids as the pod sees them.
     pub fn attach(&mut self, target: &Target, config: &Config) -> Result<Attached, NodeError> {
-        self.enter_and_put_in_force(target, config, false, None)
+        self.attach_followed(target, config, None)
     }
 
     /// The same, also if it is in force already: every entry is written anew.
@@ -175,14 +175,14 @@ impl Node {
         self.enter_and_put_in_force(target, config, true, None)
     }
 
-    /// The same for a namespace that will be followed from the state that is put in force.
+    /// The same for a namespace that is followed from the state that is put in force, if by anybody.
     pub fn attach_followed(
         &mut self,
         target: &Target,
         config: &Config,
-        follower: &mut Follower,
+        follower: Option<&mut Follower>,
     ) -> Result<Attached, NodeError> {
-        self.enter_and_put_in_force(target, config, false, Some(follower))
+        self.enter_and_put_in_force(target, config, false, follower)
     }
 
     /// Half of the steps are taken inside the namespace, which is entered once.
@@ -262,11 +262,6 @@ impl Node {
             tracing::warn!(error = &error as &dyn std::error::Error, "tidying after attach");
         }
         Ok(if before.is_some() { Attached::Replaced } else { Attached::New })
-    }
-
-    /// Follow a change of routes, addresses or interfaces; says whether anything changed.
-    pub fn refresh(&mut self, target: &Target, config: &Config) -> Result<bool, NodeError> {
-        Ok(self.attach(target, config)? != Attached::Unchanged)
     }
 
     /// Take a pod out of force and leave nothing of it. `netns` is its namespace, if it still can be reached.

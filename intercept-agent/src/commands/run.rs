@@ -77,11 +77,7 @@ fn put_in_force(
 ) -> Result<Attached> {
     let mut node = Node::open(bpffs, max_connections)
         .with_context(|| format!("opening the state in {}", bpffs.display()))?;
-    let done = match follower {
-        Some(follower) => node.attach_followed(target, config, follower),
-        None => node.attach(target, config),
-    };
-    done.with_context(|| {
+    node.attach_followed(target, config, follower).with_context(|| {
         format!("attaching cgroup {} in {}", target.cgroup.path().display(), target.netns.name())
     })
 }

@@ -220,11 +220,7 @@ pub fn capture(
             if !in_force {
                 connections = established(&target.netns).ok();
             }
-            let done = match &mut follower {
-                Some(follower) => node.attach_followed(&target, &config, follower),
-                None => node.attach(&target, &config),
-            };
-            Ok(done?)
+            Ok(node.attach_followed(&target, &config, follower.as_mut())?)
         })?;
         Ok::<_, CaptureError>((follower, done))
     })??;
