@@ -12,6 +12,7 @@ use intercept_agent::{
     daemon::reconcile::{Report, State},
     kernel,
     programs::OBJECT,
+    tables::Tables,
 };
 use intercept_common::{layout, names};
 use tests::{
@@ -31,6 +32,13 @@ fn with_little_room(agent: &Agent) {
     map.set_max_entries(ROOM);
     let map = MapData::create(map, names::PORTS, None).expect("made");
     kernel::pin(map.fd().as_fd(), &maps.join(names::PORTS)).expect("pinned");
+}
+
+/// How many entries the map of ports has.
+fn ports_in_use(agent: &Agent) -> usize {
+    let maps = agent.store().join("maps");
+    let fill = Tables::open(&maps).and_then(|tables| tables.fill(&maps)).expect("read");
+    fill.maps.iter().find(|(name, ..)| *name == names::PORTS).expect("listed").1
 }
 
 #[test]
@@ -57,9 +65,16 @@ fn a_full_map_is_told_to_the_pod_that_does_not_fit_and_harms_no_other() {
     let tried = |d: &Daemon<'_>| d.report("large").is_ok_and(|r| r.is_some_and(|r| r.failures > 2));
     daemon.wait("it is tried again", tried).expect("retried");
 
-    // Nor does one that is in force and is to have more.
+    // Nor does one that is in force and is to have more. Nothing of what did not fit stays in the map, also before
+    // another pod's failure would sweep it.
+    daemon.remove("large").expect("removed");
+    daemon.wait("it is forgotten", |daemon| daemon.report("large").is_ok_and(|r| r.is_none())).expect("gone");
+    let before = ports_in_use(&agent);
     put("small", &pod, "1,2,3,4,5,6");
     is_full(daemon.wait_for("small", State::Failed).expect("failed"));
+    assert_eq!(ports_in_use(&agent), before);
+    put("large", &large, "1,2,3,4,5,6");
+    is_full(daemon.wait_for("large", State::Failed).expect("failed"));
     assert_eq!(answers(&actor, service()).as_deref(), Some("proxy"));
     put("late", &late, "1,2,3,4,5");
     daemon.wait_for("late", State::Captured).expect("what did not fit takes no room");
