@@ -1,43 +1,28 @@
 //! Pods of a real container runtime: containerd, runc and the CNI plugins of Debian, which are unpacked into the cache
 //! and not installed.
 
-use std::{fs, path::Path, process::Command};
+use std::{fs, path::Path};
 
 use anyhow::{Context, Result};
-use clap::Args;
 
-use crate::{debian::Lists, image, manifests, run, setup, setup::Group, test, workspace};
+use crate::{debian::Lists, image, manifests, parts, run, setup, setup::Group, test, workspace};
 
 /// Debian's packages of what runs pods; their libraries (libc6, libseccomp2) are on every system with systemd.
 const PACKAGES: [&str; 3] = ["containerd", "runc", "containernetworking-plugins"];
 /// What is run from them, and must start here.
 const PROGRAMS: [&str; 2] = ["usr/bin/containerd", "usr/sbin/runc"];
 
-#[derive(Args)]
-pub(crate) struct Arguments {
-    /// Do nothing, and say so, where containerd is not in the cache
-    #[arg(long)]
-    if_cached: bool,
-}
-
 /// Runs the tests that need containerd, in namespaces and cgroups of their own.
-pub(crate) fn cri(arguments: &Arguments) -> Result<()> {
+pub(crate) fn cri(arguments: &parts::Arguments) -> Result<()> {
     let folder = workspace::cache()?.join("cri");
-    if arguments.if_cached && !folder.is_dir() {
-        println!(
-            "left out: pods of containerd, which is not in {} (`cargo xtask cri` gets it)",
-            folder.display()
-        );
+    if arguments.leave_out(&folder, "pods of containerd", "`cargo xtask cri` gets it") {
         return Ok(());
     }
     setup::setup(&[Group::Base, Group::Cri])?;
     if !folder.is_dir() {
         fetch(&folder).with_context(|| format!("getting {}", PACKAGES.join(", ")))?;
     }
-    for program in PROGRAMS {
-        run::output(Command::new(folder.join(program)).arg("--version"))
-            .with_context(|| format!("trying what is in {}; remove it to get it anew", folder.display()))?;
-    }
+    parts::try_programs(&folder, &PROGRAMS)?;
     let image = image::image()?;
     let uninstall = workspace::target().join("image/uninstall.yaml");
     fs::write(&uninstall, manifests::rendered(&["cleanUpOnExit=true"])?)

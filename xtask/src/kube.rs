@@ -9,9 +9,8 @@ use std::{
 };
 
 use anyhow::{Context, Result};
-use clap::Args;
 
-use crate::{debian::Lists, run, setup, setup::Group, test, workspace};
+use crate::{debian::Lists, parts, run, setup, setup::Group, test, workspace};
 
 /// The release of Debian that has the source, vendored, and compilers that know it.
 const SOURCES: [&str; 2] = ["deb bookworm main", "deb-src bookworm main"];
@@ -27,21 +26,10 @@ const PROGRAMS: [&str; 2] = ["etcd", "kube-apiserver"];
 /// Examples, of which the server has none.
 const EXAMPLES: [&str; 3] = ["/code-generator/", "/sample-apiserver/", "/example"];
 
-#[derive(Args)]
-pub(crate) struct Arguments {
-    /// Do nothing, and say so, where kube-apiserver is not in the cache
-    #[arg(long)]
-    if_cached: bool,
-}
-
 /// Runs the tests that need a server of the API, in namespaces and cgroups of their own.
-pub(crate) fn kube(arguments: &Arguments) -> Result<()> {
+pub(crate) fn kube(arguments: &parts::Arguments) -> Result<()> {
     let folder = workspace::cache()?.join("kube");
-    if arguments.if_cached && !folder.is_dir() {
-        println!(
-            "left out: the watch of a real kube-apiserver, which is not in {} (`cargo xtask kube` builds it)",
-            folder.display()
-        );
+    if arguments.leave_out(&folder, "the watch of a real kube-apiserver", "`cargo xtask kube` builds it") {
         return Ok(());
     }
     setup::setup(&[Group::Base, Group::Kube])?;
@@ -54,10 +42,7 @@ pub(crate) fn kube(arguments: &Arguments) -> Result<()> {
         built.with_context(|| format!("building kube-apiserver in {}", scratch.display()))?;
         removed.with_context(|| format!("removing {}", scratch.display()))?;
     }
-    for program in PROGRAMS {
-        run::output(Command::new(folder.join(program)).arg("--version"))
-            .with_context(|| format!("trying what is in {}; remove it to get it anew", folder.display()))?;
-    }
+    parts::try_programs(&folder, &PROGRAMS)?;
     test::needing("kube", &[("INTERCEPT_KUBE", &folder)])
 }
 

@@ -12,6 +12,7 @@ mod fuzz;
 mod image;
 mod kube;
 mod manifests;
+mod parts;
 mod run;
 mod setup;
 mod sweep;
@@ -59,9 +60,9 @@ enum Task {
     /// Make the container image; prints where its archive is, for `docker load` or `ctr images import`
     Image,
     /// Run the image as the DaemonSet's pod in containerd, beside pods that it captures
-    Cri(cri::Arguments),
+    Cri(parts::Arguments),
     /// Have the daemon watch a real kube-apiserver
-    Kube(kube::Arguments),
+    Kube(parts::Arguments),
     /// Check the chart and the manifests in deploy/ without a cluster
     Manifests(manifests::Arguments),
     /// Check the rules of the project that the compiler does not
