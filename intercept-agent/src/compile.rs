@@ -4,7 +4,10 @@
 //! route becomes one entry that carries what all the prefixes around it say as well: the union of the lists, and
 //! the longest route.
 
-use std::collections::BTreeMap;
+use std::{
+    collections::BTreeMap,
+    net::{Ipv4Addr, Ipv6Addr},
+};
 
 use intercept_common::{
     Addr,
@@ -34,7 +37,7 @@ pub struct Entries {
 /// A pod's policy but for its id and slot, with its lists.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Compiled {
-    /// `id` and `slot` are zero.
+    /// `id`, `slot` and `max_connections` are zero.
     pub policy: PodPolicy,
     /// The lists.
     pub entries: Entries,
@@ -70,12 +73,13 @@ pub fn compile(config: &Config, mirror: &Mirror) -> Compiled {
     let policy = PodPolicy {
         id: 0,
         slot: 0,
-        flags: flags(config),
+        flags: flags(config) | local_prefixes(mirror),
         outbound_port: config.proxy_port,
         inbound_port: config.inbound_port,
         tunnel_port: config.tunnel_port,
         dns_port: DNS_PORT,
         tproxy_mark: if config.mode == InboundMode::Tproxy { config.tproxy_mark } else { 0 },
+        max_connections: 0,
         uid_count,
         gid_count,
         uids,
@@ -146,6 +150,23 @@ fn flags(config: &Config) -> u32 {
     flags
 }
 
+/// Which prefixes that the programs dial or send from are local in the namespace.
+fn local_prefixes(mirror: &Mirror) -> u32 {
+    let v4 = |(net, len): (Ipv4Addr, u8)| IpNet::V4(Ipv4Net::new_assert(net, len));
+    let mut flags = 0;
+    if Addr::SPREAD_PREFIXES_V4.map(v4).iter().all(|net| mirror.is_local(net)) {
+        flags |= policy::SPREAD_V4;
+    }
+    if mirror.is_local(&v4(Addr::NUMBERED_PREFIX_V4)) {
+        flags |= policy::NUMBERED_V4;
+    }
+    let (net, len) = Addr::SPREAD_PREFIX_V6;
+    if mirror.is_local(&IpNet::V6(Ipv6Net::new_assert(net, len))) {
+        flags |= policy::SPREAD_V6;
+    }
+    flags
+}
+
 fn ports(config: &Config) -> BTreeMap<u32, u32> {
     let mut ports = BTreeMap::new();
     let mut add = |list: &Ports, bit: u32| {
@@ -202,6 +223,7 @@ fn destinations(config: &Config, mirror: &Mirror) -> Vec<(u32, Addr, Destination
         IpNet::from(std::net::IpAddr::from(std::net::Ipv6Addr::LOCALHOST)),
         Says::Bits(destination::LOCALHOST),
     ));
+    said.extend(groups().map(|net| (net, Says::Bits(destination::GROUP))));
     if let Dns::Resolvers(servers) = &config.dns {
         said.extend(servers.iter().map(|&server| (IpNet::from(server), Says::Bits(destination::RESOLVER))));
     }
@@ -229,6 +251,15 @@ fn destinations(config: &Config, mirror: &Mirror) -> Vec<(u32, Addr, Destination
         entries.push((len, addr, value));
     }
     entries
+}
+
+/// The addresses that more than one host has: multicast, and the limited broadcast address.
+fn groups() -> [IpNet; 3] {
+    [
+        Ipv4Net::new_assert(Ipv4Addr::new(224, 0, 0, 0), 4).into(),
+        IpNet::from(std::net::IpAddr::from(Ipv4Addr::BROADCAST)),
+        Ipv6Net::new_assert(Ipv6Addr::new(0xff00, 0, 0, 0, 0, 0, 0, 0), 8).into(),
+    ]
 }
 
 fn destination_of(bits: u32, route: Option<&Route>, config: &Config, mirror: &Mirror) -> Destination {

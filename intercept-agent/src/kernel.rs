@@ -10,6 +10,7 @@ use std::{
         unix::ffi::OsStrExt as _,
     },
     path::Path,
+    sync::atomic::{AtomicU16, AtomicU64, Ordering},
 };
 
 use aya_obj::generated::{
@@ -240,6 +241,69 @@ pub fn entries<K: bytemuck::Pod, V: bytemuck::Pod>(map: BorrowedFd<'_>) -> io::R
         }
         std::mem::swap(&mut at, &mut next);
         started = true;
+    }
+}
+
+/// The values of an array map made with `BPF_F_MMAPABLE`, in this process's own memory: what the programs write is seen
+/// here and the other way round, field by field.
+pub struct SharedArray<T> {
+    start: std::ptr::NonNull<T>,
+    len: usize,
+}
+
+// SAFETY: the memory belongs to no thread. It is only handed out as a pointer.
+unsafe impl<T> Send for SharedArray<T> {}
+
+impl<T: bytemuck::Pod> SharedArray<T> {
+    /// Map all of an array of `len` values. `T` is as long as a multiple of 8, as the kernel lays them out.
+    ///
+    /// # Errors
+    /// Those of mmap(): `EPERM` or `EINVAL` if the map is not one that can be shared.
+    pub fn map(map: BorrowedFd<'_>, len: usize) -> io::Result<Self> {
+        const { assert!(size_of::<T>().is_multiple_of(8)) };
+        let (access, shared) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_SHARED);
+        // SAFETY: a new mapping, where the kernel wants it.
+        let start = unsafe {
+            libc::mmap(std::ptr::null_mut(), len * size_of::<T>(), access, shared, map.as_raw_fd(), 0)
+        };
+        if start == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+        let start =
+            std::ptr::NonNull::new(start.cast()).ok_or_else(|| io::Error::other("mapped at address 0"))?;
+        Ok(Self { start, len })
+    }
+
+    /// A word of a value, `offset` bytes into it. `None` if there is no such value, or no such word of 64 bits in it.
+    pub fn word(&self, index: usize, offset: usize) -> Option<&AtomicU64> {
+        // SAFETY: inside the mapping, aligned, and shared by atomic operations only.
+        self.field(index, offset, size_of::<u64>()).map(|at| unsafe { AtomicU64::from_ptr(at.cast()) })
+    }
+
+    /// The same for 16 bits.
+    pub fn half_word(&self, index: usize, offset: usize) -> Option<&AtomicU16> {
+        // SAFETY: as in `word`.
+        self.field(index, offset, size_of::<u16>()).map(|at| unsafe { AtomicU16::from_ptr(at.cast()) })
+    }
+
+    /// Set every word of a value to zero, one by one.
+    pub fn clear(&self, index: usize) {
+        for word in (0..size_of::<T>()).step_by(size_of::<u64>()).filter_map(|at| self.word(index, at)) {
+            word.store(0, Ordering::Relaxed);
+        }
+    }
+
+    fn field(&self, index: usize, offset: usize, size: usize) -> Option<*mut u8> {
+        let inside = index < self.len && offset.is_multiple_of(size) && offset + size <= size_of::<T>();
+        // SAFETY: inside the mapping.
+        inside.then(|| unsafe { self.start.as_ptr().add(index).cast::<u8>().add(offset) })
+    }
+}
+
+impl<T> Drop for SharedArray<T> {
+    fn drop(&mut self) {
+        // SAFETY: what `map` has mapped, and nothing borrows from it.
+        unsafe { libc::munmap(self.start.as_ptr().cast(), self.len * size_of::<T>()) };
     }
 }
 

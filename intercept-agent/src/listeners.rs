@@ -6,6 +6,7 @@ use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::OwnedFd;
 
+use intercept_common::Addr;
 use netlink_packet_core::{NLM_F_DUMP, NLM_F_REQUEST};
 use netlink_packet_sock_diag::inet::{ExtensionFlags, InetRequest, SocketId, StateFlags};
 use netlink_packet_sock_diag::{AF_INET, AF_INET6, IPPROTO_TCP, SockDiagMessage};
@@ -31,8 +32,17 @@ pub struct Listener {
     pub port: u16,
     /// Of family 6, and does not take IPv4.
     pub v6only: bool,
+    /// Names the socket among all that are open.
+    pub inode: u64,
     /// The same socket: closing it leaves the other's open, and the other closing it leaves this open.
     pub fd: OwnedFd,
+}
+
+impl Listener {
+    /// Whether it is bound to 127.0.0.1 or ::1 itself.
+    pub fn is_localhost(&self) -> bool {
+        Addr::from(self.addr).is_localhost()
+    }
 }
 
 /// A listening socket that could not be had.
@@ -192,7 +202,7 @@ fn duplicate(pid: Pid, number: i32, inode: u64, address: SocketAddr) -> io::Resu
     let of_6 = rustix::net::sockopt::socket_domain(&fd)? == AddressFamily::INET6;
     let v6only = of_6 && rustix::net::sockopt::ipv6_v6only(&fd)?;
     let family = if of_6 { 6 } else { 4 };
-    Ok(Some(Listener { family, addr: address.ip(), port: address.port(), v6only, fd }))
+    Ok(Some(Listener { family, addr: address.ip(), port: address.port(), v6only, inode, fd }))
 }
 
 /// The inode in `socket:[INODE]`.

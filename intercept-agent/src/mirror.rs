@@ -181,6 +181,17 @@ impl Mirror {
         self.interfaces.iter().any(|interface| interface.index == index && interface.loopback)
     }
 
+    /// Whether all of a prefix is the namespace's own.
+    pub fn is_local(&self, prefix: &IpNet) -> bool {
+        let around = self.routes.iter().filter(|route| route.prefix.contains(prefix));
+        around.max_by_key(|route| route.prefix.prefix_len()).is_some_and(|route| route.reach == Reach::Local)
+            && self
+                .routes
+                .iter()
+                .filter(|route| prefix.contains(&route.prefix))
+                .all(|route| route.reach == Reach::Local)
+    }
+
     /// The route of `address`; `None` when there is none. An IPv4 mapped address is an IPv4 one.
     pub fn lookup(&self, address: IpAddr) -> Option<&Route> {
         let address = address.to_canonical();

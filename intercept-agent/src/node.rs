@@ -11,7 +11,7 @@ mod paused;
 
 use std::{
     cell::OnceCell,
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     os::fd::AsFd as _,
     path::{Path, PathBuf},
     time::{Instant, SystemTime, UNIX_EPOCH},
@@ -226,7 +226,7 @@ impl Node {
             && self.links_intact(cookie, target)
         {
             // A proxy may have started to listen while another capture held its socket.
-            self.hold_listeners(target, config, policy.slot)?;
+            self.register_unknown(target, config, policy)?;
             return Ok(Attached::Unchanged);
         }
 
@@ -401,12 +401,39 @@ impl Node {
         self.link(target)?;
         if new {
             self.tables.reset_counters(record.slot)?;
+            self.tables.reset_proxy(record.slot);
         }
-        self.hold_listeners(target, &record.config, record.slot)?;
-        let policy = PodPolicy { id: record.policy, slot: record.slot, ..compiled.policy };
+        let policy = PodPolicy {
+            id: record.policy,
+            slot: record.slot,
+            max_connections: self.tables.max_connections_per_pod(),
+            ..compiled.policy
+        };
+        if !new {
+            self.tables.switch_on(record.cookie, &policy)?;
+            return self.register_unknown(target, &record.config, &policy);
+        }
+        let mut registered = BTreeSet::new();
+        self.register_listeners(target, &record.config, &policy, &mut registered)?;
         self.tables.switch_on(record.cookie, &policy)?;
         // A listener that came up since the look above was not seen by the callback, which knew no policy yet.
-        self.hold_listeners(target, &record.config, record.slot)
+        self.register_listeners(target, &record.config, &policy, &mut registered)
+    }
+
+    /// Register listeners of an attached pod that the programs did not: those of ports for which none is registered.
+    /// Another capture may have had them, or the options name another port now.
+    fn register_unknown(
+        &mut self,
+        target: &Target,
+        config: &Config,
+        policy: &PodPolicy,
+    ) -> Result<(), NodeError> {
+        let cookie = target.netns.cookie();
+        let known: BTreeSet<(u16, u8)> =
+            self.tables.listeners(cookie).iter().map(|key| (key.port, key.family)).collect();
+        self.register_listeners_but(target, config, policy, |listener| {
+            known.contains(&(listener.port, listener.family))
+        })
     }
 
     fn tidy_after(&mut self, cookie: u64, id: u32, old: Option<u32>) -> Result<(), NodeError> {

@@ -11,6 +11,7 @@ use std::{
 };
 
 use futures_util::TryStreamExt as _;
+use intercept_common::Addr;
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use netlink_packet_route::{
     AddressFamily, IpProtocol,
@@ -21,9 +22,13 @@ use netlink_packet_route::{
 use rtnetlink::{Handle, RouteMessageBuilder};
 use serde::{Deserialize, Serialize};
 
+mod localhost;
+
+use localhost::{add_local_prefix, add_localhost_by, index_of, local_prefix_route, localhost_route};
+
 use crate::{
     netns::{Netns, NetnsError},
-    options::{Config, InboundMode},
+    options::{Config, Dns, InboundMode},
 };
 
 /// Changes made in a namespace, in order.
@@ -36,6 +41,11 @@ pub struct Plumbing(Vec<Change>);
 enum Change {
     /// `::6/128` on the loopback interface; IPv4 has 127.0.0.6 without being told.
     PassthroughAddress,
+    /// These addresses are local, with 127.0.0.1 or ::1 as their source: what redirected connections dial
+    /// ([`intercept_common::Spread`]), and sources of queries.
+    LocalPrefix { net: IpNet },
+    /// 127.0.0.1 or ::1 is reached by a socket that has chosen this interface.
+    LocalhostBy { v6: bool, interface: String },
     /// Everything is local in this table.
     LocalTable { v6: bool, table: u32 },
     /// Packets with this mark are routed by this table.
@@ -148,6 +158,18 @@ fn wanted(config: &Config, links: &[String]) -> Vec<Change> {
     let v6 = has_v6();
     if v6 {
         changes.push(Change::PassthroughAddress);
+        let (net, len) = Addr::SPREAD_PREFIX_V6;
+        changes.push(Change::LocalPrefix { net: Ipv6Net::new_assert(net, len).into() });
+    }
+    for (net, len) in Addr::SPREAD_PREFIXES_V4.into_iter().chain([Addr::NUMBERED_PREFIX_V4]) {
+        changes.push(Change::LocalPrefix { net: Ipv4Net::new_assert(net, len).into() });
+    }
+    if config.dns != Dns::Off {
+        for interface in links.iter().filter(|name| *name != "lo") {
+            for v6 in [false, true].into_iter().take(1 + usize::from(v6)) {
+                changes.push(Change::LocalhostBy { v6, interface: interface.clone() });
+            }
+        }
     }
     if config.mode == InboundMode::Tproxy {
         let (mark, table) = (config.tproxy_mark, config.tproxy_table);
@@ -209,6 +231,8 @@ async fn make(handle: &Handle, change: Change) -> Result<Option<Change>, Plumbin
             }
             added
         }
+        Change::LocalPrefix { net } => add_local_prefix(handle, *net).await?,
+        Change::LocalhostBy { v6, interface } => add_localhost_by(handle, *v6, interface).await?,
         Change::GuestRoute { net, table } => {
             let route = local_route(*net, *table, loopback(handle).await?);
             unless_there(handle.route().add(route).execute().await)
@@ -259,6 +283,21 @@ async fn unmake(handle: &Handle, change: &Change) {
                 let route = local_route(everything(*v6), *table, lo);
                 handle.route().del(route).execute().await.map_err(box_netlink)
             }
+            Err(error) => Err(error),
+        },
+        Change::LocalPrefix { net } => match loopback(handle).await {
+            Ok(lo) => {
+                let route = local_prefix_route(*net, lo);
+                handle.route().del(route).execute().await.map_err(box_netlink)
+            }
+            Err(error) => Err(error),
+        },
+        Change::LocalhostBy { v6, interface } => match index_of(handle, interface).await {
+            Ok(Some(index)) => {
+                handle.route().del(localhost_route(*v6, index)).execute().await.map_err(box_netlink)
+            }
+            // Its routes went with it.
+            Ok(None) => Ok(()),
             Err(error) => Err(error),
         },
         Change::GuestRoute { net, table } => match loopback(handle).await {

@@ -11,7 +11,7 @@ use std::{
 use aya::{
     Ebpf, EbpfLoader,
     maps::ProgramArray,
-    programs::{CgroupSockAddr, CgroupSockopt, Program, SkLookup, SockOps},
+    programs::{CgroupSock, CgroupSockAddr, CgroupSockopt, Program, SkLookup, SockOps},
 };
 use aya_obj::{
     Object,
@@ -82,6 +82,8 @@ pub fn attach_type(program: &str) -> bpf_attach_type {
         names::RECVMSG6 => bpf_attach_type::BPF_CGROUP_UDP6_RECVMSG,
         names::GETSOCKOPT => bpf_attach_type::BPF_CGROUP_GETSOCKOPT,
         names::SOCK_OPS => bpf_attach_type::BPF_CGROUP_SOCK_OPS,
+        names::SOCK_CREATE => bpf_attach_type::BPF_CGROUP_INET_SOCK_CREATE,
+        names::SOCK_RELEASE => bpf_attach_type::BPF_CGROUP_INET_SOCK_RELEASE,
         names::SK_LOOKUP => bpf_attach_type::BPF_SK_LOOKUP,
         other => unreachable!("{other} is not in the list of programs"),
     }
@@ -114,6 +116,7 @@ pub fn load_shared(maps: &Path, programs: &Path, max_connections: u32) -> Result
     for name in names::CGROUP_PROGRAMS {
         let program = ebpf.program_mut(name).ok_or(ProgramError::Absent(name))?;
         let loaded = match program {
+            Program::CgroupSock(program) => CgroupSock::load(program),
             Program::CgroupSockAddr(program) => CgroupSockAddr::load(program),
             Program::CgroupSockopt(program) => CgroupSockopt::load(program),
             Program::SockOps(program) => SockOps::load(program),

@@ -2,8 +2,10 @@
 
 use std::{
     io,
+    mem::{offset_of, size_of},
     os::fd::AsFd as _,
     path::{Path, PathBuf},
+    sync::atomic::{AtomicU64, Ordering},
 };
 
 use aya::maps::{
@@ -12,14 +14,15 @@ use aya::maps::{
 };
 use intercept_common::{
     layout::{
-        ConnKey, Counters, Destination, DestinationKey, ListenerKey, MemberKey, OrigDst, PodPolicy, Proxy,
+        ConnKey, Counters, Destination, DestinationKey, ListenerKey, MAX_PODS, MemberKey, OrigDst, PodPolicy,
+        Proxy, ProxyPort, Ring, scope,
     },
     names,
 };
 
 use crate::{
     compile::Entries,
-    kernel::{self, Plain},
+    kernel::{self, Plain, SharedArray},
 };
 
 type Hash<K, V> = HashMap<MapData, Plain<K>, Plain<V>>;
@@ -34,7 +37,8 @@ pub struct Tables {
     interfaces: Hash<MemberKey, u32>,
     listeners: SockHash<MapData, Plain<ListenerKey>>,
     orig_dst: Hash<ConnKey, OrigDst>,
-    proxies: Array<MapData, Plain<Proxy>>,
+    proxies: SharedArray<Proxy>,
+    max_connections: u32,
     decisions: PerCpuArray<MapData, Plain<Counters>>,
 }
 
@@ -106,6 +110,21 @@ fn entries<K: bytemuck::Pod, V: bytemuck::Pod>(map: &MapData, name: &str) -> Res
     kernel::entries(map.fd().as_fd()).map_err(|error| failed("reading", name)(MapError::IoError(error)))
 }
 
+fn proxies(dir: &Path) -> Result<SharedArray<Proxy>, TableError> {
+    let map: Array<MapData, Plain<Proxy>> = open(dir, names::PROXIES, aya::maps::Map::Array)?;
+    SharedArray::map(map.map().fd().as_fd(), MAX_PODS as usize)
+        .map_err(|error| failed("sharing memory with", names::PROXIES)(MapError::IoError(error)))
+}
+
+/// Whether a socket was registered.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Registered {
+    /// It gets the connections that are steered to its port.
+    Yes,
+    /// It is of MPTCP, which no map of sockets takes.
+    Mptcp,
+}
+
 impl Tables {
     /// Open all of them from their folder.
     pub fn open(dir: &Path) -> Result<Self, TableError> {
@@ -118,7 +137,10 @@ impl Tables {
             interfaces: open(dir, names::INTERFACES, Map::HashMap)?,
             listeners: open(dir, names::LISTENERS, Map::SockHash)?,
             orig_dst: open(dir, names::ORIG_DST, Map::HashMap)?,
-            proxies: open(dir, names::PROXIES, Map::Array)?,
+            proxies: proxies(dir)?,
+            max_connections: MapInfo::from_pin(dir.join(names::ORIG_DST))
+                .map_err(failed("asking for the size of", names::ORIG_DST))?
+                .max_entries(),
             decisions: open(dir, names::DECISIONS, Map::PerCpuArray)?,
         })
     }
@@ -225,11 +247,6 @@ impl Tables {
         entries(self.orig_dst.map(), names::ORIG_DST)
     }
 
-    /// How many redirected connections of a namespace are remembered.
-    pub fn connections(&self, cookie: u64) -> Result<usize, TableError> {
-        Ok(self.originals()?.iter().filter(|(key, _)| key.netns == cookie).count())
-    }
-
     /// How full the maps are, all keys counted once. `dir` is their folder.
     pub fn fill(&self, dir: &Path) -> Result<Fill, TableError> {
         let mut connections = std::collections::HashMap::new();
@@ -258,15 +275,44 @@ impl Tables {
         Ok(Fill { connections, maps: with_room.collect::<Result<_, _>>()? })
     }
 
-    /// Hold a socket that listened before the programs were attached.
-    pub fn add_listener(
+    /// Register a socket that listened before the programs were attached, beside those that the programs register at
+    /// the same time. The key's slot is chosen here.
+    pub fn register_listener(
         &mut self,
+        slot: u32,
+        port: ProxyPort,
         key: ListenerKey,
-        socket: impl std::os::fd::AsRawFd,
-    ) -> Result<(), TableError> {
-        self.listeners
-            .insert(Plain(key), socket, 0)
-            .map_err(failed("holding a listener in", names::LISTENERS))
+        socket: &impl std::os::fd::AsRawFd,
+    ) -> Result<Registered, TableError> {
+        const BPF_NOEXIST: u64 = 1;
+        let index = Proxy::index(port, key.family == 6, key.scope);
+        let top = offset_of!(Proxy, rings) + index * size_of::<Ring>() + offset_of!(Ring, top);
+        let (Some(top), Some(mptcp)) = (
+            self.proxies.word(slot as usize, top),
+            self.proxies.word(slot as usize, offset_of!(Proxy, mptcp)),
+        ) else {
+            return Ok(Registered::Yes);
+        };
+        loop {
+            let next = top.fetch_add(1, Ordering::Relaxed);
+            let key = ListenerKey { slot: u32::try_from(next).unwrap_or(u32::MAX), ..key };
+            match self.listeners.insert(Plain(key), socket.as_raw_fd(), BPF_NOEXIST) {
+                Ok(()) => {
+                    mptcp.fetch_and(!(1 << index), Ordering::Relaxed);
+                    return Ok(Registered::Yes);
+                }
+                Err(MapError::SyscallError(error))
+                    if error.io_error.raw_os_error() == Some(libc::EOPNOTSUPP) =>
+                {
+                    mptcp.fetch_or(1 << index, Ordering::Relaxed);
+                    return Ok(Registered::Mptcp);
+                }
+                // The program took it first, as that of the newest which was closed.
+                Err(MapError::SyscallError(error)) if error.io_error.raw_os_error() == Some(libc::EEXIST) => {
+                }
+                Err(error) => return Err(failed("registering a listener in", names::LISTENERS)(error)),
+            }
+        }
     }
 
     /// The listeners held for a namespace.
@@ -279,9 +325,50 @@ impl Tables {
             .collect()
     }
 
-    /// What is known of the proxy in a slot.
-    pub fn set_proxy(&mut self, slot: u32, proxy: Proxy) -> Result<(), TableError> {
-        self.proxies.set(slot, Plain(proxy), 0).map_err(failed("writing to", names::PROXIES))
+    /// A word of what is known of the proxy of a slot.
+    fn proxy(&self, slot: u32, offset: usize) -> Option<&AtomicU64> {
+        self.proxies.word(slot as usize, offset)
+    }
+
+    /// Say how the proxy's listener of a port and family is bound: one of `layout::bound`.
+    pub fn set_bound(&self, slot: u32, port: ProxyPort, v6: bool, bound: u16) {
+        let index = Proxy::index(port, v6, scope::ANY);
+        let offset = offset_of!(Proxy, bound) + index * size_of::<u16>();
+        if let Some(cell) = self.proxies.half_word(slot as usize, offset) {
+            cell.store(bound, Ordering::Relaxed);
+        }
+    }
+
+    /// Know nothing of the proxy and the connections of a slot that is given to a pod. No policy names the slot yet.
+    pub fn reset_proxy(&self, slot: u32) {
+        self.proxies.clear(slot as usize);
+    }
+
+    /// How many redirected connections the pod of a slot has.
+    pub fn connections(&self, slot: u32) -> u64 {
+        self.proxy(slot, offset_of!(Proxy, connections)).map_or(0, |count| count.load(Ordering::Relaxed))
+    }
+
+    /// The ports and families (4 or 6) at which the proxy of a pod listens by MPTCP, which no map of sockets takes.
+    pub fn mptcp_listeners(&self, policy: &PodPolicy) -> Vec<(u16, u8)> {
+        let bits =
+            self.proxy(policy.slot, offset_of!(Proxy, mptcp)).map_or(0, |bits| bits.load(Ordering::Relaxed));
+        let mut found = Vec::new();
+        for port in [policy.outbound_port, policy.inbound_port, policy.dns_port] {
+            let Some(role) = policy.proxy_port(port) else { continue };
+            for (v6, family) in [(false, 4), (true, 6)] {
+                if bits & 1 << Proxy::index(role, v6, scope::ANY) != 0 && !found.contains(&(port, family)) {
+                    found.push((port, family));
+                }
+            }
+        }
+        found
+    }
+
+    /// How many redirected connections one pod may have: a quarter of those that the node remembers, so that no three
+    /// pods are in each other's way.
+    pub fn max_connections_per_pod(&self) -> u32 {
+        (self.max_connections / 4).max(1)
     }
 
     /// The counters of a slot, all CPUs added up.

@@ -82,6 +82,86 @@ impl Addr {
     }
 }
 
+/// Which of the two ranges of stand-in addresses a redirected connection dials.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Spread {
+    /// For a listener on the wildcard address, which takes them as they are.
+    Direct,
+    /// For a listener on 127.0.0.1 or ::1: sk_lookup hands the connection to it.
+    Steered,
+}
+
+/// Stand-in addresses: what a redirected connection dials instead of the proxy's 127.0.0.1 or ::1. They depend on the
+/// destination, so that each destination has the whole range of local ports to itself instead of sharing 28,232 of
+/// them with all others.
+///
+/// IPv4 is local on all of 127/8 as a rule. The IPv6 prefix is a unique local one (RFC 4193) that the agent makes local
+/// in the pod's namespace.
+impl Addr {
+    const SPREAD_V6: u32 = u32::from_be_bytes([0xfd, 0x69, 0x6e, 0x74]).to_be();
+    const STEERED_V6: u32 = (1u32 << 31).to_be();
+
+    /// All of both IPv6 ranges, with the length of their prefix.
+    pub const SPREAD_PREFIX_V6: (Ipv6Addr, u8) = (Ipv6Addr::new(0xfd69, 0x6e74, 0, 0, 0, 0, 0, 0), 64);
+    /// The IPv4 ranges, with the lengths of their prefixes.
+    pub const SPREAD_PREFIXES_V4: [(Ipv4Addr, u8); 2] =
+        [(Ipv4Addr::new(127, 128, 0, 0), 9), (Ipv4Addr::new(127, 64, 0, 0), 10)];
+    /// Of the sources that carry a number ([`Addr::numbered`]), the IPv4 ones.
+    pub const NUMBERED_PREFIX_V4: (Ipv4Addr, u8) = (Ipv4Addr::new(127, 53, 0, 0), 16);
+
+    /// The stand-in for a destination.
+    #[inline(always)]
+    pub const fn spread(range: Spread, dst: Self, dst_port: u16) -> Self {
+        let [a, b, c, d] = dst.0;
+        let v4 = dst.is_v4();
+        let folded = if v4 { d } else { a ^ b.rotate_left(7) ^ c.rotate_left(13) ^ d.rotate_left(19) };
+        // Fibonacci hashing: the upper bits of the product are well mixed.
+        let mixed = (folded ^ (dst_port as u32).rotate_left(16)).wrapping_mul(0x9e37_79b1);
+        match (v4, range) {
+            (true, Spread::Direct) => Self::from_v4((0x7f80_0000 | (mixed >> 9)).to_be()),
+            (true, Spread::Steered) => Self::from_v4((0x7f40_0000 | (mixed >> 10)).to_be()),
+            (false, Spread::Direct) => Self([Self::SPREAD_V6, 0, 0, mixed]),
+            (false, Spread::Steered) => Self([Self::SPREAD_V6, 0, Self::STEERED_V6, mixed]),
+        }
+    }
+
+    /// The range that an address is in.
+    #[inline(always)]
+    pub const fn spread_range(&self) -> Option<Spread> {
+        let last = u32::from_be(self.0[3]);
+        if self.is_v4() {
+            return match last >> 22 {
+                // 127.64/10, then the two halves of 127.128/9.
+                0x1fd => Some(Spread::Steered),
+                0x1fe | 0x1ff => Some(Spread::Direct),
+                _ => None,
+            };
+        }
+        if (self.0[0] ^ Self::SPREAD_V6) | self.0[1] | (self.0[2] & !Self::STEERED_V6) != 0 {
+            return None;
+        }
+        Some(if self.0[2] == 0 { Spread::Direct } else { Spread::Steered })
+    }
+
+    /// Whether this is a stand-in address.
+    #[inline(always)]
+    pub const fn is_spread(&self) -> bool {
+        self.spread_range().is_some()
+    }
+
+    /// 127.0.0.1 or ::1, of the same family.
+    #[inline(always)]
+    pub const fn localhost(&self) -> Self {
+        if self.is_v4() { Self::LOCALHOST_V4 } else { Self::LOCALHOST_V6 }
+    }
+
+    /// 127.0.0.1 or ::1 itself, rather than any address that is loopback's.
+    #[inline(always)]
+    pub fn is_localhost(&self) -> bool {
+        *self == Self::LOCALHOST_V4 || *self == Self::LOCALHOST_V6
+    }
+}
+
 /// Sources that carry a number: `127.53.x.y`, and `100::35:xxyy` of the prefix that is for discarding (RFC 6666).
 impl Addr {
     const NUMBERED_V6: u32 = u32::from_be_bytes([1, 0, 0, 0]).to_be();
@@ -203,6 +283,45 @@ mod tests {
         assert_eq!(Addr::numbered(false, 258), addr("100::35:102"));
         for none in ["127.0.0.53", "127.128.1.2", "100::", "100::36:1", "100:0:1::35:1", "::1", "::35:1"] {
             assert_eq!(addr(none).number(), None, "{none}");
+        }
+    }
+
+    #[test]
+    fn stand_ins_are_in_their_range_and_differ() {
+        let mut seen = [Addr::UNSPECIFIED; 36];
+        let mut free = seen.iter_mut();
+        for range in [Spread::Direct, Spread::Steered] {
+            for dst in ["10.96.0.1", "10.96.0.2", "198.51.100.3", "fd96::1", "fd96::2", "fd96:0:0:1::2"] {
+                for port in [53, 80, 443] {
+                    let spread = Addr::spread(range, addr(dst), port);
+                    assert_eq!(spread.spread_range(), Some(range), "{dst}: {spread}");
+                    assert_eq!(spread.is_v4(), addr(dst).is_v4());
+                    *free.next().expect("room") = spread;
+                    assert_eq!(spread.number(), None);
+                    let (prefix, len) = Addr::SPREAD_PREFIX_V6;
+                    let covered = match IpAddr::from(spread) {
+                        IpAddr::V6(v6) => v6.to_bits() >> (128 - len) == prefix.to_bits() >> (128 - len),
+                        IpAddr::V4(v4) => Addr::SPREAD_PREFIXES_V4
+                            .iter()
+                            .any(|(net, len)| v4.to_bits() >> (32 - len) == net.to_bits() >> (32 - len)),
+                    };
+                    assert!(covered, "{spread}");
+                }
+            }
+        }
+        for (i, spread) in seen.iter().enumerate() {
+            assert!(!seen[..i].contains(spread), "{spread} twice");
+        }
+        for other in [
+            "127.0.0.1",
+            "127.53.1.1",
+            "127.63.255.255",
+            "128.0.0.1",
+            "fd69:6e74:1::1",
+            "fd69:6e74::1:0:0:1",
+            "::1",
+        ] {
+            assert_eq!(addr(other).spread_range(), None, "{other}");
         }
     }
 

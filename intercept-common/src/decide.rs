@@ -70,12 +70,30 @@ pub struct Inbound {
     pub ifindex: u32,
 }
 
+impl Outbound {
+    /// The address that the kernel will use. It takes an unspecified one for its own host, after the hooks: 0.0.0.0 is
+    /// the source that the socket is bound to, else 127.0.0.1; `::` is `::1` whatever the source, or 127.0.0.1 for a
+    /// socket that is bound to an IPv4 address (ip_route_output_key, tcp_v6_connect and udpv6_sendmsg; seen on 6.18).
+    #[inline(always)]
+    pub fn effective_dst(&self) -> Addr {
+        if self.dst == Addr::UNSPECIFIED {
+            return if self.src.is_v4() { Addr::LOCALHOST_V4 } else { Addr::LOCALHOST_V6 };
+        }
+        if self.dst != Addr::UNSPECIFIED_V4 {
+            return self.dst;
+        }
+        if self.src.is_unspecified() { Addr::LOCALHOST_V4 } else { self.src }
+    }
+}
+
 /// An outbound decision, with what was learnt of the destination on the way.
 #[must_use = "a decision that is dropped is a connection that goes the wrong way"]
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct OutboundDecision {
     /// What happens and why.
     pub decision: Decision,
+    /// What the kernel would connect to: [`Outbound::effective_dst`].
+    pub dst: Addr,
     /// The source that the route would give; unspecified if not known.
     pub source: Addr,
     /// TPROXY: sk_lookup is to steer this connection to the inbound listener (mangle's mark).
@@ -88,7 +106,8 @@ pub struct OutboundDecision {
 /// Decide for a flow that a process of the pod starts.
 #[inline(always)]
 pub fn decide_outbound(pod: &PodPolicy, flow: &Outbound, facts: &impl Facts) -> OutboundDecision {
-    let dst = facts.destination(pod.id, flow.dst);
+    let dialled = flow.effective_dst();
+    let dst = facts.destination(pod.id, dialled);
     let src = if flow.src.is_unspecified() { dst.source } else { flow.src };
     let mut reason = outbound_reason(pod, flow, src, &dst, facts);
     let mut mark = false;
@@ -96,13 +115,13 @@ pub fn decide_outbound(pod: &PodPolicy, flow: &Outbound, facts: &impl Facts) -> 
     let onward = tproxy && flow.protocol == TCP && flow.mark == pod.tproxy_mark;
     if tproxy && !onward && is_marked(pod, flow, src, &dst, reason, facts) {
         // What is dialled on loopback does not reach sk_lookup's rules.
-        if flow.dst.is_loopback() {
+        if dialled.is_loopback() {
             reason = Reason::MarkedLoopback;
         } else {
             mark = true;
         }
     }
-    OutboundDecision { decision: reason.into(), source: dst.source, mark, onward }
+    OutboundDecision { decision: reason.into(), dst: dialled, source: dst.source, mark, onward }
 }
 
 /// TPROXY: mangle marks what the proxy sends over loopback, whatever nat leaves alone, and takes it to the inbound
@@ -121,8 +140,7 @@ fn is_marked(
         && matches!(reason.verdict(), Verdict::Leave)
         && !matches!(reason, Reason::NoRoute | Reason::ExcludedEgress)
         && !src.is_passthrough()
-        && (owned_by(&pod.uids, pod.uid_count, flow.owner.uid)
-            || owned_by(&pod.gids, pod.gid_count, flow.owner.gid))
+        && pod.is_proxy(flow.owner.uid, flow.owner.gid)
         && matches!(inbound_port_reason(pod, flow.dst_port, facts).verdict(), Verdict::Redirect(_))
 }
 
@@ -150,6 +168,14 @@ fn owned_by(ids: &[u32; MAX_OWNERS], count: u16, id: u32) -> bool {
     all_differ >> 31 == 0
 }
 
+impl PodPolicy {
+    /// Whether one of the ids is the proxy's.
+    #[inline(always)]
+    pub fn is_proxy(&self, uid: u32, gid: u32) -> bool {
+        owned_by(&self.uids, self.uid_count, uid) || owned_by(&self.gids, self.gid_count, gid)
+    }
+}
+
 #[inline(always)]
 fn outbound_reason(
     pod: &PodPolicy,
@@ -166,8 +192,12 @@ fn outbound_reason(
     let dns = has(policy::DNS);
     let to_53 = dns && flow.dst_port == 53;
 
-    // 0: no rule sees a packet that is never sent. IPv4 does not leave a host from a loopback address either.
-    if !is(destination::ROUTED) || (!lo && flow.src.is_v4() && flow.src.is_loopback()) {
+    // 0: no rule sees a packet that is never sent. IPv4 does not leave a host from a loopback address either, and TCP
+    // has no connections to groups (ENETUNREACH).
+    if !is(destination::ROUTED)
+        || (!lo && flow.src.is_v4() && flow.src.is_loopback())
+        || (tcp && is(destination::GROUP))
+    {
         return Reason::NoRoute;
     }
     // 1

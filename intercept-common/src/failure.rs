@@ -45,7 +45,7 @@ failures! {
     NoListener = "no_listener", Closed;
     /// no memory to remember the original destination: the connect is refused
     NoStorage = "no_storage", Closed;
-    /// the original destination could not be stored: the proxy sees its own port and refuses
+    /// the original destination could not be stored: the connect is refused (EHOSTUNREACH)
     OrigDstFull = "orig_dst_full", Closed;
     /// the source address could not be bound: the proxy sees a loopback client
     SourceNotBound = "source_not_bound", Open;
@@ -53,4 +53,10 @@ failures! {
     ListenerNotAdded = "listener_not_added", Closed;
     /// the program that decides on inbound flows is not there: inbound is refused
     SteerMissing = "steer_missing", Closed;
+    /// the pod has as many redirected connections as it may have: the connect is refused (ENOBUFS)
+    TooManyConnections = "too_many_connections", Closed;
+    /// the proxy listens by MPTCP, which cannot be handed connections: inbound is refused until it listens by TCP
+    MptcpListener = "mptcp_listener", Closed;
+    /// the proxy was refused a socket of MPTCP (EPROTONOSUPPORT), so that it listens by TCP
+    MptcpRefused = "mptcp_refused", Closed;
 }

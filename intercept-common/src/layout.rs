@@ -7,15 +7,23 @@ use bytemuck::{Pod, Zeroable};
 
 use crate::{Addr, reason::COUNTERS};
 
+mod proxy;
+
+pub use proxy::{ListenerKey, Proxy, ProxyPort, Ring, bound, scope};
+
 /// Version of everything in this file; part of the pin path. A change of any layout raises it.
-pub const VERSION: u32 = 3;
+pub const VERSION: u32 = 4;
 
 /// Most users and most groups that `-u` and `-g` may name.
 pub const MAX_OWNERS: usize = 16;
 /// Pods on one node: as many counters' slots there are.
 pub const MAX_PODS: u32 = 1024;
-/// Listening sockets kept for one (pod, port, family), so that one closing does not leave the port without any.
-pub const LISTENER_SLOTS: u8 = 8;
+/// How far below the newest listening socket of a (pod, port, family, scope) a connection looks for one that is still
+/// open. The newest is nearly always open, and what opens next takes the place of a newest that is not: more than this
+/// many must have been open together and be closed, all of them newer than one that is open.
+pub const LISTENER_SEARCH: u32 = 256;
+/// Connections that are being set up at the same time and can be told apart when NAT rewrites the client's address.
+pub const HANDSHAKES: u32 = 1 << 14;
 
 /// DNS servers that a datagram socket may ask besides its first without one being forgotten.
 pub const MAX_SERVERS: usize = 8;
@@ -44,6 +52,12 @@ pub mod policy {
     pub const INTERFACES: u32 = 1 << 9;
     /// Inbound flows pass to the application when the proxy does not listen.
     pub const OPEN_WITHOUT_PROXY: u32 = 1 << 10;
+    /// The IPv4 stand-in addresses ([`crate::Addr::spread`]) are local in the namespace.
+    pub const SPREAD_V4: u32 = 1 << 11;
+    /// The IPv6 ones are.
+    pub const SPREAD_V6: u32 = 1 << 12;
+    /// The IPv4 sources that carry a number ([`crate::Addr::numbered`]) are local in the namespace.
+    pub const NUMBERED_V4: u32 = 1 << 13;
 }
 
 /// Bits of [`Destination::flags`].
@@ -62,6 +76,8 @@ pub mod destination {
     pub const EXCLUDED: u32 = 1 << 5;
     /// A DNS server of the pod.
     pub const RESOLVER: u32 = 1 << 6;
+    /// A multicast or broadcast address.
+    pub const GROUP: u32 = 1 << 7;
 }
 
 /// Bits of the value in PORTS.
@@ -82,16 +98,6 @@ pub mod interface {
     pub const EXCLUDED: u32 = 1 << 0;
     /// In `-k`.
     pub const VIRT: u32 = 1 << 1;
-}
-
-/// Values of [`Proxy::outbound_v4`] and [`Proxy::outbound_v6`].
-pub mod proxy {
-    /// No such socket has been seen to listen.
-    pub const UNKNOWN: u16 = 0;
-    /// It is bound to the wildcard address: any address of the pod reaches it.
-    pub const WILDCARD: u16 = 1;
-    /// It is bound to one address, which is loopback's if it is to be reached at all.
-    pub const ONE: u16 = 2;
 }
 
 /// Value of PODS: what is decided the same for every flow of a pod. Lists that can be long are in maps of their
@@ -116,6 +122,8 @@ pub struct PodPolicy {
     pub dns_port: u16,
     /// `-t`; 0 unless the mode is TPROXY.
     pub tproxy_mark: u32,
+    /// Most redirected connections at a time; the connect() of one more fails.
+    pub max_connections: u32,
     /// How many of `uids` count.
     pub uid_count: u16,
     /// How many of `gids` count.
@@ -157,22 +165,6 @@ pub struct MemberKey {
     pub member: u32,
 }
 
-/// Key of LISTENERS.
-#[derive(Clone, Copy, Pod, Zeroable, PartialEq, Eq, Hash, Debug)]
-#[repr(C)]
-pub struct ListenerKey {
-    /// Netns cookie.
-    pub netns: u64,
-    /// Port it listens on.
-    pub port: u16,
-    /// 4 or 6: the family of the socket; one of 6 may take IPv4 as well.
-    pub family: u8,
-    /// 0 to [`LISTENER_SLOTS`], so that several sockets of one port are held.
-    pub slot: u8,
-    /// Zero.
-    pub reserved: u32,
-}
-
 /// Key of ORIG_DST: the redirected connection as it is on the wire, in its own namespace.
 #[derive(Clone, Copy, Pod, Zeroable, PartialEq, Eq, Hash, Debug)]
 #[repr(C)]
@@ -187,7 +179,7 @@ pub struct ConnKey {
     pub client_port: u16,
     /// Host order.
     pub proxy_port: u16,
-    /// Zero.
+    /// Zero, but in RELEASES.
     pub reserved: u32,
 }
 
@@ -197,16 +189,24 @@ pub struct ConnKey {
 pub struct OrigDst {
     /// What the client dialled.
     pub addr: Addr,
-    /// Its port (host order) in the low half, the ends that are alive (bits of [`end`]) in the high one: one word,
-    /// because BPF has no smaller atomics in Rust. The entry goes with the last end.
+    /// The address that the client's socket has without us; unspecified if that is the one it has.
+    pub source: Addr,
+    /// Its port (host order) in the lowest 16 bits, the ends that are alive (bits of [`end`]) from bit 32, the pod's
+    /// slot from bit 48: one word, because BPF has no smaller atomics in Rust. The entry goes with the last end.
     pub port_and_ends: u64,
 }
 
 impl OrigDst {
-    /// An entry held by `ends`.
+    /// An entry held by `ends`, of the pod with this slot.
     #[inline(always)]
-    pub const fn new(addr: Addr, port: u16, ends: u64) -> Self {
-        Self { addr, port_and_ends: port as u64 | ends }
+    pub const fn new(addr: Addr, source: Addr, port: u16, ends: u64, slot: u16) -> Self {
+        Self { addr, source, port_and_ends: port as u64 | ends | (slot as u64) << 48 }
+    }
+
+    /// [`PodPolicy::slot`] of the pod, from the word that holds it.
+    #[inline(always)]
+    pub const fn slot(port_and_ends: u64) -> u32 {
+        (port_and_ends >> 48) as u32
     }
 
     /// What the client dialled; host order.
@@ -227,20 +227,26 @@ pub mod end {
     pub const STEERED: u64 = 1 << 34;
     /// TPROXY: the proxy goes on to the application; sk_lookup leaves it alone by this entry.
     pub const ONWARD: u64 = 1 << 35;
+    /// The client closed its socket before the proxy's end was there, and may not be heard of again.
+    pub const ABANDONED: u64 = 1 << 36;
 }
 
 /// Value of SOCKETS.
 #[derive(Clone, Copy, Pod, Zeroable, PartialEq, Eq, Debug)]
 #[repr(C)]
 pub struct SocketState {
-    /// What was dialled, or the DNS server asked first.
+    /// What was dialled, the DNS server asked first, or the client ([`socket::TRANSLATED`]).
     pub addr: Addr,
-    /// The address that the socket has without us, if it could not be bound to it; else unspecified.
+    /// The address that the socket has without us, if it is another one; else unspecified.
     pub source: Addr,
-    /// Host order.
+    /// Port of `addr`, host order.
     pub port: u16,
     /// One of [`socket`].
     pub kind: u16,
+    /// [`PodPolicy::slot`].
+    pub slot: u16,
+    /// 1 if the address that the socket is bound to was bound for a redirect, rather than by the process.
+    pub bound: u16,
 }
 
 /// Values of [`SocketState::kind`].
@@ -253,6 +259,27 @@ pub mod socket {
     pub const DATAGRAM: u16 = 3;
     /// TCP that sk_lookup is to leave alone.
     pub const ONWARD: u16 = 4;
+    /// A datagram socket without one, of which only [`super::SocketState::bound`] is to be known.
+    pub const IDLE: u16 = 5;
+    /// The proxy's end of a connection whose client has another address here than where it dialled, by NAT.
+    pub const TRANSLATED: u16 = 6;
+}
+
+/// Value of HANDSHAKES: a redirected connection that is being set up, found by the sequence number of its SYN, which
+/// NAT does not change. Overwritten by a later one of the same index; the entry of ORIG_DST decides whether it is right.
+#[derive(Clone, Copy, Pod, Zeroable, PartialEq, Eq, Debug)]
+#[repr(C)]
+pub struct Handshake {
+    /// Netns cookie.
+    pub netns: u64,
+    /// The client's address where it dialled.
+    pub client: Addr,
+    /// Initial sequence number of the client.
+    pub isn: u32,
+    /// Host order.
+    pub client_port: u16,
+    /// Zero.
+    pub reserved: u16,
 }
 
 /// Value of SERVERS: the DNS servers that a datagram socket has asked besides its first. Each has a number, and the
@@ -309,26 +336,6 @@ pub struct Arrival {
     pub tag: u64,
 }
 
-/// Value of PROXIES: how the proxy's outbound listeners are bound, each half written whole by the listener that it is
-/// about. The zero of [`proxy`] where nothing is known.
-#[derive(Clone, Copy, Pod, Zeroable, PartialEq, Eq, Debug)]
-#[repr(C)]
-pub struct Proxy {
-    /// Of family 4.
-    pub outbound_v4: u16,
-    /// Of family 6, which may take IPv4 as well.
-    pub outbound_v6: u16,
-}
-
-impl Proxy {
-    /// Whether any address of the pod reaches the listener for this family.
-    #[inline(always)]
-    pub const fn takes_any(self, v6: bool) -> bool {
-        self.outbound_v6 == proxy::WILDCARD && (v6 || self.outbound_v4 == proxy::UNKNOWN)
-            || !v6 && self.outbound_v4 == proxy::WILDCARD
-    }
-}
-
 /// Value of DECISIONS, one a CPU.
 #[derive(Clone, Copy, Pod, Zeroable, PartialEq, Eq, Debug)]
 #[repr(C)]
@@ -374,16 +381,17 @@ pub struct Event {
 }
 
 const _: () = {
-    assert!(size_of::<PodPolicy>() == 28 + 8 * MAX_OWNERS);
+    assert!(size_of::<PodPolicy>() == 32 + 8 * MAX_OWNERS);
     assert!(size_of::<DestinationKey>() == 20);
     assert!(size_of::<Destination>() == 20);
     assert!(size_of::<MemberKey>() == 8);
-    assert!(size_of::<ListenerKey>() == 16);
-    // 48 of the hash element's head + 48 + 24 + 8 of the allocator's: the last that fits a 128-byte object.
+    // 48 of the hash element's head + 48 + 40 + 8 of the allocator's: a 192-byte object.
     assert!(size_of::<ConnKey>() == 48);
-    assert!(size_of::<OrigDst>() == 24);
-    assert!(size_of::<SocketState>() == 36);
-    assert!(size_of::<Proxy>() == 4);
+    assert!(size_of::<OrigDst>() == 40);
+    assert!(size_of::<SocketState>() == 40);
+    assert!(size_of::<Handshake>() == 32);
+    // The slot has 16 bits in OrigDst.
+    assert!(MAX_PODS <= 1 << 16);
     assert!(size_of::<Servers>() == 132);
     assert!(size_of::<Event>() == 88);
 };

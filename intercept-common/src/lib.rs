@@ -14,6 +14,6 @@ pub mod layout;
 pub mod names;
 pub mod reason;
 
-pub use addr::Addr;
+pub use addr::{Addr, Spread};
 pub use decide::{Facts, Inbound, Outbound, decide_inbound, decide_outbound};
 pub use reason::{Decision, Reason, Target, Verdict};

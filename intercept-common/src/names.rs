@@ -19,11 +19,16 @@ pub const ORIG_DST: &str = "ORIG_DST";
 pub const SOCKETS: &str = "SOCKETS";
 /// Socket storage: for datagram sockets that ask several DNS servers, all but the first of them.
 pub const SERVERS: &str = "SERVERS";
+/// Socket storage: the entry of [`ORIG_DST`] to release when the socket is closed, for sockets whose callbacks another
+/// program switches off.
+pub const RELEASES: &str = "RELEASES";
 /// One cell: the program [`STEER`], to which every pod's [`SK_LOOKUP`] goes on.
 pub const INBOUND: &str = "INBOUND";
 /// Per CPU, one cell: which pod's look-up is under way, from [`SK_LOOKUP`] to [`STEER`].
 pub const ARRIVAL: &str = "ARRIVAL";
-/// Slot to what is known of the pod's proxy while it runs.
+/// Redirected connections that are being set up, by their initial sequence number.
+pub const HANDSHAKES: &str = "HANDSHAKES";
+/// Slot to what is known of the pod's proxy and connections while they run.
 pub const PROXIES: &str = "PROXIES";
 /// Slot to per-CPU counts by reason.
 pub const DECISIONS: &str = "DECISIONS";
@@ -36,7 +41,7 @@ pub const TRACING: &str = "TRACING";
 pub const LOGS: &str = "AYA_LOGS";
 
 /// Every map that is shared by all pods of a node and pinned.
-pub const MAPS: [&str; 16] = [
+pub const MAPS: [&str; 18] = [
     LOGS,
     PODS,
     DESTINATIONS,
@@ -47,8 +52,10 @@ pub const MAPS: [&str; 16] = [
     ORIG_DST,
     SOCKETS,
     SERVERS,
+    RELEASES,
     INBOUND,
     ARRIVAL,
+    HANDSHAKES,
     PROXIES,
     DECISIONS,
     EVENTS,
@@ -79,6 +86,10 @@ pub const RECVMSG6: &str = "recvmsg6";
 pub const GETSOCKOPT: &str = "getsockopt";
 /// `sock_ops`.
 pub const SOCK_OPS: &str = "sock_ops";
+/// `cgroup/sock_create`.
+pub const SOCK_CREATE: &str = "sock_create";
+/// `cgroup/sock_release`.
+pub const SOCK_RELEASE: &str = "sock_release";
 /// `sk_lookup`: one instance a pod, because that hook cannot ask for the netns cookie. It says which pod it is and goes
 /// on to [`STEER`], so that it is small: it is what an attach has to load.
 pub const SK_LOOKUP: &str = "lookup";
@@ -94,8 +105,10 @@ pub const PEERS: &str = "PEERS";
 pub const JOINED: &str = "JOINED";
 
 /// The programs that attach to a pod's cgroup, in the order in which they are attached.
-pub const CGROUP_PROGRAMS: [&str; 12] = [
+pub const CGROUP_PROGRAMS: [&str; 14] = [
     SOCK_OPS,
+    SOCK_CREATE,
+    SOCK_RELEASE,
     GETSOCKOPT,
     GETPEERNAME4,
     GETPEERNAME6,

@@ -136,7 +136,7 @@ reasons! {
 }
 
 /// Counters kept a pod: one for each [`Reason`], then one for each [`crate::failure::Failure`].
-pub const COUNTERS: usize = 40;
+pub const COUNTERS: usize = 48;
 
 const _: () = assert!(Reason::ALL.len() + crate::failure::Failure::ALL.len() <= COUNTERS);
 

@@ -1,19 +1,24 @@
 //! `connect()`: decide, remember what was dialled, and dial the proxy instead.
+//!
+//! A redirected TCP socket is not bound. It dials 127.0.0.1, ::1 or a stand-in address, so that the kernel gives it a
+//! loopback source; the source that it would have had is kept with the original destination, and shown where somebody
+//! asks for it (`original.rs`). So nothing of the redirect stays on a socket that fails to connect or is disconnected,
+//! and one source port serves for any number of destinations.
 
-use core::mem::size_of;
-
-use aya_ebpf::{helpers::generated::bpf_bind, programs::SockAddrContext};
+use aya_ebpf::{bindings::bpf_sock, programs::SockAddrContext};
 use intercept_common::{
-    Addr, Target, Verdict,
-    decide::{Outbound, decide_outbound},
+    Addr, Spread, Target, Verdict,
+    decide::{Outbound, OutboundDecision, decide_outbound},
     failure::{Failure, OnFailure},
-    layout::{PodPolicy, SocketState, policy, socket},
+    layout::{PodPolicy, SocketState, bound, policy, socket},
 };
 
 use crate::{
-    context::{self, AF_INET, AF_INET6, Family, TCP, UDP},
+    context::{self, Family, TCP, UDP},
     facts::MapFacts,
     maps, observe, open, owner,
+    proxy::{ProxyState, listener_bound},
+    refusal,
 };
 
 /// What the hook tells the kernel.
@@ -25,16 +30,6 @@ pub(crate) enum Outcome {
     Refuse,
 }
 
-impl From<OnFailure> for Outcome {
-    #[inline(always)]
-    fn from(policy: OnFailure) -> Self {
-        match policy {
-            OnFailure::Open => Self::Proceed,
-            OnFailure::Closed => Self::Refuse,
-        }
-    }
-}
-
 /// A socket is being connected.
 #[inline(always)]
 pub(crate) fn connect<F: Family>(ctx: &SockAddrContext) -> Outcome {
@@ -44,59 +39,89 @@ pub(crate) fn connect<F: Family>(ctx: &SockAddrContext) -> Outcome {
     }
     let netns = maps::netns_cookie(ctx);
     let Some(pod) = maps::pod(netns) else { return Outcome::Proceed };
-    let dst_port = context::named_port(ctx);
-    if protocol == UDP && !wants_datagram(pod, dst_port) {
+    if protocol == TCP { stream::<F>(ctx, netns, pod) } else { datagram::<F>(ctx, netns, pod) }
+}
+
+/// A TCP socket. Whatever an earlier connect() left is gone before this one is decided on.
+#[inline(always)]
+fn stream<F: Family>(ctx: &SockAddrContext, netns: u64, pod: &PodPolicy) -> Outcome {
+    let sk = context::sock(ctx);
+    maps::forget_socket(sk);
+    let (flow, decided) = decide::<F>(ctx, netns, pod, TCP);
+    let mut state = SocketState {
+        addr: decided.dst,
+        source: Addr::UNSPECIFIED,
+        port: flow.dst_port,
+        kind: socket::REDIRECTED,
+        slot: pod.slot as u16,
+        bound: 0,
+    };
+    let target = match decided.decision.verdict {
+        Verdict::Redirect(target) => target,
+        Verdict::Leave => {
+            state.kind = match (decided.mark, decided.onward) {
+                (true, _) => socket::STEERED,
+                (_, true) => socket::ONWARD,
+                _ => return Outcome::Proceed,
+            };
+            return remember(ctx, netns, pod, sk, state);
+        }
+    };
+    let port = target_port(pod, target);
+    let addr = stand_in(pod, port, decided.dst, flow.dst_port);
+    if open::passes(ctx, pod, TCP, addr, port) {
         return Outcome::Proceed;
     }
+    if flow.src.is_unspecified() {
+        state.source = decided.source;
+    }
+    if let Outcome::Refuse = remember(ctx, netns, pod, sk, state) {
+        return Outcome::Refuse;
+    }
+    dial::<F>(ctx, addr, port)
+}
+
+/// A datagram socket. Its queries carry no address that could be asked for later, so it is bound to the source that it
+/// would have had; a lasting mark of this is what lets a later connect() begin without it.
+#[inline(always)]
+fn datagram<F: Family>(ctx: &SockAddrContext, netns: u64, pod: &PodPolicy) -> Outcome {
     let sk = context::sock(ctx);
-    let flow = Outbound {
-        protocol: protocol as u8,
-        dst: F::named(ctx),
-        dst_port,
-        src: F::bound(sk),
-        owner: owner::of(sk, protocol),
-        mark: context::mark(sk),
+    let mut state = SocketState {
+        addr: Addr::UNSPECIFIED,
+        source: Addr::UNSPECIFIED,
+        port: 0,
+        kind: socket::IDLE,
+        slot: pod.slot as u16,
+        bound: 0,
     };
-    let decided = decide_outbound(pod, &flow, &MapFacts { conn: None });
-    observe::outbound(netns, pod, &flow, decided.decision.reason);
-    let (addr, port, kind) = match decided.decision.verdict {
-        Verdict::Leave if decided.mark => (flow.dst, flow.dst_port, socket::STEERED),
-        Verdict::Leave if decided.onward => (flow.dst, flow.dst_port, socket::ONWARD),
-        Verdict::Leave => {
-            // A datagram socket may have been connected to a captured server before.
-            if protocol == UDP {
-                maps::forget_socket(sk);
-            }
-            return Outcome::Proceed;
-        }
-        Verdict::Redirect(target) => {
-            let kind = if protocol == UDP { socket::DATAGRAM } else { socket::REDIRECTED };
-            let (mut addr, port) = proxy_addr(pod, target, flow.dst, flow.dst_port);
-            if protocol == TCP && !flow.dst.is_v4() && listens_on_any(pod, port, true) {
-                addr = own_addr(if flow.src.is_unspecified() { decided.source } else { flow.src });
-            }
-            if open::passes(ctx, pod, protocol, addr, port) {
-                if protocol == UDP {
-                    maps::forget_socket(sk);
-                }
-                return Outcome::Proceed;
-            }
-            (addr, port, kind)
-        }
-    };
-    let mut state = SocketState { addr: flow.dst, source: Addr::UNSPECIFIED, port: flow.dst_port, kind };
-    let mut addr = addr;
-    let rewritten = kind == socket::REDIRECTED || kind == socket::DATAGRAM;
-    if rewritten
-        && flow.src.is_unspecified()
-        && !decided.source.is_unspecified()
-        && !bind::<F>(ctx, decided.source)
-    {
-        // The port was bound without an address. The pod's own address leads to a wildcard listener as well, and
-        // gives the source that it would have had; else the socket's own name is put right where it is asked for.
-        if protocol == TCP && listens_on_any(pod, port, !flow.dst.is_v4()) {
-            addr = decided.source;
+    if let Some(before) = maps::socket(sk) {
+        state.bound = before.bound;
+        if state.bound != 0 {
+            // Fails while the socket is still connected: then the kernel keeps the source as well.
+            let _released = F::bind(ctx, Addr::UNSPECIFIED);
+            *before = state;
         } else {
+            maps::forget_socket(sk);
+        }
+        maps::forget_servers(sk);
+    }
+    if !wants_datagram(pod, context::named_port(ctx)) {
+        return Outcome::Proceed;
+    }
+    let (flow, decided) = decide::<F>(ctx, netns, pod, UDP);
+    let Verdict::Redirect(target) = decided.decision.verdict else { return Outcome::Proceed };
+    let (addr, port) = (decided.dst.localhost(), target_port(pod, target));
+    if open::passes(ctx, pod, UDP, addr, port) {
+        return Outcome::Proceed;
+    }
+    state.kind = socket::DATAGRAM;
+    (state.addr, state.port) = (decided.dst, flow.dst_port);
+    if flow.src.is_unspecified() && !decided.source.is_unspecified() {
+        if F::bind(ctx, decided.source) {
+            state.bound = 1;
+        } else {
+            // Its port is bound without an address, or the source is a link-local one: the name is put right where it is
+            // asked for.
             observe::failure(pod, Failure::SourceNotBound);
             if matches!(Failure::SourceNotBound.policy(), OnFailure::Closed) {
                 return Outcome::Refuse;
@@ -104,19 +129,66 @@ pub(crate) fn connect<F: Family>(ctx: &SockAddrContext) -> Outcome {
             state.source = decided.source;
         }
     }
-    if maps::set_socket(sk, state).is_none() {
-        observe::failure_line!(
-            ctx,
-            netns,
-            pod,
-            Failure::NoStorage,
-            "remembering an original destination of netns {}: no memory, the connect is refused"
-        );
-        return Failure::NoStorage.policy().into();
+    if let Outcome::Refuse = remember(ctx, netns, pod, sk, state) {
+        return Outcome::Refuse;
     }
-    if !rewritten {
+    dial::<F>(ctx, addr, port)
+}
+
+#[inline(always)]
+fn decide<F: Family>(
+    ctx: &SockAddrContext,
+    netns: u64,
+    pod: &PodPolicy,
+    protocol: u32,
+) -> (Outbound, OutboundDecision) {
+    let sk = context::sock(ctx);
+    let mut flow = Outbound {
+        protocol: protocol as u8,
+        dst: F::named(ctx),
+        dst_port: context::named_port(ctx),
+        src: F::bound(sk),
+        owner: owner::of(sk, protocol),
+        mark: context::mark(sk),
+    };
+    let decided = decide_outbound(pod, &flow, &MapFacts { conn: None });
+    flow.dst = decided.dst;
+    observe::outbound(netns, pod, &flow, decided.decision.reason);
+    (flow, decided)
+}
+
+/// Keep what is known of a socket until its SYN leaves, or as long as it asks by datagrams.
+#[inline(always)]
+fn remember(
+    ctx: &SockAddrContext,
+    netns: u64,
+    pod: &PodPolicy,
+    sk: *mut bpf_sock,
+    state: SocketState,
+) -> Outcome {
+    if state.kind != socket::DATAGRAM && has_too_many(pod) {
+        return refusal::connect(pod, Failure::TooManyConnections, Outcome::Proceed);
+    }
+    if maps::set_socket(sk, state).is_some() {
         return Outcome::Proceed;
     }
+    observe::line!(
+        ctx,
+        netns,
+        "remembering an original destination of netns {}: no memory, the connect is refused"
+    );
+    refusal::connect(pod, Failure::NoStorage, Outcome::Proceed)
+}
+
+/// Whether the pod has all the entries of ORIG_DST that it may have.
+#[inline(always)]
+fn has_too_many(pod: &PodPolicy) -> bool {
+    ProxyState::of(pod.slot).is_some_and(|proxy| proxy.connections() >= pod.max_connections.into())
+}
+
+/// Dial this instead of what the system call names.
+#[inline(always)]
+fn dial<F: Family>(ctx: &SockAddrContext, addr: Addr, port: u16) -> Outcome {
     F::rename(ctx, addr);
     context::rename_port(ctx, port);
     Outcome::Proceed
@@ -128,83 +200,27 @@ pub(crate) fn wants_datagram(pod: &PodPolicy, dst_port: u16) -> bool {
     pod.flags & policy::DNS != 0 && dst_port == 53
 }
 
-/// Where the proxy is dialled in place of a destination.
+/// The port of the proxy that a flow goes to.
 #[inline(always)]
-pub(crate) fn proxy_addr(pod: &PodPolicy, target: Target, dst: Addr, dst_port: u16) -> (Addr, u16) {
-    let port = match target {
+pub(crate) fn target_port(pod: &PodPolicy, target: Target) -> u16 {
+    match target {
         Target::Outbound => pod.outbound_port,
         Target::Inbound => pod.inbound_port,
         Target::Dns => pod.dns_port,
-    };
-    if !dst.is_v4() {
-        return (Addr::LOCALHOST_V6, port);
-    }
-    if listens_on_any(pod, port, false) {
-        return (spread(dst, dst_port), port);
-    }
-    (Addr::LOCALHOST_V4, port)
-}
-
-/// The pod's own address, rather than ::1, for a listener that takes both: what the kernel answers without a socket (a
-/// reset, the last acknowledgement) does not get from any other address of the pod to ::1, because it is sent by the
-/// interface that has the other (tcp_v6_send_response, seen on Linux 6.18). A proxy's socket whose client closed first
-/// would stay in LAST-ACK until it gave up, minutes later.
-#[inline(always)]
-fn own_addr(source: Addr) -> Addr {
-    if source.is_unspecified() { Addr::LOCALHOST_V6 } else { source }
-}
-
-/// Whether the proxy's listener on this port takes connections to any address.
-#[inline(always)]
-fn listens_on_any(pod: &PodPolicy, port: u16, v6: bool) -> bool {
-    match maps::proxy(pod.slot) {
-        // SAFETY: an array element, which is never freed; each half is written whole.
-        Some(proxy) => port == pod.outbound_port && unsafe { *proxy }.takes_any(v6),
-        None => false,
     }
 }
 
-/// An address of 127.128/9 that depends on the destination, so that each destination has the whole range of local
-/// ports to itself instead of sharing 28,232 of them with all others.
+/// The address at which a connection to the proxy's port dials it in place of a destination: a stand-in, where the proxy
+/// is seen to take it and it is local in the namespace; else 127.0.0.1 or ::1.
 #[inline(always)]
-fn spread(dst: Addr, dst_port: u16) -> Addr {
-    // Fibonacci hashing: the upper bits of the product are well mixed.
-    let mixed = (dst.v4() ^ u32::from(dst_port).rotate_left(16)).wrapping_mul(0x9e37_79b1);
-    Addr::from_v4((0x7f80_0000 | (mixed >> 9)).to_be())
-}
-
-#[repr(C)]
-struct SockaddrIn {
-    family: u16,
-    port: u16,
-    addr: u32,
-    zero: [u32; 2],
-}
-
-#[repr(C)]
-struct SockaddrIn6 {
-    family: u16,
-    port: u16,
-    flowinfo: u32,
-    addr: [u32; 4],
-    scope: u32,
-}
-
-/// Bind the socket to the source that it would have had, the port still open. Without it the proxy would see
-/// 127.0.0.1 as its client, and the client itself as its own address.
-#[inline(always)]
-fn bind<F: Family>(ctx: &SockAddrContext, source: Addr) -> bool {
-    // SAFETY: the address is of the size that is given; the hook is one that may bind.
-    let bound = unsafe {
-        if F::V6 {
-            let mut sockaddr =
-                SockaddrIn6 { family: AF_INET6 as u16, port: 0, flowinfo: 0, addr: source.words(), scope: 0 };
-            bpf_bind(ctx.sock_addr, (&raw mut sockaddr).cast(), size_of::<SockaddrIn6>() as i32)
-        } else {
-            let mut sockaddr =
-                SockaddrIn { family: AF_INET as u16, port: 0, addr: source.v4(), zero: [0; 2] };
-            bpf_bind(ctx.sock_addr, (&raw mut sockaddr).cast(), size_of::<SockaddrIn>() as i32)
-        }
-    };
-    bound == 0
+fn stand_in(pod: &PodPolicy, port: u16, dst: Addr, dst_port: u16) -> Addr {
+    let local = if dst.is_v4() { policy::SPREAD_V4 } else { policy::SPREAD_V6 };
+    if pod.flags & local == 0 {
+        return dst.localhost();
+    }
+    match listener_bound(pod, port, !dst.is_v4()) {
+        bound::WILDCARD => Addr::spread(Spread::Direct, dst, dst_port),
+        bound::STEERED => Addr::spread(Spread::Steered, dst, dst_port),
+        _ => dst.localhost(),
+    }
 }

@@ -7,6 +7,7 @@
 
 use aya_ebpf::{
     bindings::{bpf_sk_lookup, bpf_sock, bpf_sock_addr, bpf_sock_ops},
+    helpers::generated::bpf_bind,
     programs::SockAddrContext,
 };
 use intercept_common::Addr;
@@ -19,6 +20,8 @@ pub(crate) const AF_INET6: u32 = 10;
 pub(crate) const TCP: u32 = 6;
 /// `IPPROTO_UDP`.
 pub(crate) const UDP: u32 = 17;
+/// `IPPROTO_MPTCP`.
+pub(crate) const MPTCP: u32 = 262;
 
 /// `load!(load_u32, bpf_sock_addr, pointer, user_port)`: a field; with a number behind it, that word of an array field.
 macro_rules! load {
@@ -130,8 +133,28 @@ pub(crate) trait Family {
     fn datagram_source(ctx: &SockAddrContext) -> Addr;
     /// sendmsg: give the datagram a source.
     fn set_datagram_source(ctx: &SockAddrContext, addr: Addr);
-    /// Whether `bpf_bind` wants a `sockaddr_in6`.
+    /// Bind the socket to an address, the port still open; to the unspecified one, to none. False if it is connected or
+    /// bound to a port.
+    fn bind(ctx: &SockAddrContext, addr: Addr) -> bool;
+    /// Whether the family is IPv6.
     const V6: bool;
+}
+
+#[repr(C)]
+struct SockaddrIn {
+    family: u16,
+    port: u16,
+    addr: u32,
+    zero: [u32; 2],
+}
+
+#[repr(C)]
+struct SockaddrIn6 {
+    family: u16,
+    port: u16,
+    flowinfo: u32,
+    addr: [u32; 4],
+    scope: u32,
 }
 
 /// Hooks of `AF_INET` addresses.
@@ -155,6 +178,13 @@ impl Family for V4 {
     #[inline(always)]
     fn bound(sk: *mut bpf_sock) -> Addr {
         Addr::from_v4(load!(load_u32, bpf_sock, sk, src_ip4))
+    }
+
+    #[inline(always)]
+    fn bind(ctx: &SockAddrContext, addr: Addr) -> bool {
+        let mut sockaddr = SockaddrIn { family: AF_INET as u16, port: 0, addr: addr.v4(), zero: [0; 2] };
+        // SAFETY: the address is of the size that is given; the hook is one that may bind.
+        unsafe { bpf_bind(ctx.sock_addr, (&raw mut sockaddr).cast(), size_of::<SockaddrIn>() as i32) == 0 }
     }
 
     #[inline(always)]
@@ -184,6 +214,14 @@ impl Family for V6 {
     #[inline(always)]
     fn bound(sk: *mut bpf_sock) -> Addr {
         load_v6!(bpf_sock, sk, src_ip6)
+    }
+
+    #[inline(always)]
+    fn bind(ctx: &SockAddrContext, addr: Addr) -> bool {
+        let mut sockaddr =
+            SockaddrIn6 { family: AF_INET6 as u16, port: 0, flowinfo: 0, addr: addr.words(), scope: 0 };
+        // SAFETY: as for IPv4.
+        unsafe { bpf_bind(ctx.sock_addr, (&raw mut sockaddr).cast(), size_of::<SockaddrIn6>() as i32) == 0 }
     }
 
     #[inline(always)]
@@ -233,6 +271,18 @@ pub(crate) fn mark(sk: *mut bpf_sock) -> u32 {
     load!(load_u32, bpf_sock, sk, mark)
 }
 
+/// `TCP_CLOSE`, `TCP_SYN_SENT` and the like.
+#[inline(always)]
+pub(crate) fn tcp_state(sk: *mut bpf_sock) -> u32 {
+    load!(load_u32, bpf_sock, sk, state)
+}
+
+/// The interface that a socket is bound to; 0 for none.
+#[inline(always)]
+pub(crate) fn device(sk: *mut bpf_sock) -> u32 {
+    load!(load_u32, bpf_sock, sk, bound_dev_if)
+}
+
 /// Whether a socket has a peer.
 #[inline(always)]
 pub(crate) fn is_connected(sk: *mut bpf_sock) -> bool {
@@ -253,11 +303,12 @@ pub(crate) struct Ends {
 }
 
 impl Ends {
-    /// Whether a socket with these ends may be the proxy's end of a redirected connection. The proxy is dialled on
-    /// loopback, or from and to one address of the pod; what arrives from outside needs no look-up.
+    /// Whether a socket with these ends may be the proxy's end of a connection in ORIG_DST. The proxy is dialled on
+    /// loopback or a stand-in address; what TPROXY steers is dialled from and to one address of the pod. What arrives
+    /// from outside needs no look-up.
     #[inline(always)]
     pub(crate) fn may_be_redirected(&self) -> bool {
-        self.local.is_loopback() || self.local == self.remote
+        self.local.is_loopback() || self.local.is_spread() || self.local == self.remote
     }
 }
 

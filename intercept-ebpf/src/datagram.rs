@@ -11,14 +11,14 @@ use intercept_common::{
     Addr, Verdict,
     decide::{Outbound, decide_outbound},
     failure::Failure,
-    layout::{PodPolicy, SocketState, socket},
+    layout::{PodPolicy, SocketState, policy, socket},
 };
 
 use crate::{
-    connect::{Outcome, proxy_addr, wants_datagram},
+    connect::{Outcome, target_port, wants_datagram},
     context::{self, Family, UDP},
     facts::MapFacts,
-    maps, observe, open, owner,
+    maps, observe, open, owner, refusal,
 };
 
 /// A datagram is being sent to an address.
@@ -34,7 +34,7 @@ pub(crate) fn sendmsg<F: Family>(ctx: &SockAddrContext) -> Outcome {
     let sk = context::sock(ctx);
     let bound = F::bound(sk);
     let asked = F::datagram_source(ctx);
-    let flow = Outbound {
+    let mut flow = Outbound {
         protocol: UDP as u8,
         dst: F::named(ctx),
         dst_port,
@@ -44,25 +44,20 @@ pub(crate) fn sendmsg<F: Family>(ctx: &SockAddrContext) -> Outcome {
         mark: 0,
     };
     let decided = decide_outbound(pod, &flow, &MapFacts { conn: None });
+    flow.dst = decided.dst;
     observe::outbound(netns, pod, &flow, decided.decision.reason);
     let target = match decided.decision.verdict {
         Verdict::Leave => return Outcome::Proceed,
         Verdict::Redirect(target) => target,
     };
-    let (addr, port) = proxy_addr(pod, target, flow.dst, flow.dst_port);
+    let (addr, port) = (flow.dst.localhost(), target_port(pod, target));
     if open::passes(ctx, pod, UDP, addr, port) {
         return Outcome::Proceed;
     }
     let source = if flow.src.is_unspecified() { decided.source } else { Addr::UNSPECIFIED };
-    let Some(source) = remember(sk, &flow, source) else {
-        observe::failure_line!(
-            ctx,
-            netns,
-            pod,
-            Failure::NoStorage,
-            "remembering a DNS server of netns {}: no memory, the query is refused"
-        );
-        return Failure::NoStorage.policy().into();
+    let Some(source) = remember(sk, pod, &flow, source) else {
+        observe::line!(ctx, netns, "remembering a DNS server of netns {}: no memory, the query is refused");
+        return refusal::connect(pod, Failure::NoStorage, Outcome::Proceed);
     };
     if !source.is_unspecified() {
         F::set_datagram_source(ctx, source);
@@ -75,7 +70,12 @@ pub(crate) fn sendmsg<F: Family>(ctx: &SockAddrContext) -> Outcome {
 /// Remember which server is asked; the source for the query, unspecified for what the socket has. None if there is no
 /// memory.
 #[inline(always)]
-fn remember(sk: *mut bpf_sock, flow: &Outbound, source: Addr) -> Option<Addr> {
+fn remember(sk: *mut bpf_sock, pod: &PodPolicy, flow: &Outbound, source: Addr) -> Option<Addr> {
+    let mut bound = 0;
+    if let Some(before) = maps::socket(sk) {
+        bound = before.bound;
+    }
+    let can_number = !flow.dst.is_v4() || pod.flags & policy::NUMBERED_V4 != 0;
     if let Some(first) = maps::socket(sk)
         && first.kind == socket::DATAGRAM
     {
@@ -84,7 +84,7 @@ fn remember(sk: *mut bpf_sock, flow: &Outbound, source: Addr) -> Option<Addr> {
         }
         // To a socket that is bound to an address nothing else can be answered: there the server asked last counts.
         // Unless it is connected, when an answer of another server must not reach it, and from a number it does not.
-        if flow.src.is_unspecified() || context::is_connected(sk) {
+        if can_number && (flow.src.is_unspecified() || context::is_connected(sk)) {
             let servers = maps::servers_to_fill(sk)?;
             let number = match servers.number_of(flow.dst) {
                 Some(number) => number,
@@ -98,6 +98,8 @@ fn remember(sk: *mut bpf_sock, flow: &Outbound, source: Addr) -> Option<Addr> {
         source: Addr::UNSPECIFIED,
         port: flow.dst_port,
         kind: socket::DATAGRAM,
+        slot: pod.slot as u16,
+        bound,
     };
     maps::set_socket(sk, state)?;
     Some(source)

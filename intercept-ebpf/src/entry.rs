@@ -2,8 +2,8 @@
 
 use aya_ebpf::{
     bindings::sk_action::{SK_DROP, SK_PASS},
-    macros::{cgroup_sock_addr, cgroup_sockopt, sk_lookup, sock_ops},
-    programs::{SkLookupContext, SockAddrContext, SockOpsContext, SockoptContext},
+    macros::{cgroup_sock, cgroup_sock_addr, cgroup_sockopt, sk_lookup, sock_ops},
+    programs::{SkLookupContext, SockAddrContext, SockContext, SockOpsContext, SockoptContext},
 };
 
 use crate::{
@@ -11,12 +11,12 @@ use crate::{
     context::{V4, V6},
     datagram,
     inbound::{self, Steer},
-    lifecycle, original,
+    lifecycle, mptcp, original,
 };
 
 /// The system call goes on.
 const ALLOW: i32 = 1;
-/// The system call fails with EPERM.
+/// The system call fails, with EPERM unless the program has set another error.
 const DENY: i32 = 0;
 
 #[cgroup_sock_addr(connect4)]
@@ -88,6 +88,17 @@ fn getsockname6(ctx: SockAddrContext) -> i32 {
 #[cgroup_sockopt(getsockopt)]
 fn getsockopt(ctx: SockoptContext) -> i32 {
     original::getsockopt(&ctx);
+    ALLOW
+}
+
+#[cgroup_sock(sock_create)]
+fn sock_create(ctx: SockContext) -> i32 {
+    connect_verdict(mptcp::create(&ctx))
+}
+
+#[cgroup_sock(sock_release)]
+fn sock_release(ctx: SockContext) -> i32 {
+    lifecycle::closed(&ctx);
     ALLOW
 }
 

@@ -3,16 +3,16 @@
 
 use aya_ebpf::{bindings::bpf_sk_lookup, programs::SkLookupContext};
 use intercept_common::{
-    Target, Verdict,
+    Addr, Facts as _, Spread, Target, Verdict,
     decide::{Inbound, decide_inbound},
     failure::Failure,
-    layout::{Arrival, LISTENER_SLOTS, ListenerKey, PodPolicy, policy},
+    layout::{Arrival, PodPolicy, destination, policy, scope},
 };
 
 use crate::{
     context::{self, TCP, load},
     facts::MapFacts,
-    maps, observe,
+    listeners, maps, observe,
     original::proxy_key,
 };
 
@@ -49,8 +49,7 @@ pub(crate) fn arrive(ctx: &SkLookupContext) -> Steer {
     if load!(load_u32, bpf_sk_lookup, ctx.lookup, protocol) != TCP {
         return Steer::Pass;
     }
-    // The way to the proxy itself, and all else that is dialled on loopback.
-    if context::lookup_local(ctx.lookup).is_loopback() {
+    if passes_early(ctx) {
         return Steer::Pass;
     }
     let netns = own_netns();
@@ -62,6 +61,19 @@ pub(crate) fn arrive(ctx: &SkLookupContext) -> Steer {
     match maps::pod(netns) {
         Some(pod) => fail(pod, Failure::SteerMissing),
         None => Steer::Pass,
+    }
+}
+
+/// The way to the proxy itself, unless it needs to be steered, and all else that is dialled on loopback.
+#[inline(always)]
+fn passes_early(ctx: &SkLookupContext) -> bool {
+    let local = context::lookup_local(ctx.lookup);
+    match local.spread_range() {
+        Some(Spread::Steered) => false,
+        // IPv4 stand-ins are loopback's. IPv6 ones may be dialled from outside, which must not pass: the kernel takes
+        // ::1 as a source from itself only (ipv6_rcv).
+        Some(Spread::Direct) => context::lookup_ends(ctx.lookup).remote.is_loopback(),
+        None => local.is_loopback(),
     }
 }
 
@@ -94,35 +106,34 @@ pub(crate) fn steer(ctx: &SkLookupContext) -> Steer {
         src: ends.remote,
         ifindex: load!(load_u32, bpf_sk_lookup, ctx.lookup, ingress_ifindex),
     };
+    if ends.local.spread_range() == Some(Spread::Steered) && is_own(pod, ends.remote) {
+        // To the proxy, which listens on 127.0.0.1 or ::1.
+        return assign(ctx, netns, pod, ends.local_port, scope::LOCALHOST);
+    }
     let conn = proxy_key(netns, &ends);
     let decision = decide_inbound(pod, &flow, &MapFacts { conn: Some(&conn) });
     observe::inbound(netns, pod, &flow, ends.remote_port, decision.reason);
     match decision.verdict {
         Verdict::Leave => Steer::Pass,
-        Verdict::Redirect(target) => assign(ctx, netns, pod, target),
+        Verdict::Redirect(Target::Outbound) => assign(ctx, netns, pod, pod.outbound_port, scope::ANY),
+        Verdict::Redirect(_) => assign(ctx, netns, pod, pod.inbound_port, scope::ANY),
     }
 }
 
+/// Whether a source is an address of the namespace itself.
 #[inline(always)]
-fn assign(ctx: &SkLookupContext, netns: u64, pod: &PodPolicy, target: Target) -> Steer {
-    let port = match target {
-        Target::Outbound => pod.outbound_port,
-        Target::Inbound | Target::Dns => pod.inbound_port,
-    };
-    let own = if load!(load_u32, bpf_sk_lookup, ctx.lookup, family) == context::AF_INET6 { 6 } else { 4 };
-    // A socket of IPv6 may take IPv4 as well; the kernel refuses the assignment if it does not.
-    for family in [own, 6] {
-        for slot in 0..LISTENER_SLOTS {
-            let key = ListenerKey { netns, port, family, slot, reserved: 0 };
-            if maps::assign_listener(ctx, &key).is_ok() {
-                return Steer::Assigned;
-            }
-        }
-        if own == 6 {
-            break;
-        }
+fn is_own(pod: &PodPolicy, addr: Addr) -> bool {
+    addr.is_loopback() || MapFacts { conn: None }.destination(pod.id, addr).flags & destination::LO != 0
+}
+
+#[inline(always)]
+fn assign(ctx: &SkLookupContext, netns: u64, pod: &PodPolicy, port: u16, scope: u8) -> Steer {
+    let v6 = load!(load_u32, bpf_sk_lookup, ctx.lookup, family) == context::AF_INET6;
+    if listeners::assign(ctx, netns, pod, port, scope, v6) {
+        Steer::Assigned
+    } else {
+        fail(pod, Failure::NoListener)
     }
-    fail(pod, Failure::NoListener)
 }
 
 #[inline(always)]

@@ -7,21 +7,24 @@
 
 use aya_ebpf::{
     bindings::{
-        BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB, BPF_SOCK_OPS_STATE_CB, BPF_SOCK_OPS_STATE_CB_FLAG,
-        BPF_SOCK_OPS_TCP_CONNECT_CB, BPF_SOCK_OPS_TCP_LISTEN_CB, BPF_TCP_CLOSE, bpf_sock, bpf_sock_ops,
+        BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB, BPF_SOCK_OPS_RWND_INIT, BPF_SOCK_OPS_STATE_CB,
+        BPF_SOCK_OPS_STATE_CB_FLAG, BPF_SOCK_OPS_TCP_CONNECT_CB, BPF_SOCK_OPS_TCP_LISTEN_CB, BPF_TCP_CLOSE,
+        BPF_TCP_SYN_SENT, bpf_sock, bpf_sock_ops,
     },
-    programs::SockOpsContext,
+    programs::{SockContext, SockOpsContext},
 };
 use intercept_common::{
-    failure::Failure,
-    layout::{ConnKey, LISTENER_SLOTS, ListenerKey, OrigDst, end, proxy, socket},
+    failure::{Failure, OnFailure},
+    layout::{ConnKey, OrigDst, end, socket},
 };
 
 use crate::{
     atomic,
-    context::{self, AF_INET6, load},
-    maps, observe,
+    context::{self, load},
+    handshake, listeners, maps, observe,
     original::{client_key, proxy_key},
+    proxy::ProxyState,
+    refusal,
 };
 
 /// A callback; most of the kernel's are none of ours and must cost nothing.
@@ -31,7 +34,9 @@ pub(crate) fn callback(ctx: &SockOpsContext) {
         BPF_SOCK_OPS_STATE_CB => state(ctx),
         BPF_SOCK_OPS_TCP_CONNECT_CB => dial(ctx),
         BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB => accepted(ctx),
-        BPF_SOCK_OPS_TCP_LISTEN_CB => listen(ctx),
+        BPF_SOCK_OPS_TCP_LISTEN_CB => listeners::listen(ctx),
+        // For a client the first callback after its own.
+        BPF_SOCK_OPS_RWND_INIT => check_callbacks(ctx),
         _ => {}
     }
 }
@@ -39,11 +44,11 @@ pub(crate) fn callback(ctx: &SockOpsContext) {
 /// A SYN is about to leave: the local port is known now.
 #[inline(always)]
 fn dial(ctx: &SockOpsContext) {
-    let sk = load!(load_u64, bpf_sock_ops, ctx.ops, __bindgen_anon_2) as *mut bpf_sock;
+    let sk = sock(ctx);
     if sk.is_null() {
         return;
     }
-    let Some(state) = maps::socket(sk) else { return };
+    let Some(state) = maps::socket(sk).map(|state| *state) else { return };
     let ends = match state.kind {
         socket::REDIRECTED => end::CLIENT,
         socket::STEERED => end::CLIENT | end::STEERED,
@@ -52,20 +57,29 @@ fn dial(ctx: &SockOpsContext) {
     };
     let netns = maps::netns_cookie(ctx);
     let key = client_key(netns, &context::callback_ends(ctx.ops));
-    let value = OrigDst::new(state.addr, state.port, ends);
+    let value = OrigDst::new(state.addr, state.source, state.port, ends, state.slot);
     maps::forget_socket(sk);
-    if maps::add_orig_dst(&key, &value).is_err() {
-        if let Some(pod) = maps::pod(netns) {
-            observe::failure_line!(
-                ctx,
-                netns,
-                pod,
-                Failure::OrigDstFull,
-                "storing an original destination of netns {}: ORIG_DST is full, raise --max-connections"
-            );
+    match maps::add_orig_dst(&key, &value) {
+        Ok(true) => add_connections(state.slot.into(), 1),
+        // Its last connection had the same ends, and was not seen to end.
+        Ok(false) => {}
+        Err(_) => {
+            if let Some(pod) = maps::pod(netns) {
+                observe::failure_line!(
+                    ctx,
+                    netns,
+                    pod,
+                    Failure::OrigDstFull,
+                    "storing an original destination of netns {}: ORIG_DST is full, raise --max-connections"
+                );
+            }
+            if matches!(Failure::OrigDstFull.policy(), OnFailure::Closed) {
+                refusal::bar(ctx, sk);
+            }
+            return;
         }
-        return;
     }
+    handshake::note(sk, &key);
     watch_state(ctx);
 }
 
@@ -76,12 +90,101 @@ fn accepted(ctx: &SockOpsContext) {
     if !ends.may_be_redirected() {
         return;
     }
-    let key = proxy_key(maps::netns_cookie(ctx), &ends);
-    if let Some(entry) = maps::orig_dst(&key) {
-        // SAFETY: aligned and inside a map element, which outlives the program.
-        let _before = unsafe { atomic::fetch_or(&raw mut (*entry).port_and_ends, end::PROXY) };
-        watch_state(ctx);
+    let netns = maps::netns_cookie(ctx);
+    let key = proxy_key(netns, &ends);
+    if hold(ctx, &key) {
+        return;
     }
+    let sk = sock(ctx);
+    if let Some(key) = handshake::find(ctx, netns, &ends)
+        && maps::orig_dst(&key).is_some()
+        && !sk.is_null()
+        && handshake::remember(sk, &key).is_some()
+    {
+        hold(ctx, &key);
+    }
+}
+
+/// The proxy's end holds an entry. False if there is none.
+#[inline(always)]
+fn hold(ctx: &SockOpsContext, key: &ConnKey) -> bool {
+    let Some(entry) = maps::orig_dst(key) else { return false };
+    // SAFETY: aligned and inside a map element, which outlives the program.
+    let before = unsafe { atomic::fetch_or(&raw mut (*entry).port_and_ends, end::PROXY) };
+    watch_state(ctx);
+    if is_overruled(OrigDst::slot(before)) {
+        release_on_close(ctx, *key, end::PROXY);
+    }
+    true
+}
+
+/// A SYN follows. Another program that sets the socket's callbacks without keeping those that are set (it may be attached
+/// above the pod, so that it is always later) takes the one away that ends the entry. Then the socket's close() ends it.
+#[inline(always)]
+fn check_callbacks(ctx: &SockOpsContext) {
+    if load!(load_u32, bpf_sock_ops, ctx.ops, bpf_sock_ops_cb_flags) & BPF_SOCK_OPS_STATE_CB_FLAG != 0 {
+        return;
+    }
+    let ends = context::callback_ends(ctx.ops);
+    if !ends.remote.is_loopback() && !ends.remote.is_spread() && ends.local != ends.remote {
+        return;
+    }
+    let key = client_key(maps::netns_cookie(ctx), &ends);
+    let Some(entry) = maps::orig_dst(&key) else { return };
+    // SAFETY: as in `hold`.
+    let slot = OrigDst::slot(unsafe { (*entry).port_and_ends });
+    if let Some(proxy) = ProxyState::of(slot) {
+        proxy.set_overruled();
+    }
+    release_on_close(ctx, key, end::CLIENT);
+}
+
+#[inline(always)]
+fn is_overruled(slot: u32) -> bool {
+    ProxyState::of(slot).is_some_and(ProxyState::is_overruled)
+}
+
+#[inline(always)]
+fn release_on_close(ctx: &SockOpsContext, mut key: ConnKey, gone: u64) {
+    let sk = sock(ctx);
+    if !sk.is_null() {
+        key.reserved = (gone >> 32) as u32;
+        // Without memory the entry stays until the agent collects it.
+        let _collected_later = maps::release_with(sk, key);
+    }
+}
+
+/// A process has closed a socket. The kernel may go on with the connection, so that a client that closes before the
+/// proxy's end is there leaves the entry to that end.
+#[inline(always)]
+pub(crate) fn closed(ctx: &SockContext) {
+    let Some(mut key) = maps::release_of(ctx.sock.cast()) else { return };
+    let gone = u64::from(key.reserved) << 32;
+    key.reserved = 0;
+    if gone == end::CLIENT {
+        let Some(entry) = maps::orig_dst(&key) else { return };
+        let state = load!(load_u32, bpf_sock, ctx.sock, state);
+        // SAFETY: as in `hold`.
+        let ends = unsafe { (*entry).port_and_ends };
+        if ends & end::PROXY == 0 && state != BPF_TCP_CLOSE && state != BPF_TCP_SYN_SENT {
+            // SAFETY: as in `hold`.
+            let _before = unsafe { atomic::fetch_or(&raw mut (*entry).port_and_ends, end::ABANDONED) };
+            return;
+        }
+    }
+    release(&key, gone);
+}
+
+#[inline(always)]
+fn add_connections(slot: u32, more: i64) {
+    if let Some(proxy) = ProxyState::of(slot) {
+        proxy.add_connections(more);
+    }
+}
+
+#[inline(always)]
+fn sock(ctx: &SockOpsContext) -> *mut bpf_sock {
+    load!(load_u64, bpf_sock_ops, ctx.ops, __bindgen_anon_2) as *mut bpf_sock
 }
 
 /// A watched socket changed state.
@@ -92,9 +195,14 @@ fn state(ctx: &SockOpsContext) {
     }
     let netns = maps::netns_cookie(ctx);
     let ends = context::callback_ends(ctx.ops);
-    let key = client_key(netns, &ends);
-    if !release(&key, end::CLIENT) {
-        release(&proxy_key(netns, &ends), end::PROXY);
+    if release(&client_key(netns, &ends), end::CLIENT) || release(&proxy_key(netns, &ends), end::PROXY) {
+        return;
+    }
+    let sk = sock(ctx);
+    if !sk.is_null()
+        && let Some(key) = handshake::key(sk, netns, &ends)
+    {
+        release(&key, end::PROXY);
     }
 }
 
@@ -102,10 +210,14 @@ fn state(ctx: &SockOpsContext) {
 #[inline(always)]
 fn release(key: &ConnKey, gone: u64) -> bool {
     let Some(entry) = maps::orig_dst(key) else { return false };
-    // SAFETY: as in `accepted`.
+    // SAFETY: as in `hold`.
     let before = unsafe { atomic::fetch_and(&raw mut (*entry).port_and_ends, !gone) };
-    if before & !gone & (end::CLIENT | end::PROXY) == 0 {
-        maps::remove_orig_dst(key);
+    let mut left = before & !gone & (end::CLIENT | end::PROXY);
+    if before & end::ABANDONED != 0 {
+        left &= !end::CLIENT;
+    }
+    if left == 0 && maps::remove_orig_dst(key) {
+        add_connections(OrigDst::slot(before), -1);
     }
     true
 }
@@ -115,55 +227,4 @@ fn watch_state(ctx: &SockOpsContext) {
     let flags = load!(load_u32, bpf_sock_ops, ctx.ops, bpf_sock_ops_cb_flags) | BPF_SOCK_OPS_STATE_CB_FLAG;
     // Fails only for sockets that are not full ones, which none of the callbacks above has.
     let _full_socket = ctx.set_cb_flags(flags as i32);
-}
-
-/// A socket listens: hold it if it is the proxy's.
-#[inline(always)]
-fn listen(ctx: &SockOpsContext) {
-    let netns = maps::netns_cookie(ctx);
-    let Some(pod) = maps::pod(netns) else { return };
-    let port = load!(load_u32, bpf_sock_ops, ctx.ops, local_port) as u16;
-    if port != pod.outbound_port && port != pod.inbound_port {
-        return;
-    }
-    let local = context::callback_local(ctx.ops);
-    if port == pod.outbound_port
-        && let Some(proxy) = maps::proxy(pod.slot)
-    {
-        let bound = if local.is_unspecified() { proxy::WILDCARD } else { proxy::ONE };
-        let v6 = load!(load_u32, bpf_sock_ops, ctx.ops, family) == AF_INET6;
-        // SAFETY: an array element; half a word is written whole.
-        unsafe {
-            if v6 {
-                (*proxy).outbound_v6 = bound;
-            } else {
-                (*proxy).outbound_v4 = bound;
-            }
-        }
-    }
-    // What is bound to loopback would not get arriving connections from a REDIRECT either.
-    if !local.is_loopback() && !hold(ctx.ops, netns, port) {
-        observe::failure_line!(
-            ctx,
-            netns,
-            pod,
-            Failure::ListenerNotAdded,
-            "holding a listener of netns {}: it will get no inbound connections"
-        );
-    }
-}
-
-/// Into the first free slot. That none is free is no failure: the port has listeners enough.
-#[inline(always)]
-fn hold(ops: *mut bpf_sock_ops, netns: u64, port: u16) -> bool {
-    const EEXIST: i32 = 17;
-    let family = if load!(load_u32, bpf_sock_ops, ops, family) == AF_INET6 { 6 } else { 4 };
-    for slot in 0..LISTENER_SLOTS {
-        match maps::add_listener(ops, ListenerKey { netns, port, family, slot, reserved: 0 }) {
-            Ok(()) => return true,
-            Err(error) if error == -EEXIST => {}
-            Err(_) => return false,
-        }
-    }
-    true
 }

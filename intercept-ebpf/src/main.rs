@@ -9,13 +9,18 @@ mod context;
 mod datagram;
 mod entry;
 mod facts;
+mod handshake;
 mod inbound;
 mod lifecycle;
+mod listeners;
 mod maps;
+mod mptcp;
 mod observe;
 mod open;
 mod original;
 mod owner;
+mod proxy;
+mod refusal;
 
 #[cfg(target_arch = "bpf")]
 #[panic_handler]

@@ -5,7 +5,7 @@ use core::ffi::c_void;
 
 use aya_ebpf::{
     EbpfContext,
-    bindings::{BPF_F_NO_PREALLOC, BPF_SK_STORAGE_GET_F_CREATE, bpf_sock, bpf_sock_ops},
+    bindings::{BPF_F_MMAPABLE, BPF_F_NO_PREALLOC, BPF_SK_STORAGE_GET_F_CREATE, bpf_sock, bpf_sock_ops},
     btf_maps::SkStorage,
     helpers::{
         bpf_get_netns_cookie,
@@ -18,8 +18,8 @@ use aya_ebpf::{
 use intercept_common::{
     Addr,
     layout::{
-        Arrival, ConnKey, Counters, Destination, DestinationKey, ListenerKey, MAX_PODS, MemberKey, OrigDst,
-        PodPolicy, Proxy, Servers, SocketState,
+        Arrival, ConnKey, Counters, Destination, DestinationKey, HANDSHAKES as HANDSHAKE_COUNT, Handshake,
+        ListenerKey, MAX_PODS, MemberKey, OrigDst, PodPolicy, Proxy, Servers, SocketState,
     },
 };
 
@@ -52,8 +52,13 @@ static SERVERS: SkStorage<Servers> = SkStorage::new();
 static INBOUND: ProgramArray = ProgramArray::with_max_entries(1, 0);
 #[map]
 static ARRIVAL: PerCpuArray<Arrival> = PerCpuArray::with_max_entries(1, 0);
+#[btf_map]
+static RELEASES: SkStorage<ConnKey> = SkStorage::new();
 #[map]
-static PROXIES: Array<Proxy> = Array::with_max_entries(MAX_PODS, 0);
+static HANDSHAKES: Array<Handshake> = Array::with_max_entries(HANDSHAKE_COUNT, 0);
+// Shared with the agent's memory, so that it changes single fields while the programs change others.
+#[map]
+static PROXIES: Array<Proxy> = Array::with_max_entries(MAX_PODS, BPF_F_MMAPABLE);
 #[map]
 static DECISIONS: PerCpuArray<Counters> = PerCpuArray::with_max_entries(MAX_PODS, 0);
 #[map]
@@ -135,17 +140,47 @@ pub(crate) fn orig_dst(key: &ConnKey) -> Option<*mut OrigDst> {
     ORIG_DST.get_ptr_mut(key)
 }
 
-/// Remember one.
+/// Remember one. True if there was none under this key, false if it was replaced.
 #[inline(always)]
-pub(crate) fn add_orig_dst(key: &ConnKey, value: &OrigDst) -> Result<(), i32> {
-    ORIG_DST.insert(key, value, 0)
+pub(crate) fn add_orig_dst(key: &ConnKey, value: &OrigDst) -> Result<bool, i32> {
+    const BPF_NOEXIST: u64 = 1;
+    const EEXIST: i32 = 17;
+    match ORIG_DST.insert(key, value, BPF_NOEXIST) {
+        Ok(()) => Ok(true),
+        Err(error) if error == -EEXIST => ORIG_DST.insert(key, value, 0).map(|()| false),
+        Err(error) => Err(error),
+    }
 }
 
-/// Forget one.
+/// Forget one. False if the other end was first.
 #[inline(always)]
-pub(crate) fn remove_orig_dst(key: &ConnKey) {
-    // The other end may have been first: nothing is lost then.
-    let _already_gone = ORIG_DST.remove(key);
+pub(crate) fn remove_orig_dst(key: &ConnKey) -> bool {
+    ORIG_DST.remove(key).is_ok()
+}
+
+/// Where the client of a connection that is being set up is noted, by its initial sequence number.
+#[inline(always)]
+pub(crate) fn handshake(isn: u32) -> Option<*mut Handshake> {
+    HANDSHAKES.get_ptr_mut(isn & (HANDSHAKE_COUNT - 1))
+}
+
+/// The entry to release when a socket is closed.
+#[inline(always)]
+pub(crate) fn release_of(sk: *mut c_void) -> Option<ConnKey> {
+    let storage = core::ptr::addr_of!(RELEASES).cast_mut().cast();
+    // SAFETY: the map is a socket storage of ConnKey, the socket one that the verifier knows.
+    unsafe { bpf_sk_storage_get(storage, sk, core::ptr::null_mut(), 0).cast::<ConnKey>().as_ref().copied() }
+}
+
+/// Have an entry released when the socket is closed. None if there is no memory.
+#[inline(always)]
+pub(crate) fn release_with(sk: *mut bpf_sock, mut key: ConnKey) -> Option<()> {
+    let storage = core::ptr::addr_of!(RELEASES).cast_mut().cast();
+    let (create, value) = (BPF_SK_STORAGE_GET_F_CREATE.into(), core::ptr::from_mut(&mut key).cast());
+    // SAFETY: as in `release_of`.
+    let slot = unsafe { bpf_sk_storage_get(storage, sk.cast(), value, create).cast::<ConnKey>().as_mut() }?;
+    *slot = key;
+    Some(())
 }
 
 #[inline(always)]
@@ -209,6 +244,13 @@ pub(crate) fn set_socket(sk: *mut bpf_sock, mut state: SocketState) -> Option<()
 pub(crate) fn forget_socket(sk: *mut bpf_sock) {
     // SAFETY: as for `socket`. That there is nothing to forget is no error.
     unsafe { bpf_sk_storage_delete(sockets(), sk.cast()) };
+}
+
+/// Forget the further servers of a socket.
+#[inline(always)]
+pub(crate) fn forget_servers(sk: *mut bpf_sock) {
+    // SAFETY: as for `servers`.
+    unsafe { bpf_sk_storage_delete(all_servers(), sk.cast()) };
 }
 
 /// What is known of a pod's proxy.

@@ -33,11 +33,21 @@ pub(crate) fn failure(pod: &PodPolicy, failure: Failure) {
 macro_rules! failure_line {
     ($ctx:expr, $netns:expr, $pod:expr, $failure:expr, $line:literal) => {{
         $crate::observe::failure($pod, $failure);
-        #[cfg(target_arch = "bpf")]
-        aya_log_ebpf::warn!($ctx, $line, $netns);
+        $crate::observe::line!($ctx, $netns, $line);
     }};
 }
 pub(crate) use failure_line;
+
+/// The line alone.
+macro_rules! line {
+    ($ctx:expr, $netns:expr, $line:literal) => {{
+        #[cfg(target_arch = "bpf")]
+        aya_log_ebpf::warn!($ctx, $line, $netns);
+        #[cfg(not(target_arch = "bpf"))]
+        let _ = ($ctx, $netns);
+    }};
+}
+pub(crate) use line;
 
 /// An outbound decision.
 #[inline(always)]

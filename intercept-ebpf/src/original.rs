@@ -2,17 +2,17 @@
 //! its peer is.
 
 use aya_ebpf::{
-    bindings::{bpf_sock, bpf_sockopt},
+    bindings::{BPF_TCP_CLOSE, bpf_sock, bpf_sockopt},
     programs::{SockAddrContext, SockoptContext},
 };
 use intercept_common::{
     Addr,
-    layout::{ConnKey, socket},
+    layout::{ConnKey, OrigDst, socket},
 };
 
 use crate::{
     context::{self, AF_INET, AF_INET6, Ends, Family, TCP, UDP, load, store},
-    maps,
+    handshake, maps,
 };
 
 const SOL_IP: i32 = 0;
@@ -70,7 +70,7 @@ fn answered(ctx: &SockoptContext) -> bool {
     }
     let netns = maps::netns_cookie(ctx);
     let ends = context::sock_ends(sk);
-    let redirected = if ends.may_be_redirected() { maps::orig_dst(&proxy_key(netns, &ends)) } else { None };
+    let redirected = if ends.may_be_redirected() { by_proxy(sk, netns, &ends) } else { None };
     let (addr, port) = match redirected {
         // SAFETY: the map holds OrigDst; an element taken out meanwhile is freed after a grace period.
         Some(entry) => unsafe { ((*entry).addr, (*entry).port()) },
@@ -121,43 +121,106 @@ fn answer(sockopt: *mut bpf_sockopt, addr: Addr, port: u16) -> bool {
     true
 }
 
-/// The peer of a socket is about to be reported, by getpeername() or accept().
+/// The entry of a connection by the proxy's socket.
+#[inline(always)]
+fn by_proxy(sk: *mut bpf_sock, netns: u64, ends: &Ends) -> Option<*mut OrigDst> {
+    match maps::orig_dst(&proxy_key(netns, ends)) {
+        None => maps::orig_dst(&handshake::key(sk, netns, ends)?),
+        found => found,
+    }
+}
+
+/// The peer of a socket is about to be reported, by getpeername() or accept(): to a client what it dialled, to the proxy
+/// the address that its client has without us.
 #[inline(always)]
 pub(crate) fn getpeername<F: Family>(ctx: &SockAddrContext) {
-    let sk = context::sock(ctx);
     let peer = F::named(ctx);
-    // Redirected sockets have a loopback peer, or their own address: everyone else pays for this comparison only.
-    if !peer.is_loopback() && peer != F::bound(sk) {
+    // Others pay for this comparison only.
+    if !peer.is_loopback() && !peer.is_spread() {
         return;
     }
-    let (addr, port) = if context::protocol(ctx) == UDP {
-        match maps::socket(sk) {
-            Some(state) if state.kind == socket::DATAGRAM => (state.addr, state.port),
-            _ => return,
+    let sk = context::sock(ctx);
+    if context::protocol(ctx) == UDP {
+        if let Some(state) = maps::socket(sk)
+            && state.kind == socket::DATAGRAM
+        {
+            F::rename(ctx, state.addr);
+            context::rename_port(ctx, state.port);
         }
-    } else {
-        // By tuple, not by socket: the peer of an MPTCP socket is asked for on another socket than dialled.
-        let netns = maps::netns_cookie(ctx);
-        match maps::orig_dst(&client_key(netns, &context::sock_ends(sk))) {
-            // SAFETY: as in `getsockopt`.
-            Some(entry) => unsafe { ((*entry).addr, (*entry).port()) },
-            None => return,
+        return;
+    }
+    // By tuple, not by socket: the peer of an MPTCP socket is asked for on another socket than dialled.
+    let netns = maps::netns_cookie(ctx);
+    let ends = context::sock_ends(sk);
+    // Nobody but a client has a stand-in as its peer.
+    if !peer.is_spread()
+        && let Some(entry) = maps::orig_dst(&proxy_key(netns, &ends))
+    {
+        // SAFETY: as in `getsockopt`.
+        let source = unsafe { (*entry).source };
+        if !source.is_unspecified() {
+            F::rename(ctx, source);
         }
-    };
-    F::rename(ctx, addr);
-    context::rename_port(ctx, port);
+        return;
+    }
+    if let Some(entry) = maps::orig_dst(&client_key(netns, &ends)) {
+        // SAFETY: as in `getsockopt`.
+        let (addr, port) = unsafe { ((*entry).addr, (*entry).port()) };
+        F::rename(ctx, addr);
+        context::rename_port(ctx, port);
+    }
 }
 
 /// A socket's own name is about to be reported.
 #[inline(always)]
 pub(crate) fn getsockname<F: Family>(ctx: &SockAddrContext) {
-    // Only datagram sockets that could not be bound to their source have a name that is to be put right.
-    if context::protocol(ctx) != UDP || !F::named(ctx).is_loopback() {
+    let name = F::named(ctx);
+    if context::protocol(ctx) == UDP {
+        return datagram_name::<F>(ctx, name);
+    }
+    if !name.is_loopback() && !name.is_spread() {
         return;
     }
-    if let Some(state) = maps::socket(context::sock(ctx))
-        && !state.source.is_unspecified()
-    {
+    let sk = context::sock(ctx);
+    let netns = maps::netns_cookie(ctx);
+    let ends = context::sock_ends(sk);
+    if name.is_spread() {
+        // The proxy's end: as if it had been dialled by REDIRECT.
+        if by_proxy(sk, netns, &ends).is_some() {
+            F::rename(ctx, name.localhost());
+        }
+        return;
+    }
+    let source = match maps::orig_dst(&client_key(netns, &ends)) {
+        // SAFETY: as in `getsockopt`.
+        Some(entry) => unsafe { (*entry).source },
+        None => source_of_closed(sk, netns, &ends),
+    };
+    if !source.is_unspecified() {
+        F::rename(ctx, source);
+    }
+}
+
+/// The source of a socket whose connection is over, and the entry with it: that of the default route.
+#[inline(always)]
+fn source_of_closed(sk: *mut bpf_sock, netns: u64, ends: &Ends) -> Addr {
+    if !ends.remote.is_spread() || context::tcp_state(sk) != BPF_TCP_CLOSE {
+        return Addr::UNSPECIFIED;
+    }
+    let Some(pod) = maps::pod(netns) else { return Addr::UNSPECIFIED };
+    let any = if ends.remote.is_v4() { Addr::UNSPECIFIED_V4 } else { Addr::UNSPECIFIED };
+    maps::destination(pod.id, any).map_or(Addr::UNSPECIFIED, |destination| destination.source)
+}
+
+/// A datagram socket's own name: its source where it could not be bound to it; and none where it was, and is connected
+/// no more.
+#[inline(always)]
+fn datagram_name<F: Family>(ctx: &SockAddrContext, name: Addr) {
+    let sk = context::sock(ctx);
+    let Some(state) = maps::socket(sk) else { return };
+    if state.bound != 0 && !context::is_connected(sk) {
+        F::rename(ctx, if name.is_v4() { Addr::UNSPECIFIED_V4 } else { Addr::UNSPECIFIED });
+    } else if !state.source.is_unspecified() && name.is_loopback() {
         F::rename(ctx, state.source);
     }
 }

@@ -113,18 +113,31 @@ struct Load {
 
 /// A program of `sock_ops` that returns at once.
 pub fn load_empty() -> io::Result<OwnedFd> {
+    // r0 = 1; exit
+    load_sock_ops("empty", &[[0xb7, 0, 0, 0, 1, 0, 0, 0], [0x95, 0, 0, 0, 0, 0, 0, 0]])
+}
+
+/// A program of `sock_ops` that at every callback sets the socket's callbacks to one of its own alone
+/// (`BPF_SOCK_OPS_RETRANS_CB_FLAG`), as if no other program had any.
+pub fn load_overruling() -> io::Result<OwnedFd> {
+    // r2 = 2; call bpf_sock_ops_cb_flags_set; r0 = 1; exit. The context is in r1.
+    let call = [0x85, 0, 0, 0, 59, 0, 0, 0];
+    let instructions =
+        [[0xb7, 2, 0, 0, 2, 0, 0, 0], call, [0xb7, 0, 0, 0, 1, 0, 0, 0], [0x95, 0, 0, 0, 0, 0, 0, 0]];
+    load_sock_ops("overruling", &instructions)
+}
+
+fn load_sock_ops(name: &str, instructions: &[[u8; 8]]) -> io::Result<OwnedFd> {
     const BPF_PROG_LOAD: libc::c_long = 5;
     const BPF_PROG_TYPE_SOCK_OPS: u32 = 13;
-    // r0 = 1; exit
-    let instructions: [[u8; 8]; 2] = [[0xb7, 0, 0, 0, 1, 0, 0, 0], [0x95, 0, 0, 0, 0, 0, 0, 0]];
     let mut load = Load {
         kind: BPF_PROG_TYPE_SOCK_OPS,
-        instruction_count: 2,
+        instruction_count: u32::try_from(instructions.len()).map_err(io::Error::other)?,
         instructions: instructions.as_ptr() as u64,
         license: c"GPL".as_ptr() as u64,
         ..Load::default()
     };
-    load.name[..5].copy_from_slice(b"empty");
+    load.name[..name.len()].copy_from_slice(name.as_bytes());
     // SAFETY: the attribute is of the size given; it and what it points to outlive the call.
     let ret = unsafe {
         libc::syscall(libc::SYS_bpf, BPF_PROG_LOAD, std::ptr::from_mut(&mut load), size_of::<Load>())

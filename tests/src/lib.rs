@@ -18,6 +18,7 @@ pub mod kernel;
 pub mod kube;
 pub mod slip;
 pub mod snapshot;
+pub mod steps;
 pub mod swarm;
 pub mod testbed;
 pub mod witness;

@@ -1,77 +1,130 @@
-//! What happens when the node has no room for another original destination.
+//! What happens when a pod, or the node, has no room for another original destination.
 
 use std::{
     io::{BufRead as _, BufReader, Write as _},
     net::{IpAddr, SocketAddr},
-    process::Stdio,
+    process::{Child, Stdio},
     time::{Duration, Instant},
 };
 
 use tests::{
     actor::{Actor, Bind, Dial, Listen, OriginalDst, Outcome, Transport},
-    agent::Agent,
+    agent::{Agent, Running},
+    steps::{self, Kind, Step},
     testbed::{Ids, Pod, PodSpec},
 };
 
-const ROOM: usize = 4;
+/// Of the node, of which a pod may have a quarter.
+const ROOM: usize = 16;
+const EACH: usize = ROOM / 4;
+const TO: SocketAddr = SocketAddr::new(IpAddr::V4(std::net::Ipv4Addr::new(10, 96, 0, 10)), 80);
 
-/// The policy for a full map: the connection is not let around the proxy, which sees its own port as the original
-/// destination; it is counted, and a line of log says what to do.
-#[test]
-fn a_full_map_is_closed_counted_and_told() {
-    let agent = Agent::new("full").expect("the agent");
-    let pod = Pod::new(PodSpec::new("full")).expect("a pod");
-    let inside = Actor::start(&pod).expect("an actor");
-    let bind = Bind::new(Ids::PROXY, SocketAddr::new(IpAddr::from([0, 0, 0, 0]), 15001));
-    inside.listen(Listen { name: "outbound".into(), transport: Transport::Tcp, bind }).expect("a proxy");
+struct Bed {
+    inside: Actor,
+    _running: Running,
+    pod: Pod,
+}
 
-    let mut run = agent
-        .for_pod("run", &pod, &["-i", "*", "-u", "1337", "--max-connections", &ROOM.to_string()])
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn()
-        .expect("the agent starts");
-    let mut said = String::new();
-    BufReader::new(run.stdout.take().expect("a pipe")).read_line(&mut said).expect("a line");
-    assert!(said.starts_with("attached"), "{said}");
-
-    let to = SocketAddr::from(([10, 96, 0, 10], 80));
-    let original = |inside: &Actor| match inside.dial(Dial::new(Ids::APP, to)).expect("dialled").outcome {
-        Outcome::Answered(answer) => answer.original_dst.expect("an answer of the option"),
-        other => panic!("{other:?}"),
-    };
-    assert_eq!(original(&inside), OriginalDst::Addr(to));
-
-    // Connections that stay open at the client's end.
-    let mut holder = pod
-        .command_as("/bin/bash", Ids::APP)
-        .expect("bash")
-        .args(["-c", "for i in 1 2 3 4; do exec {fd}<>/dev/tcp/10.96.0.10/80; done; echo open; read"])
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .spawn()
-        .expect("bash starts");
-    let mut open = String::new();
-    BufReader::new(holder.stdout.take().expect("a pipe")).read_line(&mut open).expect("a line");
-    assert_eq!(open, "open\n");
-    match original(&inside) {
-        OriginalDst::Addr(own) => assert_eq!(own.port(), 15001, "{own}"),
-        other => panic!("{other:?}"),
+impl Bed {
+    fn new(agent: &Agent, label: &str) -> Self {
+        let pod = Pod::new(PodSpec::new(label)).expect("a pod");
+        let inside = Actor::start(&pod).expect("an actor");
+        let bind = Bind::new(Ids::PROXY, SocketAddr::new(IpAddr::from([0, 0, 0, 0]), 15001));
+        inside.listen(Listen { name: "outbound".into(), transport: Transport::Tcp, bind }).expect("a proxy");
+        let flags = ["-i", "*", "-u", "1337", "--max-connections", &ROOM.to_string()];
+        let (running, said) = agent.run(&pod, &flags).expect("in force");
+        assert!(said.starts_with("attached"), "{said}");
+        Self { inside, _running: running, pod }
     }
-    drop(holder.stdin.take().expect("a pipe").write_all(b"\n"));
-    holder.wait().expect("bash ends");
+
+    fn is_told_right(&self) -> bool {
+        match self.inside.dial(Dial::new(Ids::APP, TO)).expect("dialled").outcome {
+            Outcome::Answered(answer) => {
+                assert_eq!(answer.original_dst, Some(OriginalDst::Addr(TO)));
+                true
+            }
+            _ => false,
+        }
+    }
+
+    /// How the connect() of one more ends.
+    fn one_more(&self) -> String {
+        let steps = [Step::Open(Kind::Tcp4), Step::Connect(TO)];
+        steps::run(&self.pod, Ids::APP, &steps).expect("run").remove(1)
+    }
+
+    /// Connections that stay open at the client's end.
+    fn hold(&self, count: usize) -> Held {
+        let line =
+            format!("for i in $(seq {count}); do exec {{fd}}<>/dev/tcp/10.96.0.10/80; done; echo open; read");
+        let mut bash = self.pod.command_as("/bin/bash", Ids::APP).expect("bash");
+        let mut child = bash
+            .args(["-c", &line])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .expect("bash starts");
+        let mut open = String::new();
+        BufReader::new(child.stdout.take().expect("a pipe")).read_line(&mut open).expect("a line");
+        assert_eq!(open, "open\n");
+        Held(child)
+    }
+}
+
+struct Held(Child);
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        drop(self.0.stdin.take().expect("a pipe").write_all(b"\n"));
+        drop(self.0.wait());
+    }
+}
+
+fn failed(agent: &Agent, reason: &str) -> bool {
+    let status = agent.status().expect("status");
+    let pods = status.as_array().expect("pods").iter();
+    pods.filter_map(|pod| pod["failures"].as_array()).flatten().any(|failure| failure["reason"] == reason)
+}
+
+fn comes_back(bed: &Bed) {
     let deadline = Instant::now() + Duration::from_secs(5);
-    while original(&inside) != OriginalDst::Addr(to) {
+    while !bed.is_told_right() {
         assert!(Instant::now() < deadline, "room is not given back");
     }
+}
 
+/// The policy for a pod that has all that it may have: its next connect() fails with an error, is counted, and nobody else
+/// notices.
+#[test]
+fn a_pod_has_its_share_and_no_more() {
+    let agent = Agent::new("share").expect("the agent");
+    let (greedy, other) = (Bed::new(&agent, "greedy"), Bed::new(&agent, "other"));
+    assert!(greedy.is_told_right());
+    let held = greedy.hold(EACH);
+    assert_eq!(greedy.one_more(), "ENOBUFS");
+    assert!(!greedy.is_told_right());
+    assert!(other.is_told_right());
     let status = agent.status().expect("status");
-    assert_eq!(status[0]["failures"][0]["reason"], "orig_dst_full", "{status:?}");
+    let pods = status.as_array().expect("pods");
+    assert!(
+        pods.iter().any(|pod| pod["connections"] == EACH && pod["max_connections"] == EACH),
+        "{status:#}"
+    );
+    assert!(failed(&agent, "too_many_connections"), "{status:#}");
+    drop(held);
+    comes_back(&greedy);
+}
 
-    rustix::process::kill_process(rustix::process::Pid::from_child(&run), rustix::process::Signal::TERM)
-        .expect("a signal");
-    let output = run.wait_with_output().expect("the agent ends");
-    let log = String::from_utf8_lossy(&output.stderr);
-    assert!(output.status.success(), "{log}");
-    assert!(log.contains("ORIG_DST is full, raise --max-connections"), "{log}");
+/// All pods together may have more than the node has room for: then the connect() fails, too, and no SYN leaves with an
+/// original destination that nobody knows.
+#[test]
+fn a_full_map_refuses_the_connect() {
+    let agent = Agent::new("full").expect("the agent");
+    let beds: Vec<Bed> = (0..5).map(|n| Bed::new(&agent, &format!("full{n}"))).collect();
+    let mut held: Vec<Held> = beds[..4].iter().map(|bed| bed.hold(EACH)).collect();
+    let last = &beds[4];
+    assert_eq!(last.one_more(), "EHOSTUNREACH");
+    assert!(failed(&agent, "orig_dst_full"));
+    held.pop();
+    comes_back(last);
 }

@@ -28,8 +28,10 @@ struct Pod {
     arguments: Vec<String>,
     environment: Vec<(&'static str, String)>,
     policy: u32,
-    connections: usize,
+    connections: u64,
+    max_connections: u32,
     listeners: Vec<Listener>,
+    mptcp_listeners: Vec<Listener>,
     decisions: Vec<Count>,
     failures: Vec<Count>,
     /// What the daemon says of it, where one runs.
@@ -94,13 +96,20 @@ fn pod(node: &Node, record: &Record, policy: &PodPolicy) -> Result<Pod> {
         arguments: record.config.to_args(),
         environment: record.config.to_env(),
         policy: policy.id,
-        connections: node.tables().connections(record.cookie)?,
+        connections: node.tables().connections(policy.slot),
         listeners: node
             .tables()
             .listeners(record.cookie)
             .into_iter()
             .map(|key| Listener { port: key.port, family: key.family })
             .collect(),
+        mptcp_listeners: node
+            .tables()
+            .mptcp_listeners(policy)
+            .into_iter()
+            .map(|(port, family)| Listener { port, family })
+            .collect(),
+        max_connections: policy.max_connections,
         decisions: Reason::ALL.iter().map(|r| r.word()).zip(decisions).filter_map(count).collect(),
         failures: Failure::ALL.iter().map(|f| f.word()).zip(failures).filter_map(count).collect(),
         daemon: None,
@@ -114,13 +123,21 @@ fn print(pod: &Pod) {
         say!("               {name}={value}");
     }
     pod.daemon.iter().for_each(print_daemon);
-    say!("  connections  {} redirected", pod.connections);
+    say!("  connections  {} redirected, of {} at most", pod.connections, pod.max_connections);
     let mut ports: Vec<String> =
         pod.listeners.iter().map(|l| format!("{} (IPv{})", l.port, l.family)).collect();
     ports.sort();
     ports.dedup();
     let none = "none: inbound connections are refused".to_owned();
     say!("  listeners    {}", if ports.is_empty() { none } else { ports.join(", ") });
+    for listener in &pod.mptcp_listeners {
+        say!(
+            "               {} (IPv{}) is of MPTCP, which gets no inbound connections: restart the proxy, and it is given \
+             TCP (or set GODEBUG=multipathtcp=0 for it)",
+            listener.port,
+            listener.family
+        );
+    }
     for Count { reason, count } in &pod.decisions {
         say!("  {count:>12}  {reason}");
     }

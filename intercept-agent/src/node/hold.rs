@@ -1,72 +1,101 @@
 //! The proxy's sockets that listen when a pod is attached.
 
-use std::{collections::HashMap, io, os::fd::AsRawFd as _};
+use std::{collections::BTreeSet, io};
 
-use intercept_common::layout;
+use intercept_common::layout::{ListenerKey, PodPolicy, ProxyPort, bound, scope};
 use nix::sys::socket::{setsockopt, sockopt};
 
 use super::{Node, NodeError, Target};
-use crate::{listeners, options::Config};
+use crate::{
+    listeners::{self, Listener},
+    options::Config,
+    tables::Registered,
+};
 
 impl Node {
-    /// Hold the proxy's sockets that listen already, on ports for which none is held.
-    pub(super) fn hold_listeners(
+    /// Register the proxy's sockets that listen already and are not in `registered`, by inode; they are added to it.
+    pub(super) fn register_listeners(
         &mut self,
         target: &Target,
         config: &Config,
-        slot: u32,
+        policy: &PodPolicy,
+        registered: &mut BTreeSet<u64>,
     ) -> Result<(), NodeError> {
-        let ports = [config.proxy_port, config.inbound_port];
+        self.register_listeners_but(target, config, policy, |listener| !registered.insert(listener.inode))
+    }
+
+    /// The same but for those that are known to be registered.
+    pub(super) fn register_listeners_but(
+        &mut self,
+        target: &Target,
+        config: &Config,
+        policy: &PodPolicy,
+        mut is_known: impl FnMut(&Listener) -> bool,
+    ) -> Result<(), NodeError> {
+        let ports = [policy.outbound_port, policy.inbound_port, policy.dns_port];
         let found = listeners::find(&target.netns, &target.cgroup, &ports)
             .map_err(|source| NodeError::Listeners { netns: target.netns.name().to_owned(), source })?;
         for missed in found.missed {
             tracing::warn!(
                 address = %missed.address,
                 cause = missed.cause.as_ref().map(tracing::field::display),
-                "nobody could be found who holds this listener: until it is opened anew, what arrives for it is refused"
+                "no process was found that has this listener: what arrives for it is refused until it is opened again"
             );
         }
-        let bound = |family| {
-            let mut own =
-                found.listeners.iter().filter(|l| l.port == config.proxy_port && l.family == family);
-            match own.next() {
-                None => layout::proxy::UNKNOWN,
-                Some(listener) if listener.addr.is_unspecified() => layout::proxy::WILDCARD,
-                Some(_) => layout::proxy::ONE,
-            }
-        };
-        let proxy = layout::Proxy { outbound_v4: bound(4), outbound_v6: bound(6) };
-        if proxy != (layout::Proxy { outbound_v4: 0, outbound_v6: 0 }) {
-            self.tables.set_proxy(slot, proxy)?;
-        }
-        // So that they can speak for the guests' addresses; what they accept inherits it.
-        if !config.virt_interfaces.is_empty() {
-            for listener in found.listeners.iter().filter(|listener| listener.port == config.proxy_port) {
+        for listener in &found.listeners {
+            let Some(port) = policy.proxy_port(listener.port) else { continue };
+            if port == ProxyPort::Outbound && !config.virt_interfaces.is_empty() {
+                // So that it can speak for the guests' addresses; what it accepts inherits it.
                 setsockopt(&listener.fd, sockopt::IpTransparent, &true)
                     .map_err(io::Error::from)
                     .map_err(|source| NodeError::Transparent { port: listener.port, source })?;
             }
+            if !is_known(listener) {
+                self.register_listener(target, policy.slot, port, listener)?;
+            }
         }
-        if found.listeners.is_empty() {
+        Ok(())
+    }
+
+    fn register_listener(
+        &mut self,
+        target: &Target,
+        slot: u32,
+        port: ProxyPort,
+        listener: &Listener,
+    ) -> Result<(), NodeError> {
+        let v6 = listener.family == 6;
+        let scope = if listener.is_localhost() {
+            scope::LOCALHOST
+        } else if listener.addr.is_loopback() {
+            // Gets nothing from a REDIRECT either.
+            self.tables.set_bound(slot, port, v6, bound::ONE);
             return Ok(());
+        } else {
+            scope::ANY
+        };
+        let key = ListenerKey {
+            netns: target.netns.cookie(),
+            port: listener.port,
+            family: listener.family,
+            scope,
+            slot: 0,
+        };
+        let registered = self.tables.register_listener(slot, port, key, &listener.fd)?;
+        if registered == Registered::Mptcp && port != ProxyPort::Outbound {
+            tracing::warn!(
+                cgroup = %target.cgroup.path().display(),
+                port = listener.port,
+                "the proxy listens by MPTCP, which the kernel lets nobody hand connections to: inbound connections are \
+                 refused until it is restarted, when it gets TCP"
+            );
         }
-        let netns = target.netns.cookie();
-        let held = self.tables.listeners(netns);
-        let mut used = HashMap::<(u16, u8), u8>::new();
-        for listener in &found.listeners {
-            let (port, family) = (listener.port, listener.family);
-            // What is bound to loopback would not get arriving connections from a REDIRECT either.
-            if listener.addr.is_loopback() || held.iter().any(|key| key.port == port && key.family == family)
-            {
-                continue;
-            }
-            let slot = used.entry((port, family)).or_default();
-            if *slot < layout::LISTENER_SLOTS {
-                let key = layout::ListenerKey { netns, port, family, slot: *slot, reserved: 0 };
-                self.tables.add_listener(key, listener.fd.as_raw_fd())?;
-                *slot += 1;
-            }
-        }
+        let bound = match (scope, registered) {
+            (scope::LOCALHOST, Registered::Yes) => bound::STEERED,
+            (scope::ANY, _) if listener.addr.is_unspecified() => bound::WILDCARD,
+            _ => bound::ONE,
+        };
+        self.tables.set_bound(slot, port, v6, bound);
         Ok(())
     }
 }

@@ -15,15 +15,51 @@ const EACH: u32 = 15_000;
 /// 28,232 local ports would be the end if all dialled the same address of the proxy.
 #[test]
 fn sixty_thousand_connections_to_three_destinations() {
+    hold("0.0.0.0:15001", ["10.96.0.1:80", "10.96.0.2:80", "198.51.100.3:443"]);
+}
+
+#[test]
+fn sixty_thousand_ipv6_connections_to_three_destinations() {
+    hold("[::]:15001", ["[fd96::1]:80", "[fd96::2]:80", "[2001:db8::3]:443"]);
+}
+
+/// A range of ten ports for twenty destinations, to a proxy that is bound to localhost.
+#[test]
+fn every_destination_has_the_whole_range_of_ports() {
+    for (proxy, to) in [
+        ("127.0.0.1:15001", "10.96.0.{}:80"),
+        ("[::1]:15001", "[fd96::{}]:80"),
+        ("0.0.0.0:15001", "10.96.0.{}:80"),
+        ("[::]:15001", "[fd96::{}]:80"),
+    ] {
+        let agent = Agent::new("range").expect("the agent");
+        let pod = Pod::new(PodSpec::new("range")).expect("a pod");
+        pod.netns.sysctl("net/ipv4/ip_local_port_range", "40000 40009").expect("set");
+        let program = swarm::program().expect("the swarm");
+        agent.attach(&pod, &INIT_FLAGS).expect("attached");
+        let accept = Accept { addr: addr(proxy), backlog: 512, keep: true, paused: false };
+        let mut running = Swarm::start(&program, &pod, Ids::PROXY, &Role::Accept(accept)).expect("a proxy");
+        let to = (1..=20).map(|n| addr(&to.replace("{}", &n.to_string()))).collect();
+        // Ten for each of twenty, but for ports that the kernel gives out in pairs.
+        let dial = Dial { to, from: None, count: 100, threads: 1, manner: Manner::Held };
+        let mut clients = Swarm::start(&program, &pod, Ids::APP, &Role::Dial(dial)).expect("clients");
+        let right = Tally { right: 100, ..Tally::default() };
+        assert_eq!(clients.tally().expect("a tally"), right, "{proxy}");
+        assert_eq!(running.seen().expect("a tally"), right, "{proxy}");
+        agent.detach(&pod).expect("detached");
+    }
+}
+
+fn hold(proxy: &str, to: [&str; 3]) {
     let agent = Agent::new("crowd").expect("the agent");
     let pod = Pod::new(PodSpec::new("crowd")).expect("a pod");
     let program = swarm::program().expect("the swarm");
     agent.attach(&pod, &INIT_FLAGS).expect("attached");
-    let accept = Accept { addr: addr("0.0.0.0:15001"), backlog: 4096, keep: true, paused: false };
+    let accept = Accept { addr: addr(proxy), backlog: 4096, keep: true, paused: false };
     let start = |ids, role: &Role| Swarm::start(&program, &pod, ids, role).expect("a swarm");
     let mut proxies: Vec<Swarm> =
         (0..PROCESSES).map(|_| start(Ids::PROXY, &Role::Accept(accept.clone()))).collect();
-    let to = ["10.96.0.1:80", "10.96.0.2:80", "198.51.100.3:443"].map(addr).to_vec();
+    let to = to.map(addr).to_vec();
     let dial = Role::Dial(Dial { to, from: None, count: EACH, threads: 2, manner: Manner::Held });
     let begun = Instant::now();
     let mut clients: Vec<Swarm> = (0..PROCESSES).map(|_| start(Ids::APP, &dial)).collect();

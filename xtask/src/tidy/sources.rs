@@ -11,7 +11,7 @@ const LINES: usize = 500;
 const LONG: [(&str, &str); 0] = [];
 
 /// Files that may say `unsafe`: context reads, map access, raw system calls.
-const UNSAFE: [&str; 27] = [
+const UNSAFE: [&str; 30] = [
     "intercept-agent/src/acceleration/queue.rs",
     "intercept-agent/src/commands/run.rs",
     "intercept-agent/src/daemon/folder.rs",
@@ -21,9 +21,9 @@ const UNSAFE: [&str; 27] = [
     "intercept-agent/src/trace.rs",
     "intercept-agent/src/validation/probe.rs",
     "intercept-ebpf/src/atomic.rs",
-    "intercept-ebpf/src/connect.rs",
     "intercept-ebpf/src/context.rs",
     "intercept-ebpf/src/facts.rs",
+    "intercept-ebpf/src/handshake.rs",
     "intercept-ebpf/src/inbound.rs",
     "intercept-ebpf/src/join.rs",
     "intercept-ebpf/src/lifecycle.rs",
@@ -32,8 +32,11 @@ const UNSAFE: [&str; 27] = [
     "intercept-ebpf/src/open.rs",
     "intercept-ebpf/src/original.rs",
     "intercept-ebpf/src/owner.rs",
+    "intercept-ebpf/src/proxy.rs",
+    "intercept-ebpf/src/refusal.rs",
     "tests/src/bin/slip/ring.rs",
     "tests/src/bin/slip/user_namespace.rs",
+    "tests/src/bin/steps/main.rs",
     "tests/src/bpf.rs",
     "tests/src/datagram.rs",
     "tests/src/kernel.rs",

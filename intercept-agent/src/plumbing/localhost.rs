@@ -1,0 +1,89 @@
+//! Local routes by which redirected connections and queries reach the proxy.
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, UdpSocket};
+
+use futures_util::TryStreamExt as _;
+use ipnet::IpNet;
+use netlink_packet_route::route::{RouteAddress, RouteAttribute, RouteMessage};
+use rtnetlink::Handle;
+
+use super::{PlumbingError, local_route, loopback, unless_there};
+
+/// IPv4 has its prefixes as a part of 127/8, unless the loopback interface has less of that.
+pub(super) async fn add_local_prefix(handle: &Handle, net: IpNet) -> Result<bool, PlumbingError> {
+    let addr = match net.network() {
+        IpAddr::V4(addr) => addr,
+        IpAddr::V6(_) => {
+            let route = local_prefix_route(net, loopback(handle).await?);
+            return unless_there(handle.route().add(route).execute().await).map_err(|source| {
+                local_prefix_failed(source, "adding a local IPv6 prefix to dial the proxy by")
+            });
+        }
+    };
+    // A local address can be bound.
+    let last = Ipv4Addr::from_bits(addr.to_bits() | (u32::MAX >> net.prefix_len()));
+    if [addr, Ipv4Addr::from_bits(last.to_bits() - 1)].iter().all(|addr| UdpSocket::bind((*addr, 0)).is_ok())
+    {
+        return Ok(false);
+    }
+    let route = local_prefix_route(net, loopback(handle).await?);
+    unless_there(handle.route().add(route).execute().await)
+        .map_err(|source| local_prefix_failed(source, "adding a local IPv4 prefix to dial the proxy by"))
+}
+
+fn local_prefix_failed(source: rtnetlink::Error, action: &'static str) -> PlumbingError {
+    PlumbingError::Netlink { action, source: Box::new(source) }
+}
+
+const TABLE_LOCAL: u32 = 255;
+
+pub(super) fn local_prefix_route(net: IpNet, lo: u32) -> RouteMessage {
+    let mut route = local_route(net, TABLE_LOCAL, lo);
+    let source = match net {
+        IpNet::V4(_) => RouteAddress::Inet(Ipv4Addr::LOCALHOST),
+        // Without it the kernel may take ::6.
+        IpNet::V6(_) => RouteAddress::Inet6(Ipv6Addr::LOCALHOST),
+    };
+    route.attributes.push(RouteAttribute::PrefSource(source));
+    route
+}
+
+/// A query that is redirected to 127.0.0.1 has its interface by then, if the socket or the message chose one
+/// (IP_UNICAST_IF, IP_PKTINFO), and the route of 127.0.0.1 is by another. A second local route by that interface is found
+/// where it was chosen, and only there: for other lookups it comes after the kernel's own.
+pub(super) async fn add_localhost_by(
+    handle: &Handle,
+    v6: bool,
+    interface: &str,
+) -> Result<bool, PlumbingError> {
+    let Some(index) = index_of(handle, interface).await? else { return Ok(false) };
+    let request = handle.route().add(localhost_route(v6, index));
+    unless_there(request.execute().await).map_err(|source| PlumbingError::Netlink {
+        action: "adding a local route to localhost by an interface",
+        source: Box::new(source),
+    })
+}
+
+pub(super) fn localhost_route(v6: bool, index: u32) -> RouteMessage {
+    let net = if v6 {
+        IpNet::from(IpAddr::from(Ipv6Addr::LOCALHOST))
+    } else {
+        IpAddr::from(Ipv4Addr::LOCALHOST).into()
+    };
+    let mut route = local_route(net, TABLE_LOCAL, index);
+    // After the kernel's own, whose is 0.
+    route.attributes.push(RouteAttribute::Priority(1024));
+    route
+}
+
+pub(super) async fn index_of(handle: &Handle, interface: &str) -> Result<Option<u32>, PlumbingError> {
+    let mut links = handle.link().get().match_name(interface.to_owned()).execute();
+    match links.try_next().await {
+        Ok(link) => Ok(link.map(|link| link.header.index)),
+        Err(rtnetlink::Error::NetlinkError(message)) if message.raw_code() == -libc::ENODEV => Ok(None),
+        Err(source) => {
+            let action = "looking for an interface";
+            Err(PlumbingError::Netlink { action, source: Box::new(source) })
+        }
+    }
+}

@@ -1,0 +1,136 @@
+//! The proxy's listening sockets: registered when they begin to listen, and handed the connections that `sk_lookup`
+//! steers.
+
+use aya_ebpf::{
+    bindings::bpf_sock_ops,
+    programs::{SkLookupContext, SockOpsContext},
+};
+use intercept_common::{
+    failure::Failure,
+    layout::{LISTENER_SEARCH, ListenerKey, PodPolicy, bound, scope},
+};
+
+use crate::{
+    context::{self, AF_INET6, load},
+    maps, observe,
+    proxy::{ListenerRing, ProxyState},
+};
+
+const EEXIST: i32 = 17;
+const EOPNOTSUPP: i32 = 95;
+
+/// A socket begins to listen.
+#[inline(always)]
+pub(crate) fn listen(ctx: &SockOpsContext) {
+    let netns = maps::netns_cookie(ctx);
+    let Some(pod) = maps::pod(netns) else { return };
+    let port = load!(load_u32, bpf_sock_ops, ctx.ops, local_port) as u16;
+    let Some(role) = pod.proxy_port(port) else { return };
+    let Some(proxy) = ProxyState::of(pod.slot) else { return };
+    let local = context::callback_local(ctx.ops);
+    let v6 = load!(load_u32, bpf_sock_ops, ctx.ops, family) == AF_INET6;
+    // Another loopback address than 127.0.0.1 and ::1 gets nothing from a REDIRECT either.
+    let scope = if local.is_localhost() {
+        scope::LOCALHOST
+    } else if local.is_loopback() {
+        proxy.set_bound(role, v6, bound::ONE);
+        return;
+    } else {
+        scope::ANY
+    };
+    let key = ListenerKey { netns, port, family: if v6 { 6 } else { 4 }, scope, slot: 0 };
+    let registered = register(ctx.ops, key, proxy.ring(role, v6, scope));
+    let bound = match (scope, registered) {
+        (scope::LOCALHOST, Ok(())) => bound::STEERED,
+        (scope::ANY, _) if local.is_unspecified() => bound::WILDCARD,
+        _ => bound::ONE,
+    };
+    proxy.set_bound(role, v6, bound);
+    let is_mptcp = matches!(registered, Err(error) if error == -EOPNOTSUPP);
+    proxy.set_mptcp(role, v6, scope, is_mptcp);
+    match registered {
+        Ok(()) => {}
+        Err(_) if is_mptcp => observe::failure_line!(
+            ctx,
+            netns,
+            pod,
+            Failure::MptcpListener,
+            "registering a listener of netns {}: it is of MPTCP, so inbound is refused until the proxy listens by TCP"
+        ),
+        Err(_) => observe::failure_line!(
+            ctx,
+            netns,
+            pod,
+            Failure::ListenerNotAdded,
+            "registering a listener of netns {}: it will get no inbound connections"
+        ),
+    }
+}
+
+/// Takes the slot of the newest if that one is closed, so that a port that is opened again and again needs no more;
+/// else the next one.
+#[inline(always)]
+fn register(ops: *mut bpf_sock_ops, mut key: ListenerKey, ring: ListenerRing) -> Result<(), i32> {
+    /// Others that take a slot at the same time.
+    const RIVALS: u32 = 4;
+    let top = ring.top();
+    if top != 0 {
+        key.slot = (top - 1) as u32;
+        match maps::add_listener(ops, key) {
+            Err(error) if error == -EEXIST => {}
+            done => return done,
+        }
+    }
+    let mut result = Err(-EEXIST);
+    for _ in 0..RIVALS {
+        key.slot = ring.take() as u32;
+        result = maps::add_listener(ops, key);
+        match result {
+            Err(error) if error == -EEXIST => {}
+            _ => break,
+        }
+    }
+    result
+}
+
+/// Hand an arriving connection to a listener of a port and scope. An IPv6 socket may take IPv4 as well; the kernel
+/// refuses the assignment if it does not. False if there is none.
+#[inline(always)]
+pub(crate) fn assign(
+    ctx: &SkLookupContext,
+    netns: u64,
+    pod: &PodPolicy,
+    port: u16,
+    scope: u8,
+    v6: bool,
+) -> bool {
+    let (Some(proxy), Some(role)) = (ProxyState::of(pod.slot), pod.proxy_port(port)) else { return false };
+    let key = ListenerKey { netns, port, family: if v6 { 6 } else { 4 }, scope, slot: 0 };
+    assign_from(ctx, key, proxy.ring(role, v6, scope))
+        || (!v6 && assign_from(ctx, ListenerKey { family: 6, ..key }, proxy.ring(role, true, scope)))
+}
+
+/// The socket that was found last, else the newest that is open.
+#[inline(always)]
+fn assign_from(ctx: &SkLookupContext, mut key: ListenerKey, ring: ListenerRing) -> bool {
+    let top = ring.top();
+    if top == 0 {
+        return false;
+    }
+    key.slot = ring.hint() as u32;
+    if maps::assign_listener(ctx, &key).is_ok() {
+        return true;
+    }
+    key.slot = top as u32;
+    for _ in 0..LISTENER_SEARCH {
+        if key.slot == 0 {
+            break;
+        }
+        key.slot -= 1;
+        if maps::assign_listener(ctx, &key).is_ok() {
+            ring.set_hint(key.slot.into());
+            return true;
+        }
+    }
+    false
+}

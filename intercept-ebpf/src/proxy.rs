@@ -1,0 +1,129 @@
+//! What is known of a pod's proxy: its element of PROXIES, behind accessors. Other CPUs and the agent change it at the
+//! same time, so that every field is read and written whole.
+
+use intercept_common::layout::{PodPolicy, Proxy, ProxyPort, Ring, bound, scope};
+
+use crate::{atomic, maps};
+
+/// The proxy of a pod.
+#[derive(Clone, Copy)]
+pub(crate) struct ProxyState(*mut Proxy);
+
+/// The listening sockets of one port, family and scope.
+#[derive(Clone, Copy)]
+pub(crate) struct ListenerRing(*mut Ring);
+
+impl ProxyState {
+    /// Of the pod with this slot.
+    #[inline(always)]
+    pub(crate) fn of(slot: u32) -> Option<Self> {
+        maps::proxy(slot).map(Self)
+    }
+
+    /// How many entries of ORIG_DST the pod has.
+    #[inline(always)]
+    pub(crate) fn connections(self) -> u64 {
+        // SAFETY: an array element, which is never freed; an aligned word. So in all of this file.
+        unsafe { (&raw const (*self.0).connections).read_volatile() }
+    }
+
+    /// Count entries in or out.
+    #[inline(always)]
+    pub(crate) fn add_connections(self, more: i64) {
+        // SAFETY: see `connections`.
+        unsafe { atomic::fetch_add(&raw mut (*self.0).connections, more.cast_unsigned()) };
+    }
+
+    /// Whether another program was seen to switch off callbacks.
+    #[inline(always)]
+    pub(crate) fn is_overruled(self) -> bool {
+        // SAFETY: see `connections`.
+        unsafe { (&raw const (*self.0).overruled).read_volatile() != 0 }
+    }
+
+    /// Another program was seen to.
+    #[inline(always)]
+    pub(crate) fn set_overruled(self) {
+        // SAFETY: see `connections`.
+        unsafe { (&raw mut (*self.0).overruled).write_volatile(1) };
+    }
+
+    /// How the listener on a port is bound for connections of a family: one of [`bound`].
+    #[inline(always)]
+    pub(crate) fn takes(self, port: ProxyPort, v6: bool) -> u16 {
+        Proxy::takes(self.bound(port, false), self.bound(port, true), v6)
+    }
+
+    #[inline(always)]
+    fn bound(self, port: ProxyPort, v6: bool) -> u16 {
+        let index = Proxy::index(port, v6, scope::ANY) & 15;
+        // SAFETY: see `connections`; the array has 16.
+        unsafe { (&raw const (*self.0).bound).cast::<u16>().add(index).read_volatile() }
+    }
+
+    /// Say how a listener is bound.
+    #[inline(always)]
+    pub(crate) fn set_bound(self, port: ProxyPort, v6: bool, bound: u16) {
+        let index = Proxy::index(port, v6, scope::ANY) & 15;
+        // SAFETY: see `connections`; the array has 16.
+        unsafe { (&raw mut (*self.0).bound).cast::<u16>().add(index).write_volatile(bound) };
+    }
+
+    /// Say whether the newest listener of a port, family and scope is of MPTCP.
+    #[inline(always)]
+    pub(crate) fn set_mptcp(self, port: ProxyPort, v6: bool, scope: u8, is_mptcp: bool) {
+        let bit = 1 << Proxy::index(port, v6, scope);
+        // SAFETY: see `connections`.
+        let _before = unsafe {
+            let word = &raw mut (*self.0).mptcp;
+            if is_mptcp { atomic::fetch_or(word, bit) } else { atomic::fetch_and(word, !bit) }
+        };
+    }
+
+    /// Where LISTENERS has the sockets of a port, family and scope.
+    #[inline(always)]
+    pub(crate) fn ring(self, port: ProxyPort, v6: bool, scope: u8) -> ListenerRing {
+        let index = Proxy::index(port, v6, scope) & 15;
+        // SAFETY: see `connections`; the array has 16.
+        ListenerRing(unsafe { (&raw mut (*self.0).rings).cast::<Ring>().add(index) })
+    }
+}
+
+impl ListenerRing {
+    /// One above the highest slot that was ever taken.
+    #[inline(always)]
+    pub(crate) fn top(self) -> u64 {
+        // SAFETY: see `ProxyState::connections`.
+        unsafe { (&raw const (*self.0).top).read_volatile() }
+    }
+
+    /// Take the next slot.
+    #[inline(always)]
+    pub(crate) fn take(self) -> u64 {
+        // SAFETY: see `ProxyState::connections`.
+        unsafe { atomic::fetch_add(&raw mut (*self.0).top, 1) }
+    }
+
+    /// Where the last connection found a socket.
+    #[inline(always)]
+    pub(crate) fn hint(self) -> u64 {
+        // SAFETY: see `ProxyState::connections`.
+        unsafe { (&raw const (*self.0).hint).read_volatile() }
+    }
+
+    /// A connection found a socket here.
+    #[inline(always)]
+    pub(crate) fn set_hint(self, slot: u64) {
+        // SAFETY: see `ProxyState::connections`.
+        unsafe { (&raw mut (*self.0).hint).write_volatile(slot) };
+    }
+}
+
+/// How the proxy's listener on one of its ports is bound, for connections of a family.
+#[inline(always)]
+pub(crate) fn listener_bound(pod: &PodPolicy, port: u16, v6: bool) -> u16 {
+    match (ProxyState::of(pod.slot), pod.proxy_port(port)) {
+        (Some(proxy), Some(port)) => proxy.takes(port, v6),
+        _ => bound::UNKNOWN,
+    }
+}

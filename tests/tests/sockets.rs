@@ -1,0 +1,398 @@
+//! Sockets as programs really use them: each sequence of calls under iptables and under the agent, call by call.
+
+use std::net::{IpAddr, SocketAddr};
+
+use tests::actor::{Actor, Bind, Listen, Transport};
+use tests::differential::Capture;
+use tests::iptables::{Backend, Cidrs, Dns, Options, Tproxy};
+use tests::steps::{self, Kind, Outcome, Step};
+use tests::testbed::{Ids, Pod, PodSpec};
+
+use Kind::{Mptcp4, Tcp4, Tcp6, Udp4, Udp6};
+use Step::{
+    Ask, AskAt, AskBy, Bind as BindTo, Close, Connect, Disconnect, Name, Open, Peer, Read, ReuseAddress,
+    Shutdown, UnicastInterface, Use,
+};
+
+/// Where the proxy listens.
+#[derive(Clone, Copy)]
+enum Proxy {
+    Wildcard,
+    Localhost,
+}
+
+/// A pod with two interfaces in which the proxy, applications and a name server answer, and the world does.
+struct Bed {
+    inside: Actor,
+    _world: Actor,
+    pod: Pod,
+}
+
+impl Bed {
+    fn new(label: &str, proxy: Proxy) -> Self {
+        let pod = Pod::new(PodSpec::new(label).with_eth1()).expect("a pod");
+        let inside = Actor::start(&pod).expect("an actor");
+        let world = Actor::start(pod.neighbour()).expect("an actor");
+        for (any, localhost) in [("0.0.0.0", "127.0.0.1"), ("::", "::1")] {
+            let at = if matches!(proxy, Proxy::Wildcard) { any } else { localhost };
+            for (name, port) in [("outbound", 15001), ("inbound", 15006), ("dns", 15053)] {
+                listen(&inside, name, Transport::Tcp, Ids::PROXY, at, port);
+            }
+            listen(&inside, "dns", Transport::Udp, Ids::PROXY, localhost, 15053);
+            listen(&inside, "app", Transport::Tcp, Ids::APP, any, 8080);
+            listen(&inside, "app", Transport::Udp, Ids::APP, any, 53);
+            listen(&inside, "app", Transport::Udp, Ids::APP, any, 7777);
+            for port in [80, 443, 3306] {
+                listen(&world, "world", Transport::Tcp, Ids::ROOT, any, port);
+            }
+            for port in [53, 7777] {
+                listen(&world, "world", Transport::Udp, Ids::ROOT, any, port);
+            }
+        }
+        Self { inside, _world: world, pod }
+    }
+}
+
+fn listen(actor: &Actor, name: &str, transport: Transport, ids: Ids, at: &str, port: u16) {
+    let at: IpAddr = at.parse().expect("an address");
+    let bind = Bind::new(ids, SocketAddr::new(at, port));
+    actor.listen(Listen { name: name.into(), transport, bind }).expect("a listener");
+}
+
+fn under(capture: &Capture, options: &Options, proxy: Proxy, ids: Ids, steps: &[Step]) -> Vec<Outcome> {
+    let bed = Bed::new("sockets", proxy);
+    let captured = capture.start(options, &bed.pod).expect("captured");
+    let outcomes = steps::run(&bed.pod, ids, steps).expect("run");
+    drop(bed.inside);
+    captured.stop().expect("stopped");
+    outcomes
+}
+
+/// The same, call by call, as under iptables; and what that is, so that two that fail alike are seen.
+fn same(options: &Options, proxy: Proxy, ids: Ids, steps: &[Step], expected: &[&str]) {
+    let agent = Capture::agent().expect("the agent");
+    for capture in [&Capture::Iptables(Backend::Nft), &agent] {
+        let outcomes = under(capture, options, proxy, ids, steps);
+        let pairs: Vec<_> = steps.iter().zip(&outcomes).collect();
+        assert_eq!(outcomes, expected, "{capture:?}: {pairs:#?}");
+    }
+}
+
+fn as_iptables(steps: &[Step], expected: &[&str]) {
+    same(&Options::injected(), Proxy::Wildcard, Ids::APP, steps, expected);
+}
+
+fn with_dns(steps: &[Step], expected: &[&str]) {
+    same(&dns(), Proxy::Wildcard, Ids::APP, steps, expected);
+}
+
+fn dns() -> Options {
+    Options { dns: Some(Dns { all: true, servers: Vec::new() }), ..Options::injected() }
+}
+
+fn tproxy() -> Options {
+    Options { tproxy: Some(Tproxy { mark: 1337, table: 133 }), ..Options::injected() }
+}
+
+fn at(text: &str) -> SocketAddr {
+    text.parse().unwrap_or_else(|_| panic!("{text} is not an address with port"))
+}
+
+/// 0.0.0.0 is the bound source, or 127.0.0.1; `::` is ::1. The kernel says so after the hook has decided.
+#[test]
+fn an_unspecified_destination_is_what_the_kernel_makes_of_it() {
+    for options in [Options::injected(), tproxy()] {
+        let local =
+            |steps: &[Step], expected: &[&str]| same(&options, Proxy::Wildcard, Ids::APP, steps, expected);
+        local(
+            &[Open(Tcp4), Connect(at("0.0.0.0:8080")), Peer, Read],
+            &["ok", "ok", "127.0.0.1:8080", "app from 127.0.0.1:*"],
+        );
+        local(&[Open(Tcp4), Connect(at("0.0.0.0:8081"))], &["ok", "ECONNREFUSED"]);
+        local(
+            &[Open(Tcp6), Connect(at("[::]:8080")), Peer, Read],
+            &["ok", "ok", "[::1]:8080", "app from [::1]:*"],
+        );
+        local(&[Open(Tcp6), Connect(at("[::]:8081"))], &["ok", "ECONNREFUSED"]);
+        local(
+            &[Open(Tcp6), Connect(at("[::ffff:0.0.0.0]:8080")), Peer, Read],
+            &["ok", "ok", "[::ffff:127.0.0.1]:8080", "app from 127.0.0.1:*"],
+        );
+        local(
+            &[Open(Tcp4), BindTo(at("10.66.0.2:0")), Connect(at("0.0.0.0:8080")), Peer, Read],
+            &["ok", "ok", "ok", "10.66.0.2:8080", "app from 10.66.0.2:*"],
+        );
+        local(
+            &[Open(Tcp6), BindTo(at("[fd66::2]:0")), Connect(at("[::]:8080")), Peer, Read],
+            &["ok", "ok", "ok", "[::1]:8080", "app from [fd66::2]:*"],
+        );
+        local(
+            &[Open(Tcp6), BindTo(at("[::ffff:10.66.0.2]:0")), Connect(at("[::]:8080")), Peer, Read],
+            &["ok", "ok", "ok", "[::ffff:127.0.0.1]:8080", "app from 10.66.0.2:*"],
+        );
+    }
+}
+
+#[test]
+fn an_unspecified_destination_is_decided_by_lists_too() {
+    // Captured though it is local, because -q and -i name it.
+    let options = Options {
+        include_cidrs: Cidrs::List(vec![
+            "127.0.0.0/8".parse().expect("a network"),
+            "10.66.0.0/24".parse().expect("a network"),
+        ]),
+        ..Options::injected()
+    };
+    let steps = [Open(Tcp4), BindTo(at("10.66.0.2:0")), Connect(at("0.0.0.0:8080")), Peer, Read];
+    let expected = ["ok", "ok", "ok", "10.66.0.2:8080", "outbound for 10.66.0.2:8080 from 10.66.0.2:*"];
+    same(&options, Proxy::Wildcard, Ids::APP, &steps, &expected);
+    let excluded = Options { exclude_cidrs: vec!["10.66.0.2/32".parse().expect("a network")], ..options };
+    let expected = ["ok", "ok", "ok", "10.66.0.2:8080", "app from 10.66.0.2:*"];
+    same(&excluded, Proxy::Wildcard, Ids::APP, &steps, &expected);
+    // The proxy that dials its own pod is sent to the inbound port, whatever it calls the address.
+    let expected = ["ok", "ok", "ok", "10.66.0.2:8080", "inbound for 10.66.0.2:8080 from 10.66.0.2:*"];
+    same(&Options::injected(), Proxy::Wildcard, Ids::PROXY, &steps, &expected);
+}
+
+#[test]
+fn queries_to_an_unspecified_server_are_answered_by_localhost() {
+    with_dns(&[Open(Udp4), AskAt(at("0.0.0.0:53"))], &["ok", "dns by 127.0.0.1:53"]);
+    with_dns(
+        &[Open(Udp4), Connect(at("0.0.0.0:53")), Peer, Ask],
+        &["ok", "ok", "127.0.0.1:53", "dns by 127.0.0.1:53"],
+    );
+    with_dns(&[Open(Udp6), AskAt(at("[::]:53"))], &["ok", "dns by [::1]:53"]);
+    with_dns(&[Open(Udp6), Connect(at("[::]:53")), Peer, Ask], &["ok", "ok", "[::1]:53", "dns by [::1]:53"]);
+    with_dns(&[Open(Udp6), AskAt(at("[::ffff:0.0.0.0]:53"))], &["ok", "dns by [::ffff:127.0.0.1]:53"]);
+    with_dns(
+        &[Open(Udp4), BindTo(at("10.66.0.2:0")), Connect(at("0.0.0.0:53")), Peer, Ask],
+        &["ok", "ok", "ok", "10.66.0.2:53", "dns by 10.66.0.2:53"],
+    );
+    with_dns(
+        &[Open(Udp4), BindTo(at("10.66.0.2:0")), AskAt(at("0.0.0.0:53"))],
+        &["ok", "ok", "dns by 10.66.0.2:53"],
+    );
+}
+
+/// One source port to two destinations, by sockets of whichever binding. iptables connects them as well, but shows the
+/// proxy another port for the second.
+#[test]
+fn a_source_port_serves_for_several_destinations() {
+    for (kind, own, first, second, shown) in [
+        (Tcp4, "0.0.0.0:5555", "10.96.0.10:80", "10.96.0.11:443", "10.66.0.2"),
+        (Tcp4, "10.66.0.2:5555", "10.96.0.10:80", "10.96.0.11:443", "10.66.0.2"),
+        (Tcp6, "[::]:5555", "[fd96::10]:80", "[fd96::11]:443", "[fd66::2]"),
+        (Tcp6, "[fd66::2]:5555", "[fd96::10]:80", "[fd96::11]:443", "[fd66::2]"),
+    ] {
+        for proxy in [Proxy::Wildcard, Proxy::Localhost] {
+            let name = format!("{shown}:5555");
+            let read = |to: &str| format!("outbound for {to} from {name}");
+            let (one, two) = (read(first), read(second));
+            let steps = [
+                Open(kind),
+                ReuseAddress,
+                BindTo(at(own)),
+                Connect(at(first)),
+                Name,
+                Read,
+                Open(kind),
+                ReuseAddress,
+                BindTo(at(own)),
+                Connect(at(second)),
+                Name,
+                Read,
+            ];
+            let expected = ["ok", "ok", "ok", "ok", &name, &one, "ok", "ok", "ok", "ok", &name, &two];
+            let agent = Capture::agent().expect("the agent");
+            assert_eq!(under(&agent, &Options::injected(), proxy, Ids::APP, &steps), expected);
+        }
+    }
+}
+
+/// What an earlier connect() was about is gone, whatever comes next.
+#[test]
+fn every_connect_begins_from_nothing() {
+    with_dns(
+        &[Open(Udp4), Connect(at("10.96.0.10:53")), Peer, Connect(at("10.66.0.1:7777")), Peer, Ask],
+        &["ok", "ok", "10.96.0.10:53", "ok", "10.66.0.1:7777", "world by 10.66.0.1:7777"],
+    );
+    with_dns(
+        &[Open(Udp6), Connect(at("[fd96::10]:53")), Connect(at("[fd66::1]:7777")), Peer, Ask],
+        &["ok", "ok", "ok", "[fd66::1]:7777", "world by [fd66::1]:7777"],
+    );
+    // Nothing listens there, so that the first connect() fails after the hook.
+    let options = Options { envoy_port: 15009, ..Options::injected() };
+    for (kind, first, second, own) in [
+        (Tcp4, "10.96.0.10:80", "127.0.0.1:8080", "127.0.0.1:*"),
+        (Tcp6, "[fd96::10]:80", "[::1]:8080", "[::1]:*"),
+        (Tcp6, "[::ffff:10.96.0.10]:80", "[::ffff:127.0.0.1]:8080", "127.0.0.1:*"),
+    ] {
+        let read = format!("app from {own}");
+        same(
+            &options,
+            Proxy::Wildcard,
+            Ids::APP,
+            &[Open(kind), Connect(at(first)), Connect(at(second)), Peer, Read],
+            &["ok", "ECONNREFUSED", "ok", second, &read],
+        );
+    }
+}
+
+/// A socket that was redirected is as it was, once it is disconnected or has failed to connect.
+#[test]
+fn nothing_of_a_redirect_stays_on_a_socket() {
+    as_iptables(
+        &[
+            Open(Tcp4),
+            Connect(at("10.96.0.10:80")),
+            Name,
+            Disconnect,
+            Connect(at("127.0.0.1:8080")),
+            Name,
+            Read,
+        ],
+        &["ok", "ok", "10.66.0.2:*", "ok", "ok", "127.0.0.1:*", "app from 127.0.0.1:*"],
+    );
+    as_iptables(
+        &[Open(Tcp6), Connect(at("[fd96::10]:80")), Name, Disconnect, Connect(at("[::1]:8080")), Name, Read],
+        &["ok", "ok", "[fd66::2]:*", "ok", "ok", "[::1]:*", "app from [::1]:*"],
+    );
+    // Another interface gives another source.
+    let options = Options { exclude_interfaces: vec!["eth1".into()], ..Options::injected() };
+    same(
+        &options,
+        Proxy::Wildcard,
+        Ids::APP,
+        &[Open(Tcp4), Connect(at("10.96.0.10:80")), Disconnect, Connect(at("172.20.0.5:80")), Name, Read],
+        &["ok", "ok", "ok", "ok", "10.67.0.2:*", "world from 10.67.0.2:*"],
+    );
+    let refused = Options { envoy_port: 15009, ..options };
+    same(
+        &refused,
+        Proxy::Wildcard,
+        Ids::APP,
+        &[Open(Tcp4), Connect(at("10.96.0.10:80")), Connect(at("172.20.0.5:80")), Name, Read],
+        &["ok", "ECONNREFUSED", "ok", "10.67.0.2:*", "world from 10.67.0.2:*"],
+    );
+}
+
+#[test]
+fn a_datagram_socket_is_free_once_it_is_disconnected() {
+    let options = Options { exclude_interfaces: vec!["eth1".into()], ..dns() };
+    let check =
+        |steps: &[Step], expected: &[&str]| same(&options, Proxy::Wildcard, Ids::APP, steps, expected);
+    // To a server that is not captured, over another interface, and from there back.
+    check(
+        &[
+            Open(Udp4),
+            Connect(at("10.96.0.10:53")),
+            Name,
+            Ask,
+            Disconnect,
+            Name,
+            Connect(at("172.20.0.5:53")),
+            Name,
+            Ask,
+            Disconnect,
+            Connect(at("10.96.0.11:53")),
+            Name,
+            Ask,
+        ],
+        &[
+            "ok",
+            "ok",
+            "10.66.0.2:*",
+            "dns by 10.96.0.10:53",
+            "ok",
+            "0.0.0.0:0",
+            "ok",
+            "10.67.0.2:*",
+            "world by 172.20.0.5:53",
+            "ok",
+            "ok",
+            "10.66.0.2:*",
+            "dns by 10.96.0.11:53",
+        ],
+    );
+    check(
+        &[
+            Open(Udp6),
+            Connect(at("[fd96::10]:53")),
+            Ask,
+            Disconnect,
+            Name,
+            Connect(at("[fd20::5]:53")),
+            Name,
+            Ask,
+        ],
+        &["ok", "ok", "dns by [fd96::10]:53", "ok", "[::]:0", "ok", "[fd67::2]:*", "world by [fd20::5]:53"],
+    );
+    check(
+        &[Open(Udp4), Connect(at("10.96.0.10:53")), Disconnect, Connect(at("127.0.0.1:7777")), Name, Ask],
+        &["ok", "ok", "ok", "ok", "127.0.0.1:*", "app by 127.0.0.1:7777"],
+    );
+    check(
+        &[Open(Udp4), Connect(at("10.96.0.10:53")), Disconnect, AskAt(at("10.96.0.12:53"))],
+        &["ok", "ok", "ok", "dns by 10.96.0.12:53"],
+    );
+}
+
+/// As systemd-resolved asks. A query that is redirected has its interface by then.
+#[test]
+fn a_query_may_choose_its_interface() {
+    let eth0 = || "eth0".to_owned();
+    with_dns(
+        &[Open(Udp4), UnicastInterface(eth0()), AskAt(at("10.96.0.10:53"))],
+        &["ok", "ok", "dns by 10.96.0.10:53"],
+    );
+    with_dns(
+        &[Open(Udp6), UnicastInterface(eth0()), AskAt(at("[fd96::10]:53"))],
+        &["ok", "ok", "dns by [fd96::10]:53"],
+    );
+    with_dns(
+        &[Open(Udp4), UnicastInterface(eth0()), Connect(at("10.96.0.10:53")), Ask],
+        &["ok", "ok", "ok", "dns by 10.96.0.10:53"],
+    );
+    with_dns(&[Open(Udp4), AskBy(at("10.96.0.10:53"), eth0())], &["ok", "dns by 10.96.0.10:53"]);
+    with_dns(&[Open(Udp6), AskBy(at("[fd96::10]:53"), eth0())], &["ok", "dns by [fd96::10]:53"]);
+    // And what is not captured goes by it as ever.
+    as_iptables(&[Open(Udp4), AskBy(at("10.96.0.10:53"), "eth0".into())], &["ok", "world by 10.96.0.10:53"]);
+}
+
+#[test]
+fn tcp_has_no_connections_to_groups() {
+    for (kind, to) in [
+        (Tcp4, "224.0.0.1:80"),
+        (Tcp4, "239.1.2.3:80"),
+        (Tcp4, "255.255.255.255:80"),
+        (Tcp4, "10.66.0.255:80"),
+        (Tcp6, "[ff0e::1]:80"),
+    ] {
+        as_iptables(&[Open(kind), Connect(at(to))], &["ok", "ENETUNREACH"]);
+    }
+}
+
+/// A name is also told when the connection is over.
+#[test]
+fn a_closed_connection_still_has_its_name() {
+    as_iptables(
+        &[Open(Tcp4), Connect(at("10.96.0.10:80")), Read, Shutdown, Name, Peer],
+        &["ok", "ok", "outbound for 10.96.0.10:80 from 10.66.0.2:*", "ok", "10.66.0.2:*", "ENOTCONN"],
+    );
+}
+
+#[test]
+fn clients_of_mptcp_are_told_right() {
+    as_iptables(
+        &[Open(Mptcp4), Connect(at("10.96.0.10:80")), Name, Peer, Read, Close, Use(0)],
+        &[
+            "ok",
+            "ok",
+            "10.66.0.2:*",
+            "10.96.0.10:80",
+            "outbound for 10.96.0.10:80 from 10.66.0.2:*",
+            "ok",
+            "ok",
+        ],
+    );
+}
