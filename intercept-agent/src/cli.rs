@@ -1,6 +1,6 @@
 //! The arguments of the commands, and logging.
 
-use std::{io::IsTerminal as _, net::IpAddr, path::PathBuf};
+use std::{io::IsTerminal as _, net::IpAddr, path::PathBuf, time::Duration};
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use intercept_agent::{
@@ -166,6 +166,19 @@ pub(crate) struct DaemonArgs {
     /// Watch the Kubernetes API for the pods of this node [default: no API]
     #[arg(long, value_name = "NAME", env = "INTERCEPT_NODE_NAME")]
     pub(crate) node_name: Option<String>,
+    /// How long the CNI plugin's ADD of a pod with a sidecar waits for the API to tell of the pod. Then its
+    /// annotations decide, until the API does
+    #[arg(long, value_name = "SECONDS", default_value = "1", env = "INTERCEPT_API_WAIT", value_parser = seconds)]
+    pub(crate) api_wait: Duration,
+    /// Ignore the pods of these namespaces
+    #[arg(
+        long,
+        value_name = "NAMES",
+        value_delimiter = ',',
+        default_value = "kube-system",
+        env = "INTERCEPT_EXCLUDE_NAMESPACES"
+    )]
+    pub(crate) exclude_namespaces: Vec<String>,
     #[command(flatten)]
     pub(crate) socket: Socket,
     #[command(flatten)]
@@ -314,6 +327,12 @@ pub(crate) struct ExplainArgs {
     pub(crate) json: bool,
     #[command(flatten)]
     pub(crate) bpffs: Bpffs,
+}
+
+/// A time in seconds. The plugin gives up after half a minute.
+fn seconds(text: &str) -> Result<Duration, String> {
+    let seconds = text.parse().ok().filter(|seconds| (0.0..=10.0).contains(seconds));
+    seconds.map(Duration::from_secs_f64).ok_or_else(|| "give seconds, 0 to 10".to_owned())
 }
 
 /// Start logging to standard error.

@@ -163,7 +163,8 @@ impl Call {
         match socket::request(&config.socket, &request) {
             Ok(Response::Done(_)) => Ok(previous),
             Ok(other) => Err(refused("capturing the pod", &other)),
-            // Injected pods bear their mark; others need no daemon to be left alone.
+            // Injected pods bear their mark; others need no daemon to be ignored. Where the runtime does not pass it on,
+            // they must start all the same, and the daemon captures the injected ones once the API tells it of them.
             Err(_) if is_plain(config) => Ok(previous),
             Err(error) => Err(unreachable(&config.socket, &error)),
         }
@@ -191,7 +192,7 @@ impl Call {
 
 fn is_plain(config: &PluginConfig) -> bool {
     config.select == Select::Sidecar
-        && config.runtime.annotations.as_ref().is_some_and(|annotations| !annotations.contains_key(STATUS))
+        && config.runtime.annotations.as_ref().is_none_or(|annotations| !annotations.contains_key(STATUS))
 }
 
 fn refused(what: &str, response: &Response) -> CniError {

@@ -15,5 +15,6 @@ pub mod retry;
 pub mod serve;
 pub mod sidecar;
 pub mod socket;
+pub mod view;
 pub mod wanted;
 pub mod worker;

@@ -6,6 +6,7 @@
 
 pub mod actor;
 pub mod agent;
+pub mod api;
 pub mod bench;
 pub mod bpf;
 pub mod cri;

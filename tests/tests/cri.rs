@@ -18,7 +18,10 @@ use tests::{
     testbed::Ids,
 };
 
-const STATUS: (&str, &str) = ("sidecar.istio.io/status", "{}");
+const STATUS: (&str, &str) = (
+    "sidecar.istio.io/status",
+    r#"{"initContainers":["istio-validation"],"containers":["istio-proxy"],"revision":"default"}"#,
+);
 const LEFT_ALONE: (&str, &str) = ("traffic.sidecar.istio.io/excludeOutboundPorts", "81");
 const TPROXY: (&str, &str) = ("sidecar.istio.io/interceptionMode", "TPROXY");
 /// An address of the node's, where a connection arrives that is not captured.

@@ -255,7 +255,10 @@ fn a_pod_of_the_socket_is_in_force_when_it_answers() {
         }))
     };
     assert_eq!(ask(&daemon, marked(&[])), done("no_sidecar"));
-    let status = ("sidecar.istio.io/status", "{}");
+    let status = (
+        "sidecar.istio.io/status",
+        r#"{"initContainers":["istio-validation"],"containers":["istio-proxy"]}"#,
+    );
     let wrong = marked(&[status, ("traffic.sidecar.istio.io/includeInboundPorts", "http")]);
     match ask(&daemon, wrong) {
         Response::Failed(problem) => assert!(problem.text.contains("includeInboundPorts"), "{problem:?}"),

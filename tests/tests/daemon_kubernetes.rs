@@ -1,120 +1,21 @@
 //! The daemon beside an API server that gives recorded answers.
 
-use std::{
-    fs,
-    io::{BufRead as _, BufReader, Read as _, Write as _},
-    net::{SocketAddr, TcpListener, TcpStream},
-    sync::{Arc, Mutex},
-    thread,
-};
+use std::fs;
 
 use intercept_agent::daemon::{
     protocol::{Add, Request, Response, Sandbox, Select},
     reconcile::{Report, State},
     wanted::Given,
 };
-use serde_json::{Value, json};
+use serde_json::json;
 use tests::{
     agent::Agent,
+    api::{Api, pod},
     daemon::{Daemon, OUTBOUND, answers, proxy, service},
     testbed::{Pod, PodSpec},
 };
 
 const UID: &str = "5f0c8a52-52f6-4c0e-9d0e-2f4f7f2a1f10";
-
-/// Answers a list with the pods that are there, then streams events to whoever watches.
-struct Api {
-    address: SocketAddr,
-    state: Arc<Mutex<Shared>>,
-}
-
-#[derive(Default)]
-struct Shared {
-    pods: Vec<Value>,
-    watchers: Vec<TcpStream>,
-    asked: Vec<String>,
-    posted: Vec<Value>,
-    version: u64,
-}
-
-impl Api {
-    fn start(pods: Vec<Value>) -> Self {
-        let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
-        let address = listener.local_addr().expect("an address");
-        let state = Arc::new(Mutex::new(Shared { pods, version: 100, ..Shared::default() }));
-        let shared = Arc::clone(&state);
-        // Ends with the process.
-        thread::spawn(move || {
-            for stream in listener.incoming().flatten() {
-                let shared = Arc::clone(&shared);
-                thread::spawn(move || answer(stream, &shared));
-            }
-        });
-        Self { address, state }
-    }
-
-    fn shared(&self) -> std::sync::MutexGuard<'_, Shared> {
-        self.state.lock().expect("whole")
-    }
-
-    /// Send an event to all who watch.
-    fn event(&self, kind: &str, mut pod: Value) {
-        let mut shared = self.shared();
-        shared.version += 1;
-        pod["metadata"]["resourceVersion"] = json!(shared.version.to_string());
-        let line = format!("{}\n", json!({ "type": kind, "object": pod }));
-        shared.watchers.retain_mut(|watcher| watcher.write_all(line.as_bytes()).is_ok());
-    }
-
-    /// Cut everybody off.
-    fn cut(&self) {
-        self.shared().watchers.drain(..).for_each(|w| drop(w.shutdown(std::net::Shutdown::Both)));
-    }
-}
-
-fn answer(mut stream: TcpStream, shared: &Mutex<Shared>) {
-    let mut reader = BufReader::new(stream.try_clone().expect("a copy"));
-    let mut head = reader.by_ref().lines().map_while(Result::ok).take_while(|line| !line.is_empty());
-    let request = head.next().unwrap_or_default();
-    let length = head.find_map(|line| {
-        line.to_ascii_lowercase().strip_prefix("content-length:").map(|value| value.trim().to_owned())
-    });
-    head.for_each(drop);
-    let mut body = vec![0; length.map_or(0, |length| length.parse().expect("a length"))];
-    reader.read_exact(&mut body).expect("a body");
-    let mut shared = shared.lock().expect("whole");
-    let head = "HTTP/1.1 200 OK\r\ncontent-type: application/json\r\nconnection: close\r\n\r\n";
-    if request.starts_with("POST ") {
-        let posted: Value = serde_json::from_slice(&body).expect("JSON");
-        let sent = stream.write_all(format!("{}{posted}", head.replace("200 OK", "201 Created")).as_bytes());
-        shared.posted.push(posted);
-        shared.asked.push(request);
-        return sent.expect("sent");
-    }
-    let sent = if request.contains("watch=true") {
-        let sent = stream.write_all(head.as_bytes());
-        shared.watchers.push(stream);
-        sent
-    } else {
-        let list = json!({
-            "kind": "PodList", "apiVersion": "v1",
-            "metadata": { "resourceVersion": shared.version.to_string() },
-            "items": shared.pods,
-        });
-        stream.write_all(format!("{head}{list}").as_bytes())
-    };
-    shared.asked.push(request);
-    sent.expect("sent");
-}
-
-fn pod(name: &str, uid: &str, spec: &Value, annotations: &Value) -> Value {
-    json!({
-        "apiVersion": "v1", "kind": "Pod",
-        "metadata": { "name": name, "namespace": "shop", "uid": uid, "resourceVersion": "1", "annotations": annotations },
-        "spec": spec,
-        "status": { "phase": "Running" },
-    })
-}
 
 fn report(daemon: &Daemon<'_>, name: &str) -> Option<Report> {
     daemon.reports().expect("reports").into_iter().find(|report| report.name == format!("shop/{name}"))
@@ -140,7 +41,7 @@ fn pods_of_the_api_are_captured_followed_and_released() {
     let sidecar = json!({ "name": "istio-proxy", "restartPolicy": "Always", "args": ["proxy", "sidecar"],
                           "securityContext": { "runAsUser": 1337, "runAsGroup": 1337 } });
     let spec = json!({ "containers": [{ "name": "app" }], "initContainers": [sidecar] });
-    let host = json!({ "hostNetwork": true, "containers": [{ "name": "istio-proxy" }] });
+    let host = json!({ "hostNetwork": true, "containers": [{ "name": "app" }, { "name": "istio-proxy" }] });
     let plain = json!({ "containers": [{ "name": "app" }] });
     let none = json!({});
     let api = Api::start(vec![
@@ -151,13 +52,7 @@ fn pods_of_the_api_are_captured_followed_and_released() {
     ]);
     let folder = tempfile::tempdir().expect("a folder");
     let kubeconfig = folder.path().join("kubeconfig");
-    let config = json!({
-        "apiVersion": "v1", "kind": "Config", "current-context": "c",
-        "clusters": [{ "name": "c", "cluster": { "server": format!("http://{}", api.address) } }],
-        "users": [{ "name": "u", "user": {} }],
-        "contexts": [{ "name": "c", "context": { "cluster": "c", "user": "u" } }],
-    });
-    fs::write(&kubeconfig, config.to_string()).expect("written");
+    api.write_kubeconfig(&kubeconfig).expect("written");
     let root = place.cgroup.path().to_str().expect("text");
     let arguments = ["--node-name", "node-1", "--cgroup-root", root];
     let variables = [("KUBECONFIG", kubeconfig.to_str().expect("text"))];
@@ -206,15 +101,16 @@ fn pods_of_the_api_are_captured_followed_and_released() {
     daemon.kill().expect("killed");
     api.cut();
     api.shared().pods.clear();
-    fs::write(&kubeconfig, config.to_string().replace(&api.address.to_string(), "127.0.0.1:1"))
-        .expect("written");
+    let config = fs::read_to_string(&kubeconfig).expect("read");
+    let nowhere = config.replace(&api.address().to_string(), "127.0.0.1:1");
+    fs::write(&kubeconfig, nowhere).expect("written");
     daemon.restart().expect("started");
     daemon.wait("taken over", |daemon| is(daemon, "cart", State::Captured)).expect("taken over");
     assert_eq!(answers(&actor, service()).as_deref(), Some("proxy"));
 
     // Gone from the API meanwhile.
     daemon.kill().expect("killed");
-    fs::write(&kubeconfig, config.to_string()).expect("written");
+    fs::write(&kubeconfig, config).expect("written");
     daemon.restart().expect("started");
     daemon.wait("released", |daemon| report(daemon, "cart").is_none()).expect("released");
     assert_eq!(agent.status().expect("status"), json!([]));

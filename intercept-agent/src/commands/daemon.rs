@@ -3,6 +3,7 @@
 use anyhow::{Context as _, Result};
 use intercept_agent::daemon::{
     serve::{Settings, serve},
+    sidecar::Selection,
     wanted::Given,
 };
 use tokio::signal::unix::{SignalKind, signal};
@@ -20,6 +21,8 @@ pub(super) fn daemon(args: DaemonArgs) -> Result<()> {
         metrics_address: args.metrics_address,
         cgroup_root: args.cgroup_root,
         node: args.node_name,
+        api_wait: args.api_wait,
+        selection: Selection { exclude_namespaces: args.exclude_namespaces.into_iter().collect() },
         defaults: Given { arguments: args.options, ..Given::default() },
     };
     let runtime =

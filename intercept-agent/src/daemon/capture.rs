@@ -82,6 +82,15 @@ impl CaptureError {
         text
     }
 
+    /// Whether the pod's cgroup looks like this while its sandbox is being made: empty, or with a process that is not in
+    /// its namespace yet.
+    pub fn is_of_a_start(&self) -> bool {
+        matches!(
+            self,
+            Self::Netns(NetnsError::NoProcess { .. } | NetnsError::Host { .. } | NetnsError::Several { .. })
+        )
+    }
+
     /// Whether it is the pod's description that is wrong, so that only another one helps.
     pub fn is_about_options(&self) -> bool {
         self.cause() == "options"

@@ -28,7 +28,7 @@ use serde::Deserialize;
 use tokio::{io::unix::AsyncFd, sync::mpsc::UnboundedSender};
 
 use super::{
-    reconcile::{Message, Source},
+    reconcile::Message,
     wanted::{Given, Key, Options, Wanted},
 };
 use crate::{options::Config, store::Origin};
@@ -186,7 +186,7 @@ impl Folder {
         };
         let names = entries.flatten().filter_map(|entry| entry.file_name().into_string().ok());
         let keys = names.filter_map(|name| self.tell(&name, messages)).collect();
-        drop(messages.send(Message::Synced(Source::Folder, keys)));
+        drop(messages.send(Message::FilesListed(keys)));
     }
 
     /// Tell of one file; its key if it counts.
@@ -195,17 +195,15 @@ impl Folder {
             return None;
         }
         let key = Key::File(name.to_owned());
-        let message = match read(&self.path.join(name), name) {
-            Ok(wanted) => Message::Want(Box::new(wanted)),
+        let file = match read(&self.path.join(name), name) {
+            Ok(wanted) => Ok(wanted),
             Err(FileError::Read { source, .. }) if source.kind() == io::ErrorKind::NotFound => {
-                drop(messages.send(Message::Unwanted(key)));
+                drop(messages.send(Message::FileRemoved(key)));
                 return None;
             }
-            Err(error) => {
-                Message::Refused { key: key.clone(), name: name.to_owned(), problem: error.to_string() }
-            }
+            Err(error) => Err(error.to_string()),
         };
-        drop(messages.send(message));
+        drop(messages.send(Message::File(key.clone(), Box::new(file))));
         Some(key)
     }
 }
@@ -245,10 +243,12 @@ mod tests {
     async fn next(messages: &mut mpsc::UnboundedReceiver<Message>) -> String {
         let message = tokio::time::timeout(Duration::from_secs(5), messages.recv()).await;
         match message.expect("in time").expect("a message") {
-            Message::Want(wanted) => format!("want {} {}", wanted.name(), wanted.cgroup.display()),
-            Message::Unwanted(key) => format!("unwanted {key}"),
-            Message::Refused { name, problem, .. } => format!("refused {name}: {problem}"),
-            Message::Synced(_, keys) => format!("synced {}", keys.len()),
+            Message::File(key, file) => match *file {
+                Ok(wanted) => format!("want {} {}", wanted.name(), wanted.cgroup.display()),
+                Err(problem) => format!("refused {key}: {problem}"),
+            },
+            Message::FileRemoved(key) => format!("removed {key}"),
+            Message::FilesListed(keys) => format!("listed {}", keys.len()),
             _ => "other".to_owned(),
         }
     }
@@ -265,7 +265,7 @@ mod tests {
             let (send, mut messages) = mpsc::unbounded_channel();
             let task = tokio::spawn(folder.follow(send));
             assert_eq!(next(&mut messages).await, "want a.json /c");
-            assert_eq!(next(&mut messages).await, "synced 1");
+            assert_eq!(next(&mut messages).await, "listed 1");
 
             write(".b.json", &POD.replace("/c", "/d"));
             fs::rename(dir.path().join(".b.json"), dir.path().join("b.json")).expect("renamed");
@@ -274,9 +274,12 @@ mod tests {
             assert_eq!(next(&mut messages).await, "want a.json /e");
             write("a.json", "{");
             let refused = next(&mut messages).await;
-            assert!(refused.starts_with("refused a.json: reading ") && refused.contains("EOF"), "{refused}");
+            assert!(
+                refused.starts_with("refused file/a.json: reading ") && refused.contains("EOF"),
+                "{refused}"
+            );
             fs::remove_file(dir.path().join("a.json")).expect("removed");
-            assert_eq!(next(&mut messages).await, "unwanted file/a.json");
+            assert_eq!(next(&mut messages).await, "removed file/a.json");
             task.abort();
         });
     }
@@ -308,7 +311,7 @@ mod tests {
         runtime().block_on(async {
             let (send, mut messages) = mpsc::unbounded_channel();
             let task = tokio::spawn(Folder::open(pods.clone()).expect("watched").follow(send));
-            assert_eq!(next(&mut messages).await, "synced 0");
+            assert_eq!(next(&mut messages).await, "listed 0");
             fs::remove_dir(&pods).expect("removed");
             fs::create_dir(&pods).expect("made again");
             fs::write(pods.join("a.json"), POD).expect("written");

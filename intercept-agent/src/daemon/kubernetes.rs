@@ -24,16 +24,18 @@ use tokio::sync::mpsc::UnboundedSender;
 use super::{
     complaints::{self, Complaint},
     placement::Placement,
-    reconcile::{Message, Source},
-    sidecar::{self, Container, Facts, INJECT, Verdict},
-    wanted::{Given, Key, Options, Wanted},
+    reconcile::Message,
+    sidecar::{self, Container, INJECT, PodMetadata, Selection, Verdict},
+    view::{Binding, ObjectClaim, ObjectId, ObjectUid, Place, Stage},
+    wanted::{Given, Key},
 };
-use crate::store::Origin;
 
 /// How often a pod is looked for whose cgroup is not there yet.
-const AGAIN: Duration = Duration::from_millis(500);
-/// Bears the UID that the kubelet and the runtime know a static pod by, which is not the API's.
+const RETRY_INTERVAL: Duration = Duration::from_millis(500);
+/// On a mirror pod, the hash of the static pod's manifest: the kubelet and the runtime know the pod by it.
 const MIRROR: &str = "kubernetes.io/config.mirror";
+/// An MD5 sum in hexadecimal digits, as the kubelet makes it.
+const HASH_LENGTH: usize = 32;
 
 /// The way to the API is not known.
 #[derive(Debug, thiserror::Error)]
@@ -47,38 +49,36 @@ pub struct Kubernetes {
     client: Client,
     pods: Api<Pod>,
     node: String,
-    told: Told,
+    watch: PodWatch,
 }
 
-/// What was heard of pods, and whom to tell.
-struct Told {
+/// Turns objects of the API into claims.
+struct PodWatch {
     placement: Placement,
+    selection: Selection,
     defaults: Given,
     messages: UnboundedSender<Message>,
-    /// Pods whose cgroup is not there yet, by UID.
-    waiting: BTreeMap<String, Waiting>,
+    /// Pods that are to be captured and whose cgroup is not there yet.
+    unplaced: BTreeMap<ObjectUid, Unplaced>,
 }
 
-struct Waiting {
-    origin: Origin,
-    given: Given,
-    /// It should be there.
-    running: bool,
-    /// That it is not was said.
-    said: bool,
+struct Unplaced {
+    key: Key,
+    claim: ObjectClaim,
 }
 
 impl Kubernetes {
     /// Find the API by a service account or a kubeconfig; asks nothing yet. `defaults` are options for every pod.
     pub async fn open(
         node: String,
+        selection: Selection,
         defaults: Given,
         placement: Placement,
         messages: UnboundedSender<Message>,
     ) -> Result<Self, KubernetesError> {
         let client = Client::try_default().await.map_err(KubernetesError)?;
-        let told = Told { placement, defaults, messages, waiting: BTreeMap::new() };
-        Ok(Self { pods: Api::all(client.clone()), client, node, told })
+        let watch = PodWatch { placement, selection, defaults, messages, unplaced: BTreeMap::new() };
+        Ok(Self { pods: Api::all(client.clone()), client, node, watch })
     }
 
     /// Where to complain of pods that cannot be captured.
@@ -88,28 +88,28 @@ impl Kubernetes {
 
     /// Tell of every pod, then of every change, for ever.
     pub async fn follow(self) {
-        let Self { pods, node, mut told, .. } = self;
+        let Self { pods, node, mut watch, .. } = self;
         let config = watcher::Config::default().fields(&format!("spec.nodeName={node}"));
         let mut events = pin!(watcher::watcher(pods, config).default_backoff());
-        let mut again = tokio::time::interval(AGAIN);
+        let mut retry = tokio::time::interval(RETRY_INTERVAL);
         let mut listed = HashSet::new();
         loop {
             tokio::select! {
                 event = events.next() => match event {
                     Some(Ok(Event::Init)) => listed.clear(),
-                    Some(Ok(Event::InitApply(pod))) => listed.extend(told.apply(&pod)),
-                    Some(Ok(Event::InitDone)) => told.synced(std::mem::take(&mut listed)),
-                    Some(Ok(Event::Apply(pod))) => drop(told.apply(&pod)),
-                    Some(Ok(Event::Delete(pod))) => told.delete(&pod),
+                    Some(Ok(Event::InitApply(pod))) => listed.extend(watch.apply(&pod)),
+                    Some(Ok(Event::InitDone)) => watch.synced(std::mem::take(&mut listed)),
+                    Some(Ok(Event::Apply(pod))) => drop(watch.apply(&pod)),
+                    Some(Ok(Event::Delete(pod))) => watch.delete(&pod),
                     Some(Err(error)) => tracing::warn!(
                         node, error = said(&error),
                         "watching the pods of this node: what is in force stays, and it is tried again"
                     ),
                     None => return,
                 },
-                _ = again.tick(), if !told.waiting.is_empty() => told.look(),
+                _ = retry.tick(), if !watch.unplaced.is_empty() => watch.place_again(),
             }
-            if told.messages.is_closed() {
+            if watch.messages.is_closed() {
                 return;
             }
         }
@@ -133,87 +133,113 @@ fn said(error: &watcher::Error) -> String {
     format!("{what}: {}", sources.last().map(ToString::to_string).unwrap_or_default())
 }
 
-impl Told {
-    fn say(&self, message: Message) {
+impl PodWatch {
+    fn send(&self, message: Message) {
         // The loop is gone when the daemon ends.
         drop(self.messages.send(message));
     }
 
-    /// Say what is to become of a pod; its key.
-    fn apply(&mut self, pod: &Pod) -> Option<Key> {
-        let uid = uid(pod)?;
-        let key = Key::Pod(uid.clone());
-        if pod.metadata.deletion_timestamp.is_some() {
-            // What is in force for it stays until it is gone; nothing new begins.
-            self.waiting.remove(&uid);
-            return Some(key);
-        }
-        let origin = Origin::Pod {
-            uid: uid.clone(),
-            namespace: pod.metadata.namespace.clone().unwrap_or_default(),
-            name: pod.metadata.name.clone().unwrap_or_default(),
-            sandbox: None,
-        };
-        let name = origin.name().unwrap_or_default();
-        self.waiting.remove(&uid);
-        match sidecar::decide(&facts(pod), &self.defaults) {
-            Ok(Verdict::Capture(given)) => {
-                let running = phase(pod) == "Running";
-                self.waiting.insert(uid, Waiting { origin, given, running, said: false });
-                self.look();
-            }
-            Ok(Verdict::LeaveAlone(why)) => self.say(Message::LeftAlone { key: key.clone(), name, why }),
-            Err(error) => {
-                self.say(Message::Refused { key: key.clone(), name, problem: error.to_string() });
+    /// Say what is to become of a pod; its object.
+    fn apply(&mut self, pod: &Pod) -> Option<ObjectUid> {
+        let (key, mut claim) = claim(pod, &self.selection, &self.defaults)?;
+        let uid = claim.id.uid.clone();
+        self.unplaced.remove(&uid);
+        let begins = matches!(claim.stage, Stage::Pending | Stage::Running);
+        if begins && matches!(claim.verdict, Ok(Verdict::Capture(_))) {
+            claim.place = self.place(&key, claim.stage);
+            if !matches!(claim.place, Place::Cgroup(_)) {
+                self.unplaced.insert(uid.clone(), Unplaced { key: key.clone(), claim: claim.clone() });
             }
         }
-        Some(key)
+        self.send(Message::Object(key, Box::new(claim)));
+        Some(uid)
     }
 
-    /// Look for the cgroups of the pods that wait for theirs.
-    fn look(&mut self) {
-        let Self { placement, messages, waiting, .. } = self;
-        waiting.retain(|uid, pod| match placement.of_pod(uid) {
-            Ok(cgroup) => {
-                let options = Options::Given(pod.given.clone());
-                let wanted = Wanted { origin: pod.origin.clone(), cgroup, netns: None, options };
-                drop(messages.send(Message::Want(Box::new(wanted))));
-                false
+    fn place(&self, key: &Key, stage: Stage) -> Place {
+        let Key::Pod(uid) = key else { return Place::Pending };
+        match self.placement.of_pod(uid) {
+            Ok(cgroup) => Place::Cgroup(cgroup),
+            Err(error) if stage == Stage::Running => Place::Missing(error.to_string()),
+            Err(_) => Place::Pending,
+        }
+    }
+
+    /// Look for the cgroups of pods again.
+    fn place_again(&mut self) {
+        for (uid, mut unplaced) in std::mem::take(&mut self.unplaced) {
+            unplaced.claim.place = self.place(&unplaced.key, unplaced.claim.stage);
+            if matches!(unplaced.claim.place, Place::Cgroup(_)) {
+                self.send(Message::Object(unplaced.key, Box::new(unplaced.claim)));
+            } else {
+                self.unplaced.insert(uid, unplaced);
             }
-            Err(error) => {
-                if pod.running && !std::mem::replace(&mut pod.said, true) {
-                    let name = pod.origin.name().unwrap_or_default();
-                    let key = Key::Pod(uid.clone());
-                    drop(messages.send(Message::Refused { key, name, problem: error.to_string() }));
-                }
-                true
-            }
-        });
+        }
     }
 
     fn delete(&mut self, pod: &Pod) {
-        if let Some(uid) = uid(pod) {
-            self.waiting.remove(&uid);
-            self.say(Message::Deleted(Key::Pod(uid)));
+        if let Some((key, id)) = identify(pod) {
+            self.unplaced.remove(&id.uid);
+            self.send(Message::ObjectDeleted(key, id));
         }
     }
 
-    fn synced(&mut self, keys: HashSet<Key>) {
-        self.waiting.retain(|uid, _| keys.contains(&Key::Pod(uid.clone())));
-        self.say(Message::Synced(Source::Kubernetes, keys));
+    fn synced(&mut self, listed: HashSet<ObjectUid>) {
+        self.unplaced.retain(|uid, _| listed.contains(uid));
+        self.send(Message::ObjectsListed(listed));
     }
 }
 
-fn uid(pod: &Pod) -> Option<String> {
-    let mirrored = pod.metadata.annotations.as_ref().and_then(|annotations| annotations.get(MIRROR));
-    mirrored.or(pod.metadata.uid.as_ref()).cloned()
+/// What an object says, and of which pod. Where it is, is not looked for.
+pub(super) fn claim(pod: &Pod, selection: &Selection, defaults: &Given) -> Option<(Key, ObjectClaim)> {
+    let (key, id) = identify(pod)?;
+    let verdict = sidecar::decide(&metadata(pod), selection, defaults);
+    let created = pod.metadata.creation_timestamp.as_ref().map_or(i64::MAX, |time| time.0.as_second());
+    Some((key, ObjectClaim { id, created, stage: stage(pod), verdict, place: Place::Pending }))
+}
+
+/// The pod that an object speaks for, and the object.
+///
+/// A mirror pod is made by the kubelet: its node owns it. Whoever may create pods can write the same into theirs, but
+/// no hash is ever the UID of an object of the API, and the rest is for [`super::view`] to tell apart.
+fn identify(pod: &Pod) -> Option<(Key, ObjectId)> {
+    let metadata = &pod.metadata;
+    let uid = metadata.uid.clone()?;
+    let owned_by_node = metadata
+        .owner_references
+        .iter()
+        .flatten()
+        .any(|owner| (owner.kind.as_str(), owner.api_version.as_str()) == ("Node", "v1"));
+    let hash = metadata.annotations.as_ref().and_then(|annotations| annotations.get(MIRROR));
+    let hash = hash.filter(|hash| owned_by_node && is_hash(hash));
+    let (key, binding) = match hash {
+        Some(hash) => (Key::Pod(hash.clone()), Binding::Mirror),
+        None => (Key::Pod(uid.clone()), Binding::Own),
+    };
+    let namespace = metadata.namespace.clone().unwrap_or_default();
+    let name = metadata.name.clone().unwrap_or_default();
+    Some((key, ObjectId { uid: ObjectUid(uid), namespace, name, binding }))
+}
+
+fn is_hash(text: &str) -> bool {
+    text.len() == HASH_LENGTH && text.bytes().all(|c| matches!(c, b'0'..=b'9' | b'a'..=b'f'))
+}
+
+fn stage(pod: &Pod) -> Stage {
+    if pod.metadata.deletion_timestamp.is_some() {
+        return Stage::Terminating;
+    }
+    match phase(pod) {
+        "Succeeded" | "Failed" => Stage::Finished,
+        "Running" => Stage::Running,
+        _ => Stage::Pending,
+    }
 }
 
 fn phase(pod: &Pod) -> &str {
     pod.status.as_ref().and_then(|status| status.phase.as_deref()).unwrap_or_default()
 }
 
-fn facts(pod: &Pod) -> Facts {
+fn metadata(pod: &Pod) -> PodMetadata {
     let spec = pod.spec.as_ref();
     let security = spec.and_then(|spec| spec.security_context.as_ref());
     let pods_own = (security.and_then(|s| s.run_as_user), security.and_then(|s| s.run_as_group));
@@ -221,12 +247,12 @@ fn facts(pod: &Pod) -> Facts {
     // A native sidecar is written as an init container, and goes on like the others.
     let inits = inits.map(|c| container(c, c.restart_policy.as_deref() != Some("Always"), pods_own));
     let others = spec.into_iter().flat_map(|spec| &spec.containers).map(|c| container(c, false, pods_own));
-    Facts {
+    PodMetadata {
+        namespace: pod.metadata.namespace.clone().unwrap_or_default(),
         annotations: pod.metadata.annotations.clone().unwrap_or_default(),
         inject_label: pod.metadata.labels.as_ref().and_then(|labels| labels.get(INJECT)).cloned(),
         host_network: spec.and_then(|spec| spec.host_network).unwrap_or_default(),
-        finished: matches!(phase(pod), "Succeeded" | "Failed"),
-        containers: Some(inits.chain(others).collect()),
+        containers: inits.chain(others).collect(),
     }
 }
 
@@ -260,7 +286,7 @@ mod tests {
 
     #[test]
     fn native_sidecars_are_no_init_containers() {
-        let facts = facts(&pod(&json!({
+        let metadata = metadata(&pod(&json!({
             "securityContext": { "runAsUser": 7, "runAsGroup": 8 },
             "initContainers": [
                 { "name": "setup" },
@@ -270,7 +296,7 @@ mod tests {
             ],
             "containers": [{ "name": "app" }],
         })));
-        let containers = facts.containers.expect("known");
+        let containers = metadata.containers;
         let seen: Vec<_> = containers.iter().map(|c| (c.name.as_str(), c.init, c.uid, c.gid)).collect();
         assert_eq!(
             seen,
@@ -281,16 +307,31 @@ mod tests {
             ]
         );
         assert_eq!(containers[1].environment, BTreeMap::from([("A".to_owned(), "1".to_owned())]));
-        assert_eq!(facts.inject_label.as_deref(), Some("true"));
-        assert!(!facts.host_network && !facts.finished);
+        assert_eq!(metadata.inject_label.as_deref(), Some("true"));
+        assert!(!metadata.host_network);
     }
 
     #[test]
-    fn a_static_pod_is_known_as_the_kubelet_knows_it() {
-        let mut pod = pod(&json!({ "hostNetwork": true, "containers": [] }));
-        assert_eq!(uid(&pod).as_deref(), Some("u"));
-        assert!(facts(&pod).host_network);
-        pod.metadata.annotations = Some(BTreeMap::from([(MIRROR.to_owned(), "hash".to_owned())]));
-        assert_eq!(uid(&pod).as_deref(), Some("hash"));
+    fn a_mirror_pod_speaks_for_a_static_pod_and_for_no_other() {
+        const HASH: &str = "0123456789abcdef0123456789abcdef";
+        let node =
+            json!([{ "apiVersion": "v1", "kind": "Node", "name": "n", "uid": "n-1", "controller": true }]);
+        let other = json!([{ "apiVersion": "apps/v1", "kind": "ReplicaSet", "name": "r", "uid": "r-1" }]);
+        let seen = |mirror: &str, owners: &serde_json::Value| {
+            let pod = serde_json::from_value(json!({ "metadata": {
+                "uid": "u", "namespace": "evil", "name": "p", "annotations": { MIRROR: mirror }, "ownerReferences": owners,
+            } }));
+            let (key, id) = identify(&pod.expect("a pod")).expect("an identity");
+            assert_eq!(id.uid, ObjectUid("u".into()));
+            (key.to_string(), id.binding)
+        };
+        assert_eq!(seen(HASH, &node), (format!("pod/{HASH}"), Binding::Mirror));
+        let own = ("pod/u".to_owned(), Binding::Own);
+        assert_eq!(seen(HASH, &json!([])), own, "its node does not own it");
+        assert_eq!(seen(HASH, &other), own, "another owns it");
+        // The UID of another pod, and what is no hash.
+        for mirror in ["5f0c8a52-52f6-4c0e-9d0e-2f4f7f2a1f10", "", "0123", &HASH.to_uppercase()] {
+            assert_eq!(seen(mirror, &node), own, "{mirror}");
+        }
     }
 }

@@ -3,12 +3,13 @@
 //! A pod has at most one job with the worker. What happens to it meanwhile is noted and looked at when the job is
 //! done. A pod that fails is tried again later and later; none waits for another.
 
+mod claims;
 mod message;
 mod pod;
 mod watch;
 
 use std::{
-    collections::{BTreeMap, HashSet},
+    collections::BTreeMap,
     time::{Duration, Instant},
 };
 
@@ -17,7 +18,7 @@ use tokio::{
     sync::{mpsc, oneshot},
 };
 
-pub use message::{Message, Outcome, Source};
+pub use message::{Message, Outcome};
 pub use pod::{Answer, Problem, Report, State};
 
 use self::pod::Pod;
@@ -26,18 +27,24 @@ use super::{
     complaints::Complaint,
     metrics::Metrics,
     retry,
+    view::PodView,
     wanted::{Key, Wanted},
     worker::{Lane, Worker},
 };
 use crate::{
     node::{Attached, NodeError},
-    store::{Origin, Record},
+    store::Record,
 };
 
 /// How often pods are looked at: a pod that is gone is to be gone within a second.
 const LOOK: Duration = Duration::from_millis(400);
 /// How often the whole state is compared with what should be in force.
 const AUDIT: Duration = Duration::from_secs(10);
+
+/// A failure that passes by itself within this time gets no event on the pod.
+const EVENT_AFTER: Duration = Duration::from_secs(5);
+/// How often at least a pod is tried whose first process is awaited.
+const START_RETRY: Duration = Duration::from_millis(500);
 
 /// The loop.
 pub struct Reconciler {
@@ -48,6 +55,8 @@ pub struct Reconciler {
     inbox: mpsc::UnboundedReceiver<Message>,
     runtime: Handle,
     complaints: Option<mpsc::UnboundedSender<Complaint>>,
+    /// How long a sandbox waits for the API; there is none to wait for if none.
+    api_wait: Option<Duration>,
     leaving: bool,
 }
 
@@ -64,6 +73,7 @@ impl Reconciler {
             inbox,
             runtime,
             complaints: None,
+            api_wait: None,
             leaving: false,
         };
         (reconciler, messages)
@@ -72,6 +82,11 @@ impl Reconciler {
     /// Have somebody else told of pods of the API that could not be captured.
     pub fn complain_to(&mut self, complaints: mpsc::UnboundedSender<Complaint>) {
         self.complaints = Some(complaints);
+    }
+
+    /// The API is watched: have a sandbox wait for its word for so long.
+    pub fn await_api(&mut self, patience: Duration) {
+        self.api_wait = Some(patience);
     }
 
     /// Once for failures of one kind in a row, which may be many.
@@ -83,7 +98,9 @@ impl Reconciler {
         let Some(text) = pod.problem.as_ref().map(|problem| problem.text.clone()) else { return };
         if pod.complained.as_ref() != Some(&text) {
             pod.complained = Some(text.clone());
-            drop(complaints.send(Complaint { uid: uid.clone(), name: pod.name.clone(), text }));
+            // The object of a static pod has another UID than the pod.
+            let uid = pod.view.speaker().map_or(uid, |object| &object.id.uid.0).clone();
+            drop(complaints.send(Complaint { uid, name: pod.name.clone(), text }));
         }
     }
 
@@ -98,16 +115,17 @@ impl Reconciler {
     }
 
     fn adopt_one(&mut self, record: &Record) {
-        let wanted = Wanted::of_record(record);
         let key = Key::of_record(record);
         let pod = self.pods.entry(key.clone()).or_default();
-        if pod.wanted.is_none() {
-            pod.want(wanted);
-        }
         pod.held = Some(Held::of_record(record));
         pod.proven = Some(Instant::now());
-        // Routes may have changed while nobody followed them.
-        self.step(&key);
+        if pod.view.is_empty() {
+            pod.view.set_applied_before(Wanted::of_record(record));
+            self.reconsider(&key);
+        } else {
+            // Routes may have changed while nobody followed them.
+            self.step(&key);
+        }
     }
 
     /// Until the last sender of messages is gone.
@@ -129,17 +147,14 @@ impl Reconciler {
 
     fn take(&mut self, message: Message) {
         match message {
-            Message::Want(wanted) => self.want(*wanted, None),
-            Message::Add(wanted, reply) => self.want(*wanted, Some(reply)),
-            Message::Unwanted(key) => self.unwant(&key),
-            Message::Deleted(key) => {
-                if !self.has_sandbox(&key) {
-                    self.unwant(&key);
-                }
-            }
-            Message::Refused { key, name, problem } => self.refuse(&key, name, problem),
-            Message::LeftAlone { key, name, why } => self.leave_alone(&key, name, why),
-            Message::Synced(source, keys) => self.synced(source, &keys),
+            Message::File(key, file) => self.update(&key, |view| view.set_file(*file)),
+            Message::FileRemoved(key) => self.update_known(&key, PodView::remove_file),
+            Message::FilesListed(keys) => self.files_listed(&keys),
+            Message::Object(key, claim) => self.update(&key, |view| view.set_object(*claim)),
+            Message::ObjectDeleted(key, id) => self.update_known(&key, |view| view.remove_object(&id)),
+            Message::ObjectsListed(uids) => self.objects_listed(&uids),
+            Message::Sandbox(key, claim, reply) => self.add(&key, *claim, reply),
+            Message::ApiSilent(key, sandbox) => self.api_silent(&key, &sandbox),
             Message::Delete { key, sandbox, reply } => self.delete(&key, &sandbox, reply),
             Message::Check(key, reply) => drop(reply.send(self.check(&key))),
             Message::Report(reply) => {
@@ -153,107 +168,6 @@ impl Reconciler {
             }
             Message::Done(key, outcome) => self.done(&key, *outcome),
             Message::Audited(in_force, new) => self.audited(&in_force, &new),
-        }
-    }
-
-    fn want(&mut self, mut wanted: Wanted, reply: Option<oneshot::Sender<Answer>>) {
-        if self.leaving {
-            let problem =
-                Problem { cause: "leaving".into(), text: "the agent is being removed from this node".into() };
-            if let Some(reply) = reply {
-                drop(reply.send(Err(problem)));
-            }
-            return;
-        }
-        let key = wanted.key(0);
-        let pod = self.pods.entry(key.clone()).or_default();
-        if let Some(before) = &pod.wanted {
-            // The plugin knows the sandbox, the API does not.
-            if let (Origin::Pod { sandbox: own @ None, .. }, Origin::Pod { sandbox, .. }) =
-                (&mut wanted.origin, &before.origin)
-            {
-                *own = sandbox.clone();
-                wanted.netns = wanted.netns.or_else(|| before.netns.clone());
-            }
-            if reply.is_none() && *before == wanted && pod.problem.is_none() {
-                return;
-            }
-        }
-        pod.want(wanted);
-        if let Some(reply) = reply {
-            pod.wait(reply);
-        }
-        self.step(&key);
-    }
-
-    fn unwant(&mut self, key: &Key) {
-        if let Some(pod) = self.pods.get_mut(key) {
-            pod.wanted = None;
-            pod.left_alone = None;
-            pod.problem = None;
-            pod.due = None;
-            self.step(key);
-        }
-    }
-
-    fn refuse(&mut self, key: &Key, name: String, text: String) {
-        self.metrics.error("options");
-        tracing::error!(pod = %key, name, "{text}");
-        let pod = self.pods.entry(key.clone()).or_default();
-        pod.name = name;
-        pod.failures += 1;
-        pod.problem = Some(Problem { cause: "options".into(), text });
-        self.complain(key);
-    }
-
-    /// The runtime asked for it, and will say when it goes; the list of the API may be older than that.
-    fn has_sandbox(&self, key: &Key) -> bool {
-        let wanted = self.pods.get(key).and_then(|pod| pod.wanted.as_ref());
-        wanted.is_some_and(|wanted| matches!(wanted.origin, Origin::Pod { sandbox: Some(_), .. }))
-    }
-
-    fn leave_alone(&mut self, key: &Key, name: String, why: &'static str) {
-        if self.has_sandbox(key) {
-            return;
-        }
-        let pod = self.pods.entry(key.clone()).or_default();
-        if pod.left_alone != Some(why) {
-            tracing::debug!(pod = %key, name, why, "left alone");
-        }
-        pod.wanted = None;
-        pod.problem = None;
-        pod.name = name;
-        pod.left_alone = Some(why);
-        self.step(key);
-    }
-
-    fn synced(&mut self, source: Source, keys: &HashSet<Key>) {
-        let owned = |key: &Key| match source {
-            Source::Folder => matches!(key, Key::File(_)),
-            Source::Kubernetes => matches!(key, Key::Pod(_)) && !self.has_sandbox(key),
-        };
-        let gone: Vec<Key> =
-            self.pods.keys().filter(|key| owned(key) && !keys.contains(key)).cloned().collect();
-        for key in gone {
-            tracing::info!(pod = %key, "not wanted any more");
-            self.unwant(&key);
-        }
-    }
-
-    fn delete(&mut self, key: &Key, sandbox: &str, reply: oneshot::Sender<Answer>) {
-        let pod = self.pods.get_mut(key);
-        let is_it = |wanted: &Wanted| matches!(&wanted.origin, Origin::Pod { sandbox: Some(own), .. } if own == sandbox);
-        match pod {
-            Some(pod) if pod.wanted.as_ref().is_some_and(is_it) => {
-                pod.wait(reply);
-                self.unwant(key);
-            }
-            Some(pod) if pod.left_alone.is_some() => {
-                self.unwant(key);
-                drop(reply.send(Ok("absent")));
-            }
-            // DEL may be repeated, and may come for what never was: both are fine by the specification.
-            _ => drop(reply.send(Ok("absent"))),
         }
     }
 
@@ -305,7 +219,8 @@ impl Reconciler {
         if pod.due.is_some_and(|due| due > Instant::now()) {
             return;
         }
-        let lane = if pod.waiting.is_empty() { Lane::Normal } else { Lane::Urgent };
+        let nobody_waits = pod.waiting.is_empty() && pod.releasing.is_empty();
+        let lane = if nobody_waits { Lane::Normal } else { Lane::Urgent };
         match (&pod.wanted, &pod.held) {
             (Some(wanted), held) => {
                 pod.busy = true;
@@ -324,8 +239,11 @@ impl Reconciler {
             }
             (None, None) => {
                 pod.stop_following();
-                pod.answer(&Ok("released"));
-                if pod.left_alone.is_none() && pod.problem.is_none() {
+                if let Some(why) = pod.left_alone {
+                    pod.answer(&Ok(why));
+                }
+                pod.answer_released(&Ok("released"));
+                if pod.view.is_empty() {
                     self.pods.remove(key);
                 }
             }
@@ -354,6 +272,7 @@ impl Reconciler {
         match outcome {
             Outcome::Captured(Ok(captured)) => self.captured(key, captured, !again),
             Outcome::Captured(Err(CaptureError::Detached)) => {
+                pod.view.forget_applied_before();
                 pod.wanted = None;
                 pod.held = None;
                 again = true;
@@ -362,6 +281,11 @@ impl Reconciler {
             Outcome::Released(Ok(())) => {
                 tracing::info!(pod = %key, name = pod.name, "released");
                 pod.held = None;
+                if pod.wanted.is_none() {
+                    // Of an attempt to release it.
+                    pod.problem = None;
+                    pod.due = None;
+                }
                 // Answers whoever waits for that, if nothing is wanted again by now.
                 again = true;
             }
@@ -418,19 +342,28 @@ impl Reconciler {
             pod.problem = None;
             pod.complained = None;
             pod.failures = 0;
+            pod.failing_since = None;
             pod.due = None;
             pod.answer(&Ok("captured"));
+            pod.answer_released(&Ok("released"));
         }
     }
 
     fn failed(&mut self, key: &Key, error: &CaptureError, latest: bool) {
         let Some(pod) = self.pods.get_mut(key) else { return };
-        self.metrics.error(error.cause());
         if !latest {
+            self.metrics.error(error.cause());
             return;
         }
         pod.failures = pod.failures.saturating_add(1);
         let delay = retry::delay(pod.failures);
+        let since = *pod.failing_since.get_or_insert_with(Instant::now);
+        if error.is_of_a_start() && pod.is_starting(since) {
+            tracing::debug!(pod = %key, name = pod.name, "waiting for its first process: {}", error.text());
+            pod.due = Some(Instant::now() + delay.min(START_RETRY));
+            return;
+        }
+        self.metrics.error(error.cause());
         let problem = Problem::from(error);
         // The same again and again is said once.
         if pod.problem.as_ref() != Some(&problem) {
@@ -440,17 +373,14 @@ impl Reconciler {
             );
         }
         pod.due = Some(Instant::now() + delay);
-        let asked = !pod.waiting.is_empty();
-        pod.answer(&Err(problem.clone()));
+        pod.answer_released(&Err(problem.clone()));
+        let asked = pod.answer(&Err(problem.clone()));
         pod.problem = Some(problem);
-        let unwanted = asked && pod.held.is_none() && matches!(key, Key::Pod(_));
-        self.complain(key);
-        if unwanted && let Some(pod) = self.pods.get_mut(key) {
-            // The runtime takes the sandbox down after a failed ADD, and asks again with another.
-            pod.wanted = None;
-            pod.problem = None;
-            pod.due = None;
-            self.step(key);
+        if asked || error.is_about_options() || since.elapsed() >= EVENT_AFTER {
+            self.complain(key);
+        }
+        if asked {
+            self.add_failed(key);
         }
     }
 }

@@ -21,6 +21,7 @@ use super::{
     metrics::Metrics,
     placement::Placement,
     reconcile::{Message, Reconciler, Report},
+    sidecar::Selection,
     socket::{Server, SocketError},
     wanted::{Given, GivenError},
     worker::{Lane, Worker},
@@ -47,6 +48,10 @@ pub struct Settings {
     pub cgroup_root: Option<PathBuf>,
     /// Watch the Kubernetes API for pods of this node.
     pub node: Option<String>,
+    /// How long a sandbox that is added waits for the API's word on its pod.
+    pub api_wait: Duration,
+    /// Which pods are looked at.
+    pub selection: Selection,
     /// Options for every pod of the API; annotations are stronger.
     pub defaults: Given,
 }
@@ -91,12 +96,20 @@ pub async fn serve(settings: Settings, shutdown: impl Future<Output = ()>) -> Re
     settings.defaults.check().map_err(ServeError::Defaults)?;
     let mounts = settings.cgroup_root.map_or_else(cgroup::mounts, |root| vec![root]);
     // First, because it also says whether another daemon runs.
-    let server = Server::open(&settings.socket, messages.clone(), Placement::below(mounts.clone()))?;
+    let server = Server::open(
+        &settings.socket,
+        messages.clone(),
+        Placement::below(mounts.clone()),
+        settings.selection.clone(),
+    )?;
     let kubernetes = match settings.node {
         Some(node) => {
             let placement = Placement::below(mounts);
-            let kubernetes = Kubernetes::open(node, settings.defaults, placement, messages.clone()).await?;
+            let kubernetes =
+                Kubernetes::open(node, settings.selection, settings.defaults, placement, messages.clone())
+                    .await?;
             reconciler.complain_to(kubernetes.complaints());
+            reconciler.await_api(settings.api_wait);
             Some(kubernetes)
         }
         None => None,

@@ -1,14 +1,21 @@
 //! Whether a pod has a sidecar, and what its annotations ask for: as istio-cni reads them.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
-use super::wanted::Given;
+use serde::Deserialize;
+
+use super::{view::Certainty, wanted::Given};
 
 /// The proxy's container.
 const PROXY: &str = "istio-proxy";
 /// The init container that captures its pod by itself.
 const INIT: &str = "istio-init";
+/// The init container that probes a capture made by others: only the sidecar's template has it.
+const VALIDATION: &str = "istio-validation";
+/// Written by the injector into every pod that it changes, whichever template it uses.
 const STATUS: &str = "sidecar.istio.io/status";
+/// Written by the sidecar's template alone, and always where others capture the pods.
+const MODE: &str = "sidecar.istio.io/interceptionMode";
 /// Annotation and label: whether the pod was to be injected.
 pub const INJECT: &str = "sidecar.istio.io/inject";
 /// Answered by the proxy itself: never captured inbound.
@@ -16,7 +23,7 @@ const OWN_PORTS: [&str; 3] = ["15020", "15021", "15090"];
 
 /// Annotation, flag, and what istio-cni takes without the annotation.
 const ANNOTATIONS: [(&str, &str, &str); 9] = [
-    ("sidecar.istio.io/interceptionMode", "-m", "REDIRECT"),
+    (MODE, "-m", "REDIRECT"),
     ("traffic.sidecar.istio.io/includeOutboundIPRanges", "-i", "*"),
     ("traffic.sidecar.istio.io/excludeOutboundIPRanges", "-x", ""),
     ("traffic.sidecar.istio.io/includeInboundPorts", "-b", "*"),
@@ -32,19 +39,26 @@ const EXCLUDE_INBOUND: &str = "traffic.sidecar.istio.io/excludeInboundPorts";
 /// Whether the pod is to go on uncaptured while its proxy does not listen. Ours alone.
 pub const OPEN: &str = "intercept/open-without-proxy";
 
-/// What is known of a pod.
+/// Which pods of the node are looked at at all, and what is the same for all of them.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Facts {
+pub struct Selection {
+    /// Pods of these namespaces are ignored.
+    pub exclude_namespaces: BTreeSet<String>,
+}
+
+/// What the API tells of a pod.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct PodMetadata {
+    /// Its namespace.
+    pub namespace: String,
     /// Its annotations.
     pub annotations: BTreeMap<String, String>,
     /// The label `sidecar.istio.io/inject`.
     pub inject_label: Option<String>,
     /// It uses the node's network.
     pub host_network: bool,
-    /// It will not run again.
-    pub finished: bool,
-    /// Its containers; none when only the annotations are known.
-    pub containers: Option<Vec<Container>>,
+    /// Its containers.
+    pub containers: Vec<Container>,
 }
 
 /// What matters of a container.
@@ -64,13 +78,72 @@ pub struct Container {
     pub args: Vec<String>,
 }
 
+impl Container {
+    /// Whether a variable of its environment is true.
+    fn is_set(&self, variable: &str) -> bool {
+        self.environment.get(variable).and_then(|value| truth(value)) == Some(true)
+    }
+}
+
 /// What becomes of a pod.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Verdict {
     /// Captured with these options.
     Capture(Given),
-    /// Left alone; one word for why.
-    LeaveAlone(&'static str),
+    /// Left alone.
+    Ignore(IgnoreReason),
+}
+
+/// Why a pod is left alone.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum IgnoreReason {
+    /// It uses the node's network.
+    HostNetwork,
+    /// All its containers have ended.
+    Finished,
+    /// Its namespace is one of those that are excluded.
+    NamespaceExcluded,
+    /// It has no container `istio-proxy`.
+    NoSidecar,
+    /// It has one, but the injector has not put it there.
+    NotInjected,
+    /// It has no other container.
+    OnlyProxy,
+    /// Its label or annotation `sidecar.istio.io/inject` says no.
+    InjectDisabled,
+    /// It has a container `istio-init`.
+    CapturesItself,
+    /// The environment of its proxy has `DISABLE_ENVOY`: gRPC without a proxy.
+    ProxyDisabled,
+    /// Its proxy is no sidecar.
+    Gateway,
+    /// Its interception mode is `NONE`.
+    ModeNone,
+    /// The runtime passes no annotations, and the API has told nothing.
+    AnnotationsUnknown,
+    /// It was injected, nothing says that it was with the template of a sidecar, and the API has told nothing.
+    TemplateUnknown,
+}
+
+impl IgnoreReason {
+    /// The word for it in metrics and in `status`.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::HostNetwork => "host_network",
+            Self::Finished => "finished",
+            Self::NamespaceExcluded => "namespace_excluded",
+            Self::NoSidecar => "no_sidecar",
+            Self::NotInjected => "not_injected",
+            Self::OnlyProxy => "only_proxy",
+            Self::InjectDisabled => "inject_disabled",
+            Self::CapturesItself => "captures_itself",
+            Self::ProxyDisabled => "proxy_disabled",
+            Self::Gateway => "gateway",
+            Self::ModeNone => "mode_none",
+            Self::AnnotationsUnknown => "annotations_unknown",
+            Self::TemplateUnknown => "template_unknown",
+        }
+    }
 }
 
 /// An annotation that cannot be understood.
@@ -81,40 +154,134 @@ pub struct AnnotationError {
     problem: String,
 }
 
-/// Decide. `defaults` are options for every pod of the node: stronger than istio's defaults, weaker than annotations.
-pub fn decide(facts: &Facts, defaults: &Given) -> Result<Verdict, AnnotationError> {
-    let leave = |why| Ok(Verdict::LeaveAlone(why));
-    if facts.host_network {
-        return leave("host_network");
+/// Whether anything here depends on an annotation: the plugin need not pass others on.
+pub fn reads(annotation: &str) -> bool {
+    [STATUS, INJECT, EXCLUDE_INBOUND, OPEN].contains(&annotation)
+        || ANNOTATIONS.iter().any(|(name, ..)| *name == annotation)
+}
+
+/// Decide by all that the API tells. `defaults` are options for every pod of the node: stronger than istio's defaults,
+/// weaker than annotations.
+pub fn decide(
+    pod: &PodMetadata,
+    selection: &Selection,
+    defaults: &Given,
+) -> Result<Verdict, AnnotationError> {
+    match ignore_reason(pod, selection) {
+        Some(why) => Ok(Verdict::Ignore(why)),
+        None => capture(&pod.annotations, proxy(&pod.containers), defaults),
     }
-    if facts.finished {
-        return leave("finished");
+}
+
+fn proxy(containers: &[Container]) -> Option<&Container> {
+    containers.iter().find(|container| container.name == PROXY && !container.init)
+}
+
+fn ignore_reason(pod: &PodMetadata, selection: &Selection) -> Option<IgnoreReason> {
+    if pod.host_network {
+        return Some(IgnoreReason::HostNetwork);
     }
-    let containers = facts.containers.as_deref().unwrap_or_default();
-    let proxy = containers.iter().find(|container| container.name == PROXY && !container.init);
-    if proxy.is_none() && !facts.annotations.contains_key(STATUS) {
-        return leave("no_sidecar");
+    if selection.exclude_namespaces.contains(&pod.namespace) {
+        return Some(IgnoreReason::NamespaceExcluded);
     }
-    let inject = facts.inject_label.as_deref().or_else(|| facts.annotations.get(INJECT).map(String::as_str));
-    if inject.and_then(truth) == Some(false) {
-        return leave("inject_disabled");
+    let Some(proxy) = proxy(&pod.containers) else { return Some(IgnoreReason::NoSidecar) };
+    if !pod.annotations.contains_key(STATUS) {
+        return Some(IgnoreReason::NotInjected);
     }
-    if containers.iter().any(|container| container.name == INIT && container.init) {
-        return leave("captures_itself");
+    if pod.containers.iter().filter(|container| !container.init).count() < 2 {
+        return Some(IgnoreReason::OnlyProxy);
     }
-    let variable = |name: &str| proxy.and_then(|proxy| proxy.environment.get(name)).map(String::as_str);
-    if variable("DISABLE_ENVOY").and_then(truth) == Some(true) {
-        return leave("proxy_disabled");
+    if pod.containers.iter().any(|container| container.name == INIT && container.init) {
+        return Some(IgnoreReason::CapturesItself);
+    }
+    let inject = pod.inject_label.as_ref().or_else(|| pod.annotations.get(INJECT));
+    if inject.and_then(|value| truth(value)) == Some(false) {
+        return Some(IgnoreReason::InjectDisabled);
+    }
+    if proxy.is_set("DISABLE_ENVOY") {
+        return Some(IgnoreReason::ProxyDisabled);
     }
     // `proxy router` is a gateway.
-    let kind = proxy.and_then(|proxy| match proxy.args.as_slice() {
-        [proxy, kind, ..] if proxy == "proxy" && !kind.starts_with('-') => Some(kind.as_str()),
-        _ => None,
-    });
-    if kind.is_some_and(|kind| kind != "sidecar") {
-        return leave("gateway");
+    if let [proxy, kind, ..] = proxy.args.as_slice()
+        && proxy == "proxy"
+        && !kind.starts_with('-')
+        && kind != "sidecar"
+    {
+        return Some(IgnoreReason::Gateway);
+    }
+    has_mode_none(&pod.annotations).then_some(IgnoreReason::ModeNone)
+}
+
+fn has_mode_none(annotations: &BTreeMap<String, String>) -> bool {
+    annotations.get(MODE).is_some_and(|mode| mode.trim() == "NONE")
+}
+
+/// Decide by what the plugin is told, and say how far that goes. What only the API knows (the containers, the proxy's
+/// users and environment, labels) is taken to be as in most pods.
+pub fn decide_by_annotations(
+    namespace: &str,
+    annotations: Option<&BTreeMap<String, String>>,
+    selection: &Selection,
+    defaults: &Given,
+) -> (Result<Verdict, AnnotationError>, Certainty) {
+    let ignore = |why| Ok(Verdict::Ignore(why));
+    if selection.exclude_namespaces.contains(namespace) {
+        return (ignore(IgnoreReason::NamespaceExcluded), Certainty::Certain);
+    }
+    let Some(annotations) = annotations else {
+        return (ignore(IgnoreReason::AnnotationsUnknown), Certainty::Provisional);
+    };
+    let Some(status) = annotations.get(STATUS) else {
+        return (ignore(IgnoreReason::NoSidecar), Certainty::Certain);
+    };
+    let injected = InjectionStatus::read(status);
+    let inject = annotations.get(INJECT);
+    let verdict = if injected.has_init(INIT) {
+        ignore(IgnoreReason::CapturesItself)
+    } else if injected.is_without(PROXY) {
+        ignore(IgnoreReason::NoSidecar)
+    } else if inject.and_then(|value| truth(value)) == Some(false) {
+        ignore(IgnoreReason::InjectDisabled)
+    } else if has_mode_none(annotations) {
+        ignore(IgnoreReason::ModeNone)
+    } else if annotations.contains_key(MODE) || injected.has_init(VALIDATION) {
+        capture(annotations, None, defaults)
+    } else {
+        ignore(IgnoreReason::TemplateUnknown)
+    };
+    (verdict, Certainty::Provisional)
+}
+
+/// What the injector has put into a pod, from [`STATUS`].
+#[derive(Debug, Default, Deserialize)]
+#[serde(default, rename_all = "camelCase")]
+struct InjectionStatus {
+    init_containers: Option<Vec<String>>,
+    containers: Option<Vec<String>>,
+}
+
+impl InjectionStatus {
+    /// What does not read tells nothing.
+    fn read(text: &str) -> Self {
+        serde_json::from_str(text).unwrap_or_default()
     }
 
+    fn has_init(&self, name: &str) -> bool {
+        self.init_containers.iter().flatten().any(|container| container == name)
+    }
+
+    /// Whether it lists containers, and not this one, which may be a native sidecar.
+    fn is_without(&self, name: &str) -> bool {
+        let mut listed = self.containers.iter().chain(&self.init_containers).flatten().peekable();
+        listed.peek().is_some() && listed.all(|container| container != name)
+    }
+}
+
+fn capture(
+    annotations: &BTreeMap<String, String>,
+    proxy: Option<&Container>,
+    defaults: &Given,
+) -> Result<Verdict, AnnotationError> {
     let mut arguments: Vec<String> = Vec::new();
     let mut push = |flag: &str, value: &str| arguments.extend([flag.to_owned(), value.to_owned()]);
     // Root cannot be told from everybody else, so istio-cni does not take it for the proxy's either.
@@ -126,17 +293,16 @@ pub fn decide(facts: &Facts, defaults: &Given) -> Result<Verdict, AnnotationErro
     }
     push("-d", &OWN_PORTS.join(","));
     arguments.extend(defaults.arguments.iter().cloned());
-    let annotated = annotated(facts)?;
-    for (flag, value) in annotated {
+    for (flag, value) in annotated(annotations)? {
         arguments.extend([flag.to_owned(), value]);
     }
-    if let Some(value) = facts.annotations.get(OPEN) {
+    if let Some(value) = annotations.get(OPEN) {
         let problem = || format!("`{value}` is neither true nor false");
         let open = truth(value.trim());
         let open = open.ok_or_else(|| AnnotationError { annotation: OPEN.to_owned(), problem: problem() })?;
         arguments.push(format!("--open-without-proxy={open}"));
     }
-    if variable("ISTIO_META_DNS_CAPTURE").and_then(truth) == Some(true) {
+    if proxy.is_some_and(|proxy| proxy.is_set("ISTIO_META_DNS_CAPTURE")) {
         // All of it, because the resolvers of a pod that does not run yet are not known.
         arguments.extend(["--redirect-dns".to_owned(), "--capture-all-dns".to_owned()]);
     }
@@ -144,15 +310,15 @@ pub fn decide(facts: &Facts, defaults: &Given) -> Result<Verdict, AnnotationErro
 }
 
 /// Flags and values of the annotations that are there, each of them sound.
-fn annotated(facts: &Facts) -> Result<Vec<(&'static str, String)>, AnnotationError> {
+fn annotated(annotations: &BTreeMap<String, String>) -> Result<Vec<(&'static str, String)>, AnnotationError> {
     let mut flags = Vec::new();
     for (annotation, flag, _) in ANNOTATIONS {
-        if let Some(value) = facts.annotations.get(annotation) {
+        if let Some(value) = annotations.get(annotation) {
             check(annotation, flag, value)?;
             flags.push((flag, value.trim().to_owned()));
         }
     }
-    if let Some(value) = facts.annotations.get(EXCLUDE_INBOUND) {
+    if let Some(value) = annotations.get(EXCLUDE_INBOUND) {
         check(EXCLUDE_INBOUND, "-d", value)?;
         let ports = value.split(',').map(str::trim).filter(|port| !port.is_empty()).chain(OWN_PORTS);
         flags.push(("-d", ports.collect::<Vec<_>>().join(",")));
@@ -160,7 +326,7 @@ fn annotated(facts: &Facts) -> Result<Vec<(&'static str, String)>, AnnotationErr
     Ok(flags)
 }
 
-/// The error of the options names a flag that whoever wrote the annotation has never seen.
+/// The error of the options names a flag that the author of the annotation has never seen.
 fn check(annotation: &str, flag: &str, value: &str) -> Result<(), AnnotationError> {
     let given = Given { arguments: vec![flag.to_owned(), value.trim().to_owned()], ..Given::default() };
     let at = |problem| AnnotationError { annotation: annotation.to_owned(), problem };

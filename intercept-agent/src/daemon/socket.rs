@@ -19,10 +19,10 @@ use super::{
     placement::Placement,
     protocol::{Add, MAX_LINE, PATIENCE, Request, Response, Sandbox, Select},
     reconcile::{Answer, Message, Problem},
-    sidecar::{self, Facts, Verdict},
-    wanted::{Key, Options, Wanted},
+    sidecar::{self, Selection, Verdict},
+    view::{Certainty, SandboxClaim},
+    wanted::Key,
 };
-use crate::store::Origin;
 
 /// The socket cannot be had.
 #[derive(Debug, thiserror::Error)]
@@ -49,6 +49,7 @@ pub struct Server {
 struct Context {
     messages: UnboundedSender<Message>,
     placement: Placement,
+    selection: Selection,
 }
 
 impl Server {
@@ -57,6 +58,7 @@ impl Server {
         path: &Path,
         messages: UnboundedSender<Message>,
         placement: Placement,
+        selection: Selection,
     ) -> Result<Self, SocketError> {
         let folder = path.parent().unwrap_or(Path::new("."));
         fs::DirBuilder::new()
@@ -79,7 +81,7 @@ impl Server {
         // Whoever was quicker than this is turned away by the check of the peer.
         fs::set_permissions(path, fs::Permissions::from_mode(0o600))
             .map_err(at("closing to others", path))?;
-        Ok(Self { listener, _lock: lock, context: Arc::new(Context { messages, placement }) })
+        Ok(Self { listener, _lock: lock, context: Arc::new(Context { messages, placement, selection }) })
     }
 
     /// Answer, for ever.
@@ -152,52 +154,31 @@ impl Context {
 
     async fn add(&self, add: Add) -> Response {
         let key = key(&add.pod);
-        let name = format!("{}/{}", add.pod.namespace, add.pod.name);
-        let given = match add.select {
-            Select::All => add.given.clone(),
-            Select::Sidecar => {
-                let Some(annotations) = add.annotations.clone() else {
-                    return failed(
-                        "options",
-                        "the runtime passes no annotations to the plugin, so that nothing says which pods have a sidecar; \
-                         let the plugin have the capability io.kubernetes.cri.pod-annotations (containerd 1.6 passes it)"
-                            .to_owned(),
-                    );
-                };
-                let facts = Facts { annotations, ..Facts::default() };
-                match sidecar::decide(&facts, &add.given) {
-                    Ok(Verdict::Capture(given)) => given,
-                    Ok(Verdict::LeaveAlone(why)) => {
-                        drop(self.messages.send(Message::LeftAlone { key, name, why }));
-                        return Response::Done(why.to_owned());
-                    }
-                    Err(error) => return failed("options", error.to_string()),
-                }
-            }
-        };
-        let placed = match (&add.cgroup, &add.pod.uid) {
-            (Some(name), _) => self.placement.of_name(name),
-            (None, Some(uid)) => self.placement.of_pod(uid),
+        let claim = self.claim(add);
+        self.ask(|reply| Message::Sandbox(key, Box::new(claim), reply)).await
+    }
+
+    fn claim(&self, add: Add) -> SandboxClaim {
+        let cgroup = match (&add.cgroup, &add.pod.uid) {
+            (Some(name), _) => self.placement.of_name(name).map_err(|error| error.to_string()),
+            (None, Some(uid)) => self.placement.of_pod(uid).map_err(|error| error.to_string()),
             (None, None) => {
-                return failed(
-                    "cgroup",
-                    "the runtime says neither which cgroup nor which pod this is: let the plugin have the capability \
-                     cgroupPath, or pass K8S_POD_UID"
-                        .to_owned(),
-                );
+                Err("the runtime says neither which cgroup nor which pod this is: let the plugin have the \
+                                 capability cgroupPath, or pass K8S_POD_UID"
+                    .to_owned())
             }
         };
-        let cgroup = match placed {
-            Ok(cgroup) => cgroup,
-            Err(error) => return failed("cgroup", error.to_string()),
+        let (verdict, certainty) = match (add.select, add.annotations) {
+            (Select::All, _) => (Ok(Verdict::Capture(add.given)), Certainty::Provisional),
+            (Select::Sidecar, annotations) => sidecar::decide_by_annotations(
+                &add.pod.namespace,
+                annotations.as_ref(),
+                &self.selection,
+                &add.given,
+            ),
         };
-        let wanted = Wanted {
-            origin: origin(add.pod),
-            cgroup,
-            netns: Some(add.netns),
-            options: Options::Given(given),
-        };
-        self.ask(|reply| Message::Add(Box::new(wanted), reply)).await
+        let Sandbox { sandbox: id, namespace, name, .. } = add.pod;
+        SandboxClaim { id, namespace, name, netns: add.netns, cgroup, verdict, certainty }
     }
 
     async fn ask(&self, message: impl FnOnce(oneshot::Sender<Answer>) -> Message) -> Response {
@@ -229,15 +210,6 @@ fn uid(sandbox: &Sandbox) -> &str {
 
 fn key(sandbox: &Sandbox) -> Key {
     Key::Pod(uid(sandbox).to_owned())
-}
-
-fn origin(sandbox: Sandbox) -> Origin {
-    Origin::Pod {
-        uid: uid(&sandbox).to_owned(),
-        namespace: sandbox.namespace,
-        name: sandbox.name,
-        sandbox: Some(sandbox.sandbox),
-    }
 }
 
 /// Ask the daemon, from another process, and wait for its answer.

@@ -147,15 +147,6 @@ impl Wanted {
         }
     }
 
-    /// The identity.
-    pub fn key(&self, cookie: u64) -> Key {
-        match &self.origin {
-            Origin::Command => Key::Command(cookie),
-            Origin::File { name } => Key::File(name.clone()),
-            Origin::Pod { uid, .. } => Key::Pod(uid.clone()),
-        }
-    }
-
     /// A name for people: `namespace/name` of a pod, or what there is.
     pub fn name(&self) -> String {
         self.origin.name().unwrap_or_else(|| self.cgroup.display().to_string())

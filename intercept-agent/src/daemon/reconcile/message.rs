@@ -8,51 +8,31 @@ use super::{Answer, Report};
 use crate::{
     daemon::{
         capture::{CaptureError, Captured},
+        view::{ObjectClaim, ObjectId, ObjectUid, SandboxClaim},
         wanted::{Key, Wanted},
     },
     node::NodeError,
     store::Record,
 };
 
-/// Where pods are wanted from.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Hash)]
-pub enum Source {
-    /// The folder.
-    Folder,
-    /// The Kubernetes API.
-    Kubernetes,
-}
-
-/// What happened.
+/// What happened. What sources say is kept by source ([`crate::daemon::view`]): none undoes what another has said.
 pub enum Message {
-    /// A source wants a pod, or wants it otherwise.
-    Want(Box<Wanted>),
-    /// A source does not want it any more.
-    Unwanted(Key),
-    /// The API knows the pod no more.
-    Deleted(Key),
-    /// What a source says of a pod cannot be understood. What is in force stays.
-    Refused {
-        /// The pod.
-        key: Key,
-        /// A name for people.
-        name: String,
-        /// What is wrong.
-        problem: String,
-    },
-    /// A source says that the pod is not to be captured.
-    LeftAlone {
-        /// The pod.
-        key: Key,
-        /// A name for people.
-        name: String,
-        /// Why: one word, for metrics.
-        why: &'static str,
-    },
-    /// A source has told of all it has: what it had wanted before and is not among these is gone.
-    Synced(Source, HashSet<Key>),
-    /// Put a pod in force and say so.
-    Add(Box<Wanted>, oneshot::Sender<Answer>),
+    /// A file of the folder describes a pod, or does not read.
+    File(Key, Box<Result<Wanted, String>>),
+    /// A file of the folder is gone.
+    FileRemoved(Key),
+    /// The folder has these files, and no others.
+    FilesListed(HashSet<Key>),
+    /// An object of the API speaks for a pod.
+    Object(Key, Box<ObjectClaim>),
+    /// An object of the API is gone.
+    ObjectDeleted(Key, ObjectId),
+    /// The API has these objects on this node, and no others.
+    ObjectsListed(HashSet<ObjectUid>),
+    /// The runtime has a sandbox for a pod, and is told what became of it.
+    Sandbox(Key, Box<SandboxClaim>, oneshot::Sender<Answer>),
+    /// The API has said nothing of the pod of this sandbox for as long as one waits for it.
+    ApiSilent(Key, String),
     /// The sandbox of a pod is going away.
     Delete {
         /// The pod.

@@ -1,14 +1,18 @@
 //! One pod as the daemon sees it.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 use tokio::{sync::oneshot, task::JoinHandle};
 
 use crate::daemon::{
     capture::{CaptureError, Held},
+    view::{PodView, Stage},
     wanted::{Key, Wanted},
 };
+
+/// How long a pod that the API calls running may have no process.
+const RUNNING_PATIENCE: Duration = Duration::from_secs(30);
 
 /// What is told to whoever asked for a pod, with the text of the error.
 pub type Answer = Result<&'static str, Problem>;
@@ -63,6 +67,8 @@ impl State {
 /// A pod.
 #[derive(Default)]
 pub(super) struct Pod {
+    /// What the sources say.
+    pub(super) view: PodView,
     /// What is asked; none when it is to go.
     pub(super) wanted: Option<Wanted>,
     /// What is in force.
@@ -77,8 +83,12 @@ pub(super) struct Pod {
     pub(super) complained: Option<String>,
     /// Why it is left alone.
     pub(super) left_alone: Option<&'static str>,
+    /// It has no place yet, or waits for the API.
+    pub(super) undecided: bool,
     /// Attempts that failed in a row.
     pub(super) failures: u32,
+    /// When the first of them did.
+    pub(super) failing_since: Option<Instant>,
     /// Not to be tried before.
     pub(super) due: Option<Instant>,
     /// The worker has a job for it.
@@ -89,8 +99,10 @@ pub(super) struct Pod {
     pub(super) proven: Option<Instant>,
     /// Connections older than the capture.
     pub(super) earlier: usize,
-    /// Who waits for it to be in force.
+    /// Waiting for it to be captured or ignored.
     pub(super) waiting: Vec<oneshot::Sender<Answer>>,
+    /// Waiting for it to be released.
+    pub(super) releasing: Vec<oneshot::Sender<Answer>>,
     /// Name for people, kept when nothing is wanted any more.
     pub(super) name: String,
 }
@@ -100,6 +112,7 @@ impl Pod {
         match (&self.wanted, &self.held, &self.problem) {
             _ if self.left_alone.is_some() => State::LeftAlone,
             (_, _, Some(_)) => State::Failed,
+            (None, None, None) if self.undecided => State::Pending,
             (Some(_), Some(_), None) if self.settled => State::Captured,
             (Some(_), _, None) => State::Pending,
             (None, _, None) => State::Leaving,
@@ -114,7 +127,6 @@ impl Pod {
     }
 
     pub(super) fn want(&mut self, wanted: Wanted) {
-        self.name = wanted.name();
         self.left_alone = None;
         self.problem = None;
         self.failures = 0;
@@ -123,22 +135,49 @@ impl Pod {
         self.wanted = Some(wanted);
     }
 
-    /// Have somebody wait for what was asked last; who asked before for something else waits in vain.
-    pub(super) fn wait(&mut self, reply: oneshot::Sender<Answer>) {
-        let problem = Problem {
-            cause: "superseded".into(),
-            text: "something else was asked for this pod since".into(),
-        };
-        self.answer(&Err(problem));
+    /// Whether it may be without a process of its own yet: the kubelet makes the cgroup, then waits for volumes, then
+    /// has the sandbox made. The API says `Running` when that is over; a sandbox that died takes a while to be replaced.
+    pub(super) fn is_starting(&self, failing_since: Instant) -> bool {
+        self.waiting.is_empty()
+            && self.view.speaker().is_some_and(|object| {
+                object.stage == Stage::Pending || failing_since.elapsed() < RUNNING_PATIENCE
+            })
+    }
+
+    /// Nothing is asked for it.
+    pub(super) fn unwant(&mut self) {
+        self.wanted = None;
+        self.left_alone = None;
+        self.problem = None;
+        self.failing_since = None;
+        self.due = None;
+    }
+
+    /// Answer `reply` once the pod is captured, or ignored. An earlier ADD is of another sandbox.
+    pub(super) fn wait_for_capture(&mut self, reply: oneshot::Sender<Answer>) {
+        let text = "another sandbox was added for this pod since".to_owned();
+        self.answer(&Err(Problem { cause: "superseded".into(), text }));
         self.waiting.push(reply);
     }
 
-    pub(super) fn answer(&mut self, answer: &Answer) {
-        for waiting in self.waiting.drain(..) {
-            // Whoever asked may be gone.
-            drop(waiting.send(answer.clone()));
-        }
+    /// Answer those who asked for the pod. False if there are none.
+    pub(super) fn answer(&mut self, answer: &Answer) -> bool {
+        send_all(&mut self.waiting, answer)
     }
+
+    /// Answer those who asked for its release.
+    pub(super) fn answer_released(&mut self, answer: &Answer) {
+        send_all(&mut self.releasing, answer);
+    }
+}
+
+fn send_all(replies: &mut Vec<oneshot::Sender<Answer>>, answer: &Answer) -> bool {
+    let any = !replies.is_empty();
+    for reply in replies.drain(..) {
+        // The other side may be gone.
+        drop(reply.send(answer.clone()));
+    }
+    any
 }
 
 /// One pod for `status` and for tests.

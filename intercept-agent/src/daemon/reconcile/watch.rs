@@ -10,10 +10,10 @@ use crate::{
     daemon::{
         capture::{self, Held, Seen},
         retry,
-        wanted::{Key, Wanted},
+        wanted::Key,
         worker::Lane,
     },
-    store::{Origin, Record},
+    store::Record,
 };
 
 impl Reconciler {
@@ -80,15 +80,12 @@ impl Reconciler {
         tracing::info!(pod = %key, name = pod.name, "the pod is gone");
         pod.stop_following();
         let Some(held) = pod.held.clone() else { return };
-        match &pod.wanted {
+        if pod.view.on_gone() {
             // Nobody else will say that these are not wanted any more.
-            Some(Wanted { origin: Origin::Command | Origin::Pod { sandbox: Some(_), .. }, .. }) => {
-                pod.wanted = None;
-            }
-            _ => {
-                pod.failures = 1;
-                pod.due = Some(Instant::now() + retry::delay(1));
-            }
+            pod.unwant();
+        } else {
+            pod.failures = 1;
+            pod.due = Some(Instant::now() + retry::delay(1));
         }
         pod.busy = true;
         self.spawn(key, Lane::Normal, Outcome::Released, move |access| Ok(capture::release(access, &held)?));

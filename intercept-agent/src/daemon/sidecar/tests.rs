@@ -5,25 +5,32 @@ fn proxy() -> Container {
     Container { name: PROXY.into(), uid: Some(1337), gid: Some(1337), ..Container::default() }
 }
 
-fn facts(annotations: &[(&str, &str)], containers: &[Container]) -> Facts {
-    Facts {
-        annotations: annotations.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect(),
-        containers: Some(containers.to_vec()),
-        ..Facts::default()
+fn app() -> Container {
+    Container { name: "app".into(), ..Container::default() }
+}
+
+/// An injected pod with these annotations besides, and an app beside these containers.
+fn pod(annotations: &[(&str, &str)], containers: &[Container]) -> PodMetadata {
+    let annotations = annotations.iter().chain(&[(STATUS, "{}")]);
+    PodMetadata {
+        namespace: "shop".into(),
+        annotations: annotations.map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect(),
+        containers: containers.iter().cloned().chain([app()]).collect(),
+        ..PodMetadata::default()
     }
 }
 
 /// The policy that comes of it, as the daemon would compile it.
-fn config(facts: &Facts, defaults: &Given) -> Config {
-    match decide(facts, defaults).expect("sound") {
+fn config(pod: &PodMetadata, defaults: &Given) -> Config {
+    match decide(pod, &Selection::default(), defaults).expect("sound") {
         Verdict::Capture(given) => given.check().expect("sound options"),
-        Verdict::LeaveAlone(why) => panic!("left alone: {why}"),
+        Verdict::Ignore(why) => panic!("ignored: {}", why.as_str()),
     }
 }
 
-fn left_alone(facts: &Facts) -> &'static str {
-    match decide(facts, &Given::default()).expect("sound") {
-        Verdict::LeaveAlone(why) => why,
+fn ignored(pod: &PodMetadata) -> &'static str {
+    match decide(pod, &Selection::default(), &Given::default()).expect("sound") {
+        Verdict::Ignore(why) => why.as_str(),
         Verdict::Capture(given) => panic!("captured with {:?}", given.arguments),
     }
 }
@@ -36,10 +43,13 @@ fn by_flags(flags: &str) -> Config {
 #[test]
 fn without_annotations_everything_is_captured_but_the_proxys_own_ports() {
     let expected = by_flags("-u 1337 -g 1337 -m REDIRECT -i * -b * -d 15020,15021,15090 -o 15020");
-    assert_eq!(config(&facts(&[], &[proxy()]), &Given::default()), expected);
-    // Known by its annotation alone, as a runtime tells it.
-    let only = Facts { containers: None, ..facts(&[(STATUS, "{}")], &[]) };
-    assert_eq!(config(&only, &Given::default()), expected);
+    assert_eq!(config(&pod(&[], &[proxy()]), &Given::default()), expected);
+    // Known by its annotations alone, as a runtime tells it.
+    let annotations = pod(&[(MODE, "REDIRECT")], &[]).annotations;
+    let (verdict, _) =
+        decide_by_annotations("shop", Some(&annotations), &Selection::default(), &Given::default());
+    let Ok(Verdict::Capture(given)) = verdict else { panic!("{verdict:?}") };
+    assert_eq!(given.check().expect("sound options"), expected);
 }
 
 #[test]
@@ -59,7 +69,7 @@ fn each_annotation_is_its_flag() {
     ] {
         let base = "-u 1337 -g 1337 -i * -b * -d 15020,15021,15090 -o 15020";
         let expected = by_flags(&format!("{base} {flags}"));
-        let got = config(&facts(&[(annotation, value)], &[proxy()]), &Given::default());
+        let got = config(&pod(&[(annotation, value)], &[proxy()]), &Given::default());
         assert_eq!(got, expected, "{annotation}: {value}");
         assert_ne!(got, by_flags(base), "{annotation} changed nothing");
     }
@@ -67,10 +77,8 @@ fn each_annotation_is_its_flag() {
 
 #[test]
 fn an_empty_annotation_is_not_an_absent_one() {
-    let got = config(
-        &facts(&[("traffic.sidecar.istio.io/includeInboundPorts", "")], &[proxy()]),
-        &Given::default(),
-    );
+    let got =
+        config(&pod(&[("traffic.sidecar.istio.io/includeInboundPorts", "")], &[proxy()]), &Given::default());
     assert_eq!(got.inbound_ports, by_flags("-b ,").inbound_ports);
 }
 
@@ -82,7 +90,9 @@ fn a_wrong_annotation_is_named_with_its_value() {
         ("traffic.sidecar.istio.io/excludeInboundPorts", "99999"),
         ("sidecar.istio.io/interceptionMode", "NAT"),
     ] {
-        let error = decide(&facts(&[(annotation, value)], &[proxy()]), &Given::default()).expect_err(value);
+        let error =
+            decide(&pod(&[(annotation, value)], &[proxy()]), &Selection::default(), &Given::default())
+                .expect_err(value);
         let text = error.to_string();
         let wrong = value.rsplit(',').next().expect("a part");
         assert!(text.contains(annotation) && text.contains(wrong), "{text}");
@@ -92,19 +102,19 @@ fn a_wrong_annotation_is_named_with_its_value() {
 #[test]
 fn the_proxys_ids_come_from_its_container() {
     let custom = Container { uid: Some(2000), gid: Some(3000), ..proxy() };
-    let got = config(&facts(&[], &[custom]), &Given::default());
+    let got = config(&pod(&[], &[custom]), &Given::default());
     assert_eq!((got.proxy_uids, got.proxy_gids), (vec![2000], vec![3000]));
     let root = Container { uid: Some(0), gid: None, ..proxy() };
-    let got = config(&facts(&[], &[root]), &Given::default());
+    let got = config(&pod(&[], &[root]), &Given::default());
     assert_eq!((got.proxy_uids, got.proxy_gids), (vec![1337], vec![1337]));
 }
 
 #[test]
 fn dns_is_captured_where_the_proxy_says_so() {
     let environment = [("ISTIO_META_DNS_CAPTURE".to_owned(), "true".to_owned())].into();
-    let got = config(&facts(&[], &[Container { environment, ..proxy() }]), &Given::default());
+    let got = config(&pod(&[], &[Container { environment, ..proxy() }]), &Given::default());
     assert_eq!(got.dns, Dns::All);
-    assert_eq!(config(&facts(&[], &[proxy()]), &Given::default()).dns, Dns::Off);
+    assert_eq!(config(&pod(&[], &[proxy()]), &Given::default()).dns, Dns::Off);
 }
 
 #[test]
@@ -112,36 +122,103 @@ fn options_of_the_node_are_weaker_than_annotations() {
     let defaults =
         Given { arguments: vec!["-m".into(), "TPROXY".into(), "-o".into(), "22".into()], ..Given::default() };
     let got =
-        config(&facts(&[("traffic.sidecar.istio.io/excludeOutboundPorts", "3306")], &[proxy()]), &defaults);
+        config(&pod(&[("traffic.sidecar.istio.io/excludeOutboundPorts", "3306")], &[proxy()]), &defaults);
     assert_eq!(got.mode, InboundMode::Tproxy);
     assert_eq!(got.outbound_exclude_ports.to_string(), "3306");
 }
 
 #[test]
-fn what_is_not_to_be_captured_is_left_alone() {
-    let app = Container { name: "app".into(), ..Container::default() };
-    assert_eq!(left_alone(&facts(&[], &[app])), "no_sidecar");
-    assert_eq!(left_alone(&Facts { containers: None, ..facts(&[], &[]) }), "no_sidecar");
-    assert_eq!(left_alone(&Facts { host_network: true, ..facts(&[], &[proxy()]) }), "host_network");
-    assert_eq!(left_alone(&Facts { finished: true, ..facts(&[], &[proxy()]) }), "finished");
-    assert_eq!(left_alone(&facts(&[(INJECT, "false")], &[proxy()])), "inject_disabled");
+fn what_is_not_to_be_captured_is_ignored() {
+    let injected = pod(&[], &[proxy()]);
+    config(&injected, &Given::default());
+    assert_eq!(ignored(&pod(&[], &[])), "no_sidecar");
+    assert_eq!(ignored(&PodMetadata { host_network: true, ..injected.clone() }), "host_network");
+    assert_eq!(ignored(&PodMetadata { annotations: BTreeMap::new(), ..injected.clone() }), "not_injected");
+    assert_eq!(ignored(&PodMetadata { containers: vec![proxy()], ..injected.clone() }), "only_proxy");
+    // One that has ended is no other container.
+    let setup = Container { name: "setup".into(), init: true, ..Container::default() };
+    assert_eq!(ignored(&PodMetadata { containers: vec![setup, proxy()], ..injected }), "only_proxy");
+    assert_eq!(ignored(&pod(&[(INJECT, "false")], &[proxy()])), "inject_disabled");
     let init = Container { name: INIT.into(), init: true, ..Container::default() };
-    assert_eq!(left_alone(&facts(&[], &[init, proxy()])), "captures_itself");
+    assert_eq!(ignored(&pod(&[], &[init, proxy()])), "captures_itself");
     let environment = [("DISABLE_ENVOY".to_owned(), "1".to_owned())].into();
-    assert_eq!(left_alone(&facts(&[], &[Container { environment, ..proxy() }])), "proxy_disabled");
+    assert_eq!(ignored(&pod(&[], &[Container { environment, ..proxy() }])), "proxy_disabled");
     let args = ["proxy", "router", "--domain", "x"].map(str::to_owned).to_vec();
-    assert_eq!(left_alone(&facts(&[], &[Container { args, ..proxy() }])), "gateway");
+    assert_eq!(ignored(&pod(&[], &[Container { args, ..proxy() }])), "gateway");
+    assert_eq!(ignored(&pod(&[(MODE, "NONE")], &[proxy()])), "mode_none");
+}
+
+#[test]
+fn excluded_namespaces_are_ignored_whoever_tells_of_them() {
+    let selection = Selection { exclude_namespaces: ["shop".to_owned()].into() };
+    let pod = pod(&[(MODE, "REDIRECT")], &[proxy()]);
+    let ignored = Ok(Verdict::Ignore(IgnoreReason::NamespaceExcluded));
+    assert_eq!(decide(&pod, &selection, &Given::default()), ignored);
+    let by_annotations =
+        |namespace| decide_by_annotations(namespace, Some(&pod.annotations), &selection, &Given::default());
+    assert_eq!(by_annotations("shop"), (ignored, Certainty::Certain));
+    assert!(matches!(by_annotations("other").0, Ok(Verdict::Capture(_))));
+}
+
+/// As the injector writes them: its status names what it has put into the pod.
+#[test]
+fn annotations_tell_a_sidecar_from_other_templates() {
+    const LISTS: &str = r#""volumes":["istio-envoy"],"imagePullSecrets":null,"revision":"default""#;
+    let status = |inits: &str, containers: &str| {
+        format!(r#"{{"initContainers":{inits},"containers":{containers},{LISTS}}}"#)
+    };
+    let sidecar = status(r#"["istio-validation"]"#, r#"["istio-proxy"]"#);
+    let native = status(r#"["istio-validation","istio-proxy"]"#, "null");
+    let older = status("null", r#"["istio-proxy"]"#);
+    for (what, status, others, expected) in [
+        ("a sidecar", sidecar.as_str(), &[(MODE, "REDIRECT")][..], "captured"),
+        ("a native sidecar", &native, &[(MODE, "TPROXY")], "captured"),
+        ("a sidecar whose mode is not written", &sidecar, &[], "captured"),
+        ("a sidecar without validation", &older, &[(MODE, "REDIRECT")], "captured"),
+        ("a gateway, or gRPC without a proxy", &older, &[], "template_unknown"),
+        ("another template", &status("null", r#"["logger"]"#), &[(MODE, "REDIRECT")], "no_sidecar"),
+        (
+            "one that captures itself",
+            &status(r#"["istio-init"]"#, r#"["istio-proxy"]"#),
+            &[(MODE, "REDIRECT")],
+            "captures_itself",
+        ),
+        ("mode NONE", &sidecar, &[(MODE, "NONE")], "mode_none"),
+        ("inject no", &sidecar, &[(MODE, "REDIRECT"), (INJECT, "false")], "inject_disabled"),
+        ("a status that does not read", "yes", &[], "template_unknown"),
+        ("a status that does not read, and the template's mark", "[1]", &[(MODE, "REDIRECT")], "captured"),
+    ] {
+        let own = [(STATUS, status)];
+        let annotations = own.iter().chain(others);
+        let annotations = annotations.map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect();
+        let (verdict, certainty) =
+            decide_by_annotations("shop", Some(&annotations), &Selection::default(), &Given::default());
+        let word = match verdict.expect(what) {
+            Verdict::Capture(_) => "captured",
+            Verdict::Ignore(why) => why.as_str(),
+        };
+        assert_eq!((word, certainty), (expected, Certainty::Provisional), "{what}");
+        assert!(annotations.keys().all(|name| reads(name)), "{what}");
+    }
+    let none =
+        |annotations| decide_by_annotations("shop", annotations, &Selection::default(), &Given::default());
+    // The API would say no more than this of a pod that was not injected.
+    let plain = (Ok(Verdict::Ignore(IgnoreReason::NoSidecar)), Certainty::Certain);
+    let no_annotations = BTreeMap::new();
+    assert_eq!(none(Some(&no_annotations)), plain);
+    let unknown = (Ok(Verdict::Ignore(IgnoreReason::AnnotationsUnknown)), Certainty::Provisional);
+    assert_eq!(none(None), unknown);
 }
 
 #[test]
 fn the_label_is_stronger_than_the_annotation() {
-    let mut pod = facts(&[(INJECT, "false")], &[proxy()]);
-    pod.inject_label = Some("true".into());
-    config(&pod, &Given::default());
+    let mut injected = pod(&[(INJECT, "false")], &[proxy()]);
+    injected.inject_label = Some("true".into());
+    config(&injected, &Given::default());
 }
 
 #[test]
 fn a_proxy_that_is_a_plain_init_container_is_none() {
     let init = Container { init: true, ..proxy() };
-    assert_eq!(left_alone(&facts(&[], &[init])), "no_sidecar");
+    assert_eq!(ignored(&pod(&[], &[init])), "no_sidecar");
 }

@@ -1,0 +1,135 @@
+//! An API server that gives recorded answers, for what the real one is too slow or too old to do.
+
+use std::{
+    fs,
+    io::{self, BufRead as _, BufReader, Read as _, Write as _},
+    net::{SocketAddr, TcpListener, TcpStream},
+    path::Path,
+    sync::{Arc, Mutex},
+    thread,
+};
+
+use serde_json::{Value, json};
+
+/// Answers a list with the pods that are there, then streams events to all who watch.
+#[derive(Debug)]
+pub struct Api {
+    address: SocketAddr,
+    state: Arc<Mutex<Shared>>,
+}
+
+/// What it answers with, and what it was asked.
+#[derive(Debug, Default)]
+pub struct Shared {
+    /// The list of pods.
+    pub pods: Vec<Value>,
+    /// Those who watch.
+    pub watchers: Vec<TcpStream>,
+    /// The first lines of all requests.
+    pub asked: Vec<String>,
+    /// What was posted.
+    pub posted: Vec<Value>,
+    version: u64,
+}
+
+impl Api {
+    /// Start one with these pods. It ends with the process.
+    pub fn start(pods: Vec<Value>) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
+        let address = listener.local_addr().expect("an address");
+        let state = Arc::new(Mutex::new(Shared { pods, version: 100, ..Shared::default() }));
+        let shared = Arc::clone(&state);
+        thread::spawn(move || {
+            for stream in listener.incoming().flatten() {
+                let shared = Arc::clone(&shared);
+                thread::spawn(move || answer(stream, &shared));
+            }
+        });
+        Self { address, state }
+    }
+
+    /// Its address.
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// Write a file that leads to it.
+    pub fn write_kubeconfig(&self, path: &Path) -> io::Result<()> {
+        let config = json!({
+            "apiVersion": "v1", "kind": "Config", "current-context": "c",
+            "clusters": [{ "name": "c", "cluster": { "server": format!("http://{}", self.address) } }],
+            "users": [{ "name": "u", "user": {} }],
+            "contexts": [{ "name": "c", "context": { "cluster": "c", "user": "u" } }],
+        });
+        fs::write(path, config.to_string())
+    }
+
+    /// Its state.
+    pub fn shared(&self) -> std::sync::MutexGuard<'_, Shared> {
+        self.state.lock().expect("whole")
+    }
+
+    /// Send an event to all who watch.
+    pub fn event(&self, kind: &str, mut pod: Value) {
+        let mut shared = self.shared();
+        shared.version += 1;
+        pod["metadata"]["resourceVersion"] = json!(shared.version.to_string());
+        let line = format!("{}\n", json!({ "type": kind, "object": pod }));
+        shared.watchers.retain_mut(|watcher| watcher.write_all(line.as_bytes()).is_ok());
+    }
+
+    /// Cut off all who watch.
+    pub fn cut(&self) {
+        self.shared().watchers.drain(..).for_each(|w| drop(w.shutdown(std::net::Shutdown::Both)));
+    }
+}
+
+fn answer(mut stream: TcpStream, shared: &Mutex<Shared>) {
+    let mut reader = BufReader::new(stream.try_clone().expect("a copy"));
+    let mut head = reader.by_ref().lines().map_while(Result::ok).take_while(|line| !line.is_empty());
+    let request = head.next().unwrap_or_default();
+    let length = head.find_map(|line| {
+        line.to_ascii_lowercase().strip_prefix("content-length:").map(|value| value.trim().to_owned())
+    });
+    head.for_each(drop);
+    let mut body = vec![0; length.map_or(0, |length| length.parse().expect("a length"))];
+    reader.read_exact(&mut body).expect("a body");
+    let mut shared = shared.lock().expect("whole");
+    let head = "HTTP/1.1 200 OK\r\ncontent-type: application/json\r\nconnection: close\r\n\r\n";
+    if request.starts_with("POST ") {
+        let posted: Value = serde_json::from_slice(&body).expect("JSON");
+        let sent = stream.write_all(format!("{}{posted}", head.replace("200 OK", "201 Created")).as_bytes());
+        shared.posted.push(posted);
+        shared.asked.push(request);
+        return sent.expect("sent");
+    }
+    let sent = if request.contains("watch=true") {
+        let sent = stream.write_all(head.as_bytes());
+        shared.watchers.push(stream);
+        sent
+    } else {
+        let list = json!({
+            "kind": "PodList", "apiVersion": "v1",
+            "metadata": { "resourceVersion": shared.version.to_string() },
+            "items": shared.pods,
+        });
+        stream.write_all(format!("{head}{list}").as_bytes())
+    };
+    shared.asked.push(request);
+    sent.expect("sent");
+}
+
+/// What the injector writes into a pod with a sidecar that others capture.
+pub const INJECTED: &str = r#"{"initContainers":["istio-validation"],"containers":["istio-proxy"]}"#;
+
+/// An injected pod in the namespace `shop` that runs.
+pub fn pod(name: &str, uid: &str, spec: &Value, annotations: &Value) -> Value {
+    let mut annotations = annotations.clone();
+    annotations["sidecar.istio.io/status"] = json!(INJECTED);
+    json!({
+        "apiVersion": "v1", "kind": "Pod",
+        "metadata": { "name": name, "namespace": "shop", "uid": uid, "resourceVersion": "1", "annotations": annotations },
+        "spec": spec,
+        "status": { "phase": "Running" },
+    })
+}

@@ -1,0 +1,389 @@
+//! Pods of which the API and the real plugin both tell: what becomes of one does not depend on which of them is first.
+
+use std::{
+    fs,
+    io::Write as _,
+    process::{Command, Stdio},
+    thread,
+};
+
+use intercept_agent::daemon::reconcile::{Report, State};
+use serde_json::{Value, json};
+use tempfile::TempDir;
+use tests::{
+    actor::Actor,
+    agent::Agent,
+    api::{Api, pod},
+    daemon::{Daemon, answers, proxy, service},
+    testbed::{Cgroup, Pod, PodSpec},
+};
+
+const MODE: &str = "sidecar.istio.io/interceptionMode";
+const EXCLUDED: &str = "traffic.sidecar.istio.io/excludeOutboundPorts";
+
+/// A node with an API, a kubelet's cgroups, and the daemon.
+struct Node<'a> {
+    agent: &'a Agent,
+    api: Api,
+    kubelet: Cgroup,
+    daemon: Daemon<'a>,
+    _kubeconfig: TempDir,
+}
+
+impl<'a> Node<'a> {
+    fn new(agent: &'a Agent, api_wait: &str) -> Self {
+        let api = Api::start(Vec::new());
+        let folder = tempfile::tempdir().expect("a folder");
+        let kubeconfig = folder.path().join("kubeconfig");
+        api.write_kubeconfig(&kubeconfig).expect("written");
+        let kubelet = Cgroup::new("kubelet").expect("a cgroup");
+        let root = kubelet.path().to_str().expect("text");
+        let arguments = ["--node-name", "node-1", "--cgroup-root", root, "--api-wait", api_wait];
+        let variables = [("KUBECONFIG", kubeconfig.to_str().expect("text"))];
+        let daemon = Daemon::start_with(agent, &arguments, &variables).expect("a daemon");
+        daemon.wait("it watches", |_| !api.shared().watchers.is_empty()).expect("it watches");
+        Self { agent, api, kubelet, daemon, _kubeconfig: folder }
+    }
+
+    fn report(&self, uid: &str) -> Option<Report> {
+        let key = format!("pod/{uid}");
+        self.daemon.reports().expect("reports").into_iter().find(|report| report.pod == key)
+    }
+
+    fn wait(&self, what: &str, so: impl Fn() -> bool) {
+        self.daemon.wait(what, |_| so()).unwrap_or_else(|error| panic!("{error:#}"));
+    }
+}
+
+/// A pod on the node: its object, and what the kubelet and the runtime have made of it.
+struct Running<'a> {
+    node: &'a Node<'a>,
+    object: Value,
+    uid: String,
+    actor: Actor,
+    place: Pod,
+}
+
+impl<'a> Running<'a> {
+    fn new(node: &'a Node<'a>, kind: &Kind, uid: String) -> Self {
+        let place = Pod::new(PodSpec::new("source")).expect("a pod");
+        let actor = proxy(&place);
+        let cgroup = node.kubelet.path().join(format!("kubepods/burstable/pod{uid}"));
+        fs::create_dir_all(&cgroup).expect("made");
+        for pid in place.cgroup.processes().expect("listed") {
+            fs::write(cgroup.join("cgroup.procs"), pid.to_string()).expect("moved");
+        }
+        let mut object = kind.object.clone();
+        object["metadata"]["uid"] = json!(uid);
+        object["metadata"]["name"] = json!(uid);
+        Self { node, object, uid, actor, place }
+    }
+
+    /// Call the plugin as a runtime does; its error, if it has one.
+    fn call(&self, command: &str) -> Result<(), String> {
+        let metadata = &self.object["metadata"];
+        let config = json!({
+            "cniVersion": "1.0.0", "name": "net", "type": "intercept-cni", "socket": self.node.daemon.socket(),
+            "prevResult": { "cniVersion": "1.0.0", "ips": [{ "address": "10.66.0.2/24" }] },
+            "runtimeConfig": { "io.kubernetes.cri.pod-annotations": metadata["annotations"] },
+        });
+        let namespace = metadata["namespace"].as_str().expect("text");
+        let arguments = format!("K8S_POD_NAMESPACE={namespace};K8S_POD_NAME={0};K8S_POD_UID={0}", self.uid);
+        let mut child = Command::new(self.node.agent.program())
+            .arg("cni")
+            .env("CNI_COMMAND", command)
+            .env("CNI_CONTAINERID", format!("sandbox-of-{}", self.uid))
+            .env("CNI_NETNS", self.place.netns.path())
+            .env("CNI_IFNAME", "eth0")
+            .env("CNI_ARGS", arguments)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .expect("started");
+        child.stdin.take().expect("piped").write_all(config.to_string().as_bytes()).expect("written");
+        let output = child.wait_with_output().expect("ended");
+        let printed = String::from_utf8(output.stdout).expect("text");
+        if output.status.success() { Ok(()) } else { Err(printed) }
+    }
+
+    fn tell(&self, kind: &str) {
+        self.node.api.event(kind, self.object.clone());
+    }
+
+    /// Its arguments, if it is captured.
+    fn arguments(&self) -> Option<String> {
+        let pods = self.node.agent.status().expect("status");
+        let name = format!("pod{}", self.uid);
+        let pod = pods
+            .as_array()
+            .expect("a list")
+            .iter()
+            .find(|pod| pod["cgroup"].as_str().is_some_and(|path| path.ends_with(&name)))?;
+        Some(
+            pod["arguments"]
+                .as_array()
+                .expect("a list")
+                .iter()
+                .filter_map(Value::as_str)
+                .collect::<Vec<_>>()
+                .join(" "),
+        )
+    }
+
+    /// Whether it is as it should be, as the kernel and a connection have it.
+    fn is(&self, expected: &Expected) -> bool {
+        let proxied = answers(&self.actor, service()).as_deref() == Some("proxy");
+        match (self.arguments(), expected) {
+            (Some(arguments), Expected::Captured(flags)) => {
+                proxied && flags.iter().all(|flag| arguments.contains(flag))
+            }
+            (None, Expected::Ignored(why)) => {
+                let report = self.node.report(&self.uid);
+                !proxied && report.is_some_and(|report| report.left_alone.as_deref() == Some(*why))
+            }
+            (None, Expected::Refused(_)) => !proxied,
+            _ => false,
+        }
+    }
+
+    fn assert_is(&self, expected: &Expected, what: &str) {
+        assert!(
+            self.is(expected),
+            "{what}: {expected:?}, but it has {:?}, {:?}",
+            self.arguments(),
+            self.node.report(&self.uid)
+        );
+    }
+
+    /// ADD's answer is what it should be, and the pod is so when it answers.
+    fn assert_added(&self, answer: &Result<(), String>, expected: &Expected, what: &str) {
+        match (answer, expected) {
+            (Err(error), Expected::Refused(text)) => assert!(error.contains(text), "{what}: {error}"),
+            (Ok(()), Expected::Captured(_) | Expected::Ignored(_)) => {}
+            _ => panic!("{what}: {answer:?}"),
+        }
+        self.assert_is(expected, what);
+    }
+
+    fn end(self, what: &str) {
+        assert_eq!(self.call("DEL"), Ok(()), "{what}");
+        assert_eq!(self.arguments(), None, "{what}");
+        self.tell("DELETED");
+        self.node.wait(what, || self.node.report(&self.uid).is_none());
+    }
+}
+
+#[derive(Debug)]
+enum Expected {
+    Captured(&'static [&'static str]),
+    Ignored(&'static str),
+    Refused(&'static str),
+}
+
+struct Kind {
+    what: &'static str,
+    object: Value,
+    by_api: Expected,
+    by_annotations: Expected,
+}
+
+fn kinds() -> Vec<Kind> {
+    use Expected::{Captured, Ignored, Refused};
+    let proxy = json!({ "name": "istio-proxy", "args": ["proxy", "sidecar"] });
+    let with = |proxy: &Value| json!({ "containers": [{ "name": "app" }, proxy] });
+    let redirect = json!({ MODE: "REDIRECT" });
+    let kind = |what, spec: &Value, annotations: &Value, by_api, by_annotations| Kind {
+        what,
+        object: pod("pod", "uid", spec, annotations),
+        by_api,
+        by_annotations,
+    };
+    let user = json!({ "name": "istio-proxy", "args": ["proxy", "sidecar"],
+                       "securityContext": { "runAsUser": 1444, "runAsGroup": 1445 },
+                       "env": [{ "name": "ISTIO_META_DNS_CAPTURE", "value": "true" }] });
+    let router = json!({ "name": "istio-proxy", "args": ["proxy", "router"] });
+    let grpc = json!({ "name": "istio-proxy", "env": [{ "name": "DISABLE_ENVOY", "value": "true" }] });
+    let native = json!({ "name": "istio-proxy", "restartPolicy": "Always", "args": ["proxy", "sidecar"] });
+    let native = json!({ "containers": [{ "name": "app" }], "initContainers": [native] });
+    let with_init =
+        json!({ "containers": [{ "name": "app" }, proxy], "initContainers": [{ "name": "istio-init" }] });
+    let mut plain = kind(
+        "no sidecar",
+        &json!({ "containers": [{ "name": "app" }] }),
+        &json!({}),
+        Ignored("no_sidecar"),
+        Ignored("no_sidecar"),
+    );
+    plain.object["metadata"]["annotations"] = json!({});
+    let mut system = kind(
+        "an excluded namespace",
+        &with(&proxy),
+        &redirect,
+        Ignored("namespace_excluded"),
+        Ignored("namespace_excluded"),
+    );
+    system.object["metadata"]["namespace"] = json!("kube-system");
+    let mut labelled =
+        kind("labelled no", &with(&proxy), &redirect, Ignored("inject_disabled"), Captured(&["-u 1337"]));
+    labelled.object["metadata"]["labels"] = json!({ "sidecar.istio.io/inject": "false" });
+    vec![
+        kind("a sidecar", &with(&proxy), &redirect, Captured(&["-u 1337"]), Captured(&["-u 1337"])),
+        kind("a native sidecar", &native, &redirect, Captured(&["-u 1337"]), Captured(&["-u 1337"])),
+        kind(
+            "a user of its own, and DNS",
+            &with(&user),
+            &redirect,
+            Captured(&["-u 1444", "-g 1445", "--redirect-dns", "--capture-all-dns"]),
+            Captured(&["-u 1337"]),
+        ),
+        kind("a gateway", &with(&router), &redirect, Ignored("gateway"), Captured(&["-u 1337"])),
+        kind(
+            "gRPC without a proxy",
+            &with(&grpc),
+            &redirect,
+            Ignored("proxy_disabled"),
+            Captured(&["-u 1337"]),
+        ),
+        kind("with istio-init", &with_init, &redirect, Ignored("captures_itself"), Captured(&["-u 1337"])),
+        kind(
+            "mode NONE",
+            &with(&proxy),
+            &json!({ MODE: "NONE" }),
+            Ignored("mode_none"),
+            Ignored("mode_none"),
+        ),
+        kind(
+            "a wrong annotation",
+            &with(&proxy),
+            &json!({ MODE: "REDIRECT", EXCLUDED: "https" }),
+            Refused(EXCLUDED),
+            Refused(EXCLUDED),
+        ),
+        labelled,
+        plain,
+        system,
+    ]
+}
+
+/// A UID of a pod for each turn.
+fn uid(order: u32, kind: usize) -> String {
+    format!("00000000-0000-4000-8000-{order:06}{kind:06}")
+}
+
+#[test]
+fn the_api_decides_whoever_speaks_first() {
+    let agent = Agent::new("d-sources").expect("the agent");
+    let node = Node::new(&agent, "10");
+    for (at, kind) in kinds().iter().enumerate() {
+        // The API first: it captures as soon as there is a process, and ADD changes nothing but the sandbox.
+        let what = format!("{}, the API first", kind.what);
+        let running = Running::new(&node, kind, uid(1, at));
+        running.tell("ADDED");
+        node.wait(&what, || node.report(&running.uid).is_some_and(|report| report.state != State::Pending));
+        running.assert_is(&kind.by_api, &what);
+        running.assert_added(&running.call("ADD"), &kind.by_api, &what);
+        running.end(&what);
+
+        // The plugin first: it waits for the API's word, unless that is known.
+        let what = format!("{}, the plugin first", kind.what);
+        let running = Running::new(&node, kind, uid(2, at));
+        let answer = thread::scope(|scope| {
+            let add = scope.spawn(|| running.call("ADD"));
+            node.wait(&what, || node.report(&running.uid).is_some() || add.is_finished());
+            running.tell("ADDED");
+            add.join().expect("no panic")
+        });
+        running.assert_added(&answer, &kind.by_api, &what);
+        running.tell("MODIFIED");
+        running.end(&what);
+    }
+}
+
+#[test]
+fn with_a_silent_api_annotations_decide_until_it_speaks() {
+    let agent = Agent::new("d-silent-api").expect("the agent");
+    let node = Node::new(&agent, "0.05");
+    for (at, kind) in kinds().iter().enumerate() {
+        let what = format!("{}, the API silent", kind.what);
+        let running = Running::new(&node, kind, uid(3, at));
+        running.assert_added(&running.call("ADD"), &kind.by_annotations, &what);
+        running.tell("ADDED");
+        node.wait(&format!("{what}, then not"), || running.is(&kind.by_api));
+        running.end(&what);
+    }
+}
+
+#[test]
+fn no_object_of_the_api_speaks_for_another() {
+    let agent = Agent::new("d-identity").expect("the agent");
+    let node = Node::new(&agent, "10");
+    let kind = &kinds()[0];
+    let victim = Running::new(&node, kind, uid(4, 0));
+    victim.tell("ADDED");
+    assert_eq!(victim.call("ADD"), Ok(()));
+    let before = victim.arguments().expect("captured");
+
+    // As anybody may create it who can create pods, with whatever is not checked by the API.
+    let mut evil = pod("evil", &uid(4, 1), &kind.object["spec"], &json!({ EXCLUDED: "1:65535" }));
+    evil["metadata"]["namespace"] = json!("evil");
+    evil["metadata"]["annotations"]["kubernetes.io/config.mirror"] = json!(victim.uid);
+    evil["metadata"]["ownerReferences"] =
+        json!([{ "apiVersion": "v1", "kind": "Node", "name": "node-1", "uid": "n", "controller": true }]);
+    node.api.event("ADDED", evil.clone());
+    node.wait("the daemon has heard of it", || node.report(&uid(4, 1)).is_some());
+    assert_eq!(victim.arguments().as_ref(), Some(&before));
+    node.api.event("DELETED", evil.clone());
+    node.wait("it is gone", || node.report(&uid(4, 1)).is_none());
+    victim.assert_is(&kind.by_api, "the other object is gone");
+
+    // A static pod, which the kubelet and the runtime know by the hash of its manifest.
+    let hash = "0123456789abcdef0123456789abcdef";
+    let running = Running::new(&node, kind, hash.to_owned());
+    let mut mirror = running.object.clone();
+    mirror["metadata"]["uid"] = json!(uid(4, 2));
+    mirror["metadata"]["annotations"]["kubernetes.io/config.mirror"] = json!(hash);
+    mirror["metadata"]["ownerReferences"] = evil["metadata"]["ownerReferences"].clone();
+    evil["metadata"]["annotations"]["kubernetes.io/config.mirror"] = json!(hash);
+    node.api.event("ADDED", evil.clone());
+    node.wait("it has nothing to say", || node.report(hash).is_some_and(|r| r.state == State::Pending));
+    node.api.event("ADDED", mirror.clone());
+    assert_eq!(running.call("ADD"), Ok(()));
+    running.assert_is(&kind.by_api, "a static pod");
+    assert!(!running.arguments().is_some_and(|arguments| arguments.contains("65535")));
+    node.api.event("DELETED", evil);
+    mirror["metadata"]["annotations"][EXCLUDED] = json!("81");
+    node.api.event("MODIFIED", mirror.clone());
+    node.wait("its own object changes it", || running.arguments().is_some_and(|a| a.contains("-o 81")));
+    assert_eq!(running.call("DEL"), Ok(()));
+    assert_eq!(running.arguments(), None);
+    victim.end("at last");
+}
+
+/// The kubelet makes a pod's cgroup, and then waits for its volumes.
+#[test]
+fn a_pod_without_a_process_yet_has_no_event() {
+    let agent = Agent::new("d-early").expect("the agent");
+    let node = Node::new(&agent, "10");
+    let kind = &kinds()[0];
+    let uid = uid(5, 0);
+    let cgroup = node.kubelet.path().join(format!("kubepods/burstable/pod{uid}"));
+    fs::create_dir_all(&cgroup).expect("made");
+    let mut object = kind.object.clone();
+    object["metadata"]["uid"] = json!(uid);
+    object["status"]["phase"] = json!("Pending");
+    node.api.event("ADDED", object.clone());
+    node.wait("it is tried", || node.report(&uid).is_some_and(|report| report.failures > 2));
+    let report = node.report(&uid).expect("known");
+    assert_eq!((report.state, report.problem), (State::Pending, None));
+    // Its runtime's process is in the cgroup before it is in the namespace of its own.
+    let mut early = Command::new("sleep").arg("600").spawn().expect("started");
+    fs::write(cgroup.join("cgroup.procs"), early.id().to_string()).expect("moved");
+    let tried = report.failures;
+    node.wait("it is tried again", || node.report(&uid).is_some_and(|report| report.failures > tried + 1));
+    early.kill().and_then(|()| early.wait()).expect("killed");
+    let running = Running::new(&node, kind, uid.clone());
+    node.wait("captured", || running.is(&kind.by_api));
+    assert_eq!(node.api.shared().posted, Vec::<Value>::new());
+    node.api.event("DELETED", object);
+    node.wait("released", || running.arguments().is_none());
+}
