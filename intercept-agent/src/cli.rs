@@ -179,6 +179,9 @@ pub(crate) struct DaemonArgs {
         env = "INTERCEPT_EXCLUDE_NAMESPACES"
     )]
     pub(crate) exclude_namespaces: Vec<String>,
+    /// Whether the IPv6 of pods with a sidecar is captured
+    #[arg(long, value_enum, default_value_t = CaptureIpv6::AsIstio, env = "INTERCEPT_IPV6")]
+    pub(crate) ipv6: CaptureIpv6,
     #[command(flatten)]
     pub(crate) socket: Socket,
     #[command(flatten)]
@@ -260,6 +263,14 @@ pub(crate) enum CniCommand {
         #[command(flatten)]
         folders: CniFolders,
     },
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum CaptureIpv6 {
+    /// If the proxy has ISTIO_DUAL_STACK, or the pod's first address is of IPv6
+    AsIstio,
+    /// Also of a proxy that may not listen there: it is refused then
+    Always,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]

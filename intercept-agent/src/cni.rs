@@ -8,6 +8,7 @@ pub mod install;
 use std::{
     collections::BTreeMap,
     io,
+    net::IpAddr,
     path::{Path, PathBuf},
 };
 
@@ -157,6 +158,7 @@ impl Call {
             netns,
             cgroup: config.runtime.cgroup_path.clone(),
             annotations: config.runtime.annotations.clone(),
+            addresses: addresses(&previous),
             select: config.select,
             given: config.given(),
         }));
@@ -188,6 +190,13 @@ impl Call {
             Err(error) => Err(unreachable(&config.socket, &error)),
         }
     }
+}
+
+/// The pod's addresses, in the order of the plugins before.
+fn addresses(previous: &Value) -> Vec<IpAddr> {
+    let ips = previous["ips"].as_array().into_iter().flatten();
+    let written = ips.filter_map(|ip| ip["address"].as_str());
+    written.filter_map(|address| address.split('/').next()?.parse().ok()).collect()
 }
 
 fn is_plain(config: &PluginConfig) -> bool {

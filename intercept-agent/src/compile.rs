@@ -142,6 +142,7 @@ fn flags(config: &Config) -> u32 {
     );
     set(config.include.loopback, policy::INCLUDES_LOOPBACK);
     set(config.open_without_proxy, policy::OPEN_WITHOUT_PROXY);
+    set(config.without_ipv6, policy::WITHOUT_IPV6);
     set(config.dns != Dns::Off, policy::DNS);
     set(config.dns == Dns::All, policy::DNS_ALL);
     set(matches!(config.owner_groups, OwnerGroups::Only(_)), policy::GROUPS_ONLY);

@@ -138,7 +138,7 @@ fn is_marked(
     flow.protocol == TCP
         && dst.flags & (destination::LO | destination::LOCALHOST) == destination::LO
         && matches!(reason.verdict(), Verdict::Leave)
-        && !matches!(reason, Reason::NoRoute | Reason::ExcludedEgress)
+        && !matches!(reason, Reason::NoRoute | Reason::ExcludedEgress | Reason::OutboundIpv6)
         && !src.is_passthrough()
         && pod.is_proxy(flow.owner.uid, flow.owner.gid)
         && matches!(inbound_port_reason(pod, flow.dst_port, facts).verdict(), Verdict::Redirect(_))
@@ -199,6 +199,9 @@ fn outbound_reason(
         || (tcp && is(destination::GROUP))
     {
         return Reason::NoRoute;
+    }
+    if has(policy::WITHOUT_IPV6) && !flow.dst.is_v4() {
+        return Reason::OutboundIpv6;
     }
     // 1
     if is(destination::EXCLUDED_EGRESS) {
@@ -272,6 +275,9 @@ fn inbound_reason(pod: &PodPolicy, flow: &Inbound, facts: &impl Facts) -> Reason
     let has = |bit: u32| pod.flags & bit != 0;
     let tproxy = has(policy::TPROXY);
 
+    if has(policy::WITHOUT_IPV6) && !flow.dst.is_v4() {
+        return Reason::InboundIpv6;
+    }
     // 0: what this namespace sends to itself arrives over lo. sk_lookup cannot tell lo by the interface index (it
     // names the interface of the address), the source can: it is an address of the pod.
     if flow.src.is_loopback() || facts.destination(pod.id, flow.src).flags & destination::LO != 0 {

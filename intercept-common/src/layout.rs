@@ -58,6 +58,8 @@ pub mod policy {
     pub const SPREAD_V6: u32 = 1 << 12;
     /// The IPv4 sources that carry a number ([`crate::Addr::numbered`]) are local in the namespace.
     pub const NUMBERED_V4: u32 = 1 << 13;
+    /// IPv6 is left alone.
+    pub const WITHOUT_IPV6: u32 = 1 << 14;
 }
 
 /// Bits of [`Destination::flags`].

@@ -133,6 +133,10 @@ reasons! {
     InboundPort = "inbound_port", "inbound 4", INBOUND;
     /// the port is not named by -b
     NotInboundPort = "not_inbound_port", "inbound 4", LEAVE;
+    /// made over IPv6, of which nothing is captured (--without-ipv6)
+    OutboundIpv6 = "outbound_ipv6", "outbound 0", LEAVE;
+    /// arrived over IPv6, of which nothing is captured (--without-ipv6)
+    InboundIpv6 = "inbound_ipv6", "inbound 0", LEAVE;
 }
 
 /// Counters kept a pod: one for each [`Reason`], then one for each [`crate::failure::Failure`].

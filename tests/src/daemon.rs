@@ -184,6 +184,7 @@ pub fn add(place: &Place, uid: &str, arguments: Vec<String>) -> Result<Request> 
         netns: place.netns.path().to_owned(),
         cgroup: Some(relative.display().to_string()),
         annotations: None,
+        addresses: Vec::new(),
         select: Select::All,
         given: Given { arguments, ..Given::default() },
     })))

@@ -214,6 +214,7 @@ fn add(place: &Place, sandbox: &str) -> Add {
         netns: place.netns.path().to_owned(),
         cgroup: Some(cgroup.expect("below the mount").display().to_string()),
         annotations: None,
+        addresses: Vec::new(),
         select: Select::All,
         given: Given { arguments: OUTBOUND.map(str::to_owned).to_vec(), ..Given::default() },
     }

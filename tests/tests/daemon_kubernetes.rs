@@ -131,6 +131,7 @@ fn pods_of_the_api_are_captured_followed_and_released() {
         netns: place.netns.path().to_owned(),
         cgroup: None,
         annotations: None,
+        addresses: Vec::new(),
         select: Select::All,
         given: Given { arguments: OUTBOUND.map(str::to_owned).to_vec(), ..Given::default() },
     };

@@ -3,6 +3,7 @@
 use std::{
     fs,
     io::Write as _,
+    net::{IpAddr, SocketAddr},
     process::{Command, Stdio},
     thread,
 };
@@ -11,15 +12,17 @@ use intercept_agent::daemon::reconcile::{Report, State};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 use tests::{
-    actor::Actor,
+    actor::{Actor, Bind, Dial, Listen, Outcome, Transport},
     agent::Agent,
     api::{Api, pod},
     daemon::{Daemon, answers, proxy, service},
-    testbed::{Cgroup, Pod, PodSpec},
+    testbed::{Cgroup, Ids, Pod, PodSpec},
 };
 
 const MODE: &str = "sidecar.istio.io/interceptionMode";
 const EXCLUDED: &str = "traffic.sidecar.istio.io/excludeOutboundPorts";
+
+const PATIENT: [&str; 2] = ["--api-wait", "10"];
 
 /// A node with an API, a kubelet's cgroups, and the daemon.
 struct Node<'a> {
@@ -31,14 +34,14 @@ struct Node<'a> {
 }
 
 impl<'a> Node<'a> {
-    fn new(agent: &'a Agent, api_wait: &str) -> Self {
+    fn new(agent: &'a Agent, more: &[&str]) -> Self {
         let api = Api::start(Vec::new());
         let folder = tempfile::tempdir().expect("a folder");
         let kubeconfig = folder.path().join("kubeconfig");
         api.write_kubeconfig(&kubeconfig).expect("written");
         let kubelet = Cgroup::new("kubelet").expect("a cgroup");
         let root = kubelet.path().to_str().expect("text");
-        let arguments = ["--node-name", "node-1", "--cgroup-root", root, "--api-wait", api_wait];
+        let arguments = [&["--node-name", "node-1", "--cgroup-root", root], more].concat();
         let variables = [("KUBECONFIG", kubeconfig.to_str().expect("text"))];
         let daemon = Daemon::start_with(agent, &arguments, &variables).expect("a daemon");
         daemon.wait("it watches", |_| !api.shared().watchers.is_empty()).expect("it watches");
@@ -62,6 +65,8 @@ struct Running<'a> {
     uid: String,
     actor: Actor,
     place: Pod,
+    /// The first that the plugins before ours have given it.
+    first_address: &'static str,
 }
 
 impl<'a> Running<'a> {
@@ -76,7 +81,7 @@ impl<'a> Running<'a> {
         let mut object = kind.object.clone();
         object["metadata"]["uid"] = json!(uid);
         object["metadata"]["name"] = json!(uid);
-        Self { node, object, uid, actor, place }
+        Self { node, object, uid, actor, place, first_address: "10.66.0.2/24" }
     }
 
     /// Call the plugin as a runtime does; its error, if it has one.
@@ -84,7 +89,7 @@ impl<'a> Running<'a> {
         let metadata = &self.object["metadata"];
         let config = json!({
             "cniVersion": "1.0.0", "name": "net", "type": "intercept-cni", "socket": self.node.daemon.socket(),
-            "prevResult": { "cniVersion": "1.0.0", "ips": [{ "address": "10.66.0.2/24" }] },
+            "prevResult": { "cniVersion": "1.0.0", "ips": [{ "address": self.first_address }] },
             "runtimeConfig": { "io.kubernetes.cri.pod-annotations": metadata["annotations"] },
         });
         let namespace = metadata["namespace"].as_str().expect("text");
@@ -273,7 +278,7 @@ fn uid(order: u32, kind: usize) -> String {
 #[test]
 fn the_api_decides_whoever_speaks_first() {
     let agent = Agent::new("d-sources").expect("the agent");
-    let node = Node::new(&agent, "10");
+    let node = Node::new(&agent, &PATIENT);
     for (at, kind) in kinds().iter().enumerate() {
         // The API first: it captures as soon as there is a process, and ADD changes nothing but the sandbox.
         let what = format!("{}, the API first", kind.what);
@@ -302,7 +307,7 @@ fn the_api_decides_whoever_speaks_first() {
 #[test]
 fn with_a_silent_api_annotations_decide_until_it_speaks() {
     let agent = Agent::new("d-silent-api").expect("the agent");
-    let node = Node::new(&agent, "0.05");
+    let node = Node::new(&agent, &["--api-wait", "0.05"]);
     for (at, kind) in kinds().iter().enumerate() {
         let what = format!("{}, the API silent", kind.what);
         let running = Running::new(&node, kind, uid(3, at));
@@ -316,7 +321,7 @@ fn with_a_silent_api_annotations_decide_until_it_speaks() {
 #[test]
 fn no_object_of_the_api_speaks_for_another() {
     let agent = Agent::new("d-identity").expect("the agent");
-    let node = Node::new(&agent, "10");
+    let node = Node::new(&agent, &PATIENT);
     let kind = &kinds()[0];
     let victim = Running::new(&node, kind, uid(4, 0));
     victim.tell("ADDED");
@@ -363,7 +368,7 @@ fn no_object_of_the_api_speaks_for_another() {
 #[test]
 fn a_pod_without_a_process_yet_has_no_event() {
     let agent = Agent::new("d-early").expect("the agent");
-    let node = Node::new(&agent, "10");
+    let node = Node::new(&agent, &PATIENT);
     let kind = &kinds()[0];
     let uid = uid(5, 0);
     let cgroup = node.kubelet.path().join(format!("kubepods/burstable/pod{uid}"));
@@ -386,4 +391,72 @@ fn a_pod_without_a_process_yet_has_no_event() {
     assert_eq!(node.api.shared().posted, Vec::<Value>::new());
     node.api.event("DELETED", object);
     node.wait("released", || running.arguments().is_none());
+}
+
+/// As under Istio, a proxy that does not listen for IPv6 gets none, unless it is said to be of both families.
+#[test]
+fn ipv6_is_captured_as_under_istio_or_always() {
+    let sidecar = |env: &Value| {
+        let proxy = json!({ "name": "istio-proxy", "args": ["proxy", "sidecar"], "env": env });
+        let object = pod(
+            "pod",
+            "uid",
+            &json!({ "containers": [{ "name": "app" }, proxy] }),
+            &json!({ MODE: "REDIRECT" }),
+        );
+        Kind {
+            what: "IPv6",
+            object,
+            by_api: Expected::Captured(&[]),
+            by_annotations: Expected::Captured(&[]),
+        }
+    };
+    let dual = json!([{ "name": "ISTIO_DUAL_STACK", "value": "true" }]);
+    // Whether the pod's first address is of IPv6; whether IPv6 is captured.
+    for (at, (flags, env, first, captured)) in [
+        (&PATIENT[..], json!([]), "10.66.0.2/24", false),
+        (&PATIENT[..], dual, "10.66.0.2/24", true),
+        (&PATIENT[..], json!([]), "fd66::2/64", true),
+        (&["--api-wait", "10", "--ipv6", "always"], json!([]), "10.66.0.2/24", true),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let agent = Agent::new("d-ipv6").expect("the agent");
+        let node = Node::new(&agent, flags);
+        let mut running = Running::new(&node, &sidecar(&env), uid(6, at));
+        running.first_address = first;
+        running.tell("ADDED");
+        assert_eq!(running.call("ADD"), Ok(()));
+        let world = Actor::start(running.place.neighbour()).expect("an actor");
+        let listen = |actor: &Actor, name: &str, port| {
+            let bind = Bind::new(Ids::APP, SocketAddr::new(IpAddr::from([0_u16; 8]), port));
+            actor.listen(Listen { name: name.into(), transport: Transport::Tcp, bind }).expect("a server")
+        };
+        listen(&world, "the world", 80);
+        listen(&running.actor, "app", 8080);
+        let what = format!("{flags:?} {env} {first}");
+        let dialled = |actor: &Actor, to: SocketAddr| match actor
+            .dial(Dial::new(Ids::APP, to))
+            .expect("dialled")
+            .outcome
+        {
+            Outcome::Answered(answer) => Some(answer.server),
+            _ => None,
+        };
+        let uncaptured = |name: &str| (!captured).then(|| name.to_owned());
+        let outside = "[fd00:96::10]:80".parse().expect("an address");
+        assert_eq!(dialled(&running.actor, outside), uncaptured("the world"), "{what}");
+        let inside = SocketAddr::new(running.place.address(true), 8080);
+        assert_eq!(dialled(&world, inside), uncaptured("app"), "{what}");
+        // IPv4 is in any case; nothing listens on 15006.
+        assert_eq!(dialled(&running.actor, service()).as_deref(), Some("proxy"), "{what}");
+        assert_eq!(dialled(&world, SocketAddr::new(running.place.address(false), 8080)), None, "{what}");
+        // The API tells of the address later, and changes nothing.
+        let address = first.split('/').next().expect("an address");
+        running.object["status"]["podIPs"] = json!([{ "ip": address }]);
+        running.tell("MODIFIED");
+        assert_eq!(dialled(&running.actor, outside), uncaptured("the world"), "{what}");
+        running.end(&what);
+    }
 }

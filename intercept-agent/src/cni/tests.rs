@@ -65,6 +65,7 @@ fn add_asks_for_the_pod_and_passes_the_result_on() {
             netns: "/run/netns/n".into(),
             cgroup: Some("/kubepods/poduid-1".into()),
             annotations: Some([("sidecar.istio.io/status".to_owned(), "{}".to_owned())].into()),
+            addresses: vec![[10, 1, 0, 5].into()],
             select: protocol::Select::Sidecar,
             given: crate::daemon::wanted::Given {
                 arguments: vec!["-m".into(), "TPROXY".into()],

@@ -3,16 +3,23 @@
 use anyhow::{Context as _, Result};
 use intercept_agent::daemon::{
     serve::{Settings, serve},
-    sidecar::Selection,
+    sidecar::{Ipv6, Selection},
     wanted::Given,
 };
 use tokio::signal::unix::{SignalKind, signal};
 
-use crate::cli::DaemonArgs;
+use crate::cli::{CaptureIpv6, DaemonArgs};
 
 pub(super) fn daemon(args: DaemonArgs) -> Result<()> {
     super::check::require_privileges()?;
     super::accelerate::admit(args.load.accelerate)?;
+    let selection = Selection {
+        exclude_namespaces: args.exclude_namespaces.into_iter().filter(|name| !name.is_empty()).collect(),
+        ipv6: match args.ipv6 {
+            CaptureIpv6::AsIstio => Ipv6::AsIstio,
+            CaptureIpv6::Always => Ipv6::Always,
+        },
+    };
     let settings = Settings {
         bpffs: args.bpffs.bpffs,
         max_connections: args.load.max_connections,
@@ -22,7 +29,7 @@ pub(super) fn daemon(args: DaemonArgs) -> Result<()> {
         cgroup_root: args.cgroup_root,
         node: args.node_name,
         api_wait: args.api_wait,
-        selection: Selection { exclude_namespaces: args.exclude_namespaces.into_iter().collect() },
+        selection,
         defaults: Given { arguments: args.options, ..Given::default() },
     };
     let runtime =

@@ -6,6 +6,7 @@
 
 use std::{
     collections::{BTreeMap, HashSet},
+    net::IpAddr,
     pin::pin,
     time::Duration,
 };
@@ -194,7 +195,23 @@ pub(super) fn claim(pod: &Pod, selection: &Selection, defaults: &Given) -> Optio
     let (key, id) = identify(pod)?;
     let verdict = sidecar::decide(&metadata(pod), selection, defaults);
     let created = pod.metadata.creation_timestamp.as_ref().map_or(i64::MAX, |time| time.0.as_second());
-    Some((key, ObjectClaim { id, created, stage: stage(pod), verdict, place: Place::Pending }))
+    Some((
+        key,
+        ObjectClaim {
+            id,
+            created,
+            stage: stage(pod),
+            verdict,
+            place: Place::Pending,
+            first_address: first_address(pod),
+        },
+    ))
+}
+
+fn first_address(pod: &Pod) -> Option<IpAddr> {
+    let status = pod.status.as_ref()?;
+    let first = status.pod_ips.as_ref().and_then(|all| all.first()).map(|first| &first.ip);
+    first.or(status.pod_ip.as_ref())?.parse().ok()
 }
 
 /// The pod that an object speaks for, and the object.

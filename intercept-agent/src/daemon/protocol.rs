@@ -1,6 +1,6 @@
 //! What is said on the daemon's socket: one request and one answer a connection, each a line of JSON.
 
-use std::{collections::BTreeMap, path::PathBuf, time::Duration};
+use std::{collections::BTreeMap, net::IpAddr, path::PathBuf, time::Duration};
 
 use serde::{Deserialize, Serialize};
 
@@ -64,6 +64,9 @@ pub struct Add {
     /// The pod's annotations, where the runtime told the plugin.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub annotations: Option<BTreeMap<String, String>>,
+    /// The pod's addresses, first the first.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub addresses: Vec<IpAddr>,
     /// Which pods are captured.
     #[serde(default)]
     pub select: Select,

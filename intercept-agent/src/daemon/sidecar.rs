@@ -1,6 +1,9 @@
 //! Whether a pod has a sidecar, and what its annotations ask for: as istio-cni reads them.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::IpAddr,
+};
 
 use serde::Deserialize;
 
@@ -44,6 +47,19 @@ pub const OPEN: &str = "intercept/open-without-proxy";
 pub struct Selection {
     /// Pods of these namespaces are ignored.
     pub exclude_namespaces: BTreeSet<String>,
+    /// Whether IPv6 is captured.
+    pub ipv6: Ipv6,
+}
+
+/// Whether a pod's IPv6 is captured.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Ipv6 {
+    /// As Istio does: if its proxy has `ISTIO_DUAL_STACK`, or its first address is of IPv6. Another's proxy does not
+    /// listen there.
+    #[default]
+    AsIstio,
+    /// Always: it is refused where the proxy does not listen.
+    Always,
 }
 
 /// What the API tells of a pod.
@@ -89,9 +105,29 @@ impl Container {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Verdict {
     /// Captured with these options.
-    Capture(Given),
+    Capture(CaptureArgs),
     /// Left alone.
     Ignore(IgnoreReason),
+}
+
+/// The options of a pod that is captured.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct CaptureArgs {
+    /// As `attach` takes them.
+    pub given: Given,
+    /// Whether IPv6 is captured if the pod's first address is of IPv4.
+    pub ipv6: Ipv6,
+}
+
+impl CaptureArgs {
+    /// The options for a pod whose first address is this; as long as it has none, IPv6 has nowhere to come from.
+    pub fn for_address(&self, first: Option<IpAddr>) -> Given {
+        let mut given = self.given.clone();
+        if self.ipv6 == Ipv6::AsIstio && first.is_some_and(|address| address.is_ipv4()) {
+            given.arguments.push("--without-ipv6".to_owned());
+        }
+        given
+    }
 }
 
 /// Why a pod is left alone.
@@ -154,6 +190,18 @@ pub struct AnnotationError {
     problem: String,
 }
 
+impl AnnotationError {
+    pub(super) fn new(annotation: &str, problem: String) -> Self {
+        Self { annotation: annotation.to_owned(), problem }
+    }
+
+    /// The error of the options names a flag that the author of the annotation has never seen.
+    pub(super) fn check(annotation: &str, flag: &str, value: &str) -> Result<(), Self> {
+        let given = Given { arguments: vec![flag.to_owned(), value.trim().to_owned()], ..Given::default() };
+        given.check().map(drop).map_err(|error| Self::new(annotation, error.to_string()))
+    }
+}
+
 /// Whether anything here depends on an annotation: the plugin need not pass others on.
 pub fn reads(annotation: &str) -> bool {
     [STATUS, INJECT, EXCLUDE_INBOUND, OPEN].contains(&annotation)
@@ -167,9 +215,19 @@ pub fn decide(
     selection: &Selection,
     defaults: &Given,
 ) -> Result<Verdict, AnnotationError> {
-    match ignore_reason(pod, selection) {
+    let elsewhere = if pod.host_network {
+        Some(IgnoreReason::HostNetwork)
+    } else if selection.exclude_namespaces.contains(&pod.namespace) {
+        Some(IgnoreReason::NamespaceExcluded)
+    } else {
+        None
+    };
+    if let Some(why) = elsewhere {
+        return Ok(Verdict::Ignore(why));
+    }
+    match ignore_reason(pod) {
         Some(why) => Ok(Verdict::Ignore(why)),
-        None => capture(&pod.annotations, proxy(&pod.containers), defaults),
+        None => capture(&pod.annotations, proxy(&pod.containers), selection, defaults),
     }
 }
 
@@ -177,13 +235,7 @@ fn proxy(containers: &[Container]) -> Option<&Container> {
     containers.iter().find(|container| container.name == PROXY && !container.init)
 }
 
-fn ignore_reason(pod: &PodMetadata, selection: &Selection) -> Option<IgnoreReason> {
-    if pod.host_network {
-        return Some(IgnoreReason::HostNetwork);
-    }
-    if selection.exclude_namespaces.contains(&pod.namespace) {
-        return Some(IgnoreReason::NamespaceExcluded);
-    }
+fn ignore_reason(pod: &PodMetadata) -> Option<IgnoreReason> {
     let Some(proxy) = proxy(&pod.containers) else { return Some(IgnoreReason::NoSidecar) };
     if !pod.annotations.contains_key(STATUS) {
         return Some(IgnoreReason::NotInjected);
@@ -245,7 +297,7 @@ pub fn decide_by_annotations(
     } else if has_mode_none(annotations) {
         ignore(IgnoreReason::ModeNone)
     } else if annotations.contains_key(MODE) || injected.has_init(VALIDATION) {
-        capture(annotations, None, defaults)
+        capture(annotations, None, selection, defaults)
     } else {
         ignore(IgnoreReason::TemplateUnknown)
     };
@@ -280,6 +332,7 @@ impl InjectionStatus {
 fn capture(
     annotations: &BTreeMap<String, String>,
     proxy: Option<&Container>,
+    selection: &Selection,
     defaults: &Given,
 ) -> Result<Verdict, AnnotationError> {
     let mut arguments: Vec<String> = Vec::new();
@@ -299,14 +352,17 @@ fn capture(
     if let Some(value) = annotations.get(OPEN) {
         let problem = || format!("`{value}` is neither true nor false");
         let open = truth(value.trim());
-        let open = open.ok_or_else(|| AnnotationError { annotation: OPEN.to_owned(), problem: problem() })?;
+        let open = open.ok_or_else(|| AnnotationError::new(OPEN, problem()))?;
         arguments.push(format!("--open-without-proxy={open}"));
     }
     if proxy.is_some_and(|proxy| proxy.is_set("ISTIO_META_DNS_CAPTURE")) {
         // All of it, because the resolvers of a pod that does not run yet are not known.
         arguments.extend(["--redirect-dns".to_owned(), "--capture-all-dns".to_owned()]);
     }
-    Ok(Verdict::Capture(Given { arguments, environment: defaults.environment.clone() }))
+    let dual_stack = proxy.is_some_and(|proxy| proxy.is_set("ISTIO_DUAL_STACK"));
+    let ipv6 = if dual_stack { Ipv6::Always } else { selection.ipv6 };
+    let given = Given { arguments, environment: defaults.environment.clone() };
+    Ok(Verdict::Capture(CaptureArgs { given, ipv6 }))
 }
 
 /// Flags and values of the annotations that are there, each of them sound.
@@ -314,23 +370,16 @@ fn annotated(annotations: &BTreeMap<String, String>) -> Result<Vec<(&'static str
     let mut flags = Vec::new();
     for (annotation, flag, _) in ANNOTATIONS {
         if let Some(value) = annotations.get(annotation) {
-            check(annotation, flag, value)?;
+            AnnotationError::check(annotation, flag, value)?;
             flags.push((flag, value.trim().to_owned()));
         }
     }
     if let Some(value) = annotations.get(EXCLUDE_INBOUND) {
-        check(EXCLUDE_INBOUND, "-d", value)?;
+        AnnotationError::check(EXCLUDE_INBOUND, "-d", value)?;
         let ports = value.split(',').map(str::trim).filter(|port| !port.is_empty()).chain(OWN_PORTS);
         flags.push(("-d", ports.collect::<Vec<_>>().join(",")));
     }
     Ok(flags)
-}
-
-/// The error of the options names a flag that the author of the annotation has never seen.
-fn check(annotation: &str, flag: &str, value: &str) -> Result<(), AnnotationError> {
-    let given = Given { arguments: vec![flag.to_owned(), value.trim().to_owned()], ..Given::default() };
-    let at = |problem| AnnotationError { annotation: annotation.to_owned(), problem };
-    given.check().map(drop).map_err(|error| at(error.to_string()))
 }
 
 /// As Go's `strconv.ParseBool`.

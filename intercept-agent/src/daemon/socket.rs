@@ -19,7 +19,7 @@ use super::{
     placement::Placement,
     protocol::{Add, MAX_LINE, PATIENCE, Request, Response, Sandbox, Select},
     reconcile::{Answer, Message, Problem},
-    sidecar::{self, Selection, Verdict},
+    sidecar::{self, CaptureArgs, Ipv6, Selection, Verdict},
     view::{Certainty, SandboxClaim},
     wanted::Key,
 };
@@ -169,7 +169,10 @@ impl Context {
             }
         };
         let (verdict, certainty) = match (add.select, add.annotations) {
-            (Select::All, _) => (Ok(Verdict::Capture(add.given)), Certainty::Provisional),
+            (Select::All, _) => {
+                let args = CaptureArgs { given: add.given, ipv6: Ipv6::Always };
+                (Ok(Verdict::Capture(args)), Certainty::Provisional)
+            }
             (Select::Sidecar, annotations) => sidecar::decide_by_annotations(
                 &add.pod.namespace,
                 annotations.as_ref(),
@@ -178,7 +181,16 @@ impl Context {
             ),
         };
         let Sandbox { sandbox: id, namespace, name, .. } = add.pod;
-        SandboxClaim { id, namespace, name, netns: add.netns, cgroup, verdict, certainty }
+        SandboxClaim {
+            id,
+            namespace,
+            name,
+            netns: add.netns,
+            cgroup,
+            first_address: add.addresses.first().copied(),
+            verdict,
+            certainty,
+        }
     }
 
     async fn ask(&self, message: impl FnOnce(oneshot::Sender<Answer>) -> Message) -> Response {

@@ -5,7 +5,7 @@
 //!
 //! 1. A file of the folder is a pod of its own; no other source shares its key.
 //! 2. Selection and options: the API's object, else the CNI plugin's annotations, else what an earlier daemon applied.
-//! 3. Place: the runtime's sandbox (its cgroup, its namespace), else the cgroup of the object's UID, else that of an
+//! 3. Place: the runtime's sandbox (its cgroup, its namespace, its address), else the cgroup of the object's UID, else that of an
 //!    earlier daemon.
 //! 4. End: only the runtime ends a sandbox. An object that is gone from the API keeps its say until then.
 //!
@@ -15,6 +15,7 @@
 
 use std::{
     collections::{BTreeMap, HashSet},
+    net::IpAddr,
     path::PathBuf,
 };
 
@@ -89,6 +90,8 @@ pub struct ObjectClaim {
     pub verdict: Result<Verdict, AnnotationError>,
     /// Where it is.
     pub place: Place,
+    /// Its first address, once it has one.
+    pub first_address: Option<IpAddr>,
 }
 
 /// What the runtime says of a pod, through the CNI plugin.
@@ -104,6 +107,8 @@ pub struct SandboxClaim {
     pub netns: PathBuf,
     /// The pod's cgroup, or why it is not known.
     pub cgroup: Result<PathBuf, String>,
+    /// Its first address, if the runtime has told the plugin.
+    pub first_address: Option<IpAddr>,
     /// Whether it is captured, and how, by what the plugin was told.
     pub verdict: Result<Verdict, AnnotationError>,
     /// How far the plugin's word goes.
@@ -356,7 +361,11 @@ impl PodView {
             }
         };
         match verdict {
-            Ok(Verdict::Capture(given)) => self.place(uid, &Options::Given(given.clone())),
+            Ok(Verdict::Capture(args)) => {
+                let added = self.sandbox.as_ref().and_then(|sandbox| sandbox.first_address);
+                let told = self.speaker().and_then(|object| object.first_address);
+                self.place(uid, &Options::Given(args.for_address(added.or(told))))
+            }
             Ok(Verdict::Ignore(why)) => Resolution::Ignore(*why),
             Err(error) => Resolution::Refuse(Problem::Options(error.to_string())),
         }

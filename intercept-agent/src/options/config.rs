@@ -65,6 +65,9 @@ pub struct Config {
     /// What would be refused because the proxy does not listen goes on uncaptured.
     #[serde(default)]
     pub open_without_proxy: bool,
+    /// IPv6 is left alone.
+    #[serde(default)]
+    pub without_ipv6: bool,
 }
 
 /// How inbound connections reach the proxy.
@@ -186,6 +189,7 @@ impl Default for Config {
             loopback_v4: Ipv4Net::from(Ipv4Addr::LOCALHOST),
             dns: Dns::Off,
             open_without_proxy: false,
+            without_ipv6: false,
         }
     }
 }

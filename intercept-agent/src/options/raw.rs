@@ -19,11 +19,14 @@ pub struct RawOptions {
 }
 
 impl RawOptions {
-    /// Adds the variables of the settings, as `lookup` gives them. An empty one counts as unset.
+    /// Adds the variables of the settings, as `lookup` gives them. An empty one counts as unset, and so does one that
+    /// Kubernetes has made for a Service of such a name.
     #[must_use]
     pub fn read_env(mut self, lookup: impl Fn(&str) -> Option<String>) -> Self {
         for &name in setting::ALL.iter().flat_map(|setting| setting.env) {
-            if let Some(value) = lookup(name).filter(|value| !value.is_empty()) {
+            if let Some(value) =
+                lookup(name).filter(|value| !value.is_empty() && !is_service_link(name, value))
+            {
                 self.env.insert(name, value);
             }
         }
@@ -45,6 +48,13 @@ impl RawOptions {
         let (name, value) = setting.env.iter().find_map(|name| self.env.get_key_value(name))?;
         Some((Origin::Variable(name), value))
     }
+}
+
+/// Whether Kubernetes has set this variable: for a Service `envoy` in the pod's namespace, ENVOY_PORT is
+/// `tcp://10.96.0.7:80`. The other variables of a Service (`_SERVICE_HOST`, `_PORT_80_TCP` and so on) have no names of
+/// settings.
+fn is_service_link(name: &str, value: &str) -> bool {
+    name.ends_with("_PORT") && ["tcp://", "udp://", "sctp://"].iter().any(|scheme| value.starts_with(scheme))
 }
 
 impl FromArgMatches for RawOptions {

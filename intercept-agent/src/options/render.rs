@@ -42,6 +42,9 @@ impl Config {
         if self.open_without_proxy {
             args.switch(&setting::OPEN_WITHOUT_PROXY);
         }
+        if self.without_ipv6 {
+            args.switch(&setting::WITHOUT_IPV6);
+        }
         args.0
     }
 
@@ -191,6 +194,7 @@ impl fmt::Display for Config {
         )?;
         line("localhost", format!("{}, ::1/128", self.loopback_v4))?;
         line("without the proxy", if self.open_without_proxy { "open" } else { "refused" }.to_owned())?;
+        line("IPv6", if self.without_ipv6 { "left alone" } else { "as IPv4" }.to_owned())?;
         line(
             "DNS",
             match &self.dns {

@@ -117,10 +117,12 @@ settings! {
         "The file that lists the servers for --redirect-dns";
     OPEN_WITHOUT_PROXY: None, Some("open-without-proxy"), ["OPEN_WITHOUT_PROXY"], None, "false",
         "Not one of istio-iptables: where nothing listens, let traffic go on uncaptured instead of refusing it";
+    WITHOUT_IPV6: None, Some("without-ipv6"), ["WITHOUT_IPV6"], None, "false",
+        "Not one of istio-iptables: leave IPv6 alone, as istio-iptables does in a pod whose first address is IPv4";
     DROP_INVALID: None, Some("drop-invalid"), ["INVALID_DROP", "DROP_INVALID"], None, "false",
         "Accepted; there is no connection tracking to guard";
     DUAL_STACK: None, Some("dual-stack"), ["ISTIO_DUAL_STACK", "DUAL_STACK"], None, "false",
-        "Accepted; both address families are always captured";
+        "Accepted; both address families are captured unless --without-ipv6 says otherwise";
     NETWORK_NAMESPACE: None, Some("network-namespace"), ["NETWORK_NAMESPACE"], Some("PATH"), "the pod's own",
         "The network namespace to work in";
     CNI_MODE: None, Some("cni-mode"), ["CNI_MODE"], None, "false",

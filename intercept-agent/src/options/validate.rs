@@ -84,6 +84,7 @@ impl<'a> Reader<'a> {
             loopback_v4: self.value(&setting::LOOPBACK_CIDR, default.loopback_v4, parse_loopback)?,
             dns: self.dns()?,
             open_without_proxy: self.switch(&setting::OPEN_WITHOUT_PROXY)?,
+            without_ipv6: self.switch(&setting::WITHOUT_IPV6)?,
         })
     }
 
@@ -113,7 +114,7 @@ impl<'a> Reader<'a> {
             (
                 switches.dual_stack,
                 &setting::DUAL_STACK,
-                "nothing to do, because both address families are always captured",
+                "nothing to do, because both address families are captured unless --without-ipv6 says otherwise",
             ),
             (
                 switches.drop_invalid,

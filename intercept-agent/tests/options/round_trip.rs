@@ -187,6 +187,7 @@ fn json_and_text_of_a_policy() {
         owner_groups: OwnerGroups::Except(vec![202]),
         dns: Dns::Resolvers(vec!["10.96.0.10".parse().expect("address")]),
         open_without_proxy: true,
+        without_ipv6: true,
         ..Config::default()
     };
     let json = serde_json::json!({
@@ -199,7 +200,7 @@ fn json_and_text_of_a_policy() {
         "exclude": ["10.0.0.0/8"],
         "outbound_ports": "443", "outbound_exclude_ports": "",
         "owner_groups": {"except": [202]}, "loopback_v4": "127.0.0.1/32",
-        "dns": {"resolvers": ["10.96.0.10"]}, "open_without_proxy": true,
+        "dns": {"resolvers": ["10.96.0.10"]}, "open_without_proxy": true, "without_ipv6": true,
     });
     assert_eq!(serde_json::to_value(&config).expect("serialises"), json);
     let text = "\
@@ -219,6 +220,7 @@ outbound ports left alone none
 owner groups              all but 202
 localhost                 127.0.0.1/32, ::1/128
 without the proxy         open
+IPv6                      left alone
 DNS                       10.96.0.10 to 15053
 ";
     assert_eq!(config.to_string(), text);

@@ -118,6 +118,7 @@ fn every_setting_by_flag_and_variable() {
             c.dns = Dns::Resolvers(vec!["10.96.0.10".parse().expect("address")]);
         }),
         ("", "--open-without-proxy", "OPEN_WITHOUT_PROXY", "true", |c, _| c.open_without_proxy = true),
+        ("", "--without-ipv6", "WITHOUT_IPV6", "true", |c, _| c.without_ipv6 = true),
         ("", "--network-namespace", "NETWORK_NAMESPACE", "/run/netns/a", |_, s| {
             s.network_namespace = Some("/run/netns/a".into());
         }),
@@ -190,6 +191,18 @@ fn settings_that_are_variables_only() {
         [5],
         "not looked up when -u is given"
     );
+}
+
+/// A Service `envoy` in the pod's namespace is enough, and nobody has meant it as an option.
+#[test]
+fn variables_that_kubernetes_makes_for_services_do_not_count() {
+    for name in ["ENVOY_PORT", "INBOUND_CAPTURE_PORT", "INBOUND_TUNNEL_PORT", "IPTABLES_PROBE_PORT"] {
+        for value in ["tcp://10.96.0.7:80", "udp://10.96.0.7:53", "sctp://[fd00::7]:80"] {
+            assert_eq!(valid(&[], &[(name, value)]), valid(&[], &[]), "{name}={value}");
+        }
+        let error = outcome(&[], &[(name, "http://10.96.0.7")], &Pod::default()).expect_err(name);
+        assert!(error.to_string().contains(name), "{error}");
+    }
 }
 
 #[test]
@@ -365,7 +378,7 @@ fn help_is_complete() {
     }
     let command = Cli::command();
     let flags: Vec<_> = command.get_arguments().filter(|arg| arg.get_id() != "help").collect();
-    assert_eq!(flags.len(), 36);
+    assert_eq!(flags.len(), 37);
     for flag in flags {
         let text = flag.get_help().expect("help").to_string();
         let long = flag.get_long().expect("a long flag");

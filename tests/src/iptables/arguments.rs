@@ -42,6 +42,9 @@ impl Options {
         if self.drop_invalid {
             arguments.push("--drop-invalid".into());
         }
+        if !self.ipv6 {
+            arguments.push("--without-ipv6".into());
+        }
         arguments
     }
 

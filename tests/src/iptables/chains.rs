@@ -21,6 +21,9 @@ pub const DNS_PORT: u16 = 15053;
 
 /// All rules of a configuration for one family.
 pub fn rules(options: &Options, family: Family) -> Vec<Rule> {
+    if family == Family::V6 && !options.ipv6 {
+        return Vec::new();
+    }
     let mut builder = Builder::new(options, family);
     builder.exclude_interfaces();
     builder.virtual_interfaces();

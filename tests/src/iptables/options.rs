@@ -44,6 +44,8 @@ pub struct Options {
     pub loopback_cidr: Ipv4Net,
     /// --drop-invalid.
     pub drop_invalid: bool,
+    /// There are rules for IPv6: with --dual-stack, or if the pod's first address is of IPv6.
+    pub ipv6: bool,
 }
 
 /// The parameters of TPROXY mode.
@@ -113,6 +115,7 @@ impl Default for Options {
             owner_groups: Groups::Except(Vec::new()),
             loopback_cidr: Ipv4Net::new_assert(Ipv4Addr::LOCALHOST, 32),
             drop_invalid: false,
+            ipv6: true,
         }
     }
 }

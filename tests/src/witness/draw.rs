@@ -290,6 +290,7 @@ fn options(rng: &mut impl Rng, place: &Place, addresses: &[IpAddr], ports: &[u16
         let addr = Ipv4Addr::from_bits(0x7f00_0000 | rng.random_range(0..8));
         options.loopback_cidr = Ipv4Net::new_assert(addr, len);
     }
+    options.ipv6 = rng.random_bool(0.85);
     options
 }
 

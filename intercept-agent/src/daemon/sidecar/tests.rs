@@ -23,7 +23,7 @@ fn pod(annotations: &[(&str, &str)], containers: &[Container]) -> PodMetadata {
 /// The policy that comes of it, as the daemon would compile it.
 fn config(pod: &PodMetadata, defaults: &Given) -> Config {
     match decide(pod, &Selection::default(), defaults).expect("sound") {
-        Verdict::Capture(given) => given.check().expect("sound options"),
+        Verdict::Capture(args) => args.given.check().expect("sound options"),
         Verdict::Ignore(why) => panic!("ignored: {}", why.as_str()),
     }
 }
@@ -31,7 +31,7 @@ fn config(pod: &PodMetadata, defaults: &Given) -> Config {
 fn ignored(pod: &PodMetadata) -> &'static str {
     match decide(pod, &Selection::default(), &Given::default()).expect("sound") {
         Verdict::Ignore(why) => why.as_str(),
-        Verdict::Capture(given) => panic!("captured with {:?}", given.arguments),
+        Verdict::Capture(args) => panic!("captured with {:?}", args.given.arguments),
     }
 }
 
@@ -48,8 +48,8 @@ fn without_annotations_everything_is_captured_but_the_proxys_own_ports() {
     let annotations = pod(&[(MODE, "REDIRECT")], &[]).annotations;
     let (verdict, _) =
         decide_by_annotations("shop", Some(&annotations), &Selection::default(), &Given::default());
-    let Ok(Verdict::Capture(given)) = verdict else { panic!("{verdict:?}") };
-    assert_eq!(given.check().expect("sound options"), expected);
+    let Ok(Verdict::Capture(args)) = verdict else { panic!("{verdict:?}") };
+    assert_eq!(args.given.check().expect("sound options"), expected);
 }
 
 #[test]
@@ -150,7 +150,7 @@ fn what_is_not_to_be_captured_is_ignored() {
 
 #[test]
 fn excluded_namespaces_are_ignored_whoever_tells_of_them() {
-    let selection = Selection { exclude_namespaces: ["shop".to_owned()].into() };
+    let selection = Selection { exclude_namespaces: ["shop".to_owned()].into(), ..Selection::default() };
     let pod = pod(&[(MODE, "REDIRECT")], &[proxy()]);
     let ignored = Ok(Verdict::Ignore(IgnoreReason::NamespaceExcluded));
     assert_eq!(decide(&pod, &selection, &Given::default()), ignored);
@@ -221,4 +221,25 @@ fn the_label_is_stronger_than_the_annotation() {
 fn a_proxy_that_is_a_plain_init_container_is_none() {
     let init = Container { init: true, ..proxy() };
     assert_eq!(ignored(&pod(&[], &[init])), "no_sidecar");
+}
+
+#[test]
+fn ipv6_is_captured_where_istio_captures_it() {
+    let ipv4 = Some([10, 0, 0, 1].into());
+    let ipv6 = Some("fd00::1".parse().expect("an address"));
+    let dual =
+        Container { environment: [("ISTIO_DUAL_STACK".to_owned(), "true".to_owned())].into(), ..proxy() };
+    let always = Selection { ipv6: Ipv6::Always, ..Selection::default() };
+    for (what, proxy, selection, first, left_alone) in [
+        ("IPv4 first", proxy(), Selection::default(), ipv4, true),
+        ("IPv6 first", proxy(), Selection::default(), ipv6, false),
+        ("no address yet", proxy(), Selection::default(), None, false),
+        ("a proxy for both", dual, Selection::default(), ipv4, false),
+        ("strictly", proxy(), always, ipv4, false),
+    ] {
+        let verdict = decide(&pod(&[], &[proxy]), &selection, &Given::default());
+        let Ok(Verdict::Capture(args)) = verdict else { panic!("{what}: {verdict:?}") };
+        let config = args.for_address(first).check().expect("sound options");
+        assert_eq!(config.without_ipv6, left_alone, "{what}");
+    }
 }

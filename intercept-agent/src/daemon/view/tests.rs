@@ -42,6 +42,7 @@ fn sandbox(pod: &Value, id: &str) -> SandboxClaim {
         name: "cart".into(),
         netns: "/run/netns/cart".into(),
         cgroup: Ok("/kubepods/pod".into()),
+        first_address: None,
         verdict,
         certainty,
     }
