@@ -182,6 +182,9 @@ pub(crate) struct DaemonArgs {
     /// Whether the IPv6 of pods with a sidecar is captured
     #[arg(long, value_enum, default_value_t = CaptureIpv6::AsIstio, env = "INTERCEPT_IPV6")]
     pub(crate) ipv6: CaptureIpv6,
+    /// Whose sidecars the pods have
+    #[arg(long, value_enum, default_value_t = SidecarMesh::Istio, env = "INTERCEPT_MESH")]
+    pub(crate) mesh: SidecarMesh,
     #[command(flatten)]
     pub(crate) socket: Socket,
     #[command(flatten)]
@@ -271,6 +274,14 @@ pub(crate) enum CaptureIpv6 {
     AsIstio,
     /// Also of a proxy that may not listen there: it is refused then
     Always,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum SidecarMesh {
+    Istio,
+    Linkerd,
+    Kuma,
+    Consul,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]

@@ -7,6 +7,7 @@ pub mod capture;
 pub mod complaints;
 pub mod folder;
 pub mod kubernetes;
+pub mod mesh;
 pub mod metrics;
 pub mod placement;
 pub mod protocol;

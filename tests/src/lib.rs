@@ -17,6 +17,7 @@ pub mod envoy;
 pub mod iptables;
 pub mod kernel;
 pub mod kube;
+pub mod plugin;
 pub mod slip;
 pub mod snapshot;
 pub mod steps;

@@ -2,9 +2,8 @@
 
 use std::{
     fs,
-    io::Write as _,
     net::{IpAddr, SocketAddr},
-    process::{Command, Stdio},
+    process::Command,
     thread,
 };
 
@@ -16,6 +15,7 @@ use tests::{
     agent::Agent,
     api::{Api, pod},
     daemon::{Daemon, answers, proxy, service},
+    plugin::{Plugin, Sandbox},
     testbed::{Cgroup, Ids, Pod, PodSpec},
 };
 
@@ -86,29 +86,13 @@ impl<'a> Running<'a> {
 
     /// Call the plugin as a runtime does; its error, if it has one.
     fn call(&self, command: &str) -> Result<(), String> {
-        let metadata = &self.object["metadata"];
-        let config = json!({
-            "cniVersion": "1.0.0", "name": "net", "type": "intercept-cni", "socket": self.node.daemon.socket(),
-            "prevResult": { "cniVersion": "1.0.0", "ips": [{ "address": self.first_address }] },
-            "runtimeConfig": { "io.kubernetes.cri.pod-annotations": metadata["annotations"] },
-        });
-        let namespace = metadata["namespace"].as_str().expect("text");
-        let arguments = format!("K8S_POD_NAMESPACE={namespace};K8S_POD_NAME={0};K8S_POD_UID={0}", self.uid);
-        let mut child = Command::new(self.node.agent.program())
-            .arg("cni")
-            .env("CNI_COMMAND", command)
-            .env("CNI_CONTAINERID", format!("sandbox-of-{}", self.uid))
-            .env("CNI_NETNS", self.place.netns.path())
-            .env("CNI_IFNAME", "eth0")
-            .env("CNI_ARGS", arguments)
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .spawn()
-            .expect("started");
-        child.stdin.take().expect("piped").write_all(config.to_string().as_bytes()).expect("written");
-        let output = child.wait_with_output().expect("ended");
-        let printed = String::from_utf8(output.stdout).expect("text");
-        if output.status.success() { Ok(()) } else { Err(printed) }
+        let sandbox = Sandbox {
+            object: &self.object,
+            uid: &self.uid,
+            netns: self.place.netns.path(),
+            address: self.first_address,
+        };
+        Plugin::new(self.node.agent, &self.node.daemon).call(command, &sandbox).expect("called")
     }
 
     fn tell(&self, kind: &str) {

@@ -19,6 +19,7 @@ use tests::{
     agent::{Agent, deployed_capabilities},
     daemon::{Daemon, answers, get},
     kube::{Client, Deployed, NODE, Pods, Running, Server, object},
+    plugin::{Plugin, Sandbox},
 };
 
 const WITH_SIDECAR: [&str; 2] = ["app", "istio-proxy"];
@@ -337,4 +338,84 @@ fn a_right_that_is_missing_is_named_and_waited_for() {
     let log = node.log();
     let attempts = log.matches("starting to watch").count();
     assert_eq!((attempts > 0, log.matches(refused).count()), (true, attempts), "{log}");
+}
+
+#[test]
+#[ignore = "needs kube-apiserver: `cargo xtask kube` builds it and runs this"]
+fn the_real_api_decides_what_the_real_plugin_adds() {
+    const MODE: &str = "sidecar.istio.io/interceptionMode";
+    let server = Server::start().expect("an API");
+    let client = Client::connect(&server).expect("a client");
+    let deployed = client.deploy().expect("deployed");
+    let pods = Pods::new(&client).expect("a kubelet");
+    let node = Node::new(&server, &client, &deployed);
+    let daemon = node.daemon(&pods);
+    let plugin = Plugin::new(&node.agent, &daemon);
+    let call = |command: &str, pod: &Running| {
+        let (uid, netns) = (pod.uid(), pod.place.netns.path());
+        let sandbox = Sandbox { object: &pod.object, uid, netns, address: "10.66.0.2/24" };
+        plugin
+            .call(command, &sandbox)
+            .expect("called")
+            .unwrap_or_else(|error| panic!("{error}\n{}", node.log()));
+    };
+    let sidecar = |name: &str| with_sidecar(name, &json!({ MODE: "REDIRECT" }));
+    let mut gateway = sidecar("gateway");
+    gateway["spec"]["containers"][1]["args"] = json!(["proxy", "router"]);
+    let mut grpc = sidecar("grpc");
+    grpc["spec"]["containers"][1]["env"] = json!([{ "name": "DISABLE_ENVOY", "value": "true" }]);
+    let mut with_init = sidecar("with-init");
+    with_init["spec"]["initContainers"] = json!([{ "name": "istio-init", "image": "none" }]);
+    let mut user = sidecar("user");
+    user["spec"]["containers"][1]["securityContext"] = json!({ "runAsUser": 1444, "runAsGroup": 1444 });
+    let kinds = [
+        (sidecar("sidecar"), None),
+        (user, None),
+        (gateway, Some("gateway")),
+        (grpc, Some("proxy_disabled")),
+        (with_init, Some("captures_itself")),
+        (object("plain", &["app"], &json!({})), Some("no_sidecar")),
+        (with_sidecar("none", &json!({ MODE: "NONE" })), Some("mode_none")),
+    ];
+    let kinds = kinds.map(|(object, ignored)| (pods.run(&object).expect("it runs"), ignored));
+    for (pod, ignored) in &kinds {
+        // Added before or after the daemon has heard of it, as it happens; again once it surely has.
+        for attempt in ["first", "again"] {
+            call("ADD", pod);
+            let name = pod.object["metadata"]["name"].as_str().expect("a name");
+            let report = report(&daemon, name).expect("known");
+            assert_eq!(report.left_alone.as_deref(), *ignored, "{name}, {attempt}");
+            assert_eq!(is_captured(pod), ignored.is_none(), "{name}, {attempt}");
+        }
+    }
+    let arguments = |pod: &Running| {
+        let status = node.agent.status().expect("status");
+        let name = format!("pod{}", pod.uid());
+        let is_it = |pod: &&Value| pod["cgroup"].as_str().is_some_and(|path| path.ends_with(&name));
+        status.as_array().expect("a list").iter().find(is_it).expect("captured")["arguments"].to_string()
+    };
+    assert!(arguments(&kinds[1].0).contains("1444"), "{}", arguments(&kinds[1].0));
+
+    // The API takes an object that says it mirrors another; it speaks for itself.
+    let before = arguments(&kinds[0].0);
+    let mut evil = with_sidecar("evil", &json!({ MODE: "REDIRECT", EXCLUDED: "1:65535" }));
+    evil["metadata"]["annotations"]["kubernetes.io/config.mirror"] = json!(kinds[0].0.uid());
+    evil["metadata"]["ownerReferences"] =
+        json!([{ "apiVersion": "v1", "kind": "Node", "name": NODE, "uid": kinds[0].0.uid() }]);
+    let evil = pods.run(&evil).expect("it runs");
+    node.wait_for(&daemon, "evil", State::Captured);
+    assert_eq!(arguments(&kinds[0].0), before);
+    client.delete(&evil.object, true).expect("deleted");
+    node.wait(&daemon, "it is gone", |daemon| report(daemon, "evil").is_none());
+    assert!(is_captured(&kinds[0].0));
+    assert_eq!(arguments(&kinds[0].0), before);
+
+    // The object may go first; only the runtime ends the pod.
+    for (pod, ignored) in &kinds {
+        client.delete(&pod.object, true).expect("deleted");
+        assert_eq!(is_captured(pod), ignored.is_none());
+        call("DEL", pod);
+    }
+    node.wait(&daemon, "all are gone", |daemon| daemon.reports().is_ok_and(|reports| reports.is_empty()));
+    assert!(node.in_force().is_empty());
 }

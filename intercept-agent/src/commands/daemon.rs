@@ -2,13 +2,14 @@
 
 use anyhow::{Context as _, Result};
 use intercept_agent::daemon::{
+    mesh::Mesh,
     serve::{Settings, serve},
     sidecar::{Ipv6, Selection},
     wanted::Given,
 };
 use tokio::signal::unix::{SignalKind, signal};
 
-use crate::cli::{CaptureIpv6, DaemonArgs};
+use crate::cli::{CaptureIpv6, DaemonArgs, SidecarMesh};
 
 pub(super) fn daemon(args: DaemonArgs) -> Result<()> {
     super::check::require_privileges()?;
@@ -18,6 +19,12 @@ pub(super) fn daemon(args: DaemonArgs) -> Result<()> {
         ipv6: match args.ipv6 {
             CaptureIpv6::AsIstio => Ipv6::AsIstio,
             CaptureIpv6::Always => Ipv6::Always,
+        },
+        mesh: match args.mesh {
+            SidecarMesh::Istio => Mesh::Istio,
+            SidecarMesh::Linkerd => Mesh::Linkerd,
+            SidecarMesh::Kuma => Mesh::Kuma,
+            SidecarMesh::Consul => Mesh::Consul,
         },
     };
     let settings = Settings {

@@ -7,7 +7,11 @@ use std::{
 
 use serde::Deserialize;
 
-use super::{view::Certainty, wanted::Given};
+use super::{
+    mesh::{self, Mesh},
+    view::Certainty,
+    wanted::Given,
+};
 
 /// The proxy's container.
 const PROXY: &str = "istio-proxy";
@@ -49,6 +53,8 @@ pub struct Selection {
     pub exclude_namespaces: BTreeSet<String>,
     /// Whether IPv6 is captured.
     pub ipv6: Ipv6,
+    /// Whose sidecars they have.
+    pub mesh: Mesh,
 }
 
 /// Whether a pod's IPv6 is captured.
@@ -206,6 +212,7 @@ impl AnnotationError {
 pub fn reads(annotation: &str) -> bool {
     [STATUS, INJECT, EXCLUDE_INBOUND, OPEN].contains(&annotation)
         || ANNOTATIONS.iter().any(|(name, ..)| *name == annotation)
+        || mesh::reads(annotation)
 }
 
 /// Decide by all that the API tells. `defaults` are options for every pod of the node: stronger than istio's defaults,
@@ -224,6 +231,9 @@ pub fn decide(
     };
     if let Some(why) = elsewhere {
         return Ok(Verdict::Ignore(why));
+    }
+    if selection.mesh != Mesh::Istio {
+        return mesh::decide(selection.mesh, pod, defaults);
     }
     match ignore_reason(pod) {
         Some(why) => Ok(Verdict::Ignore(why)),
@@ -283,6 +293,9 @@ pub fn decide_by_annotations(
     let Some(annotations) = annotations else {
         return (ignore(IgnoreReason::AnnotationsUnknown), Certainty::Provisional);
     };
+    if selection.mesh != Mesh::Istio {
+        return mesh::decide_by_annotations(selection.mesh, annotations, defaults);
+    }
     let Some(status) = annotations.get(STATUS) else {
         return (ignore(IgnoreReason::NoSidecar), Certainty::Certain);
     };

@@ -219,9 +219,14 @@ impl PodView {
         waits
     }
 
+    /// The sandbox that the runtime has for the pod, as far as the plugin was told.
+    pub fn sandbox_id(&self) -> Option<&str> {
+        self.runtime().map(|sandbox| sandbox.id)
+    }
+
     /// The runtime takes a sandbox away. False if the pod has another one by now, or none.
     pub fn end_sandbox(&mut self, id: &str) -> bool {
-        let is_it = self.runtime().is_some_and(|own| own.id == id);
+        let is_it = self.sandbox_id() == Some(id);
         if is_it {
             self.drop_sandbox();
         }

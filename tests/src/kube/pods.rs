@@ -30,8 +30,8 @@ pub struct Running {
     /// Plays the app and, on 15001, the proxy.
     pub actor: Actor,
     _world: Actor,
-    /// After the processes in it.
-    _place: Pod,
+    /// Where it is; after the processes in it.
+    pub place: Pod,
 }
 
 /// What the injector writes into a pod with a sidecar that others capture.
@@ -101,7 +101,7 @@ impl<'a> Pods<'a> {
         let status =
             json!({ "phase": "Running", "podIP": place.address(false), "containerStatuses": states });
         self.client.patch_status(object, &status)?;
-        Ok(Running { object: made, actor, _world: world, _place: place })
+        Ok(Running { object: made, actor, _world: world, place })
     }
 }
 

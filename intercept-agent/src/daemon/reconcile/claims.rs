@@ -161,6 +161,11 @@ impl Reconciler {
         let problem = Problem { cause: cause.to_owned(), text };
         let asked = pod.answer(&Err(problem.clone()));
         pod.left_alone = None;
+        if pod.held.is_none() {
+            // What is applied stays; what is not yet does not begin.
+            pod.wanted = None;
+            pod.due = None;
+        }
         if pod.problem.as_ref() != Some(&problem) {
             self.metrics.error(cause);
             tracing::error!(pod = %key, name = pod.name, cause, "{}", problem.text);

@@ -1,0 +1,73 @@
+//! The CNI plugin, called as a runtime calls it.
+
+use std::{
+    io::Write as _,
+    path::{Path, PathBuf},
+    process::{Command, Stdio},
+};
+
+use anyhow::{Context as _, Result};
+use serde_json::{Value, json};
+
+use crate::{agent::Agent, daemon::Daemon};
+
+/// The plugin of an agent, which asks a daemon.
+#[derive(Debug)]
+pub struct Plugin {
+    program: PathBuf,
+    socket: PathBuf,
+}
+
+/// What a runtime says of a pod.
+#[derive(Debug)]
+pub struct Sandbox<'a> {
+    /// The pod's object.
+    pub object: &'a Value,
+    /// The pod's UID, which is not the object's if the pod is a static one.
+    pub uid: &'a str,
+    /// The pod's network namespace.
+    pub netns: &'a Path,
+    /// The pod's first address, with the length of its prefix.
+    pub address: &'a str,
+}
+
+impl Plugin {
+    /// The one that asks this daemon.
+    pub fn new(agent: &Agent, daemon: &Daemon<'_>) -> Self {
+        Self { program: agent.program().to_owned(), socket: daemon.socket() }
+    }
+
+    /// Call it; what it prints if it fails is the inner error.
+    pub fn call(&self, command: &str, sandbox: &Sandbox<'_>) -> Result<Result<(), String>> {
+        let metadata = &sandbox.object["metadata"];
+        let config = json!({
+            "cniVersion": "1.0.0", "name": "net", "type": "intercept-cni", "socket": self.socket,
+            "prevResult": { "cniVersion": "1.0.0", "ips": [{ "address": sandbox.address }] },
+            "runtimeConfig": { "io.kubernetes.cri.pod-annotations": metadata["annotations"] },
+        });
+        let text = |name: &str| metadata[name].as_str().with_context(|| format!("an object without {name}"));
+        let arguments = format!(
+            "K8S_POD_NAMESPACE={};K8S_POD_NAME={};K8S_POD_UID={}",
+            text("namespace")?,
+            text("name")?,
+            sandbox.uid
+        );
+        let mut child = Command::new(&self.program)
+            .arg("cni")
+            .env("CNI_COMMAND", command)
+            .env("CNI_CONTAINERID", format!("sandbox-of-{}", sandbox.uid))
+            .env("CNI_NETNS", sandbox.netns)
+            .env("CNI_IFNAME", "eth0")
+            .env("CNI_ARGS", arguments)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .context("starting the plugin")?;
+        let mut stdin = child.stdin.take().context("no standard input")?;
+        stdin.write_all(config.to_string().as_bytes())?;
+        drop(stdin);
+        let output = child.wait_with_output()?;
+        let printed = String::from_utf8(output.stdout)?;
+        Ok(if output.status.success() { Ok(()) } else { Err(printed) })
+    }
+}
