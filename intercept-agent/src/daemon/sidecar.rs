@@ -23,6 +23,8 @@ const VALIDATION: &str = "istio-validation";
 const STATUS: &str = "sidecar.istio.io/status";
 /// Written by the sidecar's template alone, and always where others capture the pods.
 const MODE: &str = "sidecar.istio.io/interceptionMode";
+/// YAML: options of the proxy, among them variables of its environment.
+const PROXY_CONFIG: &str = "proxy.istio.io/config";
 /// Annotation and label: whether the pod was to be injected.
 pub const INJECT: &str = "sidecar.istio.io/inject";
 /// Answered by the proxy itself: never captured inbound.
@@ -210,7 +212,7 @@ impl AnnotationError {
 
 /// Whether anything here depends on an annotation: the plugin need not pass others on.
 pub fn reads(annotation: &str) -> bool {
-    [STATUS, INJECT, EXCLUDE_INBOUND, OPEN].contains(&annotation)
+    [STATUS, PROXY_CONFIG, INJECT, EXCLUDE_INBOUND, OPEN].contains(&annotation)
         || ANNOTATIONS.iter().any(|(name, ..)| *name == annotation)
         || mesh::reads(annotation)
 }
@@ -279,7 +281,7 @@ fn has_mode_none(annotations: &BTreeMap<String, String>) -> bool {
 }
 
 /// Decide by what the plugin is told, and say how far that goes. What only the API knows (the containers, the proxy's
-/// users and environment, labels) is taken to be as in most pods.
+/// users, labels) is taken to be as in most pods.
 pub fn decide_by_annotations(
     namespace: &str,
     annotations: Option<&BTreeMap<String, String>>,
@@ -301,6 +303,7 @@ pub fn decide_by_annotations(
     };
     let injected = InjectionStatus::read(status);
     let inject = annotations.get(INJECT);
+    let proxy = Container { environment: proxy_metadata(annotations), ..Container::default() };
     let verdict = if injected.has_init(INIT) {
         ignore(IgnoreReason::CapturesItself)
     } else if injected.is_without(PROXY) {
@@ -309,12 +312,26 @@ pub fn decide_by_annotations(
         ignore(IgnoreReason::InjectDisabled)
     } else if has_mode_none(annotations) {
         ignore(IgnoreReason::ModeNone)
+    } else if proxy.is_set("DISABLE_ENVOY") {
+        ignore(IgnoreReason::ProxyDisabled)
     } else if annotations.contains_key(MODE) || injected.has_init(VALIDATION) {
-        capture(annotations, None, selection, defaults)
+        capture(annotations, Some(&proxy), selection, defaults)
     } else {
         ignore(IgnoreReason::TemplateUnknown)
     };
     (verdict, Certainty::Provisional)
+}
+
+/// The variables that [`PROXY_CONFIG`] gives the proxy. What does not read tells nothing: the injector has read it.
+fn proxy_metadata(annotations: &BTreeMap<String, String>) -> BTreeMap<String, String> {
+    #[derive(Default, Deserialize)]
+    #[serde(default, rename_all = "camelCase")]
+    struct ProxyConfig {
+        proxy_metadata: BTreeMap<String, String>,
+    }
+    let config =
+        annotations.get(PROXY_CONFIG).and_then(|text| serde_saphyr::from_str::<ProxyConfig>(text).ok());
+    config.unwrap_or_default().proxy_metadata
 }
 
 /// What the injector has put into a pod, from [`STATUS`].

@@ -243,3 +243,27 @@ fn ipv6_is_captured_where_istio_captures_it() {
         assert_eq!(config.without_ipv6, left_alone, "{what}");
     }
 }
+
+#[test]
+fn the_proxys_variables_are_known_from_its_annotation() {
+    let config = |text: &str| {
+        let annotations = pod(&[(MODE, "REDIRECT"), (PROXY_CONFIG, text)], &[]).annotations;
+        assert!(reads(PROXY_CONFIG));
+        let (verdict, _) =
+            decide_by_annotations("shop", Some(&annotations), &Selection::default(), &Given::default());
+        let Ok(Verdict::Capture(args)) = verdict else { panic!("{text}: {verdict:?}") };
+        args.for_address(Some([10, 0, 0, 1].into())).check().expect("sound options")
+    };
+    let both =
+        "concurrency: 2\nproxyMetadata:\n  ISTIO_META_DNS_CAPTURE: \"true\"\n  ISTIO_DUAL_STACK: 'true'\n";
+    let known = config(both);
+    assert_eq!((known.dns, known.without_ipv6), (Dns::All, false));
+    let json = config(r#"{"proxyMetadata": {"ISTIO_META_DNS_CAPTURE": "true"}}"#);
+    assert_eq!((json.dns, json.without_ipv6), (Dns::All, true));
+    for text in
+        ["", "concurrency: 2", "proxyMetadata: [", "proxyMetadata: {ISTIO_META_DNS_CAPTURE: \"false\"}"]
+    {
+        let unknown = config(text);
+        assert_eq!((unknown.dns, unknown.without_ipv6), (Dns::Off, true), "{text}");
+    }
+}
