@@ -170,13 +170,14 @@ pub(crate) struct DaemonArgs {
     /// annotations decide, until the API does
     #[arg(long, value_name = "SECONDS", default_value = "1", env = "INTERCEPT_API_WAIT", value_parser = seconds)]
     pub(crate) api_wait: Duration,
-    /// Ignore the pods of these namespaces
+    /// Ignore the pods of these namespaces, a list
     #[arg(
         long,
         value_name = "NAMES",
         value_delimiter = ',',
         default_value = "kube-system",
-        env = "INTERCEPT_EXCLUDE_NAMESPACES"
+        env = "INTERCEPT_EXCLUDE_NAMESPACES",
+        value_parser = namespace
     )]
     pub(crate) exclude_namespaces: Vec<String>,
     /// Whether the IPv6 of pods with a sidecar is captured
@@ -349,6 +350,16 @@ pub(crate) struct ExplainArgs {
     pub(crate) json: bool,
     #[command(flatten)]
     pub(crate) bpffs: Bpffs,
+}
+
+/// A name as Kubernetes allows it, or nothing: an empty list excludes no namespace.
+fn namespace(text: &str) -> Result<String, String> {
+    let is_sound = |c: u8| matches!(c, b'a'..=b'z' | b'0'..=b'9' | b'-');
+    if text.len() <= 63 && text.bytes().all(is_sound) {
+        Ok(text.to_owned())
+    } else {
+        Err("a namespace has lower-case letters, digits and `-` only, at most 63".to_owned())
+    }
 }
 
 /// A time in seconds. The plugin gives up after half a minute.

@@ -48,6 +48,22 @@ fn options_that_do_not_hold() {
 }
 
 #[test]
+fn values_of_the_daemon_that_do_not_hold() {
+    let agent = Agent::new("daemon-values").expect("the agent");
+    for (options, words) in [
+        (&["--mesh", "istoi"][..], &["istoi", "linkerd", "kuma", "consul"][..]),
+        (&["--ipv6", "no"], &["no", "as-istio", "always"]),
+        (&["--api-wait", "1s"], &["1s", "seconds, 0 to 10"]),
+        (&["--api-wait", "60"], &["60", "seconds, 0 to 10"]),
+        (&["--exclude-namespaces", "kube-system,Shop"], &["Shop", "lower-case"]),
+    ] {
+        let mut command = agent.command("daemon");
+        command.args(options);
+        check_refused(&agent, &mut command, 2, words);
+    }
+}
+
+#[test]
 fn cgroups_that_are_none() {
     let (agent, pod) = (Agent::new("cgroups").expect("the agent"), Place::new("cgroups").expect("a pod"));
     let netns = pod.netns.path().to_str().expect("text");
