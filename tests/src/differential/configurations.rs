@@ -64,10 +64,6 @@ pub fn fixed() -> Vec<(&'static str, Options)> {
                 ..injected()
             },
         ),
-        (
-            "without IPv6",
-            Options { ipv6: false, dns: Some(Dns { all: true, servers: Vec::new() }), ..injected() },
-        ),
         ("all DNS", Options { dns: Some(Dns { all: true, servers }), ..injected() }),
         ("tproxy", Options { tproxy, drop_invalid: true, ..injected() }),
         (

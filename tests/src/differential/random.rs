@@ -132,7 +132,6 @@ fn options(rng: &mut StdRng) -> Options {
         options.loopback_cidr = cidr.parse().expect("a network");
     }
     options.drop_invalid = rng.random_bool(0.1);
-    options.ipv6 = rng.random_bool(0.9);
     options
 }
 
