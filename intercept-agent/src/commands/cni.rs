@@ -1,9 +1,12 @@
 //! `cni`: the plugin, and its way into a node's configuration.
 
 use anyhow::{Context as _, Result};
-use intercept_agent::cni::{
-    Call,
-    install::{self, Folders},
+use intercept_agent::{
+    cni::{
+        Call,
+        install::{self, Folders},
+    },
+    escape,
 };
 
 use super::{Failed, say};
@@ -45,11 +48,11 @@ fn plugin() -> Result<()> {
     match Call::read().context("reading the configuration from standard input")?.perform() {
         Ok(None) => Ok(()),
         Ok(Some(result)) => {
-            say!("{result}");
+            say!("{}", escape::json(&result)?);
             Ok(())
         }
         Err(error) => {
-            say!("{error}");
+            say!("{}", escape::json(&error)?);
             Err(Failed::Told.into())
         }
     }

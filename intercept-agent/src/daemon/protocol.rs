@@ -49,6 +49,25 @@ pub struct Sandbox {
     pub name: String,
 }
 
+impl Request {
+    /// The sandbox that it is about.
+    pub(super) fn sandbox(&self) -> Option<&Sandbox> {
+        match self {
+            Self::Add(add) => Some(&add.pod),
+            Self::Delete(sandbox) | Self::Check(sandbox) => Some(sandbox),
+            Self::Report | Self::Leave => None,
+        }
+    }
+}
+
+impl Sandbox {
+    /// Whether the names may stand in logs and metrics. Kubernetes allows only such.
+    pub(super) fn is_printable(&self) -> bool {
+        let names = [&self.sandbox, &self.namespace, &self.name];
+        names.into_iter().chain(&self.uid).all(|name| !name.contains(char::is_control))
+    }
+}
+
 /// What ADD knows.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]

@@ -30,6 +30,7 @@ use super::{
     worker::{Lane, Worker},
 };
 use crate::{
+    escape::OneLine,
     node::{Attached, NodeError},
     store::{Origin, Record},
 };
@@ -198,10 +199,12 @@ impl Reconciler {
 
     fn refuse(&mut self, key: &Key, name: String, text: String) {
         self.metrics.error("options");
+        let text = OneLine(text).to_string();
         tracing::error!(pod = %key, name, "{text}");
         let pod = self.pods.entry(key.clone()).or_default();
         pod.name = name;
         pod.failures += 1;
+        pod.release_failed = false;
         pod.problem = Some(Problem { cause: "options".into(), text });
         self.complain(key);
     }
@@ -358,10 +361,18 @@ impl Reconciler {
                 pod.held = None;
                 again = true;
             }
-            Outcome::Captured(Err(error)) | Outcome::Released(Err(error)) => self.failed(key, &error, !again),
+            Outcome::Captured(Err(error)) => self.failed(key, &error, !again),
+            Outcome::Released(Err(error)) => {
+                pod.release_failed = true;
+                self.failed(key, &error, !again);
+            }
             Outcome::Released(Ok(())) => {
                 tracing::info!(pod = %key, name = pod.name, "released");
                 pod.held = None;
+                if std::mem::take(&mut pod.release_failed) {
+                    pod.problem = None;
+                    pod.failures = 0;
+                }
                 // Answers whoever waits for that, if nothing is wanted again by now.
                 again = true;
             }
