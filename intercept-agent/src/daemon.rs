@@ -6,6 +6,7 @@
 pub mod capture;
 pub mod complaints;
 pub mod folder;
+mod http;
 mod inotify;
 pub mod kubernetes;
 pub mod metrics;

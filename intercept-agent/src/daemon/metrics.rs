@@ -201,7 +201,7 @@ fn read_node(
             let labels = Failed { pod: pod.clone(), failure: failure.word().to_owned() };
             failures.get_or_create(&labels).inc_by(*count);
         }
-        let open = fill.connections.get(&cookie).copied().unwrap_or_default();
+        let open = tables.connections(policy.slot);
         connections.get_or_create(&Named { pod }).set(open.try_into().unwrap_or(i64::MAX));
     }
     for (map, used, room) in fill.maps {

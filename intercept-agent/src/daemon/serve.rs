@@ -12,11 +12,12 @@ use std::{
 };
 
 use axum::{Router, extract::State, http::StatusCode, routing::get};
-use tokio::sync::{mpsc::UnboundedSender, oneshot};
+use tokio::sync::{Mutex, mpsc::UnboundedSender, oneshot};
 
 use super::{
     capture::CaptureError,
     folder::{Folder, FolderError},
+    http,
     kubernetes::{Kubernetes, KubernetesError},
     metrics::Metrics,
     placement::Placement,
@@ -79,6 +80,7 @@ struct Probes {
     messages: UnboundedSender<Message>,
     adopted: Arc<AtomicBool>,
     bpffs: PathBuf,
+    scraping: Arc<Mutex<()>>,
 }
 
 /// Run until `shutdown` is ready. What is in force stays in force.
@@ -110,16 +112,13 @@ pub async fn serve(settings: Settings, shutdown: impl Future<Output = ()>) -> Re
             messages: messages.clone(),
             adopted: Arc::clone(&adopted),
             bpffs: settings.bpffs,
+            scraping: Arc::default(),
         };
         let listener = tokio::net::TcpListener::bind(address)
             .await
             .map_err(|source| ServeError::Metrics { address, source })?;
         tracing::info!(address = %listener.local_addr().unwrap_or(address), "answering for metrics and probes");
-        tokio::spawn(async move {
-            if let Err(error) = axum::serve(listener, router(probes)).await {
-                tracing::error!(%error, "answering for metrics and probes");
-            }
-        });
+        tokio::spawn(http::serve(listener, router(probes), http::Limits::default()));
     }
 
     let started = std::time::Instant::now();
@@ -166,9 +165,15 @@ async fn metrics(
 ) -> Result<([(&'static str, &'static str); 1], String), StatusCode> {
     let reports = reports(&probes).await.ok_or(StatusCode::SERVICE_UNAVAILABLE)?;
     let names = reports.into_iter().filter_map(|report| Some((report.netns_cookie?, report.name))).collect();
-    let Probes { metrics, bpffs, .. } = probes;
+    let Probes { metrics, bpffs, scraping, .. } = probes;
+    // Held until the work is done, also when its client has gone away meanwhile.
+    let one_at_a_time = scraping.lock_owned().await;
     // Walks the maps: not on the thread that everything else runs on.
-    let text = tokio::task::spawn_blocking(move || metrics.text(&bpffs, &names)).await;
+    let text = tokio::task::spawn_blocking(move || {
+        let _one_at_a_time = one_at_a_time;
+        metrics.text(&bpffs, &names)
+    });
+    let text = text.await;
     let text = text.map_err(|_| StatusCode::INTERNAL_SERVER_ERROR)?;
     Ok(([("content-type", "application/openmetrics-text; version=1.0.0; charset=utf-8")], text))
 }
