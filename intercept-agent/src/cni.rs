@@ -7,7 +7,7 @@ pub mod install;
 
 use std::{
     collections::BTreeMap,
-    io,
+    io::{self, Read as _},
     path::{Path, PathBuf},
 };
 
@@ -22,6 +22,8 @@ use crate::daemon::{
 
 /// The versions that are spoken, oldest first.
 pub const VERSIONS: [&str; 4] = ["0.3.0", "0.3.1", "0.4.0", "1.0.0"];
+/// More than any configuration has: Kubernetes allows 256 KiB of annotations.
+const MAX_STDIN: u64 = 4 << 20;
 /// The mark of a pod that was injected.
 const STATUS: &str = "sidecar.istio.io/status";
 
@@ -61,7 +63,7 @@ pub struct Call {
     /// The variables that begin with `CNI_`.
     pub environment: BTreeMap<String, String>,
     /// What came on standard input.
-    pub stdin: String,
+    pub stdin: Vec<u8>,
 }
 
 /// What is printed, and whether it is an error's.
@@ -76,12 +78,18 @@ impl Call {
             })
             .filter(|(name, _)| name.starts_with("CNI_"))
             .collect();
-        Ok(Self { environment, stdin: io::read_to_string(io::stdin())? })
+        let mut stdin = Vec::new();
+        io::stdin().take(MAX_STDIN + 1).read_to_end(&mut stdin)?;
+        Ok(Self { environment, stdin })
     }
 
     /// Do what is asked.
     pub fn perform(&self) -> Printed {
         let newest = VERSIONS[VERSIONS.len() - 1];
+        if u64::try_from(self.stdin.len()).is_ok_and(|length| length > MAX_STDIN) {
+            let msg = format!("reading the configuration: it is longer than {MAX_STDIN} bytes");
+            return Err(CniError::new(CniError::DECODE, msg, "").json(newest));
+        }
         let config = match PluginConfig::read(&self.stdin) {
             Ok(config) => config,
             // VERSION may come without a configuration.
@@ -156,7 +164,7 @@ impl Call {
             pod: self.sandbox()?,
             netns,
             cgroup: config.runtime.cgroup_path.clone(),
-            annotations: config.runtime.annotations.clone(),
+            annotations: config.runtime.annotations.as_ref().map(config::relevant),
             select: config.select,
             given: config.given(),
         }));

@@ -48,6 +48,21 @@ pub struct RuntimeConfig {
     pub cgroup_path: Option<String>,
 }
 
+/// Whose annotations say how a pod is captured.
+const DOMAINS: [&str; 5] = ["istio.io", "linkerd.io", "kuma.io", "consul.hashicorp.com", "intercept"];
+
+/// The annotations that the daemon reads. A pod may have 256 KiB of others, which are none of its business.
+pub(super) fn relevant(annotations: &BTreeMap<String, String>) -> BTreeMap<String, String> {
+    let is_read = |name: &str| {
+        let domain = name.split_once('/').map_or("", |(domain, _)| domain);
+        DOMAINS
+            .iter()
+            .any(|read| domain.strip_suffix(read).is_some_and(|sub| sub.is_empty() || sub.ends_with('.')))
+    };
+    let kept = annotations.iter().filter(|(name, _)| is_read(name));
+    kept.map(|(name, value)| (name.clone(), value.clone())).collect()
+}
+
 /// A pod without annotations has `null` from containerd, whose empty maps have no JSON of their own.
 fn passed<'de, D>(input: D) -> Result<Option<BTreeMap<String, String>>, D::Error>
 where
@@ -72,8 +87,8 @@ impl Default for PluginConfig {
 
 impl PluginConfig {
     /// Read what came on standard input.
-    pub fn read(text: &str) -> Result<Self, serde_json::Error> {
-        serde_json::from_str(text)
+    pub fn read(text: &[u8]) -> Result<Self, serde_json::Error> {
+        serde_json::from_slice(text)
     }
 
     /// The options for every pod.

@@ -14,7 +14,7 @@ fn call(command: &str, config: &str) -> Call {
         ("CNI_ARGS", "IgnoreUnknown=1;K8S_POD_NAMESPACE=shop;K8S_POD_NAME=cart-0;K8S_POD_UID=uid-1"),
     ];
     let environment = environment.map(|(name, value)| (name.to_owned(), value.to_owned())).into();
-    Call { environment, stdin: config.to_owned() }
+    Call { environment, stdin: config.as_bytes().to_owned() }
 }
 
 fn config(socket: &Path, more: &str) -> String {
@@ -72,6 +72,50 @@ fn add_asks_for_the_pod_and_passes_the_result_on() {
             },
         }
     );
+}
+
+#[test]
+fn annotations_that_nobody_reads_are_not_sent() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let (socket, daemon) = answering(folder.path(), Response::Done("no_sidecar".into()));
+    let read = [
+        "sidecar.istio.io/status",
+        "traffic.sidecar.istio.io/includeInboundPorts",
+        "istio.io/reroute-virtual-interfaces",
+        "config.linkerd.io/skip-subnets",
+        "traffic.kuma.io/exclude-inbound-ports",
+        "consul.hashicorp.com/redirect-traffic-config",
+        "intercept/open-without-proxy",
+    ];
+    let other = [
+        "example.com/note",
+        "notistio.io/x",
+        "istio.io.example.com/x",
+        "intercept",
+        "kubernetes.io/config.hash",
+    ];
+    let mut annotations: BTreeMap<&str, String> = read.map(|name| (name, "x".to_owned())).into();
+    annotations.extend(other.map(|name| (name, "\u{1}".repeat(50_000))));
+    let passed = json!({ "io.kubernetes.cri.pod-annotations": annotations });
+    call("ADD", &config(&socket, &format!(r#","runtimeConfig":{passed}"#))).perform().expect("done");
+    let Request::Add(add) = daemon.join().expect("answered") else { panic!("another request") };
+    let sent: Vec<String> = add.annotations.expect("told").into_keys().collect();
+    let mut expected = read.map(str::to_owned);
+    expected.sort();
+    assert_eq!(sent, expected);
+}
+
+#[test]
+fn input_that_is_not_text_gets_the_specifications_error() {
+    let sound = config(Path::new("/nonexistent/agent.sock"), "").into_bytes();
+    let broken = |stdin: Vec<u8>| error(Call { stdin, ..call("ADD", "") }.perform());
+    for stdin in
+        [vec![0xff, 0xfe, 0], [b"\xff", &sound[..]].concat(), [&sound[..20], b"\x80", &sound[20..]].concat()]
+    {
+        assert_eq!(broken(stdin).0, 6);
+    }
+    let (code, msg) = broken(vec![b' '; usize::try_from(MAX_STDIN).expect("fits") + 1]);
+    assert!(code == 6 && msg.contains("longer than 4194304 bytes"), "{code} {msg}");
 }
 
 #[test]
