@@ -28,12 +28,25 @@ pub struct PluginConfig {
     pub arguments: Vec<String>,
     /// Variables for every pod, as `attach` reads them.
     pub environment: BTreeMap<String, String>,
+    /// This is a network of its own, without plugins before it.
+    pub standalone: bool,
+    /// GC: what is attached, and nothing else.
+    #[serde(rename = "cni.dev/valid-attachments")]
+    pub valid: Option<Vec<Attachment>>,
     /// What the plugins before gave.
     #[serde(rename = "prevResult")]
     pub previous: Option<Value>,
     /// What the runtime adds for the capabilities.
     #[serde(rename = "runtimeConfig")]
     pub runtime: RuntimeConfig,
+}
+
+/// An attachment of a sandbox to a network.
+#[derive(Clone, Debug, PartialEq, Deserialize)]
+pub struct Attachment {
+    /// The sandbox.
+    #[serde(rename = "containerID")]
+    pub container_id: String,
 }
 
 /// What the runtime adds.
@@ -79,6 +92,8 @@ impl Default for PluginConfig {
             select: Select::default(),
             arguments: Vec::new(),
             environment: BTreeMap::new(),
+            standalone: false,
+            valid: None,
             previous: None,
             runtime: RuntimeConfig::default(),
         }

@@ -167,6 +167,52 @@ fn wrong_calls_are_answered_with_the_specifications_codes() {
 fn version_tells_what_is_spoken() {
     for stdin in ["", r#"{"cniVersion":"1.0.0"}"#] {
         let printed = call("VERSION", stdin).perform().expect("done").expect("a result");
-        assert_eq!(printed["supportedVersions"], json!(["0.3.0", "0.3.1", "0.4.0", "1.0.0"]));
+        assert_eq!(printed["supportedVersions"], json!(["0.3.0", "0.3.1", "0.4.0", "1.0.0", "1.1.0"]));
+    }
+}
+
+#[test]
+fn a_network_of_its_own_needs_no_result_before_it() {
+    let folder = tempfile::tempdir().expect("a folder");
+    for version in VERSIONS {
+        let (socket, daemon) = answering(folder.path(), Response::Done("captured".into()));
+        let alone = json!({
+            "cniVersion": version, "name": "istio-cni", "type": "intercept-cni", "socket": socket, "standalone": true,
+        });
+        let printed = call("ADD", &alone.to_string()).perform().expect("done");
+        assert_eq!(printed, Some(json!({ "cniVersion": version })));
+        assert!(matches!(daemon.join().expect("answered"), Request::Add(_)));
+        std::fs::remove_file(socket).expect("removed");
+    }
+}
+
+#[test]
+fn status_says_whether_a_pod_would_be_captured() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let (socket, daemon) = answering(folder.path(), Response::Done("ready".into()));
+    assert_eq!(call("STATUS", &config(&socket, "")).perform(), Ok(None));
+    assert_eq!(daemon.join().expect("answered"), Request::Ready);
+    std::fs::remove_file(&socket).expect("removed");
+    let problem = Problem { cause: "not_ready".into(), text: "taking over what is in force".into() };
+    let (socket, daemon) = answering(folder.path(), Response::Failed(problem));
+    let (code, msg) = error(call("STATUS", &config(&socket, "")).perform());
+    assert!(code == 50 && msg.ends_with("taking over what is in force"), "{code} {msg}");
+    daemon.join().expect("answered");
+    let (code, msg) = error(call("STATUS", &config(Path::new("/nonexistent/agent.sock"), "")).perform());
+    assert!(code == 50 && msg.contains("is `intercept-agent daemon` running"), "{code} {msg}");
+}
+
+#[test]
+fn gc_tells_which_sandboxes_there_are() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let valid = r#","cni.dev/valid-attachments":[{"containerID":"a","ifname":"eth0"},{"containerID":"b","ifname":"eth0"}]"#;
+    let (socket, daemon) = answering(folder.path(), Response::Done("0 released".into()));
+    assert_eq!(call("GC", &config(&socket, valid)).perform(), Ok(None));
+    assert_eq!(daemon.join().expect("answered"), Request::Collect { valid: vec!["a".into(), "b".into()] });
+    // A daemon is asked nothing where the list is not of all sandboxes, or where there is none.
+    for more in [r#","standalone":true"#, ""] {
+        let valid = if more.is_empty() { "" } else { valid };
+        let nowhere = config(Path::new("/nonexistent/agent.sock"), &format!("{valid}{more}"));
+        assert_eq!(call("GC", &nowhere).perform(), Ok(None));
     }
 }

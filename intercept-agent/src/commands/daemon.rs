@@ -12,7 +12,9 @@ use crate::cli::DaemonArgs;
 pub(super) fn daemon(args: DaemonArgs) -> Result<()> {
     super::check::require_privileges()?;
     super::accelerate::admit(args.load.accelerate)?;
+    let plugin = args.cni_keep.then(|| super::cni::in_place(args.plugin, &args.socket.socket, &args.options));
     let settings = Settings {
+        plugin,
         bpffs: args.bpffs.bpffs,
         max_connections: args.load.max_connections,
         pods_dir: args.pods_dir,

@@ -17,6 +17,7 @@ use prometheus_client::{
     registry::Registry,
 };
 
+use super::plugin::PluginState;
 use crate::{
     node::{Attached, NodeError},
     store::Store,
@@ -58,6 +59,8 @@ struct Inner {
     pods: Family<State, Gauge>,
     left_alone: Family<Why, Gauge>,
     earlier: Gauge,
+    plugin_installed: Gauge,
+    plugin_writes: Counter,
     started: Instant,
     /// Milliseconds after `started` when the loop looked at its pods last.
     beat: AtomicU64,
@@ -83,6 +86,18 @@ impl Metrics {
             "Captured pods that had connections before they were captured",
             earlier.clone(),
         );
+        let plugin_installed = Gauge::default();
+        registry.register(
+            "plugin_installed",
+            "Whether the node's CNI configuration has the plugin; 0 also if this daemon does not keep it there",
+            plugin_installed.clone(),
+        );
+        let plugin_writes = Counter::default();
+        registry.register(
+            "plugin_writes",
+            "Times that the plugin was put into the node's CNI configuration",
+            plugin_writes.clone(),
+        );
         let beat = AtomicU64::new(0);
         let started = Instant::now();
         Self(Arc::new(Inner {
@@ -93,6 +108,8 @@ impl Metrics {
             pods,
             left_alone,
             earlier,
+            plugin_installed,
+            plugin_writes,
             started,
             beat,
         }))
@@ -133,6 +150,16 @@ impl Metrics {
     /// How many captured pods had connections before.
     pub fn earlier(&self, pods: usize) {
         self.0.earlier.set(pods.try_into().unwrap_or(i64::MAX));
+    }
+
+    /// Whether the CNI plugin is installed.
+    pub fn plugin(&self, state: &PluginState) {
+        self.0.plugin_installed.set(i64::from(state.problem().is_none()));
+    }
+
+    /// The CNI plugin was put into the configuration.
+    pub fn plugin_written(&self) {
+        self.0.plugin_writes.inc();
     }
 
     /// The loop is alive.

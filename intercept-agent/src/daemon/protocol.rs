@@ -28,6 +28,15 @@ pub enum Request {
     Check(Sandbox),
     /// What is known of every pod.
     Report,
+    /// Whether a pod that is started now would be captured.
+    Ready,
+    /// These are all the sandboxes there are: release the pods of others.
+    Collect {
+        /// By id.
+        valid: Vec<String>,
+    },
+    /// Do not put the plugin into the node's configuration again.
+    StopInstalling,
     /// Take everything away, and stay away from then on.
     Leave,
 }
@@ -55,7 +64,7 @@ impl Request {
         match self {
             Self::Add(add) => Some(&add.pod),
             Self::Delete(sandbox) | Self::Check(sandbox) => Some(sandbox),
-            Self::Report | Self::Leave => None,
+            Self::Report | Self::Ready | Self::Collect { .. } | Self::StopInstalling | Self::Leave => None,
         }
     }
 }

@@ -146,6 +146,7 @@ impl Reconciler {
             Message::Report(reply) => {
                 drop(reply.send(self.pods.iter().map(|(key, pod)| Report::of(key, pod)).collect()));
             }
+            Message::Collect(valid, reply) => drop(reply.send(self.collect(&valid))),
             Message::Leave(reply) => self.leave(reply),
             Message::Changed(key, cookie) => {
                 if self.pods.get(&key).and_then(|pod| pod.held.as_ref()).is_some_and(|h| h.cookie == cookie) {
@@ -258,6 +259,23 @@ impl Reconciler {
             // DEL may be repeated, and may come for what never was: both are fine by the specification.
             _ => drop(reply.send(Ok("absent"))),
         }
+    }
+
+    /// Release pods whose sandbox is gone without a word. One that is asked for now may be newer than the list.
+    fn collect(&mut self, valid: &HashSet<String>) -> usize {
+        let is_gone = |pod: &Pod| match pod.wanted.as_ref().map(|wanted| &wanted.origin) {
+            Some(Origin::Pod { sandbox: Some(sandbox), .. }) => {
+                !valid.contains(sandbox) && !pod.busy && pod.waiting.is_empty()
+            }
+            _ => false,
+        };
+        let gone: Vec<Key> =
+            self.pods.iter().filter(|(_, pod)| is_gone(pod)).map(|(key, _)| key.clone()).collect();
+        for key in &gone {
+            tracing::info!(pod = %key, "the runtime has its sandbox no more");
+            self.unwant(key);
+        }
+        gone.len()
     }
 
     fn check(&self, key: &Key) -> Answer {

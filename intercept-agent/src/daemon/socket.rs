@@ -13,6 +13,7 @@ use tokio::{
 use super::{
     placement::Placement,
     protocol::{Add, MAX_LINE, PATIENCE, Request, Response, Sandbox, Select},
+    ready::Readiness,
     reconcile::{Answer, Message, Problem},
     sidecar::{self, Facts, Verdict},
     wanted::{Key, Options, Wanted},
@@ -50,12 +51,14 @@ fn at(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> SocketErro
 pub struct Server {
     listener: UnixListener,
     _lock: fs::File,
-    context: Arc<Context>,
+    messages: UnboundedSender<Message>,
+    placement: Placement,
 }
 
 struct Context {
     messages: UnboundedSender<Message>,
     placement: Placement,
+    readiness: Readiness,
 }
 
 impl Server {
@@ -83,15 +86,17 @@ impl Server {
         // Whoever was quicker than this is turned away by the check of the peer.
         fs::set_permissions(path, fs::Permissions::from_mode(0o600))
             .map_err(at("closing to others", path))?;
-        Ok(Self { listener, _lock: lock, context: Arc::new(Context { messages, placement }) })
+        Ok(Self { listener, _lock: lock, messages, placement })
     }
 
     /// Answer, for ever.
-    pub async fn serve(self) {
+    pub async fn serve(self, readiness: Readiness) {
+        let Self { listener, _lock, messages, placement } = self;
+        let context = Arc::new(Context { messages, placement, readiness });
         loop {
-            match self.listener.accept().await {
+            match listener.accept().await {
                 Ok((stream, _)) => {
-                    let context = Arc::clone(&self.context);
+                    let context = Arc::clone(&context);
                     tokio::spawn(async move {
                         if let Err(error) = context.answer(stream).await {
                             tracing::warn!(%error, "answering on the socket");
@@ -151,6 +156,23 @@ impl Context {
                 Some(reports) => Response::Pods(reports),
                 None => ending(),
             },
+            Request::Ready => match self.readiness.of_daemon().await {
+                Ok(()) => Response::Done("ready".to_owned()),
+                Err(problem) => failed("not_ready", problem),
+            },
+            Request::Collect { valid } => {
+                let valid = valid.into_iter().collect();
+                match self.tell(|reply| Message::Collect(valid, reply)).await {
+                    Some(released) => Response::Done(format!("{released} released")),
+                    None => ending(),
+                }
+            }
+            Request::StopInstalling => {
+                if let Some(installer) = &self.readiness.installer {
+                    installer.stop().await;
+                }
+                Response::Done("stopped".to_owned())
+            }
             Request::Leave => match self.tell(Message::Leave).await {
                 Some(Ok(())) => Response::Done("left".to_owned()),
                 Some(Err(error)) => failed("internal", super::capture::CaptureError::from(error).text()),
