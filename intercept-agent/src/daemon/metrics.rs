@@ -4,7 +4,7 @@ use std::{
     collections::{BTreeMap, HashMap},
     path::Path,
     sync::{
-        Arc,
+        Arc, OnceLock,
         atomic::{AtomicU64, Ordering},
     },
     time::{Duration, Instant},
@@ -59,11 +59,30 @@ struct Inner {
     pods: Family<State, Gauge>,
     left_alone: Family<Why, Gauge>,
     earlier: Gauge,
-    plugin_installed: Gauge,
-    plugin_writes: Counter,
+    plugin: OnceLock<PluginMetrics>,
     started: Instant,
     /// Milliseconds after `started` when the loop looked at its pods last.
     beat: AtomicU64,
+}
+
+/// Only where the daemon keeps the CNI plugin installed: elsewhere it says nothing of it.
+struct PluginMetrics {
+    registry: Registry,
+    installed: Gauge,
+    writes: Counter,
+}
+
+impl PluginMetrics {
+    fn new() -> Self {
+        let mut registry = Registry::with_prefix("intercept");
+        let installed = Gauge::default();
+        let help = "Whether the node's CNI configuration has the plugin";
+        registry.register("plugin_installed", help, installed.clone());
+        let writes = Counter::default();
+        let help = "Times that the plugin was put into the node's CNI configuration";
+        registry.register("plugin_writes", help, writes.clone());
+        Self { registry, installed, writes }
+    }
 }
 
 impl Metrics {
@@ -86,18 +105,6 @@ impl Metrics {
             "Captured pods that had connections before they were captured",
             earlier.clone(),
         );
-        let plugin_installed = Gauge::default();
-        registry.register(
-            "plugin_installed",
-            "Whether the node's CNI configuration has the plugin; 0 also if this daemon does not keep it there",
-            plugin_installed.clone(),
-        );
-        let plugin_writes = Counter::default();
-        registry.register(
-            "plugin_writes",
-            "Times that the plugin was put into the node's CNI configuration",
-            plugin_writes.clone(),
-        );
         let beat = AtomicU64::new(0);
         let started = Instant::now();
         Self(Arc::new(Inner {
@@ -108,8 +115,7 @@ impl Metrics {
             pods,
             left_alone,
             earlier,
-            plugin_installed,
-            plugin_writes,
+            plugin: OnceLock::new(),
             started,
             beat,
         }))
@@ -154,12 +160,16 @@ impl Metrics {
 
     /// Whether the CNI plugin is installed.
     pub fn plugin(&self, state: &PluginState) {
-        self.0.plugin_installed.set(i64::from(state.problem().is_none()));
+        self.plugin_metrics().installed.set(i64::from(state.problem().is_none()));
     }
 
     /// The CNI plugin was put into the configuration.
     pub fn plugin_written(&self) {
-        self.0.plugin_writes.inc();
+        self.plugin_metrics().writes.inc();
+    }
+
+    fn plugin_metrics(&self) -> &PluginMetrics {
+        self.0.plugin.get_or_init(PluginMetrics::new)
     }
 
     /// The loop is alive.
@@ -177,7 +187,10 @@ impl Metrics {
     /// cookies of their namespaces.
     pub fn text(&self, bpffs: &Path, names: &HashMap<u64, String>) -> String {
         let mut text = String::new();
-        let written = text::encode_registry(&mut text, &self.0.registry);
+        let mut written = text::encode_registry(&mut text, &self.0.registry);
+        if let Some(plugin) = self.0.plugin.get() {
+            written = written.and(text::encode_registry(&mut text, &plugin.registry));
+        }
         let mut node = Registry::with_prefix("intercept");
         if let Err(error) = read_node(&mut node, bpffs, names) {
             self.error("metrics");
