@@ -2,7 +2,7 @@
 
 use std::{io::IsTerminal as _, net::IpAddr, path::PathBuf, time::Duration};
 
-use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap::{ArgGroup, Args, Parser, Subcommand, ValueEnum};
 use intercept_agent::{
     daemon::protocol::DEFAULT_SOCKET, options::RawOptions, programs::DEFAULT_MAX_CONNECTIONS,
     store::DEFAULT_BPFFS,
@@ -153,6 +153,7 @@ pub(crate) struct StatusArgs {
 }
 
 #[derive(Args)]
+#[command(group = ArgGroup::new("asks").multiple(true))]
 pub(crate) struct DaemonArgs {
     /// A folder of pods: one JSON file each, with `cgroup`, and `netns`, `arguments`, `environment` as for `attach`
     #[arg(long, value_name = "PATH", env = "INTERCEPT_PODS_DIR")]
@@ -164,7 +165,7 @@ pub(crate) struct DaemonArgs {
     #[arg(long, value_name = "PATH", env = "INTERCEPT_CGROUP_ROOT")]
     pub(crate) cgroup_root: Option<PathBuf>,
     /// Watch the Kubernetes API for the pods of this node [default: no API]
-    #[arg(long, value_name = "NAME", env = "INTERCEPT_NODE_NAME")]
+    #[arg(long, value_name = "NAME", env = "INTERCEPT_NODE_NAME", group = "asks")]
     pub(crate) node_name: Option<String>,
     /// How long the CNI plugin's ADD of a pod with a sidecar waits for the API to tell of the pod. Then its
     /// annotations decide, until the API does
@@ -186,14 +187,19 @@ pub(crate) struct DaemonArgs {
     /// Whose sidecars the pods have
     #[arg(long, value_enum, default_value_t = SidecarMesh::Istio, env = "INTERCEPT_MESH")]
     pub(crate) mesh: SidecarMesh,
+    /// Keep the CNI plugin in the node's configuration, whoever writes that again
+    #[arg(long, env = "INTERCEPT_CNI_KEEP", group = "asks")]
+    pub(crate) cni_keep: bool,
+    #[command(flatten)]
+    pub(crate) plugin: CniPlugin,
     #[command(flatten)]
     pub(crate) socket: Socket,
     #[command(flatten)]
     pub(crate) load: Load,
     #[command(flatten)]
     pub(crate) bpffs: Bpffs,
-    /// Options of `attach` for every pod that the API tells of; annotations are stronger
-    #[arg(last = true, value_name = "OPTIONS", requires = "node_name")]
+    /// Options of `attach` for every pod of the API and of the plugin; annotations are stronger
+    #[arg(last = true, value_name = "OPTIONS", requires = "asks")]
     pub(crate) options: Vec<String>,
 }
 
@@ -231,6 +237,22 @@ pub(crate) struct CniFolders {
     pub(crate) cni_bin_dir: PathBuf,
 }
 
+/// The CNI plugin, as it is installed.
+#[derive(Args, Clone)]
+pub(crate) struct CniPlugin {
+    #[command(flatten)]
+    pub(crate) folders: CniFolders,
+    /// The file of the cluster's network, which the plugin is put into [default: the one that the runtime takes]
+    #[arg(long, value_name = "FILE", env = "INTERCEPT_CNI_CONF_NAME", conflicts_with = "cni_standalone")]
+    pub(crate) cni_conf_name: Option<String>,
+    /// Install the plugin as a network of this name for Multus, in a file of its own rather than in a list
+    #[arg(long, value_name = "NETWORK", env = "INTERCEPT_CNI_STANDALONE")]
+    pub(crate) cni_standalone: Option<String>,
+    /// Which pods the plugin has captured
+    #[arg(long = "select", value_enum, default_value_t = SelectPods::Sidecar, env = "INTERCEPT_CNI_SELECT")]
+    pub(crate) select: SelectPods,
+}
+
 #[derive(Args)]
 pub(crate) struct CleanupArgs {
     #[command(flatten)]
@@ -252,12 +274,9 @@ pub(crate) enum CniCommand {
     /// Copy the plugin, and put it last in the node's list of plugins; again: no change
     Install {
         #[command(flatten)]
-        folders: CniFolders,
+        plugin: CniPlugin,
         #[command(flatten)]
         socket: Socket,
-        /// Which pods are captured
-        #[arg(long, value_enum, default_value_t = SelectPods::Sidecar, env = "INTERCEPT_CNI_SELECT")]
-        select: SelectPods,
         /// Options of `attach` for every pod; annotations are stronger
         #[arg(last = true, value_name = "OPTIONS")]
         options: Vec<String>,

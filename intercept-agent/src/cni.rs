@@ -1,13 +1,17 @@
 //! The CNI plugin: chained after those that make the pod's network, it has the daemon put the pod in force.
 //!
-//! Of the specification's versions 0.3.0 to 1.0.0. The daemon does the work, because it also keeps it.
+//! Of the specification's versions 0.3.0 to 1.1.0. The daemon does the work, because it also keeps it.
+//!
+//! It is chained after the plugins that make the pod's network, or is a network of its own that Multus adds to a pod
+//! (`standalone`), which gives the pod no interface and no address.
 
+mod chain;
 mod config;
 pub mod install;
 
 use std::{
     collections::BTreeMap,
-    io,
+    io::{self, Read as _},
     net::IpAddr,
     path::{Path, PathBuf},
 };
@@ -22,7 +26,9 @@ use crate::daemon::{
 };
 
 /// The versions that are spoken, oldest first.
-pub const VERSIONS: [&str; 4] = ["0.3.0", "0.3.1", "0.4.0", "1.0.0"];
+pub const VERSIONS: [&str; 5] = ["0.3.0", "0.3.1", "0.4.0", "1.0.0", "1.1.0"];
+/// More than any configuration has: Kubernetes allows 256 KiB of annotations.
+const MAX_STDIN: u64 = 4 << 20;
 /// The mark of a pod that was injected.
 const STATUS: &str = "sidecar.istio.io/status";
 
@@ -44,6 +50,7 @@ impl CniError {
     const DECODE: u32 = 6;
     const CONFIG: u32 = 7;
     const TRY_AGAIN: u32 = 11;
+    const NOT_AVAILABLE: u32 = 50;
     const NOT_CAPTURED: u32 = 100;
 
     fn new(code: u32, msg: impl Into<String>, details: impl ToString) -> Self {
@@ -62,7 +69,7 @@ pub struct Call {
     /// The variables that begin with `CNI_`.
     pub environment: BTreeMap<String, String>,
     /// What came on standard input.
-    pub stdin: String,
+    pub stdin: Vec<u8>,
 }
 
 /// What is printed, and whether it is an error's.
@@ -77,12 +84,18 @@ impl Call {
             })
             .filter(|(name, _)| name.starts_with("CNI_"))
             .collect();
-        Ok(Self { environment, stdin: io::read_to_string(io::stdin())? })
+        let mut stdin = Vec::new();
+        io::stdin().take(MAX_STDIN + 1).read_to_end(&mut stdin)?;
+        Ok(Self { environment, stdin })
     }
 
     /// Do what is asked.
     pub fn perform(&self) -> Printed {
         let newest = VERSIONS[VERSIONS.len() - 1];
+        if u64::try_from(self.stdin.len()).is_ok_and(|length| length > MAX_STDIN) {
+            let msg = format!("reading the configuration: it is longer than {MAX_STDIN} bytes");
+            return Err(CniError::new(CniError::DECODE, msg, "").json(newest));
+        }
         let config = match PluginConfig::read(&self.stdin) {
             Ok(config) => config,
             // VERSION may come without a configuration.
@@ -111,12 +124,14 @@ impl Call {
             return Err(CniError::new(CniError::VERSION, msg, ""));
         }
         match self.command() {
-            "ADD" => self.add(config).map(Some),
+            "ADD" => self.add(config, version).map(Some),
             "DEL" => self.delete(config).map(|()| None),
             "CHECK" => self.check(config).map(|()| None),
+            "STATUS" => status(config).map(|()| None),
+            "GC" => collect(config).map(|()| None),
             other => Err(CniError::new(
                 CniError::ENVIRONMENT,
-                format!("CNI_COMMAND is {other:?}: ADD, DEL, CHECK or VERSION"),
+                format!("CNI_COMMAND is {other:?}: ADD, DEL, CHECK, STATUS, GC or VERSION"),
                 "",
             )),
         }
@@ -145,19 +160,24 @@ impl Call {
         })
     }
 
-    fn add(&self, config: &PluginConfig) -> Result<Value, CniError> {
+    fn add(&self, config: &PluginConfig, version: &str) -> Result<Value, CniError> {
         let netns = PathBuf::from(self.required("CNI_NETNS")?);
         self.required("CNI_IFNAME")?;
-        let Some(previous) = config.previous.clone() else {
-            let msg = "there is no prevResult: this plugin comes after one that makes the pod's network; put it last in \
-                       the plugins of a conflist (`intercept-agent cni install` does)";
-            return Err(CniError::new(CniError::CONFIG, msg, ""));
+        let previous = match (&config.previous, config.standalone) {
+            (Some(previous), _) => previous.clone(),
+            (None, true) => json!({ "cniVersion": version }),
+            (None, false) => {
+                let msg = "there is no prevResult: this plugin comes after one that makes the pod's network; put it last \
+                           in the plugins of a conflist (`intercept-agent cni install` does), or set `standalone` to \
+                           true in a network of Multus";
+                return Err(CniError::new(CniError::CONFIG, msg, ""));
+            }
         };
         let request = Request::Add(Box::new(Add {
             pod: self.sandbox()?,
             netns,
             cgroup: config.runtime.cgroup_path.clone(),
-            annotations: config.runtime.annotations.clone(),
+            annotations: config.runtime.annotations.as_ref().map(config::relevant),
             addresses: addresses(&previous),
             select: config.select,
             given: config.given(),
@@ -197,6 +217,34 @@ fn addresses(previous: &Value) -> Vec<IpAddr> {
     let ips = previous["ips"].as_array().into_iter().flatten();
     let written = ips.filter_map(|ip| ip["address"].as_str());
     written.filter_map(|address| address.split('/').next()?.parse().ok()).collect()
+}
+
+/// Whether a pod that is started now would be captured.
+fn status(config: &PluginConfig) -> Result<(), CniError> {
+    let not_available = |msg: String, details: &str| CniError::new(CniError::NOT_AVAILABLE, msg, details);
+    match socket::request(&config.socket, &Request::Ready) {
+        Ok(Response::Done(_)) => Ok(()),
+        Ok(Response::Failed(problem)) => {
+            Err(not_available(format!("pods cannot be captured yet: {}", problem.text), &problem.cause))
+        }
+        Ok(other) => Err(refused("asking whether pods can be captured", &other)),
+        Err(error) => {
+            let CniError { msg, details, .. } = unreachable(&config.socket, &error);
+            Err(not_available(msg, &details))
+        }
+    }
+}
+
+/// Release what was attached and is not any more.
+fn collect(config: &PluginConfig) -> Result<(), CniError> {
+    // Of a network of Multus's the list has only the pods that asked for it.
+    let Some(valid) = config.valid.as_ref().filter(|_| !config.standalone) else { return Ok(()) };
+    let valid = valid.iter().map(|attachment| attachment.container_id.clone()).collect();
+    match socket::request(&config.socket, &Request::Collect { valid }) {
+        // Without a daemon the next one sweeps.
+        Ok(Response::Done(_)) | Err(_) => Ok(()),
+        Ok(other) => Err(refused("releasing pods that are gone", &other)),
+    }
 }
 
 fn is_plain(config: &PluginConfig) -> bool {

@@ -41,10 +41,13 @@ impl Failed {
     }
 }
 
-/// Tell a result. A reader that has gone away is no failure: what is told was done.
+/// Tell a result, which a terminal shows as it is. A reader that has gone away is no failure: what is told was done.
 macro_rules! say {
     ($($what:tt)*) => {
-        drop(std::io::Write::write_fmt(&mut std::io::stdout(), format_args!("{}\n", format_args!($($what)*))))
+        drop(std::io::Write::write_fmt(
+            &mut std::io::stdout(),
+            format_args!("{}\n", intercept_agent::escape::Lines(format_args!($($what)*))),
+        ))
     };
 }
 use say;

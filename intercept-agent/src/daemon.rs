@@ -6,11 +6,15 @@
 pub mod capture;
 pub mod complaints;
 pub mod folder;
+mod http;
+mod inotify;
 pub mod kubernetes;
 pub mod mesh;
 pub mod metrics;
 pub mod placement;
+pub mod plugin;
 pub mod protocol;
+pub mod ready;
 pub mod reconcile;
 pub mod retry;
 pub mod serve;

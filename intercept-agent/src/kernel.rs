@@ -207,6 +207,21 @@ pub fn read_blob(map: BorrowedFd<'_>, len: usize) -> io::Result<Vec<u8>> {
 /// meanwhile may be in it or not, as with one by one.
 pub fn entries<K: bytemuck::Pod, V: bytemuck::Pod>(map: BorrowedFd<'_>) -> io::Result<Vec<(K, V)>> {
     let mut found = Vec::new();
+    for_each_batch(map, |keys, values| found.extend(keys.iter().copied().zip(values.iter().copied())))?;
+    Ok(found)
+}
+
+/// How many entries a map has. Reads them in batches, so that memory does not grow with them.
+pub fn count_entries<K: bytemuck::Pod, V: bytemuck::Pod>(map: BorrowedFd<'_>) -> io::Result<usize> {
+    let mut count = 0;
+    for_each_batch(map, |keys: &[K], _: &[V]| count += keys.len())?;
+    Ok(count)
+}
+
+fn for_each_batch<K: bytemuck::Pod, V: bytemuck::Pod>(
+    map: BorrowedFd<'_>,
+    mut take: impl FnMut(&[K], &[V]),
+) -> io::Result<()> {
     // Where to go on: a number for a hash map, a key for a trie.
     let mut at = vec![0u8; size_of::<K>().max(4)];
     let mut next = at.clone();
@@ -231,13 +246,13 @@ pub fn entries<K: bytemuck::Pod, V: bytemuck::Pod>(map: BorrowedFd<'_>) -> io::R
                 room *= 8;
                 continue;
             }
-            Err(_) => return called.map(|_| found),
+            Err(_) => return called.map(drop),
         };
         // SAFETY: the kernel has written the count back to where it was read from.
         let count = unsafe { attr.batch.count } as usize;
-        found.extend(keys.into_iter().zip(values).take(count));
+        take(&keys[..count], &values[..count]);
         if is_last {
-            return Ok(found);
+            return Ok(());
         }
         std::mem::swap(&mut at, &mut next);
         started = true;

@@ -52,7 +52,8 @@ impl Questions {
 
         let (mut found, mut interrupted) = (Vec::new(), false);
         loop {
-            let (bytes, _) = self.socket.recv_from_full()?;
+            let (mut bytes, _) = self.socket.recv_from_full()?;
+            make_names_text(&mut bytes);
             let mut rest = bytes.as_slice();
             while !rest.is_empty() {
                 let message = NetlinkMessage::<M>::deserialize(rest).map_err(io::Error::other)?;
@@ -78,5 +79,60 @@ impl Questions {
                 return Ok((found, interrupted));
             }
         }
+    }
+}
+
+/// Names of interfaces are bytes to the kernel and text to the parser, which fails on the whole answer for one name. A
+/// pod chooses the names of its own: bytes of theirs that are not text become `?`.
+fn make_names_text(messages: &mut [u8]) {
+    const RTM_NEWLINK: u16 = 16;
+    const RTM_NEWRULE: u16 = 32;
+    const IFLA_PROP_LIST: u16 = 52;
+    /// IFLA_IFNAME, IFLA_QDISC, IFLA_IFALIAS, IFLA_PHYS_PORT_NAME.
+    const LINK_NAMES: [u16; 4] = [3, 6, 20, 38];
+    /// FRA_IIFNAME, FRA_OIFNAME.
+    const RULE_NAMES: [u16; 2] = [3, 17];
+
+    for_each_part(messages, 4, |kind, message| match kind {
+        // Behind the rest of the header of netlink is that of the message.
+        RTM_NEWLINK => for_each_part(message.get_mut(10 + 16..).unwrap_or_default(), 2, |kind, attribute| {
+            if kind == IFLA_PROP_LIST {
+                for_each_part(attribute, 2, |_, name| make_text(name));
+            } else if LINK_NAMES.contains(&kind) {
+                make_text(attribute);
+            }
+        }),
+        RTM_NEWRULE => for_each_part(message.get_mut(10 + 12..).unwrap_or_default(), 2, |kind, attribute| {
+            if RULE_NAMES.contains(&kind) {
+                make_text(attribute);
+            }
+        }),
+        _ => {}
+    });
+}
+
+/// Messages and attributes have the same form: a length, which counts itself, of `width` bytes; a type; what it is of
+/// that type; and padding to four bytes.
+fn for_each_part(mut parts: &mut [u8], width: usize, mut take: impl FnMut(u16, &mut [u8])) {
+    /// The top bits of an attribute's type are flags.
+    const TYPE: u16 = 0x3fff;
+    while parts.len() >= width + 2 {
+        let length = match width {
+            2 => usize::from(u16::from_ne_bytes([parts[0], parts[1]])),
+            _ => u32::from_ne_bytes([parts[0], parts[1], parts[2], parts[3]]) as usize,
+        };
+        if length < width + 2 || length > parts.len() {
+            return;
+        }
+        let kind = u16::from_ne_bytes([parts[width], parts[width + 1]]) & TYPE;
+        take(kind, &mut parts[width + 2..length]);
+        let next = length.next_multiple_of(4).min(parts.len());
+        parts = &mut parts[next..];
+    }
+}
+
+fn make_text(bytes: &mut [u8]) {
+    while let Err(error) = std::str::from_utf8(bytes) {
+        bytes[error.valid_up_to()] = b'?';
     }
 }

@@ -11,9 +11,12 @@
 //! else is on its way in or out, and may be swept.
 
 use std::{
-    fs::{self, File},
+    fs::{self, DirBuilder, File},
     io,
-    os::{fd::AsFd as _, unix::fs::MetadataExt as _},
+    os::{
+        fd::AsFd as _,
+        unix::fs::{DirBuilderExt as _, MetadataExt as _},
+    },
     path::{Path, PathBuf},
 };
 
@@ -21,7 +24,12 @@ use intercept_common::layout;
 use rustix::fs::FlockOperation;
 use serde::{Deserialize, Serialize};
 
-use crate::{kernel, options::Config, plumbing::Plumbing};
+use crate::{
+    kernel,
+    options::Config,
+    ownership::{OwnedFolder, OwnershipError},
+    plumbing::Plumbing,
+};
 
 /// Where bpffs is mounted unless `--bpffs` says otherwise.
 pub const DEFAULT_BPFFS: &str = "/sys/fs/bpf";
@@ -50,6 +58,17 @@ pub enum StoreError {
         /// The kernel's word.
         #[source]
         source: io::Error,
+    },
+    /// The folder is not safe.
+    #[error(transparent)]
+    Ownership(#[from] OwnershipError),
+    /// Another daemon keeps the pods of this store.
+    #[error(
+        "another daemon keeps the pods of {path}: stop it, or give this one a bpffs of its own with --bpffs"
+    )]
+    OtherDaemon {
+        /// The folder that it has locked.
+        path: String,
     },
     /// A record does not read.
     #[error("reading record {path}: it was written by another version; detach the pod with that version")]
@@ -150,7 +169,7 @@ pub struct Store {
     digest: String,
 }
 
-/// Held while the store is changed: one agent at a time. Or, shared, while its programs are to stay.
+/// Held while the store is changed: one agent at a time. Or by the daemon, while its programs are to stay.
 pub struct Lock(#[expect(dead_code, reason = "the lock goes with the descriptor")] File);
 
 impl Store {
@@ -162,7 +181,17 @@ impl Store {
 
     /// The store in this bpffs if it is mounted there: for those who only look.
     pub fn find(bpffs: &Path) -> Option<Self> {
-        (is_bpffs(bpffs) && Self::at(bpffs).maps().is_dir()).then(|| Self::at(bpffs))
+        let store = Self::at(bpffs);
+        if !is_bpffs(bpffs) || !store.maps().is_dir() {
+            return None;
+        }
+        match OwnedFolder::open(&store.root) {
+            Ok(_) => Some(store),
+            Err(error) => {
+                tracing::warn!(error = &error as &dyn std::error::Error, "this state is not the agent's");
+                None
+            }
+        }
     }
 
     /// Take out whatever is in the folder, whichever version wrote it. False if there is none.
@@ -189,13 +218,19 @@ impl Store {
 
     /// Wait for the store to be ours.
     pub fn lock(&self) -> Result<Lock, StoreError> {
-        fs::create_dir_all(&self.root).map_err(at("creating", &self.root))?;
+        OwnedFolder::create(&self.root)?;
         lock_dir(&self.root, FlockOperation::LockExclusive)
     }
 
-    /// Have programs and maps stay while this is held, also when no pod uses them. Does not wait.
+    /// Have programs and maps stay while this is held, also when no pod uses them, and be the one daemon that keeps the
+    /// pods of this store. Does not wait.
     pub fn keep(&self) -> Result<Lock, StoreError> {
-        self.lock_version(FlockOperation::NonBlockingLockShared)
+        self.lock_version(FlockOperation::NonBlockingLockExclusive).map_err(|error| match error {
+            StoreError::Path { source, .. } if source.kind() == io::ErrorKind::WouldBlock => {
+                StoreError::OtherDaemon { path: self.version().display().to_string() }
+            }
+            error => error,
+        })
     }
 
     /// Whether somebody has programs and maps stay.
@@ -337,7 +372,7 @@ impl Store {
 
     /// Make a folder.
     pub fn create(&self, path: &Path) -> Result<(), StoreError> {
-        fs::create_dir_all(path).map_err(at("creating", path))
+        DirBuilder::new().recursive(true).mode(0o700).create(path).map_err(at("creating", path))
     }
 }
 

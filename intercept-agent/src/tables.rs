@@ -52,8 +52,6 @@ struct PrefixKey {
 
 /// How full the maps are.
 pub struct Fill {
-    /// Redirected connections by netns cookie.
-    pub connections: std::collections::HashMap<u64, usize>,
     /// Name, entries in use, entries there is room for.
     pub maps: Vec<(&'static str, usize, u32)>,
 }
@@ -114,6 +112,11 @@ fn proxies(dir: &Path) -> Result<SharedArray<Proxy>, TableError> {
     let map: Array<MapData, Plain<Proxy>> = open(dir, names::PROXIES, aya::maps::Map::Array)?;
     SharedArray::map(map.map().fd().as_fd(), MAX_PODS as usize)
         .map_err(|error| failed("sharing memory with", names::PROXIES)(MapError::IoError(error)))
+}
+
+fn count<K: bytemuck::Pod, V: bytemuck::Pod>(map: &MapData, name: &str) -> Result<usize, TableError> {
+    kernel::count_entries::<K, V>(map.fd().as_fd())
+        .map_err(|error| failed("reading", name)(MapError::IoError(error)))
 }
 
 /// Whether a socket was registered.
@@ -247,21 +250,18 @@ impl Tables {
         entries(self.orig_dst.map(), names::ORIG_DST)
     }
 
-    /// How full the maps are, all keys counted once. `dir` is their folder.
+    /// How full the maps are. The many connections are not counted here: the programs have done so. `dir` is the folder
+    /// of the maps.
     pub fn fill(&self, dir: &Path) -> Result<Fill, TableError> {
-        let mut connections = std::collections::HashMap::new();
-        let originals = self.originals()?;
-        for (key, _) in &originals {
-            *connections.entry(key.netns).or_default() += 1;
-        }
-        let members =
-            |map: &Hash<MemberKey, u32>, name| Ok(entries::<MemberKey, u32>(map.map(), name)?.len());
+        let policies = self.policies()?;
+        let connections: u64 = policies.iter().map(|(_, policy)| self.connections(policy.slot)).sum();
+        let members = |map: &Hash<MemberKey, u32>, name| count::<MemberKey, u32>(map.map(), name);
         let used = [
-            (names::PODS, self.policies()?.len()),
-            (names::ORIG_DST, originals.len()),
+            (names::PODS, policies.len()),
+            (names::ORIG_DST, usize::try_from(connections).unwrap_or(usize::MAX)),
             (
                 names::DESTINATIONS,
-                entries::<PrefixKey, Destination>(self.destinations.map(), names::DESTINATIONS)?.len(),
+                count::<PrefixKey, Destination>(self.destinations.map(), names::DESTINATIONS)?,
             ),
             (names::LISTENERS, self.listeners.keys().count()),
             (names::PORTS, members(&self.ports, names::PORTS)?),
@@ -272,7 +272,7 @@ impl Tables {
             let info = MapInfo::from_pin(dir.join(name)).map_err(failed("asking for the size of", name))?;
             Ok((name, used, info.max_entries()))
         });
-        Ok(Fill { connections, maps: with_room.collect::<Result<_, _>>()? })
+        Ok(Fill { maps: with_room.collect::<Result<_, _>>()? })
     }
 
     /// Register a socket that listened before the programs were attached, beside those that the programs register at

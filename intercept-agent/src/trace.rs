@@ -12,6 +12,7 @@ use serde::Serialize;
 use tokio::io::{Interest, unix::AsyncFd};
 
 use crate::{
+    escape::OneLine,
     node::NodeError,
     store::{Lock, Store, StoreError},
 };
@@ -213,12 +214,14 @@ impl fmt::Display for Line {
         let end = |ip: &IpAddr, port: u16| std::net::SocketAddr::new(*ip, port).to_string();
         write!(f, "{:.6} ", self.time)?;
         match &self.pod {
-            Some(pod) => write!(f, "{pod} ")?,
+            Some(pod) => write!(f, "{} ", OneLine(pod))?,
             None => write!(f, "netns:{} ", self.netns_cookie)?,
         }
         write!(f, "{} {} ", self.direction, self.protocol)?;
         match (&self.process, self.pid, self.uid, self.gid) {
-            (Some(process), Some(pid), Some(uid), Some(gid)) => write!(f, "{process}[{pid}] {uid}:{gid} ")?,
+            (Some(process), Some(pid), Some(uid), Some(gid)) => {
+                write!(f, "{}[{pid}] {uid}:{gid} ", OneLine(process))?;
+            }
             _ => write!(f, "{} ", end(&self.source, self.source_port))?,
         }
         write!(f, "-> {} {} ({})", end(&self.destination, self.destination_port), self.verdict, self.reason)
@@ -266,6 +269,16 @@ mod tests {
             line.to_string(),
             "1001.500000 default/app outbound tcp curl[4294967295] 1000:1000 -> 10.96.0.1:80 outbound_port (included_cidr)"
         );
+    }
+
+    #[test]
+    fn a_name_cannot_steer_the_terminal() {
+        let printer = Printer { boot: Duration::ZERO };
+        let mut event = event();
+        event.comm[..8].copy_from_slice(b"\x1b[2J\n\xc2\x9b1");
+        let line = printer.line(&event, Some("a\r/b".into()));
+        let expected = r"1.500000 a\r/b outbound tcp \u{1b}[2J\n\u{9b}1[4294967295] 1000:1000 -> ";
+        assert!(line.to_string().starts_with(expected), "{:?}", line.to_string());
     }
 
     #[test]

@@ -179,9 +179,103 @@ fn ended_by_sigterm_pods_stay_captured() {
     assert_eq!(answers(&actor, service()).as_deref(), Some("proxy"));
     daemon.restart().expect("started");
     daemon.wait_for("a", State::Captured).expect("taken over");
-    let cookie = |status: &Value| status[0]["cookie"].clone();
+    let cookie = |status: &Value| status[0]["netns_cookie"].as_u64().expect("a cookie");
     let after = agent.status().expect("status");
     assert_eq!((cookie(&after), after.as_array().map(Vec::len)), (cookie(&before), Some(1)), "{after}");
+}
+
+#[test]
+fn a_release_that_failed_is_done_when_it_can_be() {
+    use rustix::mount::{MountFlags, mount_remount};
+    let agent = Agent::new("d-release").expect("the agent");
+    let daemon = Daemon::start(&agent, &[]).expect("a daemon");
+    let place = Place::new("release").expect("a place");
+    daemon.put("a", &place, &OUTBOUND).expect("put");
+    daemon.wait_for("a", State::Captured).expect("captured");
+    // Its links cannot be removed.
+    mount_remount(agent.bpffs(), MountFlags::RDONLY, c"").expect("made read-only");
+    daemon.remove("a").expect("removed");
+    let report = daemon.wait_for("a", State::Failed).expect("failed");
+    let problem = report.problem.expect("a problem");
+    assert!(problem.text.contains("Read-only file system"), "{problem:?}");
+    drop(place);
+    mount_remount(agent.bpffs(), MountFlags::empty(), c"").expect("made writable");
+    daemon
+        .wait("it is forgotten", |daemon| daemon.reports().is_ok_and(|all| all.is_empty()))
+        .expect("released");
+    assert_eq!(agent.status().expect("status"), json!([]));
+}
+
+#[test]
+fn one_daemon_keeps_a_store() {
+    let agent = Agent::new("d-one").expect("the agent");
+    let mut daemon = Daemon::start(&agent, &[]).expect("a daemon");
+    let place = Place::new("one").expect("a place");
+    daemon.put("a", &place, &OUTBOUND).expect("put");
+    daemon.wait_for("a", State::Captured).expect("captured");
+    // With a socket of its own, so that it is not that which keeps it from starting.
+    let other = |arguments: &[&str]| {
+        let mut other = agent.command("daemon");
+        other.arg("--socket").arg(daemon.folder().join("other.sock")).args(arguments);
+        other.output().expect("started")
+    };
+    let output = other(&[]);
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(!output.status.success() && said.contains("another daemon keeps the pods of"), "{said}");
+    assert_eq!(agent.status().expect("status").as_array().map(Vec::len), Some(1), "it released nothing");
+    // Commands may work beside it, and the next daemon after it.
+    agent.attach(&Place::new("one-more").expect("a place"), &OUTBOUND).expect("attached");
+    daemon.kill().expect("killed");
+    daemon.restart().expect("started");
+    daemon.wait_for("a", State::Captured).expect("taken over");
+}
+
+#[test]
+fn state_of_others_is_refused() {
+    let agent = Agent::new("d-foreign").expect("the agent");
+    let root = agent.bpffs().join("intercept");
+    fs::set_permissions(agent.bpffs(), fs::Permissions::from_mode(0o1777))
+        .expect("opened, as many nodes have it");
+    fs::create_dir(&root).expect("created");
+    std::os::unix::fs::chown(&root, Some(65534), None).expect("given away");
+    let place = Place::new("foreign").expect("a place");
+    let refused = agent.attach(&place, &OUTBOUND).expect_err("refused").to_string();
+    assert!(refused.contains("belongs to user 65534"), "{refused}");
+    std::os::unix::fs::chown(&root, Some(0), None).expect("taken back");
+    fs::set_permissions(&root, fs::Permissions::from_mode(0o777)).expect("opened");
+    let refused = agent.attach(&place, &OUTBOUND).expect_err("refused").to_string();
+    assert!(refused.contains("lets others than root write"), "{refused}");
+    fs::remove_dir(&root).expect("removed");
+    agent.attach(&place, &OUTBOUND).expect("attached");
+    let mode = |path: &std::path::Path| fs::metadata(path).expect("there").permissions().mode() & 0o777;
+    assert_eq!((mode(&root), mode(&agent.store())), (0o700, 0o700));
+}
+
+#[test]
+fn folders_that_others_can_change_are_refused_at_the_start() {
+    let agent = Agent::new("d-unsafe").expect("the agent");
+    let folder = tests::testbed::name::scratch("unsafe").expect("a folder");
+    let refused = |arguments: &[&std::path::Path]| {
+        let mut daemon = agent.command("daemon");
+        let output = daemon.arg("--socket").args(arguments).output().expect("started");
+        assert!(!output.status.success());
+        String::from_utf8_lossy(&output.stderr).into_owned()
+    };
+    let (safe, open) = (folder.path().join("safe"), folder.path().join("open"));
+    fs::create_dir(&safe).expect("created");
+    fs::create_dir(&open).expect("created");
+    fs::set_permissions(&open, fs::Permissions::from_mode(0o777)).expect("opened");
+    let said = refused(&[&open.join("a.sock")]);
+    assert!(said.contains("open: its mode 0777 lets others"), "{said}");
+    let said = refused(&[&safe.join("a.sock"), "--pods-dir".as_ref(), &open]);
+    assert!(said.contains("open: its mode 0777 lets others"), "{said}");
+    // A link in the place of the lock is neither followed nor emptied.
+    let target = folder.path().join("target");
+    fs::write(&target, "precious").expect("written");
+    std::os::unix::fs::symlink(&target, safe.join("b.lock")).expect("linked");
+    let said = refused(&[&safe.join("b.sock")]);
+    assert!(said.contains("b.lock: it is not a regular file"), "{said}");
+    assert_eq!(fs::read_to_string(&target).expect("read"), "precious");
 }
 
 #[test]

@@ -28,12 +28,25 @@ pub struct PluginConfig {
     pub arguments: Vec<String>,
     /// Variables for every pod, as `attach` reads them.
     pub environment: BTreeMap<String, String>,
+    /// This is a network of its own, without plugins before it.
+    pub standalone: bool,
+    /// GC: what is attached, and nothing else.
+    #[serde(rename = "cni.dev/valid-attachments")]
+    pub valid: Option<Vec<Attachment>>,
     /// What the plugins before gave.
     #[serde(rename = "prevResult")]
     pub previous: Option<Value>,
     /// What the runtime adds for the capabilities.
     #[serde(rename = "runtimeConfig")]
     pub runtime: RuntimeConfig,
+}
+
+/// An attachment of a sandbox to a network.
+#[derive(Clone, Debug, PartialEq, Deserialize)]
+pub struct Attachment {
+    /// The sandbox.
+    #[serde(rename = "containerID")]
+    pub container_id: String,
 }
 
 /// What the runtime adds.
@@ -46,6 +59,21 @@ pub struct RuntimeConfig {
     /// The pod's cgroup.
     #[serde(rename = "cgroupPath")]
     pub cgroup_path: Option<String>,
+}
+
+/// Whose annotations say how a pod is captured.
+const DOMAINS: [&str; 5] = ["istio.io", "linkerd.io", "kuma.io", "consul.hashicorp.com", "intercept"];
+
+/// The annotations that the daemon reads. A pod may have 256 KiB of others, which are none of its business.
+pub(super) fn relevant(annotations: &BTreeMap<String, String>) -> BTreeMap<String, String> {
+    let is_read = |name: &str| {
+        let domain = name.split_once('/').map_or("", |(domain, _)| domain);
+        DOMAINS
+            .iter()
+            .any(|read| domain.strip_suffix(read).is_some_and(|sub| sub.is_empty() || sub.ends_with('.')))
+    };
+    let kept = annotations.iter().filter(|(name, _)| is_read(name));
+    kept.map(|(name, value)| (name.clone(), value.clone())).collect()
 }
 
 /// A pod without annotations has `null` from containerd, whose empty maps have no JSON of their own.
@@ -64,6 +92,8 @@ impl Default for PluginConfig {
             select: Select::default(),
             arguments: Vec::new(),
             environment: BTreeMap::new(),
+            standalone: false,
+            valid: None,
             previous: None,
             runtime: RuntimeConfig::default(),
         }
@@ -72,8 +102,8 @@ impl Default for PluginConfig {
 
 impl PluginConfig {
     /// Read what came on standard input.
-    pub fn read(text: &str) -> Result<Self, serde_json::Error> {
-        serde_json::from_str(text)
+    pub fn read(text: &[u8]) -> Result<Self, serde_json::Error> {
+        serde_json::from_slice(text)
     }
 
     /// The options for every pod.

@@ -14,7 +14,7 @@ fn call(command: &str, config: &str) -> Call {
         ("CNI_ARGS", "IgnoreUnknown=1;K8S_POD_NAMESPACE=shop;K8S_POD_NAME=cart-0;K8S_POD_UID=uid-1"),
     ];
     let environment = environment.map(|(name, value)| (name.to_owned(), value.to_owned())).into();
-    Call { environment, stdin: config.to_owned() }
+    Call { environment, stdin: config.as_bytes().to_owned() }
 }
 
 fn config(socket: &Path, more: &str) -> String {
@@ -76,6 +76,50 @@ fn add_asks_for_the_pod_and_passes_the_result_on() {
 }
 
 #[test]
+fn annotations_that_nobody_reads_are_not_sent() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let (socket, daemon) = answering(folder.path(), Response::Done("no_sidecar".into()));
+    let read = [
+        "sidecar.istio.io/status",
+        "traffic.sidecar.istio.io/includeInboundPorts",
+        "istio.io/reroute-virtual-interfaces",
+        "config.linkerd.io/skip-subnets",
+        "traffic.kuma.io/exclude-inbound-ports",
+        "consul.hashicorp.com/redirect-traffic-config",
+        "intercept/open-without-proxy",
+    ];
+    let other = [
+        "example.com/note",
+        "notistio.io/x",
+        "istio.io.example.com/x",
+        "intercept",
+        "kubernetes.io/config.hash",
+    ];
+    let mut annotations: BTreeMap<&str, String> = read.map(|name| (name, "x".to_owned())).into();
+    annotations.extend(other.map(|name| (name, "\u{1}".repeat(50_000))));
+    let passed = json!({ "io.kubernetes.cri.pod-annotations": annotations });
+    call("ADD", &config(&socket, &format!(r#","runtimeConfig":{passed}"#))).perform().expect("done");
+    let Request::Add(add) = daemon.join().expect("answered") else { panic!("another request") };
+    let sent: Vec<String> = add.annotations.expect("told").into_keys().collect();
+    let mut expected = read.map(str::to_owned);
+    expected.sort();
+    assert_eq!(sent, expected);
+}
+
+#[test]
+fn input_that_is_not_text_gets_the_specifications_error() {
+    let sound = config(Path::new("/nonexistent/agent.sock"), "").into_bytes();
+    let broken = |stdin: Vec<u8>| error(Call { stdin, ..call("ADD", "") }.perform());
+    for stdin in
+        [vec![0xff, 0xfe, 0], [b"\xff", &sound[..]].concat(), [&sound[..20], b"\x80", &sound[20..]].concat()]
+    {
+        assert_eq!(broken(stdin).0, 6);
+    }
+    let (code, msg) = broken(vec![b' '; usize::try_from(MAX_STDIN).expect("fits") + 1]);
+    assert!(code == 6 && msg.contains("longer than 4194304 bytes"), "{code} {msg}");
+}
+
+#[test]
 fn a_pod_that_is_not_captured_fails_add_with_the_daemons_words() {
     let folder = tempfile::tempdir().expect("a folder");
     let problem = Problem { cause: "options".into(), text: "annotation x: no".into() };
@@ -124,6 +168,52 @@ fn wrong_calls_are_answered_with_the_specifications_codes() {
 fn version_tells_what_is_spoken() {
     for stdin in ["", r#"{"cniVersion":"1.0.0"}"#] {
         let printed = call("VERSION", stdin).perform().expect("done").expect("a result");
-        assert_eq!(printed["supportedVersions"], json!(["0.3.0", "0.3.1", "0.4.0", "1.0.0"]));
+        assert_eq!(printed["supportedVersions"], json!(["0.3.0", "0.3.1", "0.4.0", "1.0.0", "1.1.0"]));
+    }
+}
+
+#[test]
+fn a_network_of_its_own_needs_no_result_before_it() {
+    let folder = tempfile::tempdir().expect("a folder");
+    for version in VERSIONS {
+        let (socket, daemon) = answering(folder.path(), Response::Done("captured".into()));
+        let alone = json!({
+            "cniVersion": version, "name": "istio-cni", "type": "intercept-cni", "socket": socket, "standalone": true,
+        });
+        let printed = call("ADD", &alone.to_string()).perform().expect("done");
+        assert_eq!(printed, Some(json!({ "cniVersion": version })));
+        assert!(matches!(daemon.join().expect("answered"), Request::Add(_)));
+        std::fs::remove_file(socket).expect("removed");
+    }
+}
+
+#[test]
+fn status_says_whether_a_pod_would_be_captured() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let (socket, daemon) = answering(folder.path(), Response::Done("ready".into()));
+    assert_eq!(call("STATUS", &config(&socket, "")).perform(), Ok(None));
+    assert_eq!(daemon.join().expect("answered"), Request::Ready);
+    std::fs::remove_file(&socket).expect("removed");
+    let problem = Problem { cause: "not_ready".into(), text: "taking over what is in force".into() };
+    let (socket, daemon) = answering(folder.path(), Response::Failed(problem));
+    let (code, msg) = error(call("STATUS", &config(&socket, "")).perform());
+    assert!(code == 50 && msg.ends_with("taking over what is in force"), "{code} {msg}");
+    daemon.join().expect("answered");
+    let (code, msg) = error(call("STATUS", &config(Path::new("/nonexistent/agent.sock"), "")).perform());
+    assert!(code == 50 && msg.contains("is `intercept-agent daemon` running"), "{code} {msg}");
+}
+
+#[test]
+fn gc_tells_which_sandboxes_there_are() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let valid = r#","cni.dev/valid-attachments":[{"containerID":"a","ifname":"eth0"},{"containerID":"b","ifname":"eth0"}]"#;
+    let (socket, daemon) = answering(folder.path(), Response::Done("0 released".into()));
+    assert_eq!(call("GC", &config(&socket, valid)).perform(), Ok(None));
+    assert_eq!(daemon.join().expect("answered"), Request::Collect { valid: vec!["a".into(), "b".into()] });
+    // A daemon is asked nothing where the list is not of all sandboxes, or where there is none.
+    for more in [r#","standalone":true"#, ""] {
+        let valid = if more.is_empty() { "" } else { valid };
+        let nowhere = config(Path::new("/nonexistent/agent.sock"), &format!("{valid}{more}"));
+        assert_eq!(call("GC", &nowhere).perform(), Ok(None));
     }
 }

@@ -13,7 +13,8 @@ use super::{detach, say};
 use crate::cli::CleanupArgs;
 
 pub(super) fn cleanup(args: &CleanupArgs) -> Result<()> {
-    // The plugin first: it must not ask for new pods meanwhile.
+    // The plugin first: it must not ask for new pods meanwhile. A daemon that is running would put it back.
+    drop(socket::request(&args.socket.socket, &Request::StopInstalling));
     let folders = Folders {
         configurations: args.folders.cni_conf_dir.clone(),
         binaries: args.folders.cni_bin_dir.clone(),

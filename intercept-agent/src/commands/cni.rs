@@ -1,26 +1,26 @@
 //! `cni`: the plugin, and its way into a node's configuration.
 
+use std::path::Path;
+
 use anyhow::{Context as _, Result};
-use intercept_agent::cni::{
-    Call,
-    install::{self, Folders},
+use intercept_agent::{
+    cni::{
+        Call,
+        install::{self, Folders, Installed, Mode, Plugin},
+    },
+    escape,
 };
 
 use super::{Failed, say};
-use crate::cli::{CniArgs, CniCommand, CniFolders, SelectPods};
+use crate::cli::{CniArgs, CniCommand, CniFolders, CniPlugin, SelectPods};
 
 pub(super) fn cni(args: CniArgs) -> Result<()> {
     match args.command {
         None => plugin(),
-        Some(CniCommand::Install { folders, socket, select, options }) => {
-            let select = match select {
-                SelectPods::Sidecar => "sidecar",
-                SelectPods::All => "all",
-            };
-            let entry = install::entry(&socket.socket, select, &options);
-            match install::install(&in_folders(folders), &entry)? {
-                Some(path) => say!("put the plugin into {}", path.display()),
-                None => say!("unchanged"),
+        Some(CniCommand::Install { plugin, socket, options }) => {
+            match in_place(plugin, &socket.socket, &options).install()? {
+                Installed { path, changed: true } => say!("put the plugin into {}", path.display()),
+                Installed { changed: false, .. } => say!("unchanged"),
             }
             Ok(())
         }
@@ -37,6 +37,19 @@ pub(super) fn cni(args: CniArgs) -> Result<()> {
     }
 }
 
+/// The plugin as the command line describes it.
+pub(super) fn in_place(plugin: CniPlugin, socket: &Path, options: &[String]) -> Plugin {
+    let select = match plugin.select {
+        SelectPods::Sidecar => "sidecar",
+        SelectPods::All => "all",
+    };
+    let mode = match plugin.cni_standalone {
+        Some(network) => Mode::Standalone { network },
+        None => Mode::Chained { file: plugin.cni_conf_name },
+    };
+    Plugin { folders: in_folders(plugin.folders), mode, entry: install::entry(socket, select, options) }
+}
+
 fn in_folders(folders: CniFolders) -> Folders {
     Folders { configurations: folders.cni_conf_dir, binaries: folders.cni_bin_dir }
 }
@@ -45,11 +58,11 @@ fn plugin() -> Result<()> {
     match Call::read().context("reading the configuration from standard input")?.perform() {
         Ok(None) => Ok(()),
         Ok(Some(result)) => {
-            say!("{result}");
+            say!("{}", escape::json(&result)?);
             Ok(())
         }
         Err(error) => {
-            say!("{error}");
+            say!("{}", escape::json(&error)?);
             Err(Failed::Told.into())
         }
     }

@@ -27,7 +27,9 @@ pub(super) fn daemon(args: DaemonArgs) -> Result<()> {
             SidecarMesh::Consul => Mesh::Consul,
         },
     };
+    let plugin = args.cni_keep.then(|| super::cni::in_place(args.plugin, &args.socket.socket, &args.options));
     let settings = Settings {
+        plugin,
         bpffs: args.bpffs.bpffs,
         max_connections: args.load.max_connections,
         pods_dir: args.pods_dir,

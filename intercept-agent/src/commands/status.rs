@@ -8,6 +8,7 @@ use intercept_agent::{
         reconcile::Report,
         socket,
     },
+    escape::{self, OneLine},
     node::Node,
     store::Record,
 };
@@ -68,7 +69,7 @@ pub(super) fn status(args: &StatusArgs) -> Result<()> {
         }
     }
     if args.json {
-        say!("{}", serde_json::to_string_pretty(&pods)?);
+        say!("{}", escape::pretty_json(&pods)?);
     } else if pods.is_empty() {
         say!("nothing is attached");
     } else {
@@ -117,10 +118,10 @@ fn pod(node: &Node, record: &Record, policy: &PodPolicy) -> Result<Pod> {
 }
 
 fn print(pod: &Pod) {
-    say!("{} ({}, cookie {})", pod.cgroup.display(), pod.state, pod.netns_cookie);
-    say!("  options      {}", pod.arguments.join(" "));
+    say!("{} ({}, cookie {})", OneLine(pod.cgroup.display()), pod.state, pod.netns_cookie);
+    say!("  options      {}", OneLine(pod.arguments.join(" ")));
     for (name, value) in &pod.environment {
-        say!("               {name}={value}");
+        say!("               {name}={}", OneLine(value));
     }
     pod.daemon.iter().for_each(print_daemon);
     say!("  connections  {} redirected, of {} at most", pod.connections, pod.max_connections);
@@ -151,8 +152,8 @@ fn print_daemon(report: &Report) {
         Some(seconds) => format!("links seen in place {seconds} s ago"),
         None => "never seen in place".to_owned(),
     };
-    say!("  daemon       {} is {}, {proven}", report.name, report.state.word());
+    say!("  daemon       {} is {}, {proven}", OneLine(&report.name), report.state.word());
     if let Some(problem) = &report.problem {
-        say!("               {} ({} attempts failed)", problem.text, report.failures);
+        say!("               {} ({} attempts failed)", OneLine(&problem.text), report.failures);
     }
 }

@@ -5,6 +5,7 @@ use std::{collections::HashMap, io::Write as _};
 use anyhow::{Context as _, Result, bail};
 use intercept_agent::{
     cgroup::CgroupDir,
+    escape,
     node::Node,
     store::Store,
     trace::{Printer, Trace},
@@ -55,9 +56,7 @@ async fn read(
             }
             let line = printer.line(event, names.get(&event.netns).cloned());
             let written = match args.json {
-                true => {
-                    serde_json::to_writer(&mut out, &line).map_err(Into::into).and_then(|()| writeln!(out))
-                }
+                true => escape::json(&line).map_err(Into::into).and_then(|json| writeln!(out, "{json}")),
                 false => writeln!(out, "{line}"),
             };
             left = left.map(|left| left.saturating_sub(1));

@@ -16,6 +16,7 @@ use super::{
 };
 use crate::{
     cgroup::{CgroupDir, CgroupError},
+    escape::OneLine,
     mirror::{Follower, MirrorError},
     netns::{Netns, NetnsError},
     node::{Attached, Node, NodeError, Target},
@@ -60,7 +61,12 @@ impl CaptureError {
             Self::Node(NodeError::TooManyPods(_)) => "map_full",
             Self::Node(NodeError::NetnsTaken { .. } | NodeError::CgroupTaken { .. }) => "conflict",
             Self::Node(
-                NodeError::Store(StoreError::Mount { .. } | StoreError::Record { .. })
+                NodeError::Store(
+                    StoreError::Mount { .. }
+                    | StoreError::Record { .. }
+                    | StoreError::Ownership(_)
+                    | StoreError::OtherDaemon { .. },
+                )
                 | NodeError::OtherLayout(_),
             ) => "store",
             Self::Node(NodeError::Left) => "leaving",
@@ -71,7 +77,7 @@ impl CaptureError {
         }
     }
 
-    /// The error with its causes, each after a colon.
+    /// The error with its causes, each after a colon, on one line: values that a pod chose are in it.
     pub fn text(&self) -> String {
         let mut text = self.to_string();
         let mut source = std::error::Error::source(self);
@@ -79,7 +85,7 @@ impl CaptureError {
             text = format!("{text}: {error}");
             source = error.source();
         }
-        text
+        OneLine(text).to_string()
     }
 
     /// Whether the pod's cgroup looks like this while its sandbox is being made: empty, or with a process that is not in

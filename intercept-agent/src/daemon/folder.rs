@@ -10,28 +10,29 @@
 //! `config` may stand in their place, with the policy as `attach --dry-run` prints it. Write a file elsewhere and
 //! rename it into the folder, or write it in one go: it is read when it is closed. Names that begin with a dot do
 //! not count. Removing a file takes the pod out of force.
+//!
+//! Folder and files must be root's, and writable by root alone; links, pipes and long files are refused.
 
 use std::{
     collections::{BTreeMap, HashSet},
-    fs, io,
-    mem::MaybeUninit,
-    os::fd::OwnedFd,
+    fs,
     path::{Path, PathBuf},
     time::Duration,
 };
 
-use rustix::{
-    fs::inotify::{self, CreateFlags, ReadFlags, WatchFlags},
-    io::Errno,
-};
 use serde::Deserialize;
-use tokio::{io::unix::AsyncFd, sync::mpsc::UnboundedSender};
+use tokio::sync::mpsc::UnboundedSender;
 
 use super::{
+    inotify::{Changed, FolderWatch},
     reconcile::Message,
     wanted::{Given, Key, Options, Wanted},
 };
-use crate::{options::Config, store::Origin};
+use crate::{
+    options::Config,
+    ownership::{OwnedFolder, OwnershipError},
+    store::Origin,
+};
 
 /// More than any description of a pod has.
 const MAX_FILE: u64 = 1 << 20;
@@ -54,10 +55,8 @@ struct PodFile {
 /// Why a file does not describe a pod.
 #[derive(Debug, thiserror::Error)]
 enum FileError {
-    #[error("reading {path}: {source}")]
-    Read { path: String, source: io::Error },
-    #[error("reading {path}: it is longer than {MAX_FILE} bytes")]
-    Long { path: String },
+    #[error("{0}{cause}", cause = std::error::Error::source(.0).map(|cause| format!(": {cause}")).unwrap_or_default())]
+    Ownership(OwnershipError),
     #[error("reading {path}: {source}")]
     Json { path: String, source: serde_json::Error },
     #[error("reading {path}: give either config or arguments and environment, not both")]
@@ -66,57 +65,49 @@ enum FileError {
 
 /// The folder cannot be watched.
 #[derive(Debug, thiserror::Error)]
-#[error("watching the folder of pods {path}; it must be there when the daemon starts")]
+#[error("watching the folder of pods {path}; it must exist when the daemon starts, and be root's alone")]
 pub struct FolderError {
     path: String,
     #[source]
-    source: io::Error,
+    source: OwnershipError,
 }
 
 /// A watched folder.
 pub struct Folder {
     path: PathBuf,
-    events: AsyncFd<OwnedFd>,
+    watch: FolderWatch,
 }
 
-/// What to look at after events.
-enum Changed {
-    Names(HashSet<String>),
-    Everything,
-    Gone,
+/// Which files to read.
+enum Files {
+    Named(HashSet<String>),
+    All,
 }
 
 impl Folder {
     /// Watch it. To be called within a tokio runtime with io enabled.
     pub fn open(path: PathBuf) -> Result<Self, FolderError> {
         let watch = || {
-            let events = inotify::init(CreateFlags::CLOEXEC | CreateFlags::NONBLOCK)?;
-            let what = WatchFlags::CLOSE_WRITE
-                | WatchFlags::MOVED_TO
-                | WatchFlags::MOVED_FROM
-                | WatchFlags::DELETE
-                | WatchFlags::DELETE_SELF
-                | WatchFlags::MOVE_SELF
-                | WatchFlags::ONLYDIR;
-            inotify::add_watch(&events, &path, what)?;
-            // SAFETY: an OwnedFd keeps its descriptor open, and always the same one, until it is dropped.
-            unsafe { AsyncFd::register(events) }.map_err(io::Error::from)
+            OwnedFolder::open(&path)?;
+            FolderWatch::open(&path).map_err(|source| OwnershipError::Io {
+                action: "watching folder",
+                path: path.display().to_string(),
+                source,
+            })
         };
         match watch() {
-            Ok(events) => Ok(Self { path, events }),
+            Ok(watch) => Ok(Self { path, watch }),
             Err(source) => Err(FolderError { path: path.display().to_string(), source }),
         }
     }
 
     /// Tell of every file, then of every change, for ever.
     pub async fn follow(mut self, messages: UnboundedSender<Message>) {
-        self.tell_all(&messages);
+        self.tell(Files::All, &messages).await;
         loop {
-            match self.changed().await {
-                Ok(Changed::Names(names)) => names.iter().for_each(|name| {
-                    self.tell(name, &messages);
-                }),
-                Ok(Changed::Everything) => self.tell_all(&messages),
+            match self.watch.changed().await {
+                Ok(Changed::Names(names)) => self.tell(Files::Named(names), &messages).await,
+                Ok(Changed::Everything) => self.tell(Files::All, &messages).await,
                 Ok(Changed::Gone) => self.reopen(&messages).await,
                 Err(error) => {
                     tracing::error!(folder = %self.path.display(), %error, "watching the folder of pods");
@@ -129,92 +120,85 @@ impl Folder {
         }
     }
 
-    async fn changed(&self) -> io::Result<Changed> {
-        let mut names = HashSet::new();
-        loop {
-            let mut ready = self.events.readable().await?;
-            let mut space = [MaybeUninit::uninit(); 4096];
-            let mut reader = inotify::Reader::new(ready.get_inner(), &mut space);
-            loop {
-                match reader.next() {
-                    Ok(event) => {
-                        let flags = event.events();
-                        if flags.contains(ReadFlags::QUEUE_OVERFLOW) {
-                            return Ok(Changed::Everything);
-                        }
-                        if flags
-                            .intersects(ReadFlags::DELETE_SELF | ReadFlags::MOVE_SELF | ReadFlags::IGNORED)
-                        {
-                            return Ok(Changed::Gone);
-                        }
-                        names
-                            .extend(event.file_name().and_then(|name| name.to_str().ok()).map(str::to_owned));
-                    }
-                    Err(Errno::AGAIN) => break,
-                    Err(Errno::INTR) => {}
-                    Err(error) => return Err(error.into()),
-                }
-            }
-            ready.clear_ready();
-            if !names.is_empty() {
-                return Ok(Changed::Names(names));
-            }
-        }
-    }
-
     /// The folder was removed or renamed: what it said holds until another is there.
     async fn reopen(&mut self, messages: &UnboundedSender<Message>) {
         tracing::error!(folder = %self.path.display(), "the folder of pods is gone: its pods stay as they are until it is back");
+        let mut logged = None;
         loop {
             tokio::time::sleep(ABSENT).await;
-            if let Ok(again) = Self::open(self.path.clone()) {
-                *self = again;
-                self.tell_all(messages);
-                return;
+            match Self::open(self.path.clone()) {
+                Ok(again) => {
+                    *self = again;
+                    return self.tell(Files::All, messages).await;
+                }
+                Err(FolderError { source, .. }) if source.is_not_found() => {}
+                Err(FolderError { source, .. }) => {
+                    let text = source.to_string();
+                    if logged.as_ref() != Some(&text) {
+                        tracing::error!(folder = %self.path.display(), "{text}");
+                        logged = Some(text);
+                    }
+                }
             }
         }
     }
 
-    fn tell_all(&self, messages: &UnboundedSender<Message>) {
-        let entries = match fs::read_dir(&self.path) {
-            Ok(entries) => entries,
-            Err(error) => {
-                // Not the same as an empty folder.
-                tracing::error!(folder = %self.path.display(), %error, "listing the folder of pods");
-                return;
-            }
-        };
-        let names = entries.flatten().filter_map(|entry| entry.file_name().into_string().ok());
-        let keys = names.filter_map(|name| self.tell(&name, messages)).collect();
-        drop(messages.send(Message::FilesListed(keys)));
-    }
-
-    /// Tell of one file; its key if it counts.
-    fn tell(&self, name: &str, messages: &UnboundedSender<Message>) -> Option<Key> {
-        if name.starts_with('.') || !name.ends_with(".json") {
-            return None;
+    /// Read files and tell of them. A file may be on a disk that does not answer: that holds up this source alone.
+    async fn tell(&self, files: Files, messages: &UnboundedSender<Message>) {
+        let path = self.path.clone();
+        match tokio::task::spawn_blocking(move || read_files(&path, files)).await {
+            Ok(Ok(told)) => told.into_iter().for_each(|message| drop(messages.send(message))),
+            // Not the same as an empty folder.
+            Ok(Err(error)) => tracing::error!(
+                error = &error as &dyn std::error::Error,
+                "reading the folder of pods: its pods stay as they are"
+            ),
+            Err(error) => tracing::error!(%error, "reading the folder of pods"),
         }
-        let key = Key::File(name.to_owned());
-        let file = match read(&self.path.join(name), name) {
-            Ok(wanted) => Ok(wanted),
-            Err(FileError::Read { source, .. }) if source.kind() == io::ErrorKind::NotFound => {
-                drop(messages.send(Message::FileRemoved(key)));
-                return None;
-            }
-            Err(error) => Err(error.to_string()),
-        };
-        drop(messages.send(Message::File(key.clone(), Box::new(file))));
-        Some(key)
     }
 }
 
-fn read(path: &Path, name: &str) -> Result<Wanted, FileError> {
-    let shown = || path.display().to_string();
-    let at = |source| FileError::Read { path: shown(), source };
-    if fs::metadata(path).map_err(at)?.len() > MAX_FILE {
-        return Err(FileError::Long { path: shown() });
+fn read_files(path: &Path, files: Files) -> Result<Vec<Message>, OwnershipError> {
+    let folder = OwnedFolder::open(path)?;
+    match files {
+        Files::Named(names) => Ok(names.iter().filter_map(|name| read_file(&folder, name)).collect()),
+        Files::All => {
+            let listed = |source| OwnershipError::Io {
+                action: "listing folder",
+                path: path.display().to_string(),
+                source,
+            };
+            let entries: Vec<_> = fs::read_dir(path).and_then(Iterator::collect).map_err(listed)?;
+            let names =
+                entries.into_iter().filter_map(|entry: fs::DirEntry| entry.file_name().into_string().ok());
+            let mut told: Vec<Message> = names.filter_map(|name| read_file(&folder, &name)).collect();
+            let keys = told.iter().filter_map(|message| match message {
+                Message::File(key, _) => Some(key.clone()),
+                _ => None,
+            });
+            let keys = keys.collect();
+            told.push(Message::FilesListed(keys));
+            Ok(told)
+        }
     }
-    let text = fs::read(path).map_err(at)?;
+}
+
+/// What one file says, if its name counts.
+fn read_file(folder: &OwnedFolder, name: &str) -> Option<Message> {
+    if name.starts_with('.') || !name.ends_with(".json") {
+        return None;
+    }
+    let key = Key::File(name.to_owned());
+    Some(match read(folder, name) {
+        Ok(wanted) => Message::File(key, Box::new(Ok(wanted))),
+        Err(FileError::Ownership(error)) if error.is_not_found() => Message::FileRemoved(key),
+        Err(error) => Message::File(key, Box::new(Err(error.to_string()))),
+    })
+}
+
+fn read(folder: &OwnedFolder, name: &str) -> Result<Wanted, FileError> {
+    let shown = || folder.path().join(name).display().to_string();
+    let text = folder.read(Path::new(name), MAX_FILE).map_err(FileError::Ownership)?;
     let file: PodFile =
         serde_json::from_slice(&text).map_err(|source| FileError::Json { path: shown(), source })?;
     let given = Given { arguments: file.arguments, environment: file.environment };
@@ -229,6 +213,11 @@ fn read(path: &Path, name: &str) -> Result<Wanted, FileError> {
 
 #[cfg(test)]
 mod tests {
+    use std::{
+        fs::File,
+        os::unix::fs::{PermissionsExt as _, chown, symlink},
+    };
+
     use tokio::sync::mpsc;
 
     use super::*;
@@ -288,6 +277,7 @@ mod tests {
     fn what_is_not_understood_is_refused_by_name() {
         let dir = tempfile::tempdir().expect("a folder");
         let path = dir.path().join("p.json");
+        let folder = OwnedFolder::open(dir.path()).expect("opened");
         let config = serde_json::to_string(&Config::default()).expect("json");
         for (text, why) in [
             (r#"{"netns": "/n"}"#.to_owned(), "missing field `cgroup`"),
@@ -295,12 +285,60 @@ mod tests {
             (format!(r#"{{"cgroup": "/c", "arguments": ["-b", "*"], "config": {config}}}"#), "not both"),
         ] {
             fs::write(&path, text).expect("written");
-            let error = read(&path, "p.json").expect_err("refused").to_string();
+            let error = read(&folder, "p.json").expect_err("refused").to_string();
             assert!(error.contains(why) && error.contains("p.json"), "{error}");
         }
         fs::write(&path, format!(r#"{{"cgroup": "/c", "config": {config}}}"#)).expect("written");
-        let wanted = read(&path, "p.json").expect("a pod");
+        let wanted = read(&folder, "p.json").expect("a pod");
         assert_eq!(wanted.options, Options::Config(Box::default()));
+    }
+
+    #[test]
+    fn files_that_others_could_write_are_refused_and_hold_up_nothing() {
+        let dir = tempfile::tempdir().expect("a folder");
+        let path = |name: &str| dir.path().join(name);
+        rustix::fs::mknodat(
+            rustix::fs::CWD,
+            path("a.json"),
+            rustix::fs::FileType::Fifo,
+            rustix::fs::Mode::RUSR,
+            0,
+        )
+        .expect("a pipe");
+        symlink("/dev/zero", path("b.json")).expect("a link");
+        File::create(path("c.json")).and_then(|file| file.set_len(MAX_FILE + 1)).expect("a long file");
+        fs::write(path("d.json"), POD).expect("written");
+        chown(path("d.json"), Some(65534), None).expect("given away");
+        fs::write(path("e.json"), POD).expect("written");
+        runtime().block_on(async {
+            let folder = Folder::open(dir.path().to_owned()).expect("watched");
+            let (send, mut messages) = mpsc::unbounded_channel();
+            let task = tokio::spawn(folder.follow(send));
+            let mut told = Vec::new();
+            for _ in 0..6 {
+                told.push(next(&mut messages).await);
+            }
+            told.sort();
+            let expected = [
+                "refused a.json: refusing",
+                "refused b.json: refusing",
+                "refused c.json: refusing",
+                "refused d.json: refusing",
+                "synced 5",
+                "want e.json /c",
+            ];
+            assert!(told.iter().zip(expected).all(|(told, expected)| told.starts_with(expected)), "{told:?}");
+
+            // Nothing is read from a folder that has become everybody's, and nothing is forgotten.
+            fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o777)).expect("opened");
+            fs::remove_file(path("e.json")).expect("removed");
+            assert!(read_files(dir.path(), Files::All).is_err());
+            fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o700)).expect("closed");
+            task.abort();
+            fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o770)).expect("opened");
+            let error = Folder::open(dir.path().to_owned()).err().expect("refused");
+            assert!(error.source.to_string().contains("chmod go-w"), "{}", error.source);
+        });
     }
 
     #[test]

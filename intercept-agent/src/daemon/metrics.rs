@@ -4,7 +4,7 @@ use std::{
     collections::{BTreeMap, HashMap},
     path::Path,
     sync::{
-        Arc,
+        Arc, OnceLock,
         atomic::{AtomicU64, Ordering},
     },
     time::{Duration, Instant},
@@ -17,6 +17,7 @@ use prometheus_client::{
     registry::Registry,
 };
 
+use super::plugin::PluginState;
 use crate::{
     node::{Attached, NodeError},
     store::Store,
@@ -58,9 +59,30 @@ struct Inner {
     pods: Family<State, Gauge>,
     left_alone: Family<Why, Gauge>,
     earlier: Gauge,
+    plugin: OnceLock<PluginMetrics>,
     started: Instant,
     /// Milliseconds after `started` when the loop looked at its pods last.
     beat: AtomicU64,
+}
+
+/// Only where the daemon keeps the CNI plugin installed: elsewhere it says nothing of it.
+struct PluginMetrics {
+    registry: Registry,
+    installed: Gauge,
+    writes: Counter,
+}
+
+impl PluginMetrics {
+    fn new() -> Self {
+        let mut registry = Registry::with_prefix("intercept");
+        let installed = Gauge::default();
+        let help = "Whether the node's CNI configuration has the plugin";
+        registry.register("plugin_installed", help, installed.clone());
+        let writes = Counter::default();
+        let help = "Times that the plugin was put into the node's CNI configuration";
+        registry.register("plugin_writes", help, writes.clone());
+        Self { registry, installed, writes }
+    }
 }
 
 impl Metrics {
@@ -93,6 +115,7 @@ impl Metrics {
             pods,
             left_alone,
             earlier,
+            plugin: OnceLock::new(),
             started,
             beat,
         }))
@@ -135,6 +158,20 @@ impl Metrics {
         self.0.earlier.set(pods.try_into().unwrap_or(i64::MAX));
     }
 
+    /// Whether the CNI plugin is installed.
+    pub fn plugin(&self, state: &PluginState) {
+        self.plugin_metrics().installed.set(i64::from(state.problem().is_none()));
+    }
+
+    /// The CNI plugin was put into the configuration.
+    pub fn plugin_written(&self) {
+        self.plugin_metrics().writes.inc();
+    }
+
+    fn plugin_metrics(&self) -> &PluginMetrics {
+        self.0.plugin.get_or_init(PluginMetrics::new)
+    }
+
     /// The loop is alive.
     pub fn beat(&self) {
         let now = u64::try_from(self.0.started.elapsed().as_millis()).unwrap_or(u64::MAX);
@@ -150,7 +187,10 @@ impl Metrics {
     /// cookies of their namespaces.
     pub fn text(&self, bpffs: &Path, names: &HashMap<u64, String>) -> String {
         let mut text = String::new();
-        let written = text::encode_registry(&mut text, &self.0.registry);
+        let mut written = text::encode_registry(&mut text, &self.0.registry);
+        if let Some(plugin) = self.0.plugin.get() {
+            written = written.and(text::encode_registry(&mut text, &plugin.registry));
+        }
         let mut node = Registry::with_prefix("intercept");
         if let Err(error) = read_node(&mut node, bpffs, names) {
             self.error("metrics");
@@ -201,7 +241,7 @@ fn read_node(
             let labels = Failed { pod: pod.clone(), failure: failure.word().to_owned() };
             failures.get_or_create(&labels).inc_by(*count);
         }
-        let open = fill.connections.get(&cookie).copied().unwrap_or_default();
+        let open = tables.connections(policy.slot);
         connections.get_or_create(&Named { pod }).set(open.try_into().unwrap_or(i64::MAX));
     }
     for (map, used, room) in fill.maps {

@@ -28,6 +28,15 @@ pub enum Request {
     Check(Sandbox),
     /// What is known of every pod.
     Report,
+    /// Whether a pod that is started now would be captured.
+    Ready,
+    /// These are all the sandboxes there are: release the pods of others.
+    Collect {
+        /// By id.
+        valid: Vec<String>,
+    },
+    /// Do not put the plugin into the node's configuration again.
+    StopInstalling,
     /// Take everything away, and stay away from then on.
     Leave,
 }
@@ -47,6 +56,25 @@ pub struct Sandbox {
     /// The pod's name.
     #[serde(default)]
     pub name: String,
+}
+
+impl Request {
+    /// The sandbox that it is about.
+    pub(super) fn sandbox(&self) -> Option<&Sandbox> {
+        match self {
+            Self::Add(add) => Some(&add.pod),
+            Self::Delete(sandbox) | Self::Check(sandbox) => Some(sandbox),
+            Self::Report | Self::Ready | Self::Collect { .. } | Self::StopInstalling | Self::Leave => None,
+        }
+    }
+}
+
+impl Sandbox {
+    /// Whether the names may stand in logs and metrics. Kubernetes allows only such.
+    pub(super) fn is_printable(&self) -> bool {
+        let names = [&self.sandbox, &self.namespace, &self.name];
+        names.into_iter().chain(&self.uid).all(|name| !name.contains(char::is_control))
+    }
 }
 
 /// What ADD knows.

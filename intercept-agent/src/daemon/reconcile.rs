@@ -9,7 +9,7 @@ mod pod;
 mod watch;
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, HashSet},
     time::{Duration, Instant},
 };
 
@@ -160,6 +160,7 @@ impl Reconciler {
             Message::Report(reply) => {
                 drop(reply.send(self.pods.iter().map(|(key, pod)| Report::of(key, pod)).collect()));
             }
+            Message::Collect(valid, reply) => drop(reply.send(self.collect(&valid))),
             Message::Leave(reply) => self.leave(reply),
             Message::Changed(key, cookie) => {
                 if self.pods.get(&key).and_then(|pod| pod.held.as_ref()).is_some_and(|h| h.cookie == cookie) {
@@ -169,6 +170,27 @@ impl Reconciler {
             Message::Done(key, outcome) => self.done(&key, *outcome),
             Message::Audited(in_force, new) => self.audited(&in_force, &new),
         }
+    }
+
+    /// Release pods whose sandbox is gone without a word. One that is asked for now may be newer than the list.
+    fn collect(&mut self, valid: &HashSet<String>) -> usize {
+        let is_gone = |pod: &Pod| {
+            let sandbox = pod.view.sandbox_id();
+            sandbox.is_some_and(|sandbox| !valid.contains(sandbox)) && !pod.busy && pod.waiting.is_empty()
+        };
+        let gone: Vec<Key> =
+            self.pods.iter().filter(|(_, pod)| is_gone(pod)).map(|(key, _)| key.clone()).collect();
+        for key in &gone {
+            tracing::info!(pod = %key, "the runtime has its sandbox no more");
+            if let Some(pod) = self.pods.get_mut(key)
+                && let Some(sandbox) = pod.view.sandbox_id().map(str::to_owned)
+            {
+                pod.view.end_sandbox(&sandbox);
+                pod.unwant();
+                self.reconsider(key);
+            }
+        }
+        gone.len()
     }
 
     fn check(&self, key: &Key) -> Answer {
@@ -277,13 +299,18 @@ impl Reconciler {
                 pod.held = None;
                 again = true;
             }
-            Outcome::Captured(Err(error)) | Outcome::Released(Err(error)) => self.failed(key, &error, !again),
+            Outcome::Captured(Err(error)) => self.failed(key, &error, !again),
+            Outcome::Released(Err(error)) => {
+                pod.release_failed = true;
+                self.failed(key, &error, !again);
+            }
             Outcome::Released(Ok(())) => {
                 tracing::info!(pod = %key, name = pod.name, "released");
                 pod.held = None;
-                if pod.wanted.is_none() {
+                if std::mem::take(&mut pod.release_failed) || pod.wanted.is_none() {
                     // Of an attempt to release it.
                     pod.problem = None;
+                    pod.failures = 0;
                     pod.due = None;
                 }
                 // Answers whoever waits for that, if nothing is wanted again by now.

@@ -12,21 +12,24 @@ use std::{
 };
 
 use axum::{Router, extract::State, http::StatusCode, routing::get};
-use tokio::sync::{mpsc::UnboundedSender, oneshot};
+use tokio::sync::{Mutex, mpsc::UnboundedSender, oneshot};
 
 use super::{
     capture::CaptureError,
     folder::{Folder, FolderError},
+    http,
     kubernetes::{Kubernetes, KubernetesError},
     metrics::Metrics,
     placement::Placement,
+    plugin::Installer,
+    ready::Readiness,
     reconcile::{Message, Reconciler, Report},
     sidecar::Selection,
     socket::{Server, SocketError},
     wanted::{Given, GivenError},
     worker::{Lane, Worker},
 };
-use crate::{cgroup, node::NodeError};
+use crate::{cgroup, cni::install::Plugin, node::NodeError};
 
 /// The loop looks at its pods more often than twice a second; a worker that takes longer than this is stuck.
 const STUCK: Duration = Duration::from_secs(15);
@@ -54,6 +57,8 @@ pub struct Settings {
     pub selection: Selection,
     /// Options for every pod of the API; annotations are stronger.
     pub defaults: Given,
+    /// The CNI plugin that is to be kept installed, if any.
+    pub plugin: Option<Plugin>,
 }
 
 /// Why the daemon cannot start.
@@ -80,10 +85,10 @@ pub enum ServeError {
 #[derive(Clone)]
 struct Probes {
     metrics: Metrics,
-    worker: Worker,
+    readiness: Readiness,
     messages: UnboundedSender<Message>,
-    adopted: Arc<AtomicBool>,
     bpffs: PathBuf,
+    scraping: Arc<Mutex<()>>,
 }
 
 /// Run until `shutdown` is ready. What is in force stays in force.
@@ -115,24 +120,22 @@ pub async fn serve(settings: Settings, shutdown: impl Future<Output = ()>) -> Re
         None => None,
     };
     let folder = settings.pods_dir.map(Folder::open).transpose()?;
+    let (installer, handle) = settings.plugin.map(|plugin| Installer::new(plugin, metrics.clone())).unzip();
     let adopted = Arc::new(AtomicBool::new(false));
+    let readiness = Readiness { worker, adopted: Arc::clone(&adopted), installer: handle };
     if let Some(address) = settings.metrics_address {
         let probes = Probes {
             metrics: metrics.clone(),
-            worker: worker.clone(),
+            readiness: readiness.clone(),
             messages: messages.clone(),
-            adopted: Arc::clone(&adopted),
             bpffs: settings.bpffs,
+            scraping: Arc::default(),
         };
         let listener = tokio::net::TcpListener::bind(address)
             .await
             .map_err(|source| ServeError::Metrics { address, source })?;
         tracing::info!(address = %listener.local_addr().unwrap_or(address), "answering for metrics and probes");
-        tokio::spawn(async move {
-            if let Err(error) = axum::serve(listener, router(probes)).await {
-                tracing::error!(%error, "answering for metrics and probes");
-            }
-        });
+        tokio::spawn(http::serve(listener, router(probes), http::Limits::default()));
     }
 
     let started = std::time::Instant::now();
@@ -152,7 +155,11 @@ pub async fn serve(settings: Settings, shutdown: impl Future<Output = ()>) -> Re
     if let Some(kubernetes) = kubernetes {
         tokio::spawn(kubernetes.follow());
     }
-    tokio::spawn(server.serve());
+    tokio::spawn(server.serve(readiness));
+    // Only now, when there is something for the plugin to ask.
+    if let Some(installer) = installer {
+        tokio::spawn(installer.run());
+    }
     tokio::select! {
         () = reconciler.run() => {}
         () = shutdown => tracing::info!("ending; what is in force stays in force"),
@@ -179,9 +186,15 @@ async fn metrics(
 ) -> Result<([(&'static str, &'static str); 1], String), StatusCode> {
     let reports = reports(&probes).await.ok_or(StatusCode::SERVICE_UNAVAILABLE)?;
     let names = reports.into_iter().filter_map(|report| Some((report.netns_cookie?, report.name))).collect();
-    let Probes { metrics, bpffs, .. } = probes;
+    let Probes { metrics, bpffs, scraping, .. } = probes;
+    // Held until the work is done, also when its client has gone away meanwhile.
+    let one_at_a_time = scraping.lock_owned().await;
     // Walks the maps: not on the thread that everything else runs on.
-    let text = tokio::task::spawn_blocking(move || metrics.text(&bpffs, &names)).await;
+    let text = tokio::task::spawn_blocking(move || {
+        let _one_at_a_time = one_at_a_time;
+        metrics.text(&bpffs, &names)
+    });
+    let text = text.await;
     let text = text.map_err(|_| StatusCode::INTERNAL_SERVER_ERROR)?;
     Ok(([("content-type", "application/openmetrics-text; version=1.0.0; charset=utf-8")], text))
 }
@@ -195,31 +208,24 @@ async fn healthz(State(probes): State<Probes>) -> (StatusCode, String) {
             format!("the loop has not looked at its pods for {since:?}\n"),
         );
     }
-    match tokio::time::timeout(STUCK, probes.worker.run(Lane::Urgent, |_| ())).await {
+    match tokio::time::timeout(STUCK, probes.readiness.worker.run(Lane::Urgent, |_| ())).await {
         Ok(Ok(())) => (StatusCode::OK, "ok\n".to_owned()),
         Ok(Err(failed)) => (StatusCode::SERVICE_UNAVAILABLE, format!("{failed}\n")),
         Err(_) => (
             StatusCode::SERVICE_UNAVAILABLE,
-            format!("the worker has been at one job for {STUCK:?}; {} wait\n", probes.worker.waiting()),
+            format!(
+                "the worker has been at one job for {STUCK:?}; {} wait\n",
+                probes.readiness.worker.waiting()
+            ),
         ),
     }
 }
 
 /// Whether a pod that is started now would be captured.
 async fn readyz(State(probes): State<Probes>) -> (StatusCode, String) {
-    if !probes.adopted.load(Ordering::Acquire) {
-        return (StatusCode::SERVICE_UNAVAILABLE, "taking over what is in force\n".to_owned());
-    }
-    match probes
-        .worker
-        .run(Lane::Urgent, |access| access.with(|node| Ok::<_, NodeError>(node.tables().policies()?.len())))
-        .await
-    {
-        Ok(Ok(_)) => (StatusCode::OK, "ok\n".to_owned()),
-        Ok(Err(error)) => {
-            (StatusCode::SERVICE_UNAVAILABLE, format!("{}\n", CaptureError::from(error).text()))
-        }
-        Err(failed) => (StatusCode::SERVICE_UNAVAILABLE, format!("{failed}\n")),
+    match probes.readiness.of_node().await {
+        Ok(()) => (StatusCode::OK, "ok\n".to_owned()),
+        Err(problem) => (StatusCode::SERVICE_UNAVAILABLE, format!("{problem}\n")),
     }
 }
 

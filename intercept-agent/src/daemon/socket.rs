@@ -1,11 +1,6 @@
 //! The socket on which pods are asked for: root's alone.
 
-use std::{
-    fs, io,
-    os::unix::fs::{DirBuilderExt as _, PermissionsExt as _},
-    path::Path,
-    sync::Arc,
-};
+use std::{fs, io, os::unix::fs::PermissionsExt as _, path::Path, sync::Arc};
 
 use rustix::fs::FlockOperation;
 use tokio::{
@@ -18,56 +13,67 @@ use tokio::{
 use super::{
     placement::Placement,
     protocol::{Add, MAX_LINE, PATIENCE, Request, Response, Sandbox, Select},
+    ready::Readiness,
     reconcile::{Answer, Message, Problem},
     sidecar::{self, CaptureArgs, Ipv6, Selection, Verdict},
     view::{Certainty, SandboxClaim},
     wanted::Key,
 };
+use crate::ownership::{OwnedFolder, OwnershipError};
 
 /// The socket cannot be had.
 #[derive(Debug, thiserror::Error)]
-#[error("{action} {path}")]
-pub struct SocketError {
-    action: &'static str,
-    path: String,
-    #[source]
-    source: io::Error,
+pub enum SocketError {
+    /// Its folder or its lock is not safe.
+    #[error(transparent)]
+    Ownership(#[from] OwnershipError),
+    /// A call failed.
+    #[error("{action} {path}")]
+    Io {
+        /// What was attempted.
+        action: &'static str,
+        /// On what.
+        path: String,
+        /// The kernel's error.
+        #[source]
+        source: io::Error,
+    },
 }
 
 fn at(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> SocketError {
     let path = path.display().to_string();
-    move |source| SocketError { action, path, source }
+    move |source| SocketError::Io { action, path, source }
 }
 
 /// The socket, and the lock that makes this the one daemon that has it.
 pub struct Server {
     listener: UnixListener,
     _lock: fs::File,
-    context: Arc<Context>,
+    messages: UnboundedSender<Message>,
+    placement: Placement,
+    selection: Selection,
 }
 
 struct Context {
     messages: UnboundedSender<Message>,
     placement: Placement,
     selection: Selection,
+    readiness: Readiness,
 }
 
 impl Server {
-    /// Listen. The folder is made if it is not there; what a daemon left that is gone is replaced.
+    /// Listen. The folder is created if it does not exist, and must be root's alone; what a daemon left that is gone is
+    /// replaced.
     pub fn open(
         path: &Path,
         messages: UnboundedSender<Message>,
         placement: Placement,
         selection: Selection,
     ) -> Result<Self, SocketError> {
-        let folder = path.parent().unwrap_or(Path::new("."));
-        fs::DirBuilder::new()
-            .recursive(true)
-            .mode(0o700)
-            .create(folder)
-            .map_err(at("making folder", folder))?;
+        let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty());
+        let folder = OwnedFolder::create(parent.unwrap_or(Path::new(".")))?;
         let locked = path.with_extension("lock");
-        let lock = fs::File::create(&locked).map_err(at("opening", &locked))?;
+        let lock = folder.lock_file(Path::new(locked.file_name().unwrap_or_default()))?;
         rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive)
             .map_err(io::Error::from)
             .map_err(at("another daemon has this socket: locking", &locked))?;
@@ -81,15 +87,17 @@ impl Server {
         // Whoever was quicker than this is turned away by the check of the peer.
         fs::set_permissions(path, fs::Permissions::from_mode(0o600))
             .map_err(at("closing to others", path))?;
-        Ok(Self { listener, _lock: lock, context: Arc::new(Context { messages, placement, selection }) })
+        Ok(Self { listener, _lock: lock, messages, placement, selection })
     }
 
     /// Answer, for ever.
-    pub async fn serve(self) {
+    pub async fn serve(self, readiness: Readiness) {
+        let Self { listener, _lock, messages, placement, selection } = self;
+        let context = Arc::new(Context { messages, placement, selection, readiness });
         loop {
-            match self.listener.accept().await {
+            match listener.accept().await {
                 Ok((stream, _)) => {
-                    let context = Arc::clone(&self.context);
+                    let context = Arc::clone(&context);
                     tokio::spawn(async move {
                         if let Err(error) = context.answer(stream).await {
                             tracing::warn!(%error, "answering on the socket");
@@ -133,6 +141,11 @@ impl Context {
     }
 
     async fn perform(&self, request: Request) -> Response {
+        if let Some(sandbox) = request.sandbox()
+            && !sandbox.is_printable()
+        {
+            return failed("request", "the names of the pod have control characters in them".to_owned());
+        }
         match request {
             Request::Add(add) => self.add(*add).await,
             Request::Delete(sandbox) => {
@@ -144,6 +157,23 @@ impl Context {
                 Some(reports) => Response::Pods(reports),
                 None => ending(),
             },
+            Request::Ready => match self.readiness.of_daemon().await {
+                Ok(()) => Response::Done("ready".to_owned()),
+                Err(problem) => failed("not_ready", problem),
+            },
+            Request::Collect { valid } => {
+                let valid = valid.into_iter().collect();
+                match self.tell(|reply| Message::Collect(valid, reply)).await {
+                    Some(released) => Response::Done(format!("{released} released")),
+                    None => ending(),
+                }
+            }
+            Request::StopInstalling => {
+                if let Some(installer) = &self.readiness.installer {
+                    installer.stop().await;
+                }
+                Response::Done("stopped".to_owned())
+            }
             Request::Leave => match self.tell(Message::Leave).await {
                 Some(Ok(())) => Response::Done("left".to_owned()),
                 Some(Err(error)) => failed("internal", super::capture::CaptureError::from(error).text()),
@@ -228,6 +258,11 @@ fn key(sandbox: &Sandbox) -> Key {
 pub fn request(path: &Path, request: &Request) -> io::Result<Response> {
     use std::io::{BufRead as _, Read as _, Write as _};
     let mut stream = std::os::unix::net::UnixStream::connect(path)?;
+    let peer = rustix::net::sockopt::socket_peercred(&stream)?.uid;
+    if !peer.is_root() && peer != rustix::process::geteuid() {
+        let text = format!("user {} listens there, not the daemon of root", peer.as_raw());
+        return Err(io::Error::new(io::ErrorKind::PermissionDenied, text));
+    }
     stream.set_read_timeout(Some(PATIENCE * 3))?;
     stream.set_write_timeout(Some(PATIENCE))?;
     let mut text = serde_json::to_string(request)?;
@@ -239,4 +274,27 @@ pub fn request(path: &Path, request: &Request) -> io::Result<Response> {
         return Err(io::ErrorKind::UnexpectedEof.into());
     }
     Ok(serde_json::from_str(&line)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_impostor_on_the_socket_is_not_asked() {
+        let dir = tempfile::tempdir().expect("a folder");
+        fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o777)).expect("opened");
+        let path = dir.path().join("agent.sock");
+        let listener = std::thread::scope(|scope| {
+            let as_nobody = scope.spawn(|| {
+                rustix::thread::set_thread_uid(rustix::fs::Uid::from_raw(65534))
+                    .expect("this thread becomes nobody");
+                std::os::unix::net::UnixListener::bind(&path).expect("bound")
+            });
+            as_nobody.join().expect("no panic")
+        });
+        let error = request(&path, &Request::Report).expect_err("refused");
+        assert!(error.to_string().starts_with("user 65534 listens there"), "{error}");
+        drop(listener);
+    }
 }

@@ -150,6 +150,8 @@ impl Access {
             Some(node) => node,
             None => {
                 let node = Node::open(&self.bpffs, self.max_connections)?;
+                // What was kept may be the same folder, which a second lock of ours could not have.
+                self.keep = None;
                 self.keep = Some(node.store().keep().map_err(NodeError::from)?);
                 node
             }

@@ -161,6 +161,30 @@ fn interfaces_are_mirrored() {
 }
 
 #[test]
+fn names_that_are_not_text_do_no_harm() {
+    use std::os::unix::ffi::OsStrExt as _;
+    let netns = pod();
+    let before = Mirror::snapshot(&netns).expect("a snapshot");
+    let run = |line: &[u8]| {
+        let words = line.split(|byte| *byte == b' ').map(std::ffi::OsStr::from_bytes);
+        let output = Command::new("ip").args(words).output().expect("iproute2 is installed");
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    };
+    let change = || {
+        run(b"link add d\xff\xc3y0 type veth peer name far2");
+        run(b"link property add dev net1 altname alt\xe2\x82name");
+        run(b"link set net1 alias a\xf0");
+        run(b"rule add iif d\xff\xc3y0 lookup 77");
+        run(b"rule add oif d\xff\xc3y0 lookup 77");
+    };
+    netns.run(change).expect("entering");
+    let mirror = Mirror::snapshot(&netns).expect("a snapshot");
+    let names: Vec<_> = mirror.interfaces.iter().map(|interface| interface.name.as_str()).collect();
+    assert!(names.contains(&"d??y0") && names.len() == before.interfaces.len() + 2, "{names:?}");
+    assert_eq!(mirror.routes, before.routes);
+}
+
+#[test]
 fn an_empty_namespace_has_no_routes() {
     let mirror = Mirror::snapshot(&fresh()).unwrap();
     assert_eq!(mirror.routes, []);

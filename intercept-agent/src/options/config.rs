@@ -16,6 +16,8 @@ pub const DNS_PORT: u16 = 15053;
 pub const MAX_PROXY_IDS: usize = 16;
 /// Most groups in either owner-group list; istio's own limit for the list of groups to capture.
 pub const MAX_OWNER_GROUPS: usize = 64;
+/// Most DNS servers of a pod: a C library asks three.
+pub const MAX_RESOLVERS: usize = 64;
 
 /// What is captured for one pod, and what is left alone.
 ///

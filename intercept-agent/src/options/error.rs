@@ -1,7 +1,7 @@
 //! What is wrong with an option, and how to mend it.
 
 use super::setting::Origin;
-use super::{MAX_OWNER_GROUPS, MAX_PROXY_IDS};
+use super::{MAX_OWNER_GROUPS, MAX_PROXY_IDS, MAX_RESOLVERS};
 
 /// A refused option. Shown as `option: `value` problem and remedy`.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -96,6 +96,9 @@ pub enum Problem {
     /// A file that cannot be read.
     #[error("cannot be read ({0}); name the pod's resolv.conf with --resolv-conf, or use --capture-all-dns")]
     ResolvConf(String),
+    /// More DNS servers than there is room for.
+    #[error("lists {0} servers, and there is room for {MAX_RESOLVERS}; list fewer, or use --capture-all-dns")]
+    TooManyServers(usize),
     /// The user and group files cannot be read.
     #[error("cannot be looked up ({0}); give the numeric id")]
     Lookup(String),

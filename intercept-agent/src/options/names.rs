@@ -6,8 +6,10 @@ use std::path::{Path, PathBuf};
 
 use rustix::fs::{CWD, Mode, OFlags, ResolveFlags};
 
-/// More than any of these files has; what is longer is refused rather than read.
+/// More than any list of users or groups has; what is longer is refused rather than read.
 const MAX_FILE: u64 = 4 << 20;
+/// More than any resolv.conf has.
+const MAX_RESOLV_CONF: u64 = 64 << 10;
 
 /// The names a pod knows.
 pub trait Names {
@@ -39,7 +41,7 @@ impl EtcFiles {
         let host = Path::new("/");
         let roots = std::iter::once(self.root.as_path()).chain((self.root != host).then_some(host));
         for root in roots {
-            match read_below(root, file) {
+            match read_below(root, file, MAX_FILE) {
                 Ok(text) => {
                     if let Some(id) = id_of(&text, name) {
                         return Ok(Some(id));
@@ -64,7 +66,7 @@ impl Names for EtcFiles {
     }
 
     fn resolv_conf(&self) -> io::Result<String> {
-        read_below(&self.root, "etc/resolv.conf")
+        read_below(&self.root, "etc/resolv.conf", MAX_RESOLV_CONF)
     }
 }
 
@@ -76,30 +78,37 @@ fn id_of(text: &str, name: &str) -> Option<u32> {
     })
 }
 
-fn read_below(root: &Path, file: &str) -> io::Result<String> {
+fn read_below(root: &Path, file: &str, limit: u64) -> io::Result<String> {
     let named =
         |error: io::Error| io::Error::new(error.kind(), format!("{}: {error}", root.join(file).display()));
-    read_in_root(root, file).map_err(named)
+    read_in_root(root, file, limit).map_err(named)
 }
 
-fn read_in_root(root: &Path, file: &str) -> io::Result<String> {
+fn read_in_root(root: &Path, file: &str, limit: u64) -> io::Result<String> {
     let directory =
         rustix::fs::openat(CWD, root, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?;
     // NONBLOCK: a FIFO in the file's place must not stop us.
     let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::CLOEXEC;
     let file = rustix::fs::openat2(&directory, file, flags, Mode::empty(), ResolveFlags::IN_ROOT)?;
-    read_text(File::from(file))
+    read_text(File::from(file), limit)
+}
+
+/// The text of a resolv.conf anywhere on this host.
+pub(super) fn read_resolv_conf(path: &str) -> io::Result<String> {
+    let file = rustix::fs::open(path, OFlags::RDONLY | OFlags::NONBLOCK | OFlags::CLOEXEC, Mode::empty())?;
+    read_text(File::from(file), MAX_RESOLV_CONF)
 }
 
 /// The text of a regular file; what is not UTF-8 in it is replaced.
-pub(super) fn read_text(file: File) -> io::Result<String> {
+fn read_text(file: File, limit: u64) -> io::Result<String> {
     if !file.metadata()?.is_file() {
         return Err(io::Error::new(io::ErrorKind::InvalidInput, "not a regular file"));
     }
     let mut bytes = Vec::new();
-    file.take(MAX_FILE + 1).read_to_end(&mut bytes)?;
-    if u64::try_from(bytes.len()).is_ok_and(|len| len > MAX_FILE) {
-        return Err(io::Error::new(io::ErrorKind::InvalidData, "too large"));
+    file.take(limit + 1).read_to_end(&mut bytes)?;
+    if u64::try_from(bytes.len()).is_ok_and(|len| len > limit) {
+        let text = format!("it is longer than {limit} bytes");
+        return Err(io::Error::new(io::ErrorKind::InvalidData, text));
     }
     Ok(String::from_utf8_lossy(&bytes).into_owned())
 }
@@ -179,6 +188,14 @@ mod tests {
         assert!(names.resolv_conf().expect_err("a fifo").to_string().contains("not a regular file"));
         let huge = File::create(root.path().join("etc/group")).expect("file");
         huge.set_len(MAX_FILE + 1).expect("grow");
-        assert!(names.group("app").expect_err("too long").to_string().contains("too large"));
+        let error = names.group("app").expect_err("too long").to_string();
+        assert!(error.contains("longer than 4194304 bytes"), "{error}");
+        fs::remove_file(root.path().join("etc/resolv.conf")).expect("removed");
+        let resolv_conf = File::create(root.path().join("etc/resolv.conf")).expect("file");
+        resolv_conf.set_len(MAX_RESOLV_CONF).expect("grow");
+        names.resolv_conf().expect("just fits");
+        resolv_conf.set_len(MAX_RESOLV_CONF + 1).expect("grow");
+        let error = names.resolv_conf().expect_err("too long").to_string();
+        assert!(error.contains("longer than 65536 bytes"), "{error}");
     }
 }

@@ -2,7 +2,6 @@
 
 use std::collections::BTreeSet;
 use std::fmt;
-use std::fs::File;
 use std::io;
 use std::net::IpAddr;
 use std::path::PathBuf;
@@ -12,8 +11,8 @@ use ipnet::IpNet;
 
 use super::setting::{self, Origin, Setting};
 use super::{
-    Cidrs, Config, Dns, InboundMode, InboundPorts, Interface, MAX_OWNER_GROUPS, MAX_PROXY_IDS, Names,
-    OptionError, OwnerGroups, Ports, Problem, RawOptions, Switches, cidr, go_syntax, names, ports,
+    Cidrs, Config, Dns, InboundMode, InboundPorts, Interface, MAX_OWNER_GROUPS, MAX_PROXY_IDS, MAX_RESOLVERS,
+    Names, OptionError, OwnerGroups, Ports, Problem, RawOptions, Switches, cidr, go_syntax, names, ports,
     resolv_conf,
 };
 
@@ -318,7 +317,7 @@ impl<'a> Reader<'a> {
     fn resolvers(&mut self) -> Result<Dns, OptionError> {
         let given = self.text(&setting::RESOLV_CONF);
         let text = match given {
-            Some((_, path)) => File::open(path).and_then(names::read_text),
+            Some((_, path)) => names::read_resolv_conf(path),
             None => self.names.resolv_conf(),
         };
         let (origin, path) = given.unwrap_or((Origin::Default(&setting::RESOLV_CONF), "/etc/resolv.conf"));
@@ -335,6 +334,9 @@ impl<'a> Reader<'a> {
                 format!("nothing to do, because {path} lists no server; --capture-all-dns would need none");
             self.note(&setting::REDIRECT_DNS, why);
             return Ok(Dns::Off);
+        }
+        if servers.addresses.len() > MAX_RESOLVERS {
+            return Err(refuse(origin, path, Problem::TooManyServers(servers.addresses.len())));
         }
         Ok(Dns::Resolvers(servers.addresses))
     }

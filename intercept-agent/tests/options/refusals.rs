@@ -99,5 +99,12 @@ fn refusals() {
     let no_file = Pod { resolv_conf: None, ..Pod::default() };
     let error = outcome(&["--redirect-dns"], &[], &no_file).expect_err("no resolv.conf").to_string();
     assert!(error.starts_with("--resolv-conf: `/etc/resolv.conf` cannot be read"), "{error}");
+    let servers = |count: usize| -> &'static str {
+        (0..count).map(|n| format!("nameserver 10.0.0.{n}\n")).collect::<String>().leak()
+    };
+    let listing = |count| Pod { resolv_conf: Some(servers(count)), ..Pod::default() };
+    outcome(&["--redirect-dns"], &[], &listing(64)).expect("as many as there is room for");
+    let error = outcome(&["--redirect-dns"], &[], &listing(65)).expect_err("too many").to_string();
+    assert!(error.contains("lists 65 servers, and there is room for 64"), "{error}");
     assert_eq!(OptionError::EXIT_CODE, 2);
 }

@@ -14,7 +14,7 @@ const LONG: [(&str, &str); 0] = [];
 const UNSAFE: [&str; 30] = [
     "intercept-agent/src/acceleration/queue.rs",
     "intercept-agent/src/commands/run.rs",
-    "intercept-agent/src/daemon/folder.rs",
+    "intercept-agent/src/daemon/inotify.rs",
     "intercept-agent/src/kernel.rs",
     "intercept-agent/src/mirror/follow.rs",
     "intercept-agent/src/netns.rs",

@@ -9,6 +9,7 @@ use crate::daemon::{
     view::{self, ApiWait, Certainty, ObjectUid, PodView, Resolution, SandboxClaim},
     wanted::{Key, Wanted},
 };
+use crate::escape::OneLine;
 
 impl Reconciler {
     /// Note what a source says of a pod.
@@ -158,7 +159,7 @@ impl Reconciler {
             view::Problem::Options(text) => ("options", text),
             view::Problem::Cgroup(text) => ("cgroup", text),
         };
-        let problem = Problem { cause: cause.to_owned(), text };
+        let problem = Problem { cause: cause.to_owned(), text: OneLine(text).to_string() };
         let asked = pod.answer(&Err(problem.clone()));
         pod.left_alone = None;
         if pod.held.is_none() {

@@ -46,6 +46,8 @@ pub enum Message {
     Check(Key, oneshot::Sender<Answer>),
     /// What of a pod is known.
     Report(oneshot::Sender<Vec<Report>>),
+    /// The runtime has these sandboxes and no others; told how many pods are released for that.
+    Collect(HashSet<String>, oneshot::Sender<usize>),
     /// Take everything away, and stay away.
     Leave(oneshot::Sender<Result<(), NodeError>>),
     /// The namespace of a pod changed.

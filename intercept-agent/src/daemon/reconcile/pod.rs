@@ -79,6 +79,8 @@ pub(super) struct Pod {
     pub(super) settled: bool,
     /// Why the last attempt failed.
     pub(super) problem: Option<Problem>,
+    /// The problem is that of a release, which the next one solves.
+    pub(super) release_failed: bool,
     /// What of its problems was last told others, until it is captured.
     pub(super) complained: Option<String>,
     /// Why it is left alone.
@@ -129,6 +131,7 @@ impl Pod {
     pub(super) fn want(&mut self, wanted: Wanted) {
         self.left_alone = None;
         self.problem = None;
+        self.release_failed = false;
         self.failures = 0;
         self.due = None;
         self.settled = false;

@@ -1,0 +1,248 @@
+use super::*;
+
+struct Node {
+    _dir: tempfile::TempDir,
+    folders: Folders,
+}
+
+fn node(files: &[(&str, &str)]) -> Node {
+    let dir = tempfile::tempdir().expect("a folder");
+    let folders = Folders { configurations: dir.path().join("net.d"), binaries: dir.path().join("bin") };
+    fs::create_dir(&folders.configurations).expect("made");
+    for (name, text) in files {
+        fs::write(folders.configurations.join(name), text).expect("written");
+    }
+    Node { _dir: dir, folders }
+}
+
+/// The JSON of a file, whether or not a runtime could use it; its text if it is none.
+fn read(path: &Path) -> Value {
+    let text = fs::read_to_string(path).expect("read");
+    serde_json::from_str(&text).unwrap_or(Value::String(text))
+}
+
+impl Node {
+    fn path(&self, name: &str) -> PathBuf {
+        self.folders.configurations.join(name)
+    }
+
+    fn install(&self, mode: Mode, entry: Value) -> Result<Installed, InstallError> {
+        Plugin { folders: self.folders.clone(), mode, entry }.install()
+    }
+
+    /// Chained where a runtime looks; the file, if it was changed.
+    fn chain(&self, entry: Value) -> Result<Option<PathBuf>, InstallError> {
+        let installed = self.install(Mode::Chained { file: None }, entry)?;
+        Ok(installed.changed.then_some(installed.path))
+    }
+
+    fn files(&self) -> Vec<(String, Value)> {
+        let mut files: Vec<_> = fs::read_dir(&self.folders.configurations)
+            .expect("listed")
+            .flatten()
+            .map(|entry| (entry.file_name().into_string().expect("a name"), read(&entry.path())))
+            .collect();
+        files.sort_by(|a, b| a.0.cmp(&b.0));
+        files
+    }
+}
+
+const LIST: &str =
+    r#"{"cniVersion": "1.0.0", "name": "net", "plugins": [{"type": "bridge"}, {"type": "portmap"}]}"#;
+
+fn ours() -> Value {
+    entry(Path::new("/run/s.sock"), "sidecar", &[])
+}
+
+#[test]
+fn installed_last_once_and_taken_out_again() {
+    let node = node(&[("10-net.conflist", LIST), ("99-loopback.conf", r#"{"type": "loopback"}"#)]);
+    let before = node.files();
+    let path = node.folders.configurations.join("10-net.conflist");
+    assert_eq!(node.chain(ours()).expect("installed"), Some(path.clone()));
+    let types: Vec<Value> =
+        read(&path)["plugins"].as_array().expect("a list").iter().map(|p| p["type"].clone()).collect();
+    assert_eq!(types, ["bridge", "portmap", PLUGIN]);
+    assert!(node.folders.binaries.join(PLUGIN).exists());
+
+    let written = fs::metadata(&path).expect("there").modified().expect("a time");
+    assert_eq!(node.chain(ours()).expect("again"), None);
+    assert_eq!(fs::metadata(&path).expect("there").modified().expect("a time"), written);
+
+    // Another configuration replaces ours rather than joining it.
+    let other = entry(Path::new("/run/other.sock"), "all", &["-b".into(), "*".into()]);
+    node.chain(other.clone()).expect("replaced");
+    let plugins = read(&path)["plugins"].as_array().expect("a list").clone();
+    assert_eq!((plugins.len(), plugins.last()), (3, Some(&other)));
+
+    let changed = uninstall(&node.folders).expect("uninstalled");
+    assert_eq!(changed, [path, node.folders.binaries.join(PLUGIN)]);
+    assert_eq!(node.files(), before);
+    assert_eq!(uninstall(&node.folders).expect("again"), Vec::<PathBuf>::new());
+}
+
+#[test]
+fn a_single_configuration_becomes_a_list_and_comes_back() {
+    let node =
+        node(&[("10-net.conf", r#"{"cniVersion": "0.3.1", "name": "net", "type": "bridge", "mtu": 1400}"#)]);
+    let before = node.files();
+    let path = node.chain(ours()).expect("installed").expect("changed");
+    assert_eq!(path, node.folders.configurations.join("10-net.conflist"));
+    assert_eq!(
+        read(&path),
+        json!({"cniVersion": "0.3.1", "name": "net", "plugins": [{"type": "bridge", "mtu": 1400}, ours()]})
+    );
+    assert_eq!(node.chain(ours()).expect("again"), None);
+    uninstall(&node.folders).expect("uninstalled");
+    assert_eq!(node.files(), before);
+}
+
+#[test]
+fn what_cannot_be_chained_is_refused_and_untouched() {
+    let old = r#"{"cniVersion": "0.2.0", "name": "n", "plugins": [{"type": "bridge"}]}"#;
+    for (files, why) in [
+        (vec![], "there is none that a runtime could use yet"),
+        (vec![("10-net.conflist", old)], "0.2.0"),
+        (vec![("10-net.conf", r#"{"name": "n"}"#)], "10-net.conf: it is neither a list"),
+        (
+            vec![("10-net.conflist", r#"{"name": "n", "plugins": []}"#)],
+            "10-net.conflist: it is neither a list",
+        ),
+        (vec![("10-net.conflist", "{ broken")], "10-net.conflist: it is no JSON; mend or remove it"),
+        (vec![("00-multus.conf", r#"{"type": "multus"}"#), ("10-net.conflist", LIST)], "--cni-conf-name"),
+        (
+            vec![
+                (
+                    "00-multus.conf",
+                    r#"{"type": "multus-shim", "clusterNetwork": "/etc/cni/net.d/10-net.conf"}"#,
+                ),
+                ("10-net.conf", r#"{"type": "bridge", "name": "net"}"#),
+            ],
+            "make it a .conflist",
+        ),
+    ] {
+        let node = node(&files);
+        let before = node.files();
+        let error = node.chain(ours()).expect_err(why).to_string();
+        assert!(error.contains(why), "{error}");
+        assert_eq!(node.files(), before);
+        assert!(!node.folders.binaries.exists(), "{why}");
+    }
+}
+
+#[test]
+fn the_first_file_that_a_runtime_can_use_is_taken() {
+    let node = node(&[
+        ("00-empty.conflist", r#"{"name": "n", "plugins": []}"#),
+        ("01-broken.conflist", "{"),
+        ("02-list.conf", LIST),
+        (".03-hidden.conflist.tmp", LIST),
+        ("04-net.json", r#"{"cniVersion": "1.1.0", "name": "net", "type": "bridge"}"#),
+        ("05-later.conflist", LIST),
+    ]);
+    let before = node.files();
+    assert_eq!(node.chain(ours()).expect("installed"), Some(node.path("04-net.conflist")));
+    assert!(!node.path("04-net.json").exists());
+    assert_eq!(node.chain(ours()).expect("again"), None);
+    uninstall(&node.folders).expect("uninstalled");
+    assert_eq!(node.files(), before);
+}
+
+#[test]
+fn the_file_that_is_named_is_taken() {
+    let node = node(&[("10-net.conflist", LIST), ("20-other.conf", r#"{"name": "o", "type": "bridge"}"#)]);
+    let named = |name: &str| Mode::Chained { file: Some(name.to_owned()) };
+    let other = node.install(named("20-other.conf"), ours()).expect("installed");
+    assert_eq!(other, Installed { path: node.path("20-other.conflist"), changed: true });
+    assert_eq!(read(&node.path("10-net.conflist")), serde_json::from_str::<Value>(LIST).expect("JSON"));
+    // It has become a list since.
+    let again = node.install(named("20-other.conf"), ours()).expect("again");
+    assert_eq!(again, Installed { changed: false, ..other });
+    let error = node.install(named("30-none.conflist"), ours()).expect_err("absent").to_string();
+    assert!(error.contains("30-none.conflist"), "{error}");
+}
+
+#[test]
+fn versions_that_a_list_offers_are_all_looked_at() {
+    for (versions, spoken) in [
+        (r#""cniVersion": "9.0.0", "cniVersions": ["9.0.0", "1.1.0"]"#, true),
+        (r#""cniVersion": "9.0.0", "cniVersions": ["9.0.0"]"#, false),
+        (r#""cniVersions": ["1.0.0", "1.1.0"]"#, true),
+        (r#""cniVersion": "1.1.0""#, true),
+        (r#""disableGC": true"#, true),
+    ] {
+        let list = format!(r#"{{{versions}, "name": "net", "plugins": [{{"type": "bridge"}}]}}"#);
+        let node = node(&[("10-net.conflist", &list)]);
+        assert_eq!(node.chain(ours()).is_ok(), spoken, "{versions}");
+    }
+}
+
+#[test]
+fn what_multus_delegates_to_is_chained() {
+    let types = |list: &Value| -> Vec<String> {
+        let plugins = list["plugins"].as_array().expect("a list").iter();
+        plugins.map(|plugin| plugin["type"].as_str().expect("a type").to_owned()).collect()
+    };
+    let chained = ["bridge", "portmap", PLUGIN];
+
+    // It reads the file that it names.
+    let thick = r#"{"type": "multus-shim", "name": "multus", "clusterNetwork": "/host/etc/cni/net.d/10-net.conflist"}"#;
+    let node = self::node(&[("00-multus.conf", thick), ("10-net.conflist", LIST)]);
+    let before = node.files();
+    assert_eq!(node.chain(ours()).expect("installed"), Some(node.path("10-net.conflist")));
+    assert_eq!(types(&read(&node.path("10-net.conflist"))), chained);
+    uninstall(&node.folders).expect("uninstalled");
+    assert_eq!(node.files(), before);
+
+    // It has a copy, which it takes again when the file changes.
+    let thin = format!(r#"{{"type": "multus", "name": "multus", "delegates": [{LIST}]}}"#);
+    let node = self::node(&[("00-multus.conf", &thin), ("10-net.conflist", LIST)]);
+    let before = node.files();
+    assert_eq!(node.chain(ours()).expect("installed"), Some(node.path("00-multus.conf")));
+    assert_eq!(types(&read(&node.path("00-multus.conf"))["delegates"][0]), chained);
+    assert_eq!(types(&read(&node.path("10-net.conflist"))), chained);
+    assert_eq!(node.chain(ours()).expect("again"), None);
+    uninstall(&node.folders).expect("uninstalled");
+    assert_eq!(node.files(), before);
+
+    // A copy of one plugin, and no file.
+    let thin = r#"{"type": "multus", "name": "multus", "delegates": [{"name": "net", "cniVersion": "1.0.0", "type": "bridge"}]}"#;
+    let node = self::node(&[("00-multus.conf", thin)]);
+    assert_eq!(node.chain(ours()).expect("installed"), Some(node.path("00-multus.conf")));
+    assert_eq!(types(&read(&node.path("00-multus.conf"))["delegates"][0]), ["bridge", PLUGIN]);
+}
+
+#[test]
+fn it_can_stand_alone() {
+    let node = node(&[("10-net.conflist", LIST)]);
+    let before = node.files();
+    let mode = || Mode::Standalone { network: "istio-cni".to_owned() };
+    let installed = node.install(mode(), ours()).expect("installed");
+    assert!(installed.changed);
+    let content = read(&installed.path);
+    assert_eq!(
+        (&content["name"], &content["type"], &content["standalone"]),
+        (&json!("istio-cni"), &json!(PLUGIN), &json!(true))
+    );
+    assert!(!node.install(mode(), ours()).expect("again").changed);
+    assert!(node.folders.binaries.join(PLUGIN).exists());
+    // It is not taken for the node's network.
+    assert_eq!(node.chain(ours()).expect("installed"), Some(node.path("10-net.conflist")));
+    uninstall(&node.folders).expect("uninstalled");
+    assert_eq!(node.files(), before);
+}
+
+#[test]
+fn a_configuration_that_its_owner_wrote_again_stays() {
+    let single =
+        |mtu: u32| format!(r#"{{"cniVersion": "1.0.0", "name": "net", "type": "bridge", "mtu": {mtu}}}"#);
+    let node = node(&[("10-net.conf", &single(1400))]);
+    node.chain(ours()).expect("installed");
+    fs::write(node.path("10-net.conf"), single(1500)).expect("written again");
+    assert_eq!(node.chain(ours()).expect("installed"), Some(node.path("10-net.conflist")));
+    assert_eq!(read(&node.path("10-net.conflist"))["plugins"][0]["mtu"], 1500);
+    fs::write(node.path("10-net.conf"), single(1600)).expect("written again");
+    uninstall(&node.folders).expect("uninstalled");
+    assert_eq!(node.files().len(), 1);
+    assert_eq!(read(&node.path("10-net.conf"))["mtu"], 1600);
+}

@@ -1,0 +1,328 @@
+//! Keeps the CNI plugin installed: a network plugin that restarts writes its configuration again without ours, and an
+//! upgrade of the node may take the binary away.
+
+use std::{
+    path::{Path, PathBuf},
+    time::{Duration, Instant},
+};
+
+use tokio::{
+    sync::{mpsc, oneshot, watch},
+    time::sleep,
+};
+
+use super::{
+    inotify::{Changed, FolderWatch},
+    metrics::Metrics,
+    retry,
+};
+use crate::cni::{
+    PLUGIN,
+    install::{InstallError, Installed, Plugin},
+};
+
+/// How long after a change the files are looked at: their writer may not be done with them.
+const SETTLE: Duration = Duration::from_millis(50);
+/// How often they are looked at while a folder cannot be watched, or the configuration is not there yet.
+const MISSING: Duration = Duration::from_secs(1);
+/// How often they are looked at although nothing was noticed.
+const RESYNC_INTERVAL: Duration = Duration::from_secs(30);
+/// Writing it again so soon means that another program takes it out again: ever longer pauses then.
+const CONTESTED: Duration = Duration::from_secs(10);
+
+/// Whether pods that are started come by the plugin.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum PluginState {
+    /// Not looked at yet.
+    Unknown,
+    /// This file has it.
+    Installed(PathBuf),
+    /// It is not in the configuration, with the error.
+    Missing(String),
+    /// It is not kept any more: the agent is being removed.
+    Removed,
+}
+
+impl PluginState {
+    /// Why pods do not come by the plugin.
+    pub fn problem(&self) -> Option<String> {
+        match self {
+            Self::Installed(_) => None,
+            Self::Unknown => Some("installing the CNI plugin".to_owned()),
+            Self::Missing(why) => Some(format!("the CNI plugin is not in the node's configuration: {why}")),
+            Self::Removed => Some("the CNI plugin is being removed from this node".to_owned()),
+        }
+    }
+}
+
+/// Keeps it installed until it is told to stop.
+pub struct Installer {
+    plugin: Plugin,
+    metrics: Metrics,
+    state: watch::Sender<PluginState>,
+    stop: mpsc::Receiver<oneshot::Sender<()>>,
+}
+
+/// What others see of the [`Installer`].
+#[derive(Clone, Debug)]
+pub struct InstallerHandle {
+    state: watch::Receiver<PluginState>,
+    stop: mpsc::Sender<oneshot::Sender<()>>,
+}
+
+impl InstallerHandle {
+    /// Whether it is installed.
+    pub fn state(&self) -> PluginState {
+        self.state.borrow().clone()
+    }
+
+    /// Have it not be written again. When this returns, it is not going to be.
+    pub async fn stop(&self) {
+        let (reply, stopped) = oneshot::channel();
+        // An error: it had stopped before.
+        if self.stop.send(reply).await.is_ok() {
+            drop(stopped.await);
+        }
+    }
+}
+
+impl Installer {
+    /// One that has not begun.
+    pub fn new(plugin: Plugin, metrics: Metrics) -> (Self, InstallerHandle) {
+        let (state, seen) = watch::channel(PluginState::Unknown);
+        let (stop, stopped) = mpsc::channel(1);
+        metrics.plugin(&PluginState::Unknown);
+        (Self { plugin, metrics, state, stop: stopped }, InstallerHandle { state: seen, stop })
+    }
+
+    /// Install it, and again whenever it is gone.
+    pub async fn run(mut self) {
+        let mut last_written: Option<Instant> = None;
+        let mut contested = 0;
+        loop {
+            // Before the files are looked at, so that no change falls in between.
+            let watch = |path: &Path| FolderWatch::open(path).ok();
+            let configurations = watch(&self.plugin.folders.configurations);
+            let binaries = watch(&self.plugin.folders.binaries);
+            let written = self.install().await;
+            let unwatched = configurations.is_none() || binaries.is_none();
+            if written && unwatched {
+                // There is more to watch now.
+                continue;
+            }
+            let pause = if unwatched || self.is_missing() { MISSING } else { RESYNC_INTERVAL };
+            if written {
+                let again = last_written.is_some_and(|before| before.elapsed() < CONTESTED);
+                contested = if again { contested + 1 } else { 0 };
+                last_written = Some(Instant::now());
+            }
+            let settle = if contested > 1 { retry::delay(contested) } else { SETTLE };
+            let changed = async {
+                tokio::select! {
+                    () = relevant(configurations.as_ref(), is_configuration) => {}
+                    () = relevant(binaries.as_ref(), |name| name == PLUGIN) => {}
+                }
+                sleep(settle).await;
+            };
+            tokio::select! {
+                () = changed => {}
+                () = sleep(pause.max(settle)) => {}
+                reply = self.stop.recv() => {
+                    self.publish(PluginState::Removed);
+                    if let Some(reply) = reply {
+                        // Its sender may be gone.
+                        let _ = reply.send(());
+                    }
+                    return;
+                }
+            }
+        }
+    }
+
+    fn is_missing(&self) -> bool {
+        !matches!(*self.state.borrow(), PluginState::Installed(_))
+    }
+
+    /// True if files were changed.
+    async fn install(&self) -> bool {
+        let plugin = self.plugin.clone();
+        let result = match tokio::task::spawn_blocking(move || plugin.install()).await {
+            Ok(result) => result,
+            Err(failed) => {
+                tracing::error!(error = %failed, "installing the CNI plugin");
+                return false;
+            }
+        };
+        let (state, changed) = match result {
+            Ok(Installed { path, changed }) => {
+                if changed {
+                    tracing::info!(file = %path.display(), "put the CNI plugin into the node's configuration");
+                    self.metrics.plugin_written();
+                }
+                (PluginState::Installed(path), changed)
+            }
+            Err(error) => (PluginState::Missing(text(&error)), false),
+        };
+        if *self.state.borrow() != state {
+            if let Some(problem) = state.problem() {
+                tracing::warn!("{problem}");
+            }
+            self.publish(state);
+        }
+        changed
+    }
+
+    fn publish(&self, state: PluginState) {
+        self.metrics.plugin(&state);
+        self.state.send_replace(state);
+    }
+}
+
+fn text(error: &InstallError) -> String {
+    match std::error::Error::source(error) {
+        Some(source) => format!("{error}: {source}"),
+        None => error.to_string(),
+    }
+}
+
+fn is_configuration(name: &str) -> bool {
+    // What is being written has a dot before its name.
+    !name.starts_with('.') && [".conf", ".conflist", ".json"].iter().any(|kind| name.ends_with(kind))
+}
+
+/// Until a file of such a name changes, or more than can be told.
+async fn relevant(watch: Option<&FolderWatch>, is_relevant: impl Fn(&str) -> bool) {
+    let Some(watch) = watch else { return std::future::pending().await };
+    loop {
+        match watch.changed().await {
+            Ok(Changed::Names(names)) if !names.iter().any(|name| is_relevant(name)) => {}
+            _ => return,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{fs, os::unix::fs::PermissionsExt as _};
+
+    use serde_json::{Value, json};
+
+    use super::*;
+    use crate::cni::install::{self, Folders, Mode};
+
+    const PRIMARY: &str = r#"{"cniVersion": "1.0.0", "name": "net", "plugins": [{"type": "bridge"}]}"#;
+
+    struct Node {
+        dir: tempfile::TempDir,
+        handle: InstallerHandle,
+    }
+
+    impl Node {
+        fn start() -> (Self, tokio::task::JoinHandle<()>) {
+            let dir = tempfile::tempdir().expect("a folder");
+            let folders =
+                Folders { configurations: dir.path().join("net.d"), binaries: dir.path().join("bin") };
+            let entry = install::entry(Path::new("/run/s.sock"), "sidecar", &[]);
+            let plugin = Plugin { folders, mode: Mode::Chained { file: None }, entry };
+            let (installer, handle) = Installer::new(plugin, Metrics::new());
+            (Self { dir, handle }, tokio::spawn(installer.run()))
+        }
+
+        fn list(&self) -> PathBuf {
+            self.dir.path().join("net.d/10-net.conflist")
+        }
+
+        fn write(&self, text: &str) {
+            let beside = self.dir.path().join("new");
+            fs::write(&beside, text).expect("written");
+            fs::rename(beside, self.list()).expect("renamed");
+        }
+
+        fn is_in_list(&self) -> bool {
+            let list: Value = fs::read(self.list())
+                .map_or(Value::Null, |text| serde_json::from_slice(&text).expect("JSON"));
+            list["plugins"]
+                .as_array()
+                .is_some_and(|plugins| plugins.iter().any(|plugin| plugin["type"] == PLUGIN))
+        }
+
+        async fn within_a_second(&self, what: &str, so: impl Fn(&Self) -> bool) {
+            let started = Instant::now();
+            while !so(self) {
+                assert!(started.elapsed() < Duration::from_secs(1), "{what}: {:?}", self.handle.state());
+                sleep(Duration::from_millis(5)).await;
+            }
+        }
+    }
+
+    fn block_on(test: impl Future<Output = ()>) {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+        runtime.expect("a runtime").block_on(test);
+    }
+
+    #[test]
+    fn it_is_put_back_within_a_second_until_it_is_stopped() {
+        block_on(async {
+            let (node, task) = Node::start();
+            let mut state = node.handle.state.clone();
+            state.wait_for(|state| matches!(state, PluginState::Missing(_))).await.expect("running");
+            let problem = node.handle.state().problem().expect("a problem");
+            assert!(problem.contains("there is none that a runtime could use yet"), "{problem}");
+
+            fs::create_dir_all(node.list().parent().expect("a folder")).expect("created");
+            node.write(PRIMARY);
+            state.wait_for(|state| *state == PluginState::Installed(node.list())).await.expect("running");
+            assert!(node.is_in_list());
+            // A network plugin that restarts, twice.
+            for _ in 0..2 {
+                node.write(PRIMARY);
+                node.within_a_second("the list", Node::is_in_list).await;
+            }
+            let binary = node.dir.path().join("bin").join(PLUGIN);
+            fs::write(&binary, "another").expect("replaced");
+            let is_whole = |_: &Node| {
+                fs::metadata(&binary)
+                    .is_ok_and(|found| found.len() > 1000 && found.permissions().mode() & 0o111 != 0)
+            };
+            node.within_a_second("the binary", is_whole).await;
+            fs::remove_file(&binary).expect("removed");
+            node.within_a_second("the binary", is_whole).await;
+
+            node.write("{ broken");
+            let is_missing = |node: &Node| matches!(node.handle.state(), PluginState::Missing(_));
+            node.within_a_second("it is told", is_missing).await;
+            let problem = node.handle.state().problem().expect("a problem");
+            assert!(problem.contains("10-net.conflist: it is no JSON; mend or remove it"), "{problem}");
+            node.write(PRIMARY);
+            node.within_a_second("the list", Node::is_in_list).await;
+
+            node.handle.stop().await;
+            node.handle.stop().await;
+            assert_eq!(node.handle.state(), PluginState::Removed);
+            task.await.expect("it has ended");
+            node.write(PRIMARY);
+            assert!(!node.is_in_list());
+        });
+    }
+
+    #[test]
+    fn what_others_append_is_not_fought_over() {
+        block_on(async {
+            let (node, task) = Node::start();
+            fs::create_dir_all(node.list().parent().expect("a folder")).expect("created");
+            node.write(PRIMARY);
+            let mut state = node.handle.state.clone();
+            state.wait_for(|state| *state == PluginState::Installed(node.list())).await.expect("running");
+            let mut list: Value =
+                serde_json::from_slice(&fs::read(node.list()).expect("read")).expect("JSON");
+            list["plugins"].as_array_mut().expect("a list").push(json!({"type": "istio-cni"}));
+            node.write(&list.to_string());
+            // Something that is noticed after it.
+            fs::remove_file(node.dir.path().join("bin").join(PLUGIN)).expect("removed");
+            node.within_a_second("the binary", |node| node.dir.path().join("bin").join(PLUGIN).exists())
+                .await;
+            assert_eq!(fs::read_to_string(node.list()).expect("read"), list.to_string());
+            task.abort();
+        });
+    }
+}
