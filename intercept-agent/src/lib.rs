@@ -16,6 +16,7 @@ pub mod options;
 pub mod plumbing;
 pub mod programs;
 pub mod store;
+pub mod support;
 pub mod tables;
 pub mod trace;
 pub mod userns;
