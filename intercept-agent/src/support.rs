@@ -19,13 +19,15 @@ pub enum Need {
     Always,
     /// Where DNS is captured.
     RedirectDns,
+    /// Nowhere: programs do without it.
+    Never,
 }
 
 impl Need {
     /// The option that has the need, if it is not every capture's.
     pub fn option(self) -> Option<&'static str> {
         match self {
-            Self::Always => None,
+            Self::Always | Self::Never => None,
             Self::RedirectDns => Some("--redirect-dns"),
         }
     }
@@ -35,6 +37,7 @@ impl Need {
         match self {
             Self::Always => true,
             Self::RedirectDns => config.dns != Dns::Off,
+            Self::Never => false,
         }
     }
 }
@@ -77,6 +80,10 @@ const PURPOSES: [Purpose; 16] = [
     always(names::STEER, "inbound connections are not captured"),
 ];
 
+/// Helpers that programs do without where the kernel has none: the agent tells them. With what is lost.
+const DISPENSABLE: [(&str, &str); 1] =
+    [("bpf_set_retval", "connect() is refused with EPERM, whatever the cause")];
+
 fn purpose(program: &str) -> &'static Purpose {
     let found = PURPOSES.iter().find(|purpose| purpose.program == program);
     found.unwrap_or_else(|| unreachable!("{program} is not in the list of programs"))
@@ -115,7 +122,16 @@ pub struct Missing {
 impl Missing {
     /// When it is needed.
     pub fn need(&self) -> Need {
+        if self.dispensable().is_some() {
+            return Need::Never;
+        }
         self.programs.iter().map(|program| need(program)).min().unwrap_or(Need::Always)
+    }
+
+    /// What is lost without it, if programs do without it.
+    fn dispensable(&self) -> Option<&'static str> {
+        let Feature::Helper(helper) = &self.feature else { return None };
+        DISPENSABLE.iter().find(|(name, _)| name == helper).map(|(_, lost)| *lost)
     }
 
     /// Its name: "hook cgroup/connect4", "helper bpf_get_netns_cookie in sock_ops".
@@ -135,6 +151,9 @@ impl Missing {
 
     /// What is lost without it.
     pub fn lost(&self) -> String {
+        if let Some(lost) = self.dispensable() {
+            return lost.to_owned();
+        }
         if self.feature == Feature::NetnsCookie {
             return "pods cannot be told apart".to_owned();
         }
@@ -239,6 +258,14 @@ mod tests {
             refusal,
             "this kernel lacks for --redirect-dns hook cgroup/recvmsg4 (answers over IPv4 come from the proxy's address)"
         );
+    }
+
+    #[test]
+    fn what_programs_do_without_is_no_reason_to_refuse() {
+        let all = [missing(Feature::Helper("bpf_set_retval".to_owned()), &[names::CONNECT4])];
+        assert_eq!(Lacking::for_any(&all), None);
+        assert_eq!(Lacking::for_config(&all, &Config { dns: Dns::All, ..Config::default() }), None);
+        assert!(all[0].lost().contains("EPERM"));
     }
 
     #[test]

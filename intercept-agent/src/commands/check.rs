@@ -6,7 +6,7 @@ use anyhow::{Result, bail};
 use intercept_agent::{
     cgroup, offsets, programs,
     store::Store,
-    support::{self, Lacking, Missing},
+    support::{self, Lacking, Missing, Need},
 };
 use serde::Serialize;
 
@@ -17,32 +17,35 @@ use crate::cli::CheckArgs;
 struct Finding {
     what: String,
     ok: bool,
-    /// The one option that is not available for it; without one, nothing is captured.
+    /// What is not to be had for it, if not all.
     #[serde(skip_serializing_if = "Option::is_none")]
-    option: Option<&'static str>,
+    only: Option<&'static str>,
     detail: String,
 }
 
 impl Finding {
     fn new(what: &str, ok: bool, detail: String) -> Self {
-        Self { what: what.to_owned(), ok, option: None, detail }
+        Self { what: what.to_owned(), ok, only: None, detail }
     }
 
     fn of(missing: &Missing) -> Self {
-        let option = missing.need().option();
-        Self { what: missing.name(), ok: false, option, detail: missing.lost() }
+        let only = match missing.need() {
+            Need::Never => Some("errors"),
+            need => need.option(),
+        };
+        Self { what: missing.name(), ok: false, only, detail: missing.lost() }
     }
 
     fn is_fatal(&self) -> bool {
-        !self.ok && self.option.is_none()
+        !self.ok && self.only.is_none()
     }
 
     fn line(&self) -> String {
-        let Self { what, ok, option, detail } = self;
-        match (ok, option) {
+        let Self { what, ok, only, detail } = self;
+        match (ok, only) {
             (true, _) => format!("ok      {what}: {detail}"),
             (false, None) => format!("MISSING {what}: {detail}"),
-            (false, Some(option)) => format!("MISSING {what}, for {option} only: {detail}"),
+            (false, Some(only)) => format!("MISSING {what}, for {only} only: {detail}"),
         }
     }
 }
@@ -102,11 +105,11 @@ pub(super) fn check(args: &CheckArgs) -> Result<()> {
         bail!("{fatal} of {} requirements are not met", findings.len());
     }
     if !args.json {
-        let options: BTreeSet<_> = findings.iter().filter(|f| !f.ok).filter_map(|f| f.option).collect();
+        let options: BTreeSet<_> = findings.iter().filter_map(|finding| finding.only).collect();
         let options: Vec<_> = options.into_iter().collect();
         match options.as_slice() {
-            [] => say!("captures, with every option"),
-            options => say!("captures, but not with {}", options.join(", ")),
+            [] => say!("captures, with all there is"),
+            options => say!("captures, but not with all of {}", options.join(", ")),
         }
     }
     Ok(())

@@ -25,7 +25,7 @@ use crate::{
 };
 
 /// The helpers that programs may call, of which the kernel knows the names.
-const HELPERS: [BpfHelper; 25] = [
+const HELPERS: [BpfHelper; 31] = [
     BpfHelper::BPF_FUNC_map_lookup_elem,
     BpfHelper::BPF_FUNC_map_update_elem,
     BpfHelper::BPF_FUNC_map_delete_elem,
@@ -51,6 +51,12 @@ const HELPERS: [BpfHelper; 25] = [
     BpfHelper::BPF_FUNC_ringbuf_discard,
     BpfHelper::BPF_FUNC_getsockopt,
     BpfHelper::BPF_FUNC_setsockopt,
+    BpfHelper::BPF_FUNC_set_retval,
+    BpfHelper::BPF_FUNC_sk_lookup_tcp,
+    BpfHelper::BPF_FUNC_sk_lookup_udp,
+    BpfHelper::BPF_FUNC_skc_to_tcp_sock,
+    BpfHelper::BPF_FUNC_map_push_elem,
+    BpfHelper::BPF_FUNC_get_prandom_u32,
 ];
 
 /// The programs, in the order in which they are attached.
