@@ -30,7 +30,7 @@ impl Finding {
 
     fn of(missing: &Missing) -> Self {
         let only = match missing.need() {
-            Need::Never => Some("errors"),
+            Need::Never => Some("the causes of refusals"),
             need => need.option(),
         };
         Self { what: missing.name(), ok: false, only, detail: missing.lost() }
@@ -45,7 +45,7 @@ impl Finding {
         match (ok, only) {
             (true, _) => format!("ok      {what}: {detail}"),
             (false, None) => format!("MISSING {what}: {detail}"),
-            (false, Some(only)) => format!("MISSING {what}, for {only} only: {detail}"),
+            (false, Some(only)) => format!("MISSING {what}, needed for {only} only: {detail}"),
         }
     }
 }
@@ -108,8 +108,8 @@ pub(super) fn check(args: &CheckArgs) -> Result<()> {
         let options: BTreeSet<_> = findings.iter().filter_map(|finding| finding.only).collect();
         let options: Vec<_> = options.into_iter().collect();
         match options.as_slice() {
-            [] => say!("captures, with all there is"),
-            options => say!("captures, but not with all of {}", options.join(", ")),
+            [] => say!("captures, with every option"),
+            options => say!("captures, except: {}", options.join(", ")),
         }
     }
     Ok(())

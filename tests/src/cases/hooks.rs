@@ -22,10 +22,10 @@ pub(super) fn of_one_option(_: &Agent) -> Result<()> {
         let check = finish(&mut agent.command("check"))?;
         let said = String::from_utf8_lossy(&check.stdout);
         ensure!(
-            check.status.success() && said.contains("not with all of --redirect-dns"),
+            check.status.success() && said.contains("captures, except: --redirect-dns"),
             "check: {check:?}"
         );
-        ensure!(said.contains("MISSING hook cgroup/recvmsg4, for --redirect-dns only"), "check: {said}");
+        ensure!(said.contains("MISSING hook cgroup/recvmsg4, needed for --redirect-dns only"), "check: {said}");
 
         agent.attach(&bed.pod, &INIT_FLAGS)?;
         let refused = finish(&mut agent.for_pod("attach", &bed.pod, &[&INIT_FLAGS[..], &DNS].concat()))?;
