@@ -152,21 +152,66 @@ pub fn open_pin(path: &Path) -> io::Result<OwnedFd> {
     call_for_fd(bpf_cmd::BPF_OBJ_GET, &mut attr)
 }
 
-/// Load a program of `sk_lookup`. Its BTF is left out: nothing needs it, and there is one instance a pod.
-pub fn load_sk_lookup(name: &str, instructions: &[bpf_insn]) -> io::Result<OwnedFd> {
-    let license = c"Dual MIT/GPL";
+/// What a program is, to the kernel: its type and its hook.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub struct ProgramKind {
+    /// `BPF_PROG_TYPE_*`.
+    pub program_type: u32,
+    /// `BPF_*` of the hook that the kernel wants to know of when it loads the program; 0 if it does not.
+    pub attach_type: u32,
+}
+
+/// What the programs' own sections say, without which many helpers cannot be called.
+const LICENSE: &std::ffi::CStr = c"Dual MIT/GPL";
+
+/// The attributes of a program without its name; the code must live as long as they do.
+fn program_attr(kind: ProgramKind, code: *const u8, instructions: usize) -> io::Result<bpf_attr> {
     let mut attr = empty_attr();
     // SAFETY: writes of integers to a variant of a union that is all zero.
     let load = unsafe { &mut attr.__bindgen_anon_3 };
-    load.prog_type = bpf_prog_type::BPF_PROG_TYPE_SK_LOOKUP as u32;
-    load.expected_attach_type = bpf_attach_type::BPF_SK_LOOKUP as u32;
-    load.insn_cnt = u32::try_from(instructions.len()).map_err(io::Error::other)?;
-    load.insns = instructions.as_ptr() as u64;
-    load.license = license.as_ptr() as u64;
-    for (to, from) in load.prog_name.iter_mut().zip(name.bytes().take(15)) {
-        *to = from.cast_signed();
-    }
+    load.prog_type = kind.program_type;
+    load.expected_attach_type = kind.attach_type;
+    load.insn_cnt = u32::try_from(instructions).map_err(io::Error::other)?;
+    load.insns = code as u64;
+    load.license = LICENSE.as_ptr() as u64;
+    Ok(attr)
+}
+
+/// Load a program of `sk_lookup`. Its BTF is left out: nothing needs it, and there is one instance a pod.
+pub fn load_sk_lookup(name: &str, instructions: &[bpf_insn]) -> io::Result<OwnedFd> {
+    let kind = ProgramKind {
+        program_type: bpf_prog_type::BPF_PROG_TYPE_SK_LOOKUP as u32,
+        attach_type: bpf_attach_type::BPF_SK_LOOKUP as u32,
+    };
+    let mut attr = program_attr(kind, instructions.as_ptr().cast(), instructions.len())?;
+    // SAFETY: as above.
+    let load = unsafe { &mut attr.__bindgen_anon_3 };
+    write_name(&mut load.prog_name, name);
     call_for_fd(bpf_cmd::BPF_PROG_LOAD, &mut attr)
+}
+
+/// See whether the kernel takes a program of this code, in its own encoding; if not, with the verifier's log, which is
+/// empty if it did not come to that.
+pub fn try_program(kind: ProgramKind, code: &[u8]) -> Result<(), (io::Error, String)> {
+    let plain = |error| (error, String::new());
+    let mut log = vec![0u8; 4096];
+    let mut attr = program_attr(kind, code.as_ptr(), code.len() / size_of::<bpf_insn>()).map_err(plain)?;
+    // SAFETY: as above.
+    let load = unsafe { &mut attr.__bindgen_anon_3 };
+    load.log_buf = log.as_mut_ptr() as u64;
+    load.log_size = u32::try_from(log.len()).map_err(io::Error::other).map_err(plain)?;
+    load.log_level = 1;
+    call_for_fd(bpf_cmd::BPF_PROG_LOAD, &mut attr).map(drop).map_err(|error| {
+        let text = log.split(|byte| *byte == 0).next().unwrap_or_default();
+        (error, String::from_utf8_lossy(text).into_owned())
+    })
+}
+
+/// Names are C's characters, whose sign differs between architectures.
+fn write_name(to: &mut [std::ffi::c_char; 16], name: &str) {
+    for (to, from) in to.iter_mut().zip(name.bytes().take(15)) {
+        *to = std::ffi::c_char::from_ne_bytes([from]);
+    }
 }
 
 /// A map of one value that holds these bytes.
@@ -178,9 +223,7 @@ pub fn create_blob(name: &str, bytes: &[u8]) -> io::Result<OwnedFd> {
     create.key_size = 4;
     create.value_size = u32::try_from(bytes.len()).map_err(io::Error::other)?;
     create.max_entries = 1;
-    for (to, from) in create.map_name.iter_mut().zip(name.bytes().take(15)) {
-        *to = from.cast_signed();
-    }
+    write_name(&mut create.map_name, name);
     let map = call_for_fd(bpf_cmd::BPF_MAP_CREATE, &mut attr)?;
     let key = 0u32;
     let mut attr = empty_attr();

@@ -18,6 +18,7 @@ pub mod ownership;
 pub mod plumbing;
 pub mod programs;
 pub mod store;
+pub mod support;
 pub mod tables;
 pub mod trace;
 pub mod userns;

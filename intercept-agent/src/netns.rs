@@ -17,6 +17,7 @@ use rustix::process::Pid;
 use rustix::thread::{LinkNameSpaceType, UnshareFlags, move_into_link_name_space, unshare_unsafe};
 
 use crate::cgroup::{CgroupDir, CgroupError};
+use crate::support::{self, Lacking};
 
 /// `NSFS_MAGIC` of linux/magic.h.
 const NSFS_MAGIC: u64 = 0x6e73_6673;
@@ -77,8 +78,11 @@ pub enum NetnsError {
         /// What the kernel said.
         source: io::Error,
     },
+    /// This kernel lacks something that every capture needs.
+    #[error(transparent)]
+    Lacking(#[from] Lacking),
     /// The kernel does not tell its cookie.
-    #[error("reading the cookie of network namespace {name}; this takes Linux 5.14 or later")]
+    #[error("reading the cookie of network namespace {name}")]
     Cookie {
         /// Path of the namespace.
         name: String,
@@ -214,7 +218,7 @@ impl Netns {
         let mut netns = Self { file, name, inode: metadata.ino(), cookie: 0 };
         netns.cookie = match netns.run(cookie) {
             Ok(Ok(cookie)) => cookie,
-            Ok(Err(source)) => return Err(NetnsError::Cookie { name: netns.name, source }),
+            Ok(Err(source)) => return Err(without_cookie(netns.name, source)),
             // The kernel's own answer to whether it is one of the network.
             Err(NetnsError::Enter { name, source }) if source.raw_os_error() == Some(libc::EINVAL) => {
                 return Err(NetnsError::NotNetns { name });
@@ -301,6 +305,23 @@ fn cookie() -> io::Result<u64> {
         )
     };
     if result == 0 { Ok(cookie) } else { Err(io::Error::last_os_error()) }
+}
+
+/// Whether the kernel has that option of sockets.
+pub(crate) fn tells_cookies() -> io::Result<bool> {
+    match cookie() {
+        Ok(_) => Ok(true),
+        Err(error) if error.raw_os_error() == Some(libc::ENOPROTOOPT) => Ok(false),
+        Err(error) => Err(error),
+    }
+}
+
+/// Why there is no cookie: in the words of `check` if this kernel has none, which then lacks more than that.
+fn without_cookie(name: String, source: io::Error) -> NetnsError {
+    match support::missing().ok().and_then(|missing| Lacking::for_any(&missing)) {
+        Some(lacking) => lacking.into(),
+        None => NetnsError::Cookie { name, source },
+    }
 }
 
 /// The first few of what was found, for an error's text.

@@ -99,7 +99,14 @@ impl Node {
             store.remove(&store.programs())?;
             store.create(&store.maps())?;
             store.create(&store.programs())?;
-            programs::load_shared(&store.maps(), &store.programs(), max_connections)?;
+            if let Err(error) = programs::load_shared(&store.maps(), &store.programs(), max_connections) {
+                // Of a node without pods and other agents nothing is left.
+                store.remove(&store.programs())?;
+                if store.pods()?.is_empty() && !store.is_kept() {
+                    store.remove_all()?;
+                }
+                return Err(error.into());
+            }
             kernel::give_back_memory();
         }
         let tables = Tables::open(&store.maps())?;
@@ -203,6 +210,7 @@ impl Node {
         anew: bool,
         follower: Option<&mut Follower>,
     ) -> Result<Attached, NodeError> {
+        self.refuse_unsupported(config)?;
         let cookie = target.netns.cookie();
         let living = self.living()?;
         self.refuse_conflicts(target, &living)?;

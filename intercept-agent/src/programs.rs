@@ -2,6 +2,7 @@
 //! instance a pod, because that hook cannot ask in which namespace it runs.
 
 use std::{
+    cell::OnceCell,
     collections::HashSet,
     io,
     os::fd::{AsFd as _, AsRawFd as _, OwnedFd},
@@ -15,11 +16,15 @@ use aya::{
 };
 use aya_obj::{
     Object,
-    generated::{bpf_attach_type, bpf_insn},
+    generated::{bpf_attach_type, bpf_insn, bpf_prog_type},
 };
 use intercept_common::names;
 
-use crate::{kernel, offsets};
+use crate::{
+    kernel::{self, ProgramKind},
+    offsets,
+    support::{self, Lacking, Missing, Need},
+};
 
 /// The compiled programs.
 pub static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/intercept.o"));
@@ -30,11 +35,14 @@ const COOKIE_PLACEHOLDER: u64 = 0x696e_7465_7263_6570;
 /// Why programs could not be loaded.
 #[derive(Debug, thiserror::Error)]
 pub enum ProgramError {
+    /// This kernel lacks something that every capture needs.
+    #[error(transparent)]
+    Lacking(#[from] Lacking),
     /// aya could not make maps or relocate.
     #[error("creating the maps and relocating the programs")]
     Load(#[source] aya::EbpfError),
-    /// The kernel refused a program.
-    #[error("loading program {name}: `intercept-agent check` says what this kernel lacks")]
+    /// The kernel refused a program, and lacks nothing that it needs.
+    #[error("loading program {name}")]
     Verify {
         /// Name of the program.
         name: &'static str,
@@ -84,9 +92,26 @@ pub fn attach_type(program: &str) -> bpf_attach_type {
         names::SOCK_OPS => bpf_attach_type::BPF_CGROUP_SOCK_OPS,
         names::SOCK_CREATE => bpf_attach_type::BPF_CGROUP_INET_SOCK_CREATE,
         names::SOCK_RELEASE => bpf_attach_type::BPF_CGROUP_INET_SOCK_RELEASE,
-        names::SK_LOOKUP => bpf_attach_type::BPF_SK_LOOKUP,
+        names::SK_LOOKUP | names::STEER => bpf_attach_type::BPF_SK_LOOKUP,
         other => unreachable!("{other} is not in the list of programs"),
     }
+}
+
+/// What a program is, to the kernel.
+pub fn kind(program: &str) -> ProgramKind {
+    let (program_type, attach_type) = match program {
+        // It has one hook only, which the kernel does not want to be told.
+        names::SOCK_OPS => (bpf_prog_type::BPF_PROG_TYPE_SOCK_OPS, 0),
+        names::GETSOCKOPT => (bpf_prog_type::BPF_PROG_TYPE_CGROUP_SOCKOPT, attach_type(program) as u32),
+        names::SOCK_CREATE | names::SOCK_RELEASE => {
+            (bpf_prog_type::BPF_PROG_TYPE_CGROUP_SOCK, attach_type(program) as u32)
+        }
+        names::SK_LOOKUP | names::STEER => {
+            (bpf_prog_type::BPF_PROG_TYPE_SK_LOOKUP, attach_type(program) as u32)
+        }
+        _ => (bpf_prog_type::BPF_PROG_TYPE_CGROUP_SOCK_ADDR, attach_type(program) as u32),
+    };
+    ProgramKind { program_type: program_type as u32, attach_type }
 }
 
 /// Most redirected connections that a node remembers unless it is told otherwise; an entry takes memory only while its
@@ -94,8 +119,31 @@ pub fn attach_type(program: &str) -> bpf_attach_type {
 pub const DEFAULT_MAX_CONNECTIONS: u32 = 1 << 20;
 
 /// Load the shared programs over the maps pinned in `maps` (made and pinned there if they are not), and pin them in
-/// `programs`.
+/// `programs`. A program that serves one option and for which this kernel lacks something is left out.
 pub fn load_shared(maps: &Path, programs: &Path, max_connections: u32) -> Result<(), ProgramError> {
+    let missing = OnceCell::new();
+    load_all(maps, programs, max_connections, &missing).map_err(|error| {
+        // Most of what is lacking shows first as something else: a map, a relocation, a verifier's complaint.
+        Lacking::for_any(lacking(&missing)).map_or(error, ProgramError::Lacking)
+    })
+}
+
+/// What this kernel lacks, tried once.
+fn lacking(missing: &OnceCell<Vec<Missing>>) -> &[Missing] {
+    missing.get_or_init(|| {
+        support::missing().unwrap_or_else(|error| {
+            tracing::warn!(error = &error as &dyn std::error::Error, "what this kernel lacks is not known");
+            Vec::new()
+        })
+    })
+}
+
+fn load_all(
+    maps: &Path,
+    programs: &Path,
+    max_connections: u32,
+    missing: &OnceCell<Vec<Missing>>,
+) -> Result<(), ProgramError> {
     let found = offsets::find();
     if let Err(error) = &found {
         tracing::warn!(error = error as &dyn std::error::Error, "owners are those of the task that connects");
@@ -115,19 +163,35 @@ pub fn load_shared(maps: &Path, programs: &Path, max_connections: u32) -> Result
     load_steer(&mut ebpf)?;
     for name in names::CGROUP_PROGRAMS {
         let program = ebpf.program_mut(name).ok_or(ProgramError::Absent(name))?;
-        let loaded = match program {
-            Program::CgroupSock(program) => CgroupSock::load(program),
-            Program::CgroupSockAddr(program) => CgroupSockAddr::load(program),
-            Program::CgroupSockopt(program) => CgroupSockopt::load(program),
-            Program::SockOps(program) => SockOps::load(program),
-            _ => return Err(ProgramError::Absent(name)),
-        };
         let verify = |source| ProgramError::Verify { name, source: Box::new(source) };
-        loaded.map_err(verify)?;
+        match load(program) {
+            None => return Err(ProgramError::Absent(name)),
+            Some(Ok(())) => {}
+            Some(Err(_)) if support::need(name) != Need::Always && lacks(lacking(missing), name) => {
+                tracing::debug!(program = name, "left out: this kernel lacks what it needs");
+                continue;
+            }
+            Some(Err(error)) => return Err(verify(error)),
+        }
         kernel::pin(program.fd().map_err(verify)?.as_fd(), &programs.join(name))
             .map_err(|source| ProgramError::Pin { name, dir: programs.display().to_string(), source })?;
     }
     Ok(())
+}
+
+/// Load a program of a cgroup; none if it is of another kind.
+fn load(program: &mut Program) -> Option<Result<(), aya::programs::ProgramError>> {
+    Some(match program {
+        Program::CgroupSock(program) => CgroupSock::load(program),
+        Program::CgroupSockAddr(program) => CgroupSockAddr::load(program),
+        Program::CgroupSockopt(program) => CgroupSockopt::load(program),
+        Program::SockOps(program) => SockOps::load(program),
+        _ => return None,
+    })
+}
+
+fn lacks(missing: &[Missing], program: &str) -> bool {
+    missing.iter().any(|missing| missing.programs.contains(&program))
 }
 
 /// Load what all instances of [`names::SK_LOOKUP`] go on to, and put it where they find it: in place of an earlier

@@ -1,9 +1,13 @@
 //! `check`: what this kernel can do, found out by doing it.
 
-use std::{fs, path::Path};
+use std::{collections::BTreeSet, fs, path::Path};
 
 use anyhow::{Result, bail};
-use intercept_agent::{cgroup, offsets, programs, store::Store};
+use intercept_agent::{
+    cgroup, offsets, programs,
+    store::Store,
+    support::{self, Lacking, Missing, Need},
+};
 use serde::Serialize;
 
 use super::{accelerate, say};
@@ -11,9 +15,39 @@ use crate::cli::CheckArgs;
 
 #[derive(Serialize)]
 struct Finding {
-    what: &'static str,
+    what: String,
     ok: bool,
+    /// What is not to be had for it, if not all.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    only: Option<&'static str>,
     detail: String,
+}
+
+impl Finding {
+    fn new(what: &str, ok: bool, detail: String) -> Self {
+        Self { what: what.to_owned(), ok, only: None, detail }
+    }
+
+    fn of(missing: &Missing) -> Self {
+        let only = match missing.need() {
+            Need::Never => Some("the causes of refusals"),
+            need => need.option(),
+        };
+        Self { what: missing.name(), ok: false, only, detail: missing.lost() }
+    }
+
+    fn is_fatal(&self) -> bool {
+        !self.ok && self.only.is_none()
+    }
+
+    fn line(&self) -> String {
+        let Self { what, ok, only, detail } = self;
+        match (ok, only) {
+            (true, _) => format!("ok      {what}: {detail}"),
+            (false, None) => format!("MISSING {what}: {detail}"),
+            (false, Some(only)) => format!("MISSING {what}, needed for {only} only: {detail}"),
+        }
+    }
 }
 
 /// The capabilities that attaching needs: the bit in CapEff, and what for.
@@ -54,55 +88,75 @@ pub(super) fn check(args: &CheckArgs) -> Result<()> {
     if args.accelerate {
         return accelerate::check(args.json);
     }
-    let findings = findings(&args.bpffs.bpffs);
+    let missing = support::missing();
+    let findings = findings(&args.bpffs.bpffs, &missing);
     if args.json {
         say!("{}", serde_json::to_string_pretty(&findings)?);
     } else {
-        for Finding { what, ok, detail } in &findings {
-            say!("{} {what}: {detail}", if *ok { "ok     " } else { "MISSING" });
+        for finding in &findings {
+            say!("{}", finding.line());
         }
     }
-    let missing = findings.iter().filter(|finding| !finding.ok).count();
-    if missing > 0 {
-        bail!("{missing} of {} requirements are not met", findings.len());
+    if let Some(lacking) = missing.ok().and_then(|missing| Lacking::for_any(&missing)) {
+        bail!(lacking);
+    }
+    let fatal = findings.iter().filter(|finding| finding.is_fatal()).count();
+    if fatal > 0 {
+        bail!("{fatal} of {} requirements are not met", findings.len());
+    }
+    if !args.json {
+        let options: BTreeSet<_> = findings.iter().filter_map(|finding| finding.only).collect();
+        let options: Vec<_> = options.into_iter().collect();
+        match options.as_slice() {
+            [] => say!("captures, with every option"),
+            options => say!("captures, except: {}", options.join(", ")),
+        }
     }
     Ok(())
 }
 
-fn findings(bpffs: &Path) -> Vec<Finding> {
+fn findings(bpffs: &Path, missing: &Result<Vec<Missing>, support::ProbeError>) -> Vec<Finding> {
     let release = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
-    let missing = missing_capabilities();
+    let capabilities = missing_capabilities();
     let mounts = cgroup::mounts();
     let offsets = offsets::find();
-    vec![
-        Finding {
-            what: "kernel",
-            ok: true,
-            detail: format!("{} (5.15 is the oldest with all hooks)", release.trim()),
-        },
-        Finding {
-            what: "capabilities",
-            ok: missing.is_empty(),
-            detail: if missing.is_empty() { "all there".to_owned() } else { missing.join(", ") },
-        },
-        Finding {
-            what: "cgroup2",
-            ok: !mounts.is_empty(),
-            detail: match mounts.first() {
+    let mut findings = vec![
+        Finding::new("kernel", true, release.trim().to_owned()),
+        Finding::new(
+            "capabilities",
+            capabilities.is_empty(),
+            if capabilities.is_empty() { "all there".to_owned() } else { capabilities.join(", ") },
+        ),
+        Finding::new(
+            "cgroup2",
+            !mounts.is_empty(),
+            match mounts.first() {
                 Some(path) => format!("mounted on {}", path.display()),
                 None => "not mounted: mount -t cgroup2 none /sys/fs/cgroup".to_owned(),
             },
-        },
-        Finding {
-            what: "owners",
-            ok: offsets.is_ok(),
-            detail: match offsets {
+        ),
+        Finding::new(
+            "owners",
+            offsets.is_ok(),
+            match offsets {
                 Ok(_) => "as iptables sees them".to_owned(),
                 Err(error) => format!("{error}: owners would be those of the task that connects"),
             },
-        },
-        programs(bpffs),
-    ]
+        ),
+    ];
+    match missing {
+        Ok(missing) => findings.extend(missing.iter().map(Finding::of)),
+        Err(error) => {
+            let cause =
+                std::error::Error::source(error).map_or_else(String::new, |cause| format!(": {cause}"));
+            findings.push(Finding::new("hooks and helpers", false, format!("{error}{cause}")));
+        }
+    }
+    // That they are not taken then is no finding of its own.
+    if !findings.iter().skip(4).any(Finding::is_fatal) {
+        findings.push(programs(bpffs));
+    }
+    findings
 }
 
 /// Load everything into a store of its own, and take it away again.
@@ -125,7 +179,9 @@ fn programs(bpffs: &Path) -> Finding {
         loaded
     };
     match load() {
-        Ok(()) => Finding { what: "programs", ok: true, detail: "the verifier takes all of them".to_owned() },
-        Err(error) => Finding { what: "programs", ok: false, detail: format!("{error:#}") },
+        Ok(()) => {
+            Finding::new("programs", true, "the verifier takes all that have what they need".to_owned())
+        }
+        Err(error) => Finding::new("programs", false, format!("{error:#}")),
     }
 }

@@ -3,8 +3,15 @@
 use std::io;
 
 use crate::{
-    listeners::ListenersError, mirror::MirrorError, netns::NetnsError, plumbing::PlumbingError,
-    programs::ProgramError, store::StoreError, tables::TableError, userns::IdMapError,
+    listeners::ListenersError,
+    mirror::MirrorError,
+    netns::NetnsError,
+    plumbing::PlumbingError,
+    programs::ProgramError,
+    store::StoreError,
+    support::{Lacking, ProbeError},
+    tables::TableError,
+    userns::IdMapError,
 };
 
 /// Why a pod could not be attached, detached or read.
@@ -17,6 +24,15 @@ pub enum NodeError {
     Table(#[from] TableError),
     #[error(transparent)]
     Program(#[from] ProgramError),
+    #[error(transparent)]
+    Lacking(#[from] Lacking),
+    #[error("finding out what this kernel lacks")]
+    Probe(#[from] ProbeError),
+    #[error(
+        "programs for an option of this capture were left out when the node's programs were loaded, but this kernel has \
+         what they need now: load them again (`intercept-agent detach --all`, and attach the pods again)"
+    )]
+    LeftOut,
     #[error(transparent)]
     Netns(#[from] NetnsError),
     #[error("mirroring the routes of {netns}")]

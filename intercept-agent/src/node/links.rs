@@ -11,7 +11,9 @@ use intercept_common::names;
 use super::{Node, NodeError, Target};
 use crate::{
     kernel::{self, LinkTarget},
+    options::Config,
     programs,
+    support::{self, Lacking, Need},
 };
 
 impl Node {
@@ -19,7 +21,7 @@ impl Node {
     pub(super) fn link(&self, target: &Target) -> Result<(), NodeError> {
         let cookie = target.netns.cookie();
         let cgroup = target.cgroup.path().display().to_string();
-        for program in names::CGROUP_PROGRAMS {
+        for program in self.loaded_programs() {
             let path = self.store.pod(cookie).join(program);
             if self.link_is(&path, LinkTarget::Cgroup(Some(target.cgroup.id()))) {
                 continue;
@@ -46,6 +48,31 @@ impl Node {
             })
     }
 
+    /// The programs of the cgroup that this kernel has: all but those that serve one option and of which it lacks
+    /// something.
+    fn loaded_programs(&self) -> impl Iterator<Item = &'static str> + use<'_> {
+        let programs = self.store.programs();
+        names::CGROUP_PROGRAMS
+            .into_iter()
+            .filter(move |name| support::need(name) == Need::Always || programs.join(name).exists())
+    }
+
+    /// Refuse a capture for which this kernel lacks something, in the words of `check`.
+    pub(super) fn refuse_unsupported(&self, config: &Config) -> Result<(), NodeError> {
+        let loaded: Vec<_> = self.loaded_programs().collect();
+        let lacks_any = names::CGROUP_PROGRAMS
+            .iter()
+            .any(|name| support::need(name).is_of(config) && !loaded.contains(name));
+        if !lacks_any {
+            return Ok(());
+        }
+        match Lacking::for_config(&support::missing()?, config) {
+            Some(lacking) => Err(lacking.into()),
+            // It has come since: with a module, or a change of the kernel's settings.
+            None => Err(NodeError::LeftOut),
+        }
+    }
+
     fn link_is(&self, path: &Path, target: LinkTarget) -> bool {
         kernel::open_pin(path)
             .and_then(|link| kernel::link_info(link.as_fd()))
@@ -54,8 +81,7 @@ impl Node {
 
     pub(super) fn links_intact(&self, cookie: u64, target: &Target) -> bool {
         let dir = self.store.pod(cookie);
-        names::CGROUP_PROGRAMS
-            .iter()
+        self.loaded_programs()
             .all(|name| self.link_is(&dir.join(name), LinkTarget::Cgroup(Some(target.cgroup.id()))))
             && self.link_is(
                 &dir.join(names::SK_LOOKUP),
@@ -80,7 +106,7 @@ impl Node {
     /// Put this build's programs under the links of a pod.
     pub(super) fn replace_programs(&self, cookie: u64) -> Result<(), NodeError> {
         let dir = self.store.pod(cookie);
-        for program in names::CGROUP_PROGRAMS {
+        for program in self.loaded_programs() {
             let update = || {
                 let link = kernel::open_pin(&dir.join(program))?;
                 let fd = kernel::open_pin(&self.store.programs().join(program))?;

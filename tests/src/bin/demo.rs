@@ -19,6 +19,7 @@ use tests::{
         Actor, Bind, Dial, Dialled, Direction, Listen, OriginalDst, Outcome, Relay, Relayed, Transport,
         binary::ReadableCopy,
     },
+    cases,
     envoy::{self, Sidecar, Speaks},
     testbed::{self, Ids, Pod, PodSpec},
 };
@@ -42,6 +43,12 @@ struct Options {
     /// Envoy's binary, for --proxy envoy
     #[arg(long, env = "INTERCEPT_ENVOY")]
     envoy: Option<PathBuf>,
+    /// Run the cases that need no tools instead, or those whose names contain this
+    #[arg(long, num_args = 0..=1, default_missing_value = "", value_name = "NAME")]
+    cases: Option<String>,
+    /// See instead that this kernel, which lacks something, is refused as `check` says
+    #[arg(long, conflicts_with = "cases")]
+    refused: bool,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -53,10 +60,18 @@ enum Proxy {
 }
 
 fn main() -> ExitCode {
-    match demo(&Options::parse()) {
+    let options = Options::parse();
+    let (done, failure) = match &options {
+        Options { cases: Some(filter), .. } => {
+            (cases::run(filter).map(|failed| failed == 0), "a case does not hold")
+        }
+        Options { refused: true, .. } => (refused(), ""),
+        _ => (demo(&options), "a flow did not go where it must"),
+    };
+    match done {
         Ok(true) => ExitCode::SUCCESS,
         Ok(false) => {
-            eprintln!("error: a flow did not go where it must");
+            eprintln!("error: {failure}");
             ExitCode::FAILURE
         }
         Err(error) => {
@@ -64,6 +79,12 @@ fn main() -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+fn refused() -> Result<bool> {
+    println!("{}", cases::refused_as_checked()?);
+    println!("refused in the words of check");
+    Ok(true)
 }
 
 /// A flow, and what must come of it.
@@ -194,12 +215,13 @@ fn demo(options: &Options) -> Result<bool> {
     );
     let shown = show(&flows(&pod), &pod, &agent, &mut reports, &world);
     print!("{}", agent.run(&["detach"])?);
-    let all_right = shown?;
+    let (right, made) = shown?;
     drop((sidecar, inside, world, pod));
     let left = testbed::sweep::leftovers(std::process::id())?;
     ensure!(left.is_empty(), "left behind: {left:?}");
     println!("nothing is left behind");
-    Ok(all_right)
+    println!("{right} of {made} flows");
+    Ok(right == made)
 }
 
 fn quote(arg: &str) -> String {
@@ -278,19 +300,19 @@ fn show(
     agent: &Agent<'_>,
     reports: &mut Reports<'_>,
     world: &Actor,
-) -> Result<bool> {
+) -> Result<(usize, usize)> {
     let mut rows = vec![
         ["flow", "dialled", "went to", "original destination", "peer the proxy saw", "because", ""]
             .map(str::to_owned),
     ];
-    let mut all_right = true;
+    let mut right = 0;
     for flow in flows {
         let actor = if flow.from_world { world } else { reports.inside };
         let dial = Dial { mapped: flow.mapped, ..Dial::new(flow.ids, flow.to) };
         let dialled = actor.dial(dial)?;
         let relayed = reports.of(flow)?;
         let verdict = judge(flow, &dialled, relayed.as_ref(), pod);
-        all_right &= verdict.is_ok();
+        right += usize::from(verdict.is_ok());
         rows.push([
             flow.what.to_owned(),
             flow.to.to_string(),
@@ -302,7 +324,7 @@ fn show(
         ]);
     }
     table(&rows);
-    Ok(all_right)
+    Ok((right, flows.len()))
 }
 
 /// What the proxy says of the flows that pass it.

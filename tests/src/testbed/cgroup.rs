@@ -1,7 +1,7 @@
 //! A cgroup that lives as long as its guard, and takes the processes in it along.
 
 use std::fs;
-use std::io::{self, ErrorKind};
+use std::io::{self, ErrorKind, Write as _};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -99,7 +99,9 @@ pub(super) fn remove(path: &Path) -> io::Result<()> {
 }
 
 fn kill(path: &Path) -> io::Result<()> {
-    match fs::write(path.join("cgroup.kill"), "1") {
+    // Not made if it is not there: the kernel answers that with EACCES.
+    let file = fs::OpenOptions::new().write(true).open(path.join("cgroup.kill"));
+    match file.and_then(|mut file| file.write_all(b"1")) {
         // Before Linux 5.14 there is no cgroup.kill.
         Err(error) if error.kind() == ErrorKind::NotFound => {
             for pid in processes(path)? {

@@ -1,0 +1,87 @@
+//! Cases that need no tools: `cargo xtask test` runs them here (`tests/cases.rs`), `cargo xtask vm` under other kernels and
+//! on other architectures, where there is nothing but this package's programs and a shell.
+//!
+//! To add one, write a function in a file below `src/cases` and name it in [`CASES`]. It may start the workspace's
+//! programs (`actor`, `slip`, the agent that it is given, or one of its own if it changes the node), and fails by an error or a panic. It must not start anything of the system's
+//! (`ip`, `bash`, iptables), and clean up by the guards of [`crate::testbed`]. One of them is run by
+//! `cargo xtask demo --cases NAME`.
+
+mod dns;
+mod hooks;
+mod sockets;
+
+use std::{
+    any::Any,
+    panic::{AssertUnwindSafe, catch_unwind},
+};
+
+use anyhow::{Result, anyhow};
+
+use crate::{
+    agent::{Agent, INIT_FLAGS},
+    slip::bed::Bed,
+};
+
+pub use hooks::refused_as_checked;
+
+/// One of them.
+pub struct Case {
+    /// What it shows; a part of it selects it.
+    pub name: &'static str,
+    run: Run,
+}
+
+/// Is given an agent that all cases share: loading the programs takes seconds in an emulator.
+type Run = fn(&Agent) -> Result<()>;
+
+const fn case(name: &'static str, run: Run) -> Case {
+    Case { name, run }
+}
+
+/// All of them.
+pub const CASES: [Case; 6] = [
+    case("a connection by io_uring is captured", sockets::io_uring),
+    case("TCP Fast Open is captured", sockets::fast_open),
+    case("a socket made before the capture is captured when it connects", sockets::made_before),
+    case("an unconnected socket is answered by the name server that it asked", dns::unconnected),
+    case("a hook that serves one option is needed by that option alone", hooks::of_one_option),
+    case("without a hook that every capture needs, attach refuses as check says", hooks::of_every_capture),
+];
+
+impl Case {
+    /// Run it; a panic becomes an error.
+    fn run(&self, agent: &Agent) -> Result<()> {
+        catch_unwind(AssertUnwindSafe(|| (self.run)(agent)))
+            .unwrap_or_else(|panic| Err(anyhow!("{}", text(&*panic))))
+    }
+}
+
+fn text(panic: &(dyn Any + Send)) -> &str {
+    let formatted = panic.downcast_ref::<String>().map(String::as_str);
+    formatted.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("a panic without a message")
+}
+
+/// Run those whose names contain a text, and print what comes of each; returns how many failed.
+pub fn run(filter: &str) -> Result<usize> {
+    let agent = Agent::new("cases")?;
+    let selected: Vec<_> = CASES.iter().filter(|case| case.name.contains(filter)).collect();
+    let mut failed = 0;
+    for case in &selected {
+        match case.run(&agent) {
+            Ok(()) => println!("ok      {}", case.name),
+            Err(error) => {
+                failed += 1;
+                println!("FAILED  {}: {error:#}", case.name);
+            }
+        }
+    }
+    println!("{} of {}", selected.len() - failed, selected.len());
+    Ok(failed)
+}
+
+/// A pod with servers that is captured with Istio's own flags and these.
+fn captured(agent: &Agent, label: &str, flags: &[&str]) -> Result<Bed> {
+    let bed = Bed::new(label)?;
+    agent.attach(&bed.pod, &[&INIT_FLAGS[..], flags].concat())?;
+    Ok(bed)
+}
