@@ -67,9 +67,20 @@ fn nightly() -> Option<(Compiler, PathBuf)> {
 fn ready_made(host_rustc: &Path) -> Option<(Compiler, PathBuf)> {
     let rustc = PathBuf::from(SYSTEM_RUSTC);
     let core = sysroot(Command::new(&rustc))?.join("lib/rustlib").join(TARGET).join("lib");
-    // The linker was built for the LLVM that comes with the host's compiler.
-    let llvm = sysroot(Command::new(host_rustc))?.join("lib");
-    core.is_dir().then_some((Compiler::ReadyMade(rustc), llvm))
+    core.is_dir().then_some((Compiler::ReadyMade(rustc), llvm(host_rustc)?))
+}
+
+/// The folder of the LLVM that comes with the host's compiler, for which the linker was built. Where another compiler
+/// builds for another architecture, it has none: then that of the usual one.
+fn llvm(host_rustc: &Path) -> Option<PathBuf> {
+    let folder = |rustc: &Path| Some(sysroot(Command::new(rustc))?.join("lib"));
+    let has_llvm = |folder: &PathBuf| {
+        let entries = folder.read_dir().into_iter().flatten().flatten();
+        entries.into_iter().any(|entry| entry.file_name().to_string_lossy().starts_with("libLLVM"))
+    };
+    let own = folder(host_rustc)?;
+    let usual = || folder(Path::new("rustc")).filter(has_llvm);
+    if has_llvm(&own) { Some(own) } else { usual().or(Some(own)) }
 }
 
 fn sysroot(mut rustc: Command) -> Option<PathBuf> {

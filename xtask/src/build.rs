@@ -9,11 +9,9 @@ use std::{
 
 use anyhow::{Context as _, Result, bail, ensure};
 
-use crate::{run, workspace};
+use crate::{architecture::Architecture, cross, run, workspace};
 
 const AGENT: &str = "intercept-agent";
-/// For which glibc can be linked statically.
-pub(crate) const STATIC: &str = "x86_64-unknown-linux-gnu";
 
 /// The programs of the package `tests` that are not tests.
 const PROGRAMS: &str = "tests/src/bin";
@@ -34,33 +32,34 @@ pub(crate) fn and_run(name: &str, options: &[OsString]) -> Result<()> {
 }
 
 /// Builds them for the virtual machine, where there are no libraries; returns the folder they are in.
-pub(crate) fn linked_statically(name: &str) -> Result<PathBuf> {
+pub(crate) fn linked_statically(name: &str, architecture: Architecture) -> Result<PathBuf> {
     exists(name)?;
     // What runs there is seconds long, and building it minutes.
-    statically(everything().env("CARGO_PROFILE_RELEASE_OPT_LEVEL", "1"), "static")
+    statically(everything().env("CARGO_PROFILE_RELEASE_OPT_LEVEL", "1"), "static", architecture)
 }
 
 /// Builds the agent for the image, optimised; returns where it is.
-pub(crate) fn static_agent() -> Result<PathBuf> {
-    let agent = statically(run::cargo("build").args(["--release", "--package", AGENT]), "image")?.join(AGENT);
+pub(crate) fn static_agent(architecture: Architecture) -> Result<PathBuf> {
+    let mut cargo = run::cargo("build");
+    let folder = statically(cargo.args(["--release", "--package", AGENT]), "image", architecture)?;
+    let agent = folder.join(AGENT);
     let contents = fs::read(&agent).with_context(|| format!("reading {}", agent.display()))?;
     ensure!(!needs_libraries(&contents), "{} is not linked statically", agent.display());
     Ok(agent)
 }
 
 /// In a folder of its own, so that the usual build is not done anew after this one.
-fn statically(cargo: &mut Command, folder: &str) -> Result<PathBuf> {
+fn statically(cargo: &mut Command, folder: &str, architecture: Architecture) -> Result<PathBuf> {
     let target = workspace::target().join(folder);
+    cross::statically(cargo, architecture)?;
     run::shown(
         cargo
-            // Named, so that the flag is not used for build scripts and macros, which cannot be static.
-            .args(["--target", STATIC, "--target-dir"])
+            .arg("--target-dir")
             .arg(&target)
-            .env("RUSTFLAGS", "-Ctarget-feature=+crt-static")
             .env("CARGO_PROFILE_RELEASE_DEBUG", "false")
             .env("CARGO_PROFILE_RELEASE_STRIP", "true"),
     )?;
-    Ok(target.join(STATIC).join("release"))
+    Ok(target.join(architecture.target()).join("release"))
 }
 
 /// Whether an ELF file of 64 bits names an interpreter, as those do that need libraries.

@@ -5,7 +5,7 @@ use std::{fs, path::Path};
 
 use anyhow::{Context, Result};
 
-use crate::{debian::Lists, image, manifests, parts, run, setup, setup::Group, test, workspace};
+use crate::{architecture::Architecture, debian::Lists, image, manifests, parts, run, setup, setup::Group, test, workspace};
 
 /// Debian's packages of what runs pods; their libraries (libc6, libseccomp2) are on every system with systemd.
 const PACKAGES: [&str; 3] = ["containerd", "runc", "containernetworking-plugins"];
@@ -23,7 +23,7 @@ pub(crate) fn cri(arguments: &parts::Arguments) -> Result<()> {
         fetch(&folder).with_context(|| format!("getting {}", PACKAGES.join(", ")))?;
     }
     parts::try_programs(&folder, &PROGRAMS)?;
-    let image = image::image()?;
+    let image = image::image(&[Architecture::HOST])?;
     let uninstall = workspace::target().join("image/uninstall.yaml");
     fs::write(&uninstall, manifests::rendered(&["cleanUpOnExit=true"])?)
         .with_context(|| format!("writing {}", uninstall.display()))?;

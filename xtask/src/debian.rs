@@ -6,9 +6,9 @@ use std::{
     process::Command,
 };
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 
-use crate::run;
+use crate::{architecture::Architecture, run};
 
 /// Where lists of packages are: the machine's, or our own beside them.
 #[derive(Default)]
@@ -17,22 +17,48 @@ pub(crate) struct Lists {
 }
 
 impl Lists {
-    /// Our own in this folder, which know these sources: "deb bookworm main".
-    pub(crate) fn own(folder: &Path, sources: &[&str], heading: &str) -> Result<Self> {
+    /// Our own in this folder, which know these sources of the archive that this machine gets Debian from:
+    /// "deb bookworm main".
+    pub(crate) fn own(
+        folder: &Path,
+        sources: &[&str],
+        architecture: Architecture,
+        heading: &str,
+    ) -> Result<Self> {
+        let archive = archive()?;
+        let lines = sources.iter().filter_map(|source| source.split_once(' '));
+        let lines: Vec<String> = lines.map(|(kind, rest)| format!("{kind} {archive} {rest}")).collect();
+        Self::update(folder, &lines, architecture, heading)
+    }
+
+    /// Our own in this folder, of the releases of Debian that this machine uses, but of another architecture.
+    pub(crate) fn of_machine(folder: &Path, architecture: Architecture, heading: &str) -> Result<Self> {
+        Self::update(folder, &machine_sources()?, architecture, heading)
+    }
+
+    fn update(
+        folder: &Path,
+        lines: &[String],
+        architecture: Architecture,
+        heading: &str,
+    ) -> Result<Self> {
         for part in ["lists/partial", "archives/partial"] {
             fs::create_dir_all(folder.join(part)).with_context(|| format!("making {}", folder.display()))?;
         }
-        let archive = archive()?;
-        let lines = sources.iter().filter_map(|source| source.split_once(' '));
-        let lines: String = lines.map(|(kind, rest)| format!("{kind} {archive} {rest}\n")).collect();
         let list = folder.join("sources.list");
-        fs::write(&list, lines).with_context(|| format!("writing {}", list.display()))?;
+        fs::write(&list, lines.join("\n") + "\n").with_context(|| format!("writing {}", list.display()))?;
         let folder = folder.display();
+        let architecture = architecture.as_str();
         let settings = [
+            format!("APT::Architecture={architecture}"),
+            format!("APT::Architectures::={architecture}"),
             format!("Dir::Etc::sourcelist={folder}/sources.list"),
             "Dir::Etc::sourceparts=-".to_owned(),
             format!("Dir::State::lists={folder}/lists"),
             format!("Dir::Cache={folder}"),
+            // Packages are all that is asked for.
+            "Acquire::Languages=none".to_owned(),
+            "Acquire::IndexTargets::deb::DEP-11::DefaultEnabled=false".to_owned(),
         ];
         let lists =
             Self { options: settings.into_iter().flat_map(|value| ["-o".to_owned(), value]).collect() };
@@ -85,14 +111,38 @@ fn with_ending(folder: &Path, ending: &str) -> Result<Vec<PathBuf>> {
 
 /// The archive that this machine gets Debian from.
 fn archive() -> Result<String> {
-    let targets = run::output(Command::new("apt-get").args([
-        "indextargets",
-        "--format",
-        "$(REPO_URI)",
-        "Created-By: Packages",
-    ]))?;
-    let debian = targets.lines().find(|uri| uri.trim_end_matches('/').ends_with("/debian"));
+    let archives = index_targets("$(REPO_URI)")?;
+    let debian = archives.lines().find(|uri| uri.trim_end_matches('/').ends_with("/debian"));
     debian
         .map(str::to_owned)
         .context("no archive of Debian among apt's sources; these packages come from there")
+}
+
+/// What this machine gets Debian from, security updates included: lines of a sources.list.
+fn machine_sources() -> Result<Vec<String>> {
+    let targets = index_targets("$(REPO_URI) $(RELEASE) $(COMPONENT)")?;
+    let sources: Vec<String> = targets.lines().filter(|line| is_debian(line)).map(|line| format!("deb {line}")).collect();
+    ensure!(!sources.is_empty(), "no archive of Debian among apt's sources; these packages come from there");
+    Ok(sources)
+}
+
+fn is_debian(target: &str) -> bool {
+    let uri = target.split(' ').next().unwrap_or_default().trim_end_matches('/');
+    uri.ends_with("/debian") || uri.ends_with("/debian-security")
+}
+
+fn index_targets(format: &str) -> Result<String> {
+    run::output(Command::new("apt-get").args(["indextargets", "--format", format, "Created-By: Packages"]))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sources_of_others_are_left_out() {
+        assert!(is_debian("http://deb.debian.org/debian/ bookworm main"));
+        assert!(is_debian("http://deb.debian.org/debian-security/ bookworm-security main"));
+        assert!(!is_debian("https://deb.nodesource.com/node_20.x/ nodistro main"));
+    }
 }

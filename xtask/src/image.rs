@@ -4,34 +4,65 @@
 //! API's address is a number (KUBERNETES_SERVICE_HOST). Names of hosts, which a kubeconfig may have, are looked up as
 //! well: files and dns are built into glibc since 2.34; other services of nsswitch.conf are not there.
 
-use std::{fs, path::PathBuf};
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
 
 use anyhow::{Context as _, Result, bail, ensure};
+use clap::Args;
 use serde_json::{Value, json};
 
-use crate::{build, workspace};
+use crate::{architecture::Architecture, build, setup, setup::Group, workspace};
 
 mod archive;
 
 /// What deploy/ calls it.
 pub(crate) const NAME: &str = concat!("intercept-agent:", env!("CARGO_PKG_VERSION"));
 
+#[derive(Args)]
+pub(crate) struct Arguments {
+    /// Architectures that the image is for, all in one archive
+    #[arg(long, value_enum, value_delimiter = ',', default_values_t = [Architecture::HOST])]
+    arch: Vec<Architecture>,
+}
+
+/// Makes the image and prints where the archive is.
+pub(crate) fn make(arguments: &Arguments) -> Result<()> {
+    setup::setup(&[Group::Base])?;
+    println!("{}", image(&arguments.arch)?.display());
+    Ok(())
+}
+
 /// Makes the image; returns where the archive is.
-pub(crate) fn image() -> Result<PathBuf> {
+pub(crate) fn image(architectures: &[Architecture]) -> Result<PathBuf> {
     let path = workspace::root().join("deploy/Dockerfile");
     let text = fs::read_to_string(&path).with_context(|| format!("reading {}", path.display()))?;
     let recipe = Recipe::parse(&text).with_context(|| format!("reading {}", path.display()))?;
-    let agent = build::static_agent()?;
-    let folder = workspace::target().join("image");
-    let root = folder.join("root");
-    drop(fs::remove_dir_all(&root));
-    fs::create_dir_all(&root).with_context(|| format!("making {}", root.display()))?;
-    let inside = root.join(&recipe.destination);
-    fs::copy(&agent, &inside).with_context(|| format!("copying {}", agent.display()))?;
-    let to = folder.join("intercept-agent.tar");
-    archive::write(&root, &recipe.config(), NAME, &to)?;
+    let mut roots = Vec::new();
+    for architecture in architectures {
+        roots.push((architecture.as_str(), root(&recipe, *architecture)?));
+    }
+    let platforms: Vec<_> = roots.iter().map(|(name, root)| archive::Platform { architecture: name, root }).collect();
+    let to = workspace::target().join("image/intercept-agent.tar");
+    archive::write(&platforms, &recipe.config(), NAME, &to)?;
     Ok(to)
 }
+
+/// The files of the image for one architecture.
+fn root(recipe: &Recipe, architecture: Architecture) -> Result<PathBuf> {
+    setup::for_architecture(architecture)?;
+    let agent = build::static_agent(architecture)?;
+    let inside = workspace::root().join(recipe.binary.replace(ARCHITECTURE, architecture.as_str()));
+    let root = inside.parent().map(Path::to_owned).context("the agent is in no folder")?;
+    drop(fs::remove_dir_all(&root));
+    fs::create_dir_all(&root).with_context(|| format!("making {}", root.display()))?;
+    fs::copy(&agent, root.join(&recipe.destination)).with_context(|| format!("copying {}", agent.display()))?;
+    Ok(root)
+}
+
+/// What stands in the Dockerfile for the architecture's name.
+const ARCHITECTURE: &str = "${TARGETARCH}";
 
 /// What is in the Dockerfile, which has the few instructions that are understood here.
 #[derive(Debug, Default, PartialEq)]
@@ -51,9 +82,10 @@ impl Recipe {
             let list = || serde_json::from_str(rest).with_context(|| format!("{line:?} has no list"));
             match instruction {
                 "FROM" => ensure!(rest == "scratch", "{line:?}: only an empty image can be made"),
-                "ARG" => recipe.binary = rest.strip_prefix("BINARY=").unwrap_or_default().to_owned(),
+                "ARG" => ensure!(rest == "TARGETARCH", "{line:?}: only the architecture is known"),
                 "COPY" => {
-                    let destination = rest.strip_prefix("${BINARY} /").unwrap_or_default();
+                    let (binary, destination) = rest.split_once(" /").unwrap_or_default();
+                    recipe.binary = binary.to_owned();
                     recipe.destination = destination.to_owned();
                 }
                 "ENTRYPOINT" => recipe.entrypoint = list()?,
@@ -62,8 +94,8 @@ impl Recipe {
             }
         }
         ensure!(
-            !recipe.binary.is_empty() && !recipe.destination.is_empty(),
-            "no ARG BINARY=PATH, or no COPY ${{BINARY}} /NAME"
+            recipe.binary.contains(ARCHITECTURE) && !recipe.destination.is_empty(),
+            "no COPY PATH /NAME whose path has {ARCHITECTURE} in it"
         );
         Ok(recipe)
     }
@@ -80,14 +112,14 @@ mod tests {
     #[test]
     fn the_dockerfile_copies_what_is_built_here() {
         let recipe = Recipe::parse(include_str!("../../deploy/Dockerfile")).expect("understood");
-        assert_eq!(recipe.binary, format!("target/image/{}/release/intercept-agent", build::STATIC));
+        assert_eq!(recipe.binary, "target/image/${TARGETARCH}/intercept-agent");
         assert_eq!(recipe.config(), json!({ "Entrypoint": ["/intercept-agent"], "Cmd": ["daemon"] }));
         assert_eq!(format!("/{}", recipe.destination), recipe.entrypoint[0]);
     }
 
     #[test]
     fn what_is_not_understood_is_refused() {
-        for text in ["FROM debian", "RUN true", "FROM scratch", "CMD daemon"] {
+        for text in ["FROM debian", "RUN true", "FROM scratch", "CMD daemon", "ARG OTHER"] {
             assert!(Recipe::parse(text).is_err(), "{text}");
         }
     }

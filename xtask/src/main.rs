@@ -5,8 +5,10 @@ use std::{ffi::OsString, process::ExitCode};
 use anyhow::Result;
 use clap::{Parser, Subcommand};
 
+mod architecture;
 mod build;
 mod cri;
+mod cross;
 mod debian;
 mod fuzz;
 mod image;
@@ -55,10 +57,10 @@ enum Task {
     },
     /// Fuzz the option parser, and decide beside the rules
     Fuzz(fuzz::Arguments),
-    /// Run the demo under other kernels, in virtual machines
+    /// Run the demo and the cases that need no tools under other kernels, in virtual machines
     Vm(vm::Arguments),
-    /// Make the container image; prints where its archive is, for `docker load` or `ctr images import`
-    Image,
+    /// Make the container image; prints where its archive is, for `ctr images import` or `docker load`
+    Image(image::Arguments),
     /// Run the image as the DaemonSet's pod in containerd, beside pods that it captures
     Cri(parts::Arguments),
     /// Have the daemon watch a real kube-apiserver
@@ -107,11 +109,7 @@ fn perform(task: Task) -> Result<()> {
         Task::Test(arguments) => test::test(&arguments),
         Task::Fuzz(arguments) => fuzz::fuzz(&arguments),
         Task::Vm(arguments) => vm::vm(&arguments),
-        Task::Image => {
-            setup::setup(&[Group::Base])?;
-            println!("{}", image::image()?.display());
-            Ok(())
-        }
+        Task::Image(arguments) => image::make(&arguments),
         Task::Cri(arguments) => cri::cri(&arguments),
         Task::Kube(arguments) => kube::kube(&arguments),
         Task::Manifests(arguments) => manifests::manifests(&arguments),

@@ -5,7 +5,7 @@ use std::{fs, io::ErrorKind, os::unix::fs::symlink, path::Path, process::Command
 use anyhow::{Context, Result, bail};
 use clap::{Args, ValueEnum};
 
-use crate::{run, toolchain, workspace};
+use crate::{architecture::Architecture, run, toolchain, workspace};
 
 mod packages;
 
@@ -30,7 +30,7 @@ pub(crate) struct Arguments {
 impl Arguments {
     pub(crate) fn groups(&self) -> &[Group] {
         match self {
-            Self { all: true, .. } => Group::value_variants(),
+            Self { all: true, .. } => &Group::ALL,
             Self { groups, .. } if groups.is_empty() => &Group::FOR_TESTS,
             Self { groups, .. } => groups,
         }
@@ -48,6 +48,10 @@ pub(crate) enum Group {
     Envoy,
     /// An emulator, for other kernels
     Vm,
+    /// A C compiler and an emulator for amd64, where that is another architecture
+    Amd64,
+    /// A C compiler and an emulator for arm64, where that is another architecture
+    Arm64,
     /// What the image of pods is made of, and containerd's start
     Cri,
     /// What unpacks the source of kube-apiserver, and makes its keys
@@ -59,6 +63,18 @@ pub(crate) enum Group {
 }
 
 impl Group {
+    /// What any command needs on this machine.
+    const ALL: [Self; 9] = [
+        Self::Base,
+        Self::Test,
+        Self::Envoy,
+        Self::Vm,
+        if cfg!(target_arch = "aarch64") { Self::Amd64 } else { Self::Arm64 },
+        Self::Cri,
+        Self::Kube,
+        Self::Bench,
+        Self::Fuzz,
+    ];
     /// What `cargo xtask test` needs.
     pub(crate) const FOR_TESTS: [Self; 4] = [Self::Base, Self::Test, Self::Envoy, Self::Fuzz];
 }
@@ -81,6 +97,15 @@ pub(crate) fn setup(groups: &[Group]) -> Result<()> {
         envoy()?;
     }
     Ok(())
+}
+
+/// Gets what building for an architecture and emulating it needs.
+pub(crate) fn for_architecture(architecture: Architecture) -> Result<()> {
+    match architecture {
+        _ if architecture.is_host() => Ok(()),
+        Architecture::Arm64 => setup(&[Group::Arm64]),
+        Architecture::Amd64 => setup(&[Group::Amd64]),
+    }
 }
 
 /// Tells what is used to build, and what is not there yet.

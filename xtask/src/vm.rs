@@ -1,31 +1,47 @@
-//! The demo under other kernels: Debian's, booted in an emulator that needs no help from this machine's.
+//! The demo and the cases under other kernels: Debian's, booted in an emulator that needs no help from this machine's.
 
-use std::{ffi::OsString, fs, path::PathBuf, time::Duration};
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    time::{Duration, Instant},
+};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use clap::Args;
 
-use crate::{build, setup, setup::Group, workspace};
+use crate::{architecture::Architecture, build, cross, setup, setup::Group, workspace};
 
 mod initramfs;
 mod kernel;
 mod machine;
+mod table;
 
 use initramfs::Initramfs;
-use kernel::Kernel;
+use kernel::{Kernel, Kernels, Wish};
+use machine::Step;
 
 /// What the demo and the agent need that is not built into Debian's kernels: links between namespaces, and
 /// listing sockets.
 const MODULES: [&str; 4] = ["veth", "inet_diag", "tcp_diag", "udp_diag"];
 
 /// The demo, and what it starts.
-const PROGRAMS: [&str; 3] = ["demo", "actor", "intercept-agent"];
+const PROGRAMS: [&str; 4] = ["demo", "actor", "slip", "intercept-agent"];
+
+/// Kernels that are too old: `check` says what they lack, and `attach` refuses in the same words.
+const TOO_OLD: [&str; 1] = ["5.10"];
 
 #[derive(Args)]
 pub(crate) struct Arguments {
-    /// Kernels, each by the beginning of its version; Debian has 5.10, 6.1, 6.12 and newer ones in backports
-    #[arg(long, value_delimiter = ',', default_values = ["6.1", "6.12"])]
-    kernel: Vec<String>,
+    /// Kernels, each by the first two numbers of its version, or `newest`: Debian has 5.10, 6.1, 6.12 and those in
+    /// backports
+    #[arg(long, value_delimiter = ',', default_values = ["5.10", "6.1", "6.12", "6.18", "newest"])]
+    kernel: Vec<Wish>,
+    /// The architecture of the machines
+    #[arg(long, value_enum, default_value_t = Architecture::HOST)]
+    arch: Architecture,
+    /// Leave out, and say so, what is not in the cache
+    #[arg(long)]
+    if_cached: bool,
     /// Only boot, and print the kernel's version
     #[arg(long)]
     boot_only: bool,
@@ -34,49 +50,111 @@ pub(crate) struct Arguments {
     timeout: u64,
     /// Options for the demo
     #[arg(last = true)]
-    options: Vec<OsString>,
+    options: Vec<String>,
 }
 
-/// Runs the demo under each of the kernels.
+/// Runs the demo and the cases under each of the kernels.
 pub(crate) fn vm(arguments: &Arguments) -> Result<()> {
+    let kernels = kernels(arguments)?;
+    if kernels.is_empty() {
+        return Ok(());
+    }
     setup::setup(&[Group::Base, Group::Vm])?;
-    let programs = if arguments.boot_only { None } else { Some(build::linked_statically("demo")?) };
+    setup::for_architecture(arguments.arch)?;
+    let programs = match arguments.boot_only {
+        true => None,
+        false => Some(build::linked_statically("demo", arguments.arch)?),
+    };
     let mut failed = Vec::new();
-    for version in &arguments.kernel {
-        match boot(version, programs.as_ref(), arguments) {
-            Ok(seconds) => println!("ok      Linux {version} ({seconds} s)"),
+    let mut rows = Vec::new();
+    for (wish, kernel) in kernels {
+        let name = format!("Linux {wish} on {}", arguments.arch.as_str());
+        let start = Instant::now();
+        let ran = kernel.and_then(|kernel| Ok((boot(&kernel, programs.as_deref(), arguments)?, kernel)));
+        let judged = ran.and_then(|(steps, kernel)| {
+            rows.push(table::Row::of(&kernel, &steps));
+            judge(&kernel, &steps)
+        });
+        match judged {
+            Ok(what) => println!("ok      {name}: {what} ({} s)", start.elapsed().as_secs()),
             Err(error) => {
                 eprintln!("error: {error:#}");
-                println!("FAILED  Linux {version}");
-                failed.push(version.as_str());
+                println!("FAILED  {name}");
+                failed.push(name);
             }
         }
     }
-    if !failed.is_empty() {
-        bail!("running under Linux {}: failed", failed.join(", "));
+    if programs.is_some() && arguments.options.is_empty() {
+        table::update(&rows)?;
     }
+    ensure!(failed.is_empty(), "running under {}: failed", failed.join(", "));
     Ok(())
 }
 
-fn boot(version: &str, programs: Option<&PathBuf>, arguments: &Arguments) -> Result<u64> {
-    let kernel = Kernel::get(version)?;
+/// The kernels that are asked for, or why one cannot be had; what is not to be got is left out.
+fn kernels(arguments: &Arguments) -> Result<Vec<(&Wish, Result<Kernel>)>> {
+    let kernels = Kernels::of(arguments.arch)?;
+    if !arguments.if_cached {
+        setup::setup(&[Group::Vm])?;
+        return Ok(arguments.kernel.iter().map(|wish| (wish, kernels.get(wish))).collect());
+    }
+    let builds = arguments.arch.is_host() || cross::folder(arguments.arch)?.is_dir();
+    let mut found = Vec::new();
+    for wish in &arguments.kernel {
+        match kernels.cached(wish) {
+            Ok(Some(kernel)) if builds => found.push((wish, Ok(kernel))),
+            Err(error) => found.push((wish, Err(error))),
+            Ok(_) => println!(
+                "left out: Linux {wish} on {arch}, which is not in the cache (`cargo xtask vm --arch {arch} --kernel \
+                 {wish}` gets it)",
+                arch = arguments.arch.as_str()
+            ),
+        }
+    }
+    Ok(found)
+}
+
+fn boot(kernel: &Kernel, programs: Option<&Path>, arguments: &Arguments) -> Result<Vec<Step>> {
     let folder = workspace::target().join("vm");
     fs::create_dir_all(&folder).with_context(|| format!("making {}", folder.display()))?;
-
-    let mut initramfs = Initramfs::new(&kernel, &MODULES)?;
-    let mut command = OsString::from("uname -a");
+    let mut initramfs = Initramfs::new(kernel, &MODULES)?;
     if let Some(programs) = programs {
         for name in PROGRAMS {
             initramfs.program(name, &programs.join(name))?;
         }
-        command = OsString::from("demo");
-        for option in &arguments.options {
-            command.push(" ");
-            command.push(option);
-        }
     }
-    let image = folder.join(format!("{version}.cpio"));
-    initramfs.write(&command, &image)?;
-    let log = folder.join(format!("{version}.log"));
-    machine::run(&kernel.image, &image, &log, Duration::from_secs(arguments.timeout))
+    let file = |ending: &str| -> PathBuf {
+        folder.join(format!("{}-{}.{ending}", kernel.series, kernel.architecture.as_str()))
+    };
+    let image = file("cpio");
+    initramfs.write(&script(programs.is_some(), &arguments.options), &image)?;
+    machine::run(kernel, &image, &file("log"), Duration::from_secs(arguments.timeout))
+}
+
+/// What the machine does.
+fn script(has_programs: bool, options: &[String]) -> String {
+    let mut script = "step kernel uname -r\n".to_owned();
+    if has_programs {
+        let options = options.join(" ");
+        script += &format!(
+            "if step check intercept-agent check; then step demo demo {options}; step cases demo --cases\n\
+             else step refusal demo --refused; fi\n"
+        );
+    }
+    script
+}
+
+/// Whether all went as it must, in a few words.
+fn judge(kernel: &Kernel, steps: &[Step]) -> Result<String> {
+    let too_old = TOO_OLD.contains(&kernel.series.to_string().as_str());
+    let unmet: Vec<&str> = steps
+        .iter()
+        .filter(|step| step.status != Some(0) && !(too_old && step.name == "check"))
+        .map(|step| step.name.as_str())
+        .collect();
+    ensure!(unmet.is_empty(), "under Linux {}: failed: {}", kernel.series, unmet.join(", "));
+    if too_old && !steps.iter().any(|step| step.name == "refusal" || steps.len() == 1) {
+        bail!("Linux {} is captured under, which was too old: take it off the list", kernel.series);
+    }
+    Ok(steps.iter().map(|step| step.last.as_str()).collect::<Vec<_>>().join("; "))
 }

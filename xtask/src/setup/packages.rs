@@ -5,10 +5,16 @@ use std::{env, process::Command};
 use anyhow::{Context, Result, bail};
 
 use super::Group;
-use crate::run;
+use crate::{architecture::Architecture, run};
 
-/// Which group needs which program, and the package of Debian and its descendants that has it.
-const PROGRAMS: [(Group, &str, &str); 21] = [
+/// The emulator of this machine's own architecture, and its package.
+const EMULATOR: (&str, &str) = match Architecture::HOST {
+    Architecture::Amd64 => ("qemu-system-x86_64", "qemu-system-x86"),
+    Architecture::Arm64 => ("qemu-system-aarch64", "qemu-system-arm"),
+};
+
+/// Which group needs which program or file, and the package of Debian and its descendants that has it.
+const PROGRAMS: [(Group, &str, &str); 27] = [
     (Group::Test, "dig", "dnsutils"),
     (Group::Test, "dnsmasq", "dnsmasq-base"),
     (Group::Test, "ip", "iproute2"),
@@ -18,8 +24,14 @@ const PROGRAMS: [(Group, &str, &str); 21] = [
     (Group::Envoy, "python3", "python3"),
     (Group::Vm, "busybox", "busybox-static"),
     (Group::Vm, "depmod", "kmod"),
-    (Group::Vm, "qemu-system-x86_64", "qemu-system-x86"),
+    (Group::Vm, EMULATOR.0, EMULATOR.1),
     (Group::Vm, "xz", "xz-utils"),
+    (Group::Amd64, "/usr/x86_64-linux-gnu/lib/libc.a", "libc6-dev-amd64-cross"),
+    (Group::Amd64, "qemu-system-x86_64", "qemu-system-x86"),
+    (Group::Amd64, "x86_64-linux-gnu-gcc", "gcc-x86-64-linux-gnu"),
+    (Group::Arm64, "/usr/aarch64-linux-gnu/lib/libc.a", "libc6-dev-arm64-cross"),
+    (Group::Arm64, "aarch64-linux-gnu-gcc", "gcc-aarch64-linux-gnu"),
+    (Group::Arm64, "qemu-system-aarch64", "qemu-system-arm"),
     (Group::Cri, "busybox", "busybox-static"),
     (Group::Cri, "ip", "iproute2"),
     (Group::Cri, "python3", "python3"),

@@ -4,8 +4,7 @@ use std::{
     ffi::OsStr,
     fs::{self, File},
     io::{BufWriter, Write},
-    os::unix::ffi::OsStrExt,
-    path::Path,
+    path::{Path, PathBuf},
     process::Command,
 };
 
@@ -13,9 +12,9 @@ use anyhow::{Context, Result, bail, ensure};
 use cpio::newc::{Builder, ModeFileType, trailer};
 
 use super::kernel::Kernel;
-use crate::{build, run};
+use crate::{architecture::Architecture, build, cross, run};
 
-/// What runs first: mounts, loads the modules, runs the command and tells its exit status.
+/// What runs first: mounts, loads the modules, runs the steps and tells how each ended.
 const INIT: &str = include_str!("init.sh");
 
 const FOLDERS: [&str; 10] =
@@ -30,7 +29,7 @@ impl Initramfs {
     /// With the modules named and what those need.
     pub(super) fn new(kernel: &Kernel, modules: &[&str]) -> Result<Self> {
         let mut initramfs = Self { files: Vec::new() };
-        let busybox = run::which("busybox").context("there is no busybox: install busybox-static")?;
+        let busybox = busybox(kernel.architecture)?;
         initramfs.program("busybox", &busybox)?;
         initramfs.file(
             "etc/passwd",
@@ -62,10 +61,10 @@ impl Initramfs {
         Ok(())
     }
 
-    /// Writes it, with a shell command to be run.
-    pub(super) fn write(mut self, command: &OsStr, to: &Path) -> Result<()> {
+    /// Writes it, with a script of steps to be run.
+    pub(super) fn write(mut self, steps: &str, to: &Path) -> Result<()> {
         self.file("init", 0o755, INIT.as_bytes());
-        self.file("command", 0o644, command.as_bytes());
+        self.file("steps", 0o644, steps.as_bytes());
         self.write_entries(to).with_context(|| format!("writing {}", to.display()))
     }
 
@@ -91,6 +90,17 @@ impl Initramfs {
         trailer(out)?.flush()?;
         Ok(())
     }
+}
+
+/// A shell and its tools, linked statically.
+fn busybox(architecture: Architecture) -> Result<PathBuf> {
+    if architecture.is_host() {
+        return run::which("busybox").context("there is no busybox: install busybox-static");
+    }
+    let folder = cross::parts(architecture)?;
+    let places = ["bin/busybox", "usr/bin/busybox"].map(|place| folder.join(place));
+    let found = places.into_iter().find(|place| place.is_file());
+    found.with_context(|| format!("there is no busybox in {}; remove it to get it again", folder.display()))
 }
 
 /// The files of the modules and of what they need, the needed ones first; what is built in needs no file.

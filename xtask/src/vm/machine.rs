@@ -5,17 +5,29 @@ use std::{
     io::{BufRead, BufReader, Write},
     path::Path,
     process::{Child, Command, Stdio},
-    sync::mpsc::{self, RecvTimeoutError},
+    sync::mpsc::{self, Receiver, RecvTimeoutError},
     thread,
     time::{Duration, Instant},
 };
 
 use anyhow::{Context, Result, bail};
 
-use crate::run;
+use super::kernel::Kernel;
+use crate::{architecture::Architecture, run};
 
 /// How much of the log is shown when a machine fails before it runs anything.
 const TAIL: usize = 40;
+
+/// A command that ran in the machine.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub(super) struct Step {
+    /// What the script calls it.
+    pub(super) name: String,
+    /// Its exit status; none if the machine stopped before.
+    pub(super) status: Option<u8>,
+    /// The last line that it printed.
+    pub(super) last: String,
+}
 
 /// Kills the emulator whatever happens.
 struct Emulator(Child);
@@ -28,13 +40,36 @@ impl Drop for Emulator {
     }
 }
 
-/// Boots, shows what the command prints, and returns how many seconds it took if its exit status is 0.
-pub(super) fn run(kernel: &Path, initramfs: &Path, log: &Path, limit: Duration) -> Result<u64> {
+/// Boots, shows what the steps print, and returns them.
+pub(super) fn run(kernel: &Kernel, initramfs: &Path, log: &Path, limit: Duration) -> Result<Vec<Step>> {
     let start = Instant::now();
     let mut file = File::create(log).with_context(|| format!("making {}", log.display()))?;
-    let mut emulator = Emulator(command(kernel, initramfs)?.spawn().context("starting qemu-system-x86_64")?);
-    let console = emulator.0.stdout.take().context("the emulator has no output")?;
+    let (_emulator, lines) = boot(kernel, initramfs)?;
+    let mut transcript = Transcript::default();
+    let problem = loop {
+        let line = match lines.recv_timeout(limit.saturating_sub(start.elapsed())) {
+            Ok(line) => line,
+            Err(RecvTimeoutError::Timeout) => break format!("not done after {} s", limit.as_secs()),
+            Err(RecvTimeoutError::Disconnected) => break "it stopped before it was done".to_owned(),
+        };
+        writeln!(file, "{line}").with_context(|| format!("writing {}", log.display()))?;
+        match transcript.read(line) {
+            Read::Done => return Ok(transcript.steps),
+            Read::Printed(line) => println!("  {line}"),
+            Read::Other => {}
+        }
+    };
+    for line in transcript.before.iter().skip(transcript.before.len().saturating_sub(TAIL)) {
+        eprintln!("  {line}");
+    }
+    bail!("running in a virtual machine: {problem}; its log is {}", log.display())
+}
 
+/// Starts the emulator; what comes from the console comes line by line.
+fn boot(kernel: &Kernel, initramfs: &Path) -> Result<(Emulator, Receiver<String>)> {
+    let mut command = command(kernel, initramfs)?;
+    let mut emulator = Emulator(command.spawn().with_context(|| format!("starting {command:?}"))?);
+    let console = emulator.0.stdout.take().context("the emulator has no output")?;
     let (sender, lines) = mpsc::channel();
     thread::spawn(move || {
         for line in BufReader::new(console).split(b'\n').map_while(Result::ok) {
@@ -43,40 +78,97 @@ pub(super) fn run(kernel: &Path, initramfs: &Path, log: &Path, limit: Duration) 
             }
         }
     });
-
-    let mut begun = false;
-    let mut recent: Vec<String> = Vec::new();
-    let problem = loop {
-        let line = match lines.recv_timeout(limit.saturating_sub(start.elapsed())) {
-            Ok(line) => line,
-            Err(RecvTimeoutError::Timeout) => break format!("not done after {} s", limit.as_secs()),
-            Err(RecvTimeoutError::Disconnected) => break "it stopped without an exit status".to_owned(),
-        };
-        writeln!(file, "{line}").with_context(|| format!("writing {}", log.display()))?;
-        match line.strip_prefix("xtask: ") {
-            Some("begin") => begun = true,
-            Some("status 0") => return Ok(start.elapsed().as_secs()),
-            Some(status) => break status.to_owned(),
-            None if begun => println!("  {line}"),
-            None => recent.push(line),
-        }
-    };
-    if !begun {
-        for line in recent.iter().skip(recent.len().saturating_sub(TAIL)) {
-            eprintln!("  {line}");
-        }
-    }
-    bail!("running in a virtual machine: {problem}; its log is {}", log.display())
+    Ok((emulator, lines))
 }
 
-fn command(kernel: &Path, initramfs: &Path) -> Result<Command> {
-    let program = run::which("qemu-system-x86_64").context("there is no qemu-system-x86_64")?;
-    let mut qemu = Command::new(program);
-    qemu.args(["-accel", "tcg", "-cpu", "max", "-smp", "2", "-m", "1024"]);
+fn command(kernel: &Kernel, initramfs: &Path) -> Result<Command> {
+    // Of arm64 a processor of servers; "max" has features that take long to emulate.
+    let (program, machine, console) = match kernel.architecture {
+        Architecture::Amd64 => ("qemu-system-x86_64", ["-machine", "pc", "-cpu", "max"], "ttyS0"),
+        Architecture::Arm64 => ("qemu-system-aarch64", ["-machine", "virt", "-cpu", "neoverse-n1"], "ttyAMA0"),
+    };
+    let path = run::which(program).with_context(|| format!("there is no {program}"))?;
+    let mut qemu = Command::new(path);
+    qemu.args(machine).args(["-accel", "tcg", "-smp", "2", "-m", "1024"]);
     qemu.args(["-nodefaults", "-no-reboot", "-display", "none", "-serial", "stdio"]);
-    qemu.arg("-kernel").arg(kernel).arg("-initrd").arg(initramfs);
+    qemu.arg("-kernel").arg(&kernel.image).arg("-initrd").arg(initramfs);
     // A panic ends the emulator, because of -no-reboot.
-    qemu.args(["-append", "console=ttyS0 panic=-1 loglevel=4"]);
+    qemu.arg("-append").arg(format!("console={console} panic=-1 loglevel=4"));
     qemu.stdin(Stdio::null()).stdout(Stdio::piped());
     Ok(qemu)
+}
+
+/// What the console says, as far as it was read.
+#[derive(Default)]
+struct Transcript {
+    steps: Vec<Step>,
+    /// Lines before the first step.
+    before: Vec<String>,
+}
+
+/// What a line of the console is.
+#[derive(PartialEq, Eq, Debug)]
+enum Read {
+    /// A step printed it.
+    Printed(String),
+    /// The machine is done.
+    Done,
+    /// Anything else.
+    Other,
+}
+
+impl Transcript {
+    fn read(&mut self, line: String) -> Read {
+        let Some(message) = line.strip_prefix("xtask: ") else { return self.text(line) };
+        let mut words = message.split(' ');
+        match (words.next(), words.next(), words.next()) {
+            (Some("begin"), Some(name), None) => {
+                self.steps.push(Step { name: name.to_owned(), ..Step::default() });
+            }
+            (Some("end"), Some(_), Some(status)) => {
+                if let Some(step) = self.steps.last_mut() {
+                    step.status = status.parse().ok();
+                }
+            }
+            (Some("done"), None, None) => return Read::Done,
+            _ => return self.text(line),
+        }
+        Read::Other
+    }
+
+    fn text(&mut self, line: String) -> Read {
+        let Some(step) = self.steps.last_mut() else {
+            self.before.push(line);
+            return Read::Other;
+        };
+        if !line.trim().is_empty() {
+            step.last.clone_from(&line);
+        }
+        Read::Printed(line)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn steps_are_read_from_the_console() {
+        let mut transcript = Transcript::default();
+        let lines = [
+            ("Booting", Read::Other),
+            ("xtask: begin check", Read::Other),
+            ("ok      kernel", Read::Printed("ok      kernel".to_owned())),
+            ("", Read::Printed(String::new())),
+            ("xtask: end check 0", Read::Other),
+            ("xtask: begin demo", Read::Other),
+            ("xtask: done", Read::Done),
+        ];
+        for (line, expected) in lines {
+            assert_eq!(transcript.read(line.to_owned()), expected, "{line}");
+        }
+        let step = |name: &str, status, last: &str| Step { name: name.into(), status, last: last.into() };
+        assert_eq!(transcript.steps, [step("check", Some(0), "ok      kernel"), step("demo", None, "")]);
+        assert_eq!(transcript.before, ["Booting"]);
+    }
 }
