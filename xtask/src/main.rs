@@ -11,6 +11,7 @@ mod cri;
 mod cross;
 mod debian;
 mod fuzz;
+mod helm;
 mod image;
 mod kube;
 mod manifests;
