@@ -6,7 +6,7 @@ mod commands;
 use std::{ffi::OsString, process::ExitCode};
 
 use clap::Parser as _;
-use intercept_agent::cni;
+use intercept_agent::{cni, confinement::explained};
 
 use crate::{cli::Cli, commands::Failed};
 
@@ -17,8 +17,7 @@ fn main() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             let code = error.downcast_ref::<Failed>().map_or(1, |failed| failed.exit_code());
-            // The causes in order, each after a colon.
-            eprintln!("error: {error:#}");
+            eprintln!("error: {}", explained(error.as_ref()));
             ExitCode::from(code)
         }
     }

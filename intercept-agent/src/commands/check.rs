@@ -3,7 +3,7 @@
 use std::{fs, path::Path};
 
 use anyhow::{Result, bail};
-use intercept_agent::{cgroup, offsets, programs, store::Store};
+use intercept_agent::{cgroup, confinement::explained, offsets, programs, store::Store};
 use serde::Serialize;
 
 use super::{accelerate, say};
@@ -126,6 +126,6 @@ fn programs(bpffs: &Path) -> Finding {
     };
     match load() {
         Ok(()) => Finding { what: "programs", ok: true, detail: "the verifier takes all of them".to_owned() },
-        Err(error) => Finding { what: "programs", ok: false, detail: format!("{error:#}") },
+        Err(error) => Finding { what: "programs", ok: false, detail: explained(error.as_ref()) },
     }
 }

@@ -16,6 +16,7 @@ use super::{
 };
 use crate::{
     cgroup::{CgroupDir, CgroupError},
+    confinement::explained,
     mirror::{Follower, MirrorError},
     netns::{Netns, NetnsError},
     node::{Attached, Node, NodeError, Target},
@@ -73,13 +74,7 @@ impl CaptureError {
 
     /// The error with its causes, each after a colon.
     pub fn text(&self) -> String {
-        let mut text = self.to_string();
-        let mut source = std::error::Error::source(self);
-        while let Some(error) = source {
-            text = format!("{text}: {error}");
-            source = error.source();
-        }
-        text
+        explained(self)
     }
 
     /// Whether it is the pod's description that is wrong, so that only another one helps.
