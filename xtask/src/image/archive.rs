@@ -14,7 +14,7 @@ use serde_json::{Value, json};
 const INDEX: &str = "application/vnd.oci.image.index.v1+json";
 const MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";
 const CONFIG: &str = "application/vnd.oci.image.config.v1+json";
-const LAYER: &str = "application/vnd.oci.image.layer.v1.tar";
+const LAYER: &str = "application/vnd.oci.image.layer.v1.tar+gzip";
 
 /// The image's files for an architecture.
 pub(crate) struct Platform<'a> {
@@ -24,8 +24,9 @@ pub(crate) struct Platform<'a> {
     pub(crate) root: &'a Path,
 }
 
-/// Write the image of this name; `config` is what Dockerfiles set. The same files give the same image.
-pub(crate) fn write(platforms: &[Platform<'_>], config: &Value, name: &str, to: &Path) -> Result<()> {
+/// Write the image of this name; `config` is what Dockerfiles set. Returns its digest, by which registries know it. The
+/// same files give the same image.
+pub(crate) fn write(platforms: &[Platform<'_>], config: &Value, name: &str, to: &Path) -> Result<String> {
     let parts = to.with_extension("parts");
     // Of a run that was killed.
     drop(fs::remove_dir_all(&parts));
@@ -35,17 +36,18 @@ pub(crate) fn write(platforms: &[Platform<'_>], config: &Value, name: &str, to: 
     let mut manifests = Vec::new();
     let mut compatible = None;
     for platform in platforms {
-        let layer = layout.layer(platform.root)?;
+        let (layer, contents) = layout.layer(platform.root)?;
         let config = layout.json(
             CONFIG,
             &json!({
                 "architecture": platform.architecture,
                 "os": "linux",
                 "config": config,
-                "rootfs": { "type": "layers", "diff_ids": [layer["digest"]] },
+                "rootfs": { "type": "layers", "diff_ids": [contents] },
             }),
         )?;
-        let manifest = json!({ "schemaVersion": 2, "mediaType": MANIFEST, "config": config, "layers": [layer] });
+        let manifest =
+            json!({ "schemaVersion": 2, "mediaType": MANIFEST, "config": config, "layers": [layer] });
         let mut manifest = layout.json(MANIFEST, &manifest)?;
         manifest["platform"] = json!({ "architecture": platform.architecture, "os": "linux" });
         manifests.push(manifest);
@@ -53,13 +55,15 @@ pub(crate) fn write(platforms: &[Platform<'_>], config: &Value, name: &str, to: 
         compatible.get_or_insert(of_docker);
     }
     let compatible = compatible.context("an image for no architecture")?;
-    let mut image = layout.json(INDEX, &json!({ "schemaVersion": 2, "mediaType": INDEX, "manifests": manifests }))?;
+    let mut image =
+        layout.json(INDEX, &json!({ "schemaVersion": 2, "mediaType": INDEX, "manifests": manifests }))?;
     image["annotations"] = json!({ "io.containerd.image.name": full_name(name), "org.opencontainers.image.ref.name": tag(name) });
     layout.file("index.json", &json!({ "schemaVersion": 2, "mediaType": INDEX, "manifests": [image] }))?;
     layout.file("oci-layout", &json!({ "imageLayoutVersion": "1.0.0" }))?;
     layout.file("manifest.json", &compatible)?;
     tar(&parts, to)?;
-    fs::remove_dir_all(&parts).with_context(|| format!("removing {}", parts.display()))
+    fs::remove_dir_all(&parts).with_context(|| format!("removing {}", parts.display()))?;
+    Ok(image["digest"].as_str().unwrap_or_default().to_owned())
 }
 
 /// A folder with blobs by digest.
@@ -68,11 +72,13 @@ struct Layout<'a> {
 }
 
 impl Layout<'_> {
-    /// Adds a folder as a layer; returns its descriptor.
-    fn layer(&self, root: &Path) -> Result<Value> {
+    /// Adds a folder as a layer; returns its descriptor, and the digest of what is compressed in it.
+    fn layer(&self, root: &Path) -> Result<(Value, String)> {
         let layer = self.folder.join("layer");
         tar(root, &layer)?;
-        self.blob(LAYER, &layer)
+        let contents = digest(&layer)?;
+        output(Command::new("gzip").args(["-n", "-9", "--suffix", ".gz"]).arg(&layer))?;
+        Ok((self.blob(LAYER, &layer.with_extension("gz"))?, contents))
     }
 
     /// Adds a document; returns its descriptor.
@@ -83,12 +89,11 @@ impl Layout<'_> {
 
     /// Makes a file a blob; returns its descriptor.
     fn blob(&self, media_type: &str, file: &Path) -> Result<Value> {
-        let sum = output(Command::new("sha256sum").arg("--").arg(file))?;
-        let digest = sum.split(' ').next().context("sha256sum says nothing")?;
         let size = fs::metadata(file).with_context(|| format!("reading {}", file.display()))?.len();
-        let place = self.folder.join("blobs/sha256").join(digest);
+        let descriptor = json!({ "mediaType": media_type, "digest": digest(file)?, "size": size });
+        let place = self.folder.join(blob(&descriptor));
         fs::rename(file, &place).with_context(|| format!("making {}", place.display()))?;
-        Ok(json!({ "mediaType": media_type, "digest": format!("sha256:{digest}"), "size": size }))
+        Ok(descriptor)
     }
 
     fn file(&self, name: &str, content: &Value) -> Result<()> {
@@ -104,7 +109,17 @@ fn blob(descriptor: &Value) -> String {
 
 /// The name as containerd has it, which knows no short ones.
 fn full_name(name: &str) -> String {
-    if name.contains('/') { name.to_owned() } else { format!("docker.io/library/{name}") }
+    match name.split_once('/') {
+        None => format!("docker.io/library/{name}"),
+        Some((registry, _)) if registry.contains(['.', ':']) || registry == "localhost" => name.to_owned(),
+        Some(_) => format!("docker.io/{name}"),
+    }
+}
+
+fn digest(file: &Path) -> Result<String> {
+    let sum = output(Command::new("sha256sum").arg("--").arg(file))?;
+    let sum = sum.split(' ').next().context("sha256sum says nothing")?;
+    Ok(format!("sha256:{sum}"))
 }
 
 fn tag(name: &str) -> &str {

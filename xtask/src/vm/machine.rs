@@ -91,7 +91,9 @@ fn command(kernel: &Kernel, initramfs: &Path, parameters: &str) -> Result<Comman
     // Of arm64 a processor of servers; "max" has features that take long to emulate.
     let (program, machine, console) = match kernel.architecture {
         Architecture::Amd64 => ("qemu-system-x86_64", ["-machine", "pc", "-cpu", "max"], "ttyS0"),
-        Architecture::Arm64 => ("qemu-system-aarch64", ["-machine", "virt", "-cpu", "neoverse-n1"], "ttyAMA0"),
+        Architecture::Arm64 => {
+            ("qemu-system-aarch64", ["-machine", "virt", "-cpu", "neoverse-n1"], "ttyAMA0")
+        }
     };
     let path = run::which(program).with_context(|| format!("there is no {program}"))?;
     let mut qemu = Command::new(path);
