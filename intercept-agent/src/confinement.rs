@@ -7,10 +7,10 @@ use std::{error::Error, fmt, fs, io, iter};
 /// The error with its causes, each after a colon; if one is a refusal and this process is confined, by what, and the way
 /// out.
 pub fn explained(error: &(dyn Error + 'static)) -> String {
-    let causes = || iter::successors(Some(error), |error| error.source());
+    let causes = || iter::successors(Some(error), |&error| error.source());
     let mut text = causes().map(ToString::to_string).collect::<Vec<_>>().join(": ");
-    let refusals = causes().filter_map(|cause| cause.downcast_ref::<io::Error>());
-    if let Some(confinement) = refusals.into_iter().find_map(Confinement::behind) {
+    let mut refusals = causes().filter_map(|cause| cause.downcast_ref::<io::Error>());
+    if let Some(confinement) = refusals.find_map(Confinement::behind) {
         text.push_str(&format!("; {confinement}"));
     }
     text
