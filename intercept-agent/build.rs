@@ -85,6 +85,7 @@ fn cargo(toolchain: &Toolchain) -> Result<Command, String> {
         &format!("--cfg=bpf_target_arch=\"{arch}\""),
         // Socket storage and the maps' types are described by BTF, which the linker makes from debug information.
         "-Cdebuginfo=2",
+        "-Cstrip=none",
         "-Clink-arg=--btf",
         // 32-bit arithmetic (Linux 5.1), and atomic additions that return the old value (5.12, where used).
         "-Ctarget-cpu=v3",

@@ -4,6 +4,7 @@ pub mod acceleration;
 pub mod cgroup;
 pub mod cni;
 pub mod compile;
+pub mod confinement;
 pub mod daemon;
 pub mod escape;
 pub mod kernel;

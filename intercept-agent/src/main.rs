@@ -6,7 +6,7 @@ mod commands;
 use std::{ffi::OsString, process::ExitCode};
 
 use clap::Parser as _;
-use intercept_agent::{cni, escape::Lines};
+use intercept_agent::{cni, confinement::explained, escape::Lines};
 
 use crate::{cli::Cli, commands::Failed};
 
@@ -18,7 +18,7 @@ fn main() -> ExitCode {
         Err(error) => {
             let code = error.downcast_ref::<Failed>().map_or(1, |failed| failed.exit_code());
             // The causes in order, each after a colon.
-            eprintln!("error: {}", Lines(format_args!("{error:#}")));
+            eprintln!("error: {}", Lines(explained(error.as_ref())));
             ExitCode::from(code)
         }
     }

@@ -28,8 +28,7 @@ pub(crate) fn cri(arguments: &parts::Arguments) -> Result<()> {
     parts::try_programs(&folder, &PROGRAMS)?;
     let image = image::image(&[Architecture::HOST])?;
     let uninstall = workspace::target().join("image/uninstall.yaml");
-    fs::write(&uninstall, manifests::rendered(&["cleanUpOnExit=true"])?)
-        .with_context(|| format!("writing {}", uninstall.display()))?;
+    manifests::write(&["cleanUpOnExit=true"], &uninstall)?;
     test::needing(
         "cri",
         &[("INTERCEPT_CRI", &folder), ("INTERCEPT_IMAGE", &image), ("INTERCEPT_UNINSTALL", &uninstall)],

@@ -30,12 +30,29 @@ pub(crate) struct Arguments {
 /// Makes the image and prints where the archive is.
 pub(crate) fn make(arguments: &Arguments) -> Result<()> {
     setup::setup(&[Group::Base])?;
-    println!("{}", image(&arguments.arch)?.display());
+    let image = named(NAME, &arguments.arch)?;
+    println!("{}", image.archive.display());
+    eprintln!("its digest is {}", image.digest);
     Ok(())
 }
 
-/// Makes the image; returns where the archive is.
+/// An image in an archive.
+pub(crate) struct Image {
+    /// Where the archive is.
+    pub(crate) archive: PathBuf,
+    /// What registries know it by.
+    pub(crate) digest: String,
+    /// The agent in it, by architecture.
+    pub(crate) agents: Vec<(Architecture, PathBuf)>,
+}
+
+/// Makes the image that deploy/ names; returns where the archive is.
 pub(crate) fn image(architectures: &[Architecture]) -> Result<PathBuf> {
+    Ok(named(NAME, architectures)?.archive)
+}
+
+/// Makes the image under a name with a tag.
+pub(crate) fn named(name: &str, architectures: &[Architecture]) -> Result<Image> {
     let path = workspace::root().join("deploy/Dockerfile");
     let text = fs::read_to_string(&path).with_context(|| format!("reading {}", path.display()))?;
     let recipe = Recipe::parse(&text).with_context(|| format!("reading {}", path.display()))?;
@@ -45,9 +62,11 @@ pub(crate) fn image(architectures: &[Architecture]) -> Result<PathBuf> {
     }
     let platforms: Vec<_> =
         roots.iter().map(|(name, root)| archive::Platform { architecture: name, root }).collect();
-    let to = workspace::target().join("image/intercept-agent.tar");
-    archive::write(&platforms, &recipe.config(), NAME, &to)?;
-    Ok(to)
+    let archive = workspace::target().join("image/intercept-agent.tar");
+    let digest = archive::write(&platforms, &recipe.config(), name, &archive)?;
+    let agents = roots.iter().map(|(_, root)| root.join(&recipe.destination));
+    let agents = architectures.iter().copied().zip(agents).collect();
+    Ok(Image { archive, digest, agents })
 }
 
 /// The files of the image for one architecture.
@@ -117,6 +136,24 @@ mod tests {
         assert_eq!(recipe.binary, "target/image/${TARGETARCH}/intercept-agent");
         assert_eq!(recipe.config(), json!({ "Entrypoint": ["/intercept-agent"], "Cmd": ["daemon"] }));
         assert_eq!(format!("/{}", recipe.destination), recipe.entrypoint[0]);
+    }
+
+    #[test]
+    fn the_same_files_give_the_same_image() {
+        let folder = std::env::temp_dir().join(format!("intercept-image-{}", std::process::id()));
+        let root = folder.join("root");
+        fs::create_dir_all(&root).expect("made");
+        fs::write(root.join("agent"), "contents").expect("written");
+        let platform = |architecture| archive::Platform { architecture, root: &root };
+        let write = |to: &str| {
+            let to = folder.join(to);
+            let platforms = [platform("amd64"), platform("arm64")];
+            let digest = archive::write(&platforms, &json!({ "Cmd": ["/agent"] }), "a:1", &to);
+            (digest.expect("written"), fs::read(to).expect("read"))
+        };
+        let (one, two) = (write("one.tar"), write("two.tar"));
+        fs::remove_dir_all(&folder).expect("removed");
+        assert!(one.0.starts_with("sha256:") && one == two, "{} {}", one.0, two.0);
     }
 
     #[test]

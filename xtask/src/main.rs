@@ -10,11 +10,15 @@ mod build;
 mod cri;
 mod cross;
 mod debian;
+mod deny;
+mod drawing;
 mod fuzz;
+mod helm;
 mod image;
 mod kube;
 mod manifests;
 mod parts;
+mod release;
 mod run;
 mod setup;
 mod sweep;
@@ -67,6 +71,12 @@ enum Task {
     Kube(parts::Arguments),
     /// Check the chart and the manifests in deploy/ without a cluster
     Manifests(manifests::Arguments),
+    /// Make everything that a release consists of, in target/release-files
+    Release(release::Arguments),
+    /// Check licences, sources and doubles of the dependencies
+    Deny(deny::Arguments),
+    /// Make docs/architecture.svg from docs/architecture.dot
+    Drawing,
     /// Check the rules of the project that the compiler does not
     Tidy,
     /// Remove what killed runs left: namespaces, cgroups, pins, processes, temporary folders
@@ -113,6 +123,9 @@ fn perform(task: Task) -> Result<()> {
         Task::Cri(arguments) => cri::cri(&arguments),
         Task::Kube(arguments) => kube::kube(&arguments),
         Task::Manifests(arguments) => manifests::manifests(&arguments),
+        Task::Release(arguments) => release::release(&arguments),
+        Task::Deny(arguments) => deny::deny(&arguments),
+        Task::Drawing => drawing::drawing(),
         Task::Tidy => tidy::tidy(),
         Task::Clean => sweep::sweep(),
     }

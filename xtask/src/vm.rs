@@ -11,6 +11,7 @@ use clap::Args;
 
 use crate::{architecture::Architecture, build, cross, setup, setup::Group, workspace};
 
+mod apparmor;
 mod initramfs;
 mod kernel;
 mod machine;
@@ -45,6 +46,9 @@ pub(crate) struct Arguments {
     /// Only boot, and print the kernel's version
     #[arg(long)]
     boot_only: bool,
+    /// Instead of the demo, try the agent under AppArmor: confined as by a runtime's default profile, then unconfined
+    #[arg(long, conflicts_with = "boot_only")]
+    apparmor: bool,
     /// Seconds until a machine is stopped
     #[arg(long, default_value_t = 240)]
     timeout: u64,
@@ -84,7 +88,7 @@ pub(crate) fn vm(arguments: &Arguments) -> Result<()> {
             }
         }
     }
-    if programs.is_some() && arguments.options.is_empty() {
+    if programs.is_some() && arguments.options.is_empty() && !arguments.apparmor {
         table::update(&rows)?;
     }
     ensure!(failed.is_empty(), "running under {}: failed", failed.join(", "));
@@ -127,8 +131,12 @@ fn boot(kernel: &Kernel, programs: Option<&Path>, arguments: &Arguments) -> Resu
         folder.join(format!("{}-{}.{ending}", kernel.series, kernel.architecture.as_str()))
     };
     let image = file("cpio");
-    initramfs.write(&script(programs.is_some(), &arguments.options), &image)?;
-    machine::run(kernel, &image, &file("log"), Duration::from_secs(arguments.timeout))
+    let (script, parameters) = match arguments.apparmor {
+        true => (apparmor::prepare(&mut initramfs)?.to_owned(), apparmor::PARAMETERS),
+        false => (script(programs.is_some(), &arguments.options), ""),
+    };
+    initramfs.write(&script, &image)?;
+    machine::run(kernel, &image, parameters, &file("log"), Duration::from_secs(arguments.timeout))
 }
 
 /// What the machine does.

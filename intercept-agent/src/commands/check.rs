@@ -4,7 +4,9 @@ use std::{collections::BTreeSet, fs, path::Path};
 
 use anyhow::{Result, bail};
 use intercept_agent::{
-    cgroup, offsets, programs,
+    cgroup,
+    confinement::explained,
+    offsets, programs,
     store::Store,
     support::{self, Lacking, Missing, Need},
 };
@@ -182,6 +184,6 @@ fn programs(bpffs: &Path) -> Finding {
         Ok(()) => {
             Finding::new("programs", true, "the verifier takes all that have what they need".to_owned())
         }
-        Err(error) => Finding::new("programs", false, format!("{error:#}")),
+        Err(error) => Finding::new("programs", false, explained(error.as_ref())),
     }
 }

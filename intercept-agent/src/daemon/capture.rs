@@ -16,6 +16,7 @@ use super::{
 };
 use crate::{
     cgroup::{CgroupDir, CgroupError},
+    confinement::explained,
     escape::OneLine,
     mirror::{Follower, MirrorError},
     netns::{Netns, NetnsError},
@@ -79,13 +80,7 @@ impl CaptureError {
 
     /// The error with its causes, each after a colon, on one line: values that a pod chose are in it.
     pub fn text(&self) -> String {
-        let mut text = self.to_string();
-        let mut source = std::error::Error::source(self);
-        while let Some(error) = source {
-            text = format!("{text}: {error}");
-            source = error.source();
-        }
-        OneLine(text).to_string()
+        OneLine(explained(self)).to_string()
     }
 
     /// Whether the pod's cgroup looks like this while its sandbox is being made: empty, or with a process that is not in

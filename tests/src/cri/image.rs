@@ -30,6 +30,6 @@ pub(super) fn make(folder: &Path, name: &str) -> Result<PathBuf> {
     let archive = folder.join("image.tar");
     let config = json!({ "Cmd": ["/bin/sleep", "3600"], "Env": ["PATH=/bin:/usr/bin"] });
     let architecture = if cfg!(target_arch = "aarch64") { "arm64" } else { "amd64" };
-    archive::write(&[archive::Platform { architecture, root: &root }], &config, name, &archive)?;
+    drop(archive::write(&[archive::Platform { architecture, root: &root }], &config, name, &archive)?);
     Ok(archive)
 }

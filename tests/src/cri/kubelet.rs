@@ -204,7 +204,19 @@ impl<'a> DaemonPod<'a> {
             no_new_privileges: security.allow_privilege_escalation == Some(false),
             masked_paths: MASKED.map(str::to_owned).to_vec(),
             readonly_paths: READONLY.map(str::to_owned).to_vec(),
+            seccomp: Some(m::SecurityProfile { profile_type: self.seccomp(container)? }),
         })
+    }
+
+    /// The container's own profile, else the pod's; without one everything is allowed.
+    fn seccomp(&self, container: &Container) -> Result<i32> {
+        let own = container.security_context.as_ref().and_then(|security| security.seccomp_profile.as_ref());
+        let pods = self.spec.security_context.as_ref().and_then(|security| security.seccomp_profile.as_ref());
+        match own.or(pods).map(|profile| profile.type_.as_str()) {
+            Some("RuntimeDefault") => Ok(m::RUNTIME_DEFAULT),
+            None | Some("Unconfined") => Ok(m::UNCONFINED),
+            Some(other) => bail!("seccompProfile {other}"),
+        }
     }
 
     fn host_path(&self, volume: &Volume) -> Result<PathBuf> {

@@ -197,6 +197,18 @@ pub(super) struct LinuxContainerSecurityContext {
     pub(super) masked_paths: Vec<String>,
     #[prost(string, repeated, tag = "14")]
     pub(super) readonly_paths: Vec<String>,
+    #[prost(message, optional, tag = "15")]
+    pub(super) seccomp: Option<SecurityProfile>,
+}
+
+/// Which system calls are allowed: the runtime's choice, or all.
+pub(super) const RUNTIME_DEFAULT: i32 = 0;
+pub(super) const UNCONFINED: i32 = 1;
+
+#[derive(Clone, PartialEq, Message)]
+pub(super) struct SecurityProfile {
+    #[prost(int32, tag = "1")]
+    pub(super) profile_type: i32,
 }
 
 #[derive(Clone, PartialEq, Message)]

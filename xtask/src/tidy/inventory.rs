@@ -1,0 +1,288 @@
+//! What the sources declare that users see: flags, variables, metrics, and the words of errors.
+
+use std::collections::BTreeSet;
+
+use serde_json::Value;
+use syn::{
+    Attribute, Expr, ExprArray, ExprCall, ExprMethodCall, Field, Ident, ImplItemFn, ItemFn, Lit, LitStr,
+    Macro, Token,
+    parse::{Parse, ParseStream},
+    punctuated::Punctuated,
+    visit::Visit,
+};
+
+/// Names, in order.
+pub(super) type Names = BTreeSet<String>;
+
+/// The long flags of clap's derived structs, each with its variable if it has one.
+pub(super) fn command_flags(source: &str) -> syn::Result<Vec<(String, Option<String>)>> {
+    let mut flags = Flags(Vec::new());
+    flags.visit_file(&syn::parse_file(source)?);
+    Ok(flags.0)
+}
+
+struct Flags(Vec<(String, Option<String>)>);
+
+impl Visit<'_> for Flags {
+    fn visit_field(&mut self, field: &Field) {
+        let arguments = field.attrs.iter().filter(|attribute| attribute.path().is_ident("arg"));
+        for attribute in arguments {
+            let name = field.ident.as_ref().map(|name| name.to_string().replace('_', "-"));
+            let (long, variable) = long_and_variable(attribute, name.unwrap_or_default());
+            self.0.extend(long.map(|long| (format!("--{long}"), variable)));
+        }
+    }
+}
+
+fn long_and_variable(attribute: &Attribute, field: String) -> (Option<String>, Option<String>) {
+    let (mut long, mut variable) = (None, None);
+    // What has another form is not looked at.
+    drop(attribute.parse_nested_meta(|meta| {
+        let value = match meta.value() {
+            Ok(value) => Some(value.parse::<Expr>()?),
+            Err(_) => None,
+        };
+        if meta.path.is_ident("long") {
+            long = Some(value.as_ref().and_then(text).unwrap_or_else(|| field.clone()));
+        } else if meta.path.is_ident("env") {
+            variable = value.as_ref().and_then(text);
+        }
+        Ok(())
+    }));
+    (long, variable)
+}
+
+fn text(expression: &Expr) -> Option<String> {
+    match expression {
+        Expr::Lit(literal) => match &literal.lit {
+            Lit::Str(text) => Some(text.value()),
+            _ => None,
+        },
+        _ => None,
+    }
+}
+
+/// A row of the macro `settings!`.
+pub(super) struct Setting {
+    /// With the dashes; `None` where there is a variable only.
+    pub(super) long: Option<String>,
+    /// The strongest first.
+    pub(super) variables: Vec<String>,
+}
+
+impl Parse for Setting {
+    fn parse(input: ParseStream<'_>) -> syn::Result<Self> {
+        input.parse::<Ident>()?;
+        input.parse::<Token![:]>()?;
+        let columns = Punctuated::<Expr, Token![,]>::parse_separated_nonempty(input)?;
+        let [_, long, variables, ..] = columns.iter().collect::<Vec<_>>()[..] else {
+            return Err(input.error("a setting has a letter, a flag and variables first"));
+        };
+        let long = match long {
+            Expr::Call(ExprCall { args, .. }) => args.first().and_then(text),
+            _ => None,
+        };
+        let variables = match variables {
+            Expr::Array(ExprArray { elems, .. }) => elems.iter().filter_map(text).collect(),
+            _ => Vec::new(),
+        };
+        Ok(Self { long: long.map(|long| format!("--{long}")), variables })
+    }
+}
+
+/// The capture options.
+pub(super) fn settings(source: &str) -> syn::Result<Vec<Setting>> {
+    let file = syn::parse_file(source)?;
+    let mut settings = Vec::new();
+    for table in macros(&file, "settings") {
+        settings.extend(table.parse_body_with(Punctuated::<Setting, Token![;]>::parse_terminated)?);
+    }
+    Ok(settings)
+}
+
+/// A row of the macro `failures!` and its like: `Name = "word", ...;`.
+struct Word(String);
+
+impl Parse for Word {
+    fn parse(input: ParseStream<'_>) -> syn::Result<Self> {
+        input.call(Attribute::parse_outer)?;
+        input.parse::<Ident>()?;
+        input.parse::<Token![=]>()?;
+        let word = input.parse::<LitStr>()?.value();
+        while !input.peek(Token![;]) && !input.is_empty() {
+            input.parse::<Token![,]>()?;
+            input.parse::<Expr>()?;
+        }
+        Ok(Self(word))
+    }
+}
+
+/// The words of a table that is the body of this macro.
+pub(super) fn words(source: &str, name: &str) -> syn::Result<Names> {
+    let file = syn::parse_file(source)?;
+    let mut words = Names::new();
+    for table in macros(&file, name) {
+        let rows = table.parse_body_with(Punctuated::<Word, Token![;]>::parse_terminated)?;
+        words.extend(rows.into_iter().map(|row| row.0));
+    }
+    Ok(words)
+}
+
+fn macros<'a>(file: &'a syn::File, name: &str) -> Vec<&'a Macro> {
+    let used = file.items.iter().filter_map(|item| match item {
+        syn::Item::Macro(item) if item.mac.path.is_ident(name) => Some(&item.mac),
+        _ => None,
+    });
+    used.collect()
+}
+
+/// The text that calls of a function or method have first, as in `register("attaches", ...)`.
+pub(super) fn first_arguments(source: &str, function: &str) -> syn::Result<Names> {
+    let mut calls = Calls { function, found: Names::new() };
+    calls.visit_file(&syn::parse_file(source)?);
+    Ok(calls.found)
+}
+
+struct Calls<'a> {
+    function: &'a str,
+    found: Names,
+}
+
+impl Visit<'_> for Calls<'_> {
+    fn visit_expr_method_call(&mut self, call: &ExprMethodCall) {
+        if call.method == self.function {
+            self.found.extend(call.args.first().and_then(text));
+        }
+        syn::visit::visit_expr_method_call(self, call);
+    }
+
+    fn visit_expr_call(&mut self, call: &ExprCall) {
+        if matches!(&*call.func, Expr::Path(path) if path.path.is_ident(self.function)) {
+            self.found.extend(call.args.first().and_then(text));
+        }
+        syn::visit::visit_expr_call(self, call);
+    }
+}
+
+/// The texts in the body of a function.
+pub(super) fn texts_of(source: &str, function: &str) -> syn::Result<Names> {
+    let mut body = Body { function, inside: false, found: Names::new() };
+    body.visit_file(&syn::parse_file(source)?);
+    Ok(body.found)
+}
+
+struct Body<'a> {
+    function: &'a str,
+    inside: bool,
+    found: Names,
+}
+
+impl Visit<'_> for Body<'_> {
+    fn visit_item_fn(&mut self, item: &ItemFn) {
+        let before = std::mem::replace(&mut self.inside, item.sig.ident == self.function);
+        syn::visit::visit_item_fn(self, item);
+        self.inside = before;
+    }
+
+    fn visit_impl_item_fn(&mut self, item: &ImplItemFn) {
+        let before = std::mem::replace(&mut self.inside, item.sig.ident == self.function);
+        // Not its documentation, which is text as well.
+        syn::visit::visit_block(self, &item.block);
+        self.inside = before;
+    }
+
+    fn visit_lit_str(&mut self, text: &LitStr) {
+        if self.inside {
+            self.found.insert(text.value());
+        }
+    }
+}
+
+/// The dotted paths of a JSON schema's properties; one whose own properties are open is not gone into.
+pub(super) fn properties(schema: &Value) -> Names {
+    let mut paths = Names::new();
+    collect(schema, "", &mut paths);
+    paths
+}
+
+fn collect(schema: &Value, prefix: &str, paths: &mut Names) {
+    for (name, property) in schema["properties"].as_object().into_iter().flatten() {
+        let path = format!("{prefix}{name}");
+        // Whatever is below these is Kubernetes' own, or free.
+        let closed = property["additionalProperties"] == Value::Bool(false);
+        if closed && name != "affinity" && name != "updateStrategy" {
+            collect(property, &format!("{path}."), paths);
+        } else if name != "global" {
+            paths.insert(path);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn names(list: &[&str]) -> Names {
+        list.iter().map(|&name| name.to_owned()).collect()
+    }
+
+    #[test]
+    fn flags_are_read_with_their_variables() {
+        let source = r#"
+            struct A {
+                /// Text
+                #[arg(long, value_name = "PATH", default_value = "/x", env = "A_PATH")]
+                pub(crate) cgroup_path: PathBuf,
+                #[arg(long = "other", global = true)]
+                b: bool,
+                #[arg(last = true)]
+                c: Vec<String>,
+                #[command(flatten)]
+                d: D,
+            }
+            enum E { F { #[arg(long, value_enum)] select: S } }
+        "#;
+        let expected = [("--cgroup-path", Some("A_PATH")), ("--other", None), ("--select", None)];
+        let expected = expected.map(|(flag, variable)| (flag.to_owned(), variable.map(str::to_owned)));
+        assert_eq!(command_flags(source).expect("read"), expected);
+    }
+
+    #[test]
+    fn settings_and_words_are_read_from_their_tables() {
+        let source = r#"settings! {
+            A: Some('p'), Some("envoy-port"), ["ENVOY_PORT"], Some("PORT"), "15001", "Where";
+            B: None, None, ["B_ONE", "B_TWO"], None, "*", "What";
+        }"#;
+        let settings = settings(source).expect("read");
+        let seen: Vec<_> = settings.iter().map(|s| (s.long.as_deref(), s.variables.len())).collect();
+        assert_eq!(seen, [(Some("--envoy-port"), 1), (None, 2)]);
+        let source = r#"failures! {
+            /// Text
+            A = "no_a", Closed;
+            B = "no_b", Open;
+        }"#;
+        assert_eq!(words(source, "failures").expect("read"), names(&["no_a", "no_b"]));
+    }
+
+    #[test]
+    fn calls_and_bodies_are_read() {
+        let source = r#"
+            impl M { fn cause(&self) -> &str { match self { Self::A => "a", _ => "b" } } }
+            fn other(m: M) { m.register("one", "help"); x.y.register("two", z); leave("three"); "c" }
+        "#;
+        assert_eq!(texts_of(source, "cause").expect("read"), names(&["a", "b"]));
+        assert_eq!(first_arguments(source, "register").expect("read"), names(&["one", "two"]));
+        assert_eq!(first_arguments(source, "leave").expect("read"), names(&["three"]));
+    }
+
+    #[test]
+    fn closed_objects_of_a_schema_are_gone_into() {
+        let schema = json!({"properties": {
+            "a": {"type": "object", "additionalProperties": false, "properties": {"b": {}, "c": {}}},
+            "d": {"type": "object"},
+        }});
+        assert_eq!(properties(&schema), names(&["a.b", "a.c", "d"]));
+    }
+}
