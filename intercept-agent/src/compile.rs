@@ -2,7 +2,7 @@
 //!
 //! The programs find everything about an address with one longest-prefix look-up. So every prefix of any list or
 //! route becomes one entry that carries what all the prefixes around it say as well: the union of the lists, and
-//! the longest route.
+//! the longest route. One that would say what the entry around it says is left out.
 
 use std::{
     collections::BTreeMap,
@@ -231,24 +231,33 @@ fn destinations(config: &Config, mirror: &Mirror) -> Vec<(u32, Addr, Destination
     said.sort_by_key(|(net, _)| (net.network(), net.prefix_len()));
 
     let mut entries: Vec<(u32, Addr, Destination)> = Vec::new();
-    let mut around: Vec<(IpNet, u32, Option<&Route>)> = Vec::new();
+    let mut around: Vec<Prefix<'_>> = Vec::new();
     for (net, says) in &said {
-        while around.last().is_some_and(|(outer, ..)| !outer.contains(net)) {
+        while around.last().is_some_and(|outer| !outer.net.contains(net)) {
             around.pop();
         }
-        let (mut bits, mut route) = around.last().map_or((0, None), |(_, bits, route)| (*bits, *route));
+        let (mut bits, mut route) = around.last().map_or((0, None), |outer| (outer.bits, outer.route));
         match says {
             Says::Bits(more) => bits |= more,
             Says::Route(own) => route = Some(*own),
         }
-        let value = destination_of(bits, route, config, mirror);
-        if around.last().is_some_and(|(outer, ..)| outer == net) {
-            around.pop();
+        if around.last().is_some_and(|outer| outer.net == *net)
+            && let Some(same) = around.pop()
+            && same.has_entry
+        {
             entries.pop();
         }
-        around.push((*net, bits, route));
-        let (len, addr) = mapped(*net);
-        entries.push((len, addr, value));
+        let value = destination_of(bits, route, config, mirror);
+        let has_entry = match (around.last(), net) {
+            (Some(outer), _) => outer.value != value,
+            (None, IpNet::V4(_)) => true,
+            (None, IpNet::V6(_)) => value != Destination { flags: 0, source: Addr::UNSPECIFIED },
+        };
+        if has_entry {
+            let (len, addr) = mapped(*net);
+            entries.push((len, addr, value));
+        }
+        around.push(Prefix { net: *net, bits, route, value, has_entry });
     }
     entries
 }
@@ -260,6 +269,16 @@ fn groups() -> [IpNet; 3] {
         IpNet::from(std::net::IpAddr::from(Ipv4Addr::BROADCAST)),
         Ipv6Net::new_assert(Ipv6Addr::new(0xff00, 0, 0, 0, 0, 0, 0, 0), 8).into(),
     ]
+}
+
+/// A prefix with what is said of it and of all around it.
+struct Prefix<'a> {
+    net: IpNet,
+    bits: u32,
+    route: Option<&'a Route>,
+    value: Destination,
+    /// Not where the entry around it says the same.
+    has_entry: bool,
 }
 
 fn destination_of(bits: u32, route: Option<&Route>, config: &Config, mirror: &Mirror) -> Destination {

@@ -16,7 +16,7 @@ mod requests;
 
 use std::collections::BTreeSet;
 use std::io;
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use ipnet::IpNet;
 use netlink_packet_route::AddressFamily;
@@ -190,6 +190,48 @@ impl Mirror {
                 .iter()
                 .filter(|route| prefix.contains(&route.prefix))
                 .all(|route| route.reach == Reach::Local)
+    }
+
+    /// The names of all interfaces.
+    pub fn interface_names(&self) -> Vec<&str> {
+        self.interfaces.iter().map(|interface| interface.name.as_str()).collect()
+    }
+
+    /// The same once all of a prefix is local, with 127.0.0.1 or ::1 as the source.
+    #[must_use]
+    pub fn with_local_prefix(mut self, prefix: IpNet) -> Self {
+        let source = match prefix {
+            IpNet::V4(_) => IpAddr::from(Ipv4Addr::LOCALHOST),
+            IpNet::V6(_) => IpAddr::from(Ipv6Addr::LOCALHOST),
+        };
+        let route = Route { prefix, reach: Reach::Local, source: Some(source) };
+        match self.routes.binary_search_by_key(&prefix, |route| route.prefix) {
+            Ok(at) => self.routes[at] = route,
+            Err(at) => self.routes.insert(at, route),
+        }
+        self
+    }
+
+    /// The same once the loopback interface has another IPv6 address of global scope, a single one (/128): a local route
+    /// leads to it, and it is the source where the kernel found none but a link-local one.
+    #[must_use]
+    pub fn with_loopback_address(mut self, address: IpAddr) -> Self {
+        let prefix = IpNet::from(address);
+        match self.routes.binary_search_by_key(&prefix, |route| route.prefix) {
+            Ok(at) if self.routes[at].reach == Reach::Local => return self,
+            Ok(at) => _ = self.routes.remove(at),
+            Err(_) => {}
+        }
+        for route in &mut self.routes {
+            let IpNet::V6(to) = route.prefix else { continue };
+            let is_routed = matches!(route.reach, Reach::Via(_)) && !to.addr().is_unicast_link_local();
+            if is_routed && route.source.is_none() {
+                route.source = Some(address);
+            }
+        }
+        let at = self.routes.partition_point(|route| route.prefix < prefix);
+        self.routes.insert(at, Route { prefix, reach: Reach::Local, source: Some(address) });
+        self
     }
 
     /// The route of `address`; `None` when there is none. An IPv4 mapped address is an IPv4 one.

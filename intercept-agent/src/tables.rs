@@ -383,8 +383,9 @@ impl Tables {
         Ok(sum)
     }
 
-    /// Start a slot's counters from nothing.
-    pub fn reset_counters(&mut self, slot: u32) -> Result<(), TableError> {
+    /// Start a slot from nothing: neither counts nor what is known of a proxy are another pod's.
+    pub fn reset_slot(&mut self, slot: u32) -> Result<(), TableError> {
+        self.reset_proxy(slot);
         let cpus = aya::util::nr_cpus()
             .map_err(|(_, e)| failed("counting CPUs for", names::DECISIONS)(MapError::IoError(e)))?;
         let zero = Plain(Counters { counts: [0; intercept_common::reason::COUNTERS] });

@@ -1,13 +1,12 @@
 //! `detach`.
 
-use std::{fs, os::linux::fs::MetadataExt as _, path::Path};
+use std::path::Path;
 
 use anyhow::{Context as _, Result};
 use intercept_agent::{
     cgroup::CgroupDir,
-    netns::Netns,
     node::{Node, NodeError},
-    store::{Record, Store},
+    store::Store,
 };
 
 use super::say;
@@ -34,7 +33,7 @@ pub(super) fn detach_cgroup(bpffs: &Path, cgroup: &Path, absent_is_fine: bool) -
     });
     match found {
         Some((record, _)) => {
-            let netns = reach(record);
+            let netns = record.netns();
             node.detach(record.cookie, netns.as_ref())
                 .with_context(|| format!("detaching cgroup {}", cgroup.display()))?;
             say!("detached cgroup {} (cookie {})", cgroup.display(), record.cookie);
@@ -58,7 +57,7 @@ pub(super) fn detach_all(bpffs: &Path) -> Result<()> {
     };
     let mut failed = None;
     for (record, _) in node.pods()? {
-        let netns = reach(&record);
+        let netns = record.netns();
         // Take away what can be taken away, and report what could not.
         match node.detach(record.cookie, netns.as_ref()) {
             Ok(()) => say!("detached cgroup {} (cookie {})", record.cgroup.display(), record.cookie),
@@ -73,17 +72,4 @@ pub(super) fn detach_all(bpffs: &Path) -> Result<()> {
     }
     node.remove_everything()?;
     Ok(())
-}
-
-/// The namespace of a pod, by the path it was given by or by a process that is in it. None if it is gone.
-fn reach(record: &Record) -> Option<Netns> {
-    let is_it = |netns: &Netns| netns.cookie() == record.cookie;
-    let by_path = record.netns_path.as_ref().and_then(|path| Netns::open(path).ok()).filter(is_it);
-    by_path.or_else(|| {
-        fs::read_dir("/proc").ok()?.filter_map(Result::ok).find_map(|process| {
-            let path = process.path().join("ns/net");
-            let inode = fs::metadata(&path).ok()?.st_ino();
-            (inode == record.netns_inode).then(|| Netns::open(&path).ok()).flatten().filter(is_it)
-        })
-    })
 }

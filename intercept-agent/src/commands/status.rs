@@ -91,7 +91,7 @@ fn pod(node: &Node, record: &Record, policy: &PodPolicy) -> Result<Pod> {
         cgroup: record.cgroup.clone(),
         netns_inode: record.netns_inode,
         netns_cookie: record.cookie,
-        state: if node.cgroup_of(record.cookie).is_some() { "attached" } else { "gone" },
+        state: if node.cgroup_of(record.cookie)?.is_some() { "attached" } else { "gone" },
         since: record.since,
         arguments: record.config.to_args(),
         environment: record.config.to_env(),

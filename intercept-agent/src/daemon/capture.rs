@@ -18,7 +18,7 @@ use crate::{
     cgroup::{CgroupDir, CgroupError},
     mirror::{Follower, MirrorError},
     netns::{Netns, NetnsError},
-    node::{Attached, Node, NodeError, Target},
+    node::{Attached, Node, NodeError, Observation, Rewrite, Target},
     options::OptionError,
     store::{Origin, Record, StoreError},
 };
@@ -208,6 +208,7 @@ pub fn capture(
             let _runtime = runtime.enter();
             Some(Follower::subscribe(&target.netns)?)
         };
+        let mut observed = Observation::of(&target, &config, follower.as_mut())?;
         let done = access.with(|node| {
             if let Some(before) = before.filter(|held| held.cookie != cookie) {
                 // The pod has a new sandbox: the cgroup cannot have both.
@@ -220,8 +221,11 @@ pub fn capture(
             if !in_force {
                 connections = established(&target.netns).ok();
             }
-            Ok(node.attach_followed(&target, &config, follower.as_mut())?)
+            Ok(node.attach(&target, &config, &mut observed, Rewrite::IfChanged)?)
         })?;
+        if let Some(follower) = &mut follower {
+            follower.expect(observed.into_mirror());
+        }
         Ok::<_, CaptureError>((follower, done))
     })??;
     let held = Held {
@@ -272,7 +276,7 @@ pub fn release(access: &mut Access, held: &Held) -> Result<(), NodeError> {
 
 /// Whether cgroup and namespace of a pod are still there.
 pub fn is_alive(access: &mut Access, cookie: u64) -> Result<bool, NodeError> {
-    access.with(|node| Ok(node.cgroup_of(cookie).is_some()))
+    access.with(|node| Ok(node.cgroup_of(cookie)?.is_some()))
 }
 
 /// Take away what is dead, and say what is in force.

@@ -75,6 +75,11 @@ impl Follower {
         Ok(&self.current)
     }
 
+    /// From here on changes are told from this state, which the agent is about to bring about or has.
+    pub fn expect(&mut self, state: Mirror) {
+        self.current = state;
+    }
+
     /// The last state read.
     #[cfg(test)]
     pub fn current(&self) -> &Mirror {

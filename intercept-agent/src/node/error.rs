@@ -31,6 +31,8 @@ pub enum NodeError {
     UserNs { cgroup: String, source: IdMapError },
     #[error("attaching {program} to {target}")]
     Attach { program: &'static str, target: String, source: io::Error },
+    #[error("asking the kernel what link {path} is attached to")]
+    Link { path: String, source: io::Error },
     #[error("replacing {program} of pod {cookie}")]
     Replace { program: &'static str, cookie: u64, source: io::Error },
     #[error(

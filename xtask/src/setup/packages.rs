@@ -8,13 +8,14 @@ use super::Group;
 use crate::run;
 
 /// Which group needs which program, and the package of Debian and its descendants that has it.
-const PROGRAMS: [(Group, &str, &str); 21] = [
+const PROGRAMS: [(Group, &str, &str); 22] = [
     (Group::Test, "dig", "dnsutils"),
     (Group::Test, "dnsmasq", "dnsmasq-base"),
     (Group::Test, "ip", "iproute2"),
     (Group::Test, "ip6tables-restore", "iptables"),
     (Group::Test, "iptables-restore", "iptables"),
     (Group::Test, "nft", "nftables"),
+    (Group::Test, "strace", "strace"),
     (Group::Envoy, "python3", "python3"),
     (Group::Vm, "busybox", "busybox-static"),
     (Group::Vm, "depmod", "kmod"),

@@ -1,0 +1,43 @@
+//! What is looked at before the store is locked: whatever a pod makes slow, it makes slow here, where no other pod waits
+//! for it.
+
+use super::{NodeError, Target};
+use crate::{
+    mirror::{Follower, Mirror},
+    options::Config,
+    plumbing,
+    userns::IdMaps,
+};
+
+/// What a pod's namespaces are like.
+#[derive(Debug)]
+pub struct Observation {
+    pub(super) mirror: Mirror,
+    pub(super) found: plumbing::Found,
+    pub(super) ids: IdMaps,
+}
+
+impl Observation {
+    /// Look at the pod. A namespace that is followed is looked at by who follows it, so that no change falls in between.
+    pub fn of(target: &Target, config: &Config, follower: Option<&mut Follower>) -> Result<Self, NodeError> {
+        target.netns.run(|| {
+            let netns = || target.netns.name().to_owned();
+            let mirror = match follower {
+                Some(follower) => follower.look().cloned(),
+                None => Mirror::snapshot(&target.netns),
+            };
+            let mirror = mirror.map_err(|source| NodeError::Mirror { netns: netns(), source })?;
+            let found = plumbing::find(&target.netns, config, &mirror)
+                .map_err(|source| NodeError::Plumbing { netns: netns(), source })?;
+            let cgroup = target.cgroup.path().display().to_string();
+            let ids = IdMaps::of_cgroup(&target.cgroup)
+                .map_err(|source| NodeError::UserNs { cgroup, source })?;
+            Ok(Self { mirror, found, ids })
+        })?
+    }
+
+    /// The routes as they are; after an attach, as that has made them.
+    pub fn into_mirror(self) -> Mirror {
+        self.mirror
+    }
+}

@@ -1,0 +1,169 @@
+//! What an attach will do, decided from what was looked at before anything is changed.
+
+use std::path::PathBuf;
+
+use intercept_common::layout::{self, PodPolicy};
+
+use super::{Living, NodeError, Target};
+use crate::{
+    compile::{Compiled, Entries},
+    options::Config,
+    plumbing::{self, Plumbing},
+    store::Record,
+};
+
+/// What the plan is made from: all that was looked at.
+pub(super) struct Input<'a> {
+    pub(super) target: &'a Target,
+    /// As the pod sees its ids.
+    pub(super) config: &'a Config,
+    /// The policies of all pods by netns cookie.
+    pub(super) policies: &'a [(u64, PodPolicy)],
+    /// The record of the pod's own policy, if it has one that can be read.
+    pub(super) record: Option<&'a Record>,
+    /// The pods that are there.
+    pub(super) living: &'a Living,
+    /// Whether all links of the pod are in place.
+    pub(super) links_intact: bool,
+    /// What is to be changed in the namespace.
+    pub(super) namespace: plumbing::Plan,
+    /// [`PodPolicy::max_connections`].
+    pub(super) max_connections: u32,
+    /// From the options and the routes as they will be.
+    pub(super) compiled: Compiled,
+    /// Seconds since 1970.
+    pub(super) now: u64,
+}
+
+/// Whether a policy that is in force already is written again.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Rewrite {
+    /// Only if it is another one.
+    IfChanged,
+    /// In any case.
+    Always,
+}
+
+/// What is to be done.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub(super) enum Plan {
+    /// The same is in force, by this policy.
+    Unchanged(PodPolicy),
+    /// Something is to be put in force.
+    Apply(Box<Apply>),
+}
+
+/// What is to be put in force.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub(super) struct Apply {
+    /// Names all that will have been changed in the namespace, so that whoever finds it can undo that.
+    pub(super) record: Record,
+    pub(super) policy: PodPolicy,
+    pub(super) entries: Entries,
+    /// To be added before the policy is in force.
+    pub(super) additions: Plumbing,
+    /// To be removed after that.
+    pub(super) removals: Plumbing,
+    /// The policy that is replaced.
+    pub(super) before: Option<PodPolicy>,
+}
+
+/// Decide. `draw` gives random numbers: an id must not meet entries that an agent wrote for a policy that it did not
+/// live to put in force.
+pub(super) fn plan(
+    input: Input<'_>,
+    rewrite: Rewrite,
+    draw: impl FnMut() -> u32,
+) -> Result<Plan, NodeError> {
+    let Input { target, config, policies, record, living, namespace, compiled, .. } = input;
+    refuse_conflicts(target, living)?;
+    let cookie = target.netns.cookie();
+    let before = policies.iter().find(|(netns, _)| *netns == cookie).map(|(_, policy)| *policy);
+    let digest = compiled.digest();
+    if let (Some(policy), Some(record)) = (&before, record)
+        && rewrite == Rewrite::IfChanged
+        && record.config == *config
+        && record.digest == digest
+        && record.origin == target.origin
+        && input.links_intact
+        && namespace.is_empty()
+    {
+        return Ok(Plan::Unchanged(*policy));
+    }
+    let (slot, id) = free(policies, before.as_ref(), draw)?;
+    let record = Record {
+        cookie,
+        policy: id,
+        slot,
+        cgroup: target.cgroup.path().to_owned(),
+        cgroup_id: target.cgroup.id(),
+        netns_inode: target.netns.inode(),
+        netns_path: target.netns_path.clone(),
+        config: config.clone(),
+        digest,
+        plumbing: namespace.result(),
+        origin: target.origin.clone(),
+        since: input.now,
+    };
+    Ok(Plan::Apply(Box::new(Apply {
+        record,
+        policy: PodPolicy { id, slot, max_connections: input.max_connections, ..compiled.policy },
+        entries: compiled.entries,
+        additions: namespace.additions(),
+        removals: namespace.removals(),
+        before,
+    })))
+}
+
+/// A namespace has one capture and a cgroup one namespace: programs that are attached twice would run twice.
+fn refuse_conflicts(target: &Target, living: &Living) -> Result<(), NodeError> {
+    let (own, cgroup_id) = (target.netns.cookie(), target.cgroup.id());
+    for (&cookie, pod) in living {
+        let cgroup = || pod.cgroup_name().display().to_string();
+        match (cookie == own, pod.cgroup == cgroup_id) {
+            (true, false) => {
+                return Err(NodeError::NetnsTaken {
+                    netns: target.netns.name().to_owned(),
+                    cgroup: cgroup(),
+                });
+            }
+            (false, true) => {
+                return Err(NodeError::CgroupTaken { cgroup: cgroup(), inode: pod.netns_inode });
+            }
+            _ => {}
+        }
+    }
+    Ok(())
+}
+
+/// The slot of the policy that is replaced, or a free one; and an id that is not in force.
+fn free(
+    policies: &[(u64, PodPolicy)],
+    before: Option<&PodPolicy>,
+    draw: impl FnMut() -> u32,
+) -> Result<(u32, u32), NodeError> {
+    let is_free = |slot: &u32| policies.iter().all(|(_, policy)| policy.slot != *slot);
+    let slot = match before {
+        Some(policy) => policy.slot,
+        None => (0..layout::MAX_PODS).find(is_free).ok_or(NodeError::TooManyPods(policies.len()))?,
+    };
+    let is_new = |id: &u32| *id != 0 && policies.iter().all(|(_, policy)| policy.id != *id);
+    Ok((slot, std::iter::repeat_with(draw).find(is_new).unwrap_or(1)))
+}
+
+/// A pod that is there.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct LivingPod {
+    /// Id of its cgroup.
+    pub(super) cgroup: u64,
+    /// The cgroup as its record names it, if that can be read.
+    pub(super) cgroup_path: Option<PathBuf>,
+    /// Inode of its namespace.
+    pub(super) netns_inode: u64,
+}
+
+impl LivingPod {
+    fn cgroup_name(&self) -> PathBuf {
+        self.cgroup_path.clone().unwrap_or_else(|| PathBuf::from(format!("with id {}", self.cgroup)))
+    }
+}
