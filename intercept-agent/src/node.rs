@@ -77,6 +77,27 @@ impl Attached {
     }
 }
 
+/// The pods in force.
+#[derive(Debug, Default)]
+pub struct Pods {
+    /// Each with its policy, the oldest first.
+    pub readable: Vec<(Record, PodPolicy)>,
+    /// Those of which nothing but the policy is known.
+    pub broken: Vec<BrokenPod>,
+}
+
+/// A pod whose record cannot be read: written by another version, or damaged. It stays captured as it is; it can be
+/// detached, and attached again.
+#[derive(Debug)]
+pub struct BrokenPod {
+    /// Cookie of its namespace.
+    pub cookie: u64,
+    /// Its policy.
+    pub policy: PodPolicy,
+    /// What is wrong.
+    pub error: NodeError,
+}
+
 /// The node's store and maps, with the store locked.
 pub struct Node {
     store: Store,
@@ -98,7 +119,8 @@ impl Node {
         if let Some(other) = store.other_layout()? {
             return Err(NodeError::OtherLayout(other.display().to_string()));
         }
-        if !store.programs().join(names::CONNECT6).exists() {
+        let load = !store.programs().join(names::CONNECT6).exists() || store.missing_map().is_some();
+        if load {
             store.remove_other_layouts()?;
             // What an agent left that died on the way is in the way.
             store.remove(&store.programs())?;
@@ -110,26 +132,41 @@ impl Node {
         let tables = Tables::open(&store.maps())?;
         let mut node = Self { tables, lookup: OnceCell::new(), living: None, store, _lock: lock };
         let others = node.store.other_programs()?;
-        if !others.is_empty() {
-            // The links of pods that are gone take no other program.
-            node.sweep()?;
-            for cookie in node.store.pods()? {
-                node.replace_programs(cookie)?;
-            }
-            for other in others {
-                node.store.remove(&other)?;
-            }
+        if load || !others.is_empty() {
+            node.take_over(&others)?;
         }
         Ok(node)
+    }
+
+    /// Put this build's programs under the links of all pods, and remove those of others.
+    fn take_over(&mut self, others: &[PathBuf]) -> Result<(), NodeError> {
+        // The links of pods that are gone take no other program.
+        self.sweep()?;
+        let mut failed = false;
+        for cookie in self.store.pods()? {
+            if let Err(error) = self.replace_programs(cookie) {
+                failed = true;
+                tracing::error!(
+                    cookie,
+                    error = &error as &dyn std::error::Error,
+                    "this pod keeps the programs that it has"
+                );
+            }
+        }
+        // Kept where one failed, so that the next agent tries it again.
+        for other in others.iter().filter(|_| !failed) {
+            self.store.remove(other)?;
+        }
+        Ok(())
     }
 
     /// The store and maps if there are any: for those who only look, and for those who take away.
     pub fn find(bpffs: &Path) -> Result<Option<Self>, NodeError> {
         let Some(store) = Store::find(bpffs) else { return Ok(None) };
         let lock = store.lock()?;
-        // Another agent may have taken it away while we waited.
-        if !store.maps().is_dir() {
-            return Ok(None);
+        // Another agent may have taken it away while we waited, or have died before all of it was there.
+        if let Some(map) = store.missing_map() {
+            return if store.pods()?.is_empty() { Ok(None) } else { Err(NodeError::Incomplete(map)) };
         }
         let tables = Tables::open(&store.maps())?;
         Ok(Some(Self { tables, lookup: OnceCell::new(), living: None, store, _lock: lock }))
@@ -153,21 +190,36 @@ impl Node {
         &self.tables
     }
 
-    /// The records in force, each with its policy.
-    pub fn pods(&self) -> Result<Vec<(Record, PodPolicy)>, NodeError> {
-        let mut pods = Vec::new();
+    /// The pods in force.
+    pub fn pods(&self) -> Result<Pods, NodeError> {
+        let mut pods = Pods::default();
         for (cookie, policy) in self.tables.policies()? {
-            if let Some(record) = self.store.read_record(cookie, policy.id)? {
-                pods.push((record, policy));
+            match self.store.read_record(cookie, policy.id) {
+                Ok(Some(record)) => pods.readable.push((record, policy)),
+                Ok(None) => pods.broken.push(BrokenPod { cookie, policy, error: NodeError::NoRecord(cookie) }),
+                Err(error) => pods.broken.push(BrokenPod { cookie, policy, error: error.into() }),
             }
         }
-        pods.sort_by_key(|(record, _)| record.since);
+        pods.readable.sort_by_key(|(record, _)| record.since);
+        pods.broken.sort_by_key(|pod| pod.cookie);
         Ok(pods)
     }
 
-    /// The pod that is attached to this cgroup.
-    pub fn pod_of_cgroup(&self, cgroup_id: u64) -> Result<Option<(Record, PodPolicy)>, NodeError> {
-        Ok(self.pods()?.into_iter().find(|(record, _)| record.cgroup_id == cgroup_id))
+    /// The pod that is attached to this cgroup, by the cookie of its namespace. What is remembered of it is not needed to
+    /// tell.
+    pub fn pod_of_cgroup(&self, cgroup_id: u64) -> Result<Option<(u64, PodPolicy)>, NodeError> {
+        for (cookie, policy) in self.tables.policies()? {
+            if self.cgroup_of(cookie)? == Some(cgroup_id) {
+                return Ok(Some((cookie, policy)));
+            }
+        }
+        Ok(None)
+    }
+
+    /// What is remembered of the policy that is in force for a namespace, if that can be read.
+    pub fn record_of(&self, cookie: u64) -> Option<Record> {
+        let policy = self.tables.policy(cookie).ok().flatten()?;
+        self.store.read_record(cookie, policy.id).ok().flatten()
     }
 
     /// Put a policy in force for a pod. `config` has the ids as the pod sees them. `observed` is looked at shortly before,
@@ -208,6 +260,7 @@ impl Node {
             policies: &policies,
             record: record.as_ref(),
             living: &living,
+            lineage: &target.cgroup.lineage()?,
             links_intact: self.links_intact(target.netns.cookie(), target)?,
             namespace,
             max_connections: self.tables.max_connections_per_pod(),
@@ -307,7 +360,9 @@ impl Node {
         let Some((cgroup, netns_inode)) = self.place_of(cookie)? else { return Ok(None) };
         let record = self.store.read_record(cookie, policy.id).ok().flatten();
         let cgroup_path = record.map(|record| record.cgroup);
-        Ok(Some(LivingPod { cgroup, cgroup_path, netns_inode }))
+        let opened = cgroup_path.as_ref().and_then(|path| CgroupDir::open(path).ok());
+        let lineage = opened.filter(|dir| dir.id() == cgroup).and_then(|dir| dir.lineage().ok());
+        Ok(Some(LivingPod { cgroup, cgroup_path, lineage: lineage.unwrap_or_default(), netns_inode }))
     }
 
     /// Take out what has no policy in force, or no cgroup or namespace any more. An agent that died may have changed

@@ -17,7 +17,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use intercept_common::layout;
+use intercept_common::{layout, names};
 use rustix::fs::FlockOperation;
 use serde::{Deserialize, Serialize};
 
@@ -52,7 +52,7 @@ pub enum StoreError {
         source: io::Error,
     },
     /// A record does not read.
-    #[error("reading record {path}: it was written by another version; detach the pod with that version")]
+    #[error("reading record {path}, of another version or damaged: attach the pod again, or detach it")]
     Record {
         /// The pin.
         path: String,
@@ -224,6 +224,11 @@ impl Store {
     fn lock_version(&self, operation: FlockOperation) -> Result<Lock, StoreError> {
         self.create(&self.version())?;
         lock_dir(&self.version(), operation)
+    }
+
+    /// A map that is not there, if any: of a store whose first agent died while it made them.
+    pub fn missing_map(&self) -> Option<&'static str> {
+        names::MAPS.into_iter().find(|name| !self.maps().join(name).exists())
     }
 
     /// The inode of the folder of maps: it tells whether the maps are still the ones that were opened.

@@ -8,7 +8,7 @@ use intercept_agent::{
         reconcile::Report,
         socket,
     },
-    node::Node,
+    node::{BrokenPod, Node},
     store::Record,
 };
 use intercept_common::{Reason, failure::Failure, layout::PodPolicy};
@@ -38,6 +38,31 @@ struct Pod {
     daemon: Option<Report>,
 }
 
+/// A pod in force of which little is known.
+#[derive(Serialize)]
+struct Broken {
+    netns_cookie: u64,
+    cgroup_id: Option<u64>,
+    state: &'static str,
+    policy: u32,
+    problem: String,
+}
+
+#[derive(Serialize)]
+#[serde(untagged)]
+enum Listed {
+    Pod(Pod),
+    Broken(Broken),
+}
+
+impl Broken {
+    fn of(node: &Node, pod: &BrokenPod) -> Self {
+        let problem = pod.error.to_string();
+        let cgroup_id = node.cgroup_of(pod.cookie).ok().flatten();
+        Self { netns_cookie: pod.cookie, cgroup_id, state: "broken", policy: pod.policy.id, problem }
+    }
+}
+
 #[derive(Serialize)]
 struct Listener {
     port: u16,
@@ -58,8 +83,12 @@ pub(super) fn status(args: &StatusArgs) -> Result<()> {
         Ok(_) | Err(_) => Vec::new(),
     };
     let mut pods = Vec::new();
+    let mut broken = Vec::new();
     if let Some(node) = Node::find(&args.bpffs.bpffs)? {
-        for (record, policy) in node.pods()? {
+        let found = node.pods()?;
+        broken = found.broken.into_iter().map(|pod| Broken::of(&node, &pod)).collect();
+        broken.retain(|pod| only.is_none() || pod.cgroup_id == only);
+        for (record, policy) in found.readable {
             if only.is_none_or(|id| id == record.cgroup_id) {
                 let its = reports.iter().position(|report| report.netns_cookie == Some(record.cookie));
                 let daemon = its.map(|at| reports.swap_remove(at));
@@ -68,13 +97,19 @@ pub(super) fn status(args: &StatusArgs) -> Result<()> {
         }
     }
     if args.json {
-        say!("{}", serde_json::to_string_pretty(&pods)?);
-    } else if pods.is_empty() {
+        let all: Vec<Listed> = pods.into_iter().map(Listed::Pod).chain(broken.into_iter().map(Listed::Broken)).collect();
+        say!("{}", serde_json::to_string_pretty(&all)?);
+        return Ok(());
+    }
+    if pods.is_empty() && broken.is_empty() {
         say!("nothing is attached");
     } else {
         pods.iter().for_each(print);
+        for pod in &broken {
+            say!("cookie {} (broken): {}", pod.netns_cookie, pod.problem);
+        }
     }
-    if !args.json && only.is_none() {
+    if only.is_none() {
         for report in reports.iter().filter(|report| report.problem.is_some()) {
             print_daemon(report);
         }

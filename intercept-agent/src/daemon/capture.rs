@@ -18,7 +18,7 @@ use crate::{
     cgroup::{CgroupDir, CgroupError},
     mirror::{Follower, MirrorError},
     netns::{Netns, NetnsError},
-    node::{Attached, Node, NodeError, Observation, Rewrite, Target},
+    node::{Attached, Node, NodeError, Observation, Pods, Rewrite, Target},
     options::OptionError,
     store::{Origin, Record, StoreError},
 };
@@ -58,10 +58,13 @@ impl CaptureError {
             Self::Netns(_) | Self::Node(NodeError::Netns(_)) => "netns",
             Self::Node(NodeError::Table(error)) if error.is_full() => "map_full",
             Self::Node(NodeError::TooManyPods(_)) => "map_full",
-            Self::Node(NodeError::NetnsTaken { .. } | NodeError::CgroupTaken { .. }) => "conflict",
+            Self::Node(
+                NodeError::NetnsTaken { .. } | NodeError::CgroupTaken { .. } | NodeError::Nested { .. },
+            ) => "conflict",
             Self::Node(
                 NodeError::Store(StoreError::Mount { .. } | StoreError::Record { .. })
-                | NodeError::OtherLayout(_),
+                | NodeError::OtherLayout(_)
+                | NodeError::Incomplete(_),
             ) => "store",
             Self::Node(NodeError::Left) => "leaving",
             Self::Node(NodeError::Mirror { .. }) | Self::Follow(_) => "routes",
@@ -288,7 +291,7 @@ pub fn sweep(access: &mut Access) -> Result<Vec<Record>, NodeError> {
             tracing::info!(pods = before - living, "removed the state of pods that are gone");
         }
         silence(node)?;
-        Ok(node.pods()?.into_iter().map(|(record, _)| record).collect())
+        Ok(readable(node.pods()?))
     })
 }
 
@@ -299,11 +302,18 @@ pub fn audit(access: &mut Access, known: &[u64]) -> Result<(Vec<u64>, Vec<Record
         silence(node)?;
         let in_force: Vec<u64> = node.tables().policies()?.into_iter().map(|(cookie, _)| cookie).collect();
         let unknown = in_force.iter().any(|cookie| !known.contains(cookie));
-        let records = if unknown { node.pods()? } else { Vec::new() };
-        let new =
-            records.into_iter().map(|(record, _)| record).filter(|r| !known.contains(&r.cookie)).collect();
+        let records = if unknown { readable(node.pods()?) } else { Vec::new() };
+        let new = records.into_iter().filter(|record| !known.contains(&record.cookie)).collect();
         Ok((in_force, new))
     })
+}
+
+/// The records; a pod without one that can be read stays in force as it is until its source asks for it again.
+fn readable(pods: Pods) -> Vec<Record> {
+    for pod in pods.broken {
+        tracing::error!(cookie = pod.cookie, error = &pod.error as &dyn std::error::Error, "a pod is broken");
+    }
+    pods.readable.into_iter().map(|(record, _)| record).collect()
 }
 
 /// A reader of events that was killed left them switched on.

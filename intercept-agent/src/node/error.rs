@@ -3,7 +3,7 @@
 use std::io;
 
 use crate::{
-    listeners::ListenersError, mirror::MirrorError, netns::NetnsError, plumbing::PlumbingError,
+    cgroup::CgroupError, listeners::ListenersError, mirror::MirrorError, netns::NetnsError, plumbing::PlumbingError,
     programs::ProgramError, store::StoreError, tables::TableError, userns::IdMapError,
 };
 
@@ -19,6 +19,8 @@ pub enum NodeError {
     Program(#[from] ProgramError),
     #[error(transparent)]
     Netns(#[from] NetnsError),
+    #[error(transparent)]
+    Cgroup(#[from] CgroupError),
     #[error("mirroring the routes of {netns}")]
     Mirror { netns: String, source: MirrorError },
     #[error("looking for listeners of the proxy in {netns}")]
@@ -45,6 +47,16 @@ pub enum NodeError {
          detach it first (`intercept-agent detach --cgroup-path {cgroup}`)"
     )]
     CgroupTaken { cgroup: String, inode: u64 },
+    #[error(
+        "cgroup {inner} is inside cgroup {outer}, and {captured} is captured already: what is in both would be decided on \
+         twice; detach that one first (`intercept-agent detach --cgroup-path {captured}`)"
+    )]
+    Nested { inner: String, outer: String, captured: String },
+    #[error(
+        "map {0} of the agent is not there, and pods are attached: something removed its pin; `intercept-agent detach --all` \
+         removes the rest"
+    )]
+    Incomplete(&'static str),
     #[error("{0} pods are attached to this node, which is all it has counters for")]
     TooManyPods(usize),
     #[error(
@@ -52,6 +64,8 @@ pub enum NodeError {
          version, or `intercept-agent detach --all`, and attach them again"
     )]
     OtherLayout(String),
+    #[error("pod {0} has no record of its policy; attach it again, or detach it")]
+    NoRecord(u64),
     #[error("reading the log lines of the programs")]
     Logs { source: Box<dyn std::error::Error + Send + Sync> },
     #[error(

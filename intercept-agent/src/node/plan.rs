@@ -23,6 +23,8 @@ pub(super) struct Input<'a> {
     pub(super) record: Option<&'a Record>,
     /// The pods that are there.
     pub(super) living: &'a Living,
+    /// The ids of the cgroups around the pod's own.
+    pub(super) lineage: &'a [u64],
     /// Whether all links of the pod are in place.
     pub(super) links_intact: bool,
     /// What is to be changed in the namespace.
@@ -76,7 +78,7 @@ pub(super) fn plan(
     draw: impl FnMut() -> u32,
 ) -> Result<Plan, NodeError> {
     let Input { target, config, policies, record, living, namespace, compiled, .. } = input;
-    refuse_conflicts(target, living)?;
+    refuse_conflicts(target, input.lineage, living)?;
     let cookie = target.netns.cookie();
     let before = policies.iter().find(|(netns, _)| *netns == cookie).map(|(_, policy)| *policy);
     let digest = compiled.digest();
@@ -115,8 +117,9 @@ pub(super) fn plan(
     })))
 }
 
-/// A namespace has one capture and a cgroup one namespace: programs that are attached twice would run twice.
-fn refuse_conflicts(target: &Target, living: &Living) -> Result<(), NodeError> {
+/// A namespace has one capture and a cgroup one namespace, and no captured pod's cgroup is in another's: programs that
+/// are attached twice would run twice.
+fn refuse_conflicts(target: &Target, lineage: &[u64], living: &Living) -> Result<(), NodeError> {
     let (own, cgroup_id) = (target.netns.cookie(), target.cgroup.id());
     for (&cookie, pod) in living {
         let cgroup = || pod.cgroup_name().display().to_string();
@@ -131,6 +134,13 @@ fn refuse_conflicts(target: &Target, living: &Living) -> Result<(), NodeError> {
                 return Err(NodeError::CgroupTaken { cgroup: cgroup(), inode: pod.netns_inode });
             }
             _ => {}
+        }
+        let own = || target.cgroup.path().display().to_string();
+        if lineage.contains(&pod.cgroup) {
+            return Err(NodeError::Nested { inner: own(), outer: cgroup(), captured: cgroup() });
+        }
+        if pod.lineage.contains(&cgroup_id) {
+            return Err(NodeError::Nested { inner: cgroup(), outer: own(), captured: cgroup() });
         }
     }
     Ok(())
@@ -158,6 +168,8 @@ pub struct LivingPod {
     pub(super) cgroup: u64,
     /// The cgroup as its record names it, if that can be read.
     pub(super) cgroup_path: Option<PathBuf>,
+    /// The ids of the cgroups around its own, if those can be told.
+    pub(super) lineage: Vec<u64>,
     /// Inode of its namespace.
     pub(super) netns_inode: u64,
 }
