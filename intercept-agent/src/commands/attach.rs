@@ -165,7 +165,7 @@ pub(super) fn put_in_force(
 
 /// Istio's own check; what is in force stays in force if it fails.
 pub(super) fn validate(target: &Target, config: &Config, switches: &Switches) -> Result<()> {
-    let ids = IdMaps::of_cgroup(&target.cgroup)?;
+    let ids = IdMaps::of_pod(&target.netns, &target.cgroup)?;
     let outside = |map: &IdMap, ids: &[u32]| {
         ids.first().and_then(|&id| map.outside(id)).context("the proxy's first id is not one of the pod's")
     };

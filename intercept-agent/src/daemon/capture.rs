@@ -157,7 +157,9 @@ impl Held {
     fn netns(&self) -> Option<Netns> {
         let opened = match &self.netns_path {
             Some(path) => Netns::open(path).ok(),
-            None => CgroupDir::open(&self.cgroup).ok().and_then(|cgroup| Netns::of_cgroup(&cgroup).ok()),
+            None => CgroupDir::open(&self.cgroup)
+                .ok()
+                .and_then(|cgroup| Netns::of_sandbox(&cgroup, Some(self.netns_inode)).ok()),
         };
         opened.filter(|netns| netns.cookie() == self.cookie)
     }
@@ -198,7 +200,7 @@ pub fn capture(
     };
     let netns = match &wanted.netns {
         Some(path) => Netns::open(path)?,
-        None => Netns::of_cgroup(&cgroup)?,
+        None => Netns::of_sandbox(&cgroup, before.map(|held| held.netns_inode))?,
     };
     let cookie = netns.cookie();
     let target = Target { cgroup, netns, netns_path: wanted.netns.clone(), origin: wanted.origin.clone() };

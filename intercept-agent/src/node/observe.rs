@@ -30,7 +30,7 @@ impl Observation {
             let found = plumbing::find(&target.netns, config, &mirror)
                 .map_err(|source| NodeError::Plumbing { netns: netns(), source })?;
             let cgroup = target.cgroup.path().display().to_string();
-            let ids = IdMaps::of_cgroup(&target.cgroup)
+            let ids = IdMaps::of_pod(&target.netns, &target.cgroup)
                 .map_err(|source| NodeError::UserNs { cgroup, source })?;
             Ok(Self { mirror, found, ids })
         })?
