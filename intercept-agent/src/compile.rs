@@ -287,7 +287,7 @@ fn destination_of(bits: u32, route: Option<&Route>, config: &Config, mirror: &Mi
     if let Some(route) = route {
         let egress = match route.reach {
             Reach::Local => mirror.interfaces.iter().find(|i| i.loopback),
-            Reach::Via(index) => mirror.interfaces.iter().find(|i| i.index == index),
+            Reach::Via(index) => mirror.interface(index),
             Reach::None => None,
         };
         if route.reach != Reach::None {

@@ -17,6 +17,7 @@ mod requests;
 use std::collections::BTreeSet;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::time::{Duration, Instant};
 
 use ipnet::IpNet;
 use netlink_packet_route::AddressFamily;
@@ -27,6 +28,12 @@ use self::requests::{Answer, Requests};
 use crate::netns::{Netns, NetnsError};
 
 pub use follow::Follower;
+
+/// Most interfaces, rules and routes of a family that are read: a pod with more is refused, because it would cost the
+/// agent as much memory and time as the pod likes.
+pub const MAX_ENTRIES: usize = 1 << 14;
+/// How long reading all of it may take.
+const READ_TIME: Duration = Duration::from_secs(3);
 
 /// What netlink said of one namespace at one time.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -91,6 +98,18 @@ pub enum MirrorError {
         /// What the kernel said.
         source: io::Error,
     },
+    /// There are more of them than are read.
+    #[error("{attempt} of network namespace {netns}: it has {found}, and may have {limit}")]
+    TooMany {
+        /// What was attempted.
+        attempt: &'static str,
+        /// Path of the namespace.
+        netns: String,
+        /// How many there are.
+        found: usize,
+        /// How many there may be.
+        limit: usize,
+    },
     /// Interfaces or routes changed each time while they were read.
     #[error("{attempt} in network namespace {netns}: they change faster than they can be read; try again")]
     Restless {
@@ -108,6 +127,7 @@ impl Mirror {
     }
 
     fn read(requests: &mut Requests) -> Result<Self, MirrorError> {
+        requests.until(Instant::now() + READ_TIME);
         let mut interfaces = requests.links()?;
         interfaces.sort_by_key(|interface| interface.index);
         let mut mirror = Self { interfaces, routes: Vec::new() };
@@ -178,7 +198,13 @@ impl Mirror {
     }
 
     fn is_loopback(&self, index: u32) -> bool {
-        self.interfaces.iter().any(|interface| interface.index == index && interface.loopback)
+        self.interface(index).is_some_and(|interface| interface.loopback)
+    }
+
+    /// The interface of an index.
+    pub fn interface(&self, index: u32) -> Option<&Interface> {
+        let at = self.interfaces.binary_search_by_key(&index, |interface| interface.index).ok()?;
+        self.interfaces.get(at)
     }
 
     /// Whether all of a prefix is the namespace's own.

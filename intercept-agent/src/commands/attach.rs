@@ -58,12 +58,8 @@ struct Checked {
 impl Checked {
     fn of(options: RawOptions, cgroup: &CgroupDir) -> Result<Self> {
         // Users, groups and resolvers are those of the pod, if anything runs in it yet.
-        let root = match cgroup.processes()?.first() {
-            Some(pid) => PathBuf::from(format!("/proc/{pid}/root")),
-            None => PathBuf::from("/"),
-        };
-        let (config, switches, notes) =
-            options.read_process_env().validate(&EtcFiles::below(root)).map_err(Failed::Usage)?;
+        let files = EtcFiles::of_pod(cgroup);
+        let (config, switches, notes) = options.read_process_env().validate(&files).map_err(Failed::Usage)?;
         for Note { origin, why } in notes {
             tracing::info!(option = %origin, "{why}");
         }

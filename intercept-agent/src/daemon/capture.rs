@@ -19,7 +19,7 @@ use crate::{
     mirror::{Follower, MirrorError},
     netns::{Netns, NetnsError},
     node::{Attached, Node, NodeError, Observation, Pods, Rewrite, Target},
-    options::OptionError,
+    options::{Config, OptionError},
     store::{Origin, Record, StoreError},
 };
 
@@ -183,16 +183,24 @@ pub struct Captured {
     pub took: Duration,
 }
 
-/// Put a pod in force as it is wanted. `before` is what is in force for it, `followed` the cookie of the namespace
-/// that is followed. `runtime` is the one that the follower will live in.
-pub fn capture(
-    access: &mut Access,
+/// A pod as it was found, ready to be put in force.
+pub struct Prepared {
+    target: Target,
+    config: Config,
+    observed: Observation,
+    follower: Option<Follower>,
+    connections: Option<usize>,
+}
+
+/// Look at a pod that is wanted, on whatever thread: what it makes slow holds up none but itself. `before` is what is in
+/// force for it, `followed` the cookie of the namespace that is followed. `runtime` is the one that the follower will
+/// live in.
+pub fn prepare(
     runtime: &Handle,
     wanted: &Wanted,
     before: Option<&Held>,
     followed: Option<u64>,
-) -> Result<Captured, CaptureError> {
-    let started = Instant::now();
+) -> Result<Prepared, CaptureError> {
     let cgroup = CgroupDir::open(&wanted.cgroup)?;
     let config = match &wanted.options {
         Options::Given(given) => given.validate(&cgroup)?,
@@ -204,8 +212,7 @@ pub fn capture(
     };
     let cookie = netns.cookie();
     let target = Target { cgroup, netns, netns_path: wanted.netns.clone(), origin: wanted.origin.clone() };
-    let mut connections = None;
-    let (follower, done) = target.netns.run(|| {
+    target.netns.run(|| {
         // Before the attach, so that no change falls in between.
         let mut follower = if followed == Some(cookie) {
             None
@@ -213,32 +220,43 @@ pub fn capture(
             let _runtime = runtime.enter();
             Some(Follower::subscribe(&target.netns)?)
         };
-        let mut observed = Observation::of(&target, &config, follower.as_mut())?;
-        let done = access.with(|node| {
-            if let Some(before) = before.filter(|held| held.cookie != cookie) {
-                // The pod has a new sandbox: the cgroup cannot have both.
-                node.detach(before.cookie, None)?;
-            }
-            let in_force = node.tables().policy(cookie).map_err(NodeError::from)?.is_some();
-            if wanted.origin == Origin::Command && !in_force {
-                return Err(CaptureError::Detached);
-            }
-            if !in_force {
-                connections = established(&target.netns).ok();
-            }
-            Ok(node.attach(&target, &config, &mut observed, Rewrite::IfChanged)?)
-        })?;
-        if let Some(follower) = &mut follower {
-            follower.expect(observed.into_mirror());
+        let observed = Observation::of(&target, &config, follower.as_mut())?;
+        let is_new = before.is_none_or(|held| held.cookie != cookie);
+        let connections = if is_new { established(&target.netns).ok() } else { None };
+        Ok::<_, CaptureError>((observed, follower, connections))
+    })?
+    .map(|(observed, follower, connections)| Prepared { target, config, observed, follower, connections })
+}
+
+/// Put a pod in force as it was prepared. `before` is what is in force for it.
+pub fn capture(
+    access: &mut Access,
+    prepared: Prepared,
+    before: Option<&Held>,
+) -> Result<Captured, CaptureError> {
+    let started = Instant::now();
+    let Prepared { target, config, mut observed, mut follower, connections } = prepared;
+    let cookie = target.netns.cookie();
+    let done = access.with(|node| {
+        if let Some(before) = before.filter(|held| held.cookie != cookie) {
+            // The pod has a new sandbox: the cgroup cannot have both.
+            node.detach(before.cookie, None)?;
         }
-        Ok::<_, CaptureError>((follower, done))
-    })??;
+        let in_force = node.tables().policy(cookie).map_err(NodeError::from)?.is_some();
+        if target.origin == Origin::Command && !in_force {
+            return Err(CaptureError::Detached);
+        }
+        Ok(node.attach(&target, &config, &mut observed, Rewrite::IfChanged)?)
+    })?;
+    if let Some(follower) = &mut follower {
+        follower.expect(observed.into_mirror());
+    }
     let held = Held {
         cookie,
         cgroup: target.cgroup.path().to_owned(),
         cgroup_id: target.cgroup.id(),
         netns_inode: target.netns.inode(),
-        netns_path: wanted.netns.clone(),
+        netns_path: target.netns_path.clone(),
     };
     let earlier = connections.unwrap_or_default();
     Ok(Captured { done, held, follower, earlier, took: started.elapsed() })
