@@ -26,12 +26,43 @@ use crate::{
 pub struct Entries {
     /// Prefix length (of 128, IPv4 mapped), address, value; sorted by prefix.
     pub destinations: Vec<(u32, Addr, Destination)>,
-    /// Port to bits of `layout::port`.
-    pub ports: BTreeMap<u32, u32>,
+    /// Prefixes of ports, none in another, and one of port 0 alone if there are any; sorted.
+    pub ports: Vec<PortPrefix>,
     /// Gids of the owner groups.
     pub groups: BTreeMap<u32, u32>,
     /// Interface index to bits of `layout::interface`.
     pub interfaces: BTreeMap<u32, u32>,
+}
+
+/// Ports that have their first bits in common.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct PortPrefix {
+    /// How many bits, of 16.
+    pub len: u32,
+    /// The first of the ports.
+    pub port: u16,
+    /// Bits of `layout::port`.
+    pub bits: u32,
+}
+
+impl PortPrefix {
+    /// The fewest prefixes that make a range.
+    fn of_range(first: u32, last: u32, bits: u32) -> impl Iterator<Item = Self> {
+        let mut next = first;
+        std::iter::from_fn(move || {
+            let left = (last + 1).checked_sub(next).filter(|left| *left > 0)?;
+            // As large as its place and the rest of the range allow.
+            let size_bits = next.trailing_zeros().min(left.ilog2()).min(16);
+            let prefix = Self { len: 16 - size_bits, port: u16::try_from(next).ok()?, bits };
+            next += 1 << size_bits;
+            Some(prefix)
+        })
+    }
+
+    /// Whether it has this port.
+    pub fn contains(&self, port: u16) -> bool {
+        (u32::from(port) ^ u32::from(self.port)) >> (16 - self.len) == 0
+    }
 }
 
 /// A pod's policy but for its id and slot, with its lists.
@@ -167,11 +198,13 @@ fn local_prefixes(mirror: &Mirror) -> u32 {
     flags
 }
 
-fn ports(config: &Config) -> BTreeMap<u32, u32> {
-    let mut ports = BTreeMap::new();
+fn ports(config: &Config) -> Vec<PortPrefix> {
+    // Where a list begins or ends: the ranges of one neither touch nor overlap.
+    let mut edges = BTreeMap::<u32, u32>::new();
     let mut add = |list: &Ports, bit: u32| {
-        for port in list.iter() {
-            *ports.entry(u32::from(port)).or_insert(0) |= bit;
+        for range in list.ranges() {
+            *edges.entry(u32::from(*range.start())).or_default() ^= bit;
+            *edges.entry(u32::from(*range.end()) + 1).or_default() ^= bit;
         }
     };
     if let InboundPorts::Only(list) = &config.inbound_ports {
@@ -180,7 +213,19 @@ fn ports(config: &Config) -> BTreeMap<u32, u32> {
     add(&config.inbound_exclude, port::INBOUND_EXCLUDED);
     add(&config.outbound_ports, port::OUTBOUND);
     add(&config.outbound_exclude_ports, port::OUTBOUND_EXCLUDED);
-    ports
+    if edges.is_empty() {
+        return Vec::new();
+    }
+    let mut prefixes = vec![PortPrefix { len: 16, port: 0, bits: 0 }];
+    let mut bits = 0;
+    let ends = edges.keys().skip(1).copied().chain([1 << 16]);
+    for ((&start, &change), end) in edges.iter().zip(ends) {
+        bits ^= change;
+        if bits != 0 {
+            prefixes.extend(PortPrefix::of_range(start, end - 1, bits));
+        }
+    }
+    prefixes
 }
 
 fn interfaces(config: &Config, mirror: &Mirror) -> BTreeMap<u32, u32> {
@@ -212,6 +257,9 @@ fn destinations(config: &Config, mirror: &Mirror) -> Vec<(u32, Addr, Destination
     // IPv4 is a prefix of IPv6 in the map: without an entry of its own for all of it, what is said of ::/0 would be
     // found for it.
     let mut said: Vec<(IpNet, Says<'_>)> = vec![(IpNet::V4(Ipv4Net::default()), Says::Bits(0))];
+    // By the first of a policy's entries the others are found (see `tables`).
+    let first = IpNet::from(std::net::IpAddr::from(std::net::Ipv6Addr::UNSPECIFIED));
+    said.push((first, Says::Bits(0)));
     said.extend(mirror.routes.iter().map(|route| (route.prefix, Says::Route(route))));
     if config.include.all {
         said.extend(everything.map(|net| (net, Says::Bits(destination::INCLUDED))));
@@ -249,6 +297,7 @@ fn destinations(config: &Config, mirror: &Mirror) -> Vec<(u32, Addr, Destination
         }
         let value = destination_of(bits, route, config, mirror);
         let has_entry = match (around.last(), net) {
+            _ if *net == first => true,
             (Some(outer), _) => outer.value != value,
             (None, IpNet::V4(_)) => true,
             (None, IpNet::V6(_)) => value != Destination { flags: 0, source: Addr::UNSPECIFIED },

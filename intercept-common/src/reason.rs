@@ -135,11 +135,6 @@ reasons! {
     NotInboundPort = "not_inbound_port", "inbound 4", LEAVE;
 }
 
-/// Counters kept a pod: one for each [`Reason`], then one for each [`crate::failure::Failure`].
-pub const COUNTERS: usize = 48;
-
-const _: () = assert!(Reason::ALL.len() + crate::failure::Failure::ALL.len() <= COUNTERS);
-
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -61,7 +61,10 @@ impl State {
         for (key, value) in entries::<[u8; 24], [u8; 20]>(&maps, names::DESTINATIONS) {
             lists.push((key.to_vec(), value.to_vec()));
         }
-        for name in [names::PORTS, names::GROUPS, names::INTERFACES] {
+        for (key, value) in entries::<[u8; 12], u32>(&maps, names::PORTS) {
+            lists.push((key.to_vec(), value.to_ne_bytes().to_vec()));
+        }
+        for name in [names::GROUPS, names::INTERFACES] {
             for (key, value) in entries::<MemberKey, u32>(&maps, name) {
                 lists.push((bytemuck::bytes_of(&key).to_vec(), value.to_ne_bytes().to_vec()));
             }

@@ -11,7 +11,7 @@ use intercept_agent::{
     node::{BrokenPod, Node},
     store::Record,
 };
-use intercept_common::{Reason, failure::Failure, layout::PodPolicy};
+use intercept_common::layout::PodPolicy;
 use serde::Serialize;
 
 use super::say;
@@ -119,9 +119,9 @@ pub(super) fn status(args: &StatusArgs) -> Result<()> {
 
 fn pod(node: &Node, record: &Record, policy: &PodPolicy) -> Result<Pod> {
     let counters = node.tables().counters(policy.slot)?;
-    let count =
-        |(reason, count): (&'static str, &u64)| (*count > 0).then_some(Count { reason, count: *count });
-    let (decisions, failures) = counters.counts.split_at(Reason::ALL.len());
+    let count = |(reason, count): (&'static str, u64)| (count > 0).then_some(Count { reason, count });
+    let decisions = counters.by_reason().map(|(reason, count)| (reason.word(), count));
+    let failures = counters.by_failure().map(|(failure, count)| (failure.word(), count));
     Ok(Pod {
         cgroup: record.cgroup.clone(),
         netns_inode: record.netns_inode,
@@ -145,8 +145,8 @@ fn pod(node: &Node, record: &Record, policy: &PodPolicy) -> Result<Pod> {
             .map(|(port, family)| Listener { port, family })
             .collect(),
         max_connections: policy.max_connections,
-        decisions: Reason::ALL.iter().map(|r| r.word()).zip(decisions).filter_map(count).collect(),
-        failures: Failure::ALL.iter().map(|f| f.word()).zip(failures).filter_map(count).collect(),
+        decisions: decisions.filter_map(count).collect(),
+        failures: failures.filter_map(count).collect(),
         daemon: None,
     })
 }

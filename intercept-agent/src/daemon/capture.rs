@@ -58,6 +58,7 @@ impl CaptureError {
             Self::Netns(_) | Self::Node(NodeError::Netns(_)) => "netns",
             Self::Node(NodeError::Table(error)) if error.is_full() => "map_full",
             Self::Node(NodeError::TooManyPods(_)) => "map_full",
+            Self::Node(NodeError::OverBudget { .. }) => "over_budget",
             Self::Node(
                 NodeError::NetnsTaken { .. } | NodeError::CgroupTaken { .. } | NodeError::Nested { .. },
             ) => "conflict",

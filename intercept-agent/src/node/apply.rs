@@ -81,9 +81,9 @@ impl Node {
             None => self.take_out(cookie, None),
             Some(before) => self
                 .tables
-                .purge_lists(|id| id != plan.policy.id)
+                .remove_lists(&[plan.policy.id])
                 .map_err(NodeError::from)
-                .and_then(|_| Ok(self.store.drop_other_records(cookie, before.id)?)),
+                .and_then(|()| Ok(self.store.drop_other_records(cookie, before.id)?)),
         };
         if let Err(error) = undone {
             tracing::warn!(error = &error as &dyn std::error::Error, "undoing an attach that failed");
@@ -109,7 +109,7 @@ impl Node {
             }
         }
         if !others.is_empty() {
-            self.tables.purge_lists(|id| others.iter().all(|(other, _)| *other != id))?;
+            self.tables.remove_lists(&others.iter().map(|(id, _)| *id).collect::<Vec<_>>())?;
             // Last: as long as it is there, the next call does all this again.
             self.store.drop_other_records(cookie, in_force)?;
         }
@@ -129,8 +129,10 @@ impl Node {
             let link = kernel::open_pin(&self.store.pod(cookie).join(program));
             let _goes_with_its_pin = link.and_then(|link| kernel::link_detach(link.as_fd()));
         }
-        let in_force = self.tables.policies()?;
-        self.tables.purge_lists(|id| in_force.iter().any(|(_, policy)| policy.id == id))?;
+        // Whatever was written for it, a record was before.
+        let written = self.store.records(cookie)?.into_iter().map(|(id, _)| id);
+        let ids: Vec<u32> = written.chain(policy.map(|policy| policy.id)).collect();
+        self.tables.remove_lists(&ids)?;
         self.tables.purge_connections(|netns| netns != cookie)?;
         if let Some(policy) = policy {
             self.tables.reset_slot(policy.slot)?;

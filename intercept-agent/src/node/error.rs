@@ -57,6 +57,8 @@ pub enum NodeError {
          removes the rest"
     )]
     Incomplete(&'static str),
+    #[error("the pod needs {needed} {what}, and may have {limit}: shorten its lists")]
+    OverBudget { what: &'static str, needed: usize, limit: u32 },
     #[error("{0} pods are attached to this node, which is all it has counters for")]
     TooManyPods(usize),
     #[error(

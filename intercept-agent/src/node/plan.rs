@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use intercept_common::layout::{self, PodPolicy};
+use intercept_common::layout::{self, PodPolicy, budget};
 
 use super::{Living, NodeError, Target};
 use crate::{
@@ -79,6 +79,7 @@ pub(super) fn plan(
 ) -> Result<Plan, NodeError> {
     let Input { target, config, policies, record, living, namespace, compiled, .. } = input;
     refuse_conflicts(target, input.lineage, living)?;
+    refuse_beyond_budget(&compiled.entries)?;
     let cookie = target.netns.cookie();
     let before = policies.iter().find(|(netns, _)| *netns == cookie).map(|(_, policy)| *policy);
     let digest = compiled.digest();
@@ -115,6 +116,21 @@ pub(super) fn plan(
         removals: namespace.removals(),
         before,
     })))
+}
+
+/// What one pod may have in the maps that all share.
+fn refuse_beyond_budget(entries: &Entries) -> Result<(), NodeError> {
+    for (what, needed, limit) in [
+        ("prefixes of its CIDR lists and routes", entries.destinations.len(), budget::DESTINATIONS),
+        ("prefixes of its lists of ports", entries.ports.len(), budget::PORTS),
+        ("owner groups", entries.groups.len(), budget::GROUPS),
+        ("interfaces named by -c and -k", entries.interfaces.len(), budget::INTERFACES),
+    ] {
+        if needed > limit as usize {
+            return Err(NodeError::OverBudget { what, needed, limit });
+        }
+    }
+    Ok(())
 }
 
 /// A namespace has one capture and a cgroup one namespace, and no captured pod's cgroup is in another's: programs that
