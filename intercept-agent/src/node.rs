@@ -32,7 +32,7 @@ use crate::{
     options::Config,
     plumbing,
     programs::{self, Lookup, ProgramError},
-    store::{Lock, Origin, Record, Store, StoreError},
+    store::{Lock, Origin, Record, Store},
     tables::Tables,
 };
 
@@ -217,9 +217,12 @@ impl Node {
     }
 
     /// What is remembered of the policy that is in force for a namespace, if that can be read.
-    pub fn record_of(&self, cookie: u64) -> Option<Record> {
-        let policy = self.tables.policy(cookie).ok().flatten()?;
-        self.store.read_record(cookie, policy.id).ok().flatten()
+    pub fn record_of(&self, cookie: u64) -> Result<Option<Record>, NodeError> {
+        let Some(policy) = self.tables.policy(cookie)? else { return Ok(None) };
+        match self.store.read_record(cookie, policy.id) {
+            Err(error) if error.may_pass() => Err(error.into()),
+            read => Ok(read.ok().flatten()),
+        }
     }
 
     /// Put a policy in force for a pod. `config` has the ids as the pod sees them. `observed` is looked at shortly before,
@@ -291,7 +294,7 @@ impl Node {
         };
         self.remove_leftovers(cookie, policy.id, &target.netns)?;
         match self.store.read_record(cookie, policy.id) {
-            Err(error @ StoreError::Record { .. }) => {
+            Err(error) if !error.may_pass() => {
                 tracing::warn!(error = &error as &dyn std::error::Error, "replacing the pod's record");
                 Ok(None)
             }
@@ -301,7 +304,10 @@ impl Node {
 
     /// Take a pod out of force and leave nothing of it. `netns` is its namespace, if it still can be reached.
     pub fn detach(&mut self, cookie: u64, netns: Option<&Netns>) -> Result<(), NodeError> {
-        self.take_out(cookie, netns)
+        match netns {
+            Some(netns) => self.take_out(cookie, Some(netns)),
+            None => self.take_out_unreached(cookie),
+        }
     }
 
     /// Remove programs and maps if no pod uses them and no daemon keeps them.
@@ -330,7 +336,7 @@ impl Node {
             };
             match pod {
                 Some(pod) => _ = living.insert(cookie, pod),
-                None => self.take_out_dead(cookie)?,
+                None => self.take_out_unreached(cookie)?,
             }
         }
         self.living = Some(living.clone());
@@ -365,13 +371,19 @@ impl Node {
         Ok(Some(LivingPod { cgroup, cgroup_path, lineage: lineage.unwrap_or_default(), netns_inode }))
     }
 
-    /// Take out what has no policy in force, or no cgroup or namespace any more. An agent that died may have changed
-    /// a namespace that is still there.
-    fn take_out_dead(&mut self, cookie: u64) -> Result<(), NodeError> {
-        let records = self.store.records(cookie)?;
-        let has_changes = |record: &&Record| !record.plumbing.is_empty();
-        let changed = records.iter().filter_map(|(_, record)| record.as_ref().ok()).find(has_changes);
-        let netns = changed.and_then(Record::netns);
+    /// Take out a pod whose namespace is not at hand. If it is still there and something is to be undone in it, what is
+    /// remembered of the pod leads to it.
+    fn take_out_unreached(&mut self, cookie: u64) -> Result<(), NodeError> {
+        let mut netns = None;
+        if self.may_have_netns(cookie)? {
+            for (_, record) in self.store.records(cookie)? {
+                match record {
+                    Ok(record) if netns.is_none() && !record.plumbing.is_empty() => netns = record.netns(),
+                    Err(error) if error.may_pass() => return Err(error.into()),
+                    _ => {}
+                }
+            }
+        }
         self.take_out(cookie, netns.as_ref())
     }
 

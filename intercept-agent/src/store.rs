@@ -62,6 +62,18 @@ pub enum StoreError {
     },
 }
 
+impl StoreError {
+    /// Whether it says nothing of what was to be read, but that memory or descriptors are short just now.
+    pub fn may_pass(&self) -> bool {
+        let Self::Path { source, .. } = self else { return false };
+        // aya's errors hold the kernel's word further down.
+        let mut errors = std::iter::successors(Some(source as &dyn std::error::Error), |error| error.source());
+        let code = errors.find_map(|error| error.downcast_ref::<io::Error>()?.raw_os_error());
+        let is_short = [libc::ENOMEM, libc::EMFILE, libc::ENFILE, libc::EINTR, libc::EAGAIN];
+        code.is_some_and(|code| is_short.contains(&code))
+    }
+}
+
 fn at<'a>(action: &'static str, path: &'a Path) -> impl FnOnce(io::Error) -> StoreError + use<'a> {
     move |source| StoreError::Path { action, path: path.display().to_string(), source }
 }

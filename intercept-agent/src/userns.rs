@@ -206,7 +206,7 @@ fn of_namespace(namespace: BorrowedFd<'_>) -> Result<IdMaps, IdMapError> {
         Err(error) => Err(IdMapError::Enter(error.into())),
     };
     drop(release);
-    while rustix::process::waitpid(Some(child), WaitOptions::empty()) == Err(Errno::INTR) {}
+    while matches!(rustix::process::waitpid(Some(child), WaitOptions::empty()), Err(Errno::INTR)) {}
     maps
 }
 

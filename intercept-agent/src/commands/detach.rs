@@ -34,16 +34,19 @@ pub(super) fn detach_cgroup(bpffs: &Path, cgroup: &Path, absent_is_fine: bool) -
     };
     match found {
         Some(cookie) => {
-            let netns = node.record_of(cookie).and_then(|record| record.netns());
+            let netns = node.record_of(cookie)?.and_then(|record| record.netns());
             node.detach(cookie, netns.as_ref())
                 .with_context(|| format!("detaching cgroup {}", cgroup.display()))?;
             say!("detached cgroup {} (cookie {cookie})", cgroup.display());
         }
-        None if absent_is_fine => {}
-        None => return Err(absent().into()),
+        None => {}
     }
+    // Also what an earlier detach could not finish.
     node.sweep()?;
     node.remove_if_unused()?;
+    if found.is_none() && !absent_is_fine {
+        return Err(absent().into());
+    }
     Ok(())
 }
 
@@ -63,7 +66,7 @@ pub(super) fn detach_all(bpffs: &Path) -> Result<()> {
     };
     let mut failed = None;
     for cookie in node.tables().policies()?.into_iter().map(|(cookie, _)| cookie) {
-        let record = node.record_of(cookie);
+        let record = node.record_of(cookie)?;
         let netns = record.as_ref().and_then(Record::netns);
         let cgroup = record.map_or("that is not known".to_owned(), |r| r.cgroup.display().to_string());
         // Take away what can be taken away, and report what could not.

@@ -78,7 +78,9 @@ impl Node {
         let cookie = plan.record.cookie;
         plumbing::remove(&target.netns, made);
         let undone = match plan.before {
-            None => self.take_out(cookie, None),
+            None => self
+                .take_out(cookie, None)
+                .and_then(|()| Ok(self.tables.reset_slot(plan.policy.slot)?)),
             Some(before) => self
                 .tables
                 .remove_lists(&[plan.policy.id])
@@ -98,15 +100,20 @@ impl Node {
         in_force: u32,
         netns: &Netns,
     ) -> Result<(), NodeError> {
-        let records = self.store.records(cookie)?;
-        let own = records.iter().find(|(id, _)| *id == in_force).and_then(|(_, record)| record.as_ref().ok());
-        let needed = own.map(|record| record.plumbing.clone()).unwrap_or_default();
-        let others: Vec<_> = records.iter().filter(|(id, _)| *id != in_force).collect();
-        for (_, record) in &others {
-            // One that cannot be read says nothing that could be undone.
-            if let Ok(record) = record {
-                plumbing::remove(netns, &record.plumbing.without(&needed));
+        let mut needed = Plumbing::default();
+        let mut others = Vec::new();
+        for (id, record) in self.store.records(cookie)? {
+            match record {
+                Ok(record) if id == in_force => needed = record.plumbing,
+                Ok(record) => others.push((id, record.plumbing)),
+                Err(error) if error.may_pass() => return Err(error.into()),
+                // It says nothing that could be undone.
+                Err(_) if id != in_force => others.push((id, Plumbing::default())),
+                Err(_) => {}
             }
+        }
+        for (_, changes) in &others {
+            plumbing::remove(netns, &changes.without(&needed));
         }
         if !others.is_empty() {
             self.tables.remove_lists(&others.iter().map(|(id, _)| *id).collect::<Vec<_>>())?;
@@ -146,6 +153,7 @@ impl Node {
         for (policy, record) in self.store.records(cookie)? {
             match record {
                 Ok(record) => plumbing::remove(netns, &record.plumbing),
+                Err(error) if error.may_pass() => return Err(error.into()),
                 Err(error) => tracing::warn!(
                     cookie,
                     policy,

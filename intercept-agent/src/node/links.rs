@@ -79,6 +79,12 @@ impl Node {
         })
     }
 
+    /// Whether a pod's namespace may still be there: its link says so, or there is none.
+    pub(super) fn may_have_netns(&self, cookie: u64) -> Result<bool, NodeError> {
+        let link = link_target(&self.store.pod(cookie).join(names::SK_LOOKUP))?;
+        Ok(link != Some(LinkTarget::Netns(None)))
+    }
+
     /// Put this build's programs under the links of a pod.
     pub(super) fn replace_programs(&self, cookie: u64) -> Result<(), NodeError> {
         let dir = self.store.pod(cookie);
