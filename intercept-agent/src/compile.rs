@@ -359,3 +359,76 @@ fn mapped(net: IpNet) -> (u32, Addr) {
         IpNet::V6(net) => (net.prefix_len().into(), net.network().into()),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::options::Cidrs;
+
+    fn found(prefixes: &[PortPrefix], port: u16) -> u32 {
+        let mut covering = prefixes.iter().filter(|prefix| prefix.contains(port));
+        let bits = covering.next().map_or(0, |prefix| prefix.bits);
+        assert!(covering.next().is_none(), "{port} is in two of {prefixes:?}");
+        bits
+    }
+
+    #[test]
+    fn ranges_of_ports_become_the_prefixes_that_make_them() {
+        for (inbound, outbound, most) in [
+            (vec![], vec![], 0),
+            (vec![1..=65535], vec![], 17),
+            (vec![1..=65535], vec![1..=65535], 17),
+            (vec![2..=65534], vec![1..=65535], 40),
+            (vec![80..=80, 8000..=9000], vec![443..=443, 8500..=8600, 65535..=65535], 40),
+            (vec![32768..=65535], vec![1..=32767], 17),
+        ] {
+            let (inbound, outbound): (Ports, Ports) = (inbound.into_iter().collect(), outbound.into_iter().collect());
+            let config = Config {
+                inbound_ports: InboundPorts::All,
+                inbound_exclude: inbound.clone(),
+                outbound_exclude_ports: outbound.clone(),
+                ..Config::default()
+            };
+            let prefixes = ports(&config);
+            assert!(prefixes.len() <= most, "{} for {inbound} and {outbound}", prefixes.len());
+            for number in 0..=u16::MAX {
+                let mut bits = 0;
+                if inbound.contains(number) {
+                    bits |= port::INBOUND_EXCLUDED;
+                }
+                if outbound.contains(number) {
+                    bits |= port::OUTBOUND_EXCLUDED;
+                }
+                assert_eq!(found(&prefixes, number), bits, "{number} of {inbound} and {outbound}");
+            }
+        }
+    }
+
+    #[test]
+    fn what_says_no_more_than_what_is_around_it_takes_no_room() {
+        let net = |text: &str| text.parse::<IpNet>().expect("a prefix");
+        let route = |prefix: &str, reach| Route { prefix: net(prefix), reach, source: None };
+        let mirror = Mirror {
+            interfaces: Vec::new(),
+            routes: vec![
+                route("0.0.0.0/0", Reach::Via(2)),
+                route("10.0.0.0/8", Reach::Via(2)),
+                route("10.1.0.0/16", Reach::None),
+                route("10.1.2.0/24", Reach::Via(2)),
+                route("10.1.2.128/25", Reach::Via(2)),
+                route("::/0", Reach::None),
+                route("2001:db8::/32", Reach::None),
+            ],
+        };
+        let config = Config {
+            include: Cidrs { all: false, list: vec![net("10.0.0.0/9")], loopback: false },
+            exclude: vec![net("10.1.2.0/24")],
+            ..Config::default()
+        };
+        let entries = compile(&config, &mirror).entries.destinations;
+        let shown: Vec<_> = entries.iter().map(|(len, addr, _)| format!("{addr:?}/{len}")).collect();
+        let lens: Vec<u32> = entries.iter().map(|(len, ..)| *len).collect();
+        // All of IPv4, the list, the route to nowhere, the excluded one, localhost; the first entry and ::1.
+        assert_eq!(lens, [96, 96 + 9, 96 + 16, 96 + 24, 128, 128, 128], "{shown:?}");
+    }
+}

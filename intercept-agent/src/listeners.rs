@@ -388,22 +388,28 @@ mod tests {
     #[test]
     fn a_process_with_many_descriptors_hides_no_other_and_is_given_up() {
         let (netns, mut test) = (network(), TestCgroup::new());
-        // 100,000 descriptors, and after them the listener that is looked for.
-        let many = "import os, socket, time
+        // Some processes with as many descriptors as the limit allows; the last has the listener after all others.
+        let script = "import os, socket, sys, time
+while 'intercept-unit' not in open('/proc/self/cgroup').read(): pass
 l = socket.socket(); l.bind(('127.0.0.1', 15001)); l.listen()
 while True:
     try: last = os.dup(0)
     except OSError: break
 os.dup2(l.fileno(), last); l.close()
-time.sleep(600)";
-        let limited = format!("ulimit -n 100000; exec python3 -c \"{many}\"");
-        let hidden = netns.run(|| test.spawn("app", Command::new("bash").args(["-c", &limited]))).unwrap();
-        let last = format!("/proc/{hidden}/fd/99999");
-        let deadline = Instant::now() + Duration::from_secs(30);
-        while !fs::read_link(&last).is_ok_and(|link| link.to_string_lossy().starts_with("socket:")) {
-            assert!(Instant::now() < deadline, "the process opens its descriptors");
+for process in range(8):
+    if os.fork():
+        os.close(last); time.sleep(600)
+os.close(last - 1); open(sys.argv[1], 'w'); time.sleep(600)";
+        let ready = tempfile::NamedTempFile::new().unwrap().into_temp_path().to_path_buf();
+        let mut python = Command::new("python3");
+        python.args(["-c", script]).arg(&ready);
+        netns.run(|| test.spawn("app", &mut python)).unwrap();
+        let deadline = Instant::now() + Duration::from_secs(60);
+        while !ready.exists() {
+            assert!(Instant::now() < deadline, "the processes open their descriptors");
             std::thread::yield_now();
         }
+        fs::remove_file(&ready).unwrap();
         netns
             .run(|| test.spawn("proxy", &mut holder(listen("0.0.0.0:15006"), listen("[::]:15006"))))
             .unwrap();

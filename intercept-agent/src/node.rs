@@ -1,9 +1,8 @@
 //! The node's programs and maps, and the pods they are attached to.
 //!
-//! A pod is put in force by one write to PODS. An attach is a plan, made before anything is changed ([`plan`]), and then
-//! what is added, that one write, and what is removed ([`apply`]). What is added has no effect on any connection, so
-//! that an agent that dies on the way leaves the old state in force; what is removed after it the next call makes up
-//! for.
+//! One write to PODS activates a policy. An attach first makes a plan ([`plan`]); then it adds, makes that one write, and
+//! removes ([`apply`]). What it adds affects no connection, so an agent that crashes leaves the old policy active. What it
+//! did not get to remove, the next call removes.
 
 mod apply;
 mod error;
@@ -77,12 +76,12 @@ impl Attached {
     }
 }
 
-/// The pods in force.
+/// The attached pods.
 #[derive(Debug, Default)]
 pub struct Pods {
     /// Each with its policy, the oldest first.
     pub readable: Vec<(Record, PodPolicy)>,
-    /// Those of which nothing but the policy is known.
+    /// Those whose record cannot be read.
     pub broken: Vec<BrokenPod>,
 }
 
@@ -138,7 +137,7 @@ impl Node {
         Ok(node)
     }
 
-    /// Put this build's programs under the links of all pods, and remove those of others.
+    /// Put this build's programs under the links of all pods, and remove those of other builds.
     fn take_over(&mut self, others: &[PathBuf]) -> Result<(), NodeError> {
         // The links of pods that are gone take no other program.
         self.sweep()?;
@@ -190,7 +189,7 @@ impl Node {
         &self.tables
     }
 
-    /// The pods in force.
+    /// The attached pods.
     pub fn pods(&self) -> Result<Pods, NodeError> {
         let mut pods = Pods::default();
         for (cookie, policy) in self.tables.policies()? {
@@ -205,8 +204,7 @@ impl Node {
         Ok(pods)
     }
 
-    /// The pod that is attached to this cgroup, by the cookie of its namespace. What is remembered of it is not needed to
-    /// tell.
+    /// The pod that is attached to this cgroup, by the cookie of its namespace. The links tell; its record is not read.
     pub fn pod_of_cgroup(&self, cgroup_id: u64) -> Result<Option<(u64, PodPolicy)>, NodeError> {
         for (cookie, policy) in self.tables.policies()? {
             if self.cgroup_of(cookie)? == Some(cgroup_id) {
@@ -216,7 +214,7 @@ impl Node {
         Ok(None)
     }
 
-    /// What is remembered of the policy that is in force for a namespace, if that can be read.
+    /// The record of a namespace's active policy, if it can be read.
     pub fn record_of(&self, cookie: u64) -> Result<Option<Record>, NodeError> {
         let Some(policy) = self.tables.policy(cookie)? else { return Ok(None) };
         match self.store.read_record(cookie, policy.id) {
@@ -225,8 +223,8 @@ impl Node {
         }
     }
 
-    /// Put a policy in force for a pod. `config` has the ids as the pod sees them. `observed` is looked at shortly before,
-    /// and has the routes as the attach makes them afterwards.
+    /// Attach a pod, or replace its policy. `config` has the ids as the pod sees them. `observed` was taken shortly before;
+    /// after the call it has the routes as the attach changes them.
     pub fn attach(
         &mut self,
         target: &Target,
@@ -252,10 +250,10 @@ impl Node {
         let interfaces = observed.mirror.interface_names();
         let namespace = plumbing::plan(config, &interfaces, &observed.found, &made);
         let expected = namespace.expected(observed.mirror.clone());
-        let (outside_config, nobody) = outside(config, &observed.ids);
-        if !nobody.is_empty() {
+        let (outside_config, unmapped) = outside(config, &observed.ids);
+        if !unmapped.is_empty() {
             let cgroup = target.cgroup.path().display();
-            tracing::warn!(%cgroup, ids = ?nobody, "ids that the pod's user namespace does not map match nobody");
+            tracing::warn!(%cgroup, ids = ?unmapped, "ids that the pod's user namespace does not map match nobody");
         }
         let input = Input {
             target,
@@ -282,8 +280,7 @@ impl Node {
         Ok(done)
     }
 
-    /// The record of the pod's policy, if that has one that can be read; what is left beside it by an agent that died
-    /// on the way is removed.
+    /// The record of the pod's active policy, if it can be read. Removes what an agent that crashed left beside it.
     fn settle(&mut self, target: &Target, policies: &[(u64, PodPolicy)]) -> Result<Option<Record>, NodeError> {
         let cookie = target.netns.cookie();
         let Some((_, policy)) = policies.iter().find(|(netns, _)| *netns == cookie) else {
@@ -371,8 +368,8 @@ impl Node {
         Ok(Some(LivingPod { cgroup, cgroup_path, lineage: lineage.unwrap_or_default(), netns_inode }))
     }
 
-    /// Take out a pod whose namespace is not at hand. If it is still there and something is to be undone in it, what is
-    /// remembered of the pod leads to it.
+    /// Take out a pod whose namespace the caller does not have. If it still exists and the agent changed something in it,
+    /// the record leads to it.
     fn take_out_unreached(&mut self, cookie: u64) -> Result<(), NodeError> {
         let mut netns = None;
         if self.may_have_netns(cookie)? {

@@ -2,9 +2,8 @@
 //! passthrough binds, in TPROXY mode the rules and routes that bring marked packets to the loopback interface, and for
 //! the interfaces of -k those that keep what arrives there for elsewhere in the pod.
 //!
-//! What was there already is left alone, when installing and when removing. Three steps, so that nothing is changed
-//! before everything else about an attach is known to hold, and nothing is taken away that the policy in force needs:
-//! [`plan`] decides, [`add`] comes before a policy is in force, [`remove`] after another has taken its place.
+//! What was there already is left alone, when installing and when removing. Three steps: [`plan`] decides without
+//! changing anything, [`add`] comes before a policy is active, [`remove`] after another has replaced it.
 
 use std::{
     fs, io,
@@ -83,7 +82,7 @@ pub struct Found {
     v6: bool,
     /// The setting that [`Change::AcceptMark`] changes.
     accept_mark: String,
-    /// What the options ask for and is there, whoever made it.
+    /// What the options ask for and exists, made by the agent or not.
     present: Vec<Change>,
 }
 
@@ -171,7 +170,7 @@ pub fn plan(config: &Config, interfaces: &[&str], found: &Found, before: &Plumbi
     Plan { kept, added, dropped }
 }
 
-/// Adds what is planned; gives what was added. That is less than planned where somebody else was faster. On failure
+/// Adds what is planned, and returns what it added: less than planned if another process made it since. After a failure
 /// nothing of it is left.
 pub fn add(netns: &Netns, additions: &Plumbing) -> Result<Plumbing, PlumbingError> {
     if additions.is_empty() {
@@ -240,7 +239,7 @@ fn guest_table(config: &Config) -> u32 {
     if config.tproxy_table == 15001 { 15002 } else { 15001 }
 }
 
-/// What the options ask for, whoever makes it.
+/// What the options ask for.
 fn wanted(config: &Config, interfaces: &[&str], found: &Found) -> Vec<Change> {
     let mut changes = Vec::new();
     let v6 = found.v6;
@@ -366,7 +365,7 @@ impl Present {
     }
 }
 
-/// Make a change. None if somebody else was faster.
+/// Make a change. None if it exists already.
 async fn make(handle: &Handle, change: Change) -> Result<Option<Change>, PlumbingError> {
     let made = match &change {
         Change::PassthroughAddress => {

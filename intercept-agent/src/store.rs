@@ -63,7 +63,7 @@ pub enum StoreError {
 }
 
 impl StoreError {
-    /// Whether it says nothing of what was to be read, but that memory or descriptors are short just now.
+    /// Whether it is about a shortage of memory or descriptors, so that a later call may succeed.
     pub fn may_pass(&self) -> bool {
         let Self::Path { source, .. } = self else { return false };
         // aya's errors hold the kernel's word further down.
@@ -329,7 +329,7 @@ impl Store {
         written.and_then(|()| fs::rename(&next, &path)).map_err(at("rewriting record", &path))
     }
 
-    /// All records of a pod by the ids of their policies, in force or not. Each may be unreadable for itself.
+    /// All records of a pod by the ids of their policies, active or not. Each may be unreadable by itself.
     pub fn records(&self, cookie: u64) -> Result<Vec<(u32, Result<Record, StoreError>)>, StoreError> {
         let id = |path: &PathBuf| file_name(path).strip_prefix("record-")?.parse::<u32>().ok();
         let ids = list(&self.pod(cookie))?.iter().filter_map(id).collect::<Vec<_>>();

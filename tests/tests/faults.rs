@@ -121,16 +121,23 @@ impl Bed {
         Self { agent, pod, _inside: inside, _beside: beside, trace: TempDir::new().expect("a folder") }
     }
 
-    /// Runs a command with a failure in the call of this number on every thread. None if there was none to fail.
-    fn fail(&mut self, call: &str, number: usize, subcommand: &str, flags: &[&str]) -> Option<Output> {
+    /// Runs a command with something done to the call of this number on every thread.
+    fn inject(&mut self, (call, what): (&str, &str), number: usize, (subcommand, flags): (&str, &[&str])) -> Output {
         let trace = self.trace.path().join("trace");
         let arguments =
             ["strace", "--follow-forks", "--seccomp-bpf", "--quiet=all", "--output", trace.to_str().expect("text")];
-        let inject = format!("--inject={call}:error=ENOMEM:when={number}");
+        let inject = format!("--inject={call}:{what}:when={number}");
         let starter = arguments.iter().map(|text| (*text).to_owned());
         self.agent.start_by(starter.chain([format!("--trace={call}"), inject]).collect());
         let output = finish(&mut self.agent.for_pod(subcommand, &self.pod, flags)).expect("strace starts");
         self.agent.start_by(Vec::new());
+        output
+    }
+
+    /// Runs a command with a failure in the call of this number on every thread. None if there was none to fail.
+    fn fail(&mut self, call: &str, number: usize, subcommand: &str, flags: &[&str]) -> Option<Output> {
+        let output = self.inject((call, "error=ENOMEM"), number, (subcommand, flags));
+        let trace = self.trace.path().join("trace");
         let traced = fs::read_to_string(trace).expect("a trace");
         let injected = traced.contains("(INJECTED)");
         assert!(injected || output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
@@ -222,4 +229,48 @@ fn a_failed_detach_is_finished_by_the_next() {
             bed.attach(&OTHER);
         },
     );
+}
+
+/// Wherever an agent is killed, `status` works on what it leaves, and the next attach or detach cleans up.
+#[test]
+fn an_agent_that_is_killed_hinders_no_other() {
+    let mut bed = Bed::new("kill");
+    let clean = State::of(&bed);
+    for flags in [&ONE[..], &OTHER] {
+        let mut number = 1;
+        while !bed.inject(("bpf", "signal=KILL"), number, ("attach", flags)).status.success() {
+            bed.agent.status().expect("a status");
+            let when = format!("attach {flags:?} killed at {number}");
+            if number % 2 == 0 {
+                bed.attach(flags);
+            }
+            bed.detach();
+            State::of(&bed).assert_is(&clean, &when);
+            number += 5;
+        }
+        assert!(number > 40, "{number} calls of bpf only");
+        bed.detach();
+    }
+}
+
+/// The same for the first agent of a node, which loads the programs.
+#[test]
+fn an_agent_that_is_killed_in_the_first_load_hinders_no_other() {
+    let mut bed = Bed::new("first");
+    bed.agent.detach_all().expect("detached");
+    let clean = tree(bed.agent.bpffs()).expect("a tree");
+    let namespace = Snapshot::of(&bed.pod).expect("a snapshot");
+    let mut number = 1;
+    while !bed.inject(("bpf", "signal=KILL"), number, ("attach", &ONE)).status.success() {
+        assert_eq!(bed.agent.status().expect("a status").as_array().map(Vec::len), Some(0), "killed at {number}");
+        if number % 2 == 0 {
+            bed.attach(&ONE);
+        }
+        bed.agent.detach_all().expect("detached");
+        assert_eq!(tree(bed.agent.bpffs()).expect("a tree"), clean, "killed at {number}");
+        let after = Snapshot::of(&bed.pod).expect("a snapshot");
+        assert_eq!(namespace.difference(&after), [""; 0], "killed at {number}");
+        number += 11;
+    }
+    assert!(number > 100, "{number} calls of bpf only");
 }

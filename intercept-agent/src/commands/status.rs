@@ -10,8 +10,12 @@ use intercept_agent::{
     },
     node::{BrokenPod, Node},
     store::Record,
+    tables::Usage,
 };
-use intercept_common::layout::PodPolicy;
+use intercept_common::{
+    layout::{PodPolicy, budget},
+    names,
+};
 use serde::Serialize;
 
 use super::say;
@@ -30,6 +34,8 @@ struct Pod {
     policy: u32,
     connections: u64,
     max_connections: u32,
+    /// What it has of its budget in each list.
+    room: Vec<Room>,
     listeners: Vec<Listener>,
     mptcp_listeners: Vec<Listener>,
     decisions: Vec<Count>,
@@ -38,7 +44,7 @@ struct Pod {
     daemon: Option<Report>,
 }
 
-/// A pod in force of which little is known.
+/// An attached pod whose record cannot be read.
 #[derive(Serialize)]
 struct Broken {
     netns_cookie: u64,
@@ -69,6 +75,27 @@ struct Listener {
     family: u8,
 }
 
+/// Entries that a pod has in a map of lists, and may have.
+#[derive(Serialize)]
+struct Room {
+    map: &'static str,
+    used: usize,
+    limit: u32,
+}
+
+impl Room {
+    fn of(usage: &Usage) -> Vec<Self> {
+        [
+            (names::DESTINATIONS, usage.destinations, budget::DESTINATIONS),
+            (names::PORTS, usage.ports, budget::PORTS),
+            (names::GROUPS, usage.groups, budget::GROUPS),
+            (names::INTERFACES, usage.interfaces, budget::INTERFACES),
+        ]
+        .map(|(map, used, limit)| Self { map, used, limit })
+        .into()
+    }
+}
+
 #[derive(Serialize)]
 struct Count {
     reason: &'static str,
@@ -86,13 +113,15 @@ pub(super) fn status(args: &StatusArgs) -> Result<()> {
     let mut broken = Vec::new();
     if let Some(node) = Node::find(&args.bpffs.bpffs)? {
         let found = node.pods()?;
+        let usage = node.tables().usage()?;
         broken = found.broken.into_iter().map(|pod| Broken::of(&node, &pod)).collect();
         broken.retain(|pod| only.is_none() || pod.cgroup_id == only);
         for (record, policy) in found.readable {
             if only.is_none_or(|id| id == record.cgroup_id) {
                 let its = reports.iter().position(|report| report.netns_cookie == Some(record.cookie));
                 let daemon = its.map(|at| reports.swap_remove(at));
-                pods.push(Pod { daemon, ..pod(&node, &record, &policy)? });
+                let room = Room::of(&usage.get(&policy.id).copied().unwrap_or_default());
+                pods.push(Pod { daemon, room, ..pod(&node, &record, &policy)? });
             }
         }
     }
@@ -132,6 +161,7 @@ fn pod(node: &Node, record: &Record, policy: &PodPolicy) -> Result<Pod> {
         environment: record.config.to_env(),
         policy: policy.id,
         connections: node.tables().connections(policy.slot),
+        room: Vec::new(),
         listeners: node
             .tables()
             .listeners(record.cookie)
@@ -159,6 +189,8 @@ fn print(pod: &Pod) {
     }
     pod.daemon.iter().for_each(print_daemon);
     say!("  connections  {} redirected, of {} at most", pod.connections, pod.max_connections);
+    let room: Vec<String> = pod.room.iter().map(|r| format!("{} {} of {}", r.map, r.used, r.limit)).collect();
+    say!("  room         {}", room.join(", "));
     let mut ports: Vec<String> =
         pod.listeners.iter().map(|l| format!("{} (IPv{})", l.port, l.family)).collect();
     ports.sort();

@@ -184,7 +184,7 @@ pub struct Captured {
     pub took: Duration,
 }
 
-/// A pod as it was found, ready to be put in force.
+/// What was observed of a pod, ready to be attached.
 pub struct Prepared {
     target: Target,
     config: Config,
@@ -193,8 +193,8 @@ pub struct Prepared {
     connections: Option<usize>,
 }
 
-/// Look at a pod that is wanted, on whatever thread: what it makes slow holds up none but itself. `before` is what is in
-/// force for it, `followed` the cookie of the namespace that is followed. `runtime` is the one that the follower will
+/// Observe a desired pod. Runs on a thread of its own, so that a slow pod delays no other. `before` is what is attached
+/// for it, `followed` the cookie of the namespace that is followed. `runtime` is the one that the follower will
 /// live in.
 pub fn prepare(
     runtime: &Handle,
@@ -229,7 +229,7 @@ pub fn prepare(
     .map(|(observed, follower, connections)| Prepared { target, config, observed, follower, connections })
 }
 
-/// Put a pod in force as it was prepared. `before` is what is in force for it.
+/// Attach a pod as it was prepared. `before` is what is attached for it.
 pub fn capture(
     access: &mut Access,
     prepared: Prepared,
@@ -329,7 +329,7 @@ pub fn audit(access: &mut Access, known: &[u64]) -> Result<(Vec<u64>, Vec<Record
     })
 }
 
-/// The records; a pod without one that can be read stays in force as it is until its source asks for it again.
+/// The records. A pod whose record cannot be read stays attached as it is until its source asks for it again.
 fn readable(pods: Pods) -> Vec<Record> {
     for pod in pods.broken {
         tracing::error!(cookie = pod.cookie, error = &pod.error as &dyn std::error::Error, "a pod is broken");

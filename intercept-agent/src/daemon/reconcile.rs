@@ -335,7 +335,7 @@ impl Reconciler {
         }
     }
 
-    /// Have a pod looked at on a thread where nothing waits for it, and then put in force by the worker.
+    /// Observe a pod on a thread of its own, then attach it on the worker.
     fn spawn_prepared(
         &self,
         key: &Key,

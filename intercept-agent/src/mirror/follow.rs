@@ -41,6 +41,9 @@ pub struct Follower {
     failures: u32,
     /// Something happened since `current` was read.
     stale: bool,
+    /// What reading has used of a processor.
+    #[cfg(test)]
+    used: Duration,
 }
 
 impl Follower {
@@ -73,6 +76,8 @@ impl Follower {
             rest_until: Instant::now(),
             failures: 0,
             stale: false,
+            #[cfg(test)]
+            used: Duration::ZERO,
         })
     }
 
@@ -133,6 +138,10 @@ impl Follower {
             Ok(done) => done,
             Err(panicked) => std::panic::resume_unwind(panicked.into_panic()),
         };
+        #[cfg(test)]
+        {
+            self.used += took;
+        }
         let mut rest = took * REST;
         self.failures = if read.is_ok() { 0 } else { self.failures + 1 };
         if self.failures > 0 {
@@ -194,6 +203,11 @@ impl Follower {
         let mut follower = Self::subscribe(netns)?;
         follower.look()?;
         Ok(follower)
+    }
+
+    /// What reading has used of a processor since it was started.
+    pub(super) fn processor_time(&self) -> Duration {
+        self.used
     }
 
     /// Leaves the socket room for a few events only.

@@ -1,8 +1,8 @@
-//! Adding, switching and removing what was planned.
+//! Carrying out a plan: add, switch, remove.
 //!
-//! Nothing that is added has any effect on a connection before the switch, and nothing that the policy in force needs
-//! is removed before another has taken its place. The record is written first: whatever becomes of the agent, it says
-//! what of the namespace is to be undone. So failure, crash and detach are undone by the same few functions.
+//! What is added affects no connection before the switch, and what the active policy needs is removed only after another
+//! has replaced it. The record is written first and removed last, and lists every change of the namespace, so the same
+//! functions clean up after a failure, a crash and a detach.
 
 use std::{collections::BTreeSet, os::fd::AsFd as _, time::Instant};
 
@@ -29,17 +29,16 @@ impl Node {
             self.undo(target, plan, &made);
             return Err(error);
         }
-        // In force from here on: a failure below is not one of the attach, and the next call makes up for it.
+        // Active from here on: a failure below does not fail the attach, and the next call repeats what is left.
         let (config, policy) = (&plan.record.config, &plan.policy);
-        let looked = match plan.before {
+        let registered = match plan.before {
             // A listener that came up since the look before was not seen by the callback, which knew no policy yet.
             None => self.register_listeners(target, config, policy, &mut registered),
             Some(_) => self.register_unknown(target, config, policy),
         };
-        let finished = looked
-            .and_then(|()| self.remove_leftovers(cookie, plan.policy.id, &target.netns));
-        if let Err(error) = finished {
-            tracing::warn!(error = &error as &dyn std::error::Error, "tidying after attach");
+        let removed = self.remove_leftovers(cookie, plan.policy.id, &target.netns);
+        for error in [registered, removed].into_iter().filter_map(Result::err) {
+            tracing::warn!(cookie, error = &error as &dyn std::error::Error, "finishing an attach");
         }
         Ok(if plan.before.is_some() { Attached::Replaced } else { Attached::New })
     }
@@ -63,7 +62,7 @@ impl Node {
         *made = plumbing::add(&target.netns, &plan.additions)
             .map_err(|source| NodeError::Plumbing { netns: target.netns.name().to_owned(), source })?;
         if *made != plan.additions {
-            // Somebody else was faster: what they made is theirs.
+            // Made by another process since the plan: not ours to remove.
             let plumbing = record.plumbing.without(&plan.additions.without(made));
             self.store.rewrite_record(&crate::store::Record { plumbing, ..record.clone() })?;
         }
@@ -73,7 +72,7 @@ impl Node {
         }
     }
 
-    /// Take back what [`Node::add`] did. What cannot be taken back has no effect and is left to the next call.
+    /// Undo [`Node::add`]. What cannot be undone affects no connection and is left to the next call.
     fn undo(&mut self, target: &Target, plan: &Apply, made: &Plumbing) {
         let cookie = plan.record.cookie;
         plumbing::remove(&target.netns, made);
@@ -92,23 +91,22 @@ impl Node {
         }
     }
 
-    /// Remove what a pod has besides the policy in force: of the one that it replaced, or of one that an agent died
-    /// over.
+    /// Remove what belongs to a pod's other policies: the replaced one, or one that a crashed agent did not activate.
     pub(super) fn remove_leftovers(
         &mut self,
         cookie: u64,
-        in_force: u32,
+        active: u32,
         netns: &Netns,
     ) -> Result<(), NodeError> {
         let mut needed = Plumbing::default();
         let mut others = Vec::new();
         for (id, record) in self.store.records(cookie)? {
             match record {
-                Ok(record) if id == in_force => needed = record.plumbing,
+                Ok(record) if id == active => needed = record.plumbing,
                 Ok(record) => others.push((id, record.plumbing)),
                 Err(error) if error.may_pass() => return Err(error.into()),
-                // It says nothing that could be undone.
-                Err(_) if id != in_force => others.push((id, Plumbing::default())),
+                // Its changes are not known, so nothing can be undone.
+                Err(_) if id != active => others.push((id, Plumbing::default())),
                 Err(_) => {}
             }
         }
@@ -117,14 +115,14 @@ impl Node {
         }
         if !others.is_empty() {
             self.tables.remove_lists(&others.iter().map(|(id, _)| *id).collect::<Vec<_>>())?;
-            // Last: as long as it is there, the next call does all this again.
-            self.store.drop_other_records(cookie, in_force)?;
+            // Last, so that the next call repeats all of this if it fails before.
+            self.store.drop_other_records(cookie, active)?;
         }
         Ok(())
     }
 
-    /// Take a pod out of force and leave nothing of it; what was changed in its namespace is undone if that is given.
-    /// After a failure the next call goes on where this one ended.
+    /// Deactivate a pod and remove everything of it, including the changes of its namespace if that is given. After a
+    /// failure, call it again.
     pub(super) fn take_out(&mut self, cookie: u64, netns: Option<&Netns>) -> Result<(), NodeError> {
         let policy = self.tables.policy(cookie)?;
         self.tables.switch_off(cookie)?;
@@ -132,11 +130,11 @@ impl Node {
             self.restore(cookie, netns)?;
         }
         for program in names::CGROUP_PROGRAMS.iter().chain([&names::SK_LOOKUP]) {
-            // So that nothing is attached any more when this returns. Whoever fails here leaves it to the removal.
+            // Detach now; if that fails, removing the pin still detaches it later.
             let link = kernel::open_pin(&self.store.pod(cookie).join(program));
             let _goes_with_its_pin = link.and_then(|link| kernel::link_detach(link.as_fd()));
         }
-        // Whatever was written for it, a record was before.
+        // Every list was written after its record.
         let written = self.store.records(cookie)?.into_iter().map(|(id, _)| id);
         let ids: Vec<u32> = written.chain(policy.map(|policy| policy.id)).collect();
         self.tables.remove_lists(&ids)?;
@@ -144,7 +142,7 @@ impl Node {
         if let Some(policy) = policy {
             self.tables.reset_slot(policy.slot)?;
         }
-        // Last: as long as it is there, the next call does all this again.
+        // Last, so that the next call repeats all of this if it fails before.
         Ok(self.store.remove(&self.store.pod(cookie))?)
     }
 

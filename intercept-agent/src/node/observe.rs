@@ -1,5 +1,5 @@
-//! What is looked at before the store is locked: whatever a pod makes slow, it makes slow here, where no other pod waits
-//! for it.
+//! What an attach reads of the pod, before it locks the store. Everything that a pod can make slow is here, where no other
+//! pod waits for it.
 
 use super::{NodeError, Target};
 use crate::{
@@ -18,7 +18,7 @@ pub struct Observation {
 }
 
 impl Observation {
-    /// Look at the pod. A namespace that is followed is looked at by who follows it, so that no change falls in between.
+    /// Read it. A follower of the namespace reads the routes itself, so that it misses no change after them.
     pub fn of(target: &Target, config: &Config, follower: Option<&mut Follower>) -> Result<Self, NodeError> {
         target.netns.run(|| {
             let netns = || target.netns.name().to_owned();

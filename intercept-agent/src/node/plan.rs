@@ -37,7 +37,7 @@ pub(super) struct Input<'a> {
     pub(super) now: u64,
 }
 
-/// Whether a policy that is in force already is written again.
+/// Whether an unchanged policy is written again.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Rewrite {
     /// Only if it is another one.
@@ -49,29 +49,28 @@ pub enum Rewrite {
 /// What is to be done.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub(super) enum Plan {
-    /// The same is in force, by this policy.
+    /// The same policy is active.
     Unchanged(PodPolicy),
-    /// Something is to be put in force.
+    /// There is something to do.
     Apply(Box<Apply>),
 }
 
-/// What is to be put in force.
+/// What is to be done.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub(super) struct Apply {
-    /// Names all that will have been changed in the namespace, so that whoever finds it can undo that.
+    /// Lists all changes of the namespace, including those still to be made, so that they can be undone after a crash.
     pub(super) record: Record,
     pub(super) policy: PodPolicy,
     pub(super) entries: Entries,
-    /// To be added before the policy is in force.
+    /// To be added to the namespace before the switch.
     pub(super) additions: Plumbing,
-    /// To be removed after that.
+    /// To be removed from it after the switch.
     pub(super) removals: Plumbing,
     /// The policy that is replaced.
     pub(super) before: Option<PodPolicy>,
 }
 
-/// Decide. `draw` gives random numbers: an id must not meet entries that an agent wrote for a policy that it did not
-/// live to put in force.
+/// Makes the plan. `draw` gives random numbers for the policy's id, which must not meet entries left by a crashed agent.
 pub(super) fn plan(
     input: Input<'_>,
     rewrite: Rewrite,
@@ -162,7 +161,7 @@ fn refuse_conflicts(target: &Target, lineage: &[u64], living: &Living) -> Result
     Ok(())
 }
 
-/// The slot of the policy that is replaced, or a free one; and an id that is not in force.
+/// The slot of the policy that is replaced, or a free one; and an unused id.
 fn free(
     policies: &[(u64, PodPolicy)],
     before: Option<&PodPolicy>,

@@ -80,7 +80,7 @@ impl EtcFiles {
             let read = read_in_root(&root, file);
             READING.lock().unwrap_or_else(PoisonError::into_inner).remove(&owner);
             DONE.notify_all();
-            // Nobody waits any more if it took too long.
+            // The receiver is gone if it took too long.
             drop(answer.send(read));
         });
         if let Err(error) = thread {
@@ -241,11 +241,11 @@ mod tests {
     }
 
     #[test]
-    fn a_file_that_never_comes_holds_nobody_for_long() {
+    fn a_file_that_is_never_served_is_given_up() {
         let (silent, other) = (Silent::mount(), pod());
         let names = EtcFiles::below(silent.folder.path());
         let started = std::time::Instant::now();
-        let error = names.resolv_conf().expect_err("nobody answers");
+        let error = names.resolv_conf().expect_err("no answer");
         assert_eq!(error.kind(), io::ErrorKind::TimedOut, "{error}");
         assert!(error.to_string().contains("etc/resolv.conf: the pod's file takes too long"), "{error}");
         let threads = || {
@@ -255,12 +255,12 @@ mod tests {
         };
         let before = threads();
         for _ in 0..3 {
-            let error = names.user("app").expect_err("nobody answers");
+            let error = names.user("app").expect_err("no answer");
             assert!(error.to_string().contains("an earlier reading of the pod's files hangs"), "{error}");
         }
         assert_eq!(threads(), before, "no other thread hangs");
         assert!(started.elapsed() < 6 * PATIENCE, "{:?}", started.elapsed());
-        // Nor does it hold another pod's.
+        // Another pod's files are read meanwhile.
         fs::write(other.path().join("etc/passwd"), "app:x:5:5::/:\n").expect("passwd");
         assert_eq!(EtcFiles::below(other.path()).user("app").expect("read"), Some(5));
     }

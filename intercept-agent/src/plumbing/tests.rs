@@ -89,7 +89,7 @@ fn what_is_expected_of_the_routes_comes_about() {
 }
 
 #[test]
-fn what_somebody_else_made_is_not_planned_and_not_taken_away() {
+fn what_another_process_made_is_neither_planned_nor_removed() {
     for config in configs() {
         let netns = namespace(&[PAIR, GLOBAL_V6]);
         let (theirs, _) = planned(&netns, &config, &Plumbing::default());
@@ -97,7 +97,7 @@ fn what_somebody_else_made_is_not_planned_and_not_taken_away() {
         let (plan, _) = planned(&netns, &config, &Plumbing::default());
         assert!(plan.is_empty() && plan.result().is_empty(), "{plan:?}");
     }
-    // Somebody who was faster than the plan is not mistaken for the agent either.
+    // Nor is what another process made since the plan.
     let netns = namespace(&[PAIR, GLOBAL_V6]);
     let (plan, _) = planned(&netns, &Config::default(), &Plumbing::default());
     assert_eq!(add(&netns, &plan.additions()).expect("added"), plan.additions());
