@@ -131,6 +131,14 @@ fn gone_is_fine(result: Result<(), MapError>) -> Result<(), MapError> {
     }
 }
 
+fn is_there<T>(found: Result<T, MapError>) -> Result<bool, MapError> {
+    match found {
+        Ok(_) => Ok(true),
+        Err(MapError::KeyNotFound) => Ok(false),
+        Err(error) => Err(error),
+    }
+}
+
 fn open<T: TryFrom<aya::maps::Map, Error = MapError>>(
     dir: &Path,
     name: &str,
@@ -264,7 +272,8 @@ impl Tables {
     /// The keys of a policy in DESTINATIONS, the first one last.
     fn destinations_of(&self, id: u32) -> Result<Vec<PrefixKey>, TableError> {
         let first = PrefixKey::first(id);
-        if self.destination(id, Addr::UNSPECIFIED).is_none() {
+        let found = self.destinations.get(&Key::new(first.prefix_len, Plain(first.key)), 0);
+        if !is_there(found).map_err(failed("reading", names::DESTINATIONS))? {
             return Ok(Vec::new());
         }
         let is_its = |key: &PrefixKey| key.key.policy == id;
@@ -277,7 +286,8 @@ impl Tables {
     /// The keys of a policy in PORTS, the first one last.
     fn ports_of(&self, id: u32) -> Result<Vec<PortPrefixKey>, TableError> {
         let first = PortPrefixKey::first(id);
-        if self.ports.get(&Key::new(first.prefix_len, Plain(first.key)), 0).is_err() {
+        let found = self.ports.get(&Key::new(first.prefix_len, Plain(first.key)), 0);
+        if !is_there(found).map_err(failed("reading", names::PORTS))? {
             return Ok(Vec::new());
         }
         let is_its = |key: &PortPrefixKey| key.key.policy() == id;

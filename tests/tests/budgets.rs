@@ -1,6 +1,6 @@
 //! What one pod may have of what all share: refused with the figure and the limit before anything is written.
 
-use std::{fmt::Write as _, fs, io::Write as _, process::Stdio, time::{Duration, Instant}};
+use std::{fmt::Write as _, fs, io::Write as _, ops::Range, process::Stdio, time::{Duration, Instant}};
 
 use intercept_agent::{mirror::MAX_ENTRIES, tables::Tables};
 use intercept_common::layout::budget;
@@ -23,11 +23,11 @@ fn ip(place: &Place, lines: &str) {
     assert!(child.wait().expect("ended").success());
 }
 
-fn routes(action: &str, count: usize) -> String {
+fn routes(numbers: Range<usize>) -> String {
     let mut lines = String::new();
-    for n in 0..count {
+    for n in numbers {
         let (a, b, c) = (11 + n / 65536, n / 256 % 256, n % 256);
-        writeln!(lines, "route {action} {a}.{b}.{c}.0/24 dev eth0").expect("a string");
+        writeln!(lines, "route add {a}.{b}.{c}.0/24 dev eth0").expect("a string");
     }
     lines
 }
@@ -79,10 +79,10 @@ fn more_ports_than_a_pod_may_have_are_refused() {
 fn a_quarter_of_a_million_routes_are_refused_with_the_figure() {
     let agent = Agent::new("routes").expect("the agent");
     let pod = Pod::new(PodSpec::new("routes")).expect("a pod");
-    ip(&pod, &routes("add", MAX_ENTRIES - 64));
+    ip(&pod, &routes(0..MAX_ENTRIES - 64));
     agent.attach(&pod, &["-i", "*"]).expect("attached");
     agent.detach(&pod).expect("detached");
-    ip(&pod, &routes("append", 250_000));
+    ip(&pod, &routes(MAX_ENTRIES - 64..250_000));
     let attach = agent.for_pod("attach", &pod, &["-i", "*"]);
     // No more than half of what the chart gives the agent's container.
     let mut limited = std::process::Command::new("prlimit");

@@ -77,9 +77,7 @@ impl Node {
         let cookie = plan.record.cookie;
         plumbing::remove(&target.netns, made);
         let undone = match plan.before {
-            None => self
-                .take_out(cookie, None)
-                .and_then(|()| Ok(self.tables.reset_slot(plan.policy.slot)?)),
+            None => self.take_out(cookie, None),
             Some(before) => self
                 .tables
                 .remove_lists(&[plan.policy.id])
@@ -135,12 +133,17 @@ impl Node {
             let _goes_with_its_pin = link.and_then(|link| kernel::link_detach(link.as_fd()));
         }
         // Every list was written after its record.
-        let written = self.store.records(cookie)?.into_iter().map(|(id, _)| id);
-        let ids: Vec<u32> = written.chain(policy.map(|policy| policy.id)).collect();
+        let records = self.store.records(cookie)?;
+        let ids: Vec<u32> = records.iter().map(|(id, _)| *id).chain(policy.map(|policy| policy.id)).collect();
         self.tables.remove_lists(&ids)?;
         self.tables.purge_connections(|netns| netns != cookie)?;
-        if let Some(policy) = policy {
-            self.tables.reset_slot(policy.slot)?;
+        let others = self.tables.policies()?;
+        let slots = records.iter().filter_map(|(_, record)| record.as_ref().ok()).map(|record| record.slot);
+        for slot in slots.chain(policy.map(|policy| policy.slot)) {
+            // Another pod may have the slot of a policy that was not active any more.
+            if others.iter().all(|(_, other)| other.slot != slot) {
+                self.tables.reset_slot(slot)?;
+            }
         }
         // Last, so that the next call repeats all of this if it fails before.
         Ok(self.store.remove(&self.store.pod(cookie))?)
