@@ -428,7 +428,7 @@ mod tests {
         let entries = compile(&config, &mirror).entries.destinations;
         let shown: Vec<_> = entries.iter().map(|(len, addr, _)| format!("{addr:?}/{len}")).collect();
         let lens: Vec<u32> = entries.iter().map(|(len, ..)| *len).collect();
-        // All of IPv4, the list, the route to nowhere, the excluded one, localhost; the first entry and ::1.
-        assert_eq!(lens, [96, 96 + 9, 96 + 16, 96 + 24, 128, 128, 128], "{shown:?}");
+        // All of IPv4, the list, the route to nowhere, the excluded one, localhost, two groups; the first entry, ::1, groups.
+        assert_eq!(lens, [96, 96 + 9, 96 + 16, 96 + 24, 128, 96 + 4, 128, 128, 128, 8], "{shown:?}");
     }
 }
