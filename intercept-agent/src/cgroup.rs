@@ -126,6 +126,25 @@ impl CgroupDir {
         self.id
     }
 
+    /// The ids of the cgroups around it, the nearest first. A cgroup never moves, so they stay what they are.
+    pub fn lineage(&self) -> Result<Vec<u64>, CgroupError> {
+        use rustix::fs::{Mode, fstat, openat};
+        let read =
+            |error: rustix::io::Errno| CgroupError::Read { path: self.path.join(".."), source: error.into() };
+        let device = fstat(&self.dir).map_err(read)?.st_dev;
+        let mut lineage = Vec::new();
+        let mut at = openat(&self.dir, "..", OFlags::PATH | OFlags::CLOEXEC, Mode::empty()).map_err(read)?;
+        loop {
+            let found = fstat(&at).map_err(read)?;
+            // Above the root of the hierarchy is another filesystem; the root of all filesystems is its own parent.
+            if found.st_dev != device || lineage.last() == Some(&found.st_ino) {
+                return Ok(lineage);
+            }
+            lineage.push(found.st_ino);
+            at = openat(&at, "..", OFlags::PATH | OFlags::CLOEXEC, Mode::empty()).map_err(read)?;
+        }
+    }
+
     /// The processes of the cgroup and of all below it, in ascending order. Empty when there are none.
     pub fn processes(&self) -> Result<Vec<Pid>, CgroupError> {
         let mut found = BTreeSet::new();
@@ -299,6 +318,16 @@ pub(crate) mod tests {
         let test = TestCgroup::new();
         assert_eq!(test.cgroup.id(), fs::metadata(test.cgroup.path()).unwrap().ino());
         assert_ne!(test.cgroup.id(), 0);
+    }
+
+    #[test]
+    fn the_lineage_ends_at_the_root() {
+        let test = TestCgroup::new();
+        let inner = test.cgroup.path().join("inner");
+        fs::create_dir(&inner).unwrap();
+        let root = fs::metadata(&mounts()[0]).unwrap().ino();
+        assert_eq!(test.cgroup.lineage().unwrap(), [root]);
+        assert_eq!(CgroupDir::open(&inner).unwrap().lineage().unwrap(), [test.cgroup.id(), root]);
     }
 
     #[test]

@@ -2,7 +2,7 @@
 //!
 //! The programs find everything about an address with one longest-prefix look-up. So every prefix of any list or
 //! route becomes one entry that carries what all the prefixes around it say as well: the union of the lists, and
-//! the longest route.
+//! the longest route. One that would say what the entry around it says is left out.
 
 use std::{
     collections::BTreeMap,
@@ -26,12 +26,43 @@ use crate::{
 pub struct Entries {
     /// Prefix length (of 128, IPv4 mapped), address, value; sorted by prefix.
     pub destinations: Vec<(u32, Addr, Destination)>,
-    /// Port to bits of `layout::port`.
-    pub ports: BTreeMap<u32, u32>,
+    /// Prefixes of ports, none in another, and one of port 0 alone if there are any; sorted.
+    pub ports: Vec<PortPrefix>,
     /// Gids of the owner groups.
     pub groups: BTreeMap<u32, u32>,
     /// Interface index to bits of `layout::interface`.
     pub interfaces: BTreeMap<u32, u32>,
+}
+
+/// Ports that have their first bits in common.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct PortPrefix {
+    /// How many bits, of 16.
+    pub len: u32,
+    /// The first of the ports.
+    pub port: u16,
+    /// Bits of `layout::port`.
+    pub bits: u32,
+}
+
+impl PortPrefix {
+    /// The fewest prefixes that make a range.
+    fn of_range(first: u32, last: u32, bits: u32) -> impl Iterator<Item = Self> {
+        let mut next = first;
+        std::iter::from_fn(move || {
+            let left = (last + 1).checked_sub(next).filter(|left| *left > 0)?;
+            // As large as its place and the rest of the range allow.
+            let size_bits = next.trailing_zeros().min(left.ilog2()).min(16);
+            let prefix = Self { len: 16 - size_bits, port: u16::try_from(next).ok()?, bits };
+            next += 1 << size_bits;
+            Some(prefix)
+        })
+    }
+
+    /// Whether it has this port.
+    pub fn contains(&self, port: u16) -> bool {
+        (u32::from(port) ^ u32::from(self.port)) >> (16 - self.len) == 0
+    }
 }
 
 /// A pod's policy but for its id and slot, with its lists.
@@ -168,11 +199,13 @@ fn local_prefixes(mirror: &Mirror) -> u32 {
     flags
 }
 
-fn ports(config: &Config) -> BTreeMap<u32, u32> {
-    let mut ports = BTreeMap::new();
+fn ports(config: &Config) -> Vec<PortPrefix> {
+    // Where a list begins or ends: the ranges of one neither touch nor overlap.
+    let mut edges = BTreeMap::<u32, u32>::new();
     let mut add = |list: &Ports, bit: u32| {
-        for port in list.iter() {
-            *ports.entry(u32::from(port)).or_insert(0) |= bit;
+        for range in list.ranges() {
+            *edges.entry(u32::from(*range.start())).or_default() ^= bit;
+            *edges.entry(u32::from(*range.end()) + 1).or_default() ^= bit;
         }
     };
     if let InboundPorts::Only(list) = &config.inbound_ports {
@@ -181,7 +214,19 @@ fn ports(config: &Config) -> BTreeMap<u32, u32> {
     add(&config.inbound_exclude, port::INBOUND_EXCLUDED);
     add(&config.outbound_ports, port::OUTBOUND);
     add(&config.outbound_exclude_ports, port::OUTBOUND_EXCLUDED);
-    ports
+    if edges.is_empty() {
+        return Vec::new();
+    }
+    let mut prefixes = vec![PortPrefix { len: 16, port: 0, bits: 0 }];
+    let mut bits = 0;
+    let ends = edges.keys().skip(1).copied().chain([1 << 16]);
+    for ((&start, &change), end) in edges.iter().zip(ends) {
+        bits ^= change;
+        if bits != 0 {
+            prefixes.extend(PortPrefix::of_range(start, end - 1, bits));
+        }
+    }
+    prefixes
 }
 
 fn interfaces(config: &Config, mirror: &Mirror) -> BTreeMap<u32, u32> {
@@ -213,6 +258,9 @@ fn destinations(config: &Config, mirror: &Mirror) -> Vec<(u32, Addr, Destination
     // IPv4 is a prefix of IPv6 in the map: without an entry of its own for all of it, what is said of ::/0 would be
     // found for it.
     let mut said: Vec<(IpNet, Says<'_>)> = vec![(IpNet::V4(Ipv4Net::default()), Says::Bits(0))];
+    // By the first of a policy's entries the others are found (see `tables`).
+    let first = IpNet::from(std::net::IpAddr::from(std::net::Ipv6Addr::UNSPECIFIED));
+    said.push((first, Says::Bits(0)));
     said.extend(mirror.routes.iter().map(|route| (route.prefix, Says::Route(route))));
     if config.include.all {
         said.extend(everything.map(|net| (net, Says::Bits(destination::INCLUDED))));
@@ -232,24 +280,34 @@ fn destinations(config: &Config, mirror: &Mirror) -> Vec<(u32, Addr, Destination
     said.sort_by_key(|(net, _)| (net.network(), net.prefix_len()));
 
     let mut entries: Vec<(u32, Addr, Destination)> = Vec::new();
-    let mut around: Vec<(IpNet, u32, Option<&Route>)> = Vec::new();
+    let mut around: Vec<Prefix<'_>> = Vec::new();
     for (net, says) in &said {
-        while around.last().is_some_and(|(outer, ..)| !outer.contains(net)) {
+        while around.last().is_some_and(|outer| !outer.net.contains(net)) {
             around.pop();
         }
-        let (mut bits, mut route) = around.last().map_or((0, None), |(_, bits, route)| (*bits, *route));
+        let (mut bits, mut route) = around.last().map_or((0, None), |outer| (outer.bits, outer.route));
         match says {
             Says::Bits(more) => bits |= more,
             Says::Route(own) => route = Some(*own),
         }
-        let value = destination_of(bits, route, config, mirror);
-        if around.last().is_some_and(|(outer, ..)| outer == net) {
-            around.pop();
+        if around.last().is_some_and(|outer| outer.net == *net)
+            && let Some(same) = around.pop()
+            && same.has_entry
+        {
             entries.pop();
         }
-        around.push((*net, bits, route));
-        let (len, addr) = mapped(*net);
-        entries.push((len, addr, value));
+        let value = destination_of(bits, route, config, mirror);
+        let has_entry = match (around.last(), net) {
+            _ if *net == first => true,
+            (Some(outer), _) => outer.value != value,
+            (None, IpNet::V4(_)) => true,
+            (None, IpNet::V6(_)) => value != Destination { flags: 0, source: Addr::UNSPECIFIED },
+        };
+        if has_entry {
+            let (len, addr) = mapped(*net);
+            entries.push((len, addr, value));
+        }
+        around.push(Prefix { net: *net, bits, route, value, has_entry });
     }
     entries
 }
@@ -263,13 +321,23 @@ fn groups() -> [IpNet; 3] {
     ]
 }
 
+/// A prefix with what is said of it and of all around it.
+struct Prefix<'a> {
+    net: IpNet,
+    bits: u32,
+    route: Option<&'a Route>,
+    value: Destination,
+    /// Not where the entry around it says the same.
+    has_entry: bool,
+}
+
 fn destination_of(bits: u32, route: Option<&Route>, config: &Config, mirror: &Mirror) -> Destination {
     let mut flags = bits;
     let mut source = Addr::UNSPECIFIED;
     if let Some(route) = route {
         let egress = match route.reach {
             Reach::Local => mirror.interfaces.iter().find(|i| i.loopback),
-            Reach::Via(index) => mirror.interfaces.iter().find(|i| i.index == index),
+            Reach::Via(index) => mirror.interface(index),
             Reach::None => None,
         };
         if route.reach != Reach::None {
@@ -290,5 +358,79 @@ fn mapped(net: IpNet) -> (u32, Addr) {
     match net {
         IpNet::V4(net) => (96 + u32::from(net.prefix_len()), net.network().into()),
         IpNet::V6(net) => (net.prefix_len().into(), net.network().into()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::options::Cidrs;
+
+    fn found(prefixes: &[PortPrefix], port: u16) -> u32 {
+        let mut covering = prefixes.iter().filter(|prefix| prefix.contains(port));
+        let bits = covering.next().map_or(0, |prefix| prefix.bits);
+        assert!(covering.next().is_none(), "{port} is in two of {prefixes:?}");
+        bits
+    }
+
+    #[test]
+    fn ranges_of_ports_become_the_prefixes_that_make_them() {
+        for (inbound, outbound, most) in [
+            (vec![], vec![], 0),
+            (vec![1..=65535], vec![], 17),
+            (vec![1..=65535], vec![1..=65535], 17),
+            (vec![2..=65534], vec![1..=65535], 40),
+            (vec![80..=80, 8000..=9000], vec![443..=443, 8500..=8600, 65535..=65535], 40),
+            (vec![32768..=65535], vec![1..=32767], 17),
+        ] {
+            let (inbound, outbound): (Ports, Ports) =
+                (inbound.into_iter().collect(), outbound.into_iter().collect());
+            let config = Config {
+                inbound_ports: InboundPorts::All,
+                inbound_exclude: inbound.clone(),
+                outbound_exclude_ports: outbound.clone(),
+                ..Config::default()
+            };
+            let prefixes = ports(&config);
+            assert!(prefixes.len() <= most, "{} for {inbound} and {outbound}", prefixes.len());
+            for number in 0..=u16::MAX {
+                let mut bits = 0;
+                if inbound.contains(number) {
+                    bits |= port::INBOUND_EXCLUDED;
+                }
+                if outbound.contains(number) {
+                    bits |= port::OUTBOUND_EXCLUDED;
+                }
+                assert_eq!(found(&prefixes, number), bits, "{number} of {inbound} and {outbound}");
+            }
+        }
+    }
+
+    #[test]
+    fn what_says_no_more_than_what_is_around_it_takes_no_room() {
+        let net = |text: &str| text.parse::<IpNet>().expect("a prefix");
+        let route = |prefix: &str, reach| Route { prefix: net(prefix), reach, source: None };
+        let mirror = Mirror {
+            interfaces: Vec::new(),
+            routes: vec![
+                route("0.0.0.0/0", Reach::Via(2)),
+                route("10.0.0.0/8", Reach::Via(2)),
+                route("10.1.0.0/16", Reach::None),
+                route("10.1.2.0/24", Reach::Via(2)),
+                route("10.1.2.128/25", Reach::Via(2)),
+                route("::/0", Reach::None),
+                route("2001:db8::/32", Reach::None),
+            ],
+        };
+        let config = Config {
+            include: Cidrs { all: false, list: vec![net("10.0.0.0/9")], loopback: false },
+            exclude: vec![net("10.1.2.0/24")],
+            ..Config::default()
+        };
+        let entries = compile(&config, &mirror).entries.destinations;
+        let shown: Vec<_> = entries.iter().map(|(len, addr, _)| format!("{addr:?}/{len}")).collect();
+        let lens: Vec<u32> = entries.iter().map(|(len, ..)| *len).collect();
+        // All of IPv4, the list, the route to nowhere, the excluded one, localhost, two groups; the first entry, ::1, groups.
+        assert_eq!(lens, [96, 96 + 9, 96 + 16, 96 + 24, 128, 96 + 4, 128, 128, 128, 8], "{shown:?}");
     }
 }

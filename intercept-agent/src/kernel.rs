@@ -302,6 +302,47 @@ fn for_each_batch<K: bytemuck::Pod, V: bytemuck::Pod>(
     }
 }
 
+/// The entries of a trie that come after this key in the trie's own order, as long as they are wanted. That order is the
+/// one in which prefixes come after those inside them, so that all with a common beginning follow each other.
+pub fn entries_after<K: bytemuck::Pod, V: bytemuck::Pod>(
+    map: BorrowedFd<'_>,
+    start: &K,
+    wanted: impl Fn(&K) -> bool,
+) -> io::Result<Vec<(K, V)>> {
+    const ROOM: usize = 256;
+    let mut found = Vec::new();
+    let (mut at, mut next) = (*start, K::zeroed());
+    loop {
+        let mut keys = vec![K::zeroed(); ROOM];
+        let mut values = vec![V::zeroed(); ROOM];
+        let mut attr = empty_attr();
+        attr.batch.in_batch = std::ptr::from_ref(&at) as u64;
+        attr.batch.out_batch = std::ptr::from_mut(&mut next) as u64;
+        attr.batch.keys = keys.as_mut_ptr() as u64;
+        attr.batch.values = values.as_mut_ptr() as u64;
+        attr.batch.count = u32::try_from(ROOM).map_err(io::Error::other)?;
+        attr.batch.map_fd = raw(map);
+        let called = call(bpf_cmd::BPF_MAP_LOOKUP_BATCH, &mut attr);
+        let is_last = match &called {
+            Ok(_) => false,
+            Err(error) if error.raw_os_error() == Some(libc::ENOENT) => true,
+            Err(_) => return called.map(|_| found),
+        };
+        // SAFETY: the kernel has written the count back to where it was read from.
+        let count = unsafe { attr.batch.count } as usize;
+        for (key, value) in keys.into_iter().zip(values).take(count) {
+            if !wanted(&key) {
+                return Ok(found);
+            }
+            found.push((key, value));
+        }
+        if is_last {
+            return Ok(found);
+        }
+        at = next;
+    }
+}
+
 /// The values of an array map made with `BPF_F_MMAPABLE`, in this process's own memory: what the programs write is seen
 /// here and the other way round, field by field.
 pub struct SharedArray<T> {

@@ -4,7 +4,9 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::io;
 use std::net::{IpAddr, SocketAddr};
+use std::ops::{ControlFlow, Range};
 use std::os::fd::OwnedFd;
+use std::time::{Duration, Instant};
 
 use intercept_common::Addr;
 use netlink_packet_core::{NLM_F_DUMP, NLM_F_REQUEST};
@@ -100,15 +102,29 @@ pub fn find(netns: &Netns, cgroup: &CgroupDir, ports: &[u16]) -> Result<Found, L
     let mut causes = BTreeMap::new();
     let mut seen = BTreeSet::new();
     let others = std::iter::once_with(|| everyone().into_iter().filter(|&pid| netns.holds(pid))).flatten();
+    let mut walk = Walk::start();
+    let mut long = Vec::new();
     for pid in pods.into_iter().chain(others) {
-        if wanted.is_empty() {
+        if wanted.is_empty() || walk.is_over() {
             break;
         }
-        if seen.insert(pid.as_raw_nonzero()) {
-            take(pid, &mut wanted, &mut found.listeners, &mut causes);
+        if seen.insert(pid.as_raw_nonzero())
+            && take(pid, 0..FEW, &mut walk, &mut wanted, &mut found.listeners, &mut causes).is_break()
+        {
+            long.push(pid);
         }
     }
-    let missed = |(inode, address)| Missed { address, cause: causes.remove(&inode) };
+    // What listens was mostly opened early: processes with many descriptors come last with the rest of theirs.
+    for pid in long {
+        if !wanted.is_empty() && !walk.is_over() {
+            _ = take(pid, FEW..usize::MAX, &mut walk, &mut wanted, &mut found.listeners, &mut causes);
+        }
+    }
+    let gave_up = walk.is_over();
+    let missed = |(inode, address)| {
+        let too_many = || io::Error::new(io::ErrorKind::TimedOut, TOO_MANY);
+        Missed { address, cause: causes.remove(&inode).or_else(|| gave_up.then(too_many)) }
+    };
     found.missed = wanted.into_iter().map(missed).collect();
     Ok(found)
 }
@@ -165,16 +181,47 @@ fn read() -> Result<Vec<(u64, SocketAddr)>, ProcError> {
     Ok(entries.map(|entry| (entry.inode, entry.local_address)).collect())
 }
 
-/// Moves those of the wanted sockets that the process has to `listeners`.
+/// How many descriptors of a process are looked at before those of the next.
+const FEW: usize = 128;
+const TOO_MANY: &str = "the processes have more descriptors than are looked through in 20 ms";
+
+/// Looking through descriptors, of which a pod may have millions.
+struct Walk {
+    left: u32,
+    until: Instant,
+}
+
+impl Walk {
+    /// However slow the machine is, so many are looked at.
+    const LEAST: u32 = 4096;
+    const TIME: Duration = Duration::from_millis(20);
+
+    fn start() -> Self {
+        Self { left: Self::LEAST, until: Instant::now() + Self::TIME }
+    }
+
+    fn is_over(&self) -> bool {
+        self.left == 0 && Instant::now() >= self.until
+    }
+}
+
+/// Moves those of the wanted sockets that the process has among these of its descriptors to `listeners`. Breaks where it
+/// has more.
 fn take(
     pid: Pid,
+    range: Range<usize>,
+    walk: &mut Walk,
     wanted: &mut BTreeMap<u64, SocketAddr>,
     listeners: &mut Vec<Listener>,
     causes: &mut BTreeMap<u64, io::Error>,
-) {
+) -> ControlFlow<()> {
     // A process that is gone, or that may not be looked at, has nothing for us.
-    let Ok(entries) = fs::read_dir(format!("/proc/{pid}/fd")) else { return };
-    for entry in entries.flatten() {
+    let Ok(entries) = fs::read_dir(format!("/proc/{pid}/fd")) else { return ControlFlow::Continue(()) };
+    for (number, entry) in entries.flatten().enumerate().skip(range.start) {
+        if number >= range.end || walk.is_over() {
+            return ControlFlow::Break(());
+        }
+        walk.left = walk.left.saturating_sub(1);
         let Some(number) = entry.file_name().to_str().and_then(|name| name.parse().ok()) else { continue };
         let Some(inode) = fs::read_link(entry.path()).ok().and_then(|link| socket_inode(link.to_str()?))
         else {
@@ -191,6 +238,7 @@ fn take(
             Err(error) => _ = causes.insert(inode, error),
         }
     }
+    ControlFlow::Continue(())
 }
 
 fn duplicate(pid: Pid, number: i32, inode: u64, address: SocketAddr) -> io::Result<Option<Listener>> {
@@ -335,6 +383,42 @@ mod tests {
         let listed = sorted(listed(&netns).unwrap().unwrap());
         assert_eq!(listed.len(), 3);
         assert_eq!(listed, sorted(netns.run(read).unwrap().unwrap()));
+    }
+
+    #[test]
+    fn a_process_with_many_descriptors_hides_no_other_and_is_given_up() {
+        let (netns, mut test) = (network(), TestCgroup::new());
+        // Processes with as many descriptors as the limit allows; the last has the listener after all others.
+        let script = "import os, socket, sys, time
+l = socket.socket()
+if sys.argv[2] == 'listen': l.bind(('127.0.0.1', 15001)); l.listen()
+while True:
+    try: last = os.dup(0)
+    except OSError: break
+os.dup2(l.fileno(), last); l.close(); os.close(last - 1)
+open(sys.argv[1] + sys.argv[2], 'w'); time.sleep(600)";
+        let folder = tempfile::tempdir().unwrap();
+        for number in 0..9 {
+            let role = if number == 8 { "listen".to_owned() } else { number.to_string() };
+            let mut python = Command::new("python3");
+            python.args(["-c", script]).arg(format!("{}/", folder.path().display())).arg(&role);
+            netns.run(|| test.spawn("app", &mut python)).unwrap();
+            let deadline = Instant::now() + Duration::from_secs(60);
+            while !folder.path().join(&role).exists() {
+                assert!(Instant::now() < deadline, "the process opens its descriptors");
+                std::thread::yield_now();
+            }
+        }
+        netns
+            .run(|| test.spawn("proxy", &mut holder(listen("0.0.0.0:15006"), listen("[::]:15006"))))
+            .unwrap();
+        let started = Instant::now();
+        let found = find(&netns, &test.cgroup, &[PROXY, INBOUND]).unwrap();
+        assert_eq!(found.listeners.len(), 2, "{found:?}");
+        let [missed] = found.missed.as_slice() else { panic!("{found:?}") };
+        assert_eq!(missed.address.port(), PROXY);
+        assert!(missed.cause.as_ref().is_some_and(|cause| cause.to_string() == TOO_MANY), "{missed:?}");
+        assert!(started.elapsed() < Duration::from_secs(2), "{:?}", started.elapsed());
     }
 
     #[test]

@@ -16,7 +16,8 @@ mod requests;
 
 use std::collections::BTreeSet;
 use std::io;
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::time::{Duration, Instant};
 
 use ipnet::IpNet;
 use netlink_packet_route::AddressFamily;
@@ -27,6 +28,12 @@ use self::requests::{Answer, Requests};
 use crate::netns::{Netns, NetnsError};
 
 pub use follow::Follower;
+
+/// Most interfaces, rules and routes of a family that are read: a pod with more is refused, because it would cost the
+/// agent as much memory and time as the pod likes.
+pub const MAX_ENTRIES: usize = 1 << 14;
+/// How long reading all of it may take.
+const READ_TIME: Duration = Duration::from_secs(3);
 
 /// What netlink said of one namespace at one time.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -91,6 +98,18 @@ pub enum MirrorError {
         /// What the kernel said.
         source: io::Error,
     },
+    /// There are more of them than are read.
+    #[error("{attempt} of network namespace {netns}: it has {found}, and may have {limit}")]
+    TooMany {
+        /// What was attempted.
+        attempt: &'static str,
+        /// Path of the namespace.
+        netns: String,
+        /// How many there are.
+        found: usize,
+        /// How many there may be.
+        limit: usize,
+    },
     /// Interfaces or routes changed each time while they were read.
     #[error("{attempt} in network namespace {netns}: they change faster than they can be read; try again")]
     Restless {
@@ -108,6 +127,7 @@ impl Mirror {
     }
 
     fn read(requests: &mut Requests) -> Result<Self, MirrorError> {
+        requests.until(Instant::now() + READ_TIME);
         let mut interfaces = requests.links()?;
         interfaces.sort_by_key(|interface| interface.index);
         let mut mirror = Self { interfaces, routes: Vec::new() };
@@ -178,7 +198,13 @@ impl Mirror {
     }
 
     fn is_loopback(&self, index: u32) -> bool {
-        self.interfaces.iter().any(|interface| interface.index == index && interface.loopback)
+        self.interface(index).is_some_and(|interface| interface.loopback)
+    }
+
+    /// The interface of an index.
+    pub fn interface(&self, index: u32) -> Option<&Interface> {
+        let at = self.interfaces.binary_search_by_key(&index, |interface| interface.index).ok()?;
+        self.interfaces.get(at)
     }
 
     /// Whether all of a prefix is the namespace's own.
@@ -190,6 +216,48 @@ impl Mirror {
                 .iter()
                 .filter(|route| prefix.contains(&route.prefix))
                 .all(|route| route.reach == Reach::Local)
+    }
+
+    /// The names of all interfaces.
+    pub fn interface_names(&self) -> Vec<&str> {
+        self.interfaces.iter().map(|interface| interface.name.as_str()).collect()
+    }
+
+    /// The same once all of a prefix is local, with 127.0.0.1 or ::1 as the source.
+    #[must_use]
+    pub fn with_local_prefix(mut self, prefix: IpNet) -> Self {
+        let source = match prefix {
+            IpNet::V4(_) => IpAddr::from(Ipv4Addr::LOCALHOST),
+            IpNet::V6(_) => IpAddr::from(Ipv6Addr::LOCALHOST),
+        };
+        let route = Route { prefix, reach: Reach::Local, source: Some(source) };
+        match self.routes.binary_search_by_key(&prefix, |route| route.prefix) {
+            Ok(at) => self.routes[at] = route,
+            Err(at) => self.routes.insert(at, route),
+        }
+        self
+    }
+
+    /// The same once the loopback interface has another IPv6 address of global scope, a single one (/128): a local route
+    /// leads to it, and it is the source where the kernel found none but a link-local one.
+    #[must_use]
+    pub fn with_loopback_address(mut self, address: IpAddr) -> Self {
+        let prefix = IpNet::from(address);
+        match self.routes.binary_search_by_key(&prefix, |route| route.prefix) {
+            Ok(at) if self.routes[at].reach == Reach::Local => return self,
+            Ok(at) => _ = self.routes.remove(at),
+            Err(_) => {}
+        }
+        for route in &mut self.routes {
+            let IpNet::V6(to) = route.prefix else { continue };
+            let is_routed = matches!(route.reach, Reach::Via(_)) && !to.addr().is_unicast_link_local();
+            if is_routed && route.source.is_none() {
+                route.source = Some(address);
+            }
+        }
+        let at = self.routes.partition_point(|route| route.prefix < prefix);
+        self.routes.insert(at, Route { prefix, reach: Reach::Local, source: Some(address) });
+        self
     }
 
     /// The route of `address`; `None` when there is none. An IPv4 mapped address is an IPv4 one.

@@ -1,6 +1,9 @@
 //! One question to netlink and its whole answer, on a socket inside a namespace.
 
-use std::{io, time::Duration};
+use std::{
+    io,
+    time::{Duration, Instant},
+};
 
 use netlink_packet_core::{
     NLM_F_DUMP, NLM_F_DUMP_INTR, NetlinkDeserializable, NetlinkHeader, NetlinkMessage, NetlinkPayload,
@@ -17,6 +20,9 @@ const PATIENCE: Duration = Duration::from_secs(5);
 pub(crate) struct Questions {
     socket: Socket,
     sequence: u32,
+    /// The question whose answer was given up before its end: the kernel takes no other before that is read.
+    unfinished: Option<u32>,
+    deadline: Option<Instant>,
 }
 
 impl Questions {
@@ -31,8 +37,13 @@ impl Questions {
                 rustix::net::sockopt::Timeout::Recv,
                 Some(PATIENCE),
             )?;
-            Ok(Self { socket, sequence: 0 })
+            Ok(Self { socket, sequence: 0, unfinished: None, deadline: None })
         })
+    }
+
+    /// From now on answers are given up at this time.
+    pub(crate) fn until(&mut self, deadline: Instant) {
+        self.deadline = Some(deadline);
     }
 
     /// Sends `question` and receives the whole answer; true when a list changed while it was read.
@@ -41,6 +52,24 @@ impl Questions {
         M: NetlinkSerializable + NetlinkDeserializable,
         NetlinkPayload<M>: From<M>,
     {
+        let mut found = Vec::new();
+        let interrupted = self.ask_each(question, flags, |message| found.push(message))?;
+        Ok((found, interrupted))
+    }
+
+    /// The same, each message as it comes: a list may be longer than there is memory for.
+    pub(crate) fn ask_each<M>(&mut self, question: M, flags: u16, each: impl FnMut(M)) -> io::Result<bool>
+    where
+        M: NetlinkSerializable + NetlinkDeserializable,
+        NetlinkPayload<M>: From<M>,
+    {
+        if self.unfinished.is_some() {
+            // Its end may be an error, which was that question's.
+            match self.receive::<M>(NLM_F_DUMP, |_| {}) {
+                Err(error) if self.unfinished.is_some() => return Err(error),
+                _ => {}
+            }
+        }
         self.sequence = self.sequence.wrapping_add(1);
         let mut header = NetlinkHeader::default();
         (header.flags, header.sequence_number) = (flags, self.sequence);
@@ -49,9 +78,16 @@ impl Questions {
         let mut bytes = vec![0; message.buffer_len()];
         message.serialize(&mut bytes);
         self.socket.send(&bytes, 0)?;
+        self.unfinished = (flags & NLM_F_DUMP == NLM_F_DUMP).then_some(self.sequence);
+        self.receive(flags, each)
+    }
 
-        let (mut found, mut interrupted) = (Vec::new(), false);
+    fn receive<M: NetlinkDeserializable>(&mut self, flags: u16, mut each: impl FnMut(M)) -> io::Result<bool> {
+        let (mut interrupted, mut any) = (false, false);
         loop {
+            if self.deadline.is_some_and(|deadline| deadline <= Instant::now()) {
+                return Err(io::ErrorKind::TimedOut.into());
+            }
             let (mut bytes, _) = self.socket.recv_from_full()?;
             make_names_text(&mut bytes);
             let mut rest = bytes.as_slice();
@@ -66,17 +102,26 @@ impl Questions {
                 }
                 interrupted |= message.header.flags & NLM_F_DUMP_INTR != 0;
                 match message.payload {
-                    NetlinkPayload::InnerMessage(inner) => found.push(inner),
-                    NetlinkPayload::Done(done) if done.code < 0 => {
-                        return Err(io::Error::from_raw_os_error(-done.code));
+                    NetlinkPayload::InnerMessage(inner) => {
+                        any = true;
+                        each(inner);
                     }
-                    NetlinkPayload::Done(_) => return Ok((found, interrupted)),
-                    NetlinkPayload::Error(error) => return Err(error.to_io()),
+                    NetlinkPayload::Done(done) => {
+                        self.unfinished = None;
+                        return match done.code {
+                            code if code < 0 => Err(io::Error::from_raw_os_error(-code)),
+                            _ => Ok(interrupted),
+                        };
+                    }
+                    NetlinkPayload::Error(error) => {
+                        self.unfinished = None;
+                        return Err(error.to_io());
+                    }
                     _ => {}
                 }
             }
-            if flags & NLM_F_DUMP != NLM_F_DUMP && !found.is_empty() {
-                return Ok((found, interrupted));
+            if flags & NLM_F_DUMP != NLM_F_DUMP && any {
+                return Ok(interrupted);
             }
         }
     }

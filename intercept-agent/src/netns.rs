@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::fmt::{self, Write as _};
 use std::fs::{self, File, OpenOptions};
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::thread;
@@ -89,6 +89,14 @@ pub enum NetnsError {
         /// What the kernel said.
         source: io::Error,
     },
+    /// The kernel does not tell who owns it.
+    #[error("asking for the user namespace that owns network namespace {name}")]
+    Owner {
+        /// Path of the namespace.
+        name: String,
+        /// What the kernel said.
+        source: io::Error,
+    },
     /// The cgroup is empty, so nothing says which namespace is meant.
     #[error("cgroup {} has no processes, so its network namespace is not known; pass --netns", cgroup.display())]
     NoProcess {
@@ -150,26 +158,47 @@ impl Netns {
 
     /// Opens the namespace that all processes of `cgroup` are in, as [`Netns::open`] does.
     pub fn of_cgroup(cgroup: &CgroupDir) -> Result<Self, NetnsError> {
-        let mut found = BTreeMap::new();
-        let mut refused = None;
-        for pid in cgroup.processes()? {
-            let path = path_of(pid);
-            match fs::metadata(&path) {
-                Ok(metadata) => _ = found.entry(metadata.ino()).or_insert(pid),
-                // Gone meanwhile, or about to be: a zombie has no namespaces.
-                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-                Err(source) => {
-                    refused = Some(NetnsError::Open { name: path.display().to_string(), source });
-                }
+        let found = in_cgroup(cgroup)?;
+        match found.as_slice() {
+            [(_, pids)] => Self::of_process(pids[0]),
+            _ => {
+                let found = found.into_iter().map(|(inode, pids)| (inode, pids[0])).collect();
+                Err(NetnsError::Several { cgroup: cgroup.path().to_path_buf(), found })
             }
         }
-        let found: Vec<_> = found.into_iter().collect();
-        match (found.as_slice(), refused) {
-            ([(_, pid)], _) => Self::of_process(*pid),
-            ([], Some(refused)) => Err(refused),
-            ([], None) => Err(NetnsError::NoProcess { cgroup: cgroup.path().to_path_buf() }),
-            _ => Err(NetnsError::Several { cgroup: cgroup.path().to_path_buf(), found }),
+    }
+
+    /// Opens the namespace of the pod whose cgroup this is, as [`Netns::open`] does: the one that is known for it as long
+    /// as a process is in that, else the one of the process that is there longest, which is its sandbox's. What other
+    /// processes unshare does not matter.
+    pub fn of_sandbox(cgroup: &CgroupDir, known: Option<u64>) -> Result<Self, NetnsError> {
+        let found = in_cgroup(cgroup)?;
+        let (_, pids) = match found.iter().find(|(inode, _)| Some(*inode) == known) {
+            Some(known) => known,
+            None if found.len() == 1 => &found[0],
+            None => {
+                let age = |pid: &Pid| started(*pid).map(|start| (start, pid.as_raw_nonzero()));
+                let oldest = |(_, pids): &&(u64, Vec<Pid>)| {
+                    pids.iter().filter_map(age).min().unwrap_or((u64::MAX, pids[0].as_raw_nonzero()))
+                };
+                found.iter().min_by_key(oldest).unwrap_or(&found[0])
+            }
+        };
+        Self::of_process(pids[0])
+    }
+
+    /// The user namespace that owns it.
+    pub fn owner(&self) -> Result<OwnedFd, NetnsError> {
+        /// `_IO(0xb7, 0x1)` of linux/nsfs.h.
+        const NS_GET_USERNS: libc::Ioctl = 0xb701;
+        // SAFETY: the call takes no argument, and gives a descriptor of the caller's own.
+        let fd = unsafe { libc::ioctl(self.file.as_raw_fd(), NS_GET_USERNS) };
+        if fd < 0 {
+            let source = io::Error::last_os_error();
+            return Err(NetnsError::Owner { name: self.name.clone(), source });
         }
+        // SAFETY: the kernel has just made this descriptor for us.
+        Ok(unsafe { OwnedFd::from_raw_fd(fd) })
     }
 
     /// Makes a namespace in which not even the loopback interface is up. It goes with the last that holds it or is
@@ -280,6 +309,34 @@ impl AsFd for Netns {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.file.as_fd()
     }
+}
+
+/// Inodes of the namespaces of the processes in a cgroup, each with the processes in it; at least one.
+fn in_cgroup(cgroup: &CgroupDir) -> Result<Vec<(u64, Vec<Pid>)>, NetnsError> {
+    let mut found = BTreeMap::<u64, Vec<Pid>>::new();
+    let mut refused = None;
+    for pid in cgroup.processes()? {
+        let path = path_of(pid);
+        match fs::metadata(&path) {
+            Ok(metadata) => found.entry(metadata.ino()).or_default().push(pid),
+            // Gone meanwhile, or about to be: a zombie has no namespaces.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            Err(source) => {
+                refused = Some(NetnsError::Open { name: path.display().to_string(), source });
+            }
+        }
+    }
+    match (found.is_empty(), refused) {
+        (true, Some(refused)) => Err(refused),
+        (true, None) => Err(NetnsError::NoProcess { cgroup: cgroup.path().to_path_buf() }),
+        (false, _) => Ok(found.into_iter().collect()),
+    }
+}
+
+/// When a process was started, in the kernel's ticks since boot; none if it is gone.
+fn started(pid: Pid) -> Option<u64> {
+    let process = procfs::process::Process::new(pid.as_raw_nonzero().get()).ok()?;
+    process.stat().ok().map(|stat| stat.starttime)
 }
 
 fn path_of(pid: Pid) -> PathBuf {
@@ -442,6 +499,25 @@ pub(crate) mod tests {
         let error = Netns::of_cgroup(&test.cgroup).unwrap_err();
         assert!(matches!(&error, NetnsError::Several { found, .. } if found.len() == 2), "{error:?}");
         assert!(error.to_string().contains("--netns"), "{error}");
+    }
+
+    #[test]
+    fn what_a_process_unshares_is_not_the_pods() {
+        let (mut test, sandbox, other) = (TestCgroup::new(), fresh(), fresh());
+        idle(&sandbox, &mut test, "sandbox");
+        // The ages of processes are told apart by hundredths of a second.
+        let first = started(test.cgroup.processes().unwrap()[0]).unwrap();
+        let mut last = first;
+        while last == first {
+            last = started(idle(&other, &mut test, "app")).unwrap();
+        }
+        let found = |known| Netns::of_sandbox(&test.cgroup, known).unwrap().inode();
+        assert_eq!(found(None), sandbox.inode());
+        assert_eq!(found(Some(sandbox.inode())), sandbox.inode());
+        // One that is known to be the pod's stays so, whatever is older.
+        assert_eq!(found(Some(other.inode())), other.inode());
+        // Until nothing is in it any more.
+        assert_eq!(found(Some(1)), sandbox.inode());
     }
 
     #[test]

@@ -1,42 +1,46 @@
 //! The node's programs and maps, and the pods they are attached to.
 //!
-//! A pod is put in force by one write to PODS. Everything before it (folder, record, lists, links, listeners) has no
-//! effect on any connection, so that an agent that dies on the way leaves the old state in force; everything after it
-//! is tidying that the next call makes up for.
+//! One write to PODS activates a policy. An attach first makes a plan ([`plan`]); then it adds, makes that one write, and
+//! removes ([`apply`]). What it adds affects no connection, so an agent that crashes leaves the old policy active. What it
+//! did not get to remove, the next call removes.
 
+mod apply;
 mod error;
 mod hold;
 mod links;
+mod observe;
 mod paused;
+mod plan;
 
 use std::{
     cell::OnceCell,
     collections::{BTreeMap, BTreeSet},
-    os::fd::AsFd as _,
     path::{Path, PathBuf},
-    time::{Instant, SystemTime, UNIX_EPOCH},
+    time::{SystemTime, UNIX_EPOCH},
 };
 
 use aya::programs::ProgramInfo;
 use aya_log::EbpfLogger;
-use intercept_common::{layout, layout::PodPolicy, names};
+use intercept_common::{layout::PodPolicy, names};
 
 use crate::{
     cgroup::CgroupDir,
-    compile::{Compiled, compile, outside},
+    compile::{compile, outside},
     kernel,
-    mirror::{Follower, Mirror},
     netns::Netns,
     options::Config,
     plumbing,
     programs::{self, Lookup, ProgramError},
     store::{Lock, Origin, Record, Store},
     tables::Tables,
-    userns::IdMaps,
 };
 
+use self::plan::{Input, Plan, plan};
+
 pub use error::NodeError;
+pub use observe::Observation;
 pub use paused::Paused;
+pub use plan::{LivingPod, Rewrite};
 
 /// What a pod is made of.
 pub struct Target {
@@ -72,6 +76,27 @@ impl Attached {
     }
 }
 
+/// The attached pods.
+#[derive(Debug, Default)]
+pub struct Pods {
+    /// Each with its policy, the oldest first.
+    pub readable: Vec<(Record, PodPolicy)>,
+    /// Those whose record cannot be read.
+    pub broken: Vec<BrokenPod>,
+}
+
+/// A pod whose record cannot be read: written by another version, or damaged. It stays captured as it is; it can be
+/// detached, and attached again.
+#[derive(Debug)]
+pub struct BrokenPod {
+    /// Cookie of its namespace.
+    pub cookie: u64,
+    /// Its policy.
+    pub policy: PodPolicy,
+    /// What is wrong.
+    pub error: NodeError,
+}
+
 /// The node's store and maps, with the store locked.
 pub struct Node {
     store: Store,
@@ -81,8 +106,8 @@ pub struct Node {
     _lock: Lock,
 }
 
-/// Cgroup ids by cookie of the pods that are there.
-type Living = BTreeMap<u64, u64>;
+/// The pods that are there, by netns cookie.
+pub type Living = BTreeMap<u64, LivingPod>;
 
 impl Node {
     /// Lock the store; load the programs if this build's are not there, and put them under the links of all pods.
@@ -93,7 +118,8 @@ impl Node {
         if let Some(other) = store.other_layout()? {
             return Err(NodeError::OtherLayout(other.display().to_string()));
         }
-        if !store.programs().join(names::CONNECT6).exists() {
+        let load = !store.programs().join(names::CONNECT6).exists() || store.missing_map().is_some();
+        if load {
             store.remove_other_layouts()?;
             // What an agent left that died on the way is in the way.
             store.remove(&store.programs())?;
@@ -112,26 +138,41 @@ impl Node {
         let tables = Tables::open(&store.maps())?;
         let mut node = Self { tables, lookup: OnceCell::new(), living: None, store, _lock: lock };
         let others = node.store.other_programs()?;
-        if !others.is_empty() {
-            // The links of pods that are gone take no other program.
-            node.sweep()?;
-            for cookie in node.store.pods()? {
-                node.replace_programs(cookie)?;
-            }
-            for other in others {
-                node.store.remove(&other)?;
-            }
+        if load || !others.is_empty() {
+            node.take_over(&others)?;
         }
         Ok(node)
+    }
+
+    /// Put this build's programs under the links of all pods, and remove those of other builds.
+    fn take_over(&mut self, others: &[PathBuf]) -> Result<(), NodeError> {
+        // The links of pods that are gone take no other program.
+        self.sweep()?;
+        let mut failed = false;
+        for cookie in self.store.pods()? {
+            if let Err(error) = self.replace_programs(cookie) {
+                failed = true;
+                tracing::error!(
+                    cookie,
+                    error = &error as &dyn std::error::Error,
+                    "this pod keeps the programs that it has"
+                );
+            }
+        }
+        // Kept where one failed, so that the next agent tries it again.
+        for other in others.iter().filter(|_| !failed) {
+            self.store.remove(other)?;
+        }
+        Ok(())
     }
 
     /// The store and maps if there are any: for those who only look, and for those who take away.
     pub fn find(bpffs: &Path) -> Result<Option<Self>, NodeError> {
         let Some(store) = Store::find(bpffs) else { return Ok(None) };
         let lock = store.lock()?;
-        // Another agent may have taken it away while we waited.
-        if !store.maps().is_dir() {
-            return Ok(None);
+        // Another agent may have taken it away while we waited, or have died before all of it was there.
+        if let Some(map) = store.missing_map() {
+            return if store.pods()?.is_empty() { Ok(None) } else { Err(NodeError::Incomplete(map)) };
         }
         let tables = Tables::open(&store.maps())?;
         Ok(Some(Self { tables, lookup: OnceCell::new(), living: None, store, _lock: lock }))
@@ -155,134 +196,129 @@ impl Node {
         &self.tables
     }
 
-    /// The records in force, each with its policy.
-    pub fn pods(&self) -> Result<Vec<(Record, PodPolicy)>, NodeError> {
-        let mut pods = Vec::new();
+    /// The attached pods.
+    pub fn pods(&self) -> Result<Pods, NodeError> {
+        let mut pods = Pods::default();
         for (cookie, policy) in self.tables.policies()? {
-            if let Some(record) = self.store.read_record(cookie, policy.id)? {
-                pods.push((record, policy));
+            match self.store.read_record(cookie, policy.id) {
+                Ok(Some(record)) => pods.readable.push((record, policy)),
+                Ok(None) => {
+                    pods.broken.push(BrokenPod { cookie, policy, error: NodeError::NoRecord(cookie) })
+                }
+                Err(error) => pods.broken.push(BrokenPod { cookie, policy, error: error.into() }),
             }
         }
-        pods.sort_by_key(|(record, _)| record.since);
+        pods.readable.sort_by_key(|(record, _)| record.since);
+        pods.broken.sort_by_key(|pod| pod.cookie);
         Ok(pods)
     }
 
-    /// The pod that is attached to this cgroup.
-    pub fn pod_of_cgroup(&self, cgroup_id: u64) -> Result<Option<(Record, PodPolicy)>, NodeError> {
-        Ok(self.pods()?.into_iter().find(|(record, _)| record.cgroup_id == cgroup_id))
+    /// The pod that is attached to this cgroup, by the cookie of its namespace. The links tell; its record is not read.
+    pub fn pod_of_cgroup(&self, cgroup_id: u64) -> Result<Option<(u64, PodPolicy)>, NodeError> {
+        for (cookie, policy) in self.tables.policies()? {
+            if self.cgroup_of(cookie)? == Some(cgroup_id) {
+                return Ok(Some((cookie, policy)));
+            }
+        }
+        Ok(None)
     }
 
-    /// Put a policy in force for a pod. `config` has the ids as the pod sees them.
-    pub fn attach(&mut self, target: &Target, config: &Config) -> Result<Attached, NodeError> {
-        self.attach_followed(target, config, None)
+    /// The record of a namespace's active policy, if it can be read.
+    pub fn record_of(&self, cookie: u64) -> Result<Option<Record>, NodeError> {
+        let Some(policy) = self.tables.policy(cookie)? else { return Ok(None) };
+        match self.store.read_record(cookie, policy.id) {
+            Err(error) if error.may_pass() => Err(error.into()),
+            read => Ok(read.ok().flatten()),
+        }
     }
 
-    /// The same, also if it is in force already: every entry is written anew.
-    pub fn attach_anew(&mut self, target: &Target, config: &Config) -> Result<Attached, NodeError> {
-        self.enter_and_put_in_force(target, config, true, None)
-    }
-
-    /// The same for a namespace that is followed from the state that is put in force, if by anybody.
-    pub fn attach_followed(
+    /// Attach a pod, or replace its policy. `config` has the ids as the pod sees them. `observed` was taken shortly before;
+    /// after the call it has the routes as the attach changes them.
+    pub fn attach(
         &mut self,
         target: &Target,
         config: &Config,
-        follower: Option<&mut Follower>,
+        observed: &mut Observation,
+        rewrite: Rewrite,
     ) -> Result<Attached, NodeError> {
-        self.enter_and_put_in_force(target, config, false, follower)
-    }
-
-    /// Half of the steps are taken inside the namespace, which is entered once.
-    fn enter_and_put_in_force(
-        &mut self,
-        target: &Target,
-        config: &Config,
-        anew: bool,
-        follower: Option<&mut Follower>,
-    ) -> Result<Attached, NodeError> {
-        target.netns.run(|| self.put_in_force(target, config, anew, follower))?
+        // Half of the steps are taken inside the namespace, which is entered once.
+        target.netns.run(|| self.put_in_force(target, config, observed, rewrite))?
     }
 
     fn put_in_force(
         &mut self,
         target: &Target,
         config: &Config,
-        anew: bool,
-        follower: Option<&mut Follower>,
+        observed: &mut Observation,
+        rewrite: Rewrite,
     ) -> Result<Attached, NodeError> {
         self.refuse_unsupported(config)?;
-        let cookie = target.netns.cookie();
         let living = self.living()?;
-        self.refuse_conflicts(target, &living)?;
-        let netns = || target.netns.name().to_owned();
-        let before = self.tables.policy(cookie)?;
-        let old = match &before {
-            Some(policy) => self.store.read_record(cookie, policy.id)?,
-            None => None,
-        };
-
-        let was = old.as_ref().map(|record| record.plumbing.clone()).unwrap_or_default();
-        let plumbing = plumbing::apply(&target.netns, config, &was)
-            .map_err(|source| NodeError::Plumbing { netns: netns(), source })?;
-        let compiled = self.compile(target, config, follower)?;
-        let digest = compiled.digest();
-        if !anew
-            && let (Some(policy), Some(record)) = (&before, &old)
-            && record.config == *config
-            && record.digest == digest
-            && record.origin == target.origin
-            && self.links_intact(cookie, target)
-        {
-            // A proxy may have started to listen while another capture held its socket.
-            self.register_unknown(target, config, policy)?;
-            return Ok(Attached::Unchanged);
+        let policies = self.tables.policies()?;
+        let record = self.settle(target, &policies)?;
+        let made = record.as_ref().map(|record| record.plumbing.clone()).unwrap_or_default();
+        let interfaces = observed.mirror.interface_names();
+        let namespace = plumbing::plan(config, &interfaces, &observed.found, &made);
+        let expected = namespace.expected(observed.mirror.clone());
+        let (outside_config, unmapped) = outside(config, &observed.ids);
+        if !unmapped.is_empty() {
+            let cgroup = target.cgroup.path().display();
+            tracing::warn!(%cgroup, ids = ?unmapped, "ids that the pod's user namespace does not map match nobody");
         }
-
-        let (slot, id) = self.free(before.as_ref())?;
-        let record = Record {
-            cookie,
-            policy: id,
-            slot,
-            cgroup: target.cgroup.path().to_owned(),
-            cgroup_id: target.cgroup.id(),
-            netns_inode: target.netns.inode(),
-            netns_path: target.netns_path.clone(),
-            config: config.clone(),
-            digest,
-            plumbing: plumbing.clone(),
-            origin: target.origin.clone(),
-            since: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |t| t.as_secs()),
+        let input = Input {
+            target,
+            config,
+            policies: &policies,
+            record: record.as_ref(),
+            living: &living,
+            lineage: &target.cgroup.lineage()?,
+            links_intact: self.links_intact(target.netns.cookie(), target)?,
+            namespace,
+            max_connections: self.tables.max_connections_per_pod(),
+            compiled: compile(&outside_config, &expected),
+            now: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |t| t.as_secs()),
         };
-        self.lookup()?;
-        let start = Instant::now();
-        let installed = self.install(target, &record, &compiled, before.is_none());
-        tracing::debug!(seconds = start.elapsed().as_secs_f64(), cookie, "wrote maps and made links");
-        if let Err(error) = installed {
-            // Best effort: what is left has no effect and is swept by the next call.
-            if before.is_none() {
-                let _swept_later = self.take_out(cookie);
-                plumbing::remove(&target.netns, &plumbing);
+        let done = match plan(input, rewrite, random)? {
+            Plan::Unchanged(policy) => {
+                // A proxy may have started to listen while another capture held its socket.
+                self.register_unknown(target, config, &policy)?;
+                Attached::Unchanged
             }
-            return Err(error);
+            Plan::Apply(plan) => self.apply(target, &plan)?,
+        };
+        observed.mirror = expected;
+        Ok(done)
+    }
+
+    /// The record of the pod's active policy, if it can be read. Removes what an agent that crashed left beside it.
+    fn settle(
+        &mut self,
+        target: &Target,
+        policies: &[(u64, PodPolicy)],
+    ) -> Result<Option<Record>, NodeError> {
+        let cookie = target.netns.cookie();
+        let Some((_, policy)) = policies.iter().find(|(netns, _)| *netns == cookie) else {
+            if self.store.pods()?.binary_search(&cookie).is_ok() {
+                self.take_out(cookie, Some(&target.netns))?;
+            }
+            return Ok(None);
+        };
+        self.remove_leftovers(cookie, policy.id, &target.netns)?;
+        match self.store.read_record(cookie, policy.id) {
+            Err(error) if !error.may_pass() => {
+                tracing::warn!(error = &error as &dyn std::error::Error, "replacing the pod's record");
+                Ok(None)
+            }
+            read => Ok(read?),
         }
-        // In force from here on: a failure below is not one of the attach.
-        if let Err(error) = self.tidy_after(cookie, id, before.map(|policy| policy.id)) {
-            tracing::warn!(error = &error as &dyn std::error::Error, "tidying after attach");
-        }
-        Ok(if before.is_some() { Attached::Replaced } else { Attached::New })
     }
 
     /// Take a pod out of force and leave nothing of it. `netns` is its namespace, if it still can be reached.
     pub fn detach(&mut self, cookie: u64, netns: Option<&Netns>) -> Result<(), NodeError> {
-        let record = match self.tables.policy(cookie)? {
-            Some(policy) => self.store.read_record(cookie, policy.id)?,
-            None => None,
-        };
-        self.take_out(cookie)?;
-        if let (Some(record), Some(netns)) = (record, netns) {
-            plumbing::remove(netns, &record.plumbing);
+        match netns {
+            Some(netns) => self.take_out(cookie, Some(netns)),
+            None => self.take_out_unreached(cookie),
         }
-        Ok(())
     }
 
     /// Remove programs and maps if no pod uses them and no daemon keeps them.
@@ -304,11 +340,14 @@ impl Node {
         let in_force = self.tables.policies()?;
         let mut living = Living::new();
         for cookie in self.store.pods()? {
-            let cgroup =
-                self.cgroup_of(cookie).filter(|_| in_force.iter().any(|(netns, _)| *netns == cookie));
-            match cgroup {
-                Some(cgroup) => _ = living.insert(cookie, cgroup),
-                None => self.take_out(cookie)?,
+            let policy = in_force.iter().find(|(netns, _)| *netns == cookie).map(|(_, policy)| policy);
+            let pod = match policy {
+                Some(policy) => self.living_pod(cookie, policy)?,
+                None => None,
+            };
+            match pod {
+                Some(pod) => _ = living.insert(cookie, pod),
+                None => self.take_out_unreached(cookie)?,
             }
         }
         self.living = Some(living.clone());
@@ -323,27 +362,40 @@ impl Node {
         living.retain(|cookie, _| listed.binary_search(cookie).is_ok());
         for cookie in listed {
             if !living.contains_key(&cookie)
-                && let Some(cgroup) = self.cgroup_of(cookie)
+                && let Some(policy) = self.tables.policy(cookie)?
+                && let Some(pod) = self.living_pod(cookie, &policy)?
             {
-                living.insert(cookie, cgroup);
+                living.insert(cookie, pod);
             }
         }
         self.living = Some(living.clone());
         Ok(living)
     }
 
-    fn take_out(&mut self, cookie: u64) -> Result<(), NodeError> {
-        self.tables.switch_off(cookie)?;
-        for program in names::CGROUP_PROGRAMS.iter().chain([&names::SK_LOOKUP]) {
-            // So that nothing is attached any more when this returns. Whoever fails here leaves it to the removal.
-            let link = kernel::open_pin(&self.store.pod(cookie).join(program));
-            let _goes_with_its_pin = link.and_then(|link| kernel::link_detach(link.as_fd()));
+    /// A pod, if it is there.
+    fn living_pod(&self, cookie: u64, policy: &PodPolicy) -> Result<Option<LivingPod>, NodeError> {
+        let Some((cgroup, netns_inode)) = self.place_of(cookie)? else { return Ok(None) };
+        let record = self.store.read_record(cookie, policy.id).ok().flatten();
+        let cgroup_path = record.map(|record| record.cgroup);
+        let opened = cgroup_path.as_ref().and_then(|path| CgroupDir::open(path).ok());
+        let lineage = opened.filter(|dir| dir.id() == cgroup).and_then(|dir| dir.lineage().ok());
+        Ok(Some(LivingPod { cgroup, cgroup_path, lineage: lineage.unwrap_or_default(), netns_inode }))
+    }
+
+    /// Take out a pod whose namespace the caller does not have. If it still exists and the agent changed something in it,
+    /// the record leads to it.
+    fn take_out_unreached(&mut self, cookie: u64) -> Result<(), NodeError> {
+        let mut netns = None;
+        if self.may_have_netns(cookie)? {
+            for (_, record) in self.store.records(cookie)? {
+                match record {
+                    Ok(record) if netns.is_none() && !record.plumbing.is_empty() => netns = record.netns(),
+                    Err(error) if error.may_pass() => return Err(error.into()),
+                    _ => {}
+                }
+            }
         }
-        self.store.remove(&self.store.pod(cookie))?;
-        let in_force: Vec<_> = self.tables.policies()?;
-        self.tables.purge_lists(|id| in_force.iter().any(|(_, policy)| policy.id == id))?;
-        self.tables.purge_connections(|netns| netns != cookie)?;
-        Ok(())
+        self.take_out(cookie, netns.as_ref())
     }
 
     /// What all instances of the `sk_lookup` program are made of.
@@ -353,79 +405,6 @@ impl Node {
         }
         let lookup = Lookup::prepare(&self.store.maps())?;
         Ok(self.lookup.get_or_init(|| lookup))
-    }
-
-    fn compile(
-        &self,
-        target: &Target,
-        config: &Config,
-        follower: Option<&mut Follower>,
-    ) -> Result<Compiled, NodeError> {
-        let mirror = match follower {
-            Some(follower) => follower.look().cloned(),
-            None => Mirror::snapshot(&target.netns),
-        };
-        let mirror =
-            mirror.map_err(|source| NodeError::Mirror { netns: target.netns.name().to_owned(), source })?;
-        let cgroup = || target.cgroup.path().display().to_string();
-        let ids = IdMaps::of_cgroup(&target.cgroup)
-            .map_err(|source| NodeError::UserNs { cgroup: cgroup(), source })?;
-        let (config, nobody) = outside(config, &ids);
-        if !nobody.is_empty() {
-            tracing::warn!(cgroup = cgroup(), ids = ?nobody, "ids that the pod's user namespace does not map match nobody");
-        }
-        Ok(compile(&config, &mirror))
-    }
-
-    /// A namespace has one capture and a cgroup one namespace: programs that are attached twice would run twice.
-    fn refuse_conflicts(&self, target: &Target, living: &Living) -> Result<(), NodeError> {
-        let own = target.netns.cookie();
-        for (&cookie, &cgroup) in living {
-            if (cookie == own) == (cgroup == target.cgroup.id()) {
-                continue;
-            }
-            let Some(policy) = self.tables.policy(cookie)? else { continue };
-            let Some(record) = self.store.read_record(cookie, policy.id)? else { continue };
-            let cgroup = record.cgroup.display().to_string();
-            return Err(if cookie == own {
-                NodeError::NetnsTaken { netns: target.netns.name().to_owned(), cgroup }
-            } else {
-                NodeError::CgroupTaken { cgroup, inode: record.netns_inode }
-            });
-        }
-        Ok(())
-    }
-
-    fn install(
-        &mut self,
-        target: &Target,
-        record: &Record,
-        compiled: &Compiled,
-        new: bool,
-    ) -> Result<(), NodeError> {
-        self.store.create(&self.store.pod(record.cookie))?;
-        self.store.write_record(record)?;
-        self.tables.write(record.policy, &compiled.entries)?;
-        self.link(target)?;
-        if new {
-            self.tables.reset_counters(record.slot)?;
-            self.tables.reset_proxy(record.slot);
-        }
-        let policy = PodPolicy {
-            id: record.policy,
-            slot: record.slot,
-            max_connections: self.tables.max_connections_per_pod(),
-            ..compiled.policy
-        };
-        if !new {
-            self.tables.switch_on(record.cookie, &policy)?;
-            return self.register_unknown(target, &record.config, &policy);
-        }
-        let mut registered = BTreeSet::new();
-        self.register_listeners(target, &record.config, &policy, &mut registered)?;
-        self.tables.switch_on(record.cookie, &policy)?;
-        // A listener that came up since the look above was not seen by the callback, which knew no policy yet.
-        self.register_listeners(target, &record.config, &policy, &mut registered)
     }
 
     /// Register listeners of an attached pod that the programs did not: those of ports for which none is registered.
@@ -443,27 +422,10 @@ impl Node {
             known.contains(&(listener.port, listener.family))
         })
     }
+}
 
-    fn tidy_after(&mut self, cookie: u64, id: u32, old: Option<u32>) -> Result<(), NodeError> {
-        self.store.drop_other_records(cookie, id)?;
-        if let Some(old) = old {
-            self.tables.purge_lists(|id| id != old)?;
-        }
-        Ok(())
-    }
-
-    /// The slot of the policy that is replaced, or a free one; and an id that is not in force. That is drawn at random,
-    /// so that it does not meet entries that an agent wrote for a policy that it did not live to put in force.
-    fn free(&self, before: Option<&PodPolicy>) -> Result<(u32, u32), NodeError> {
-        use std::hash::{BuildHasher as _, RandomState};
-        let used: Vec<(u32, u32)> = self.tables.policies()?.iter().map(|(_, p)| (p.slot, p.id)).collect();
-        let is_free = |slot: &u32| used.iter().all(|(used, _)| used != slot);
-        let slot = match before {
-            Some(policy) => policy.slot,
-            None => (0..layout::MAX_PODS).find(is_free).ok_or(NodeError::TooManyPods(used.len()))?,
-        };
-        let draw = || (RandomState::new().hash_one(used.len()) & 0xffff_ffff) as u32;
-        let is_new = |id: &u32| *id != 0 && used.iter().all(|(_, used)| used != id);
-        Ok((slot, std::iter::repeat_with(draw).find(is_new).unwrap_or(1)))
-    }
+/// Hashing a constant with fresh keys is all the chance that is needed.
+fn random() -> u32 {
+    use std::hash::{BuildHasher as _, RandomState};
+    (RandomState::new().hash_one(0) & 0xffff_ffff) as u32
 }

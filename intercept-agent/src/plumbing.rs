@@ -2,12 +2,12 @@
 //! passthrough binds, in TPROXY mode the rules and routes that bring marked packets to the loopback interface, and for
 //! the interfaces of -k those that keep what arrives there for elsewhere in the pod.
 //!
-//! What was there already is left alone, when installing and when removing.
+//! What was there already is left alone, when installing and when removing. Three steps: [`plan`] decides without
+//! changing anything, [`add`] comes before a policy is active, [`remove`] after another has replaced it.
 
 use std::{
     fs, io,
-    net::{IpAddr, Ipv4Addr, Ipv6Addr, UdpSocket},
-    time::Duration,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
 };
 
 use futures_util::TryStreamExt as _;
@@ -15,8 +15,7 @@ use intercept_common::Addr;
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use netlink_packet_route::{
     AddressFamily, IpProtocol,
-    link::{LinkAttribute, LinkMessage},
-    route::{RouteMessage, RouteScope, RouteType},
+    route::{RouteAddress, RouteAttribute, RouteMessage, RouteScope, RouteType},
     rule::{RuleAction, RuleAttribute, RuleHeader, RuleMessage},
 };
 use rtnetlink::{Handle, RouteMessageBuilder};
@@ -27,6 +26,7 @@ mod localhost;
 use localhost::{add_local_prefix, add_localhost_by, index_of, local_prefix_route, localhost_route};
 
 use crate::{
+    mirror::Mirror,
     netns::{Netns, NetnsError},
     options::{Config, Dns, InboundMode},
 };
@@ -75,39 +75,127 @@ pub enum PlumbingError {
 const ACCEPT_MARK: &str = "/proc/sys/net/ipv4/tcp_fwmark_accept";
 const DISABLE_V6: &str = "/proc/sys/net/ipv6/conf/lo/disable_ipv6";
 
-/// Make what the options ask for, given what was made before; unmake what they no longer do. On failure nothing new
-/// is left.
-pub fn apply(netns: &Netns, config: &Config, before: &Plumbing) -> Result<Plumbing, PlumbingError> {
-    let config = config.clone();
-    let before = before.clone();
-    inside(netns, async move |handle| {
-        let wanted = wanted(&config, &links(&handle).await?);
-        let mut done: Vec<Change> =
-            before.0.iter().filter(|c| wanted.iter().any(|w| w.same(c))).cloned().collect();
-        let kept = done.len();
-        for change in wanted {
-            if done.iter().any(|d| d.same(&change)) {
-                continue;
+/// What a namespace is like, as far as that decides what is to be changed in it.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Found {
+    /// IPv6 is on.
+    v6: bool,
+    /// The setting that [`Change::AcceptMark`] changes.
+    accept_mark: String,
+    /// What the options ask for and exists, made by the agent or not.
+    present: Vec<Change>,
+}
+
+/// What is to be changed in a namespace: decided before anything is.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Plan {
+    kept: Vec<Change>,
+    added: Vec<Change>,
+    dropped: Vec<Change>,
+}
+
+impl Plan {
+    /// Whether nothing is to be changed.
+    pub fn is_empty(&self) -> bool {
+        self.added.is_empty() && self.dropped.is_empty()
+    }
+
+    /// What will be the agent's own once everything is added and what is not asked for any more is removed.
+    pub fn result(&self) -> Plumbing {
+        Plumbing(self.kept.iter().chain(&self.added).cloned().collect())
+    }
+
+    /// What is to be added.
+    pub fn additions(&self) -> Plumbing {
+        Plumbing(self.added.clone())
+    }
+
+    /// What is to be removed once the policy that needed it is replaced.
+    pub fn removals(&self) -> Plumbing {
+        Plumbing(self.dropped.clone())
+    }
+
+    /// The namespace's routes as they will be once everything is added.
+    pub fn expected(&self, mirror: Mirror) -> Mirror {
+        // Routes in the tables of -r and -k are for marked and for arriving packets: no output route changes.
+        // Nor does a second route to localhost, which comes after the first.
+        self.added.iter().fold(mirror, |mirror, change| match change {
+            Change::PassthroughAddress => mirror.with_loopback_address(PASSTHROUGH_V6.into()),
+            Change::LocalPrefix { net } => mirror.with_local_prefix(*net),
+            _ => mirror,
+        })
+    }
+}
+
+impl Plumbing {
+    /// What of it is not in `other`.
+    pub fn without(&self, other: &Self) -> Self {
+        let only = |change: &&Change| !other.0.iter().any(|o| o.same(change));
+        Self(self.0.iter().filter(only).cloned().collect())
+    }
+
+    /// Whether there is nothing of the agent's own.
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+}
+
+/// Looks at the namespace, whose routes and interfaces are in `mirror`; changes nothing.
+pub fn find(netns: &Netns, config: &Config, mirror: &Mirror) -> Result<Found, PlumbingError> {
+    let mut found = netns.run(|| -> Result<Found, PlumbingError> {
+        let accept_mark = match config.mode {
+            InboundMode::Redirect => String::new(),
+            InboundMode::Tproxy => {
+                let sysctl = |source| PlumbingError::Sysctl { path: ACCEPT_MARK, source };
+                fs::read_to_string(ACCEPT_MARK).map_err(sysctl)?.trim().to_owned()
             }
+        };
+        Ok(Found { v6: has_v6(), accept_mark, present: Vec::new() })
+    })??;
+    let is_local = |change: &Change| matches!(change, Change::LocalPrefix { net } if mirror.is_local(net));
+    let (local, asked): (Vec<_>, Vec<_>) =
+        wanted(config, &mirror.interface_names(), &found).into_iter().partition(is_local);
+    found.present = inside(netns, async move |handle| present(&handle, asked).await)??;
+    found.present.extend(local);
+    Ok(found)
+}
+
+/// What is to be done for these options; changes nothing.
+pub fn plan(config: &Config, interfaces: &[&str], found: &Found, before: &Plumbing) -> Plan {
+    let wanted = wanted(config, interfaces, found);
+    let (kept, dropped): (Vec<Change>, Vec<Change>) =
+        before.0.iter().cloned().partition(|change| wanted.iter().any(|w| w.same(change)));
+    let is_new =
+        |change: &Change| ![&kept, &found.present].iter().any(|list| list.iter().any(|c| c.same(change)));
+    let added = wanted.into_iter().filter(is_new).collect();
+    Plan { kept, added, dropped }
+}
+
+/// Adds what is planned, and returns what it added: less than planned if another process made it since. After a failure
+/// nothing of it is left.
+pub fn add(netns: &Netns, additions: &Plumbing) -> Result<Plumbing, PlumbingError> {
+    if additions.is_empty() {
+        return Ok(Plumbing::default());
+    }
+    let additions = additions.0.clone();
+    inside(netns, async move |handle| {
+        let mut done: Vec<Change> = Vec::new();
+        for change in additions {
             match make(&handle, change).await {
-                Ok(Some(made)) => done.push(made),
-                Ok(None) => {}
+                Ok(made) => done.extend(made),
                 Err(error) => {
-                    for made in done[kept..].iter().rev() {
+                    for made in done.iter().rev() {
                         unmake(&handle, made).await;
                     }
                     return Err(error);
                 }
             }
         }
-        for change in before.0.iter().filter(|c| !done.contains(c)).rev() {
-            unmake(&handle, change).await;
-        }
         Ok(Plumbing(done))
     })?
 }
 
-/// Unmake all of it. Goes on after a failure, which is logged.
+/// Removes all of it. Goes on after a failure, which is logged.
 pub fn remove(netns: &Netns, plumbing: &Plumbing) {
     let changes = plumbing.0.clone();
     if changes.is_empty() {
@@ -152,10 +240,10 @@ fn guest_table(config: &Config) -> u32 {
     if config.tproxy_table == 15001 { 15002 } else { 15001 }
 }
 
-/// `links` are the names of the namespace's interfaces.
-fn wanted(config: &Config, links: &[String]) -> Vec<Change> {
+/// What the options ask for.
+fn wanted(config: &Config, interfaces: &[&str], found: &Found) -> Vec<Change> {
     let mut changes = Vec::new();
-    let v6 = has_v6();
+    let v6 = found.v6;
     if v6 {
         changes.push(Change::PassthroughAddress);
         let (net, len) = Addr::SPREAD_PREFIX_V6;
@@ -165,9 +253,9 @@ fn wanted(config: &Config, links: &[String]) -> Vec<Change> {
         changes.push(Change::LocalPrefix { net: Ipv4Net::new_assert(net, len).into() });
     }
     if config.dns != Dns::Off {
-        for interface in links.iter().filter(|name| *name != "lo") {
+        for interface in interfaces.iter().filter(|name| **name != "lo") {
             for v6 in [false, true].into_iter().take(1 + usize::from(v6)) {
-                changes.push(Change::LocalhostBy { v6, interface: interface.clone() });
+                changes.push(Change::LocalhostBy { v6, interface: (*interface).to_owned() });
             }
         }
     }
@@ -177,18 +265,18 @@ fn wanted(config: &Config, links: &[String]) -> Vec<Change> {
             changes.push(Change::LocalTable { v6, table });
             changes.push(Change::MarkRule { v6, mark, table });
         }
-        changes.push(Change::AcceptMark { before: String::new() });
+        changes.push(Change::AcceptMark { before: found.accept_mark.clone() });
     }
-    changes.extend(guests(config, links, v6));
+    changes.extend(guests(config, interfaces, v6));
     changes
 }
 
 /// netfilter rewrites what arrives on an interface of -k to an address of the pod. Here it keeps its destination, so
 /// the pod must take that for its own, on these interfaces only.
-fn guests(config: &Config, links: &[String], v6: bool) -> Vec<Change> {
+fn guests(config: &Config, interfaces: &[&str], v6: bool) -> Vec<Change> {
     let table = guest_table(config);
-    let interfaces: Vec<&String> =
-        links.iter().filter(|name| config.virt_interfaces.iter().any(|named| named.matches(name))).collect();
+    let is_named = |name: &&&str| config.virt_interfaces.iter().any(|named| named.matches(name));
+    let interfaces: Vec<&&str> = interfaces.iter().filter(is_named).collect();
     if interfaces.is_empty() {
         return Vec::new();
     }
@@ -198,7 +286,7 @@ fn guests(config: &Config, links: &[String], v6: bool) -> Vec<Change> {
     let mut changes: Vec<Change> = nets.map(|&net| Change::GuestRoute { net, table }).collect();
     for interface in interfaces {
         for v6 in [false, true].into_iter().take(1 + usize::from(v6)) {
-            changes.push(Change::GuestRule { v6, interface: interface.clone(), table });
+            changes.push(Change::GuestRule { v6, interface: (*interface).to_owned(), table });
         }
     }
     changes
@@ -211,64 +299,108 @@ impl Change {
     }
 }
 
-/// Make a change. None if it was made by someone else already.
+/// Those of the changes that are made already.
+async fn present(handle: &Handle, changes: Vec<Change>) -> Result<Vec<Change>, PlumbingError> {
+    let lo = loopback(handle).await?;
+    let mut state = Present { addresses: None, rules: [None, None], routes: [None, None] };
+    let mut found = Vec::new();
+    for change in changes {
+        let there = match &change {
+            Change::PassthroughAddress => state.has_passthrough(handle, lo).await?,
+            Change::LocalTable { v6, table } => state.has_route(handle, everything(*v6), *table).await?,
+            Change::GuestRoute { net, table } => state.has_route(handle, *net, *table).await?,
+            Change::MarkRule { v6, mark, table } => {
+                state.rules(handle, *v6).await?.iter().any(|rule| is_mark_rule(rule, *mark, *table))
+            }
+            Change::GuestRule { v6, interface, table } => {
+                state.rules(handle, *v6).await?.iter().any(|rule| is_guest_rule(rule, interface, *table))
+            }
+            Change::AcceptMark { before } => before == "1",
+            // Told by the routes, or by adding it.
+            Change::LocalPrefix { .. } | Change::LocalhostBy { .. } => false,
+        };
+        if there {
+            found.push(change);
+        }
+    }
+    Ok(found)
+}
+
+/// What netlink lists, each read once and only if it is asked for.
+struct Present {
+    addresses: Option<bool>,
+    rules: [Option<Vec<RuleMessage>>; 2],
+    routes: [Option<Vec<(IpNet, u32)>>; 2],
+}
+
+impl Present {
+    async fn has_passthrough(&mut self, handle: &Handle, lo: u32) -> Result<bool, PlumbingError> {
+        if let Some(there) = self.addresses {
+            return Ok(there);
+        }
+        let failed = |source| netlink("reading the addresses of the loopback interface", source);
+        let addresses = handle.address().get().set_link_index_filter(lo);
+        let found: Vec<_> = addresses
+            .set_address_filter(IpAddr::V6(PASSTHROUGH_V6))
+            .execute()
+            .try_collect()
+            .await
+            .map_err(failed)?;
+        Ok(*self.addresses.insert(!found.is_empty()))
+    }
+
+    async fn rules(&mut self, handle: &Handle, v6: bool) -> Result<&[RuleMessage], PlumbingError> {
+        let slot = &mut self.rules[usize::from(v6)];
+        if slot.is_none() {
+            *slot = Some(rules(handle, v6).await?);
+        }
+        Ok(slot.as_deref().unwrap_or_default())
+    }
+
+    async fn has_route(&mut self, handle: &Handle, net: IpNet, table: u32) -> Result<bool, PlumbingError> {
+        let slot = &mut self.routes[usize::from(net.addr().is_ipv6())];
+        if slot.is_none() {
+            *slot = Some(local_routes(handle, net.addr().is_ipv6()).await?);
+        }
+        Ok(slot.as_ref().is_some_and(|routes| routes.contains(&(net.trunc(), table))))
+    }
+}
+
+/// Make a change. None if it exists already.
 async fn make(handle: &Handle, change: Change) -> Result<Option<Change>, PlumbingError> {
-    let failed = |action| move |source| PlumbingError::Netlink { action, source: Box::new(source) };
     let made = match &change {
         Change::PassthroughAddress => {
             let lo = loopback(handle).await?;
             let added = handle.address().add(lo, IpAddr::V6(PASSTHROUGH_V6), 128).execute().await;
-            let added = unless_there(added).map_err(failed("adding ::6/128 to the loopback interface"))?;
-            // The kernel makes its route a moment later, and the mirror is to find it.
-            for _ in 0..1000 {
-                if UdpSocket::bind((PASSTHROUGH_V6, 0))
-                    .and_then(|socket| socket.connect((PASSTHROUGH_V6, 9)))
-                    .is_ok()
-                {
-                    break;
-                }
-                tokio::time::sleep(Duration::from_millis(1)).await;
-            }
-            added
+            unless_there(added).map_err(|e| netlink("adding ::6/128 to the loopback interface", e))?
         }
         Change::LocalPrefix { net } => add_local_prefix(handle, *net).await?,
         Change::LocalhostBy { v6, interface } => add_localhost_by(handle, *v6, interface).await?,
         Change::GuestRoute { net, table } => {
             let route = local_route(*net, *table, loopback(handle).await?);
             unless_there(handle.route().add(route).execute().await)
-                .map_err(failed("adding a local route for a network of -i to the table of -k"))?
+                .map_err(|e| netlink("adding a local route for a network of -i to the table of -k", e))?
         }
         Change::GuestRule { v6, interface, table } => {
             let mut request = handle.rule().add();
             *request.message_mut() = guest_rule(*v6, interface, *table);
-            let there = rules(handle, *v6).await?.iter().any(|rule| is_guest_rule(rule, interface, *table));
-            !there
-                && unless_there(request.execute().await)
-                    .map_err(failed("adding a rule for an interface of -k"))?
+            unless_there(request.execute().await)
+                .map_err(|e| netlink("adding a rule for an interface of -k", e))?
         }
         Change::LocalTable { v6, table } => {
             let route = local_route(everything(*v6), *table, loopback(handle).await?);
             unless_there(handle.route().add(route).execute().await)
-                .map_err(failed("adding a local default route to the table of -r"))?
+                .map_err(|e| netlink("adding a local default route to the table of -r", e))?
         }
         Change::MarkRule { v6, mark, table } => {
             let mut request = handle.rule().add();
             *request.message_mut() = mark_rule(*v6, *mark, *table);
-            // The kernel takes the same rule twice; another's is told by looking.
-            if rules(handle, *v6).await?.iter().any(|rule| is_mark_rule(rule, *mark, *table)) {
-                false
-            } else {
-                unless_there(request.execute().await).map_err(failed("adding a rule for the mark of -t"))?
-            }
+            unless_there(request.execute().await)
+                .map_err(|e| netlink("adding a rule for the mark of -t", e))?
         }
         Change::AcceptMark { .. } => {
-            let sysctl = |source| PlumbingError::Sysctl { path: ACCEPT_MARK, source };
-            let before = fs::read_to_string(ACCEPT_MARK).map_err(sysctl)?.trim().to_owned();
-            if before == "1" {
-                return Ok(None);
-            }
-            set(ACCEPT_MARK, "1").map_err(sysctl)?;
-            return Ok(Some(Change::AcceptMark { before }));
+            set(ACCEPT_MARK, "1").map_err(|source| PlumbingError::Sysctl { path: ACCEPT_MARK, source })?;
+            true
         }
     };
     Ok(made.then_some(change))
@@ -314,7 +446,9 @@ async fn unmake(handle: &Handle, change: &Change) {
             set(ACCEPT_MARK, before).map_err(|source| PlumbingError::Sysctl { path: ACCEPT_MARK, source })
         }
     };
-    if let Err(error) = result {
+    if let Err(error) = result
+        && !is_absent(&error)
+    {
         tracing::warn!(
             ?change,
             error = &error as &dyn std::error::Error,
@@ -346,7 +480,18 @@ fn set_in_own_mount(path: &str, value: &str) -> io::Result<()> {
 }
 
 fn box_netlink(source: rtnetlink::Error) -> PlumbingError {
-    PlumbingError::Netlink { action: "removing it", source: Box::new(source) }
+    netlink("removing it", source)
+}
+
+fn netlink(action: &'static str, source: rtnetlink::Error) -> PlumbingError {
+    PlumbingError::Netlink { action, source: Box::new(source) }
+}
+
+/// Whether what was to be removed is not there, or the interface that it was for.
+fn is_absent(error: &PlumbingError) -> bool {
+    let PlumbingError::Netlink { source, .. } = error else { return false };
+    let rtnetlink::Error::NetlinkError(message) = &**source else { return false };
+    [libc::ENOENT, libc::ESRCH, libc::EADDRNOTAVAIL, libc::ENODEV].contains(&-message.raw_code())
 }
 
 fn unless_there(result: Result<(), rtnetlink::Error>) -> Result<bool, rtnetlink::Error> {
@@ -383,18 +528,34 @@ async fn del_passthrough(handle: &Handle) -> Result<(), PlumbingError> {
     Ok(())
 }
 
-/// The names of all interfaces.
-async fn links(handle: &Handle) -> Result<Vec<String>, PlumbingError> {
-    let failed =
-        |source| PlumbingError::Netlink { action: "listing the interfaces", source: Box::new(source) };
-    let found: Vec<_> = handle.link().get().execute().try_collect().await.map_err(failed)?;
-    let name = |link: LinkMessage| {
-        link.attributes.into_iter().find_map(|attribute| match attribute {
-            LinkAttribute::IfName(name) => Some(name),
-            _ => None,
-        })
+/// Prefix and table of the local routes of a family.
+async fn local_routes(handle: &Handle, v6: bool) -> Result<Vec<(IpNet, u32)>, PlumbingError> {
+    let question = if v6 {
+        RouteMessageBuilder::<Ipv6Addr>::new().build()
+    } else {
+        RouteMessageBuilder::<Ipv4Addr>::new().build()
     };
-    Ok(found.into_iter().filter_map(name).collect())
+    let found: Vec<RouteMessage> = handle
+        .route()
+        .get(question)
+        .execute()
+        .try_collect()
+        .await
+        .map_err(|e| netlink("reading the routes", e))?;
+    let local = |route: &RouteMessage| route.header.kind == RouteType::Local;
+    let key = |route: RouteMessage| {
+        let (mut address, mut table) = (everything(v6).addr(), u32::from(route.header.table));
+        for attribute in &route.attributes {
+            match attribute {
+                RouteAttribute::Destination(RouteAddress::Inet(to)) => address = (*to).into(),
+                RouteAttribute::Destination(RouteAddress::Inet6(to)) => address = (*to).into(),
+                RouteAttribute::Table(number) => table = *number,
+                _ => {}
+            }
+        }
+        Some((IpNet::new(address, route.header.destination_prefix_length).ok()?, table))
+    };
+    Ok(found.into_iter().filter(local).filter_map(key).collect())
 }
 
 fn everything(v6: bool) -> IpNet {
@@ -464,3 +625,6 @@ fn is_mark_rule(rule: &RuleMessage, mark: u32, table: u32) -> bool {
     rule.attributes.contains(&RuleAttribute::FwMark(mark))
         && (rule.attributes.contains(&RuleAttribute::Table(table)) || u32::from(rule.header.table) == table)
 }
+
+#[cfg(test)]
+mod tests;

@@ -20,12 +20,13 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use intercept_common::layout;
+use intercept_common::{layout, names};
 use rustix::fs::FlockOperation;
 use serde::{Deserialize, Serialize};
 
 use crate::{
     kernel,
+    netns::Netns,
     options::Config,
     ownership::{OwnedFolder, OwnershipError},
     plumbing::Plumbing,
@@ -71,7 +72,7 @@ pub enum StoreError {
         path: String,
     },
     /// A record does not read.
-    #[error("reading record {path}: it was written by another version; detach the pod with that version")]
+    #[error("reading record {path}, of another version or damaged: attach the pod again, or detach it")]
     Record {
         /// The pin.
         path: String,
@@ -79,6 +80,19 @@ pub enum StoreError {
         #[source]
         source: serde_json::Error,
     },
+}
+
+impl StoreError {
+    /// Whether it is about a shortage of memory or descriptors, so that a later call may succeed.
+    pub fn may_pass(&self) -> bool {
+        let Self::Path { source, .. } = self else { return false };
+        // aya's errors hold the kernel's word further down.
+        let mut errors =
+            std::iter::successors(Some(source as &dyn std::error::Error), |error| error.source());
+        let code = errors.find_map(|error| error.downcast_ref::<io::Error>()?.raw_os_error());
+        let is_short = [libc::ENOMEM, libc::EMFILE, libc::ENFILE, libc::EINTR, libc::EAGAIN];
+        code.is_some_and(|code| is_short.contains(&code))
+    }
 }
 
 fn at<'a>(action: &'static str, path: &'a Path) -> impl FnOnce(io::Error) -> StoreError + use<'a> {
@@ -159,6 +173,19 @@ impl Record {
     /// A name for people: `namespace/name` of a pod, or what there is.
     pub fn name(&self) -> String {
         self.origin.name().unwrap_or_else(|| self.cgroup.display().to_string())
+    }
+
+    /// Its namespace, by the path it was given by or by a process that is in it. None if it is gone.
+    pub fn netns(&self) -> Option<Netns> {
+        let is_it = |netns: &Netns| netns.cookie() == self.cookie;
+        let by_path = self.netns_path.as_ref().and_then(|path| Netns::open(path).ok()).filter(is_it);
+        by_path.or_else(|| {
+            fs::read_dir("/proc").ok()?.filter_map(Result::ok).find_map(|process| {
+                let path = process.path().join("ns/net");
+                let inode = fs::metadata(&path).ok()?.ino();
+                (inode == self.netns_inode).then(|| Netns::open(&path).ok()).flatten().filter(is_it)
+            })
+        })
     }
 }
 
@@ -248,6 +275,11 @@ impl Store {
         lock_dir(&self.version(), operation)
     }
 
+    /// A map that is not there, if any: of a store whose first agent died while it made them.
+    pub fn missing_map(&self) -> Option<&'static str> {
+        names::MAPS.into_iter().find(|name| !self.maps().join(name).exists())
+    }
+
     /// The inode of the folder of maps: it tells whether the maps are still the ones that were opened.
     pub fn generation(&self) -> Option<u64> {
         fs::metadata(self.maps()).ok().map(|folder| folder.ino())
@@ -325,6 +357,23 @@ impl Store {
             .map_err(at("writing record", &path))
     }
 
+    /// Write a record in place of the one of the same policy.
+    pub fn rewrite_record(&self, record: &Record) -> Result<(), StoreError> {
+        let path = self.record_path(record.cookie, record.policy);
+        let next = path.with_file_name(format!("next-{}", record.policy));
+        let json = serde_json::to_vec(record).expect("a record has string keys only");
+        let written = kernel::create_blob("record", &json).and_then(|map| kernel::pin(map.as_fd(), &next));
+        written.and_then(|()| fs::rename(&next, &path)).map_err(at("rewriting record", &path))
+    }
+
+    /// All records of a pod by the ids of their policies, active or not. Each may be unreadable by itself.
+    pub fn records(&self, cookie: u64) -> Result<Vec<(u32, Result<Record, StoreError>)>, StoreError> {
+        let id = |path: &PathBuf| file_name(path).strip_prefix("record-")?.parse::<u32>().ok();
+        let ids = list(&self.pod(cookie))?.iter().filter_map(id).collect::<Vec<_>>();
+        let read = |id| Some((id, self.read_record(cookie, id).transpose()?));
+        Ok(ids.into_iter().filter_map(read).collect())
+    }
+
     /// The record of a policy, if there is one.
     pub fn read_record(&self, cookie: u64, policy: u32) -> Result<Option<Record>, StoreError> {
         let path = self.record_path(cookie, policy);
@@ -346,7 +395,7 @@ impl Store {
     pub fn drop_other_records(&self, cookie: u64, keep: u32) -> Result<(), StoreError> {
         let keep = self.record_path(cookie, keep);
         for path in list(&self.pod(cookie))? {
-            if path != keep && file_name(&path).starts_with("record-") {
+            if path != keep && ["record-", "next-"].iter().any(|kind| file_name(&path).starts_with(kind)) {
                 fs::remove_file(&path).map_err(at("removing", &path))?;
             }
         }

@@ -13,9 +13,10 @@ use aya::maps::{
     lpm_trie::{Key, LpmTrie},
 };
 use intercept_common::{
+    Addr,
     layout::{
         ConnKey, Counters, Destination, DestinationKey, ListenerKey, MAX_PODS, MemberKey, OrigDst, PodPolicy,
-        Proxy, ProxyPort, Ring, scope,
+        PortKey, Proxy, ProxyPort, Ring, scope,
     },
     names,
 };
@@ -32,7 +33,7 @@ pub struct Tables {
     /// Netns cookie to policy.
     pub pods: HashMap<MapData, u64, Plain<PodPolicy>>,
     destinations: LpmTrie<MapData, Plain<DestinationKey>, Plain<Destination>>,
-    ports: Hash<MemberKey, u32>,
+    ports: LpmTrie<MapData, Plain<PortKey>, Plain<u32>>,
     groups: Hash<MemberKey, u32>,
     interfaces: Hash<MemberKey, u32>,
     listeners: SockHash<MapData, Plain<ListenerKey>>,
@@ -48,6 +49,41 @@ pub struct Tables {
 struct PrefixKey {
     prefix_len: u32,
     key: DestinationKey,
+}
+
+/// Key of PORTS with its prefix length.
+#[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
+#[repr(C)]
+struct PortPrefixKey {
+    prefix_len: u32,
+    key: PortKey,
+}
+
+impl PrefixKey {
+    /// The one of a policy that comes first in the trie's order: written first and removed last, it leads to all others.
+    fn first(policy: u32) -> Self {
+        Self { prefix_len: 160, key: DestinationKey { policy, addr: Addr::UNSPECIFIED } }
+    }
+}
+
+impl PortPrefixKey {
+    /// As [`PrefixKey::first`]. No packet has port 0.
+    fn first(policy: u32) -> Self {
+        Self { prefix_len: PortKey::BITS, key: PortKey::new(policy, 0) }
+    }
+}
+
+/// How much of its budget in each map one policy uses.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Usage {
+    /// Entries of DESTINATIONS.
+    pub destinations: usize,
+    /// Entries of PORTS.
+    pub ports: usize,
+    /// Entries of GROUPS.
+    pub groups: usize,
+    /// Entries of INTERFACES.
+    pub interfaces: usize,
 }
 
 /// How full the maps are.
@@ -94,6 +130,14 @@ fn gone_is_fine(result: Result<(), MapError>) -> Result<(), MapError> {
     }
 }
 
+fn is_there<T>(found: Result<T, MapError>) -> Result<bool, MapError> {
+    match found {
+        Ok(_) => Ok(true),
+        Err(MapError::KeyNotFound) => Ok(false),
+        Err(error) => Err(error),
+    }
+}
+
 fn open<T: TryFrom<aya::maps::Map, Error = MapError>>(
     dir: &Path,
     name: &str,
@@ -135,7 +179,7 @@ impl Tables {
         Ok(Self {
             pods: open(dir, names::PODS, Map::HashMap)?,
             destinations: open(dir, names::DESTINATIONS, Map::LpmTrie)?,
-            ports: open(dir, names::PORTS, Map::HashMap)?,
+            ports: open(dir, names::PORTS, Map::LpmTrie)?,
             groups: open(dir, names::GROUPS, Map::HashMap)?,
             interfaces: open(dir, names::INTERFACES, Map::HashMap)?,
             listeners: open(dir, names::LISTENERS, Map::SockHash)?,
@@ -177,20 +221,25 @@ impl Tables {
     pub fn write(&mut self, id: u32, entries: &Entries) -> Result<(), TableError> {
         let written = self.write_all(id, entries);
         if written.is_err() {
-            self.purge_lists(|other| other != id)?;
+            self.remove_lists(&[id])?;
         }
         written
     }
 
     fn write_all(&mut self, id: u32, entries: &Entries) -> Result<(), TableError> {
-        for (prefix_len, addr, destination) in &entries.destinations {
+        let is_first = |(len, addr, _): &&(u32, Addr, Destination)| *len == 128 && addr.is_unspecified();
+        let first = entries.destinations.iter().find(is_first);
+        for (prefix_len, addr, destination) in first.into_iter().chain(&entries.destinations) {
             let key = Key::new(32 + prefix_len, Plain(DestinationKey { policy: id, addr: *addr }));
             self.destinations
                 .insert(&key, Plain(*destination), 0)
                 .map_err(failed("writing to", names::DESTINATIONS))?;
         }
+        for prefix in &entries.ports {
+            let key = Key::new(32 + prefix.len, Plain(PortKey::new(id, prefix.port)));
+            self.ports.insert(&key, Plain(prefix.bits), 0).map_err(failed("writing to", names::PORTS))?;
+        }
         for (map, name, members) in [
-            (&mut self.ports, names::PORTS, &entries.ports),
             (&mut self.groups, names::GROUPS, &entries.groups),
             (&mut self.interfaces, names::INTERFACES, &entries.interfaces),
         ] {
@@ -202,30 +251,72 @@ impl Tables {
         Ok(())
     }
 
-    /// Take out every list entry whose policy `keep` does not want; says how many.
-    pub fn purge_lists(&mut self, keep: impl Fn(u32) -> bool) -> Result<usize, TableError> {
-        let mut purged = 0;
-        for (key, _) in entries::<PrefixKey, Destination>(self.destinations.map(), names::DESTINATIONS)? {
-            if !keep(key.key.policy) {
-                let key = Key::new(key.prefix_len, Plain(key.key));
-                gone_is_fine(self.destinations.remove(&key))
+    /// Take out every list entry of these policies. What other pods have is not read through for the long lists.
+    pub fn remove_lists(&mut self, ids: &[u32]) -> Result<(), TableError> {
+        for &id in ids {
+            for key in self.destinations_of(id)? {
+                gone_is_fine(self.destinations.remove(&Key::new(key.prefix_len, Plain(key.key))))
                     .map_err(failed("purging", names::DESTINATIONS))?;
-                purged += 1;
+            }
+            for key in self.ports_of(id)? {
+                gone_is_fine(self.ports.remove(&Key::new(key.prefix_len, Plain(key.key))))
+                    .map_err(failed("purging", names::PORTS))?;
             }
         }
-        for (map, name) in [
-            (&mut self.ports, names::PORTS),
-            (&mut self.groups, names::GROUPS),
-            (&mut self.interfaces, names::INTERFACES),
-        ] {
+        for (map, name) in [(&mut self.groups, names::GROUPS), (&mut self.interfaces, names::INTERFACES)] {
             for (key, _) in entries::<MemberKey, u32>(map.map(), name)? {
-                if !keep(key.policy) {
+                if ids.contains(&key.policy) {
                     gone_is_fine(map.remove(&Plain(key))).map_err(failed("purging", name))?;
-                    purged += 1;
                 }
             }
         }
-        Ok(purged)
+        Ok(())
+    }
+
+    /// The keys of a policy in DESTINATIONS, the first one last.
+    fn destinations_of(&self, id: u32) -> Result<Vec<PrefixKey>, TableError> {
+        let first = PrefixKey::first(id);
+        let found = self.destinations.get(&Key::new(first.prefix_len, Plain(first.key)), 0);
+        if !is_there(found).map_err(failed("reading", names::DESTINATIONS))? {
+            return Ok(Vec::new());
+        }
+        let is_its = |key: &PrefixKey| key.key.policy == id;
+        let map = self.destinations.map().fd().as_fd();
+        let found = kernel::entries_after::<_, Destination>(map, &first, is_its)
+            .map_err(|error| failed("reading", names::DESTINATIONS)(MapError::IoError(error)))?;
+        Ok(found.into_iter().map(|(key, _)| key).chain([first]).collect())
+    }
+
+    /// The keys of a policy in PORTS, the first one last.
+    fn ports_of(&self, id: u32) -> Result<Vec<PortPrefixKey>, TableError> {
+        let first = PortPrefixKey::first(id);
+        let found = self.ports.get(&Key::new(first.prefix_len, Plain(first.key)), 0);
+        if !is_there(found).map_err(failed("reading", names::PORTS))? {
+            return Ok(Vec::new());
+        }
+        let is_its = |key: &PortPrefixKey| key.key.policy() == id;
+        let map = self.ports.map().fd().as_fd();
+        let found = kernel::entries_after::<_, u32>(map, &first, is_its)
+            .map_err(|error| failed("reading", names::PORTS)(MapError::IoError(error)))?;
+        Ok(found.into_iter().map(|(key, _)| key).chain([first]).collect())
+    }
+
+    /// What each policy uses of its budgets, by its id.
+    pub fn usage(&self) -> Result<std::collections::HashMap<u32, Usage>, TableError> {
+        let mut usage = std::collections::HashMap::<u32, Usage>::new();
+        for (key, _) in entries::<PrefixKey, Destination>(self.destinations.map(), names::DESTINATIONS)? {
+            usage.entry(key.key.policy).or_default().destinations += 1;
+        }
+        for (key, _) in entries::<PortPrefixKey, u32>(self.ports.map(), names::PORTS)? {
+            usage.entry(key.key.policy()).or_default().ports += 1;
+        }
+        for (key, _) in entries::<MemberKey, u32>(self.groups.map(), names::GROUPS)? {
+            usage.entry(key.policy).or_default().groups += 1;
+        }
+        for (key, _) in entries::<MemberKey, u32>(self.interfaces.map(), names::INTERFACES)? {
+            usage.entry(key.policy).or_default().interfaces += 1;
+        }
+        Ok(usage)
     }
 
     /// Forget the connections and listeners of every namespace that `keep` does not want; says how many.
@@ -264,7 +355,7 @@ impl Tables {
                 count::<PrefixKey, Destination>(self.destinations.map(), names::DESTINATIONS)?,
             ),
             (names::LISTENERS, self.listeners.keys().count()),
-            (names::PORTS, members(&self.ports, names::PORTS)?),
+            (names::PORTS, entries::<PortPrefixKey, u32>(self.ports.map(), names::PORTS)?.len()),
             (names::GROUPS, members(&self.groups, names::GROUPS)?),
             (names::INTERFACES, members(&self.interfaces, names::INTERFACES)?),
         ];
@@ -374,33 +465,34 @@ impl Tables {
     /// The counters of a slot, all CPUs added up.
     pub fn counters(&self, slot: u32) -> Result<Counters, TableError> {
         let values = self.decisions.get(&slot, 0).map_err(failed("reading", names::DECISIONS))?;
-        let mut sum = Counters { counts: [0; intercept_common::reason::COUNTERS] };
+        let mut sum: Counters = bytemuck::Zeroable::zeroed();
         for cpu in values.iter() {
-            for (total, count) in sum.counts.iter_mut().zip(cpu.0.counts) {
-                *total += count;
-            }
+            sum.add(&cpu.0);
         }
         Ok(sum)
     }
 
-    /// Start a slot's counters from nothing.
-    pub fn reset_counters(&mut self, slot: u32) -> Result<(), TableError> {
+    /// Start a slot from nothing: neither counts nor what is known of a proxy are another pod's.
+    pub fn reset_slot(&mut self, slot: u32) -> Result<(), TableError> {
+        self.reset_proxy(slot);
         let cpus = aya::util::nr_cpus()
             .map_err(|(_, e)| failed("counting CPUs for", names::DECISIONS)(MapError::IoError(e)))?;
-        let zero = Plain(Counters { counts: [0; intercept_common::reason::COUNTERS] });
+        let zero = Plain(bytemuck::Zeroable::zeroed());
         let values = PerCpuValues::try_from(vec![zero; cpus])
             .map_err(|e| failed("writing to", names::DECISIONS)(MapError::IoError(e)))?;
         self.decisions.set(slot, values, 0).map_err(failed("writing to", names::DECISIONS))
     }
 
     /// What the programs would find for an address.
-    pub fn destination(&self, policy: u32, addr: intercept_common::Addr) -> Option<Destination> {
+    pub fn destination(&self, policy: u32, addr: Addr) -> Option<Destination> {
         self.destinations.get(&Key::new(160, Plain(DestinationKey { policy, addr })), 0).ok().map(|d| d.0)
     }
 
     /// What the programs would find for a port.
     pub fn port(&self, policy: u32, port: u16) -> u32 {
-        self.ports.get(&Plain(MemberKey { policy, member: port.into() }), 0).map_or(0, |bits| bits.0)
+        self.ports
+            .get(&Key::new(PortKey::BITS, Plain(PortKey::new(policy, port))), 0)
+            .map_or(0, |bits| bits.0)
     }
 
     /// Whether the programs would find a group.

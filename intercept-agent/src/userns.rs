@@ -4,10 +4,15 @@
 
 use std::fs;
 use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::unix::fs::MetadataExt;
 
-use rustix::process::Pid;
+use rustix::io::Errno;
+use rustix::pipe::PipeFlags;
+use rustix::process::{Pid, WaitOptions};
 
 use crate::cgroup::{CgroupDir, CgroupError};
+use crate::netns::{Netns, NetnsError};
 
 /// How the ids of one pod translate.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -58,6 +63,12 @@ pub enum IdMapError {
         /// The line.
         line: String,
     },
+    /// A user namespace cannot be entered.
+    #[error("entering the pod's user namespace to read its ids; this takes CAP_SYS_ADMIN")]
+    Enter(#[source] io::Error),
+    /// The owner of the network namespace is not known.
+    #[error(transparent)]
+    Netns(#[from] NetnsError),
     /// The cgroup cannot be read.
     #[error(transparent)]
     Cgroup(#[from] CgroupError),
@@ -79,6 +90,26 @@ impl IdMaps {
             }
         };
         Ok(Self { users: read("uid_map")?, groups: read("gid_map")? })
+    }
+
+    /// The maps of the pod with this network namespace and cgroup: of the user namespace that owns the network
+    /// namespace, also before anything runs in it. A network namespace of the node's own users tells nothing; then what
+    /// [`IdMaps::of_cgroup`] says.
+    pub fn of_pod(netns: &Netns, cgroup: &CgroupDir) -> Result<Self, IdMapError> {
+        let owner = netns.owner()?;
+        let inode = rustix::fs::fstat(&owner).map_err(io::Error::from).map_err(IdMapError::Enter)?.st_ino;
+        if fs::metadata("/proc/self/ns/user").is_ok_and(|own| own.ino() == inode) {
+            return Self::of_cgroup(cgroup);
+        }
+        let is_in_it = |pid: &Pid| {
+            fs::metadata(format!("/proc/{pid}/ns/user")).is_ok_and(|namespace| namespace.ino() == inode)
+        };
+        let inside = cgroup.processes().ok().and_then(|pids| pids.into_iter().find(is_in_it));
+        match inside.map(Self::of_process) {
+            Some(Ok(maps)) => Ok(maps),
+            // Nothing is, or is any more.
+            _ => of_namespace(owner.as_fd()),
+        }
     }
 
     /// The maps of the pod in `cgroup`: of the process whose map covers most ids, since a process of the pod may
@@ -143,6 +174,43 @@ impl IdMap {
     }
 }
 
+/// The maps of a user namespace that may have no process: a process is put into it for as long as it takes to read them.
+fn of_namespace(namespace: BorrowedFd<'_>) -> Result<IdMaps, IdMapError> {
+    let pipe =
+        || rustix::pipe::pipe_with(PipeFlags::CLOEXEC).map_err(io::Error::from).map_err(IdMapError::Enter);
+    let (entered, enters) = pipe()?;
+    let (released, release) = pipe()?;
+    // SAFETY: the child makes system calls only; it neither allocates nor locks, and leaves by _exit.
+    let child = unsafe {
+        match libc::fork() {
+            0 => {
+                // So that it ends with the parent, whatever becomes of that.
+                libc::close(release.as_raw_fd());
+                let result = libc::setns(namespace.as_raw_fd(), libc::CLONE_NEWUSER);
+                let error = if result == 0 { 0 } else { *libc::__errno_location() };
+                let answer = error.to_ne_bytes();
+                libc::write(enters.as_raw_fd(), answer.as_ptr().cast(), answer.len());
+                let mut end = [0_u8; 1];
+                libc::read(released.as_raw_fd(), end.as_mut_ptr().cast(), 1);
+                libc::_exit(0)
+            }
+            child => child,
+        }
+    };
+    let child = Pid::from_raw(child).ok_or_else(io::Error::last_os_error).map_err(IdMapError::Enter)?;
+    drop(enters);
+    let mut answer = [0; 4];
+    let maps = match rustix::io::read(&entered, &mut answer) {
+        Ok(4) if answer == [0; 4] => IdMaps::of_process(child),
+        Ok(4) => Err(IdMapError::Enter(io::Error::from_raw_os_error(i32::from_ne_bytes(answer)))),
+        Ok(_) => Err(IdMapError::Enter(io::ErrorKind::UnexpectedEof.into())),
+        Err(error) => Err(IdMapError::Enter(error.into())),
+    };
+    drop(release);
+    while matches!(rustix::process::waitpid(Some(child), WaitOptions::empty()), Err(Errno::INTR)) {}
+    maps
+}
+
 fn gone(error: &io::Error) -> bool {
     matches!(error.raw_os_error(), Some(libc::ENOENT | libc::ESRCH))
 }
@@ -193,6 +261,41 @@ mod tests {
         assert_eq!(IdMaps::of_process(own).unwrap(), IdMaps::identity());
         assert_eq!(IdMaps::identity().groups.outside(1337), Some(1337));
         assert_eq!(IdMaps::of_cgroup(&TestCgroup::new().cgroup).unwrap(), IdMaps::identity());
+    }
+
+    #[test]
+    fn the_owner_of_the_network_namespace_tells_before_anything_runs() {
+        let mut test = TestCgroup::new();
+        let pid = test.spawn("app", Command::new("unshare").args(["--user", "--net", "sleep", "600"]));
+        let own = ["user", "net"].map(|kind| fs::read_link(format!("/proc/self/ns/{kind}")).unwrap());
+        let deadline = Instant::now() + Duration::from_secs(5);
+        while own
+            .iter()
+            .zip(["user", "net"])
+            .any(|(own, kind)| fs::read_link(format!("/proc/{pid}/ns/{kind}")).unwrap() == *own)
+        {
+            assert!(Instant::now() < deadline, "the process makes its namespaces");
+            thread::yield_now();
+        }
+        fs::write(format!("/proc/{pid}/uid_map"), "0 100000 65536").unwrap();
+        fs::write(format!("/proc/{pid}/gid_map"), "0 200000 65536").unwrap();
+        let netns = Netns::of_process(pid).unwrap();
+        let running = IdMaps::of_pod(&netns, &test.cgroup).unwrap();
+        assert_eq!(running.users.outside(1337), Some(101_337));
+        assert_eq!(running.groups.outside(1337), Some(201_337));
+
+        test.kill_all();
+        assert_eq!(test.cgroup.processes().unwrap(), []);
+        assert_eq!(IdMaps::of_pod(&netns, &test.cgroup).unwrap(), running);
+        // A process of the node's own users that is in the cgroup does not matter.
+        test.idle("app");
+        assert_eq!(IdMaps::of_pod(&netns, &test.cgroup).unwrap(), running);
+    }
+
+    #[test]
+    fn a_network_namespace_of_the_nodes_users_leaves_ids_what_they_are() {
+        let test = TestCgroup::new();
+        assert_eq!(IdMaps::of_pod(&crate::netns::tests::fresh(), &test.cgroup).unwrap(), IdMaps::identity());
     }
 
     #[test]

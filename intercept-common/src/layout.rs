@@ -5,7 +5,7 @@
 
 use bytemuck::{Pod, Zeroable};
 
-use crate::{Addr, reason::COUNTERS};
+use crate::{Addr, Reason, failure::Failure};
 
 mod proxy;
 
@@ -24,6 +24,34 @@ pub const MAX_PODS: u32 = 1024;
 pub const LISTENER_SEARCH: u32 = 256;
 /// Connections that are being set up at the same time and can be told apart when NAT rewrites the client's address.
 pub const HANDSHAKES: u32 = 1 << 14;
+
+/// What one pod may have in the maps that all pods share. Each map has room for twice as much for every pod, because a
+/// new policy is written beside the one that it replaces: no pod can take another's room.
+pub mod budget {
+    use super::MAX_PODS;
+
+    /// Prefixes in DESTINATIONS: those of its lists and of its routes that differ from what is around them.
+    pub const DESTINATIONS: u32 = 1 << 14;
+    /// Prefixes in PORTS: a range of ports is at most 28 of them, a single port one.
+    pub const PORTS: u32 = 1 << 12;
+    /// Groups in GROUPS.
+    pub const GROUPS: u32 = 64;
+    /// Interfaces in INTERFACES that -c or -k name.
+    pub const INTERFACES: u32 = 64;
+
+    /// Entries of a map of which a pod may have `budget`.
+    pub const fn for_all_pods(budget: u32) -> u32 {
+        2 * MAX_PODS * budget
+    }
+}
+
+/// Places for counters of [`crate::Reason`] and of [`crate::failure::Failure`]: more than there are, so that a new one
+/// moves no other.
+pub const MAX_REASONS: usize = 48;
+/// See [`MAX_REASONS`].
+pub const MAX_FAILURES: usize = 16;
+
+const _: () = assert!(Reason::ALL.len() <= MAX_REASONS && Failure::ALL.len() <= MAX_FAILURES);
 
 /// DNS servers that a datagram socket may ask besides its first without one being forgotten.
 pub const MAX_SERVERS: usize = 8;
@@ -157,13 +185,41 @@ pub struct Destination {
     pub source: Addr,
 }
 
-/// Key of PORTS, GROUPS and INTERFACES: the member of a set of one policy.
+/// Key of PORTS after its prefix length (in bits, 32 of them for the policy and 16 for the port).
+#[derive(Clone, Copy, Pod, Zeroable, PartialEq, Eq, Hash, Debug)]
+#[repr(C)]
+pub struct PortKey {
+    /// [`PodPolicy::id`].
+    policy: u32,
+    /// Network order: the bits of a prefix are the first ones in memory.
+    port: u16,
+    /// Zero.
+    reserved: u16,
+}
+
+impl PortKey {
+    /// Bits of the key that count for a whole port.
+    pub const BITS: u32 = 48;
+
+    /// A port, or the first of a prefix; host order.
+    #[inline(always)]
+    pub const fn new(policy: u32, port: u16) -> Self {
+        Self { policy, port: port.to_be(), reserved: 0 }
+    }
+
+    /// [`PodPolicy::id`].
+    pub const fn policy(&self) -> u32 {
+        self.policy
+    }
+}
+
+/// Key of GROUPS and INTERFACES: the member of a set of one policy.
 #[derive(Clone, Copy, Pod, Zeroable, PartialEq, Eq, Hash, Debug)]
 #[repr(C)]
 pub struct MemberKey {
     /// [`PodPolicy::id`].
     pub policy: u32,
-    /// A port, a gid or an interface index.
+    /// A gid or an interface index.
     pub member: u32,
 }
 
@@ -342,8 +398,30 @@ pub struct Arrival {
 #[derive(Clone, Copy, Pod, Zeroable, PartialEq, Eq, Debug)]
 #[repr(C)]
 pub struct Counters {
-    /// By reason, then by failure.
-    pub counts: [u64; COUNTERS],
+    /// By reason.
+    pub decisions: [u64; MAX_REASONS],
+    /// By failure.
+    pub failures: [u64; MAX_FAILURES],
+}
+
+impl Counters {
+    /// The count of each reason.
+    pub fn by_reason(&self) -> impl Iterator<Item = (Reason, u64)> {
+        Reason::ALL.iter().copied().zip(self.decisions)
+    }
+
+    /// The count of each failure.
+    pub fn by_failure(&self) -> impl Iterator<Item = (Failure, u64)> {
+        Failure::ALL.iter().copied().zip(self.failures)
+    }
+
+    /// Adds those of another CPU.
+    pub fn add(&mut self, other: &Self) {
+        let theirs = other.decisions.iter().chain(&other.failures);
+        for (own, more) in self.decisions.iter_mut().chain(&mut self.failures).zip(theirs) {
+            *own += more;
+        }
+    }
 }
 
 /// Record of EVENTS.
@@ -387,6 +465,8 @@ const _: () = {
     assert!(size_of::<DestinationKey>() == 20);
     assert!(size_of::<Destination>() == 20);
     assert!(size_of::<MemberKey>() == 8);
+    assert!(size_of::<PortKey>() == 8);
+    assert!(size_of::<Counters>() == 8 * (MAX_REASONS + MAX_FAILURES));
     // 48 of the hash element's head + 48 + 40 + 8 of the allocator's: a 192-byte object.
     assert!(size_of::<ConnKey>() == 48);
     assert!(size_of::<OrigDst>() == 40);

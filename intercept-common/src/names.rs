@@ -5,7 +5,7 @@
 pub const PODS: &str = "PODS";
 /// Longest-prefix trie over (policy, address) to [`crate::layout::Destination`].
 pub const DESTINATIONS: &str = "DESTINATIONS";
-/// (policy, port) to the lists that name the port.
+/// Longest-prefix trie over (policy, port) to the lists that name the port.
 pub const PORTS: &str = "PORTS";
 /// (policy, gid) for `ISTIO_OUTBOUND_OWNER_GROUPS` and its `_EXCLUDE`.
 pub const GROUPS: &str = "GROUPS";

@@ -139,11 +139,6 @@ reasons! {
     InboundIpv6 = "inbound_ipv6", "inbound 0", LEAVE;
 }
 
-/// Counters kept a pod: one for each [`Reason`], then one for each [`crate::failure::Failure`].
-pub const COUNTERS: usize = 48;
-
-const _: () = assert!(Reason::ALL.len() + crate::failure::Failure::ALL.len() <= COUNTERS);
-
 #[cfg(test)]
 mod tests {
     use super::*;

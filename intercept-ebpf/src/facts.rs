@@ -2,7 +2,7 @@
 
 use intercept_common::{
     Addr, Facts,
-    layout::{ConnKey, Destination, MemberKey, end},
+    layout::{ConnKey, Destination, MemberKey, PortKey, end},
 };
 
 use crate::maps;
@@ -24,7 +24,7 @@ impl Facts for MapFacts<'_> {
 
     #[inline(always)]
     fn port(&self, policy: u32, port: u16) -> u32 {
-        maps::port(MemberKey { policy, member: port.into() })
+        maps::port(PortKey::new(policy, port))
     }
 
     #[inline(always)]

@@ -19,27 +19,26 @@ use intercept_common::{
     Addr,
     layout::{
         Arrival, ConnKey, Counters, Destination, DestinationKey, HANDSHAKES as HANDSHAKE_COUNT, Handshake,
-        ListenerKey, MAX_PODS, MemberKey, OrigDst, PodPolicy, Proxy, Servers, SocketState,
+        ListenerKey, MAX_PODS, MemberKey, OrigDst, PodPolicy, PortKey, Proxy, Servers, SocketState, budget,
     },
 };
 
 /// Entries are allocated one by one, so that this limit costs 16 bytes each until it is used.
 const MANY: u32 = 1 << 20;
-/// For lists that are short in nearly all pods: who takes a pod out reads them through, the empty buckets too.
-const SOME: u32 = 1 << 17;
-/// For what few pods have at all.
-const FEW: u32 = 1 << 14;
 
 #[map]
 static PODS: HashMap<u64, PodPolicy> = HashMap::with_max_entries(MAX_PODS, BPF_F_NO_PREALLOC);
 #[map]
-static DESTINATIONS: LpmTrie<DestinationKey, Destination> = LpmTrie::with_max_entries(MANY, 0);
+static DESTINATIONS: LpmTrie<DestinationKey, Destination> =
+    LpmTrie::with_max_entries(budget::for_all_pods(budget::DESTINATIONS), 0);
 #[map]
-static PORTS: HashMap<MemberKey, u32> = HashMap::with_max_entries(SOME, BPF_F_NO_PREALLOC);
+static PORTS: LpmTrie<PortKey, u32> = LpmTrie::with_max_entries(budget::for_all_pods(budget::PORTS), 0);
 #[map]
-static GROUPS: HashMap<MemberKey, u32> = HashMap::with_max_entries(FEW, BPF_F_NO_PREALLOC);
+static GROUPS: HashMap<MemberKey, u32> =
+    HashMap::with_max_entries(budget::for_all_pods(budget::GROUPS), BPF_F_NO_PREALLOC);
 #[map]
-static INTERFACES: HashMap<MemberKey, u32> = HashMap::with_max_entries(FEW, BPF_F_NO_PREALLOC);
+static INTERFACES: HashMap<MemberKey, u32> =
+    HashMap::with_max_entries(budget::for_all_pods(budget::INTERFACES), BPF_F_NO_PREALLOC);
 #[map]
 static LISTENERS: SockHash<ListenerKey> = SockHash::with_max_entries(1 << 15, 0);
 #[map]
@@ -88,9 +87,8 @@ pub(crate) fn destination(policy: u32, addr: Addr) -> Option<&'static Destinatio
 
 /// The lists that name a port.
 #[inline(always)]
-pub(crate) fn port(key: MemberKey) -> u32 {
-    // SAFETY: as for `pod`.
-    unsafe { PORTS.get(key) }.copied().unwrap_or(0)
+pub(crate) fn port(key: PortKey) -> u32 {
+    PORTS.get(Key::new(PortKey::BITS, key)).copied().unwrap_or(0)
 }
 
 /// Whether a gid is listed.

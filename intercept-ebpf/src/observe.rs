@@ -11,11 +11,11 @@ use intercept_common::{
 use crate::{context::TCP, maps};
 
 #[inline(always)]
-fn count(slot: u32, index: usize) {
+fn decision(slot: u32, reason: Reason) {
     if let Some(counters) = maps::counters(slot) {
         // SAFETY: this CPU's own value. A program that interrupts this one may lose a count, never more.
         unsafe {
-            if let Some(cell) = (*counters).counts.get_mut(index) {
+            if let Some(cell) = (*counters).decisions.get_mut(reason as usize) {
                 *cell += 1;
             }
         }
@@ -25,7 +25,14 @@ fn count(slot: u32, index: usize) {
 /// A failure: its counter, by the table in `intercept_common::failure`.
 #[inline(always)]
 pub(crate) fn failure(pod: &PodPolicy, failure: Failure) {
-    count(pod.slot, Reason::ALL.len() + failure as usize);
+    if let Some(counters) = maps::counters(pod.slot) {
+        // SAFETY: as for `decision`.
+        unsafe {
+            if let Some(cell) = (*counters).failures.get_mut(failure as usize) {
+                *cell += 1;
+            }
+        }
+    }
 }
 
 /// A failure that is rare and worth a line: read by whoever runs an agent in the foreground. The line says what was
@@ -52,7 +59,7 @@ pub(crate) use line;
 /// An outbound decision.
 #[inline(always)]
 pub(crate) fn outbound(netns: u64, pod: &PodPolicy, flow: &Outbound, reason: Reason) {
-    count(pod.slot, reason as usize);
+    decision(pod.slot, reason);
     if maps::tracing() {
         let comm = bpf_get_current_comm().unwrap_or([0; 16]);
         emit(&Event {
@@ -78,7 +85,7 @@ pub(crate) fn outbound(netns: u64, pod: &PodPolicy, flow: &Outbound, reason: Rea
 /// An inbound decision.
 #[inline(always)]
 pub(crate) fn inbound(netns: u64, pod: &PodPolicy, flow: &Inbound, src_port: u16, reason: Reason) {
-    count(pod.slot, reason as usize);
+    decision(pod.slot, reason);
     if maps::tracing() {
         emit(&Event {
             time: now(),

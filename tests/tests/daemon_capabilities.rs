@@ -16,7 +16,7 @@ use intercept_agent::{
     cgroup::CgroupDir,
     daemon::reconcile::State,
     netns::Netns,
-    node::{Node, Target},
+    node::{Node, Observation, Rewrite, Target},
     options::{EtcFiles, RawOptions},
     programs::DEFAULT_MAX_CONNECTIONS,
     store::Origin,
@@ -208,8 +208,10 @@ fn attach_unasked(bpffs: &Path, cgroup: &Path) -> anyhow::Result<()> {
     let netns = Netns::of_cgroup(&cgroup)?;
     let line = CommandLine::parse_from([&["attach"][..], &FLAGS].concat());
     let (config, ..) = line.options.validate(&EtcFiles::below("/"))?;
+    let target = Target { cgroup, netns, netns_path: None, origin: Origin::Command };
+    let mut observed = Observation::of(&target, &config, None)?;
     let mut node = Node::open(bpffs, DEFAULT_MAX_CONNECTIONS)?;
-    node.attach(&Target { cgroup, netns, netns_path: None, origin: Origin::Command }, &config)?;
+    node.attach(&target, &config, &mut observed, Rewrite::IfChanged)?;
     Ok(())
 }
 

@@ -8,8 +8,9 @@ use std::{
 use anyhow::{Context as _, Result, bail};
 use intercept_agent::{
     cgroup::CgroupDir,
+    mirror::Follower,
     netns::Netns,
-    node::{Node, Target},
+    node::{Attached, Node, Observation, Rewrite, Target},
     options::{Config, EtcFiles, Note, RawOptions, Switches},
     store::Origin,
     userns::{IdMap, IdMaps},
@@ -57,12 +58,8 @@ struct Checked {
 impl Checked {
     fn of(options: RawOptions, cgroup: &CgroupDir) -> Result<Self> {
         // Users, groups and resolvers are those of the pod, if anything runs in it yet.
-        let root = match cgroup.processes()?.first() {
-            Some(pid) => PathBuf::from(format!("/proc/{pid}/root")),
-            None => PathBuf::from("/"),
-        };
-        let (config, switches, notes) =
-            options.read_process_env().validate(&EtcFiles::below(root)).map_err(Failed::Usage)?;
+        let files = EtcFiles::of_pod(cgroup);
+        let (config, switches, notes) = options.read_process_env().validate(&files).map_err(Failed::Usage)?;
         for Note { origin, why } in notes {
             tracing::info!(option = %origin, "{why}");
         }
@@ -126,12 +123,8 @@ fn apply(request: Request) -> Result<()> {
     super::check::require_privileges()?;
     super::accelerate::admit(accelerate)?;
     if !switches.skip_rule_apply {
-        let mut node = Node::open(&bpffs, max_connections)
-            .with_context(|| format!("opening the state in {}", bpffs.display()))?;
-        let attach = if switches.force_apply { Node::attach_anew } else { Node::attach };
-        let done = attach(&mut node, &target, &config).with_context(|| {
-            format!("attaching cgroup {} in {}", target.cgroup.path().display(), target.netns.name())
-        })?;
+        let rewrite = if switches.force_apply { Rewrite::Always } else { Rewrite::IfChanged };
+        let done = put_in_force(&bpffs, max_connections, (&target, &config), rewrite, None)?;
         say!(
             "{} cgroup {} in namespace {} (cookie {})",
             done.word(),
@@ -146,9 +139,29 @@ fn apply(request: Request) -> Result<()> {
     Ok(())
 }
 
+/// Looks at the pod, and then attaches it; a follower of its namespace is told what it will find there.
+pub(super) fn put_in_force(
+    bpffs: &Path,
+    max_connections: u32,
+    (target, config): (&Target, &Config),
+    rewrite: Rewrite,
+    mut follower: Option<&mut Follower>,
+) -> Result<Attached> {
+    let attaching =
+        || format!("attaching cgroup {} in {}", target.cgroup.path().display(), target.netns.name());
+    let mut observed = Observation::of(target, config, follower.as_deref_mut()).with_context(attaching)?;
+    let mut node = Node::open(bpffs, max_connections)
+        .with_context(|| format!("opening the state in {}", bpffs.display()))?;
+    let done = node.attach(target, config, &mut observed, rewrite).with_context(attaching)?;
+    if let Some(follower) = follower {
+        follower.expect(observed.into_mirror());
+    }
+    Ok(done)
+}
+
 /// Istio's own check; what is in force stays in force if it fails.
 pub(super) fn validate(target: &Target, config: &Config, switches: &Switches) -> Result<()> {
-    let ids = IdMaps::of_cgroup(&target.cgroup)?;
+    let ids = IdMaps::of_pod(&target.netns, &target.cgroup)?;
     let outside = |map: &IdMap, ids: &[u32]| {
         ids.first().and_then(|&id| map.outside(id)).context("the proxy's first id is not one of the pod's")
     };

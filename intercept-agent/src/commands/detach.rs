@@ -1,11 +1,10 @@
 //! `detach`.
 
-use std::{fs, os::linux::fs::MetadataExt as _, path::Path};
+use std::path::Path;
 
 use anyhow::{Context as _, Result};
 use intercept_agent::{
     cgroup::CgroupDir,
-    netns::Netns,
     node::{Node, NodeError},
     store::{Record, Store},
 };
@@ -26,29 +25,38 @@ pub(super) fn detach_cgroup(bpffs: &Path, cgroup: &Path, absent_is_fine: bool) -
     let Some(mut node) = Node::find(bpffs)? else {
         return if absent_is_fine { Ok(()) } else { Err(absent().into()) };
     };
-    let id = CgroupDir::open(cgroup).ok().map(|cgroup| cgroup.id());
-    let pods = node.pods()?;
-    let found = pods.iter().find(|(record, _)| match id {
-        Some(id) => record.cgroup_id == id,
-        None => record.cgroup == cgroup,
-    });
-    match found {
-        Some((record, _)) => {
-            let netns = reach(record);
-            node.detach(record.cookie, netns.as_ref())
-                .with_context(|| format!("detaching cgroup {}", cgroup.display()))?;
-            say!("detached cgroup {} (cookie {})", cgroup.display(), record.cookie);
+    let found = match CgroupDir::open(cgroup) {
+        Ok(cgroup) => node.pod_of_cgroup(cgroup.id())?.map(|(cookie, _)| cookie),
+        Err(_) => {
+            let pods = node.pods()?.readable;
+            pods.iter().find(|(record, _)| record.cgroup == cgroup).map(|(record, _)| record.cookie)
         }
-        None if absent_is_fine => {}
-        None => return Err(absent().into()),
+    };
+    match found {
+        Some(cookie) => {
+            let netns = node.record_of(cookie)?.and_then(|record| record.netns());
+            node.detach(cookie, netns.as_ref())
+                .with_context(|| format!("detaching cgroup {}", cgroup.display()))?;
+            say!("detached cgroup {} (cookie {cookie})", cgroup.display());
+        }
+        None => {}
     }
+    // Also what an earlier detach could not finish.
     node.sweep()?;
     node.remove_if_unused()?;
+    if found.is_none() && !absent_is_fine {
+        return Err(absent().into());
+    }
     Ok(())
 }
 
 pub(super) fn detach_all(bpffs: &Path) -> Result<()> {
-    let Some(mut node) = Node::find(bpffs)? else {
+    let found = Node::find(bpffs).unwrap_or_else(|error| {
+        // What cannot be read can be removed.
+        tracing::warn!(error = &error as &dyn std::error::Error, "removing everything unseen");
+        None
+    });
+    let Some(mut node) = found else {
         if Store::remove_any(bpffs)? {
             say!("removed what another version of the agent, or one that died, had left");
         } else {
@@ -57,13 +65,15 @@ pub(super) fn detach_all(bpffs: &Path) -> Result<()> {
         return Ok(());
     };
     let mut failed = None;
-    for (record, _) in node.pods()? {
-        let netns = reach(&record);
+    for cookie in node.tables().policies()?.into_iter().map(|(cookie, _)| cookie) {
+        let record = node.record_of(cookie)?;
+        let netns = record.as_ref().and_then(Record::netns);
+        let cgroup = record.map_or("that is not known".to_owned(), |r| r.cgroup.display().to_string());
         // Take away what can be taken away, and report what could not.
-        match node.detach(record.cookie, netns.as_ref()) {
-            Ok(()) => say!("detached cgroup {} (cookie {})", record.cgroup.display(), record.cookie),
+        match node.detach(cookie, netns.as_ref()) {
+            Ok(()) => say!("detached cgroup {cgroup} (cookie {cookie})"),
             Err(error) => {
-                tracing::error!(cgroup = %record.cgroup.display(), error = &error as &dyn std::error::Error, "detaching");
+                tracing::error!(cgroup, error = &error as &dyn std::error::Error, "detaching");
                 failed = Some(error);
             }
         }
@@ -73,17 +83,4 @@ pub(super) fn detach_all(bpffs: &Path) -> Result<()> {
     }
     node.remove_everything()?;
     Ok(())
-}
-
-/// The namespace of a pod, by the path it was given by or by a process that is in it. None if it is gone.
-fn reach(record: &Record) -> Option<Netns> {
-    let is_it = |netns: &Netns| netns.cookie() == record.cookie;
-    let by_path = record.netns_path.as_ref().and_then(|path| Netns::open(path).ok()).filter(is_it);
-    by_path.or_else(|| {
-        fs::read_dir("/proc").ok()?.filter_map(Result::ok).find_map(|process| {
-            let path = process.path().join("ns/net");
-            let inode = fs::metadata(&path).ok()?.st_ino();
-            (inode == record.netns_inode).then(|| Netns::open(&path).ok()).flatten().filter(is_it)
-        })
-    })
 }

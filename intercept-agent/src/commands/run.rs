@@ -7,8 +7,7 @@ use aya_log::EbpfLogger;
 use intercept_agent::{
     mirror::Follower,
     netns::Netns,
-    node::{Attached, Node, Target},
-    options::Config,
+    node::{Attached, Node, Rewrite},
 };
 use tokio::{
     io::{Interest, unix::AsyncFd},
@@ -16,7 +15,7 @@ use tokio::{
 };
 
 use super::{
-    attach::{self, Request},
+    attach::{self, Request, put_in_force},
     say,
 };
 use crate::cli::AttachArgs;
@@ -36,7 +35,8 @@ async fn follow(request: Request) -> Result<()> {
     let mut interrupt = signal(SignalKind::interrupt()).context("listening for SIGINT")?;
     let mut terminate = signal(SignalKind::terminate()).context("listening for SIGTERM")?;
     let mut changes = Follower::subscribe(&target.netns)?;
-    let done = put_in_force(&bpffs, max_connections, &target, &config, Some(&mut changes))?;
+    let done =
+        put_in_force(&bpffs, max_connections, (&target, &config), Rewrite::IfChanged, Some(&mut changes))?;
     say!("{} cgroup {} in namespace {}", done.word(), target.cgroup.path().display(), target.netns.name());
     if switches.run_validation {
         attach::validate(&target, &config, &switches)?;
@@ -55,7 +55,7 @@ async fn follow(request: Request) -> Result<()> {
                 if let Err(error) = change {
                     tracing::warn!(error = &error as &dyn std::error::Error, "following the namespace: reading it anew");
                 }
-                match put_in_force(&bpffs, max_connections, &target, &config, None) {
+                match put_in_force(&bpffs, max_connections, (&target, &config), Rewrite::IfChanged, None) {
                     Ok(Attached::Unchanged) => {}
                     Ok(_) => tracing::info!(netns = target.netns.name(), "followed a change of addresses or routes"),
                     Err(error) => tracing::error!("{error:#}: what was in force stays in force"),
@@ -66,20 +66,6 @@ async fn follow(request: Request) -> Result<()> {
     take_out(&bpffs, &target.netns).context("detaching")?;
     say!("detached cgroup {}", target.cgroup.path().display());
     Ok(())
-}
-
-fn put_in_force(
-    bpffs: &Path,
-    max_connections: u32,
-    target: &Target,
-    config: &Config,
-    follower: Option<&mut Follower>,
-) -> Result<Attached> {
-    let mut node = Node::open(bpffs, max_connections)
-        .with_context(|| format!("opening the state in {}", bpffs.display()))?;
-    node.attach_followed(target, config, follower).with_context(|| {
-        format!("attaching cgroup {} in {}", target.cgroup.path().display(), target.netns.name())
-    })
 }
 
 fn log_lines(bpffs: &Path) -> Result<AsyncFd<EbpfLogger<&'static dyn log::Log>>> {

@@ -9,10 +9,14 @@ use intercept_agent::{
         socket,
     },
     escape::{self, OneLine},
-    node::Node,
+    node::{BrokenPod, Node},
     store::Record,
+    tables::Usage,
 };
-use intercept_common::{Reason, failure::Failure, layout::PodPolicy};
+use intercept_common::{
+    layout::{PodPolicy, budget},
+    names,
+};
 use serde::Serialize;
 
 use super::say;
@@ -31,6 +35,8 @@ struct Pod {
     policy: u32,
     connections: u64,
     max_connections: u32,
+    /// What it has of its budget in each list.
+    room: Vec<Room>,
     listeners: Vec<Listener>,
     mptcp_listeners: Vec<Listener>,
     decisions: Vec<Count>,
@@ -39,10 +45,56 @@ struct Pod {
     daemon: Option<Report>,
 }
 
+/// An attached pod whose record cannot be read.
+#[derive(Serialize)]
+struct Broken {
+    netns_cookie: u64,
+    cgroup_id: Option<u64>,
+    state: &'static str,
+    policy: u32,
+    problem: String,
+}
+
+#[derive(Serialize)]
+#[serde(untagged)]
+enum Listed {
+    Pod(Pod),
+    Broken(Broken),
+}
+
+impl Broken {
+    fn of(node: &Node, pod: &BrokenPod) -> Self {
+        let problem = pod.error.to_string();
+        let cgroup_id = node.cgroup_of(pod.cookie).ok().flatten();
+        Self { netns_cookie: pod.cookie, cgroup_id, state: "broken", policy: pod.policy.id, problem }
+    }
+}
+
 #[derive(Serialize)]
 struct Listener {
     port: u16,
     family: u8,
+}
+
+/// Entries that a pod has in a map of lists, and may have.
+#[derive(Serialize)]
+struct Room {
+    map: &'static str,
+    used: usize,
+    limit: u32,
+}
+
+impl Room {
+    fn of(usage: &Usage) -> Vec<Self> {
+        [
+            (names::DESTINATIONS, usage.destinations, budget::DESTINATIONS),
+            (names::PORTS, usage.ports, budget::PORTS),
+            (names::GROUPS, usage.groups, budget::GROUPS),
+            (names::INTERFACES, usage.interfaces, budget::INTERFACES),
+        ]
+        .map(|(map, used, limit)| Self { map, used, limit })
+        .into()
+    }
 }
 
 #[derive(Serialize)]
@@ -59,23 +111,36 @@ pub(super) fn status(args: &StatusArgs) -> Result<()> {
         Ok(_) | Err(_) => Vec::new(),
     };
     let mut pods = Vec::new();
+    let mut broken = Vec::new();
     if let Some(node) = Node::find(&args.bpffs.bpffs)? {
-        for (record, policy) in node.pods()? {
+        let found = node.pods()?;
+        let usage = node.tables().usage()?;
+        broken = found.broken.into_iter().map(|pod| Broken::of(&node, &pod)).collect();
+        broken.retain(|pod| only.is_none() || pod.cgroup_id == only);
+        for (record, policy) in found.readable {
             if only.is_none_or(|id| id == record.cgroup_id) {
                 let its = reports.iter().position(|report| report.netns_cookie == Some(record.cookie));
                 let daemon = its.map(|at| reports.swap_remove(at));
-                pods.push(Pod { daemon, ..pod(&node, &record, &policy)? });
+                let room = Room::of(&usage.get(&policy.id).copied().unwrap_or_default());
+                pods.push(Pod { daemon, room, ..pod(&node, &record, &policy)? });
             }
         }
     }
     if args.json {
-        say!("{}", escape::pretty_json(&pods)?);
-    } else if pods.is_empty() {
+        let all: Vec<Listed> =
+            pods.into_iter().map(Listed::Pod).chain(broken.into_iter().map(Listed::Broken)).collect();
+        say!("{}", escape::pretty_json(&all)?);
+        return Ok(());
+    }
+    if pods.is_empty() && broken.is_empty() {
         say!("nothing is attached");
     } else {
         pods.iter().for_each(print);
+        for pod in &broken {
+            say!("cookie {} (broken): {}", pod.netns_cookie, pod.problem);
+        }
     }
-    if !args.json && only.is_none() {
+    if only.is_none() {
         for report in reports.iter().filter(|report| report.problem.is_some()) {
             print_daemon(report);
         }
@@ -85,19 +150,20 @@ pub(super) fn status(args: &StatusArgs) -> Result<()> {
 
 fn pod(node: &Node, record: &Record, policy: &PodPolicy) -> Result<Pod> {
     let counters = node.tables().counters(policy.slot)?;
-    let count =
-        |(reason, count): (&'static str, &u64)| (*count > 0).then_some(Count { reason, count: *count });
-    let (decisions, failures) = counters.counts.split_at(Reason::ALL.len());
+    let count = |(reason, count): (&'static str, u64)| (count > 0).then_some(Count { reason, count });
+    let decisions = counters.by_reason().map(|(reason, count)| (reason.word(), count));
+    let failures = counters.by_failure().map(|(failure, count)| (failure.word(), count));
     Ok(Pod {
         cgroup: record.cgroup.clone(),
         netns_inode: record.netns_inode,
         netns_cookie: record.cookie,
-        state: if node.cgroup_of(record.cookie).is_some() { "attached" } else { "gone" },
+        state: if node.cgroup_of(record.cookie)?.is_some() { "attached" } else { "gone" },
         since: record.since,
         arguments: record.config.to_args(),
         environment: record.config.to_env(),
         policy: policy.id,
         connections: node.tables().connections(policy.slot),
+        room: Vec::new(),
         listeners: node
             .tables()
             .listeners(record.cookie)
@@ -111,8 +177,8 @@ fn pod(node: &Node, record: &Record, policy: &PodPolicy) -> Result<Pod> {
             .map(|(port, family)| Listener { port, family })
             .collect(),
         max_connections: policy.max_connections,
-        decisions: Reason::ALL.iter().map(|r| r.word()).zip(decisions).filter_map(count).collect(),
-        failures: Failure::ALL.iter().map(|f| f.word()).zip(failures).filter_map(count).collect(),
+        decisions: decisions.filter_map(count).collect(),
+        failures: failures.filter_map(count).collect(),
         daemon: None,
     })
 }
@@ -125,6 +191,8 @@ fn print(pod: &Pod) {
     }
     pod.daemon.iter().for_each(print_daemon);
     say!("  connections  {} redirected, of {} at most", pod.connections, pod.max_connections);
+    let room: Vec<String> = pod.room.iter().map(|r| format!("{} {} of {}", r.map, r.used, r.limit)).collect();
+    say!("  room         {}", room.join(", "));
     let mut ports: Vec<String> =
         pod.listeners.iter().map(|l| format!("{} (IPv{})", l.port, l.family)).collect();
     ports.sort();

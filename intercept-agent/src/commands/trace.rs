@@ -22,13 +22,13 @@ pub(super) fn trace(args: &TraceArgs) -> Result<()> {
     let mut only = None;
     if let Some(path) = &args.cgroup_path {
         let cgroup = CgroupDir::open(path)?;
-        let (record, _) = node
+        let (cookie, _) = node
             .pod_of_cgroup(cgroup.id())?
             .with_context(|| format!("tracing: {} is not attached", path.display()))?;
-        only = Some(record.cookie);
+        only = Some(cookie);
     }
     let names: HashMap<u64, String> =
-        node.pods()?.into_iter().map(|(record, _)| (record.cookie, record.name())).collect();
+        node.pods()?.readable.into_iter().map(|(record, _)| (record.cookie, record.name())).collect();
     // Others may use the node while we listen.
     drop(node);
     let runtime =

@@ -20,8 +20,8 @@ use crate::{
     escape::OneLine,
     mirror::{Follower, MirrorError},
     netns::{Netns, NetnsError},
-    node::{Attached, Node, NodeError, Target},
-    options::OptionError,
+    node::{Attached, Node, NodeError, Observation, Pods, Rewrite, Target},
+    options::{Config, OptionError},
     store::{Origin, Record, StoreError},
 };
 
@@ -60,7 +60,10 @@ impl CaptureError {
             Self::Netns(_) | Self::Node(NodeError::Netns(_)) => "netns",
             Self::Node(NodeError::Table(error)) if error.is_full() => "map_full",
             Self::Node(NodeError::TooManyPods(_)) => "map_full",
-            Self::Node(NodeError::NetnsTaken { .. } | NodeError::CgroupTaken { .. }) => "conflict",
+            Self::Node(NodeError::OverBudget { .. }) => "over_budget",
+            Self::Node(
+                NodeError::NetnsTaken { .. } | NodeError::CgroupTaken { .. } | NodeError::Nested { .. },
+            ) => "conflict",
             Self::Node(
                 NodeError::Store(
                     StoreError::Mount { .. }
@@ -68,7 +71,8 @@ impl CaptureError {
                     | StoreError::Ownership(_)
                     | StoreError::OtherDaemon { .. },
                 )
-                | NodeError::OtherLayout(_),
+                | NodeError::OtherLayout(_)
+                | NodeError::Incomplete(_),
             ) => "store",
             Self::Node(NodeError::Left) => "leaving",
             Self::Node(NodeError::Mirror { .. }) | Self::Follow(_) => "routes",
@@ -164,7 +168,9 @@ impl Held {
     fn netns(&self) -> Option<Netns> {
         let opened = match &self.netns_path {
             Some(path) => Netns::open(path).ok(),
-            None => CgroupDir::open(&self.cgroup).ok().and_then(|cgroup| Netns::of_cgroup(&cgroup).ok()),
+            None => CgroupDir::open(&self.cgroup)
+                .ok()
+                .and_then(|cgroup| Netns::of_sandbox(&cgroup, Some(self.netns_inode)).ok()),
         };
         opened.filter(|netns| netns.cookie() == self.cookie)
     }
@@ -188,16 +194,24 @@ pub struct Captured {
     pub took: Duration,
 }
 
-/// Put a pod in force as it is wanted. `before` is what is in force for it, `followed` the cookie of the namespace
-/// that is followed. `runtime` is the one that the follower will live in.
-pub fn capture(
-    access: &mut Access,
+/// What was observed of a pod, ready to be attached.
+pub struct Prepared {
+    target: Target,
+    config: Config,
+    observed: Observation,
+    follower: Option<Follower>,
+    connections: Option<usize>,
+}
+
+/// Observe a desired pod. Runs on a thread of its own, so that a slow pod delays no other. `before` is what is attached
+/// for it, `followed` the cookie of the namespace that is followed. `runtime` is the one that the follower will
+/// live in.
+pub fn prepare(
     runtime: &Handle,
     wanted: &Wanted,
     before: Option<&Held>,
     followed: Option<u64>,
-) -> Result<Captured, CaptureError> {
-    let started = Instant::now();
+) -> Result<Prepared, CaptureError> {
     let cgroup = CgroupDir::open(&wanted.cgroup)?;
     let config = match &wanted.options {
         Options::Given(given) => given.validate(&cgroup)?,
@@ -205,41 +219,57 @@ pub fn capture(
     };
     let netns = match &wanted.netns {
         Some(path) => Netns::open(path)?,
-        None => Netns::of_cgroup(&cgroup)?,
+        None => Netns::of_sandbox(&cgroup, before.map(|held| held.netns_inode))?,
     };
     let cookie = netns.cookie();
     let target = Target { cgroup, netns, netns_path: wanted.netns.clone(), origin: wanted.origin.clone() };
-    let mut connections = None;
-    let (follower, done) = target.netns.run(|| {
-        // Before the attach, so that no change falls in between.
-        let mut follower = if followed == Some(cookie) {
-            None
-        } else {
-            let _runtime = runtime.enter();
-            Some(Follower::subscribe(&target.netns)?)
-        };
-        let done = access.with(|node| {
-            if let Some(before) = before.filter(|held| held.cookie != cookie) {
-                // The pod has a new sandbox: the cgroup cannot have both.
-                node.detach(before.cookie, None)?;
-            }
-            let in_force = node.tables().policy(cookie).map_err(NodeError::from)?.is_some();
-            if wanted.origin == Origin::Command && !in_force {
-                return Err(CaptureError::Detached);
-            }
-            if !in_force {
-                connections = established(&target.netns).ok();
-            }
-            Ok(node.attach_followed(&target, &config, follower.as_mut())?)
-        })?;
-        Ok::<_, CaptureError>((follower, done))
-    })??;
+    target
+        .netns
+        .run(|| {
+            // Before the attach, so that no change falls in between.
+            let mut follower = if followed == Some(cookie) {
+                None
+            } else {
+                let _runtime = runtime.enter();
+                Some(Follower::subscribe(&target.netns)?)
+            };
+            let observed = Observation::of(&target, &config, follower.as_mut())?;
+            let is_new = before.is_none_or(|held| held.cookie != cookie);
+            let connections = if is_new { established(&target.netns).ok() } else { None };
+            Ok::<_, CaptureError>((observed, follower, connections))
+        })?
+        .map(|(observed, follower, connections)| Prepared { target, config, observed, follower, connections })
+}
+
+/// Attach a pod as it was prepared. `before` is what is attached for it.
+pub fn capture(
+    access: &mut Access,
+    prepared: Prepared,
+    before: Option<&Held>,
+) -> Result<Captured, CaptureError> {
+    let started = Instant::now();
+    let Prepared { target, config, mut observed, mut follower, connections } = prepared;
+    let cookie = target.netns.cookie();
+    let done = access.with(|node| {
+        if let Some(before) = before.filter(|held| held.cookie != cookie) {
+            // The pod has a new sandbox: the cgroup cannot have both.
+            node.detach(before.cookie, None)?;
+        }
+        let in_force = node.tables().policy(cookie).map_err(NodeError::from)?.is_some();
+        if target.origin == Origin::Command && !in_force {
+            return Err(CaptureError::Detached);
+        }
+        Ok(node.attach(&target, &config, &mut observed, Rewrite::IfChanged)?)
+    })?;
+    if let Some(follower) = &mut follower {
+        follower.expect(observed.into_mirror());
+    }
     let held = Held {
         cookie,
         cgroup: target.cgroup.path().to_owned(),
         cgroup_id: target.cgroup.id(),
         netns_inode: target.netns.inode(),
-        netns_path: wanted.netns.clone(),
+        netns_path: target.netns_path.clone(),
     };
     let earlier = connections.unwrap_or_default();
     Ok(Captured { done, held, follower, earlier, took: started.elapsed() })
@@ -282,7 +312,7 @@ pub fn release(access: &mut Access, held: &Held) -> Result<(), NodeError> {
 
 /// Whether cgroup and namespace of a pod are still there.
 pub fn is_alive(access: &mut Access, cookie: u64) -> Result<bool, NodeError> {
-    access.with(|node| Ok(node.cgroup_of(cookie).is_some()))
+    access.with(|node| Ok(node.cgroup_of(cookie)?.is_some()))
 }
 
 /// Take away what is dead, and say what is in force.
@@ -294,7 +324,7 @@ pub fn sweep(access: &mut Access) -> Result<Vec<Record>, NodeError> {
             tracing::info!(pods = before - living, "removed the state of pods that are gone");
         }
         silence(node)?;
-        Ok(node.pods()?.into_iter().map(|(record, _)| record).collect())
+        Ok(readable(node.pods()?))
     })
 }
 
@@ -305,11 +335,18 @@ pub fn audit(access: &mut Access, known: &[u64]) -> Result<(Vec<u64>, Vec<Record
         silence(node)?;
         let in_force: Vec<u64> = node.tables().policies()?.into_iter().map(|(cookie, _)| cookie).collect();
         let unknown = in_force.iter().any(|cookie| !known.contains(cookie));
-        let records = if unknown { node.pods()? } else { Vec::new() };
-        let new =
-            records.into_iter().map(|(record, _)| record).filter(|r| !known.contains(&r.cookie)).collect();
+        let records = if unknown { readable(node.pods()?) } else { Vec::new() };
+        let new = records.into_iter().filter(|record| !known.contains(&record.cookie)).collect();
         Ok((in_force, new))
     })
+}
+
+/// The records. A pod whose record cannot be read stays attached as it is until its source asks for it again.
+fn readable(pods: Pods) -> Vec<Record> {
+    for pod in pods.broken {
+        tracing::error!(cookie = pod.cookie, error = &pod.error as &dyn std::error::Error, "a pod is broken");
+    }
+    pods.readable.into_iter().map(|(record, _)| record).collect()
 }
 
 /// A reader of events that was killed left them switched on.

@@ -10,7 +10,6 @@ use std::{
     time::{Duration, Instant},
 };
 
-use intercept_common::{Reason, failure::Failure};
 use prometheus_client::{
     encoding::{EncodeLabelSet, text},
     metrics::{counter::Counter, family::Family, gauge::Gauge, histogram::Histogram},
@@ -232,14 +231,13 @@ fn read_node(
     for (cookie, policy) in tables.policies()? {
         let pod = name(cookie);
         let counters = tables.counters(policy.slot)?;
-        let (by_reason, by_failure) = counters.counts.split_at(Reason::ALL.len());
-        for (reason, count) in Reason::ALL.iter().zip(by_reason).filter(|(_, count)| **count > 0) {
+        for (reason, count) in counters.by_reason().filter(|(_, count)| *count > 0) {
             let labels = Decision { pod: pod.clone(), reason: reason.word().to_owned() };
-            decisions.get_or_create(&labels).inc_by(*count);
+            decisions.get_or_create(&labels).inc_by(count);
         }
-        for (failure, count) in Failure::ALL.iter().zip(by_failure).filter(|(_, count)| **count > 0) {
+        for (failure, count) in counters.by_failure().filter(|(_, count)| *count > 0) {
             let labels = Failed { pod: pod.clone(), failure: failure.word().to_owned() };
-            failures.get_or_create(&labels).inc_by(*count);
+            failures.get_or_create(&labels).inc_by(count);
         }
         let open = tables.connections(policy.slot);
         connections.get_or_create(&Named { pod }).set(open.try_into().unwrap_or(i64::MAX));

@@ -23,13 +23,13 @@ pub use pod::{Answer, Problem, Report, State};
 
 use self::pod::Pod;
 use super::{
-    capture::{self, CaptureError, Captured, Held, Seen},
+    capture::{self, CaptureError, Captured, Held, Prepared, Seen},
     complaints::Complaint,
     metrics::Metrics,
     retry,
     view::PodView,
     wanted::{Key, Wanted},
-    worker::{Lane, Worker},
+    worker::{Access, Lane, Worker, WorkerFailed},
 };
 use crate::{
     node::{Attached, NodeError},
@@ -249,9 +249,11 @@ impl Reconciler {
                 let (wanted, held) = (wanted.clone(), held.clone());
                 let followed = pod.follow.as_ref().map(|(cookie, _)| *cookie);
                 let runtime = self.runtime.clone();
-                self.spawn(key, lane, Outcome::Captured, move |access| {
-                    capture::capture(access, &runtime, &wanted, held.as_ref(), followed)
-                });
+                let before = held.clone();
+                let prepare = move || capture::prepare(&runtime, &wanted, before.as_ref(), followed);
+                let capture =
+                    move |access: &mut Access, prepared| capture::capture(access, prepared, held.as_ref());
+                self.spawn_prepared(key, lane, prepare, capture);
             }
             (None, Some(held)) => {
                 let held = held.clone();
@@ -270,6 +272,30 @@ impl Reconciler {
                 }
             }
         }
+    }
+
+    /// Observe a pod on a thread of its own, then attach it on the worker.
+    fn spawn_prepared(
+        &self,
+        key: &Key,
+        lane: Lane,
+        prepare: impl FnOnce() -> Result<Prepared, CaptureError> + Send + 'static,
+        capture: impl FnOnce(&mut Access, Prepared) -> Result<Captured, CaptureError> + Send + 'static,
+    ) {
+        let (worker, messages, key) = (self.worker.clone(), self.messages.clone(), key.clone());
+        tokio::spawn(async move {
+            let result = match tokio::task::spawn_blocking(prepare).await {
+                Ok(Ok(prepared)) => worker
+                    .run(lane, move |access| capture(access, prepared))
+                    .await
+                    .unwrap_or_else(|failed| Err(failed.into())),
+                Ok(Err(error)) => Err(error),
+                // It panicked, which its log says.
+                Err(_) => Err(WorkerFailed.into()),
+            };
+            // The loop is gone when the daemon ends.
+            drop(messages.send(Message::Done(key, Box::new(Outcome::Captured(result)))));
+        });
     }
 
     fn spawn<T: Send + 'static>(

@@ -103,24 +103,22 @@ fn first_line(error: &clap::Error) -> String {
 impl Given {
     /// Validate, with the users, groups and resolvers of the pod if anything runs in it yet.
     pub fn validate(&self, cgroup: &CgroupDir) -> Result<Config, GivenError> {
-        let first = cgroup.processes().ok().and_then(|pids| pids.first().copied());
-        let root = first.map_or_else(|| PathBuf::from("/"), |pid| PathBuf::from(format!("/proc/{pid}/root")));
-        self.validate_below(root)
+        self.validate_with(&EtcFiles::of_pod(cgroup))
     }
 
     /// Validate with the names of this machine: for options that name nobody.
     pub fn check(&self) -> Result<Config, GivenError> {
-        self.validate_below("/".into())
+        self.validate_with(&EtcFiles::below("/"))
     }
 
-    fn validate_below(&self, root: PathBuf) -> Result<Config, GivenError> {
+    fn validate_with(&self, files: &EtcFiles) -> Result<Config, GivenError> {
         let command = Command::new("pod").no_binary_name(true).disable_help_flag(true);
         let matches = RawOptions::augment_args(command)
             .try_get_matches_from(&self.arguments)
             .map_err(GivenError::Flags)?;
         let raw = RawOptions::from_arg_matches(&matches).map_err(GivenError::Flags)?;
         let raw = raw.read_env(|name| self.environment.get(name).cloned());
-        let (config, switches, _notes) = raw.validate(&EtcFiles::below(root))?;
+        let (config, switches, _notes) = raw.validate(files)?;
         for (set, name) in [
             (switches.dry_run, "--dry-run"),
             (switches.cleanup_only, "--cleanup-only"),

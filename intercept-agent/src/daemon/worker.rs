@@ -13,7 +13,7 @@ use tokio::sync::oneshot;
 
 use crate::{
     node::{Node, NodeError, Paused},
-    store::Lock,
+    store::{Lock, Store},
 };
 
 type Job = Box<dyn FnOnce(&mut Access) + Send>;
@@ -166,9 +166,10 @@ impl Access {
         self.left = true;
         self.paused = None;
         self.keep = None;
-        match Node::find(&self.bpffs)? {
-            Some(node) => node.remove_everything(),
-            None => Ok(()),
+        match Node::find(&self.bpffs) {
+            Ok(Some(node)) => node.remove_everything(),
+            // What cannot be read can be removed.
+            Ok(None) | Err(_) => Ok(Store::remove_any(&self.bpffs).map(drop)?),
         }
     }
 }

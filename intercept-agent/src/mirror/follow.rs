@@ -1,13 +1,14 @@
 //! Changes of the mirrored state, as they happen.
 
 use std::io;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use netlink_sys::{Socket, protocols::NETLINK_ROUTE};
 use rustix::io::Errno;
 use rustix::net::RecvFlags;
 use tokio::io::unix::AsyncFd;
-use tokio::time::{Instant, timeout_at};
+use tokio::time::{Instant, sleep_until, timeout_at};
 
 use super::requests::Requests;
 use super::{Mirror, MirrorError};
@@ -21,14 +22,28 @@ const LATEST: Duration = Duration::from_millis(50);
 /// Events read at a time, so that a flood of them does not keep us from reading the state.
 const BATCH: usize = 1024;
 
+/// How many times the processor time of a reading passes until the next: what a pod changes without end takes no more
+/// than a fiftieth of a processor.
+const REST: u32 = 50;
+/// After a reading that failed, and twice as long after each other in a row.
+const FIRST_RETRY: Duration = Duration::from_millis(100);
+const LAST_RETRY: Duration = Duration::from_secs(60);
+
 /// A namespace's [`Mirror`], kept up to date. Holds the namespace: drop it when the pod is gone.
 pub struct Follower {
     events: AsyncFd<Socket>,
-    requests: Requests,
+    requests: Arc<Mutex<Requests>>,
     current: Mirror,
     netns: String,
+    /// Not to be read before.
+    rest_until: Instant,
+    /// Readings that failed in a row.
+    failures: u32,
     /// Something happened since `current` was read.
     stale: bool,
+    /// What reading has used of a processor.
+    #[cfg(test)]
+    used: Duration,
 }
 
 impl Follower {
@@ -52,13 +67,17 @@ impl Follower {
         let events = netns.run(subscribe)?.map_err(netlink)?;
         // SAFETY: a Socket gives the one descriptor that it owns, and closes it only when it is dropped.
         let events = unsafe { AsyncFd::register(events) }.map_err(|error| netlink(error.into()))?;
-        let requests = Requests::open(netns)?;
+        let requests = Arc::new(Mutex::new(Requests::open(netns)?));
         Ok(Self {
             events,
             requests,
             current: Mirror::default(),
             netns: netns.name().to_owned(),
+            rest_until: Instant::now(),
+            failures: 0,
             stale: false,
+            #[cfg(test)]
+            used: Duration::ZERO,
         })
     }
 
@@ -70,9 +89,14 @@ impl Follower {
                 break;
             }
         }
-        self.current = Mirror::read(&mut self.requests)?;
+        self.current = Mirror::read(&mut lock(&self.requests))?;
         self.stale = false;
         Ok(&self.current)
+    }
+
+    /// From here on changes are told from this state, which the agent is about to bring about or has.
+    pub fn expect(&mut self, state: Mirror) {
+        self.current = state;
     }
 
     /// The last state read.
@@ -88,17 +112,43 @@ impl Follower {
             if !self.stale {
                 self.event().await?;
             }
+            sleep_until(self.rest_until).await;
             let latest = Instant::now() + LATEST;
             while let Ok(event) = timeout_at(latest.min(Instant::now() + QUIET), self.event()).await {
                 event?;
             }
-            let read = Mirror::read(&mut self.requests)?;
+            let read = self.read().await?;
             self.stale = false;
             if read != self.current {
                 self.current = read;
                 return Ok(&self.current);
             }
         }
+    }
+
+    /// Reads what there is, on a thread where nothing else waits for it.
+    async fn read(&mut self) -> Result<Mirror, MirrorError> {
+        let requests = Arc::clone(&self.requests);
+        let reading = tokio::task::spawn_blocking(move || {
+            let before = processor_time();
+            let read = Mirror::read(&mut lock(&requests));
+            (read, processor_time().saturating_sub(before))
+        });
+        let (read, took) = match reading.await {
+            Ok(done) => done,
+            Err(panicked) => std::panic::resume_unwind(panicked.into_panic()),
+        };
+        #[cfg(test)]
+        {
+            self.used += took;
+        }
+        let mut rest = took * REST;
+        self.failures = if read.is_ok() { 0 } else { self.failures + 1 };
+        if self.failures > 0 {
+            rest = rest.max((FIRST_RETRY * (1 << self.failures.min(16))).min(LAST_RETRY));
+        }
+        self.rest_until = Instant::now() + rest;
+        read
     }
 
     /// Waits for events and takes them. What they say does not matter, not even when some were lost (ENOBUFS):
@@ -129,6 +179,17 @@ impl Follower {
     }
 }
 
+/// A reading that panicked left no half answer that would be taken for another's.
+fn lock(requests: &Mutex<Requests>) -> MutexGuard<'_, Requests> {
+    requests.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// What the calling thread has used of a processor.
+fn processor_time() -> Duration {
+    let time = rustix::time::clock_gettime(rustix::time::ClockId::ThreadCPUTime);
+    Duration::try_from(time).unwrap_or_default()
+}
+
 /// One, of which nothing but that it came is of interest.
 fn take_event(socket: &Socket) -> Result<(), Errno> {
     let mut bytes = [0_u8; 16];
@@ -142,6 +203,11 @@ impl Follower {
         let mut follower = Self::subscribe(netns)?;
         follower.look()?;
         Ok(follower)
+    }
+
+    /// What reading has used of a processor since it was started.
+    pub(super) fn processor_time(&self) -> Duration {
+        self.used
     }
 
     /// Leaves the socket room for a few events only.

@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::time::Instant;
 
 use ipnet::IpNet;
 use netlink_packet_core::{NLM_F_DUMP, NLM_F_REQUEST};
@@ -12,7 +13,7 @@ use netlink_packet_route::rule::{RuleAction, RuleAttribute, RuleMessage};
 use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
 use netlink_sys::protocols::NETLINK_ROUTE;
 
-use super::{Interface, MirrorError};
+use super::{Interface, MAX_ENTRIES, MirrorError};
 use crate::{netlink::Questions, netns::Netns};
 
 /// Number of a routing table.
@@ -78,9 +79,12 @@ impl Requests {
         Ok(Self { questions, netns: netns.name().to_owned() })
     }
 
+    /// From now on reading is given up at this time.
+    pub(super) fn until(&mut self, deadline: Instant) {
+        self.questions.until(deadline);
+    }
+
     pub(super) fn links(&mut self) -> Result<Vec<Interface>, MirrorError> {
-        let found =
-            self.list("reading the interfaces", RouteNetlinkMessage::GetLink(LinkMessage::default()))?;
         let interface = |message| {
             let RouteNetlinkMessage::NewLink(link) = message else { return None };
             let name = link.attributes.into_iter().find_map(|attribute| match attribute {
@@ -91,13 +95,19 @@ impl Requests {
             let (loopback, up) = (has(LinkFlags::Loopback), has(LinkFlags::Up));
             Some(Interface { index: link.header.index, name, loopback, up })
         };
-        Ok(found.into_iter().filter_map(interface).collect())
+        let question = RouteNetlinkMessage::GetLink(LinkMessage::default());
+        self.list("reading the interfaces", question, interface)
     }
 
     pub(super) fn rules(&mut self, family: AddressFamily) -> Result<Rules, MirrorError> {
         let mut question = RuleMessage::default();
         question.header.family = family;
-        let found = match self.list("reading the routing rules", RouteNetlinkMessage::GetRule(question)) {
+        let rule = |message| match message {
+            RouteNetlinkMessage::NewRule(rule) => Some(rule),
+            _ => None,
+        };
+        let question = RouteNetlinkMessage::GetRule(question);
+        let found = match self.list("reading the routing rules", question, rule) {
             Ok(found) => found,
             // A kernel without CONFIG_IP_MULTIPLE_TABLES has no rules.
             Err(MirrorError::Netlink { source, .. }) if source.raw_os_error() == Some(libc::EOPNOTSUPP) => {
@@ -106,8 +116,7 @@ impl Requests {
             Err(error) => return Err(error),
         };
         let (mut tables, mut by_interface, mut destinations) = (BTreeSet::new(), false, Vec::new());
-        for message in found {
-            let RouteNetlinkMessage::NewRule(rule) = message else { continue };
+        for rule in found {
             if rule.header.family != family {
                 continue;
             }
@@ -137,7 +146,6 @@ impl Requests {
     ) -> Result<Vec<(IpNet, RouteType, Table)>, MirrorError> {
         let mut question = RouteMessage::default();
         question.header.address_family = family;
-        let found = self.list("reading the routes", RouteNetlinkMessage::GetRoute(question))?;
         let route = |message| {
             let RouteNetlinkMessage::NewRoute(route) = message else { return None };
             let mut destination = match route.header.address_family {
@@ -157,7 +165,7 @@ impl Requests {
             let prefix = IpNet::new(destination, route.header.destination_prefix_length).ok()?;
             Some((prefix.trunc(), route.header.kind, table))
         };
-        Ok(found.into_iter().filter_map(route).collect())
+        self.list("reading the routes", RouteNetlinkMessage::GetRoute(question), route)
     }
 
     /// Where the kernel would send what is for `destination`.
@@ -196,16 +204,36 @@ impl Requests {
         Ok(Answer::Route { kind: route.header.kind, egress, source })
     }
 
-    /// All entries of a list, read when it did not change.
-    fn list(
+    /// All entries of a list that `keep` makes something of, read when it did not change.
+    fn list<T>(
         &mut self,
         attempt: &'static str,
         question: RouteNetlinkMessage,
-    ) -> Result<Vec<RouteNetlinkMessage>, MirrorError> {
+        keep: impl Fn(RouteNetlinkMessage) -> Option<T>,
+    ) -> Result<Vec<T>, MirrorError> {
         for _ in 0..ATTEMPTS {
-            match self.questions.ask(question.clone(), NLM_F_REQUEST | NLM_F_DUMP) {
-                Ok((found, false)) => return Ok(found),
-                Ok((_, true)) => {}
+            let (mut kept, mut found) = (Vec::new(), 0);
+            let each = |message| {
+                if let Some(entry) = keep(message) {
+                    found += 1;
+                    if found <= MAX_ENTRIES {
+                        kept.push(entry);
+                    }
+                }
+            };
+            let asked = self.questions.ask_each(question.clone(), NLM_F_REQUEST | NLM_F_DUMP, each);
+            if found > MAX_ENTRIES {
+                return Err(MirrorError::TooMany {
+                    attempt,
+                    netns: self.netns.clone(),
+                    found,
+                    limit: MAX_ENTRIES,
+                });
+            }
+            match asked {
+                Ok(false) => return Ok(kept),
+                Ok(true) => {}
+                Err(error) if error.kind() == io::ErrorKind::TimedOut => break,
                 Err(source) => return Err(self.error(attempt, source)),
             }
         }

@@ -433,3 +433,65 @@ fn lost_events_are_made_up_for() {
         .await;
     });
 }
+
+#[test]
+fn more_routes_than_are_read_are_refused_with_the_figure_and_reading_goes_on() {
+    let netns = pod();
+    let batch = std::env::temp_dir().join(format!("intercept-routes-{}", std::process::id()));
+    let lines = |action: &str| -> String {
+        let line = |n: usize| format!("route {action} 11.{}.{}.0/24 dev net1\n", n / 256, n % 256);
+        (0..=MAX_ENTRIES).map(line).collect()
+    };
+    let batch_of = |action: &str| {
+        std::fs::write(&batch, lines(action)).expect("written");
+        ip(&netns, &[&format!("-batch {}", batch.display())]);
+    };
+    batch_of("add");
+    let mut requests = Requests::open(&netns).expect("a socket");
+    let error = Mirror::read(&mut requests).unwrap_err();
+    let MirrorError::TooMany { found, limit: MAX_ENTRIES, .. } = error else { panic!("{error:?}") };
+    assert!(found > MAX_ENTRIES, "{error}");
+    batch_of("del");
+    _ = std::fs::remove_file(&batch);
+    assert!(Mirror::read(&mut requests).is_ok(), "by the same socket");
+}
+
+#[test]
+fn an_answer_that_is_given_up_is_not_taken_for_the_next() {
+    let netns = pod();
+    let lines: Vec<String> = (0..64).map(|n| format!("route add 12.{n}.0.0/16 dev net1")).collect();
+    ip(&netns, &lines.iter().map(String::as_str).collect::<Vec<_>>());
+    let mut requests = Requests::open(&netns).expect("a socket");
+    requests.until(Instant::now());
+    for _ in 0..2 {
+        let late = requests.routes(AddressFamily::Inet);
+        assert!(matches!(late, Err(MirrorError::Restless { .. })), "{:?}", late.map(drop));
+    }
+    requests.until(Instant::now() + Duration::from_secs(10));
+    assert!(requests.routes(AddressFamily::Inet).expect("routes").len() > 64);
+    assert_eq!(Mirror::read(&mut requests).expect("a mirror"), Mirror::snapshot(&netns).expect("a snapshot"));
+}
+
+/// What a pod changes without end costs a small part of a processor.
+#[test]
+fn a_flapping_table_is_read_less_and_less() {
+    let netns = pod();
+    let lines: Vec<String> = (0..256).map(|n| format!("route add 12.0.{n}.0/24 dev net1")).collect();
+    ip(&netns, &lines.iter().map(String::as_str).collect::<Vec<_>>());
+    runtime().block_on(async {
+        let mut follower = Follower::start(&netns).unwrap();
+        let until = Instant::now() + Duration::from_secs(2);
+        let mut read = 0;
+        for change in ["add", "del"].into_iter().cycle() {
+            if Instant::now() > until {
+                break;
+            }
+            ip(&netns, &[&format!("route {change} 12.9.9.0/24 dev net1")]);
+            let changed = tokio::time::timeout(Duration::from_millis(20), follower.changed()).await;
+            read += u32::from(changed.is_ok());
+        }
+        let used = follower.processor_time();
+        assert!(read > 0, "it is followed all the same");
+        assert!(used < Duration::from_secs(2) / 20, "{used:?} of 2 s for {read} readings");
+    });
+}

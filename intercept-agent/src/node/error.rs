@@ -3,6 +3,7 @@
 use std::io;
 
 use crate::{
+    cgroup::CgroupError,
     listeners::ListenersError,
     mirror::MirrorError,
     netns::NetnsError,
@@ -35,6 +36,8 @@ pub enum NodeError {
     LeftOut,
     #[error(transparent)]
     Netns(#[from] NetnsError),
+    #[error(transparent)]
+    Cgroup(#[from] CgroupError),
     #[error("mirroring the routes of {netns}")]
     Mirror { netns: String, source: MirrorError },
     #[error("looking for listeners of the proxy in {netns}")]
@@ -47,6 +50,8 @@ pub enum NodeError {
     UserNs { cgroup: String, source: IdMapError },
     #[error("attaching {program} to {target}")]
     Attach { program: &'static str, target: String, source: io::Error },
+    #[error("asking the kernel what link {path} is attached to")]
+    Link { path: String, source: io::Error },
     #[error("replacing {program} of pod {cookie}")]
     Replace { program: &'static str, cookie: u64, source: io::Error },
     #[error(
@@ -59,6 +64,18 @@ pub enum NodeError {
          detach it first (`intercept-agent detach --cgroup-path {cgroup}`)"
     )]
     CgroupTaken { cgroup: String, inode: u64 },
+    #[error(
+        "cgroup {inner} is inside cgroup {outer}, and {captured} is captured already: what is in both would be decided on \
+         twice; detach that one first (`intercept-agent detach --cgroup-path {captured}`)"
+    )]
+    Nested { inner: String, outer: String, captured: String },
+    #[error(
+        "map {0} of the agent is not there, and pods are attached: something removed its pin; `intercept-agent detach --all` \
+         removes the rest"
+    )]
+    Incomplete(&'static str),
+    #[error("the pod needs {needed} {what}, and may have {limit}: shorten its lists")]
+    OverBudget { what: &'static str, needed: usize, limit: u32 },
     #[error("{0} pods are attached to this node, which is all it has counters for")]
     TooManyPods(usize),
     #[error(
@@ -66,6 +83,8 @@ pub enum NodeError {
          version, or `intercept-agent detach --all`, and attach them again"
     )]
     OtherLayout(String),
+    #[error("pod {0} has no record of its policy; attach it again, or detach it")]
+    NoRecord(u64),
     #[error("reading the log lines of the programs")]
     Logs { source: Box<dyn std::error::Error + Send + Sync> },
     #[error(

@@ -23,7 +23,7 @@ impl Node {
         let cgroup = target.cgroup.path().display().to_string();
         for program in self.loaded_programs() {
             let path = self.store.pod(cookie).join(program);
-            if self.link_is(&path, LinkTarget::Cgroup(Some(target.cgroup.id()))) {
+            if self.link_is(&path, LinkTarget::Cgroup(Some(target.cgroup.id())))? {
                 continue;
             }
             let attach = || {
@@ -35,7 +35,7 @@ impl Node {
             attach().map_err(|source| NodeError::Attach { program, target: cgroup.clone(), source })?;
         }
         let path = self.store.pod(cookie).join(names::SK_LOOKUP);
-        if self.link_is(&path, LinkTarget::Netns(u32::try_from(target.netns.inode()).ok())) {
+        if self.link_is(&path, netns_target(target))? {
             return Ok(());
         }
         let program = self.lookup()?.load(cookie)?;
@@ -73,34 +73,43 @@ impl Node {
         }
     }
 
-    fn link_is(&self, path: &Path, target: LinkTarget) -> bool {
-        kernel::open_pin(path)
-            .and_then(|link| kernel::link_info(link.as_fd()))
-            .is_ok_and(|info| info.target == target)
+    /// Whether a link is pinned there and holds on to that.
+    fn link_is(&self, path: &Path, target: LinkTarget) -> Result<bool, NodeError> {
+        Ok(link_target(path)? == Some(target))
     }
 
-    pub(super) fn links_intact(&self, cookie: u64, target: &Target) -> bool {
+    pub(super) fn links_intact(&self, cookie: u64, target: &Target) -> Result<bool, NodeError> {
         let dir = self.store.pod(cookie);
-        self.loaded_programs()
-            .all(|name| self.link_is(&dir.join(name), LinkTarget::Cgroup(Some(target.cgroup.id()))))
-            && self.link_is(
-                &dir.join(names::SK_LOOKUP),
-                LinkTarget::Netns(u32::try_from(target.netns.inode()).ok()),
-            )
+        let cgroup = LinkTarget::Cgroup(Some(target.cgroup.id()));
+        for name in self.loaded_programs() {
+            if !self.link_is(&dir.join(name), cgroup)? {
+                return Ok(false);
+            }
+        }
+        self.link_is(&dir.join(names::SK_LOOKUP), netns_target(target))
     }
 
-    /// The cgroup of a pod if that and its namespace are still there. The links tell: they outlive both and then name
-    /// neither.
-    pub fn cgroup_of(&self, cookie: u64) -> Option<u64> {
-        let target_of = |name: &str| {
-            kernel::open_pin(&self.store.pod(cookie).join(name))
-                .and_then(|link| kernel::link_info(link.as_fd()))
-                .map(|info| info.target)
-        };
-        match (target_of(names::SOCK_OPS), target_of(names::SK_LOOKUP)) {
-            (Ok(LinkTarget::Cgroup(cgroup)), Ok(LinkTarget::Netns(Some(_)))) => cgroup,
+    /// The cgroup of a pod if that and its namespace are still there.
+    pub fn cgroup_of(&self, cookie: u64) -> Result<Option<u64>, NodeError> {
+        Ok(self.place_of(cookie)?.map(|(cgroup, _)| cgroup))
+    }
+
+    /// The cgroup's id and the namespace's inode of a pod if both are still there. The links tell: they outlive both
+    /// and then name neither. A pod whose links cannot be looked at just now is not one that is gone.
+    pub(super) fn place_of(&self, cookie: u64) -> Result<Option<(u64, u64)>, NodeError> {
+        let dir = self.store.pod(cookie);
+        Ok(match (link_target(&dir.join(names::SOCK_OPS))?, link_target(&dir.join(names::SK_LOOKUP))?) {
+            (Some(LinkTarget::Cgroup(Some(cgroup))), Some(LinkTarget::Netns(Some(netns)))) => {
+                Some((cgroup, netns.into()))
+            }
             _ => None,
-        }
+        })
+    }
+
+    /// Whether a pod's namespace may still be there: its link says so, or there is none.
+    pub(super) fn may_have_netns(&self, cookie: u64) -> Result<bool, NodeError> {
+        let link = link_target(&self.store.pod(cookie).join(names::SK_LOOKUP))?;
+        Ok(link != Some(LinkTarget::Netns(None)))
     }
 
     /// Put this build's programs under the links of a pod.
@@ -119,6 +128,21 @@ impl Node {
             .and_then(|link| kernel::link_update(link.as_fd(), program.as_fd()))
             .map_err(|source| NodeError::Replace { program: names::SK_LOOKUP, cookie, source })
     }
+}
+
+fn netns_target(target: &Target) -> LinkTarget {
+    LinkTarget::Netns(u32::try_from(target.netns.inode()).ok())
+}
+
+/// What the link that is pinned there holds on to; none if nothing is pinned there.
+fn link_target(path: &Path) -> Result<Option<LinkTarget>, NodeError> {
+    let link = match kernel::open_pin(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        opened => opened,
+    };
+    link.and_then(|link| kernel::link_info(link.as_fd()))
+        .map(|info| Some(info.target))
+        .map_err(|source| NodeError::Link { path: path.display().to_string(), source })
 }
 
 /// Pin a link in place of what an earlier agent left.

@@ -1,8 +1,14 @@
 //! What a pod's /etc says: the ids of users and groups, and its name servers.
 
+use std::collections::BTreeSet;
 use std::fs::File;
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
+use std::sync::{Condvar, Mutex, PoisonError, mpsc};
+use std::thread;
+use std::time::Duration;
+
+use crate::cgroup::CgroupDir;
 
 use rustix::fs::{CWD, Mode, OFlags, ResolveFlags};
 
@@ -28,20 +34,74 @@ pub trait Names {
 #[derive(Clone, Debug)]
 pub struct EtcFiles {
     root: PathBuf,
+    /// Whose they are: of one pod, one file is read at a time.
+    owner: String,
 }
+
+/// How long a pod's file may take. It may be on a filesystem whose server is in the pod, and never answers.
+const PATIENCE: Duration = Duration::from_millis(500);
+
+/// The pods a file of which is being read. One that hangs keeps a thread for as long as its pod likes, but only one.
+static READING: Mutex<BTreeSet<String>> = Mutex::new(BTreeSet::new());
+static DONE: Condvar = Condvar::new();
 
 impl EtcFiles {
     /// The files below `root`.
     pub fn below(root: impl Into<PathBuf>) -> Self {
-        Self { root: root.into() }
+        let root = root.into();
+        Self { owner: root.display().to_string(), root }
+    }
+
+    /// The files of the pod with this cgroup, below the root of its first process. Of this machine if nothing runs in it.
+    pub fn of_pod(cgroup: &CgroupDir) -> Self {
+        let first = cgroup.processes().ok().and_then(|pids| pids.first().copied());
+        let root = first.map_or_else(|| PathBuf::from("/"), |pid| PathBuf::from(format!("/proc/{pid}/root")));
+        Self { root, owner: format!("cgroup {}", cgroup.id()) }
+    }
+
+    fn read(&self, root: &Path, file: &'static str, limit: u64) -> io::Result<String> {
+        let read = if root == Path::new("/") {
+            read_in_root(root, file, limit)
+        } else {
+            self.read_in_time(root, file, limit)
+        };
+        read.map_err(|error| io::Error::new(error.kind(), format!("{}: {error}", root.join(file).display())))
+    }
+
+    /// On a thread of its own, which is left to itself when it takes too long.
+    fn read_in_time(&self, root: &Path, file: &'static str, limit: u64) -> io::Result<String> {
+        let late = |what: &str| io::Error::new(io::ErrorKind::TimedOut, what.to_owned());
+        let reading = READING.lock().unwrap_or_else(PoisonError::into_inner);
+        let waited = DONE.wait_timeout_while(reading, PATIENCE, |reading| reading.contains(&self.owner));
+        let (mut reading, _) = waited.unwrap_or_else(PoisonError::into_inner);
+        if !reading.insert(self.owner.clone()) {
+            return Err(late(
+                "an earlier reading of the pod's files hangs; what serves them must answer first",
+            ));
+        }
+        drop(reading);
+        let (owner, root) = (self.owner.clone(), root.to_owned());
+        let (answer, answered) = mpsc::sync_channel(1);
+        let thread = thread::Builder::new().name("pod-file".to_owned()).spawn(move || {
+            let read = read_in_root(&root, file, limit);
+            READING.lock().unwrap_or_else(PoisonError::into_inner).remove(&owner);
+            DONE.notify_all();
+            // The receiver is gone if it took too long.
+            drop(answer.send(read));
+        });
+        if let Err(error) = thread {
+            READING.lock().unwrap_or_else(PoisonError::into_inner).remove(&self.owner);
+            return Err(error);
+        }
+        answered.recv_timeout(PATIENCE).unwrap_or_else(|_| Err(late("the pod's file takes too long to read")))
     }
 
     /// The third field of the line of `name` in `file`, below the root or else here.
-    fn id(&self, file: &str, name: &str) -> io::Result<Option<u32>> {
+    fn id(&self, file: &'static str, name: &str) -> io::Result<Option<u32>> {
         let host = Path::new("/");
         let roots = std::iter::once(self.root.as_path()).chain((self.root != host).then_some(host));
         for root in roots {
-            match read_below(root, file, MAX_FILE) {
+            match self.read(root, file, MAX_FILE) {
                 Ok(text) => {
                     if let Some(id) = id_of(&text, name) {
                         return Ok(Some(id));
@@ -66,7 +126,7 @@ impl Names for EtcFiles {
     }
 
     fn resolv_conf(&self) -> io::Result<String> {
-        read_below(&self.root, "etc/resolv.conf", MAX_RESOLV_CONF)
+        self.read(&self.root, "etc/resolv.conf", MAX_RESOLV_CONF)
     }
 }
 
@@ -78,18 +138,13 @@ fn id_of(text: &str, name: &str) -> Option<u32> {
     })
 }
 
-fn read_below(root: &Path, file: &str, limit: u64) -> io::Result<String> {
-    let named =
-        |error: io::Error| io::Error::new(error.kind(), format!("{}: {error}", root.join(file).display()));
-    read_in_root(root, file, limit).map_err(named)
-}
-
 fn read_in_root(root: &Path, file: &str, limit: u64) -> io::Result<String> {
     let directory =
         rustix::fs::openat(CWD, root, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?;
     // NONBLOCK: a FIFO in the file's place must not stop us.
     let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::CLOEXEC;
-    let file = rustix::fs::openat2(&directory, file, flags, Mode::empty(), ResolveFlags::IN_ROOT)?;
+    let resolve = ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS;
+    let file = rustix::fs::openat2(&directory, file, flags, Mode::empty(), resolve)?;
     read_text(File::from(file), limit)
 }
 
@@ -116,6 +171,7 @@ fn read_text(file: File, limit: u64) -> io::Result<String> {
 #[cfg(test)]
 mod tests {
     use std::fs;
+    use std::os::fd::AsRawFd as _;
     use std::os::unix::fs::symlink;
 
     use super::*;
@@ -169,6 +225,58 @@ mod tests {
         let names = EtcFiles::below(root.path());
         assert_eq!(names.user("app").expect("read"), Some(5));
         assert_eq!(names.resolv_conf().expect_err("this host's file").kind(), io::ErrorKind::NotFound);
+    }
+
+    /// A filesystem whose server never answers.
+    struct Silent {
+        folder: tempfile::TempDir,
+        _server: File,
+    }
+
+    impl Silent {
+        fn mount() -> Self {
+            let folder = tempfile::tempdir().expect("a folder");
+            let server = File::options().read(true).write(true).open("/dev/fuse").expect("FUSE");
+            let options = format!("fd={},rootmode=40000,user_id=0,group_id=0", server.as_raw_fd());
+            let options = std::ffi::CString::new(options).expect("text");
+            let flags = rustix::mount::MountFlags::empty();
+            rustix::mount::mount("silent", folder.path(), "fuse", flags, options.as_c_str())
+                .expect("mounted");
+            Self { folder, _server: server }
+        }
+    }
+
+    impl Drop for Silent {
+        fn drop(&mut self) {
+            use rustix::mount::{UnmountFlags, unmount};
+            // By force, so that who waits for an answer gets an error.
+            unmount(self.folder.path(), UnmountFlags::FORCE | UnmountFlags::DETACH).expect("unmounted");
+        }
+    }
+
+    #[test]
+    fn a_file_that_is_never_served_is_given_up() {
+        let (silent, other) = (Silent::mount(), pod());
+        let names = EtcFiles::below(silent.folder.path());
+        let started = std::time::Instant::now();
+        let error = names.resolv_conf().expect_err("no answer");
+        assert_eq!(error.kind(), io::ErrorKind::TimedOut, "{error}");
+        assert!(error.to_string().contains("etc/resolv.conf: the pod's file takes too long"), "{error}");
+        let threads = || {
+            let tasks = fs::read_dir("/proc/self/task").expect("threads").flatten();
+            let name = |task: &fs::DirEntry| fs::read_to_string(task.path().join("comm")).unwrap_or_default();
+            tasks.filter(|task| name(task).trim() == "pod-file").count()
+        };
+        let before = threads();
+        for _ in 0..3 {
+            let error = names.user("app").expect_err("no answer");
+            assert!(error.to_string().contains("an earlier reading of the pod's files hangs"), "{error}");
+        }
+        assert_eq!(threads(), before, "no other thread hangs");
+        assert!(started.elapsed() < 6 * PATIENCE, "{:?}", started.elapsed());
+        // Another pod's files are read meanwhile.
+        fs::write(other.path().join("etc/passwd"), "app:x:5:5::/:\n").expect("passwd");
+        assert_eq!(EtcFiles::below(other.path()).user("app").expect("read"), Some(5));
     }
 
     #[test]

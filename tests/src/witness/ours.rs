@@ -59,7 +59,7 @@ impl Facts for InMemory<'_> {
         longest.map_or(Destination { flags: 0, source: Addr::UNSPECIFIED }, |(_, _, value)| *value)
     }
     fn port(&self, _: u32, port: u16) -> u32 {
-        self.entries.ports.get(&u32::from(port)).copied().unwrap_or(0)
+        self.entries.ports.iter().find(|p| p.contains(port)).map_or(0, |p| p.bits)
     }
     fn group(&self, _: u32, gid: u32) -> bool {
         self.entries.groups.contains_key(&gid)

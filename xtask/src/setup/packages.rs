@@ -14,13 +14,14 @@ const EMULATOR: (&str, &str) = match Architecture::HOST {
 };
 
 /// Which group needs which program or file, and the package of Debian and its descendants that has it.
-const PROGRAMS: [(Group, &str, &str); 27] = [
+const PROGRAMS: [(Group, &str, &str); 28] = [
     (Group::Test, "dig", "dnsutils"),
     (Group::Test, "dnsmasq", "dnsmasq-base"),
     (Group::Test, "ip", "iproute2"),
     (Group::Test, "ip6tables-restore", "iptables"),
     (Group::Test, "iptables-restore", "iptables"),
     (Group::Test, "nft", "nftables"),
+    (Group::Test, "strace", "strace"),
     (Group::Envoy, "python3", "python3"),
     (Group::Vm, "busybox", "busybox-static"),
     (Group::Vm, "depmod", "kmod"),

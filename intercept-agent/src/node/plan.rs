@@ -1,0 +1,192 @@
+//! What an attach will do, decided from what was looked at before anything is changed.
+
+use std::path::PathBuf;
+
+use intercept_common::layout::{self, PodPolicy, budget};
+
+use super::{Living, NodeError, Target};
+use crate::{
+    compile::{Compiled, Entries},
+    options::Config,
+    plumbing::{self, Plumbing},
+    store::Record,
+};
+
+/// What the plan is made from: all that was looked at.
+pub(super) struct Input<'a> {
+    pub(super) target: &'a Target,
+    /// As the pod sees its ids.
+    pub(super) config: &'a Config,
+    /// The policies of all pods by netns cookie.
+    pub(super) policies: &'a [(u64, PodPolicy)],
+    /// The record of the pod's own policy, if it has one that can be read.
+    pub(super) record: Option<&'a Record>,
+    /// The pods that are there.
+    pub(super) living: &'a Living,
+    /// The ids of the cgroups around the pod's own.
+    pub(super) lineage: &'a [u64],
+    /// Whether all links of the pod are in place.
+    pub(super) links_intact: bool,
+    /// What is to be changed in the namespace.
+    pub(super) namespace: plumbing::Plan,
+    /// [`PodPolicy::max_connections`].
+    pub(super) max_connections: u32,
+    /// From the options and the routes as they will be.
+    pub(super) compiled: Compiled,
+    /// Seconds since 1970.
+    pub(super) now: u64,
+}
+
+/// Whether an unchanged policy is written again.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Rewrite {
+    /// Only if it is another one.
+    IfChanged,
+    /// In any case.
+    Always,
+}
+
+/// What is to be done.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub(super) enum Plan {
+    /// The same policy is active.
+    Unchanged(PodPolicy),
+    /// There is something to do.
+    Apply(Box<Apply>),
+}
+
+/// What is to be done.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub(super) struct Apply {
+    /// Lists all changes of the namespace, including those still to be made, so that they can be undone after a crash.
+    pub(super) record: Record,
+    pub(super) policy: PodPolicy,
+    pub(super) entries: Entries,
+    /// To be added to the namespace before the switch.
+    pub(super) additions: Plumbing,
+    /// To be removed from it after the switch.
+    pub(super) removals: Plumbing,
+    /// The policy that is replaced.
+    pub(super) before: Option<PodPolicy>,
+}
+
+/// Makes the plan. `draw` gives random numbers for the policy's id, which must not meet entries left by a crashed agent.
+pub(super) fn plan(input: Input<'_>, rewrite: Rewrite, draw: impl FnMut() -> u32) -> Result<Plan, NodeError> {
+    let Input { target, config, policies, record, living, namespace, compiled, .. } = input;
+    refuse_conflicts(target, input.lineage, living)?;
+    refuse_beyond_budget(&compiled.entries)?;
+    let cookie = target.netns.cookie();
+    let before = policies.iter().find(|(netns, _)| *netns == cookie).map(|(_, policy)| *policy);
+    let digest = compiled.digest();
+    if let (Some(policy), Some(record)) = (&before, record)
+        && rewrite == Rewrite::IfChanged
+        && record.config == *config
+        && record.digest == digest
+        && record.origin == target.origin
+        && input.links_intact
+        && namespace.is_empty()
+    {
+        return Ok(Plan::Unchanged(*policy));
+    }
+    let (slot, id) = free(policies, before.as_ref(), draw)?;
+    let record = Record {
+        cookie,
+        policy: id,
+        slot,
+        cgroup: target.cgroup.path().to_owned(),
+        cgroup_id: target.cgroup.id(),
+        netns_inode: target.netns.inode(),
+        netns_path: target.netns_path.clone(),
+        config: config.clone(),
+        digest,
+        plumbing: namespace.result(),
+        origin: target.origin.clone(),
+        since: input.now,
+    };
+    Ok(Plan::Apply(Box::new(Apply {
+        record,
+        policy: PodPolicy { id, slot, max_connections: input.max_connections, ..compiled.policy },
+        entries: compiled.entries,
+        additions: namespace.additions(),
+        removals: namespace.removals(),
+        before,
+    })))
+}
+
+/// What one pod may have in the maps that all share.
+fn refuse_beyond_budget(entries: &Entries) -> Result<(), NodeError> {
+    for (what, needed, limit) in [
+        ("prefixes of its CIDR lists and routes", entries.destinations.len(), budget::DESTINATIONS),
+        ("prefixes of its lists of ports", entries.ports.len(), budget::PORTS),
+        ("owner groups", entries.groups.len(), budget::GROUPS),
+        ("interfaces named by -c and -k", entries.interfaces.len(), budget::INTERFACES),
+    ] {
+        if needed > limit as usize {
+            return Err(NodeError::OverBudget { what, needed, limit });
+        }
+    }
+    Ok(())
+}
+
+/// A namespace has one capture and a cgroup one namespace, and no captured pod's cgroup is in another's: programs that
+/// are attached twice would run twice.
+fn refuse_conflicts(target: &Target, lineage: &[u64], living: &Living) -> Result<(), NodeError> {
+    let (own, cgroup_id) = (target.netns.cookie(), target.cgroup.id());
+    for (&cookie, pod) in living {
+        let cgroup = || pod.cgroup_name().display().to_string();
+        match (cookie == own, pod.cgroup == cgroup_id) {
+            (true, false) => {
+                return Err(NodeError::NetnsTaken {
+                    netns: target.netns.name().to_owned(),
+                    cgroup: cgroup(),
+                });
+            }
+            (false, true) => {
+                return Err(NodeError::CgroupTaken { cgroup: cgroup(), inode: pod.netns_inode });
+            }
+            _ => {}
+        }
+        let own = || target.cgroup.path().display().to_string();
+        if lineage.contains(&pod.cgroup) {
+            return Err(NodeError::Nested { inner: own(), outer: cgroup(), captured: cgroup() });
+        }
+        if pod.lineage.contains(&cgroup_id) {
+            return Err(NodeError::Nested { inner: cgroup(), outer: own(), captured: cgroup() });
+        }
+    }
+    Ok(())
+}
+
+/// The slot of the policy that is replaced, or a free one; and an unused id.
+fn free(
+    policies: &[(u64, PodPolicy)],
+    before: Option<&PodPolicy>,
+    draw: impl FnMut() -> u32,
+) -> Result<(u32, u32), NodeError> {
+    let is_free = |slot: &u32| policies.iter().all(|(_, policy)| policy.slot != *slot);
+    let slot = match before {
+        Some(policy) => policy.slot,
+        None => (0..layout::MAX_PODS).find(is_free).ok_or(NodeError::TooManyPods(policies.len()))?,
+    };
+    let is_new = |id: &u32| *id != 0 && policies.iter().all(|(_, policy)| policy.id != *id);
+    Ok((slot, std::iter::repeat_with(draw).find(is_new).unwrap_or(1)))
+}
+
+/// A pod that is there.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct LivingPod {
+    /// Id of its cgroup.
+    pub(super) cgroup: u64,
+    /// The cgroup as its record names it, if that can be read.
+    pub(super) cgroup_path: Option<PathBuf>,
+    /// The ids of the cgroups around its own, if those can be told.
+    pub(super) lineage: Vec<u64>,
+    /// Inode of its namespace.
+    pub(super) netns_inode: u64,
+}
+
+impl LivingPod {
+    fn cgroup_name(&self) -> PathBuf {
+        self.cgroup_path.clone().unwrap_or_else(|| PathBuf::from(format!("with id {}", self.cgroup)))
+    }
+}

@@ -1,0 +1,291 @@
+//! What fails on the way leaves nothing behind: for attach, replace and detach a failure is put into every system call
+//! that changes or asks something, one at a time, and the whole state is compared with what it was.
+
+use std::{
+    fs,
+    os::fd::AsFd as _,
+    path::{Path, PathBuf},
+    process::Output,
+};
+
+use aya::maps::MapData;
+use intercept_agent::{kernel, tables::Tables};
+use intercept_common::{
+    layout::{ListenerKey, MemberKey, PodPolicy, Proxy},
+    names,
+};
+use tempfile::TempDir;
+use tests::{
+    actor::{Actor, Bind, Listen, Transport},
+    agent::{Agent, finish},
+    snapshot::{Snapshot, tree},
+    testbed::{Ids, Pod, PodSpec},
+};
+
+/// Two policies that have something in every map and change something else of the namespace each.
+const ONE: [&str; 10] = ["-u", "1337", "-m", "REDIRECT", "-i", "*", "-b", "80,81", "-o", "22"];
+const OTHER: [&str; 12] =
+    ["-u", "1337", "-m", "TPROXY", "-i", "10.0.0.0/8", "-x", "10.1.0.0/16", "-b", "*", "-d", "82"];
+/// With which the kernel is asked or changed: maps, links and pins; netlink; folders of pins.
+const CALLS: [&str; 3] = ["bpf", "sendto", "mkdir"];
+
+/// The agent with a pod beside the one that is tried, so that the programs stay.
+struct Bed {
+    agent: Agent,
+    pod: Pod,
+    _inside: Actor,
+    _beside: Pod,
+    trace: TempDir,
+}
+
+/// Everything that is pinned, in maps or in the pod's namespace.
+#[derive(PartialEq)]
+struct State {
+    namespace: Snapshot,
+    pins: Vec<(PathBuf, u64)>,
+    policies: Vec<(u64, PodPolicy)>,
+    lists: Vec<(Vec<u8>, Vec<u8>)>,
+    listeners: Vec<ListenerKey>,
+    proxies: Vec<(u32, Proxy)>,
+}
+
+fn entries<K: bytemuck::Pod, V: bytemuck::Pod>(maps: &Path, name: &str) -> Vec<(K, V)> {
+    let map = MapData::from_pin(maps.join(name)).expect("a map");
+    kernel::entries(map.fd().as_fd()).expect("entries")
+}
+
+impl State {
+    fn of(bed: &Bed) -> Self {
+        let maps = bed.agent.store().join("maps");
+        let mut lists = Vec::new();
+        for (key, value) in entries::<[u8; 24], [u8; 20]>(&maps, names::DESTINATIONS) {
+            lists.push((key.to_vec(), value.to_vec()));
+        }
+        for (key, value) in entries::<[u8; 12], u32>(&maps, names::PORTS) {
+            lists.push((key.to_vec(), value.to_ne_bytes().to_vec()));
+        }
+        for name in [names::GROUPS, names::INTERFACES] {
+            for (key, value) in entries::<MemberKey, u32>(&maps, name) {
+                lists.push((bytemuck::bytes_of(&key).to_vec(), value.to_ne_bytes().to_vec()));
+            }
+        }
+        lists.sort();
+        let tables = Tables::open(&maps).expect("maps");
+        let mut policies = tables.policies().expect("policies");
+        policies.sort_by_key(|(cookie, _)| *cookie);
+        let mut listeners: Vec<ListenerKey> =
+            policies.iter().flat_map(|(cookie, _)| tables.listeners(*cookie)).collect();
+        listeners.sort_by_key(|key| (key.netns, key.port, key.family, key.slot));
+        Self {
+            namespace: Snapshot::of(&bed.pod).expect("a snapshot"),
+            pins: tree(bed.agent.bpffs()).expect("a tree"),
+            policies,
+            lists,
+            listeners,
+            proxies: entries::<u32, Proxy>(&maps, names::PROXIES),
+        }
+    }
+
+    #[track_caller]
+    fn assert_is(&self, before: &Self, when: &str) {
+        assert_eq!(before.namespace.difference(&self.namespace), [""; 0], "{when}");
+        let only = |these: &Self, those: &Self| -> Vec<_> {
+            these.pins.iter().filter(|pin| !those.pins.contains(pin)).map(|(path, _)| path.clone()).collect()
+        };
+        assert_eq!((only(before, self), only(self, before)), (vec![], vec![]), "{when}: pins");
+        assert_eq!(self.policies, before.policies, "{when}");
+        assert_eq!(self.lists.len(), before.lists.len(), "{when}");
+        assert_eq!(self.listeners, before.listeners, "{when}");
+        assert!(*self == *before, "{when}: lists or proxies differ");
+    }
+
+    /// The same without what differs from one attach to the next: ids of policies, and so names of records.
+    fn shape(&self) -> (&Snapshot, usize, Vec<u32>, usize, usize) {
+        let flags = self.policies.iter().map(|(_, policy)| policy.flags).collect();
+        (&self.namespace, self.pins.len(), flags, self.lists.len(), self.listeners.len())
+    }
+}
+
+impl Bed {
+    fn new(label: &str) -> Self {
+        let agent = Agent::new(label).expect("the agent");
+        let (pod, beside) =
+            (Pod::new(PodSpec::new(label)).expect("a pod"), Pod::new(PodSpec::new("beside")).expect("a pod"));
+        let inside = Actor::start(&pod).expect("an actor");
+        for port in [15001, 15006] {
+            let bind = Bind::new(Ids::PROXY, ([0, 0, 0, 0], port).into());
+            let listen = Listen { name: port.to_string(), transport: Transport::Tcp, bind };
+            inside.listen(listen).expect("a listener");
+        }
+        agent.attach(&beside, &ONE).expect("attached");
+        Self { agent, pod, _inside: inside, _beside: beside, trace: TempDir::new().expect("a folder") }
+    }
+
+    /// Runs a command with something done to the call of this number on every thread.
+    fn inject(
+        &mut self,
+        (call, what): (&str, &str),
+        number: usize,
+        (subcommand, flags): (&str, &[&str]),
+    ) -> Output {
+        let trace = self.trace.path().join("trace");
+        let arguments = [
+            "strace",
+            "--follow-forks",
+            "--seccomp-bpf",
+            "--quiet=all",
+            "--output",
+            trace.to_str().expect("text"),
+        ];
+        let inject = format!("--inject={call}:{what}:when={number}");
+        let starter = arguments.iter().map(|text| (*text).to_owned());
+        self.agent.start_by(starter.chain([format!("--trace={call}"), inject]).collect());
+        let output = finish(&mut self.agent.for_pod(subcommand, &self.pod, flags)).expect("strace starts");
+        self.agent.start_by(Vec::new());
+        output
+    }
+
+    /// Runs a command with a failure in the call of this number on every thread. None if there was none to fail.
+    fn fail(&mut self, call: &str, number: usize, subcommand: &str, flags: &[&str]) -> Option<Output> {
+        let output = self.inject((call, "error=ENOMEM"), number, (subcommand, flags));
+        let trace = self.trace.path().join("trace");
+        let traced = fs::read_to_string(trace).expect("a trace");
+        let injected = traced.contains("(INJECTED)");
+        assert!(injected || output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        injected.then_some(output)
+    }
+
+    /// Tries every call of a command. `reset` brings about the state that it starts from, `check` looks at what became of
+    /// it.
+    fn try_all(
+        &mut self,
+        (subcommand, flags): (&str, &[&str]),
+        reset: impl Fn(&Self),
+        check: impl Fn(&Self, &State, &Output, &str),
+    ) {
+        for call in CALLS {
+            reset(self);
+            let mut before = State::of(self);
+            let mut tried = 0;
+            while let Some(output) = self.fail(call, tried + 1, subcommand, flags) {
+                tried += 1;
+                let error = String::from_utf8_lossy(&output.stderr).into_owned();
+                check(self, &before, &output, &format!("{subcommand} with {call} {tried} failed ({error})"));
+                if output.status.success() {
+                    reset(self);
+                    before = State::of(self);
+                }
+            }
+            assert!(call != "bpf" || tried > 30, "{subcommand} made {tried} calls of bpf only");
+        }
+    }
+
+    fn attach(&self, flags: &[&str]) -> String {
+        self.agent.attach(&self.pod, flags).expect("attached")
+    }
+
+    /// Detaches, also what is detached.
+    fn detach(&self) {
+        let output = finish(&mut self.agent.for_pod("detach", &self.pod, &[])).expect("started");
+        let error = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success() || error.contains("not attached"), "{error}");
+    }
+}
+
+#[test]
+fn a_failed_attach_leaves_what_was_there() {
+    let mut bed = Bed::new("attach");
+    let clean = State::of(&bed);
+    bed.try_all(("attach", &ONE), Bed::detach, |bed, before, output, when| {
+        if output.status.success() {
+            bed.detach();
+        }
+        State::of(bed).assert_is(before, when);
+        before.assert_is(&clean, when);
+    });
+}
+
+#[test]
+fn a_failed_replacement_leaves_the_old_one_in_force() {
+    let mut bed = Bed::new("replace");
+    bed.attach(&ONE);
+    bed.attach(&OTHER);
+    let replaced = State::of(&bed);
+    bed.try_all(
+        ("attach", &OTHER),
+        |bed| _ = bed.attach(&ONE),
+        |bed, before, output, when| {
+            if output.status.success() {
+                // What is not finished is by the next call.
+                let again = bed.attach(&OTHER);
+                assert!(again.starts_with("unchanged"), "{when}: {again}");
+                assert_eq!(State::of(bed).shape(), replaced.shape(), "{when}");
+            } else {
+                State::of(bed).assert_is(before, when);
+            }
+        },
+    );
+}
+
+#[test]
+fn a_failed_detach_is_finished_by_the_next() {
+    let mut bed = Bed::new("detach");
+    let clean = State::of(&bed);
+    bed.try_all(
+        ("detach", &[]),
+        |bed| _ = bed.attach(&OTHER),
+        |bed, _, _, when| {
+            bed.detach();
+            State::of(bed).assert_is(&clean, when);
+            bed.attach(&OTHER);
+        },
+    );
+}
+
+/// Wherever an agent is killed (by SIGTERM, which it does not handle and strace can deliver), `status` works on what it leaves, and the next attach or detach cleans up.
+#[test]
+fn an_agent_that_is_killed_hinders_no_other() {
+    let mut bed = Bed::new("kill");
+    let clean = State::of(&bed);
+    for flags in [&ONE[..], &OTHER] {
+        let mut number = 1;
+        while !bed.inject(("bpf", "signal=TERM"), number, ("attach", flags)).status.success() {
+            bed.agent.status().expect("a status");
+            let when = format!("attach {flags:?} killed at {number}");
+            if number % 2 == 0 {
+                bed.attach(flags);
+            }
+            bed.detach();
+            State::of(&bed).assert_is(&clean, &when);
+            number += 5;
+        }
+        assert!(number > 40, "{number} calls of bpf only");
+        bed.detach();
+    }
+}
+
+/// The same for the first agent of a node, which loads the programs.
+#[test]
+fn an_agent_that_is_killed_in_the_first_load_hinders_no_other() {
+    let mut bed = Bed::new("first");
+    bed.agent.detach_all().expect("detached");
+    let clean = tree(bed.agent.bpffs()).expect("a tree");
+    let namespace = Snapshot::of(&bed.pod).expect("a snapshot");
+    let mut number = 1;
+    while !bed.inject(("bpf", "signal=TERM"), number, ("attach", &ONE)).status.success() {
+        assert_eq!(
+            bed.agent.status().expect("a status").as_array().map(Vec::len),
+            Some(0),
+            "killed at {number}"
+        );
+        if number % 2 == 0 {
+            bed.attach(&ONE);
+        }
+        bed.agent.detach_all().expect("detached");
+        assert_eq!(tree(bed.agent.bpffs()).expect("a tree"), clean, "killed at {number}");
+        let after = Snapshot::of(&bed.pod).expect("a snapshot");
+        assert_eq!(namespace.difference(&after), [""; 0], "killed at {number}");
+        number += 11;
+    }
+    assert!(number > 100, "{number} calls of bpf only");
+}
