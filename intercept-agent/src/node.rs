@@ -4,6 +4,7 @@
 //! effect on any connection, so that an agent that dies on the way leaves the old state in force; everything after it
 //! is tidying that the next call makes up for.
 
+mod accelerate;
 mod error;
 mod hold;
 mod links;
@@ -227,6 +228,7 @@ impl Node {
         {
             // A proxy may have started to listen while another capture held its socket.
             self.register_unknown(target, config, policy)?;
+            self.accelerate(target, config, policy);
             return Ok(Attached::Unchanged);
         }
 
@@ -258,6 +260,7 @@ impl Node {
             return Err(error);
         }
         // In force from here on: a failure below is not one of the attach.
+        self.accelerate(target, config, &PodPolicy { id, slot, ..compiled.policy });
         if let Err(error) = self.tidy_after(cookie, id, before.map(|policy| policy.id)) {
             tracing::warn!(error = &error as &dyn std::error::Error, "tidying after attach");
         }
@@ -280,6 +283,7 @@ impl Node {
     /// Remove programs and maps if no pod uses them and no daemon keeps them.
     pub fn remove_if_unused(self) -> Result<(), NodeError> {
         if self.store.pods()?.is_empty() && !self.store.is_kept() {
+            self.switch_joining_off();
             self.store.remove_all()?;
         }
         Ok(())
@@ -287,6 +291,7 @@ impl Node {
 
     /// Remove programs, maps and all pods that are left.
     pub fn remove_everything(self) -> Result<(), NodeError> {
+        self.switch_joining_off();
         Ok(self.store.remove_all()?)
     }
 
@@ -325,6 +330,15 @@ impl Node {
     }
 
     fn take_out(&mut self, cookie: u64) -> Result<(), NodeError> {
+        if let Some(policy) = self.tables.policy(cookie)?
+            && let Err(error) = self.stop_accelerating(cookie, policy.slot)
+        {
+            tracing::warn!(
+                cookie,
+                error = &error as &dyn std::error::Error,
+                "joined connections stay joined"
+            );
+        }
         self.tables.switch_off(cookie)?;
         for program in names::CGROUP_PROGRAMS.iter().chain([&names::SK_LOOKUP]) {
             // So that nothing is attached any more when this returns. Whoever fails here leaves it to the removal.

@@ -14,6 +14,7 @@ pub mod datagram;
 pub mod differential;
 pub mod envoy;
 pub mod iptables;
+pub mod joined;
 pub mod kernel;
 pub mod kube;
 pub mod slip;

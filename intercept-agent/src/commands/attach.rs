@@ -26,7 +26,6 @@ pub(super) struct Request {
     pub(super) switches: Switches,
     pub(super) bpffs: PathBuf,
     pub(super) max_connections: u32,
-    pub(super) accelerate: bool,
 }
 
 impl Request {
@@ -44,7 +43,6 @@ impl Request {
             switches: options.switches,
             bpffs: args.bpffs.bpffs,
             max_connections: args.load.max_connections,
-            accelerate: args.load.accelerate,
         })
     }
 }
@@ -93,7 +91,6 @@ pub(super) fn istio_iptables(args: IstioArgs) -> Result<()> {
         switches: options.switches,
         bpffs: args.bpffs.bpffs,
         max_connections: args.load.max_connections,
-        accelerate: args.load.accelerate,
     })
 }
 
@@ -114,7 +111,7 @@ fn around_own_cgroup() -> Result<PathBuf> {
 }
 
 fn apply(request: Request) -> Result<()> {
-    let Request { target, config, switches, bpffs, max_connections, accelerate } = request;
+    let Request { target, config, switches, bpffs, max_connections } = request;
     if switches.dry_run {
         say!("{config}");
         say!("{}", serde_json::to_string_pretty(&config)?);
@@ -124,7 +121,7 @@ fn apply(request: Request) -> Result<()> {
         return detach::detach_cgroup(&bpffs, target.cgroup.path(), true);
     }
     super::check::require_privileges()?;
-    super::accelerate::admit(accelerate)?;
+    super::accelerate::admit(&bpffs, &config)?;
     if !switches.skip_rule_apply {
         let mut node = Node::open(&bpffs, max_connections)
             .with_context(|| format!("opening the state in {}", bpffs.display()))?;

@@ -11,7 +11,11 @@ use crate::cli::DaemonArgs;
 
 pub(super) fn daemon(args: DaemonArgs) -> Result<()> {
     super::check::require_privileges()?;
-    super::accelerate::admit(args.load.accelerate)?;
+    let mut arguments = args.options;
+    if args.accelerate {
+        // Weaker than what the options say themselves.
+        arguments.insert(0, "--accelerate".to_owned());
+    }
     let settings = Settings {
         bpffs: args.bpffs.bpffs,
         max_connections: args.load.max_connections,
@@ -20,7 +24,7 @@ pub(super) fn daemon(args: DaemonArgs) -> Result<()> {
         metrics_address: args.metrics_address,
         cgroup_root: args.cgroup_root,
         node: args.node_name,
-        defaults: Given { arguments: args.options, ..Given::default() },
+        defaults: Given { arguments, ..Given::default() },
     };
     let runtime =
         tokio::runtime::Builder::new_current_thread().enable_all().build().context("starting the runtime")?;

@@ -46,7 +46,7 @@ impl Node {
             })
     }
 
-    fn link_is(&self, path: &Path, target: LinkTarget) -> bool {
+    pub(super) fn link_is(&self, path: &Path, target: LinkTarget) -> bool {
         kernel::open_pin(path)
             .and_then(|link| kernel::link_info(link.as_fd()))
             .is_ok_and(|info| info.target == target)
@@ -88,6 +88,7 @@ impl Node {
             };
             update().map_err(|source| NodeError::Replace { program, cookie, source })?;
         }
+        self.replace_join(cookie);
         let program = self.lookup()?.load(cookie)?;
         kernel::open_pin(&dir.join(names::SK_LOOKUP))
             .and_then(|link| kernel::link_update(link.as_fd(), program.as_fd()))
@@ -96,7 +97,7 @@ impl Node {
 }
 
 /// Pin a link in place of what an earlier agent left.
-fn replace_pin(link: &OwnedFd, path: &Path) -> io::Result<()> {
+pub(super) fn replace_pin(link: &OwnedFd, path: &Path) -> io::Result<()> {
     match std::fs::remove_file(path) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
         _ => {}

@@ -17,6 +17,9 @@ pub const MAX_PROXY_IDS: usize = 16;
 /// Most groups in either owner-group list; istio's own limit for the list of groups to capture.
 pub const MAX_OWNER_GROUPS: usize = 64;
 
+/// The executable of the proxy that is known to be safe to accelerate.
+pub const KNOWN_PROXY: &str = "envoy";
+
 /// What is captured for one pod, and what is left alone.
 ///
 /// Two equal values decide every flow alike: sets are sorted and free of duplicates, and what other options
@@ -65,6 +68,9 @@ pub struct Config {
     /// What would be refused because the proxy does not listen goes on uncaptured.
     #[serde(default)]
     pub open_without_proxy: bool,
+    /// Executables of the proxy whose connections within the node are joined past TCP; none when empty. Sorted.
+    #[serde(default)]
+    pub accelerate: Vec<String>,
 }
 
 /// How inbound connections reach the proxy.
@@ -186,6 +192,7 @@ impl Default for Config {
             loopback_v4: Ipv4Net::from(Ipv4Addr::LOCALHOST),
             dns: Dns::Off,
             open_without_proxy: false,
+            accelerate: Vec::new(),
         }
     }
 }

@@ -11,8 +11,8 @@ const LINES: usize = 500;
 const LONG: [(&str, &str); 0] = [];
 
 /// Files that may say `unsafe`: context reads, map access, raw system calls.
-const UNSAFE: [&str; 30] = [
-    "intercept-agent/src/acceleration/queue.rs",
+const UNSAFE: [&str; 34] = [
+    "intercept-agent/src/acceleration/self_test/queue.rs",
     "intercept-agent/src/commands/run.rs",
     "intercept-agent/src/daemon/folder.rs",
     "intercept-agent/src/kernel.rs",
@@ -25,7 +25,9 @@ const UNSAFE: [&str; 30] = [
     "intercept-ebpf/src/facts.rs",
     "intercept-ebpf/src/handshake.rs",
     "intercept-ebpf/src/inbound.rs",
-    "intercept-ebpf/src/join.rs",
+    "intercept-ebpf/src/join/kernel.rs",
+    "intercept-ebpf/src/join/maps.rs",
+    "intercept-ebpf/src/join/pair.rs",
     "intercept-ebpf/src/lifecycle.rs",
     "intercept-ebpf/src/maps.rs",
     "intercept-ebpf/src/observe.rs",
@@ -34,11 +36,13 @@ const UNSAFE: [&str; 30] = [
     "intercept-ebpf/src/owner.rs",
     "intercept-ebpf/src/proxy.rs",
     "intercept-ebpf/src/refusal.rs",
+    "intercept-ebpf/src/trial.rs",
     "tests/src/bin/slip/ring.rs",
     "tests/src/bin/slip/user_namespace.rs",
     "tests/src/bin/steps/main.rs",
     "tests/src/bpf.rs",
     "tests/src/datagram.rs",
+    "tests/src/joined.rs",
     "tests/src/kernel.rs",
     "tests/src/testbed/namespace.rs",
     "tests/src/testbed/place.rs",
