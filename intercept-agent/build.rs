@@ -1,4 +1,5 @@
-//! Builds the eBPF programs and leaves them in `OUT_DIR/intercept.o`, and that of the self-test in `OUT_DIR/join.o`.
+//! Builds the eBPF programs and leaves them in `OUT_DIR/intercept.o`, those that join connections in
+//! `OUT_DIR/join.o`, and that of the self-test in `OUT_DIR/trial.o`.
 
 use std::{
     env, fs,
@@ -12,7 +13,7 @@ mod toolchain;
 use toolchain::{Compiler, TARGET, Toolchain};
 
 const PACKAGE: &str = "intercept-ebpf";
-const BINARIES: [&str; 2] = ["intercept", "join"];
+const BINARIES: [&str; 3] = ["intercept", "join", "trial"];
 
 fn main() -> ExitCode {
     match build() {

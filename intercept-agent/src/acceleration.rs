@@ -1,177 +1,274 @@
-//! Whether this kernel can join the two ends of a connection (`sk_msg` over a SOCKHASH) without anybody noticing but by
-//! speed: tried out on connections of the self-test's own, in a namespace of its own.
+//! Joins connections between proxies of captured pods on this node, past TCP: the programs and maps of an object of
+//! their own, which the first pod that asks for it loads.
 //!
-//! Every check runs on a plain connection first, where it must pass: it is plain TCP that a joined connection has to be
-//! like.
+//! The programs find the ends and decide for every message (`intercept-ebpf/src/join`); here is who may be joined: a
+//! pod's cell in JOIN_PODS is its switch, JOIN_OFF that of the node, and both count at the next message.
 
-mod ends;
-mod join;
-mod queue;
-mod streams;
-mod wakeups;
+mod proxies;
+pub mod self_test;
 
-use std::{
-    io,
-    sync::mpsc::{RecvTimeoutError, sync_channel},
-    thread,
-    time::Duration,
+use std::{io, os::fd::AsFd as _, path::Path};
+
+use aya::{
+    EbpfLoader,
+    maps::{Array, HashMap, Map, MapData, MapError, PerCpuArray, SkStorage},
+    programs::{Program, ProgramError, SkMsg, SockOps},
+};
+use aya_obj::generated::bpf_attach_type;
+use intercept_common::{
+    acceleration::{COUNTERS, Count, Counters, Pass, PodCell, ProxyName, Socket},
+    names,
 };
 
-use rtnetlink::LinkUnspec;
-use serde::Serialize;
-
-use self::{
-    ends::{Ends, Seen},
-    join::Joiner,
+use crate::{
+    kernel::{self, Plain},
+    offsets::{self, OffsetError},
+    options::Config,
+    store::Store,
 };
-use crate::netns::{Netns, NetnsError};
 
-pub use join::JoinError;
+pub use proxies::Owners;
 
-/// For everything. Each wait inside has a bound of its own; this one is for a kernel that keeps none of them.
-const PATIENCE: Duration = Duration::from_secs(120);
+/// The compiled programs.
+pub static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/join.o"));
 
-/// What one check found.
-#[derive(Clone, Debug, Serialize)]
-pub struct Finding {
-    /// The check's name; names do not change.
-    pub what: &'static str,
-    /// The joined connection behaved like TCP.
-    pub ok: bool,
-    /// The plain connection did. If not, the check says nothing about joined ones.
-    pub plain_ok: bool,
-    /// What was seen on the joined connection.
-    pub joined: String,
-    /// What was seen on the plain one.
-    pub plain: String,
-}
-
-/// Why nothing was found out.
+/// Why connections of a pod, or of any, are not joined.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum AccelerationError {
-    /// No place to try it.
+    /// This kernel does not behave.
     #[error(transparent)]
-    Netns(#[from] NetnsError),
-    /// The place cannot be used.
-    #[error("bringing up the loopback interface of the self-test's namespace")]
-    Loopback(#[source] Box<dyn std::error::Error + Send + Sync>),
-    /// Connections cannot be joined.
-    #[error(transparent)]
-    Join(#[from] JoinError),
-    /// Not even a connection.
-    #[error("making a connection for check {check}")]
-    Connect {
-        /// The check.
-        check: &'static str,
-        /// What the kernel said.
+    Gate(#[from] self_test::Refused),
+    /// The programs would not know where to look.
+    #[error("preparing the programs that join connections")]
+    Offsets(#[from] OffsetError),
+    /// aya could not make maps or relocate.
+    #[error("creating the maps of the programs that join connections")]
+    Load(#[source] Box<aya::EbpfError>),
+    /// The kernel refused a program.
+    #[error("loading program {name}")]
+    Verify {
+        /// Name of the program.
+        name: &'static str,
+        /// The kernel's word, with the verifier's log.
+        #[source]
+        source: Box<ProgramError>,
+    },
+    /// A name of the list is not in the object, or of another kind.
+    #[error("the built-in object has no program {0}: the build is inconsistent")]
+    Absent(&'static str),
+    /// A call on a program, a link or a pin failed.
+    #[error("{action} {name}")]
+    Call {
+        /// What was attempted.
+        action: &'static str,
+        /// On what.
+        name: &'static str,
+        /// The kernel's word.
+        #[source]
         source: io::Error,
     },
-    /// A connection went past the program.
-    #[error("check {0}: the connection was not joined, although the kernel took it: nothing was found out")]
-    NotJoined(&'static str),
-    /// No thread.
-    #[error("starting the self-test")]
-    Start(#[source] io::Error),
-    /// It hangs, or has panicked.
-    #[error("the self-test did not end within {} s", PATIENCE.as_secs())]
-    Stuck,
+    /// A map call failed.
+    #[error("{action} map {name}")]
+    Map {
+        /// What was attempted.
+        action: &'static str,
+        /// On what.
+        name: &'static str,
+        /// aya's word.
+        #[source]
+        source: Box<MapError>,
+    },
 }
 
-/// A check takes a connection and says what it saw.
-struct Check {
+fn map_failed(action: &'static str, name: &'static str) -> impl FnOnce(MapError) -> AccelerationError {
+    move |source| AccelerationError::Map { action, name, source: Box::new(source) }
+}
+
+fn call_failed(action: &'static str, name: &'static str) -> impl FnOnce(io::Error) -> AccelerationError {
+    move |source| AccelerationError::Call { action, name, source }
+}
+
+/// What was counted of a pod: the words and their counts, without those that are zero.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Counted {
+    /// Of [`Count`].
+    pub connections: Vec<(&'static str, u64)>,
+    /// Of [`Pass`]: connections that went from being joined back to TCP, by why.
+    pub back_to_tcp: Vec<(&'static str, u64)>,
+}
+
+/// The maps of joined connections, opened from their pins.
+pub struct Acceleration {
+    pods: Array<MapData, u64>,
+    proxies: HashMap<MapData, Plain<ProxyName>, u32>,
+    off: Array<MapData, u32>,
+    counters: PerCpuArray<MapData, Plain<Counters>>,
+    sockets: SkStorage<MapData, Plain<Socket>>,
+}
+
+fn open<T: TryFrom<Map, Error = MapError>>(
+    maps: &Path,
     name: &'static str,
-    run: fn(Ends) -> Seen,
-    /// On so many connections, one after the other: where threads race, once says little.
-    times: usize,
+    wrap: fn(MapData) -> Map,
+) -> Result<T, AccelerationError> {
+    let data = MapData::from_pin(maps.join(name)).map_err(map_failed("opening", name))?;
+    T::try_from(wrap(data)).map_err(map_failed("opening", name))
 }
 
-const fn check(name: &'static str, times: usize, run: fn(Ends) -> Seen) -> Check {
-    Check { name, run, times }
-}
-
-const CHECKS: [Check; 14] = [
-    check("blocking-receive", 1, wakeups::blocking_receive),
-    check("epoll-edge", 1, wakeups::epoll_edge),
-    check("order", 1, streams::order),
-    check("checksums", 1, streams::checksums),
-    check("half-close", 50, wakeups::half_close),
-    check("end-of-stream", 50, wakeups::end_of_stream),
-    check("shutdown-elsewhere", 1, wakeups::shutdown_elsewhere),
-    check("reset", 50, wakeups::reset),
-    check("splice", 1, streams::splice_out),
-    check("sendfile", 1, streams::sendfile_in),
-    check("peek", 1, streams::peek),
-    check("slow-reader", 1, queue::slow_reader),
-    check("low-water", 1, queue::low_water),
-    check("pending-bytes", 1, queue::pending_bytes),
-];
-
-/// Runs every check on this kernel. Takes CAP_SYS_ADMIN and CAP_NET_ADMIN; leaves nothing behind.
-pub fn self_test() -> Result<Vec<Finding>, AccelerationError> {
-    let (answer, answered) = sync_channel(1);
-    // Not waited for if it hangs: it ends with this process then, and the namespace with it.
-    let test = move || drop(answer.send(inside()));
-    thread::Builder::new().name("self-test".to_owned()).spawn(test).map_err(AccelerationError::Start)?;
-    match answered.recv_timeout(PATIENCE) {
-        Ok(result) => result,
-        Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => Err(AccelerationError::Stuck),
+impl Acceleration {
+    /// Those of this node, if a pod of any build has ever asked.
+    pub fn find(store: &Store) -> Result<Option<Self>, AccelerationError> {
+        // The last that is pinned.
+        if store.maps().join(names::JOIN_COUNTERS).exists() { Self::open(store).map(Some) } else { Ok(None) }
     }
-}
 
-fn inside() -> Result<Vec<Finding>, AccelerationError> {
-    let netns = Netns::fresh()?;
-    netns.run(|| {
-        loopback_up().map_err(AccelerationError::Loopback)?;
-        let mut joiner = Joiner::load()?;
-        CHECKS.iter().map(|check| find_out(check, &mut joiner)).collect()
-    })?
-}
-
-fn find_out(check: &Check, joiner: &mut Joiner) -> Result<Finding, AccelerationError> {
-    let what = check.name;
-    let plain = check.repeat(|_| Ok(()))?;
-    let before = joiner.messages()?;
-    let joined = check.repeat(|ends| joiner.join(ends))?;
-    if joiner.messages()? == before {
-        return Err(AccelerationError::NotJoined(what));
+    fn open(store: &Store) -> Result<Self, AccelerationError> {
+        let maps = store.maps();
+        Ok(Self {
+            pods: open(&maps, names::JOIN_PODS, Map::Array)?,
+            proxies: open(&maps, names::JOIN_PROXIES, Map::HashMap)?,
+            off: open(&maps, names::JOIN_OFF, Map::Array)?,
+            counters: open(&maps, names::JOIN_COUNTERS, Map::PerCpuArray)?,
+            sockets: open(&maps, names::JOIN_SOCKETS, Map::SkStorage)?,
+        })
     }
-    let ok = plain.is_ok() && joined.is_ok();
-    let plain_ok = plain.is_ok();
-    let text = |seen: Seen| seen.unwrap_or_else(|fault| fault.to_string());
-    Ok(Finding { what, ok, plain_ok, joined: text(joined), plain: text(plain) })
-}
 
-impl Check {
-    /// What the last connection showed, or the first that was not as it should be.
-    fn repeat(
-        &self,
-        mut prepare: impl FnMut(&Ends) -> Result<(), JoinError>,
-    ) -> Result<Seen, AccelerationError> {
-        let mut turn = 0;
-        loop {
-            let ends =
-                Ends::connect().map_err(|source| AccelerationError::Connect { check: self.name, source })?;
-            prepare(&ends)?;
-            let seen = (self.run)(ends);
-            turn += 1;
-            if seen.is_err() || turn >= self.times {
-                return Ok(seen);
+    /// Whether this build's programs are loaded.
+    pub fn is_loaded(store: &Store) -> bool {
+        store.programs().join(names::JOIN_OPS).exists()
+    }
+
+    /// Load this build's programs if they are not; refused where the self-test says so.
+    pub fn load(store: &Store) -> Result<Self, AccelerationError> {
+        if !Self::is_loaded(store) {
+            self_test::admit()?;
+            load_programs(&store.maps(), &store.programs())?;
+            kernel::give_back_memory();
+        }
+        Self::open(store)
+    }
+
+    /// Let the connections of these executables of a pod be joined.
+    pub fn allow(&mut self, pod: PodCell, config: &Config) -> Result<(), AccelerationError> {
+        let allowed = config.accelerate.iter().filter_map(|name| ProxyName::new(pod.netns, name));
+        let allowed: Vec<_> = allowed.collect();
+        for name in &allowed {
+            self.proxies
+                .insert(Plain(*name), 1, 0)
+                .map_err(map_failed("allowing a proxy in", names::JOIN_PROXIES))?;
+        }
+        self.forget_proxies(|name| name.netns == pod.netns && !allowed.contains(name))?;
+        if self.is_on(pod) {
+            return Ok(());
+        }
+        self.reset_counters(pod.slot)?;
+        self.pods.set(pod.slot, pod.netns, 0).map_err(map_failed("switching on a pod in", names::JOIN_PODS))
+    }
+
+    /// Let nothing of a pod be joined any more, from its next message on. Those that are joined go on by TCP.
+    pub fn revoke(&mut self, pod: PodCell) -> Result<(), AccelerationError> {
+        if self.is_on(pod) {
+            self.pods.set(pod.slot, 0, 0).map_err(map_failed("switching off a pod in", names::JOIN_PODS))?;
+        }
+        self.forget_proxies(|name| name.netns == pod.netns)
+    }
+
+    /// Whether this pod's connections may be joined, as far as the pod goes.
+    pub fn is_on(&self, pod: PodCell) -> bool {
+        self.pods.get(&pod.slot, 0).is_ok_and(|netns| netns == pod.netns)
+    }
+
+    /// Whether anything is joined on this node.
+    pub fn node_is_on(&self) -> Result<bool, AccelerationError> {
+        let off = self.off.get(&0, 0).map_err(map_failed("reading", names::JOIN_OFF))?;
+        Ok(off == 0)
+    }
+
+    /// Let no message go past TCP on this node, from the next one on.
+    pub fn switch_off(&mut self) -> Result<(), AccelerationError> {
+        self.off.set(0, 1, 0).map_err(map_failed("switching off this node in", names::JOIN_OFF))
+    }
+
+    /// Let messages go past TCP again.
+    pub fn switch_on(&mut self) -> Result<(), AccelerationError> {
+        self.off.set(0, 0, 0).map_err(map_failed("switching on this node in", names::JOIN_OFF))
+    }
+
+    /// What was counted of a pod.
+    pub fn counted(&self, pod: PodCell) -> Result<Counted, AccelerationError> {
+        let cpus = self.counters.get(&pod.slot, 0).map_err(map_failed("reading", names::JOIN_COUNTERS))?;
+        let mut sum = [0; COUNTERS];
+        for cpu in cpus.iter() {
+            sum.iter_mut().zip(cpu.0.counts).for_each(|(total, count)| *total += count);
+        }
+        let (connections, passes) = sum.split_at(Count::ALL.len());
+        let named = |words: Vec<&'static str>, counts: &[u64]| {
+            words.into_iter().zip(counts.iter().copied()).filter(|(_, count)| *count > 0).collect()
+        };
+        Ok(Counted {
+            connections: named(Count::ALL.iter().map(|count| count.as_str()).collect(), connections),
+            back_to_tcp: named(Pass::ALL.iter().map(|pass| pass.as_str()).collect(), passes),
+        })
+    }
+
+    fn reset_counters(&mut self, slot: u32) -> Result<(), AccelerationError> {
+        let failed = map_failed("writing to", names::JOIN_COUNTERS);
+        let mut zero = || {
+            let cpus = aya::util::nr_cpus().map_err(|(_, error)| MapError::IoError(error))?;
+            let zero = Plain(Counters { counts: [0; COUNTERS] });
+            let zeros = aya::maps::PerCpuValues::try_from(vec![zero; cpus]).map_err(MapError::IoError)?;
+            self.counters.set(slot, zeros, 0)
+        };
+        zero().map_err(failed)
+    }
+
+    fn forget_proxies(&mut self, is_old: impl Fn(&ProxyName) -> bool) -> Result<(), AccelerationError> {
+        let names: Vec<_> =
+            self.proxies.keys().filter_map(Result::ok).filter(|name| is_old(&name.0)).collect();
+        for name in names {
+            match self.proxies.remove(&name) {
+                Ok(()) | Err(MapError::KeyNotFound) => {}
+                Err(error) => return Err(map_failed("removing a proxy from", names::JOIN_PROXIES)(error)),
             }
         }
+        Ok(())
     }
 }
 
-/// Of the namespace that the calling thread is in.
-fn loopback_up() -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
-    /// It is the first of every namespace.
-    const LOOPBACK: u32 = 1;
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    runtime.block_on(async {
-        let (connection, handle, _) = rtnetlink::new_connection()?;
-        let connection = tokio::spawn(connection);
-        let up = handle.link().set(LinkUnspec::new_with_index(LOOPBACK).up().build()).execute().await;
-        connection.abort();
-        Ok(up?)
-    })
+/// Load the programs over the maps pinned in `maps` (made and pinned there if they are not), and pin them in
+/// `programs`; that for messages is attached to the map of ends.
+fn load_programs(maps: &Path, programs: &Path) -> Result<(), AccelerationError> {
+    let offsets = offsets::find_for_joining()?;
+    let mut loader = EbpfLoader::new();
+    for (name, offset) in &offsets {
+        loader.override_global(name, offset, true);
+    }
+    let paths: Vec<_> =
+        names::JOIN_MAPS.iter().chain(&[names::PODS]).map(|name| (*name, maps.join(name))).collect();
+    for (name, path) in &paths {
+        loader.map_pin_path(name, path.as_path());
+    }
+    let mut ebpf = loader.load(OBJECT).map_err(|error| AccelerationError::Load(Box::new(error)))?;
+    // That for callbacks comes last: with its pin, all is there.
+    for name in [names::JOIN_MSG, names::JOIN_OPS] {
+        let program = ebpf.program_mut(name).ok_or(AccelerationError::Absent(name))?;
+        let loaded = match program {
+            Program::SkMsg(program) => SkMsg::load(program),
+            Program::SockOps(program) => SockOps::load(program),
+            _ => return Err(AccelerationError::Absent(name)),
+        };
+        let verify = |source| AccelerationError::Verify { name, source: Box::new(source) };
+        loaded.map_err(verify)?;
+        let fd = program.fd().map_err(verify)?;
+        if name == names::JOIN_MSG {
+            kernel::open_pin(&maps.join(names::JOIN_ENDS))
+                .and_then(|map| {
+                    kernel::attach_to_map(fd.as_fd(), map.as_fd(), bpf_attach_type::BPF_SK_MSG_VERDICT)
+                })
+                .map_err(call_failed("attaching to JOIN_ENDS program", name))?;
+        }
+        kernel::pin(fd.as_fd(), &programs.join(name)).map_err(call_failed("pinning program", name))?;
+    }
+    Ok(())
 }

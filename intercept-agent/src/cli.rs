@@ -60,6 +60,8 @@ pub(crate) enum Command {
     Daemon(DaemonArgs),
     /// Show decisions as they are made; one reader at a time
     Trace(TraceArgs),
+    /// Switch joined connections of this node off and on, from the next message on
+    Accelerate(AccelerateArgs),
     /// Remove everything from this node: pods, programs, maps, the CNI plugin; a daemon that runs lets go
     Cleanup(CleanupArgs),
     /// The CNI plugin, as a container runtime calls it; or put it into the node's configuration
@@ -76,10 +78,6 @@ pub(crate) struct Load {
     #[arg(long, value_name = "N", default_value_t = DEFAULT_MAX_CONNECTIONS, env = "INTERCEPT_MAX_CONNECTIONS",
           value_parser = clap::value_parser!(u32).range(1..))]
     pub(crate) max_connections: u32,
-    /// Join the two ends of connections within this node, past TCP; refused where that does not behave like TCP, so
-    /// far on every kernel (`check --accelerate` says why)
-    #[arg(long)]
-    pub(crate) accelerate: bool,
 }
 
 /// Which bpffs.
@@ -196,6 +194,9 @@ pub(crate) struct DaemonArgs {
     pub(crate) socket: Socket,
     #[command(flatten)]
     pub(crate) load: Load,
+    /// Join the connections between proxies of this node past TCP: the same as --accelerate among the options
+    #[arg(long, env = "INTERCEPT_ACCELERATE", requires = "node_name")]
+    pub(crate) accelerate: bool,
     #[command(flatten)]
     pub(crate) bpffs: Bpffs,
     /// Options of `attach` for every pod of the API and of the plugin; annotations are stronger
@@ -310,6 +311,23 @@ pub(crate) enum SelectPods {
     Sidecar,
     /// Every pod, for nodes without Kubernetes
     All,
+}
+
+#[derive(Args)]
+pub(crate) struct AccelerateArgs {
+    /// What the node's pods may do
+    #[arg(value_enum)]
+    pub(crate) switch: OnOff,
+    #[command(flatten)]
+    pub(crate) bpffs: Bpffs,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum OnOff {
+    /// Join what the pods' options ask for
+    On,
+    /// Join nothing; what is joined goes on by TCP
+    Off,
 }
 
 #[derive(Args)]

@@ -62,6 +62,7 @@ pub(crate) fn run(cli: Cli) -> Result<()> {
         Command::Check(args) => check::check(&args),
         Command::Daemon(args) => daemon::daemon(args),
         Command::Trace(args) => trace::trace(&args),
+        Command::Accelerate(args) => accelerate::accelerate(&args),
         Command::Cleanup(args) => cleanup::cleanup(&args),
         Command::Cni(args) => cni::cni(args),
         Command::IstioIptables(args) => attach::istio_iptables(args),

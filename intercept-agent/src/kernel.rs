@@ -73,6 +73,22 @@ pub fn link_create(
     call_for_fd(bpf_cmd::BPF_LINK_CREATE, &mut attr)
 }
 
+/// Attach a program to a map of sockets, in place of another. It stays as long as the map; sockets that are in the map
+/// already keep the program that they came under.
+pub fn attach_to_map(
+    program: BorrowedFd<'_>,
+    map: BorrowedFd<'_>,
+    attach_type: bpf_attach_type,
+) -> io::Result<()> {
+    let mut attr = empty_attr();
+    // SAFETY: writes of integers to a variant of a union that is all zero.
+    let attach = unsafe { &mut attr.__bindgen_anon_5 };
+    attach.__bindgen_anon_1.target_fd = raw(map);
+    attach.attach_bpf_fd = raw(program);
+    attach.attach_type = attach_type as u32;
+    call(bpf_cmd::BPF_PROG_ATTACH, &mut attr).map(drop)
+}
+
 /// Put another program under a link; no packet sees a moment without one.
 pub fn link_update(link: BorrowedFd<'_>, program: BorrowedFd<'_>) -> io::Result<()> {
     let mut attr = empty_attr();

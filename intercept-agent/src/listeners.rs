@@ -36,6 +36,8 @@ pub struct Listener {
     pub v6only: bool,
     /// Names the socket among all that are open.
     pub inode: u64,
+    /// The process that has it, as this one sees it.
+    pub pid: Pid,
     /// The same socket: closing it leaves the other's open, and the other closing it leaves this open.
     pub fd: OwnedFd,
 }
@@ -250,7 +252,7 @@ fn duplicate(pid: Pid, number: i32, inode: u64, address: SocketAddr) -> io::Resu
     let of_6 = rustix::net::sockopt::socket_domain(&fd)? == AddressFamily::INET6;
     let v6only = of_6 && rustix::net::sockopt::ipv6_v6only(&fd)?;
     let family = if of_6 { 6 } else { 4 };
-    Ok(Some(Listener { family, addr: address.ip(), port: address.port(), v6only, inode, fd }))
+    Ok(Some(Listener { family, addr: address.ip(), port: address.port(), v6only, inode, pid, fd }))
 }
 
 /// The inode in `socket:[INODE]`.

@@ -4,6 +4,7 @@
 //! removes ([`apply`]). What it adds affects no connection, so an agent that crashes leaves the old policy active. What it
 //! did not get to remove, the next call removes.
 
+mod accelerate;
 mod apply;
 mod error;
 mod hold;
@@ -282,6 +283,7 @@ impl Node {
             Plan::Unchanged(policy) => {
                 // A proxy may have started to listen while another capture held its socket.
                 self.register_unknown(target, config, &policy)?;
+                self.accelerate(target, config, &policy);
                 Attached::Unchanged
             }
             Plan::Apply(plan) => self.apply(target, &plan)?,
@@ -324,6 +326,7 @@ impl Node {
     /// Remove programs and maps if no pod uses them and no daemon keeps them.
     pub fn remove_if_unused(self) -> Result<(), NodeError> {
         if self.store.pods()?.is_empty() && !self.store.is_kept() {
+            self.switch_joining_off();
             self.store.remove_all()?;
         }
         Ok(())
@@ -331,6 +334,7 @@ impl Node {
 
     /// Remove programs, maps and all pods that are left.
     pub fn remove_everything(self) -> Result<(), NodeError> {
+        self.switch_joining_off();
         Ok(self.store.remove_all()?)
     }
 

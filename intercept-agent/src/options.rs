@@ -18,8 +18,8 @@ mod setting;
 mod validate;
 
 pub use config::{
-    Cidrs, Config, DNS_PORT, Dns, InboundMode, InboundPorts, MAX_OWNER_GROUPS, MAX_PROXY_IDS, MAX_RESOLVERS,
-    OwnerGroups, Switches,
+    Cidrs, Config, DNS_PORT, Dns, InboundMode, InboundPorts, KNOWN_PROXY, MAX_OWNER_GROUPS, MAX_PROXY_IDS,
+    MAX_RESOLVERS, OwnerGroups, Switches,
 };
 pub use error::{OptionError, Problem};
 pub use interface::Interface;

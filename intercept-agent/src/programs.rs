@@ -89,7 +89,7 @@ pub fn attach_type(program: &str) -> bpf_attach_type {
         names::RECVMSG4 => bpf_attach_type::BPF_CGROUP_UDP4_RECVMSG,
         names::RECVMSG6 => bpf_attach_type::BPF_CGROUP_UDP6_RECVMSG,
         names::GETSOCKOPT => bpf_attach_type::BPF_CGROUP_GETSOCKOPT,
-        names::SOCK_OPS => bpf_attach_type::BPF_CGROUP_SOCK_OPS,
+        names::SOCK_OPS | names::JOIN_OPS => bpf_attach_type::BPF_CGROUP_SOCK_OPS,
         names::SOCK_CREATE => bpf_attach_type::BPF_CGROUP_INET_SOCK_CREATE,
         names::SOCK_RELEASE => bpf_attach_type::BPF_CGROUP_INET_SOCK_RELEASE,
         names::SK_LOOKUP | names::STEER => bpf_attach_type::BPF_SK_LOOKUP,

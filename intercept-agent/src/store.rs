@@ -240,7 +240,10 @@ impl Store {
     }
 
     fn at(bpffs: &Path) -> Self {
-        Self { root: bpffs.join("intercept"), digest: digest(crate::programs::OBJECT) }
+        Self {
+            root: bpffs.join("intercept"),
+            digest: digest(&[crate::programs::OBJECT, crate::acceleration::OBJECT]),
+        }
     }
 
     /// Wait for the store to be ours.
@@ -462,9 +465,9 @@ fn ensure_bpffs(path: &Path) -> Result<(), StoreError> {
 }
 
 /// Names an object in a path (bpffs allows no dots). Tells builds apart; guards against nothing.
-fn digest(object: &[u8]) -> String {
+fn digest(objects: &[&[u8]]) -> String {
     use std::hash::{Hash as _, Hasher as _};
     let mut hasher = std::hash::DefaultHasher::new();
-    object.hash(&mut hasher);
+    objects.hash(&mut hasher);
     format!("{:016x}", hasher.finish())
 }

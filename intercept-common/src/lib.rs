@@ -7,6 +7,7 @@
 #![no_std]
 #![forbid(unsafe_code)]
 
+pub mod acceleration;
 pub mod addr;
 pub mod decide;
 pub mod failure;

@@ -96,13 +96,41 @@ pub const SK_LOOKUP: &str = "lookup";
 /// `sk_lookup`, shared by all pods, by tail call.
 pub const STEER: &str = "steer";
 
-/// The self-test's `sk_msg`, and its maps: the ends that are joined, and how many messages went that way. They are in
-/// an object of their own and never pinned.
-pub const SK_MSG: &str = "join";
+/// `sock_ops` of the object that joins connections: finds the two ends.
+pub const JOIN_OPS: &str = "join_ops";
+/// `sk_msg` of that object: decides for each message.
+pub const JOIN_MSG: &str = "join_msg";
+/// Socket storage: what is known of a proxy's connection that may be joined.
+pub const JOIN_SOCKETS: &str = "JOIN_SOCKETS";
+/// Socket cookie to socket: the ends that may be joined. [`JOIN_MSG`] is attached to it.
+pub const JOIN_ENDS: &str = "JOIN_ENDS";
+/// Sequence numbers to the ends that wait for each other.
+pub const JOIN_OFFERS: &str = "JOIN_OFFERS";
+/// Connections that have just begun to arrive at an accelerated pod, by a hash of where they come from.
+pub const JOIN_HINTS: &str = "JOIN_HINTS";
+/// Slot to the netns cookie of the pod that is accelerated, 0 if none is.
+pub const JOIN_PODS: &str = "JOIN_PODS";
+/// (netns cookie, executable) of the proxies whose connections may be joined.
+pub const JOIN_PROXIES: &str = "JOIN_PROXIES";
+/// One cell: not 0 while nothing is joined on this node.
+pub const JOIN_OFF: &str = "JOIN_OFF";
+/// Slot to per-CPU counts.
+pub const JOIN_COUNTERS: &str = "JOIN_COUNTERS";
+
+/// The maps of the object that joins connections, pinned beside the others from the first accelerated pod on. It shares
+/// [`PODS`] with the others.
+pub const JOIN_MAPS: [&str; 8] =
+    [JOIN_SOCKETS, JOIN_ENDS, JOIN_OFFERS, JOIN_HINTS, JOIN_PODS, JOIN_PROXIES, JOIN_OFF, JOIN_COUNTERS];
+
+/// The self-test's `sk_msg`, and its maps: the ends that are joined, how many messages went that way, and whether the
+/// next go by TCP. They are in an object of their own and never pinned.
+pub const SK_MSG: &str = "trial";
 /// See [`SK_MSG`].
 pub const PEERS: &str = "PEERS";
 /// See [`SK_MSG`].
 pub const JOINED: &str = "JOINED";
+/// See [`SK_MSG`].
+pub const BY_TCP: &str = "BY_TCP";
 
 /// The programs that attach to a pod's cgroup, in the order in which they are attached.
 pub const CGROUP_PROGRAMS: [&str; 14] = [
@@ -128,7 +156,12 @@ mod tests {
 
     #[test]
     fn names_fit_what_the_kernel_keeps() {
-        for name in MAPS.iter().chain(&CGROUP_PROGRAMS).chain(&[SK_LOOKUP, STEER]) {
+        for name in MAPS
+            .iter()
+            .chain(&CGROUP_PROGRAMS)
+            .chain(&JOIN_MAPS)
+            .chain(&[SK_LOOKUP, STEER, JOIN_OPS, JOIN_MSG])
+        {
             assert!(name.len() <= 15, "{name}");
         }
     }

@@ -16,6 +16,7 @@ pub mod datagram;
 pub mod differential;
 pub mod envoy;
 pub mod iptables;
+pub mod joined;
 pub mod kernel;
 pub mod kube;
 pub mod lesser;

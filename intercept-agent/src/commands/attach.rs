@@ -27,7 +27,6 @@ pub(super) struct Request {
     pub(super) switches: Switches,
     pub(super) bpffs: PathBuf,
     pub(super) max_connections: u32,
-    pub(super) accelerate: bool,
 }
 
 impl Request {
@@ -45,7 +44,6 @@ impl Request {
             switches: options.switches,
             bpffs: args.bpffs.bpffs,
             max_connections: args.load.max_connections,
-            accelerate: args.load.accelerate,
         })
     }
 }
@@ -90,7 +88,6 @@ pub(super) fn istio_iptables(args: IstioArgs) -> Result<()> {
         switches: options.switches,
         bpffs: args.bpffs.bpffs,
         max_connections: args.load.max_connections,
-        accelerate: args.load.accelerate,
     })
 }
 
@@ -111,7 +108,7 @@ fn around_own_cgroup() -> Result<PathBuf> {
 }
 
 fn apply(request: Request) -> Result<()> {
-    let Request { target, config, switches, bpffs, max_connections, accelerate } = request;
+    let Request { target, config, switches, bpffs, max_connections } = request;
     if switches.dry_run {
         say!("{config}");
         say!("{}", serde_json::to_string_pretty(&config)?);
@@ -121,7 +118,7 @@ fn apply(request: Request) -> Result<()> {
         return detach::detach_cgroup(&bpffs, target.cgroup.path(), true);
     }
     super::check::require_privileges()?;
-    super::accelerate::admit(accelerate)?;
+    super::accelerate::admit(&bpffs, &config)?;
     if !switches.skip_rule_apply {
         let rewrite = if switches.force_apply { Rewrite::Always } else { Rewrite::IfChanged };
         let done = put_in_force(&bpffs, max_connections, (&target, &config), rewrite, None)?;

@@ -13,7 +13,6 @@ use crate::cli::{CaptureIpv6, DaemonArgs, SidecarMesh};
 
 pub(super) fn daemon(args: DaemonArgs) -> Result<()> {
     super::check::require_privileges()?;
-    super::accelerate::admit(args.load.accelerate)?;
     let selection = Selection {
         exclude_namespaces: args.exclude_namespaces.into_iter().filter(|name| !name.is_empty()).collect(),
         ipv6: match args.ipv6 {
@@ -28,6 +27,11 @@ pub(super) fn daemon(args: DaemonArgs) -> Result<()> {
         },
     };
     let plugin = args.cni_keep.then(|| super::cni::in_place(args.plugin, &args.socket.socket, &args.options));
+    let mut arguments = args.options;
+    if args.accelerate {
+        // Weaker than what the options say themselves.
+        arguments.insert(0, "--accelerate".to_owned());
+    }
     let settings = Settings {
         plugin,
         bpffs: args.bpffs.bpffs,
@@ -39,7 +43,7 @@ pub(super) fn daemon(args: DaemonArgs) -> Result<()> {
         node: args.node_name,
         api_wait: args.api_wait,
         selection,
-        defaults: Given { arguments: args.options, ..Given::default() },
+        defaults: Given { arguments, ..Given::default() },
     };
     let runtime =
         tokio::runtime::Builder::new_current_thread().enable_all().build().context("starting the runtime")?;

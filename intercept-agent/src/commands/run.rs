@@ -23,7 +23,7 @@ use crate::cli::AttachArgs;
 pub(super) fn run(args: AttachArgs) -> Result<()> {
     let request = Request::of(args)?;
     super::check::require_privileges()?;
-    super::accelerate::admit(request.accelerate)?;
+    super::accelerate::admit(&request.bpffs, &request.config)?;
     let runtime =
         tokio::runtime::Builder::new_current_thread().enable_all().build().context("starting the runtime")?;
     runtime.block_on(follow(request))

@@ -41,6 +41,8 @@ struct Pod {
     mptcp_listeners: Vec<Listener>,
     decisions: Vec<Count>,
     failures: Vec<Count>,
+    /// Where the options ask for it, or it is still on.
+    acceleration: Option<Acceleration>,
     /// What the daemon says of it, where one runs.
     daemon: Option<Report>,
 }
@@ -68,6 +70,14 @@ impl Broken {
         let cgroup_id = node.cgroup_of(pod.cookie).ok().flatten();
         Self { netns_cookie: pod.cookie, cgroup_id, state: "broken", policy: pod.policy.id, problem }
     }
+}
+
+/// What became of connections between this pod's proxy and others of the node.
+#[derive(Serialize)]
+struct Acceleration {
+    state: &'static str,
+    connections: Vec<Count>,
+    back_to_tcp: Vec<Count>,
 }
 
 #[derive(Serialize)]
@@ -179,8 +189,31 @@ fn pod(node: &Node, record: &Record, policy: &PodPolicy) -> Result<Pod> {
         max_connections: policy.max_connections,
         decisions: decisions.filter_map(count).collect(),
         failures: failures.filter_map(count).collect(),
+        acceleration: acceleration(node, record, policy)?,
         daemon: None,
     })
+}
+
+fn acceleration(node: &Node, record: &Record, policy: &PodPolicy) -> Result<Option<Acceleration>> {
+    let asked_for = !record.config.accelerate.is_empty();
+    let none = Acceleration { state: "refused", connections: Vec::new(), back_to_tcp: Vec::new() };
+    let Some((acceleration, pod)) = node.acceleration(record.cookie, policy.slot)? else {
+        return Ok(asked_for.then_some(none));
+    };
+    let state = match (acceleration.is_on(pod), acceleration.node_is_on()?) {
+        (true, true) => "on",
+        (true, false) => "switched off on this node",
+        (false, _) => "refused",
+    };
+    if state == "refused" {
+        return Ok(asked_for.then_some(none));
+    }
+    let counts = |words: Vec<(&'static str, u64)>| {
+        words.into_iter().map(|(reason, count)| Count { reason, count }).collect()
+    };
+    let counted = acceleration.counted(pod)?;
+    let (connections, back_to_tcp) = (counts(counted.connections), counts(counted.back_to_tcp));
+    Ok(Some(Acceleration { state, connections, back_to_tcp }))
 }
 
 fn print(pod: &Pod) {
@@ -206,6 +239,15 @@ fn print(pod: &Pod) {
             listener.port,
             listener.family
         );
+    }
+    if let Some(Acceleration { state, connections, back_to_tcp }) = &pod.acceleration {
+        say!("  acceleration {state}");
+        for Count { reason, count } in connections {
+            say!("  {count:>12}  {reason}");
+        }
+        for Count { reason, count } in back_to_tcp {
+            say!("  {count:>12}  back to TCP: {reason}");
+        }
     }
     for Count { reason, count } in &pod.decisions {
         say!("  {count:>12}  {reason}");

@@ -36,6 +36,7 @@ impl Node {
             None => self.register_listeners(target, config, policy, &mut registered),
             Some(_) => self.register_unknown(target, config, policy),
         };
+        self.accelerate(target, config, policy);
         let removed = self.remove_leftovers(cookie, plan.policy.id, &target.netns);
         for error in [registered, removed].into_iter().filter_map(Result::err) {
             tracing::warn!(cookie, error = &error as &dyn std::error::Error, "finishing an attach");
@@ -123,6 +124,15 @@ impl Node {
     /// failure, call it again.
     pub(super) fn take_out(&mut self, cookie: u64, netns: Option<&Netns>) -> Result<(), NodeError> {
         let policy = self.tables.policy(cookie)?;
+        if let Some(policy) = &policy
+            && let Err(error) = self.stop_accelerating(cookie, policy.slot)
+        {
+            tracing::warn!(
+                cookie,
+                error = &error as &dyn std::error::Error,
+                "joined connections stay joined"
+            );
+        }
         self.tables.switch_off(cookie)?;
         if let Some(netns) = netns {
             self.restore(cookie, netns)?;

@@ -74,7 +74,7 @@ impl Node {
     }
 
     /// Whether a link is pinned there and holds on to that.
-    fn link_is(&self, path: &Path, target: LinkTarget) -> Result<bool, NodeError> {
+    pub(super) fn link_is(&self, path: &Path, target: LinkTarget) -> Result<bool, NodeError> {
         Ok(link_target(path)? == Some(target))
     }
 
@@ -123,6 +123,7 @@ impl Node {
             };
             update().map_err(|source| NodeError::Replace { program, cookie, source })?;
         }
+        self.replace_join(cookie);
         let program = self.lookup()?.load(cookie)?;
         kernel::open_pin(&dir.join(names::SK_LOOKUP))
             .and_then(|link| kernel::link_update(link.as_fd(), program.as_fd()))
@@ -146,7 +147,7 @@ fn link_target(path: &Path) -> Result<Option<LinkTarget>, NodeError> {
 }
 
 /// Pin a link in place of what an earlier agent left.
-fn replace_pin(link: &OwnedFd, path: &Path) -> io::Result<()> {
+pub(super) fn replace_pin(link: &OwnedFd, path: &Path) -> io::Result<()> {
     match std::fs::remove_file(path) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
         _ => {}

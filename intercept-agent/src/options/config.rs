@@ -19,6 +19,9 @@ pub const MAX_OWNER_GROUPS: usize = 64;
 /// Most DNS servers of a pod: a C library asks three.
 pub const MAX_RESOLVERS: usize = 64;
 
+/// The executable of the proxy that is known to be safe to accelerate.
+pub const KNOWN_PROXY: &str = "envoy";
+
 /// What is captured for one pod, and what is left alone.
 ///
 /// Two equal values decide every flow alike: sets are sorted and free of duplicates, and what other options
@@ -70,6 +73,9 @@ pub struct Config {
     /// IPv6 is left alone.
     #[serde(default)]
     pub without_ipv6: bool,
+    /// Executables of the proxy whose connections within the node are joined past TCP; none when empty. Sorted.
+    #[serde(default)]
+    pub accelerate: Vec<String>,
 }
 
 /// How inbound connections reach the proxy.
@@ -192,6 +198,7 @@ impl Default for Config {
             dns: Dns::Off,
             open_without_proxy: false,
             without_ipv6: false,
+            accelerate: Vec::new(),
         }
     }
 }

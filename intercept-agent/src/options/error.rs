@@ -70,6 +70,11 @@ pub enum Problem {
     /// Not a group.
     #[error("is neither a group id nor a group of this pod; give the id, or a name from its /etc/group")]
     Group,
+    /// Not the name of an executable.
+    #[error(
+        "is not the name of an executable; give the last part of its path, of 31 bytes at most, as in envoy"
+    )]
+    Executable,
     /// A range of ids.
     #[error("is a range of ids, which is not supported; list the ids one by one")]
     IdRange,

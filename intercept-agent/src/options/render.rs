@@ -6,7 +6,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use ipnet::IpNet;
 
 use super::setting::{self, Setting};
-use super::{Cidrs, Config, DNS_PORT, Dns, InboundMode, InboundPorts, OwnerGroups};
+use super::{Cidrs, Config, DNS_PORT, Dns, InboundMode, InboundPorts, KNOWN_PROXY, OwnerGroups};
 
 const LOOPBACK: [IpAddr; 2] = [IpAddr::V4(Ipv4Addr::LOCALHOST), IpAddr::V6(Ipv6Addr::LOCALHOST)];
 
@@ -44,6 +44,14 @@ impl Config {
         }
         if self.without_ipv6 {
             args.switch(&setting::WITHOUT_IPV6);
+        }
+        if !self.accelerate.is_empty() {
+            args.switch(&setting::ACCELERATE);
+            args.differing(
+                &setting::ACCELERATE_PROXIES,
+                &join(&self.accelerate, ","),
+                &KNOWN_PROXY.to_owned(),
+            );
         }
         args.0
     }
@@ -193,6 +201,7 @@ impl fmt::Display for Config {
             },
         )?;
         line("localhost", format!("{}, ::1/128", self.loopback_v4))?;
+        line("accelerated", or_none(join(&self.accelerate, ", ")))?;
         line("without the proxy", if self.open_without_proxy { "open" } else { "refused" }.to_owned())?;
         line("IPv6", if self.without_ipv6 { "left alone" } else { "as IPv4" }.to_owned())?;
         line(

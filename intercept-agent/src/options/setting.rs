@@ -119,6 +119,10 @@ settings! {
         "Not one of istio-iptables: where nothing listens, let traffic go on uncaptured instead of refusing it";
     WITHOUT_IPV6: None, Some("without-ipv6"), ["WITHOUT_IPV6"], None, "false",
         "Not one of istio-iptables: leave IPv6 alone, as istio-iptables does in a pod whose first address is IPv4";
+    ACCELERATE: None, Some("accelerate"), ["ACCELERATE"], None, "false",
+        "Not one of istio-iptables: join the proxy's connections with proxies of this node past TCP";
+    ACCELERATE_PROXIES: None, Some("accelerate-proxies"), ["ACCELERATE_PROXIES"], Some("NAMES"), "envoy",
+        "Executables that --accelerate is for; to name another is to vouch for it";
     DROP_INVALID: None, Some("drop-invalid"), ["INVALID_DROP", "DROP_INVALID"], None, "false",
         "Accepted; there is no connection tracking to guard";
     DUAL_STACK: None, Some("dual-stack"), ["ISTIO_DUAL_STACK", "DUAL_STACK"], None, "false",

@@ -7,13 +7,14 @@ use std::net::IpAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use intercept_common::acceleration::ProxyName;
 use ipnet::IpNet;
 
 use super::setting::{self, Origin, Setting};
 use super::{
-    Cidrs, Config, Dns, InboundMode, InboundPorts, Interface, MAX_OWNER_GROUPS, MAX_PROXY_IDS, MAX_RESOLVERS,
-    Names, OptionError, OwnerGroups, Ports, Problem, RawOptions, Switches, cidr, go_syntax, names, ports,
-    resolv_conf,
+    Cidrs, Config, Dns, InboundMode, InboundPorts, Interface, KNOWN_PROXY, MAX_OWNER_GROUPS, MAX_PROXY_IDS,
+    MAX_RESOLVERS, Names, OptionError, OwnerGroups, Ports, Problem, RawOptions, Switches, cidr, go_syntax,
+    names, ports, resolv_conf,
 };
 
 /// The user whose id istio takes when `ENVOY_USER` is not there.
@@ -84,6 +85,7 @@ impl<'a> Reader<'a> {
             dns: self.dns()?,
             open_without_proxy: self.switch(&setting::OPEN_WITHOUT_PROXY)?,
             without_ipv6: self.switch(&setting::WITHOUT_IPV6)?,
+            accelerate: self.accelerate()?,
         })
     }
 
@@ -298,6 +300,22 @@ impl<'a> Reader<'a> {
             return Err(refuse(origin, list, Problem::TooManyGroups(groups.len())));
         }
         Ok(groups)
+    }
+
+    /// The names of the executables; none unless acceleration is asked for.
+    fn accelerate(&mut self) -> Result<Vec<String>, OptionError> {
+        let names = match self.text(&setting::ACCELERATE_PROXIES) {
+            None => vec![KNOWN_PROXY.to_owned()],
+            Some((origin, list)) => items(list)
+                .map(|name| match ProxyName::new(0, name) {
+                    Some(_) => Ok(name.to_owned()),
+                    None => Err(refuse(origin, name, Problem::Executable)),
+                })
+                .collect::<Result<BTreeSet<_>, _>>()?
+                .into_iter()
+                .collect(),
+        };
+        Ok(if self.switch(&setting::ACCELERATE)? { names } else { Vec::new() })
     }
 
     fn dns(&mut self) -> Result<Dns, OptionError> {

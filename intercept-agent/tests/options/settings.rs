@@ -117,6 +117,7 @@ fn every_setting_by_flag_and_variable() {
         ("", "--redirect-dns", "REDIRECT_DNS", "t", |c, _| {
             c.dns = Dns::Resolvers(vec!["10.96.0.10".parse().expect("address")]);
         }),
+        ("", "--accelerate", "ACCELERATE", "true", |c, _| c.accelerate = vec!["envoy".into()]),
         ("", "--open-without-proxy", "OPEN_WITHOUT_PROXY", "true", |c, _| c.open_without_proxy = true),
         ("", "--without-ipv6", "WITHOUT_IPV6", "true", |c, _| c.without_ipv6 = true),
         ("", "--network-namespace", "NETWORK_NAMESPACE", "/run/netns/a", |_, s| {

@@ -74,7 +74,8 @@ impl<'a> Capture<'a> {
                 attach.extend(cgroup.clone());
                 attach.extend(["--netns".to_owned(), utf8(place.netns.path())?]);
                 if mode == Mode::Accelerated {
-                    attach.push("--accelerate".into());
+                    // This very program plays the proxy where it is not Envoy.
+                    attach.extend(["--accelerate", "--accelerate-proxies", "bench,envoy"].map(str::to_owned));
                 }
                 // There is no DNS capture, which is what the file would be for.
                 attach.extend(options.arguments(Path::new("/dev/null")));

@@ -1,17 +1,20 @@
 //! Checks of who is woken, and by what.
 
 use std::{
-    io::{ErrorKind, Read as _, Write as _},
+    io::{ErrorKind, Read as _},
     net::{Shutdown, TcpStream},
     time::Duration,
 };
 
 use rustix::event::{Timespec, epoll};
 
-use super::ends::{Ends, Fault, PATIENCE, PIECE, Seen, Sleeper, both, call, ended, expect, receive, send};
+use super::ends::{
+    Ends, Fault, PATIENCE, PIECE, Seen, Sleeper, both, call, ended, expect, read, read_exact, receive, send,
+    write_all,
+};
 
 /// Enough for a race to be lost once.
-const ROUNDS: usize = 200;
+const ROUNDS: usize = 100;
 
 /// Bytes of one direction where a check is not about their number.
 const SOME: usize = 512 << 10;
@@ -19,17 +22,17 @@ const SOME: usize = 512 << 10;
 /// A byte there and a byte back, each to somebody who sleeps in `recv`.
 pub(super) fn blocking_receive(ends: Ends) -> Seen {
     let sleeper = Sleeper::default();
-    let exchange = |mut end: &TcpStream, first: bool| {
+    let exchange = |end: &TcpStream, first: bool| {
         for round in 0..ROUNDS {
             let mut got = [0];
             if first {
                 sleeper.sleeps()?;
-                call("sending", || end.write_all(&[1]))?;
-                call("waiting for the answer", || end.read_exact(&mut got))?;
+                call("sending", || write_all(end, &[1]))?;
+                call("waiting for the answer", || read_exact(end, &mut got))?;
             } else {
                 sleeper.about_to_sleep();
-                call("waiting in recv", || end.read_exact(&mut got))?;
-                call("answering", || end.write_all(&[2]))?;
+                call("waiting in recv", || read_exact(end, &mut got))?;
+                call("answering", || write_all(end, &[2]))?;
             }
             expect(got == [if first { 2 } else { 1 }], || format!("another byte in round {round}"))?;
         }
@@ -46,8 +49,8 @@ pub(super) fn epoll_edge(ends: Ends) -> Seen {
     let waker = || {
         for round in 0..ROUNDS {
             sleeper.sleeps()?;
-            call("sending", || (&ends.client).write_all(&vec![1; 1 + round * 7 % 3000]))?;
-            call("waiting for the answer", || (&ends.client).read_exact(&mut [0]))?;
+            call("sending", || write_all(&ends.client, &vec![1; 1 + round * 7 % 3000]))?;
+            call("waiting for the answer", || read_exact(&ends.client, &mut [0]))?;
         }
         call("shutting down", || ends.client.shutdown(Shutdown::Write))
     };
@@ -67,7 +70,7 @@ pub(super) fn epoll_edge(ends: Ends) -> Seen {
             // A message may come in two parts, with an event each.
             wanted -= got.min(wanted);
             if wanted == 0 {
-                call("answering", || (&ends.server).write_all(&[2]))?;
+                call("answering", || write_all(&ends.server, &[2]))?;
                 round += 1;
                 wanted = 1 + round * 7 % 3000;
             }
@@ -123,15 +126,15 @@ pub(super) fn half_close(ends: Ends) -> Seen {
 
 /// One end is closed while the other sleeps in `recv`.
 pub(super) fn end_of_stream(ends: Ends) -> Seen {
-    let Ends { client, server } = ends;
+    let Ends { client, server, .. } = ends;
     let sleeper = Sleeper::default();
     let reader = || {
-        call("receiving", || (&client).read_exact(&mut [0; 8]))?;
+        call("receiving", || read_exact(&client, &mut [0; 8]))?;
         sleeper.about_to_sleep();
         ended(&client)
     };
     let closer = || {
-        call("sending", || (&server).write_all(b"greeting"))?;
+        call("sending", || write_all(&server, b"greeting"))?;
         sleeper.sleeps()?;
         drop(server);
         Ok(())
@@ -144,14 +147,14 @@ pub(super) fn end_of_stream(ends: Ends) -> Seen {
 pub(super) fn shutdown_elsewhere(ends: Ends) -> Seen {
     /// Long enough for a reader that is woken by it to come back.
     const STILL: Duration = Duration::from_millis(200);
-    let Ends { client, server } = &ends;
+    let Ends { client, server, .. } = &ends;
     let sleeper = &Sleeper::default();
     let (woken, wait) = std::sync::mpsc::sync_channel(1);
     let reader = move || {
         let mut got = [0; 6];
         sleeper.about_to_sleep();
         let read = call("sleeping in recv while another thread shut the write side down", || {
-            { client }.read_exact(&mut got)
+            read_exact(client, &mut got)
         });
         // That the other has given up waiting is the good case.
         let _others_went_on = woken.try_send(());
@@ -159,14 +162,14 @@ pub(super) fn shutdown_elsewhere(ends: Ends) -> Seen {
         expect(&got == b"answer", || "another answer than was sent".to_owned())
     };
     let others = move || {
-        call("sending", || { client }.write_all(b"question"))?;
+        call("sending", || write_all(client, b"question"))?;
         sleeper.sleeps()?;
         call("shutting down", || client.shutdown(Shutdown::Write))?;
-        call("receiving", || { server }.read_exact(&mut [0; 8]))?;
+        call("receiving", || read_exact(server, &mut [0; 8]))?;
         ended(server)?;
         // If the reader is back, it says itself why.
         let _still_asleep = wait.recv_timeout(STILL);
-        call("answering", || { server }.write_all(b"answer"))
+        call("answering", || write_all(server, b"answer"))
     };
     both(reader, others)?;
     Ok("the answer came after it".to_owned())
@@ -174,19 +177,19 @@ pub(super) fn shutdown_elsewhere(ends: Ends) -> Seen {
 
 /// One end is closed with a reset while the other sleeps in `recv`.
 pub(super) fn reset(ends: Ends) -> Seen {
-    let Ends { client, server } = ends;
+    let Ends { client, server, .. } = ends;
     let sleeper = Sleeper::default();
     let reader = || {
-        call("receiving", || (&client).read_exact(&mut [0; 8]))?;
+        call("receiving", || read_exact(&client, &mut [0; 8]))?;
         sleeper.about_to_sleep();
-        match (&client).read(&mut [0]) {
+        match read(&client, &mut [0]) {
             Err(error) if error.kind() == ErrorKind::ConnectionReset => Ok(()),
             Err(error) => Err(Fault::Wrong(format!("recv gave {error} rather than a reset"))),
             Ok(read) => Err(Fault::Wrong(format!("recv gave {read} bytes rather than a reset"))),
         }
     };
     let closer = || {
-        call("sending", || (&server).write_all(b"greeting"))?;
+        call("sending", || write_all(&server, b"greeting"))?;
         sleeper.sleeps()?;
         call("setting SO_LINGER", || rustix::net::sockopt::set_socket_linger(&server, Some(Duration::ZERO)))?;
         drop(server);
@@ -194,4 +197,19 @@ pub(super) fn reset(ends: Ends) -> Seen {
     };
     both(reader, closer)?;
     Ok("seen by the sleeping reader".to_owned())
+}
+
+/// One end is closed with bytes that it has not read: the other must learn that it is gone, by a reset (as with TCP) or
+/// by the end of the stream.
+pub(super) fn close_unread(ends: Ends) -> Seen {
+    let Ends { client, server, .. } = ends;
+    call("sending", || write_all(&client, &[1; 100]))?;
+    let pending = rustix::event::PollFlags::IN;
+    expect(super::ends::ready(&server, pending, PATIENCE)?, || "100 bytes did not arrive".to_owned())?;
+    drop(server);
+    match read(&client, &mut [0]) {
+        Ok(0) => Ok("seen as the end of the stream".to_owned()),
+        Err(error) if error.kind() == ErrorKind::ConnectionReset => Ok("seen as a reset".to_owned()),
+        other => Err(Fault::Wrong(format!("recv gave {other:?} rather than the end"))),
+    }
 }

@@ -1,7 +1,7 @@
 //! Checks of what waits to be read: how much of it there may be, and what the kernel says about it.
 
 use std::{
-    io::{ErrorKind, Read as _, Write as _},
+    io::{ErrorKind, Write as _},
     net::TcpStream,
     os::fd::AsRawFd as _,
     time::{Duration, Instant},
@@ -9,7 +9,10 @@ use std::{
 
 use rustix::event::PollFlags;
 
-use super::ends::{Ends, Fault, PATIENCE, PIECE, Seen, both, call, compare, expect, ready, stream};
+use super::ends::{
+    Ends, Fault, PATIENCE, PIECE, Seen, both, call, compare, expect, read, read_exact, ready, stream,
+    write_all,
+};
 
 /// Plain TCP stops at about 4 MB with the kernel's default buffers; this is also all the memory that the check takes.
 const LIMIT: usize = 16 << 20;
@@ -46,15 +49,15 @@ pub(super) fn slow_reader(ends: Ends) -> Seen {
     Ok(format!("the sender stopped at {} and went on when it was read", mib(taken)))
 }
 
-fn read_repeated(mut end: &TcpStream, piece: &[u8], length: usize) -> Result<(), Fault> {
+fn read_repeated(end: &TcpStream, piece: &[u8], length: usize) -> Result<(), Fault> {
     let (mut got, mut buffer) = (0, vec![0; piece.len()]);
     while got < length {
         let at = got % piece.len();
         let most = (piece.len() - at).min(length - got);
-        let read = call("receiving", || end.read(&mut buffer[..most]))?;
-        expect(read > 0, || format!("the stream ended after {got} of {length} bytes"))?;
-        compare(8, at, &buffer[..read])?;
-        got += read;
+        let some = call("receiving", || read(end, &mut buffer[..most]))?;
+        expect(some > 0, || format!("the stream ended after {got} of {length} bytes"))?;
+        compare(8, at, &buffer[..some])?;
+        got += some;
     }
     Ok(())
 }
@@ -68,12 +71,12 @@ fn mib(bytes: usize) -> String {
 pub(super) fn low_water(ends: Ends) -> Seen {
     const WANTED: i32 = 1000;
     call("setting SO_RCVLOWAT", || set_low_water(&ends.server, WANTED))?;
-    call("sending", || (&ends.client).write_all(&[1; 100]))?;
+    call("sending", || write_all(&ends.client, &[1; 100]))?;
     arrived(&ends.server, 100)?;
     expect(!ready(&ends.server, PollFlags::IN, Duration::ZERO)?, || {
         format!("reported as readable with 100 bytes of the {WANTED} that were asked for")
     })?;
-    call("sending", || (&ends.client).write_all(&[1; 900]))?;
+    call("sending", || write_all(&ends.client, &[1; 900]))?;
     expect(ready(&ends.server, PollFlags::IN, PATIENCE)?, || {
         format!("not reported as readable with all {WANTED} bytes there")
     })?;
@@ -83,19 +86,53 @@ pub(super) fn low_water(ends: Ends) -> Seen {
 /// FIONREAD: how many bytes there are to be read.
 pub(super) fn pending_bytes(ends: Ends) -> Seen {
     for sent in [1_u64, 1000] {
-        call("sending", || (&ends.client).write_all(&vec![1; usize::try_from(sent).unwrap_or_default()]))?;
+        call("sending", || write_all(&ends.client, &vec![1; usize::try_from(sent).unwrap_or_default()]))?;
     }
     arrived(&ends.server, 1001)?;
     let told = call("asking by FIONREAD", || rustix::io::ioctl_fionread(&ends.server))?;
     expect(told == 1001, || format!("told {told} of 1001 bytes"))?;
-    call("receiving", || (&ends.server).read_exact(&mut [0; 501]))?;
+    call("receiving", || read_exact(&ends.server, &mut [0; 501]))?;
     let told = call("asking by FIONREAD", || rustix::io::ioctl_fionread(&ends.server))?;
     expect(told == 500, || format!("told {told} of 500 bytes"))?;
     Ok("told all bytes, and what was left of them".to_owned())
 }
 
+/// Whether the kernel charges what waits past TCP to the reader's socket: by that the programs bound it. Linux 6.1.122,
+/// 6.6.66, 6.12.2, 6.13 and later do.
+pub(super) fn charged(ends: Ends) -> Seen {
+    const SENT: u32 = 3000;
+    call("sending", || write_all(&ends.client, &[1; SENT as usize]))?;
+    arrived(&ends.server, SENT as usize)?;
+    let charged = call("asking by SO_MEMINFO", || receive_memory(&ends.server))?;
+    expect(charged >= SENT, || format!("{charged} of {SENT} unread bytes are charged to the socket"))?;
+    call("receiving", || read_exact(&ends.server, &mut [0; SENT as usize]))?;
+    let charged = call("asking by SO_MEMINFO", || receive_memory(&ends.server))?;
+    expect(charged == 0, || format!("{charged} bytes are charged to the socket after all were read"))?;
+    Ok(format!("{SENT} unread bytes are charged, and given back when they are read"))
+}
+
+/// `SK_MEMINFO_RMEM_ALLOC`.
+fn receive_memory(end: &TcpStream) -> std::io::Result<u32> {
+    const SO_MEMINFO: libc::c_int = 55;
+    let mut values = [0u32; 9];
+    let mut length = libc::socklen_t::try_from(size_of_val(&values)).map_err(std::io::Error::other)?;
+    // SAFETY: the kernel writes no more than the length says, into an array that outlives the call.
+    let result = unsafe {
+        libc::getsockopt(
+            end.as_raw_fd(),
+            libc::SOL_SOCKET,
+            SO_MEMINFO,
+            values.as_mut_ptr().cast(),
+            &raw mut length,
+        )
+    };
+    if result == 0 { Ok(values[0]) } else { Err(std::io::Error::last_os_error()) }
+}
+
 /// Returns when so many bytes can be peeked at.
 fn arrived(end: &TcpStream, wanted: usize) -> Result<(), Fault> {
+    let before = call("asking for the flags of the descriptor", || rustix::fs::fcntl_getfl(end))?;
+    let blocks = !before.contains(rustix::fs::OFlags::NONBLOCK);
     call("making the socket non-blocking", || end.set_nonblocking(true))?;
     let (deadline, mut buffer) = (Instant::now() + PATIENCE, vec![0; wanted]);
     loop {
@@ -110,7 +147,7 @@ fn arrived(end: &TcpStream, wanted: usize) -> Result<(), Fault> {
             _ => std::thread::yield_now(),
         }
     }
-    call("making the socket block", || end.set_nonblocking(false))
+    call("setting the descriptor back", || end.set_nonblocking(!blocks))
 }
 
 fn set_low_water(end: &TcpStream, bytes: libc::c_int) -> std::io::Result<()> {

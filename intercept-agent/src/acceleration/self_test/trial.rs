@@ -1,6 +1,10 @@
 //! Joining the two ends of a connection, for the self-test: the program, its maps, and nothing pinned.
 
-use std::{net::SocketAddr, os::fd::AsRawFd as _};
+use std::{
+    net::SocketAddr,
+    os::fd::AsRawFd as _,
+    sync::{Arc, Mutex},
+};
 
 use aya::{
     Ebpf,
@@ -9,9 +13,9 @@ use aya::{
 };
 use intercept_common::names;
 
-use super::ends::Ends;
+use super::ends::{Ends, Latch};
 
-static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/join.o"));
+static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/trial.o"));
 
 /// Why connections cannot be joined at all.
 #[derive(Debug, thiserror::Error)]
@@ -46,7 +50,10 @@ impl From<ProgramError> for JoinError {
 }
 
 /// The program in force over its map. Dropping it takes both out.
-pub(super) struct Joiner(Ebpf);
+pub(super) struct Joiner {
+    ebpf: Ebpf,
+    latch: Latch,
+}
 
 impl Joiner {
     pub(super) fn load() -> Result<Self, JoinError> {
@@ -57,12 +64,14 @@ impl Joiner {
         let program: &mut SkMsg = program.try_into()?;
         program.load()?;
         program.attach(&map)?;
-        Ok(Self(ebpf))
+        let latch = ebpf.take_map(names::BY_TCP).ok_or(JoinError::Absent(names::BY_TCP))?;
+        let latch = Latch(Some(Arc::new(Mutex::new(Array::try_from(latch)?))));
+        Ok(Self { ebpf, latch })
     }
 
     /// Joins a connection over which nothing has been sent yet. It leaves the map when it is closed.
-    pub(super) fn join(&mut self, ends: &Ends) -> Result<(), JoinError> {
-        let map = self.0.map_mut(names::PEERS).ok_or(JoinError::Absent(names::PEERS))?;
+    pub(super) fn join(&mut self, ends: &mut Ends) -> Result<(), JoinError> {
+        let map = self.ebpf.map_mut(names::PEERS).ok_or(JoinError::Absent(names::PEERS))?;
         let mut map = SockHash::<_, u64>::try_from(map)?;
         for end in [&ends.client, &ends.server] {
             let port = |addr: std::io::Result<SocketAddr>| addr.map(|addr| u64::from(addr.port()));
@@ -70,12 +79,13 @@ impl Joiner {
             let remote = port(end.peer_addr()).map_err(JoinError::Addresses)?;
             map.insert(local << 32 | remote, end.as_raw_fd(), 0)?;
         }
+        ends.latch = self.latch.clone();
         Ok(())
     }
 
     /// How many messages have gone from one end to the other past TCP.
     pub(super) fn messages(&self) -> Result<u64, JoinError> {
-        let map = self.0.map(names::JOINED).ok_or(JoinError::Absent(names::JOINED))?;
+        let map = self.ebpf.map(names::JOINED).ok_or(JoinError::Absent(names::JOINED))?;
         Ok(Array::<_, u64>::try_from(map)?.get(&0, 0)?)
     }
 }

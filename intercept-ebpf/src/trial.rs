@@ -12,17 +12,23 @@ use aya_ebpf::{
 /// Ends by their own (local port, remote port); both are addresses of one loopback interface.
 #[map]
 static PEERS: SockHash<u64> = SockHash::with_max_entries(16, 0);
+/// Not 0 while messages go by TCP, on joined connections too.
+#[map]
+static BY_TCP: Array<u32> = Array::with_max_entries(1, 0);
 /// How many messages went this way, so that a check can tell that it looked at joined connections.
 #[map]
 static JOINED: Array<u64> = Array::with_max_entries(1, 0);
 
 /// A message is sent: `SK_DROP`, seen as EACCES by the sender, if the other end is not there.
 #[sk_msg]
-fn join(ctx: SkMsgContext) -> u32 {
+fn trial(ctx: SkMsgContext) -> u32 {
     /// `BPF_F_INGRESS`: to the other's receive queue.
     const INGRESS: u64 = 1;
     /// `SK_PASS`, as the helper gives it.
     const PASS: i64 = 1;
+    if BY_TCP.get(0).is_some_and(|by_tcp| *by_tcp != 0) {
+        return sk_action::SK_PASS;
+    }
     if let Some(count) = JOINED.get_ptr_mut(0) {
         // SAFETY: an element of an array map, which outlives the program. A count lost to a race does no harm.
         unsafe { *count += 1 };

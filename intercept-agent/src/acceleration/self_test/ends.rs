@@ -5,15 +5,19 @@ use std::{
     io::{self, IoSlice, Read as _, Write as _},
     net::{Ipv4Addr, TcpListener, TcpStream},
     os::fd::AsFd,
-    sync::atomic::{AtomicI32, Ordering},
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicI32, Ordering},
+    },
     thread,
     time::{Duration, Instant},
 };
 
+use aya::maps::{Array, MapData};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 /// More than anything on one machine takes; what takes longer does not come.
-pub(super) const PATIENCE: Duration = Duration::from_secs(3);
+pub(super) const PATIENCE: Duration = Duration::from_secs(10);
 
 /// What is sent or read at once where a check is not about sizes.
 pub(super) const PIECE: usize = 16 << 10;
@@ -58,11 +62,34 @@ pub(super) fn expect(holds: bool, otherwise: impl FnOnce() -> String) -> Result<
 pub(super) struct Ends {
     pub(super) client: TcpStream,
     pub(super) server: TcpStream,
+    /// Sends what follows by TCP although the connection is joined, or past it again; nothing on a plain one.
+    pub(super) latch: Latch,
+}
+
+/// See [`Ends::latch`].
+#[derive(Clone, Default)]
+pub(super) struct Latch(pub(super) Option<Arc<Mutex<Array<MapData, u32>>>>);
+
+impl Latch {
+    pub(super) fn by_tcp(&self, by_tcp: bool) -> Result<(), Fault> {
+        let Some(cell) = &self.0 else { return Ok(()) };
+        let mut cell = cell.lock().unwrap_or_else(PoisonError::into_inner);
+        call("setting the self-test's latch", || cell.set(0, u32::from(by_tcp), 0).map_err(io::Error::other))
+    }
+}
+
+/// Whose habits a check has.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Descriptors {
+    /// A proxy's: it sleeps in epoll or poll alone.
+    NonBlocking,
+    /// Many applications'.
+    Blocking,
 }
 
 impl Ends {
-    /// Both block, for [`PATIENCE`] at most.
-    pub(super) fn connect() -> io::Result<Self> {
+    /// Both give up after [`PATIENCE`].
+    pub(super) fn connect(descriptors: Descriptors) -> io::Result<Self> {
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
         let client = TcpStream::connect_timeout(&listener.local_addr()?, PATIENCE)?;
         // Made by now, or the line above had failed.
@@ -71,8 +98,61 @@ impl Ends {
             end.set_read_timeout(Some(PATIENCE))?;
             end.set_write_timeout(Some(PATIENCE))?;
             end.set_nodelay(true)?;
+            end.set_nonblocking(descriptors == Descriptors::NonBlocking)?;
         }
-        Ok(Self { client, server })
+        Ok(Self { client, server, latch: Latch::default() })
+    }
+}
+
+/// Reads what there is, and waits for it as the descriptor says: a descriptor that blocks waits in the call, so that
+/// EAGAIN is a fault.
+pub(super) fn read(mut end: &TcpStream, buffer: &mut [u8]) -> io::Result<usize> {
+    by_descriptor(end, PollFlags::IN, || end.read(buffer))
+}
+
+/// Writes as much as there is room for, and waits for some as `read` does.
+pub(super) fn write(mut end: &TcpStream, bytes: &[u8]) -> io::Result<usize> {
+    by_descriptor(end, PollFlags::OUT, || end.write(bytes))
+}
+
+/// All of the buffer.
+pub(super) fn read_exact(end: &TcpStream, buffer: &mut [u8]) -> io::Result<()> {
+    let mut got = 0;
+    while got < buffer.len() {
+        match read(end, &mut buffer[got..])? {
+            0 => return Err(io::ErrorKind::UnexpectedEof.into()),
+            some => got += some,
+        }
+    }
+    Ok(())
+}
+
+/// All of the bytes.
+pub(super) fn write_all(end: &TcpStream, mut bytes: &[u8]) -> io::Result<()> {
+    while !bytes.is_empty() {
+        let written = write(end, bytes)?;
+        bytes = &bytes[written..];
+    }
+    Ok(())
+}
+
+/// Waits for what a descriptor that does not block is not ready for.
+pub(super) fn by_descriptor<T>(
+    end: &TcpStream,
+    what: PollFlags,
+    mut call: impl FnMut() -> io::Result<T>,
+) -> io::Result<T> {
+    loop {
+        match call() {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                let waits = rustix::fs::fcntl_getfl(end)?.contains(rustix::fs::OFlags::NONBLOCK);
+                let within = Timespec { tv_sec: PATIENCE.as_secs().cast_signed(), tv_nsec: 0 };
+                if !waits || poll(&mut [PollFd::new(end, what)], Some(&within))? == 0 {
+                    return Err(error);
+                }
+            }
+            done => return done,
+        }
     }
 }
 
@@ -126,9 +206,11 @@ pub(super) fn send(
         let written = call("sending", || match turn.is_multiple_of(3) {
             true => {
                 let (one, other) = piece.split_at(piece.len() / 2);
-                end.write_vectored(&[IoSlice::new(one), IoSlice::new(other)])
+                by_descriptor(end, PollFlags::OUT, || {
+                    end.write_vectored(&[IoSlice::new(one), IoSlice::new(other)])
+                })
             }
-            false => end.write(&piece),
+            false => write(end, &piece),
         })?;
         expect(written > 0, || "sending took nothing".to_owned())?;
         piece.drain(..written);
@@ -139,7 +221,7 @@ pub(super) fn send(
 
 /// Reads so many bytes of a stream and compares them.
 pub(super) fn receive(
-    mut end: &TcpStream,
+    end: &TcpStream,
     seed: u64,
     length: usize,
     mut sizes: impl Iterator<Item = usize>,
@@ -148,17 +230,17 @@ pub(super) fn receive(
     let mut buffer = vec![0; 2 * PIECE];
     while got < length {
         let size = sizes.next().unwrap_or(PIECE).clamp(1, length - got).min(buffer.len());
-        let read = call("receiving", || end.read(&mut buffer[..size]))?;
-        expect(read > 0, || format!("the stream ended after {got} of {length} bytes"))?;
-        compare(seed, got, &buffer[..read])?;
-        got += read;
+        let some = call("receiving", || read(end, &mut buffer[..size]))?;
+        expect(some > 0, || format!("the stream ended after {got} of {length} bytes"))?;
+        compare(seed, got, &buffer[..some])?;
+        got += some;
     }
     Ok(())
 }
 
 /// The stream is at its end.
-pub(super) fn ended(mut end: &TcpStream) -> Result<(), Fault> {
-    let more = call("waiting for the end of the stream", || end.read(&mut [0; 64]))?;
+pub(super) fn ended(end: &TcpStream) -> Result<(), Fault> {
+    let more = call("waiting for the end of the stream", || read(end, &mut [0; 64]))?;
     expect(more == 0, || format!("{more} bytes after the end of the stream"))
 }
 

@@ -14,14 +14,14 @@ use rustix::{
 };
 
 use super::ends::{
-    Ends, Fault, PATIENCE, PIECE, Seen, both, call, compare, ended, expect, odd_sizes, ready, receive, send,
-    stream,
+    Ends, Fault, PATIENCE, PIECE, Seen, both, by_descriptor, call, compare, ended, expect, odd_sizes, read,
+    read_exact, ready, receive, send, stream, write_all,
 };
 
 /// What goes one way in odd pieces.
-const ORDERED: usize = 4 << 20;
+const ORDERED: usize = 1 << 20;
 /// What goes each way at the same time.
-const SUMMED: usize = 16 << 20;
+const SUMMED: usize = 4 << 20;
 /// What goes by other calls than send and recv.
 const OTHERWISE: usize = 1 << 20;
 
@@ -54,7 +54,7 @@ pub(super) fn checksums(ends: Ends) -> Seen {
     Ok(format!("{} MiB each way at the same time", SUMMED >> 20))
 }
 
-fn summed_send(mut end: &TcpStream, seed: u64) -> Result<u64, Fault> {
+fn summed_send(end: &TcpStream, seed: u64) -> Result<u64, Fault> {
     const LARGE: usize = 256 << 10;
     let mut sum = DefaultHasher::new();
     let mut piece = stream(seed, 0, LARGE);
@@ -62,21 +62,21 @@ fn summed_send(mut end: &TcpStream, seed: u64) -> Result<u64, Fault> {
         // So that no two pieces are alike.
         piece[..8].copy_from_slice(&(round as u64).to_le_bytes());
         sum.write(&piece);
-        call("sending", || end.write_all(&piece))?;
+        call("sending", || write_all(end, &piece))?;
     }
     Ok(sum.finish())
 }
 
-fn summed_receive(mut end: &TcpStream) -> Result<u64, Fault> {
+fn summed_receive(end: &TcpStream) -> Result<u64, Fault> {
     let mut sum = DefaultHasher::new();
     let (mut buffer, mut got) = (vec![0; 4 * PIECE], 0);
     // The end of the stream is another check's.
     while got < SUMMED {
         let most = buffer.len().min(SUMMED - got);
-        let read = call("receiving", || end.read(&mut buffer[..most]))?;
-        expect(read > 0, || format!("the stream ended after {got} of {SUMMED} bytes"))?;
-        sum.write(&buffer[..read]);
-        got += read;
+        let some = call("receiving", || read(end, &mut buffer[..most]))?;
+        expect(some > 0, || format!("the stream ended after {got} of {SUMMED} bytes"))?;
+        sum.write(&buffer[..some]);
+        got += some;
     }
     Ok(sum.finish())
 }
@@ -115,7 +115,11 @@ pub(super) fn sendfile_in(ends: Ends) -> Seen {
     let writer = || {
         let (mut offset, mut left) = (0, OTHERWISE);
         while left > 0 {
-            let moved = call("sending the file", || sendfile(&ends.client, &file, Some(&mut offset), left))?;
+            let moved = call("sending the file", || {
+                by_descriptor(&ends.client, PollFlags::OUT, || {
+                    Ok(sendfile(&ends.client, &file, Some(&mut offset), left)?)
+                })
+            })?;
             expect(moved > 0, || format!("sendfile stopped after {offset} of {OTHERWISE} bytes"))?;
             left -= moved;
         }
@@ -136,13 +140,15 @@ pub(super) fn peek(ends: Ends) -> Seen {
     for round in 0..20 {
         let sent = stream(round, 0, GREETING);
         let mut got = vec![0; GREETING];
-        call("sending", || (&ends.client).write_all(&sent[..half]))?;
-        let peeked = call("peeking", || ends.server.peek(&mut got))?;
+        call("sending", || write_all(&ends.client, &sent[..half]))?;
+        let peeked =
+            call("peeking", || by_descriptor(&ends.server, PollFlags::IN, || ends.server.peek(&mut got)))?;
         compare(round, 0, &got[..peeked])?;
-        call("sending", || (&ends.client).write_all(&sent[half..]))?;
-        let peeked = call("peeking", || ends.server.peek(&mut got))?;
+        call("sending", || write_all(&ends.client, &sent[half..]))?;
+        let peeked =
+            call("peeking", || by_descriptor(&ends.server, PollFlags::IN, || ends.server.peek(&mut got)))?;
         compare(round, 0, &got[..peeked])?;
-        call("receiving", || (&ends.server).read_exact(&mut got))?;
+        call("receiving", || read_exact(&ends.server, &mut got))?;
         compare(round, 0, &got)?;
     }
     Ok("the same bytes were read afterwards".to_owned())

@@ -1,0 +1,83 @@
+//! Checks of a joined connection that goes on by TCP, and is joined again once that has been read.
+
+use std::time::Duration;
+
+use rustix::event::{PollFlags, Timespec, epoll};
+
+use super::ends::{
+    Ends, Fault, PATIENCE, Seen, call, compare, expect, read, read_exact, ready, stream, write_all,
+};
+
+const ROUNDS: usize = 100;
+const PIECE: usize = 3001;
+
+/// What goes past TCP and what goes by it are read in the order in which they were sent.
+pub(super) fn there_and_back(ends: Ends) -> Seen {
+    let (mut at, mut got) = (0, vec![0; 2 * PIECE]);
+    for round in 0..ROUNDS {
+        // As the programs do it: past TCP only when everything that went by it has been read.
+        for by_tcp in [false, true] {
+            ends.latch.by_tcp(by_tcp)?;
+            call("sending", || write_all(&ends.client, &stream(9, at, PIECE)))?;
+            at += PIECE;
+        }
+        let from = at - 2 * PIECE;
+        if round % 2 == 0 {
+            // In one go, once both are there.
+            std::thread::yield_now();
+        }
+        call("receiving", || read_exact(&ends.server, &mut got))?;
+        compare(9, from, &got)?;
+    }
+    ends.latch.by_tcp(false)?;
+    Ok(format!("in order, {ROUNDS} times"))
+}
+
+/// Somebody who sleeps in `epoll_wait`, edge-triggered, is woken by what comes by TCP on a joined connection.
+pub(super) fn edges(ends: Ends) -> Seen {
+    let epoll = call("making an epoll", || epoll::create(epoll::CreateFlags::CLOEXEC))?;
+    let interest = epoll::EventFlags::IN | epoll::EventFlags::ET;
+    call("adding to the epoll", || epoll::add(&epoll, &ends.server, epoll::EventData::new_u64(0), interest))?;
+    for round in 0..ROUNDS {
+        ends.latch.by_tcp(round % 2 == 0)?;
+        call("sending", || write_all(&ends.client, &stream(10, round * PIECE, PIECE)))?;
+        let mut got = 0;
+        while got < PIECE {
+            wait(&epoll)?;
+            let mut buffer = [0; PIECE];
+            // Until there is no more, as those do who get edges.
+            while ready(&ends.server, PollFlags::IN, Duration::ZERO)? && got < PIECE {
+                let some = call("receiving", || read(&ends.server, &mut buffer[got..]))?;
+                expect(some > 0, || "the stream ended".to_owned())?;
+                compare(10, round * PIECE + got, &buffer[got..got + some])?;
+                got += some;
+            }
+        }
+    }
+    ends.latch.by_tcp(false)?;
+    Ok(format!("an edge for each of {ROUNDS} messages, every other by TCP"))
+}
+
+fn wait(epoll: impl std::os::fd::AsFd) -> Result<(), Fault> {
+    let mut events = Vec::with_capacity(4);
+    let within = Timespec { tv_sec: PATIENCE.as_secs().cast_signed(), tv_nsec: 0 };
+    let found = call("waiting in epoll_wait", || {
+        epoll::wait(&epoll, rustix::buffer::spare_capacity(&mut events), Some(&within))
+    })?;
+    expect(found > 0, || format!("no event in {} s", PATIENCE.as_secs()))
+}
+
+/// FIONREAD counts what came by TCP on a joined connection. Linux 6.6.128, 6.12.75, 6.18.14, 6.19.4 and later do not,
+/// until a change of July 2026: nginx and the runtimes of Java and .NET take that for the end.
+pub(super) fn pending_bytes(ends: Ends) -> Seen {
+    call("sending", || write_all(&ends.client, &[1; 10]))?;
+    call("receiving", || read_exact(&ends.server, &mut [0; 10]))?;
+    ends.latch.by_tcp(true)?;
+    let sent = call("sending", || write_all(&ends.client, &[1; 1000]));
+    ends.latch.by_tcp(false)?;
+    sent?;
+    expect(ready(&ends.server, PollFlags::IN, PATIENCE)?, || "nothing arrived".to_owned())?;
+    let told = call("asking by FIONREAD", || rustix::io::ioctl_fionread(&ends.server))?;
+    expect(told == 1000, || format!("told {told} of 1000 bytes"))?;
+    Ok("told all of 1000 bytes".to_owned())
+}

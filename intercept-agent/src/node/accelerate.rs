@@ -1,0 +1,136 @@
+//! Whether a pod's connections are joined past TCP. That they are not, or cannot be, is never a failure of the capture.
+
+use std::os::fd::AsFd as _;
+
+use intercept_common::{acceleration::PodCell, layout::PodPolicy, names};
+
+use super::{Node, Target, links::replace_pin};
+use crate::{
+    acceleration::{Acceleration, AccelerationError, Owners},
+    kernel::{self, LinkTarget},
+    listeners,
+    options::Config,
+    programs,
+};
+
+/// The cell of a pod.
+fn cell(netns: u64, slot: u32) -> PodCell {
+    PodCell { netns, slot, reserved: 0 }
+}
+
+impl Node {
+    /// Do as the policy in force says; what is as it should be stays as it is.
+    pub(super) fn accelerate(&mut self, target: &Target, config: &Config, policy: &PodPolicy) {
+        let cookie = target.netns.cookie();
+        let done = if config.accelerate.is_empty() {
+            self.stop_accelerating(cookie, policy.slot)
+        } else {
+            self.start_accelerating(target, config, policy)
+        };
+        if let Err(error) = done {
+            tracing::warn!(
+                cookie,
+                error = &error as &dyn std::error::Error,
+                "the pod is captured, but its connections are not joined"
+            );
+        }
+    }
+
+    fn start_accelerating(
+        &mut self,
+        target: &Target,
+        config: &Config,
+        policy: &PodPolicy,
+    ) -> Result<(), AccelerationError> {
+        let pod = cell(target.netns.cookie(), policy.slot);
+        let mut acceleration = Acceleration::load(&self.store)?;
+        self.link_join(target)?;
+        acceleration.allow(pod, config)?;
+        // Listeners that came up before the cell was set were not seen by the callback.
+        let Ok(found) = listeners::find(&target.netns, &target.cgroup, &[config.inbound_port]) else {
+            // The same question was answered a moment ago; those that listen later are seen.
+            return Ok(());
+        };
+        let owners = Owners {
+            uids: &policy.uids[..usize::from(policy.uid_count).min(policy.uids.len())],
+            gids: &policy.gids[..usize::from(policy.gid_count).min(policy.gids.len())],
+        };
+        acceleration.adopt(pod, config, owners, &found.listeners)
+    }
+
+    fn link_join(&self, target: &Target) -> Result<(), AccelerationError> {
+        let name = names::JOIN_OPS;
+        let path = self.store.pod(target.netns.cookie()).join(name);
+        if self.link_is(&path, LinkTarget::Cgroup(Some(target.cgroup.id()))).unwrap_or(false) {
+            return Ok(());
+        }
+        kernel::open_pin(&self.store.programs().join(name))
+            .and_then(|program| {
+                kernel::link_create(program.as_fd(), target.cgroup.as_fd(), programs::attach_type(name))
+            })
+            .and_then(|link| replace_pin(&link, &path))
+            .map_err(|source| AccelerationError::Call { action: "attaching program", name, source })
+    }
+
+    /// From the next message on; connections that are joined go on by TCP.
+    pub(super) fn stop_accelerating(&self, cookie: u64, slot: u32) -> Result<(), AccelerationError> {
+        let Some(mut acceleration) = Acceleration::find(&self.store)? else { return Ok(()) };
+        acceleration.revoke(cell(cookie, slot))?;
+        let path = self.store.pod(cookie).join(names::JOIN_OPS);
+        if let Ok(link) = kernel::open_pin(&path) {
+            // Without its pin it goes a while later.
+            let _goes_with_its_pin = kernel::link_detach(link.as_fd());
+            std::fs::remove_file(&path).map_err(|source| AccelerationError::Call {
+                action: "removing the link of program",
+                name: names::JOIN_OPS,
+                source,
+            })?;
+        }
+        Ok(())
+    }
+
+    /// Put this build's programs under the link of an accelerated pod. One that cannot be loaded is not accelerated any
+    /// more.
+    pub(super) fn replace_join(&self, cookie: u64) {
+        let name = names::JOIN_OPS;
+        let Ok(link) = kernel::open_pin(&self.store.pod(cookie).join(name)) else { return };
+        let replaced = Acceleration::load(&self.store).and_then(|_loaded| {
+            kernel::open_pin(&self.store.programs().join(name))
+                .and_then(|program| kernel::link_update(link.as_fd(), program.as_fd()))
+                .map_err(|source| AccelerationError::Call { action: "replacing program", name, source })
+        });
+        if let Err(error) = replaced {
+            tracing::warn!(
+                cookie,
+                error = &error as &dyn std::error::Error,
+                "connections are not joined any more"
+            );
+            if let Ok(Some(policy)) = self.tables.policy(cookie) {
+                let _reported = self.stop_accelerating(cookie, policy.slot);
+            }
+        }
+    }
+
+    /// Have every joined connection go on by TCP. Their sockets keep programs and maps alive after the pins have gone.
+    pub(super) fn switch_joining_off(&self) {
+        let off = Acceleration::find(&self.store).and_then(|found| match found {
+            Some(mut acceleration) => acceleration.switch_off(),
+            None => Ok(()),
+        });
+        if let Err(error) = off {
+            tracing::warn!(
+                error = &error as &dyn std::error::Error,
+                "joined connections stay joined until they close"
+            );
+        }
+    }
+
+    /// The maps of joined connections, and a pod's cell in them.
+    pub fn acceleration(
+        &self,
+        cookie: u64,
+        slot: u32,
+    ) -> Result<Option<(Acceleration, PodCell)>, AccelerationError> {
+        Ok(Acceleration::find(&self.store)?.map(|found| (found, cell(cookie, slot))))
+    }
+}

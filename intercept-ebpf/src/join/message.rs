@@ -1,0 +1,110 @@
+//! A message of an end that is in the map: past TCP to the other end, or by TCP.
+//!
+//! **Order.** A message goes past TCP only while the other end has read every byte that was given to TCP. Bytes that go
+//! past TCP are read before those that come by it. So nothing overtakes anything, however often a connection changes.
+
+use aya_ebpf::{
+    bindings::{bpf_sock, sk_msg_md},
+    programs::SkMsgContext,
+};
+use intercept_common::acceleration::{MAX_UNREAD_BYTES, MAX_UNREAD_MESSAGES, Pass, Socket, kind};
+
+use crate::{
+    context::load,
+    kernel::{Reader, Sender},
+    maps,
+};
+
+/// Somebody sends, under the lock of the socket.
+#[inline(always)]
+pub(crate) fn send(ctx: &SkMsgContext) {
+    let sk = load!(load_u64, sk_msg_md, ctx.msg, __bindgen_anon_3) as *mut bpf_sock;
+    if sk.is_null() {
+        return;
+    }
+    let Some(socket) = maps::socket(sk) else { return };
+    if socket.kind != kind::PAIRED && !is_answered(socket) {
+        return;
+    }
+    let size = load!(load_u32, sk_msg_md, ctx.msg, size);
+    let verdict = match check(sk, socket, size) {
+        Ok(()) if maps::redirect(ctx, socket.peer.cookie) => Ok(()),
+        Ok(()) => Err(Pass::Gone),
+        Err(why) => Err(why),
+    };
+    match verdict {
+        Ok(()) => {
+            socket.last = Socket::JOINED;
+            socket.marked_bytes += u64::from(size);
+            socket.marked_messages += 1;
+        }
+        Err(why) => {
+            if socket.last == Socket::JOINED {
+                maps::count_pass(&socket.pod, why);
+            }
+            socket.last = why as u32;
+        }
+    }
+}
+
+/// The end that dialled learns here who accepted.
+#[inline(always)]
+fn is_answered(socket: &mut Socket) -> bool {
+    if socket.kind != kind::OFFERED {
+        return false;
+    }
+    let Some(offer) = maps::offer(&socket.sequence) else { return false };
+    if offer.accepted.cookie == 0 {
+        return false;
+    }
+    maps::remove_offer(&socket.sequence);
+    socket.peer = offer.accepted;
+    socket.kind = kind::PAIRED;
+    true
+}
+
+/// Every condition on which a message goes past TCP.
+#[inline(always)]
+fn check(sk: *mut bpf_sock, socket: &mut Socket, size: u32) -> Result<(), Pass> {
+    if maps::node_is_off() || !maps::is_on(&socket.pod) || !maps::is_on(&socket.peer.pod) {
+        return Err(Pass::Off);
+    }
+    let sender = Sender::of(sk).filter(Sender::is_open).ok_or(Pass::State)?;
+    let reader = Reader::of(&socket.peer).filter(Reader::is_open).ok_or(Pass::Closed)?;
+    if !sender.all_read_by(&reader) {
+        return Err(Pass::Unread);
+    }
+    if !reader.is_non_blocking() {
+        return Err(Pass::Blocking);
+    }
+    if !reader.wants_any_byte() {
+        return Err(Pass::LowWater);
+    }
+    let unread = reader.unread();
+    settle(socket, unread);
+    if unread != 0 && unread.saturating_add(size) > MAX_UNREAD_BYTES {
+        return Err(Pass::Bytes);
+    }
+    if socket.older_messages + socket.marked_messages >= MAX_UNREAD_MESSAGES {
+        return Err(Pass::Messages);
+    }
+    if !reader.has_memory(size) {
+        return Err(Pass::Memory);
+    }
+    Ok(())
+}
+
+/// Bytes are read in the order in which they were sent: when no more are unread than were sent since the mark,
+/// everything before it has been read. Then the mark moves to this moment.
+#[inline(always)]
+fn settle(socket: &mut Socket, unread: u32) {
+    if unread == 0 {
+        socket.older_messages = 0;
+    } else if u64::from(unread) <= socket.marked_bytes {
+        socket.older_messages = socket.marked_messages;
+    } else {
+        return;
+    }
+    socket.marked_bytes = 0;
+    socket.marked_messages = 0;
+}

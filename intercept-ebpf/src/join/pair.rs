@@ -1,0 +1,231 @@
+//! Finds the two ends of a connection, from the kernel's TCP callbacks.
+//!
+//! Both ends of one connection agree on the first sequence numbers of either direction, whatever rewrites addresses and
+//! ports between them; two connections have the same 64 bits by chance only. The end that dialled is established first:
+//! it leaves an offer under these numbers, and the end that accepts finds it. With data in the SYN the numbers differ,
+//! and the connection stays TCP.
+//!
+//! A socket can enter the map of ends only while it becomes established, and one that is in it is slower by TCP. So the
+//! end that dials must know before its other end does: a SYN that reaches an accelerated pod is noted by where it came
+//! from, and who dialled from there is on this node. That note decides nothing else.
+
+use aya_ebpf::{
+    bindings::{
+        BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB, BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB, BPF_SOCK_OPS_RWND_INIT,
+        BPF_SOCK_OPS_STATE_CB, BPF_SOCK_OPS_STATE_CB_FLAG, BPF_SOCK_OPS_TCP_CONNECT_CB,
+        BPF_SOCK_OPS_TCP_LISTEN_CB, BPF_TCP_CLOSE, bpf_sock, bpf_sock_ops,
+    },
+    programs::SockOpsContext,
+};
+use intercept_common::{
+    Addr,
+    acceleration::{Count, End, Offer, Sequence, Socket, kind},
+};
+
+use crate::{
+    context::{self, AF_INET6, load},
+    maps, proxy,
+};
+
+/// A callback; most of the kernel's are none of ours and must cost nothing.
+#[inline(always)]
+pub(crate) fn callback(ctx: &SockOpsContext) {
+    match load!(load_u32, bpf_sock_ops, ctx.ops, op) {
+        BPF_SOCK_OPS_STATE_CB => state(ctx),
+        BPF_SOCK_OPS_RWND_INIT => arriving(ctx),
+        BPF_SOCK_OPS_TCP_CONNECT_CB => dial(ctx),
+        BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB => dialled(ctx),
+        BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB => accepted(ctx),
+        BPF_SOCK_OPS_TCP_LISTEN_CB => listen(ctx),
+        _ => {}
+    }
+}
+
+/// The socket of a callback.
+#[inline(always)]
+fn sock(ctx: &SockOpsContext) -> *mut bpf_sock {
+    load!(load_u64, bpf_sock_ops, ctx.ops, __bindgen_anon_2) as *mut bpf_sock
+}
+
+/// A SYN arrived: the kernel asks how large the first window is to be.
+#[inline(always)]
+fn arriving(ctx: &SockOpsContext) {
+    // Asked for a socket that dials as well.
+    if load!(load_u32, bpf_sock_ops, ctx.ops, is_fullsock) != 0 {
+        return;
+    }
+    let ops = ctx.ops;
+    let port = u32::from_be(load!(load_u32, bpf_sock_ops, ops, remote_port)) as u16;
+    // A listener of IPv6 takes IPv4 too, and then the one address or the other is not filled in yet.
+    note(Addr::from_v4(load!(load_u32, bpf_sock_ops, ops, remote_ip4)), port);
+    if load!(load_u32, bpf_sock_ops, ops, family) == AF_INET6 {
+        let remote = Addr::from_v6([
+            load!(load_u32, bpf_sock_ops, ops, remote_ip6, 0),
+            load!(load_u32, bpf_sock_ops, ops, remote_ip6, 1),
+            load!(load_u32, bpf_sock_ops, ops, remote_ip6, 2),
+            load!(load_u32, bpf_sock_ops, ops, remote_ip6, 3),
+        ]);
+        note(remote, port);
+    }
+}
+
+#[inline(always)]
+fn note(addr: Addr, port: u16) {
+    let hash = hash(addr, port);
+    if let Some(cell) = maps::hint(hash) {
+        // SAFETY: an element of an array map; one word, written whole.
+        unsafe { core::ptr::write_volatile(cell, hash) };
+    }
+}
+
+/// Whether a SYN from here arrived at an accelerated pod; asked once.
+#[inline(always)]
+fn was_noted(addr: Addr, port: u16) -> bool {
+    let hash = hash(addr, port);
+    let Some(cell) = maps::hint(hash) else { return false };
+    // SAFETY: as in `note`.
+    unsafe {
+        let noted = core::ptr::read_volatile(cell) == hash;
+        if noted {
+            core::ptr::write_volatile(cell, 0);
+        }
+        noted
+    }
+}
+
+#[inline(always)]
+fn hash(addr: Addr, port: u16) -> u64 {
+    let words = addr.words();
+    let mut hash = u64::from(port) | 1 << 32;
+    let mut at = 0;
+    while at < 4 {
+        hash = (hash ^ u64::from(words[at])).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        hash ^= hash >> 29;
+        at += 1;
+    }
+    hash
+}
+
+/// A SYN is about to leave, in the system call of whoever connects.
+#[inline(always)]
+fn dial(ctx: &SockOpsContext) {
+    let sk = sock(ctx);
+    if sk.is_null() {
+        return;
+    }
+    let Some((pod, policy)) = proxy::pod(ctx) else { return };
+    // To the application of the same pod.
+    if context::callback_ends(ctx.ops).remote.is_loopback() {
+        return;
+    }
+    if proxy::made(sk, &pod, policy) {
+        let _no_memory = maps::new_socket(sk, &mut Socket { kind: kind::DIALLING, pod, ..Socket::default() });
+    }
+}
+
+/// The answer to a SYN arrived.
+#[inline(always)]
+fn dialled(ctx: &SockOpsContext) {
+    let sk = sock(ctx);
+    if sk.is_null() {
+        return;
+    }
+    let Some(socket) = maps::socket(sk) else { return };
+    if socket.kind != kind::DIALLING {
+        return;
+    }
+    let ends = context::callback_ends(ctx.ops);
+    if !was_noted(ends.local, ends.local_port) {
+        return;
+    }
+    let sequence = Sequence {
+        dialled: load!(load_u32, bpf_sock_ops, ctx.ops, snd_nxt),
+        accepted: load!(load_u32, bpf_sock_ops, ctx.ops, rcv_nxt),
+    };
+    let end = End { sock: sk as u64, cookie: maps::socket_cookie(ctx), pod: socket.pod };
+    let offer = Offer { dialled: end, accepted: End::default() };
+    // The offer comes last: the other end is established by the acknowledgement that follows this.
+    if !maps::add_end(ctx, end.cookie) || !maps::add_offer(&sequence, &offer) {
+        maps::count(&end.pod, Count::RefusedFull);
+        return;
+    }
+    socket.kind = kind::OFFERED;
+    socket.sequence = sequence;
+    watch_state(ctx);
+}
+
+/// A connection was accepted by the kernel; its socket is a copy of the listener.
+#[inline(always)]
+fn accepted(ctx: &SockOpsContext) {
+    let sk = sock(ctx);
+    if sk.is_null() {
+        return;
+    }
+    let Some(socket) = maps::socket(sk) else { return };
+    if socket.kind != kind::LISTENER || !maps::is_on(&socket.pod) {
+        return;
+    }
+    let sequence = Sequence {
+        dialled: load!(load_u32, bpf_sock_ops, ctx.ops, rcv_nxt),
+        accepted: load!(load_u32, bpf_sock_ops, ctx.ops, snd_nxt),
+    };
+    let Some(mut offer) = maps::offer(&sequence) else { return };
+    // An end that has these numbers as well is another connection's.
+    if offer.accepted.cookie != 0 {
+        return;
+    }
+    offer.accepted = End { sock: sk as u64, cookie: maps::socket_cookie(ctx), pod: socket.pod };
+    if !maps::add_end(ctx, offer.accepted.cookie) {
+        maps::count(&socket.pod, Count::RefusedFull);
+        return;
+    }
+    if maps::answer_offer(&sequence, &offer) {
+        socket.kind = kind::PAIRED;
+        socket.peer = offer.dialled;
+        maps::count(&socket.pod, Count::Joined);
+        maps::count(&offer.dialled.pod, Count::Joined);
+    }
+}
+
+/// A watched socket changed state: an end that is gone waits no longer.
+#[inline(always)]
+fn state(ctx: &SockOpsContext) {
+    if load!(load_u32, bpf_sock_ops, ctx.ops, __bindgen_anon_1, 1) != BPF_TCP_CLOSE {
+        return;
+    }
+    let sk = sock(ctx);
+    if sk.is_null() {
+        return;
+    }
+    if let Some(socket) = maps::socket(sk)
+        && socket.kind == kind::OFFERED
+    {
+        maps::remove_offer(&socket.sequence);
+    }
+}
+
+#[inline(always)]
+fn watch_state(ctx: &SockOpsContext) {
+    let flags = load!(load_u32, bpf_sock_ops, ctx.ops, bpf_sock_ops_cb_flags) | BPF_SOCK_OPS_STATE_CB_FLAG;
+    // Fails only for sockets that are not full ones.
+    let _full_socket = ctx.set_cb_flags(flags as i32);
+}
+
+/// A socket listens: remember it if it is the inbound one of a known proxy.
+#[inline(always)]
+fn listen(ctx: &SockOpsContext) {
+    let sk = sock(ctx);
+    if sk.is_null() {
+        return;
+    }
+    let Some((pod, policy)) = proxy::pod(ctx) else { return };
+    let port = load!(load_u32, bpf_sock_ops, ctx.ops, local_port) as u16;
+    if port != policy.inbound_port {
+        return;
+    }
+    if proxy::made(sk, &pod, policy) {
+        let _no_memory = maps::new_socket(sk, &mut Socket { kind: kind::LISTENER, pod, ..Socket::default() });
+    } else {
+        maps::forget_socket(sk);
+    }
+}

@@ -1,0 +1,42 @@
+//! Whether a socket is that of a proxy which is known to be safe: made by an owner of -u or -g, by an executable of the
+//! pod's list. Asked in the system call that connects or listens, where the task is the proxy.
+
+use aya_ebpf::{bindings::bpf_sock, programs::SockOpsContext};
+use intercept_common::{
+    acceleration::{Count, PodCell, ProxyName},
+    layout::{MAX_OWNERS, PodPolicy},
+};
+
+use crate::{context::TCP, kernel, maps, owner};
+
+/// The pod of a callback, if it is accelerated.
+#[inline(always)]
+pub(crate) fn pod(ctx: &SockOpsContext) -> Option<(PodCell, &'static PodPolicy)> {
+    let netns = maps::netns_cookie(ctx);
+    let policy = maps::policy(netns)?;
+    let pod = PodCell { netns, slot: policy.slot, reserved: 0 };
+    maps::is_on(&pod).then_some((pod, policy))
+}
+
+/// Whether the running task is a known proxy of the pod and its socket one of the proxy's owners'.
+#[inline(always)]
+pub(crate) fn made(sk: *mut bpf_sock, pod: &PodCell, policy: &PodPolicy) -> bool {
+    let owner = owner::of(sk, TCP);
+    if !is_listed(&policy.uids, policy.uid_count, owner.uid)
+        && !is_listed(&policy.gids, policy.gid_count, owner.gid)
+    {
+        return false;
+    }
+    let name = ProxyName { netns: pod.netns, name: kernel::executable() };
+    let known = maps::is_known(&name);
+    if !known {
+        maps::count(pod, Count::RefusedProxy);
+    }
+    known
+}
+
+#[inline(always)]
+fn is_listed(ids: &[u32; MAX_OWNERS], count: u16, id: u32) -> bool {
+    // Places that are not used repeat the first.
+    count != 0 && ids.contains(&id)
+}

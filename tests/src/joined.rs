@@ -1,0 +1,325 @@
+//! Two pods with a node between them, and the sockets of their proxies in the hands of a test: made inside a pod, by its
+//! proxy's user, and then passed on, so that one thread can do with both ends what it likes.
+
+use std::{
+    ffi::OsStr,
+    fs::File,
+    io::{self, IoSlice, IoSliceMut, Read, Write},
+    mem::MaybeUninit,
+    net::{IpAddr, SocketAddr, TcpStream},
+    os::{
+        fd::{AsFd, AsRawFd, OwnedFd},
+        unix::{net::UnixStream, process::CommandExt as _},
+    },
+    path::Path,
+    time::Duration,
+};
+
+use anyhow::{Context as _, Result, bail, ensure};
+use aya::maps::{Map, MapData, SkStorage};
+use intercept_agent::kernel::Plain;
+use intercept_common::{
+    acceleration::{self, Pass},
+    names,
+};
+use rustix::{
+    event::{PollFd, PollFlags, Timespec, poll},
+    net::{
+        RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage,
+        SendFlags, recvmsg, sendmsg,
+    },
+};
+use socket2::{SockAddr, Socket};
+
+use crate::{
+    agent::{Agent, INIT_FLAGS},
+    testbed::{
+        Ids, Place,
+        netlink::{Route, TABLE_MAIN},
+    },
+};
+
+/// Where inbound connections go.
+pub const INBOUND: u16 = 15006;
+/// What an application would listen on.
+pub const APP: u16 = 8080;
+/// Everything that is waited for comes sooner.
+pub const PATIENCE: Duration = Duration::from_secs(10);
+
+/// Two pods behind a namespace that forwards, as a node does.
+#[derive(Debug)]
+pub struct Pods {
+    /// Whose proxy dials.
+    pub dialler: Place,
+    /// Whose proxy accepts.
+    pub acceptor: Place,
+    /// Between them.
+    pub router: Place,
+}
+
+impl Pods {
+    /// Not captured yet.
+    pub fn new(label: &str) -> Result<Self> {
+        let pods = Self {
+            dialler: Place::new(&format!("{label}-d"))?,
+            acceptor: Place::new(&format!("{label}-a"))?,
+            router: Place::new(&format!("{label}-r"))?,
+        };
+        for (pod, n) in [(&pods.dialler, 1), (&pods.acceptor, 2)] {
+            let far = format!("pod{n}");
+            pod.netns.veth("eth0", &pods.router.netns, &far)?;
+            for (of_pod, of_router) in [
+                (format!("10.7{n}.0.2/24"), format!("10.7{n}.0.1/24")),
+                (format!("fd7{n}::2/64"), format!("fd7{n}::1/64")),
+            ] {
+                let (of_pod, of_router): (ipnet::IpNet, ipnet::IpNet) = (of_pod.parse()?, of_router.parse()?);
+                pod.netns.add_address("eth0", of_pod)?;
+                pods.router.netns.add_address(&far, of_router)?;
+                let everything = if of_pod.addr().is_ipv4() { "0.0.0.0/0" } else { "::/0" };
+                pod.netns.add_route(Route {
+                    to: everything.parse()?,
+                    via: Some(of_router.addr()),
+                    dev: Some("eth0"),
+                    table: TABLE_MAIN,
+                    local: false,
+                })?;
+            }
+        }
+        pods.router.netns.sysctl("net/ipv4/ip_forward", "1")?;
+        pods.router.netns.sysctl("net/ipv6/conf/all/forwarding", "1")?;
+        Ok(pods)
+    }
+
+    /// Captured and accelerated, this test being vouched for.
+    pub fn accelerated(label: &str, agent: &Agent) -> Result<Self> {
+        let pods = Self::new(label)?;
+        let name = own_name()?;
+        let flags: Vec<_> =
+            INIT_FLAGS.into_iter().chain(["--accelerate", "--accelerate-proxies", &name]).collect();
+        for pod in [&pods.dialler, &pods.acceptor] {
+            agent.attach(pod, &flags)?;
+        }
+        Ok(pods)
+    }
+
+    /// Where the application of the accepting pod is.
+    pub fn app(v6: bool) -> SocketAddr {
+        let addr: IpAddr = if v6 { [0xfd72, 0, 0, 0, 0, 0, 0, 2].into() } else { [10, 72, 0, 2].into() };
+        SocketAddr::new(addr, APP)
+    }
+
+    /// The accepting proxy's listener of a family; that of IPv6 takes IPv4 as well.
+    pub fn listen(&self, v6: bool) -> Result<Socket> {
+        listen(&self.acceptor, v6, Ids::PROXY)
+    }
+
+    /// A connection from proxy to proxy, to what is dialled; both ends do not block.
+    pub fn connect(&self, listener: &Socket, to: SocketAddr) -> Result<Leg> {
+        let socket = socket(&self.dialler, to.is_ipv6(), Ids::PROXY, None)?;
+        Leg::of(socket, listener, to)
+    }
+}
+
+/// The name of this executable, as `--accelerate-proxies` takes it.
+pub fn own_name() -> Result<String> {
+    let path = std::env::current_exe()?;
+    Ok(path.file_name().unwrap_or_default().to_string_lossy().into_owned())
+}
+
+/// A socket of TCP that is made inside a pod, and inside a memory cgroup if one is named.
+pub fn socket(place: &Place, v6: bool, ids: Ids, memory: Option<&Path>) -> Result<Socket> {
+    let (ours, theirs) = UnixStream::pair()?;
+    let memory =
+        memory.map(|path| File::options().write(true).open(path.join("cgroup.procs"))).transpose()?;
+    let mut command = place.command(OsStr::new("true"))?;
+    let domain = if v6 { libc::AF_INET6 } else { libc::AF_INET };
+    let make = move || -> io::Result<()> {
+        if let Some(memory) = &memory {
+            rustix::io::write(memory, b"0")?;
+        }
+        // SAFETY: plain system calls on numbers; the process has one thread.
+        let socket = unsafe {
+            if libc::setresgid(ids.gid, ids.gid, ids.gid) != 0
+                || libc::setresuid(ids.uid, ids.uid, ids.uid) != 0
+            {
+                return Err(io::Error::last_os_error());
+            }
+            libc::socket(domain, libc::SOCK_STREAM | libc::SOCK_CLOEXEC, 0)
+        };
+        if socket < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        // SAFETY: it was just made, and is open until this process ends.
+        let fds = [unsafe { std::os::fd::BorrowedFd::borrow_raw(socket) }];
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+        let mut control = SendAncillaryBuffer::new(&mut space);
+        control.push(SendAncillaryMessage::ScmRights(&fds));
+        sendmsg(&theirs, &[IoSlice::new(b"x")], &mut control, SendFlags::empty())?;
+        Ok(())
+    };
+    // SAFETY: the closure makes system calls only; it neither allocates nor locks.
+    unsafe { command.pre_exec(make) };
+    let mut child = command.spawn().context("making a socket in a pod")?;
+    // What is in it goes with it, the other end of the pair among it.
+    drop(command);
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut control = RecvAncillaryBuffer::new(&mut space);
+    recvmsg(&ours, &mut [IoSliceMut::new(&mut [0])], &mut control, RecvFlags::CMSG_CLOEXEC)?;
+    let passed: Option<OwnedFd> = control.drain().find_map(|message| match message {
+        RecvAncillaryMessage::ScmRights(mut fds) => fds.next(),
+        _ => None,
+    });
+    child.wait()?;
+    Ok(passed.context("a message without a socket")?.into())
+}
+
+/// A listener of the inbound port.
+pub fn listen(place: &Place, v6: bool, ids: Ids) -> Result<Socket> {
+    let listener = socket(place, v6, ids, None)?;
+    listener.set_reuse_address(true)?;
+    let any: IpAddr = if v6 { [0u16; 8].into() } else { [0u8; 4].into() };
+    if v6 {
+        listener.set_only_v6(false)?;
+    }
+    listener.bind(&SockAddr::from(SocketAddr::new(any, INBOUND)))?;
+    listener.listen(1024)?;
+    Ok(listener)
+}
+
+/// Both ends of one connection.
+#[derive(Debug)]
+pub struct Leg {
+    /// Of the pod that dialled.
+    pub dialled: TcpStream,
+    /// Of the pod that accepted.
+    pub accepted: TcpStream,
+}
+
+impl Leg {
+    /// Dials, and accepts what comes.
+    pub fn of(socket: Socket, listener: &Socket, to: SocketAddr) -> Result<Self> {
+        socket.connect_timeout(&SockAddr::from(to), PATIENCE).with_context(|| format!("dialling {to}"))?;
+        Self::accepted(socket, listener)
+    }
+
+    /// Accepts what comes, which is the other end of this.
+    pub fn accepted(dialled: Socket, listener: &Socket) -> Result<Self> {
+        wait(listener, PollFlags::IN)?;
+        let (accepted, _) = listener.accept()?;
+        let leg = Self { dialled: dialled.into(), accepted: accepted.into() };
+        for end in [&leg.dialled, &leg.accepted] {
+            end.set_nonblocking(true)?;
+            end.set_nodelay(true)?;
+        }
+        Ok(leg)
+    }
+
+    /// The first bytes each way, by which the end that dialled learns of the other.
+    pub fn greet(&self) -> Result<()> {
+        pass(&self.dialled, &self.accepted, b"hello")?;
+        pass(&self.accepted, &self.dialled, b"hello")
+    }
+}
+
+/// Whether what is sent from one end to the other, and read there, goes past TCP.
+pub fn goes_past(from: &TcpStream, to: &TcpStream) -> Result<bool> {
+    let before = given_to_tcp(from)?;
+    pass(from, to, b"past or by")?;
+    match given_to_tcp(from)? - before {
+        0 => Ok(true),
+        10 => Ok(false),
+        other => bail!("{other} of 10 bytes went by TCP"),
+    }
+}
+
+/// Sends and reads it at the other end.
+pub fn pass(from: &TcpStream, to: &TcpStream, bytes: &[u8]) -> Result<()> {
+    send(from, bytes)?;
+    let got = receive(to, bytes.len())?;
+    ensure!(got == bytes, "other bytes than were sent");
+    Ok(())
+}
+
+/// Sends all of it, and waits for room.
+pub fn send(mut end: &TcpStream, mut bytes: &[u8]) -> Result<()> {
+    while !bytes.is_empty() {
+        match end.write(bytes) {
+            Ok(written) => bytes = &bytes[written..],
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => wait(end, PollFlags::OUT)?,
+            Err(error) => return Err(error).context("sending"),
+        }
+    }
+    Ok(())
+}
+
+/// Reads so many bytes, and waits for them.
+pub fn receive(mut end: &TcpStream, length: usize) -> Result<Vec<u8>> {
+    let (mut buffer, mut got) = (vec![0; length], 0);
+    while got < length {
+        match end.read(&mut buffer[got..]) {
+            Ok(0) => bail!("the stream ended after {got} of {length} bytes"),
+            Ok(read) => got += read,
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => wait(end, PollFlags::IN)?,
+            Err(error) => return Err(error).context("receiving"),
+        }
+    }
+    Ok(buffer)
+}
+
+/// Waits until it is ready.
+pub fn wait(end: impl AsFd, what: PollFlags) -> Result<()> {
+    let within = Timespec { tv_sec: PATIENCE.as_secs().cast_signed(), tv_nsec: 0 };
+    ensure!(poll(&mut [PollFd::new(&end, what)], Some(&within))? > 0, "nothing in {PATIENCE:?}");
+    Ok(())
+}
+
+/// Bytes that were given to TCP by this end: sent, and waiting to be.
+pub fn given_to_tcp(end: &TcpStream) -> Result<u64> {
+    // Of struct tcp_info (linux/tcp.h).
+    const NOTSENT_BYTES: usize = 144;
+    const BYTES_SENT: usize = 200;
+    const BYTES_RETRANS: usize = 208;
+    let mut info = [0u8; 232];
+    let mut length = libc::socklen_t::try_from(info.len())?;
+    // SAFETY: the kernel writes no more than the length says, into an array that outlives the call.
+    let result = unsafe {
+        libc::getsockopt(
+            end.as_raw_fd(),
+            libc::IPPROTO_TCP,
+            libc::TCP_INFO,
+            info.as_mut_ptr().cast(),
+            &raw mut length,
+        )
+    };
+    ensure!(result == 0, "asking for TCP_INFO: {}", io::Error::last_os_error());
+    let word = |at: usize| u64::from_le_bytes(info[at..at + 8].try_into().unwrap_or_default());
+    let waiting = u32::from_le_bytes(info[NOTSENT_BYTES..NOTSENT_BYTES + 4].try_into()?);
+    Ok(word(BYTES_SENT) - word(BYTES_RETRANS) + u64::from(waiting))
+}
+
+/// What became of the last message of an end: why it went by TCP, or nothing if it went past.
+pub fn last(agent: &Agent, end: &TcpStream) -> Result<Option<Pass>> {
+    let path = agent.store().join("maps").join(names::JOIN_SOCKETS);
+    let map: SkStorage<_, Plain<acceleration::Socket>> =
+        Map::SkStorage(MapData::from_pin(&path)?).try_into()?;
+    let last = map.get(end, 0).context("this end is not known")?.0.last;
+    let pass = Pass::ALL.iter().find(|pass| **pass as u32 == last).copied();
+    ensure!(pass.is_some() || last == acceleration::Socket::JOINED, "{last} is not a reason");
+    Ok(pass)
+}
+
+/// An option of a socket that is an int.
+pub fn set_int(end: impl AsFd, level: libc::c_int, option: libc::c_int, value: libc::c_int) -> Result<()> {
+    // SAFETY: the kernel reads one int, which outlives the call.
+    let result = unsafe {
+        libc::setsockopt(
+            end.as_fd().as_raw_fd(),
+            level,
+            option,
+            (&raw const value).cast(),
+            libc::socklen_t::try_from(size_of_val(&value))?,
+        )
+    };
+    ensure!(result == 0, "setting option {option}: {}", io::Error::last_os_error());
+    Ok(())
+}

@@ -1,0 +1,233 @@
+//! What must hold at the message for it to go past TCP; each is taken away once while all others hold.
+
+use std::{
+    fs,
+    io::{ErrorKind, Write as _},
+    net::{Shutdown, TcpStream},
+    path::{Path, PathBuf},
+};
+
+use rustix::event::PollFlags;
+use socket2::Socket;
+use tests::{
+    agent::Agent,
+    joined::{self, Leg, Pods, given_to_tcp, goes_past, receive, send, set_int, socket, wait},
+    testbed::{Ids, Place},
+};
+
+struct Bed {
+    agent: Agent,
+    pods: Pods,
+    listener: Socket,
+}
+
+impl Bed {
+    fn new(label: &str) -> Self {
+        let agent = Agent::new(label).expect("the agent");
+        let pods = Pods::accelerated(label, &agent).expect("pods");
+        let listener = pods.listen(false).expect("a listener");
+        Self { agent, pods, listener }
+    }
+
+    fn joined(&self) -> Leg {
+        let leg = self.pods.connect(&self.listener, Pods::app(false)).expect("a connection");
+        leg.greet().expect("greeted");
+        assert!(is_past(&leg));
+        leg
+    }
+
+    /// Connections of this pod that went back to TCP for this reason.
+    fn back(&self, pod: &Place, why: &str) -> u64 {
+        let pods = self.agent.status().expect("status");
+        let path = pod.cgroup.path().display().to_string();
+        let pod = pods.as_array().expect("pods").iter().find(|pod| pod["cgroup"] == path.as_str());
+        let list = pod.expect("attached")["acceleration"]["back_to_tcp"].clone();
+        let found = list.as_array().expect("a list").iter().find(|count| count["reason"] == why).cloned();
+        found.map_or(0, |count| count["count"].as_u64().expect("a count"))
+    }
+}
+
+fn is_past(leg: &Leg) -> bool {
+    goes_past(&leg.dialled, &leg.accepted).expect("passed")
+}
+
+/// Sends until there is no more room; how many bytes that took.
+fn fill(mut end: &TcpStream, piece: &[u8], most: usize) -> usize {
+    let mut sent = 0;
+    while sent < most {
+        match end.write(piece) {
+            Ok(written) => sent += written,
+            Err(error) if error.kind() == ErrorKind::WouldBlock => break,
+            Err(error) => panic!("sending failed after {sent} bytes: {error}"),
+        }
+    }
+    sent
+}
+
+#[test]
+fn bytes_that_tcp_has_are_read_first() {
+    let bed = Bed::new("cond-unread");
+    let leg = bed.joined();
+    // The reader blocks for the moment, so this goes by TCP.
+    leg.accepted.set_nonblocking(false).expect("set");
+    send(&leg.dialled, b"by TCP ").expect("sent");
+    leg.accepted.set_nonblocking(true).expect("set");
+    wait(&leg.accepted, PollFlags::IN).expect("arrived");
+    let before = given_to_tcp(&leg.dialled).expect("a count");
+    send(&leg.dialled, b"and this ").expect("sent");
+    assert_eq!(given_to_tcp(&leg.dialled).expect("a count") - before, 9, "it would have been read first");
+    assert_eq!(receive(&leg.accepted, 7).expect("received"), b"by TCP ");
+    send(&leg.dialled, b"too").expect("sent");
+    assert_eq!(given_to_tcp(&leg.dialled).expect("a count") - before, 12, "it would have been read first");
+    assert_eq!(receive(&leg.accepted, 12).expect("received"), b"and this too");
+    assert!(is_past(&leg));
+}
+
+#[test]
+fn a_reader_that_blocks_is_served_by_tcp() {
+    let bed = Bed::new("cond-blocks");
+    let leg = bed.joined();
+    leg.accepted.set_nonblocking(false).expect("set");
+    assert!(!is_past(&leg));
+    assert!(goes_past(&leg.accepted, &leg.dialled).expect("passed"), "the other direction is not concerned");
+    assert_eq!(bed.back(&bed.pods.dialler, "reader_blocks"), 1);
+    leg.accepted.set_nonblocking(true).expect("set");
+    assert!(is_past(&leg));
+    // Not accepted by anybody yet: whether it will block is not known.
+    let dialled = socket(&bed.pods.dialler, false, Ids::PROXY, None).expect("a socket");
+    dialled.connect(&Pods::app(false).into()).expect("connected");
+    let dialled = TcpStream::from(dialled);
+    wait(&bed.listener, PollFlags::IN).expect("arrived");
+    let sent = |text: &[u8]| {
+        let before = given_to_tcp(&dialled).expect("a count");
+        send(&dialled, text).expect("sent");
+        given_to_tcp(&dialled).expect("a count") - before
+    };
+    assert_eq!(sent(b"early"), 5);
+}
+
+#[test]
+fn low_water_is_kept() {
+    let bed = Bed::new("cond-lowat");
+    let leg = bed.joined();
+    set_int(&leg.accepted, libc::SOL_SOCKET, libc::SO_RCVLOWAT, 10).expect("set");
+    assert!(!is_past(&leg));
+    assert_eq!(bed.back(&bed.pods.dialler, "reader_low_water"), 1);
+    set_int(&leg.accepted, libc::SOL_SOCKET, libc::SO_RCVLOWAT, 1).expect("set");
+    assert!(is_past(&leg));
+}
+
+#[test]
+fn an_end_that_is_shut_is_told_so_by_tcp() {
+    let bed = Bed::new("cond-shut");
+    let leg = bed.joined();
+    leg.dialled.shutdown(Shutdown::Write).expect("shut down");
+    let error = (&leg.dialled).write(b"more").expect_err("it was shut down");
+    assert_eq!(error.kind(), ErrorKind::BrokenPipe);
+    // The other direction is open.
+    assert!(goes_past(&leg.accepted, &leg.dialled).expect("passed"));
+
+    // A reader that takes no more: what TCP does with the bytes is TCP's affair.
+    let leg = bed.joined();
+    leg.accepted.shutdown(Shutdown::Read).expect("shut down");
+    let before = given_to_tcp(&leg.dialled).expect("a count");
+    send(&leg.dialled, b"unwanted").expect("sent");
+    assert_eq!(given_to_tcp(&leg.dialled).expect("a count") - before, 8);
+    assert_eq!(bed.back(&bed.pods.dialler, "peer_closed"), 1);
+}
+
+#[test]
+fn unread_bytes_stop_the_sender() {
+    const MOST: usize = 2 << 20;
+    let bed = Bed::new("cond-bytes");
+    let leg = bed.joined();
+    // As TCP would have stopped it.
+    set_int(&leg.dialled, libc::SOL_SOCKET, libc::SO_SNDBUF, 128 << 10).expect("set");
+    set_int(&leg.accepted, libc::SOL_SOCKET, libc::SO_RCVBUF, 128 << 10).expect("set");
+    for piece in [100, 16 << 10, 512 << 10] {
+        let before = given_to_tcp(&leg.dialled).expect("a count");
+        let sent = fill(&leg.dialled, &vec![1; piece], 64 << 20);
+        let by_tcp = given_to_tcp(&leg.dialled).expect("a count") - before;
+        let past = sent - usize::try_from(by_tcp).expect("fits");
+        assert!(past > 0 && past <= 1 << 20, "{past} bytes past TCP in pieces of {piece}");
+        assert!(sent <= MOST, "{sent} bytes in pieces of {piece}");
+        // It goes on when it is read.
+        receive(&leg.accepted, sent).expect("received");
+        wait(&leg.dialled, PollFlags::OUT).expect("room");
+        // After EAGAIN the kernel keeps the last verdict, which was TCP's, for one message more.
+        leg.greet().expect("greeted");
+        assert!(
+            is_past(&leg),
+            "it does not join again after pieces of {piece}: {:?}",
+            joined::last(&bed.agent, &leg.dialled)
+        );
+    }
+}
+
+#[test]
+fn unread_messages_are_bounded_as_well() {
+    const SENT: usize = 20_000;
+    let bed = Bed::new("cond-messages");
+    let leg = bed.joined();
+    for round in 0..3 {
+        let before = given_to_tcp(&leg.dialled).expect("a count");
+        let sent = fill(&leg.dialled, &[1], SENT);
+        let past =
+            sent - usize::try_from(given_to_tcp(&leg.dialled).expect("a count") - before).expect("fits");
+        assert!((200..=256).contains(&past), "{past} messages of {sent} in round {round}");
+        receive(&leg.accepted, sent).expect("received");
+        assert!(is_past(&leg));
+    }
+    assert!(bed.back(&bed.pods.dialler, "unread_messages") >= 3);
+
+    // A reader that is always a hundred messages late is no reason to stop.
+    let mut late = 0;
+    let before = given_to_tcp(&leg.dialled).expect("a count");
+    for _ in 0..5_000 {
+        send(&leg.dialled, b"12345678").expect("sent");
+        late += 1;
+        if late > 100 {
+            receive(&leg.accepted, 8).expect("received");
+            late -= 1;
+        }
+    }
+    assert_eq!(given_to_tcp(&leg.dialled).expect("a count"), before, "it went back to TCP");
+}
+
+/// Of version 1, because that is where the memory controller is on this machine.
+struct MemoryCgroup(PathBuf);
+
+impl MemoryCgroup {
+    fn new(label: &str) -> Self {
+        let path =
+            Path::new("/sys/fs/cgroup/memory").join(format!("intercept-test.{}.{label}", std::process::id()));
+        fs::create_dir(&path).expect("a memory cgroup of version 1");
+        Self(path)
+    }
+}
+
+impl Drop for MemoryCgroup {
+    fn drop(&mut self) {
+        drop(fs::remove_dir(&self.0));
+    }
+}
+
+#[test]
+fn a_reader_without_memory_is_served_by_tcp() {
+    let bed = Bed::new("cond-memory");
+    let memory = MemoryCgroup::new("cond-memory");
+    let limit = memory.0.join("memory.kmem.tcp.limit_in_bytes");
+    fs::write(&limit, (16 << 20).to_string()).expect("a limit");
+    // The end that reads is the one that dials: its socket is charged from the start.
+    let dialled = socket(&bed.pods.dialler, false, Ids::PROXY, Some(&memory.0)).expect("a socket");
+    let leg = Leg::of(dialled, &bed.listener, Pods::app(false)).expect("a connection");
+    leg.greet().expect("greeted");
+    assert!(goes_past(&leg.accepted, &leg.dialled).expect("passed"));
+    // Little is left, and less than a message.
+    fs::write(&limit, (128 << 10).to_string()).expect("a limit");
+    let before = given_to_tcp(&leg.accepted).expect("a count");
+    let sent = fill(&leg.accepted, &vec![1; 200_000], 4 << 20);
+    assert!(given_to_tcp(&leg.accepted).expect("a count") > before);
+    receive(&leg.dialled, sent.min(50_000)).expect("received");
+    assert_eq!(bed.back(&bed.pods.acceptor, "reader_memory"), 1);
+}
