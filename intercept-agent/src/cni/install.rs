@@ -21,6 +21,9 @@ const SAVED: &str = "before-intercept";
 /// The file of a plugin that is not chained. The last by name, so that no runtime takes it for the node's network.
 const STANDALONE: &str = "zzz-intercept-cni.conf";
 
+/// This process's own binary, which is also the plugin.
+pub const OWN_BINARY: &str = "/proc/self/exe";
+
 /// Where a node has its CNI files.
 #[derive(Clone, Debug)]
 pub struct Folders {
@@ -54,6 +57,8 @@ pub struct Plugin {
     pub mode: Mode,
     /// Its entry, of [`entry`].
     pub entry: Value,
+    /// What is copied: [`OWN_BINARY`].
+    pub binary: PathBuf,
 }
 
 /// What [`Plugin::install`] did.
@@ -125,7 +130,7 @@ impl Plugin {
             edits.push((file, inserted));
         }
         // The binary first: a configuration that names what is not there would stop every pod.
-        copy_binary(&self.folders.binaries)?;
+        copy_binary(&self.binary, &self.folders.binaries)?;
         let mut installed = None;
         for (file, inserted) in edits {
             let one = Installed { changed: inserted != Inserted::Unchanged, path: file.path.clone() };
@@ -156,7 +161,7 @@ impl Plugin {
         if let (Some(content), Some(entry)) = (content.as_object_mut(), self.entry.as_object()) {
             content.extend(entry.clone());
         }
-        copy_binary(&self.folders.binaries)?;
+        copy_binary(&self.binary, &self.folders.binaries)?;
         let changed = ConfFile::read(&path).map_or(true, |file| file.content != content);
         if changed {
             write(&path, &content)?;
@@ -246,8 +251,7 @@ fn write(path: &Path, content: &Value) -> Result<(), InstallError> {
     replace(path, &mut text.as_slice(), mode)
 }
 
-fn copy_binary(folder: &Path) -> Result<(), InstallError> {
-    let own = Path::new("/proc/self/exe");
+fn copy_binary(own: &Path, folder: &Path) -> Result<(), InstallError> {
     let target = folder.join(PLUGIN);
     let open = |path| fs::File::open(path).map_err(at("reading", path));
     let mut source = open(own)?;

@@ -47,7 +47,12 @@ pub(super) fn in_place(plugin: CniPlugin, socket: &Path, options: &[String]) -> 
         Some(network) => Mode::Standalone { network },
         None => Mode::Chained { file: plugin.cni_conf_name },
     };
-    Plugin { folders: in_folders(plugin.folders), mode, entry: install::entry(socket, select, options) }
+    Plugin {
+        folders: in_folders(plugin.folders),
+        mode,
+        entry: install::entry(socket, select, options),
+        binary: install::OWN_BINARY.into(),
+    }
 }
 
 fn in_folders(folders: CniFolders) -> Folders {

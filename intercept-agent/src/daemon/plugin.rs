@@ -223,7 +223,9 @@ mod tests {
             let folders =
                 Folders { configurations: dir.path().join("net.d"), binaries: dir.path().join("bin") };
             let entry = install::entry(Path::new("/run/s.sock"), "sidecar", &[]);
-            let plugin = Plugin { folders, mode: Mode::Chained { file: None }, entry };
+            let binary = dir.path().join("agent");
+            fs::write(&binary, "the agent").expect("written");
+            let plugin = Plugin { folders, mode: Mode::Chained { file: None }, entry, binary };
             let (installer, handle) = Installer::new(plugin, Metrics::new());
             (Self { dir, handle }, tokio::spawn(installer.run()))
         }
@@ -281,8 +283,9 @@ mod tests {
             let binary = node.dir.path().join("bin").join(PLUGIN);
             fs::write(&binary, "another").expect("replaced");
             let is_whole = |_: &Node| {
-                fs::metadata(&binary)
-                    .is_ok_and(|found| found.len() > 1000 && found.permissions().mode() & 0o111 != 0)
+                let is_executable = |found: fs::Metadata| found.permissions().mode() & 0o111 != 0;
+                fs::metadata(&binary).is_ok_and(is_executable)
+                    && fs::read(&binary).is_ok_and(|content| content == b"the agent")
             };
             node.within_a_second("the binary", is_whole).await;
             fs::remove_file(&binary).expect("removed");

@@ -27,7 +27,9 @@ impl Node {
     }
 
     fn install(&self, mode: Mode, entry: Value) -> Result<Installed, InstallError> {
-        Plugin { folders: self.folders.clone(), mode, entry }.install()
+        let binary = self.folders.configurations.with_file_name("agent");
+        fs::write(&binary, "the agent").expect("written");
+        Plugin { folders: self.folders.clone(), mode, entry, binary }.install()
     }
 
     /// Chained where a runtime looks; the file, if it was changed.
