@@ -2,15 +2,16 @@
 //!
 //! A refusal by AppArmor or SELinux is a plain "permission denied", also for root with every capability.
 
-use std::{error::Error, fmt, fs, io, iter};
+use std::{error::Error, fmt, fs, iter};
 
-/// The error with its causes, each after a colon; if one is a refusal and this process is confined, by what, and the way
+/// The error with its causes, each after a colon; if a call was refused and this process is confined, by what, and the way
 /// out.
 pub fn explained(error: &(dyn Error + 'static)) -> String {
-    let causes = || iter::successors(Some(error), |&error| error.source());
-    let mut text = causes().map(ToString::to_string).collect::<Vec<_>>().join(": ");
-    let mut refusals = causes().filter_map(|cause| cause.downcast_ref::<io::Error>());
-    if let Some(confinement) = refusals.find_map(Confinement::behind) {
+    let causes = iter::successors(Some(error), |&error| error.source());
+    let mut text = causes.map(ToString::to_string).collect::<Vec<_>>().join(": ");
+    // Some errors have a refusal in their text alone.
+    let refused = [libc::EACCES, libc::EPERM].iter().any(|code| text.contains(&format!("(os error {code})")));
+    if let Some(confinement) = refused.then(Confinement::of_this_process).flatten() {
         text.push_str(&format!("; {confinement}"));
     }
     text
@@ -35,11 +36,6 @@ enum Confinement {
 }
 
 impl Confinement {
-    /// What may be behind this error, if it is a refusal and the process is confined.
-    fn behind(error: &io::Error) -> Option<Self> {
-        (error.kind() == io::ErrorKind::PermissionDenied).then(Self::of_this_process).flatten()
-    }
-
     /// `None` if the process is unconfined, or the kernel has neither module.
     fn of_this_process() -> Option<Self> {
         // The first is there where several modules are active (Linux 5.8).
@@ -103,11 +99,11 @@ mod tests {
 
     #[test]
     fn causes_follow_one_another() {
-        let error = Failed(io::Error::from_raw_os_error(libc::ENOENT));
+        let error = Failed(std::io::Error::from_raw_os_error(libc::ENOENT));
         assert_eq!(explained(&error), "creating /a: No such file or directory (os error 2)");
     }
 
     #[derive(Debug, thiserror::Error)]
     #[error("creating /a")]
-    struct Failed(#[source] io::Error);
+    struct Failed(#[source] std::io::Error);
 }
