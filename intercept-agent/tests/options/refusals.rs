@@ -13,6 +13,13 @@ fn refusals() {
     let (seventeen, sixty_five) = (many(17), many(65));
     let by_flag: &[(&str, &str, &str, &str)] = &[
         ("--envoy-port", "0", "`0`", "from 1 to 65535"),
+        ("--accelerate-proxies", "envoy,/usr/bin/envoy", "`/usr/bin/envoy`", "last part of its path"),
+        (
+            "--accelerate-proxies",
+            "a-name-that-is-too-long-for-the-map",
+            "`a-name-that-is-too-long-for-the-map`",
+            "31 bytes",
+        ),
         ("--envoy-port", "70000", "`70000`", "from 1 to 65535"),
         ("--envoy-port", "", "``", "from 1 to 65535"),
         ("--envoy-port", "http", "`http`", "from 1 to 65535"),

@@ -188,6 +188,7 @@ fn json_and_text_of_a_policy() {
         dns: Dns::Resolvers(vec!["10.96.0.10".parse().expect("address")]),
         open_without_proxy: true,
         without_ipv6: true,
+        accelerate: vec!["envoy".to_owned(), "other".to_owned()],
         ..Config::default()
     };
     let json = serde_json::json!({
@@ -201,6 +202,7 @@ fn json_and_text_of_a_policy() {
         "outbound_ports": "443", "outbound_exclude_ports": "",
         "owner_groups": {"except": [202]}, "loopback_v4": "127.0.0.1/32",
         "dns": {"resolvers": ["10.96.0.10"]}, "open_without_proxy": true, "without_ipv6": true,
+        "accelerate": ["envoy", "other"],
     });
     assert_eq!(serde_json::to_value(&config).expect("serialises"), json);
     let text = "\
@@ -219,6 +221,7 @@ outbound ports besides    443
 outbound ports left alone none
 owner groups              all but 202
 localhost                 127.0.0.1/32, ::1/128
+accelerated               envoy, other
 without the proxy         open
 IPv6                      left alone
 DNS                       10.96.0.10 to 15053

@@ -358,6 +358,13 @@ fn the_command_line_of_an_init_container() {
     assert!(switches.log_as_json);
 }
 
+#[test]
+fn other_executables_are_vouched_for_by_name() {
+    let accelerated = |args: &[&str]| valid(args, &[]).0.accelerate;
+    assert_eq!(accelerated(&["--accelerate-proxies", "mine"]), [""; 0], "not asked for");
+    assert_eq!(accelerated(&["--accelerate", "--accelerate-proxies", "mine,envoy,mine"]), ["envoy", "mine"]);
+}
+
 /// The help names every flag and every variable once, with a default.
 #[test]
 fn help_is_complete() {
@@ -379,7 +386,7 @@ fn help_is_complete() {
     }
     let command = Cli::command();
     let flags: Vec<_> = command.get_arguments().filter(|arg| arg.get_id() != "help").collect();
-    assert_eq!(flags.len(), 37);
+    assert_eq!(flags.len(), 39);
     for flag in flags {
         let text = flag.get_help().expect("help").to_string();
         let long = flag.get_long().expect("a long flag");
