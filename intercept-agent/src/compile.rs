@@ -16,7 +16,7 @@ use intercept_common::{
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 
 use crate::{
-    mirror::{Mirror, Reach, Route},
+    mirror::{Interface, Mirror, Reach, Route},
     options::{Config, DNS_PORT, Dns, InboundMode, InboundPorts, OwnerGroups, Ports},
     userns::{IdMap, IdMaps},
 };
@@ -273,6 +273,7 @@ fn destinations(config: &Config, mirror: &Mirror) -> Vec<(u32, Addr, Destination
         Says::Bits(destination::LOCALHOST),
     ));
     said.extend(groups().map(|net| (net, Says::Bits(destination::GROUP))));
+    said.extend(mirror.broadcasts.iter().map(|&net| (net, Says::Bits(destination::GROUP))));
     if let Dns::Resolvers(servers) = &config.dns {
         said.extend(servers.iter().map(|&server| (IpNet::from(server), Says::Bits(destination::RESOLVER))));
     }
@@ -347,7 +348,11 @@ fn destination_of(bits: u32, route: Option<&Route>, config: &Config, mirror: &Mi
         if route.reach == Reach::Local || egress.is_some_and(|i| i.loopback) {
             flags |= destination::LO;
         }
-        if egress.is_some_and(|i| config.exclude_interfaces.iter().any(|named| named.matches(&i.name))) {
+        // Where only some of several next hops are by an interface of -c, iptables decides by the hash of each
+        // connection. None of them goes around the proxy here.
+        let excludes = |i: &Interface| config.exclude_interfaces.iter().any(|named| named.matches(&i.name));
+        let others = route.others.iter().filter_map(|index| mirror.interface(*index));
+        if egress.is_some_and(excludes) && others.into_iter().all(excludes) {
             flags |= destination::EXCLUDED_EGRESS;
         }
     }
@@ -409,8 +414,10 @@ mod tests {
     #[test]
     fn what_says_no_more_than_what_is_around_it_takes_no_room() {
         let net = |text: &str| text.parse::<IpNet>().expect("a prefix");
-        let route = |prefix: &str, reach| Route { prefix: net(prefix), reach, source: None };
+        let route =
+            |prefix: &str, reach| Route { prefix: net(prefix), reach, others: Vec::new(), source: None };
         let mirror = Mirror {
+            broadcasts: Vec::new(),
             interfaces: Vec::new(),
             routes: vec![
                 route("0.0.0.0/0", Reach::Via(2)),

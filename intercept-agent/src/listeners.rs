@@ -147,27 +147,62 @@ fn listening(netns: &Netns, ports: &[u16]) -> Result<BTreeMap<u64, SocketAddr>, 
 /// All that listens, from the kernel's table of listeners: /proc/net/tcp goes through the node's whole table of
 /// connections, which takes a hundred times as long.
 fn listed(netns: &Netns) -> Result<io::Result<Vec<(u64, SocketAddr)>>, NetnsError> {
-    let ask = |mut questions: Questions| {
-        let mut found = Vec::new();
-        for (family, socket_id) in [(AF_INET, SocketId::new_v4()), (AF_INET6, SocketId::new_v6())] {
-            let request = InetRequest {
-                family,
-                protocol: IPPROTO_TCP,
-                extensions: ExtensionFlags::empty(),
-                states: StateFlags::LISTEN,
-                socket_id,
-            };
-            let request = SockDiagMessage::InetRequest(request);
-            let (answers, _) = questions.ask(request, NLM_F_REQUEST | NLM_F_DUMP)?;
-            found.extend(answers.into_iter().filter_map(|answer| {
-                let SockDiagMessage::InetResponse(response) = answer else { return None };
-                let (header, id) = (&response.header, &response.header.socket_id);
-                Some((header.inode.into(), SocketAddr::new(id.source_address, id.source_port)))
-            }));
-        }
-        Ok(found)
-    };
+    let ask = |mut questions: Questions| ask_for(&mut questions, 0);
     Ok(Questions::open(netns, NETLINK_SOCK_DIAG)?.and_then(ask))
+}
+
+/// What listens on a port; on any if that is 0.
+fn ask_for(questions: &mut Questions, port: u16) -> io::Result<Vec<(u64, SocketAddr)>> {
+    let mut found = Vec::new();
+    for (family, mut socket_id) in [(AF_INET, SocketId::new_v4()), (AF_INET6, SocketId::new_v6())] {
+        socket_id.source_port = port;
+        let request = InetRequest {
+            family,
+            protocol: IPPROTO_TCP,
+            extensions: ExtensionFlags::empty(),
+            states: StateFlags::LISTEN,
+            socket_id,
+        };
+        let request = SockDiagMessage::InetRequest(request);
+        let (answers, _) = questions.ask(request, NLM_F_REQUEST | NLM_F_DUMP)?;
+        found.extend(answers.into_iter().filter_map(|answer| {
+            let SockDiagMessage::InetResponse(response) = answer else { return None };
+            let (header, id) = (&response.header, &response.header.socket_id);
+            Some((header.inode.into(), SocketAddr::new(id.source_address, id.source_port)))
+        }));
+    }
+    Ok(found)
+}
+
+/// The listening sockets of one port, asked for again and again.
+pub struct PortWatch {
+    questions: Questions,
+    port: u16,
+    seen: BTreeSet<u64>,
+    is_new: bool,
+}
+
+impl PortWatch {
+    /// Watches a port of a namespace, which it holds. What listens now is new.
+    pub fn open(netns: &Netns, port: u16) -> Result<Self, ListenersError> {
+        let list = |source| ListenersError::List { netns: netns.name().to_owned(), source };
+        let questions = Questions::open(netns, NETLINK_SOCK_DIAG)?.map_err(list)?;
+        Ok(Self { questions, port, seen: BTreeSet::new(), is_new: false })
+    }
+
+    /// Whether a socket listens that did not when [`PortWatch::reported`] was last called.
+    pub fn has_new(&mut self) -> io::Result<bool> {
+        let now: BTreeSet<u64> =
+            ask_for(&mut self.questions, self.port)?.into_iter().map(|(inode, _)| inode).collect();
+        self.is_new |= !now.is_subset(&self.seen);
+        self.seen = now;
+        Ok(self.is_new)
+    }
+
+    /// What was new is known.
+    pub fn reported(&mut self) {
+        self.is_new = false;
+    }
 }
 
 /// All that listens, from /proc and for the calling thread's namespace.

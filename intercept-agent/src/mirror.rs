@@ -6,15 +6,16 @@
 //! asked. So rules, metrics, dead next hops and the like are what the kernel makes of them. What is asked is the
 //! output route of an unbound, unmarked socket of root, therefore:
 //! - rules that select by mark, user, protocol, port or source answer as for such a socket;
-//! - of several next hops, the one for the address asked stands for all;
-//! - an IPv6 source is one for the whole prefix, though the kernel may prefer another of the pod's own for the part
-//!   that has more bits in common with it (RFC 6724, rule 8). The labels of that RFC are honoured.
+//! - of several next hops, the one for the address asked gives the source of all.
+//!
+//! Which of several IPv6 addresses is the source also depends on the destination's label, and on how many bits they have
+//! in common (RFC 6724, rules 6 and 8): routes are cut further where that may change.
 
 mod follow;
 mod prefixes;
 mod requests;
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::time::{Duration, Instant};
@@ -24,7 +25,7 @@ use netlink_packet_route::AddressFamily;
 use netlink_packet_route::route::RouteType;
 
 use self::prefixes::Prefixes;
-use self::requests::{Answer, Requests};
+use self::requests::{Answer, ListedRoute, Requests};
 use crate::netns::{Netns, NetnsError};
 
 pub use follow::Follower;
@@ -42,6 +43,8 @@ pub struct Mirror {
     pub interfaces: Vec<Interface>,
     /// One a prefix, sorted by it. No prefix, no route.
     pub routes: Vec<Route>,
+    /// The broadcast addresses, sorted.
+    pub broadcasts: Vec<IpNet>,
 }
 
 /// A network interface.
@@ -64,9 +67,10 @@ pub struct Route {
     pub prefix: IpNet,
     /// Where it leads.
     pub reach: Reach,
+    /// The interfaces of its other next hops, of which the kernel takes one by a hash of the connection. Sorted.
+    pub others: Vec<u32>,
     /// The source of an unbound socket; `None` when there is no one address for the whole prefix: because there is
-    /// none at all, because it is an IPv6 link-local one, which cannot be bound without its interface, or because a
-    /// local prefix gives each destination itself.
+    /// none at all, or because a local prefix gives each destination itself.
     pub source: Option<IpAddr>,
 }
 
@@ -130,11 +134,13 @@ impl Mirror {
         requests.until(Instant::now() + READ_TIME);
         let mut interfaces = requests.links()?;
         interfaces.sort_by_key(|interface| interface.index);
-        let mut mirror = Self { interfaces, routes: Vec::new() };
+        let mut mirror = Self { interfaces, ..Self::default() };
         for family in [AddressFamily::Inet, AddressFamily::Inet6] {
             mirror.read_family(requests, family)?;
         }
         mirror.routes.sort_by_key(|route| route.prefix);
+        mirror.broadcasts.sort();
+        mirror.broadcasts.dedup();
         Ok(mirror)
     }
 
@@ -144,31 +150,65 @@ impl Mirror {
         // Broadcast and multicast are not for TCP: left out, but nothing inside them may stand for its
         // surroundings either.
         let mut holes = BTreeSet::new();
-        for (prefix, kind, table) in requests.routes(family)? {
+        let mut own = BTreeMap::<u32, BTreeSet<Ipv6Addr>>::new();
+        let mut next_hops = BTreeMap::<IpNet, BTreeSet<u32>>::new();
+        for ListedRoute { prefix, kind, table, egresses } in requests.routes(family)? {
             if matches!(kind, RouteType::Broadcast | RouteType::Multicast) {
                 holes.insert(prefix);
+                if kind == RouteType::Broadcast {
+                    self.broadcasts.push(prefix);
+                }
             } else if rules.tables.contains(table) {
                 prefixes.insert(prefix);
+                match (kind, prefix, egresses.as_slice()) {
+                    // Those of the loopback interface are the source of nothing that leaves.
+                    (RouteType::Local, IpNet::V6(net), [index])
+                        if net.prefix_len() == 128 && !self.is_loopback(*index) =>
+                    {
+                        own.entry(*index).or_default().insert(net.addr());
+                    }
+                    (_, _, [_, _, ..]) => next_hops.entry(prefix).or_default().extend(egresses),
+                    _ => {}
+                }
             }
         }
         if prefixes.is_empty() {
             return Ok(());
         }
         let refinements = match family {
-            AddressFamily::Inet6 => prefixes::labelled().difference(&prefixes).copied().collect(),
+            AddressFamily::Inet6 => {
+                // Only addresses of the interface by which a packet leaves compete (RFC 6724, rule 5).
+                let closer = own.values().flat_map(prefixes::closer_to_one_of).collect();
+                prefixes::labelled().union(&closer).copied().filter(|net| !prefixes.contains(net)).collect()
+            }
             _ => BTreeSet::new(),
         };
-        let space = Prefixes::new(prefixes.iter().chain(&holes).chain(&refinements).copied());
+        let space = Prefixes::new(prefixes.iter().chain(&holes).copied());
         for prefix in prefixes.difference(&holes) {
             let Some(address) = space.representative(prefix) else { continue };
-            self.routes.extend(self.resolve(requests, *prefix, address)?);
+            let Some(mut route) = self.resolve(requests, *prefix, address)? else { continue };
+            if let (Reach::Via(one), Some(all)) = (route.reach, next_hops.get(prefix)) {
+                route.others = all.iter().copied().filter(|index| *index != one).collect();
+            }
+            self.routes.push(route);
         }
+        let space = Prefixes::new(prefixes.iter().chain(&holes).chain(&refinements).copied());
         for prefix in &refinements {
             let Some(address) = space.representative(prefix) else { continue };
             let Some(route) = self.resolve(requests, *prefix, address)? else { continue };
-            let around = self.lookup(address).map(|route| (route.reach, route.source));
-            if around.unwrap_or((Reach::None, None)) != (route.reach, route.source) {
-                self.routes.push(route);
+            let around = self.lookup(address);
+            // Of several next hops another may have been taken.
+            let egresses = around.map(|around| around.others.clone()).unwrap_or_default();
+            let reach = around.map_or(Reach::None, |around| around.reach);
+            let same_reach =
+                reach == route.reach || matches!(route.reach, Reach::Via(index) if egresses.contains(&index));
+            if !same_reach || around.and_then(|around| around.source) != route.source {
+                let others = if same_reach { egresses } else { Vec::new() };
+                self.routes.push(Route {
+                    reach: if same_reach { reach } else { route.reach },
+                    others,
+                    ..route
+                });
             }
         }
         Ok(())
@@ -194,7 +234,8 @@ impl Mirror {
             Answer::Route { .. } => (Reach::None, None),
         };
         let own = reach == Reach::Local && source == Some(address) && IpNet::from(address) != prefix;
-        Ok(Some(Route { prefix, reach, source: source.filter(|source| !own && can_be_bound(source)) }))
+        let source = source.filter(|source| !own && !source.is_unspecified());
+        Ok(Some(Route { prefix, reach, others: Vec::new(), source }))
     }
 
     fn is_loopback(&self, index: u32) -> bool {
@@ -230,7 +271,7 @@ impl Mirror {
             IpNet::V4(_) => IpAddr::from(Ipv4Addr::LOCALHOST),
             IpNet::V6(_) => IpAddr::from(Ipv6Addr::LOCALHOST),
         };
-        let route = Route { prefix, reach: Reach::Local, source: Some(source) };
+        let route = Route { prefix, reach: Reach::Local, others: Vec::new(), source: Some(source) };
         match self.routes.binary_search_by_key(&prefix, |route| route.prefix) {
             Ok(at) => self.routes[at] = route,
             Err(at) => self.routes.insert(at, route),
@@ -251,12 +292,13 @@ impl Mirror {
         for route in &mut self.routes {
             let IpNet::V6(to) = route.prefix else { continue };
             let is_routed = matches!(route.reach, Reach::Via(_)) && !to.addr().is_unicast_link_local();
-            if is_routed && route.source.is_none() {
+            if is_routed && route.source.is_none_or(|source| is_link_local(&source)) {
                 route.source = Some(address);
             }
         }
         let at = self.routes.partition_point(|route| route.prefix < prefix);
-        self.routes.insert(at, Route { prefix, reach: Reach::Local, source: Some(address) });
+        let route = Route { prefix, reach: Reach::Local, others: Vec::new(), source: Some(address) };
+        self.routes.insert(at, route);
         self
     }
 
@@ -268,11 +310,8 @@ impl Mirror {
     }
 }
 
-fn can_be_bound(source: &IpAddr) -> bool {
-    match source {
-        IpAddr::V4(source) => !source.is_unspecified(),
-        IpAddr::V6(source) => !source.is_unspecified() && !source.is_unicast_link_local(),
-    }
+fn is_link_local(source: &IpAddr) -> bool {
+    matches!(source, IpAddr::V6(source) if source.is_unicast_link_local())
 }
 
 #[cfg(test)]

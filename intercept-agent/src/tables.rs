@@ -435,6 +435,18 @@ impl Tables {
         self.proxies.clear(slot as usize);
     }
 
+    /// Listeners of the pod's proxy were made IP_TRANSPARENT.
+    pub fn set_transparent(&self, slot: u32) {
+        if let Some(cell) = self.proxy(slot, offset_of!(Proxy, transparent)) {
+            cell.store(1, Ordering::Relaxed);
+        }
+    }
+
+    /// Whether any were.
+    pub fn is_transparent(&self, slot: u32) -> bool {
+        self.proxy(slot, offset_of!(Proxy, transparent)).is_some_and(|cell| cell.load(Ordering::Relaxed) != 0)
+    }
+
     /// How many redirected connections the pod of a slot has.
     pub fn connections(&self, slot: u32) -> u64 {
         self.proxy(slot, offset_of!(Proxy, connections)).map_or(0, |count| count.load(Ordering::Relaxed))

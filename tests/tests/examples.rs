@@ -80,7 +80,8 @@ fn the_conflist_is_as_the_agent_leaves_it() {
     before["plugins"].as_array_mut().expect("a list").pop().expect("the plugin");
     fs::write(&path, before.to_string()).expect("written");
     let entry = entry(Path::new(DEFAULT_SOCKET), "sidecar", &[]);
-    let plugin = Plugin { folders, mode: Mode::Chained { file: None }, entry };
+    let binary = std::env::current_exe().expect("this program");
+    let plugin = Plugin { folders, mode: Mode::Chained { file: None }, entry, binary };
     assert_eq!(plugin.install().expect("installed").path, path);
     let after: Value = serde_json::from_str(&fs::read_to_string(path).expect("read")).expect("JSON");
     assert_eq!(after, example);

@@ -396,3 +396,69 @@ fn clients_of_mptcp_are_told_right() {
         ],
     );
 }
+
+/// Of two routes of equal cost one leads out by an interface of -c. iptables decides by the hash of each connection; the
+/// agent has no connection go around the proxy.
+#[test]
+fn a_route_that_leaves_by_an_excluded_interface_too_is_captured() {
+    let bed = Bed::new("ecmp", Proxy::Wildcard);
+    let add = "ip route add 198.18.0.0/16 nexthop via 10.66.0.1 dev eth0 nexthop via 10.67.0.1 dev eth1 && \
+               ip route add 198.19.0.0/16 nexthop via 10.67.0.1 dev eth1 nexthop via 10.67.0.7 dev eth1";
+    let status = bed.pod.command("sh").expect("a command").args(["-c", add]).status().expect("sh");
+    assert!(status.success());
+    let options = Options { exclude_interfaces: vec!["eth1".into()], ..Options::injected() };
+    let agent = Capture::agent().expect("the agent");
+    let captured = agent.start(&options, &bed.pod).expect("captured");
+    let dial = |to: String| {
+        let steps = [Open(Tcp4), Connect(at(&to)), Read];
+        steps::run(&bed.pod, Ids::APP, &steps).expect("run").pop().expect("an outcome")
+    };
+    for n in 1..=16 {
+        let mixed = dial(format!("198.18.0.{n}:80"));
+        assert!(mixed.starts_with("outbound"), "{n}: {mixed}");
+        let excluded = dial(format!("198.19.0.{n}:80"));
+        assert!(!excluded.starts_with("outbound"), "{n}: {excluded}");
+    }
+    captured.stop().expect("stopped");
+}
+
+/// The source is the one that the kernel would choose for this destination (RFC 6724), not for its route.
+#[test]
+fn of_several_ipv6_addresses_the_closest_is_the_source() {
+    let agent = Capture::agent().expect("the agent");
+    for capture in [&Capture::Iptables(Backend::Nft), &agent] {
+        let bed = Bed::new("rfc6724", Proxy::Wildcard);
+        for own in ["2001:db8:a::2/64", "2001:db8:b::2/64", "2001:db8:b:8000::2/64"] {
+            bed.pod.netns.add_address("eth0", own.parse().expect("an address")).expect("added");
+        }
+        let captured = capture.start(&Options::injected(), &bed.pod).expect("captured");
+        for (to, own) in [
+            ("2001:db8:a:1::9", "2001:db8:a::2"),
+            ("2001:db8:b:1::9", "2001:db8:b::2"),
+            ("2001:db8:b:9000::9", "2001:db8:b:8000::2"),
+        ] {
+            let steps = [Open(Tcp6), Connect(at(&format!("[{to}]:80"))), Name, Read];
+            let outcomes = steps::run(&bed.pod, Ids::APP, &steps).expect("run");
+            let read = format!("outbound for [{to}]:80 from [{own}]:*");
+            assert_eq!(outcomes[2..], [format!("[{own}]:*"), read], "{capture:?}: {to}");
+        }
+        captured.stop().expect("stopped");
+    }
+}
+
+/// A destination on the link, by its interface. Under iptables nobody is reached: the socket is bound to the interface by
+/// its destination.
+#[test]
+fn the_source_of_a_link_local_destination_is_on_its_link() {
+    let bed = Bed::new("link-local", Proxy::Wildcard);
+    let index = bed.pod.netns.link_index("eth0").expect("an index");
+    let to = std::net::SocketAddrV6::new("fe80::1234".parse().expect("an address"), 80, 0, index);
+    let agent = Capture::agent().expect("the agent");
+    let captured = agent.start(&Options::injected(), &bed.pod).expect("captured");
+    let steps = [Open(Tcp6), Connect(to.into()), Name, Peer, Read];
+    let outcomes = steps::run(&bed.pod, Ids::APP, &steps).expect("run");
+    assert!(outcomes[2].starts_with("[fe80::"), "{outcomes:?}");
+    assert_eq!(outcomes[3], "[fe80::1234]:80");
+    assert_eq!(outcomes[4], format!("outbound for [fe80::1234]:80 from {}", outcomes[2]));
+    captured.stop().expect("stopped");
+}

@@ -1,8 +1,9 @@
 //! `-k`: what arrives on a guest's interface for addresses that are not the pod's goes to the outbound listener.
 
 use std::net::SocketAddr;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
+use nix::sys::socket::{getsockopt, sockopt};
 use tests::actor::{Actor, Bind, Dial, Dialled, Listen, OriginalDst, Outcome, Stage, Transport};
 use tests::agent::Agent;
 use tests::agent::succeed;
@@ -111,6 +112,43 @@ fn a_later_listener_serves_guests_once_attached_again() {
     assert_eq!(seen.outcome, Outcome::TimedOut(Stage::Connect));
     assert!(agent.attach(&pod, &FLAGS).expect("attached").starts_with("unchanged"));
     guests_are_captured(&world);
+}
+
+/// Whoever stays with the pod makes it so within a second, and leaves it as it was.
+#[test]
+fn a_later_listener_serves_guests_where_the_agent_stays() {
+    let agent = Agent::new("virt").expect("the agent");
+    let (pod, inside, world) = pod("virt-stays");
+    let (running, _) = agent.run(&pod, &FLAGS).expect("in force");
+    let before = transparent(&pod);
+    assert_eq!(before, [false; 0]);
+    listen(&inside);
+    let deadline = Instant::now() + Duration::from_secs(1);
+    while !transparent(&pod).contains(&true) {
+        assert!(Instant::now() < deadline, "{:?}", transparent(&pod));
+        std::thread::yield_now();
+    }
+    guests_are_captured(&world);
+    running.terminate().expect("ended");
+    assert!(!transparent(&pod).contains(&true));
+}
+
+/// Of the listeners of 15001.
+fn transparent(pod: &Pod) -> Vec<bool> {
+    let find = || intercept_agent::listeners::find(&netns_of(pod), &cgroup_of(pod), &[15001]).expect("found");
+    find()
+        .listeners
+        .iter()
+        .map(|listener| getsockopt(&listener.fd, sockopt::IpTransparent).expect("told"))
+        .collect()
+}
+
+fn netns_of(pod: &Pod) -> intercept_agent::netns::Netns {
+    intercept_agent::netns::Netns::open(pod.netns.path()).expect("opened")
+}
+
+fn cgroup_of(pod: &Pod) -> intercept_agent::cgroup::CgroupDir {
+    intercept_agent::cgroup::CgroupDir::open(pod.cgroup.path()).expect("opened")
 }
 
 /// Only what arrives on these interfaces is kept: the pod's own connections to the same destinations leave it.

@@ -35,6 +35,10 @@ async fn follow(request: Request) -> Result<()> {
     let mut interrupt = signal(SignalKind::interrupt()).context("listening for SIGINT")?;
     let mut terminate = signal(SignalKind::terminate()).context("listening for SIGTERM")?;
     let mut changes = Follower::subscribe(&target.netns)?;
+    if !config.virt_interfaces.is_empty() {
+        // Only from here can they be made to answer for the guests.
+        changes.watch_listeners(&target.netns, config.proxy_port)?;
+    }
     let done =
         put_in_force(&bpffs, max_connections, (&target, &config), Rewrite::IfChanged, Some(&mut changes))?;
     say!("{} cgroup {} in namespace {}", done.word(), target.cgroup.path().display(), target.netns.name());

@@ -231,7 +231,13 @@ pub fn prepare(
                 None
             } else {
                 let _runtime = runtime.enter();
-                Some(Follower::subscribe(&target.netns)?)
+                let mut follower = Follower::subscribe(&target.netns)?;
+                if !config.virt_interfaces.is_empty() {
+                    follower.watch_listeners(&target.netns, config.proxy_port).map_err(|source| {
+                        NodeError::Listeners { netns: target.netns.name().to_owned(), source }
+                    })?;
+                }
+                Some(follower)
             };
             let observed = Observation::of(&target, &config, follower.as_mut())?;
             let is_new = before.is_none_or(|held| held.cookie != cookie);

@@ -8,10 +8,11 @@ use netlink_sys::{Socket, protocols::NETLINK_ROUTE};
 use rustix::io::Errno;
 use rustix::net::RecvFlags;
 use tokio::io::unix::AsyncFd;
-use tokio::time::{Instant, sleep_until, timeout_at};
+use tokio::time::{Instant, sleep_until, timeout, timeout_at};
 
 use super::requests::Requests;
 use super::{Mirror, MirrorError};
+use crate::listeners::{ListenersError, PortWatch};
 use crate::netns::Netns;
 
 /// `RTNLGRP_*` of linux/rtnetlink.h: links; addresses, routes and rules of both families; next hop objects.
@@ -19,6 +20,8 @@ const GROUPS: [u32; 8] = [1, 5, 7, 8, 9, 11, 19, 32];
 /// A change rarely comes alone: how long after one the next is waited for, and for how long at most.
 const QUIET: Duration = Duration::from_millis(10);
 const LATEST: Duration = Duration::from_millis(50);
+/// How often listeners are looked for: one that is new is to be known within a second.
+const LISTENERS_INTERVAL: Duration = Duration::from_millis(400);
 /// Events read at a time, so that a flood of them does not keep us from reading the state.
 const BATCH: usize = 1024;
 
@@ -41,6 +44,8 @@ pub struct Follower {
     failures: u32,
     /// Something happened since `current` was read.
     stale: bool,
+    /// Listeners that the agent must know of, although no program registers them.
+    listeners: Option<Arc<Mutex<PortWatch>>>,
     /// What reading has used of a processor.
     #[cfg(test)]
     used: Duration,
@@ -76,6 +81,7 @@ impl Follower {
             rest_until: Instant::now(),
             failures: 0,
             stale: false,
+            listeners: None,
             #[cfg(test)]
             used: Duration::ZERO,
         })
@@ -99,6 +105,12 @@ impl Follower {
         self.current = state;
     }
 
+    /// A listener of this port is a change as well, from here on.
+    pub fn watch_listeners(&mut self, netns: &Netns, port: u16) -> Result<(), ListenersError> {
+        self.listeners = Some(Arc::new(Mutex::new(PortWatch::open(netns, port)?)));
+        Ok(())
+    }
+
     /// The last state read.
     #[cfg(test)]
     pub fn current(&self) -> &Mirror {
@@ -110,7 +122,17 @@ impl Follower {
     pub async fn changed(&mut self) -> Result<&Mirror, MirrorError> {
         loop {
             if !self.stale {
-                self.event().await?;
+                match self.listeners.clone() {
+                    None => self.event().await?,
+                    Some(listeners) => match timeout(LISTENERS_INTERVAL, self.event()).await {
+                        Ok(event) => event?,
+                        Err(_) if has_new(Arc::clone(&listeners)).await => {
+                            listeners.lock().unwrap_or_else(PoisonError::into_inner).reported();
+                            return Ok(&self.current);
+                        }
+                        Err(_) => continue,
+                    },
+                }
             }
             sleep_until(self.rest_until).await;
             let latest = Instant::now() + LATEST;
@@ -176,6 +198,19 @@ impl Follower {
                 return Ok(());
             }
         }
+    }
+}
+
+/// On a thread where nothing else waits for it: a pod may have any number of listeners.
+async fn has_new(listeners: Arc<Mutex<PortWatch>>) -> bool {
+    let look = move || listeners.lock().unwrap_or_else(PoisonError::into_inner).has_new();
+    match tokio::task::spawn_blocking(look).await {
+        Ok(Ok(is_new)) => is_new,
+        Ok(Err(error)) => {
+            tracing::debug!(%error, "looking for new listeners of the proxy");
+            false
+        }
+        Err(panicked) => std::panic::resume_unwind(panicked.into_panic()),
     }
 }
 

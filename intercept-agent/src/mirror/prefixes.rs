@@ -64,6 +64,27 @@ fn next(address: IpAddr) -> Option<IpAddr> {
     }
 }
 
+/// More addresses than pods have; of what has more, the source is that of the whole route.
+const MAX_OWN: usize = 16;
+
+/// The prefixes within which one of an interface's own addresses has more bits in common with a destination than another.
+pub(super) fn closer_to_one_of(own: &BTreeSet<Ipv6Addr>) -> BTreeSet<IpNet> {
+    let global: Vec<Ipv6Addr> = own.iter().copied().filter(|addr| !addr.is_unicast_link_local()).collect();
+    let mut closer = BTreeSet::new();
+    if global.len() > MAX_OWN {
+        return closer;
+    }
+    for one in &global {
+        for other in global.iter().filter(|other| *other != one) {
+            let common = (one.to_bits() ^ other.to_bits()).leading_zeros();
+            // One more bit than they have in common is the one's alone.
+            let len = u8::try_from(common + 1).unwrap_or(128);
+            closer.insert(Ipv6Net::new_assert(*one, len).trunc().into());
+        }
+    }
+    closer
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -68,6 +68,15 @@ impl Tables {
     }
 }
 
+/// A route as the kernel lists it.
+pub(super) struct ListedRoute {
+    pub(super) prefix: IpNet,
+    pub(super) kind: RouteType,
+    pub(super) table: Table,
+    /// The interfaces of its next hops.
+    pub(super) egresses: Vec<u32>,
+}
+
 impl Requests {
     pub(super) fn open(netns: &Netns) -> Result<Self, MirrorError> {
         let netlink = |source| MirrorError::Netlink {
@@ -140,10 +149,7 @@ impl Requests {
         Ok(Rules { tables, destinations })
     }
 
-    pub(super) fn routes(
-        &mut self,
-        family: AddressFamily,
-    ) -> Result<Vec<(IpNet, RouteType, Table)>, MirrorError> {
+    pub(super) fn routes(&mut self, family: AddressFamily) -> Result<Vec<ListedRoute>, MirrorError> {
         let mut question = RouteMessage::default();
         question.header.address_family = family;
         let route = |message| {
@@ -155,15 +161,20 @@ impl Requests {
                 _ => return None,
             };
             let mut table = Table::from(route.header.table);
+            let mut egresses = Vec::new();
             for attribute in &route.attributes {
                 match attribute {
                     RouteAttribute::Destination(address) => destination = ip(address)?,
                     RouteAttribute::Table(number) => table = *number,
+                    RouteAttribute::Oif(index) => egresses.push(*index),
+                    RouteAttribute::MultiPath(hops) => {
+                        egresses.extend(hops.iter().map(|hop| hop.interface_index));
+                    }
                     _ => {}
                 }
             }
-            let prefix = IpNet::new(destination, route.header.destination_prefix_length).ok()?;
-            Some((prefix.trunc(), route.header.kind, table))
+            let prefix = IpNet::new(destination, route.header.destination_prefix_length).ok()?.trunc();
+            Some(ListedRoute { prefix, kind: route.header.kind, table, egresses })
         };
         self.list("reading the routes", RouteNetlinkMessage::GetRoute(question), route)
     }

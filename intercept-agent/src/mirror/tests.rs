@@ -312,7 +312,7 @@ fn what_is_gone_or_down_is_not_routed() {
 }
 
 #[test]
-fn a_link_local_source_is_left_out() {
+fn a_link_local_source_is_the_source_where_there_is_no_other() {
     let netns = fresh();
     ip(
         &netns,
@@ -325,7 +325,7 @@ fn a_link_local_source_is_left_out() {
             "-6 route add default dev eth0",
         ],
     );
-    expect(&Mirror::snapshot(&netns).unwrap(), &[("2606:4700::1", "::/0 eth0 none")]);
+    expect(&Mirror::snapshot(&netns).unwrap(), &[("2606:4700::1", "::/0 eth0 fe80::9")]);
 }
 
 #[test]

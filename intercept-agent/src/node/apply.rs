@@ -135,6 +135,11 @@ impl Node {
         }
         self.tables.switch_off(cookie)?;
         if let Some(netns) = netns {
+            if let Some(policy) = &policy
+                && let Ok(Some(record)) = self.store.read_record(cookie, policy.id)
+            {
+                self.restore_listeners(&record, policy, netns);
+            }
             self.restore(cookie, netns)?;
         }
         for program in names::CGROUP_PROGRAMS.iter().chain([&names::SK_LOOKUP]) {

@@ -3,12 +3,15 @@
 use std::{collections::BTreeSet, io};
 
 use intercept_common::layout::{ListenerKey, PodPolicy, ProxyPort, bound, scope};
-use nix::sys::socket::{setsockopt, sockopt};
+use nix::sys::socket::{getsockopt, setsockopt, sockopt};
 
 use super::{Node, NodeError, Target};
 use crate::{
+    cgroup::CgroupDir,
     listeners::{self, Listener},
+    netns::Netns,
     options::Config,
+    store::Record,
     tables::Registered,
 };
 
@@ -46,15 +49,46 @@ impl Node {
             let Some(port) = policy.proxy_port(listener.port) else { continue };
             if port == ProxyPort::Outbound && !config.virt_interfaces.is_empty() {
                 // So that it can speak for the guests' addresses; what it accepts inherits it.
-                setsockopt(&listener.fd, sockopt::IpTransparent, &true)
-                    .map_err(io::Error::from)
-                    .map_err(|source| NodeError::Transparent { port: listener.port, source })?;
+                self.make_transparent(policy.slot, listener)?;
             }
             if !is_known(listener) {
                 self.register_listener(target, policy.slot, port, listener)?;
             }
         }
         Ok(())
+    }
+
+    fn make_transparent(&self, slot: u32, listener: &Listener) -> Result<(), NodeError> {
+        // A proxy may have made it so itself, which then stays.
+        if getsockopt(&listener.fd, sockopt::IpTransparent) == Ok(true) {
+            return Ok(());
+        }
+        setsockopt(&listener.fd, sockopt::IpTransparent, &true)
+            .map_err(io::Error::from)
+            .map_err(|source| NodeError::Transparent { port: listener.port, source })?;
+        self.tables.set_transparent(slot);
+        Ok(())
+    }
+
+    /// Undo what was changed of the proxy's own sockets.
+    pub(super) fn restore_listeners(&self, record: &Record, policy: &PodPolicy, netns: &Netns) {
+        if !self.tables.is_transparent(policy.slot) {
+            return;
+        }
+        let restore = || -> Result<(), Box<dyn std::error::Error>> {
+            let found = listeners::find(netns, &CgroupDir::open(&record.cgroup)?, &[policy.outbound_port])?;
+            for listener in &found.listeners {
+                setsockopt(&listener.fd, sockopt::IpTransparent, &false)?;
+            }
+            Ok(())
+        };
+        if let Err(error) = restore() {
+            tracing::warn!(
+                cookie = record.cookie,
+                error = &*error,
+                "a listener of the proxy stays IP_TRANSPARENT"
+            );
+        }
     }
 
     fn register_listener(

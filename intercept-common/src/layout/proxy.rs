@@ -50,6 +50,8 @@ pub struct Proxy {
     pub overruled: u64,
     /// A bit for each [`Proxy::index`] whose last listener could not be registered because it is of MPTCP.
     pub mptcp: u64,
+    /// 1 once the agent made listeners of the outbound port IP_TRANSPARENT, for the guests of `-k`.
+    pub transparent: u64,
     /// By [`Proxy::index`] with [`scope::ANY`], written whole by the listener that it is about: one of [`bound`].
     pub bound: [u16; 16],
     /// By [`Proxy::index`]: where LISTENERS has the sockets of a port, family and scope.
@@ -117,5 +119,5 @@ impl Proxy {
 
 const _: () = {
     assert!(size_of::<ListenerKey>() == 16);
-    assert!(size_of::<Proxy>() == 24 + 32 + 256);
+    assert!(size_of::<Proxy>() == 32 + 32 + 256);
 };

@@ -60,7 +60,7 @@ impl Place {
         });
         let mut routes: Vec<Route> = self.routes.iter().map(|(prefix, way)| route(*prefix, *way)).collect();
         routes.sort_by_key(|route| route.prefix);
-        Mirror { interfaces: interfaces.collect(), routes }
+        Mirror { interfaces: interfaces.collect(), routes, broadcasts: Vec::new() }
     }
 }
 
@@ -72,5 +72,5 @@ fn route(prefix: IpNet, way: Way) -> Route {
         }
         Way::Nowhere => (Reach::None, None),
     };
-    Route { prefix, reach, source }
+    Route { prefix, reach, others: Vec::new(), source }
 }
