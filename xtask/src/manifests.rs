@@ -39,7 +39,7 @@ const VARIANTS: [(&[&str], Option<&str>); 6] = [
 ];
 
 /// Values that are refused, and what the refusal names.
-const REFUSED: [(&str, &str); 10] = [
+const REFUSED: [(&str, &str); 13] = [
     ("cni.confdir=/etc/cni/net.d", "confdir"),
     ("metric.port=15099", "metric"),
     ("maxConnections=0", "/maxConnections"),
@@ -49,11 +49,14 @@ const REFUSED: [(&str, &str); 10] = [
     ("cni.confDir=net.d", "/cni/confDir"),
     ("appArmorProfile=unconfined", "/appArmorProfile"),
     ("extraArgs={log=debug}", "/extraArgs/0"),
+    ("mesh=istoi", "/mesh"),
+    ("apiWait=60", "/apiWait"),
+    ("cni.confName=/etc/cni/net.d/10-a.conflist", "/cni/confName"),
     ("resources.limits.memory=128MB", "/resources/limits/memory"),
 ];
 
 /// What is in the manifests under a value: each must be there, or must not.
-const EFFECTS: [(&[&str], Option<&str>, &str, bool); 9] = [
+const EFFECTS: [(&[&str], Option<&str>, &str, bool); 12] = [
     (&[], None, "appArmorProfile: { type: Unconfined }", true),
     (&[], Some("1.29"), "appArmorProfile", false),
     (&[], Some("1.29"), "container.apparmor.security.beta.kubernetes.io/agent: unconfined", true),
@@ -67,11 +70,18 @@ const EFFECTS: [(&[&str], Option<&str>, &str, bool); 9] = [
     (&["maxConnections=1048576"], None, "memory: 320Mi", true),
     (&["maxConnections=1000000000"], None, "--max-connections=1000000000", true),
     (&["resources.limits.memory=64Mi"], None, "memory: 64Mi", true),
+    (&["cni.install=false"], None, "cni", false),
+    (&["cni.standalone=istio-cni"], None, "kind: NetworkAttachmentDefinition", true),
+    (&["excludeNamespaces={a,b}"], None, "--exclude-namespaces=a,b", true),
     (&["metrics.address=0.0.0.0"], None, "host: 127.0.0.1", true),
 ];
 
 /// Kinds that are not of Kubernetes itself, and have no schema here.
-const CUSTOM: [&str; 2] = ["apiVersion: monitoring.coreos.com/", "apiVersion: security.openshift.io/"];
+const CUSTOM: [&str; 3] = [
+    "apiVersion: k8s.cni.cncf.io/",
+    "apiVersion: monitoring.coreos.com/",
+    "apiVersion: security.openshift.io/",
+];
 
 const HEAD: &str = "\
 # The agent on every node, for Kubernetes 1.30 and later: older ones know AppArmor by an annotation, which helm writes.

@@ -71,7 +71,7 @@ fn tables(tree: &Tree) -> Result<Vec<Table>, String> {
         causes.extend(read(tree, file, |text| inventory::first_arguments(text, "error"))?);
     }
     let failures = read(tree, FAILURES, |text| inventory::words(text, "failures"))?;
-    let ignored = read(tree, SIDECAR, |text| inventory::first_arguments(text, "leave"))?;
+    let ignored = read(tree, SIDECAR, |text| inventory::texts_of(text, "as_str"))?;
     let values = inventory::properties(&json(tree, SCHEMA)?);
     let alerts = text(tree, ALERTS)?.lines().filter_map(|line| line.trim().strip_prefix("- alert: "));
     Ok(vec![
