@@ -8,6 +8,7 @@
 
 mod dns;
 mod hooks;
+mod reuse;
 mod sockets;
 
 use std::{
@@ -39,11 +40,16 @@ const fn case(name: &'static str, run: Run) -> Case {
 }
 
 /// All of them.
-pub const CASES: [Case; 6] = [
+pub const CASES: [Case; 11] = [
     case("a connection by io_uring is captured", sockets::io_uring),
     case("TCP Fast Open is captured", sockets::fast_open),
     case("a socket made before the capture is captured when it connects", sockets::made_before),
     case("an unconnected socket is answered by the name server that it asked", dns::unconnected),
+    case("an unspecified destination is the kernel's own host", reuse::unspecified),
+    case("nothing of a redirect stays on a socket that is disconnected", reuse::disconnected),
+    case("one source port serves for several destinations", reuse::one_port),
+    case("a query may choose its interface", reuse::interface),
+    case("a datagram socket asks another server once it is disconnected", reuse::other_server),
     case("a hook that serves one option is needed by that option alone", hooks::of_one_option),
     case("without a hook that every capture needs, attach refuses as check says", hooks::of_every_capture),
 ];
