@@ -421,7 +421,7 @@ impl Node {
     ) -> Result<(), NodeError> {
         let cookie = target.netns.cookie();
         let known: BTreeSet<(u16, u8)> =
-            self.tables.listeners(cookie).iter().map(|key| (key.port, key.family)).collect();
+            self.tables.listeners(cookie)?.iter().map(|key| (key.port, key.family)).collect();
         self.register_listeners_but(target, config, policy, |listener| {
             known.contains(&(listener.port, listener.family))
         })

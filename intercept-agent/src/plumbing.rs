@@ -171,47 +171,62 @@ pub fn plan(config: &Config, interfaces: &[&str], found: &Found, before: &Plumbi
     Plan { kept, added, dropped }
 }
 
-/// Adds what is planned, and returns what it added: less than planned if another process made it since. After a failure
-/// nothing of it is left.
-pub fn add(netns: &Netns, additions: &Plumbing) -> Result<Plumbing, PlumbingError> {
+/// Adds what is planned. `made` is what it added, also after a failure, when the caller removes it: less than planned if
+/// another process made it since.
+pub fn add(netns: &Netns, additions: &Plumbing, made: &mut Plumbing) -> Result<(), PlumbingError> {
     if additions.is_empty() {
-        return Ok(Plumbing::default());
+        return Ok(());
     }
     let additions = additions.0.clone();
-    inside(netns, async move |handle| {
+    let added = inside(netns, async move |handle| {
         let mut done: Vec<Change> = Vec::new();
         for change in additions {
             match make(&handle, change).await {
                 Ok(made) => done.extend(made),
-                Err(error) => {
-                    for made in done.iter().rev() {
-                        unmake(&handle, made).await;
-                    }
-                    return Err(error);
-                }
+                Err(error) => return (done, Err(error)),
             }
         }
-        Ok(Plumbing(done))
+        (done, Ok(()))
+    });
+    let (done, result) = added?;
+    made.0.extend(done);
+    result
+}
+
+/// Removes all of it. A failure is logged and the rest is removed all the same; it is an error only if a later call may
+/// succeed, because memory was short or netlink was interrupted.
+pub fn remove(netns: &Netns, plumbing: &Plumbing) -> Result<(), PlumbingError> {
+    let changes = plumbing.0.clone();
+    if changes.is_empty() {
+        return Ok(());
+    }
+    inside(netns, async move |handle| {
+        let mut removed = Ok(());
+        for change in changes.iter().rev() {
+            if let Err(error) = unmake(&handle, change).await
+                && error.may_pass()
+            {
+                removed = Err(error);
+            }
+        }
+        removed
     })?
 }
 
-/// Removes all of it. Goes on after a failure, which is logged.
-pub fn remove(netns: &Netns, plumbing: &Plumbing) {
-    let changes = plumbing.0.clone();
-    if changes.is_empty() {
-        return;
-    }
-    let removed = inside(netns, async move |handle| {
-        for change in changes.iter().rev() {
-            unmake(&handle, change).await;
-        }
-    });
-    if let Err(error) = removed {
-        tracing::warn!(
-            netns = netns.name(),
-            error = &error as &dyn std::error::Error,
-            "restoring the namespace"
-        );
+impl PlumbingError {
+    /// Whether it is about a shortage or an interrupted call, so that a later call may succeed.
+    fn may_pass(&self) -> bool {
+        let code = match self {
+            Self::Netns(_) => None,
+            Self::Open(error) | Self::Sysctl { source: error, .. } => error.raw_os_error(),
+            Self::Netlink { source, .. } => match &**source {
+                rtnetlink::Error::NetlinkError(message) => Some(-message.raw_code()),
+                // The question did not reach the kernel.
+                _ => Some(libc::EAGAIN),
+            },
+        };
+        let is_short = [libc::ENOMEM, libc::ENOBUFS, libc::EMFILE, libc::ENFILE, libc::EINTR, libc::EAGAIN];
+        code.is_some_and(|code| is_short.contains(&code))
     }
 }
 
@@ -406,8 +421,8 @@ async fn make(handle: &Handle, change: Change) -> Result<Option<Change>, Plumbin
     Ok(made.then_some(change))
 }
 
-/// Unmake a change; what is gone already is fine, anything else is logged.
-async fn unmake(handle: &Handle, change: &Change) {
+/// Unmake a change. What is gone already is no failure; any other is logged.
+async fn unmake(handle: &Handle, change: &Change) -> Result<(), PlumbingError> {
     let result = match change {
         Change::PassthroughAddress => del_passthrough(handle).await,
         Change::LocalTable { v6, table } => match loopback(handle).await {
@@ -446,14 +461,17 @@ async fn unmake(handle: &Handle, change: &Change) {
             set(ACCEPT_MARK, before).map_err(|source| PlumbingError::Sysctl { path: ACCEPT_MARK, source })
         }
     };
-    if let Err(error) = result
-        && !is_absent(&error)
-    {
-        tracing::warn!(
-            ?change,
-            error = &error as &dyn std::error::Error,
-            "undoing a change of the namespace"
-        );
+    match result {
+        Err(error) if is_absent(&error) => Ok(()),
+        Err(error) => {
+            tracing::warn!(
+                ?change,
+                error = &error as &dyn std::error::Error,
+                "undoing a change of the namespace"
+            );
+            Err(error)
+        }
+        Ok(()) => Ok(()),
     }
 }
 

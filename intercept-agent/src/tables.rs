@@ -407,13 +407,15 @@ impl Tables {
     }
 
     /// The listeners held for a namespace.
-    pub fn listeners(&self, cookie: u64) -> Vec<ListenerKey> {
-        self.listeners
-            .keys()
-            .filter_map(Result::ok)
-            .map(|key| key.0)
-            .filter(|key| key.netns == cookie)
-            .collect()
+    pub fn listeners(&self, cookie: u64) -> Result<Vec<ListenerKey>, TableError> {
+        let mut found = Vec::new();
+        for key in self.listeners.keys() {
+            let key = key.map_err(failed("reading", names::LISTENERS))?.0;
+            if key.netns == cookie {
+                found.push(key);
+            }
+        }
+        Ok(found)
     }
 
     /// A word of what is known of the proxy of a slot.

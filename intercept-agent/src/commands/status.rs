@@ -176,7 +176,7 @@ fn pod(node: &Node, record: &Record, policy: &PodPolicy) -> Result<Pod> {
         room: Vec::new(),
         listeners: node
             .tables()
-            .listeners(record.cookie)
+            .listeners(record.cookie)?
             .into_iter()
             .map(|key| Listener { port: key.port, family: key.family })
             .collect(),

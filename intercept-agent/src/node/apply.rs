@@ -12,7 +12,7 @@ use super::{Attached, Node, NodeError, Target, plan::Apply};
 use crate::{
     kernel,
     netns::Netns,
-    plumbing::{self, Plumbing},
+    plumbing::{self, Plumbing, PlumbingError},
 };
 
 impl Node {
@@ -60,8 +60,7 @@ impl Node {
             self.tables.reset_slot(plan.policy.slot)?;
         }
         self.tables.write(plan.policy.id, &plan.entries)?;
-        *made = plumbing::add(&target.netns, &plan.additions)
-            .map_err(|source| NodeError::Plumbing { netns: target.netns.name().to_owned(), source })?;
+        plumbing::add(&target.netns, &plan.additions, made).map_err(preparing(&target.netns))?;
         if *made != plan.additions {
             // Made by another process since the plan: not ours to remove.
             let plumbing = record.plumbing.without(&plan.additions.without(made));
@@ -76,15 +75,14 @@ impl Node {
     /// Undo [`Node::add`]. What cannot be undone affects no connection and is left to the next call.
     fn undo(&mut self, target: &Target, plan: &Apply, made: &Plumbing) {
         let cookie = plan.record.cookie;
-        plumbing::remove(&target.netns, made);
-        let undone = match plan.before {
+        let restored = plumbing::remove(&target.netns, made).map_err(preparing(&target.netns));
+        let undone = restored.and_then(|()| match plan.before {
             None => self.take_out(cookie, None),
-            Some(before) => self
-                .tables
-                .remove_lists(&[plan.policy.id])
-                .map_err(NodeError::from)
-                .and_then(|()| Ok(self.store.drop_other_records(cookie, before.id)?)),
-        };
+            Some(before) => {
+                self.tables.remove_lists(&[plan.policy.id])?;
+                Ok(self.store.drop_other_records(cookie, before.id)?)
+            }
+        });
         if let Err(error) = undone {
             tracing::warn!(error = &error as &dyn std::error::Error, "undoing an attach that failed");
         }
@@ -110,7 +108,7 @@ impl Node {
             }
         }
         for (_, changes) in &others {
-            plumbing::remove(netns, &changes.without(&needed));
+            plumbing::remove(netns, &changes.without(&needed)).map_err(preparing(netns))?;
         }
         if !others.is_empty() {
             self.tables.remove_lists(&others.iter().map(|(id, _)| *id).collect::<Vec<_>>())?;
@@ -168,7 +166,7 @@ impl Node {
     fn restore(&self, cookie: u64, netns: &Netns) -> Result<(), NodeError> {
         for (policy, record) in self.store.records(cookie)? {
             match record {
-                Ok(record) => plumbing::remove(netns, &record.plumbing),
+                Ok(record) => plumbing::remove(netns, &record.plumbing).map_err(preparing(netns))?,
                 Err(error) if error.may_pass() => return Err(error.into()),
                 Err(error) => tracing::warn!(
                     cookie,
@@ -180,4 +178,9 @@ impl Node {
         }
         Ok(())
     }
+}
+
+fn preparing(netns: &Netns) -> impl FnOnce(PlumbingError) -> NodeError + use<> {
+    let netns = netns.name().to_owned();
+    move |source| NodeError::Plumbing { netns, source }
 }

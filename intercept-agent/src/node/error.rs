@@ -42,7 +42,7 @@ pub enum NodeError {
     Mirror { netns: String, source: MirrorError },
     #[error("looking for listeners of the proxy in {netns}")]
     Listeners { netns: String, source: ListenersError },
-    #[error("preparing namespace {netns}")]
+    #[error("changing or restoring namespace {netns}")]
     Plumbing { netns: String, source: PlumbingError },
     #[error("letting the listener of port {port} answer for the guests of -k (IP_TRANSPARENT)")]
     Transparent { port: u16, source: io::Error },

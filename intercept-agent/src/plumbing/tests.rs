@@ -51,6 +51,12 @@ fn configs() -> [Config; 3] {
     [redirect, tproxy, guests]
 }
 
+fn added(netns: &Netns, additions: &Plumbing) -> Plumbing {
+    let mut made = Plumbing::default();
+    add(netns, additions, &mut made).expect("added");
+    made
+}
+
 fn planned(netns: &Netns, config: &Config, before: &Plumbing) -> (Plan, Mirror) {
     let mirror = Mirror::snapshot(netns).expect("a snapshot");
     let found = find(netns, config, &mirror).expect("looked at");
@@ -85,11 +91,11 @@ fn what_is_expected_of_the_routes_comes_about() {
             let (plan, mirror) = planned(&netns, &config, &Plumbing::default());
             assert!(!plan.is_empty());
             let expected = compile(&config, &plan.expected(mirror));
-            assert_eq!(add(&netns, &plan.additions()).expect("added"), plan.additions());
+            assert_eq!(added(&netns, &plan.additions()), plan.additions());
             eventually(&netns, |mirror| compile(&config, mirror) == expected);
             // And nothing is to be done any more.
             assert!(planned(&netns, &config, &plan.result()).0.is_empty(), "{config:?}");
-            remove(&netns, &plan.result());
+            remove(&netns, &plan.result()).expect("removed");
             assert_eq!(planned(&netns, &config, &Plumbing::default()).0, plan, "{config:?}");
         }
     }
@@ -100,15 +106,15 @@ fn what_another_process_made_is_neither_planned_nor_removed() {
     for config in configs() {
         let netns = namespace(&[PAIR, GLOBAL_V6]);
         let (theirs, _) = planned(&netns, &config, &Plumbing::default());
-        add(&netns, &theirs.additions()).expect("added");
+        added(&netns, &theirs.additions());
         let (plan, _) = planned(&netns, &config, &Plumbing::default());
         assert!(plan.is_empty() && plan.result().is_empty(), "{plan:?}");
     }
     // Nor is what another process made since the plan.
     let netns = namespace(&[PAIR, GLOBAL_V6]);
     let (plan, _) = planned(&netns, &Config::default(), &Plumbing::default());
-    assert_eq!(add(&netns, &plan.additions()).expect("added"), plan.additions());
-    assert!(add(&netns, &plan.additions()).expect("found").is_empty());
+    assert_eq!(added(&netns, &plan.additions()), plan.additions());
+    assert!(added(&netns, &plan.additions()).is_empty());
 }
 
 #[test]
@@ -116,7 +122,7 @@ fn what_is_asked_for_no_more_is_planned_to_go() {
     let netns = namespace(&[PAIR, GLOBAL_V6]);
     let [redirect, tproxy, _] = configs();
     let (first, _) = planned(&netns, &tproxy, &Plumbing::default());
-    add(&netns, &first.additions()).expect("added");
+    added(&netns, &first.additions());
     let (second, _) = planned(&netns, &redirect, &first.result());
     assert!(second.additions().is_empty());
     assert_eq!(second.removals(), first.result().without(&second.result()));
