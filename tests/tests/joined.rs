@@ -5,7 +5,7 @@ use std::{
     net::{Shutdown, SocketAddr, TcpStream},
     os::fd::OwnedFd,
     process::Child,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use intercept_common::names;
@@ -260,11 +260,12 @@ fn fast_open_with_data_stays_tcp() {
 /// comes once and in order.
 #[test]
 fn nothing_is_lost_doubled_or_out_of_order() {
-    const EACH: usize = 48 << 20;
+    const EACH: usize = 24 << 20;
     let (agent, pods) = bed("join-order");
     for v6 in [false, true] {
         let leg = joined_leg(&pods, v6);
         let way = |from: &TcpStream, to: &TcpStream, seed: u64| {
+            let mut by_tcp = given_to_tcp(from).expect("a count");
             std::thread::scope(|scope| {
                 let sender = scope.spawn(move || {
                     let (mut random, mut at) = (SmallRng::seed_from_u64(seed), 0);
@@ -276,10 +277,16 @@ fn nothing_is_lost_doubled_or_out_of_order() {
                     }
                 });
                 let (mut random, mut at, mut buffer) = (SmallRng::seed_from_u64(!seed), 0, vec![0; 1 << 18]);
+                let mut pauses = [0, EACH / 4, EACH / 2].into_iter().peekable();
                 while at < EACH {
-                    if random.random_range(0..200) == 0 {
-                        // What is sent meanwhile fills the queue, and then TCP.
-                        std::thread::park_timeout(Duration::from_millis(5));
+                    if pauses.next_if(|pause| *pause <= at).is_some() {
+                        // Until the queue is full, and something has gone by TCP since the last time.
+                        let deadline = Instant::now() + joined::PATIENCE;
+                        while given_to_tcp(from).expect("a count") == by_tcp {
+                            assert!(Instant::now() < deadline, "nothing goes by TCP although nobody reads");
+                            std::thread::yield_now();
+                        }
+                        by_tcp = given_to_tcp(from).expect("a count");
                     }
                     let most = random.random_range(1..=buffer.len());
                     match { to }.read(&mut buffer[..most]) {
