@@ -15,6 +15,8 @@ const EXPECTED_ATTACH_TYPE: u64 = 68;
 /// `SECCOMP_IOCTL_NOTIF_RECV` and `SECCOMP_IOCTL_NOTIF_SEND` (linux/seccomp.h).
 const RECEIVE: libc::Ioctl = 0xc050_2100_u32 as libc::Ioctl;
 const SEND: libc::Ioctl = 0xc018_2101_u32 as libc::Ioctl;
+/// `SECCOMP_USER_NOTIF_FLAG_CONTINUE`: the kernel does the call.
+const CONTINUE: u32 = 1;
 
 /// Runs something on a thread for which, and for whatever it starts, no program of this hook can be loaded
 /// (a `BPF_*` of linux/bpf.h).
@@ -35,7 +37,10 @@ pub fn with_kernel_without(attach_type: u32, run: impl FnOnce() -> Result<()> + 
 
 /// Has this thread's calls of `bpf()`, and those of its children, wait for an answer by the listener.
 fn watch_bpf() -> io::Result<OwnedFd> {
-    let statement = |code: u32, k: u32| libc::sock_filter { code: code as u16, jt: 0, jf: 0, k };
+    let statement = |code: u32, k: u32| {
+        let code = u16::try_from(code).expect("codes have 16 bits");
+        libc::sock_filter { code, jt: 0, jf: 0, k }
+    };
     let call = u32::try_from(libc::SYS_bpf).map_err(io::Error::other)?;
     let mut filter = [
         statement(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, 0),
@@ -43,7 +48,8 @@ fn watch_bpf() -> io::Result<OwnedFd> {
         statement(libc::BPF_RET | libc::BPF_K, libc::SECCOMP_RET_USER_NOTIF),
         statement(libc::BPF_RET | libc::BPF_K, libc::SECCOMP_RET_ALLOW),
     ];
-    let program = libc::sock_fprog { len: filter.len() as u16, filter: filter.as_mut_ptr() };
+    let len = u16::try_from(filter.len()).map_err(io::Error::other)?;
+    let program = libc::sock_fprog { len, filter: filter.as_mut_ptr() };
     // SAFETY: the filter outlives the call, which copies it.
     let listener = unsafe {
         libc::syscall(
@@ -81,7 +87,7 @@ fn supervise(listener: &OwnedFd, attach_type: u32) -> Result<()> {
             id: call.id,
             val: 0,
             error: if is_refused { -libc::EINVAL } else { 0 },
-            flags: if is_refused { 0 } else { libc::SECCOMP_USER_NOTIF_FLAG_CONTINUE as u32 },
+            flags: if is_refused { 0 } else { CONTINUE },
         };
         // SAFETY: as above. It fails if the maker was killed meanwhile.
         let _gone = unsafe { libc::ioctl(listener.as_raw_fd(), SEND, &raw mut answer) };

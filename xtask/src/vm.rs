@@ -50,7 +50,7 @@ pub(crate) struct Arguments {
     #[arg(long, conflicts_with = "boot_only")]
     apparmor: bool,
     /// Seconds until a machine is stopped
-    #[arg(long, default_value_t = 240)]
+    #[arg(long, default_value_t = 600)]
     timeout: u64,
     /// Options for the demo
     #[arg(last = true)]

@@ -90,8 +90,7 @@ pub fn missing() -> Result<Vec<Missing>, ProbeError> {
             missing.push(Missing { feature: Feature::Helper(helper_name(*helper)), programs: without });
         }
     }
-    let users: Vec<_> =
-        uses.fetching_atomics.iter().copied().filter(|program| can_be_tried(&program)).collect();
+    let users: Vec<_> = uses.fetching_atomics.iter().copied().filter(can_be_tried).collect();
     if let Some(program) = users.first()
         && !takes(programs::kind(program), &FETCHING, "atomic operations that return the old value")?
     {
@@ -150,7 +149,7 @@ impl Uses {
             }
         }
         let fetches = |instruction: &bpf_insn| {
-            [ATOMIC_32, ATOMIC_64].contains(&instruction.code) && instruction.imm & FETCH != 0
+            [ATOMIC_32, ATOMIC_64].contains(&instruction.code) && instruction.imm & i32::from(FETCH) != 0
         };
         if instructions.iter().any(fetches) {
             self.fetching_atomics.push(program);
@@ -161,8 +160,8 @@ impl Uses {
 const CALL: u8 = 0x85;
 const ATOMIC_32: u8 = 0xc3;
 const ATOMIC_64: u8 = 0xdb;
-const FETCH: i32 = 0x01;
-const OR: i32 = 0x40;
+const FETCH: u8 = 0x01;
+const OR: u8 = 0x40;
 
 /// `r0 = 1`, which every hook may return.
 const MOVE_1: [u8; 8] = [0xb7, 0, 0, 0, 1, 0, 0, 0];
@@ -171,7 +170,7 @@ const EXIT: [u8; 8] = [0x95, 0, 0, 0, 0, 0, 0, 0];
 const FETCHING: [[u8; 8]; 5] = [
     [0xb7, 1, 0, 0, 0, 0, 0, 0],
     [0x7b, 0x1a, 0xf8, 0xff, 0, 0, 0, 0],
-    [ATOMIC_64, 0x1a, 0xf8, 0xff, (OR | FETCH) as u8, 0, 0, 0],
+    [ATOMIC_64, 0x1a, 0xf8, 0xff, OR | FETCH, 0, 0, 0],
     MOVE_1,
     EXIT,
 ];
