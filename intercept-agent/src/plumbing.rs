@@ -80,6 +80,8 @@ const DISABLE_V6: &str = "/proc/sys/net/ipv6/conf/lo/disable_ipv6";
 pub struct Found {
     /// IPv6 is on.
     v6: bool,
+    /// The loopback interface is up: IPv6 takes no route by one that is not, and none outlives its going down.
+    loopback_up: bool,
     /// The setting that [`Change::AcceptMark`] changes.
     accept_mark: String,
     /// What the options ask for and exists, made by the agent or not.
@@ -150,7 +152,8 @@ pub fn find(netns: &Netns, config: &Config, mirror: &Mirror) -> Result<Found, Pl
                 fs::read_to_string(ACCEPT_MARK).map_err(sysctl)?.trim().to_owned()
             }
         };
-        Ok(Found { v6: has_v6(), accept_mark, present: Vec::new() })
+        let loopback_up = mirror.interfaces.iter().any(|interface| interface.loopback && interface.up);
+        Ok(Found { v6: has_v6(), loopback_up, accept_mark, present: Vec::new() })
     })??;
     let is_local = |change: &Change| matches!(change, Change::LocalPrefix { net } if mirror.is_local(net));
     let (local, asked): (Vec<_>, Vec<_>) =
@@ -256,18 +259,24 @@ fn guest_table(config: &Config) -> u32 {
 }
 
 /// What the options ask for.
+/// What redirected connections dial and queries come from.
+fn local_prefixes(v6: bool) -> impl Iterator<Item = IpNet> {
+    let (net, len) = Addr::SPREAD_PREFIX_V6;
+    let of_v6 = v6.then(|| IpNet::V6(Ipv6Net::new_assert(net, len)));
+    let of_v4 = Addr::SPREAD_PREFIXES_V4.into_iter().chain([Addr::NUMBERED_PREFIX_V4]);
+    of_v6.into_iter().chain(of_v4.map(|(net, len)| Ipv4Net::new_assert(net, len).into()))
+}
+
 fn wanted(config: &Config, interfaces: &[&str], found: &Found) -> Vec<Change> {
     let mut changes = Vec::new();
     let v6 = found.v6;
     if v6 {
         changes.push(Change::PassthroughAddress);
-        let (net, len) = Addr::SPREAD_PREFIX_V6;
-        changes.push(Change::LocalPrefix { net: Ipv6Net::new_assert(net, len).into() });
     }
-    for (net, len) in Addr::SPREAD_PREFIXES_V4.into_iter().chain([Addr::NUMBERED_PREFIX_V4]) {
-        changes.push(Change::LocalPrefix { net: Ipv4Net::new_assert(net, len).into() });
+    if found.loopback_up {
+        changes.extend(local_prefixes(v6).map(|net| Change::LocalPrefix { net }));
     }
-    if config.dns != Dns::Off {
+    if config.dns != Dns::Off && found.loopback_up {
         for interface in interfaces.iter().filter(|name| **name != "lo") {
             for v6 in [false, true].into_iter().take(1 + usize::from(v6)) {
                 changes.push(Change::LocalhostBy { v6, interface: (*interface).to_owned() });

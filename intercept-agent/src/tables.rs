@@ -425,10 +425,14 @@ impl Tables {
 
     /// Say how the proxy's listener of a port and family is bound: one of `layout::bound`.
     pub fn set_bound(&self, slot: u32, port: ProxyPort, v6: bool, bound: u16) {
-        let index = Proxy::index(port, v6, scope::ANY);
-        let offset = offset_of!(Proxy, bound) + index * size_of::<u16>();
-        if let Some(cell) = self.proxies.half_word(slot as usize, offset) {
-            cell.store(bound, Ordering::Relaxed);
+        let cell = |index: usize| {
+            self.proxies.half_word(slot as usize, offset_of!(Proxy, bound) + index * size_of::<u16>())
+        };
+        let v4_seen = cell(Proxy::v4_seen(port)).is_some_and(|seen| seen.load(Ordering::Relaxed) != 0);
+        for (index, value) in Proxy::bind(port, v6, bound, v4_seen) {
+            if let Some(cell) = cell(index) {
+                cell.store(value, Ordering::Relaxed);
+            }
         }
     }
 

@@ -13,6 +13,13 @@ use bytemuck::{Pod, Zeroable};
 #[repr(transparent)]
 pub struct Addr([u32; 4]);
 
+/// All ones, or zero for zero.
+#[inline(always)]
+const fn ones_unless_zero(word: u32) -> u32 {
+    // The top bit is set unless the word is zero; the shift fills in copies of it.
+    ((word | word.wrapping_neg()).cast_signed() >> 31).cast_unsigned()
+}
+
 const V4_MARK: u32 = u32::from_be_bytes([0, 0, 0xff, 0xff]).to_be();
 
 impl Addr {
@@ -149,10 +156,43 @@ impl Addr {
         self.spread_range().is_some()
     }
 
+    /// All ones if this is an address of IPv4, else zero.
+    const fn v4_mask(&self) -> u32 {
+        !ones_unless_zero(self.0[0] | self.0[1] | (self.0[2] ^ V4_MARK))
+    }
+
+    /// `a` where a mask has ones, else `b`.
+    #[inline(always)]
+    const fn select(mask: u32, a: Self, b: Self) -> Self {
+        let (a, b) = (a.0, b.0);
+        Self([
+            (a[0] & mask) | (b[0] & !mask),
+            (a[1] & mask) | (b[1] & !mask),
+            (a[2] & mask) | (b[2] & !mask),
+            (a[3] & mask) | (b[3] & !mask),
+        ])
+    }
+
+    /// The address that the kernel uses in place of this destination for a socket that is bound to `src`. It takes an
+    /// unspecified one for its own host, after the hooks: 0.0.0.0 is the source that the socket is bound to, else
+    /// 127.0.0.1; `::` is `::1` whatever the source, or 127.0.0.1 for a socket that is bound to an IPv4 address
+    /// (ip_route_output_key, tcp_v6_connect and udpv6_sendmsg; seen on Linux 6.18).
+    #[inline(always)]
+    pub fn effective(self, src: Self) -> Self {
+        if !self.is_unspecified() {
+            return self;
+        }
+        match (self.is_v4(), src.is_unspecified(), src.is_v4()) {
+            (true, true, _) | (false, _, true) => Self::LOCALHOST_V4,
+            (true, false, _) => src,
+            (false, _, false) => Self::LOCALHOST_V6,
+        }
+    }
+
     /// 127.0.0.1 or ::1, of the same family.
     #[inline(always)]
     pub const fn localhost(&self) -> Self {
-        if self.is_v4() { Self::LOCALHOST_V4 } else { Self::LOCALHOST_V6 }
+        Self::select(self.v4_mask(), Self::LOCALHOST_V4, Self::LOCALHOST_V6)
     }
 
     /// 127.0.0.1 or ::1 itself, rather than any address that is loopback's.
@@ -284,6 +324,26 @@ mod tests {
         for none in ["127.0.0.53", "127.128.1.2", "100::", "100::36:1", "100:0:1::35:1", "::1", "::35:1"] {
             assert_eq!(addr(none).number(), None, "{none}");
         }
+    }
+
+    #[test]
+    fn an_unspecified_destination_is_the_own_host() {
+        for (dst, src, effective) in [
+            ("10.1.2.3", "0.0.0.0", "10.1.2.3"),
+            ("fd00::1", "::", "fd00::1"),
+            ("0.0.0.0", "0.0.0.0", "127.0.0.1"),
+            ("0.0.0.0", "10.0.0.2", "10.0.0.2"),
+            ("::ffff:0.0.0.0", "::", "127.0.0.1"),
+            ("::ffff:0.0.0.0", "::ffff:10.0.0.2", "10.0.0.2"),
+            ("::", "::", "::1"),
+            ("::", "fd00::2", "::1"),
+            ("::", "::ffff:10.0.0.2", "127.0.0.1"),
+            ("::", "::ffff:0.0.0.0", "127.0.0.1"),
+        ] {
+            assert_eq!(addr(dst).effective(addr(src)), addr(effective), "{dst} from {src}");
+        }
+        assert_eq!(addr("10.1.1.1").localhost(), Addr::LOCALHOST_V4);
+        assert_eq!(addr("fd00::1").localhost(), Addr::LOCALHOST_V6);
     }
 
     #[test]

@@ -45,7 +45,7 @@ impl Owner {
 pub struct Outbound {
     /// 6 or 17.
     pub protocol: u8,
-    /// What is dialled.
+    /// What is dialled: [`Addr::effective`], where the call names an unspecified address.
     pub dst: Addr,
     /// Host order.
     pub dst_port: u16,
@@ -70,30 +70,12 @@ pub struct Inbound {
     pub ifindex: u32,
 }
 
-impl Outbound {
-    /// The address that the kernel will use. It takes an unspecified one for its own host, after the hooks: 0.0.0.0 is
-    /// the source that the socket is bound to, else 127.0.0.1; `::` is `::1` whatever the source, or 127.0.0.1 for a
-    /// socket that is bound to an IPv4 address (ip_route_output_key, tcp_v6_connect and udpv6_sendmsg; seen on 6.18).
-    #[inline(always)]
-    pub fn effective_dst(&self) -> Addr {
-        if self.dst == Addr::UNSPECIFIED {
-            return if self.src.is_v4() { Addr::LOCALHOST_V4 } else { Addr::LOCALHOST_V6 };
-        }
-        if self.dst != Addr::UNSPECIFIED_V4 {
-            return self.dst;
-        }
-        if self.src.is_unspecified() { Addr::LOCALHOST_V4 } else { self.src }
-    }
-}
-
 /// An outbound decision, with what was learnt of the destination on the way.
 #[must_use = "a decision that is dropped is a connection that goes the wrong way"]
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct OutboundDecision {
     /// What happens and why.
     pub decision: Decision,
-    /// What the kernel would connect to: [`Outbound::effective_dst`].
-    pub dst: Addr,
     /// The source that the route would give; unspecified if not known.
     pub source: Addr,
     /// TPROXY: sk_lookup is to steer this connection to the inbound listener (mangle's mark).
@@ -106,8 +88,7 @@ pub struct OutboundDecision {
 /// Decide for a flow that a process of the pod starts.
 #[inline(always)]
 pub fn decide_outbound(pod: &PodPolicy, flow: &Outbound, facts: &impl Facts) -> OutboundDecision {
-    let dialled = flow.effective_dst();
-    let dst = facts.destination(pod.id, dialled);
+    let dst = facts.destination(pod.id, flow.dst);
     let src = if flow.src.is_unspecified() { dst.source } else { flow.src };
     let mut reason = outbound_reason(pod, flow, src, &dst, facts);
     let mut mark = false;
@@ -115,13 +96,13 @@ pub fn decide_outbound(pod: &PodPolicy, flow: &Outbound, facts: &impl Facts) -> 
     let onward = tproxy && flow.protocol == TCP && flow.mark == pod.tproxy_mark;
     if tproxy && !onward && is_marked(pod, flow, src, &dst, reason, facts) {
         // What is dialled on loopback does not reach sk_lookup's rules.
-        if dialled.is_loopback() {
+        if flow.dst.is_loopback() {
             reason = Reason::MarkedLoopback;
         } else {
             mark = true;
         }
     }
-    OutboundDecision { decision: reason.into(), dst: dialled, source: dst.source, mark, onward }
+    OutboundDecision { decision: reason.into(), source: dst.source, mark, onward }
 }
 
 /// TPROXY: mangle marks what the proxy sends over loopback, whatever nat leaves alone, and takes it to the inbound

@@ -305,6 +305,10 @@ pub struct SocketState {
     pub slot: u16,
     /// 1 if the address that the socket is bound to was bound for a redirect, rather than by the process.
     pub bound: u16,
+    /// The port that is dialled, host order.
+    pub proxy_port: u16,
+    /// The index of that port among the proxy's: a [`ProxyPort`].
+    pub proxy_role: u16,
 }
 
 /// Values of [`SocketState::kind`].
@@ -470,7 +474,7 @@ const _: () = {
     // 48 of the hash element's head + 48 + 40 + 8 of the allocator's: a 192-byte object.
     assert!(size_of::<ConnKey>() == 48);
     assert!(size_of::<OrigDst>() == 40);
-    assert!(size_of::<SocketState>() == 40);
+    assert!(size_of::<SocketState>() == 44);
     assert!(size_of::<Handshake>() == 32);
     // The slot has 16 bits in OrigDst.
     assert!(MAX_PODS <= 1 << 16);

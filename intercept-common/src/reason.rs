@@ -147,7 +147,10 @@ mod tests {
     fn words_are_unique_and_label_safe() {
         let words = || Reason::ALL.iter().map(|r| r.word());
         for (i, word) in words().enumerate() {
-            assert!(word.bytes().all(|b| b.is_ascii_lowercase() || b == b'_'), "{word}");
+            assert!(
+                word.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'_'),
+                "{word}"
+            );
             assert_eq!(words().position(|w| w == word), Some(i), "{word} twice");
         }
     }

@@ -8,16 +8,16 @@
 use aya_ebpf::{bindings::bpf_sock, programs::SockAddrContext};
 use intercept_common::{
     Addr, Spread, Target, Verdict,
-    decide::{Outbound, OutboundDecision, decide_outbound},
+    decide::{Outbound, decide_outbound},
     failure::{Failure, OnFailure},
-    layout::{PodPolicy, SocketState, bound, policy, socket},
+    layout::{PodPolicy, ProxyPort, SocketState, bound, policy, socket},
 };
 
 use crate::{
     context::{self, Family, TCP, UDP},
     facts::MapFacts,
     maps, observe, open, owner,
-    proxy::{ProxyState, listener_bound},
+    proxy::ProxyState,
     refusal,
 };
 
@@ -30,7 +30,10 @@ pub(crate) enum Outcome {
     Refuse,
 }
 
-/// A socket is being connected.
+/// A socket is being connected. Whatever an earlier connect() left is gone before this one is decided on.
+///
+/// There is one decision for streams and datagrams, and little after it, because the verifier walks what follows once for
+/// each row.
 #[inline(always)]
 pub(crate) fn connect<F: Family>(ctx: &SockAddrContext) -> Outcome {
     let protocol = context::protocol(ctx);
@@ -39,86 +42,97 @@ pub(crate) fn connect<F: Family>(ctx: &SockAddrContext) -> Outcome {
     }
     let netns = maps::netns_cookie(ctx);
     let Some(pod) = maps::pod(netns) else { return Outcome::Proceed };
-    if protocol == TCP { stream::<F>(ctx, netns, pod) } else { datagram::<F>(ctx, netns, pod) }
-}
-
-/// A TCP socket. Whatever an earlier connect() left is gone before this one is decided on.
-#[inline(always)]
-fn stream<F: Family>(ctx: &SockAddrContext, netns: u64, pod: &PodPolicy) -> Outcome {
     let sk = context::sock(ctx);
-    maps::forget_socket(sk);
-    let (flow, decided) = decide::<F>(ctx, netns, pod, TCP);
-    let mut state = SocketState {
-        addr: decided.dst,
-        source: Addr::UNSPECIFIED,
+    if protocol == TCP {
+        maps::forget_socket(sk);
+    } else {
+        release_datagram::<F>(ctx, sk);
+        if !wants_datagram(pod, context::named_port(ctx)) {
+            return Outcome::Proceed;
+        }
+    }
+    let src = F::bound(sk);
+    context::name_own_host::<F>(ctx, src);
+    let flow = Outbound {
+        protocol: protocol as u8,
+        dst: F::named(ctx),
+        dst_port: context::named_port(ctx),
+        src,
+        owner: owner::of(sk, protocol),
+        mark: context::mark(sk),
+    };
+    let decided = decide_outbound(pod, &flow, &MapFacts { conn: None });
+    observe::outbound(netns, pod, &flow, decided.decision.reason);
+    let state = SocketState {
+        addr: flow.dst,
+        source: if flow.src.is_unspecified() { decided.source } else { Addr::UNSPECIFIED },
         port: flow.dst_port,
         kind: socket::REDIRECTED,
         slot: pod.slot as u16,
         bound: 0,
+        proxy_port: 0,
+        proxy_role: 0,
     };
-    let target = match decided.decision.verdict {
-        Verdict::Redirect(target) => target,
-        Verdict::Leave => {
-            state.kind = match (decided.mark, decided.onward) {
-                (true, _) => socket::STEERED,
-                (_, true) => socket::ONWARD,
-                _ => return Outcome::Proceed,
-            };
-            return remember(ctx, netns, pod, sk, state);
+    match decided.decision.verdict {
+        Verdict::Redirect(target) if protocol == TCP => stream::<F>(ctx, netns, pod, state, target),
+        Verdict::Redirect(target) => datagram::<F>(ctx, netns, pod, state, target),
+        Verdict::Leave if decided.mark => {
+            remember(ctx, netns, pod, SocketState { kind: socket::STEERED, ..state })
         }
-    };
-    let port = target_port(pod, target);
-    let addr = stand_in(pod, port, decided.dst, flow.dst_port);
-    if open::passes(ctx, pod, TCP, addr, port) {
-        return Outcome::Proceed;
+        Verdict::Leave if decided.onward => {
+            remember(ctx, netns, pod, SocketState { kind: socket::ONWARD, ..state })
+        }
+        Verdict::Leave => Outcome::Proceed,
     }
-    if flow.src.is_unspecified() {
-        state.source = decided.source;
-    }
-    if let Outcome::Refuse = remember(ctx, netns, pod, sk, state) {
-        return Outcome::Refuse;
-    }
-    dial::<F>(ctx, addr, port)
 }
 
-/// A datagram socket. Its queries carry no address that could be asked for later, so it is bound to the source that it
-/// would have had; a lasting mark of this is what lets a later connect() begin without it.
+/// A TCP connection goes to the proxy.
 #[inline(always)]
-fn datagram<F: Family>(ctx: &SockAddrContext, netns: u64, pod: &PodPolicy) -> Outcome {
-    let sk = context::sock(ctx);
-    let mut state = SocketState {
-        addr: Addr::UNSPECIFIED,
-        source: Addr::UNSPECIFIED,
-        port: 0,
-        kind: socket::IDLE,
-        slot: pod.slot as u16,
-        bound: 0,
-    };
-    if let Some(before) = maps::socket(sk) {
-        state.bound = before.bound;
-        if state.bound != 0 {
-            // Fails while the socket is still connected: then the kernel keeps the source as well.
-            let _released = F::bind(ctx, Addr::UNSPECIFIED);
-            *before = state;
-        } else {
-            maps::forget_socket(sk);
-        }
-        maps::forget_servers(sk);
-    }
-    if !wants_datagram(pod, context::named_port(ctx)) {
+fn stream<F: Family>(
+    ctx: &SockAddrContext,
+    netns: u64,
+    pod: &PodPolicy,
+    state: SocketState,
+    target: Target,
+) -> Outcome {
+    let (role, port) = (target_role(target), target_port(pod, target));
+    if open::passes(ctx, pod, TCP, localhost::<F>(state.addr), port) {
         return Outcome::Proceed;
     }
-    let (flow, decided) = decide::<F>(ctx, netns, pod, UDP);
-    let Verdict::Redirect(target) = decided.decision.verdict else { return Outcome::Proceed };
-    let (addr, port) = (decided.dst.localhost(), target_port(pod, target));
+    if has_too_many(pod) {
+        return refusal::connect(pod, Failure::TooManyConnections, Outcome::Proceed);
+    }
+    let state = SocketState { proxy_port: port, proxy_role: role as u16, ..state };
+    let Some(kept) = maps::set_socket(context::sock(ctx), state) else { return no_storage(ctx, netns, pod) };
+    // Read back, the verifier knows nothing of it: what follows is walked once, rather than once for each row that leads
+    // here.
+    let kept = maps::reread(kept);
+    F::rename(ctx, stand_in::<F>(pod, &kept));
+    context::rename_port(ctx, kept.proxy_port);
+    Outcome::Proceed
+}
+
+/// A datagram socket is connected to the proxy. Its queries carry no address that could be asked for later, so it is bound
+/// to the source that it would have had; a lasting mark of this is what lets a later connect() begin without it.
+#[inline(always)]
+fn datagram<F: Family>(
+    ctx: &SockAddrContext,
+    netns: u64,
+    pod: &PodPolicy,
+    mut state: SocketState,
+    target: Target,
+) -> Outcome {
+    let port = target_port(pod, target);
+    let addr = localhost::<F>(state.addr);
     if open::passes(ctx, pod, UDP, addr, port) {
         return Outcome::Proceed;
     }
+    let sk = context::sock(ctx);
     state.kind = socket::DATAGRAM;
-    (state.addr, state.port) = (decided.dst, flow.dst_port);
-    if flow.src.is_unspecified() && !decided.source.is_unspecified() {
-        if F::bind(ctx, decided.source) {
+    if !state.source.is_unspecified() {
+        if F::bind(ctx, state.source) {
             state.bound = 1;
+            state.source = Addr::UNSPECIFIED;
         } else {
             // Its port is bound without an address, or the source is a link-local one: the name is put right where it is
             // asked for.
@@ -126,52 +140,48 @@ fn datagram<F: Family>(ctx: &SockAddrContext, netns: u64, pod: &PodPolicy) -> Ou
             if matches!(Failure::SourceNotBound.policy(), OnFailure::Closed) {
                 return Outcome::Refuse;
             }
-            state.source = decided.source;
         }
     }
-    if let Outcome::Refuse = remember(ctx, netns, pod, sk, state) {
-        return Outcome::Refuse;
+    if let Some(before) = maps::socket(sk) {
+        state.bound |= before.bound;
     }
-    dial::<F>(ctx, addr, port)
+    if maps::set_socket(sk, state).is_none() {
+        return no_storage(ctx, netns, pod);
+    }
+    F::rename(ctx, addr);
+    context::rename_port(ctx, port);
+    Outcome::Proceed
 }
 
+/// Undo what an earlier connect() did to a datagram socket.
 #[inline(always)]
-fn decide<F: Family>(
-    ctx: &SockAddrContext,
-    netns: u64,
-    pod: &PodPolicy,
-    protocol: u32,
-) -> (Outbound, OutboundDecision) {
-    let sk = context::sock(ctx);
-    let mut flow = Outbound {
-        protocol: protocol as u8,
-        dst: F::named(ctx),
-        dst_port: context::named_port(ctx),
-        src: F::bound(sk),
-        owner: owner::of(sk, protocol),
-        mark: context::mark(sk),
-    };
-    let decided = decide_outbound(pod, &flow, &MapFacts { conn: None });
-    flow.dst = decided.dst;
-    observe::outbound(netns, pod, &flow, decided.decision.reason);
-    (flow, decided)
+fn release_datagram<F: Family>(ctx: &SockAddrContext, sk: *mut bpf_sock) {
+    let Some(before) = maps::socket(sk) else { return };
+    maps::forget_servers(sk);
+    if before.bound == 0 {
+        maps::forget_socket(sk);
+        return;
+    }
+    before.kind = socket::IDLE;
+    before.source = Addr::UNSPECIFIED;
+    // Fails while the socket is still connected: then the kernel keeps the source as well.
+    let _released = F::bind(ctx, Addr::UNSPECIFIED);
 }
 
-/// Keep what is known of a socket until its SYN leaves, or as long as it asks by datagrams.
+/// TPROXY: keep what is known of a socket until its SYN leaves; it dials what it names.
 #[inline(always)]
-fn remember(
-    ctx: &SockAddrContext,
-    netns: u64,
-    pod: &PodPolicy,
-    sk: *mut bpf_sock,
-    state: SocketState,
-) -> Outcome {
-    if state.kind != socket::DATAGRAM && has_too_many(pod) {
+fn remember(ctx: &SockAddrContext, netns: u64, pod: &PodPolicy, state: SocketState) -> Outcome {
+    if has_too_many(pod) {
         return refusal::connect(pod, Failure::TooManyConnections, Outcome::Proceed);
     }
-    if maps::set_socket(sk, state).is_some() {
-        return Outcome::Proceed;
+    match maps::set_socket(context::sock(ctx), state) {
+        Some(_) => Outcome::Proceed,
+        None => no_storage(ctx, netns, pod),
     }
+}
+
+#[inline(always)]
+fn no_storage(ctx: &SockAddrContext, netns: u64, pod: &PodPolicy) -> Outcome {
     observe::line!(
         ctx,
         netns,
@@ -184,14 +194,6 @@ fn remember(
 #[inline(always)]
 fn has_too_many(pod: &PodPolicy) -> bool {
     ProxyState::of(pod.slot).is_some_and(|proxy| proxy.connections() >= pod.max_connections.into())
-}
-
-/// Dial this instead of what the system call names.
-#[inline(always)]
-fn dial<F: Family>(ctx: &SockAddrContext, addr: Addr, port: u16) -> Outcome {
-    F::rename(ctx, addr);
-    context::rename_port(ctx, port);
-    Outcome::Proceed
 }
 
 /// Whether a datagram to this port can be a captured query: all others go on without a decision.
@@ -210,17 +212,34 @@ pub(crate) fn target_port(pod: &PodPolicy, target: Target) -> u16 {
     }
 }
 
-/// The address at which a connection to the proxy's port dials it in place of a destination: a stand-in, where the proxy
-/// is seen to take it and it is local in the namespace; else 127.0.0.1 or ::1.
+/// 127.0.0.1 or ::1, for a destination.
 #[inline(always)]
-fn stand_in(pod: &PodPolicy, port: u16, dst: Addr, dst_port: u16) -> Addr {
-    let local = if dst.is_v4() { policy::SPREAD_V4 } else { policy::SPREAD_V6 };
-    if pod.flags & local == 0 {
-        return dst.localhost();
+fn localhost<F: Family>(dst: Addr) -> Addr {
+    if F::V6 { dst.localhost() } else { Addr::LOCALHOST_V4 }
+}
+
+#[inline(always)]
+fn target_role(target: Target) -> ProxyPort {
+    match target {
+        Target::Outbound => ProxyPort::Outbound,
+        Target::Inbound => ProxyPort::Inbound,
+        Target::Dns => ProxyPort::Dns,
     }
-    match listener_bound(pod, port, !dst.is_v4()) {
-        bound::WILDCARD => Addr::spread(Spread::Direct, dst, dst_port),
-        bound::STEERED => Addr::spread(Spread::Steered, dst, dst_port),
-        _ => dst.localhost(),
+}
+
+/// The address at which a connection dials the proxy in place of its destination: a stand-in, where the proxy is seen to
+/// take it and it is local in the namespace; else 127.0.0.1 or ::1.
+#[inline(always)]
+fn stand_in<F: Family>(pod: &PodPolicy, kept: &SocketState) -> Addr {
+    let v6 = F::V6 && !kept.addr.is_v4();
+    let local = if v6 { policy::SPREAD_V6 } else { policy::SPREAD_V4 };
+    let bound = match ProxyState::of(pod.slot) {
+        Some(proxy) if pod.flags & local != 0 => proxy.takes(ProxyPort::of(kept.proxy_role), v6),
+        _ => bound::UNKNOWN,
+    };
+    match bound {
+        bound::WILDCARD => Addr::spread(Spread::Direct, kept.addr, kept.port),
+        bound::STEERED => Addr::spread(Spread::Steered, kept.addr, kept.port),
+        _ => localhost::<F>(kept.addr),
     }
 }

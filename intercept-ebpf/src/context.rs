@@ -235,6 +235,16 @@ impl Family for V6 {
     }
 }
 
+/// Name the address that the kernel is going to use in place of an unspecified one ([`Addr::effective`]). By way of the
+/// context, of which the verifier knows nothing: in a variable it would walk all of the decision for each case.
+#[inline(always)]
+pub(crate) fn name_own_host<F: Family>(ctx: &SockAddrContext, src: Addr) {
+    let named = F::named(ctx);
+    if named.is_unspecified() {
+        F::rename(ctx, named.effective(src));
+    }
+}
+
 /// The port that the system call names, host order.
 #[inline(always)]
 pub(crate) fn named_port(ctx: &SockAddrContext) -> u16 {

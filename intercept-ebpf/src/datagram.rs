@@ -34,17 +34,18 @@ pub(crate) fn sendmsg<F: Family>(ctx: &SockAddrContext) -> Outcome {
     let sk = context::sock(ctx);
     let bound = F::bound(sk);
     let asked = F::datagram_source(ctx);
-    let mut flow = Outbound {
+    let src = if asked.is_unspecified() { bound } else { asked };
+    context::name_own_host::<F>(ctx, src);
+    let flow = Outbound {
         protocol: UDP as u8,
         dst: F::named(ctx),
         dst_port,
-        src: if asked.is_unspecified() { bound } else { asked },
+        src,
         owner: owner::of(sk, UDP),
         // Connections only are told by it.
         mark: 0,
     };
     let decided = decide_outbound(pod, &flow, &MapFacts { conn: None });
-    flow.dst = decided.dst;
     observe::outbound(netns, pod, &flow, decided.decision.reason);
     let target = match decided.decision.verdict {
         Verdict::Leave => return Outcome::Proceed,
@@ -100,6 +101,8 @@ fn remember(sk: *mut bpf_sock, pod: &PodPolicy, flow: &Outbound, source: Addr) -
         kind: socket::DATAGRAM,
         slot: pod.slot as u16,
         bound,
+        proxy_port: pod.dns_port,
+        proxy_role: 0,
     };
     maps::set_socket(sk, state)?;
     Some(source)

@@ -7,6 +7,7 @@ use aya_ebpf::{
     helpers::generated::bpf_skc_to_tcp_sock,
     programs::SockOpsContext,
 };
+use bytemuck::Zeroable as _;
 use intercept_common::{
     Addr,
     layout::{ConnKey, Handshake, SocketState, socket},
@@ -71,10 +72,9 @@ pub(crate) fn remember(sk: *mut bpf_sock, key: &ConnKey) -> Option<()> {
         source: Addr::UNSPECIFIED,
         port: key.client_port,
         kind: socket::TRANSLATED,
-        slot: 0,
-        bound: 0,
+        ..SocketState::zeroed()
     };
-    maps::set_socket(sk, state)
+    maps::set_socket(sk, state).map(|_| ())
 }
 
 /// The key of a connection by the proxy's socket, `ends` being the proxy's.

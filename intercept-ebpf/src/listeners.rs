@@ -33,7 +33,7 @@ pub(crate) fn listen(ctx: &SockOpsContext) {
     let scope = if local.is_localhost() {
         scope::LOCALHOST
     } else if local.is_loopback() {
-        proxy.set_bound(role, v6, bound::ONE);
+        set_bound(pod, proxy, port, v6, bound::ONE);
         return;
     } else {
         scope::ANY
@@ -45,7 +45,7 @@ pub(crate) fn listen(ctx: &SockOpsContext) {
         (scope::ANY, _) if local.is_unspecified() => bound::WILDCARD,
         _ => bound::ONE,
     };
-    proxy.set_bound(role, v6, bound);
+    set_bound(pod, proxy, port, v6, bound);
     let is_mptcp = matches!(registered, Err(error) if error == -EOPNOTSUPP);
     proxy.set_mptcp(role, v6, scope, is_mptcp);
     match registered {
@@ -64,6 +64,14 @@ pub(crate) fn listen(ctx: &SockOpsContext) {
             Failure::ListenerNotAdded,
             "registering a listener of netns {}: it will get no inbound connections"
         ),
+    }
+}
+
+/// For all ports of the proxy that have this number.
+#[inline(always)]
+fn set_bound(pod: &PodPolicy, proxy: ProxyState, port: u16, v6: bool, bound: u16) {
+    for role in pod.proxy_ports(port).into_iter().flatten() {
+        proxy.set_bound(role, v6, bound);
     }
 }
 

@@ -221,7 +221,7 @@ pub(crate) fn socket(sk: *mut bpf_sock) -> Option<&'static mut SocketState> {
 
 /// Remember something of a socket, in place of what was. None if there is no memory.
 #[inline(always)]
-pub(crate) fn set_socket(sk: *mut bpf_sock, mut state: SocketState) -> Option<()> {
+pub(crate) fn set_socket(sk: *mut bpf_sock, mut state: SocketState) -> Option<*mut SocketState> {
     // SAFETY: as for `socket`.
     let slot = unsafe {
         bpf_sk_storage_get(
@@ -234,7 +234,14 @@ pub(crate) fn set_socket(sk: *mut bpf_sock, mut state: SocketState) -> Option<()
         .as_mut()
     }?;
     *slot = state;
-    Some(())
+    Some(slot)
+}
+
+/// What was just kept, read from where it is.
+#[inline(always)]
+pub(crate) fn reread(kept: *mut SocketState) -> SocketState {
+    // SAFETY: of `set_socket`, whose socket is locked by the system call. Volatile, so that it is read.
+    unsafe { kept.read_volatile() }
 }
 
 /// Forget a socket.

@@ -1,7 +1,7 @@
 //! What is known of a pod's proxy: its element of PROXIES, behind accessors. Other CPUs and the agent change it at the
 //! same time, so that every field is read and written whole.
 
-use intercept_common::layout::{PodPolicy, Proxy, ProxyPort, Ring, bound, scope};
+use intercept_common::layout::{Proxy, ProxyPort, Ring, scope};
 
 use crate::{atomic, maps};
 
@@ -48,25 +48,25 @@ impl ProxyState {
         unsafe { (&raw mut (*self.0).overruled).write_volatile(1) };
     }
 
-    /// How the listener on a port is bound for connections of a family: one of [`bound`].
+    /// How the listener on a port is bound for connections of a family: one of `layout::bound`.
     #[inline(always)]
     pub(crate) fn takes(self, port: ProxyPort, v6: bool) -> u16 {
-        Proxy::takes(self.bound(port, false), self.bound(port, true), v6)
-    }
-
-    #[inline(always)]
-    fn bound(self, port: ProxyPort, v6: bool) -> u16 {
-        let index = Proxy::index(port, v6, scope::ANY) & 15;
-        // SAFETY: see `connections`; the array has 16.
-        unsafe { (&raw const (*self.0).bound).cast::<u16>().add(index).read_volatile() }
+        self.read(Proxy::index(port, v6, scope::ANY))
     }
 
     /// Say how a listener is bound.
     #[inline(always)]
     pub(crate) fn set_bound(self, port: ProxyPort, v6: bool, bound: u16) {
-        let index = Proxy::index(port, v6, scope::ANY) & 15;
+        for (index, value) in Proxy::bind(port, v6, bound, self.read(Proxy::v4_seen(port)) != 0) {
+            // SAFETY: see `connections`; the array has 16.
+            unsafe { (&raw mut (*self.0).bound).cast::<u16>().add(index & 15).write_volatile(value) };
+        }
+    }
+
+    #[inline(always)]
+    fn read(self, index: usize) -> u16 {
         // SAFETY: see `connections`; the array has 16.
-        unsafe { (&raw mut (*self.0).bound).cast::<u16>().add(index).write_volatile(bound) };
+        unsafe { (&raw const (*self.0).bound).cast::<u16>().add(index & 15).read_volatile() }
     }
 
     /// Say whether the newest listener of a port, family and scope is of MPTCP.
@@ -116,14 +116,5 @@ impl ListenerRing {
     pub(crate) fn set_hint(self, slot: u64) {
         // SAFETY: see `ProxyState::connections`.
         unsafe { (&raw mut (*self.0).hint).write_volatile(slot) };
-    }
-}
-
-/// How the proxy's listener on one of its ports is bound, for connections of a family.
-#[inline(always)]
-pub(crate) fn listener_bound(pod: &PodPolicy, port: u16, v6: bool) -> u16 {
-    match (ProxyState::of(pod.slot), pod.proxy_port(port)) {
-        (Some(proxy), Some(port)) => proxy.takes(port, v6),
-        _ => bound::UNKNOWN,
     }
 }

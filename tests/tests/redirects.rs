@@ -148,8 +148,9 @@ fn a_narrow_loopback_is_as_good() {
 #[test]
 fn a_loopback_that_was_down_is_as_good() {
     let bed = Bed::new("down", WILDCARD);
+    bed.command("ip link set lo down");
     let (_running, _) = bed.agent.run(&bed.pod, &INIT_FLAGS).expect("in force");
-    bed.command("ip link set lo down && ip link set lo up");
+    bed.command("ip link set lo up && ip link set lo down && ip link set lo up");
     let deadline = Instant::now() + Duration::from_secs(10);
     for to in SERVICES {
         while bed.original(to) != Ok(to.parse().expect("an address")) {

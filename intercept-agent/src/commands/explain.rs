@@ -78,7 +78,7 @@ fn decide(args: &ExplainArgs, policy: &PodPolicy, facts: &impl Facts) -> Decisio
         Direction::Outbound => {
             let flow = Outbound {
                 protocol: if args.udp { 17 } else { 6 },
-                dst,
+                dst: dst.effective(src),
                 dst_port: args.dport,
                 src,
                 owner: Owner { uid: args.uid, gid: args.gid },

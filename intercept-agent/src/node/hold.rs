@@ -52,7 +52,7 @@ impl Node {
                 self.make_transparent(policy.slot, listener)?;
             }
             if !is_known(listener) {
-                self.register_listener(target, policy.slot, port, listener)?;
+                self.register_listener(target, policy, port, listener)?;
             }
         }
         Ok(())
@@ -94,16 +94,16 @@ impl Node {
     fn register_listener(
         &mut self,
         target: &Target,
-        slot: u32,
+        policy: &PodPolicy,
         port: ProxyPort,
         listener: &Listener,
     ) -> Result<(), NodeError> {
-        let v6 = listener.family == 6;
+        let slot = policy.slot;
         let scope = if listener.is_localhost() {
             scope::LOCALHOST
         } else if listener.addr.is_loopback() {
             // Gets nothing from a REDIRECT either.
-            self.tables.set_bound(slot, port, v6, bound::ONE);
+            self.set_bound(policy, listener, bound::ONE);
             return Ok(());
         } else {
             scope::ANY
@@ -129,7 +129,14 @@ impl Node {
             (scope::ANY, _) if listener.addr.is_unspecified() => bound::WILDCARD,
             _ => bound::ONE,
         };
-        self.tables.set_bound(slot, port, v6, bound);
+        self.set_bound(policy, listener, bound);
         Ok(())
+    }
+
+    /// For all ports of the proxy that have this number.
+    fn set_bound(&self, policy: &PodPolicy, listener: &Listener, bound: u16) {
+        for role in policy.proxy_ports(listener.port).into_iter().flatten() {
+            self.tables.set_bound(policy.slot, role, listener.family == 6, bound);
+        }
     }
 }

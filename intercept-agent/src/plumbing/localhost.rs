@@ -9,13 +9,22 @@ use rtnetlink::Handle;
 
 use super::{PlumbingError, local_route, loopback, unless_there};
 
+/// IPv6 takes no route by an interface that is down. Without these, 127.0.0.1 and ::1 themselves are dialled; once the
+/// interface is up, whoever follows the namespace adds them.
+fn unless_there_or_down(result: Result<(), rtnetlink::Error>) -> Result<bool, rtnetlink::Error> {
+    match result {
+        Err(rtnetlink::Error::NetlinkError(message)) if message.raw_code() == -libc::ENETDOWN => Ok(false),
+        result => unless_there(result),
+    }
+}
+
 /// IPv4 has its prefixes as a part of 127/8, unless the loopback interface has less of that.
 pub(super) async fn add_local_prefix(handle: &Handle, net: IpNet) -> Result<bool, PlumbingError> {
     let addr = match net.network() {
         IpAddr::V4(addr) => addr,
         IpAddr::V6(_) => {
             let route = local_prefix_route(net, loopback(handle).await?);
-            return unless_there(handle.route().add(route).execute().await).map_err(|source| {
+            return unless_there_or_down(handle.route().add(route).execute().await).map_err(|source| {
                 local_prefix_failed(source, "adding a local IPv6 prefix to dial the proxy by")
             });
         }
@@ -27,7 +36,7 @@ pub(super) async fn add_local_prefix(handle: &Handle, net: IpNet) -> Result<bool
         return Ok(false);
     }
     let route = local_prefix_route(net, loopback(handle).await?);
-    unless_there(handle.route().add(route).execute().await)
+    unless_there_or_down(handle.route().add(route).execute().await)
         .map_err(|source| local_prefix_failed(source, "adding a local IPv4 prefix to dial the proxy by"))
 }
 
@@ -58,7 +67,7 @@ pub(super) async fn add_localhost_by(
 ) -> Result<bool, PlumbingError> {
     let Some(index) = index_of(handle, interface).await? else { return Ok(false) };
     let request = handle.route().add(localhost_route(v6, index));
-    unless_there(request.execute().await).map_err(|source| PlumbingError::Netlink {
+    unless_there_or_down(request.execute().await).map_err(|source| PlumbingError::Netlink {
         action: "adding a local route to localhost by an interface",
         source: Box::new(source),
     })

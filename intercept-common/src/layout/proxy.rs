@@ -52,7 +52,8 @@ pub struct Proxy {
     pub mptcp: u64,
     /// 1 once the agent made listeners of the outbound port IP_TRANSPARENT, for the guests of `-k`.
     pub transparent: u64,
-    /// By [`Proxy::index`] with [`scope::ANY`], written whole by the listener that it is about: one of [`bound`].
+    /// How connections of a family find the proxy: by [`Proxy::index`] with [`scope::ANY`] one of [`bound`], written whole by
+    /// [`Proxy::bind`].
     pub bound: [u16; 16],
     /// By [`Proxy::index`]: where LISTENERS has the sockets of a port, family and scope.
     pub rings: [Ring; 16],
@@ -80,7 +81,29 @@ pub struct Ring {
     pub hint: u64,
 }
 
+impl ProxyPort {
+    /// By its number; [`ProxyPort::Dns`] for any other than those of the first two.
+    #[inline(always)]
+    pub const fn of(number: u16) -> Self {
+        match number {
+            0 => Self::Outbound,
+            1 => Self::Inbound,
+            _ => Self::Dns,
+        }
+    }
+}
+
 impl PodPolicy {
+    /// The ports that have this number: more than one if options name the same twice.
+    #[inline(always)]
+    pub const fn proxy_ports(&self, port: u16) -> [Option<ProxyPort>; 3] {
+        [
+            if port == self.outbound_port { Some(ProxyPort::Outbound) } else { None },
+            if port == self.inbound_port { Some(ProxyPort::Inbound) } else { None },
+            if port == self.dns_port { Some(ProxyPort::Dns) } else { None },
+        ]
+    }
+
     /// Which port of the proxy this is.
     #[inline(always)]
     pub const fn proxy_port(&self, port: u16) -> Option<ProxyPort> {
@@ -103,17 +126,25 @@ impl Proxy {
         (port as usize) << 2 | (v6 as usize) << 1 | scope as usize & 1
     }
 
-    /// One of [`bound`] for connections of a family, given how the listeners of both are bound. A listener of IPv6 on
-    /// the wildcard address takes IPv4 as well unless there is one for IPv4.
+    /// What a listener of a port changes in [`Proxy::bound`]: indices and values. One of IPv6 on the wildcard
+    /// address takes IPv4 as well, unless one of IPv4 was seen, which is noted at the index of the other scope.
     #[inline(always)]
-    pub const fn takes(bound_v4: u16, bound_v6: u16, v6: bool) -> u16 {
-        if v6 {
-            bound_v6
-        } else if bound_v4 == bound::UNKNOWN && bound_v6 == bound::WILDCARD {
-            bound::WILDCARD
-        } else {
-            bound_v4
+    pub const fn bind(port: ProxyPort, v6: bool, bound: u16, v4_seen: bool) -> [(usize, u16); 2] {
+        let own = (Self::index(port, v6, scope::ANY), bound);
+        if !v6 {
+            return [own, (Self::v4_seen(port), 1)];
         }
+        if v4_seen {
+            return [own, own];
+        }
+        let for_v4 = if bound == bound::WILDCARD { bound } else { bound::UNKNOWN };
+        [own, (Self::index(port, false, scope::ANY), for_v4)]
+    }
+
+    /// Index into [`Proxy::bound`] of whether a listener of IPv4 was seen.
+    #[inline(always)]
+    pub const fn v4_seen(port: ProxyPort) -> usize {
+        Self::index(port, false, scope::LOCALHOST)
     }
 }
 
