@@ -7,7 +7,10 @@ use ipnet::IpNet;
 use netlink_packet_route::route::{RouteAddress, RouteAttribute, RouteMessage};
 use rtnetlink::Handle;
 
-use super::{PlumbingError, local_route, loopback, unless_there};
+use super::{
+    PlumbingError,
+    change::{local_route, loopback, unless_there},
+};
 
 /// IPv4 has its prefixes as a part of 127/8, unless the loopback interface has less of that.
 pub(super) async fn add_local_prefix(handle: &Handle, net: IpNet) -> Result<bool, PlumbingError> {
