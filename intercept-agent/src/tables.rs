@@ -2,21 +2,19 @@
 
 use std::{
     io,
-    mem::{offset_of, size_of},
     os::fd::AsFd as _,
     path::{Path, PathBuf},
-    sync::atomic::{AtomicU64, Ordering},
 };
 
 use aya::maps::{
-    Array, HashMap, IterableMap as _, MapData, MapError, MapInfo, PerCpuArray, PerCpuValues, SockHash,
+    HashMap, IterableMap as _, MapData, MapError, MapInfo, PerCpuArray, PerCpuValues, SockHash,
     lpm_trie::{Key, LpmTrie},
 };
 use intercept_common::{
     Addr,
     layout::{
-        ConnKey, Counters, Destination, DestinationKey, ListenerKey, MAX_PODS, MemberKey, OrigDst, PodPolicy,
-        PortKey, Proxy, ProxyPort, Ring, scope,
+        ConnKey, Counters, Destination, DestinationKey, ListenerKey, MemberKey, OrigDst, PodPolicy, PortKey,
+        Proxy,
     },
     names,
 };
@@ -25,6 +23,10 @@ use crate::{
     compile::Entries,
     kernel::{self, Plain, SharedArray},
 };
+
+mod proxy;
+
+pub use proxy::Registered;
 
 type Hash<K, V> = HashMap<MapData, Plain<K>, Plain<V>>;
 
@@ -152,24 +154,9 @@ fn entries<K: bytemuck::Pod, V: bytemuck::Pod>(map: &MapData, name: &str) -> Res
     kernel::entries(map.fd().as_fd()).map_err(|error| failed("reading", name)(MapError::IoError(error)))
 }
 
-fn proxies(dir: &Path) -> Result<SharedArray<Proxy>, TableError> {
-    let map: Array<MapData, Plain<Proxy>> = open(dir, names::PROXIES, aya::maps::Map::Array)?;
-    SharedArray::map(map.map().fd().as_fd(), MAX_PODS as usize)
-        .map_err(|error| failed("sharing memory with", names::PROXIES)(MapError::IoError(error)))
-}
-
 fn count<K: bytemuck::Pod, V: bytemuck::Pod>(map: &MapData, name: &str) -> Result<usize, TableError> {
     kernel::count_entries::<K, V>(map.fd().as_fd())
         .map_err(|error| failed("reading", name)(MapError::IoError(error)))
-}
-
-/// Whether a socket was registered.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Registered {
-    /// It gets the connections that are steered to its port.
-    Yes,
-    /// It is of MPTCP, which no map of sockets takes.
-    Mptcp,
 }
 
 impl Tables {
@@ -184,7 +171,7 @@ impl Tables {
             interfaces: open(dir, names::INTERFACES, Map::HashMap)?,
             listeners: open(dir, names::LISTENERS, Map::SockHash)?,
             orig_dst: open(dir, names::ORIG_DST, Map::HashMap)?,
-            proxies: proxies(dir)?,
+            proxies: proxy::open(dir)?,
             max_connections: MapInfo::from_pin(dir.join(names::ORIG_DST))
                 .map_err(failed("asking for the size of", names::ORIG_DST))?
                 .max_entries(),
@@ -364,114 +351,6 @@ impl Tables {
             Ok((name, used, info.max_entries()))
         });
         Ok(Fill { maps: with_room.collect::<Result<_, _>>()? })
-    }
-
-    /// Register a socket that listened before the programs were attached, beside those that the programs register at
-    /// the same time. The key's slot is chosen here.
-    pub fn register_listener(
-        &mut self,
-        slot: u32,
-        port: ProxyPort,
-        key: ListenerKey,
-        socket: &impl std::os::fd::AsRawFd,
-    ) -> Result<Registered, TableError> {
-        const BPF_NOEXIST: u64 = 1;
-        let index = Proxy::index(port, key.family == 6, key.scope);
-        let top = offset_of!(Proxy, rings) + index * size_of::<Ring>() + offset_of!(Ring, top);
-        let (Some(top), Some(mptcp)) = (
-            self.proxies.word(slot as usize, top),
-            self.proxies.word(slot as usize, offset_of!(Proxy, mptcp)),
-        ) else {
-            return Ok(Registered::Yes);
-        };
-        loop {
-            let next = top.fetch_add(1, Ordering::Relaxed);
-            let key = ListenerKey { slot: u32::try_from(next).unwrap_or(u32::MAX), ..key };
-            match self.listeners.insert(Plain(key), socket.as_raw_fd(), BPF_NOEXIST) {
-                Ok(()) => {
-                    mptcp.fetch_and(!(1 << index), Ordering::Relaxed);
-                    return Ok(Registered::Yes);
-                }
-                Err(MapError::SyscallError(error))
-                    if error.io_error.raw_os_error() == Some(libc::EOPNOTSUPP) =>
-                {
-                    mptcp.fetch_or(1 << index, Ordering::Relaxed);
-                    return Ok(Registered::Mptcp);
-                }
-                // The program took it first, as that of the newest which was closed.
-                Err(MapError::SyscallError(error)) if error.io_error.raw_os_error() == Some(libc::EEXIST) => {
-                }
-                Err(error) => return Err(failed("registering a listener in", names::LISTENERS)(error)),
-            }
-        }
-    }
-
-    /// The listeners held for a namespace.
-    pub fn listeners(&self, cookie: u64) -> Result<Vec<ListenerKey>, TableError> {
-        let mut found = Vec::new();
-        for key in self.listeners.keys() {
-            let key = key.map_err(failed("reading", names::LISTENERS))?.0;
-            if key.netns == cookie {
-                found.push(key);
-            }
-        }
-        Ok(found)
-    }
-
-    /// A word of what is known of the proxy of a slot.
-    fn proxy(&self, slot: u32, offset: usize) -> Option<&AtomicU64> {
-        self.proxies.word(slot as usize, offset)
-    }
-
-    /// Say how the proxy's listener of a port and family is bound: one of `layout::bound`.
-    pub fn set_bound(&self, slot: u32, port: ProxyPort, v6: bool, bound: u16) {
-        let cell = |index: usize| {
-            self.proxies.half_word(slot as usize, offset_of!(Proxy, bound) + index * size_of::<u16>())
-        };
-        let v4_seen = cell(Proxy::v4_seen(port)).is_some_and(|seen| seen.load(Ordering::Relaxed) != 0);
-        for (index, value) in Proxy::bind(port, v6, bound, v4_seen) {
-            if let Some(cell) = cell(index) {
-                cell.store(value, Ordering::Relaxed);
-            }
-        }
-    }
-
-    /// Know nothing of the proxy and the connections of a slot that is given to a pod. No policy names the slot yet.
-    pub fn reset_proxy(&self, slot: u32) {
-        self.proxies.clear(slot as usize);
-    }
-
-    /// Listeners of the pod's proxy were made IP_TRANSPARENT.
-    pub fn set_transparent(&self, slot: u32) {
-        if let Some(cell) = self.proxy(slot, offset_of!(Proxy, transparent)) {
-            cell.store(1, Ordering::Relaxed);
-        }
-    }
-
-    /// Whether any were.
-    pub fn is_transparent(&self, slot: u32) -> bool {
-        self.proxy(slot, offset_of!(Proxy, transparent)).is_some_and(|cell| cell.load(Ordering::Relaxed) != 0)
-    }
-
-    /// How many redirected connections the pod of a slot has.
-    pub fn connections(&self, slot: u32) -> u64 {
-        self.proxy(slot, offset_of!(Proxy, connections)).map_or(0, |count| count.load(Ordering::Relaxed))
-    }
-
-    /// The ports and families (4 or 6) at which the proxy of a pod listens by MPTCP, which no map of sockets takes.
-    pub fn mptcp_listeners(&self, policy: &PodPolicy) -> Vec<(u16, u8)> {
-        let bits =
-            self.proxy(policy.slot, offset_of!(Proxy, mptcp)).map_or(0, |bits| bits.load(Ordering::Relaxed));
-        let mut found = Vec::new();
-        for port in [policy.outbound_port, policy.inbound_port, policy.dns_port] {
-            let Some(role) = policy.proxy_port(port) else { continue };
-            for (v6, family) in [(false, 4), (true, 6)] {
-                if bits & 1 << Proxy::index(role, v6, scope::ANY) != 0 && !found.contains(&(port, family)) {
-                    found.push((port, family));
-                }
-            }
-        }
-        found
     }
 
     /// How many redirected connections one pod may have: a quarter of those that the node remembers, so that no three

@@ -6,7 +6,7 @@ use intercept_common::{
     Addr, Facts as _, Spread, Target, Verdict,
     decide::{Inbound, decide_inbound},
     failure::Failure,
-    layout::{Arrival, PodPolicy, destination, policy, scope},
+    layout::{Arrival, PodPolicy, Proxy, destination, policy, scope},
 };
 
 use crate::{
@@ -55,7 +55,7 @@ pub(crate) fn arrive(ctx: &SkLookupContext) -> Steer {
     let netns = own_netns();
     if let Some(arrival) = maps::arrival() {
         // SAFETY: this CPU's own value.
-        unsafe { arrival.write(Arrival { netns, tag: tag(ctx) }) };
+        unsafe { arrival.write(Arrival { netns, tag: tag(ctx), listeners: 0 }) };
         maps::go_on(ctx);
     }
     match maps::pod(netns) {
@@ -91,32 +91,51 @@ fn tag(ctx: &SkLookupContext) -> u64 {
 /// Decide on a connection that [`arrive`] has announced.
 #[inline(always)]
 pub(crate) fn steer(ctx: &SkLookupContext) -> Steer {
+    let Some(arrival) = maps::arrival() else { return Steer::Drop };
     // SAFETY: this CPU's own value.
-    let Some(arrival) = maps::arrival().map(|arrival| unsafe { arrival.read() }) else { return Steer::Drop };
-    if arrival.tag != tag(ctx) {
-        // No packet: whoever asked finds nothing.
+    let noted = unsafe { arrival.read_volatile() };
+    if noted.tag != tag(ctx) {
+        // No packet: a process that asks finds nothing.
         return Steer::Drop;
     }
-    let netns = arrival.netns;
-    let Some(pod) = maps::pod(netns) else { return Steer::Pass };
+    let Some(pod) = maps::pod(noted.netns) else { return Steer::Pass };
+    let Some((port, scope)) = target(ctx, noted.netns, pod) else { return Steer::Pass };
+    let Some(role) = pod.proxy_port(port) else { return fail(pod, Failure::NoListener) };
+    let listeners = u64::from(port) << 16 | Proxy::index(role, false, scope) as u64;
+    // Read back, the verifier knows nothing of it: the search that follows is walked once, rather than once for each row
+    // that leads here.
+    // SAFETY: as above.
+    let noted = unsafe {
+        (&raw mut (*arrival).listeners).write_volatile(listeners);
+        arrival.read_volatile()
+    };
+    if noted.tag != tag(ctx) {
+        return Steer::Drop;
+    }
+    if listeners::assign(ctx, &noted, pod) { Steer::Assigned } else { fail(pod, Failure::NoListener) }
+}
+
+/// Port and scope of the listeners that get a connection; none where it goes on as without us.
+#[inline(always)]
+fn target(ctx: &SkLookupContext, netns: u64, pod: &PodPolicy) -> Option<(u16, u8)> {
     let ends = context::lookup_ends(ctx.lookup);
+    if ends.local.spread_range() == Some(Spread::Steered) && is_own(pod, ends.remote) {
+        // To the proxy, which listens on 127.0.0.1 or ::1.
+        return Some((ends.local_port, scope::LOCALHOST));
+    }
     let flow = Inbound {
         dst: ends.local,
         dst_port: ends.local_port,
         src: ends.remote,
         ifindex: load!(load_u32, bpf_sk_lookup, ctx.lookup, ingress_ifindex),
     };
-    if ends.local.spread_range() == Some(Spread::Steered) && is_own(pod, ends.remote) {
-        // To the proxy, which listens on 127.0.0.1 or ::1.
-        return assign(ctx, netns, pod, ends.local_port, scope::LOCALHOST);
-    }
     let conn = proxy_key(netns, &ends);
     let decision = decide_inbound(pod, &flow, &MapFacts { conn: Some(&conn) });
     observe::inbound(netns, pod, &flow, ends.remote_port, decision.reason);
     match decision.verdict {
-        Verdict::Leave => Steer::Pass,
-        Verdict::Redirect(Target::Outbound) => assign(ctx, netns, pod, pod.outbound_port, scope::ANY),
-        Verdict::Redirect(_) => assign(ctx, netns, pod, pod.inbound_port, scope::ANY),
+        Verdict::Leave => None,
+        Verdict::Redirect(Target::Outbound) => Some((pod.outbound_port, scope::ANY)),
+        Verdict::Redirect(_) => Some((pod.inbound_port, scope::ANY)),
     }
 }
 
@@ -124,16 +143,6 @@ pub(crate) fn steer(ctx: &SkLookupContext) -> Steer {
 #[inline(always)]
 fn is_own(pod: &PodPolicy, addr: Addr) -> bool {
     addr.is_loopback() || MapFacts { conn: None }.destination(pod.id, addr).flags & destination::LO != 0
-}
-
-#[inline(always)]
-fn assign(ctx: &SkLookupContext, netns: u64, pod: &PodPolicy, port: u16, scope: u8) -> Steer {
-    let v6 = load!(load_u32, bpf_sk_lookup, ctx.lookup, family) == context::AF_INET6;
-    if listeners::assign(ctx, netns, pod, port, scope, v6) {
-        Steer::Assigned
-    } else {
-        fail(pod, Failure::NoListener)
-    }
 }
 
 #[inline(always)]

@@ -2,12 +2,12 @@
 //! steers.
 
 use aya_ebpf::{
-    bindings::bpf_sock_ops,
+    bindings::{bpf_sk_lookup, bpf_sock_ops},
     programs::{SkLookupContext, SockOpsContext},
 };
 use intercept_common::{
     failure::Failure,
-    layout::{LISTENER_SEARCH, ListenerKey, PodPolicy, bound, scope},
+    layout::{Arrival, LISTENER_SEARCH, ListenerKey, PodPolicy, Proxy, bound, scope},
 };
 
 use crate::{
@@ -101,21 +101,16 @@ fn register(ops: *mut bpf_sock_ops, mut key: ListenerKey, ring: ListenerRing) ->
     result
 }
 
-/// Hand an arriving connection to a listener of a port and scope. An IPv6 socket may take IPv4 as well; the kernel
+/// Hand an arriving connection to one of the listeners that it is for. An IPv6 socket may take IPv4 as well; the kernel
 /// refuses the assignment if it does not. False if there is none.
 #[inline(always)]
-pub(crate) fn assign(
-    ctx: &SkLookupContext,
-    netns: u64,
-    pod: &PodPolicy,
-    port: u16,
-    scope: u8,
-    v6: bool,
-) -> bool {
-    let (Some(proxy), Some(role)) = (ProxyState::of(pod.slot), pod.proxy_port(port)) else { return false };
-    let key = ListenerKey { netns, port, family: if v6 { 6 } else { 4 }, scope, slot: 0 };
-    assign_from(ctx, key, proxy.ring(role, v6, scope))
-        || (!v6 && assign_from(ctx, ListenerKey { family: 6, ..key }, proxy.ring(role, true, scope)))
+pub(crate) fn assign(ctx: &SkLookupContext, arrival: &Arrival, pod: &PodPolicy) -> bool {
+    let Some(proxy) = ProxyState::of(pod.slot) else { return false };
+    let (port, index) = ((arrival.listeners >> 16) as u16, arrival.listeners as usize);
+    let key = ListenerKey { netns: arrival.netns, port, family: 4, scope: index as u8 & 1, slot: 0 };
+    let v6 = load!(load_u32, bpf_sk_lookup, ctx.lookup, family) == AF_INET6;
+    (!v6 && assign_from(ctx, key, proxy.ring_at(index)))
+        || assign_from(ctx, ListenerKey { family: 6, ..key }, proxy.ring_at(index | Proxy::V6))
 }
 
 /// The socket that was found last, else the newest that is open.

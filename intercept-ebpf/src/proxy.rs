@@ -83,9 +83,14 @@ impl ProxyState {
     /// Where LISTENERS has the sockets of a port, family and scope.
     #[inline(always)]
     pub(crate) fn ring(self, port: ProxyPort, v6: bool, scope: u8) -> ListenerRing {
-        let index = Proxy::index(port, v6, scope) & 15;
+        self.ring_at(Proxy::index(port, v6, scope))
+    }
+
+    /// The same by its index.
+    #[inline(always)]
+    pub(crate) fn ring_at(self, index: usize) -> ListenerRing {
         // SAFETY: see `connections`; the array has 16.
-        ListenerRing(unsafe { (&raw mut (*self.0).rings).cast::<Ring>().add(index) })
+        ListenerRing(unsafe { (&raw mut (*self.0).rings).cast::<Ring>().add(index & 15) })
     }
 }
 

@@ -96,7 +96,7 @@ fn the_note_of_another_look_up_is_not_believed() {
     let local = SocketAddrV4::new(Ipv4Addr::new(10, 1, 2, 3), 8080);
     let mut look_up = |ports: u64| {
         let address = u64::from(remote.ip().to_bits().to_be());
-        let note = Plain(Arrival { netns, tag: address << 32 | ports });
+        let note = Plain(Arrival { netns, tag: address << 32 | ports, listeners: 0 });
         notes.set(0, PerCpuValues::try_from(vec![note; cpus]).expect("one a CPU"), 0).expect("noted");
         bpf::look_up(program.as_fd().as_raw_fd(), remote, local).expect("run")
     };

@@ -7,7 +7,10 @@ use ipnet::IpNet;
 use netlink_packet_route::route::{RouteAddress, RouteAttribute, RouteMessage};
 use rtnetlink::Handle;
 
-use super::{PlumbingError, local_route, loopback, unless_there};
+use super::{
+    PlumbingError,
+    change::{local_route, loopback, unless_there},
+};
 
 /// IPv6 takes no route by an interface that is down. Without these, 127.0.0.1 and ::1 themselves are dialled; once the
 /// interface is up, whoever follows the namespace adds them.

@@ -1,6 +1,7 @@
 //! In namespaces of their own, set up with iproute2.
 
 use std::{
+    net::IpAddr,
     process::Command,
     time::{Duration, Instant},
 };

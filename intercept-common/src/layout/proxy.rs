@@ -120,6 +120,9 @@ impl PodPolicy {
 }
 
 impl Proxy {
+    /// What IPv6 adds to an index.
+    pub const V6: usize = 2;
+
     /// Index into [`Proxy::bound`] and [`Proxy::rings`].
     #[inline(always)]
     pub const fn index(port: ProxyPort, v6: bool, scope: u8) -> usize {
