@@ -199,6 +199,9 @@ pub struct Store {
 /// Held while the store is changed: one agent at a time. Or by the daemon, while its programs are to stay.
 pub struct Lock(#[expect(dead_code, reason = "the lock goes with the descriptor")] File);
 
+/// The records of a pod by the id of their policy, each as far as it can be read.
+pub type Records = Vec<(u32, Result<Record, StoreError>)>;
+
 impl Store {
     /// The store in this bpffs, which is mounted if it is not.
     pub fn open(bpffs: &Path) -> Result<Self, StoreError> {
@@ -370,7 +373,7 @@ impl Store {
     }
 
     /// All records of a pod by the ids of their policies, active or not. Each may be unreadable by itself.
-    pub fn records(&self, cookie: u64) -> Result<Vec<(u32, Result<Record, StoreError>)>, StoreError> {
+    pub fn records(&self, cookie: u64) -> Result<Records, StoreError> {
         let id = |path: &PathBuf| file_name(path).strip_prefix("record-")?.parse::<u32>().ok();
         let ids = list(&self.pod(cookie))?.iter().filter_map(id).collect::<Vec<_>>();
         let read = |id| Some((id, self.read_record(cookie, id).transpose()?));

@@ -32,14 +32,11 @@ pub(super) fn detach_cgroup(bpffs: &Path, cgroup: &Path, absent_is_fine: bool) -
             pods.iter().find(|(record, _)| record.cgroup == cgroup).map(|(record, _)| record.cookie)
         }
     };
-    match found {
-        Some(cookie) => {
-            let netns = node.record_of(cookie)?.and_then(|record| record.netns());
-            node.detach(cookie, netns.as_ref())
-                .with_context(|| format!("detaching cgroup {}", cgroup.display()))?;
-            say!("detached cgroup {} (cookie {cookie})", cgroup.display());
-        }
-        None => {}
+    if let Some(cookie) = found {
+        let netns = node.record_of(cookie)?.and_then(|record| record.netns());
+        node.detach(cookie, netns.as_ref())
+            .with_context(|| format!("detaching cgroup {}", cgroup.display()))?;
+        say!("detached cgroup {} (cookie {cookie})", cgroup.display());
     }
     // Also what an earlier detach could not finish.
     node.sweep()?;

@@ -60,7 +60,7 @@ struct Broken {
 #[derive(Serialize)]
 #[serde(untagged)]
 enum Listed {
-    Pod(Pod),
+    Pod(Box<Pod>),
     Broken(Broken),
 }
 
@@ -137,8 +137,11 @@ pub(super) fn status(args: &StatusArgs) -> Result<()> {
         }
     }
     if args.json {
-        let all: Vec<Listed> =
-            pods.into_iter().map(Listed::Pod).chain(broken.into_iter().map(Listed::Broken)).collect();
+        let all: Vec<Listed> = pods
+            .into_iter()
+            .map(|pod| Listed::Pod(Box::new(pod)))
+            .chain(broken.into_iter().map(Listed::Broken))
+            .collect();
         say!("{}", escape::pretty_json(&all)?);
         return Ok(());
     }

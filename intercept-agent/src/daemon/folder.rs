@@ -320,11 +320,11 @@ mod tests {
             }
             told.sort();
             let expected = [
-                "refused a.json: refusing",
-                "refused b.json: refusing",
-                "refused c.json: refusing",
-                "refused d.json: refusing",
-                "synced 5",
+                "listed 5",
+                "refused file/a.json: refusing",
+                "refused file/b.json: refusing",
+                "refused file/c.json: refusing",
+                "refused file/d.json: refusing",
                 "want e.json /c",
             ];
             assert!(told.iter().zip(expected).all(|(told, expected)| told.starts_with(expected)), "{told:?}");

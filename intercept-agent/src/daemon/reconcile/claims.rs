@@ -117,6 +117,8 @@ impl Reconciler {
         };
         if let Some(name) = pod.view.name() {
             pod.name = name;
+        } else if let (Key::File(file), true) = (key, pod.name.is_empty()) {
+            pod.name.clone_from(file);
         }
         pod.undecided = false;
         match pod.view.resolve(uid) {
