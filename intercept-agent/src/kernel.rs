@@ -5,6 +5,7 @@ use std::{
     ffi::CString,
     io,
     mem::size_of,
+    ops::ControlFlow,
     os::{
         fd::{AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd},
         unix::ffi::OsStrExt as _,
@@ -270,22 +271,28 @@ pub fn entries<K: bytemuck::Pod, V: bytemuck::Pod>(map: BorrowedFd<'_>) -> io::R
     Ok(found)
 }
 
-/// How many entries a map has. Reads them in batches, so that memory does not grow with them.
-pub fn count_entries<K: bytemuck::Pod, V: bytemuck::Pod>(map: BorrowedFd<'_>) -> io::Result<usize> {
-    let mut count = 0;
-    for_each_batch(map, |keys: &[K], _: &[V]| count += keys.len())?;
-    Ok(count)
-}
-
-fn for_each_batch<K: bytemuck::Pod, V: bytemuck::Pod>(
+/// All entries, some at a time.
+pub fn for_each_batch<K: bytemuck::Pod, V: bytemuck::Pod>(
     map: BorrowedFd<'_>,
     mut take: impl FnMut(&[K], &[V]),
 ) -> io::Result<()> {
+    batches(map, None, 1024, |keys, values| {
+        take(keys, values);
+        ControlFlow::Continue(())
+    })
+}
+
+/// Entries, `room` at a time: those after `start`, or all.
+fn batches<K: bytemuck::Pod, V: bytemuck::Pod>(
+    map: BorrowedFd<'_>,
+    start: Option<&[u8]>,
+    mut room: usize,
+    mut take: impl FnMut(&[K], &[V]) -> ControlFlow<()>,
+) -> io::Result<()> {
+    let mut started = start.is_some();
     // Where to go on: a number for a hash map, a key for a trie.
-    let mut at = vec![0u8; size_of::<K>().max(4)];
+    let mut at = start.map_or_else(|| vec![0u8; size_of::<K>().max(4)], <[u8]>::to_vec);
     let mut next = at.clone();
-    let mut room = 1024;
-    let mut started = false;
     loop {
         let mut keys = vec![K::zeroed(); room];
         let mut values = vec![V::zeroed(); room];
@@ -309,8 +316,7 @@ fn for_each_batch<K: bytemuck::Pod, V: bytemuck::Pod>(
         };
         // SAFETY: the kernel has written the count back to where it was read from.
         let count = unsafe { attr.batch.count } as usize;
-        take(&keys[..count], &values[..count]);
-        if is_last {
+        if take(&keys[..count], &values[..count]).is_break() || is_last {
             return Ok(());
         }
         std::mem::swap(&mut at, &mut next);
@@ -325,38 +331,14 @@ pub fn entries_after<K: bytemuck::Pod, V: bytemuck::Pod>(
     start: &K,
     wanted: impl Fn(&K) -> bool,
 ) -> io::Result<Vec<(K, V)>> {
-    const ROOM: usize = 256;
     let mut found = Vec::new();
-    let (mut at, mut next) = (*start, K::zeroed());
-    loop {
-        let mut keys = vec![K::zeroed(); ROOM];
-        let mut values = vec![V::zeroed(); ROOM];
-        let mut attr = empty_attr();
-        attr.batch.in_batch = std::ptr::from_ref(&at) as u64;
-        attr.batch.out_batch = std::ptr::from_mut(&mut next) as u64;
-        attr.batch.keys = keys.as_mut_ptr() as u64;
-        attr.batch.values = values.as_mut_ptr() as u64;
-        attr.batch.count = u32::try_from(ROOM).map_err(io::Error::other)?;
-        attr.batch.map_fd = raw(map);
-        let called = call(bpf_cmd::BPF_MAP_LOOKUP_BATCH, &mut attr);
-        let is_last = match &called {
-            Ok(_) => false,
-            Err(error) if error.raw_os_error() == Some(libc::ENOENT) => true,
-            Err(_) => return called.map(|_| found),
-        };
-        // SAFETY: the kernel has written the count back to where it was read from.
-        let count = unsafe { attr.batch.count } as usize;
-        for (key, value) in keys.into_iter().zip(values).take(count) {
-            if !wanted(&key) {
-                return Ok(found);
-            }
-            found.push((key, value));
-        }
-        if is_last {
-            return Ok(found);
-        }
-        at = next;
-    }
+    let take = |keys: &[K], values: &[V]| {
+        let its = keys.iter().position(|key| !wanted(key)).unwrap_or(keys.len());
+        found.extend(keys[..its].iter().copied().zip(values.iter().copied()));
+        if its < keys.len() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+    };
+    batches(map, Some(bytemuck::bytes_of(start)), 256, take)?;
+    Ok(found)
 }
 
 /// The values of an array map made with `BPF_F_MMAPABLE`, in this process's own memory: what the programs write is seen

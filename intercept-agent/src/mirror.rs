@@ -34,7 +34,7 @@ pub use follow::Follower;
 /// agent as much memory and time as the pod likes.
 pub const MAX_ENTRIES: usize = 1 << 14;
 /// How long reading all of it may take.
-const READ_TIME: Duration = Duration::from_secs(3);
+const READ_TIME: Duration = Duration::from_secs(10);
 
 /// What netlink said of one namespace at one time.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -113,6 +113,14 @@ pub enum MirrorError {
         found: usize,
         /// How many there may be.
         limit: usize,
+    },
+    /// Reading took too long, and was given up.
+    #[error("{attempt} in network namespace {netns}: given up after {} s", READ_TIME.as_secs())]
+    Slow {
+        /// What was attempted.
+        attempt: &'static str,
+        /// Path of the namespace.
+        netns: String,
     },
     /// Interfaces or routes changed each time while they were read.
     #[error("{attempt} in network namespace {netns}: they change faster than they can be read; try again")]

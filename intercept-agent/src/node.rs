@@ -242,8 +242,24 @@ impl Node {
         observed: &mut Observation,
         rewrite: Rewrite,
     ) -> Result<Attached, NodeError> {
+        self.refuse_unsupported(config)?;
+        let leftovers = self.has_leftovers(target.netns.cookie())?;
+        let living = self.living()?;
         // Half of the steps are taken inside the namespace, which is entered once.
-        target.netns.run(|| self.put_in_force(target, config, observed, rewrite))?
+        target.netns.run(|| {
+            let record = self.settle(target)?;
+            if leftovers {
+                // What was observed has been undone since.
+                *observed = Observation::of(target, config, None)?;
+            }
+            self.put_in_force(target, config, observed, rewrite, (record, &living))
+        })?
+    }
+
+    /// Whether a pod has something besides its active policy: an agent crashed, or could not finish.
+    fn has_leftovers(&self, cookie: u64) -> Result<bool, NodeError> {
+        let active = self.tables.policy(cookie)?.map(|policy| policy.id);
+        Ok(self.store.policies_of(cookie)?.into_iter().any(|id| Some(id) != active))
     }
 
     fn put_in_force(
@@ -252,11 +268,9 @@ impl Node {
         config: &Config,
         observed: &mut Observation,
         rewrite: Rewrite,
+        (record, living): (Option<Record>, &Living),
     ) -> Result<Attached, NodeError> {
-        self.refuse_unsupported(config)?;
-        let living = self.living()?;
         let policies = self.tables.policies()?;
-        let record = self.settle(target, &policies)?;
         let made = record.as_ref().map(|record| record.plumbing.clone()).unwrap_or_default();
         let interfaces = observed.mirror.interface_names();
         let namespace = plumbing::plan(config, &interfaces, &observed.found, &made);
@@ -271,7 +285,7 @@ impl Node {
             config,
             policies: &policies,
             record: record.as_ref(),
-            living: &living,
+            living,
             lineage: &target.cgroup.lineage()?,
             links_intact: self.links_intact(target.netns.cookie(), target)?,
             namespace,
@@ -293,13 +307,9 @@ impl Node {
     }
 
     /// The record of the pod's active policy, if it can be read. Removes what an agent that crashed left beside it.
-    fn settle(
-        &mut self,
-        target: &Target,
-        policies: &[(u64, PodPolicy)],
-    ) -> Result<Option<Record>, NodeError> {
+    fn settle(&mut self, target: &Target) -> Result<Option<Record>, NodeError> {
         let cookie = target.netns.cookie();
-        let Some((_, policy)) = policies.iter().find(|(netns, _)| *netns == cookie) else {
+        let Some(policy) = self.tables.policy(cookie)? else {
             if self.store.pods()?.binary_search(&cookie).is_ok() {
                 self.take_out(cookie, Some(&target.netns))?;
             }

@@ -372,10 +372,15 @@ impl Store {
         written.and_then(|()| fs::rename(&next, &path)).map_err(at("rewriting record", &path))
     }
 
+    /// The ids of the policies of which a pod has a record, active or not.
+    pub fn policies_of(&self, cookie: u64) -> Result<Vec<u32>, StoreError> {
+        let id = |path: &PathBuf| file_name(path).strip_prefix("record-")?.parse::<u32>().ok();
+        Ok(list(&self.pod(cookie))?.iter().filter_map(id).collect())
+    }
+
     /// All records of a pod by the ids of their policies, active or not. Each may be unreadable by itself.
     pub fn records(&self, cookie: u64) -> Result<Records, StoreError> {
-        let id = |path: &PathBuf| file_name(path).strip_prefix("record-")?.parse::<u32>().ok();
-        let ids = list(&self.pod(cookie))?.iter().filter_map(id).collect::<Vec<_>>();
+        let ids = self.policies_of(cookie)?;
         let read = |id| Some((id, self.read_record(cookie, id).transpose()?));
         Ok(ids.into_iter().filter_map(read).collect())
     }

@@ -14,7 +14,7 @@ use intercept_common::{
     Addr,
     layout::{
         ConnKey, Counters, Destination, DestinationKey, ListenerKey, MemberKey, OrigDst, PodPolicy, PortKey,
-        Proxy,
+        Proxy, budget,
     },
     names,
 };
@@ -88,8 +88,25 @@ pub struct Usage {
     pub interfaces: usize,
 }
 
+/// [`Usage`] by the ids of the policies.
+pub type UsageOf = std::collections::HashMap<u32, Usage>;
+
+impl Usage {
+    /// Name of each map, entries in use, and entries that a pod may have.
+    pub fn by_map(&self) -> [(&'static str, usize, u32); 4] {
+        [
+            (names::DESTINATIONS, self.destinations, budget::DESTINATIONS),
+            (names::PORTS, self.ports, budget::PORTS),
+            (names::GROUPS, self.groups, budget::GROUPS),
+            (names::INTERFACES, self.interfaces, budget::INTERFACES),
+        ]
+    }
+}
+
 /// How full the maps are.
 pub struct Fill {
+    /// What each policy uses of its budgets.
+    pub usage: UsageOf,
     /// Name, entries in use, entries there is room for.
     pub maps: Vec<(&'static str, usize, u32)>,
 }
@@ -152,11 +169,6 @@ fn open<T: TryFrom<aya::maps::Map, Error = MapError>>(
 
 fn entries<K: bytemuck::Pod, V: bytemuck::Pod>(map: &MapData, name: &str) -> Result<Vec<(K, V)>, TableError> {
     kernel::entries(map.fd().as_fd()).map_err(|error| failed("reading", name)(MapError::IoError(error)))
-}
-
-fn count<K: bytemuck::Pod, V: bytemuck::Pod>(map: &MapData, name: &str) -> Result<usize, TableError> {
-    kernel::count_entries::<K, V>(map.fd().as_fd())
-        .map_err(|error| failed("reading", name)(MapError::IoError(error)))
 }
 
 impl Tables {
@@ -289,20 +301,26 @@ impl Tables {
     }
 
     /// What each policy uses of its budgets, by its id.
-    pub fn usage(&self) -> Result<std::collections::HashMap<u32, Usage>, TableError> {
-        let mut usage = std::collections::HashMap::<u32, Usage>::new();
-        for (key, _) in entries::<PrefixKey, Destination>(self.destinations.map(), names::DESTINATIONS)? {
-            usage.entry(key.key.policy).or_default().destinations += 1;
-        }
-        for (key, _) in entries::<PortPrefixKey, u32>(self.ports.map(), names::PORTS)? {
-            usage.entry(key.key.policy()).or_default().ports += 1;
-        }
-        for (key, _) in entries::<MemberKey, u32>(self.groups.map(), names::GROUPS)? {
-            usage.entry(key.policy).or_default().groups += 1;
-        }
-        for (key, _) in entries::<MemberKey, u32>(self.interfaces.map(), names::INTERFACES)? {
-            usage.entry(key.policy).or_default().interfaces += 1;
-        }
+    pub fn usage(&self) -> Result<UsageOf, TableError> {
+        let mut usage = UsageOf::new();
+        let reading = |name| move |error| failed("reading", name)(MapError::IoError(error));
+        let fd = self.destinations.map().fd().as_fd();
+        kernel::for_each_batch(fd, |keys: &[PrefixKey], _: &[Destination]| {
+            keys.iter().for_each(|key| usage.entry(key.key.policy).or_default().destinations += 1);
+        })
+        .map_err(reading(names::DESTINATIONS))?;
+        kernel::for_each_batch(self.ports.map().fd().as_fd(), |keys: &[PortPrefixKey], _: &[u32]| {
+            keys.iter().for_each(|key| usage.entry(key.key.policy()).or_default().ports += 1);
+        })
+        .map_err(reading(names::PORTS))?;
+        kernel::for_each_batch(self.groups.map().fd().as_fd(), |keys: &[MemberKey], _: &[u32]| {
+            keys.iter().for_each(|key| usage.entry(key.policy).or_default().groups += 1);
+        })
+        .map_err(reading(names::GROUPS))?;
+        kernel::for_each_batch(self.interfaces.map().fd().as_fd(), |keys: &[MemberKey], _: &[u32]| {
+            keys.iter().for_each(|key| usage.entry(key.policy).or_default().interfaces += 1);
+        })
+        .map_err(reading(names::INTERFACES))?;
         Ok(usage)
     }
 
@@ -333,24 +351,23 @@ impl Tables {
     pub fn fill(&self, dir: &Path) -> Result<Fill, TableError> {
         let policies = self.policies()?;
         let connections: u64 = policies.iter().map(|(_, policy)| self.connections(policy.slot)).sum();
-        let members = |map: &Hash<MemberKey, u32>, name| count::<MemberKey, u32>(map.map(), name);
+        let usage = self.usage()?;
+        let sum = |of: fn(&Usage) -> usize| usage.values().map(of).sum();
         let used = [
             (names::PODS, policies.len()),
             (names::ORIG_DST, usize::try_from(connections).unwrap_or(usize::MAX)),
-            (
-                names::DESTINATIONS,
-                count::<PrefixKey, Destination>(self.destinations.map(), names::DESTINATIONS)?,
-            ),
+            (names::DESTINATIONS, sum(|usage| usage.destinations)),
             (names::LISTENERS, self.listeners.keys().count()),
-            (names::PORTS, entries::<PortPrefixKey, u32>(self.ports.map(), names::PORTS)?.len()),
-            (names::GROUPS, members(&self.groups, names::GROUPS)?),
-            (names::INTERFACES, members(&self.interfaces, names::INTERFACES)?),
+            (names::PORTS, sum(|usage| usage.ports)),
+            (names::GROUPS, sum(|usage| usage.groups)),
+            (names::INTERFACES, sum(|usage| usage.interfaces)),
         ];
         let with_room = used.into_iter().map(|(name, used)| {
             let info = MapInfo::from_pin(dir.join(name)).map_err(failed("asking for the size of", name))?;
             Ok((name, used, info.max_entries()))
         });
-        Ok(Fill { maps: with_room.collect::<Result<_, _>>()? })
+        let maps = with_room.collect::<Result<_, _>>()?;
+        Ok(Fill { usage, maps })
     }
 
     /// How many redirected connections one pod may have: a quarter of those that the node remembers, so that no three

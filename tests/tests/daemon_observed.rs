@@ -37,6 +37,8 @@ fn metrics_tell_decisions_states_and_errors() {
         r#"intercept_attaches_total{result="attached"} 1"#,
         "intercept_attach_seconds_count 1",
         r#"intercept_map_entries{map="PODS"} 1"#,
+        r#"intercept_pod_map_entries{pod="a.json",map="GROUPS"} 0"#,
+        r#"intercept_pod_map_max_entries{map="GROUPS"} 64"#,
         "# EOF",
     ];
     daemon

@@ -13,10 +13,7 @@ use intercept_agent::{
     store::Record,
     tables::Usage,
 };
-use intercept_common::{
-    layout::{PodPolicy, budget},
-    names,
-};
+use intercept_common::layout::PodPolicy;
 use serde::Serialize;
 
 use super::say;
@@ -96,14 +93,7 @@ struct Room {
 
 impl Room {
     fn of(usage: &Usage) -> Vec<Self> {
-        [
-            (names::DESTINATIONS, usage.destinations, budget::DESTINATIONS),
-            (names::PORTS, usage.ports, budget::PORTS),
-            (names::GROUPS, usage.groups, budget::GROUPS),
-            (names::INTERFACES, usage.interfaces, budget::INTERFACES),
-        ]
-        .map(|(map, used, limit)| Self { map, used, limit })
-        .into()
+        usage.by_map().map(|(map, used, limit)| Self { map, used, limit }).into()
     }
 }
 

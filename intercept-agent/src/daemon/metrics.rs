@@ -20,7 +20,7 @@ use super::plugin::PluginState;
 use crate::{
     node::{Attached, NodeError},
     store::Store,
-    tables::Tables,
+    tables::{Tables, Usage},
 };
 
 /// Seconds. The promise is 5 ms, and 20 ms for one in a hundred.
@@ -44,6 +44,7 @@ labels! {
     Failed { pod: String, failure: String }
     Named { pod: String }
     Of { map: String }
+    PodMap { pod: String, map: String }
 }
 
 /// Shared by all parts of the daemon.
@@ -223,6 +224,15 @@ fn read_node(
     let capacity = Family::<Of, Gauge>::default();
     registry.register("map_max_entries", "Entries that a map has room for", capacity.clone());
 
+    let used = Family::<PodMap, Gauge>::default();
+    registry.register("pod_map_entries", "Entries that a pod has in a map of lists", used.clone());
+    let budgets = Family::<Of, Gauge>::default();
+    registry.register(
+        "pod_map_max_entries",
+        "Entries that one pod may have in a map of lists",
+        budgets.clone(),
+    );
+
     // Without the lock: reading disturbs nobody, and must not wait for an attach.
     let Some(store) = Store::find(bpffs) else { return Ok(()) };
     let tables = Tables::open(&store.maps())?;
@@ -239,8 +249,15 @@ fn read_node(
             let labels = Failed { pod: pod.clone(), failure: failure.word().to_owned() };
             failures.get_or_create(&labels).inc_by(count);
         }
+        for (map, entries, _) in fill.usage.get(&policy.id).copied().unwrap_or_default().by_map() {
+            let labels = PodMap { pod: pod.clone(), map: map.to_owned() };
+            used.get_or_create(&labels).set(entries.try_into().unwrap_or(i64::MAX));
+        }
         let open = tables.connections(policy.slot);
         connections.get_or_create(&Named { pod }).set(open.try_into().unwrap_or(i64::MAX));
+    }
+    for (map, _, budget) in Usage::default().by_map() {
+        budgets.get_or_create(&Of { map: map.to_owned() }).set(budget.into());
     }
     for (map, used, room) in fill.maps {
         let labels = Of { map: map.to_owned() };

@@ -244,7 +244,6 @@ impl Requests {
             match asked {
                 Ok(false) => return Ok(kept),
                 Ok(true) => {}
-                Err(error) if error.kind() == io::ErrorKind::TimedOut => break,
                 Err(source) => return Err(self.error(attempt, source)),
             }
         }
@@ -252,6 +251,9 @@ impl Requests {
     }
 
     fn error(&self, attempt: &'static str, source: io::Error) -> MirrorError {
+        if source.kind() == io::ErrorKind::TimedOut {
+            return MirrorError::Slow { attempt, netns: self.netns.clone() };
+        }
         MirrorError::Netlink { attempt, netns: self.netns.clone(), source }
     }
 }

@@ -465,7 +465,7 @@ fn an_answer_that_is_given_up_is_not_taken_for_the_next() {
     requests.until(Instant::now());
     for _ in 0..2 {
         let late = requests.routes(AddressFamily::Inet);
-        assert!(matches!(late, Err(MirrorError::Restless { .. })), "{:?}", late.map(drop));
+        assert!(matches!(late, Err(MirrorError::Slow { .. })), "{:?}", late.map(drop));
     }
     requests.until(Instant::now() + Duration::from_secs(10));
     assert!(requests.routes(AddressFamily::Inet).expect("routes").len() > 64);

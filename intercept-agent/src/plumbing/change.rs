@@ -9,6 +9,7 @@ use futures_util::TryStreamExt as _;
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use netlink_packet_route::{
     AddressFamily, IpProtocol,
+    address::{AddressAttribute, AddressMessage},
     route::{RouteAddress, RouteAttribute, RouteMessage, RouteScope, RouteType},
     rule::{RuleAction, RuleAttribute, RuleHeader, RuleMessage},
 };
@@ -55,12 +56,11 @@ impl Change {
 
 /// Those of the changes that are made already.
 pub(super) async fn present(handle: &Handle, changes: Vec<Change>) -> Result<Vec<Change>, PlumbingError> {
-    let lo = loopback(handle).await?;
     let mut state = Present { addresses: None, rules: [None, None], routes: [None, None] };
     let mut found = Vec::new();
     for change in changes {
         let there = match &change {
-            Change::PassthroughAddress => state.has_passthrough(handle, lo).await?,
+            Change::PassthroughAddress => state.has_passthrough(handle).await?,
             Change::LocalTable { v6, table } => state.has_route(handle, everything(*v6), *table).await?,
             Change::GuestRoute { net, table } => state.has_route(handle, *net, *table).await?,
             Change::MarkRule { v6, mark, table } => {
@@ -88,12 +88,12 @@ struct Present {
 }
 
 impl Present {
-    async fn has_passthrough(&mut self, handle: &Handle, lo: u32) -> Result<bool, PlumbingError> {
+    async fn has_passthrough(&mut self, handle: &Handle) -> Result<bool, PlumbingError> {
         if let Some(there) = self.addresses {
             return Ok(there);
         }
         let failed = |source| netlink("reading the addresses of the loopback interface", source);
-        let addresses = handle.address().get().set_link_index_filter(lo);
+        let addresses = handle.address().get().set_link_index_filter(LOOPBACK);
         let found: Vec<_> = addresses
             .set_address_filter(IpAddr::V6(PASSTHROUGH_V6))
             .execute()
@@ -124,14 +124,13 @@ impl Present {
 pub(super) async fn make(handle: &Handle, change: Change) -> Result<Option<Change>, PlumbingError> {
     let made = match &change {
         Change::PassthroughAddress => {
-            let lo = loopback(handle).await?;
-            let added = handle.address().add(lo, IpAddr::V6(PASSTHROUGH_V6), 128).execute().await;
+            let added = handle.address().add(LOOPBACK, IpAddr::V6(PASSTHROUGH_V6), 128).execute().await;
             unless_there(added).map_err(|e| netlink("adding ::6/128 to the loopback interface", e))?
         }
         Change::LocalPrefix { net } => add_local_prefix(handle, *net).await?,
         Change::LocalhostBy { v6, interface } => add_localhost_by(handle, *v6, interface).await?,
         Change::GuestRoute { net, table } => {
-            let route = local_route(*net, *table, loopback(handle).await?);
+            let route = local_route(*net, *table, LOOPBACK);
             unless_there(handle.route().add(route).execute().await)
                 .map_err(|e| netlink("adding a local route for a network of -i to the table of -k", e))?
         }
@@ -142,7 +141,7 @@ pub(super) async fn make(handle: &Handle, change: Change) -> Result<Option<Chang
                 .map_err(|e| netlink("adding a rule for an interface of -k", e))?
         }
         Change::LocalTable { v6, table } => {
-            let route = local_route(everything(*v6), *table, loopback(handle).await?);
+            let route = local_route(everything(*v6), *table, LOOPBACK);
             unless_there(handle.route().add(route).execute().await)
                 .map_err(|e| netlink("adding a local default route to the table of -r", e))?
         }
@@ -164,21 +163,14 @@ pub(super) async fn make(handle: &Handle, change: Change) -> Result<Option<Chang
 pub(super) async fn unmake(handle: &Handle, change: &Change) -> Result<(), PlumbingError> {
     let result = match change {
         Change::PassthroughAddress => del_passthrough(handle).await,
-        Change::LocalTable { v6, table } => match loopback(handle).await {
-            Ok(lo) => {
-                let route = local_route(everything(*v6), *table, lo);
-                handle.route().del(route).execute().await.map_err(box_netlink)
-            }
-            Err(error) => Err(error),
-        },
-        Change::LocalPrefix { net } => match loopback(handle).await {
-            Ok(lo) => {
-                let route = local_prefix_route(*net, lo);
-                handle.route().del(route).execute().await.map_err(box_netlink)
-            }
-            Err(error) => Err(error),
-        },
-        Change::LocalhostBy { v6, interface } => match index_of(handle, interface).await {
+        Change::LocalTable { v6, table } => {
+            let route = local_route(everything(*v6), *table, LOOPBACK);
+            handle.route().del(route).execute().await.map_err(box_netlink)
+        }
+        Change::LocalPrefix { net } => {
+            handle.route().del(local_prefix_route(*net, LOOPBACK)).execute().await.map_err(box_netlink)
+        }
+        Change::LocalhostBy { v6, interface } => match index_of(interface) {
             Ok(Some(index)) => {
                 handle.route().del(localhost_route(*v6, index)).execute().await.map_err(box_netlink)
             }
@@ -186,10 +178,10 @@ pub(super) async fn unmake(handle: &Handle, change: &Change) -> Result<(), Plumb
             Ok(None) => Ok(()),
             Err(error) => Err(error),
         },
-        Change::GuestRoute { net, table } => match loopback(handle).await {
-            Ok(lo) => handle.route().del(local_route(*net, *table, lo)).execute().await.map_err(box_netlink),
-            Err(error) => Err(error),
-        },
+        Change::GuestRoute { net, table } => {
+            let route = local_route(*net, *table, LOOPBACK);
+            handle.route().del(route).execute().await.map_err(box_netlink)
+        }
         Change::GuestRule { v6, interface, table } => {
             handle.rule().del(guest_rule(*v6, interface, *table)).execute().await.map_err(box_netlink)
         }
@@ -261,28 +253,16 @@ pub(super) fn unless_there(result: Result<(), rtnetlink::Error>) -> Result<bool,
 
 pub(super) const PASSTHROUGH_V6: Ipv6Addr = Ipv6Addr::new(0, 0, 0, 0, 0, 0, 0, 6);
 
-pub(super) async fn loopback(handle: &Handle) -> Result<u32, PlumbingError> {
-    let action = "looking for the loopback interface";
-    let mut links = handle.link().get().match_name("lo".to_owned()).execute();
-    match links.try_next().await {
-        Ok(Some(link)) => Ok(link.header.index),
-        Ok(None) => Err(PlumbingError::Open(io::Error::new(io::ErrorKind::NotFound, action))),
-        Err(source) => Err(PlumbingError::Netlink { action, source: Box::new(source) }),
-    }
-}
+/// The loopback interface has this index in every namespace (`LOOPBACK_IFINDEX` of the kernel).
+pub(super) const LOOPBACK: u32 = 1;
 
 async fn del_passthrough(handle: &Handle) -> Result<(), PlumbingError> {
-    let lo = loopback(handle).await?;
-    let mut addresses = handle
-        .address()
-        .get()
-        .set_link_index_filter(lo)
-        .set_address_filter(IpAddr::V6(PASSTHROUGH_V6))
-        .execute();
-    while let Some(address) = addresses.try_next().await.map_err(box_netlink)? {
-        handle.address().del(address).execute().await.map_err(box_netlink)?;
-    }
-    Ok(())
+    let mut message = AddressMessage::default();
+    message.header.family = AddressFamily::Inet6;
+    message.header.prefix_len = 128;
+    message.header.index = LOOPBACK;
+    message.attributes.push(AddressAttribute::Local(PASSTHROUGH_V6.into()));
+    handle.address().del(message).execute().await.map_err(box_netlink)
 }
 
 /// Prefix and table of the local routes of a family.

@@ -2,14 +2,13 @@
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, UdpSocket};
 
-use futures_util::TryStreamExt as _;
 use ipnet::IpNet;
 use netlink_packet_route::route::{RouteAddress, RouteAttribute, RouteMessage};
 use rtnetlink::Handle;
 
 use super::{
     PlumbingError,
-    change::{local_route, loopback, unless_there},
+    change::{LOOPBACK, local_route, unless_there},
 };
 
 /// IPv6 takes no route by an interface that is down. Without these, 127.0.0.1 and ::1 themselves are dialled; once the
@@ -26,7 +25,7 @@ pub(super) async fn add_local_prefix(handle: &Handle, net: IpNet) -> Result<bool
     let addr = match net.network() {
         IpAddr::V4(addr) => addr,
         IpAddr::V6(_) => {
-            let route = local_prefix_route(net, loopback(handle).await?);
+            let route = local_prefix_route(net, LOOPBACK);
             return unless_there_or_down(handle.route().add(route).execute().await).map_err(|source| {
                 local_prefix_failed(source, "adding a local IPv6 prefix to dial the proxy by")
             });
@@ -38,7 +37,7 @@ pub(super) async fn add_local_prefix(handle: &Handle, net: IpNet) -> Result<bool
     {
         return Ok(false);
     }
-    let route = local_prefix_route(net, loopback(handle).await?);
+    let route = local_prefix_route(net, LOOPBACK);
     unless_there_or_down(handle.route().add(route).execute().await)
         .map_err(|source| local_prefix_failed(source, "adding a local IPv4 prefix to dial the proxy by"))
 }
@@ -68,7 +67,7 @@ pub(super) async fn add_localhost_by(
     v6: bool,
     interface: &str,
 ) -> Result<bool, PlumbingError> {
-    let Some(index) = index_of(handle, interface).await? else { return Ok(false) };
+    let Some(index) = index_of(interface)? else { return Ok(false) };
     let request = handle.route().add(localhost_route(v6, index));
     unless_there_or_down(request.execute().await).map_err(|source| PlumbingError::Netlink {
         action: "adding a local route to localhost by an interface",
@@ -88,14 +87,11 @@ pub(super) fn localhost_route(v6: bool, index: u32) -> RouteMessage {
     route
 }
 
-pub(super) async fn index_of(handle: &Handle, interface: &str) -> Result<Option<u32>, PlumbingError> {
-    let mut links = handle.link().get().match_name(interface.to_owned()).execute();
-    match links.try_next().await {
-        Ok(link) => Ok(link.map(|link| link.header.index)),
-        Err(rtnetlink::Error::NetlinkError(message)) if message.raw_code() == -libc::ENODEV => Ok(None),
-        Err(source) => {
-            let action = "looking for an interface";
-            Err(PlumbingError::Netlink { action, source: Box::new(source) })
-        }
+/// The index of an interface of the calling thread's namespace; none if there is no such interface.
+pub(super) fn index_of(interface: &str) -> Result<Option<u32>, PlumbingError> {
+    match nix::net::if_::if_nametoindex(interface) {
+        Ok(index) => Ok(Some(index)),
+        Err(nix::errno::Errno::ENODEV) => Ok(None),
+        Err(error) => Err(PlumbingError::Open(error.into())),
     }
 }
