@@ -2,7 +2,7 @@
 
 use std::{
     fs, io,
-    net::{IpAddr, Ipv4Addr, Ipv6Addr},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, UdpSocket},
 };
 
 use futures_util::TryStreamExt as _;
@@ -262,7 +262,12 @@ async fn del_passthrough(handle: &Handle) -> Result<(), PlumbingError> {
     message.header.prefix_len = 128;
     message.header.index = LOOPBACK;
     message.attributes.push(AddressAttribute::Local(PASSTHROUGH_V6.into()));
-    handle.address().del(message).execute().await.map_err(box_netlink)
+    handle.address().del(message).execute().await.map_err(box_netlink)?;
+    // A request that could not be sent ends as one that was done.
+    if UdpSocket::bind((PASSTHROUGH_V6, 0)).is_ok() {
+        return Err(netlink("removing ::6/128 from the loopback interface", rtnetlink::Error::RequestFailed));
+    }
+    Ok(())
 }
 
 /// Prefix and table of the local routes of a family.

@@ -25,6 +25,11 @@ impl Rules {
                 if out != "lo" && from.is_ipv4() && from.is_loopback() {
                     return Fate::Unroutable;
                 }
+                // TCP to more than one host is refused before any rule (ENETUNREACH).
+                let is_group = to.ip().is_multicast() || to.ip() == IpAddr::V4(Ipv4Addr::BROADCAST);
+                if !*udp && is_group {
+                    return Fate::Unroutable;
+                }
                 let protocol = if *udp { Protocol::Udp } else { Protocol::Tcp };
                 let origin = Origin::Here { out: out.to_owned(), owner: *owner, mark: *mark };
                 Packet { protocol, from: SocketAddr::new(from, 40000), to: *to, origin }
