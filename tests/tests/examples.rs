@@ -58,7 +58,7 @@ fn a_daemon_captures_pods_by_the_files() {
 fn the_document_of_other_meshes_has_the_flags_of_the_files() {
     let document = read("docs/other-meshes.md");
     for mesh in ["Linkerd", "Kuma", "Consul"] {
-        let row = document.lines().find(|line| line.starts_with(&format!("| {mesh} | `")));
+        let row = document.lines().find(|line| line.starts_with(&format!("| {mesh} | `-p")));
         let row = row.unwrap_or_else(|| panic!("there is no row of {mesh}"));
         let flags = row.split('`').nth(1).expect("flags").replace('\'', "");
         let pod = json_of(&format!("examples/pods/{}.json", mesh.to_lowercase()));
