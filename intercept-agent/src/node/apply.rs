@@ -19,12 +19,10 @@ impl Node {
     /// Carry out a plan. After a failure the state is what it was before.
     pub(super) fn apply(&mut self, target: &Target, plan: &Apply) -> Result<Attached, NodeError> {
         let cookie = plan.record.cookie;
-        let start = Instant::now();
         let (mut made, mut registered) = (Plumbing::default(), BTreeSet::new());
         let switched = self
             .add(target, plan, &mut made, &mut registered)
             .and_then(|()| Ok(self.tables.switch_on(cookie, &plan.policy)?));
-        tracing::debug!(seconds = start.elapsed().as_secs_f64(), cookie, "wrote maps and made links");
         if let Err(error) = switched {
             self.undo(target, plan, &made);
             return Err(error);
@@ -53,6 +51,7 @@ impl Node {
         registered: &mut BTreeSet<u64>,
     ) -> Result<(), NodeError> {
         let record = &plan.record;
+        let start = Instant::now();
         self.store.create(&self.store.pod(record.cookie))?;
         self.store.write_record(record)?;
         self.link(target)?;
@@ -60,6 +59,11 @@ impl Node {
             self.tables.reset_slot(plan.policy.slot)?;
         }
         self.tables.write(plan.policy.id, &plan.entries)?;
+        tracing::debug!(
+            seconds = start.elapsed().as_secs_f64(),
+            cookie = record.cookie,
+            "wrote maps and made links"
+        );
         plumbing::add(&target.netns, &plan.additions, made).map_err(preparing(&target.netns))?;
         if *made != plan.additions {
             // Made by another process since the plan: not ours to remove.
