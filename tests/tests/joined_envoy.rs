@@ -221,7 +221,11 @@ fn connections_come_and_go_in_every_way() {
                     while Instant::now() < until {
                         match once(bed, &mut random) {
                             Ok(()) => whole.fetch_add(1, Ordering::Relaxed),
-                            Err(_cut_off) => cut.fetch_add(1, Ordering::Relaxed),
+                            Err(_cut_off) => {
+                                // Refused at once, again and again, until Envoy is there.
+                                std::thread::park_timeout(Duration::from_millis(50));
+                                cut.fetch_add(1, Ordering::Relaxed)
+                            }
                         };
                     }
                 })
