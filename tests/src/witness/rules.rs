@@ -26,7 +26,8 @@ impl Rules {
                     return Fate::Unroutable;
                 }
                 // TCP to more than one host is refused before any rule (ENETUNREACH).
-                let is_group = to.ip().is_multicast() || to.ip() == IpAddr::V4(Ipv4Addr::BROADCAST);
+                let host = to.ip().to_canonical();
+                let is_group = host.is_multicast() || host == IpAddr::V4(Ipv4Addr::BROADCAST);
                 if !*udp && is_group {
                     return Fate::Unroutable;
                 }
