@@ -67,7 +67,7 @@ const EFFECTS: [(&[&str], Option<&str>, &str, bool); 12] = [
         "@sha256:0",
         true,
     ),
-    (&["maxConnections=1048576"], None, "memory: 320Mi", true),
+    (&["maxConnections=1048576"], None, "memory: 352Mi", true),
     (&["maxConnections=1000000000"], None, "--max-connections=1000000000", true),
     (&["resources.limits.memory=64Mi"], None, "memory: 64Mi", true),
     (&["cni.install=false"], None, "cni", false),
