@@ -6,8 +6,8 @@ use std::{
 };
 
 use netlink_packet_core::{
-    NLM_F_DUMP, NLM_F_DUMP_INTR, NetlinkDeserializable, NetlinkHeader, NetlinkMessage, NetlinkPayload,
-    NetlinkSerializable,
+    NLM_F_ACK, NLM_F_DUMP, NLM_F_DUMP_INTR, NLM_F_REQUEST, NetlinkDeserializable, NetlinkHeader,
+    NetlinkMessage, NetlinkPayload, NetlinkSerializable,
 };
 use netlink_sys::{Socket, SocketAddr};
 
@@ -57,7 +57,16 @@ impl Questions {
         Ok((found, interrupted))
     }
 
-    /// The same, each message as it comes: a list may be longer than there is memory for.
+    /// Has something changed, and waits until it is: a message that the kernel did not get is an error.
+    pub(crate) fn change<M>(&mut self, message: M, flags: u16) -> io::Result<()>
+    where
+        M: NetlinkSerializable + NetlinkDeserializable,
+        NetlinkPayload<M>: From<M>,
+    {
+        self.ask_each(message, NLM_F_REQUEST | NLM_F_ACK | flags, |_| {}).map(drop)
+    }
+
+    /// The same as [`Questions::ask`], each message as it comes: a list may be longer than there is memory for.
     pub(crate) fn ask_each<M>(&mut self, question: M, flags: u16, each: impl FnMut(M)) -> io::Result<bool>
     where
         M: NetlinkSerializable + NetlinkDeserializable,
@@ -115,7 +124,8 @@ impl Questions {
                     }
                     NetlinkPayload::Error(error) => {
                         self.unfinished = None;
-                        return Err(error.to_io());
+                        // Without a code it says that what was asked is done.
+                        return if error.code.is_none() { Ok(interrupted) } else { Err(error.to_io()) };
                     }
                     _ => {}
                 }

@@ -9,7 +9,7 @@ use std::{fs, io};
 
 use intercept_common::Addr;
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
-use rtnetlink::Handle;
+use netlink_sys::protocols::NETLINK_ROUTE;
 use serde::{Deserialize, Serialize};
 
 mod change;
@@ -19,6 +19,7 @@ use change::{ACCEPT_MARK, Change, PASSTHROUGH_V6, make, present, unmake};
 
 use crate::{
     mirror::Mirror,
+    netlink::Questions,
     netns::{Netns, NetnsError},
     options::{Config, Dns, InboundMode},
 };
@@ -37,7 +38,7 @@ pub enum PlumbingError {
     #[error("opening netlink in it")]
     Open(#[source] io::Error),
     #[error("{action} (needs CAP_NET_ADMIN in it)")]
-    Netlink { action: &'static str, source: Box<rtnetlink::Error> },
+    Netlink { action: &'static str, source: io::Error },
     #[error("setting {path} in it")]
     Sysctl { path: &'static str, source: io::Error },
 }
@@ -127,7 +128,7 @@ pub fn find(netns: &Netns, config: &Config, mirror: &Mirror) -> Result<Found, Pl
     let is_local = |change: &Change| matches!(change, Change::LocalPrefix { net } if mirror.is_local(net));
     let (local, asked): (Vec<_>, Vec<_>) =
         wanted(config, &mirror.interface_names(), &found).into_iter().partition(is_local);
-    found.present = inside(netns, async move |handle| present(&handle, asked).await)??;
+    found.present = inside(netns, |questions| present(questions, asked))??;
     found.present.extend(local);
     Ok(found)
 }
@@ -150,19 +151,12 @@ pub fn add(netns: &Netns, additions: &Plumbing, made: &mut Plumbing) -> Result<(
         return Ok(());
     }
     let additions = additions.0.clone();
-    let added = inside(netns, async move |handle| {
-        let mut done: Vec<Change> = Vec::new();
+    inside(netns, |questions| {
         for change in additions {
-            match make(&handle, change).await {
-                Ok(made) => done.extend(made),
-                Err(error) => return (done, Err(error)),
-            }
+            made.0.extend(make(questions, change)?);
         }
-        (done, Ok(()))
-    });
-    let (done, result) = added?;
-    made.0.extend(done);
-    result
+        Ok(())
+    })?
 }
 
 /// Removes all of it. A failure is logged and the rest is removed all the same; it is an error only if a later call may
@@ -172,10 +166,10 @@ pub fn remove(netns: &Netns, plumbing: &Plumbing) -> Result<(), PlumbingError> {
     if changes.is_empty() {
         return Ok(());
     }
-    inside(netns, async move |handle| {
+    inside(netns, |questions| {
         let mut removed = Ok(());
         for change in changes.iter().rev() {
-            if let Err(error) = unmake(&handle, change).await
+            if let Err(error) = unmake(questions, change)
                 && error.may_pass()
             {
                 removed = Err(error);
@@ -190,31 +184,19 @@ impl PlumbingError {
     fn may_pass(&self) -> bool {
         let code = match self {
             Self::Netns(_) => None,
-            Self::Open(error) | Self::Sysctl { source: error, .. } => error.raw_os_error(),
-            Self::Netlink { source, .. } => match &**source {
-                rtnetlink::Error::NetlinkError(message) => Some(-message.raw_code()),
-                // The question did not reach the kernel.
-                _ => Some(libc::EAGAIN),
-            },
+            Self::Open(error) | Self::Sysctl { source: error, .. } | Self::Netlink { source: error, .. } => {
+                error.raw_os_error()
+            }
         };
         let is_short = [libc::ENOMEM, libc::ENOBUFS, libc::EMFILE, libc::ENFILE, libc::EINTR, libc::EAGAIN];
         code.is_some_and(|code| is_short.contains(&code))
     }
 }
 
-fn inside<T: Send, F: AsyncFnOnce(Handle) -> T + Send>(netns: &Netns, work: F) -> Result<T, PlumbingError> {
+fn inside<T: Send>(netns: &Netns, work: impl FnOnce(&mut Questions) -> T + Send) -> Result<T, PlumbingError> {
     netns.run(|| {
-        let runtime = tokio::runtime::Builder::new_current_thread()
-            .enable_all()
-            .build()
-            .map_err(PlumbingError::Open)?;
-        runtime.block_on(async {
-            let (connection, handle, _) = rtnetlink::new_connection().map_err(PlumbingError::Open)?;
-            let connection = tokio::spawn(connection);
-            let result = work(handle).await;
-            connection.abort();
-            Ok(result)
-        })
+        let mut questions = Questions::open(netns, NETLINK_ROUTE)?.map_err(PlumbingError::Open)?;
+        Ok(work(&mut questions))
     })?
 }
 
@@ -227,7 +209,6 @@ fn guest_table(config: &Config) -> u32 {
     if config.tproxy_table == 15001 { 15002 } else { 15001 }
 }
 
-/// What the options ask for.
 /// What redirected connections dial and queries come from.
 fn local_prefixes(v6: bool) -> impl Iterator<Item = IpNet> {
     let (net, len) = Addr::SPREAD_PREFIX_V6;
@@ -236,6 +217,7 @@ fn local_prefixes(v6: bool) -> impl Iterator<Item = IpNet> {
     of_v6.into_iter().chain(of_v4.map(|(net, len)| Ipv4Net::new_assert(net, len).into()))
 }
 
+/// What the options ask for.
 fn wanted(config: &Config, interfaces: &[&str], found: &Found) -> Vec<Change> {
     let mut changes = Vec::new();
     let v6 = found.v6;

@@ -2,19 +2,21 @@
 
 use std::{
     fs, io,
-    net::{IpAddr, Ipv4Addr, Ipv6Addr, UdpSocket},
+    net::{Ipv4Addr, Ipv6Addr},
 };
 
-use futures_util::TryStreamExt as _;
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
+use netlink_packet_core::{NLM_F_CREATE, NLM_F_DUMP, NLM_F_EXCL, NLM_F_REQUEST};
 use netlink_packet_route::{
-    AddressFamily, IpProtocol,
+    AddressFamily, IpProtocol, RouteNetlinkMessage,
     address::{AddressAttribute, AddressMessage},
     route::{RouteAddress, RouteAttribute, RouteMessage, RouteScope, RouteType},
     rule::{RuleAction, RuleAttribute, RuleHeader, RuleMessage},
 };
-use rtnetlink::{Handle, RouteMessageBuilder};
+use rtnetlink::RouteMessageBuilder;
 use serde::{Deserialize, Serialize};
+
+use crate::netlink::Questions;
 
 use super::{
     PlumbingError,
@@ -55,19 +57,19 @@ impl Change {
 }
 
 /// Those of the changes that are made already.
-pub(super) async fn present(handle: &Handle, changes: Vec<Change>) -> Result<Vec<Change>, PlumbingError> {
+pub(super) fn present(questions: &mut Questions, changes: Vec<Change>) -> Result<Vec<Change>, PlumbingError> {
     let mut state = Present { addresses: None, rules: [None, None], routes: [None, None] };
     let mut found = Vec::new();
     for change in changes {
         let there = match &change {
-            Change::PassthroughAddress => state.has_passthrough(handle).await?,
-            Change::LocalTable { v6, table } => state.has_route(handle, everything(*v6), *table).await?,
-            Change::GuestRoute { net, table } => state.has_route(handle, *net, *table).await?,
+            Change::PassthroughAddress => state.has_passthrough(questions)?,
+            Change::LocalTable { v6, table } => state.has_route(questions, everything(*v6), *table)?,
+            Change::GuestRoute { net, table } => state.has_route(questions, *net, *table)?,
             Change::MarkRule { v6, mark, table } => {
-                state.rules(handle, *v6).await?.iter().any(|rule| is_mark_rule(rule, *mark, *table))
+                state.rules(questions, *v6)?.iter().any(|rule| is_mark_rule(rule, *mark, *table))
             }
             Change::GuestRule { v6, interface, table } => {
-                state.rules(handle, *v6).await?.iter().any(|rule| is_guest_rule(rule, interface, *table))
+                state.rules(questions, *v6)?.iter().any(|rule| is_guest_rule(rule, interface, *table))
             }
             Change::AcceptMark { before } => before == "1",
             // Told by the routes, or by adding it.
@@ -88,68 +90,69 @@ struct Present {
 }
 
 impl Present {
-    async fn has_passthrough(&mut self, handle: &Handle) -> Result<bool, PlumbingError> {
+    fn has_passthrough(&mut self, questions: &mut Questions) -> Result<bool, PlumbingError> {
         if let Some(there) = self.addresses {
             return Ok(there);
         }
-        let failed = |source| netlink("reading the addresses of the loopback interface", source);
-        let addresses = handle.address().get().set_link_index_filter(LOOPBACK);
-        let found: Vec<_> = addresses
-            .set_address_filter(IpAddr::V6(PASSTHROUGH_V6))
-            .execute()
-            .try_collect()
-            .await
-            .map_err(failed)?;
-        Ok(*self.addresses.insert(!found.is_empty()))
+        let mut question = AddressMessage::default();
+        question.header.family = AddressFamily::Inet6;
+        let question = RouteNetlinkMessage::GetAddress(question);
+        let action = "reading the addresses of the loopback interface";
+        let is_it = |message: &RouteNetlinkMessage| {
+            let RouteNetlinkMessage::NewAddress(address) = message else { return false };
+            address.header.index == LOOPBACK
+                && address.attributes.contains(&AddressAttribute::Address(PASSTHROUGH_V6.into()))
+        };
+        let found = list(questions, question, action)?;
+        Ok(*self.addresses.insert(found.iter().any(is_it)))
     }
 
-    async fn rules(&mut self, handle: &Handle, v6: bool) -> Result<&[RuleMessage], PlumbingError> {
+    fn rules(&mut self, questions: &mut Questions, v6: bool) -> Result<&[RuleMessage], PlumbingError> {
         let slot = &mut self.rules[usize::from(v6)];
         if slot.is_none() {
-            *slot = Some(rules(handle, v6).await?);
+            *slot = Some(rules(questions, v6)?);
         }
         Ok(slot.as_deref().unwrap_or_default())
     }
 
-    async fn has_route(&mut self, handle: &Handle, net: IpNet, table: u32) -> Result<bool, PlumbingError> {
+    fn has_route(
+        &mut self,
+        questions: &mut Questions,
+        net: IpNet,
+        table: u32,
+    ) -> Result<bool, PlumbingError> {
         let slot = &mut self.routes[usize::from(net.addr().is_ipv6())];
         if slot.is_none() {
-            *slot = Some(local_routes(handle, net.addr().is_ipv6()).await?);
+            *slot = Some(local_routes(questions, net.addr().is_ipv6())?);
         }
         Ok(slot.as_ref().is_some_and(|routes| routes.contains(&(net.trunc(), table))))
     }
 }
 
 /// Make a change. None if it exists already.
-pub(super) async fn make(handle: &Handle, change: Change) -> Result<Option<Change>, PlumbingError> {
+pub(super) fn make(questions: &mut Questions, change: Change) -> Result<Option<Change>, PlumbingError> {
     let made = match &change {
         Change::PassthroughAddress => {
-            let added = handle.address().add(LOOPBACK, IpAddr::V6(PASSTHROUGH_V6), 128).execute().await;
-            unless_there(added).map_err(|e| netlink("adding ::6/128 to the loopback interface", e))?
+            let message = RouteNetlinkMessage::NewAddress(passthrough());
+            add(questions, message, "adding ::6/128 to the loopback interface")?
         }
-        Change::LocalPrefix { net } => add_local_prefix(handle, *net).await?,
-        Change::LocalhostBy { v6, interface } => add_localhost_by(handle, *v6, interface).await?,
+        Change::LocalPrefix { net } => add_local_prefix(questions, *net)?,
+        Change::LocalhostBy { v6, interface } => add_localhost_by(questions, *v6, interface)?,
         Change::GuestRoute { net, table } => {
-            let route = local_route(*net, *table, LOOPBACK);
-            unless_there(handle.route().add(route).execute().await)
-                .map_err(|e| netlink("adding a local route for a network of -i to the table of -k", e))?
+            let route = RouteNetlinkMessage::NewRoute(local_route(*net, *table, LOOPBACK));
+            add(questions, route, "adding a local route for a network of -i to the table of -k")?
         }
         Change::GuestRule { v6, interface, table } => {
-            let mut request = handle.rule().add();
-            *request.message_mut() = guest_rule(*v6, interface, *table);
-            unless_there(request.execute().await)
-                .map_err(|e| netlink("adding a rule for an interface of -k", e))?
+            let rule = RouteNetlinkMessage::NewRule(guest_rule(*v6, interface, *table));
+            add(questions, rule, "adding a rule for an interface of -k")?
         }
         Change::LocalTable { v6, table } => {
-            let route = local_route(everything(*v6), *table, LOOPBACK);
-            unless_there(handle.route().add(route).execute().await)
-                .map_err(|e| netlink("adding a local default route to the table of -r", e))?
+            let route = RouteNetlinkMessage::NewRoute(local_route(everything(*v6), *table, LOOPBACK));
+            add(questions, route, "adding a local default route to the table of -r")?
         }
         Change::MarkRule { v6, mark, table } => {
-            let mut request = handle.rule().add();
-            *request.message_mut() = mark_rule(*v6, *mark, *table);
-            unless_there(request.execute().await)
-                .map_err(|e| netlink("adding a rule for the mark of -t", e))?
+            let rule = RouteNetlinkMessage::NewRule(mark_rule(*v6, *mark, *table));
+            add(questions, rule, "adding a rule for the mark of -t")?
         }
         Change::AcceptMark { .. } => {
             set(ACCEPT_MARK, "1").map_err(|source| PlumbingError::Sysctl { path: ACCEPT_MARK, source })?;
@@ -160,33 +163,30 @@ pub(super) async fn make(handle: &Handle, change: Change) -> Result<Option<Chang
 }
 
 /// Unmake a change. What is gone already is no failure; any other is logged.
-pub(super) async fn unmake(handle: &Handle, change: &Change) -> Result<(), PlumbingError> {
+pub(super) fn unmake(questions: &mut Questions, change: &Change) -> Result<(), PlumbingError> {
     let result = match change {
-        Change::PassthroughAddress => del_passthrough(handle).await,
+        Change::PassthroughAddress => remove(questions, RouteNetlinkMessage::DelAddress(passthrough())),
         Change::LocalTable { v6, table } => {
             let route = local_route(everything(*v6), *table, LOOPBACK);
-            handle.route().del(route).execute().await.map_err(box_netlink)
+            remove(questions, RouteNetlinkMessage::DelRoute(route))
         }
         Change::LocalPrefix { net } => {
-            handle.route().del(local_prefix_route(*net, LOOPBACK)).execute().await.map_err(box_netlink)
+            remove(questions, RouteNetlinkMessage::DelRoute(local_prefix_route(*net, LOOPBACK)))
         }
         Change::LocalhostBy { v6, interface } => match index_of(interface) {
-            Ok(Some(index)) => {
-                handle.route().del(localhost_route(*v6, index)).execute().await.map_err(box_netlink)
-            }
+            Ok(Some(index)) => remove(questions, RouteNetlinkMessage::DelRoute(localhost_route(*v6, index))),
             // Its routes went with it.
             Ok(None) => Ok(()),
             Err(error) => Err(error),
         },
         Change::GuestRoute { net, table } => {
-            let route = local_route(*net, *table, LOOPBACK);
-            handle.route().del(route).execute().await.map_err(box_netlink)
+            remove(questions, RouteNetlinkMessage::DelRoute(local_route(*net, *table, LOOPBACK)))
         }
         Change::GuestRule { v6, interface, table } => {
-            handle.rule().del(guest_rule(*v6, interface, *table)).execute().await.map_err(box_netlink)
+            remove(questions, RouteNetlinkMessage::DelRule(guest_rule(*v6, interface, *table)))
         }
         Change::MarkRule { v6, mark, table } => {
-            handle.rule().del(mark_rule(*v6, *mark, *table)).execute().await.map_err(box_netlink)
+            remove(questions, RouteNetlinkMessage::DelRule(mark_rule(*v6, *mark, *table)))
         }
         Change::AcceptMark { before } => {
             set(ACCEPT_MARK, before).map_err(|source| PlumbingError::Sysctl { path: ACCEPT_MARK, source })
@@ -228,27 +228,38 @@ fn set_in_own_mount(path: &str, value: &str) -> io::Result<()> {
     io::Write::write_all(&mut fs::File::from(file), value.as_bytes())
 }
 
-fn box_netlink(source: rtnetlink::Error) -> PlumbingError {
-    netlink("removing it", source)
+/// Adds something. False if it exists already.
+pub(super) fn add(
+    questions: &mut Questions,
+    message: RouteNetlinkMessage,
+    action: &'static str,
+) -> Result<bool, PlumbingError> {
+    match questions.change(message, NLM_F_CREATE | NLM_F_EXCL) {
+        Ok(()) => Ok(true),
+        Err(error) if error.raw_os_error() == Some(libc::EEXIST) => Ok(false),
+        Err(source) => Err(PlumbingError::Netlink { action, source }),
+    }
 }
 
-fn netlink(action: &'static str, source: rtnetlink::Error) -> PlumbingError {
-    PlumbingError::Netlink { action, source: Box::new(source) }
+fn remove(questions: &mut Questions, message: RouteNetlinkMessage) -> Result<(), PlumbingError> {
+    let removed = questions.change(message, 0);
+    removed.map_err(|source| PlumbingError::Netlink { action: "removing it", source })
+}
+
+fn list(
+    questions: &mut Questions,
+    question: RouteNetlinkMessage,
+    action: &'static str,
+) -> Result<Vec<RouteNetlinkMessage>, PlumbingError> {
+    let found = questions.ask(question, NLM_F_REQUEST | NLM_F_DUMP);
+    found.map(|(found, _)| found).map_err(|source| PlumbingError::Netlink { action, source })
 }
 
 /// Whether what was to be removed is not there, or the interface that it was for.
 fn is_absent(error: &PlumbingError) -> bool {
     let PlumbingError::Netlink { source, .. } = error else { return false };
-    let rtnetlink::Error::NetlinkError(message) = &**source else { return false };
-    [libc::ENOENT, libc::ESRCH, libc::EADDRNOTAVAIL, libc::ENODEV].contains(&-message.raw_code())
-}
-
-pub(super) fn unless_there(result: Result<(), rtnetlink::Error>) -> Result<bool, rtnetlink::Error> {
-    match result {
-        Ok(()) => Ok(true),
-        Err(rtnetlink::Error::NetlinkError(message)) if message.raw_code() == -libc::EEXIST => Ok(false),
-        Err(error) => Err(error),
-    }
+    let absent = [libc::ENOENT, libc::ESRCH, libc::EADDRNOTAVAIL, libc::ENODEV];
+    source.raw_os_error().is_some_and(|code| absent.contains(&code))
 }
 
 pub(super) const PASSTHROUGH_V6: Ipv6Addr = Ipv6Addr::new(0, 0, 0, 0, 0, 0, 0, 6);
@@ -256,36 +267,25 @@ pub(super) const PASSTHROUGH_V6: Ipv6Addr = Ipv6Addr::new(0, 0, 0, 0, 0, 0, 0, 6
 /// The loopback interface has this index in every namespace (`LOOPBACK_IFINDEX` of the kernel).
 pub(super) const LOOPBACK: u32 = 1;
 
-async fn del_passthrough(handle: &Handle) -> Result<(), PlumbingError> {
+fn passthrough() -> AddressMessage {
     let mut message = AddressMessage::default();
     message.header.family = AddressFamily::Inet6;
     message.header.prefix_len = 128;
     message.header.index = LOOPBACK;
-    message.attributes.push(AddressAttribute::Local(PASSTHROUGH_V6.into()));
-    handle.address().del(message).execute().await.map_err(box_netlink)?;
-    // A request that could not be sent ends as one that was done.
-    if UdpSocket::bind((PASSTHROUGH_V6, 0)).is_ok() {
-        return Err(netlink("removing ::6/128 from the loopback interface", rtnetlink::Error::RequestFailed));
-    }
-    Ok(())
+    message.attributes.push(AddressAttribute::Address(PASSTHROUGH_V6.into()));
+    message
 }
 
 /// Prefix and table of the local routes of a family.
-async fn local_routes(handle: &Handle, v6: bool) -> Result<Vec<(IpNet, u32)>, PlumbingError> {
-    let question = if v6 {
-        RouteMessageBuilder::<Ipv6Addr>::new().build()
-    } else {
-        RouteMessageBuilder::<Ipv4Addr>::new().build()
-    };
-    let found: Vec<RouteMessage> = handle
-        .route()
-        .get(question)
-        .execute()
-        .try_collect()
-        .await
-        .map_err(|e| netlink("reading the routes", e))?;
-    let local = |route: &RouteMessage| route.header.kind == RouteType::Local;
-    let key = |route: RouteMessage| {
+fn local_routes(questions: &mut Questions, v6: bool) -> Result<Vec<(IpNet, u32)>, PlumbingError> {
+    let mut question = RouteMessage::default();
+    question.header.address_family = family(v6);
+    let found = list(questions, RouteNetlinkMessage::GetRoute(question), "reading the routes")?;
+    let key = |message| {
+        let RouteNetlinkMessage::NewRoute(route) = message else { return None };
+        if route.header.kind != RouteType::Local || route.header.address_family != family(v6) {
+            return None;
+        }
         let (mut address, mut table) = (everything(v6).addr(), u32::from(route.header.table));
         for attribute in &route.attributes {
             match attribute {
@@ -297,7 +297,11 @@ async fn local_routes(handle: &Handle, v6: bool) -> Result<Vec<(IpNet, u32)>, Pl
         }
         Some((IpNet::new(address, route.header.destination_prefix_length).ok()?, table))
     };
-    Ok(found.into_iter().filter(local).filter_map(key).collect())
+    Ok(found.into_iter().filter_map(key).collect())
+}
+
+fn family(v6: bool) -> AddressFamily {
+    if v6 { AddressFamily::Inet6 } else { AddressFamily::Inet }
 }
 
 fn everything(v6: bool) -> IpNet {
@@ -324,11 +328,7 @@ pub(super) fn local_route(net: IpNet, table: u32, lo: u32) -> RouteMessage {
 
 fn guest_rule(v6: bool, interface: &str, table: u32) -> RuleMessage {
     let mut rule = RuleMessage::default();
-    rule.header = RuleHeader {
-        family: if v6 { AddressFamily::Inet6 } else { AddressFamily::Inet },
-        action: RuleAction::ToTable,
-        ..RuleHeader::default()
-    };
+    rule.header = RuleHeader { family: family(v6), action: RuleAction::ToTable, ..RuleHeader::default() };
     rule.attributes.push(RuleAttribute::Iifname(interface.to_owned()));
     rule.attributes.push(RuleAttribute::IpProtocol(IpProtocol::Tcp));
     rule.attributes.push(RuleAttribute::Table(table));
@@ -342,25 +342,21 @@ fn is_guest_rule(rule: &RuleMessage, interface: &str, table: u32) -> bool {
 
 fn mark_rule(v6: bool, mark: u32, table: u32) -> RuleMessage {
     let mut rule = RuleMessage::default();
-    rule.header = RuleHeader {
-        family: if v6 { AddressFamily::Inet6 } else { AddressFamily::Inet },
-        action: RuleAction::ToTable,
-        ..RuleHeader::default()
-    };
+    rule.header = RuleHeader { family: family(v6), action: RuleAction::ToTable, ..RuleHeader::default() };
     rule.attributes.push(RuleAttribute::FwMark(mark));
     rule.attributes.push(RuleAttribute::Table(table));
     rule
 }
 
-async fn rules(handle: &Handle, v6: bool) -> Result<Vec<RuleMessage>, PlumbingError> {
-    let version = if v6 { rtnetlink::IpVersion::V6 } else { rtnetlink::IpVersion::V4 };
-    handle
-        .rule()
-        .get(version)
-        .execute()
-        .try_collect()
-        .await
-        .map_err(|source| PlumbingError::Netlink { action: "reading the rules", source: Box::new(source) })
+fn rules(questions: &mut Questions, v6: bool) -> Result<Vec<RuleMessage>, PlumbingError> {
+    let mut question = RuleMessage::default();
+    question.header.family = family(v6);
+    let found = list(questions, RouteNetlinkMessage::GetRule(question), "reading the rules")?;
+    let rule = |message| match message {
+        RouteNetlinkMessage::NewRule(rule) => Some(rule),
+        _ => None,
+    };
+    Ok(found.into_iter().filter_map(rule).collect())
 }
 
 fn is_mark_rule(rule: &RuleMessage, mark: u32, table: u32) -> bool {

@@ -3,32 +3,40 @@
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, UdpSocket};
 
 use ipnet::IpNet;
-use netlink_packet_route::route::{RouteAddress, RouteAttribute, RouteMessage};
-use rtnetlink::Handle;
+use netlink_packet_route::{
+    RouteNetlinkMessage,
+    route::{RouteAddress, RouteAttribute, RouteMessage},
+};
+
+use crate::netlink::Questions;
 
 use super::{
     PlumbingError,
-    change::{LOOPBACK, local_route, unless_there},
+    change::{LOOPBACK, add, local_route},
 };
 
 /// IPv6 takes no route by an interface that is down. Without these, 127.0.0.1 and ::1 themselves are dialled; once the
 /// interface is up, whoever follows the namespace adds them.
-fn unless_there_or_down(result: Result<(), rtnetlink::Error>) -> Result<bool, rtnetlink::Error> {
-    match result {
-        Err(rtnetlink::Error::NetlinkError(message)) if message.raw_code() == -libc::ENETDOWN => Ok(false),
-        result => unless_there(result),
+fn add_if_up(
+    questions: &mut Questions,
+    route: RouteMessage,
+    action: &'static str,
+) -> Result<bool, PlumbingError> {
+    match add(questions, RouteNetlinkMessage::NewRoute(route), action) {
+        Err(PlumbingError::Netlink { source, .. }) if source.raw_os_error() == Some(libc::ENETDOWN) => {
+            Ok(false)
+        }
+        added => added,
     }
 }
 
 /// IPv4 has its prefixes as a part of 127/8, unless the loopback interface has less of that.
-pub(super) async fn add_local_prefix(handle: &Handle, net: IpNet) -> Result<bool, PlumbingError> {
+pub(super) fn add_local_prefix(questions: &mut Questions, net: IpNet) -> Result<bool, PlumbingError> {
     let addr = match net.network() {
         IpAddr::V4(addr) => addr,
         IpAddr::V6(_) => {
             let route = local_prefix_route(net, LOOPBACK);
-            return unless_there_or_down(handle.route().add(route).execute().await).map_err(|source| {
-                local_prefix_failed(source, "adding a local IPv6 prefix to dial the proxy by")
-            });
+            return add_if_up(questions, route, "adding a local IPv6 prefix to dial the proxy by");
         }
     };
     // A local address can be bound.
@@ -38,12 +46,7 @@ pub(super) async fn add_local_prefix(handle: &Handle, net: IpNet) -> Result<bool
         return Ok(false);
     }
     let route = local_prefix_route(net, LOOPBACK);
-    unless_there_or_down(handle.route().add(route).execute().await)
-        .map_err(|source| local_prefix_failed(source, "adding a local IPv4 prefix to dial the proxy by"))
-}
-
-fn local_prefix_failed(source: rtnetlink::Error, action: &'static str) -> PlumbingError {
-    PlumbingError::Netlink { action, source: Box::new(source) }
+    add_if_up(questions, route, "adding a local IPv4 prefix to dial the proxy by")
 }
 
 const TABLE_LOCAL: u32 = 255;
@@ -62,17 +65,13 @@ pub(super) fn local_prefix_route(net: IpNet, lo: u32) -> RouteMessage {
 /// A query that is redirected to 127.0.0.1 has its interface by then, if the socket or the message chose one
 /// (IP_UNICAST_IF, IP_PKTINFO), and the route of 127.0.0.1 is by another. A second local route by that interface is found
 /// where it was chosen, and only there: for other lookups it comes after the kernel's own.
-pub(super) async fn add_localhost_by(
-    handle: &Handle,
+pub(super) fn add_localhost_by(
+    questions: &mut Questions,
     v6: bool,
     interface: &str,
 ) -> Result<bool, PlumbingError> {
     let Some(index) = index_of(interface)? else { return Ok(false) };
-    let request = handle.route().add(localhost_route(v6, index));
-    unless_there_or_down(request.execute().await).map_err(|source| PlumbingError::Netlink {
-        action: "adding a local route to localhost by an interface",
-        source: Box::new(source),
-    })
+    add_if_up(questions, localhost_route(v6, index), "adding a local route to localhost by an interface")
 }
 
 pub(super) fn localhost_route(v6: bool, index: u32) -> RouteMessage {
