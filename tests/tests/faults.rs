@@ -192,8 +192,14 @@ impl Bed {
 fn a_failed_attach_leaves_what_was_there() {
     let mut bed = Bed::new("attach");
     let clean = State::of(&bed);
+    bed.attach(&ONE);
+    let attached = State::of(&bed);
     bed.try_all(("attach", &ONE), Bed::detach, |bed, before, output, when| {
         if output.status.success() {
+            // All of it was made, or is by the next call.
+            let again = bed.attach(&ONE);
+            assert!(again.starts_with("unchanged"), "{when}: {again}");
+            assert_eq!(State::of(bed).shape(), attached.shape(), "{when}");
             bed.detach();
         }
         State::of(bed).assert_is(before, when);
