@@ -30,16 +30,16 @@ pub(crate) enum Compiler {
 }
 
 /// The parts that were not found.
-pub(crate) struct Missing {
+pub(crate) struct MissingTool {
     pub(crate) compiler: bool,
     pub(crate) linker: bool,
 }
 
 /// Finds a complete set. `host_rustc` is the compiler that builds the rest of the workspace.
-pub(crate) fn find(host_rustc: &Path) -> Result<Toolchain, Missing> {
+pub(crate) fn find(host_rustc: &Path) -> Result<Toolchain, MissingTool> {
     let compiler = nightly().or_else(|| ready_made(host_rustc));
     let linker = linker();
-    let missing = Missing { compiler: compiler.is_none(), linker: linker.is_none() };
+    let missing = MissingTool { compiler: compiler.is_none(), linker: linker.is_none() };
     match (compiler, linker) {
         (Some((compiler, llvm)), Some(linker)) => Ok(Toolchain { compiler, linker, llvm }),
         _ => Err(missing),
@@ -108,7 +108,7 @@ impl fmt::Display for Toolchain {
     }
 }
 
-impl fmt::Display for Missing {
+impl fmt::Display for MissingTool {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "building the eBPF programs needs parts that are not here")?;
         if self.compiler {

@@ -16,15 +16,15 @@ use aya::{
 };
 use aya_obj::generated::bpf_attach_type;
 use intercept_common::{
-    acceleration::{COUNTERS, Count, Counters, Pass, PodCell, ProxyName, Socket},
+    acceleration::{JOIN_COUNTER_COUNT, JoinCount, JoinCounters, JoinSocket, PodCell, ProxyName, TcpReason},
     names,
 };
 
 use crate::{
-    kernel::{self, Plain},
-    offsets::{self, OffsetError},
+    btf_offsets::{self, OffsetError},
     options::Config,
     store::Store,
+    sys::{self, Plain},
 };
 
 pub use proxies::Owners;
@@ -92,9 +92,9 @@ fn call_failed(action: &'static str, name: &'static str) -> impl FnOnce(io::Erro
 /// What was counted of a pod: the words and their counts, without those that are zero.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Counted {
-    /// Of [`Count`].
+    /// Of [`JoinCount`].
     pub connections: Vec<(&'static str, u64)>,
-    /// Of [`Pass`]: connections that went from being joined back to TCP, by why.
+    /// Of [`TcpReason`]: connections that went from being joined back to TCP, by why.
     pub back_to_tcp: Vec<(&'static str, u64)>,
 }
 
@@ -103,8 +103,8 @@ pub struct Acceleration {
     pods: Array<MapData, u64>,
     proxies: HashMap<MapData, Plain<ProxyName>, u32>,
     off: Array<MapData, u32>,
-    counters: PerCpuArray<MapData, Plain<Counters>>,
-    sockets: SkStorage<MapData, Plain<Socket>>,
+    counters: PerCpuArray<MapData, Plain<JoinCounters>>,
+    sockets: SkStorage<MapData, Plain<JoinSocket>>,
 }
 
 fn open<T: TryFrom<Map, Error = MapError>>(
@@ -144,7 +144,7 @@ impl Acceleration {
         if !Self::is_loaded(store) {
             self_test::admit()?;
             load_programs(&store.maps(), &store.programs())?;
-            kernel::give_back_memory();
+            sys::give_back_memory();
         }
         Self::open(store)
     }
@@ -186,29 +186,29 @@ impl Acceleration {
     }
 
     /// Let no message go past TCP on this node, from the next one on.
-    pub fn switch_off(&mut self) -> Result<(), AccelerationError> {
+    pub fn deactivate(&mut self) -> Result<(), AccelerationError> {
         self.off.set(0, 1, 0).map_err(map_failed("switching off this node in", names::JOIN_OFF))
     }
 
     /// Let messages go past TCP again.
-    pub fn switch_on(&mut self) -> Result<(), AccelerationError> {
+    pub fn activate(&mut self) -> Result<(), AccelerationError> {
         self.off.set(0, 0, 0).map_err(map_failed("switching on this node in", names::JOIN_OFF))
     }
 
     /// What was counted of a pod.
     pub fn counted(&self, pod: PodCell) -> Result<Counted, AccelerationError> {
         let cpus = self.counters.get(&pod.slot, 0).map_err(map_failed("reading", names::JOIN_COUNTERS))?;
-        let mut sum = [0; COUNTERS];
+        let mut sum = [0; JOIN_COUNTER_COUNT];
         for cpu in cpus.iter() {
             sum.iter_mut().zip(cpu.0.counts).for_each(|(total, count)| *total += count);
         }
-        let (connections, passes) = sum.split_at(Count::ALL.len());
+        let (connections, passes) = sum.split_at(JoinCount::ALL.len());
         let named = |words: Vec<&'static str>, counts: &[u64]| {
             words.into_iter().zip(counts.iter().copied()).filter(|(_, count)| *count > 0).collect()
         };
         Ok(Counted {
-            connections: named(Count::ALL.iter().map(|count| count.as_str()).collect(), connections),
-            back_to_tcp: named(Pass::ALL.iter().map(|pass| pass.as_str()).collect(), passes),
+            connections: named(JoinCount::ALL.iter().map(|count| count.as_str()).collect(), connections),
+            back_to_tcp: named(TcpReason::ALL.iter().map(|pass| pass.as_str()).collect(), passes),
         })
     }
 
@@ -216,7 +216,7 @@ impl Acceleration {
         let failed = map_failed("writing to", names::JOIN_COUNTERS);
         let mut zero = || {
             let cpus = aya::util::nr_cpus().map_err(|(_, error)| MapError::IoError(error))?;
-            let zero = Plain(Counters { counts: [0; COUNTERS] });
+            let zero = Plain(JoinCounters { counts: [0; JOIN_COUNTER_COUNT] });
             let zeros = aya::maps::PerCpuValues::try_from(vec![zero; cpus]).map_err(MapError::IoError)?;
             self.counters.set(slot, zeros, 0)
         };
@@ -239,13 +239,13 @@ impl Acceleration {
 /// Load the programs over the maps pinned in `maps` (made and pinned there if they are not), and pin them in
 /// `programs`; that for messages is attached to the map of ends.
 fn load_programs(maps: &Path, programs: &Path) -> Result<(), AccelerationError> {
-    let offsets = offsets::find_for_joining()?;
+    let offsets = btf_offsets::find_for_joining()?;
     let mut loader = EbpfLoader::new();
     for (name, offset) in &offsets {
         loader.override_global(name, offset, true);
     }
     let paths: Vec<_> =
-        names::JOIN_MAPS.iter().chain(&[names::PODS]).map(|name| (*name, maps.join(name))).collect();
+        names::JOIN_MAPS.iter().chain(&[names::POLICIES]).map(|name| (*name, maps.join(name))).collect();
     for (name, path) in &paths {
         loader.map_pin_path(name, path.as_path());
     }
@@ -262,13 +262,13 @@ fn load_programs(maps: &Path, programs: &Path) -> Result<(), AccelerationError> 
         loaded.map_err(verify)?;
         let fd = program.fd().map_err(verify)?;
         if name == names::JOIN_MSG {
-            kernel::open_pin(&maps.join(names::JOIN_ENDS))
+            sys::open_pin(&maps.join(names::JOIN_ENDS))
                 .and_then(|map| {
-                    kernel::attach_to_map(fd.as_fd(), map.as_fd(), bpf_attach_type::BPF_SK_MSG_VERDICT)
+                    sys::attach_to_map(fd.as_fd(), map.as_fd(), bpf_attach_type::BPF_SK_MSG_VERDICT)
                 })
                 .map_err(call_failed("attaching to JOIN_ENDS program", name))?;
         }
-        kernel::pin(fd.as_fd(), &programs.join(name)).map_err(call_failed("pinning program", name))?;
+        sys::pin(fd.as_fd(), &programs.join(name)).map_err(call_failed("pinning program", name))?;
     }
     Ok(())
 }

@@ -21,7 +21,7 @@ use serde_json::{Value, json};
 pub use config::{PLUGIN, PluginConfig};
 
 use crate::daemon::{
-    protocol::{Add, Request, Response, Sandbox, Select},
+    protocol::{Add, DaemonRequest, Response, SandboxInfo, Select},
     socket,
 };
 
@@ -142,7 +142,7 @@ impl Call {
         value.ok_or_else(|| CniError::new(CniError::ENVIRONMENT, format!("{name} is not set"), ""))
     }
 
-    fn sandbox(&self) -> Result<Sandbox, CniError> {
+    fn sandbox(&self) -> Result<SandboxInfo, CniError> {
         let sandbox = self.required("CNI_CONTAINERID")?.to_owned();
         let args = self.environment.get("CNI_ARGS").map_or("", String::as_str);
         let arg = |name: &str| {
@@ -152,7 +152,7 @@ impl Call {
                 .map(|(_, value)| value.to_owned())
                 .find(|value| !value.is_empty())
         };
-        Ok(Sandbox {
+        Ok(SandboxInfo {
             sandbox,
             uid: arg("K8S_POD_UID"),
             namespace: arg("K8S_POD_NAMESPACE").unwrap_or_default(),
@@ -173,7 +173,7 @@ impl Call {
                 return Err(CniError::new(CniError::CONFIG, msg, ""));
             }
         };
-        let request = Request::Add(Box::new(Add {
+        let request = DaemonRequest::Add(Box::new(Add {
             pod: self.sandbox()?,
             netns,
             cgroup: config.runtime.cgroup_path.clone(),
@@ -194,7 +194,7 @@ impl Call {
 
     fn delete(&self, config: &PluginConfig) -> Result<(), CniError> {
         let sandbox = self.sandbox()?;
-        match socket::request(&config.socket, &Request::Delete(sandbox)) {
+        match socket::request(&config.socket, &DaemonRequest::Delete(sandbox)) {
             // Without a daemon the next one sweeps: its cgroup and namespace will be gone.
             Ok(Response::Done(_)) | Err(_) => Ok(()),
             Ok(other) => Err(refused("releasing the pod", &other)),
@@ -204,7 +204,7 @@ impl Call {
     fn check(&self, config: &PluginConfig) -> Result<(), CniError> {
         self.required("CNI_NETNS")?;
         let sandbox = self.sandbox()?;
-        match socket::request(&config.socket, &Request::Check(sandbox)) {
+        match socket::request(&config.socket, &DaemonRequest::Check(sandbox)) {
             Ok(Response::Done(_)) => Ok(()),
             Ok(other) => Err(refused("checking the pod", &other)),
             Err(error) => Err(unreachable(&config.socket, &error)),
@@ -222,7 +222,7 @@ fn addresses(previous: &Value) -> Vec<IpAddr> {
 /// Whether a pod that is started now would be captured.
 fn status(config: &PluginConfig) -> Result<(), CniError> {
     let not_available = |msg: String, details: &str| CniError::new(CniError::NOT_AVAILABLE, msg, details);
-    match socket::request(&config.socket, &Request::Ready) {
+    match socket::request(&config.socket, &DaemonRequest::Ready) {
         Ok(Response::Done(_)) => Ok(()),
         Ok(Response::Failed(problem)) => {
             Err(not_available(format!("pods cannot be captured yet: {}", problem.text), &problem.cause))
@@ -240,7 +240,7 @@ fn collect(config: &PluginConfig) -> Result<(), CniError> {
     // Of a network of Multus's the list has only the pods that asked for it.
     let Some(valid) = config.valid.as_ref().filter(|_| !config.standalone) else { return Ok(()) };
     let valid = valid.iter().map(|attachment| attachment.container_id.clone()).collect();
-    match socket::request(&config.socket, &Request::Collect { valid }) {
+    match socket::request(&config.socket, &DaemonRequest::Collect { valid }) {
         // Without a daemon the next one sweeps.
         Ok(Response::Done(_)) | Err(_) => Ok(()),
         Ok(other) => Err(refused("releasing pods that are gone", &other)),

@@ -1,4 +1,4 @@
-//! From the options of a pod and the mirror of its namespace to map entries.
+//! From the options of a pod and the snapshot of its namespace to map entries.
 //!
 //! The programs find everything about an address with one longest-prefix look-up. So every prefix of any list or
 //! route becomes one entry that carries what all the prefixes around it say as well: the union of the lists, and
@@ -16,8 +16,8 @@ use intercept_common::{
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 
 use crate::{
-    mirror::{Interface, Mirror, Reach, Route},
     options::{Config, DNS_PORT, Dns, InboundMode, InboundPorts, OwnerGroups, Ports},
+    routes::{Interface, Reach, Route, RouteSnapshot},
     userns::{IdMap, IdMaps},
 };
 
@@ -89,22 +89,22 @@ impl Compiled {
 }
 
 /// Compile. The ids in `config` are those of the initial user namespace.
-pub fn compile(config: &Config, mirror: &Mirror) -> Compiled {
+pub fn compile(config: &Config, snapshot: &RouteSnapshot) -> Compiled {
     let entries = Entries {
-        destinations: destinations(config, mirror),
+        destinations: destinations(config, snapshot),
         ports: ports(config),
         groups: match &config.owner_groups {
             OwnerGroups::All => BTreeMap::new(),
             OwnerGroups::Only(gids) | OwnerGroups::Except(gids) => gids.iter().map(|&gid| (gid, 1)).collect(),
         },
-        interfaces: interfaces(config, mirror),
+        interfaces: interfaces(config, snapshot),
     };
     let (uids, uid_count) = owners(&config.proxy_uids);
     let (gids, gid_count) = owners(&config.proxy_gids);
     let policy = PodPolicy {
         id: 0,
         slot: 0,
-        flags: flags(config) | local_prefixes(mirror),
+        flags: flags(config) | local_prefixes(snapshot),
         outbound_port: config.proxy_port,
         inbound_port: config.inbound_port,
         tunnel_port: config.tunnel_port,
@@ -183,18 +183,18 @@ fn flags(config: &Config) -> u32 {
 }
 
 /// Which prefixes that the programs dial or send from are local in the namespace.
-fn local_prefixes(mirror: &Mirror) -> u32 {
+fn local_prefixes(snapshot: &RouteSnapshot) -> u32 {
     let v4 = |(net, len): (Ipv4Addr, u8)| IpNet::V4(Ipv4Net::new_assert(net, len));
     let mut flags = 0;
-    if Addr::SPREAD_PREFIXES_V4.map(v4).iter().all(|net| mirror.is_local(net)) {
-        flags |= policy::SPREAD_V4;
+    if Addr::STAND_IN_PREFIXES_V4.map(v4).iter().all(|net| snapshot.is_local(net)) {
+        flags |= policy::STAND_IN_V4;
     }
-    if mirror.is_local(&v4(Addr::NUMBERED_PREFIX_V4)) {
+    if snapshot.is_local(&v4(Addr::NUMBERED_PREFIX_V4)) {
         flags |= policy::NUMBERED_V4;
     }
-    let (net, len) = Addr::SPREAD_PREFIX_V6;
-    if mirror.is_local(&IpNet::V6(Ipv6Net::new_assert(net, len))) {
-        flags |= policy::SPREAD_V6;
+    let (net, len) = Addr::STAND_IN_PREFIX_V6;
+    if snapshot.is_local(&IpNet::V6(Ipv6Net::new_assert(net, len))) {
+        flags |= policy::STAND_IN_V6;
     }
     flags
 }
@@ -229,9 +229,9 @@ fn ports(config: &Config) -> Vec<PortPrefix> {
     prefixes
 }
 
-fn interfaces(config: &Config, mirror: &Mirror) -> BTreeMap<u32, u32> {
-    let named = |list: &[crate::options::Interface], name: &str| list.iter().any(|i| i.matches(name));
-    mirror
+fn interfaces(config: &Config, snapshot: &RouteSnapshot) -> BTreeMap<u32, u32> {
+    let named = |list: &[crate::options::InterfacePattern], name: &str| list.iter().any(|i| i.matches(name));
+    snapshot
         .interfaces
         .iter()
         .filter_map(|i| {
@@ -248,34 +248,37 @@ fn interfaces(config: &Config, mirror: &Mirror) -> BTreeMap<u32, u32> {
 }
 
 /// What a prefix of some list or route adds to all addresses in it.
-enum Says<'a> {
+enum PrefixEffect<'a> {
     Bits(u32),
     Route(&'a Route),
 }
 
-fn destinations(config: &Config, mirror: &Mirror) -> Vec<(u32, Addr, Destination)> {
+fn destinations(config: &Config, snapshot: &RouteSnapshot) -> Vec<(u32, Addr, Destination)> {
     let everything = [IpNet::V4(Ipv4Net::default()), IpNet::V6(Ipv6Net::default())];
     // IPv4 is a prefix of IPv6 in the map: without an entry of its own for all of it, what is said of ::/0 would be
     // found for it.
-    let mut said: Vec<(IpNet, Says<'_>)> = vec![(IpNet::V4(Ipv4Net::default()), Says::Bits(0))];
+    let mut said: Vec<(IpNet, PrefixEffect<'_>)> =
+        vec![(IpNet::V4(Ipv4Net::default()), PrefixEffect::Bits(0))];
     // By the first of a policy's entries the others are found (see `tables`).
     let first = IpNet::from(std::net::IpAddr::from(std::net::Ipv6Addr::UNSPECIFIED));
-    said.push((first, Says::Bits(0)));
-    said.extend(mirror.routes.iter().map(|route| (route.prefix, Says::Route(route))));
+    said.push((first, PrefixEffect::Bits(0)));
+    said.extend(snapshot.routes.iter().map(|route| (route.prefix, PrefixEffect::Route(route))));
     if config.include.all {
-        said.extend(everything.map(|net| (net, Says::Bits(destination::INCLUDED))));
+        said.extend(everything.map(|net| (net, PrefixEffect::Bits(destination::INCLUDED))));
     }
-    said.extend(config.include.list.iter().map(|&net| (net, Says::Bits(destination::INCLUDED))));
-    said.extend(config.exclude.iter().map(|&net| (net, Says::Bits(destination::EXCLUDED))));
-    said.push((config.loopback_v4.into(), Says::Bits(destination::LOCALHOST)));
+    said.extend(config.include.list.iter().map(|&net| (net, PrefixEffect::Bits(destination::INCLUDED))));
+    said.extend(config.exclude.iter().map(|&net| (net, PrefixEffect::Bits(destination::EXCLUDED))));
+    said.push((config.loopback_v4.into(), PrefixEffect::Bits(destination::LOCALHOST)));
     said.push((
         IpNet::from(std::net::IpAddr::from(std::net::Ipv6Addr::LOCALHOST)),
-        Says::Bits(destination::LOCALHOST),
+        PrefixEffect::Bits(destination::LOCALHOST),
     ));
-    said.extend(groups().map(|net| (net, Says::Bits(destination::GROUP))));
-    said.extend(mirror.broadcasts.iter().map(|&net| (net, Says::Bits(destination::GROUP))));
+    said.extend(groups().map(|net| (net, PrefixEffect::Bits(destination::GROUP))));
+    said.extend(snapshot.broadcasts.iter().map(|&net| (net, PrefixEffect::Bits(destination::GROUP))));
     if let Dns::Resolvers(servers) = &config.dns {
-        said.extend(servers.iter().map(|&server| (IpNet::from(server), Says::Bits(destination::RESOLVER))));
+        said.extend(
+            servers.iter().map(|&server| (IpNet::from(server), PrefixEffect::Bits(destination::RESOLVER))),
+        );
     }
     // Outer prefixes first, so that when one comes up those around it are on the stack.
     said.sort_by_key(|(net, _)| (net.network(), net.prefix_len()));
@@ -288,8 +291,8 @@ fn destinations(config: &Config, mirror: &Mirror) -> Vec<(u32, Addr, Destination
         }
         let (mut bits, mut route) = around.last().map_or((0, None), |outer| (outer.bits, outer.route));
         match says {
-            Says::Bits(more) => bits |= more,
-            Says::Route(own) => route = Some(*own),
+            PrefixEffect::Bits(more) => bits |= more,
+            PrefixEffect::Route(own) => route = Some(*own),
         }
         if around.last().is_some_and(|outer| outer.net == *net)
             && let Some(same) = around.pop()
@@ -297,7 +300,7 @@ fn destinations(config: &Config, mirror: &Mirror) -> Vec<(u32, Addr, Destination
         {
             entries.pop();
         }
-        let value = destination_of(bits, route, config, mirror);
+        let value = destination_of(bits, route, config, snapshot);
         let has_entry = match (around.last(), net) {
             _ if *net == first => true,
             (Some(outer), _) => outer.value != value,
@@ -332,13 +335,18 @@ struct Prefix<'a> {
     has_entry: bool,
 }
 
-fn destination_of(bits: u32, route: Option<&Route>, config: &Config, mirror: &Mirror) -> Destination {
+fn destination_of(
+    bits: u32,
+    route: Option<&Route>,
+    config: &Config,
+    snapshot: &RouteSnapshot,
+) -> Destination {
     let mut flags = bits;
     let mut source = Addr::UNSPECIFIED;
     if let Some(route) = route {
         let egress = match route.reach {
-            Reach::Local => mirror.interfaces.iter().find(|i| i.loopback),
-            Reach::Via(index) => mirror.interface(index),
+            Reach::Local => snapshot.interfaces.iter().find(|i| i.loopback),
+            Reach::Via(index) => snapshot.interface(index),
             Reach::None => None,
         };
         if route.reach != Reach::None {
@@ -351,7 +359,7 @@ fn destination_of(bits: u32, route: Option<&Route>, config: &Config, mirror: &Mi
         // Where only some of several next hops are by an interface of -c, iptables decides by the hash of each
         // connection. None of them goes around the proxy here.
         let excludes = |i: &Interface| config.exclude_interfaces.iter().any(|named| named.matches(&i.name));
-        let others = route.others.iter().filter_map(|index| mirror.interface(*index));
+        let others = route.others.iter().filter_map(|index| snapshot.interface(*index));
         if egress.is_some_and(excludes) && others.into_iter().all(excludes) {
             flags |= destination::EXCLUDED_EGRESS;
         }
@@ -416,7 +424,7 @@ mod tests {
         let net = |text: &str| text.parse::<IpNet>().expect("a prefix");
         let route =
             |prefix: &str, reach| Route { prefix: net(prefix), reach, others: Vec::new(), source: None };
-        let mirror = Mirror {
+        let snapshot = RouteSnapshot {
             broadcasts: Vec::new(),
             interfaces: Vec::new(),
             routes: vec![
@@ -434,7 +442,7 @@ mod tests {
             exclude: vec![net("10.1.2.0/24")],
             ..Config::default()
         };
-        let entries = compile(&config, &mirror).entries.destinations;
+        let entries = compile(&config, &snapshot).entries.destinations;
         let shown: Vec<_> = entries.iter().map(|(len, addr, _)| format!("{addr:?}/{len}")).collect();
         let lens: Vec<u32> = entries.iter().map(|(len, ..)| *len).collect();
         // All of IPv4, the list, the route to nowhere, the excluded one, localhost, two groups; the first entry, ::1, groups.

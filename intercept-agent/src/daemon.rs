@@ -4,7 +4,8 @@
 //! alone compares them with what is in force, and has the [`worker`] change it. Nothing else calls the node.
 
 pub mod capture;
-pub mod complaints;
+pub mod desired;
+pub mod events;
 pub mod folder;
 mod http;
 mod inotify;
@@ -21,5 +22,4 @@ pub mod serve;
 pub mod sidecar;
 pub mod socket;
 pub mod view;
-pub mod wanted;
 pub mod worker;

@@ -1,26 +1,26 @@
 //! The agent as a library, so that tests can look at its parts; the binary is a command line around it.
 
 pub mod acceleration;
+pub mod btf_offsets;
 pub mod cgroup;
 pub mod cni;
 pub mod compile;
 pub mod confinement;
 pub mod daemon;
 pub mod escape;
-pub mod kernel;
 pub mod listeners;
-pub mod mirror;
+pub mod maps;
 mod netlink;
 pub mod netns;
+pub mod netns_setup;
 pub mod node;
-pub mod offsets;
 pub mod options;
 pub mod ownership;
-pub mod plumbing;
 pub mod programs;
+pub mod routes;
 pub mod store;
 pub mod support;
-pub mod tables;
+pub mod sys;
 pub mod trace;
 pub mod userns;
 pub mod validation;

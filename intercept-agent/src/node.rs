@@ -1,17 +1,17 @@
 //! The node's programs and maps, and the pods they are attached to.
 //!
-//! One write to PODS activates a policy. An attach first makes a plan ([`plan`]); then it adds, makes that one write, and
+//! One write to POLICIES activates a policy. An attach first makes a plan ([`plan`]); then it adds, makes that one write, and
 //! removes ([`apply`]). What it adds affects no connection, so an agent that crashes leaves the old policy active. What it
 //! did not get to remove, the next call removes.
 
 mod accelerate;
 mod apply;
 mod error;
-mod hold;
 mod links;
 mod observe;
 mod paused;
 mod plan;
+mod register;
 
 use std::{
     cell::OnceCell,
@@ -27,16 +27,16 @@ use intercept_common::{layout::PodPolicy, names};
 use crate::{
     cgroup::CgroupDir,
     compile::{compile, outside},
-    kernel,
+    maps::Maps,
     netns::Netns,
+    netns_setup,
     options::Config,
-    plumbing,
     programs::{self, Lookup, ProgramError},
     store::{Lock, Origin, Record, Store},
-    tables::Tables,
+    sys,
 };
 
-use self::plan::{Input, Plan, plan};
+use self::plan::{AttachPlan, PlanInput, plan};
 
 pub use error::NodeError;
 pub use observe::Observation;
@@ -68,7 +68,7 @@ pub enum Attached {
 
 impl Attached {
     /// The word for it.
-    pub fn word(self) -> &'static str {
+    pub fn as_str(self) -> &'static str {
         match self {
             Self::Unchanged => "unchanged",
             Self::New => "attached",
@@ -79,7 +79,7 @@ impl Attached {
 
 /// The attached pods.
 #[derive(Debug, Default)]
-pub struct Pods {
+pub struct PodRecords {
     /// Each with its policy, the oldest first.
     pub readable: Vec<(Record, PodPolicy)>,
     /// Those whose record cannot be read.
@@ -101,7 +101,7 @@ pub struct BrokenPod {
 /// The node's store and maps, with the store locked.
 pub struct Node {
     store: Store,
-    tables: Tables,
+    maps: Maps,
     lookup: OnceCell<Lookup>,
     living: Option<Living>,
     _lock: Lock,
@@ -134,10 +134,10 @@ impl Node {
                 }
                 return Err(error.into());
             }
-            kernel::give_back_memory();
+            sys::give_back_memory();
         }
-        let tables = Tables::open(&store.maps())?;
-        let mut node = Self { tables, lookup: OnceCell::new(), living: None, store, _lock: lock };
+        let maps = Maps::open(&store.maps())?;
+        let mut node = Self { maps, lookup: OnceCell::new(), living: None, store, _lock: lock };
         let others = node.store.other_programs()?;
         if load || !others.is_empty() {
             node.take_over(&others)?;
@@ -175,8 +175,8 @@ impl Node {
         if let Some(map) = store.missing_map() {
             return if store.pods()?.is_empty() { Ok(None) } else { Err(NodeError::Incomplete(map)) };
         }
-        let tables = Tables::open(&store.maps())?;
-        Ok(Some(Self { tables, lookup: OnceCell::new(), living: None, store, _lock: lock }))
+        let maps = Maps::open(&store.maps())?;
+        Ok(Some(Self { maps, lookup: OnceCell::new(), living: None, store, _lock: lock }))
     }
 
     /// What reads the log lines of this build's programs.
@@ -193,14 +193,14 @@ impl Node {
     }
 
     /// The maps.
-    pub fn tables(&self) -> &Tables {
-        &self.tables
+    pub fn maps(&self) -> &Maps {
+        &self.maps
     }
 
     /// The attached pods.
-    pub fn pods(&self) -> Result<Pods, NodeError> {
-        let mut pods = Pods::default();
-        for (cookie, policy) in self.tables.policies()? {
+    pub fn pods(&self) -> Result<PodRecords, NodeError> {
+        let mut pods = PodRecords::default();
+        for (cookie, policy) in self.maps.policies()? {
             match self.store.read_record(cookie, policy.id) {
                 Ok(Some(record)) => pods.readable.push((record, policy)),
                 Ok(None) => {
@@ -216,7 +216,7 @@ impl Node {
 
     /// The pod that is attached to this cgroup, by the cookie of its namespace. The links tell; its record is not read.
     pub fn pod_of_cgroup(&self, cgroup_id: u64) -> Result<Option<(u64, PodPolicy)>, NodeError> {
-        for (cookie, policy) in self.tables.policies()? {
+        for (cookie, policy) in self.maps.policies()? {
             if self.cgroup_of(cookie)? == Some(cgroup_id) {
                 return Ok(Some((cookie, policy)));
             }
@@ -226,7 +226,7 @@ impl Node {
 
     /// The record of a namespace's active policy, if it can be read.
     pub fn record_of(&self, cookie: u64) -> Result<Option<Record>, NodeError> {
-        let Some(policy) = self.tables.policy(cookie)? else { return Ok(None) };
+        let Some(policy) = self.maps.policy(cookie)? else { return Ok(None) };
         match self.store.read_record(cookie, policy.id) {
             Err(error) if error.may_pass() => Err(error.into()),
             read => Ok(read.ok().flatten()),
@@ -258,7 +258,7 @@ impl Node {
 
     /// Whether a pod has something besides its active policy: an agent crashed, or could not finish.
     fn has_leftovers(&self, cookie: u64) -> Result<bool, NodeError> {
-        let active = self.tables.policy(cookie)?.map(|policy| policy.id);
+        let active = self.maps.policy(cookie)?.map(|policy| policy.id);
         Ok(self.store.policies_of(cookie)?.into_iter().any(|id| Some(id) != active))
     }
 
@@ -270,17 +270,17 @@ impl Node {
         rewrite: Rewrite,
         (record, living): (Option<Record>, &Living),
     ) -> Result<Attached, NodeError> {
-        let policies = self.tables.policies()?;
-        let made = record.as_ref().map(|record| record.plumbing.clone()).unwrap_or_default();
-        let interfaces = observed.mirror.interface_names();
-        let namespace = plumbing::plan(config, &interfaces, &observed.found, &made);
-        let expected = namespace.expected(observed.mirror.clone());
+        let policies = self.maps.policies()?;
+        let made = record.as_ref().map(|record| record.netns_setup.clone()).unwrap_or_default();
+        let interfaces = observed.snapshot.interface_names();
+        let namespace = netns_setup::plan(config, &interfaces, &observed.found, &made);
+        let expected = namespace.expected(observed.snapshot.clone());
         let (outside_config, unmapped) = outside(config, &observed.ids);
         if !unmapped.is_empty() {
             let cgroup = target.cgroup.path().display();
             tracing::warn!(%cgroup, ids = ?unmapped, "ids that the pod's user namespace does not map match nobody");
         }
-        let input = Input {
+        let input = PlanInput {
             target,
             config,
             policies: &policies,
@@ -289,27 +289,27 @@ impl Node {
             lineage: &target.cgroup.lineage()?,
             links_intact: self.links_intact(target.netns.cookie(), target)?,
             namespace,
-            max_connections: self.tables.max_connections_per_pod(),
+            max_connections: self.maps.max_connections_per_pod(),
             compiled: compile(&outside_config, &expected),
             now: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |t| t.as_secs()),
         };
         let done = match plan(input, rewrite, random)? {
-            Plan::Unchanged(policy) => {
+            AttachPlan::Unchanged(policy) => {
                 // A proxy may have started to listen while another capture held its socket.
                 self.register_unknown(target, config, &policy)?;
                 self.accelerate(target, config, &policy);
                 Attached::Unchanged
             }
-            Plan::Apply(plan) => self.apply(target, &plan)?,
+            AttachPlan::PolicyChange(plan) => self.apply(target, &plan)?,
         };
-        observed.mirror = expected;
+        observed.snapshot = expected;
         Ok(done)
     }
 
     /// The record of the pod's active policy, if it can be read. Removes what an agent that crashed left beside it.
     fn settle(&mut self, target: &Target) -> Result<Option<Record>, NodeError> {
         let cookie = target.netns.cookie();
-        let Some(policy) = self.tables.policy(cookie)? else {
+        let Some(policy) = self.maps.policy(cookie)? else {
             if self.store.pods()?.binary_search(&cookie).is_ok() {
                 self.take_out(cookie, Some(&target.netns))?;
             }
@@ -351,7 +351,7 @@ impl Node {
     /// Take away what dead pods and dead agents left: folders without a policy in force, pods whose cgroup or
     /// namespace is gone. Says which pods live, by cookie and cgroup.
     pub fn sweep(&mut self) -> Result<Living, NodeError> {
-        let in_force = self.tables.policies()?;
+        let in_force = self.maps.policies()?;
         let mut living = Living::new();
         for cookie in self.store.pods()? {
             let policy = in_force.iter().find(|(netns, _)| *netns == cookie).map(|(_, policy)| policy);
@@ -376,7 +376,7 @@ impl Node {
         living.retain(|cookie, _| listed.binary_search(cookie).is_ok());
         for cookie in listed {
             if !living.contains_key(&cookie)
-                && let Some(policy) = self.tables.policy(cookie)?
+                && let Some(policy) = self.maps.policy(cookie)?
                 && let Some(pod) = self.living_pod(cookie, &policy)?
             {
                 living.insert(cookie, pod);
@@ -403,7 +403,7 @@ impl Node {
         if self.may_have_netns(cookie)? {
             for (_, record) in self.store.records(cookie)? {
                 match record {
-                    Ok(record) if netns.is_none() && !record.plumbing.is_empty() => netns = record.netns(),
+                    Ok(record) if netns.is_none() && !record.netns_setup.is_empty() => netns = record.netns(),
                     Err(error) if error.may_pass() => return Err(error.into()),
                     _ => {}
                 }
@@ -431,7 +431,7 @@ impl Node {
     ) -> Result<(), NodeError> {
         let cookie = target.netns.cookie();
         let known: BTreeSet<(u16, u8)> =
-            self.tables.listeners(cookie)?.iter().map(|key| (key.port, key.family)).collect();
+            self.maps.listeners(cookie)?.iter().map(|key| (key.port, key.family)).collect();
         self.register_listeners_but(target, config, policy, |listener| {
             known.contains(&(listener.port, listener.family))
         })

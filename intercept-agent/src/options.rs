@@ -19,12 +19,12 @@ mod validate;
 
 pub use config::{
     Cidrs, Config, DNS_PORT, Dns, InboundMode, InboundPorts, KNOWN_PROXY, MAX_OWNER_GROUPS, MAX_PROXY_IDS,
-    MAX_RESOLVERS, OwnerGroups, Switches,
+    MAX_RESOLVERS, OwnerGroups, RunOptions,
 };
-pub use error::{OptionError, Problem};
-pub use interface::Interface;
-pub use names::{EtcFiles, Names};
+pub use error::{OptionError, OptionProblem};
+pub use interface::InterfacePattern;
+pub use names::{EtcFiles, NameSource};
 pub use ports::Ports;
 pub use raw::RawOptions;
-pub use setting::{Origin, Setting};
+pub use setting::{Setting, SettingOrigin};
 pub use validate::Note;

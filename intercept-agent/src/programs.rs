@@ -21,9 +21,9 @@ use aya_obj::{
 use intercept_common::names;
 
 use crate::{
-    kernel::{self, ProgramKind},
-    offsets,
+    btf_offsets,
     support::{self, Lacking, Missing, Need},
+    sys::{self, ProgramKind},
 };
 
 /// The compiled programs.
@@ -65,7 +65,7 @@ pub enum ProgramError {
         source: io::Error,
     },
     /// It could not be put where the per-pod instances look for it.
-    #[error("putting program {} into map {}", names::STEER, names::INBOUND)]
+    #[error("putting program {} into map {}", names::STEER_INBOUND, names::JUMP_TABLE)]
     Steer(#[source] Box<aya::maps::MapError>),
     /// The per-pod instance could not be made from the object.
     #[error("preparing program {} for a pod", names::SK_LOOKUP)]
@@ -92,7 +92,7 @@ pub fn attach_type(program: &str) -> bpf_attach_type {
         names::SOCK_OPS | names::JOIN_OPS => bpf_attach_type::BPF_CGROUP_SOCK_OPS,
         names::SOCK_CREATE => bpf_attach_type::BPF_CGROUP_INET_SOCK_CREATE,
         names::SOCK_RELEASE => bpf_attach_type::BPF_CGROUP_INET_SOCK_RELEASE,
-        names::SK_LOOKUP | names::STEER => bpf_attach_type::BPF_SK_LOOKUP,
+        names::SK_LOOKUP | names::STEER_INBOUND => bpf_attach_type::BPF_SK_LOOKUP,
         other => unreachable!("{other} is not in the list of programs"),
     }
 }
@@ -106,7 +106,7 @@ pub fn kind(program: &str) -> ProgramKind {
         names::SOCK_CREATE | names::SOCK_RELEASE => {
             (bpf_prog_type::BPF_PROG_TYPE_CGROUP_SOCK, attach_type(program) as u32)
         }
-        names::SK_LOOKUP | names::STEER => {
+        names::SK_LOOKUP | names::STEER_INBOUND => {
             (bpf_prog_type::BPF_PROG_TYPE_SK_LOOKUP, attach_type(program) as u32)
         }
         _ => (bpf_prog_type::BPF_PROG_TYPE_CGROUP_SOCK_ADDR, attach_type(program) as u32),
@@ -144,7 +144,7 @@ fn load_all(
     max_connections: u32,
     missing: &OnceCell<Vec<Missing>>,
 ) -> Result<(), ProgramError> {
-    let found = offsets::find();
+    let found = btf_offsets::find();
     if let Err(error) = &found {
         tracing::warn!(error = error as &dyn std::error::Error, "owners are those of the task that connects");
     }
@@ -173,7 +173,7 @@ fn load_all(
             }
             Some(Err(error)) => return Err(verify(error)),
         }
-        kernel::pin(program.fd().map_err(verify)?.as_fd(), &programs.join(name))
+        sys::pin(program.fd().map_err(verify)?.as_fd(), &programs.join(name))
             .map_err(|source| ProgramError::Pin { name, dir: programs.display().to_string(), source })?;
     }
     Ok(())
@@ -197,13 +197,13 @@ fn lacks(missing: &[Missing], program: &str) -> bool {
 /// Load what all instances of [`names::SK_LOOKUP`] go on to, and put it where they find it: in place of an earlier
 /// build's, for all pods at once. The map holds it as long as it is pinned.
 fn load_steer(ebpf: &mut Ebpf) -> Result<(), ProgramError> {
-    let name = names::STEER;
+    let name = names::STEER_INBOUND;
     let verify = |source| ProgramError::Verify { name, source: Box::new(source) };
     let program: &mut SkLookup =
         ebpf.program_mut(name).ok_or(ProgramError::Absent(name))?.try_into().map_err(verify)?;
     program.load().map_err(verify)?;
     let fd = program.fd().and_then(|fd| Ok(fd.try_clone()?)).map_err(verify)?;
-    let map = ebpf.map_mut(names::INBOUND).ok_or(ProgramError::Absent(names::INBOUND))?;
+    let map = ebpf.map_mut(names::JUMP_TABLE).ok_or(ProgramError::Absent(names::JUMP_TABLE))?;
     ProgramArray::try_from(map)
         .and_then(|mut map| map.set(0, &fd, 0))
         .map_err(|source| ProgramError::Steer(source.into()))
@@ -232,7 +232,7 @@ impl Lookup {
         let text_sections: HashSet<usize> = object.functions.keys().map(|(section, _)| *section).collect();
         let mut opened = Vec::new();
         for name in object.maps.keys().filter(|name| names::MAPS.contains(&name.as_str())) {
-            let fd = kernel::open_pin(&maps.join(name)).map_err(|e| failed(e.into()))?;
+            let fd = sys::open_pin(&maps.join(name)).map_err(|e| failed(e.into()))?;
             opened.push((name.clone(), fd));
         }
         let object_maps = object.maps.clone();
@@ -258,7 +258,7 @@ impl Lookup {
             let why = "the placeholder of the netns cookie is not in the program";
             return Err(ProgramError::Instance(why.into()));
         }
-        kernel::load_sk_lookup(names::SK_LOOKUP, &instructions).map_err(ProgramError::InstanceLoad)
+        sys::load_sk_lookup(names::SK_LOOKUP, &instructions).map_err(ProgramError::InstanceLoad)
     }
 }
 

@@ -7,7 +7,7 @@
 //! BPFFS/intercept/v<layout>/pods/<cookie>/record-<policy id>
 //! ```
 //!
-//! A pod is in force when PODS has its cookie; the record in force is the one that is named by that policy's id. All
+//! A pod is in force when POLICIES has its cookie; the record in force is the one that is named by that policy's id. All
 //! else is on its way in or out, and may be swept.
 
 use std::{
@@ -25,11 +25,11 @@ use rustix::fs::FlockOperation;
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    kernel,
     netns::Netns,
+    netns_setup::NetnsChanges,
     options::Config,
     ownership::{OwnedFolder, OwnershipError},
-    plumbing::Plumbing,
+    sys,
 };
 
 /// Where bpffs is mounted unless `--bpffs` says otherwise.
@@ -161,7 +161,7 @@ pub struct Record {
     /// Tells the compiled policy apart from another.
     pub digest: u64,
     /// What was changed in the namespace.
-    pub plumbing: Plumbing,
+    pub netns_setup: NetnsChanges,
     /// Who asked for it.
     #[serde(default)]
     pub origin: Origin,
@@ -358,8 +358,8 @@ impl Store {
     pub fn write_record(&self, record: &Record) -> Result<(), StoreError> {
         let path = self.record_path(record.cookie, record.policy);
         let json = serde_json::to_vec(record).expect("a record has string keys only");
-        kernel::create_blob("record", &json)
-            .and_then(|map| kernel::pin(map.as_fd(), &path))
+        sys::create_blob("record", &json)
+            .and_then(|map| sys::pin(map.as_fd(), &path))
             .map_err(at("writing record", &path))
     }
 
@@ -368,7 +368,7 @@ impl Store {
         let path = self.record_path(record.cookie, record.policy);
         let next = path.with_file_name(format!("next-{}", record.policy));
         let json = serde_json::to_vec(record).expect("a record has string keys only");
-        let written = kernel::create_blob("record", &json).and_then(|map| kernel::pin(map.as_fd(), &next));
+        let written = sys::create_blob("record", &json).and_then(|map| sys::pin(map.as_fd(), &next));
         written.and_then(|()| fs::rename(&next, &path)).map_err(at("rewriting record", &path))
     }
 
@@ -394,7 +394,7 @@ impl Store {
         let read = || {
             let data = aya::maps::MapData::from_pin(&path).map_err(io::Error::other)?;
             let len = data.info().map_err(io::Error::other)?.value_size();
-            kernel::read_blob(data.fd().as_fd(), len as usize)
+            sys::read_blob(data.fd().as_fd(), len as usize)
         };
         let json = read().map_err(at("reading record", &path))?;
         serde_json::from_slice(&json)

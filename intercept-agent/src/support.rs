@@ -77,7 +77,7 @@ const PURPOSES: [Purpose; 16] = [
     always(names::CONNECT4, "outbound IPv4 is not captured"),
     always(names::CONNECT6, "outbound IPv6 is not captured"),
     always(names::SK_LOOKUP, "inbound connections are not captured"),
-    always(names::STEER, "inbound connections are not captured"),
+    always(names::STEER_INBOUND, "inbound connections are not captured"),
 ];
 
 /// Helpers that programs do without where the kernel has none: the agent tells them. With what is lost.
@@ -172,7 +172,7 @@ impl Missing {
 fn hook(program: &str) -> String {
     match program {
         names::SOCK_OPS => "sockops".to_owned(),
-        names::SK_LOOKUP | names::STEER => "sk_lookup".to_owned(),
+        names::SK_LOOKUP | names::STEER_INBOUND => "sk_lookup".to_owned(),
         program => format!("cgroup/{program}"),
     }
 }
@@ -241,7 +241,7 @@ mod tests {
 
     #[test]
     fn every_program_has_a_purpose() {
-        for program in names::CGROUP_PROGRAMS.iter().chain(&[names::SK_LOOKUP, names::STEER]) {
+        for program in names::CGROUP_PROGRAMS.iter().chain(&[names::SK_LOOKUP, names::STEER_INBOUND]) {
             assert_eq!(purpose(program).program, *program);
         }
     }
@@ -270,10 +270,12 @@ mod tests {
 
     #[test]
     fn what_several_programs_need_is_needed_as_the_first_of_them_is() {
-        let helper =
-            missing(Feature::Helper("bpf_x".to_owned()), &[names::SENDMSG4, names::SK_LOOKUP, names::STEER]);
+        let helper = missing(
+            Feature::Helper("bpf_x".to_owned()),
+            &[names::SENDMSG4, names::SK_LOOKUP, names::STEER_INBOUND],
+        );
         assert_eq!(helper.need(), Need::Always);
-        assert_eq!(helper.name(), "helper bpf_x in sendmsg4, lookup, steer");
+        assert_eq!(helper.name(), "helper bpf_x in sendmsg4, lookup, steer_inbound");
         assert_eq!(
             helper.lost(),
             "queries over IPv4 from unconnected sockets are not captured; inbound connections are not captured"

@@ -7,7 +7,7 @@ use std::{
 };
 
 use aya::maps::{Array, Map, MapData, MapError, RingBuf};
-use intercept_common::{Reason, Target, Verdict, layout::Event, names};
+use intercept_common::{ProxyListener, Reason, Verdict, layout::Event, names};
 use serde::Serialize;
 use tokio::io::{Interest, unix::AsyncFd};
 
@@ -183,12 +183,12 @@ impl Printer {
             gid: owned(event.gid),
             verdict: match reason.map(Reason::verdict) {
                 None => "unknown",
-                Some(Verdict::Leave) => "leave",
-                Some(Verdict::Redirect(Target::Outbound)) => "outbound_port",
-                Some(Verdict::Redirect(Target::Inbound)) => "inbound_port",
-                Some(Verdict::Redirect(Target::Dns)) => "dns_port",
+                Some(Verdict::Pass) => "leave",
+                Some(Verdict::Redirect(ProxyListener::Outbound)) => "outbound_port",
+                Some(Verdict::Redirect(ProxyListener::Inbound)) => "inbound_port",
+                Some(Verdict::Redirect(ProxyListener::Dns)) => "dns_port",
             },
-            reason: reason.map_or("unknown", Reason::word),
+            reason: reason.map_or("unknown", Reason::as_str),
         }
     }
 }

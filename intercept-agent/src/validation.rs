@@ -21,7 +21,7 @@ use rustix::process::{Pid, PidfdFlags, Signal, WaitOptions, pidfd_open, pidfd_se
 
 use crate::cgroup::CgroupDir;
 use crate::netns::Netns;
-use probe::{Leg, Outcome};
+use probe::{ProbeLeg, ProbeOutcome};
 
 /// What to check.
 #[derive(Clone, Copy, Debug)]
@@ -61,7 +61,7 @@ pub enum ValidationError {
         /// What was dialled.
         to: SocketAddr,
         /// What happened instead.
-        seen: Seen,
+        seen: ListenerFate,
     },
     /// Nothing could be listened on.
     #[error(
@@ -93,7 +93,7 @@ pub enum ValidationError {
 /// What happened to a connection that should have been intercepted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
-pub enum Seen {
+pub enum ListenerFate {
     /// It could not be made: what the kernel said.
     Refused(Errno),
     /// It was made, but to something else.
@@ -106,7 +106,7 @@ pub enum Seen {
     OtherPort(u16, u16),
 }
 
-impl fmt::Display for Seen {
+impl fmt::Display for ListenerFate {
     fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
         match *self {
             Self::Refused(error) => {
@@ -149,8 +149,8 @@ pub fn validate(netns: &Netns, cgroup: &CgroupDir, probe: &Probe) -> Result<Vali
     drop(own);
 
     let mut ports = [None; 2];
-    for (leg, port) in Leg::BOTH.into_iter().zip(&mut ports) {
-        let outcome = report.get(leg as usize * Outcome::SIZE..).and_then(Outcome::decode);
+    for (leg, port) in ProbeLeg::BOTH.into_iter().zip(&mut ports) {
+        let outcome = report.get(leg as usize * ProbeOutcome::SIZE..).and_then(ProbeOutcome::decode);
         let listen = |error: Errno| ValidationError::Listen {
             address: leg.source(),
             proxy_port: probe.proxy_port,
@@ -158,14 +158,14 @@ pub fn validate(netns: &Netns, cgroup: &CgroupDir, probe: &Probe) -> Result<Vali
             source: error.into(),
         };
         match outcome.ok_or(ValidationError::Died)? {
-            Outcome::Passed(at) => *port = Some(at),
-            Outcome::Absent => {}
-            Outcome::Failed(seen) => {
+            ProbeOutcome::Passed(at) => *port = Some(at),
+            ProbeOutcome::Absent => {}
+            ProbeOutcome::Failed(seen) => {
                 let to = SocketAddr::new(leg.destination(), probe.probe_port);
                 return Err(ValidationError::Failed { from: leg.source(), to, seen });
             }
-            Outcome::Listen(error) => return Err(listen(error)),
-            Outcome::Setup(step, error) => return Err(setup(step.text())(error.into())),
+            ProbeOutcome::Listen(error) => return Err(listen(error)),
+            ProbeOutcome::Setup(step, error) => return Err(setup(step.text())(error.into())),
         }
     }
     let [v4, v6] = ports;

@@ -12,7 +12,7 @@ pub const MAX_UNREAD_MESSAGES: u32 = 256;
 /// Cells of `JOIN_HINTS`.
 pub const HINTS: u32 = 1 << 14;
 
-/// Values of [`Socket::kind`].
+/// Values of [`JoinSocket::kind`].
 pub mod kind {
     /// A known proxy's socket that listens on the inbound port; what it accepts starts as a copy.
     pub const LISTENER: u32 = 1;
@@ -39,10 +39,10 @@ pub struct PodCell {
 /// One end of a connection.
 #[derive(Clone, Copy, Pod, Zeroable, PartialEq, Eq, Debug, Default)]
 #[repr(C)]
-pub struct End {
+pub struct JoinEnd {
     /// Address of the kernel's socket. Only read from, and only while a socket with `cookie` is there.
     pub sock: u64,
-    /// Socket cookie, which no other socket ever has; the key in `JOIN_ENDS`.
+    /// JoinSocket cookie, which no other socket ever has; the key in `JOIN_ENDS`.
     pub cookie: u64,
     /// Whose socket it is.
     pub pod: PodCell,
@@ -52,7 +52,7 @@ pub struct End {
 /// between two ends changes them, but for what ends one connection and begins another.
 #[derive(Clone, Copy, Pod, Zeroable, PartialEq, Eq, Hash, Debug, Default)]
 #[repr(C)]
-pub struct Sequence {
+pub struct SequenceKey {
     /// Of the end that dialled.
     pub dialled: u32,
     /// Of the end that accepted.
@@ -62,28 +62,28 @@ pub struct Sequence {
 /// Value of `JOIN_OFFERS`: the end that dialled waits here for the one that accepts.
 #[derive(Clone, Copy, Pod, Zeroable, PartialEq, Eq, Debug, Default)]
 #[repr(C)]
-pub struct Offer {
+pub struct JoinOffer {
     /// The end that dialled.
-    pub dialled: End,
+    pub dialled: JoinEnd,
     /// The end that accepted; all zero until it is there.
-    pub accepted: End,
+    pub accepted: JoinEnd,
 }
 
 /// Value of `JOIN_SOCKETS`, the storage of a socket.
 #[derive(Clone, Copy, Pod, Zeroable, PartialEq, Eq, Debug, Default)]
 #[repr(C)]
-pub struct Socket {
+pub struct JoinSocket {
     /// A value of [`kind`].
     pub kind: u32,
-    /// Discriminant of [`Pass`] after a message that went by TCP, [`Socket::JOINED`] after one that was joined, and zero
+    /// Discriminant of [`TcpReason`] after a message that went by TCP, [`JoinSocket::JOINED`] after one that was joined, and zero
     /// before the first.
     pub last: u32,
     /// Whose it is.
     pub pod: PodCell,
     /// While it is offered.
-    pub sequence: Sequence,
+    pub sequence: SequenceKey,
     /// The other end, once it is known.
-    pub peer: End,
+    pub peer: JoinEnd,
     /// Bytes sent past TCP since the mark, by which it is known what has been read.
     pub marked_bytes: u64,
     /// Messages since the mark.
@@ -92,8 +92,8 @@ pub struct Socket {
     pub older_messages: u32,
 }
 
-impl Socket {
-    /// See [`Socket::last`].
+impl JoinSocket {
+    /// See [`JoinSocket::last`].
     pub const JOINED: u32 = u32::MAX;
 }
 
@@ -138,7 +138,7 @@ macro_rules! counted {
 
 counted! {
     /// What is counted of a pod's proxies' connections.
-    pub enum Count {
+    pub enum JoinCount {
         /// Ends of this pod whose other end was found on this node.
         Joined = "joined",
         /// Connections and listeners of executables that are not known to be safe.
@@ -151,7 +151,7 @@ counted! {
 counted! {
     /// Why a message of a joined connection goes by TCP all the same. A connection is counted under one of these when it
     /// leaves, not for each message.
-    pub enum Pass {
+    pub enum TcpReason {
         /// The switch of the node or of one of the two pods is off.
         Off = "switched_off",
         /// Bytes that went by TCP have not been read yet.
@@ -175,22 +175,22 @@ counted! {
     }
 }
 
-/// How many counters a pod has: those of [`Count`], then those of [`Pass`].
-pub const COUNTERS: usize = Count::ALL.len() + Pass::ALL.len();
+/// How many counters a pod has: those of [`JoinCount`], then those of [`TcpReason`].
+pub const JOIN_COUNTER_COUNT: usize = JoinCount::ALL.len() + TcpReason::ALL.len();
 
 /// Value of `JOIN_COUNTERS`, one a CPU.
 #[derive(Clone, Copy, Pod, Zeroable, PartialEq, Eq, Debug)]
 #[repr(C)]
-pub struct Counters {
-    /// By [`Count`], then by [`Pass`].
-    pub counts: [u64; COUNTERS],
+pub struct JoinCounters {
+    /// By [`JoinCount`], then by [`TcpReason`].
+    pub counts: [u64; JOIN_COUNTER_COUNT],
 }
 
 const _: () = {
     assert!(size_of::<PodCell>() == 16);
-    assert!(size_of::<End>() == 32);
-    assert!(size_of::<Sequence>() == 8);
-    assert!(size_of::<Offer>() == 64);
-    assert!(size_of::<Socket>() == 80);
+    assert!(size_of::<JoinEnd>() == 32);
+    assert!(size_of::<SequenceKey>() == 8);
+    assert!(size_of::<JoinOffer>() == 64);
+    assert!(size_of::<JoinSocket>() == 80);
     assert!(size_of::<ProxyName>() == 40);
 };

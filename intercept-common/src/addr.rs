@@ -91,7 +91,7 @@ impl Addr {
 
 /// Which of the two ranges of stand-in addresses a redirected connection dials.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Spread {
+pub enum StandIn {
     /// For a listener on the wildcard address, which takes them as they are.
     Direct,
     /// For a listener on 127.0.0.1 or ::1: sk_lookup hands the connection to it.
@@ -105,55 +105,55 @@ pub enum Spread {
 /// IPv4 is local on all of 127/8 as a rule. The IPv6 prefix is a unique local one (RFC 4193) that the agent makes local
 /// in the pod's namespace.
 impl Addr {
-    const SPREAD_V6: u32 = u32::from_be_bytes([0xfd, 0x69, 0x6e, 0x74]).to_be();
+    const STAND_IN_V6: u32 = u32::from_be_bytes([0xfd, 0x69, 0x6e, 0x74]).to_be();
     const STEERED_V6: u32 = (1u32 << 31).to_be();
 
     /// All of both IPv6 ranges, with the length of their prefix.
-    pub const SPREAD_PREFIX_V6: (Ipv6Addr, u8) = (Ipv6Addr::new(0xfd69, 0x6e74, 0, 0, 0, 0, 0, 0), 64);
+    pub const STAND_IN_PREFIX_V6: (Ipv6Addr, u8) = (Ipv6Addr::new(0xfd69, 0x6e74, 0, 0, 0, 0, 0, 0), 64);
     /// The IPv4 ranges, with the lengths of their prefixes.
-    pub const SPREAD_PREFIXES_V4: [(Ipv4Addr, u8); 2] =
+    pub const STAND_IN_PREFIXES_V4: [(Ipv4Addr, u8); 2] =
         [(Ipv4Addr::new(127, 128, 0, 0), 9), (Ipv4Addr::new(127, 64, 0, 0), 10)];
     /// Of the sources that carry a number ([`Addr::numbered`]), the IPv4 ones.
     pub const NUMBERED_PREFIX_V4: (Ipv4Addr, u8) = (Ipv4Addr::new(127, 53, 0, 0), 16);
 
     /// The stand-in for a destination.
     #[inline(always)]
-    pub const fn spread(range: Spread, dst: Self, dst_port: u16) -> Self {
+    pub const fn stand_in(range: StandIn, dst: Self, dst_port: u16) -> Self {
         let [a, b, c, d] = dst.0;
         let v4 = dst.is_v4();
         let folded = if v4 { d } else { a ^ b.rotate_left(7) ^ c.rotate_left(13) ^ d.rotate_left(19) };
         // Fibonacci hashing: the upper bits of the product are well mixed.
         let mixed = (folded ^ (dst_port as u32).rotate_left(16)).wrapping_mul(0x9e37_79b1);
         match (v4, range) {
-            (true, Spread::Direct) => Self::from_v4((0x7f80_0000 | (mixed >> 9)).to_be()),
-            (true, Spread::Steered) => Self::from_v4((0x7f40_0000 | (mixed >> 10)).to_be()),
-            (false, Spread::Direct) => Self([Self::SPREAD_V6, 0, 0, mixed]),
-            (false, Spread::Steered) => Self([Self::SPREAD_V6, 0, Self::STEERED_V6, mixed]),
+            (true, StandIn::Direct) => Self::from_v4((0x7f80_0000 | (mixed >> 9)).to_be()),
+            (true, StandIn::Steered) => Self::from_v4((0x7f40_0000 | (mixed >> 10)).to_be()),
+            (false, StandIn::Direct) => Self([Self::STAND_IN_V6, 0, 0, mixed]),
+            (false, StandIn::Steered) => Self([Self::STAND_IN_V6, 0, Self::STEERED_V6, mixed]),
         }
     }
 
     /// The range that an address is in.
     #[inline(always)]
-    pub const fn spread_range(&self) -> Option<Spread> {
+    pub const fn stand_in_range(&self) -> Option<StandIn> {
         let last = u32::from_be(self.0[3]);
         if self.is_v4() {
             return match last >> 22 {
                 // 127.64/10, then the two halves of 127.128/9.
-                0x1fd => Some(Spread::Steered),
-                0x1fe | 0x1ff => Some(Spread::Direct),
+                0x1fd => Some(StandIn::Steered),
+                0x1fe | 0x1ff => Some(StandIn::Direct),
                 _ => None,
             };
         }
-        if (self.0[0] ^ Self::SPREAD_V6) | self.0[1] | (self.0[2] & !Self::STEERED_V6) != 0 {
+        if (self.0[0] ^ Self::STAND_IN_V6) | self.0[1] | (self.0[2] & !Self::STEERED_V6) != 0 {
             return None;
         }
-        Some(if self.0[2] == 0 { Spread::Direct } else { Spread::Steered })
+        Some(if self.0[2] == 0 { StandIn::Direct } else { StandIn::Steered })
     }
 
     /// Whether this is a stand-in address.
     #[inline(always)]
-    pub const fn is_spread(&self) -> bool {
-        self.spread_range().is_some()
+    pub const fn is_stand_in(&self) -> bool {
+        self.stand_in_range().is_some()
     }
 
     /// All ones if this is an address of IPv4, else zero.
@@ -350,18 +350,18 @@ mod tests {
     fn stand_ins_are_in_their_range_and_differ() {
         let mut seen = [Addr::UNSPECIFIED; 36];
         let mut free = seen.iter_mut();
-        for range in [Spread::Direct, Spread::Steered] {
+        for range in [StandIn::Direct, StandIn::Steered] {
             for dst in ["10.96.0.1", "10.96.0.2", "198.51.100.3", "fd96::1", "fd96::2", "fd96:0:0:1::2"] {
                 for port in [53, 80, 443] {
-                    let spread = Addr::spread(range, addr(dst), port);
-                    assert_eq!(spread.spread_range(), Some(range), "{dst}: {spread}");
+                    let spread = Addr::stand_in(range, addr(dst), port);
+                    assert_eq!(spread.stand_in_range(), Some(range), "{dst}: {spread}");
                     assert_eq!(spread.is_v4(), addr(dst).is_v4());
                     *free.next().expect("room") = spread;
                     assert_eq!(spread.number(), None);
-                    let (prefix, len) = Addr::SPREAD_PREFIX_V6;
+                    let (prefix, len) = Addr::STAND_IN_PREFIX_V6;
                     let covered = match IpAddr::from(spread) {
                         IpAddr::V6(v6) => v6.to_bits() >> (128 - len) == prefix.to_bits() >> (128 - len),
-                        IpAddr::V4(v4) => Addr::SPREAD_PREFIXES_V4
+                        IpAddr::V4(v4) => Addr::STAND_IN_PREFIXES_V4
                             .iter()
                             .any(|(net, len)| v4.to_bits() >> (32 - len) == net.to_bits() >> (32 - len)),
                     };
@@ -381,7 +381,7 @@ mod tests {
             "fd69:6e74::1:0:0:1",
             "::1",
         ] {
-            assert_eq!(addr(other).spread_range(), None, "{other}");
+            assert_eq!(addr(other).stand_in_range(), None, "{other}");
         }
     }
 

@@ -10,7 +10,7 @@ const TCP: u8 = 6;
 
 /// What a decision may ask. The programs answer from the maps, `explain` from the same entries in user space.
 /// Each is asked at most once a decision (`destination` once for each address), and only when a row needs it.
-pub trait Facts {
+pub trait PolicyLookup {
     /// What is known of an address: the longest prefix that covers it, or zeroes.
     fn destination(&self, policy: u32, addr: Addr) -> Destination;
     /// Bits of [`port`].
@@ -20,9 +20,9 @@ pub trait Facts {
     /// Bits of [`interface`].
     fn interface(&self, policy: u32, ifindex: u32) -> u32;
     /// TPROXY only: whether the connection under decision was marked when it was made.
-    fn marked(&self) -> bool;
+    fn is_marked(&self) -> bool;
     /// TPROXY only: whether the proxy made the connection under decision with the mark of -t.
-    fn onward(&self) -> bool;
+    fn is_bypass(&self) -> bool;
 }
 
 /// Who made a socket: ids of the initial user namespace. A socket without a file has no owner, and every "owner is
@@ -42,7 +42,7 @@ impl Owner {
 
 /// A flow that a process of the pod starts.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct Outbound {
+pub struct OutboundFlow {
     /// 6 or 17.
     pub protocol: u8,
     /// What is dialled: [`Addr::effective`], where the call names an unspecified address.
@@ -59,7 +59,7 @@ pub struct Outbound {
 
 /// A TCP connection that reaches the namespace.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct Inbound {
+pub struct InboundFlow {
     /// What was dialled.
     pub dst: Addr,
     /// Host order.
@@ -82,19 +82,19 @@ pub struct OutboundDecision {
     pub mark: bool,
     /// TPROXY: sk_lookup is to leave this connection alone, from whatever address it comes: the proxy goes on to the
     /// application (the mark of -t).
-    pub onward: bool,
+    pub bypass: bool,
 }
 
 /// Decide for a flow that a process of the pod starts.
 #[inline(always)]
-pub fn decide_outbound(pod: &PodPolicy, flow: &Outbound, facts: &impl Facts) -> OutboundDecision {
-    let dst = facts.destination(pod.id, flow.dst);
+pub fn decide_outbound(pod: &PodPolicy, flow: &OutboundFlow, lookup: &impl PolicyLookup) -> OutboundDecision {
+    let dst = lookup.destination(pod.id, flow.dst);
     let src = if flow.src.is_unspecified() { dst.source } else { flow.src };
-    let mut reason = outbound_reason(pod, flow, src, &dst, facts);
+    let mut reason = outbound_reason(pod, flow, src, &dst, lookup);
     let mut mark = false;
     let tproxy = pod.flags & policy::TPROXY != 0;
-    let onward = tproxy && flow.protocol == TCP && flow.mark == pod.tproxy_mark;
-    if tproxy && !onward && is_marked(pod, flow, src, &dst, reason, facts) {
+    let bypass = tproxy && flow.protocol == TCP && flow.mark == pod.tproxy_mark;
+    if tproxy && !bypass && is_marked(pod, flow, src, &dst, reason, lookup) {
         // What is dialled on loopback does not reach sk_lookup's rules.
         if flow.dst.is_loopback() {
             reason = Reason::MarkedLoopback;
@@ -102,7 +102,7 @@ pub fn decide_outbound(pod: &PodPolicy, flow: &Outbound, facts: &impl Facts) -> 
             mark = true;
         }
     }
-    OutboundDecision { decision: reason.into(), source: dst.source, mark, onward }
+    OutboundDecision { decision: reason.into(), source: dst.source, mark, bypass }
 }
 
 /// TPROXY: mangle marks what the proxy sends over loopback, whatever nat leaves alone, and takes it to the inbound
@@ -110,19 +110,19 @@ pub fn decide_outbound(pod: &PodPolicy, flow: &Outbound, facts: &impl Facts) -> 
 #[inline(always)]
 fn is_marked(
     pod: &PodPolicy,
-    flow: &Outbound,
+    flow: &OutboundFlow,
     src: Addr,
     dst: &Destination,
     reason: Reason,
-    facts: &impl Facts,
+    lookup: &impl PolicyLookup,
 ) -> bool {
     flow.protocol == TCP
         && dst.flags & (destination::LO | destination::LOCALHOST) == destination::LO
-        && matches!(reason.verdict(), Verdict::Leave)
+        && matches!(reason.verdict(), Verdict::Pass)
         && !matches!(reason, Reason::NoRoute | Reason::ExcludedEgress | Reason::OutboundIpv6)
         && !src.is_passthrough()
         && pod.is_proxy(flow.owner.uid, flow.owner.gid)
-        && matches!(inbound_port_reason(pod, flow.dst_port, facts).verdict(), Verdict::Redirect(_))
+        && matches!(inbound_port_reason(pod, flow.dst_port, lookup).verdict(), Verdict::Redirect(_))
 }
 
 /// Whether an id is in a list of owners, whose unused places repeat the first one.
@@ -160,10 +160,10 @@ impl PodPolicy {
 #[inline(always)]
 fn outbound_reason(
     pod: &PodPolicy,
-    flow: &Outbound,
+    flow: &OutboundFlow,
     src: Addr,
     dst: &Destination,
-    facts: &impl Facts,
+    lookup: &impl PolicyLookup,
 ) -> Reason {
     let is = |bit: u32| dst.flags & bit != 0;
     let has = |bit: u32| pod.flags & bit != 0;
@@ -189,7 +189,7 @@ fn outbound_reason(
         return Reason::ExcludedEgress;
     }
     // 2
-    let ports = if has(policy::OUTBOUND_PORTS) { facts.port(pod.id, flow.dst_port) } else { 0 };
+    let ports = if has(policy::OUTBOUND_PORTS) { lookup.port(pod.id, flow.dst_port) } else { 0 };
     if ports & port::OUTBOUND_EXCLUDED != 0 {
         return Reason::ExcludedOutboundPort;
     }
@@ -217,7 +217,7 @@ fn outbound_reason(
     }
     // 6
     if has(policy::GROUPS_ONLY | policy::GROUPS_EXCEPT) {
-        let listed = facts.group(pod.id, flow.owner.gid);
+        let listed = lookup.group(pod.id, flow.owner.gid);
         if listed == has(policy::GROUPS_EXCEPT) {
             return Reason::OwnerGroup;
         }
@@ -247,12 +247,12 @@ fn outbound_reason(
 
 /// Decide for a TCP connection that reaches the namespace.
 #[inline(always)]
-pub fn decide_inbound(pod: &PodPolicy, flow: &Inbound, facts: &impl Facts) -> Decision {
-    inbound_reason(pod, flow, facts).into()
+pub fn decide_inbound(pod: &PodPolicy, flow: &InboundFlow, lookup: &impl PolicyLookup) -> Decision {
+    inbound_reason(pod, flow, lookup).into()
 }
 
 #[inline(always)]
-fn inbound_reason(pod: &PodPolicy, flow: &Inbound, facts: &impl Facts) -> Reason {
+fn inbound_reason(pod: &PodPolicy, flow: &InboundFlow, lookup: &impl PolicyLookup) -> Reason {
     let has = |bit: u32| pod.flags & bit != 0;
     let tproxy = has(policy::TPROXY);
 
@@ -261,14 +261,14 @@ fn inbound_reason(pod: &PodPolicy, flow: &Inbound, facts: &impl Facts) -> Reason
     }
     // 0: what this namespace sends to itself arrives over lo. sk_lookup cannot tell lo by the interface index (it
     // names the interface of the address), the source can: it is an address of the pod.
-    if flow.src.is_loopback() || facts.destination(pod.id, flow.src).flags & destination::LO != 0 {
-        return if tproxy && facts.marked() { Reason::MarkedLoopback } else { Reason::LocalSource };
+    if flow.src.is_loopback() || lookup.destination(pod.id, flow.src).flags & destination::LO != 0 {
+        return if tproxy && lookup.is_marked() { Reason::MarkedLoopback } else { Reason::LocalSource };
     }
     // The proxy, which goes on from its client's address.
-    if tproxy && facts.onward() {
+    if tproxy && lookup.is_bypass() {
         return Reason::LocalSource;
     }
-    let interface = if has(policy::INTERFACES) { facts.interface(pod.id, flow.ifindex) } else { 0 };
+    let interface = if has(policy::INTERFACES) { lookup.interface(pod.id, flow.ifindex) } else { 0 };
     let virt = interface & interface::VIRT != 0;
     let reason = if virt && !tproxy {
         // 1: nat looks at -k first.
@@ -281,15 +281,15 @@ fn inbound_reason(pod: &PodPolicy, flow: &Inbound, facts: &impl Facts) -> Reason
         Reason::TunnelPort
     } else {
         // 4
-        inbound_port_reason(pod, flow.dst_port, facts)
+        inbound_port_reason(pod, flow.dst_port, lookup)
     };
     // 1 again: under TPROXY mangle comes before nat, which sees what mangle left.
-    if virt && matches!(reason.verdict(), Verdict::Leave) { virt_reason(pod, flow, facts) } else { reason }
+    if virt && matches!(reason.verdict(), Verdict::Pass) { virt_reason(pod, flow, lookup) } else { reason }
 }
 
 #[inline(always)]
-fn inbound_port_reason(pod: &PodPolicy, dst_port: u16, facts: &impl Facts) -> Reason {
-    let ports = if pod.flags & policy::INBOUND_PORTS != 0 { facts.port(pod.id, dst_port) } else { 0 };
+fn inbound_port_reason(pod: &PodPolicy, dst_port: u16, lookup: &impl PolicyLookup) -> Reason {
+    let ports = if pod.flags & policy::INBOUND_PORTS != 0 { lookup.port(pod.id, dst_port) } else { 0 };
     if pod.flags & policy::INBOUND_ALL != 0 {
         if ports & port::INBOUND_EXCLUDED != 0 { Reason::ExcludedInboundPort } else { Reason::InboundAll }
     } else if ports & port::INBOUND != 0 {
@@ -300,8 +300,8 @@ fn inbound_port_reason(pod: &PodPolicy, dst_port: u16, facts: &impl Facts) -> Re
 }
 
 #[inline(always)]
-fn virt_reason(pod: &PodPolicy, flow: &Inbound, facts: &impl Facts) -> Reason {
-    if facts.destination(pod.id, flow.dst).flags & destination::INCLUDED != 0 {
+fn virt_reason(pod: &PodPolicy, flow: &InboundFlow, lookup: &impl PolicyLookup) -> Reason {
+    if lookup.destination(pod.id, flow.dst).flags & destination::INCLUDED != 0 {
         Reason::VirtIncluded
     } else {
         Reason::VirtNotIncluded

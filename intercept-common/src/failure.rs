@@ -22,7 +22,7 @@ macro_rules! failures {
             pub const ALL: &'static [Self] = &[$(Self::$name),+];
 
             /// The word for it in logs and metrics. Stable.
-            pub const fn word(self) -> &'static str {
+            pub const fn as_str(self) -> &'static str {
                 match self { $(Self::$name => $word),+ }
             }
 

@@ -14,7 +14,7 @@ pub use connection::{ConnKey, Handshake, OrigDst, SocketState, end, socket};
 pub use proxy::{ListenerKey, Proxy, ProxyPort, Ring, bound, scope};
 
 /// Version of everything in this file and its folder; part of the pin path. A change of any layout raises it.
-pub const VERSION: u32 = 4;
+pub const VERSION: u32 = 5;
 
 /// Most users and most groups that `-u` and `-g` may name.
 pub const MAX_OWNERS: usize = 16;
@@ -82,10 +82,10 @@ pub mod policy {
     pub const INTERFACES: u32 = 1 << 9;
     /// Inbound flows pass to the application when the proxy does not listen.
     pub const OPEN_WITHOUT_PROXY: u32 = 1 << 10;
-    /// The IPv4 stand-in addresses ([`crate::Addr::spread`]) are local in the namespace.
-    pub const SPREAD_V4: u32 = 1 << 11;
+    /// The IPv4 stand-in addresses ([`crate::Addr::stand_in`]) are local in the namespace.
+    pub const STAND_IN_V4: u32 = 1 << 11;
     /// The IPv6 ones are.
-    pub const SPREAD_V6: u32 = 1 << 12;
+    pub const STAND_IN_V6: u32 = 1 << 12;
     /// The IPv4 sources that carry a number ([`crate::Addr::numbered`]) are local in the namespace.
     pub const NUMBERED_V4: u32 = 1 << 13;
     /// IPv6 is left alone.
@@ -132,7 +132,7 @@ pub mod interface {
     pub const VIRT: u32 = 1 << 1;
 }
 
-/// Value of PODS: what is decided the same for every flow of a pod. Lists that can be long are in maps of their
+/// Value of POLICIES: what is decided the same for every flow of a pod. Lists that can be long are in maps of their
 /// own, under [`PodPolicy::id`]: a new policy is built beside the old one under a fresh id and put in force by
 /// replacing this one value.
 #[derive(Clone, Copy, Pod, Zeroable, PartialEq, Eq, Debug)]
@@ -140,7 +140,7 @@ pub mod interface {
 pub struct PodPolicy {
     /// Prefix of the keys in DESTINATIONS, PORTS, GROUPS and INTERFACES. Never 0.
     pub id: u32,
-    /// Index into PROXIES and DECISIONS.
+    /// Index into PROXY_STATE and COUNTERS.
     pub slot: u32,
     /// Bits of [`policy`].
     pub flags: u32,
@@ -225,11 +225,11 @@ pub struct MemberKey {
     pub member: u32,
 }
 
-/// Value of SERVERS: the DNS servers that a datagram socket has asked besides its first. Each has a number, and the
+/// Value of DNS_SERVERS: the DNS servers that a datagram socket has asked besides its first. Each has a number, and the
 /// query to it a source of that number ([`Addr::numbered`]), by which its answer is told from the others'.
 #[derive(Clone, Copy, Pod, Zeroable, PartialEq, Eq, Debug)]
 #[repr(C)]
-pub struct Servers {
+pub struct DnsServers {
     /// The next number, of which the low 16 bits count.
     pub next: u32,
     /// By number modulo [`MAX_SERVERS`]; the oldest gives way.
@@ -237,7 +237,7 @@ pub struct Servers {
 }
 
 #[expect(clippy::cast_possible_truncation, reason = "the low half of `next` counts")]
-impl Servers {
+impl DnsServers {
     /// The number of a server, if it is remembered.
     #[inline(always)]
     pub fn number_of(&self, addr: Addr) -> Option<u16> {
@@ -269,10 +269,10 @@ impl Servers {
     }
 }
 
-/// Value of ARRIVAL, one a CPU: the look-up that is under way.
+/// Value of LOOKUP_SCRATCH, one a CPU: the look-up that is under way.
 #[derive(Clone, Copy, Pod, Zeroable, PartialEq, Eq, Debug)]
 #[repr(C)]
-pub struct Arrival {
+pub struct LookupScratch {
     /// Netns cookie.
     pub netns: u64,
     /// Ports, and the remote address if it is of IPv4: another look-up's cookie is not taken for this one's.
@@ -282,17 +282,17 @@ pub struct Arrival {
     pub listeners: u64,
 }
 
-/// Value of DECISIONS, one a CPU.
+/// Value of COUNTERS, one a CPU.
 #[derive(Clone, Copy, Pod, Zeroable, PartialEq, Eq, Debug)]
 #[repr(C)]
-pub struct Counters {
+pub struct ReasonCounters {
     /// By reason.
     pub decisions: [u64; MAX_REASONS],
     /// By failure.
     pub failures: [u64; MAX_FAILURES],
 }
 
-impl Counters {
+impl ReasonCounters {
     /// The count of each reason.
     pub fn by_reason(&self) -> impl Iterator<Item = (Reason, u64)> {
         Reason::ALL.iter().copied().zip(self.decisions)
@@ -354,8 +354,8 @@ const _: () = {
     assert!(size_of::<Destination>() == 20);
     assert!(size_of::<MemberKey>() == 8);
     assert!(size_of::<PortKey>() == 8);
-    assert!(size_of::<Counters>() == 8 * (MAX_REASONS + MAX_FAILURES));
-    assert!(size_of::<Servers>() == 132);
+    assert!(size_of::<ReasonCounters>() == 8 * (MAX_REASONS + MAX_FAILURES));
+    assert!(size_of::<DnsServers>() == 132);
     assert!(size_of::<Event>() == 88);
 };
 
@@ -365,7 +365,7 @@ mod tests {
 
     #[test]
     fn servers_are_found_by_number_until_they_give_way() {
-        let mut servers = Servers { next: 0xfffa, ..Servers::zeroed() };
+        let mut servers = DnsServers { next: 0xfffa, ..DnsServers::zeroed() };
         let addr = |n: u32| Addr::from_v4((0x0a00_0000 + n).to_be());
         assert_eq!(servers.server(0xfff9), None, "nobody has been asked");
         let mut numbers = [0; MAX_SERVERS + 2];

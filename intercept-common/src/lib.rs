@@ -15,6 +15,6 @@ pub mod layout;
 pub mod names;
 pub mod reason;
 
-pub use addr::{Addr, Spread};
-pub use decide::{Facts, Inbound, Outbound, decide_inbound, decide_outbound};
-pub use reason::{Decision, Reason, Target, Verdict};
+pub use addr::{Addr, StandIn};
+pub use decide::{InboundFlow, OutboundFlow, PolicyLookup, decide_inbound, decide_outbound};
+pub use reason::{Decision, ProxyListener, Reason, Verdict};

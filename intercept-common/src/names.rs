@@ -2,7 +2,7 @@
 //! kernel keeps (`BPF_OBJ_NAME_LEN`).
 
 /// Netns cookie to [`crate::layout::PodPolicy`]: the master switch. A namespace without an entry is left alone.
-pub const PODS: &str = "PODS";
+pub const POLICIES: &str = "POLICIES";
 /// Longest-prefix trie over (policy, address) to [`crate::layout::Destination`].
 pub const DESTINATIONS: &str = "DESTINATIONS";
 /// Longest-prefix trie over (policy, port) to the lists that name the port.
@@ -18,20 +18,20 @@ pub const ORIG_DST: &str = "ORIG_DST";
 /// Socket storage: from the connect hook to the connect callback, and for datagram sockets that were redirected.
 pub const SOCKETS: &str = "SOCKETS";
 /// Socket storage: for datagram sockets that ask several DNS servers, all but the first of them.
-pub const SERVERS: &str = "SERVERS";
+pub const DNS_SERVERS: &str = "DNS_SERVERS";
 /// Socket storage: the entry of [`ORIG_DST`] to release when the socket is closed, for sockets whose callbacks another
 /// program switches off.
 pub const RELEASES: &str = "RELEASES";
-/// One cell: the program [`STEER`], to which every pod's [`SK_LOOKUP`] goes on.
-pub const INBOUND: &str = "INBOUND";
-/// Per CPU, one cell: which pod's look-up is under way, from [`SK_LOOKUP`] to [`STEER`].
-pub const ARRIVAL: &str = "ARRIVAL";
+/// One cell: the program [`STEER_INBOUND`], to which every pod's [`SK_LOOKUP`] goes on.
+pub const JUMP_TABLE: &str = "JUMP_TABLE";
+/// Per CPU, one cell: which pod's look-up is under way, from [`SK_LOOKUP`] to [`STEER_INBOUND`].
+pub const LOOKUP_SCRATCH: &str = "LOOKUP_SCRATCH";
 /// Redirected connections that are being set up, by their initial sequence number.
 pub const HANDSHAKES: &str = "HANDSHAKES";
 /// Slot to what is known of the pod's proxy and connections while they run.
-pub const PROXIES: &str = "PROXIES";
+pub const PROXY_STATE: &str = "PROXY_STATE";
 /// Slot to per-CPU counts by reason.
-pub const DECISIONS: &str = "DECISIONS";
+pub const COUNTERS: &str = "COUNTERS";
 /// Ring buffer of decisions, for `trace`.
 pub const EVENTS: &str = "EVENTS";
 /// One cell: whether anybody reads [`EVENTS`].
@@ -43,7 +43,7 @@ pub const LOGS: &str = "AYA_LOGS";
 /// Every map that is shared by all pods of a node and pinned.
 pub const MAPS: [&str; 18] = [
     LOGS,
-    PODS,
+    POLICIES,
     DESTINATIONS,
     PORTS,
     GROUPS,
@@ -51,13 +51,13 @@ pub const MAPS: [&str; 18] = [
     LISTENERS,
     ORIG_DST,
     SOCKETS,
-    SERVERS,
+    DNS_SERVERS,
     RELEASES,
-    INBOUND,
-    ARRIVAL,
+    JUMP_TABLE,
+    LOOKUP_SCRATCH,
     HANDSHAKES,
-    PROXIES,
-    DECISIONS,
+    PROXY_STATE,
+    COUNTERS,
     EVENTS,
     TRACING,
 ];
@@ -91,10 +91,10 @@ pub const SOCK_CREATE: &str = "sock_create";
 /// `cgroup/sock_release`.
 pub const SOCK_RELEASE: &str = "sock_release";
 /// `sk_lookup`: one instance a pod, because that hook cannot ask for the netns cookie. It says which pod it is and goes
-/// on to [`STEER`], so that it is small: it is what an attach has to load.
+/// on to [`STEER_INBOUND`], so that it is small: it is what an attach has to load.
 pub const SK_LOOKUP: &str = "lookup";
 /// `sk_lookup`, shared by all pods, by tail call.
-pub const STEER: &str = "steer";
+pub const STEER_INBOUND: &str = "steer_inbound";
 
 /// `sock_ops` of the object that joins connections: finds the two ends.
 pub const JOIN_OPS: &str = "join_ops";
@@ -118,7 +118,7 @@ pub const JOIN_OFF: &str = "JOIN_OFF";
 pub const JOIN_COUNTERS: &str = "JOIN_COUNTERS";
 
 /// The maps of the object that joins connections, pinned beside the others from the first accelerated pod on. It shares
-/// [`PODS`] with the others.
+/// [`POLICIES`] with the others.
 pub const JOIN_MAPS: [&str; 8] =
     [JOIN_SOCKETS, JOIN_ENDS, JOIN_OFFERS, JOIN_HINTS, JOIN_PODS, JOIN_PROXIES, JOIN_OFF, JOIN_COUNTERS];
 
@@ -156,12 +156,12 @@ mod tests {
 
     #[test]
     fn names_fit_what_the_kernel_keeps() {
-        for name in MAPS
-            .iter()
-            .chain(&CGROUP_PROGRAMS)
-            .chain(&JOIN_MAPS)
-            .chain(&[SK_LOOKUP, STEER, JOIN_OPS, JOIN_MSG])
-        {
+        for name in MAPS.iter().chain(&CGROUP_PROGRAMS).chain(&JOIN_MAPS).chain(&[
+            SK_LOOKUP,
+            STEER_INBOUND,
+            JOIN_OPS,
+            JOIN_MSG,
+        ]) {
             assert!(name.len() <= 15, "{name}");
         }
     }

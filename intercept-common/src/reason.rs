@@ -2,7 +2,7 @@
 
 /// Where a redirected flow goes.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Target {
+pub enum ProxyListener {
     /// The proxy's outbound listener, `-p`, 15001.
     Outbound,
     /// The proxy's inbound listener, `-z`, 15006.
@@ -15,9 +15,9 @@ pub enum Target {
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Verdict {
     /// Nothing: it goes where it was sent.
-    Leave,
+    Pass,
     /// To the proxy.
-    Redirect(Target),
+    Redirect(ProxyListener),
 }
 
 /// A verdict and why.
@@ -49,7 +49,7 @@ macro_rules! reasons {
             pub const ALL: &'static [Self] = &[$(Self::$name),+];
 
             /// The word for it in logs, metrics and `explain`. Stable.
-            pub const fn word(self) -> &'static str {
+            pub const fn as_str(self) -> &'static str {
                 match self { $(Self::$name => $word),+ }
             }
 
@@ -72,71 +72,71 @@ macro_rules! reasons {
     };
 }
 
-const LEAVE: Verdict = Verdict::Leave;
-const OUTBOUND: Verdict = Verdict::Redirect(Target::Outbound);
-const INBOUND: Verdict = Verdict::Redirect(Target::Inbound);
-const DNS: Verdict = Verdict::Redirect(Target::Dns);
+const PASS: Verdict = Verdict::Pass;
+const OUTBOUND: Verdict = Verdict::Redirect(ProxyListener::Outbound);
+const INBOUND: Verdict = Verdict::Redirect(ProxyListener::Inbound);
+const DNS: Verdict = Verdict::Redirect(ProxyListener::Dns);
 
 reasons! {
     /// no route leads to the destination: the kernel refuses it as it would have
-    NoRoute = "no_route", "outbound 0", LEAVE;
+    NoRoute = "no_route", "outbound 0", PASS;
     /// the route leaves through an interface named by -c
-    ExcludedEgress = "excluded_egress", "outbound 1", LEAVE;
+    ExcludedEgress = "excluded_egress", "outbound 1", PASS;
     /// the destination port is named by -o
-    ExcludedOutboundPort = "excluded_outbound_port", "outbound 2", LEAVE;
+    ExcludedOutboundPort = "excluded_outbound_port", "outbound 2", PASS;
     /// over loopback from 127.0.0.6 or ::6: the proxy's inbound passthrough
-    Passthrough = "inbound_passthrough", "outbound 3", LEAVE;
+    Passthrough = "inbound_passthrough", "outbound 3", PASS;
     /// the proxy, by user, dials an address of its own pod
     ProxyUidToPod = "proxy_uid_to_pod", "outbound 4a", INBOUND;
     /// over loopback and not by the proxy's user
-    LoopbackNotProxyUid = "loopback_not_proxy_uid", "outbound 4b", LEAVE;
+    LoopbackNotProxyUid = "loopback_not_proxy_uid", "outbound 4b", PASS;
     /// made by the proxy's user
-    ProxyUid = "proxy_uid", "outbound 4c", LEAVE;
+    ProxyUid = "proxy_uid", "outbound 4c", PASS;
     /// the proxy, by group, dials an address of its own pod
     ProxyGidToPod = "proxy_gid_to_pod", "outbound 5a", INBOUND;
     /// over loopback and not by the proxy's group
-    LoopbackNotProxyGid = "loopback_not_proxy_gid", "outbound 5b", LEAVE;
+    LoopbackNotProxyGid = "loopback_not_proxy_gid", "outbound 5b", PASS;
     /// made by the proxy's group
-    ProxyGid = "proxy_gid", "outbound 5c", LEAVE;
+    ProxyGid = "proxy_gid", "outbound 5c", PASS;
     /// the owner's group is not one that is captured
-    OwnerGroup = "owner_group", "outbound 6", LEAVE;
+    OwnerGroup = "owner_group", "outbound 6", PASS;
     /// DNS to a captured server
     DnsCapture = "dns", "outbound 7", DNS;
     /// the destination is localhost
-    Localhost = "localhost", "outbound 8", LEAVE;
+    Localhost = "localhost", "outbound 8", PASS;
     /// the destination is in -x
-    ExcludedCidr = "excluded_cidr", "outbound 9", LEAVE;
+    ExcludedCidr = "excluded_cidr", "outbound 9", PASS;
     /// the destination port is named by -q
     OutboundPort = "outbound_port", "outbound 10", OUTBOUND;
     /// the destination is in -i
     IncludedCidr = "included_cidr", "outbound 11", OUTBOUND;
     /// no row captures the destination
-    NotIncluded = "not_included", "outbound 11", LEAVE;
+    NotIncluded = "not_included", "outbound 11", PASS;
 
     /// made in this namespace: only arriving traffic is captured inbound
-    LocalSource = "local_source", "inbound 0", LEAVE;
+    LocalSource = "local_source", "inbound 0", PASS;
     /// TPROXY: made over loopback by the proxy to an address of its own pod
     MarkedLoopback = "marked_loopback", "inbound tproxy", INBOUND;
     /// arrived on an interface of -k, for a destination in -i
     VirtIncluded = "virt_included", "inbound 1", OUTBOUND;
     /// arrived on an interface of -k, for a destination that is not in -i
-    VirtNotIncluded = "virt_not_included", "inbound 1", LEAVE;
+    VirtNotIncluded = "virt_not_included", "inbound 1", PASS;
     /// arrived on an interface named by -c
-    ExcludedIngress = "excluded_ingress", "inbound 2", LEAVE;
+    ExcludedIngress = "excluded_ingress", "inbound 2", PASS;
     /// the port is the tunnel port
-    TunnelPort = "tunnel_port", "inbound 3", LEAVE;
+    TunnelPort = "tunnel_port", "inbound 3", PASS;
     /// the port is named by -d
-    ExcludedInboundPort = "excluded_inbound_port", "inbound 4", LEAVE;
+    ExcludedInboundPort = "excluded_inbound_port", "inbound 4", PASS;
     /// every inbound port is captured
     InboundAll = "inbound_all", "inbound 4", INBOUND;
     /// the port is named by -b
     InboundPort = "inbound_port", "inbound 4", INBOUND;
     /// the port is not named by -b
-    NotInboundPort = "not_inbound_port", "inbound 4", LEAVE;
+    NotInboundPort = "not_inbound_port", "inbound 4", PASS;
     /// made over IPv6, of which nothing is captured (--without-ipv6)
-    OutboundIpv6 = "outbound_ipv6", "outbound 0", LEAVE;
+    OutboundIpv6 = "outbound_ipv6", "outbound 0", PASS;
     /// arrived over IPv6, of which nothing is captured (--without-ipv6)
-    InboundIpv6 = "inbound_ipv6", "inbound 0", LEAVE;
+    InboundIpv6 = "inbound_ipv6", "inbound 0", PASS;
 }
 
 #[cfg(test)]
@@ -145,7 +145,7 @@ mod tests {
 
     #[test]
     fn words_are_unique_and_label_safe() {
-        let words = || Reason::ALL.iter().map(|r| r.word());
+        let words = || Reason::ALL.iter().map(|r| r.as_str());
         for (i, word) in words().enumerate() {
             assert!(
                 word.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'_'),

@@ -7,15 +7,15 @@
 
 use aya_ebpf::{bindings::bpf_sock, programs::SockAddrContext};
 use intercept_common::{
-    Addr, Spread, Target, Verdict,
-    decide::{Outbound, decide_outbound},
+    Addr, ProxyListener, StandIn, Verdict,
+    decide::{OutboundFlow, decide_outbound},
     failure::{Failure, OnFailure},
     layout::{PodPolicy, ProxyPort, SocketState, bound, policy, socket},
 };
 
 use crate::{
     context::{self, Family, TCP, UDP},
-    facts::MapFacts,
+    lookup::PolicyMaps,
     maps, observe, open, owner,
     proxy::ProxyState,
     refusal,
@@ -53,7 +53,7 @@ pub(crate) fn connect<F: Family>(ctx: &SockAddrContext) -> Outcome {
     }
     let src = F::bound(sk);
     context::name_own_host::<F>(ctx, src);
-    let flow = Outbound {
+    let flow = OutboundFlow {
         protocol: protocol as u8,
         dst: F::named(ctx),
         dst_port: context::named_port(ctx),
@@ -61,7 +61,7 @@ pub(crate) fn connect<F: Family>(ctx: &SockAddrContext) -> Outcome {
         owner: owner::of(sk, protocol),
         mark: context::mark(sk),
     };
-    let decided = decide_outbound(pod, &flow, &MapFacts { conn: None });
+    let decided = decide_outbound(pod, &flow, &PolicyMaps { conn: None });
     observe::outbound(netns, pod, &flow, decided.decision.reason);
     let state = SocketState {
         addr: flow.dst,
@@ -76,13 +76,13 @@ pub(crate) fn connect<F: Family>(ctx: &SockAddrContext) -> Outcome {
     match decided.decision.verdict {
         Verdict::Redirect(target) if protocol == TCP => stream::<F>(ctx, netns, pod, state, target),
         Verdict::Redirect(target) => datagram::<F>(ctx, netns, pod, state, target),
-        Verdict::Leave if decided.mark => {
+        Verdict::Pass if decided.mark => {
             remember(ctx, netns, pod, SocketState { kind: socket::STEERED, ..state })
         }
-        Verdict::Leave if decided.onward => {
-            remember(ctx, netns, pod, SocketState { kind: socket::ONWARD, ..state })
+        Verdict::Pass if decided.bypass => {
+            remember(ctx, netns, pod, SocketState { kind: socket::BYPASS, ..state })
         }
-        Verdict::Leave => Outcome::Proceed,
+        Verdict::Pass => Outcome::Proceed,
     }
 }
 
@@ -93,7 +93,7 @@ fn stream<F: Family>(
     netns: u64,
     pod: &PodPolicy,
     state: SocketState,
-    target: Target,
+    target: ProxyListener,
 ) -> Outcome {
     let (role, port) = (target_role(target), target_port(pod, target));
     if open::passes(ctx, pod, TCP, localhost::<F>(state.addr), port) {
@@ -120,7 +120,7 @@ fn datagram<F: Family>(
     netns: u64,
     pod: &PodPolicy,
     mut state: SocketState,
-    target: Target,
+    target: ProxyListener,
 ) -> Outcome {
     let port = target_port(pod, target);
     let addr = localhost::<F>(state.addr);
@@ -204,11 +204,11 @@ pub(crate) fn wants_datagram(pod: &PodPolicy, dst_port: u16) -> bool {
 
 /// The port of the proxy that a flow goes to.
 #[inline(always)]
-pub(crate) fn target_port(pod: &PodPolicy, target: Target) -> u16 {
+pub(crate) fn target_port(pod: &PodPolicy, target: ProxyListener) -> u16 {
     match target {
-        Target::Outbound => pod.outbound_port,
-        Target::Inbound => pod.inbound_port,
-        Target::Dns => pod.dns_port,
+        ProxyListener::Outbound => pod.outbound_port,
+        ProxyListener::Inbound => pod.inbound_port,
+        ProxyListener::Dns => pod.dns_port,
     }
 }
 
@@ -219,11 +219,11 @@ fn localhost<F: Family>(dst: Addr) -> Addr {
 }
 
 #[inline(always)]
-fn target_role(target: Target) -> ProxyPort {
+fn target_role(target: ProxyListener) -> ProxyPort {
     match target {
-        Target::Outbound => ProxyPort::Outbound,
-        Target::Inbound => ProxyPort::Inbound,
-        Target::Dns => ProxyPort::Dns,
+        ProxyListener::Outbound => ProxyPort::Outbound,
+        ProxyListener::Inbound => ProxyPort::Inbound,
+        ProxyListener::Dns => ProxyPort::Dns,
     }
 }
 
@@ -232,14 +232,14 @@ fn target_role(target: Target) -> ProxyPort {
 #[inline(always)]
 fn stand_in<F: Family>(pod: &PodPolicy, kept: &SocketState) -> Addr {
     let v6 = F::V6 && !kept.addr.is_v4();
-    let local = if v6 { policy::SPREAD_V6 } else { policy::SPREAD_V4 };
+    let local = if v6 { policy::STAND_IN_V6 } else { policy::STAND_IN_V4 };
     let bound = match ProxyState::of(pod.slot) {
         Some(proxy) if pod.flags & local != 0 => proxy.takes(ProxyPort::of(kept.proxy_role), v6),
         _ => bound::UNKNOWN,
     };
     match bound {
-        bound::WILDCARD => Addr::spread(Spread::Direct, kept.addr, kept.port),
-        bound::STEERED => Addr::spread(Spread::Steered, kept.addr, kept.port),
+        bound::WILDCARD => Addr::stand_in(StandIn::Direct, kept.addr, kept.port),
+        bound::STEERED => Addr::stand_in(StandIn::Steered, kept.addr, kept.port),
         _ => localhost::<F>(kept.addr),
     }
 }

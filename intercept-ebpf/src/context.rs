@@ -318,7 +318,7 @@ impl Ends {
     /// from outside needs no look-up.
     #[inline(always)]
     pub(crate) fn may_be_redirected(&self) -> bool {
-        self.local.is_loopback() || self.local.is_spread() || self.local == self.remote
+        self.local.is_loopback() || self.local.is_stand_in() || self.local == self.remote
     }
 }
 

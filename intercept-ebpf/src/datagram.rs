@@ -9,7 +9,7 @@
 use aya_ebpf::{bindings::bpf_sock, programs::SockAddrContext};
 use intercept_common::{
     Addr, Verdict,
-    decide::{Outbound, decide_outbound},
+    decide::{OutboundFlow, decide_outbound},
     failure::Failure,
     layout::{PodPolicy, SocketState, policy, socket},
 };
@@ -17,7 +17,7 @@ use intercept_common::{
 use crate::{
     connect::{Outcome, target_port, wants_datagram},
     context::{self, Family, UDP},
-    facts::MapFacts,
+    lookup::PolicyMaps,
     maps, observe, open, owner, refusal,
 };
 
@@ -36,7 +36,7 @@ pub(crate) fn sendmsg<F: Family>(ctx: &SockAddrContext) -> Outcome {
     let asked = F::datagram_source(ctx);
     let src = if asked.is_unspecified() { bound } else { asked };
     context::name_own_host::<F>(ctx, src);
-    let flow = Outbound {
+    let flow = OutboundFlow {
         protocol: UDP as u8,
         dst: F::named(ctx),
         dst_port,
@@ -45,10 +45,10 @@ pub(crate) fn sendmsg<F: Family>(ctx: &SockAddrContext) -> Outcome {
         // Connections only are told by it.
         mark: 0,
     };
-    let decided = decide_outbound(pod, &flow, &MapFacts { conn: None });
+    let decided = decide_outbound(pod, &flow, &PolicyMaps { conn: None });
     observe::outbound(netns, pod, &flow, decided.decision.reason);
     let target = match decided.decision.verdict {
-        Verdict::Leave => return Outcome::Proceed,
+        Verdict::Pass => return Outcome::Proceed,
         Verdict::Redirect(target) => target,
     };
     let (addr, port) = (flow.dst.localhost(), target_port(pod, target));
@@ -71,7 +71,7 @@ pub(crate) fn sendmsg<F: Family>(ctx: &SockAddrContext) -> Outcome {
 /// Remember which server is asked; the source for the query, unspecified for what the socket has. None if there is no
 /// memory.
 #[inline(always)]
-fn remember(sk: *mut bpf_sock, pod: &PodPolicy, flow: &Outbound, source: Addr) -> Option<Addr> {
+fn remember(sk: *mut bpf_sock, pod: &PodPolicy, flow: &OutboundFlow, source: Addr) -> Option<Addr> {
     let mut bound = 0;
     if let Some(before) = maps::socket(sk) {
         bound = before.bound;

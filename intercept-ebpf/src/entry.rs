@@ -116,7 +116,7 @@ fn lookup(ctx: SkLookupContext) -> u32 {
 
 // Reached from `lookup` only.
 #[sk_lookup]
-fn steer(ctx: SkLookupContext) -> u32 {
+fn steer_inbound(ctx: SkLookupContext) -> u32 {
     steer_verdict(inbound::steer(&ctx))
 }
 

@@ -3,16 +3,17 @@
 
 use aya_ebpf::{bindings::bpf_sk_lookup, programs::SkLookupContext};
 use intercept_common::{
-    Addr, Facts as _, Spread, Target, Verdict,
-    decide::{Inbound, decide_inbound},
+    Addr, PolicyLookup as _, ProxyListener, StandIn, Verdict,
+    decide::{InboundFlow, decide_inbound},
     failure::Failure,
-    layout::{Arrival, PodPolicy, Proxy, destination, policy, scope},
+    layout::{LookupScratch, PodPolicy, Proxy, destination, policy, scope},
 };
 
 use crate::{
     context::{self, TCP, load},
-    facts::MapFacts,
-    listeners, maps, observe,
+    listeners,
+    lookup::PolicyMaps,
+    maps, observe,
     original::proxy_key,
 };
 
@@ -53,10 +54,10 @@ pub(crate) fn arrive(ctx: &SkLookupContext) -> Steer {
         return Steer::Pass;
     }
     let netns = own_netns();
-    if let Some(arrival) = maps::arrival() {
+    if let Some(scratch) = maps::scratch() {
         // SAFETY: this CPU's own value.
-        unsafe { arrival.write(Arrival { netns, tag: tag(ctx), listeners: 0 }) };
-        maps::go_on(ctx);
+        unsafe { scratch.write(LookupScratch { netns, tag: tag(ctx), listeners: 0 }) };
+        maps::tail_call(ctx);
     }
     match maps::pod(netns) {
         Some(pod) => fail(pod, Failure::SteerMissing),
@@ -68,11 +69,11 @@ pub(crate) fn arrive(ctx: &SkLookupContext) -> Steer {
 #[inline(always)]
 fn passes_early(ctx: &SkLookupContext) -> bool {
     let local = context::lookup_local(ctx.lookup);
-    match local.spread_range() {
-        Some(Spread::Steered) => false,
+    match local.stand_in_range() {
+        Some(StandIn::Steered) => false,
         // IPv4 stand-ins are loopback's. IPv6 ones may be dialled from outside, which must not pass: the kernel takes
         // ::1 as a source from itself only (ipv6_rcv).
-        Some(Spread::Direct) => context::lookup_ends(ctx.lookup).remote.is_loopback(),
+        Some(StandIn::Direct) => context::lookup_ends(ctx.lookup).remote.is_loopback(),
         None => local.is_loopback(),
     }
 }
@@ -91,9 +92,9 @@ fn tag(ctx: &SkLookupContext) -> u64 {
 /// Decide on a connection that [`arrive`] has announced.
 #[inline(always)]
 pub(crate) fn steer(ctx: &SkLookupContext) -> Steer {
-    let Some(arrival) = maps::arrival() else { return Steer::Drop };
+    let Some(scratch) = maps::scratch() else { return Steer::Drop };
     // SAFETY: this CPU's own value.
-    let noted = unsafe { arrival.read_volatile() };
+    let noted = unsafe { scratch.read_volatile() };
     if noted.tag != tag(ctx) {
         // No packet: a process that asks finds nothing.
         return Steer::Drop;
@@ -106,8 +107,8 @@ pub(crate) fn steer(ctx: &SkLookupContext) -> Steer {
     // that leads here.
     // SAFETY: as above.
     let noted = unsafe {
-        (&raw mut (*arrival).listeners).write_volatile(listeners);
-        arrival.read_volatile()
+        (&raw mut (*scratch).listeners).write_volatile(listeners);
+        scratch.read_volatile()
     };
     if noted.tag != tag(ctx) {
         return Steer::Drop;
@@ -119,22 +120,22 @@ pub(crate) fn steer(ctx: &SkLookupContext) -> Steer {
 #[inline(always)]
 fn target(ctx: &SkLookupContext, netns: u64, pod: &PodPolicy) -> Option<(u16, u8)> {
     let ends = context::lookup_ends(ctx.lookup);
-    if ends.local.spread_range() == Some(Spread::Steered) && is_own(pod, ends.remote) {
+    if ends.local.stand_in_range() == Some(StandIn::Steered) && is_own(pod, ends.remote) {
         // To the proxy, which listens on 127.0.0.1 or ::1.
         return Some((ends.local_port, scope::LOCALHOST));
     }
-    let flow = Inbound {
+    let flow = InboundFlow {
         dst: ends.local,
         dst_port: ends.local_port,
         src: ends.remote,
         ifindex: load!(load_u32, bpf_sk_lookup, ctx.lookup, ingress_ifindex),
     };
     let conn = proxy_key(netns, &ends);
-    let decision = decide_inbound(pod, &flow, &MapFacts { conn: Some(&conn) });
+    let decision = decide_inbound(pod, &flow, &PolicyMaps { conn: Some(&conn) });
     observe::inbound(netns, pod, &flow, ends.remote_port, decision.reason);
     match decision.verdict {
-        Verdict::Leave => None,
-        Verdict::Redirect(Target::Outbound) => Some((pod.outbound_port, scope::ANY)),
+        Verdict::Pass => None,
+        Verdict::Redirect(ProxyListener::Outbound) => Some((pod.outbound_port, scope::ANY)),
         Verdict::Redirect(_) => Some((pod.inbound_port, scope::ANY)),
     }
 }
@@ -142,7 +143,7 @@ fn target(ctx: &SkLookupContext, netns: u64, pod: &PodPolicy) -> Option<(u16, u8
 /// Whether a source is an address of the namespace itself.
 #[inline(always)]
 fn is_own(pod: &PodPolicy, addr: Addr) -> bool {
-    addr.is_loopback() || MapFacts { conn: None }.destination(pod.id, addr).flags & destination::LO != 0
+    addr.is_loopback() || PolicyMaps { conn: None }.destination(pod.id, addr).flags & destination::LO != 0
 }
 
 #[inline(always)]

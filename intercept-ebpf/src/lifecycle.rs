@@ -52,7 +52,7 @@ fn dial(ctx: &SockOpsContext) {
     let ends = match state.kind {
         socket::REDIRECTED => end::CLIENT,
         socket::STEERED => end::CLIENT | end::STEERED,
-        socket::ONWARD => end::CLIENT | end::ONWARD,
+        socket::BYPASS => end::CLIENT | end::BYPASS,
         _ => return,
     };
     let netns = maps::netns_cookie(ctx);
@@ -126,7 +126,7 @@ fn check_callbacks(ctx: &SockOpsContext) {
         return;
     }
     let ends = context::callback_ends(ctx.ops);
-    if !ends.remote.is_loopback() && !ends.remote.is_spread() && ends.local != ends.remote {
+    if !ends.remote.is_loopback() && !ends.remote.is_stand_in() && ends.local != ends.remote {
         return;
     }
     let key = client_key(maps::netns_cookie(ctx), &ends);

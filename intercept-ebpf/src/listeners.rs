@@ -7,7 +7,7 @@ use aya_ebpf::{
 };
 use intercept_common::{
     failure::Failure,
-    layout::{Arrival, LISTENER_SEARCH, ListenerKey, PodPolicy, Proxy, bound, scope},
+    layout::{LISTENER_SEARCH, ListenerKey, LookupScratch, PodPolicy, Proxy, bound, scope},
 };
 
 use crate::{
@@ -104,10 +104,10 @@ fn register(ops: *mut bpf_sock_ops, mut key: ListenerKey, ring: ListenerRing) ->
 /// Hand an arriving connection to one of the listeners that it is for. An IPv6 socket may take IPv4 as well; the kernel
 /// refuses the assignment if it does not. False if there is none.
 #[inline(always)]
-pub(crate) fn assign(ctx: &SkLookupContext, arrival: &Arrival, pod: &PodPolicy) -> bool {
+pub(crate) fn assign(ctx: &SkLookupContext, scratch: &LookupScratch, pod: &PodPolicy) -> bool {
     let Some(proxy) = ProxyState::of(pod.slot) else { return false };
-    let (port, index) = ((arrival.listeners >> 16) as u16, arrival.listeners as usize);
-    let key = ListenerKey { netns: arrival.netns, port, family: 4, scope: index as u8 & 1, slot: 0 };
+    let (port, index) = ((scratch.listeners >> 16) as u16, scratch.listeners as usize);
+    let key = ListenerKey { netns: scratch.netns, port, family: 4, scope: index as u8 & 1, slot: 0 };
     let v6 = load!(load_u32, bpf_sk_lookup, ctx.lookup, family) == AF_INET6;
     (!v6 && assign_from(ctx, key, proxy.ring_at(index)))
         || assign_from(ctx, ListenerKey { family: 6, ..key }, proxy.ring_at(index | Proxy::V6))

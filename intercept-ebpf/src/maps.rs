@@ -18,8 +18,9 @@ use aya_ebpf::{
 use intercept_common::{
     Addr,
     layout::{
-        Arrival, ConnKey, Counters, Destination, DestinationKey, HANDSHAKES as HANDSHAKE_COUNT, Handshake,
-        ListenerKey, MAX_PODS, MemberKey, OrigDst, PodPolicy, PortKey, Proxy, Servers, SocketState, budget,
+        ConnKey, Destination, DestinationKey, DnsServers, HANDSHAKES as HANDSHAKE_COUNT, Handshake,
+        ListenerKey, LookupScratch, MAX_PODS, MemberKey, OrigDst, PodPolicy, PortKey, Proxy, ReasonCounters,
+        SocketState, budget,
     },
 };
 
@@ -27,7 +28,7 @@ use intercept_common::{
 const MANY: u32 = 1 << 20;
 
 #[map]
-static PODS: HashMap<u64, PodPolicy> = HashMap::with_max_entries(MAX_PODS, BPF_F_NO_PREALLOC);
+static POLICIES: HashMap<u64, PodPolicy> = HashMap::with_max_entries(MAX_PODS, BPF_F_NO_PREALLOC);
 #[map]
 static DESTINATIONS: LpmTrie<DestinationKey, Destination> =
     LpmTrie::with_max_entries(budget::for_all_pods(budget::DESTINATIONS), 0);
@@ -46,20 +47,20 @@ static ORIG_DST: HashMap<ConnKey, OrigDst> = HashMap::with_max_entries(MANY, BPF
 #[btf_map]
 static SOCKETS: SkStorage<SocketState> = SkStorage::new();
 #[btf_map]
-static SERVERS: SkStorage<Servers> = SkStorage::new();
+static DNS_SERVERS: SkStorage<DnsServers> = SkStorage::new();
 #[map]
-static INBOUND: ProgramArray = ProgramArray::with_max_entries(1, 0);
+static JUMP_TABLE: ProgramArray = ProgramArray::with_max_entries(1, 0);
 #[map]
-static ARRIVAL: PerCpuArray<Arrival> = PerCpuArray::with_max_entries(1, 0);
+static LOOKUP_SCRATCH: PerCpuArray<LookupScratch> = PerCpuArray::with_max_entries(1, 0);
 #[btf_map]
 static RELEASES: SkStorage<ConnKey> = SkStorage::new();
 #[map]
 static HANDSHAKES: Array<Handshake> = Array::with_max_entries(HANDSHAKE_COUNT, 0);
 // Shared with the agent's memory, so that it changes single fields while the programs change others.
 #[map]
-static PROXIES: Array<Proxy> = Array::with_max_entries(MAX_PODS, BPF_F_MMAPABLE);
+static PROXY_STATE: Array<Proxy> = Array::with_max_entries(MAX_PODS, BPF_F_MMAPABLE);
 #[map]
-static DECISIONS: PerCpuArray<Counters> = PerCpuArray::with_max_entries(MAX_PODS, 0);
+static COUNTERS: PerCpuArray<ReasonCounters> = PerCpuArray::with_max_entries(MAX_PODS, 0);
 #[map]
 static EVENTS: RingBuf = RingBuf::with_byte_size(1 << 20, 0);
 #[map]
@@ -76,7 +77,7 @@ pub(crate) fn netns_cookie(ctx: &impl EbpfContext) -> u64 {
 #[inline(always)]
 pub(crate) fn pod(netns: u64) -> Option<&'static PodPolicy> {
     // SAFETY: values are only replaced whole, by the agent; an element taken out is freed after a grace period.
-    unsafe { PODS.get(netns) }
+    unsafe { POLICIES.get(netns) }
 }
 
 /// The longest prefix that covers an address.
@@ -121,15 +122,15 @@ pub(crate) fn assign_listener(ctx: &SkLookupContext, key: &ListenerKey) -> Resul
 
 /// Go on with the program that all pods share. Comes back only if it is not there.
 #[inline(always)]
-pub(crate) fn go_on(ctx: &SkLookupContext) {
+pub(crate) fn tail_call(ctx: &SkLookupContext) {
     // SAFETY: the agent puts a program of this hook there, or none.
-    unsafe { INBOUND.tail_call(ctx, 0) };
+    unsafe { JUMP_TABLE.tail_call(ctx, 0) };
 }
 
 /// This CPU's note of the look-up that is under way.
 #[inline(always)]
-pub(crate) fn arrival() -> Option<*mut Arrival> {
-    ARRIVAL.get_ptr_mut(0)
+pub(crate) fn scratch() -> Option<*mut LookupScratch> {
+    LOOKUP_SCRATCH.get_ptr_mut(0)
 }
 
 /// The original destination of a redirected connection.
@@ -188,25 +189,27 @@ fn sockets() -> *mut c_void {
 
 #[inline(always)]
 fn all_servers() -> *mut c_void {
-    core::ptr::addr_of!(SERVERS).cast_mut().cast()
+    core::ptr::addr_of!(DNS_SERVERS).cast_mut().cast()
 }
 
 /// The further servers that a socket has asked.
 #[inline(always)]
-pub(crate) fn servers(sk: *mut bpf_sock) -> Option<&'static mut Servers> {
-    // SAFETY: the map is a socket storage of Servers, the socket one that the verifier knows.
+pub(crate) fn servers(sk: *mut bpf_sock) -> Option<&'static mut DnsServers> {
+    // SAFETY: the map is a socket storage of DnsServers, the socket one that the verifier knows.
     unsafe {
-        bpf_sk_storage_get(all_servers(), sk.cast(), core::ptr::null_mut(), 0).cast::<Servers>().as_mut()
+        bpf_sk_storage_get(all_servers(), sk.cast(), core::ptr::null_mut(), 0).cast::<DnsServers>().as_mut()
     }
 }
 
 /// The same; none yet if there was no such entry. None if there is no memory.
 #[inline(always)]
-pub(crate) fn servers_to_fill(sk: *mut bpf_sock) -> Option<&'static mut Servers> {
+pub(crate) fn servers_to_fill(sk: *mut bpf_sock) -> Option<&'static mut DnsServers> {
     // SAFETY: as above; the kernel fills a new value with zeroes.
     unsafe {
         let create = BPF_SK_STORAGE_GET_F_CREATE.into();
-        bpf_sk_storage_get(all_servers(), sk.cast(), core::ptr::null_mut(), create).cast::<Servers>().as_mut()
+        bpf_sk_storage_get(all_servers(), sk.cast(), core::ptr::null_mut(), create)
+            .cast::<DnsServers>()
+            .as_mut()
     }
 }
 
@@ -261,13 +264,13 @@ pub(crate) fn forget_servers(sk: *mut bpf_sock) {
 /// What is known of a pod's proxy.
 #[inline(always)]
 pub(crate) fn proxy(slot: u32) -> Option<*mut Proxy> {
-    PROXIES.get_ptr_mut(slot)
+    PROXY_STATE.get_ptr_mut(slot)
 }
 
 /// This CPU's counters of a pod.
 #[inline(always)]
-pub(crate) fn counters(slot: u32) -> Option<*mut Counters> {
-    DECISIONS.get_ptr_mut(slot)
+pub(crate) fn counters(slot: u32) -> Option<*mut ReasonCounters> {
+    COUNTERS.get_ptr_mut(slot)
 }
 
 /// Whether anybody reads events.

@@ -1,9 +1,9 @@
-//! Counters always, events when somebody listens, log lines for failures.
+//! ReasonCounters always, events when somebody listens, log lines for failures.
 
 use aya_ebpf::helpers::{bpf_get_current_comm, bpf_get_current_pid_tgid, generated::bpf_ktime_get_ns};
 use intercept_common::{
     Reason,
-    decide::{Inbound, Outbound, Owner},
+    decide::{InboundFlow, OutboundFlow, Owner},
     failure::Failure,
     layout::{Event, PodPolicy},
 };
@@ -58,7 +58,7 @@ pub(crate) use line;
 
 /// An outbound decision.
 #[inline(always)]
-pub(crate) fn outbound(netns: u64, pod: &PodPolicy, flow: &Outbound, reason: Reason) {
+pub(crate) fn outbound(netns: u64, pod: &PodPolicy, flow: &OutboundFlow, reason: Reason) {
     decision(pod.slot, reason);
     if maps::tracing() {
         let comm = bpf_get_current_comm().unwrap_or([0; 16]);
@@ -84,7 +84,7 @@ pub(crate) fn outbound(netns: u64, pod: &PodPolicy, flow: &Outbound, reason: Rea
 
 /// An inbound decision.
 #[inline(always)]
-pub(crate) fn inbound(netns: u64, pod: &PodPolicy, flow: &Inbound, src_port: u16, reason: Reason) {
+pub(crate) fn inbound(netns: u64, pod: &PodPolicy, flow: &InboundFlow, src_port: u16, reason: Reason) {
     decision(pod.slot, reason);
     if maps::tracing() {
         emit(&Event {

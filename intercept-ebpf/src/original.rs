@@ -136,7 +136,7 @@ fn by_proxy(sk: *mut bpf_sock, netns: u64, ends: &Ends) -> Option<*mut OrigDst> 
 pub(crate) fn getpeername<F: Family>(ctx: &SockAddrContext) {
     let peer = F::named(ctx);
     // Others pay for this comparison only.
-    if !peer.is_loopback() && !peer.is_spread() {
+    if !peer.is_loopback() && !peer.is_stand_in() {
         return;
     }
     let sk = context::sock(ctx);
@@ -153,7 +153,7 @@ pub(crate) fn getpeername<F: Family>(ctx: &SockAddrContext) {
     let netns = maps::netns_cookie(ctx);
     let ends = context::sock_ends(sk);
     // Nobody but a client has a stand-in as its peer.
-    if !peer.is_spread()
+    if !peer.is_stand_in()
         && let Some(entry) = maps::orig_dst(&proxy_key(netns, &ends))
     {
         // SAFETY: as in `getsockopt`.
@@ -178,13 +178,13 @@ pub(crate) fn getsockname<F: Family>(ctx: &SockAddrContext) {
     if context::protocol(ctx) == UDP {
         return datagram_name::<F>(ctx, name);
     }
-    if !name.is_loopback() && !name.is_spread() {
+    if !name.is_loopback() && !name.is_stand_in() {
         return;
     }
     let sk = context::sock(ctx);
     let netns = maps::netns_cookie(ctx);
     let ends = context::sock_ends(sk);
-    if name.is_spread() {
+    if name.is_stand_in() {
         // The proxy's end: as if it had been dialled by REDIRECT.
         if by_proxy(sk, netns, &ends).is_some() {
             F::rename(ctx, name.localhost());
@@ -204,7 +204,7 @@ pub(crate) fn getsockname<F: Family>(ctx: &SockAddrContext) {
 /// The source of a socket whose connection is over, and the entry with it: that of the default route.
 #[inline(always)]
 fn source_of_closed(sk: *mut bpf_sock, netns: u64, ends: &Ends) -> Addr {
-    if !ends.remote.is_spread() || context::tcp_state(sk) != BPF_TCP_CLOSE {
+    if !ends.remote.is_stand_in() || context::tcp_state(sk) != BPF_TCP_CLOSE {
         return Addr::UNSPECIFIED;
     }
     let Some(pod) = maps::pod(netns) else { return Addr::UNSPECIFIED };

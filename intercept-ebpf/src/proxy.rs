@@ -1,4 +1,4 @@
-//! What is known of a pod's proxy: its element of PROXIES, behind accessors. Other CPUs and the agent change it at the
+//! What is known of a pod's proxy: its element of PROXY_STATE, behind accessors. Other CPUs and the agent change it at the
 //! same time, so that every field is read and written whole.
 
 use intercept_common::layout::{Proxy, ProxyPort, Ring, scope};

@@ -8,14 +8,14 @@ use std::process::{Child, Command, ExitStatus, Output, Stdio};
 
 use anyhow::{Context, Result, ensure};
 use aya::maps::{Array, HashMap, Map, MapData};
-use intercept_agent::kernel::Plain;
+use intercept_agent::sys::Plain;
 use intercept_common::layout::{self, ConnKey, OrigDst};
 use intercept_common::names;
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 
 use crate::actor::binary;
-use crate::testbed::{Bpffs, Place};
+use crate::testbed::{Bpffs, Sandbox};
 
 /// The variable that says where the agent is.
 pub const VARIABLE: &str = "INTERCEPT_AGENT";
@@ -126,7 +126,7 @@ impl Agent {
     }
 
     /// A subcommand for one pod, whose namespace is named.
-    pub fn for_pod(&self, subcommand: &str, pod: &Place, flags: &[&str]) -> Command {
+    pub fn for_pod(&self, subcommand: &str, pod: &Sandbox, flags: &[&str]) -> Command {
         let mut command = self.command(subcommand);
         command.arg("--cgroup-path").arg(pod.cgroup.path());
         if subcommand != "detach" {
@@ -137,12 +137,12 @@ impl Agent {
     }
 
     /// Attaches a pod; the answer's first word says what was done.
-    pub fn attach(&self, pod: &Place, flags: &[&str]) -> Result<String> {
+    pub fn attach(&self, pod: &Sandbox, flags: &[&str]) -> Result<String> {
         succeed(self.for_pod("attach", pod, flags))
     }
 
     /// Detaches a pod.
-    pub fn detach(&self, pod: &Place) -> Result<String> {
+    pub fn detach(&self, pod: &Sandbox) -> Result<String> {
         succeed(self.for_pod("detach", pod, &[]))
     }
 
@@ -161,7 +161,7 @@ impl Agent {
     }
 
     /// Starts `run` and waits until it is in force; also gives the line that it says then.
-    pub fn run(&self, pod: &Place, flags: &[&str]) -> Result<(Running, String)> {
+    pub fn run(&self, pod: &Sandbox, flags: &[&str]) -> Result<(Running, String)> {
         let mut child = self
             .for_pod("run", pod, flags)
             .stdout(Stdio::piped())

@@ -2,7 +2,7 @@
 //! on other architectures, where there is nothing but this package's programs and a shell.
 //!
 //! To add one, write a function in a file below `src/cases` and name it in [`CASES`]. It may start the workspace's
-//! programs (`actor`, `slip`, the agent that it is given, or one of its own if it changes the node), and fails by an error or a panic. It must not start anything of the system's
+//! programs (`actor`, `unusual`, the agent that it is given, or one of its own if it changes the node), and fails by an error or a panic. It must not start anything of the system's
 //! (`ip`, `bash`, iptables), and clean up by the guards of [`crate::testbed`]. One of them is run by
 //! `cargo xtask demo --cases NAME`.
 
@@ -20,7 +20,7 @@ use anyhow::{Result, anyhow};
 
 use crate::{
     agent::{Agent, INIT_FLAGS},
-    slip::bed::Bed,
+    unusual::fixture::UnusualFixture,
 };
 
 pub use hooks::refused_as_checked;
@@ -86,8 +86,8 @@ pub fn run(filter: &str) -> Result<usize> {
 }
 
 /// A pod with servers that is captured with Istio's own flags and these.
-fn captured(agent: &Agent, label: &str, flags: &[&str]) -> Result<Bed> {
-    let bed = Bed::new(label)?;
-    agent.attach(&bed.pod, &[&INIT_FLAGS[..], flags].concat())?;
-    Ok(bed)
+fn captured(agent: &Agent, label: &str, flags: &[&str]) -> Result<UnusualFixture> {
+    let fixture = UnusualFixture::new(label)?;
+    agent.attach(&fixture.pod, &[&INIT_FLAGS[..], flags].concat())?;
+    Ok(fixture)
 }

@@ -11,10 +11,10 @@ use std::{
 
 use anyhow::{Context as _, Result, bail, ensure};
 use intercept_agent::daemon::{
-    protocol::{Add, Request, Response, Sandbox, Select},
-    reconcile::{Report, State},
+    desired::CaptureArgs,
+    protocol::{Add, DaemonRequest, Response, SandboxInfo, Select},
+    reconcile::{PodReport, PodState},
     socket,
-    wanted::Given,
 };
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::json;
@@ -23,7 +23,7 @@ use tempfile::TempDir;
 use crate::{
     actor::{Actor, Bind, Dial, Listen, Outcome, Transport},
     agent::Agent,
-    testbed::{Ids, Place, Pod, cgroup, name},
+    testbed::{Ids, Pod, Sandbox, cgroup, name},
 };
 
 /// How long anything may take that is not measured.
@@ -109,9 +109,9 @@ impl<'a> Daemon<'a> {
     }
 
     /// Put a pod into the folder, or change it there.
-    pub fn put(&self, name: &str, place: &Place, arguments: &[&str]) -> Result<()> {
+    pub fn put(&self, name: &str, sandbox: &Sandbox, arguments: &[&str]) -> Result<()> {
         let text =
-            json!({ "cgroup": place.cgroup.path(), "netns": place.netns.path(), "arguments": arguments });
+            json!({ "cgroup": sandbox.cgroup.path(), "netns": sandbox.netns.path(), "arguments": arguments });
         self.put_text(name, &text.to_string())
     }
 
@@ -128,26 +128,26 @@ impl<'a> Daemon<'a> {
     }
 
     /// Ask on the socket.
-    pub fn ask(&self, request: &Request) -> Result<Response> {
+    pub fn ask(&self, request: &DaemonRequest) -> Result<Response> {
         Ok(socket::request(&self.socket(), request)?)
     }
 
     /// What it knows of every pod.
-    pub fn reports(&self) -> Result<Vec<Report>> {
-        match self.ask(&Request::Report)? {
+    pub fn reports(&self) -> Result<Vec<PodReport>> {
+        match self.ask(&DaemonRequest::Report)? {
             Response::Pods(reports) => Ok(reports),
             other => bail!("another answer: {other:?}"),
         }
     }
 
     /// What it knows of one pod of the folder.
-    pub fn report(&self, name: &str) -> Result<Option<Report>> {
+    pub fn report(&self, name: &str) -> Result<Option<PodReport>> {
         let key = format!("file/{name}.json");
         Ok(self.reports()?.into_iter().find(|report| report.pod == key))
     }
 
     /// Wait until a pod of the folder is in a state.
-    pub fn wait_for(&self, name: &str, state: State) -> Result<Report> {
+    pub fn wait_for(&self, name: &str, state: PodState) -> Result<PodReport> {
         self.wait(&format!("{name} is {state:?}"), |daemon| {
             daemon.report(name).is_ok_and(|report| report.is_some_and(|report| report.state == state))
         })?;
@@ -177,26 +177,26 @@ impl Drop for Daemon<'_> {
 }
 
 /// What the CNI plugin asks for a pod, which is to be captured by these options of the command line.
-pub fn add(place: &Place, uid: &str, arguments: Vec<String>) -> Result<Request> {
-    let relative = place.cgroup.path().strip_prefix(cgroup::mount_point()?)?;
-    Ok(Request::Add(Box::new(Add {
-        pod: sandbox(uid),
-        netns: place.netns.path().to_owned(),
+pub fn add(sandbox: &Sandbox, uid: &str, arguments: Vec<String>) -> Result<DaemonRequest> {
+    let relative = sandbox.cgroup.path().strip_prefix(cgroup::mount_point()?)?;
+    Ok(DaemonRequest::Add(Box::new(Add {
+        pod: sandbox_info(uid),
+        netns: sandbox.netns.path().to_owned(),
         cgroup: Some(relative.display().to_string()),
         annotations: None,
         addresses: Vec::new(),
         select: Select::All,
-        given: Given { arguments, ..Given::default() },
+        given: CaptureArgs { arguments, ..CaptureArgs::default() },
     })))
 }
 
 /// And when it is gone.
-pub fn delete(uid: &str) -> Request {
-    Request::Delete(sandbox(uid))
+pub fn delete(uid: &str) -> DaemonRequest {
+    DaemonRequest::Delete(sandbox_info(uid))
 }
 
-fn sandbox(uid: &str) -> Sandbox {
-    Sandbox { sandbox: uid.into(), uid: Some(uid.into()), ..Sandbox::default() }
+fn sandbox_info(uid: &str) -> SandboxInfo {
+    SandboxInfo { sandbox: uid.into(), uid: Some(uid.into()), ..SandboxInfo::default() }
 }
 
 /// Everything outbound to the proxy.

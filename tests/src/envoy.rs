@@ -15,7 +15,7 @@ use tempfile::TempDir;
 use crate::{
     actor::binary::ReadableCopy,
     bench::envoy::{self, Envoy, named},
-    testbed::{Ids, Place, name},
+    testbed::{Ids, Sandbox, name},
 };
 
 /// What Envoy passes on.
@@ -51,7 +51,7 @@ pub struct Logged {
 impl Sidecar {
     /// Starts this Envoy in a pod; returns when it listens on 15001 and 15006. The copy has to live on: one that is
     /// made while other processes are started cannot be executed as long as one of them holds it open for writing.
-    pub fn start(program: &ReadableCopy, place: &Place, speaks: Speaks) -> Result<Self> {
+    pub fn start(program: &ReadableCopy, sandbox: &Sandbox, speaks: Speaks) -> Result<Self> {
         let folder = name::scratch("envoy").context("making a folder")?;
         fs::set_permissions(folder.path(), fs::Permissions::from_mode(0o777))?;
         let log = folder.path().join("access.log");
@@ -73,7 +73,7 @@ impl Sidecar {
             }
         }
         let more = ["--file-flush-interval-msec", "50"];
-        let envoy = Envoy::start(program.path(), place, Ids::PROXY, &listeners, &clusters, 15006, &more)?;
+        let envoy = Envoy::start(program.path(), sandbox, Ids::PROXY, &listeners, &clusters, 15006, &more)?;
         Ok(Self { envoy, log, _folder: folder })
     }
 
@@ -102,7 +102,7 @@ impl Sidecar {
 /// Envoy as Istio's inbound proxy in TPROXY mode: it takes connections to any address and goes on to the original
 /// destination from the client's own address, with the mark. As root of the proxy's group, which Istio gives it then:
 /// both need CAP_NET_ADMIN.
-pub fn transparent(program: &Path, place: &Place, mark: u32) -> Result<Envoy> {
+pub fn transparent(program: &Path, sandbox: &Sandbox, mark: u32) -> Result<Envoy> {
     let kind = |name: &str| format!("type.googleapis.com/envoy.extensions.filters.{name}");
     let original_dst = named(
         "envoy.filters.listener.original_dst",
@@ -134,7 +134,7 @@ pub fn transparent(program: &Path, place: &Place, mark: u32) -> Result<Envoy> {
         }));
     }
     let root = Ids { gid: Ids::PROXY.gid, ..Ids::ROOT };
-    Envoy::start(program, place, root, &listeners, &clusters, 15006, &[])
+    Envoy::start(program, sandbox, root, &listeners, &clusters, 15006, &[])
 }
 
 /// Envoy's binary: where the variable says, or where `cargo xtask setup` puts it.

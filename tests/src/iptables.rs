@@ -16,4 +16,4 @@ pub mod walk;
 pub use install::{Backend, apply};
 pub use options::{Cidrs, Dns, Groups, Options, Ports, Tproxy};
 pub use rule::{Chain, Family, Match, Protocol, Rule, Table, Target};
-pub use walk::{Origin, Packet, Verdict, Walker};
+pub use walk::{IptablesVerdict, Origin, Packet, Walker};

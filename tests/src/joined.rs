@@ -17,9 +17,9 @@ use std::{
 
 use anyhow::{Context as _, Result, bail, ensure};
 use aya::maps::{Map, MapData, SkStorage};
-use intercept_agent::kernel::Plain;
+use intercept_agent::sys::Plain;
 use intercept_common::{
-    acceleration::{self, Pass},
+    acceleration::{self, TcpReason},
     names,
 };
 use rustix::{
@@ -34,7 +34,7 @@ use socket2::{SockAddr, Socket};
 use crate::{
     agent::{Agent, INIT_FLAGS},
     testbed::{
-        Ids, Place,
+        Ids, Sandbox,
         netlink::{Route, TABLE_MAIN},
     },
 };
@@ -50,20 +50,20 @@ pub const PATIENCE: Duration = Duration::from_secs(10);
 #[derive(Debug)]
 pub struct Pods {
     /// Whose proxy dials.
-    pub dialler: Place,
+    pub dialler: Sandbox,
     /// Whose proxy accepts.
-    pub acceptor: Place,
+    pub acceptor: Sandbox,
     /// Between them.
-    pub router: Place,
+    pub router: Sandbox,
 }
 
 impl Pods {
     /// Not captured yet.
     pub fn new(label: &str) -> Result<Self> {
         let pods = Self {
-            dialler: Place::new(&format!("{label}-d"))?,
-            acceptor: Place::new(&format!("{label}-a"))?,
-            router: Place::new(&format!("{label}-r"))?,
+            dialler: Sandbox::new(&format!("{label}-d"))?,
+            acceptor: Sandbox::new(&format!("{label}-a"))?,
+            router: Sandbox::new(&format!("{label}-r"))?,
         };
         for (pod, n) in [(&pods.dialler, 1), (&pods.acceptor, 2)] {
             let far = format!("pod{n}");
@@ -127,11 +127,11 @@ pub fn own_name() -> Result<String> {
 }
 
 /// A socket of TCP that is made inside a pod, and inside a memory cgroup if one is named.
-pub fn socket(place: &Place, v6: bool, ids: Ids, memory: Option<&Path>) -> Result<Socket> {
+pub fn socket(sandbox: &Sandbox, v6: bool, ids: Ids, memory: Option<&Path>) -> Result<Socket> {
     let (ours, theirs) = UnixStream::pair()?;
     let memory =
         memory.map(|path| File::options().write(true).open(path.join("cgroup.procs"))).transpose()?;
-    let mut command = place.command(OsStr::new("true"))?;
+    let mut command = sandbox.command(OsStr::new("true"))?;
     let domain = if v6 { libc::AF_INET6 } else { libc::AF_INET };
     let make = move || -> io::Result<()> {
         if let Some(memory) = &memory {
@@ -174,8 +174,8 @@ pub fn socket(place: &Place, v6: bool, ids: Ids, memory: Option<&Path>) -> Resul
 }
 
 /// A listener of the inbound port.
-pub fn listen(place: &Place, v6: bool, ids: Ids) -> Result<Socket> {
-    let listener = socket(place, v6, ids, None)?;
+pub fn listen(sandbox: &Sandbox, v6: bool, ids: Ids) -> Result<Socket> {
+    let listener = socket(sandbox, v6, ids, None)?;
     listener.set_reuse_address(true)?;
     let any: IpAddr = if v6 { [0u16; 8].into() } else { [0u8; 4].into() };
     if v6 {
@@ -298,13 +298,13 @@ pub fn given_to_tcp(end: &TcpStream) -> Result<u64> {
 }
 
 /// What became of the last message of an end: why it went by TCP, or nothing if it went past.
-pub fn last(agent: &Agent, end: &TcpStream) -> Result<Option<Pass>> {
+pub fn last(agent: &Agent, end: &TcpStream) -> Result<Option<TcpReason>> {
     let path = agent.store().join("maps").join(names::JOIN_SOCKETS);
-    let map: SkStorage<_, Plain<acceleration::Socket>> =
+    let map: SkStorage<_, Plain<acceleration::JoinSocket>> =
         Map::SkStorage(MapData::from_pin(&path)?).try_into()?;
     let last = map.get(end, 0).context("this end is not known")?.0.last;
-    let pass = Pass::ALL.iter().find(|pass| **pass as u32 == last).copied();
-    ensure!(pass.is_some() || last == acceleration::Socket::JOINED, "{last} is not a reason");
+    let pass = TcpReason::ALL.iter().find(|pass| **pass as u32 == last).copied();
+    ensure!(pass.is_some() || last == acceleration::JoinSocket::JOINED, "{last} is not a reason");
     Ok(pass)
 }
 

@@ -6,7 +6,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use anyhow::{Context, Result};
 use aya_obj::generated::{bpf_attach_type, bpf_cmd};
 
-use crate::testbed::Place;
+use crate::testbed::Sandbox;
 
 const BPF_F_QUERY_EFFECTIVE: u32 = 1;
 
@@ -29,13 +29,13 @@ struct Query {
 
 /// How many programs run for the processes of a cgroup, those of the cgroups around it included, and for the look-up
 /// of sockets in its namespace. Names of hooks with a number, where there is any.
-pub fn attached(place: &Place) -> Result<Vec<(String, u32)>> {
+pub fn attached(sandbox: &Sandbox) -> Result<Vec<(String, u32)>> {
     let mut found = Vec::new();
-    let cgroup = File::open(place.cgroup.path()).context("opening the cgroup")?;
+    let cgroup = File::open(sandbox.cgroup.path()).context("opening the cgroup")?;
     for hook in HOOKS {
         // The effective ones of a namespace are those that are attached to it.
         let (target, flags) = match hook {
-            bpf_attach_type::BPF_SK_LOOKUP => (place.netns.as_fd(), 0),
+            bpf_attach_type::BPF_SK_LOOKUP => (sandbox.netns.as_fd(), 0),
             _ => (cgroup.as_fd(), BPF_F_QUERY_EFFECTIVE),
         };
         match query(target, hook, flags).with_context(|| format!("asking for programs of {hook:?}"))? {

@@ -20,7 +20,7 @@ pub struct Plugin {
 
 /// What a runtime says of a pod.
 #[derive(Debug)]
-pub struct Sandbox<'a> {
+pub struct CniSandbox<'a> {
     /// The pod's object.
     pub object: &'a Value,
     /// The pod's UID, which is not the object's if the pod is a static one.
@@ -38,7 +38,7 @@ impl Plugin {
     }
 
     /// Call it; what it prints if it fails is the inner error.
-    pub fn call(&self, command: &str, sandbox: &Sandbox<'_>) -> Result<Result<(), String>> {
+    pub fn call(&self, command: &str, sandbox: &CniSandbox<'_>) -> Result<Result<(), String>> {
         let metadata = &sandbox.object["metadata"];
         let config = json!({
             "cniVersion": "1.0.0", "name": "net", "type": "intercept-cni", "socket": self.socket,

@@ -9,7 +9,7 @@ use anyhow::{Context, Result};
 
 use crate::agent::succeed;
 use crate::kernel::attached;
-use crate::testbed::Place;
+use crate::testbed::Sandbox;
 
 /// Settings of a namespace that matter to the ways of its packets.
 const SETTINGS: [&str; 10] = [
@@ -31,9 +31,9 @@ pub struct Snapshot(Vec<String>);
 
 impl Snapshot {
     /// Of a pod.
-    pub fn of(place: &Place) -> Result<Self> {
+    pub fn of(sandbox: &Sandbox) -> Result<Self> {
         let mut lines = Vec::new();
-        for (hook, count) in attached(place)? {
+        for (hook, count) in attached(sandbox)? {
             lines.push(format!("{count} programs at {hook}"));
         }
         for arguments in [
@@ -44,7 +44,7 @@ impl Snapshot {
             &["-4", "route", "show", "table", "all"],
             &["-6", "route", "show", "table", "all"],
         ] {
-            let mut ip = place.command("ip")?;
+            let mut ip = sandbox.command("ip")?;
             ip.args(arguments);
             let said = succeed(ip)?;
             // Lifetimes count down, and the order of equals is not told.
@@ -55,10 +55,10 @@ impl Snapshot {
         }
         for setting in SETTINGS {
             let path = Path::new("/proc/sys").join(setting);
-            let value = place.netns.run(|| fs::read_to_string(&path))?;
+            let value = sandbox.netns.run(|| fs::read_to_string(&path))?;
             lines.push(format!("{setting} = {}", value.as_deref().map_or("none", str::trim)));
         }
-        let mut folders: Vec<PathBuf> = vec![place.cgroup.path().to_owned()];
+        let mut folders: Vec<PathBuf> = vec![sandbox.cgroup.path().to_owned()];
         while let Some(folder) = folders.pop() {
             for entry in fs::read_dir(&folder)?.flatten() {
                 if entry.file_type()?.is_dir() {

@@ -8,7 +8,7 @@ use anyhow::{Context, Result, ensure};
 use serde::{Deserialize, Serialize};
 
 use crate::actor::binary::{ReadableCopy, locate};
-use crate::testbed::{Ids, Place};
+use crate::testbed::{Ids, Sandbox};
 
 /// The variable that says where the executable is.
 pub const VARIABLE: &str = "INTERCEPT_STEPS";
@@ -79,9 +79,9 @@ pub type Outcome = String;
 ///
 /// # Errors
 /// If the process cannot be started, or does not come to its end.
-pub fn run(place: &Place, ids: Ids, steps: &[Step]) -> Result<Vec<Outcome>> {
+pub fn run(sandbox: &Sandbox, ids: Ids, steps: &[Step]) -> Result<Vec<Outcome>> {
     let program = ReadableCopy::of(&locate("steps", VARIABLE)?)?;
-    let output = place
+    let output = sandbox
         .command_as(program.path(), ids)?
         .arg(serde_json::to_string(steps)?)
         .stdin(Stdio::null())

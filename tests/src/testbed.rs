@@ -8,15 +8,15 @@ pub mod cgroup;
 pub mod name;
 pub mod namespace;
 pub mod netlink;
-pub mod place;
 pub mod pod;
+pub mod sandbox;
 pub mod sweep;
 
 pub use bpffs::Bpffs;
 pub use cgroup::Cgroup;
 pub use namespace::Namespace;
-pub use place::{Ids, Place};
 pub use pod::{Interface, Neighbour, Pod, PodSpec};
+pub use sandbox::{Ids, Sandbox};
 
 /// Reports what a guard could not undo: by panicking, unless a panic is what drops the guard.
 fn complain(what: &std::fmt::Arguments<'_>) {

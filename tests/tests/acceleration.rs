@@ -7,7 +7,7 @@ use serde_json::Value;
 use tests::{
     agent::{Agent, finish},
     snapshot::Snapshot,
-    testbed::Place,
+    testbed::Sandbox,
 };
 
 /// Those that scripts may look for: of a proxy, which have to pass, and of applications.
@@ -85,14 +85,14 @@ fn every_check_runs_and_passes_on_plain_connections() {
 
 #[test]
 fn it_says_a_line_for_each_and_needs_nothing_of_the_namespace_it_is_started_in() {
-    let (agent, place) =
-        (Agent::new("inside").expect("the agent"), Place::new("inside").expect("a namespace"));
+    let (agent, sandbox) =
+        (Agent::new("inside").expect("the agent"), Sandbox::new("inside").expect("a namespace"));
     // Connections in this one would fail.
-    place.netns.link_down("lo").expect("set down");
+    sandbox.netns.link_down("lo").expect("set down");
     let inner = agent.command("check");
-    let mut command = place.command(inner.get_program()).expect("a command");
+    let mut command = sandbox.command(inner.get_program()).expect("a command");
     command.args(inner.get_args()).arg("--accelerate");
-    let before = Snapshot::of(&place).expect("looked at");
+    let before = Snapshot::of(&sandbox).expect("looked at");
     let output = finish(&mut command).expect("the agent starts");
     let said = String::from_utf8(output.stdout).expect("text");
     let lines: Vec<_> =
@@ -109,12 +109,13 @@ fn it_says_a_line_for_each_and_needs_nothing_of_the_namespace_it_is_started_in()
         assert!(rest.trim_start().starts_with(&format!("{name}: ")), "{line}");
     }
     assert_eq!(output.status.code(), Some(0), "{said}");
-    assert!(Snapshot::of(&place).expect("looked at") == before);
+    assert!(Snapshot::of(&sandbox).expect("looked at") == before);
 }
 
 #[test]
 fn where_it_cannot_be_tried_out_it_is_refused_and_nothing_is_left() {
-    let (mut agent, pod) = (Agent::new("refused").expect("the agent"), Place::new("refused").expect("a pod"));
+    let (mut agent, pod) =
+        (Agent::new("refused").expect("the agent"), Sandbox::new("refused").expect("a pod"));
     let before = Snapshot::of(&pod).expect("looked at");
     // Wrong usage is told first.
     for wrong in

@@ -25,22 +25,22 @@ fn answer(outcome: Outcome) -> Answer {
     }
 }
 
-struct Bed {
+struct ActorFixture {
     app: Actor,
     world: Actor,
     pod: Pod,
 }
 
-fn bed(label: &str) -> Bed {
+fn fixture(label: &str) -> ActorFixture {
     let pod = Pod::new(PodSpec::new(label)).expect("a pod");
     let world = Actor::start(pod.neighbour()).expect("an actor");
     let app = Actor::start(&pod).expect("an actor");
-    Bed { app, world, pod }
+    ActorFixture { app, world, pod }
 }
 
 #[test]
 fn connections_are_reported_from_both_ends() {
-    let Bed { app, world, pod } = bed("both-ends");
+    let ActorFixture { app, world, pod } = fixture("both-ends");
     serve(&world, "world4", Transport::Tcp, "0.0.0.0:80");
     serve(&world, "world6", Transport::Tcp, "[::]:80");
     for (to, from, mapped, server) in [
@@ -71,7 +71,7 @@ fn connections_are_reported_from_both_ends() {
 
 #[test]
 fn a_closed_server_refuses() {
-    let Bed { app, world: _world, pod: _pod } = bed("closed");
+    let ActorFixture { app, world: _world, pod: _pod } = fixture("closed");
     let bind = Bind::new(Ids::APP, addr("127.0.0.1:8080"));
     let listen = Listen { name: "app".into(), transport: Transport::Tcp, bind };
     let listening = app.listen(listen.clone()).expect("a server");
@@ -86,7 +86,7 @@ fn a_closed_server_refuses() {
 /// Sockets belong to the asked user and group: the kernel shows it in the socket's owner and in who may bind.
 #[test]
 fn flows_are_made_as_whom_they_should() {
-    let Bed { app, world: _world, pod } = bed("owners");
+    let ActorFixture { app, world: _world, pod } = fixture("owners");
     let ids = Ids { uid: 4321, gid: 1234 };
     let bind = Bind::new(ids, addr("0.0.0.0:8080"));
     app.listen(Listen { name: "owned".into(), transport: Transport::Tcp, bind }).expect("a server");
@@ -107,7 +107,7 @@ fn flows_are_made_as_whom_they_should() {
 
 #[test]
 fn datagrams_are_answered_from_where_they_were_sent() {
-    let Bed { app, world, pod } = bed("datagrams");
+    let ActorFixture { app, world, pod } = fixture("datagrams");
     serve(&world, "world4", Transport::Udp, "0.0.0.0:53");
     serve(&world, "world6", Transport::Udp, "[::]:53");
     for (to, mapped) in [("198.51.100.7:53", false), ("198.51.100.8:53", true), ("[2001:db8::7]:53", false)] {
@@ -139,7 +139,7 @@ fn datagrams_are_answered_from_where_they_were_sent() {
 /// Without interception a connection to a relay was going to the relay: it must say so, and not loop.
 #[test]
 fn a_relay_tells_what_it_was_asked() {
-    let Bed { app, world: _world, pod: _pod } = bed("relay-alone");
+    let ActorFixture { app, world: _world, pod: _pod } = fixture("relay-alone");
     let relay = Relay {
         name: "outbound".into(),
         bind: Bind::new(Ids::PROXY, addr("0.0.0.0:15001")),
@@ -160,7 +160,7 @@ fn a_relay_tells_what_it_was_asked() {
 
 #[test]
 fn thousands_of_flows_do_not_take_long() {
-    let Bed { app, world, pod: _pod } = bed("thousands");
+    let ActorFixture { app, world, pod: _pod } = fixture("thousands");
     serve(&world, "world4", Transport::Tcp, "0.0.0.0:80");
     let start = Instant::now();
     for _ in 0..10 {

@@ -9,17 +9,17 @@ use std::{
     time::{Duration, Instant},
 };
 
-use intercept_agent::{mirror::MAX_ENTRIES, tables::Tables};
+use intercept_agent::{maps::Maps, routes::MAX_ENTRIES};
 use intercept_common::layout::budget;
 use tests::{
     agent::{Agent, finish, succeed},
     snapshot::{Snapshot, tree},
-    testbed::{Place, Pod, PodSpec},
+    testbed::{Pod, PodSpec, Sandbox},
 };
 
 /// Feeds these lines to `ip -batch` in a pod.
-fn ip(place: &Place, lines: &str) {
-    let mut child = place
+fn ip(sandbox: &Sandbox, lines: &str) {
+    let mut child = sandbox
         .command("ip")
         .expect("iproute2")
         .args(["-batch", "-"])
@@ -39,7 +39,7 @@ fn routes(numbers: Range<usize>) -> String {
     lines
 }
 
-fn refused(agent: &Agent, pod: &Place, flags: &[&str]) -> String {
+fn refused(agent: &Agent, pod: &Sandbox, flags: &[&str]) -> String {
     let output = finish(&mut agent.for_pod("attach", pod, flags)).expect("started");
     assert!(!output.status.success());
     String::from_utf8_lossy(&output.stderr).into_owned()
@@ -48,13 +48,13 @@ fn refused(agent: &Agent, pod: &Place, flags: &[&str]) -> String {
 #[test]
 fn a_range_of_all_ports_costs_no_more_than_its_prefixes() {
     let agent = Agent::new("ports").expect("the agent");
-    let pods = ["one", "two", "three"].map(|label| Place::new(label).expect("a place"));
+    let pods = ["one", "two", "three"].map(|label| Sandbox::new(label).expect("a place"));
     for pod in &pods {
         let ranges = ["-o", "1:65535", "-b", "*", "-d", "2:65534"];
         agent.attach(pod, &[&["-i", "*"][..], &ranges].concat()).expect("attached");
     }
     let maps = agent.store().join("maps");
-    let usage = Tables::open(&maps).and_then(|tables| tables.usage()).expect("read");
+    let usage = Maps::open(&maps).and_then(|tables| tables.usage()).expect("read");
     assert_eq!(usage.len(), pods.len());
     assert!(usage.values().all(|usage| (16..64).contains(&usage.ports)), "{usage:?}");
     let status = agent.status().expect("a status");
@@ -66,7 +66,7 @@ fn a_range_of_all_ports_costs_no_more_than_its_prefixes() {
 #[test]
 fn more_ports_than_a_pod_may_have_are_refused() {
     let agent = Agent::new("too-many").expect("the agent");
-    let (pod, other) = (Place::new("too-many").expect("a place"), Place::new("beside").expect("a place"));
+    let (pod, other) = (Sandbox::new("too-many").expect("a place"), Sandbox::new("beside").expect("a place"));
     agent.attach(&other, &["-i", "*", "-o", "22"]).expect("attached");
     let (pins, before) = (tree(agent.bpffs()).expect("a tree"), Snapshot::of(&pod).expect("a snapshot"));
     // No two of them have one prefix; one more is there for the agent's own use.
@@ -110,10 +110,10 @@ fn a_quarter_of_a_million_routes_are_refused_with_the_figure() {
 #[test]
 fn a_cgroup_inside_a_captured_one_is_refused_and_the_other_way_round() {
     let agent = Agent::new("nested").expect("the agent");
-    let (outer, inner) = (Place::new("outer").expect("a place"), Place::new("inner").expect("a place"));
+    let (outer, inner) = (Sandbox::new("outer").expect("a place"), Sandbox::new("inner").expect("a place"));
     let below = outer.cgroup.path().join("below/deeper");
     fs::create_dir_all(&below).expect("made");
-    let attach = |cgroup: &std::path::Path, pod: &Place| {
+    let attach = |cgroup: &std::path::Path, pod: &Sandbox| {
         let mut command = agent.command("attach");
         command.arg("--cgroup-path").arg(cgroup).arg("--netns").arg(pod.netns.path()).args(["-i", "*"]);
         command

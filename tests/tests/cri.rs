@@ -14,7 +14,7 @@ use std::{
 use serde_json::Value;
 use tests::{
     agent::{Agent, succeed},
-    cri::{Client, DaemonPod, IMAGE, Node, PodConfig, Sandbox, uid, wait},
+    cri::{Client, DaemonPod, IMAGE, Node, PodConfig, PodSandbox, uid, wait},
     testbed::Ids,
 };
 
@@ -42,29 +42,29 @@ while True:
         accepted.close()
 "#;
 
-struct Bed<'a> {
+struct CriFixture<'a> {
     node: &'a Node,
     client: &'a Client,
 }
 
-impl Bed<'_> {
+impl CriFixture<'_> {
     fn config(&self, name: &str, annotations: &[(&str, &str)]) -> PodConfig {
         let cgroup = self.node.make_pod_cgroup(&uid(name)).expect("a cgroup");
         PodConfig::new(name, &cgroup, &self.node.logs().join(name), annotations)
     }
 
-    fn run(&self, name: &str, annotations: &[(&str, &str)]) -> Sandbox {
+    fn run(&self, name: &str, annotations: &[(&str, &str)]) -> PodSandbox {
         let run = self.client.run(&self.config(name, annotations));
         run.unwrap_or_else(|error| panic!("{name}: {error:#}\n{}", self.node.log()))
     }
 
-    fn end(&self, name: &str, sandbox: &Sandbox) {
+    fn end(&self, name: &str, sandbox: &PodSandbox) {
         self.client.stop(sandbox).expect("stopped");
         self.client.remove(sandbox).expect("removed");
         self.node.remove_pod_cgroup(&uid(name)).expect("nothing is left in it");
     }
 
-    fn dial(&self, sandbox: &Sandbox, container: &str, port: u16) -> (i32, String) {
+    fn dial(&self, sandbox: &PodSandbox, container: &str, port: u16) -> (i32, String) {
         let dial = format!("nc -w 5 {SERVICE} {port} </dev/null 2>&1");
         let done = self.client.finish(sandbox, container, IMAGE, Ids::APP, &["/bin/sh", "-c", &dial]);
         done.unwrap_or_else(|error| panic!("{container}: {error:#}\n{}", self.node.log()))
@@ -78,7 +78,7 @@ fn answer_on(node: &Node) {
     succeed(ip).expect("added");
     for port in [80, 81] {
         let listen = || TcpListener::bind((SERVICE, port)).expect("bound");
-        let listener = node.place().netns.run(listen).expect("entered");
+        let listener = node.sandbox().netns.run(listen).expect("entered");
         std::thread::spawn(move || {
             for stream in listener.incoming().flatten() {
                 drop((&stream).write_all(b"the node\n"));
@@ -104,15 +104,15 @@ fn the_daemonsets_pod_captures_pods_before_their_first_connection() {
     let manifest = Path::new(env!("CARGO_MANIFEST_DIR")).join("../deploy/intercept.yaml");
     let mut daemon = DaemonPod::start(&node, &client, &manifest, "agent")
         .unwrap_or_else(|error| panic!("{error:#}\n{}", node.log()));
-    let bed = Bed { node: &node, client: &client };
+    let fixture = CriFixture { node: &node, client: &client };
     let in_force = || agent.status().expect("status").as_array().map_or(0, Vec::len);
 
     // It is in force when RunPodSandbox returns: nothing listens, so the first connection is refused.
-    let pod = bed.run("captured", &[STATUS, LEFT_ALONE]);
+    let pod = fixture.run("captured", &[STATUS, LEFT_ALONE]);
     assert_eq!(in_force(), 1);
-    let (code, said) = bed.dial(&pod, "first", 80);
+    let (code, said) = fixture.dial(&pod, "first", 80);
     assert!(code == 1 && said.contains("refused"), "{code} {said}");
-    assert_eq!(bed.dial(&pod, "left-alone", 81), (0, "the node\n".to_owned()));
+    assert_eq!(fixture.dial(&pod, "left-alone", 81), (0, "the node\n".to_owned()));
     let address = client.address(&pod).expect("an address");
     let proxy = ["/usr/bin/python3", "-c", PROXY];
     client.start(&pod, "proxy", IMAGE, Ids::PROXY, &proxy).expect("started");
@@ -120,48 +120,49 @@ fn the_daemonsets_pod_captures_pods_before_their_first_connection() {
     let mut attempt = 0;
     wait("the proxy", || {
         attempt += 1;
-        let answer = bed.dial(&pod, &format!("app-{attempt}"), 80);
+        let answer = fixture.dial(&pod, &format!("app-{attempt}"), 80);
         assert!(answer.0 == 1 || answer == proxied, "{answer:?}");
         Ok(answer.0 == 0)
     })
     .expect("the proxy answers");
     // What arrives goes to the proxy as well, whatever its port.
     let to: SocketAddr = format!("{address}:8080").parse().expect("an address");
-    let mut stream = node.place().netns.run(|| TcpStream::connect(to)).expect("entered").expect("connected");
+    let mut stream =
+        node.sandbox().netns.run(|| TcpStream::connect(to)).expect("entered").expect("connected");
     let mut said = String::new();
     stream.read_to_string(&mut said).expect("read");
     assert_eq!(said, format!("{to} from 10.88.0.1\n"));
 
     // One without a sidecar is left alone, and one in TPROXY mode has its namespace changed.
-    let plain = bed.run("plain", &[]);
-    assert_eq!(bed.dial(&plain, "app", 80), (0, "the node\n".to_owned()));
+    let plain = fixture.run("plain", &[]);
+    assert_eq!(fixture.dial(&plain, "app", 80), (0, "the node\n".to_owned()));
     assert_eq!(in_force(), 1);
-    let tproxy = bed.run("tproxy", &[STATUS, TPROXY]);
+    let tproxy = fixture.run("tproxy", &[STATUS, TPROXY]);
     assert_eq!(in_force(), 2);
-    bed.end("tproxy", &tproxy);
+    fixture.end("tproxy", &tproxy);
     assert_eq!(in_force(), 1);
 
     // Without the daemon, what is captured stays so. A pod with a sidecar does not start, and one without does.
-    let stopped_later = bed.run("meanwhile", &[STATUS]);
+    let stopped_later = fixture.run("meanwhile", &[STATUS]);
     daemon.kill().expect("killed");
-    assert_eq!(bed.dial(&pod, "without-daemon", 80), proxied);
-    let refused = client.run(&bed.config("refused", &[STATUS])).expect_err("not captured");
+    assert_eq!(fixture.dial(&pod, "without-daemon", 80), proxied);
+    let refused = client.run(&fixture.config("refused", &[STATUS])).expect_err("not captured");
     assert!(refused.to_string().contains("is `intercept-agent daemon` running"), "{refused:#}");
-    let unharmed = bed.run("unharmed", &[]);
-    assert_eq!(bed.dial(&unharmed, "app", 80), (0, "the node\n".to_owned()));
+    let unharmed = fixture.run("unharmed", &[]);
+    assert_eq!(fixture.dial(&unharmed, "app", 80), (0, "the node\n".to_owned()));
     // And one that is captured can go.
-    bed.end("meanwhile", &stopped_later);
+    fixture.end("meanwhile", &stopped_later);
     daemon.restart().expect("started");
     let back = Instant::now();
     wait("its state is gone", || Ok(in_force() == 1)).expect("gone");
     assert!(back.elapsed() < Duration::from_secs(1), "{:?}", back.elapsed());
-    assert_eq!(bed.dial(&pod, "taken-over", 80), proxied);
+    assert_eq!(fixture.dial(&pod, "taken-over", 80), proxied);
     // The runtime tries again, as the kubelet has it do.
-    let healed = bed.run("refused", &[STATUS]);
+    let healed = fixture.run("refused", &[STATUS]);
     assert_eq!(in_force(), 2);
 
     // Gone when StopPodSandbox returns.
-    bed.end("captured", &pod);
+    fixture.end("captured", &pod);
     assert_eq!(in_force(), 1);
 
     // Uninstalling: the pod that cleans up takes the place of the other, and ends.
@@ -175,10 +176,10 @@ fn the_daemonsets_pod_captures_pods_before_their_first_connection() {
     let json = |text: &str| serde_json::from_str::<Value>(text).expect("JSON");
     assert_eq!(json(&configuration()), json(&before));
     assert_eq!(fs::read_dir(node.cni_bin()).expect("listed").count(), plugins);
-    assert_eq!(bed.dial(&healed, "released", 80), (0, "the node\n".to_owned()));
-    let after = bed.run("after", &[STATUS]);
-    assert_eq!(bed.dial(&after, "app", 80), (0, "the node\n".to_owned()));
+    assert_eq!(fixture.dial(&healed, "released", 80), (0, "the node\n".to_owned()));
+    let after = fixture.run("after", &[STATUS]);
+    assert_eq!(fixture.dial(&after, "app", 80), (0, "the node\n".to_owned()));
     for (name, sandbox) in [("refused", healed), ("plain", plain), ("unharmed", unharmed), ("after", after)] {
-        bed.end(name, &sandbox);
+        fixture.end(name, &sandbox);
     }
 }

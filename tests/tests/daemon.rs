@@ -11,16 +11,16 @@ use std::{
 };
 
 use intercept_agent::daemon::{
-    protocol::{Add, Request, Response, Sandbox, Select},
-    reconcile::State,
-    wanted::Given,
+    desired::CaptureArgs,
+    protocol::{Add, DaemonRequest, Response, SandboxInfo, Select},
+    reconcile::PodState,
 };
 use serde_json::{Value, json};
 use tests::{
     actor::{Bind, Listen, Transport},
     agent::Agent,
     daemon::{Daemon, OUTBOUND, answers, free_address, get, proxy, service},
-    testbed::{Ids, Place, Pod, PodSpec},
+    testbed::{Ids, Pod, PodSpec, Sandbox},
 };
 
 #[test]
@@ -30,18 +30,18 @@ fn pods_of_the_folder_are_captured_changed_and_released() {
     let pod = Pod::new(PodSpec::new("folder")).expect("a pod");
     let actor = proxy(&pod);
     daemon.put("a", &pod, &OUTBOUND).expect("put");
-    daemon.wait_for("a", State::Captured).expect("captured");
+    daemon.wait_for("a", PodState::Captured).expect("captured");
     assert_eq!(answers(&actor, service()).as_deref(), Some("proxy"));
 
     // A wrong change leaves in force what was.
     daemon.put("a", &pod, &["-i", "nonsense"]).expect("put");
-    let report = daemon.wait_for("a", State::Failed).expect("failed");
-    let problem = report.problem.expect("a problem");
+    let report = daemon.wait_for("a", PodState::Failed).expect("failed");
+    let problem = report.failure.expect("a problem");
     assert!(problem.cause == "options" && problem.text.contains("nonsense"), "{problem:?}");
     assert_eq!(answers(&actor, service()).as_deref(), Some("proxy"));
 
     daemon.put("a", &pod, &["-i", "*", "-x", "10.96.0.0/16", "-u", "1337"]).expect("put");
-    daemon.wait_for("a", State::Captured).expect("captured");
+    daemon.wait_for("a", PodState::Captured).expect("captured");
     assert_ne!(answers(&actor, service()).as_deref(), Some("proxy"));
 
     daemon.remove("a").expect("removed");
@@ -52,35 +52,35 @@ fn pods_of_the_folder_are_captured_changed_and_released() {
     agent.detach(&pod).expect("detached");
     assert!(agent.store().join("maps").is_dir());
     daemon.put("a", &pod, &OUTBOUND).expect("put");
-    daemon.wait_for("a", State::Captured).expect("captured again");
+    daemon.wait_for("a", PodState::Captured).expect("captured again");
 }
 
 #[test]
 fn a_broken_pod_harms_no_other_and_heals() {
     let agent = Agent::new("d-broken").expect("the agent");
     let daemon = Daemon::start(&agent, &[]).expect("a daemon");
-    let place = Place::new("good").expect("a place");
+    let sandbox = Sandbox::new("good").expect("a place");
     daemon.put_text("unreadable", "{").expect("put");
     daemon.put_text("host", r#"{"cgroup": "/sys/fs/cgroup", "netns": "/proc/1/ns/net"}"#).expect("put");
     let late =
-        fs::canonicalize(place.cgroup.path().parent().expect("a parent")).expect("a path").join("late");
-    let text = json!({"cgroup": late, "netns": place.netns.path(), "arguments": OUTBOUND});
+        fs::canonicalize(sandbox.cgroup.path().parent().expect("a parent")).expect("a path").join("late");
+    let text = json!({"cgroup": late, "netns": sandbox.netns.path(), "arguments": OUTBOUND});
     daemon.put_text("late", &text.to_string()).expect("put");
     for (name, cause) in [("unreadable", "options"), ("host", "cgroup"), ("late", "cgroup")] {
-        let report = daemon.wait_for(name, State::Failed).expect(name);
-        assert_eq!(report.problem.expect("a problem").cause, cause, "{name}");
+        let report = daemon.wait_for(name, PodState::Failed).expect(name);
+        assert_eq!(report.failure.expect("a problem").cause, cause, "{name}");
     }
     daemon
         .wait("tried again", |d| d.report("late").is_ok_and(|r| r.is_some_and(|r| r.failures > 2)))
         .expect("retried");
     fs::create_dir(&late).expect("made");
-    let healed = daemon.wait_for("late", State::Captured);
+    let healed = daemon.wait_for("late", PodState::Captured);
     daemon.remove("late").expect("removed");
     daemon.wait("gone", |d| d.report("late").is_ok_and(|r| r.is_none())).expect("gone");
     fs::remove_dir(&late).expect("removed");
     healed.expect("captured when its cgroup came");
-    daemon.put("good", &place, &OUTBOUND).expect("put");
-    daemon.wait_for("good", State::Captured).expect("captured");
+    daemon.put("good", &sandbox, &OUTBOUND).expect("put");
+    daemon.wait_for("good", PodState::Captured).expect("captured");
     assert!(daemon.report("unreadable").expect("asked").is_some());
 }
 
@@ -88,29 +88,29 @@ fn a_broken_pod_harms_no_other_and_heals() {
 fn a_pod_that_is_gone_is_gone_within_a_second() {
     let agent = Agent::new("d-gone").expect("the agent");
     let mut daemon = Daemon::start(&agent, &[]).expect("a daemon");
-    let place = Place::new("gone").expect("a place");
-    daemon.put("a", &place, &OUTBOUND).expect("put");
-    assert!(daemon.wait_for("a", State::Captured).expect("captured").followed);
+    let sandbox = Sandbox::new("gone").expect("a place");
+    daemon.put("a", &sandbox, &OUTBOUND).expect("put");
+    assert!(daemon.wait_for("a", PodState::Captured).expect("captured").followed);
     daemon.remove("a").expect("removed");
-    daemon.put("b", &place, &OUTBOUND).expect("put");
-    daemon.wait_for("b", State::Captured).expect("captured under its other name");
+    daemon.put("b", &sandbox, &OUTBOUND).expect("put");
+    daemon.wait_for("b", PodState::Captured).expect("captured under its other name");
     let emptied = |daemon: &Daemon<'_>| {
         let gone = Instant::now();
         daemon.wait("no state", |_| agent.status().is_ok_and(|pods| pods == json!([]))).expect("gone");
         let took = gone.elapsed();
         assert!(took < Duration::from_secs(1), "{took:?}");
     };
-    drop(place);
+    drop(sandbox);
     emptied(&daemon);
     // The file still asks for it.
-    let cause = |daemon: &Daemon<'_>| daemon.report("b").ok()??.problem.map(|problem| problem.cause);
+    let cause = |daemon: &Daemon<'_>| daemon.report("b").ok()??.failure.map(|problem| problem.cause);
     daemon.wait("it is told why", |daemon| cause(daemon).as_deref() == Some("cgroup")).expect("failed");
 
-    let place = Place::new("gone-meanwhile").expect("a place");
-    daemon.put("c", &place, &OUTBOUND).expect("put");
-    daemon.wait_for("c", State::Captured).expect("captured");
+    let sandbox = Sandbox::new("gone-meanwhile").expect("a place");
+    daemon.put("c", &sandbox, &OUTBOUND).expect("put");
+    daemon.wait_for("c", PodState::Captured).expect("captured");
     daemon.kill().expect("killed");
-    drop(place);
+    drop(sandbox);
     daemon.restart().expect("started");
     // Not at once: the kernel lets go of a cgroup's links some time after the cgroup is gone.
     emptied(&daemon);
@@ -122,11 +122,11 @@ fn killed_under_load_no_connection_fails_or_passes_by() {
     let mut daemon = Daemon::start(&agent, &[]).expect("a daemon");
     let pod = Pod::new(PodSpec::new("killed")).expect("a pod");
     let actor = proxy(&pod);
-    let other = Place::new("unwanted").expect("a place");
+    let other = Sandbox::new("unwanted").expect("a place");
     daemon.put("a", &pod, &OUTBOUND).expect("put");
     daemon.put("b", &other, &OUTBOUND).expect("put");
     for name in ["a", "b"] {
-        daemon.wait_for(name, State::Captured).expect(name);
+        daemon.wait_for(name, PodState::Captured).expect(name);
     }
     let (stop, dialled) = (AtomicBool::new(false), AtomicUsize::new(0));
     std::thread::scope(|scope| {
@@ -143,7 +143,7 @@ fn killed_under_load_no_connection_fails_or_passes_by() {
         for _ in 0..3 {
             daemon.kill().expect("killed");
             daemon.restart().expect("started");
-            daemon.wait_for("a", State::Captured).expect("taken over");
+            daemon.wait_for("a", PodState::Captured).expect("taken over");
         }
         daemon.kill().expect("killed");
         daemon.remove("b").expect("removed");
@@ -168,17 +168,17 @@ fn ended_by_sigterm_pods_stay_captured() {
     let pod = Pod::new(PodSpec::new("term")).expect("a pod");
     let actor = proxy(&pod);
     daemon.put("a", &pod, &OUTBOUND).expect("put");
-    daemon.wait_for("a", State::Captured).expect("captured");
+    daemon.wait_for("a", PodState::Captured).expect("captured");
     let before = agent.status().expect("status");
     assert!(daemon.terminate().expect("ended").success());
     assert_eq!(answers(&actor, service()).as_deref(), Some("proxy"));
     // Its programs are not anybody's whom a command may take for gone.
-    let other = Place::new("term-other").expect("a place");
+    let other = Sandbox::new("term-other").expect("a place");
     agent.attach(&other, &OUTBOUND).expect("attached");
     agent.detach(&other).expect("detached");
     assert_eq!(answers(&actor, service()).as_deref(), Some("proxy"));
     daemon.restart().expect("started");
-    daemon.wait_for("a", State::Captured).expect("taken over");
+    daemon.wait_for("a", PodState::Captured).expect("taken over");
     let cookie = |status: &Value| status[0]["netns_cookie"].as_u64().expect("a cookie");
     let after = agent.status().expect("status");
     assert_eq!((cookie(&after), after.as_array().map(Vec::len)), (cookie(&before), Some(1)), "{after}");
@@ -189,16 +189,16 @@ fn a_release_that_failed_is_done_when_it_can_be() {
     use rustix::mount::{MountFlags, mount_remount};
     let agent = Agent::new("d-release").expect("the agent");
     let daemon = Daemon::start(&agent, &[]).expect("a daemon");
-    let place = Place::new("release").expect("a place");
-    daemon.put("a", &place, &OUTBOUND).expect("put");
-    daemon.wait_for("a", State::Captured).expect("captured");
+    let sandbox = Sandbox::new("release").expect("a place");
+    daemon.put("a", &sandbox, &OUTBOUND).expect("put");
+    daemon.wait_for("a", PodState::Captured).expect("captured");
     // Its links cannot be removed.
     mount_remount(agent.bpffs(), MountFlags::RDONLY, c"").expect("made read-only");
     daemon.remove("a").expect("removed");
-    let report = daemon.wait_for("a", State::Failed).expect("failed");
-    let problem = report.problem.expect("a problem");
+    let report = daemon.wait_for("a", PodState::Failed).expect("failed");
+    let problem = report.failure.expect("a problem");
     assert!(problem.text.contains("Read-only file system"), "{problem:?}");
-    drop(place);
+    drop(sandbox);
     mount_remount(agent.bpffs(), MountFlags::empty(), c"").expect("made writable");
     daemon
         .wait("it is forgotten", |daemon| daemon.reports().is_ok_and(|all| all.is_empty()))
@@ -210,9 +210,9 @@ fn a_release_that_failed_is_done_when_it_can_be() {
 fn one_daemon_keeps_a_store() {
     let agent = Agent::new("d-one").expect("the agent");
     let mut daemon = Daemon::start(&agent, &[]).expect("a daemon");
-    let place = Place::new("one").expect("a place");
-    daemon.put("a", &place, &OUTBOUND).expect("put");
-    daemon.wait_for("a", State::Captured).expect("captured");
+    let sandbox = Sandbox::new("one").expect("a place");
+    daemon.put("a", &sandbox, &OUTBOUND).expect("put");
+    daemon.wait_for("a", PodState::Captured).expect("captured");
     // With a socket of its own, so that it is not that which keeps it from starting.
     let other = |arguments: &[&str]| {
         let mut other = agent.command("daemon");
@@ -224,10 +224,10 @@ fn one_daemon_keeps_a_store() {
     assert!(!output.status.success() && said.contains("another daemon keeps the pods of"), "{said}");
     assert_eq!(agent.status().expect("status").as_array().map(Vec::len), Some(1), "it released nothing");
     // Commands may work beside it, and the next daemon after it.
-    agent.attach(&Place::new("one-more").expect("a place"), &OUTBOUND).expect("attached");
+    agent.attach(&Sandbox::new("one-more").expect("a place"), &OUTBOUND).expect("attached");
     daemon.kill().expect("killed");
     daemon.restart().expect("started");
-    daemon.wait_for("a", State::Captured).expect("taken over");
+    daemon.wait_for("a", PodState::Captured).expect("taken over");
 }
 
 #[test]
@@ -238,15 +238,15 @@ fn state_of_others_is_refused() {
         .expect("opened, as many nodes have it");
     fs::create_dir(&root).expect("created");
     std::os::unix::fs::chown(&root, Some(65534), None).expect("given away");
-    let place = Place::new("foreign").expect("a place");
-    let refused = agent.attach(&place, &OUTBOUND).expect_err("refused").to_string();
+    let sandbox = Sandbox::new("foreign").expect("a place");
+    let refused = agent.attach(&sandbox, &OUTBOUND).expect_err("refused").to_string();
     assert!(refused.contains("belongs to user 65534"), "{refused}");
     std::os::unix::fs::chown(&root, Some(0), None).expect("taken back");
     fs::set_permissions(&root, fs::Permissions::from_mode(0o777)).expect("opened");
-    let refused = agent.attach(&place, &OUTBOUND).expect_err("refused").to_string();
+    let refused = agent.attach(&sandbox, &OUTBOUND).expect_err("refused").to_string();
     assert!(refused.contains("lets others than root write"), "{refused}");
     fs::remove_dir(&root).expect("removed");
-    agent.attach(&place, &OUTBOUND).expect("attached");
+    agent.attach(&sandbox, &OUTBOUND).expect("attached");
     let mode = |path: &std::path::Path| fs::metadata(path).expect("there").permissions().mode() & 0o777;
     assert_eq!((mode(&root), mode(&agent.store())), (0o700, 0o700));
 }
@@ -287,7 +287,7 @@ fn addresses_are_followed() {
     let bind = Bind::new(Ids::APP, SocketAddr::new(IpAddr::from([0, 0, 0, 0]), 80));
     actor.listen(Listen { name: "app".into(), transport: Transport::Tcp, bind }).expect("an app");
     daemon.put("a", &pod, &OUTBOUND).expect("put");
-    daemon.wait_for("a", State::Captured).expect("captured");
+    daemon.wait_for("a", PodState::Captured).expect("captured");
     let own = SocketAddr::from(([10, 66, 0, 77], 80));
     assert_eq!(answers(&actor, own).as_deref(), Some("proxy"), "not the pod's own yet");
     pod.netns.add_address("eth0", "10.66.0.77/24".parse().expect("a network")).expect("added");
@@ -296,21 +296,21 @@ fn addresses_are_followed() {
         .expect("followed");
 }
 
-fn add(place: &Place, sandbox: &str) -> Add {
-    let cgroup = place.cgroup.path().strip_prefix(tests::testbed::cgroup::mount_point().expect("cgroup2"));
+fn add(sandbox: &Sandbox, id: &str) -> Add {
+    let cgroup = sandbox.cgroup.path().strip_prefix(tests::testbed::cgroup::mount_point().expect("cgroup2"));
     Add {
-        pod: Sandbox {
-            sandbox: sandbox.into(),
+        pod: SandboxInfo {
+            sandbox: id.into(),
             uid: Some("uid-1".into()),
             namespace: "shop".into(),
             name: "cart".into(),
         },
-        netns: place.netns.path().to_owned(),
+        netns: sandbox.netns.path().to_owned(),
         cgroup: Some(cgroup.expect("below the mount").display().to_string()),
         annotations: None,
         addresses: Vec::new(),
         select: Select::All,
-        given: Given { arguments: OUTBOUND.map(str::to_owned).to_vec(), ..Given::default() },
+        given: CaptureArgs { arguments: OUTBOUND.map(str::to_owned).to_vec(), ..CaptureArgs::default() },
     }
 }
 
@@ -323,27 +323,27 @@ fn a_pod_of_the_socket_is_in_force_when_it_answers() {
     let ask = |daemon: &Daemon<'_>, request| daemon.ask(&request).expect("an answer");
     let done = |word: &str| Response::Done(word.into());
     let sandbox = add(&pod, "s1").pod;
-    assert_eq!(ask(&daemon, Request::Add(Box::new(add(&pod, "s1")))), done("captured"));
+    assert_eq!(ask(&daemon, DaemonRequest::Add(Box::new(add(&pod, "s1")))), done("captured"));
     assert_eq!(answers(&actor, service()).as_deref(), Some("proxy"));
-    assert_eq!(ask(&daemon, Request::Check(sandbox.clone())), done("captured"));
+    assert_eq!(ask(&daemon, DaemonRequest::Check(sandbox.clone())), done("captured"));
     // A late DEL of a sandbox that it had before, and one of what never was.
-    let before = Sandbox { sandbox: "s0".into(), ..sandbox.clone() };
-    assert_eq!(ask(&daemon, Request::Delete(before)), done("absent"));
+    let before = SandboxInfo { sandbox: "s0".into(), ..sandbox.clone() };
+    assert_eq!(ask(&daemon, DaemonRequest::Delete(before)), done("absent"));
     assert_eq!(answers(&actor, service()).as_deref(), Some("proxy"));
 
     // The next daemon knows whose it is.
     daemon.kill().expect("killed");
     daemon.restart().expect("started");
     assert_eq!(daemon.reports().expect("reports")[0].name, "shop/cart");
-    assert_eq!(ask(&daemon, Request::Delete(sandbox.clone())), done("released"));
+    assert_eq!(ask(&daemon, DaemonRequest::Delete(sandbox.clone())), done("released"));
     assert_eq!(agent.status().expect("status"), json!([]));
     assert!(
-        matches!(ask(&daemon, Request::Check(sandbox)), Response::Failed(problem) if problem.cause == "absent")
+        matches!(ask(&daemon, DaemonRequest::Check(sandbox)), Response::Failed(problem) if problem.cause == "absent")
     );
 
     let marked = |annotations: &[(&str, &str)]| {
         let annotations = annotations.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect();
-        Request::Add(Box::new(Add {
+        DaemonRequest::Add(Box::new(Add {
             annotations: Some(annotations),
             select: Select::Sidecar,
             ..add(&pod, "s2")
@@ -368,7 +368,7 @@ fn the_plugin_captures_a_pod_and_lets_it_go() {
     let agent = Agent::new("d-plugin").expect("the agent");
     let probes = free_address();
     let daemon = Daemon::start(&agent, &["--metrics-address", &probes.to_string()]).expect("a daemon");
-    let place = Place::new("plugin").expect("a place");
+    let sandbox = Sandbox::new("plugin").expect("a place");
     let (conf, bin) = (daemon.folder().join("net.d"), daemon.folder().join("bin"));
     fs::create_dir(&conf).expect("made");
     let list = json!({"cniVersion": "1.0.0", "name": "net", "plugins": [{"type": "bridge"}]});
@@ -391,12 +391,12 @@ fn the_plugin_captures_a_pod_and_lets_it_go() {
     config["cniVersion"] = json!("1.0.0");
     config["name"] = json!("net");
     config["prevResult"] = previous.clone();
-    config["runtimeConfig"] = json!({"cgroupPath": add(&place, "s").cgroup});
+    config["runtimeConfig"] = json!({"cgroupPath": add(&sandbox, "s").cgroup});
     let call = |command: &str| {
         let mut child = Command::new(bin.join("intercept-cni"))
             .env("CNI_COMMAND", command)
             .env("CNI_CONTAINERID", "s")
-            .env("CNI_NETNS", place.netns.path())
+            .env("CNI_NETNS", sandbox.netns.path())
             .env("CNI_IFNAME", "eth0")
             .env("CNI_ARGS", "K8S_POD_NAMESPACE=shop;K8S_POD_NAME=cart;K8S_POD_UID=uid-1")
             .stdin(Stdio::piped())
@@ -436,7 +436,7 @@ fn the_plugin_captures_a_pod_and_lets_it_go() {
         serde_json::from_str(&fs::read_to_string(conf.join("10-net.conflist")).expect("read")).expect("JSON");
     assert_eq!(left, list);
     assert!(
-        matches!(daemon.ask(&Request::Add(Box::new(add(&place, "s")))), Ok(Response::Failed(_))),
+        matches!(daemon.ask(&DaemonRequest::Add(Box::new(add(&sandbox, "s")))), Ok(Response::Failed(_))),
         "it stays away"
     );
     // Nor does a probe bring anything back.
@@ -458,7 +458,7 @@ fn the_socket_is_roots_alone() {
         let as_nobody = scope.spawn(|| {
             rustix::thread::set_thread_uid(rustix::fs::Uid::from_raw(65534))
                 .expect("this thread becomes nobody");
-            daemon.ask(&Request::Leave)
+            daemon.ask(&DaemonRequest::Leave)
         });
         as_nobody.join().expect("no panic")
     });

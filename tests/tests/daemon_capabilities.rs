@@ -14,7 +14,7 @@ use std::{
 use clap::Parser;
 use intercept_agent::{
     cgroup::CgroupDir,
-    daemon::reconcile::State,
+    daemon::reconcile::PodState,
     netns::Netns,
     node::{Node, Observation, Rewrite, Target},
     options::{EtcFiles, RawOptions},
@@ -120,7 +120,7 @@ fn with_just_these_every_way_captures() {
     let daemon = Daemon::start(&agent, &[]).expect("a daemon");
     let text = json!({"cgroup": cgroup, "arguments": FLAGS});
     daemon.put_text("a", &text.to_string()).expect("put");
-    daemon.wait_for("a", State::Captured).expect("captured");
+    daemon.wait_for("a", PodState::Captured).expect("captured");
     assert!(by_hand.captured());
 
     let by_plugin = Running::new("by-plugin");

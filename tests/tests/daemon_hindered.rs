@@ -9,16 +9,16 @@ use std::{
 use aya::maps::MapData;
 use aya_obj::Object;
 use intercept_agent::{
-    daemon::reconcile::{Report, State},
-    kernel,
+    daemon::reconcile::{PodReport, PodState},
+    maps::Maps,
     programs::OBJECT,
-    tables::Tables,
+    sys,
 };
 use intercept_common::{layout, names};
 use tests::{
     agent::{Agent, succeed},
     daemon::{Daemon, OUTBOUND, answers, free_address, get, proxy, service},
-    testbed::{Place, Pod, PodSpec},
+    testbed::{Pod, PodSpec, Sandbox},
 };
 
 /// How many prefixes of ports the lists of all pods may have together. Each pod has one more than ports, of which no two
@@ -32,13 +32,13 @@ fn with_little_room(agent: &Agent) {
     let mut map = Object::parse(OBJECT).expect("an object").maps.remove(names::PORTS).expect("a map");
     map.set_max_entries(ROOM);
     let map = MapData::create(map, names::PORTS, None).expect("made");
-    kernel::pin(map.fd().as_fd(), &maps.join(names::PORTS)).expect("pinned");
+    sys::pin(map.fd().as_fd(), &maps.join(names::PORTS)).expect("pinned");
 }
 
 /// How many entries the map of ports has.
 fn ports_in_use(agent: &Agent) -> usize {
     let maps = agent.store().join("maps");
-    let fill = Tables::open(&maps).and_then(|tables| tables.fill(&maps)).expect("read");
+    let fill = Maps::open(&maps).and_then(|tables| tables.fill(&maps)).expect("read");
     fill.maps.iter().find(|(name, ..)| *name == names::PORTS).expect("listed").1
 }
 
@@ -49,20 +49,20 @@ fn a_full_map_is_told_to_the_pod_that_does_not_fit_and_harms_no_other() {
     let daemon = Daemon::start(&agent, &[]).expect("a daemon");
     let pod = Pod::new(PodSpec::new("room")).expect("a pod");
     let actor = proxy(&pod);
-    let (large, late) = (Place::new("large").expect("a place"), Place::new("late").expect("a place"));
-    let put = |name: &str, place: &Place, ports: &str| {
-        daemon.put(name, place, &[&OUTBOUND[..], &["-o", ports]].concat()).expect("put");
+    let (large, late) = (Sandbox::new("large").expect("a place"), Sandbox::new("late").expect("a place"));
+    let put = |name: &str, sandbox: &Sandbox, ports: &str| {
+        daemon.put(name, sandbox, &[&OUTBOUND[..], &["-o", ports]].concat()).expect("put");
     };
-    let is_full = |report: Report| {
-        let problem = report.problem.expect("a problem");
+    let is_full = |report: PodReport| {
+        let problem = report.failure.expect("a problem");
         assert_eq!(problem.cause, "map_full");
         assert!(problem.text.contains("PORTS, which is full: shorten"), "{problem:?}");
     };
 
     put("small", &pod, "1,3,5");
-    daemon.wait_for("small", State::Captured).expect("captured");
+    daemon.wait_for("small", PodState::Captured).expect("captured");
     put("large", &large, "1,3,5,7,9,11");
-    is_full(daemon.wait_for("large", State::Failed).expect("failed"));
+    is_full(daemon.wait_for("large", PodState::Failed).expect("failed"));
     let tried = |d: &Daemon<'_>| d.report("large").is_ok_and(|r| r.is_some_and(|r| r.failures > 2));
     daemon.wait("it is tried again", tried).expect("retried");
 
@@ -72,27 +72,27 @@ fn a_full_map_is_told_to_the_pod_that_does_not_fit_and_harms_no_other() {
     daemon.wait("it is forgotten", |daemon| daemon.report("large").is_ok_and(|r| r.is_none())).expect("gone");
     let before = ports_in_use(&agent);
     put("small", &pod, "1,3,5,7,9,11");
-    is_full(daemon.wait_for("small", State::Failed).expect("failed"));
+    is_full(daemon.wait_for("small", PodState::Failed).expect("failed"));
     assert_eq!(ports_in_use(&agent), before);
     put("large", &large, "1,3,5,7,9,11");
-    is_full(daemon.wait_for("large", State::Failed).expect("failed"));
+    is_full(daemon.wait_for("large", PodState::Failed).expect("failed"));
     assert_eq!(answers(&actor, service()).as_deref(), Some("proxy"));
     put("late", &late, "1,3,5,7,9");
-    daemon.wait_for("late", State::Captured).expect("what did not fit takes no room");
+    daemon.wait_for("late", PodState::Captured).expect("what did not fit takes no room");
     assert_eq!(answers(&actor, service()).as_deref(), Some("proxy"));
 
     for name in ["small", "late"] {
         daemon.remove(name).expect("removed");
     }
-    daemon.wait_for("large", State::Captured).expect("captured when there is room");
+    daemon.wait_for("large", PodState::Captured).expect("captured when there is room");
 }
 
 /// A pod as an agent with another layout has left it.
 fn pod_of_another_layout(agent: &Agent) -> PathBuf {
     let version = agent.bpffs().join("intercept").join(format!("v{}", layout::VERSION + 1));
     fs::create_dir_all(version.join("pods/77")).expect("made");
-    let record = kernel::create_blob("record", b"unreadable").expect("made");
-    kernel::pin(record.as_fd(), &version.join("pods/77/record-1")).expect("pinned");
+    let record = sys::create_blob("record", b"unreadable").expect("made");
+    sys::pin(record.as_fd(), &version.join("pods/77/record-1")).expect("pinned");
     version
 }
 
@@ -102,15 +102,15 @@ fn pods_of_another_layout_are_left_alone_until_they_are_taken_away() {
     let other = pod_of_another_layout(&agent);
     let probes = free_address();
     let mut daemon = Daemon::start(&agent, &["--metrics-address", &probes.to_string()]).expect("a daemon");
-    let place = Place::new("layout").expect("a place");
-    daemon.put("a", &place, &OUTBOUND).expect("put");
+    let sandbox = Sandbox::new("layout").expect("a place");
+    daemon.put("a", &sandbox, &OUTBOUND).expect("put");
 
     let tells = |text: &str, other: &Path| {
         assert!(text.contains(&other.display().to_string()), "{text}");
         assert!(text.contains("`intercept-agent detach --all`"), "{text}");
     };
-    let problem = |report: Report| report.problem.expect("a problem").text;
-    tells(&problem(daemon.wait_for("a", State::Failed).expect("failed")), &other);
+    let problem = |report: PodReport| report.failure.expect("a problem").text;
+    tells(&problem(daemon.wait_for("a", PodState::Failed).expect("failed")), &other);
     let (status, text) = get(probes, "/readyz");
     assert_eq!(status, 503);
     tells(&text, &other);
@@ -119,7 +119,7 @@ fn pods_of_another_layout_are_left_alone_until_they_are_taken_away() {
     assert!(other.join("pods/77/record-1").exists() && !agent.store().exists());
 
     agent.detach_all().expect("detached");
-    daemon.wait_for("a", State::Captured).expect("captured");
+    daemon.wait_for("a", PodState::Captured).expect("captured");
     assert_eq!(get(probes, "/readyz").0, 200);
     assert!(!other.exists());
 
@@ -128,7 +128,7 @@ fn pods_of_another_layout_are_left_alone_until_they_are_taken_away() {
     agent.detach_all().expect("detached");
     let other = pod_of_another_layout(&agent);
     daemon.restart().expect("started");
-    tells(&problem(daemon.wait_for("a", State::Failed).expect("failed")), &other);
+    tells(&problem(daemon.wait_for("a", PodState::Failed).expect("failed")), &other);
     let mut cleanup = agent.command("cleanup");
     cleanup.arg("--socket").arg(daemon.socket());
     for option in ["--cni-conf-dir", "--cni-bin-dir"] {
@@ -138,5 +138,5 @@ fn pods_of_another_layout_are_left_alone_until_they_are_taken_away() {
     assert!(!agent.bpffs().join("intercept").exists());
     daemon.kill().expect("killed");
     daemon.restart().expect("started");
-    daemon.wait_for("a", State::Captured).expect("captured");
+    daemon.wait_for("a", PodState::Captured).expect("captured");
 }

@@ -3,9 +3,9 @@
 use std::fs;
 
 use intercept_agent::daemon::{
-    protocol::{Add, Request, Response, Sandbox, Select},
-    reconcile::{Report, State},
-    wanted::Given,
+    desired::CaptureArgs,
+    protocol::{Add, DaemonRequest, Response, SandboxInfo, Select},
+    reconcile::{PodReport, PodState},
 };
 use serde_json::json;
 use tests::{
@@ -17,23 +17,23 @@ use tests::{
 
 const UID: &str = "5f0c8a52-52f6-4c0e-9d0e-2f4f7f2a1f10";
 
-fn report(daemon: &Daemon<'_>, name: &str) -> Option<Report> {
+fn report(daemon: &Daemon<'_>, name: &str) -> Option<PodReport> {
     daemon.reports().expect("reports").into_iter().find(|report| report.name == format!("shop/{name}"))
 }
 
-fn is(daemon: &Daemon<'_>, name: &str, state: State) -> bool {
+fn is(daemon: &Daemon<'_>, name: &str, state: PodState) -> bool {
     report(daemon, name).is_some_and(|report| report.state == state)
 }
 
 #[test]
 fn pods_of_the_api_are_captured_followed_and_released() {
     let agent = Agent::new("d-api").expect("the agent");
-    let place = Pod::new(PodSpec::new("api")).expect("a pod");
-    let actor = proxy(&place);
+    let sandbox = Pod::new(PodSpec::new("api")).expect("a pod");
+    let actor = proxy(&sandbox);
     // The kubelet's layout, below the cgroup that the test may use.
-    let cgroup = place.cgroup.path().join(format!("kubepods/burstable/pod{UID}"));
+    let cgroup = sandbox.cgroup.path().join(format!("kubepods/burstable/pod{UID}"));
     fs::create_dir_all(&cgroup).expect("made");
-    for pid in place.cgroup.processes().expect("listed") {
+    for pid in sandbox.cgroup.processes().expect("listed") {
         fs::write(cgroup.join("cgroup.procs"), pid.to_string()).expect("moved");
     }
 
@@ -53,17 +53,17 @@ fn pods_of_the_api_are_captured_followed_and_released() {
     let folder = tempfile::tempdir().expect("a folder");
     let kubeconfig = folder.path().join("kubeconfig");
     api.write_kubeconfig(&kubeconfig).expect("written");
-    let root = place.cgroup.path().to_str().expect("text");
+    let root = sandbox.cgroup.path().to_str().expect("text");
     let arguments = ["--node-name", "node-1", "--cgroup-root", root];
     let variables = [("KUBECONFIG", kubeconfig.to_str().expect("text"))];
     let mut daemon = Daemon::start_with(&agent, &arguments, &variables).expect("a daemon");
 
-    daemon.wait("captured", |daemon| is(daemon, "cart", State::Captured)).expect("captured");
+    daemon.wait("captured", |daemon| is(daemon, "cart", PodState::Captured)).expect("captured");
     assert_eq!(answers(&actor, service()).as_deref(), Some("proxy"));
     let left = |name: &str| report(&daemon, name).and_then(|report| report.left_alone);
     assert_eq!(left("host").as_deref(), Some("host_network"));
     assert_eq!(left("plain").as_deref(), Some("no_sidecar"));
-    let problem = report(&daemon, "wrong").and_then(|report| report.problem).expect("a problem");
+    let problem = report(&daemon, "wrong").and_then(|report| report.failure).expect("a problem");
     daemon.wait("an event says so", |_| !api.shared().posted.is_empty()).expect("an event");
     let events = std::mem::take(&mut api.shared().posted);
     assert_eq!(events.len(), 1, "{events:?}");
@@ -95,7 +95,7 @@ fn pods_of_the_api_are_captured_followed_and_released() {
         .wait("captured again", |_| answers(&actor, service()).as_deref() == Some("proxy"))
         .expect("changed back");
 
-    daemon.wait("settled", |daemon| is(daemon, "cart", State::Captured)).expect("settled");
+    daemon.wait("settled", |daemon| is(daemon, "cart", PodState::Captured)).expect("settled");
 
     // Without an answer of the API what is in force stays; neither is it needed to start.
     daemon.kill().expect("killed");
@@ -105,7 +105,7 @@ fn pods_of_the_api_are_captured_followed_and_released() {
     let nowhere = config.replace(&api.address().to_string(), "127.0.0.1:1");
     fs::write(&kubeconfig, nowhere).expect("written");
     daemon.restart().expect("started");
-    daemon.wait("taken over", |daemon| is(daemon, "cart", State::Captured)).expect("taken over");
+    daemon.wait("taken over", |daemon| is(daemon, "cart", PodState::Captured)).expect("taken over");
     assert_eq!(answers(&actor, service()).as_deref(), Some("proxy"));
 
     // Gone from the API meanwhile.
@@ -118,38 +118,42 @@ fn pods_of_the_api_are_captured_followed_and_released() {
     // It comes, and goes, by events.
     daemon.wait("it watches", |_| !api.shared().watchers.is_empty()).expect("it watches");
     api.event("ADDED", pod("cart", UID, &spec, &none));
-    daemon.wait("captured", |daemon| is(daemon, "cart", State::Captured)).expect("captured");
+    daemon.wait("captured", |daemon| is(daemon, "cart", PodState::Captured)).expect("captured");
     api.event("DELETED", pod("cart", UID, &spec, &none));
     daemon.wait("released", |daemon| report(daemon, "cart").is_none()).expect("released");
     assert_eq!(agent.status().expect("status"), json!([]));
 
     // Where the runtime asked, it alone says when the pod goes: a list may be older.
-    let sandbox =
-        Sandbox { sandbox: "s".into(), uid: Some(UID.into()), namespace: "shop".into(), name: "cart".into() };
+    let info = SandboxInfo {
+        sandbox: "s".into(),
+        uid: Some(UID.into()),
+        namespace: "shop".into(),
+        name: "cart".into(),
+    };
     let add = Add {
-        pod: sandbox.clone(),
-        netns: place.netns.path().to_owned(),
+        pod: info.clone(),
+        netns: sandbox.netns.path().to_owned(),
         cgroup: None,
         annotations: None,
         addresses: Vec::new(),
         select: Select::All,
-        given: Given { arguments: OUTBOUND.map(str::to_owned).to_vec(), ..Given::default() },
+        given: CaptureArgs { arguments: OUTBOUND.map(str::to_owned).to_vec(), ..CaptureArgs::default() },
     };
     let done = |word: &str| Response::Done(word.into());
-    assert_eq!(daemon.ask(&Request::Add(Box::new(add))).expect("an answer"), done("captured"));
+    assert_eq!(daemon.ask(&DaemonRequest::Add(Box::new(add))).expect("an answer"), done("captured"));
     api.event("DELETED", pod("cart", UID, &spec, &none));
     daemon.kill().expect("killed");
     api.cut();
     api.shared().pods = vec![pod("plain", "uid-plain", &plain, &none)];
     daemon.restart().expect("started");
-    daemon.wait("the API was heard", |daemon| is(daemon, "plain", State::LeftAlone)).expect("heard");
+    daemon.wait("the API was heard", |daemon| is(daemon, "plain", PodState::Ignored)).expect("heard");
     daemon.wait("it watches", |_| !api.shared().watchers.is_empty()).expect("it watches");
     api.event("DELETED", pod("cart", UID, &spec, &none));
     api.event("DELETED", pod("plain", "uid-plain", &plain, &none));
     daemon.wait("the event was heard", |daemon| report(daemon, "plain").is_none()).expect("heard");
-    daemon.wait("still captured", |daemon| is(daemon, "cart", State::Captured)).expect("captured");
+    daemon.wait("still captured", |daemon| is(daemon, "cart", PodState::Captured)).expect("captured");
     assert_eq!(answers(&actor, service()).as_deref(), Some("proxy"));
-    assert_eq!(daemon.ask(&Request::Delete(sandbox)).expect("an answer"), done("released"));
+    assert_eq!(daemon.ask(&DaemonRequest::Delete(info)).expect("an answer"), done("released"));
     assert_eq!(agent.status().expect("status"), json!([]));
 }
 

@@ -8,7 +8,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use intercept_agent::daemon::reconcile::State;
+use intercept_agent::daemon::reconcile::PodState;
 use serde_json::{Value, json};
 use tests::{
     agent::Agent,
@@ -25,7 +25,7 @@ fn metrics_tell_decisions_states_and_errors() {
     let actor = proxy(&pod);
     daemon.put("a", &pod, &OUTBOUND).expect("put");
     daemon.put_text("b", "{").expect("put");
-    daemon.wait_for("a", State::Captured).expect("captured");
+    daemon.wait_for("a", PodState::Captured).expect("captured");
     for _ in 0..3 {
         assert_eq!(answers(&actor, service()).as_deref(), Some("proxy"));
     }
@@ -36,7 +36,7 @@ fn metrics_tell_decisions_states_and_errors() {
         r#"intercept_errors_total{cause="options"} 1"#,
         r#"intercept_attaches_total{result="attached"} 1"#,
         "intercept_attach_seconds_count 1",
-        r#"intercept_map_entries{map="PODS"} 1"#,
+        r#"intercept_map_entries{map="POLICIES"} 1"#,
         r#"intercept_pod_map_entries{pod="a.json",map="GROUPS"} 0"#,
         r#"intercept_pod_map_max_entries{map="GROUPS"} 64"#,
         "# EOF",
@@ -86,7 +86,7 @@ fn trace_shows_decisions_while_it_runs_only() {
     let pod = Pod::new(PodSpec::new("trace")).expect("a pod");
     let actor = proxy(&pod);
     daemon.put("a", &pod, &OUTBOUND).expect("put");
-    daemon.wait_for("a", State::Captured).expect("captured");
+    daemon.wait_for("a", PodState::Captured).expect("captured");
     // Nobody listened to this one.
     assert_eq!(answers(&actor, SocketAddr::from(([10, 96, 0, 99], 80))).as_deref(), Some("proxy"));
     let mut trace = agent.command("trace");
@@ -163,8 +163,8 @@ fn status_says_when_the_daemon_last_saw_a_pod_in_place() {
     let pod = Pod::new(PodSpec::new("status")).expect("a pod");
     daemon.put("a", &pod, &OUTBOUND).expect("put");
     daemon.put_text("b", "{").expect("put");
-    daemon.wait_for("a", State::Captured).expect("captured");
-    daemon.wait_for("b", State::Failed).expect("failed");
+    daemon.wait_for("a", PodState::Captured).expect("captured");
+    daemon.wait_for("b", PodState::Failed).expect("failed");
     let status = |more: &[&str]| {
         let mut command = agent.command("status");
         command.arg("--socket").arg(daemon.socket()).args(more);

@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 use tests::{
     agent::{Agent, succeed},
     daemon::{Daemon, answers, free_address, get, proxy, service},
-    testbed::{Place, Pod, PodSpec, cgroup, name},
+    testbed::{Pod, PodSpec, Sandbox, cgroup, name},
 };
 
 /// The configuration of the cluster's network, as its plugin writes it whenever it starts.
@@ -66,13 +66,13 @@ impl Node {
     }
 
     /// Calls the plugin for a sandbox; its exit and what it printed.
-    fn call(&self, command: &str, config: &Value, place: &Place, sandbox: &str) -> (bool, Value) {
+    fn call(&self, command: &str, config: &Value, sandbox: &Sandbox, id: &str) -> (bool, Value) {
         let mut child = Command::new(self.binaries.join("intercept-cni"))
             .env("CNI_COMMAND", command)
-            .env("CNI_CONTAINERID", sandbox)
-            .env("CNI_NETNS", place.netns.path())
+            .env("CNI_CONTAINERID", id)
+            .env("CNI_NETNS", sandbox.netns.path())
             .env("CNI_IFNAME", "net1")
-            .env("CNI_ARGS", format!("K8S_POD_NAMESPACE=shop;K8S_POD_NAME=cart;K8S_POD_UID=uid-{sandbox}"))
+            .env("CNI_ARGS", format!("K8S_POD_NAMESPACE=shop;K8S_POD_NAME=cart;K8S_POD_UID=uid-{id}"))
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .spawn()
@@ -85,9 +85,10 @@ impl Node {
 }
 
 /// The configuration that a runtime makes of an entry.
-fn config(entry: &Value, place: &Place, more: &Value) -> Value {
+fn config(entry: &Value, sandbox: &Sandbox, more: &Value) -> Value {
     let mut config = entry.clone();
-    let cgroup = place.cgroup.path().strip_prefix(cgroup::mount_point().expect("cgroup2")).expect("below it");
+    let cgroup =
+        sandbox.cgroup.path().strip_prefix(cgroup::mount_point().expect("cgroup2")).expect("below it");
     config["cniVersion"] = json!("1.1.0");
     config["name"] = json!("net");
     config["runtimeConfig"] = json!({ "cgroupPath": cgroup });
@@ -195,10 +196,10 @@ fn status_and_gc_are_answered_by_the_daemon() {
     let mut daemon = Daemon::start(&agent, &arguments).expect("a daemon");
     daemon.wait("it is installed", |_| node.entry().is_some()).expect("installed");
     let entry = node.entry().expect("installed");
-    let (kept, lost) = (Place::new("kept").expect("a place"), Place::new("lost").expect("a place"));
+    let (kept, lost) = (Sandbox::new("kept").expect("a sandbox"), Sandbox::new("lost").expect("a sandbox"));
     let previous = json!({"prevResult": {"cniVersion": "1.1.0", "ips": [{"address": "10.1.0.5/24"}]}});
-    for (place, sandbox) in [(&kept, "kept"), (&lost, "lost")] {
-        let (done, printed) = node.call("ADD", &config(&entry, place, &previous), place, sandbox);
+    for (sandbox, id) in [(&kept, "kept"), (&lost, "lost")] {
+        let (done, printed) = node.call("ADD", &config(&entry, sandbox, &previous), sandbox, id);
         assert!(done, "{printed}");
     }
     let attached = || agent.status().expect("status").as_array().map_or(0, Vec::len);

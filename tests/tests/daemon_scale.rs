@@ -10,21 +10,21 @@ use std::{
 };
 
 use intercept_agent::daemon::{
-    protocol::{Request, Response},
-    reconcile::State,
+    protocol::{DaemonRequest, Response},
+    reconcile::PodState,
 };
 use tests::{
     agent::Agent,
     daemon::{self, Daemon},
-    testbed::Place,
+    testbed::Sandbox,
 };
 
 fn number(variable: &str, default: usize) -> usize {
     std::env::var(variable).map_or(default, |text| text.parse().expect("a number"))
 }
 
-fn add(place: &Place, uid: &str) -> Request {
-    daemon::add(place, uid, ["-i", "*", "-b", "*"].map(str::to_owned).into()).expect("a request")
+fn add(sandbox: &Sandbox, uid: &str) -> DaemonRequest {
+    daemon::add(sandbox, uid, ["-i", "*", "-b", "*"].map(str::to_owned).into()).expect("a request")
 }
 
 /// Resident memory in KiB, and CPU time.
@@ -63,13 +63,13 @@ fn a_full_node_is_cheap() {
     let (fresh, _) = usage(daemon.pid().expect("it runs"));
     println!("{} MiB resident once the programs are loaded", fresh >> 10);
     assert!(fresh <= 40 * 1000, "{fresh} KiB");
-    let places: Vec<Place> = (0..count).map(|n| Place::new(&format!("n{n}")).expect("a place")).collect();
+    let places: Vec<Sandbox> = (0..count).map(|n| Sandbox::new(&format!("n{n}")).expect("a place")).collect();
     let mut latencies: Vec<Duration> = places
         .iter()
         .enumerate()
-        .map(|(n, place)| {
+        .map(|(n, sandbox)| {
             let asked = Instant::now();
-            let answer = daemon.ask(&add(place, &format!("uid-{n}"))).expect("an answer");
+            let answer = daemon.ask(&add(sandbox, &format!("uid-{n}"))).expect("an answer");
             assert_eq!(answer, Response::Done("captured".into()), "pod {n}");
             asked.elapsed()
         })
@@ -90,9 +90,9 @@ fn a_full_node_is_cheap() {
     println!("{count} pods: taken over {adopted:?} after the start of the process");
     daemon
         .wait("all are followed", |daemon| {
-            daemon
-                .reports()
-                .is_ok_and(|all| all.iter().all(|report| report.followed && report.state == State::Captured))
+            daemon.reports().is_ok_and(|all| {
+                all.iter().all(|report| report.followed && report.state == PodState::Captured)
+            })
         })
         .expect("followed");
     let pid = daemon.pid().expect("it runs");
@@ -127,10 +127,10 @@ fn pods_that_come_and_go_leave_nothing() {
     let agent = Agent::new("d-churn").expect("the agent");
     let daemon = Daemon::start(&agent, &[]).expect("a daemon");
     let pid = daemon.pid().expect("it runs");
-    let places: Vec<Place> = (0..4).map(|n| Place::new(&format!("churn{n}")).expect("a place")).collect();
+    let places: Vec<Sandbox> = (0..4).map(|n| Sandbox::new(&format!("churn{n}")).expect("a place")).collect();
     let round = |n: usize| {
-        let (place, uid) = (&places[n % places.len()], format!("uid-{n}"));
-        assert_eq!(daemon.ask(&add(place, &uid)).expect("an answer"), Response::Done("captured".into()));
+        let (sandbox, uid) = (&places[n % places.len()], format!("uid-{n}"));
+        assert_eq!(daemon.ask(&add(sandbox, &uid)).expect("an answer"), Response::Done("captured".into()));
         let released = daemon.ask(&daemon::delete(&uid)).expect("an answer");
         assert_eq!(released, Response::Done("released".into()));
     };

@@ -7,7 +7,7 @@ use std::{
     thread,
 };
 
-use intercept_agent::daemon::reconcile::{Report, State};
+use intercept_agent::daemon::reconcile::{PodReport, PodState};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 use tests::{
@@ -15,7 +15,7 @@ use tests::{
     agent::Agent,
     api::{Api, pod},
     daemon::{Daemon, answers, proxy, service},
-    plugin::{Plugin, Sandbox},
+    plugin::{CniSandbox, Plugin},
     testbed::{Cgroup, Ids, Pod, PodSpec},
 };
 
@@ -48,7 +48,7 @@ impl<'a> Node<'a> {
         Self { agent, api, kubelet, daemon, _kubeconfig: folder }
     }
 
-    fn report(&self, uid: &str) -> Option<Report> {
+    fn report(&self, uid: &str) -> Option<PodReport> {
         let key = format!("pod/{uid}");
         self.daemon.reports().expect("reports").into_iter().find(|report| report.pod == key)
     }
@@ -64,32 +64,32 @@ struct Running<'a> {
     object: Value,
     uid: String,
     actor: Actor,
-    place: Pod,
+    sandbox: Pod,
     /// The first that the plugins before ours have given it.
     first_address: &'static str,
 }
 
 impl<'a> Running<'a> {
     fn new(node: &'a Node<'a>, kind: &Kind, uid: String) -> Self {
-        let place = Pod::new(PodSpec::new("source")).expect("a pod");
-        let actor = proxy(&place);
+        let sandbox = Pod::new(PodSpec::new("source")).expect("a pod");
+        let actor = proxy(&sandbox);
         let cgroup = node.kubelet.path().join(format!("kubepods/burstable/pod{uid}"));
         fs::create_dir_all(&cgroup).expect("made");
-        for pid in place.cgroup.processes().expect("listed") {
+        for pid in sandbox.cgroup.processes().expect("listed") {
             fs::write(cgroup.join("cgroup.procs"), pid.to_string()).expect("moved");
         }
         let mut object = kind.object.clone();
         object["metadata"]["uid"] = json!(uid);
         object["metadata"]["name"] = json!(uid);
-        Self { node, object, uid, actor, place, first_address: "10.66.0.2/24" }
+        Self { node, object, uid, actor, sandbox, first_address: "10.66.0.2/24" }
     }
 
     /// Call the plugin as a runtime does; its error, if it has one.
     fn call(&self, command: &str) -> Result<(), String> {
-        let sandbox = Sandbox {
+        let sandbox = CniSandbox {
             object: &self.object,
             uid: &self.uid,
-            netns: self.place.netns.path(),
+            netns: self.sandbox.netns.path(),
             address: self.first_address,
         };
         Plugin::new(self.node.agent, &self.node.daemon).call(command, &sandbox).expect("called")
@@ -268,7 +268,9 @@ fn the_api_decides_whoever_speaks_first() {
         let what = format!("{}, the API first", kind.what);
         let running = Running::new(&node, kind, uid(1, at));
         running.tell("ADDED");
-        node.wait(&what, || node.report(&running.uid).is_some_and(|report| report.state != State::Pending));
+        node.wait(&what, || {
+            node.report(&running.uid).is_some_and(|report| report.state != PodState::Pending)
+        });
         running.assert_is(&kind.by_api, &what);
         running.assert_added(&running.call("ADD"), &kind.by_api, &what);
         running.end(&what);
@@ -334,7 +336,7 @@ fn no_object_of_the_api_speaks_for_another() {
     mirror["metadata"]["ownerReferences"] = evil["metadata"]["ownerReferences"].clone();
     evil["metadata"]["annotations"]["kubernetes.io/config.mirror"] = json!(hash);
     node.api.event("ADDED", evil.clone());
-    node.wait("it has nothing to say", || node.report(hash).is_some_and(|r| r.state == State::Pending));
+    node.wait("it has nothing to say", || node.report(hash).is_some_and(|r| r.state == PodState::Pending));
     node.api.event("ADDED", mirror.clone());
     assert_eq!(running.call("ADD"), Ok(()));
     running.assert_is(&kind.by_api, "a static pod");
@@ -363,7 +365,7 @@ fn a_pod_without_a_process_yet_has_no_event() {
     node.api.event("ADDED", object.clone());
     node.wait("it is tried", || node.report(&uid).is_some_and(|report| report.failures > 2));
     let report = node.report(&uid).expect("known");
-    assert_eq!((report.state, report.problem), (State::Pending, None));
+    assert_eq!((report.state, report.failure), (PodState::Pending, None));
     // Its runtime's process is in the cgroup before it is in the namespace of its own.
     let mut early = Command::new("sleep").arg("600").spawn().expect("started");
     fs::write(cgroup.join("cgroup.procs"), early.id().to_string()).expect("moved");
@@ -412,7 +414,7 @@ fn ipv6_is_captured_as_under_istio_or_always() {
         running.first_address = first;
         running.tell("ADDED");
         assert_eq!(running.call("ADD"), Ok(()));
-        let world = Actor::start(running.place.neighbour()).expect("an actor");
+        let world = Actor::start(running.sandbox.neighbour()).expect("an actor");
         let listen = |actor: &Actor, name: &str, port| {
             let bind = Bind::new(Ids::APP, SocketAddr::new(IpAddr::from([0_u16; 8]), port));
             actor.listen(Listen { name: name.into(), transport: Transport::Tcp, bind }).expect("a server")
@@ -431,11 +433,11 @@ fn ipv6_is_captured_as_under_istio_or_always() {
         let uncaptured = |name: &str| (!captured).then(|| name.to_owned());
         let outside = "[fd00:96::10]:80".parse().expect("an address");
         assert_eq!(dialled(&running.actor, outside), uncaptured("the world"), "{what}");
-        let inside = SocketAddr::new(running.place.address(true), 8080);
+        let inside = SocketAddr::new(running.sandbox.address(true), 8080);
         assert_eq!(dialled(&world, inside), uncaptured("app"), "{what}");
         // IPv4 is in any case; nothing listens on 15006.
         assert_eq!(dialled(&running.actor, service()).as_deref(), Some("proxy"), "{what}");
-        assert_eq!(dialled(&world, SocketAddr::new(running.place.address(false), 8080)), None, "{what}");
+        assert_eq!(dialled(&world, SocketAddr::new(running.sandbox.address(false), 8080)), None, "{what}");
         // The API tells of the address later, and changes nothing.
         let address = first.split('/').next().expect("an address");
         running.object["status"]["podIPs"] = json!([{ "ip": address }]);

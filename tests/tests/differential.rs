@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::time::Instant;
 
 use tests::differential::{Capture, Case, compare, configurations, observe, oracle, random};
-use tests::iptables::{Backend, Options, Verdict};
+use tests::iptables::{Backend, IptablesVerdict, Options};
 
 const NFT: Capture = Capture::Iptables(Backend::Nft);
 const LEGACY: Capture = Capture::Iptables(Backend::Legacy);
@@ -103,10 +103,10 @@ fn random_cases_leave_nothing_out() {
         let case = random::case(seed, 400);
         for expected in oracle::predict(&case) {
             let verdict = match expected.verdict {
-                Verdict::Leave => "left",
-                Verdict::Redirect(_) => "redirected",
-                Verdict::Tproxy(_) => "tproxied",
-                Verdict::Drop => "dropped",
+                IptablesVerdict::Pass => "left",
+                IptablesVerdict::Redirect(_) => "redirected",
+                IptablesVerdict::Tproxy(_) => "tproxied",
+                IptablesVerdict::Drop => "dropped",
             };
             *fates.entry((verdict, expected.server.unwrap_or("nobody"))).or_insert(0) += 1;
         }

@@ -6,22 +6,22 @@ use std::process::{Child, Stdio};
 use std::time::{Duration, Instant};
 
 use tests::agent::{Agent, INIT_FLAGS, succeed};
-use tests::slip::{Manner, Slip, Slipped, Slipping};
-use tests::testbed::{Ids, Place, Pod, PodSpec};
+use tests::testbed::{Ids, Pod, PodSpec, Sandbox};
+use tests::unusual::{Method, UnusualOutcome, UnusualProcess, UnusualSocket};
 
 /// The servers of the pod's resolv.conf.
 const RESOLV_CONF: &str = "nameserver 10.96.0.10\nnameserver fd96::10\n";
 
 /// Where the world's server listens: those two and two others.
-const SERVERS: [&str; 4] = ["10.96.0.10", "10.96.0.11", "fd96::10", "fd96::11"];
+const DNS_SERVERS: [&str; 4] = ["10.96.0.10", "10.96.0.11", "fd96::10", "fd96::11"];
 
 /// Answers every name with one address; dropping it ends it.
 struct Dnsmasq(Child);
 
 impl Dnsmasq {
     /// `answer` tells it apart from the others.
-    fn start(place: &Place, port: u16, answer: &str, ids: Ids) -> Self {
-        let mut command = place.command_as("dnsmasq", ids).expect("a command");
+    fn start(sandbox: &Sandbox, port: u16, answer: &str, ids: Ids) -> Self {
+        let mut command = sandbox.command_as("dnsmasq", ids).expect("a command");
         command.args([
             "--keep-in-foreground",
             "--conf-file=/dev/null",
@@ -34,7 +34,7 @@ impl Dnsmasq {
         // also change to a user of its own.
         if ids == Ids::ROOT {
             command.arg("--bind-interfaces");
-            command.args(SERVERS.map(|server| format!("--listen-address={server}")));
+            command.args(DNS_SERVERS.map(|server| format!("--listen-address={server}")));
             command.args(["--user=root", "--group=root"]);
         }
         Self(command.stderr(Stdio::null()).spawn().expect("dnsmasq"))
@@ -49,7 +49,7 @@ impl Drop for Dnsmasq {
 }
 
 /// A pod whose proxy answers 192.0.2.1 and whose world answers 192.0.2.2.
-struct Bed {
+struct DnsFixture {
     agent: Agent,
     resolv_conf: tempfile::NamedTempFile,
     _servers: [Dnsmasq; 2],
@@ -59,7 +59,7 @@ struct Bed {
 const PROXY: &str = "192.0.2.1";
 const WORLD: &str = "192.0.2.2";
 
-impl Bed {
+impl DnsFixture {
     fn new(flags: &[&str]) -> Self {
         let pod = Pod::new(PodSpec::new("dns")).expect("a pod");
         let agent = Agent::new("dns").expect("a bpffs");
@@ -69,13 +69,13 @@ impl Bed {
             Dnsmasq::start(&pod, 15053, PROXY, Ids::PROXY),
             Dnsmasq::start(pod.neighbour(), 53, WORLD, Ids::ROOT),
         ];
-        let bed = Self { agent, resolv_conf, _servers: servers, pod };
-        bed.await_answer(&["@127.0.0.1", "-p", "15053"], PROXY);
-        bed.await_answer(&["@10.96.0.10"], WORLD);
-        let path = bed.resolv_conf.path().display().to_string();
+        let fixture = Self { agent, resolv_conf, _servers: servers, pod };
+        fixture.await_answer(&["@127.0.0.1", "-p", "15053"], PROXY);
+        fixture.await_answer(&["@10.96.0.10"], WORLD);
+        let path = fixture.resolv_conf.path().display().to_string();
         let flags = [&INIT_FLAGS[..], &["--redirect-dns", "--resolv-conf", &path], flags].concat();
-        bed.agent.attach(&bed.pod, &flags).expect("attached");
-        bed
+        fixture.agent.attach(&fixture.pod, &flags).expect("attached");
+        fixture
     }
 
     fn await_answer(&self, arguments: &[&str], answer: &str) {
@@ -112,12 +112,12 @@ impl Bed {
 
 #[test]
 fn queries_to_the_servers_of_resolv_conf_go_to_the_proxy() {
-    let bed = Bed::new(&[]);
+    let fixture = DnsFixture::new(&[]);
     for transport in ["+notcp", "+tcp"] {
         for (server, answer) in
             [("@10.96.0.10", PROXY), ("@fd96::10", PROXY), ("@10.96.0.11", WORLD), ("@fd96::11", WORLD)]
         {
-            let said = bed.dig(Ids::APP, &[server, transport]);
+            let said = fixture.dig(Ids::APP, &[server, transport]);
             // To others TCP goes to the proxy's outbound listener as everything does, and there is none here.
             let answer = if answer == WORLD && transport == "+tcp" { None } else { Some(answer) };
             match answer {
@@ -125,32 +125,32 @@ fn queries_to_the_servers_of_resolv_conf_go_to_the_proxy() {
                 None => assert_ne!(said, PROXY, "{server} {transport}"),
             }
             // The proxy's own queries are left alone.
-            assert_eq!(bed.dig(Ids::PROXY, &[server, transport]), WORLD, "{server} {transport}");
+            assert_eq!(fixture.dig(Ids::PROXY, &[server, transport]), WORLD, "{server} {transport}");
         }
     }
-    assert_eq!(bed.getent(), PROXY);
+    assert_eq!(fixture.getent(), PROXY);
 }
 
 #[test]
 fn all_queries_go_to_the_proxy_if_asked_for() {
-    let bed = Bed::new(&["--capture-all-dns"]);
+    let fixture = DnsFixture::new(&["--capture-all-dns"]);
     for transport in ["+notcp", "+tcp"] {
         for server in ["@10.96.0.10", "@10.96.0.11", "@fd96::10", "@fd96::11"] {
-            assert_eq!(bed.dig(Ids::APP, &[server, transport]), PROXY, "{server} {transport}");
-            assert_eq!(bed.dig(Ids::PROXY, &[server, transport]), WORLD, "{server} {transport}");
+            assert_eq!(fixture.dig(Ids::APP, &[server, transport]), PROXY, "{server} {transport}");
+            assert_eq!(fixture.dig(Ids::PROXY, &[server, transport]), WORLD, "{server} {transport}");
         }
     }
-    assert_eq!(bed.getent(), PROXY);
+    assert_eq!(fixture.getent(), PROXY);
 }
 
 /// The actor answers here, because it says which question an answer is to.
-fn ask(manner: Manner, to: &[SocketAddr]) -> Slipped {
-    let bed = tests::slip::bed::Bed::new("dns").expect("a pod");
+fn ask(method: Method, to: &[SocketAddr]) -> UnusualOutcome {
+    let fixture = tests::unusual::fixture::UnusualFixture::new("dns").expect("a pod");
     let agent = Agent::new("dns").expect("a bpffs");
     let flags = [&INIT_FLAGS[..], &["--redirect-dns", "--capture-all-dns"]].concat();
-    agent.attach(&bed.pod, &flags).expect("attached");
-    let slip = Slip { to: to.to_vec(), ..Slip::new(manner, to[0]) };
-    Slipping::start(&bed.pod, &slip).expect("started").go().expect("asked")
+    agent.attach(&fixture.pod, &flags).expect("attached");
+    let unusual = UnusualSocket { to: to.to_vec(), ..UnusualSocket::new(method, to[0]) };
+    UnusualProcess::start(&fixture.pod, &unusual).expect("started").go().expect("asked")
 }
 
 fn servers(texts: &[&str]) -> Vec<SocketAddr> {
@@ -163,16 +163,16 @@ fn one_socket_that_asks_servers_in_turn_hears_from_each() {
         servers(&["10.96.0.10:53", "10.96.0.11:53", "10.96.0.10:53", "203.0.113.9:53"]),
         servers(&["[fd96::10]:53", "[fd96::11]:53", "[fd96::10]:53"]),
     ] {
-        let slipped = ask(Manner::InTurn, &to);
-        assert!(slipped.servers.iter().all(|server| server.as_deref() == Ok("dns")), "{slipped:?}");
-        assert_eq!(slipped.peers, to);
+        let outcome = ask(Method::InTurn, &to);
+        assert!(outcome.servers.iter().all(|server| server.as_deref() == Ok("dns")), "{outcome:?}");
+        assert_eq!(outcome.peers, to);
     }
 }
 
 #[test]
 fn of_several_queries_at_once_each_answer_names_its_server() {
     let to = servers(&["10.96.0.10:53", "10.96.0.11:53", "203.0.113.9:53"]);
-    let slipped = ask(Manner::AtOnce, &to);
-    assert!(slipped.servers.iter().all(|server| server.as_deref() == Ok("dns")), "{slipped:?}");
-    assert_eq!(slipped.peers, to);
+    let outcome = ask(Method::AtOnce, &to);
+    assert!(outcome.servers.iter().all(|server| server.as_deref() == Ok("dns")), "{outcome:?}");
+    assert_eq!(outcome.peers, to);
 }

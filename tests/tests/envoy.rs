@@ -13,7 +13,7 @@ use tests::{
     actor::binary::{self, ReadableCopy},
     agent::{Agent, INIT_FLAGS, succeed},
     envoy::{self, Sidecar, Speaks},
-    testbed::{Ids, Place, Pod, PodSpec},
+    testbed::{Ids, Pod, PodSpec, Sandbox},
 };
 
 /// Requests of each kind and family; over fresh and kept connections of both families that is 1,000 a direction.
@@ -22,9 +22,9 @@ const REQUESTS: usize = 250;
 struct Server(Child);
 
 impl Server {
-    fn start(http: &ReadableCopy, place: &Place, ids: Ids, port: u16) -> Self {
+    fn start(http: &ReadableCopy, sandbox: &Sandbox, ids: Ids, port: u16) -> Self {
         let addresses = ["0.0.0.0", "[::]"].map(|any| format!("{any}:{port}"));
-        let mut command = place.command_as(http.path(), ids).expect("a command");
+        let mut command = sandbox.command_as(http.path(), ids).expect("a command");
         let mut child =
             command.arg("serve").args(addresses).stdout(Stdio::piped()).spawn().expect("a server");
         let output = child.stdout.take().expect("its output");
@@ -44,7 +44,7 @@ impl Drop for Server {
 }
 
 /// A captured pod with an app and without its Envoy yet, and the world.
-struct Bed {
+struct EnvoyFixture {
     agent: Agent,
     http: ReadableCopy,
     program: ReadableCopy,
@@ -52,7 +52,7 @@ struct Bed {
     pod: Pod,
 }
 
-impl Bed {
+impl EnvoyFixture {
     fn new(label: &str) -> Self {
         let agent = Agent::new("envoy").expect("the agent");
         let pod = Pod::new(PodSpec::new(label)).expect("a pod");
@@ -84,10 +84,10 @@ impl Bed {
 
     /// Requests by the app, or by the world when they are to come in.
     fn get(&self, (listener, to): (&str, SocketAddr), count: usize, kind: &str) -> Command {
-        let world: &Place = self.pod.neighbour();
-        let (place, ids): (&Place, _) =
+        let world: &Sandbox = self.pod.neighbour();
+        let (sandbox, ids): (&Sandbox, _) =
             if listener == "outbound" { (&self.pod, Ids::APP) } else { (world, Ids::ROOT) };
-        let mut get = place.command_as(self.http.path(), ids).expect("a command");
+        let mut get = sandbox.command_as(self.http.path(), ids).expect("a command");
         get.args(["get", &to.to_string(), &count.to_string(), kind]);
         get
     }
@@ -100,12 +100,12 @@ impl Bed {
 
 #[test]
 fn requests_both_ways_pass_envoy_and_none_is_lost() {
-    let bed = Bed::new("envoy");
-    let envoy = bed.envoy();
+    let fixture = EnvoyFixture::new("envoy");
+    let envoy = fixture.envoy();
     let mut expected = BTreeMap::new();
-    for way @ (listener, to) in bed.ways() {
+    for way @ (listener, to) in fixture.ways() {
         for kind in ["fresh", "kept"] {
-            succeed(bed.get(way, REQUESTS, kind)).expect("answered");
+            succeed(fixture.get(way, REQUESTS, kind)).expect("answered");
         }
         expected.insert((listener.to_owned(), to.to_string(), to.to_string()), 2 * REQUESTS);
     }
@@ -116,29 +116,29 @@ fn requests_both_ways_pass_envoy_and_none_is_lost() {
         let v6 = client.is_ipv6();
         // The pod itself going out; the neighbour, by its address on the link, coming in.
         let world = if v6 { "fd66::1" } else { "10.66.0.1" }.parse().expect("an address");
-        let who = if line.listener == "outbound" { bed.pod.address(v6) } else { world };
+        let who = if line.listener == "outbound" { fixture.pod.address(v6) } else { world };
         assert_eq!(client.ip(), who, "{line:?}");
         *logged.entry((line.listener, line.original, line.upstream)).or_insert(0) += 1;
     }
     assert_eq!(logged, expected);
     drop(envoy);
-    bed.end();
+    fixture.end();
 }
 
 #[test]
 fn without_envoy_nothing_passes_and_a_new_one_takes_over() {
-    let bed = Bed::new("envoy-restart");
+    let fixture = EnvoyFixture::new("envoy-restart");
     for _ in 0..2 {
-        for way in bed.ways() {
-            let why = succeed(bed.get(way, 1, "fresh")).expect_err("there is no proxy").to_string();
+        for way in fixture.ways() {
+            let why = succeed(fixture.get(way, 1, "fresh")).expect_err("there is no proxy").to_string();
             assert!(why.contains("refused"), "{way:?}: {why}");
         }
-        let _envoy = bed.envoy();
-        for way in bed.ways() {
-            succeed(bed.get(way, 10, "fresh")).expect("answered");
+        let _envoy = fixture.envoy();
+        for way in fixture.ways() {
+            succeed(fixture.get(way, 10, "fresh")).expect("answered");
         }
     }
-    bed.end();
+    fixture.end();
 }
 
 /// Some requests one after the other, each over a connection of its own.
@@ -159,14 +159,14 @@ impl Drop for Stop<'_> {
 
 #[test]
 fn a_restart_under_load_costs_only_connections_of_the_gap() {
-    let bed = Bed::new("envoy-load");
-    let mut envoy = Some(bed.envoy());
+    let fixture = EnvoyFixture::new("envoy-load");
+    let mut envoy = Some(fixture.envoy());
     let (stop, count) = (AtomicBool::new(false), AtomicUsize::new(0));
     let load = |way| {
         let mut batches = Vec::new();
         while !stop.load(Ordering::Relaxed) {
             let started = Instant::now();
-            let failed = succeed(bed.get(way, 5, "fresh")).err().map(|error| error.to_string());
+            let failed = succeed(fixture.get(way, 5, "fresh")).err().map(|error| error.to_string());
             batches.push(Batch { started, ended: Instant::now(), failed });
             count.fetch_add(1, Ordering::Relaxed);
         }
@@ -180,7 +180,7 @@ fn a_restart_under_load_costs_only_connections_of_the_gap() {
             std::thread::yield_now();
         }
     };
-    let ways = bed.ways();
+    let ways = fixture.ways();
     let (loads, gap) = std::thread::scope(|scope| {
         let load = &load;
         let loads = ways.map(|way| scope.spawn(move || load(way)));
@@ -189,7 +189,7 @@ fn a_restart_under_load_costs_only_connections_of_the_gap() {
         let gone = Instant::now();
         envoy.take();
         more(12);
-        envoy = Some(bed.envoy());
+        envoy = Some(fixture.envoy());
         let back = Instant::now();
         more(40);
         drop(end);
@@ -208,5 +208,5 @@ fn a_restart_under_load_costs_only_connections_of_the_gap() {
         assert!(before > 0 && after > 0 && lost > 0, "{way:?}: {before} before, {lost} lost, {after} after");
     }
     drop(envoy);
-    bed.end();
+    fixture.end();
 }

@@ -8,14 +8,14 @@ use std::{
 
 use intercept_agent::{
     cni::install::{Folders, Mode, Plugin, entry},
-    daemon::{protocol::DEFAULT_SOCKET, reconcile::State},
+    daemon::{protocol::DEFAULT_SOCKET, reconcile::PodState},
 };
 use serde_json::{Value, json};
 use tests::{
     agent::{Agent, succeed},
     daemon::Daemon,
     envoy,
-    testbed::Place,
+    testbed::Sandbox,
 };
 
 fn root() -> PathBuf {
@@ -40,15 +40,15 @@ fn a_daemon_captures_pods_by_the_files() {
     for (number, file) in files.iter().enumerate() {
         let name = file.file_name().into_string().expect("a name");
         let mut pod = json_of(&format!("examples/pods/{name}"));
-        let place = Place::new(&format!("example-{number}")).expect("a place");
-        for (field, path) in [("cgroup", place.cgroup.path()), ("netns", place.netns.path())] {
+        let sandbox = Sandbox::new(&format!("example-{number}")).expect("a place");
+        for (field, path) in [("cgroup", sandbox.cgroup.path()), ("netns", sandbox.netns.path())] {
             assert!(pod[field].is_string(), "{name} has no {field}");
             pod[field] = json!(path);
         }
-        places.push(place);
+        places.push(sandbox);
         let name = name.strip_suffix(".json").expect("a JSON file");
         daemon.put_text(name, &pod.to_string()).expect("put");
-        let report = daemon.wait_for(name, State::Captured);
+        let report = daemon.wait_for(name, PodState::Captured);
         report.unwrap_or_else(|error| panic!("{name}: {error:#}"));
     }
     assert_eq!(agent.status().expect("status").as_array().map(Vec::len), Some(files.len()));

@@ -5,8 +5,8 @@ use std::net::IpAddr;
 use std::process::Command;
 use std::time::Duration;
 
-use intercept_agent::mirror::Mirror;
 use intercept_agent::netns::Netns;
+use intercept_agent::routes::RouteSnapshot;
 use intercept_common::Reason;
 use tests::actor::{Actor, Dial, Query};
 use tests::agent::{Agent, succeed};
@@ -17,7 +17,7 @@ use tests::testbed::Pod;
 /// Connections to nobody are refused; only those that leave need not be answered.
 const TIMEOUT: Duration = Duration::from_millis(300);
 
-struct Bed {
+struct ExplainedFixture {
     agent: Agent,
     inside: Actor,
     world: Actor,
@@ -25,7 +25,7 @@ struct Bed {
     pod: Pod,
 }
 
-impl Bed {
+impl ExplainedFixture {
     fn new(case: &Case) -> Self {
         let agent = Agent::new("explained").expect("a bpffs");
         let pod = Pod::new(layout::spec("explained")).expect("a pod");
@@ -37,8 +37,8 @@ impl Bed {
         attach.args(case.options.arguments(resolv_conf.path())).envs(case.options.environment());
         succeed(attach).expect("attached");
         let netns = Netns::open(pod.netns.path()).expect("the namespace");
-        let mirror = Mirror::snapshot(&netns).expect("a mirror");
-        let interfaces = mirror.interfaces.into_iter().map(|i| (i.name, i.index)).collect();
+        let snapshot = RouteSnapshot::snapshot(&netns).expect("a mirror");
+        let interfaces = snapshot.interfaces.into_iter().map(|i| (i.name, i.index)).collect();
         Self { agent, inside, world, interfaces, pod }
     }
 
@@ -116,7 +116,7 @@ fn is_decided(case: &Case, flow: &Flow) -> bool {
 
 fn rows(words: impl Iterator<Item = String>, direction: &str) -> Vec<String> {
     let is_row = |word: &String| {
-        Reason::ALL.iter().any(|reason| reason.word() == word && reason.row().starts_with(direction))
+        Reason::ALL.iter().any(|reason| reason.as_str() == word && reason.row().starts_with(direction))
     };
     words.filter(is_row).collect()
 }
@@ -130,12 +130,12 @@ fn the_row_that_explain_names_is_the_row_that_counted() {
     let configurations = configurations::fixed().into_iter().chain([("without IPv6", without_ipv6)]);
     for (seed, (name, options)) in (1..).zip(configurations) {
         let case = random::case_of(name, options, seed, 30);
-        let bed = Bed::new(&case);
+        let fixture = ExplainedFixture::new(&case);
         for flow in case.flows.iter().filter(|flow| is_decided(&case, flow)) {
-            let expected = bed.explain(flow);
-            let before = bed.counters();
-            bed.make(flow);
-            let after = bed.counters();
+            let expected = fixture.explain(flow);
+            let before = fixture.counters();
+            fixture.make(flow);
+            let after = fixture.counters();
             let moved = after.into_iter().filter(|(word, count)| before.get(word) != Some(count));
             let direction = if flow.end == End::Pod { "outbound" } else { "inbound" };
             let moved = rows(moved.map(|(word, _)| word), direction);

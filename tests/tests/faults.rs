@@ -9,7 +9,7 @@ use std::{
 };
 
 use aya::maps::MapData;
-use intercept_agent::{kernel, tables::Tables};
+use intercept_agent::{maps::Maps, sys};
 use intercept_common::{
     layout::{ListenerKey, MemberKey, PodPolicy, Proxy},
     names,
@@ -30,7 +30,7 @@ const OTHER: [&str; 12] =
 const CALLS: [&str; 3] = ["bpf", "sendto", "mkdir"];
 
 /// The agent with a pod beside the one that is tried, so that the programs stay.
-struct Bed {
+struct FaultsFixture {
     agent: Agent,
     pod: Pod,
     _inside: Actor,
@@ -51,12 +51,12 @@ struct State {
 
 fn entries<K: bytemuck::Pod, V: bytemuck::Pod>(maps: &Path, name: &str) -> Vec<(K, V)> {
     let map = MapData::from_pin(maps.join(name)).expect("a map");
-    kernel::entries(map.fd().as_fd()).expect("entries")
+    sys::entries(map.fd().as_fd()).expect("entries")
 }
 
 impl State {
-    fn of(bed: &Bed) -> Self {
-        let maps = bed.agent.store().join("maps");
+    fn of(fixture: &FaultsFixture) -> Self {
+        let maps = fixture.agent.store().join("maps");
         let mut lists = Vec::new();
         for (key, value) in entries::<[u8; 24], [u8; 20]>(&maps, names::DESTINATIONS) {
             lists.push((key.to_vec(), value.to_vec()));
@@ -70,19 +70,19 @@ impl State {
             }
         }
         lists.sort();
-        let tables = Tables::open(&maps).expect("maps");
+        let tables = Maps::open(&maps).expect("maps");
         let mut policies = tables.policies().expect("policies");
         policies.sort_by_key(|(cookie, _)| *cookie);
         let mut listeners: Vec<ListenerKey> =
             policies.iter().flat_map(|(cookie, _)| tables.listeners(*cookie).expect("listeners")).collect();
         listeners.sort_by_key(|key| (key.netns, key.port, key.family, key.slot));
         Self {
-            namespace: Snapshot::of(&bed.pod).expect("a snapshot"),
-            pins: tree(bed.agent.bpffs()).expect("a tree"),
+            namespace: Snapshot::of(&fixture.pod).expect("a snapshot"),
+            pins: tree(fixture.agent.bpffs()).expect("a tree"),
             policies,
             lists,
             listeners,
-            proxies: entries::<u32, Proxy>(&maps, names::PROXIES),
+            proxies: entries::<u32, Proxy>(&maps, names::PROXY_STATE),
         }
     }
 
@@ -106,7 +106,7 @@ impl State {
     }
 }
 
-impl Bed {
+impl FaultsFixture {
     fn new(label: &str) -> Self {
         let agent = Agent::new(label).expect("the agent");
         let (pod, beside) =
@@ -190,40 +190,40 @@ impl Bed {
 
 #[test]
 fn a_failed_attach_leaves_what_was_there() {
-    let mut bed = Bed::new("attach");
-    let clean = State::of(&bed);
-    bed.attach(&ONE);
-    let attached = State::of(&bed);
-    bed.try_all(("attach", &ONE), Bed::detach, |bed, before, output, when| {
+    let mut fixture = FaultsFixture::new("attach");
+    let clean = State::of(&fixture);
+    fixture.attach(&ONE);
+    let attached = State::of(&fixture);
+    fixture.try_all(("attach", &ONE), FaultsFixture::detach, |fixture, before, output, when| {
         if output.status.success() {
             // All of it was made, or is by the next call.
-            let again = bed.attach(&ONE);
+            let again = fixture.attach(&ONE);
             assert!(again.starts_with("unchanged"), "{when}: {again}");
-            assert_eq!(State::of(bed).shape(), attached.shape(), "{when}");
-            bed.detach();
+            assert_eq!(State::of(fixture).shape(), attached.shape(), "{when}");
+            fixture.detach();
         }
-        State::of(bed).assert_is(before, when);
+        State::of(fixture).assert_is(before, when);
         before.assert_is(&clean, when);
     });
 }
 
 #[test]
 fn a_failed_replacement_leaves_the_old_one_in_force() {
-    let mut bed = Bed::new("replace");
-    bed.attach(&ONE);
-    bed.attach(&OTHER);
-    let replaced = State::of(&bed);
-    bed.try_all(
+    let mut fixture = FaultsFixture::new("replace");
+    fixture.attach(&ONE);
+    fixture.attach(&OTHER);
+    let replaced = State::of(&fixture);
+    fixture.try_all(
         ("attach", &OTHER),
-        |bed| _ = bed.attach(&ONE),
-        |bed, before, output, when| {
+        |fixture| _ = fixture.attach(&ONE),
+        |fixture, before, output, when| {
             if output.status.success() {
                 // What is not finished is by the next call.
-                let again = bed.attach(&OTHER);
+                let again = fixture.attach(&OTHER);
                 assert!(again.starts_with("unchanged"), "{when}: {again}");
-                assert_eq!(State::of(bed).shape(), replaced.shape(), "{when}");
+                assert_eq!(State::of(fixture).shape(), replaced.shape(), "{when}");
             } else {
-                State::of(bed).assert_is(before, when);
+                State::of(fixture).assert_is(before, when);
             }
         },
     );
@@ -231,15 +231,15 @@ fn a_failed_replacement_leaves_the_old_one_in_force() {
 
 #[test]
 fn a_failed_detach_is_finished_by_the_next() {
-    let mut bed = Bed::new("detach");
-    let clean = State::of(&bed);
-    bed.try_all(
+    let mut fixture = FaultsFixture::new("detach");
+    let clean = State::of(&fixture);
+    fixture.try_all(
         ("detach", &[]),
-        |bed| _ = bed.attach(&OTHER),
-        |bed, _, _, when| {
-            bed.detach();
-            State::of(bed).assert_is(&clean, when);
-            bed.attach(&OTHER);
+        |fixture| _ = fixture.attach(&OTHER),
+        |fixture, _, _, when| {
+            fixture.detach();
+            State::of(fixture).assert_is(&clean, when);
+            fixture.attach(&OTHER);
         },
     );
 }
@@ -247,45 +247,45 @@ fn a_failed_detach_is_finished_by_the_next() {
 /// Wherever an agent is killed, `status` works on what it leaves, and the next attach or detach cleans up.
 #[test]
 fn an_agent_that_is_killed_hinders_no_other() {
-    let mut bed = Bed::new("kill");
-    let clean = State::of(&bed);
+    let mut fixture = FaultsFixture::new("kill");
+    let clean = State::of(&fixture);
     for flags in [&ONE[..], &OTHER] {
         let mut number = 1;
-        while !bed.inject(("bpf", "signal=KILL"), number, ("attach", flags)).status.success() {
-            bed.agent.status().expect("a status");
+        while !fixture.inject(("bpf", "signal=KILL"), number, ("attach", flags)).status.success() {
+            fixture.agent.status().expect("a status");
             let when = format!("attach {flags:?} killed at {number}");
             if number % 2 == 0 {
-                bed.attach(flags);
+                fixture.attach(flags);
             }
-            bed.detach();
-            State::of(&bed).assert_is(&clean, &when);
+            fixture.detach();
+            State::of(&fixture).assert_is(&clean, &when);
             number += 7;
         }
         assert!(number > 40, "{number} calls of bpf only");
-        bed.detach();
+        fixture.detach();
     }
 }
 
 /// The same for the first agent of a node, which loads the programs.
 #[test]
 fn an_agent_that_is_killed_in_the_first_load_hinders_no_other() {
-    let mut bed = Bed::new("first");
-    bed.agent.detach_all().expect("detached");
-    let clean = tree(bed.agent.bpffs()).expect("a tree");
-    let namespace = Snapshot::of(&bed.pod).expect("a snapshot");
+    let mut fixture = FaultsFixture::new("first");
+    fixture.agent.detach_all().expect("detached");
+    let clean = tree(fixture.agent.bpffs()).expect("a tree");
+    let namespace = Snapshot::of(&fixture.pod).expect("a snapshot");
     let mut number = 1;
-    while !bed.inject(("bpf", "signal=KILL"), number, ("attach", &ONE)).status.success() {
+    while !fixture.inject(("bpf", "signal=KILL"), number, ("attach", &ONE)).status.success() {
         assert_eq!(
-            bed.agent.status().expect("a status").as_array().map(Vec::len),
+            fixture.agent.status().expect("a status").as_array().map(Vec::len),
             Some(0),
             "killed at {number}"
         );
         if number % 2 == 0 {
-            bed.attach(&ONE);
+            fixture.attach(&ONE);
         }
-        bed.agent.detach_all().expect("detached");
-        assert_eq!(tree(bed.agent.bpffs()).expect("a tree"), clean, "killed at {number}");
-        let after = Snapshot::of(&bed.pod).expect("a snapshot");
+        fixture.agent.detach_all().expect("detached");
+        assert_eq!(tree(fixture.agent.bpffs()).expect("a tree"), clean, "killed at {number}");
+        let after = Snapshot::of(&fixture.pod).expect("a snapshot");
         assert_eq!(namespace.difference(&after), [""; 0], "killed at {number}");
         number += 29;
     }

@@ -21,8 +21,8 @@ fn addr(text: &str) -> SocketAddr {
 }
 
 /// The agent in the foreground; killed if it is dropped.
-fn run(bed: &Bed, flags: &[&str]) -> Running {
-    let (running, said) = bed.agent.run(&bed.pod, flags).expect("in force");
+fn run(fixture: &FollowFixture, flags: &[&str]) -> Running {
+    let (running, said) = fixture.agent.run(&fixture.pod, flags).expect("in force");
     assert!(said.starts_with("attached cgroup "), "{said}");
     running
 }
@@ -33,14 +33,14 @@ fn end(running: Running) {
 }
 
 /// A pod with a proxy and an app, and the world at its other end.
-struct Bed {
+struct FollowFixture {
     agent: Agent,
     inside: Actor,
     _world: Actor,
     pod: Pod,
 }
 
-impl Bed {
+impl FollowFixture {
     fn new(label: &str) -> Self {
         let agent = Agent::new("follow").expect("the agent");
         let pod = Pod::new(PodSpec::new(label).with_eth1()).expect("a pod");
@@ -86,24 +86,24 @@ impl Bed {
 
 #[test]
 fn new_addresses_are_followed() {
-    let bed = Bed::new("follow-address");
-    let running = run(&bed, &INIT_FLAGS);
+    let fixture = FollowFixture::new("follow-address");
+    let running = run(&fixture, &INIT_FLAGS);
     for (net, to) in [("10.99.0.7/32", "10.99.0.7:80"), ("fd99::7/128", "[fd99::7]:80")] {
         let (net, to) = (net.parse().expect("a net"), addr(to));
-        assert_eq!(bed.dial(to).server, "proxy", "{to} is the world's yet");
-        bed.pod.netns.add_address("eth0", net).expect("added");
-        bed.becomes(to, "proxy", "app", Instant::now());
-        bed.pod.netns.delete_address("eth0", net).expect("removed");
+        assert_eq!(fixture.dial(to).server, "proxy", "{to} is the world's yet");
+        fixture.pod.netns.add_address("eth0", net).expect("added");
+        fixture.becomes(to, "proxy", "app", Instant::now());
+        fixture.pod.netns.delete_address("eth0", net).expect("removed");
         // The packets are routed by the new state at once, and the world takes every address for its own.
-        bed.becomes(to, "world", "proxy", Instant::now());
+        fixture.becomes(to, "world", "proxy", Instant::now());
     }
     end(running);
 }
 
 #[test]
 fn moved_routes_are_followed() {
-    let bed = Bed::new("follow-route");
-    let running = run(&bed, &[&INIT_FLAGS[..], &["-c", "eth1"]].concat());
+    let fixture = FollowFixture::new("follow-route");
+    let running = run(&fixture, &[&INIT_FLAGS[..], &["-c", "eth1"]].concat());
     for (net, via, to) in
         [("172.20.0.0/16", "10.67.0.1", "172.20.1.1:80"), ("fd20::/16", "fd67::1", "[fd20::1]:80")]
     {
@@ -116,38 +116,38 @@ fn moved_routes_are_followed() {
             local: false,
         };
         let to = addr(to);
-        assert_eq!(bed.dial(to).server, "world", "what leaves by eth1 is not captured");
-        bed.pod.netns.delete_route(route()).expect("removed");
-        bed.becomes(to, "world", "proxy", Instant::now());
-        bed.pod.netns.add_route(route()).expect("added");
-        bed.becomes(to, "proxy", "world", Instant::now());
+        assert_eq!(fixture.dial(to).server, "world", "what leaves by eth1 is not captured");
+        fixture.pod.netns.delete_route(route()).expect("removed");
+        fixture.becomes(to, "world", "proxy", Instant::now());
+        fixture.pod.netns.add_route(route()).expect("added");
+        fixture.becomes(to, "proxy", "world", Instant::now());
     }
     end(running);
 }
 
 #[test]
 fn its_end_is_the_end_of_the_capture() {
-    let bed = Bed::new("run-end");
+    let fixture = FollowFixture::new("run-end");
     let to = SocketAddr::from((Ipv4Addr::new(198, 51, 100, 7), 80));
     for _ in 0..2 {
-        let running = run(&bed, &INIT_FLAGS);
-        assert_eq!(bed.dial(to).server, "proxy");
-        assert_eq!(bed.agent.status().expect("a status").as_array().map(Vec::len), Some(1));
+        let running = run(&fixture, &INIT_FLAGS);
+        assert_eq!(fixture.dial(to).server, "proxy");
+        assert_eq!(fixture.agent.status().expect("a status").as_array().map(Vec::len), Some(1));
         end(running);
-        assert_eq!(bed.dial(to).server, "world");
-        assert!(!bed.agent.bpffs().join("intercept").exists());
+        assert_eq!(fixture.dial(to).server, "world");
+        assert!(!fixture.agent.bpffs().join("intercept").exists());
     }
 }
 
 #[test]
 fn killed_it_leaves_the_capture_in_force() {
-    let bed = Bed::new("run-killed");
+    let fixture = FollowFixture::new("run-killed");
     let to = SocketAddr::from((Ipv4Addr::new(198, 51, 100, 7), 80));
-    drop(run(&bed, &INIT_FLAGS));
-    assert_eq!(bed.dial(to).server, "proxy");
-    bed.agent.detach(&bed.pod).expect("detached");
-    assert_eq!(bed.dial(to).server, "world");
-    assert!(!bed.agent.bpffs().join("intercept").exists());
+    drop(run(&fixture, &INIT_FLAGS));
+    assert_eq!(fixture.dial(to).server, "proxy");
+    fixture.agent.detach(&fixture.pod).expect("detached");
+    assert_eq!(fixture.dial(to).server, "world");
+    assert!(!fixture.agent.bpffs().join("intercept").exists());
 }
 
 /// Runs attach; its exit code and all it said.

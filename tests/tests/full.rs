@@ -19,13 +19,13 @@ const ROOM: usize = 16;
 const EACH: usize = ROOM / 4;
 const TO: SocketAddr = SocketAddr::new(IpAddr::V4(std::net::Ipv4Addr::new(10, 96, 0, 10)), 80);
 
-struct Bed {
+struct FullFixture {
     inside: Actor,
     _running: Running,
     pod: Pod,
 }
 
-impl Bed {
+impl FullFixture {
     fn new(agent: &Agent, label: &str) -> Self {
         let pod = Pod::new(PodSpec::new(label)).expect("a pod");
         let inside = Actor::start(&pod).expect("an actor");
@@ -86,9 +86,9 @@ fn failed(agent: &Agent, reason: &str) -> bool {
     pods.filter_map(|pod| pod["failures"].as_array()).flatten().any(|failure| failure["reason"] == reason)
 }
 
-fn comes_back(bed: &Bed) {
+fn comes_back(fixture: &FullFixture) {
     let deadline = Instant::now() + Duration::from_secs(5);
-    while !bed.is_told_right() {
+    while !fixture.is_told_right() {
         assert!(Instant::now() < deadline, "room is not given back");
     }
 }
@@ -98,7 +98,7 @@ fn comes_back(bed: &Bed) {
 #[test]
 fn a_pod_has_its_share_and_no_more() {
     let agent = Agent::new("share").expect("the agent");
-    let (greedy, other) = (Bed::new(&agent, "greedy"), Bed::new(&agent, "other"));
+    let (greedy, other) = (FullFixture::new(&agent, "greedy"), FullFixture::new(&agent, "other"));
     assert!(greedy.is_told_right());
     let held = greedy.hold(EACH);
     assert_eq!(greedy.one_more(), "ENOBUFS");
@@ -120,8 +120,8 @@ fn a_pod_has_its_share_and_no_more() {
 #[test]
 fn a_full_map_refuses_the_connect() {
     let agent = Agent::new("full").expect("the agent");
-    let beds: Vec<Bed> = (0..5).map(|n| Bed::new(&agent, &format!("full{n}"))).collect();
-    let mut held: Vec<Held> = beds[..4].iter().map(|bed| bed.hold(EACH)).collect();
+    let beds: Vec<FullFixture> = (0..5).map(|n| FullFixture::new(&agent, &format!("full{n}"))).collect();
+    let mut held: Vec<Held> = beds[..4].iter().map(|fixture| fixture.hold(EACH)).collect();
     let last = &beds[4];
     assert_eq!(last.one_more(), "EHOSTUNREACH");
     assert!(failed(&agent, "orig_dst_full"));

@@ -12,7 +12,7 @@ use rand::{Rng as _, SeedableRng as _, rngs::StdRng};
 use tests::{
     actor::{Actor, Bind, Dial, Listen, OriginalDst, Outcome, Transport},
     agent::{Agent, INIT_FLAGS},
-    testbed::{Ids, Place, Pod, PodSpec},
+    testbed::{Ids, Pod, PodSpec, Sandbox},
 };
 
 const SERVICE: SocketAddr = SocketAddr::new(IpAddr::V4(std::net::Ipv4Addr::new(10, 96, 0, 10)), 80);
@@ -47,17 +47,17 @@ fn captured() -> (String, Option<OriginalDst>) {
     ("outbound".into(), Some(OriginalDst::Addr(SERVICE)))
 }
 
-fn passthrough_v6(place: &Place) -> bool {
-    place
+fn passthrough_v6(sandbox: &Sandbox) -> bool {
+    sandbox
         .netns
         .run(|| UdpSocket::bind((Ipv6Addr::new(0, 0, 0, 0, 0, 0, 0, 6), 0)).is_ok())
         .expect("in the namespace")
 }
 
 /// How many programs run for the cgroup at these hooks (BPF_PROG_QUERY).
-fn programs_on(place: &Place) -> usize {
+fn programs_on(sandbox: &Sandbox) -> usize {
     const HOOKS: [u32; 12] = [3, 10, 11, 14, 15, 19, 20, 21, 29, 30, 31, 32];
-    let dir = std::fs::File::open(place.cgroup.path()).expect("the cgroup");
+    let dir = std::fs::File::open(sandbox.cgroup.path()).expect("the cgroup");
     HOOKS.iter().map(|&hook| tests::bpf::attached(dir.as_raw_fd(), hook).expect("asked the kernel")).sum()
 }
 
@@ -167,13 +167,13 @@ fn killed_at_any_moment_it_leaves_the_old_state_or_the_new() {
 fn one_more_pod_on_a_node_with_many_takes_at_most_60_ms() {
     const MANY: usize = 60;
     let agent = Agent::new("many").expect("the agent");
-    let places: Vec<Place> = (0..MANY).map(|_| Place::new("many").expect("a pod")).collect();
+    let places: Vec<Sandbox> = (0..MANY).map(|_| Sandbox::new("many").expect("a pod")).collect();
     // Processor time as well as the clock, which on a busy machine says more about its other work.
     let mut took: Vec<(Duration, Duration)> = places
         .iter()
-        .map(|place| {
+        .map(|sandbox| {
             let (start, before) = (Instant::now(), cpu_of_children());
-            agent.attach(place, &INIT_FLAGS).expect("attached");
+            agent.attach(sandbox, &INIT_FLAGS).expect("attached");
             (cpu_of_children() - before, start.elapsed())
         })
         .collect();
@@ -183,7 +183,7 @@ fn one_more_pod_on_a_node_with_many_takes_at_most_60_ms() {
     let quickest = last.iter().map(|(_, wall)| *wall).min().expect("some");
     println!("median of {cpu:?} on a processor; the quickest took {quickest:?}");
     assert!(cpu <= Duration::from_millis(60), "{last:?}");
-    let one = Place::new("one").expect("a pod");
+    let one = Sandbox::new("one").expect("a pod");
     let mut kernel: Vec<Duration> = (0..9)
         .map(|_| {
             let took = in_the_kernel(&agent, &one);
@@ -203,8 +203,8 @@ fn one_more_pod_on_a_node_with_many_takes_at_most_60_ms() {
 }
 
 /// Attaches; how long the part of it took that changes the kernel, as the agent logs them.
-fn in_the_kernel(agent: &Agent, place: &Place) -> Duration {
-    let mut attach = agent.for_pod("attach", place, &INIT_FLAGS);
+fn in_the_kernel(agent: &Agent, sandbox: &Sandbox) -> Duration {
+    let mut attach = agent.for_pod("attach", sandbox, &INIT_FLAGS);
     let output =
         attach.args(["--log", "intercept_agent=debug", "--log-format", "json"]).output().expect("started");
     assert!(output.status.success(), "{output:?}");

@@ -12,16 +12,16 @@ use socket2::Socket;
 use tests::{
     agent::Agent,
     joined::{self, Leg, Pods, given_to_tcp, goes_past, receive, send, set_int, socket, wait},
-    testbed::{Ids, Place},
+    testbed::{Ids, Sandbox},
 };
 
-struct Bed {
+struct JoinChecksFixture {
     agent: Agent,
     pods: Pods,
     listener: Socket,
 }
 
-impl Bed {
+impl JoinChecksFixture {
     fn new(label: &str) -> Self {
         let agent = Agent::new(label).expect("the agent");
         let pods = Pods::accelerated(label, &agent).expect("pods");
@@ -37,7 +37,7 @@ impl Bed {
     }
 
     /// Connections of this pod that went back to TCP for this reason.
-    fn back(&self, pod: &Place, why: &str) -> u64 {
+    fn back(&self, pod: &Sandbox, why: &str) -> u64 {
         let pods = self.agent.status().expect("status");
         let path = pod.cgroup.path().display().to_string();
         let pod = pods.as_array().expect("pods").iter().find(|pod| pod["cgroup"] == path.as_str());
@@ -66,8 +66,8 @@ fn fill(mut end: &TcpStream, piece: &[u8], most: usize) -> usize {
 
 #[test]
 fn bytes_that_tcp_has_are_read_first() {
-    let bed = Bed::new("cond-unread");
-    let leg = bed.joined();
+    let fixture = JoinChecksFixture::new("cond-unread");
+    let leg = fixture.joined();
     // The reader blocks for the moment, so this goes by TCP.
     leg.accepted.set_nonblocking(false).expect("set");
     send(&leg.dialled, b"by TCP ").expect("sent");
@@ -85,19 +85,19 @@ fn bytes_that_tcp_has_are_read_first() {
 
 #[test]
 fn a_reader_that_blocks_is_served_by_tcp() {
-    let bed = Bed::new("cond-blocks");
-    let leg = bed.joined();
+    let fixture = JoinChecksFixture::new("cond-blocks");
+    let leg = fixture.joined();
     leg.accepted.set_nonblocking(false).expect("set");
     assert!(!is_past(&leg));
     assert!(goes_past(&leg.accepted, &leg.dialled).expect("passed"), "the other direction is not concerned");
-    assert_eq!(bed.back(&bed.pods.dialler, "reader_blocks"), 1);
+    assert_eq!(fixture.back(&fixture.pods.dialler, "reader_blocks"), 1);
     leg.accepted.set_nonblocking(true).expect("set");
     assert!(is_past(&leg));
     // Not accepted by anybody yet: whether it will block is not known.
-    let dialled = socket(&bed.pods.dialler, false, Ids::PROXY, None).expect("a socket");
+    let dialled = socket(&fixture.pods.dialler, false, Ids::PROXY, None).expect("a socket");
     dialled.connect(&Pods::app(false).into()).expect("connected");
     let dialled = TcpStream::from(dialled);
-    wait(&bed.listener, PollFlags::IN).expect("arrived");
+    wait(&fixture.listener, PollFlags::IN).expect("arrived");
     let sent = |text: &[u8]| {
         let before = given_to_tcp(&dialled).expect("a count");
         send(&dialled, text).expect("sent");
@@ -108,19 +108,19 @@ fn a_reader_that_blocks_is_served_by_tcp() {
 
 #[test]
 fn low_water_is_kept() {
-    let bed = Bed::new("cond-lowat");
-    let leg = bed.joined();
+    let fixture = JoinChecksFixture::new("cond-lowat");
+    let leg = fixture.joined();
     set_int(&leg.accepted, libc::SOL_SOCKET, libc::SO_RCVLOWAT, 10).expect("set");
     assert!(!is_past(&leg));
-    assert_eq!(bed.back(&bed.pods.dialler, "reader_low_water"), 1);
+    assert_eq!(fixture.back(&fixture.pods.dialler, "reader_low_water"), 1);
     set_int(&leg.accepted, libc::SOL_SOCKET, libc::SO_RCVLOWAT, 1).expect("set");
     assert!(is_past(&leg));
 }
 
 #[test]
 fn an_end_that_is_shut_is_told_so_by_tcp() {
-    let bed = Bed::new("cond-shut");
-    let leg = bed.joined();
+    let fixture = JoinChecksFixture::new("cond-shut");
+    let leg = fixture.joined();
     leg.dialled.shutdown(Shutdown::Write).expect("shut down");
     let error = (&leg.dialled).write(b"more").expect_err("it was shut down");
     assert_eq!(error.kind(), ErrorKind::BrokenPipe);
@@ -128,19 +128,19 @@ fn an_end_that_is_shut_is_told_so_by_tcp() {
     assert!(goes_past(&leg.accepted, &leg.dialled).expect("passed"));
 
     // A reader that takes no more: what TCP does with the bytes is TCP's affair.
-    let leg = bed.joined();
+    let leg = fixture.joined();
     leg.accepted.shutdown(Shutdown::Read).expect("shut down");
     let before = given_to_tcp(&leg.dialled).expect("a count");
     send(&leg.dialled, b"unwanted").expect("sent");
     assert_eq!(given_to_tcp(&leg.dialled).expect("a count") - before, 8);
-    assert_eq!(bed.back(&bed.pods.dialler, "peer_closed"), 1);
+    assert_eq!(fixture.back(&fixture.pods.dialler, "peer_closed"), 1);
 }
 
 #[test]
 fn unread_bytes_stop_the_sender() {
     const MOST: usize = 2 << 20;
-    let bed = Bed::new("cond-bytes");
-    let leg = bed.joined();
+    let fixture = JoinChecksFixture::new("cond-bytes");
+    let leg = fixture.joined();
     // As TCP would have stopped it.
     set_int(&leg.dialled, libc::SOL_SOCKET, libc::SO_SNDBUF, 128 << 10).expect("set");
     set_int(&leg.accepted, libc::SOL_SOCKET, libc::SO_RCVBUF, 128 << 10).expect("set");
@@ -159,7 +159,7 @@ fn unread_bytes_stop_the_sender() {
         assert!(
             is_past(&leg),
             "it does not join again after pieces of {piece}: {:?}",
-            joined::last(&bed.agent, &leg.dialled)
+            joined::last(&fixture.agent, &leg.dialled)
         );
     }
 }
@@ -167,8 +167,8 @@ fn unread_bytes_stop_the_sender() {
 #[test]
 fn unread_messages_are_bounded_as_well() {
     const SENT: usize = 20_000;
-    let bed = Bed::new("cond-messages");
-    let leg = bed.joined();
+    let fixture = JoinChecksFixture::new("cond-messages");
+    let leg = fixture.joined();
     for round in 0..3 {
         let before = given_to_tcp(&leg.dialled).expect("a count");
         let sent = fill(&leg.dialled, &[1], SENT);
@@ -178,7 +178,7 @@ fn unread_messages_are_bounded_as_well() {
         receive(&leg.accepted, sent).expect("received");
         assert!(is_past(&leg));
     }
-    assert!(bed.back(&bed.pods.dialler, "unread_messages") >= 3);
+    assert!(fixture.back(&fixture.pods.dialler, "unread_messages") >= 3);
 
     // A reader that is always a hundred messages late is no reason to stop.
     let mut late = 0;
@@ -214,13 +214,13 @@ impl Drop for MemoryCgroup {
 
 #[test]
 fn a_reader_without_memory_is_served_by_tcp() {
-    let bed = Bed::new("cond-memory");
+    let fixture = JoinChecksFixture::new("cond-memory");
     let memory = MemoryCgroup::new("cond-memory");
     let limit = memory.0.join("memory.kmem.tcp.limit_in_bytes");
     fs::write(&limit, (16 << 20).to_string()).expect("a limit");
     // The end that reads is the one that dials: its socket is charged from the start.
-    let dialled = socket(&bed.pods.dialler, false, Ids::PROXY, Some(&memory.0)).expect("a socket");
-    let leg = Leg::of(dialled, &bed.listener, Pods::app(false)).expect("a connection");
+    let dialled = socket(&fixture.pods.dialler, false, Ids::PROXY, Some(&memory.0)).expect("a socket");
+    let leg = Leg::of(dialled, &fixture.listener, Pods::app(false)).expect("a connection");
     leg.greet().expect("greeted");
     assert!(goes_past(&leg.accepted, &leg.dialled).expect("passed"));
     // Little is left, and less than a message.
@@ -229,5 +229,5 @@ fn a_reader_without_memory_is_served_by_tcp() {
     let sent = fill(&leg.accepted, &vec![1; 200_000], 4 << 20);
     assert!(given_to_tcp(&leg.accepted).expect("a count") > before);
     receive(&leg.dialled, sent.min(50_000)).expect("received");
-    assert_eq!(bed.back(&bed.pods.acceptor, "reader_memory"), 1);
+    assert_eq!(fixture.back(&fixture.pods.acceptor, "reader_memory"), 1);
 }

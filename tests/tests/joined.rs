@@ -18,17 +18,17 @@ use tests::{
     joined::{
         self, APP, Leg, Pods, given_to_tcp, goes_past, listen, own_name, pass, receive, send, socket, wait,
     },
-    testbed::{Ids, Place},
+    testbed::{Ids, Sandbox},
 };
 
-fn bed(label: &str) -> (Agent, Pods) {
+fn fixture(label: &str) -> (Agent, Pods) {
     let agent = Agent::new(label).expect("the agent");
     let pods = Pods::accelerated(label, &agent).expect("pods");
     (agent, pods)
 }
 
 /// A count of a pod's `acceleration` in `status`.
-fn count(agent: &Agent, pod: &Place, list: &str, what: &str) -> u64 {
+fn count(agent: &Agent, pod: &Sandbox, list: &str, what: &str) -> u64 {
     let pods = agent.status().expect("status");
     let path = pod.cgroup.path().display().to_string();
     let found = pods.as_array().expect("pods").iter().find(|found| found["cgroup"] == path.as_str());
@@ -57,7 +57,7 @@ fn joined_leg(pods: &Pods, v6: bool) -> Leg {
 
 #[test]
 fn proxies_of_one_node_are_joined_in_both_families() {
-    let (agent, pods) = bed("join");
+    let (agent, pods) = fixture("join");
     let four = pods.listen(false).expect("a listener");
     let leg = pods.connect(&four, Pods::app(false)).expect("a connection");
     leg.greet().expect("greeted");
@@ -127,7 +127,7 @@ impl Drop for Holder {
 
 #[test]
 fn applications_and_unknown_proxies_are_not_joined() {
-    let (agent, pods) = bed("join-whose");
+    let (agent, pods) = fixture("join-whose");
     let listener = pods.listen(false).expect("a listener");
     // The application of the accelerated pod, as if it were excluded: straight to the other proxy.
     let name = own_name().expect("a name");
@@ -165,7 +165,7 @@ fn applications_and_unknown_proxies_are_not_joined() {
 
 #[test]
 fn it_is_joined_behind_dnat_and_tcp_with_syn_cookies() {
-    let (_agent, pods) = bed("join-dnat");
+    let (_agent, pods) = fixture("join-dnat");
     let rules = "*nat\n-A PREROUTING -d 10.96.0.10/32 -p tcp --dport 80 -j DNAT --to-destination 10.72.0.2:8080\nCOMMIT\n";
     iptables(&pods.router, rules);
     let listener = pods.listen(false).expect("a listener");
@@ -181,9 +181,9 @@ fn it_is_joined_behind_dnat_and_tcp_with_syn_cookies() {
     }
 }
 
-fn iptables(place: &Place, rules: &str) {
+fn iptables(sandbox: &Sandbox, rules: &str) {
     use std::io::Write as _;
-    let mut restore = place.command("iptables-restore").expect("a command");
+    let mut restore = sandbox.command("iptables-restore").expect("a command");
     let mut child = restore.stdin(std::process::Stdio::piped()).spawn().expect("iptables");
     child.stdin.take().expect("its input").write_all(rules.as_bytes()).expect("written");
     assert!(child.wait().expect("ended").success());
@@ -232,7 +232,7 @@ fn pods_with_equal_addresses_and_ports_are_never_crossed() {
 /// Data in the SYN moves the sequence numbers: such a connection stays TCP.
 #[test]
 fn fast_open_with_data_stays_tcp() {
-    let (_agent, pods) = bed("join-tfo");
+    let (_agent, pods) = fixture("join-tfo");
     for pod in [&pods.dialler, &pods.acceptor] {
         // Both ways, without a cookie.
         pod.netns.sysctl("net/ipv4/tcp_fastopen", "1543").expect("Fast Open");
@@ -261,7 +261,7 @@ fn fast_open_with_data_stays_tcp() {
 #[test]
 fn nothing_is_lost_doubled_or_out_of_order() {
     const EACH: usize = 24 << 20;
-    let (agent, pods) = bed("join-order");
+    let (agent, pods) = fixture("join-order");
     for v6 in [false, true] {
         let leg = joined_leg(&pods, v6);
         let way = |from: &TcpStream, to: &TcpStream, seed: u64| {
@@ -329,7 +329,7 @@ fn stream(seed: u64, from: usize, length: usize) -> Vec<u8> {
 
 #[test]
 fn closing_is_seen_as_by_tcp() {
-    let (_agent, pods) = bed("join-close");
+    let (_agent, pods) = fixture("join-close");
     let mut byte = [0];
     // One end says that it has sent everything: what it sent is read first, and the other goes on.
     let leg = joined_leg(&pods, false);
@@ -370,7 +370,7 @@ fn closing_is_seen_as_by_tcp() {
 
 #[test]
 fn the_switches_count_at_the_next_message() {
-    let (agent, pods) = bed("join-switch");
+    let (agent, pods) = fixture("join-switch");
     let leg = joined_leg(&pods, false);
     let switch = |to: &str| {
         let mut command = agent.command("accelerate");
@@ -407,7 +407,7 @@ fn the_switches_count_at_the_next_message() {
 
 #[test]
 fn what_is_in_force_is_told_and_goes() {
-    let (agent, pods) = bed("join-told");
+    let (agent, pods) = fixture("join-told");
     let name = own_name().expect("a name");
     let flags: Vec<_> =
         INIT_FLAGS.into_iter().chain(["--accelerate", "--accelerate-proxies", &name]).collect();

@@ -16,16 +16,16 @@ use tests::{
     agent::{Agent, INIT_FLAGS, succeed},
     envoy::{self, Sidecar, Speaks},
     joined::{APP, Leg, PATIENCE, Pods, send, socket, wait},
-    testbed::{Ids, Place},
+    testbed::{Ids, Sandbox},
 };
 
-struct Bed {
+struct JoinedEnvoyFixture {
     agent: Agent,
     pods: Pods,
     program: ReadableCopy,
 }
 
-impl Bed {
+impl JoinedEnvoyFixture {
     fn new(label: &str) -> Self {
         let agent = Agent::new(label).expect("the agent");
         let pods = Pods::new(label).expect("pods");
@@ -42,7 +42,7 @@ impl Bed {
             .map(|pod| Sidecar::start(&self.program, pod, speaks).expect("Envoy"))
     }
 
-    fn joined(&self, pod: &Place) -> u64 {
+    fn joined(&self, pod: &Sandbox) -> u64 {
         let pods = self.agent.status().expect("status");
         let path = pod.cgroup.path().display().to_string();
         let pod = pods.as_array().expect("pods").iter().find(|pod| pod["cgroup"] == path.as_str());
@@ -133,17 +133,17 @@ fn both_ways(leg: &Leg, seed: u64, length: usize) {
 #[test]
 fn what_is_sent_through_two_envoys_arrives_and_leaves_the_wire_alone() {
     const EACH: usize = 16 << 20;
-    let bed = Bed::new("envoys");
-    let _envoys = bed.sidecars(Speaks::Tcp);
+    let fixture = JoinedEnvoyFixture::new("envoys");
+    let _envoys = fixture.sidecars(Speaks::Tcp);
     for (n, v6) in [false, true].into_iter().enumerate() {
-        let app = bed.app(v6);
-        let leg = bed.connect(&app, v6);
-        let before = bed.bytes_on_the_wire();
+        let app = fixture.app(v6);
+        let leg = fixture.connect(&app, v6);
+        let before = fixture.bytes_on_the_wire();
         both_ways(&leg, 2 * n as u64 + 7, EACH);
-        let wire = bed.bytes_on_the_wire() - before;
+        let wire = fixture.bytes_on_the_wire() - before;
         assert!(wire < EACH as u64 / 2, "{wire} bytes of {EACH} went over the wire");
-        assert_eq!(bed.joined(&bed.pods.dialler), n as u64 + 1);
-        assert_eq!(bed.joined(&bed.pods.acceptor), n as u64 + 1);
+        assert_eq!(fixture.joined(&fixture.pods.dialler), n as u64 + 1);
+        assert_eq!(fixture.joined(&fixture.pods.acceptor), n as u64 + 1);
     }
 }
 
@@ -159,26 +159,26 @@ impl Drop for Server {
 #[test]
 fn requests_through_two_envoys_are_answered() {
     const REQUESTS: usize = 300;
-    let bed = Bed::new("envoys-http");
+    let fixture = JoinedEnvoyFixture::new("envoys-http");
     let original = binary::locate("http", "INTERCEPT_HTTP").expect("the HTTP program");
     let http = ReadableCopy::of(&original).expect("a copy");
     let addresses = ["0.0.0.0", "[::]"].map(|any| format!("{any}:{APP}"));
-    let mut serve = bed.pods.acceptor.command_as(http.path(), Ids::APP).expect("a command");
+    let mut serve = fixture.pods.acceptor.command_as(http.path(), Ids::APP).expect("a command");
     let mut server =
         Server(serve.arg("serve").args(addresses).stdout(Stdio::piped()).spawn().expect("a server"));
     let mut line = String::new();
     BufReader::new(server.0.stdout.take().expect("its output")).read_line(&mut line).expect("a line");
-    let _envoys = bed.sidecars(Speaks::Http);
+    let _envoys = fixture.sidecars(Speaks::Http);
     for v6 in [false, true] {
         for kind in ["fresh", "kept"] {
-            let mut get = bed.pods.dialler.command_as(http.path(), Ids::APP).expect("a command");
+            let mut get = fixture.pods.dialler.command_as(http.path(), Ids::APP).expect("a command");
             get.args(["get", &Pods::app(v6).to_string(), &REQUESTS.to_string(), kind]);
             succeed(get).expect("answered");
         }
     }
     // Envoy keeps few connections for many requests.
-    assert!(bed.joined(&bed.pods.dialler) >= 2);
-    assert_eq!(bed.joined(&bed.pods.dialler), bed.joined(&bed.pods.acceptor));
+    assert!(fixture.joined(&fixture.pods.dialler) >= 2);
+    assert_eq!(fixture.joined(&fixture.pods.dialler), fixture.joined(&fixture.pods.acceptor));
 }
 
 /// Connections that come and go in every way, several at a time, while proxies are killed and the agent attaches and
@@ -188,9 +188,9 @@ fn requests_through_two_envoys_are_answered() {
 fn connections_come_and_go_in_every_way() {
     let seconds =
         std::env::var("INTERCEPT_SOAK_SECONDS").ok().and_then(|text| text.parse().ok()).unwrap_or(10);
-    let bed = Bed::new("envoys-soak");
-    let [first, second] = bed.sidecars(Speaks::Tcp);
-    let app = bed.app(false);
+    let fixture = JoinedEnvoyFixture::new("envoys-soak");
+    let [first, second] = fixture.sidecars(Speaks::Tcp);
+    let app = fixture.app(false);
     app.set_nonblocking(true).expect("set");
     let until = Instant::now() + Duration::from_secs(seconds);
     let (whole, cut) = (AtomicUsize::new(0), AtomicUsize::new(0));
@@ -215,11 +215,11 @@ fn connections_come_and_go_in_every_way() {
         });
         let workers: Vec<_> = (0..4_u64)
             .map(|worker| {
-                let (bed, whole, cut) = (&bed, &whole, &cut);
+                let (fixture, whole, cut) = (&fixture, &whole, &cut);
                 scope.spawn(move || {
                     let mut random = SmallRng::seed_from_u64(worker);
                     while Instant::now() < until {
-                        match once(bed, &mut random) {
+                        match once(fixture, &mut random) {
                             Ok(()) => whole.fetch_add(1, Ordering::Relaxed),
                             Err(_cut_off) => {
                                 // Refused at once, again and again, until Envoy is there.
@@ -236,14 +236,14 @@ fn connections_come_and_go_in_every_way() {
         while Instant::now() < until {
             std::thread::park_timeout(Duration::from_millis(1500));
             let n = turn % 2;
-            let pod = [&bed.pods.dialler, &bed.pods.acceptor][n];
+            let pod = [&fixture.pods.dialler, &fixture.pods.acceptor][n];
             match turn / 2 % 3 {
                 0 => {
                     envoys[n] = None;
-                    envoys[n] = Some(Sidecar::start(&bed.program, pod, Speaks::Tcp).expect("Envoy"));
+                    envoys[n] = Some(Sidecar::start(&fixture.program, pod, Speaks::Tcp).expect("Envoy"));
                 }
-                1 => drop(bed.agent.attach(pod, &INIT_FLAGS).expect("attached")),
-                _ => drop(bed.agent.attach(pod, &flags).expect("attached")),
+                1 => drop(fixture.agent.attach(pod, &INIT_FLAGS).expect("attached")),
+                _ => drop(fixture.agent.attach(pod, &flags).expect("attached")),
             }
             turn += 1;
         }
@@ -255,21 +255,21 @@ fn connections_come_and_go_in_every_way() {
     println!("{whole} connections whole, {cut} cut off by kills");
     assert!(whole > 20 && whole > cut, "{whole} whole, {cut} cut off");
     // In the end it is as in the beginning.
-    for pod in [&bed.pods.dialler, &bed.pods.acceptor] {
-        bed.agent.attach(pod, &flags).expect("attached");
+    for pod in [&fixture.pods.dialler, &fixture.pods.acceptor] {
+        fixture.agent.attach(pod, &flags).expect("attached");
     }
-    let _envoys = bed.sidecars(Speaks::Tcp);
-    let before = bed.joined(&bed.pods.acceptor);
-    let app_again = bed.app_on(false, APP + 1);
-    let client = socket(&bed.pods.dialler, false, Ids::APP, None).expect("a socket");
+    let _envoys = fixture.sidecars(Speaks::Tcp);
+    let before = fixture.joined(&fixture.pods.acceptor);
+    let app_again = fixture.app_on(false, APP + 1);
+    let client = socket(&fixture.pods.dialler, false, Ids::APP, None).expect("a socket");
     let to = SocketAddr::new(Pods::app(false).ip(), APP + 1);
     both_ways(&Leg::of(client, &app_again, to).expect("through both proxies"), 3, 1 << 20);
-    assert_eq!(bed.joined(&bed.pods.acceptor), before + 1);
+    assert_eq!(fixture.joined(&fixture.pods.acceptor), before + 1);
 }
 
 /// One connection: bytes there and back, compared; an error if it was cut off, a panic if other bytes came.
-fn once(bed: &Bed, random: &mut SmallRng) -> anyhow::Result<()> {
-    let client = socket(&bed.pods.dialler, false, Ids::APP, None)?;
+fn once(fixture: &JoinedEnvoyFixture, random: &mut SmallRng) -> anyhow::Result<()> {
+    let client = socket(&fixture.pods.dialler, false, Ids::APP, None)?;
     client.connect_timeout(&Pods::app(false).into(), PATIENCE)?;
     let client = TcpStream::from(client);
     client.set_nonblocking(true)?;

@@ -11,7 +11,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use intercept_agent::daemon::reconcile::{Report, State};
+use intercept_agent::daemon::reconcile::{PodReport, PodState};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
 use tempfile::TempDir;
@@ -19,7 +19,7 @@ use tests::{
     agent::{Agent, deployed_capabilities},
     daemon::{Daemon, answers, get},
     kube::{Client, Deployed, NODE, Pods, Running, Server, object},
-    plugin::{Plugin, Sandbox},
+    plugin::{CniSandbox, Plugin},
 };
 
 const WITH_SIDECAR: [&str; 2] = ["app", "istio-proxy"];
@@ -54,7 +54,7 @@ impl Node {
         let folder = TempDir::with_prefix("intercept-test-kube").expect("a folder");
         client.write_secrets(&deployed.account, folder.path()).expect("a token");
         let mut agent = Agent::new("kube").expect("the agent");
-        let netns = format!("--net={}", server.place().netns.path().display());
+        let netns = format!("--net={}", server.sandbox().netns.path().display());
         let mut starter: Vec<String> =
             ["nsenter", &netns, "unshare", "--mount", "--propagation", "slave", "sh", "-c", CONTAINER, "sh"]
                 .map(str::to_owned)
@@ -86,7 +86,7 @@ impl Node {
         daemon.wait(what, so).unwrap_or_else(|error| panic!("{error:#}\n{}", self.log()));
     }
 
-    fn wait_for(&self, daemon: &Daemon<'_>, name: &str, state: State) -> Report {
+    fn wait_for(&self, daemon: &Daemon<'_>, name: &str, state: PodState) -> PodReport {
         self.wait(daemon, &format!("{name} is {state:?}"), |daemon| {
             report(daemon, name).is_some_and(|report| report.state == state)
         });
@@ -105,7 +105,7 @@ impl Node {
     }
 }
 
-fn report(daemon: &Daemon<'_>, name: &str) -> Option<Report> {
+fn report(daemon: &Daemon<'_>, name: &str) -> Option<PodReport> {
     daemon.reports().expect("reports").into_iter().find(|report| report.name == format!("shop/{name}"))
 }
 
@@ -152,7 +152,7 @@ fn pods_of_the_real_api_are_captured_followed_and_released() {
     let host = run(&host);
     let daemon = node.daemon(&pods);
 
-    let first = node.wait_for(&daemon, "early", State::Captured);
+    let first = node.wait_for(&daemon, "early", PodState::Captured);
     assert_eq!(at(&early, 80).as_deref(), Some("proxy"));
     assert_eq!(at(&early, 81).as_deref(), Some("the world"));
     let cgroup = first.cgroup.clone().expect("a cgroup");
@@ -161,14 +161,14 @@ fn pods_of_the_real_api_are_captured_followed_and_released() {
 
     // What is not ours is left alone, and what is but has no sidecar or no network is counted.
     for (name, why) in [("plain", "no_sidecar"), ("host", "host_network")] {
-        let report = node.wait_for(&daemon, name, State::LeftAlone);
+        let report = node.wait_for(&daemon, name, PodState::Ignored);
         assert_eq!(report.left_alone.as_deref(), Some(why));
     }
     assert!(is_left_alone(&plain) && is_left_alone(&host) && is_left_alone(&elsewhere));
     assert_eq!(report(&daemon, "elsewhere"), None);
     node.wait(&daemon, "they are counted", |_| {
         let (_, text) = server
-            .place()
+            .sandbox()
             .netns
             .run(|| get(METRICS.parse().expect("an address"), "/metrics"))
             .expect("entered");
@@ -178,7 +178,7 @@ fn pods_of_the_real_api_are_captured_followed_and_released() {
     });
 
     // One that cannot be understood has an event that says why.
-    let problem = node.wait_for(&daemon, "wrong", State::Failed).problem.expect("a problem");
+    let problem = node.wait_for(&daemon, "wrong", PodState::Failed).failure.expect("a problem");
     assert!(problem.text.contains(INBOUND), "{problem:?}");
     let like =
         json!({ "apiVersion": "events.k8s.io/v1", "kind": "Event", "metadata": { "namespace": "shop" } });
@@ -196,7 +196,7 @@ fn pods_of_the_real_api_are_captured_followed_and_released() {
     assert!(is_left_alone(&wrong));
     // Corrected, it is captured; wrong again, its event is counted, and what is in force stays.
     annotate(&client, &wrong, INBOUND, &json!("8080"));
-    node.wait_for(&daemon, "wrong", State::Captured);
+    node.wait_for(&daemon, "wrong", PodState::Captured);
     assert!(is_captured(&wrong));
     annotate(&client, &wrong, INBOUND, &json!("http"));
     node.wait(&daemon, "the event is counted", |_| {
@@ -207,7 +207,7 @@ fn pods_of_the_real_api_are_captured_followed_and_released() {
 
     // After it.
     let late = run(&with_sidecar("late", &json!({ EXCLUDED: "80" })));
-    node.wait_for(&daemon, "late", State::Captured);
+    node.wait_for(&daemon, "late", PodState::Captured);
     assert_eq!(at(&late, 80).as_deref(), Some("the world"));
     assert_eq!(at(&late, 81).as_deref(), Some("proxy"));
 
@@ -218,7 +218,7 @@ fn pods_of_the_real_api_are_captured_followed_and_released() {
     annotate(&client, &early, EXCLUDED, &Value::Null);
     node.wait(&daemon, "both ports", |_| is_captured(&early));
     assert_eq!(at(&early, 81).as_deref(), Some("proxy"));
-    assert_eq!(node.wait_for(&daemon, "early", State::Captured).netns_cookie, first.netns_cookie);
+    assert_eq!(node.wait_for(&daemon, "early", PodState::Captured).netns_cookie, first.netns_cookie);
     assert!(!node.log().contains("released"), "{}", node.log());
 
     // What is to end stays captured until it has.
@@ -252,7 +252,7 @@ fn capture_outlives_the_real_api() {
     let ended = run("ended");
     let daemon = node.daemon(&pods);
     for name in ["kept", "ended"] {
-        node.wait_for(&daemon, name, State::Captured);
+        node.wait_for(&daemon, name, PodState::Captured);
     }
 
     let over = AtomicBool::new(false);
@@ -272,7 +272,7 @@ fn capture_outlives_the_real_api() {
             assert_eq!(node.in_force().len(), 2);
             server.resume().expect("started");
             let after = run("after");
-            node.wait_for(&daemon, "after", State::Captured);
+            node.wait_for(&daemon, "after", PodState::Captured);
             assert!(is_captured(&after) && is_captured(&ended));
 
             // The daemon misses an end and a beginning, and the API does not know any more what came in between.
@@ -286,7 +286,7 @@ fn capture_outlives_the_real_api() {
             client.delete(&ended.object, true).expect("deleted");
             let missed = run("missed");
             kill_process(process, Signal::CONT).expect("continued");
-            node.wait_for(&daemon, "missed", State::Captured);
+            node.wait_for(&daemon, "missed", PodState::Captured);
             node.wait(&daemon, "released", |daemon| report(daemon, "ended").is_none());
             assert!(is_captured(&missed) && is_captured(&after) && is_left_alone(&ended));
             let log = node.log();
@@ -324,14 +324,14 @@ fn a_right_that_is_missing_is_named_and_waited_for() {
     assert!(is_left_alone(&first));
 
     allow(&["list"]);
-    node.wait_for(&daemon, "first", State::Captured);
+    node.wait_for(&daemon, "first", PodState::Captured);
     assert!(is_captured(&first));
     node.wait_for_log(&daemon, "starting to watch: the API refuses: pods is forbidden");
     node.wait_for_log(&daemon, "cannot create resource \"events\"");
     let second = run("second", json!({}));
 
     allow(&["list", "watch"]);
-    node.wait_for(&daemon, "second", State::Captured);
+    node.wait_for(&daemon, "second", PodState::Captured);
     assert!(is_captured(&first) && is_captured(&second));
     // It says who may not do what, and says it once.
     let refused = "system:serviceaccount:intercept-system:intercept\\\" cannot watch resource \\\"pods";
@@ -352,8 +352,8 @@ fn the_real_api_decides_what_the_real_plugin_adds() {
     let daemon = node.daemon(&pods);
     let plugin = Plugin::new(&node.agent, &daemon);
     let call = |command: &str, pod: &Running| {
-        let (uid, netns) = (pod.uid(), pod.place.netns.path());
-        let sandbox = Sandbox { object: &pod.object, uid, netns, address: "10.66.0.2/24" };
+        let (uid, netns) = (pod.uid(), pod.sandbox.netns.path());
+        let sandbox = CniSandbox { object: &pod.object, uid, netns, address: "10.66.0.2/24" };
         plugin
             .call(command, &sandbox)
             .expect("called")
@@ -403,7 +403,7 @@ fn the_real_api_decides_what_the_real_plugin_adds() {
     evil["metadata"]["ownerReferences"] =
         json!([{ "apiVersion": "v1", "kind": "Node", "name": NODE, "uid": kinds[0].0.uid() }]);
     let evil = pods.run(&evil).expect("it runs");
-    node.wait_for(&daemon, "evil", State::Captured);
+    node.wait_for(&daemon, "evil", PodState::Captured);
     assert_eq!(arguments(&kinds[0].0), before);
     client.delete(&evil.object, true).expect("deleted");
     node.wait(&daemon, "it is gone", |daemon| report(daemon, "evil").is_none());

@@ -10,14 +10,14 @@ use tests::agent::{Agent, INIT_FLAGS};
 use tests::steps::{self, Kind, Step};
 use tests::testbed::{Ids, Pod, PodSpec};
 
-struct Bed {
+struct ListenersFixture {
     inside: Actor,
     world: Actor,
     agent: Agent,
     pod: Pod,
 }
 
-impl Bed {
+impl ListenersFixture {
     fn new(label: &str) -> Self {
         let agent = Agent::new(label).expect("the agent");
         let pod = Pod::new(PodSpec::new(label)).expect("a pod");
@@ -56,36 +56,36 @@ impl Bed {
 fn listeners_may_come_and_go_in_any_number() {
     for (old, new) in [(8, 8), (16, 16), (8, 1), (1, 8), (100, 100)] {
         for attached_first in [false, true] {
-            let bed = Bed::new("replaced");
-            let attach = || bed.agent.attach(&bed.pod, &INIT_FLAGS).expect("attached");
+            let fixture = ListenersFixture::new("replaced");
+            let attach = || fixture.agent.attach(&fixture.pod, &INIT_FLAGS).expect("attached");
             if attached_first {
                 attach();
             }
-            let first = bed.open("old", old);
+            let first = fixture.open("old", old);
             if !attached_first {
                 attach();
             }
-            assert_eq!(bed.answer(false), "old");
-            let second = bed.open("new", new);
-            bed.close(first);
+            assert_eq!(fixture.answer(false), "old");
+            let second = fixture.open("new", new);
+            fixture.close(first);
             for _ in 0..4 {
                 assert_eq!(
-                    bed.answer(false),
+                    fixture.answer(false),
                     "new",
                     "{old} and then {new}, attached first: {attached_first}"
                 );
             }
             // The other way round: the newest go, and older ones stay.
-            let third = bed.open("newest", old);
-            bed.close(third);
+            let third = fixture.open("newest", old);
+            fixture.close(third);
             for _ in 0..4 {
-                assert_eq!(bed.answer(false), "new", "after {old} newest");
+                assert_eq!(fixture.answer(false), "new", "after {old} newest");
             }
-            bed.close(second);
-            assert_ne!(bed.answer(false), "new");
-            let _again = bed.open("again", 1);
-            assert_eq!(bed.answer(false), "again");
-            bed.agent.detach(&bed.pod).expect("detached");
+            fixture.close(second);
+            assert_ne!(fixture.answer(false), "new");
+            let _again = fixture.open("again", 1);
+            assert_eq!(fixture.answer(false), "again");
+            fixture.agent.detach(&fixture.pod).expect("detached");
         }
     }
 }
@@ -93,14 +93,14 @@ fn listeners_may_come_and_go_in_any_number() {
 /// Sockets that come and go do not use up the room for those that stay.
 #[test]
 fn a_listener_that_is_opened_again_and_again_takes_no_more_room() {
-    let bed = Bed::new("flapping");
-    bed.agent.attach(&bed.pod, &INIT_FLAGS).expect("attached");
-    let _stays = bed.open("stays", 1);
+    let fixture = ListenersFixture::new("flapping");
+    fixture.agent.attach(&fixture.pod, &INIT_FLAGS).expect("attached");
+    let _stays = fixture.open("stays", 1);
     for _ in 0..600 {
-        bed.close(bed.open("flaps", 1));
+        fixture.close(fixture.open("flaps", 1));
     }
-    assert_eq!(bed.answer(false), "stays");
-    bed.agent.detach(&bed.pod).expect("detached");
+    assert_eq!(fixture.answer(false), "stays");
+    fixture.agent.detach(&fixture.pod).expect("detached");
 }
 
 fn mptcp(at: SocketAddr) -> std::io::Result<OwnedFd> {
@@ -113,73 +113,73 @@ fn mptcp(at: SocketAddr) -> std::io::Result<OwnedFd> {
 /// A listener of MPTCP that was there before: the attach goes on and says what it means.
 #[test]
 fn an_mptcp_listener_does_not_keep_a_pod_from_being_attached() {
-    let bed = Bed::new("mptcp");
+    let fixture = ListenersFixture::new("mptcp");
     let at = SocketAddr::new(Ipv6Addr::UNSPECIFIED.into(), 15006);
-    let listener = bed.pod.netns.run(|| mptcp(at)).expect("entered").expect("a listener of MPTCP");
+    let listener = fixture.pod.netns.run(|| mptcp(at)).expect("entered").expect("a listener of MPTCP");
     // A process of the pod's namespace that has it.
     let mut holder = std::process::Command::new("sleep").arg("60").stdin(listener).spawn().expect("sleep");
-    bed.pod.cgroup.add(holder.id()).expect("added");
-    let mut attach = bed.agent.for_pod("attach", &bed.pod, &INIT_FLAGS);
+    fixture.pod.cgroup.add(holder.id()).expect("added");
+    let mut attach = fixture.agent.for_pod("attach", &fixture.pod, &INIT_FLAGS);
     let output = tests::agent::finish(&mut attach).expect("run");
     let log = String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success(), "{log}");
     assert!(log.contains("MPTCP"), "{log}");
-    assert_eq!(bed.answer(false), "Refused");
-    let status = bed.agent.status().expect("a status");
+    assert_eq!(fixture.answer(false), "Refused");
+    let status = fixture.agent.status().expect("a status");
     assert_eq!(status[0]["mptcp_listeners"][0]["port"], 15006, "{status:#}");
     holder.kill().expect("killed");
     holder.wait().expect("gone");
     // It comes back, and gets TCP: what a runtime falls back to.
-    let _tcp = bed.open("again", 1);
-    assert_eq!(bed.answer(false), "again");
-    bed.agent.detach(&bed.pod).expect("detached");
+    let _tcp = fixture.open("again", 1);
+    assert_eq!(fixture.answer(false), "again");
+    fixture.agent.detach(&fixture.pod).expect("detached");
 }
 
 #[test]
 fn the_proxy_is_refused_mptcp_and_nobody_else() {
-    let bed = Bed::new("refused");
-    bed.agent.attach(&bed.pod, &INIT_FLAGS).expect("attached");
-    let open = |ids| steps::run(&bed.pod, ids, &[Step::Open(Kind::Mptcp4)]).expect("run");
+    let fixture = ListenersFixture::new("refused");
+    fixture.agent.attach(&fixture.pod, &INIT_FLAGS).expect("attached");
+    let open = |ids| steps::run(&fixture.pod, ids, &[Step::Open(Kind::Mptcp4)]).expect("run");
     assert_eq!(open(Ids::PROXY), ["EPROTONOSUPPORT"]);
     assert_eq!(open(Ids { uid: 1000, gid: 1337 }), ["EPROTONOSUPPORT"]);
     assert_eq!(open(Ids::APP), ["ok"]);
     assert_eq!(open(Ids::ROOT), ["ok"]);
-    let status = bed.agent.status().expect("a status");
+    let status = fixture.agent.status().expect("a status");
     let failures = status[0]["failures"].as_array().expect("failures");
     assert!(failures.iter().any(|f| f["reason"] == "mptcp_refused" && f["count"] == 2), "{status:#}");
-    bed.agent.detach(&bed.pod).expect("detached");
+    fixture.agent.detach(&fixture.pod).expect("detached");
     assert_eq!(open(Ids::PROXY), ["ok"]);
 }
 
 /// A proxy on 127.0.0.1 and ::1 takes what is redirected to it, and nothing from outside.
 #[test]
 fn a_proxy_on_localhost_gets_nothing_from_outside() {
-    let bed = Bed::new("localhost");
-    bed.agent.attach(&bed.pod, &INIT_FLAGS).expect("attached");
+    let fixture = ListenersFixture::new("localhost");
+    fixture.agent.attach(&fixture.pod, &INIT_FLAGS).expect("attached");
     for at in [IpAddr::from(Ipv4Addr::LOCALHOST), Ipv6Addr::LOCALHOST.into()] {
         for port in [15001, 15006] {
             let bind = Bind::new(Ids::PROXY, SocketAddr::new(at, port));
             let listen = Listen { name: port.to_string(), transport: Transport::Tcp, bind };
-            bed.inside.listen(listen).expect("a listener");
+            fixture.inside.listen(listen).expect("a listener");
         }
     }
     for v6 in [false, true] {
-        assert_ne!(bed.answer(v6), "15006");
+        assert_ne!(fixture.answer(v6), "15006");
         let service = if v6 { "[fd96::10]:80" } else { "10.96.0.10:80" };
         let dial = Dial::new(Ids::APP, service.parse().expect("an address"));
-        let Outcome::Answered(answer) = bed.inside.dial(dial).expect("dialled").outcome else {
+        let Outcome::Answered(answer) = fixture.inside.dial(dial).expect("dialled").outcome else {
             panic!("{service}")
         };
         assert_eq!(answer.server, "15001");
-        assert_eq!(answer.peer.ip(), bed.pod.address(v6));
+        assert_eq!(answer.peer.ip(), fixture.pod.address(v6));
         assert!(answer.local.ip().is_loopback(), "{answer:?}");
     }
     // The addresses that stand in for the proxy's own lead nowhere from outside.
     for to in ["[fd69:6e74::1]:15001", "[fd69:6e74::8000:0:0:1]:15001", "[fd69:6e74::1]:8080"] {
         let mut dial = Dial::new(Ids::ROOT, to.parse().expect("an address"));
         dial.timeout = std::time::Duration::from_millis(300);
-        let outcome = bed.world.dial(dial).expect("dialled").outcome;
+        let outcome = fixture.world.dial(dial).expect("dialled").outcome;
         assert!(!matches!(outcome, Outcome::Answered(_)), "{to}: {outcome:?}");
     }
-    bed.agent.detach(&bed.pod).expect("detached");
+    fixture.agent.detach(&fixture.pod).expect("detached");
 }

@@ -11,13 +11,13 @@ use tests::agent::{Agent, INIT_FLAGS};
 use tests::bpf;
 use tests::testbed::{Ids, Pod, PodSpec};
 
-struct Bed {
+struct RedirectsFixture {
     inside: Actor,
     agent: Agent,
     pod: Pod,
 }
 
-impl Bed {
+impl RedirectsFixture {
     fn new(label: &str, at: [&str; 2]) -> Self {
         let agent = Agent::new(label).expect("the agent");
         let pod = Pod::new(PodSpec::new(label)).expect("a pod");
@@ -68,24 +68,28 @@ fn nat_in_the_pod_changes_nothing() {
     for at in [WILDCARD, LOCALHOST] {
         for rule in rules {
             for attached_first in [false, true] {
-                let bed = Bed::new("nat", at);
-                let attach = || bed.agent.attach(&bed.pod, &INIT_FLAGS).expect("attached");
+                let fixture = RedirectsFixture::new("nat", at);
+                let attach = || fixture.agent.attach(&fixture.pod, &INIT_FLAGS).expect("attached");
                 if attached_first {
                     attach();
                 }
                 for (iptables, own) in [("iptables", "10.66.0.2"), ("ip6tables", "fd66::2")] {
-                    bed.command(&format!("{iptables} -w -t nat -A {}", rule.replace("{own}", own)));
+                    fixture.command(&format!("{iptables} -w -t nat -A {}", rule.replace("{own}", own)));
                 }
                 if !attached_first {
                     attach();
                 }
                 for to in SERVICES {
                     for _ in 0..5 {
-                        assert_eq!(bed.original(to), Ok(to.parse().expect("an address")), "{rule}, {at:?}");
+                        assert_eq!(
+                            fixture.original(to),
+                            Ok(to.parse().expect("an address")),
+                            "{rule}, {at:?}"
+                        );
                     }
                 }
-                forgotten(&bed);
-                bed.agent.detach(&bed.pod).expect("detached");
+                forgotten(&fixture);
+                fixture.agent.detach(&fixture.pod).expect("detached");
             }
         }
     }
@@ -94,30 +98,30 @@ fn nat_in_the_pod_changes_nothing() {
 /// Docker's own rule, in a pod that runs one.
 #[test]
 fn nat_for_nested_containers_changes_nothing() {
-    let bed = Bed::new("docker", WILDCARD);
-    bed.agent.attach(&bed.pod, &INIT_FLAGS).expect("attached");
-    bed.command(
+    let fixture = RedirectsFixture::new("docker", WILDCARD);
+    fixture.agent.attach(&fixture.pod, &INIT_FLAGS).expect("attached");
+    fixture.command(
         "ip link add docker0 type veth peer name docker1 && ip addr add 172.17.0.1/16 dev docker0 && ip link set docker0 up",
     );
-    bed.command("iptables -w -t nat -A POSTROUTING -s 172.17.0.0/16 ! -o docker0 -j MASQUERADE");
-    bed.command("iptables -w -t nat -A POSTROUTING -s 10.66.0.0/16 ! -o docker0 -j MASQUERADE");
+    fixture.command("iptables -w -t nat -A POSTROUTING -s 172.17.0.0/16 ! -o docker0 -j MASQUERADE");
+    fixture.command("iptables -w -t nat -A POSTROUTING -s 10.66.0.0/16 ! -o docker0 -j MASQUERADE");
     for to in SERVICES {
-        assert_eq!(bed.original(to), Ok(to.parse().expect("an address")));
+        assert_eq!(fixture.original(to), Ok(to.parse().expect("an address")));
     }
-    bed.agent.detach(&bed.pod).expect("detached");
+    fixture.agent.detach(&fixture.pod).expect("detached");
 }
 
-fn forgotten(bed: &Bed) {
+fn forgotten(fixture: &RedirectsFixture) {
     let deadline = Instant::now() + Duration::from_secs(10);
     loop {
-        let left = bed.agent.remembered().expect("the map");
+        let left = fixture.agent.remembered().expect("the map");
         if left == 0 {
             break;
         }
         assert!(Instant::now() < deadline, "{left} entries are left");
         std::thread::yield_now();
     }
-    let status = bed.agent.status().expect("a status");
+    let status = fixture.agent.status().expect("a status");
     assert_eq!(status[0]["connections"], 0, "{status:#}");
 }
 
@@ -126,20 +130,20 @@ fn forgotten(bed: &Bed) {
 fn a_narrow_loopback_is_as_good() {
     for net in ["127.0.0.1/8", "127.0.0.1/16", "127.0.0.1/32", "127.0.0.1/9"] {
         for at in [WILDCARD, LOCALHOST] {
-            let bed = Bed::new("narrow", at);
-            bed.command(&format!(
+            let fixture = RedirectsFixture::new("narrow", at);
+            fixture.command(&format!(
                 "ip addr flush dev lo scope host && ip addr add {net} dev lo && ip -6 addr add ::1/128 dev lo"
             ));
-            bed.agent.attach(&bed.pod, &INIT_FLAGS).expect("attached");
+            fixture.agent.attach(&fixture.pod, &INIT_FLAGS).expect("attached");
             for to in SERVICES {
-                assert_eq!(bed.original(to), Ok(to.parse().expect("an address")), "{net}, {at:?}");
+                assert_eq!(fixture.original(to), Ok(to.parse().expect("an address")), "{net}, {at:?}");
             }
             let dns = ["-u", "1337", "-i", "*", "-b", "*", "--redirect-dns", "--capture-all-dns"];
-            bed.agent.attach(&bed.pod, &dns).expect("attached");
+            fixture.agent.attach(&fixture.pod, &dns).expect("attached");
             for to in ["10.96.0.10:53", "[fd96::10]:53"] {
-                assert_eq!(bed.original(to), Ok(to.parse().expect("an address")), "{net}, {at:?}");
+                assert_eq!(fixture.original(to), Ok(to.parse().expect("an address")), "{net}, {at:?}");
             }
-            bed.agent.detach(&bed.pod).expect("detached");
+            fixture.agent.detach(&fixture.pod).expect("detached");
         }
     }
 }
@@ -147,14 +151,14 @@ fn a_narrow_loopback_is_as_good() {
 /// The loopback interface loses its IPv6 routes when it is taken down, and does not get ours back by itself.
 #[test]
 fn a_loopback_that_was_down_is_as_good() {
-    let bed = Bed::new("down", WILDCARD);
-    bed.command("ip link set lo down");
-    let (_running, _) = bed.agent.run(&bed.pod, &INIT_FLAGS).expect("in force");
-    bed.command("ip link set lo up && ip link set lo down && ip link set lo up");
+    let fixture = RedirectsFixture::new("down", WILDCARD);
+    fixture.command("ip link set lo down");
+    let (_running, _) = fixture.agent.run(&fixture.pod, &INIT_FLAGS).expect("in force");
+    fixture.command("ip link set lo up && ip link set lo down && ip link set lo up");
     let deadline = Instant::now() + Duration::from_secs(10);
     for to in SERVICES {
-        while bed.original(to) != Ok(to.parse().expect("an address")) {
-            assert!(Instant::now() < deadline, "{to}: {:?}", bed.original(to));
+        while fixture.original(to) != Ok(to.parse().expect("an address")) {
+            assert!(Instant::now() < deadline, "{to}: {:?}", fixture.original(to));
         }
     }
 }
@@ -162,39 +166,39 @@ fn a_loopback_that_was_down_is_as_good() {
 /// A program above the pod that sets the callbacks of sockets without keeping others'.
 #[test]
 fn entries_go_with_their_connections_whatever_other_programs_do() {
-    let bed = Bed::new("overruled", WILDCARD);
-    let above = bed.pod.cgroup.path().parent().expect("a parent").to_owned();
+    let fixture = RedirectsFixture::new("overruled", WILDCARD);
+    let above = fixture.pod.cgroup.path().parent().expect("a parent").to_owned();
     let program = bpf::load_overruling().expect("loaded");
     let folder = std::fs::File::open(&above).expect("opened");
     let attach_type = aya_obj::generated::bpf_attach_type::BPF_CGROUP_SOCK_OPS;
     let link =
-        intercept_agent::kernel::link_create(program.as_fd(), folder.as_fd(), attach_type).expect("attached");
-    bed.agent.attach(&bed.pod, &INIT_FLAGS).expect("attached");
+        intercept_agent::sys::link_create(program.as_fd(), folder.as_fd(), attach_type).expect("attached");
+    fixture.agent.attach(&fixture.pod, &INIT_FLAGS).expect("attached");
     for _ in 0..100 {
         for to in SERVICES {
-            assert_eq!(bed.original(to), Ok(to.parse().expect("an address")));
+            assert_eq!(fixture.original(to), Ok(to.parse().expect("an address")));
         }
     }
-    forgotten(&bed);
+    forgotten(&fixture);
     // Refused ones, too.
-    bed.agent.attach(&bed.pod, &["-p", "15009", "-u", "1337", "-i", "*"]).expect("attached");
+    fixture.agent.attach(&fixture.pod, &["-p", "15009", "-u", "1337", "-i", "*"]).expect("attached");
     for _ in 0..100 {
         for to in SERVICES {
-            assert!(bed.original(to).is_err());
+            assert!(fixture.original(to).is_err());
         }
     }
-    forgotten(&bed);
+    forgotten(&fixture);
     drop(link);
-    bed.agent.detach(&bed.pod).expect("detached");
+    fixture.agent.detach(&fixture.pod).expect("detached");
 }
 
 /// Whoever closes first, and to whichever port of the proxy: no socket stays in a state that only a timeout ends.
 #[test]
 fn nothing_lingers_whoever_closes_first() {
     for at in [WILDCARD, LOCALHOST] {
-        let bed = Bed::new("lingers", at);
+        let fixture = RedirectsFixture::new("lingers", at);
         let flags = ["-u", "1337", "-i", "*", "-b", "*", "--redirect-dns", "--capture-all-dns"];
-        bed.agent.attach(&bed.pod, &flags).expect("attached");
+        fixture.agent.attach(&fixture.pod, &flags).expect("attached");
         for (ids, to) in [
             (Ids::APP, "[fd96::10]:80"),
             (Ids::APP, "10.96.0.10:80"),
@@ -202,21 +206,21 @@ fn nothing_lingers_whoever_closes_first() {
             (Ids::PROXY, "[fd66::2]:8080"),
             (Ids::PROXY, "10.66.0.2:8080"),
         ] {
-            for from in [None, Some(bed.pod.address(to.starts_with('[')))] {
+            for from in [None, Some(fixture.pod.address(to.starts_with('[')))] {
                 let to: SocketAddr = to.parse().expect("an address");
-                closed_by_client(&bed.pod, ids, to, from);
+                closed_by_client(&fixture.pod, ids, to, from);
             }
         }
         let deadline = Instant::now() + Duration::from_secs(8);
         loop {
-            let left = last_acks(&bed.pod);
+            let left = last_acks(&fixture.pod);
             if left.is_empty() {
                 break;
             }
             assert!(Instant::now() < deadline, "{at:?}: {left}");
             std::thread::sleep(Duration::from_millis(50));
         }
-        bed.agent.detach(&bed.pod).expect("detached");
+        fixture.agent.detach(&fixture.pod).expect("detached");
     }
 }
 

@@ -4,7 +4,7 @@ use std::{path::Path, process::Command, thread};
 
 use tests::{
     agent::Agent,
-    testbed::{Bpffs, Place, cgroup},
+    testbed::{Bpffs, Sandbox, cgroup},
 };
 
 /// Runs `attach` and checks that it is refused as said and that nothing has changed.
@@ -26,8 +26,8 @@ fn check_refused(agent: &Agent, command: &mut Command, code: i32, words: &[&str]
 
 #[test]
 fn options_that_do_not_hold() {
-    let (agent, pod) = (Agent::new("options").expect("the agent"), Place::new("options").expect("a pod"));
-    let place = [
+    let (agent, pod) = (Agent::new("options").expect("the agent"), Sandbox::new("options").expect("a pod"));
+    let sandbox = [
         "--cgroup-path",
         pod.cgroup.path().to_str().expect("text"),
         "--netns",
@@ -43,7 +43,7 @@ fn options_that_do_not_hold() {
         (&["-d", "80,http"], &["--istio-local-exclude-ports", "http"]),
         (&["--no-such-option"], &["--no-such-option"]),
     ] {
-        refused(&agent, &[&place[..], options].concat(), 2, words);
+        refused(&agent, &[&sandbox[..], options].concat(), 2, words);
     }
 }
 
@@ -65,7 +65,7 @@ fn values_of_the_daemon_that_do_not_hold() {
 
 #[test]
 fn cgroups_that_are_none() {
-    let (agent, pod) = (Agent::new("cgroups").expect("the agent"), Place::new("cgroups").expect("a pod"));
+    let (agent, pod) = (Agent::new("cgroups").expect("the agent"), Sandbox::new("cgroups").expect("a pod"));
     let netns = pod.netns.path().to_str().expect("text");
     let root = cgroup::mount_point().expect("cgroup2");
     let file = pod.cgroup.path().join("cgroup.procs");
@@ -92,7 +92,7 @@ fn cgroups_that_are_none() {
 
 #[test]
 fn namespaces_that_are_none() {
-    let (agent, pod) = (Agent::new("netns").expect("the agent"), Place::new("netns").expect("a pod"));
+    let (agent, pod) = (Agent::new("netns").expect("the agent"), Sandbox::new("netns").expect("a pod"));
     let cgroup = pod.cgroup.path().to_str().expect("text");
     for (args, words) in [
         (&["--netns", "/etc/hostname"][..], &["/etc/hostname", "namespace"][..]),
@@ -109,7 +109,7 @@ fn namespaces_that_are_none() {
 #[test]
 fn without_privileges() {
     let (agent, pod) =
-        (Agent::new("unprivileged").expect("the agent"), Place::new("unprivileged").expect("a pod"));
+        (Agent::new("unprivileged").expect("the agent"), Sandbox::new("unprivileged").expect("a pod"));
     let inner = agent.for_pod("attach", &pod, &["-i", "*"]);
     // Root without CAP_NET_ADMIN, by the tool that is everywhere.
     let mut command = Command::new("setpriv");
@@ -123,7 +123,7 @@ fn without_privileges() {
 #[test]
 fn without_a_bpffs() {
     let agent = Agent::on(Bpffs::folder("unmounted").expect("a folder")).expect("the agent");
-    let pod = Place::new("unmounted").expect("a pod");
+    let pod = Sandbox::new("unmounted").expect("a pod");
     // A thread that may not mount, as containers may not by default; what it starts may not either.
     thread::scope(|scope| {
         let forbidden = scope.spawn(|| {

@@ -13,14 +13,14 @@ fn addr(text: &str) -> SocketAddr {
     text.parse().unwrap_or_else(|_| panic!("{text} is not an address"))
 }
 
-struct Bed {
+struct RelayFixture {
     inside: Actor,
     world: Actor,
     _pod: Pod,
 }
 
 /// A pod with an application on 8080 and a relay on each side, and the world on 80.
-fn bed(label: &str, options: &Options, proxy: Ids, inbound: Direction) -> Bed {
+fn fixture(label: &str, options: &Options, proxy: Ids, inbound: Direction) -> RelayFixture {
     let pod = Pod::new(PodSpec::new(label)).expect("a pod");
     apply(options, &pod, Backend::Nft).expect("rules");
     let (inside, world) =
@@ -42,7 +42,7 @@ fn bed(label: &str, options: &Options, proxy: Ids, inbound: Direction) -> Bed {
             inside.relay(relay).expect("a relay");
         }
     }
-    Bed { inside, world, _pod: pod }
+    RelayFixture { inside, world, _pod: pod }
 }
 
 fn answer(seen: &Dialled) -> &Answer {
@@ -52,18 +52,18 @@ fn answer(seen: &Dialled) -> &Answer {
     }
 }
 
-fn told(bed: &Bed) -> Relayed {
-    let mut told = bed.inside.relayed(1, Duration::from_secs(5));
+fn told(fixture: &RelayFixture) -> Relayed {
+    let mut told = fixture.inside.relayed(1, Duration::from_secs(5));
     assert_eq!(told.len(), 1, "{told:?}");
     told.remove(0)
 }
 
-fn outbound(bed: &Bed) {
+fn outbound(fixture: &RelayFixture) {
     for to in ["198.51.100.7:80", "[2001:db8::7]:80"] {
         let to = addr(to);
-        let seen = bed.inside.dial(Dial::new(Ids::APP, to)).expect("dialled");
+        let seen = fixture.inside.dial(Dial::new(Ids::APP, to)).expect("dialled");
         assert_eq!((answer(&seen).server.as_str(), answer(&seen).local), ("world", to));
-        let told = told(bed);
+        let told = told(fixture);
         assert_eq!(told.relay, "outbound");
         assert_eq!(told.original_dst, OriginalDst::Addr(to));
         assert_eq!(Some(told.peer), seen.sockname);
@@ -73,14 +73,14 @@ fn outbound(bed: &Bed) {
 
 #[test]
 fn under_redirect() {
-    let bed = bed("relay-redirect", &Options::injected(), Ids::PROXY, Direction::Inbound);
-    outbound(&bed);
+    let fixture = fixture("relay-redirect", &Options::injected(), Ids::PROXY, Direction::Inbound);
+    outbound(&fixture);
     for (to, onwards) in [("10.66.0.2:8080", "127.0.0.6"), ("[fd66::2]:8080", "::6")] {
         let to = addr(to);
-        let seen = bed.world.dial(Dial::new(Ids::ROOT, to)).expect("dialled");
+        let seen = fixture.world.dial(Dial::new(Ids::ROOT, to)).expect("dialled");
         assert_eq!((answer(&seen).server.as_str(), answer(&seen).local), ("app", to));
         assert_eq!(answer(&seen).peer.ip().to_string(), onwards);
-        let told = told(&bed);
+        let told = told(&fixture);
         assert_eq!(told.relay, "inbound");
         assert_eq!(told.original_dst, OriginalDst::Addr(to));
         assert_eq!(Some(told.peer), seen.sockname);
@@ -93,15 +93,16 @@ fn under_tproxy() {
     let tproxy = Tproxy { mark: 1337, table: 133 };
     let options = Options { tproxy: Some(tproxy), ..Options::injected() };
     let proxy = Ids { uid: 0, gid: 1337 };
-    let bed = bed("relay-tproxy", &options, proxy, Direction::InboundTransparent { mark: tproxy.mark });
-    outbound(&bed);
+    let fixture =
+        fixture("relay-tproxy", &options, proxy, Direction::InboundTransparent { mark: tproxy.mark });
+    outbound(&fixture);
     for (to, from) in [("10.66.0.2:8080", "198.51.100.9"), ("[fd66::2]:8080", "2001:db8::9")] {
         let (to, from) = (addr(to), from.parse().expect("an address"));
         let dial = Dial { from: Some(from), ..Dial::new(Ids::ROOT, to) };
-        let seen = bed.world.dial(dial).expect("dialled");
+        let seen = fixture.world.dial(dial).expect("dialled");
         assert_eq!((answer(&seen).server.as_str(), answer(&seen).local), ("app", to));
         assert_eq!(answer(&seen).peer.ip(), from, "the application does not see the client itself");
-        let told = told(&bed);
+        let told = told(&fixture);
         assert_eq!((told.local, told.original_dst), (to, OriginalDst::Addr(to)));
         assert_eq!(Some(told.peer), seen.sockname);
     }

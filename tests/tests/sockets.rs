@@ -22,13 +22,13 @@ enum Proxy {
 }
 
 /// A pod with two interfaces in which the proxy, applications and a name server answer, and the world does.
-struct Bed {
+struct SocketsFixture {
     inside: Actor,
     _world: Actor,
     pod: Pod,
 }
 
-impl Bed {
+impl SocketsFixture {
     fn new(label: &str, proxy: Proxy) -> Self {
         let pod = Pod::new(PodSpec::new(label).with_eth1()).expect("a pod");
         let inside = Actor::start(&pod).expect("an actor");
@@ -60,10 +60,10 @@ fn listen(actor: &Actor, name: &str, transport: Transport, ids: Ids, at: &str, p
 }
 
 fn under(capture: &Capture, options: &Options, proxy: Proxy, ids: Ids, steps: &[Step]) -> Vec<Outcome> {
-    let bed = Bed::new("sockets", proxy);
-    let captured = capture.start(options, &bed.pod).expect("captured");
-    let outcomes = steps::run(&bed.pod, ids, steps).expect("run");
-    drop(bed.inside);
+    let fixture = SocketsFixture::new("sockets", proxy);
+    let captured = capture.start(options, &fixture.pod).expect("captured");
+    let outcomes = steps::run(&fixture.pod, ids, steps).expect("run");
+    drop(fixture.inside);
     captured.stop().expect("stopped");
     outcomes
 }
@@ -401,17 +401,17 @@ fn clients_of_mptcp_are_told_right() {
 /// agent has no connection go around the proxy.
 #[test]
 fn a_route_that_leaves_by_an_excluded_interface_too_is_captured() {
-    let bed = Bed::new("ecmp", Proxy::Wildcard);
+    let fixture = SocketsFixture::new("ecmp", Proxy::Wildcard);
     let add = "ip route add 198.18.0.0/16 nexthop via 10.66.0.1 dev eth0 nexthop via 10.67.0.1 dev eth1 && \
                ip route add 198.19.0.0/16 nexthop via 10.67.0.1 dev eth1 nexthop via 10.67.0.7 dev eth1";
-    let status = bed.pod.command("sh").expect("a command").args(["-c", add]).status().expect("sh");
+    let status = fixture.pod.command("sh").expect("a command").args(["-c", add]).status().expect("sh");
     assert!(status.success());
     let options = Options { exclude_interfaces: vec!["eth1".into()], ..Options::injected() };
     let agent = Capture::agent().expect("the agent");
-    let captured = agent.start(&options, &bed.pod).expect("captured");
+    let captured = agent.start(&options, &fixture.pod).expect("captured");
     let dial = |to: String| {
         let steps = [Open(Tcp4), Connect(at(&to)), Read];
-        steps::run(&bed.pod, Ids::APP, &steps).expect("run").pop().expect("an outcome")
+        steps::run(&fixture.pod, Ids::APP, &steps).expect("run").pop().expect("an outcome")
     };
     for n in 1..=16 {
         let mixed = dial(format!("198.18.0.{n}:80"));
@@ -427,18 +427,18 @@ fn a_route_that_leaves_by_an_excluded_interface_too_is_captured() {
 fn of_several_ipv6_addresses_the_closest_is_the_source() {
     let agent = Capture::agent().expect("the agent");
     for capture in [&Capture::Iptables(Backend::Nft), &agent] {
-        let bed = Bed::new("rfc6724", Proxy::Wildcard);
+        let fixture = SocketsFixture::new("rfc6724", Proxy::Wildcard);
         for own in ["2001:db8:a::2/64", "2001:db8:b::2/64", "2001:db8:b:8000::2/64"] {
-            bed.pod.netns.add_address("eth0", own.parse().expect("an address")).expect("added");
+            fixture.pod.netns.add_address("eth0", own.parse().expect("an address")).expect("added");
         }
-        let captured = capture.start(&Options::injected(), &bed.pod).expect("captured");
+        let captured = capture.start(&Options::injected(), &fixture.pod).expect("captured");
         for (to, own) in [
             ("2001:db8:a:1::9", "2001:db8:a::2"),
             ("2001:db8:b:1::9", "2001:db8:b::2"),
             ("2001:db8:b:9000::9", "2001:db8:b:8000::2"),
         ] {
             let steps = [Open(Tcp6), Connect(at(&format!("[{to}]:80"))), Name, Read];
-            let outcomes = steps::run(&bed.pod, Ids::APP, &steps).expect("run");
+            let outcomes = steps::run(&fixture.pod, Ids::APP, &steps).expect("run");
             let read = format!("outbound for [{to}]:80 from [{own}]:*");
             assert_eq!(outcomes[2..], [format!("[{own}]:*"), read], "{capture:?}: {to}");
         }
@@ -450,13 +450,13 @@ fn of_several_ipv6_addresses_the_closest_is_the_source() {
 /// its destination.
 #[test]
 fn the_source_of_a_link_local_destination_is_on_its_link() {
-    let bed = Bed::new("link-local", Proxy::Wildcard);
-    let index = bed.pod.netns.link_index("eth0").expect("an index");
+    let fixture = SocketsFixture::new("link-local", Proxy::Wildcard);
+    let index = fixture.pod.netns.link_index("eth0").expect("an index");
     let to = std::net::SocketAddrV6::new("fe80::1234".parse().expect("an address"), 80, 0, index);
     let agent = Capture::agent().expect("the agent");
-    let captured = agent.start(&Options::injected(), &bed.pod).expect("captured");
+    let captured = agent.start(&Options::injected(), &fixture.pod).expect("captured");
     let steps = [Open(Tcp6), Connect(to.into()), Name, Peer, Read];
-    let outcomes = steps::run(&bed.pod, Ids::APP, &steps).expect("run");
+    let outcomes = steps::run(&fixture.pod, Ids::APP, &steps).expect("run");
     assert!(outcomes[2].starts_with("[fe80::"), "{outcomes:?}");
     assert_eq!(outcomes[3], "[fe80::1234]:80");
     assert_eq!(outcomes[4], format!("outbound for [fe80::1234]:80 from {}", outcomes[2]));

@@ -10,8 +10,8 @@ use aya::{
     maps::{Map, MapData, MapInfo, PerCpuArray, PerCpuValues, ProgramArray},
     programs::loaded_programs,
 };
-use intercept_agent::kernel::Plain;
-use intercept_common::{layout::Arrival, names};
+use intercept_agent::sys::Plain;
+use intercept_common::{layout::LookupScratch, names};
 use tests::{
     actor::{Actor, Bind, Dial, Listen, Outcome, Transport},
     agent::Agent,
@@ -55,7 +55,7 @@ fn without_the_shared_half_inbound_is_refused() {
     agent.attach(&pod, &FLAGS).expect("attached");
     assert_eq!(answer(&pod, &world), "proxy");
 
-    let data = MapData::from_pin(pin(&agent, names::INBOUND)).expect("a map");
+    let data = MapData::from_pin(pin(&agent, names::JUMP_TABLE)).expect("a map");
     let mut programs = ProgramArray::try_from(Map::ProgramArray(data)).expect("of programs");
     programs.clear_index(&0).expect("taken out");
     let refused = answer(&pod, &world);
@@ -77,17 +77,17 @@ fn the_note_of_another_look_up_is_not_believed() {
     listen(&inside, "proxy", Ids::PROXY, 15006);
     agent.attach(&pod, &FLAGS).expect("attached");
 
-    let arrival = MapInfo::from_pin(pin(&agent, names::ARRIVAL)).expect("a map").id();
+    let scratch = MapInfo::from_pin(pin(&agent, names::LOOKUP_SCRATCH)).expect("a map").id();
     let steer = loaded_programs()
         .flatten()
         .find(|program| {
-            program.name_as_str() == Some(names::STEER)
-                && program.map_ids().ok().flatten().is_some_and(|ids| ids.contains(&arrival))
+            program.name_as_str() == Some(names::STEER_INBOUND)
+                && program.map_ids().ok().flatten().is_some_and(|ids| ids.contains(&scratch))
         })
         .expect("the program is loaded");
     let program = steer.fd().expect("a descriptor");
-    let data = MapData::from_pin(pin(&agent, names::ARRIVAL)).expect("a map");
-    let mut notes: PerCpuArray<_, Plain<Arrival>> =
+    let data = MapData::from_pin(pin(&agent, names::LOOKUP_SCRATCH)).expect("a map");
+    let mut notes: PerCpuArray<_, Plain<LookupScratch>> =
         PerCpuArray::try_from(Map::PerCpuArray(data)).expect("of notes");
     let cpus = aya::util::nr_cpus().expect("a number of CPUs");
     let netns = agent.status().expect("status")[0]["netns_cookie"].as_u64().expect("a cookie");
@@ -96,7 +96,7 @@ fn the_note_of_another_look_up_is_not_believed() {
     let local = SocketAddrV4::new(Ipv4Addr::new(10, 1, 2, 3), 8080);
     let mut look_up = |ports: u64| {
         let address = u64::from(remote.ip().to_bits().to_be());
-        let note = Plain(Arrival { netns, tag: address << 32 | ports, listeners: 0 });
+        let note = Plain(LookupScratch { netns, tag: address << 32 | ports, listeners: 0 });
         notes.set(0, PerCpuValues::try_from(vec![note; cpus]).expect("one a CPU"), 0).expect("noted");
         bpf::look_up(program.as_fd().as_raw_fd(), remote, local).expect("run")
     };

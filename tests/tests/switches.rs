@@ -8,7 +8,7 @@ use tests::testbed::{Pod, PodSpec};
 
 const FLAGS: [&str; 4] = ["-u", "1337", "-i", "*"];
 
-fn bed(label: &str) -> (Agent, Pod) {
+fn fixture(label: &str) -> (Agent, Pod) {
     (Agent::new("switches").expect("the agent"), Pod::new(PodSpec::new(label)).expect("a pod"))
 }
 
@@ -27,7 +27,7 @@ fn attached(agent: &Agent) -> usize {
 
 #[test]
 fn a_dry_run_prints_the_policy_and_changes_nothing() {
-    let (agent, pod) = bed("dry-run");
+    let (agent, pod) = fixture("dry-run");
     for flag in ["-n", "--dry-run"] {
         let (said, _) = attach(&agent, &pod, &[flag, "-q", "3306"]);
         assert!(said.contains("outbound TCP goes to      15001"), "{said}");
@@ -40,7 +40,7 @@ fn a_dry_run_prints_the_policy_and_changes_nothing() {
 
 #[test]
 fn cleanup_only_takes_away_what_there_is() {
-    let (agent, pod) = bed("cleanup");
+    let (agent, pod) = fixture("cleanup");
     attach(&agent, &pod, &["--cleanup-only"]);
     attach(&agent, &pod, &[]);
     assert_eq!(attached(&agent), 1);
@@ -50,7 +50,7 @@ fn cleanup_only_takes_away_what_there_is() {
 
 #[test]
 fn skip_rule_apply_changes_nothing() {
-    let (agent, pod) = bed("skip");
+    let (agent, pod) = fixture("skip");
     attach(&agent, &pod, &["--skip-rule-apply"]);
     assert!(!agent.store().exists(), "something was loaded");
     attach(&agent, &pod, &[]);
@@ -61,7 +61,7 @@ fn skip_rule_apply_changes_nothing() {
 
 #[test]
 fn force_apply_writes_everything_anew() {
-    let (agent, pod) = bed("force");
+    let (agent, pod) = fixture("force");
     let policy = || agent.status().expect("the status")[0]["policy"].clone();
     assert!(attach(&agent, &pod, &[]).0.starts_with("attached"));
     let first = policy();
@@ -73,7 +73,7 @@ fn force_apply_writes_everything_anew() {
 
 #[test]
 fn the_network_namespace_may_be_named_the_istio_way() {
-    let (agent, pod) = bed("netns");
+    let (agent, pod) = fixture("netns");
     // Nothing runs in the cgroup, from which it could be known.
     let mut attach = agent.command("attach");
     attach.arg("--cgroup-path").arg(pod.cgroup.path()).args(FLAGS);
@@ -84,7 +84,7 @@ fn the_network_namespace_may_be_named_the_istio_way() {
 /// What needs no doing here is said to need none, by its name; without the switch nothing is said of it.
 #[test]
 fn the_rest_is_answered_by_a_note() {
-    let (agent, pod) = bed("notes");
+    let (agent, pod) = fixture("notes");
     let (_, quiet) = attach(&agent, &pod, &[]);
     for switch in [
         "--reconcile",

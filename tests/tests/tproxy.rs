@@ -8,7 +8,7 @@ use tests::agent::Agent;
 use tests::agent::succeed;
 use tests::envoy;
 use tests::iptables::{Backend, Options, Tproxy, apply};
-use tests::testbed::{Ids, Place, Pod, PodSpec};
+use tests::testbed::{Ids, Pod, PodSpec, Sandbox};
 
 const FLAGS: [&str; 14] =
     ["-m", "TPROXY", "-t", "1337", "-r", "133", "-u", "1337", "-g", "1337", "-i", "*", "-b", "*"];
@@ -48,8 +48,8 @@ fn client_is_kept(label: &str, capture: impl FnOnce(&Pod)) -> Pod {
     pod
 }
 
-fn routing(place: &Place) -> String {
-    let mut ip = place.command("/bin/sh").expect("a command");
+fn routing(sandbox: &Sandbox) -> String {
+    let mut ip = sandbox.command("/bin/sh").expect("a command");
     ip.args(["-c", "for v in 4 6; do ip -$v rule; ip -$v route show table all; done; sysctl -n net.ipv4.tcp_fwmark_accept"]);
     succeed(ip).expect("ip runs")
 }

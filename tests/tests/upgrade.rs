@@ -9,7 +9,7 @@ use std::{
     sync::atomic::{AtomicBool, AtomicUsize, Ordering},
 };
 
-use intercept_agent::kernel;
+use intercept_agent::sys;
 use tests::{
     actor::{Actor, Bind, Dial, Listen, Outcome, Transport},
     agent::Agent,
@@ -89,8 +89,8 @@ fn what_another_layout_left_without_pods_goes() {
     let pod = Pod::new(PodSpec::new("idle")).expect("a pod");
     let idle = agent.bpffs().join("intercept/v1");
     fs::create_dir_all(idle.join("maps")).expect("made");
-    let map = kernel::create_blob("left", b"behind").expect("a map");
-    kernel::pin(map.as_fd(), &idle.join("maps/LEFT")).expect("pinned");
+    let map = sys::create_blob("left", b"behind").expect("a map");
+    sys::pin(map.as_fd(), &idle.join("maps/LEFT")).expect("pinned");
     agent.attach(&pod, &["-i", "*"]).expect("attached");
     assert!(!idle.exists());
     agent.detach(&pod).expect("detached");

@@ -9,7 +9,7 @@ use tests::agent::Agent;
 use tests::agent::succeed;
 use tests::iptables::{Backend, Cidrs, Options, apply};
 use tests::testbed::netlink::{Route, TABLE_LOCAL};
-use tests::testbed::{Ids, Place, Pod, PodSpec};
+use tests::testbed::{Ids, Pod, PodSpec, Sandbox};
 
 /// What guests dial: in -i, and not.
 const CAPTURED: [&str; 2] = ["203.0.113.80:80", "[2001:db8:9::80]:80"];
@@ -57,8 +57,8 @@ fn arrives_at_the_proxy(seen: &Dialled, to: &str, from: &str) {
     assert_eq!(answer.peer.ip().to_string(), from);
 }
 
-fn routing(place: &Place) -> String {
-    let mut ip = place.command("/bin/sh").expect("a command");
+fn routing(sandbox: &Sandbox) -> String {
+    let mut ip = sandbox.command("/bin/sh").expect("a command");
     ip.args(["-c", "for v in 4 6; do ip -$v rule; ip -$v route show table all; done"]);
     succeed(ip).expect("ip runs")
 }

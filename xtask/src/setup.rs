@@ -119,7 +119,7 @@ pub(crate) fn report(groups: &[Group]) -> Result<()> {
     Ok(())
 }
 
-fn find_toolchain() -> Result<toolchain::Toolchain, toolchain::Missing> {
+fn find_toolchain() -> Result<toolchain::Toolchain, toolchain::MissingTool> {
     toolchain::find(Path::new("rustc"))
 }
 

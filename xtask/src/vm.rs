@@ -26,7 +26,7 @@ use machine::Step;
 const MODULES: [&str; 4] = ["veth", "inet_diag", "tcp_diag", "udp_diag"];
 
 /// The demo, and what it starts.
-const PROGRAMS: [&str; 5] = ["demo", "actor", "slip", "steps", "intercept-agent"];
+const PROGRAMS: [&str; 5] = ["demo", "actor", "unusual", "steps", "intercept-agent"];
 
 /// Kernels that are too old: `check` says what they lack, and `attach` refuses in the same words.
 const TOO_OLD: [&str; 1] = ["5.10"];

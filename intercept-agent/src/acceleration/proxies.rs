@@ -4,12 +4,12 @@
 use std::{fs, io};
 
 use intercept_common::{
-    acceleration::{PodCell, Socket, kind},
+    acceleration::{JoinSocket, PodCell, kind},
     names,
 };
 
 use super::{Acceleration, AccelerationError, map_failed};
-use crate::{kernel::Plain, listeners::Listener, options::Config};
+use crate::{listeners::Listener, options::Config, sys::Plain};
 
 /// The users and groups of a pod's proxy, as the node sees them.
 #[derive(Clone, Copy, Debug)]
@@ -34,7 +34,7 @@ impl Acceleration {
             if !is_known(listener, config, owners) {
                 continue;
             }
-            let value = Socket { kind: kind::LISTENER, pod, ..Socket::default() };
+            let value = JoinSocket { kind: kind::LISTENER, pod, ..JoinSocket::default() };
             self.sockets
                 .insert(&listener.fd, Plain(value), 0)
                 .map_err(map_failed("adding a listener to", names::JOIN_SOCKETS))?;

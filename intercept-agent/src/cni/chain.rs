@@ -26,7 +26,7 @@ pub(super) struct ConfFile {
 
 /// Where in a configuration the entry belongs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Place {
+pub(super) enum EntryPosition {
     /// In the list of plugins that the file is, or becomes.
     File,
     /// In the first of Multus's delegates.
@@ -88,11 +88,11 @@ impl ConfFile {
 
     /// Put `entry` at its place. The entry stays where it is in a list that has it, unless that is the first: plugins
     /// that others append after it do no harm.
-    pub(super) fn insert(&mut self, place: Place, entry: &Value) -> Result<Inserted, InstallError> {
+    pub(super) fn insert(&mut self, place: EntryPosition, entry: &Value) -> Result<Inserted, InstallError> {
         let shown = self.path.display().to_string();
         let target = match place {
-            Place::File => &mut self.content,
-            Place::Delegate => {
+            EntryPosition::File => &mut self.content,
+            EntryPosition::Delegate => {
                 let delegate = self.content.get_mut("delegates").and_then(|list| list.get_mut(0));
                 delegate.ok_or_else(|| InstallError::Shape { path: shown.clone() })?
             }
@@ -134,7 +134,10 @@ impl ConfFile {
 }
 
 /// Where the entry has to be: in every one of these, of which the first is the one that the runtime reads.
-pub(super) fn targets(folder: &Path, named: Option<&str>) -> Result<Vec<(ConfFile, Place)>, InstallError> {
+pub(super) fn targets(
+    folder: &Path,
+    named: Option<&str>,
+) -> Result<Vec<(ConfFile, EntryPosition)>, InstallError> {
     let (valid, broken) = match named {
         Some(name) => (vec![ConfFile::read(&folder.join(name))?], Vec::new()),
         None => all(folder)?,
@@ -146,7 +149,7 @@ pub(super) fn targets(folder: &Path, named: Option<&str>) -> Result<Vec<(ConfFil
         });
     };
     if !kind(&first.content).is_some_and(|kind| MULTUS.contains(&kind)) {
-        return Ok(vec![(first.clone(), Place::File)]);
+        return Ok(vec![(first.clone(), EntryPosition::File)]);
     }
     let multus = first.clone();
     let others = || Ok::<_, InstallError>(all(folder)?.0.into_iter().filter(|file| file.path != multus.path));
@@ -169,12 +172,12 @@ pub(super) fn targets(folder: &Path, named: Option<&str>) -> Result<Vec<(ConfFil
             file => file,
         },
         (None, Some(delegate)) => {
-            targets.push((multus.clone(), Place::Delegate));
+            targets.push((multus.clone(), EntryPosition::Delegate));
             delegate.get("name").map(network).transpose()?.flatten()
         }
         (None, None) => None,
     };
-    targets.extend(source.map(|file| (file, Place::File)));
+    targets.extend(source.map(|file| (file, EntryPosition::File)));
     if targets.is_empty() {
         return Err(InstallError::NoDelegate { path: multus.path.display().to_string() });
     }

@@ -6,8 +6,8 @@ use serde::{Deserialize, Deserializer};
 use serde_json::Value;
 
 use crate::daemon::{
+    desired::CaptureArgs,
     protocol::{DEFAULT_SOCKET, Select},
-    wanted::Given,
 };
 
 /// The plugin's type, which is the name of its binary.
@@ -107,7 +107,7 @@ impl PluginConfig {
     }
 
     /// The options for every pod.
-    pub fn given(&self) -> Given {
-        Given { arguments: self.arguments.clone(), environment: self.environment.clone() }
+    pub fn given(&self) -> CaptureArgs {
+        CaptureArgs { arguments: self.arguments.clone(), environment: self.environment.clone() }
     }
 }

@@ -1,7 +1,7 @@
 use std::os::unix::net::UnixListener;
 
 use super::*;
-use crate::daemon::{protocol, reconcile::Problem};
+use crate::daemon::{protocol, reconcile::PodFailure};
 
 const PREVIOUS: &str = r#"{"cniVersion":"1.0.0","interfaces":[{"name":"eth0","sandbox":"/n"}],"ips":[{"address":"10.1.0.5/24"}]}"#;
 
@@ -29,7 +29,7 @@ fn error(printed: Printed) -> (u64, String) {
 }
 
 /// A daemon that gives one answer; the request it got.
-fn answering(folder: &Path, answer: Response) -> (PathBuf, std::thread::JoinHandle<Request>) {
+fn answering(folder: &Path, answer: Response) -> (PathBuf, std::thread::JoinHandle<DaemonRequest>) {
     use std::io::{BufRead as _, Write as _};
     let path = folder.join("s.sock");
     let listener = UnixListener::bind(&path).expect("bound");
@@ -52,11 +52,11 @@ fn add_asks_for_the_pod_and_passes_the_result_on() {
         "io.kubernetes.cri.pod-annotations":{"sidecar.istio.io/status":"{}"}}"#;
     let printed = call("ADD", &config(&socket, more)).perform().expect("done").expect("a result");
     assert_eq!(printed, serde_json::from_str::<Value>(PREVIOUS).expect("json"));
-    let Request::Add(add) = daemon.join().expect("answered") else { panic!("another request") };
+    let DaemonRequest::Add(add) = daemon.join().expect("answered") else { panic!("another request") };
     assert_eq!(
         *add,
         Add {
-            pod: Sandbox {
+            pod: SandboxInfo {
                 sandbox: "sandbox-1".into(),
                 uid: Some("uid-1".into()),
                 namespace: "shop".into(),
@@ -67,7 +67,7 @@ fn add_asks_for_the_pod_and_passes_the_result_on() {
             annotations: Some([("sidecar.istio.io/status".to_owned(), "{}".to_owned())].into()),
             addresses: vec![[10, 1, 0, 5].into()],
             select: protocol::Select::Sidecar,
-            given: crate::daemon::wanted::Given {
+            given: crate::daemon::desired::CaptureArgs {
                 arguments: vec!["-m".into(), "TPROXY".into()],
                 ..Default::default()
             },
@@ -99,7 +99,7 @@ fn annotations_that_nobody_reads_are_not_sent() {
     annotations.extend(other.map(|name| (name, "\u{1}".repeat(50_000))));
     let passed = json!({ "io.kubernetes.cri.pod-annotations": annotations });
     call("ADD", &config(&socket, &format!(r#","runtimeConfig":{passed}"#))).perform().expect("done");
-    let Request::Add(add) = daemon.join().expect("answered") else { panic!("another request") };
+    let DaemonRequest::Add(add) = daemon.join().expect("answered") else { panic!("another request") };
     let sent: Vec<String> = add.annotations.expect("told").into_keys().collect();
     let mut expected = read.map(str::to_owned);
     expected.sort();
@@ -122,7 +122,7 @@ fn input_that_is_not_text_gets_the_specifications_error() {
 #[test]
 fn a_pod_that_is_not_captured_fails_add_with_the_daemons_words() {
     let folder = tempfile::tempdir().expect("a folder");
-    let problem = Problem { cause: "options".into(), text: "annotation x: no".into() };
+    let problem = PodFailure { cause: "options".into(), text: "annotation x: no".into() };
     let (socket, daemon) = answering(folder.path(), Response::Failed(problem));
     let printed = call("ADD", &config(&socket, "")).perform();
     assert_eq!(error(printed), (100, "capturing the pod: annotation x: no".into()));
@@ -182,7 +182,7 @@ fn a_network_of_its_own_needs_no_result_before_it() {
         });
         let printed = call("ADD", &alone.to_string()).perform().expect("done");
         assert_eq!(printed, Some(json!({ "cniVersion": version })));
-        assert!(matches!(daemon.join().expect("answered"), Request::Add(_)));
+        assert!(matches!(daemon.join().expect("answered"), DaemonRequest::Add(_)));
         std::fs::remove_file(socket).expect("removed");
     }
 }
@@ -192,9 +192,9 @@ fn status_says_whether_a_pod_would_be_captured() {
     let folder = tempfile::tempdir().expect("a folder");
     let (socket, daemon) = answering(folder.path(), Response::Done("ready".into()));
     assert_eq!(call("STATUS", &config(&socket, "")).perform(), Ok(None));
-    assert_eq!(daemon.join().expect("answered"), Request::Ready);
+    assert_eq!(daemon.join().expect("answered"), DaemonRequest::Ready);
     std::fs::remove_file(&socket).expect("removed");
-    let problem = Problem { cause: "not_ready".into(), text: "taking over what is in force".into() };
+    let problem = PodFailure { cause: "not_ready".into(), text: "taking over what is in force".into() };
     let (socket, daemon) = answering(folder.path(), Response::Failed(problem));
     let (code, msg) = error(call("STATUS", &config(&socket, "")).perform());
     assert!(code == 50 && msg.ends_with("taking over what is in force"), "{code} {msg}");
@@ -209,7 +209,10 @@ fn gc_tells_which_sandboxes_there_are() {
     let valid = r#","cni.dev/valid-attachments":[{"containerID":"a","ifname":"eth0"},{"containerID":"b","ifname":"eth0"}]"#;
     let (socket, daemon) = answering(folder.path(), Response::Done("0 released".into()));
     assert_eq!(call("GC", &config(&socket, valid)).perform(), Ok(None));
-    assert_eq!(daemon.join().expect("answered"), Request::Collect { valid: vec!["a".into(), "b".into()] });
+    assert_eq!(
+        daemon.join().expect("answered"),
+        DaemonRequest::Collect { valid: vec!["a".into(), "b".into()] }
+    );
     // A daemon is asked nothing where the list is not of all sandboxes, or where there is none.
     for more in [r#","standalone":true"#, ""] {
         let valid = if more.is_empty() { "" } else { valid };

@@ -59,8 +59,8 @@ pub(super) fn accelerate(args: &AccelerateArgs) -> Result<()> {
     let node = Node::find(&args.bpffs.bpffs)?.context(absent)?;
     let mut acceleration = Acceleration::find(node.store())?.context(absent)?;
     match args.switch {
-        OnOff::On => acceleration.switch_on()?,
-        OnOff::Off => acceleration.switch_off()?,
+        OnOff::On => acceleration.activate()?,
+        OnOff::Off => acceleration.deactivate()?,
     }
     say!(
         "connections between proxies of this node are {}",

@@ -8,10 +8,10 @@ use std::{
 use anyhow::{Context as _, Result, bail};
 use intercept_agent::{
     cgroup::CgroupDir,
-    mirror::Follower,
     netns::Netns,
     node::{Attached, Node, Observation, Rewrite, Target},
-    options::{Config, EtcFiles, Note, RawOptions, Switches},
+    options::{Config, EtcFiles, Note, RawOptions, RunOptions},
+    routes::Follower,
     store::Origin,
     userns::{IdMap, IdMaps},
     validation::{self, Probe, Validated},
@@ -21,15 +21,15 @@ use super::{Failed, detach, say};
 use crate::cli::{AttachArgs, IstioArgs};
 
 /// A pod and what is asked for it, all validated: nothing has been changed yet.
-pub(super) struct Request {
+pub(super) struct AttachRequest {
     pub(super) target: Target,
     pub(super) config: Config,
-    pub(super) switches: Switches,
+    pub(super) switches: RunOptions,
     pub(super) bpffs: PathBuf,
     pub(super) max_connections: u32,
 }
 
-impl Request {
+impl AttachRequest {
     pub(super) fn of(args: AttachArgs) -> Result<Self> {
         let cgroup = CgroupDir::open(&args.cgroup_path)?;
         let options = Checked::of(args.options, &cgroup)?;
@@ -50,7 +50,7 @@ impl Request {
 
 struct Checked {
     config: Config,
-    switches: Switches,
+    switches: RunOptions,
 }
 
 impl Checked {
@@ -66,7 +66,7 @@ impl Checked {
 }
 
 pub(super) fn attach(args: AttachArgs) -> Result<()> {
-    apply(Request::of(args)?)
+    apply(AttachRequest::of(args)?)
 }
 
 /// The init container's command line: the namespace is this process's own.
@@ -82,7 +82,7 @@ pub(super) fn istio_iptables(args: IstioArgs) -> Result<()> {
         Some(path) => Netns::open(path)?,
         None => Netns::own()?,
     };
-    apply(Request {
+    apply(AttachRequest {
         target: Target { cgroup, netns, netns_path, origin: Origin::Command },
         config: options.config,
         switches: options.switches,
@@ -107,8 +107,8 @@ fn around_own_cgroup() -> Result<PathBuf> {
     }
 }
 
-fn apply(request: Request) -> Result<()> {
-    let Request { target, config, switches, bpffs, max_connections } = request;
+fn apply(request: AttachRequest) -> Result<()> {
+    let AttachRequest { target, config, switches, bpffs, max_connections } = request;
     if switches.dry_run {
         say!("{config}");
         say!("{}", serde_json::to_string_pretty(&config)?);
@@ -124,7 +124,7 @@ fn apply(request: Request) -> Result<()> {
         let done = put_in_force(&bpffs, max_connections, (&target, &config), rewrite, None)?;
         say!(
             "{} cgroup {} in namespace {} (cookie {})",
-            done.word(),
+            done.as_str(),
             target.cgroup.path().display(),
             target.netns.name(),
             target.netns.cookie()
@@ -151,13 +151,13 @@ pub(super) fn put_in_force(
         .with_context(|| format!("opening the state in {}", bpffs.display()))?;
     let done = node.attach(target, config, &mut observed, rewrite).with_context(attaching)?;
     if let Some(follower) = follower {
-        follower.expect(observed.into_mirror());
+        follower.expect(observed.into_routes());
     }
     Ok(done)
 }
 
 /// Istio's own check; what is in force stays in force if it fails.
-pub(super) fn validate(target: &Target, config: &Config, switches: &Switches) -> Result<()> {
+pub(super) fn validate(target: &Target, config: &Config, switches: &RunOptions) -> Result<()> {
     let ids = IdMaps::of_pod(&target.netns, &target.cgroup)?;
     let outside = |map: &IdMap, ids: &[u32]| {
         ids.first().and_then(|&id| map.outside(id)).context("the proxy's first id is not one of the pod's")

@@ -4,9 +4,9 @@ use std::{collections::BTreeSet, fs, path::Path};
 
 use anyhow::{Result, bail};
 use intercept_agent::{
-    cgroup,
+    btf_offsets, cgroup,
     confinement::explained,
-    offsets, programs,
+    programs,
     store::Store,
     support::{self, Lacking, Missing, Need},
 };
@@ -16,7 +16,7 @@ use super::{accelerate, say};
 use crate::cli::CheckArgs;
 
 #[derive(Serialize)]
-struct Finding {
+struct CheckFinding {
     what: String,
     ok: bool,
     /// What is not to be had for it, if not all.
@@ -25,7 +25,7 @@ struct Finding {
     detail: String,
 }
 
-impl Finding {
+impl CheckFinding {
     fn new(what: &str, ok: bool, detail: String) -> Self {
         Self { what: what.to_owned(), ok, only: None, detail }
     }
@@ -117,19 +117,19 @@ pub(super) fn check(args: &CheckArgs) -> Result<()> {
     Ok(())
 }
 
-fn findings(bpffs: &Path, missing: &Result<Vec<Missing>, support::ProbeError>) -> Vec<Finding> {
+fn findings(bpffs: &Path, missing: &Result<Vec<Missing>, support::ProbeError>) -> Vec<CheckFinding> {
     let release = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
     let capabilities = missing_capabilities();
     let mounts = cgroup::mounts();
-    let offsets = offsets::find();
+    let offsets = btf_offsets::find();
     let mut findings = vec![
-        Finding::new("kernel", true, release.trim().to_owned()),
-        Finding::new(
+        CheckFinding::new("kernel", true, release.trim().to_owned()),
+        CheckFinding::new(
             "capabilities",
             capabilities.is_empty(),
             if capabilities.is_empty() { "all there".to_owned() } else { capabilities.join(", ") },
         ),
-        Finding::new(
+        CheckFinding::new(
             "cgroup2",
             !mounts.is_empty(),
             match mounts.first() {
@@ -137,7 +137,7 @@ fn findings(bpffs: &Path, missing: &Result<Vec<Missing>, support::ProbeError>) -
                 None => "not mounted: mount -t cgroup2 none /sys/fs/cgroup".to_owned(),
             },
         ),
-        Finding::new(
+        CheckFinding::new(
             "owners",
             offsets.is_ok(),
             match offsets {
@@ -147,22 +147,22 @@ fn findings(bpffs: &Path, missing: &Result<Vec<Missing>, support::ProbeError>) -
         ),
     ];
     match missing {
-        Ok(missing) => findings.extend(missing.iter().map(Finding::of)),
+        Ok(missing) => findings.extend(missing.iter().map(CheckFinding::of)),
         Err(error) => {
             let cause =
                 std::error::Error::source(error).map_or_else(String::new, |cause| format!(": {cause}"));
-            findings.push(Finding::new("hooks and helpers", false, format!("{error}{cause}")));
+            findings.push(CheckFinding::new("hooks and helpers", false, format!("{error}{cause}")));
         }
     }
     // That they are not taken then is no finding of its own.
-    if !findings.iter().skip(4).any(Finding::is_fatal) {
+    if !findings.iter().skip(4).any(CheckFinding::is_fatal) {
         findings.push(programs(bpffs));
     }
     findings
 }
 
 /// Load everything into a store of its own, and take it away again.
-fn programs(bpffs: &Path) -> Finding {
+fn programs(bpffs: &Path) -> CheckFinding {
     let load = || -> Result<()> {
         let store = Store::scratch(bpffs)?;
         let loaded = store
@@ -182,8 +182,8 @@ fn programs(bpffs: &Path) -> Finding {
     };
     match load() {
         Ok(()) => {
-            Finding::new("programs", true, "the verifier takes all that have what they need".to_owned())
+            CheckFinding::new("programs", true, "the verifier takes all that have what they need".to_owned())
         }
-        Err(error) => Finding::new("programs", false, explained(error.as_ref())),
+        Err(error) => CheckFinding::new("programs", false, explained(error.as_ref())),
     }
 }

@@ -2,10 +2,10 @@
 
 use anyhow::{Context as _, Result};
 use intercept_agent::daemon::{
+    desired::CaptureArgs,
     mesh::Mesh,
     serve::{Settings, serve},
     sidecar::{Ipv6, Selection},
-    wanted::Given,
 };
 use tokio::signal::unix::{SignalKind, signal};
 
@@ -43,7 +43,7 @@ pub(super) fn daemon(args: DaemonArgs) -> Result<()> {
         node: args.node_name,
         api_wait: args.api_wait,
         selection,
-        defaults: Given { arguments, ..Given::default() },
+        defaults: CaptureArgs { arguments, ..CaptureArgs::default() },
     };
     let runtime =
         tokio::runtime::Builder::new_current_thread().enable_all().build().context("starting the runtime")?;

@@ -62,7 +62,7 @@ pub(super) fn detach_all(bpffs: &Path) -> Result<()> {
         return Ok(());
     };
     let mut failed = None;
-    for cookie in node.tables().policies()?.into_iter().map(|(cookie, _)| cookie) {
+    for cookie in node.maps().policies()?.into_iter().map(|(cookie, _)| cookie) {
         let record = node.record_of(cookie)?;
         let netns = record.as_ref().and_then(Record::netns);
         let cgroup = record.map_or("that is not known".to_owned(), |r| r.cgroup.display().to_string());

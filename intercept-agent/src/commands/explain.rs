@@ -1,9 +1,9 @@
 //! `explain`: the decision for a flow, by the same function and the same entries as in the kernel.
 
 use anyhow::{Result, bail};
-use intercept_agent::{cgroup::CgroupDir, node::Node, tables::Tables};
+use intercept_agent::{cgroup::CgroupDir, maps::Maps, node::Node};
 use intercept_common::{
-    Addr, Decision, Facts, Inbound, Outbound, Reason, Target, Verdict,
+    Addr, Decision, InboundFlow, OutboundFlow, PolicyLookup, ProxyListener, Reason, Verdict,
     decide::Owner,
     decide_inbound, decide_outbound,
     layout::{Destination, PodPolicy},
@@ -15,7 +15,7 @@ use crate::cli::{Direction, ExplainArgs};
 
 /// What `--json` prints. The names are stable.
 #[derive(Serialize)]
-struct Answer {
+struct Explanation {
     verdict: &'static str,
     port: Option<u16>,
     reason: &'static str,
@@ -23,9 +23,9 @@ struct Answer {
     because: &'static str,
 }
 
-struct FromTables<'a>(&'a Tables);
+struct FromMaps<'a>(&'a Maps);
 
-impl Facts for FromTables<'_> {
+impl PolicyLookup for FromMaps<'_> {
     fn destination(&self, policy: u32, addr: Addr) -> Destination {
         self.0.destination(policy, addr).unwrap_or(Destination { flags: 0, source: Addr::UNSPECIFIED })
     }
@@ -38,10 +38,10 @@ impl Facts for FromTables<'_> {
     fn interface(&self, policy: u32, ifindex: u32) -> u32 {
         self.0.interface(policy, ifindex)
     }
-    fn marked(&self) -> bool {
+    fn is_marked(&self) -> bool {
         false
     }
-    fn onward(&self) -> bool {
+    fn is_bypass(&self) -> bool {
         false
     }
 }
@@ -56,7 +56,7 @@ pub(super) fn explain(args: &ExplainArgs) -> Result<()> {
     let Some((node, policy)) = found else {
         bail!("cgroup {} is not attached: `intercept-agent attach` it first", args.cgroup_path.display());
     };
-    let decision = decide(args, &policy, &FromTables(node.tables()));
+    let decision = decide(args, &policy, &FromMaps(node.maps()));
     let answer = answer(decision, &policy);
     if args.json {
         say!("{}", serde_json::to_string_pretty(&answer)?);
@@ -71,12 +71,12 @@ pub(super) fn explain(args: &ExplainArgs) -> Result<()> {
     Ok(())
 }
 
-fn decide(args: &ExplainArgs, policy: &PodPolicy, facts: &impl Facts) -> Decision {
+fn decide(args: &ExplainArgs, policy: &PodPolicy, lookup: &impl PolicyLookup) -> Decision {
     let src = args.src.map_or(Addr::UNSPECIFIED, Addr::from);
     let dst = Addr::from(args.dst);
     match args.direction {
         Direction::Outbound => {
-            let flow = Outbound {
+            let flow = OutboundFlow {
                 protocol: if args.udp { 17 } else { 6 },
                 dst: dst.effective(src),
                 dst_port: args.dport,
@@ -84,27 +84,29 @@ fn decide(args: &ExplainArgs, policy: &PodPolicy, facts: &impl Facts) -> Decisio
                 owner: Owner { uid: args.uid, gid: args.gid },
                 mark: args.mark,
             };
-            let decided = decide_outbound(policy, &flow, facts);
+            let decided = decide_outbound(policy, &flow, lookup);
             // Left alone by the connect hook, and taken on its way over loopback.
             if decided.mark { Reason::MarkedLoopback.into() } else { decided.decision }
         }
-        Direction::Inbound => {
-            decide_inbound(policy, &Inbound { dst, dst_port: args.dport, src, ifindex: args.ifindex }, facts)
-        }
+        Direction::Inbound => decide_inbound(
+            policy,
+            &InboundFlow { dst, dst_port: args.dport, src, ifindex: args.ifindex },
+            lookup,
+        ),
     }
 }
 
-fn answer(decision: Decision, policy: &PodPolicy) -> Answer {
+fn answer(decision: Decision, policy: &PodPolicy) -> Explanation {
     let (verdict, port) = match decision.verdict {
-        Verdict::Leave => ("leave", None),
-        Verdict::Redirect(Target::Outbound) => ("outbound", Some(policy.outbound_port)),
-        Verdict::Redirect(Target::Inbound) => ("inbound", Some(policy.inbound_port)),
-        Verdict::Redirect(Target::Dns) => ("dns", Some(policy.dns_port)),
+        Verdict::Pass => ("leave", None),
+        Verdict::Redirect(ProxyListener::Outbound) => ("outbound", Some(policy.outbound_port)),
+        Verdict::Redirect(ProxyListener::Inbound) => ("inbound", Some(policy.inbound_port)),
+        Verdict::Redirect(ProxyListener::Dns) => ("dns", Some(policy.dns_port)),
     };
-    Answer {
+    Explanation {
         verdict,
         port,
-        reason: decision.reason.word(),
+        reason: decision.reason.as_str(),
         row: decision.reason.row(),
         because: decision.reason.describe(),
     }

@@ -5,9 +5,9 @@ use std::path::Path;
 use anyhow::{Context as _, Result};
 use aya_log::EbpfLogger;
 use intercept_agent::{
-    mirror::Follower,
     netns::Netns,
     node::{Attached, Node, Rewrite},
+    routes::Follower,
 };
 use tokio::{
     io::{Interest, unix::AsyncFd},
@@ -15,13 +15,13 @@ use tokio::{
 };
 
 use super::{
-    attach::{self, Request, put_in_force},
+    attach::{self, AttachRequest, put_in_force},
     say,
 };
 use crate::cli::AttachArgs;
 
 pub(super) fn run(args: AttachArgs) -> Result<()> {
-    let request = Request::of(args)?;
+    let request = AttachRequest::of(args)?;
     super::check::require_privileges()?;
     super::accelerate::admit(&request.bpffs, &request.config)?;
     let runtime =
@@ -29,8 +29,8 @@ pub(super) fn run(args: AttachArgs) -> Result<()> {
     runtime.block_on(follow(request))
 }
 
-async fn follow(request: Request) -> Result<()> {
-    let Request { target, config, switches, bpffs, max_connections, .. } = request;
+async fn follow(request: AttachRequest) -> Result<()> {
+    let AttachRequest { target, config, switches, bpffs, max_connections, .. } = request;
     // Before the attach, so that no signal and no change falls in between.
     let mut interrupt = signal(SignalKind::interrupt()).context("listening for SIGINT")?;
     let mut terminate = signal(SignalKind::terminate()).context("listening for SIGTERM")?;
@@ -41,7 +41,7 @@ async fn follow(request: Request) -> Result<()> {
     }
     let done =
         put_in_force(&bpffs, max_connections, (&target, &config), Rewrite::IfChanged, Some(&mut changes))?;
-    say!("{} cgroup {} in namespace {}", done.word(), target.cgroup.path().display(), target.netns.name());
+    say!("{} cgroup {} in namespace {}", done.as_str(), target.cgroup.path().display(), target.netns.name());
     if switches.run_validation {
         attach::validate(&target, &config, &switches)?;
     }

@@ -4,14 +4,14 @@ use anyhow::Result;
 use intercept_agent::{
     cgroup::CgroupDir,
     daemon::{
-        protocol::{Request, Response},
-        reconcile::Report,
+        protocol::{DaemonRequest, Response},
+        reconcile::PodReport,
         socket,
     },
     escape::{self, OneLine},
+    maps::PolicyUsage,
     node::{BrokenPod, Node},
     store::Record,
-    tables::Usage,
 };
 use intercept_common::layout::PodPolicy;
 use serde::Serialize;
@@ -21,7 +21,7 @@ use crate::cli::StatusArgs;
 
 /// One pod, as `--json` prints it. The names are stable.
 #[derive(Serialize)]
-struct Pod {
+struct PodStatus {
     cgroup: std::path::PathBuf,
     netns_inode: u64,
     netns_cookie: u64,
@@ -33,20 +33,20 @@ struct Pod {
     connections: u64,
     max_connections: u32,
     /// What it has of its budget in each list.
-    room: Vec<Room>,
-    listeners: Vec<Listener>,
-    mptcp_listeners: Vec<Listener>,
-    decisions: Vec<Count>,
-    failures: Vec<Count>,
+    room: Vec<BudgetUsage>,
+    listeners: Vec<ListenerStatus>,
+    mptcp_listeners: Vec<ListenerStatus>,
+    decisions: Vec<ReasonCount>,
+    failures: Vec<ReasonCount>,
     /// Where the options ask for it, or it is still on.
-    acceleration: Option<Acceleration>,
+    acceleration: Option<AccelerationStatus>,
     /// What the daemon says of it, where one runs.
-    daemon: Option<Report>,
+    daemon: Option<PodReport>,
 }
 
 /// An attached pod whose record cannot be read.
 #[derive(Serialize)]
-struct Broken {
+struct BrokenStatus {
     netns_cookie: u64,
     cgroup_id: Option<u64>,
     state: &'static str,
@@ -57,11 +57,11 @@ struct Broken {
 #[derive(Serialize)]
 #[serde(untagged)]
 enum Listed {
-    Pod(Box<Pod>),
-    Broken(Broken),
+    PodStatus(Box<PodStatus>),
+    BrokenStatus(BrokenStatus),
 }
 
-impl Broken {
+impl BrokenStatus {
     fn of(node: &Node, pod: &BrokenPod) -> Self {
         let problem = pod.error.to_string();
         let cgroup_id = node.cgroup_of(pod.cookie).ok().flatten();
@@ -71,41 +71,41 @@ impl Broken {
 
 /// What became of connections between this pod's proxy and others of the node.
 #[derive(Serialize)]
-struct Acceleration {
+struct AccelerationStatus {
     state: &'static str,
-    connections: Vec<Count>,
-    back_to_tcp: Vec<Count>,
+    connections: Vec<ReasonCount>,
+    back_to_tcp: Vec<ReasonCount>,
 }
 
 #[derive(Serialize)]
-struct Listener {
+struct ListenerStatus {
     port: u16,
     family: u8,
 }
 
 /// Entries that a pod has in a map of lists, and may have.
 #[derive(Serialize)]
-struct Room {
+struct BudgetUsage {
     map: &'static str,
     used: usize,
     limit: u32,
 }
 
-impl Room {
-    fn of(usage: &Usage) -> Vec<Self> {
+impl BudgetUsage {
+    fn of(usage: &PolicyUsage) -> Vec<Self> {
         usage.by_map().map(|(map, used, limit)| Self { map, used, limit }).into()
     }
 }
 
 #[derive(Serialize)]
-struct Count {
+struct ReasonCount {
     reason: &'static str,
     count: u64,
 }
 
 pub(super) fn status(args: &StatusArgs) -> Result<()> {
     let only = args.cgroup_path.as_ref().map(CgroupDir::open).transpose()?.map(|cgroup| cgroup.id());
-    let mut reports = match socket::request(&args.socket.socket, &Request::Report) {
+    let mut reports = match socket::request(&args.socket.socket, &DaemonRequest::Report) {
         Ok(Response::Pods(reports)) => reports,
         // Without a daemon, or without the right to ask it, there is what the kernel knows.
         Ok(_) | Err(_) => Vec::new(),
@@ -114,23 +114,23 @@ pub(super) fn status(args: &StatusArgs) -> Result<()> {
     let mut broken = Vec::new();
     if let Some(node) = Node::find(&args.bpffs.bpffs)? {
         let found = node.pods()?;
-        let usage = node.tables().usage()?;
-        broken = found.broken.into_iter().map(|pod| Broken::of(&node, &pod)).collect();
+        let usage = node.maps().usage()?;
+        broken = found.broken.into_iter().map(|pod| BrokenStatus::of(&node, &pod)).collect();
         broken.retain(|pod| only.is_none() || pod.cgroup_id == only);
         for (record, policy) in found.readable {
             if only.is_none_or(|id| id == record.cgroup_id) {
                 let its = reports.iter().position(|report| report.netns_cookie == Some(record.cookie));
                 let daemon = its.map(|at| reports.swap_remove(at));
-                let room = Room::of(&usage.get(&policy.id).copied().unwrap_or_default());
-                pods.push(Pod { daemon, room, ..pod(&node, &record, &policy)? });
+                let room = BudgetUsage::of(&usage.get(&policy.id).copied().unwrap_or_default());
+                pods.push(PodStatus { daemon, room, ..pod(&node, &record, &policy)? });
             }
         }
     }
     if args.json {
         let all: Vec<Listed> = pods
             .into_iter()
-            .map(|pod| Listed::Pod(Box::new(pod)))
-            .chain(broken.into_iter().map(Listed::Broken))
+            .map(|pod| Listed::PodStatus(Box::new(pod)))
+            .chain(broken.into_iter().map(Listed::BrokenStatus))
             .collect();
         say!("{}", escape::pretty_json(&all)?);
         return Ok(());
@@ -144,19 +144,19 @@ pub(super) fn status(args: &StatusArgs) -> Result<()> {
         }
     }
     if only.is_none() {
-        for report in reports.iter().filter(|report| report.problem.is_some()) {
+        for report in reports.iter().filter(|report| report.failure.is_some()) {
             print_daemon(report);
         }
     }
     Ok(())
 }
 
-fn pod(node: &Node, record: &Record, policy: &PodPolicy) -> Result<Pod> {
-    let counters = node.tables().counters(policy.slot)?;
-    let count = |(reason, count): (&'static str, u64)| (count > 0).then_some(Count { reason, count });
-    let decisions = counters.by_reason().map(|(reason, count)| (reason.word(), count));
-    let failures = counters.by_failure().map(|(failure, count)| (failure.word(), count));
-    Ok(Pod {
+fn pod(node: &Node, record: &Record, policy: &PodPolicy) -> Result<PodStatus> {
+    let counters = node.maps().counters(policy.slot)?;
+    let count = |(reason, count): (&'static str, u64)| (count > 0).then_some(ReasonCount { reason, count });
+    let decisions = counters.by_reason().map(|(reason, count)| (reason.as_str(), count));
+    let failures = counters.by_failure().map(|(failure, count)| (failure.as_str(), count));
+    Ok(PodStatus {
         cgroup: record.cgroup.clone(),
         netns_inode: record.netns_inode,
         netns_cookie: record.cookie,
@@ -165,19 +165,19 @@ fn pod(node: &Node, record: &Record, policy: &PodPolicy) -> Result<Pod> {
         arguments: record.config.to_args(),
         environment: record.config.to_env(),
         policy: policy.id,
-        connections: node.tables().connections(policy.slot),
+        connections: node.maps().connections(policy.slot),
         room: Vec::new(),
         listeners: node
-            .tables()
+            .maps()
             .listeners(record.cookie)?
             .into_iter()
-            .map(|key| Listener { port: key.port, family: key.family })
+            .map(|key| ListenerStatus { port: key.port, family: key.family })
             .collect(),
         mptcp_listeners: node
-            .tables()
+            .maps()
             .mptcp_listeners(policy)
             .into_iter()
-            .map(|(port, family)| Listener { port, family })
+            .map(|(port, family)| ListenerStatus { port, family })
             .collect(),
         max_connections: policy.max_connections,
         decisions: decisions.filter_map(count).collect(),
@@ -187,9 +187,9 @@ fn pod(node: &Node, record: &Record, policy: &PodPolicy) -> Result<Pod> {
     })
 }
 
-fn acceleration(node: &Node, record: &Record, policy: &PodPolicy) -> Result<Option<Acceleration>> {
+fn acceleration(node: &Node, record: &Record, policy: &PodPolicy) -> Result<Option<AccelerationStatus>> {
     let asked_for = !record.config.accelerate.is_empty();
-    let none = Acceleration { state: "refused", connections: Vec::new(), back_to_tcp: Vec::new() };
+    let none = AccelerationStatus { state: "refused", connections: Vec::new(), back_to_tcp: Vec::new() };
     let Some((acceleration, pod)) = node.acceleration(record.cookie, policy.slot)? else {
         return Ok(asked_for.then_some(none));
     };
@@ -202,14 +202,14 @@ fn acceleration(node: &Node, record: &Record, policy: &PodPolicy) -> Result<Opti
         return Ok(asked_for.then_some(none));
     }
     let counts = |words: Vec<(&'static str, u64)>| {
-        words.into_iter().map(|(reason, count)| Count { reason, count }).collect()
+        words.into_iter().map(|(reason, count)| ReasonCount { reason, count }).collect()
     };
     let counted = acceleration.counted(pod)?;
     let (connections, back_to_tcp) = (counts(counted.connections), counts(counted.back_to_tcp));
-    Ok(Some(Acceleration { state, connections, back_to_tcp }))
+    Ok(Some(AccelerationStatus { state, connections, back_to_tcp }))
 }
 
-fn print(pod: &Pod) {
+fn print(pod: &PodStatus) {
     say!("{} ({}, cookie {})", OneLine(pod.cgroup.display()), pod.state, pod.netns_cookie);
     say!("  options      {}", OneLine(pod.arguments.join(" ")));
     for (name, value) in &pod.environment {
@@ -233,30 +233,30 @@ fn print(pod: &Pod) {
             listener.family
         );
     }
-    if let Some(Acceleration { state, connections, back_to_tcp }) = &pod.acceleration {
+    if let Some(AccelerationStatus { state, connections, back_to_tcp }) = &pod.acceleration {
         say!("  acceleration {state}");
-        for Count { reason, count } in connections {
+        for ReasonCount { reason, count } in connections {
             say!("  {count:>12}  {reason}");
         }
-        for Count { reason, count } in back_to_tcp {
+        for ReasonCount { reason, count } in back_to_tcp {
             say!("  {count:>12}  back to TCP: {reason}");
         }
     }
-    for Count { reason, count } in &pod.decisions {
+    for ReasonCount { reason, count } in &pod.decisions {
         say!("  {count:>12}  {reason}");
     }
-    for Count { reason, count } in &pod.failures {
+    for ReasonCount { reason, count } in &pod.failures {
         say!("  {count:>12}  FAILED {reason}");
     }
 }
 
-fn print_daemon(report: &Report) {
+fn print_daemon(report: &PodReport) {
     let proven = match report.proven_seconds_ago {
         Some(seconds) => format!("links seen in place {seconds} s ago"),
         None => "never seen in place".to_owned(),
     };
-    say!("  daemon       {} is {}, {proven}", OneLine(&report.name), report.state.word());
-    if let Some(problem) = &report.problem {
+    say!("  daemon       {} is {}, {proven}", OneLine(&report.name), report.state.as_str());
+    if let Some(problem) = &report.failure {
         say!("               {} ({} attempts failed)", OneLine(&problem.text), report.failures);
     }
 }

@@ -11,17 +11,17 @@ use procfs::{net::TcpState, process::Process};
 use tokio::runtime::Handle;
 
 use super::{
-    wanted::{GivenError, Options, Wanted},
+    desired::{CaptureArgsError, CaptureOptions, DesiredPod},
     worker::{Access, WorkerFailed},
 };
 use crate::{
     cgroup::{CgroupDir, CgroupError},
     confinement::explained,
     escape::OneLine,
-    mirror::{Follower, MirrorError},
     netns::{Netns, NetnsError},
-    node::{Attached, Node, NodeError, Observation, Pods, Rewrite, Target},
+    node::{Attached, Node, NodeError, Observation, PodRecords, Rewrite, Target},
     options::{Config, OptionError},
+    routes::{Follower, RoutesError},
     store::{Origin, Record, StoreError},
 };
 
@@ -30,7 +30,7 @@ use crate::{
 #[expect(missing_docs, reason = "each is its text")]
 pub enum CaptureError {
     #[error(transparent)]
-    Options(#[from] GivenError),
+    Options(#[from] CaptureArgsError),
     #[error(transparent)]
     Cgroup(#[from] CgroupError),
     #[error(transparent)]
@@ -38,7 +38,7 @@ pub enum CaptureError {
     #[error(transparent)]
     Node(#[from] NodeError),
     #[error("following the namespace")]
-    Follow(#[from] MirrorError),
+    Follow(#[from] RoutesError),
     #[error(transparent)]
     Worker(#[from] WorkerFailed),
     /// It was attached by command, and is detached: that is not undone.
@@ -75,7 +75,7 @@ impl CaptureError {
                 | NodeError::Incomplete(_),
             ) => "store",
             Self::Node(NodeError::Left) => "leaving",
-            Self::Node(NodeError::Mirror { .. }) | Self::Follow(_) => "routes",
+            Self::Node(NodeError::RouteSnapshot { .. }) | Self::Follow(_) => "routes",
             Self::Node(_) => "kernel",
             Self::Worker(_) => "internal",
             Self::Detached => "detached",
@@ -110,7 +110,7 @@ impl From<OptionError> for CaptureError {
 
 /// A pod that is in force.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Held {
+pub struct AppliedPod {
     /// Cookie of its namespace.
     pub cookie: u64,
     /// Its cgroup.
@@ -125,16 +125,16 @@ pub struct Held {
 
 /// Whether a pod is still there, as far as can be told without a descriptor that would keep it there.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Seen {
+pub enum Liveness {
     /// It is.
-    Here,
+    Alive,
     /// What leads to its namespace is gone: it may be gone itself, and must not be held.
-    Unsure,
+    Unknown,
     /// Its cgroup is gone.
     Gone,
 }
 
-impl Held {
+impl AppliedPod {
     /// What a record says.
     pub fn of_record(record: &Record) -> Self {
         Self {
@@ -147,15 +147,15 @@ impl Held {
     }
 
     /// Look: two system calls, or four for a pod whose namespace has no path.
-    pub fn look(&self) -> Seen {
+    pub fn liveness(&self) -> Liveness {
         if inode(&self.cgroup) != Some(self.cgroup_id) {
-            return Seen::Gone;
+            return Liveness::Gone;
         }
         let leads = match &self.netns_path {
             Some(path) => inode(path) == Some(self.netns_inode),
             None => self.has_processes(),
         };
-        if leads { Seen::Here } else { Seen::Unsure }
+        if leads { Liveness::Alive } else { Liveness::Unknown }
     }
 
     /// Whether anything runs in the cgroup.
@@ -185,11 +185,11 @@ pub struct Captured {
     /// What was done.
     pub done: Attached,
     /// The pod.
-    pub held: Held,
+    pub applied: AppliedPod,
     /// Follows its namespace, unless that was followed before.
     pub follower: Option<Follower>,
     /// Connections that its processes had before it was captured, which go on as they are.
-    pub earlier: usize,
+    pub preexisting_connections: usize,
     /// How long it took, without the wait for the worker.
     pub took: Duration,
 }
@@ -208,21 +208,21 @@ pub struct Prepared {
 /// live in.
 pub fn prepare(
     runtime: &Handle,
-    wanted: &Wanted,
-    before: Option<&Held>,
+    desired: &DesiredPod,
+    before: Option<&AppliedPod>,
     followed: Option<u64>,
 ) -> Result<Prepared, CaptureError> {
-    let cgroup = CgroupDir::open(&wanted.cgroup)?;
-    let config = match &wanted.options {
-        Options::Given(given) => given.validate(&cgroup)?,
-        Options::Config(config) => (**config).clone(),
+    let cgroup = CgroupDir::open(&desired.cgroup)?;
+    let config = match &desired.options {
+        CaptureOptions::Args(given) => given.validate(&cgroup)?,
+        CaptureOptions::Config(config) => (**config).clone(),
     };
-    let netns = match &wanted.netns {
+    let netns = match &desired.netns {
         Some(path) => Netns::open(path)?,
-        None => Netns::of_sandbox(&cgroup, before.map(|held| held.netns_inode))?,
+        None => Netns::of_sandbox(&cgroup, before.map(|applied| applied.netns_inode))?,
     };
     let cookie = netns.cookie();
-    let target = Target { cgroup, netns, netns_path: wanted.netns.clone(), origin: wanted.origin.clone() };
+    let target = Target { cgroup, netns, netns_path: desired.netns.clone(), origin: desired.origin.clone() };
     target
         .netns
         .run(|| {
@@ -240,7 +240,7 @@ pub fn prepare(
                 Some(follower)
             };
             let observed = Observation::of(&target, &config, follower.as_mut())?;
-            let is_new = before.is_none_or(|held| held.cookie != cookie);
+            let is_new = before.is_none_or(|applied| applied.cookie != cookie);
             let connections = if is_new { established(&target.netns).ok() } else { None };
             Ok::<_, CaptureError>((observed, follower, connections))
         })?
@@ -251,34 +251,34 @@ pub fn prepare(
 pub fn capture(
     access: &mut Access,
     prepared: Prepared,
-    before: Option<&Held>,
+    before: Option<&AppliedPod>,
 ) -> Result<Captured, CaptureError> {
     let started = Instant::now();
     let Prepared { target, config, mut observed, mut follower, connections } = prepared;
     let cookie = target.netns.cookie();
     let done = access.with(|node| {
-        if let Some(before) = before.filter(|held| held.cookie != cookie) {
+        if let Some(before) = before.filter(|applied| applied.cookie != cookie) {
             // The pod has a new sandbox: the cgroup cannot have both.
             node.detach(before.cookie, None)?;
         }
-        let in_force = node.tables().policy(cookie).map_err(NodeError::from)?.is_some();
-        if target.origin == Origin::Command && !in_force {
+        let active = node.maps().policy(cookie).map_err(NodeError::from)?.is_some();
+        if target.origin == Origin::Command && !active {
             return Err(CaptureError::Detached);
         }
         Ok(node.attach(&target, &config, &mut observed, Rewrite::IfChanged)?)
     })?;
     if let Some(follower) = &mut follower {
-        follower.expect(observed.into_mirror());
+        follower.expect(observed.into_routes());
     }
-    let held = Held {
+    let applied = AppliedPod {
         cookie,
         cgroup: target.cgroup.path().to_owned(),
         cgroup_id: target.cgroup.id(),
         netns_inode: target.netns.inode(),
         netns_path: target.netns_path.clone(),
     };
-    let earlier = connections.unwrap_or_default();
-    Ok(Captured { done, held, follower, earlier, took: started.elapsed() })
+    let preexisting_connections = connections.unwrap_or_default();
+    Ok(Captured { done, applied, follower, preexisting_connections, took: started.elapsed() })
 }
 
 /// The TCP connections in a namespace, both ends counted where both are in it.
@@ -311,9 +311,9 @@ fn has_no_tcp_sockets() -> bool {
 }
 
 /// Take a pod out of force.
-pub fn release(access: &mut Access, held: &Held) -> Result<(), NodeError> {
-    let netns = held.netns();
-    access.with(|node| node.detach(held.cookie, netns.as_ref()))
+pub fn release(access: &mut Access, applied: &AppliedPod) -> Result<(), NodeError> {
+    let netns = applied.netns();
+    access.with(|node| node.detach(applied.cookie, netns.as_ref()))
 }
 
 /// Whether cgroup and namespace of a pod are still there.
@@ -329,26 +329,26 @@ pub fn sweep(access: &mut Access) -> Result<Vec<Record>, NodeError> {
         if before > living {
             tracing::info!(pods = before - living, "removed the state of pods that are gone");
         }
-        silence(node)?;
+        stop_unread_trace(node)?;
         Ok(readable(node.pods()?))
     })
 }
 
 /// Cookies of what is in force, after taking away what is dead.
-pub fn audit(access: &mut Access, known: &[u64]) -> Result<(Vec<u64>, Vec<Record>), NodeError> {
+pub fn resync(access: &mut Access, known: &[u64]) -> Result<(Vec<u64>, Vec<Record>), NodeError> {
     access.with(|node| {
         node.sweep()?;
-        silence(node)?;
-        let in_force: Vec<u64> = node.tables().policies()?.into_iter().map(|(cookie, _)| cookie).collect();
-        let unknown = in_force.iter().any(|cookie| !known.contains(cookie));
+        stop_unread_trace(node)?;
+        let active: Vec<u64> = node.maps().policies()?.into_iter().map(|(cookie, _)| cookie).collect();
+        let unknown = active.iter().any(|cookie| !known.contains(cookie));
         let records = if unknown { readable(node.pods()?) } else { Vec::new() };
         let new = records.into_iter().filter(|record| !known.contains(&record.cookie)).collect();
-        Ok((in_force, new))
+        Ok((active, new))
     })
 }
 
 /// The records. A pod whose record cannot be read stays attached as it is until its source asks for it again.
-fn readable(pods: Pods) -> Vec<Record> {
+fn readable(pods: PodRecords) -> Vec<Record> {
     for pod in pods.broken {
         tracing::error!(cookie = pod.cookie, error = &pod.error as &dyn std::error::Error, "a pod is broken");
     }
@@ -356,6 +356,6 @@ fn readable(pods: Pods) -> Vec<Record> {
 }
 
 /// A reader of events that was killed left them switched on.
-fn silence(node: &Node) -> Result<(), NodeError> {
+fn stop_unread_trace(node: &Node) -> Result<(), NodeError> {
     crate::trace::switch_off_if_unread(node.store()).map_err(NodeError::from)
 }

@@ -24,9 +24,9 @@ use serde::Deserialize;
 use tokio::sync::mpsc::UnboundedSender;
 
 use super::{
+    desired::{CaptureArgs, CaptureOptions, DesiredPod, Key},
     inotify::{Changed, FolderWatch},
     reconcile::Message,
-    wanted::{Given, Key, Options, Wanted},
 };
 use crate::{
     options::Config,
@@ -190,25 +190,25 @@ fn read_file(folder: &OwnedFolder, name: &str) -> Option<Message> {
     }
     let key = Key::File(name.to_owned());
     Some(match read(folder, name) {
-        Ok(wanted) => Message::File(key, Box::new(Ok(wanted))),
+        Ok(desired) => Message::File(key, Box::new(Ok(desired))),
         Err(FileError::Ownership(error)) if error.is_not_found() => Message::FileRemoved(key),
         Err(error) => Message::File(key, Box::new(Err(error.to_string()))),
     })
 }
 
-fn read(folder: &OwnedFolder, name: &str) -> Result<Wanted, FileError> {
+fn read(folder: &OwnedFolder, name: &str) -> Result<DesiredPod, FileError> {
     let shown = || folder.path().join(name).display().to_string();
     let text = folder.read(Path::new(name), MAX_FILE).map_err(FileError::Ownership)?;
     let file: PodFile =
         serde_json::from_slice(&text).map_err(|source| FileError::Json { path: shown(), source })?;
-    let given = Given { arguments: file.arguments, environment: file.environment };
+    let given = CaptureArgs { arguments: file.arguments, environment: file.environment };
     let options = match file.config {
-        Some(_) if given != Given::default() => return Err(FileError::Both { path: shown() }),
-        Some(config) => Options::Config(config),
-        None => Options::Given(given),
+        Some(_) if given != CaptureArgs::default() => return Err(FileError::Both { path: shown() }),
+        Some(config) => CaptureOptions::Config(config),
+        None => CaptureOptions::Args(given),
     };
     let origin = Origin::File { name: name.to_owned() };
-    Ok(Wanted { origin, cgroup: file.cgroup, netns: file.netns, options })
+    Ok(DesiredPod { origin, cgroup: file.cgroup, netns: file.netns, options })
 }
 
 #[cfg(test)]
@@ -233,7 +233,7 @@ mod tests {
         let message = tokio::time::timeout(Duration::from_secs(5), messages.recv()).await;
         match message.expect("in time").expect("a message") {
             Message::File(key, file) => match *file {
-                Ok(wanted) => format!("want {} {}", wanted.name(), wanted.cgroup.display()),
+                Ok(desired) => format!("want {} {}", desired.name(), desired.cgroup.display()),
                 Err(problem) => format!("refused {key}: {problem}"),
             },
             Message::FileRemoved(key) => format!("removed {key}"),
@@ -289,8 +289,8 @@ mod tests {
             assert!(error.contains(why) && error.contains("p.json"), "{error}");
         }
         fs::write(&path, format!(r#"{{"cgroup": "/c", "config": {config}}}"#)).expect("written");
-        let wanted = read(&folder, "p.json").expect("a pod");
-        assert_eq!(wanted.options, Options::Config(Box::default()));
+        let desired = read(&folder, "p.json").expect("a pod");
+        assert_eq!(desired.options, CaptureOptions::Config(Box::default()));
     }
 
     #[test]

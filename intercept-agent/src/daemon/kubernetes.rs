@@ -23,12 +23,12 @@ use kube::{
 use tokio::sync::mpsc::UnboundedSender;
 
 use super::{
-    complaints::{self, Complaint},
+    desired::{CaptureArgs, Key},
+    events::{self, PodEvent},
     placement::Placement,
     reconcile::Message,
-    sidecar::{self, Container, INJECT, PodMetadata, Selection, Verdict},
-    view::{Binding, ObjectClaim, ObjectId, ObjectUid, Place, Stage},
-    wanted::{Given, Key},
+    sidecar::{self, Container, INJECT, PodMetadata, PodVerdict, Selection},
+    view::{Binding, ObjectClaim, ObjectId, ObjectPlace, ObjectUid, Stage},
 };
 
 /// How often a pod is looked for whose cgroup is not there yet.
@@ -57,7 +57,7 @@ pub struct Kubernetes {
 struct PodWatch {
     placement: Placement,
     selection: Selection,
-    defaults: Given,
+    defaults: CaptureArgs,
     messages: UnboundedSender<Message>,
     /// Pods that are to be captured and whose cgroup is not there yet.
     unplaced: BTreeMap<ObjectUid, Unplaced>,
@@ -73,7 +73,7 @@ impl Kubernetes {
     pub async fn open(
         node: String,
         selection: Selection,
-        defaults: Given,
+        defaults: CaptureArgs,
         placement: Placement,
         messages: UnboundedSender<Message>,
     ) -> Result<Self, KubernetesError> {
@@ -83,8 +83,8 @@ impl Kubernetes {
     }
 
     /// Where to complain of pods that cannot be captured.
-    pub fn complaints(&self) -> UnboundedSender<Complaint> {
-        complaints::publish(self.client.clone(), self.node.clone())
+    pub fn events(&self) -> UnboundedSender<PodEvent> {
+        events::publish(self.client.clone(), self.node.clone())
     }
 
     /// Tell of every pod, then of every change, for ever.
@@ -146,9 +146,9 @@ impl PodWatch {
         let uid = claim.id.uid.clone();
         self.unplaced.remove(&uid);
         let begins = matches!(claim.stage, Stage::Pending | Stage::Running);
-        if begins && matches!(claim.verdict, Ok(Verdict::Capture(_))) {
+        if begins && matches!(claim.verdict, Ok(PodVerdict::Capture(_))) {
             claim.place = self.place(&key, claim.stage);
-            if !matches!(claim.place, Place::Cgroup(_)) {
+            if !matches!(claim.place, ObjectPlace::Cgroup(_)) {
                 self.unplaced.insert(uid.clone(), Unplaced { key: key.clone(), claim: claim.clone() });
             }
         }
@@ -156,12 +156,12 @@ impl PodWatch {
         Some(uid)
     }
 
-    fn place(&self, key: &Key, stage: Stage) -> Place {
-        let Key::Pod(uid) = key else { return Place::Pending };
+    fn place(&self, key: &Key, stage: Stage) -> ObjectPlace {
+        let Key::Pod(uid) = key else { return ObjectPlace::Pending };
         match self.placement.of_pod(uid) {
-            Ok(cgroup) => Place::Cgroup(cgroup),
-            Err(error) if stage == Stage::Running => Place::Missing(error.to_string()),
-            Err(_) => Place::Pending,
+            Ok(cgroup) => ObjectPlace::Cgroup(cgroup),
+            Err(error) if stage == Stage::Running => ObjectPlace::Missing(error.to_string()),
+            Err(_) => ObjectPlace::Pending,
         }
     }
 
@@ -169,7 +169,7 @@ impl PodWatch {
     fn place_again(&mut self) {
         for (uid, mut unplaced) in std::mem::take(&mut self.unplaced) {
             unplaced.claim.place = self.place(&unplaced.key, unplaced.claim.stage);
-            if matches!(unplaced.claim.place, Place::Cgroup(_)) {
+            if matches!(unplaced.claim.place, ObjectPlace::Cgroup(_)) {
                 self.send(Message::Object(unplaced.key, Box::new(unplaced.claim)));
             } else {
                 self.unplaced.insert(uid, unplaced);
@@ -191,7 +191,7 @@ impl PodWatch {
 }
 
 /// What an object says, and of which pod. Where it is, is not looked for.
-pub(super) fn claim(pod: &Pod, selection: &Selection, defaults: &Given) -> Option<(Key, ObjectClaim)> {
+pub(super) fn claim(pod: &Pod, selection: &Selection, defaults: &CaptureArgs) -> Option<(Key, ObjectClaim)> {
     let (key, id) = identify(pod)?;
     let verdict = sidecar::decide(&metadata(pod), selection, defaults);
     let created = pod.metadata.creation_timestamp.as_ref().map_or(i64::MAX, |time| time.0.as_second());
@@ -202,7 +202,7 @@ pub(super) fn claim(pod: &Pod, selection: &Selection, defaults: &Given) -> Optio
             created,
             stage: stage(pod),
             verdict,
-            place: Place::Pending,
+            place: ObjectPlace::Pending,
             first_address: first_address(pod),
         },
     ))

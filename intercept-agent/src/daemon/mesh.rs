@@ -5,9 +5,9 @@ use std::collections::BTreeMap;
 use serde::Deserialize;
 
 use super::{
-    sidecar::{AnnotationError, CaptureArgs, IgnoreReason, Ipv6, PodMetadata, Verdict},
+    desired::CaptureArgs,
+    sidecar::{AnnotationError, IgnoreReason, Ipv6, PodMetadata, PodVerdict, SidecarArgs},
     view::Certainty,
-    wanted::Given,
 };
 
 /// Whose sidecars the pods of a node have.
@@ -25,7 +25,7 @@ pub enum Mesh {
 }
 
 /// A mesh whose pods have an annotation for each option.
-struct Table {
+struct MeshTable {
     /// The proxy's container.
     proxy: &'static str,
     /// The init container that captures its pod by itself.
@@ -50,7 +50,7 @@ struct Annotation {
 /// A group that no process has: these meshes tell their proxy by its user alone.
 const NO_GROUP: &str = "999999";
 
-const LINKERD: Table = Table {
+const LINKERD: MeshTable = MeshTable {
     proxy: "linkerd-proxy",
     init: "linkerd-init",
     mark: ("linkerd.io/proxy-version", None),
@@ -87,7 +87,7 @@ const LINKERD: Table = Table {
     unsupported: &[],
 };
 
-const KUMA: Table = Table {
+const KUMA: MeshTable = MeshTable {
     proxy: "kuma-sidecar",
     init: "kuma-init",
     mark: ("kuma.io/sidecar-injected", Some("true")),
@@ -143,9 +143,13 @@ struct ConsulConfig {
 }
 
 /// Decide by all that the API tells.
-pub(super) fn decide(mesh: Mesh, pod: &PodMetadata, defaults: &Given) -> Result<Verdict, AnnotationError> {
+pub(super) fn decide(
+    mesh: Mesh,
+    pod: &PodMetadata,
+    defaults: &CaptureArgs,
+) -> Result<PodVerdict, AnnotationError> {
     let Some(table) = mesh.table() else { return consul(&pod.annotations, defaults) };
-    let ignore = |why| Ok(Verdict::Ignore(why));
+    let ignore = |why| Ok(PodVerdict::Ignore(why));
     if !pod.containers.iter().any(|container| container.name == table.proxy && !container.init) {
         return ignore(IgnoreReason::NoSidecar);
     }
@@ -160,20 +164,20 @@ pub(super) fn decide(mesh: Mesh, pod: &PodMetadata, defaults: &Given) -> Result<
 pub(super) fn decide_by_annotations(
     mesh: Mesh,
     annotations: &BTreeMap<String, String>,
-    defaults: &Given,
-) -> (Result<Verdict, AnnotationError>, Certainty) {
+    defaults: &CaptureArgs,
+) -> (Result<PodVerdict, AnnotationError>, Certainty) {
     let Some(table) = mesh.table() else { return (consul(annotations, defaults), Certainty::Certain) };
     let (name, expected) = table.mark;
     let value = annotations.get(name);
     if value.is_none_or(|value| expected.is_some_and(|expected| value != expected)) {
-        return (Ok(Verdict::Ignore(IgnoreReason::NoSidecar)), Certainty::Certain);
+        return (Ok(PodVerdict::Ignore(IgnoreReason::NoSidecar)), Certainty::Certain);
     }
     (table.capture(annotations, None, defaults), Certainty::Provisional)
 }
 
 /// Whether an option of a mesh depends on an annotation.
 pub(super) fn reads(annotation: &str) -> bool {
-    let of_table = |table: &Table| {
+    let of_table = |table: &MeshTable| {
         table.mark.0 == annotation
             || table.annotations.iter().any(|known| known.name == annotation)
             || table.unsupported.contains(&annotation)
@@ -182,7 +186,7 @@ pub(super) fn reads(annotation: &str) -> bool {
 }
 
 impl Mesh {
-    fn table(self) -> Option<&'static Table> {
+    fn table(self) -> Option<&'static MeshTable> {
         match self {
             Self::Linkerd => Some(&LINKERD),
             Self::Kuma => Some(&KUMA),
@@ -191,13 +195,13 @@ impl Mesh {
     }
 }
 
-impl Table {
+impl MeshTable {
     fn capture(
         &self,
         annotations: &BTreeMap<String, String>,
         uid: Option<i64>,
-        defaults: &Given,
-    ) -> Result<Verdict, AnnotationError> {
+        defaults: &CaptureArgs,
+    ) -> Result<PodVerdict, AnnotationError> {
         if let Some(name) = self.unsupported.iter().find(|name| annotations.contains_key(**name)) {
             let problem =
                 "this agent has nothing like it: leave it out, or let the mesh's own init container capture \
@@ -221,10 +225,10 @@ impl Table {
     }
 }
 
-fn captured(arguments: Vec<String>, defaults: &Given) -> Verdict {
-    let given = Given { arguments, environment: defaults.environment.clone() };
+fn captured(arguments: Vec<String>, defaults: &CaptureArgs) -> PodVerdict {
+    let given = CaptureArgs { arguments, environment: defaults.environment.clone() };
     // Their proxies listen for both families wherever the pod has them.
-    Verdict::Capture(CaptureArgs { given, ipv6: Ipv6::Always })
+    PodVerdict::Capture(SidecarArgs { given, ipv6: Ipv6::Always })
 }
 
 /// A range of ports is `a-b` in annotations, and `a:b` for iptables.
@@ -236,12 +240,15 @@ fn with_colons(list: &str) -> String {
     list.split(',').map(item).collect::<Vec<_>>().join(",")
 }
 
-fn consul(annotations: &BTreeMap<String, String>, defaults: &Given) -> Result<Verdict, AnnotationError> {
+fn consul(
+    annotations: &BTreeMap<String, String>,
+    defaults: &CaptureArgs,
+) -> Result<PodVerdict, AnnotationError> {
     let Some(text) = annotations.get(CONSUL_CONFIG) else {
-        return Ok(Verdict::Ignore(IgnoreReason::NoSidecar));
+        return Ok(PodVerdict::Ignore(IgnoreReason::NoSidecar));
     };
     if annotations.get(CONSUL_STATUS).is_none_or(|status| status != "enabled") {
-        return Ok(Verdict::Ignore(IgnoreReason::ProxyDisabled));
+        return Ok(PodVerdict::Ignore(IgnoreReason::ProxyDisabled));
     }
     let at = |problem| AnnotationError::new(CONSUL_CONFIG, problem);
     let config: ConsulConfig = serde_json::from_str(text).map_err(|error| at(error.to_string()))?;

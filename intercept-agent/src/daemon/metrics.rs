@@ -18,9 +18,9 @@ use prometheus_client::{
 
 use super::plugin::PluginState;
 use crate::{
+    maps::{Maps, PolicyUsage},
     node::{Attached, NodeError},
     store::Store,
-    tables::{Tables, Usage},
 };
 
 /// Seconds. The promise is 5 ms, and 20 ms for one in a hundred.
@@ -58,7 +58,7 @@ struct Inner {
     errors: Family<Cause, Counter>,
     pods: Family<State, Gauge>,
     left_alone: Family<Why, Gauge>,
-    earlier: Gauge,
+    preexisting_connections: Gauge,
     plugin: OnceLock<PluginMetrics>,
     started: Instant,
     /// Milliseconds after `started` when the loop looked at its pods last.
@@ -99,11 +99,11 @@ impl Metrics {
         registry.register("pods", "Pods by state", pods.clone());
         let left_alone = Family::default();
         registry.register("pods_left_alone", "Pods that are not to be captured, by why", left_alone.clone());
-        let earlier = Gauge::default();
+        let preexisting_connections = Gauge::default();
         registry.register(
             "pods_with_earlier_connections",
             "Captured pods that had connections before they were captured",
-            earlier.clone(),
+            preexisting_connections.clone(),
         );
         let beat = AtomicU64::new(0);
         let started = Instant::now();
@@ -114,7 +114,7 @@ impl Metrics {
             errors,
             pods,
             left_alone,
-            earlier,
+            preexisting_connections,
             plugin: OnceLock::new(),
             started,
             beat,
@@ -123,7 +123,7 @@ impl Metrics {
 
     /// A pod was put in force.
     pub fn captured(&self, done: Attached, took: Duration) {
-        self.0.attaches.get_or_create(&Result { result: done.word().to_owned() }).inc();
+        self.0.attaches.get_or_create(&Result { result: done.as_str().to_owned() }).inc();
         if done == Attached::New {
             self.0.latency.observe(took.as_secs_f64());
         }
@@ -154,8 +154,8 @@ impl Metrics {
     }
 
     /// How many captured pods had connections before.
-    pub fn earlier(&self, pods: usize) {
-        self.0.earlier.set(pods.try_into().unwrap_or(i64::MAX));
+    pub fn preexisting_connections(&self, pods: usize) {
+        self.0.preexisting_connections.set(pods.try_into().unwrap_or(i64::MAX));
     }
 
     /// Whether the CNI plugin is installed.
@@ -173,7 +173,7 @@ impl Metrics {
     }
 
     /// The loop is alive.
-    pub fn beat(&self) {
+    pub fn heartbeat(&self) {
         let now = u64::try_from(self.0.started.elapsed().as_millis()).unwrap_or(u64::MAX);
         self.0.beat.store(now, Ordering::Relaxed);
     }
@@ -235,28 +235,28 @@ fn read_node(
 
     // Without the lock: reading disturbs nobody, and must not wait for an attach.
     let Some(store) = Store::find(bpffs) else { return Ok(()) };
-    let tables = Tables::open(&store.maps())?;
+    let maps = Maps::open(&store.maps())?;
     let name = |cookie: u64| names.get(&cookie).cloned().unwrap_or_else(|| format!("netns:{cookie}"));
-    let fill = tables.fill(&store.maps())?;
-    for (cookie, policy) in tables.policies()? {
+    let fill = maps.fill(&store.maps())?;
+    for (cookie, policy) in maps.policies()? {
         let pod = name(cookie);
-        let counters = tables.counters(policy.slot)?;
+        let counters = maps.counters(policy.slot)?;
         for (reason, count) in counters.by_reason().filter(|(_, count)| *count > 0) {
-            let labels = Decision { pod: pod.clone(), reason: reason.word().to_owned() };
+            let labels = Decision { pod: pod.clone(), reason: reason.as_str().to_owned() };
             decisions.get_or_create(&labels).inc_by(count);
         }
         for (failure, count) in counters.by_failure().filter(|(_, count)| *count > 0) {
-            let labels = Failed { pod: pod.clone(), failure: failure.word().to_owned() };
+            let labels = Failed { pod: pod.clone(), failure: failure.as_str().to_owned() };
             failures.get_or_create(&labels).inc_by(count);
         }
         for (map, entries, _) in fill.usage.get(&policy.id).copied().unwrap_or_default().by_map() {
             let labels = PodMap { pod: pod.clone(), map: map.to_owned() };
             used.get_or_create(&labels).set(entries.try_into().unwrap_or(i64::MAX));
         }
-        let open = tables.connections(policy.slot);
+        let open = maps.connections(policy.slot);
         connections.get_or_create(&Named { pod }).set(open.try_into().unwrap_or(i64::MAX));
     }
-    for (map, _, budget) in Usage::default().by_map() {
+    for (map, _, budget) in PolicyUsage::default().by_map() {
         budgets.get_or_create(&Of { map: map.to_owned() }).set(budget.into());
     }
     for (map, used, room) in fill.maps {

@@ -5,8 +5,8 @@ use std::{collections::BTreeMap, net::IpAddr, path::PathBuf, time::Duration};
 use serde::{Deserialize, Serialize};
 
 use super::{
-    reconcile::{Problem, Report},
-    wanted::Given,
+    desired::CaptureArgs,
+    reconcile::{PodFailure, PodReport},
 };
 
 /// Where the socket is unless told otherwise.
@@ -19,13 +19,13 @@ pub const PATIENCE: Duration = Duration::from_secs(10);
 /// A request.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "request", rename_all = "snake_case", deny_unknown_fields)]
-pub enum Request {
+pub enum DaemonRequest {
     /// Put the pod of a sandbox in force; answered once it is.
     Add(Box<Add>),
     /// The sandbox is going away.
-    Delete(Sandbox),
+    Delete(SandboxInfo),
     /// Whether the pod of the sandbox is in force as it should be.
-    Check(Sandbox),
+    Check(SandboxInfo),
     /// What is known of every pod.
     Report,
     /// Whether a pod that is started now would be captured.
@@ -44,7 +44,7 @@ pub enum Request {
 /// A sandbox and the pod that it is of.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct Sandbox {
+pub struct SandboxInfo {
     /// `CNI_CONTAINERID`.
     pub sandbox: String,
     /// The pod's UID; outside Kubernetes there is none.
@@ -58,9 +58,9 @@ pub struct Sandbox {
     pub name: String,
 }
 
-impl Request {
+impl DaemonRequest {
     /// The sandbox that it is about.
-    pub(super) fn sandbox(&self) -> Option<&Sandbox> {
+    pub(super) fn sandbox(&self) -> Option<&SandboxInfo> {
         match self {
             Self::Add(add) => Some(&add.pod),
             Self::Delete(sandbox) | Self::Check(sandbox) => Some(sandbox),
@@ -69,7 +69,7 @@ impl Request {
     }
 }
 
-impl Sandbox {
+impl SandboxInfo {
     /// Whether the names may stand in logs and metrics. Kubernetes allows only such.
     pub(super) fn is_printable(&self) -> bool {
         let names = [&self.sandbox, &self.namespace, &self.name];
@@ -82,7 +82,7 @@ impl Sandbox {
 #[serde(deny_unknown_fields)]
 pub struct Add {
     /// Whose.
-    pub pod: Sandbox,
+    pub pod: SandboxInfo,
     /// `CNI_NETNS`.
     pub netns: PathBuf,
     /// The pod's cgroup, where the runtime told the plugin; relative to the root of the hierarchy, or systemd's
@@ -100,7 +100,7 @@ pub struct Add {
     pub select: Select,
     /// Options of the plugin's configuration, for every pod.
     #[serde(default)]
-    pub given: Given,
+    pub given: CaptureArgs,
 }
 
 /// Which pods the plugin has captured.
@@ -121,7 +121,7 @@ pub enum Response {
     /// Done; one word for how.
     Done(String),
     /// Not done.
-    Failed(Problem),
-    /// To [`Request::Report`].
-    Pods(Vec<Report>),
+    Failed(PodFailure),
+    /// To [`DaemonRequest::Report`].
+    Pods(Vec<PodReport>),
 }

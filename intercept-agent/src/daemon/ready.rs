@@ -8,7 +8,7 @@ use std::sync::{
 use super::{
     capture::CaptureError,
     plugin::InstallerHandle,
-    worker::{Lane, Worker},
+    worker::{Priority, Worker},
 };
 use crate::node::NodeError;
 
@@ -29,8 +29,8 @@ impl Readiness {
         if !self.adopted.load(Ordering::Acquire) {
             return Err("taking over what is in force".to_owned());
         }
-        let asked = self.worker.run(Lane::Urgent, |access| {
-            access.with(|node| Ok::<_, NodeError>(node.tables().policies()?.len()))
+        let asked = self.worker.run(Priority::Urgent, |access| {
+            access.with(|node| Ok::<_, NodeError>(node.maps().policies()?.len()))
         });
         match asked.await {
             Ok(Ok(_)) => Ok(()),

@@ -18,18 +18,18 @@ use tokio::{
     sync::{mpsc, oneshot},
 };
 
-pub use message::{Message, Outcome};
-pub use pod::{Answer, Problem, Report, State};
+pub use message::{JobOutcome, Message};
+pub use pod::{PodFailure, PodReport, PodResult, PodState};
 
 use self::pod::Pod;
 use super::{
-    capture::{self, CaptureError, Captured, Held, Prepared, Seen},
-    complaints::Complaint,
+    capture::{self, AppliedPod, CaptureError, Captured, Liveness, Prepared},
+    desired::{DesiredPod, Key},
+    events::PodEvent,
     metrics::Metrics,
     retry,
     view::PodView,
-    wanted::{Key, Wanted},
-    worker::{Access, Lane, Worker, WorkerFailed},
+    worker::{Access, Priority, Worker, WorkerFailed},
 };
 use crate::{
     node::{Attached, NodeError},
@@ -37,9 +37,9 @@ use crate::{
 };
 
 /// How often pods are looked at: a pod that is gone is to be gone within a second.
-const LOOK: Duration = Duration::from_millis(400);
+const POLL_INTERVAL: Duration = Duration::from_millis(400);
 /// How often the whole state is compared with what should be in force.
-const AUDIT: Duration = Duration::from_secs(10);
+const RESYNC_INTERVAL: Duration = Duration::from_secs(10);
 
 /// A failure that passes by itself within this time gets no event on the pod.
 const EVENT_AFTER: Duration = Duration::from_secs(5);
@@ -54,10 +54,10 @@ pub struct Reconciler {
     messages: mpsc::UnboundedSender<Message>,
     inbox: mpsc::UnboundedReceiver<Message>,
     runtime: Handle,
-    complaints: Option<mpsc::UnboundedSender<Complaint>>,
+    events: Option<mpsc::UnboundedSender<PodEvent>>,
     /// How long a sandbox waits for the API; there is none to wait for if none.
     api_wait: Option<Duration>,
-    leaving: bool,
+    uninstalling: bool,
 }
 
 impl Reconciler {
@@ -72,16 +72,16 @@ impl Reconciler {
             messages: messages.clone(),
             inbox,
             runtime,
-            complaints: None,
+            events: None,
             api_wait: None,
-            leaving: false,
+            uninstalling: false,
         };
         (reconciler, messages)
     }
 
     /// Have somebody else told of pods of the API that could not be captured.
-    pub fn complain_to(&mut self, complaints: mpsc::UnboundedSender<Complaint>) {
-        self.complaints = Some(complaints);
+    pub fn publish_events_to(&mut self, events: mpsc::UnboundedSender<PodEvent>) {
+        self.events = Some(events);
     }
 
     /// The API is watched: have a sandbox wait for its word for so long.
@@ -90,57 +90,56 @@ impl Reconciler {
     }
 
     /// Once for failures of one kind in a row, which may be many.
-    fn complain(&mut self, key: &Key) {
-        let (Some(complaints), Key::Pod(uid), Some(pod)) = (&self.complaints, key, self.pods.get_mut(key))
-        else {
+    fn publish_event(&mut self, key: &Key) {
+        let (Some(events), Key::Pod(uid), Some(pod)) = (&self.events, key, self.pods.get_mut(key)) else {
             return;
         };
-        let Some(text) = pod.problem.as_ref().map(|problem| problem.text.clone()) else { return };
-        if pod.complained.as_ref() != Some(&text) {
-            pod.complained = Some(text.clone());
+        let Some(text) = pod.failure.as_ref().map(|problem| problem.text.clone()) else { return };
+        if pod.last_event.as_ref() != Some(&text) {
+            pod.last_event = Some(text.clone());
             // The object of a static pod has another UID than the pod.
             let uid = pod.view.speaker().map_or(uid, |object| &object.id.uid.0).clone();
-            drop(complaints.send(Complaint { uid, name: pod.name.clone(), text }));
+            drop(events.send(PodEvent { uid, name: pod.name.clone(), text }));
         }
     }
 
     /// Take over what is in force, after sweeping what is dead.
     pub async fn adopt(&mut self) -> Result<usize, CaptureError> {
-        let records = self.worker.run(Lane::Urgent, capture::sweep).await??;
+        let records = self.worker.run(Priority::Urgent, capture::sweep).await??;
         let adopted = records.len();
         for record in records {
-            self.adopt_one(&record);
+            self.adopt_record(&record);
         }
         Ok(adopted)
     }
 
-    fn adopt_one(&mut self, record: &Record) {
+    fn adopt_record(&mut self, record: &Record) {
         let key = Key::of_record(record);
         let pod = self.pods.entry(key.clone()).or_default();
-        pod.held = Some(Held::of_record(record));
-        pod.proven = Some(Instant::now());
+        pod.applied = Some(AppliedPod::of_record(record));
+        pod.last_verified = Some(Instant::now());
         if pod.view.is_empty() {
-            pod.view.set_applied_before(Wanted::of_record(record));
-            self.reconsider(&key);
+            pod.view.set_applied_before(DesiredPod::of_record(record));
+            self.resolve_claims(&key);
         } else {
             // Routes may have changed while nobody followed them.
-            self.step(&key);
+            self.reconcile(&key);
         }
     }
 
     /// Until the last sender of messages is gone.
     pub async fn run(mut self) {
-        let mut look = tokio::time::interval(LOOK);
+        let mut look = tokio::time::interval(POLL_INTERVAL);
         look.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-        let mut audit = tokio::time::interval(AUDIT);
+        let mut audit = tokio::time::interval(RESYNC_INTERVAL);
         loop {
             tokio::select! {
                 message = self.inbox.recv() => match message {
                     Some(message) => self.take(message),
                     None => return,
                 },
-                _ = look.tick() => self.look(),
-                _ = audit.tick() => self.start_audit(),
+                _ = look.tick() => self.poll(),
+                _ = audit.tick() => self.start_resync(),
             }
         }
     }
@@ -154,21 +153,26 @@ impl Reconciler {
             Message::ObjectDeleted(key, id) => self.update_known(&key, |view| view.remove_object(&id)),
             Message::ObjectsListed(uids) => self.objects_listed(&uids),
             Message::Sandbox(key, claim, reply) => self.add(&key, *claim, reply),
-            Message::ApiSilent(key, sandbox) => self.api_silent(&key, &sandbox),
+            Message::ApiTimeout(key, sandbox) => self.api_timeout(&key, &sandbox),
             Message::Delete { key, sandbox, reply } => self.delete(&key, &sandbox, reply),
             Message::Check(key, reply) => drop(reply.send(self.check(&key))),
             Message::Report(reply) => {
-                drop(reply.send(self.pods.iter().map(|(key, pod)| Report::of(key, pod)).collect()));
+                drop(reply.send(self.pods.iter().map(|(key, pod)| PodReport::of(key, pod)).collect()));
             }
             Message::Collect(valid, reply) => drop(reply.send(self.collect(&valid))),
-            Message::Leave(reply) => self.leave(reply),
+            Message::Leave(reply) => self.uninstall(reply),
             Message::Changed(key, cookie) => {
-                if self.pods.get(&key).and_then(|pod| pod.held.as_ref()).is_some_and(|h| h.cookie == cookie) {
-                    self.step(&key);
+                if self
+                    .pods
+                    .get(&key)
+                    .and_then(|pod| pod.applied.as_ref())
+                    .is_some_and(|h| h.cookie == cookie)
+                {
+                    self.reconcile(&key);
                 }
             }
             Message::Done(key, outcome) => self.done(&key, *outcome),
-            Message::Audited(in_force, new) => self.audited(&in_force, &new),
+            Message::Resynced(active, new) => self.resynced(&active, &new),
         }
     }
 
@@ -176,7 +180,9 @@ impl Reconciler {
     fn collect(&mut self, valid: &HashSet<String>) -> usize {
         let is_gone = |pod: &Pod| {
             let sandbox = pod.view.sandbox_id();
-            sandbox.is_some_and(|sandbox| !valid.contains(sandbox)) && !pod.busy && pod.waiting.is_empty()
+            sandbox.is_some_and(|sandbox| !valid.contains(sandbox))
+                && !pod.in_flight
+                && pod.waiting.is_empty()
         };
         let gone: Vec<Key> =
             self.pods.iter().filter(|(_, pod)| is_gone(pod)).map(|(key, _)| key.clone()).collect();
@@ -186,38 +192,42 @@ impl Reconciler {
                 && let Some(sandbox) = pod.view.sandbox_id().map(str::to_owned)
             {
                 pod.view.end_sandbox(&sandbox);
-                pod.unwant();
-                self.reconsider(key);
+                pod.clear_desired();
+                self.resolve_claims(key);
             }
         }
         gone.len()
     }
 
-    fn check(&self, key: &Key) -> Answer {
+    fn check(&self, key: &Key) -> PodResult {
         match self.pods.get(key) {
-            Some(pod) if pod.left_alone.is_some() => Ok("left_alone"),
-            Some(Pod { held: Some(held), problem: None, .. }) if held.look() == Seen::Here => Ok("captured"),
-            Some(Pod { problem: Some(problem), .. }) => Err(problem.clone()),
-            _ => Err(Problem { cause: "absent".into(), text: "the pod is not captured".into() }),
+            Some(pod) if pod.ignored.is_some() => Ok("left_alone"),
+            Some(Pod { applied: Some(applied), failure: None, .. })
+                if applied.liveness() == Liveness::Alive =>
+            {
+                Ok("captured")
+            }
+            Some(Pod { failure: Some(problem), .. }) => Err(problem.clone()),
+            _ => Err(PodFailure { cause: "absent".into(), text: "the pod is not captured".into() }),
         }
     }
 
-    fn leave(&mut self, reply: oneshot::Sender<Result<(), NodeError>>) {
-        self.leaving = true;
+    fn uninstall(&mut self, reply: oneshot::Sender<Result<(), NodeError>>) {
+        self.uninstalling = true;
         tracing::info!("removing everything from this node");
-        let mut held = Vec::new();
+        let mut applied = Vec::new();
         for pod in std::mem::take(&mut self.pods).values_mut() {
             pod.stop_following();
-            held.extend(pod.held.take());
+            applied.extend(pod.applied.take());
         }
         let worker = self.worker.clone();
         tokio::spawn(async move {
-            let removed = worker.run(Lane::Urgent, move |access| {
-                for held in held {
+            let removed = worker.run(Priority::Urgent, move |access| {
+                for applied in applied {
                     // What stays is removed below; only the namespace's own settings may be left as they are.
-                    if let Err(error) = capture::release(access, &held) {
+                    if let Err(error) = capture::release(access, &applied) {
                         tracing::warn!(
-                            cookie = held.cookie,
+                            cookie = applied.cookie,
                             error = &error as &dyn std::error::Error,
                             "detaching"
                         );
@@ -232,38 +242,40 @@ impl Reconciler {
     }
 
     /// Have the worker do what is to be done for a pod, if anything.
-    fn step(&mut self, key: &Key) {
+    fn reconcile(&mut self, key: &Key) {
         let Some(pod) = self.pods.get_mut(key) else { return };
-        if pod.busy {
-            pod.again = true;
+        if pod.in_flight {
+            pod.dirty = true;
             return;
         }
-        if pod.due.is_some_and(|due| due > Instant::now()) {
+        if pod.retry_at.is_some_and(|due| due > Instant::now()) {
             return;
         }
         let nobody_waits = pod.waiting.is_empty() && pod.releasing.is_empty();
-        let lane = if nobody_waits { Lane::Normal } else { Lane::Urgent };
-        match (&pod.wanted, &pod.held) {
-            (Some(wanted), held) => {
-                pod.busy = true;
-                let (wanted, held) = (wanted.clone(), held.clone());
+        let priority = if nobody_waits { Priority::Normal } else { Priority::Urgent };
+        match (&pod.desired, &pod.applied) {
+            (Some(desired), applied) => {
+                pod.in_flight = true;
+                let (desired, applied) = (desired.clone(), applied.clone());
                 let followed = pod.follow.as_ref().map(|(cookie, _)| *cookie);
                 let runtime = self.runtime.clone();
-                let before = held.clone();
-                let prepare = move || capture::prepare(&runtime, &wanted, before.as_ref(), followed);
+                let before = applied.clone();
+                let prepare = move || capture::prepare(&runtime, &desired, before.as_ref(), followed);
                 let capture =
-                    move |access: &mut Access, prepared| capture::capture(access, prepared, held.as_ref());
-                self.spawn_prepared(key, lane, prepare, capture);
+                    move |access: &mut Access, prepared| capture::capture(access, prepared, applied.as_ref());
+                self.spawn_prepared(key, priority, prepare, capture);
             }
-            (None, Some(held)) => {
-                let held = held.clone();
-                pod.busy = true;
+            (None, Some(applied)) => {
+                let applied = applied.clone();
+                pod.in_flight = true;
                 pod.stop_following();
-                self.spawn(key, lane, Outcome::Released, move |access| Ok(capture::release(access, &held)?));
+                self.spawn(key, priority, JobOutcome::Released, move |access| {
+                    Ok(capture::release(access, &applied)?)
+                });
             }
             (None, None) => {
                 pod.stop_following();
-                if let Some(why) = pod.left_alone {
+                if let Some(why) = pod.ignored {
                     pod.answer(&Ok(why));
                 }
                 pod.answer_released(&Ok("released"));
@@ -278,7 +290,7 @@ impl Reconciler {
     fn spawn_prepared(
         &self,
         key: &Key,
-        lane: Lane,
+        priority: Priority,
         prepare: impl FnOnce() -> Result<Prepared, CaptureError> + Send + 'static,
         capture: impl FnOnce(&mut Access, Prepared) -> Result<Captured, CaptureError> + Send + 'static,
     ) {
@@ -286,7 +298,7 @@ impl Reconciler {
         tokio::spawn(async move {
             let result = match tokio::task::spawn_blocking(prepare).await {
                 Ok(Ok(prepared)) => worker
-                    .run(lane, move |access| capture(access, prepared))
+                    .run(priority, move |access| capture(access, prepared))
                     .await
                     .unwrap_or_else(|failed| Err(failed.into())),
                 Ok(Err(error)) => Err(error),
@@ -294,86 +306,86 @@ impl Reconciler {
                 Err(_) => Err(WorkerFailed.into()),
             };
             // The loop is gone when the daemon ends.
-            drop(messages.send(Message::Done(key, Box::new(Outcome::Captured(result)))));
+            drop(messages.send(Message::Done(key, Box::new(JobOutcome::Captured(result)))));
         });
     }
 
     fn spawn<T: Send + 'static>(
         &self,
         key: &Key,
-        lane: Lane,
-        outcome: fn(Result<T, CaptureError>) -> Outcome,
+        priority: Priority,
+        outcome: fn(Result<T, CaptureError>) -> JobOutcome,
         work: impl FnOnce(&mut super::worker::Access) -> Result<T, CaptureError> + Send + 'static,
     ) {
         let (worker, messages, key) = (self.worker.clone(), self.messages.clone(), key.clone());
         tokio::spawn(async move {
-            let result = worker.run(lane, work).await.unwrap_or_else(|failed| Err(failed.into()));
+            let result = worker.run(priority, work).await.unwrap_or_else(|failed| Err(failed.into()));
             // The loop is gone when the daemon ends.
             drop(messages.send(Message::Done(key, Box::new(outcome(result)))));
         });
     }
 
-    fn done(&mut self, key: &Key, outcome: Outcome) {
+    fn done(&mut self, key: &Key, outcome: JobOutcome) {
         let Some(pod) = self.pods.get_mut(key) else { return };
-        pod.busy = false;
-        let mut again = std::mem::take(&mut pod.again);
+        pod.in_flight = false;
+        let mut again = std::mem::take(&mut pod.dirty);
         match outcome {
-            Outcome::Captured(Ok(captured)) => self.captured(key, captured, !again),
-            Outcome::Captured(Err(CaptureError::Detached)) => {
+            JobOutcome::Captured(Ok(captured)) => self.captured(key, captured, !again),
+            JobOutcome::Captured(Err(CaptureError::Detached)) => {
                 pod.view.forget_applied_before();
-                pod.wanted = None;
-                pod.held = None;
+                pod.desired = None;
+                pod.applied = None;
                 again = true;
             }
-            Outcome::Captured(Err(error)) => self.failed(key, &error, !again),
-            Outcome::Released(Err(error)) => {
+            JobOutcome::Captured(Err(error)) => self.failed(key, &error, !again),
+            JobOutcome::Released(Err(error)) => {
                 pod.release_failed = true;
                 self.failed(key, &error, !again);
             }
-            Outcome::Released(Ok(())) => {
+            JobOutcome::Released(Ok(())) => {
                 tracing::info!(pod = %key, name = pod.name, "released");
-                pod.held = None;
-                if std::mem::take(&mut pod.release_failed) || pod.wanted.is_none() {
+                pod.applied = None;
+                if std::mem::take(&mut pod.release_failed) || pod.desired.is_none() {
                     // Of an attempt to release it.
-                    pod.problem = None;
+                    pod.failure = None;
                     pod.failures = 0;
-                    pod.due = None;
+                    pod.retry_at = None;
                 }
                 // Answers whoever waits for that, if nothing is wanted again by now.
                 again = true;
             }
-            Outcome::Alive(Ok(true)) => {}
-            Outcome::Alive(Ok(false)) => self.vanished(key),
-            Outcome::Alive(Err(error)) => tracing::warn!(pod = %key, "{}", error.text()),
+            JobOutcome::Alive(Ok(true)) => {}
+            JobOutcome::Alive(Ok(false)) => self.on_gone(key),
+            JobOutcome::Alive(Err(error)) => tracing::warn!(pod = %key, "{}", error.text()),
         }
         if again {
-            self.step(key);
+            self.reconcile(key);
         }
     }
 
     /// `latest` unless something else is wanted by now.
     fn captured(&mut self, key: &Key, captured: Captured, latest: bool) {
         let Some(pod) = self.pods.get_mut(key) else { return };
-        let Captured { done, held, follower, earlier, took } = captured;
+        let Captured { done, applied, follower, preexisting_connections, took } = captured;
         self.metrics.captured(done, took);
         if done != Attached::Unchanged {
             tracing::info!(
-                pod = %key, name = pod.name, cookie = held.cookie, cgroup = %held.cgroup.display(),
-                took = ?took, "{}", done.word()
+                pod = %key, name = pod.name, cookie = applied.cookie, cgroup = %applied.cgroup.display(),
+                took = ?took, "{}", done.as_str()
             );
         }
         if done == Attached::New {
-            pod.earlier = earlier;
-            if earlier > 0 {
+            pod.preexisting_connections = preexisting_connections;
+            if preexisting_connections > 0 {
                 tracing::warn!(
-                    pod = %key, name = pod.name, connections = earlier,
+                    pod = %key, name = pod.name, connections = preexisting_connections,
                     "the pod had connections before it was captured: they go on past the proxy until they are closed"
                 );
             }
         }
         if let Some(mut follower) = follower {
             pod.stop_following();
-            let (messages, key, cookie) = (self.messages.clone(), key.clone(), held.cookie);
+            let (messages, key, cookie) = (self.messages.clone(), key.clone(), applied.cookie);
             let task = tokio::spawn(async move {
                 loop {
                     if let Err(error) = follower.changed().await {
@@ -386,17 +398,17 @@ impl Reconciler {
                     }
                 }
             });
-            pod.follow = Some((held.cookie, task));
+            pod.follow = Some((applied.cookie, task));
         }
-        pod.held = Some(held);
-        pod.proven = Some(Instant::now());
+        pod.applied = Some(applied);
+        pod.last_verified = Some(Instant::now());
         if latest {
-            pod.settled = true;
-            pod.problem = None;
-            pod.complained = None;
+            pod.up_to_date = true;
+            pod.failure = None;
+            pod.last_event = None;
             pod.failures = 0;
             pod.failing_since = None;
-            pod.due = None;
+            pod.retry_at = None;
             pod.answer(&Ok("captured"));
             pod.answer_released(&Ok("released"));
         }
@@ -413,24 +425,24 @@ impl Reconciler {
         let since = *pod.failing_since.get_or_insert_with(Instant::now);
         if error.is_of_a_start() && pod.is_starting(since) {
             tracing::debug!(pod = %key, name = pod.name, "waiting for its first process: {}", error.text());
-            pod.due = Some(Instant::now() + delay.min(START_RETRY));
+            pod.retry_at = Some(Instant::now() + delay.min(START_RETRY));
             return;
         }
         self.metrics.error(error.cause());
-        let problem = Problem::from(error);
+        let problem = PodFailure::from(error);
         // The same again and again is said once.
-        if pod.problem.as_ref() != Some(&problem) {
+        if pod.failure.as_ref() != Some(&problem) {
             tracing::error!(
                 pod = %key, name = pod.name, cause = error.cause(), failures = pod.failures,
                 retry_in = ?delay, "{}", problem.text
             );
         }
-        pod.due = Some(Instant::now() + delay);
+        pod.retry_at = Some(Instant::now() + delay);
         pod.answer_released(&Err(problem.clone()));
         let asked = pod.answer(&Err(problem.clone()));
-        pod.problem = Some(problem);
+        pod.failure = Some(problem);
         if asked || error.is_about_options() || since.elapsed() >= EVENT_AFTER {
-            self.complain(key);
+            self.publish_event(key);
         }
         if asked {
             self.add_failed(key);

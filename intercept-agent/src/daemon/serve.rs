@@ -16,6 +16,7 @@ use tokio::sync::{Mutex, mpsc::UnboundedSender, oneshot};
 
 use super::{
     capture::CaptureError,
+    desired::{CaptureArgs, CaptureArgsError},
     folder::{Folder, FolderError},
     http,
     kubernetes::{Kubernetes, KubernetesError},
@@ -23,11 +24,10 @@ use super::{
     placement::Placement,
     plugin::Installer,
     ready::Readiness,
-    reconcile::{Message, Reconciler, Report},
+    reconcile::{Message, PodReport, Reconciler},
     sidecar::Selection,
     socket::{Server, SocketError},
-    wanted::{Given, GivenError},
-    worker::{Lane, Worker},
+    worker::{Priority, Worker},
 };
 use crate::{cgroup, cni::install::Plugin, node::NodeError};
 
@@ -56,7 +56,7 @@ pub struct Settings {
     /// Which pods are looked at.
     pub selection: Selection,
     /// Options for every pod of the API; annotations are stronger.
-    pub defaults: Given,
+    pub defaults: CaptureArgs,
     /// The CNI plugin that is to be kept installed, if any.
     pub plugin: Option<Plugin>,
 }
@@ -68,7 +68,7 @@ pub enum ServeError {
     #[error(transparent)]
     Kubernetes(#[from] KubernetesError),
     #[error("reading the options for every pod")]
-    Defaults(#[source] GivenError),
+    Defaults(#[source] CaptureArgsError),
     #[error(transparent)]
     Folder(#[from] FolderError),
     #[error(transparent)]
@@ -113,7 +113,7 @@ pub async fn serve(settings: Settings, shutdown: impl Future<Output = ()>) -> Re
             let kubernetes =
                 Kubernetes::open(node, settings.selection, settings.defaults, placement, messages.clone())
                     .await?;
-            reconciler.complain_to(kubernetes.complaints());
+            reconciler.publish_events_to(kubernetes.events());
             reconciler.await_api(settings.api_wait);
             Some(kubernetes)
         }
@@ -175,7 +175,7 @@ fn router(probes: Probes) -> Router {
         .with_state(probes)
 }
 
-async fn reports(probes: &Probes) -> Option<Vec<Report>> {
+async fn reports(probes: &Probes) -> Option<Vec<PodReport>> {
     let (reply, answer) = oneshot::channel();
     probes.messages.send(Message::Report(reply)).ok()?;
     answer.await.ok()
@@ -187,7 +187,7 @@ async fn metrics(
     let reports = reports(&probes).await.ok_or(StatusCode::SERVICE_UNAVAILABLE)?;
     let names = reports.into_iter().filter_map(|report| Some((report.netns_cookie?, report.name))).collect();
     let Probes { metrics, bpffs, scraping, .. } = probes;
-    // Held until the work is done, also when its client has gone away meanwhile.
+    // AppliedPod until the work is done, also when its client has gone away meanwhile.
     let one_at_a_time = scraping.lock_owned().await;
     // Walks the maps: not on the thread that everything else runs on.
     let text = tokio::task::spawn_blocking(move || {
@@ -208,7 +208,7 @@ async fn healthz(State(probes): State<Probes>) -> (StatusCode, String) {
             format!("the loop has not looked at its pods for {since:?}\n"),
         );
     }
-    match tokio::time::timeout(STUCK, probes.readiness.worker.run(Lane::Urgent, |_| ())).await {
+    match tokio::time::timeout(STUCK, probes.readiness.worker.run(Priority::Urgent, |_| ())).await {
         Ok(Ok(())) => (StatusCode::OK, "ok\n".to_owned()),
         Ok(Err(failed)) => (StatusCode::SERVICE_UNAVAILABLE, format!("{failed}\n")),
         Err(_) => (

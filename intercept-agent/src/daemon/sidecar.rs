@@ -8,9 +8,9 @@ use std::{
 use serde::Deserialize;
 
 use super::{
+    desired::CaptureArgs,
     mesh::{self, Mesh},
     view::Certainty,
-    wanted::Given,
 };
 
 /// The proxy's container.
@@ -111,25 +111,25 @@ impl Container {
 
 /// What becomes of a pod.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Verdict {
+pub enum PodVerdict {
     /// Captured with these options.
-    Capture(CaptureArgs),
+    Capture(SidecarArgs),
     /// Left alone.
     Ignore(IgnoreReason),
 }
 
 /// The options of a pod that is captured.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct CaptureArgs {
+pub struct SidecarArgs {
     /// As `attach` takes them.
-    pub given: Given,
+    pub given: CaptureArgs,
     /// Whether IPv6 is captured if the pod's first address is of IPv4.
     pub ipv6: Ipv6,
 }
 
-impl CaptureArgs {
+impl SidecarArgs {
     /// The options for a pod whose first address is this; as long as it has none, IPv6 has nowhere to come from.
-    pub fn for_address(&self, first: Option<IpAddr>) -> Given {
+    pub fn for_address(&self, first: Option<IpAddr>) -> CaptureArgs {
         let mut given = self.given.clone();
         if self.ipv6 == Ipv6::AsIstio && first.is_some_and(|address| address.is_ipv4()) {
             given.arguments.push("--without-ipv6".to_owned());
@@ -205,7 +205,10 @@ impl AnnotationError {
 
     /// The error of the options names a flag that the author of the annotation has never seen.
     pub(super) fn check(annotation: &str, flag: &str, value: &str) -> Result<(), Self> {
-        let given = Given { arguments: vec![flag.to_owned(), value.trim().to_owned()], ..Given::default() };
+        let given = CaptureArgs {
+            arguments: vec![flag.to_owned(), value.trim().to_owned()],
+            ..CaptureArgs::default()
+        };
         given.check().map(drop).map_err(|error| Self::new(annotation, error.to_string()))
     }
 }
@@ -222,8 +225,8 @@ pub fn reads(annotation: &str) -> bool {
 pub fn decide(
     pod: &PodMetadata,
     selection: &Selection,
-    defaults: &Given,
-) -> Result<Verdict, AnnotationError> {
+    defaults: &CaptureArgs,
+) -> Result<PodVerdict, AnnotationError> {
     let elsewhere = if pod.host_network {
         Some(IgnoreReason::HostNetwork)
     } else if selection.exclude_namespaces.contains(&pod.namespace) {
@@ -232,13 +235,13 @@ pub fn decide(
         None
     };
     if let Some(why) = elsewhere {
-        return Ok(Verdict::Ignore(why));
+        return Ok(PodVerdict::Ignore(why));
     }
     if selection.mesh != Mesh::Istio {
         return mesh::decide(selection.mesh, pod, defaults);
     }
     match ignore_reason(pod) {
-        Some(why) => Ok(Verdict::Ignore(why)),
+        Some(why) => Ok(PodVerdict::Ignore(why)),
         None => capture(&pod.annotations, proxy(&pod.containers), selection, defaults),
     }
 }
@@ -286,9 +289,9 @@ pub fn decide_by_annotations(
     namespace: &str,
     annotations: Option<&BTreeMap<String, String>>,
     selection: &Selection,
-    defaults: &Given,
-) -> (Result<Verdict, AnnotationError>, Certainty) {
-    let ignore = |why| Ok(Verdict::Ignore(why));
+    defaults: &CaptureArgs,
+) -> (Result<PodVerdict, AnnotationError>, Certainty) {
+    let ignore = |why| Ok(PodVerdict::Ignore(why));
     if selection.exclude_namespaces.contains(namespace) {
         return (ignore(IgnoreReason::NamespaceExcluded), Certainty::Certain);
     }
@@ -363,8 +366,8 @@ fn capture(
     annotations: &BTreeMap<String, String>,
     proxy: Option<&Container>,
     selection: &Selection,
-    defaults: &Given,
-) -> Result<Verdict, AnnotationError> {
+    defaults: &CaptureArgs,
+) -> Result<PodVerdict, AnnotationError> {
     let mut arguments: Vec<String> = Vec::new();
     let mut push = |flag: &str, value: &str| arguments.extend([flag.to_owned(), value.to_owned()]);
     // Root cannot be told from everybody else, so istio-cni does not take it for the proxy's either.
@@ -391,8 +394,8 @@ fn capture(
     }
     let dual_stack = proxy.is_some_and(|proxy| proxy.is_set("ISTIO_DUAL_STACK"));
     let ipv6 = if dual_stack { Ipv6::Always } else { selection.ipv6 };
-    let given = Given { arguments, environment: defaults.environment.clone() };
-    Ok(Verdict::Capture(CaptureArgs { given, ipv6 }))
+    let given = CaptureArgs { arguments, environment: defaults.environment.clone() };
+    Ok(PodVerdict::Capture(SidecarArgs { given, ipv6 }))
 }
 
 /// Flags and values of the annotations that are there, each of them sound.

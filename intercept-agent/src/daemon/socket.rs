@@ -11,13 +11,13 @@ use tokio::{
 };
 
 use super::{
+    desired::Key,
     placement::Placement,
-    protocol::{Add, MAX_LINE, PATIENCE, Request, Response, Sandbox, Select},
+    protocol::{Add, DaemonRequest, MAX_LINE, PATIENCE, Response, SandboxInfo, Select},
     ready::Readiness,
-    reconcile::{Answer, Message, Problem},
-    sidecar::{self, CaptureArgs, Ipv6, Selection, Verdict},
+    reconcile::{Message, PodFailure, PodResult},
+    sidecar::{self, Ipv6, PodVerdict, Selection, SidecarArgs},
     view::{Certainty, SandboxClaim},
-    wanted::Key,
 };
 use crate::ownership::{OwnedFolder, OwnershipError};
 
@@ -90,7 +90,7 @@ impl Server {
         Ok(Self { listener, _lock: lock, messages, placement, selection })
     }
 
-    /// Answer, for ever.
+    /// PodResult, for ever.
     pub async fn serve(self, readiness: Readiness) {
         let Self { listener, _lock, messages, placement, selection } = self;
         let context = Arc::new(Context { messages, placement, selection, readiness });
@@ -140,41 +140,41 @@ impl Context {
         stream.shutdown().await
     }
 
-    async fn perform(&self, request: Request) -> Response {
+    async fn perform(&self, request: DaemonRequest) -> Response {
         if let Some(sandbox) = request.sandbox()
             && !sandbox.is_printable()
         {
             return failed("request", "the names of the pod have control characters in them".to_owned());
         }
         match request {
-            Request::Add(add) => self.add(*add).await,
-            Request::Delete(sandbox) => {
+            DaemonRequest::Add(add) => self.add(*add).await,
+            DaemonRequest::Delete(sandbox) => {
                 let key = key(&sandbox);
                 self.ask(|reply| Message::Delete { key, sandbox: sandbox.sandbox, reply }).await
             }
-            Request::Check(sandbox) => self.ask(|reply| Message::Check(key(&sandbox), reply)).await,
-            Request::Report => match self.tell(Message::Report).await {
+            DaemonRequest::Check(sandbox) => self.ask(|reply| Message::Check(key(&sandbox), reply)).await,
+            DaemonRequest::Report => match self.tell(Message::Report).await {
                 Some(reports) => Response::Pods(reports),
                 None => ending(),
             },
-            Request::Ready => match self.readiness.of_daemon().await {
+            DaemonRequest::Ready => match self.readiness.of_daemon().await {
                 Ok(()) => Response::Done("ready".to_owned()),
                 Err(problem) => failed("not_ready", problem),
             },
-            Request::Collect { valid } => {
+            DaemonRequest::Collect { valid } => {
                 let valid = valid.into_iter().collect();
                 match self.tell(|reply| Message::Collect(valid, reply)).await {
                     Some(released) => Response::Done(format!("{released} released")),
                     None => ending(),
                 }
             }
-            Request::StopInstalling => {
+            DaemonRequest::StopInstalling => {
                 if let Some(installer) = &self.readiness.installer {
                     installer.stop().await;
                 }
                 Response::Done("stopped".to_owned())
             }
-            Request::Leave => match self.tell(Message::Leave).await {
+            DaemonRequest::Leave => match self.tell(Message::Leave).await {
                 Some(Ok(())) => Response::Done("left".to_owned()),
                 Some(Err(error)) => failed("internal", super::capture::CaptureError::from(error).text()),
                 None => ending(),
@@ -200,8 +200,8 @@ impl Context {
         };
         let (verdict, certainty) = match (add.select, add.annotations) {
             (Select::All, _) => {
-                let args = CaptureArgs { given: add.given, ipv6: Ipv6::Always };
-                (Ok(Verdict::Capture(args)), Certainty::Provisional)
+                let args = SidecarArgs { given: add.given, ipv6: Ipv6::Always };
+                (Ok(PodVerdict::Capture(args)), Certainty::Provisional)
             }
             (Select::Sidecar, annotations) => sidecar::decide_by_annotations(
                 &add.pod.namespace,
@@ -210,7 +210,7 @@ impl Context {
                 &add.given,
             ),
         };
-        let Sandbox { sandbox: id, namespace, name, .. } = add.pod;
+        let SandboxInfo { sandbox: id, namespace, name, .. } = add.pod;
         SandboxClaim {
             id,
             namespace,
@@ -223,7 +223,7 @@ impl Context {
         }
     }
 
-    async fn ask(&self, message: impl FnOnce(oneshot::Sender<Answer>) -> Message) -> Response {
+    async fn ask(&self, message: impl FnOnce(oneshot::Sender<PodResult>) -> Message) -> Response {
         match self.tell(message).await {
             Some(Ok(how)) => Response::Done(how.to_owned()),
             Some(Err(problem)) => Response::Failed(problem),
@@ -239,23 +239,23 @@ impl Context {
 }
 
 fn failed(cause: &str, text: String) -> Response {
-    Response::Failed(Problem { cause: cause.to_owned(), text })
+    Response::Failed(PodFailure { cause: cause.to_owned(), text })
 }
 
 fn ending() -> Response {
     failed("ending", "the daemon is ending; try again".to_owned())
 }
 
-fn uid(sandbox: &Sandbox) -> &str {
+fn uid(sandbox: &SandboxInfo) -> &str {
     sandbox.uid.as_deref().unwrap_or(&sandbox.sandbox)
 }
 
-fn key(sandbox: &Sandbox) -> Key {
+fn key(sandbox: &SandboxInfo) -> Key {
     Key::Pod(uid(sandbox).to_owned())
 }
 
 /// Ask the daemon, from another process, and wait for its answer.
-pub fn request(path: &Path, request: &Request) -> io::Result<Response> {
+pub fn request(path: &Path, request: &DaemonRequest) -> io::Result<Response> {
     use std::io::{BufRead as _, Read as _, Write as _};
     let mut stream = std::os::unix::net::UnixStream::connect(path)?;
     let peer = rustix::net::sockopt::socket_peercred(&stream)?.uid;
@@ -293,7 +293,7 @@ mod tests {
             });
             as_nobody.join().expect("no panic")
         });
-        let error = request(&path, &Request::Report).expect_err("refused");
+        let error = request(&path, &DaemonRequest::Report).expect_err("refused");
         assert!(error.to_string().starts_with("user 65534 listens there"), "{error}");
         drop(listener);
     }

@@ -5,7 +5,7 @@
 //!
 //! 1. A file of the folder is a pod of its own; no other source shares its key.
 //! 2. Selection and options: the API's object, else the CNI plugin's annotations, else what an earlier daemon applied.
-//! 3. Place: the runtime's sandbox (its cgroup, its namespace, its address), else the cgroup of the object's UID, else that of an
+//! 3. ObjectPlace: the runtime's sandbox (its cgroup, its namespace, its address), else the cgroup of the object's UID, else that of an
 //!    earlier daemon.
 //! 4. End: only the runtime ends a sandbox. An object that is gone from the API keeps its say until then.
 //!
@@ -20,8 +20,8 @@ use std::{
 };
 
 use super::{
-    sidecar::{AnnotationError, IgnoreReason, Verdict},
-    wanted::{Options, Wanted},
+    desired::{CaptureOptions, DesiredPod},
+    sidecar::{AnnotationError, IgnoreReason, PodVerdict},
 };
 use crate::store::Origin;
 
@@ -68,7 +68,7 @@ pub enum Stage {
 
 /// Where the pod of an object is, as far as the node's cgroups tell.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Place {
+pub enum ObjectPlace {
     /// Its cgroup.
     Cgroup(PathBuf),
     /// It has none yet.
@@ -87,9 +87,9 @@ pub struct ObjectClaim {
     /// Where it is in its life.
     pub stage: Stage,
     /// Whether it is captured, and how.
-    pub verdict: Result<Verdict, AnnotationError>,
+    pub verdict: Result<PodVerdict, AnnotationError>,
     /// Where it is.
-    pub place: Place,
+    pub place: ObjectPlace,
     /// Its first address, once it has one.
     pub first_address: Option<IpAddr>,
 }
@@ -110,7 +110,7 @@ pub struct SandboxClaim {
     /// Its first address, if the runtime has told the plugin.
     pub first_address: Option<IpAddr>,
     /// Whether it is captured, and how, by what the plugin was told.
-    pub verdict: Result<Verdict, AnnotationError>,
+    pub verdict: Result<PodVerdict, AnnotationError>,
     /// How far the plugin's word goes.
     pub certainty: Certainty,
 }
@@ -137,10 +137,10 @@ pub enum ApiWait {
 /// The claims on one pod.
 #[derive(Debug, Default)]
 pub struct PodView {
-    file: Option<Result<Wanted, String>>,
+    file: Option<Result<DesiredPod, String>>,
     sandbox: Option<SandboxClaim>,
     objects: BTreeMap<ObjectUid, ObjectClaim>,
-    applied_before: Option<Wanted>,
+    applied_before: Option<DesiredPod>,
     api_wait: ApiWait,
 }
 
@@ -148,11 +148,11 @@ pub struct PodView {
 #[derive(Clone, Debug, PartialEq)]
 pub enum Resolution {
     /// The pod is to be captured.
-    Capture(Box<Wanted>),
+    Capture(Box<DesiredPod>),
     /// It is not.
     Ignore(IgnoreReason),
     /// What is said of it cannot be understood: what is applied stays.
-    Refuse(Problem),
+    Refuse(ClaimError),
     /// It waits for the API: what is applied stays.
     AwaitApi,
     /// It is to be captured, and has no place yet.
@@ -163,7 +163,7 @@ pub enum Resolution {
 
 /// Why a claim cannot be followed.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Problem {
+pub enum ClaimError {
     /// The options do not read.
     Options(String),
     /// The cgroup is not known.
@@ -171,7 +171,7 @@ pub enum Problem {
 }
 
 /// Where the runtime has put a pod.
-struct Sandbox<'a> {
+struct SandboxPlace<'a> {
     id: &'a str,
     namespace: &'a str,
     name: &'a str,
@@ -181,7 +181,7 @@ struct Sandbox<'a> {
 
 impl PodView {
     /// A file of the folder asks for the pod, or does not read.
-    pub fn set_file(&mut self, file: Result<Wanted, String>) {
+    pub fn set_file(&mut self, file: Result<DesiredPod, String>) {
         self.file = Some(file);
         self.applied_before = None;
     }
@@ -193,8 +193,8 @@ impl PodView {
     }
 
     /// An earlier daemon, or a command, applied this.
-    pub fn set_applied_before(&mut self, wanted: Wanted) {
-        self.applied_before = Some(wanted);
+    pub fn set_applied_before(&mut self, desired: DesiredPod) {
+        self.applied_before = Some(desired);
     }
 
     /// What was applied by command was taken away by command.
@@ -236,7 +236,7 @@ impl PodView {
     /// The pod's cgroup or namespace is gone. False if a source that outlives it may want it again in the same place.
     pub fn on_gone(&mut self) -> bool {
         let is_over = self.runtime().is_some()
-            || matches!(&self.applied_before, Some(Wanted { origin: Origin::Command, .. }));
+            || matches!(&self.applied_before, Some(DesiredPod { origin: Origin::Command, .. }));
         if is_over {
             self.drop_sandbox();
         }
@@ -250,7 +250,7 @@ impl PodView {
         self.objects.retain(|_, object| object.stage != Stage::Deleted);
         for object in self.objects.values_mut() {
             // Its processes are ending. The API tells of the pod again once it has another sandbox.
-            object.place = Place::Pending;
+            object.place = ObjectPlace::Pending;
         }
     }
 
@@ -313,7 +313,7 @@ impl PodView {
     fn is_bound(&self, id: &ObjectId) -> bool {
         let named = match (&self.sandbox, &self.applied_before) {
             (Some(sandbox), _) => Some((&sandbox.namespace, &sandbox.name)),
-            (None, Some(Wanted { origin: Origin::Pod { namespace, name, .. }, .. })) => {
+            (None, Some(DesiredPod { origin: Origin::Pod { namespace, name, .. }, .. })) => {
                 Some((namespace, name))
             }
             _ => None,
@@ -324,17 +324,17 @@ impl PodView {
         }
     }
 
-    fn runtime(&self) -> Option<Sandbox<'_>> {
+    fn runtime(&self) -> Option<SandboxPlace<'_>> {
         if let Some(SandboxClaim { id, namespace, name, netns, cgroup, .. }) = &self.sandbox {
-            return Some(Sandbox { id, namespace, name, netns: Some(netns), cgroup: cgroup.as_ref() });
+            return Some(SandboxPlace { id, namespace, name, netns: Some(netns), cgroup: cgroup.as_ref() });
         }
         match &self.applied_before {
-            Some(Wanted {
+            Some(DesiredPod {
                 origin: Origin::Pod { namespace, name, sandbox: Some(id), .. },
                 cgroup,
                 netns,
                 ..
-            }) => Some(Sandbox { id, namespace, name, netns: netns.as_ref(), cgroup: Ok(cgroup) }),
+            }) => Some(SandboxPlace { id, namespace, name, netns: netns.as_ref(), cgroup: Ok(cgroup) }),
             _ => None,
         }
     }
@@ -343,8 +343,8 @@ impl PodView {
     pub fn resolve(&self, uid: &str) -> Resolution {
         let before = self.applied_before.as_ref();
         let verdict = match (&self.file, self.speaker(), &self.sandbox) {
-            (Some(Ok(wanted)), ..) => return Resolution::Capture(Box::new(wanted.clone())),
-            (Some(Err(problem)), ..) => return Resolution::Refuse(Problem::Options(problem.clone())),
+            (Some(Ok(desired)), ..) => return Resolution::Capture(Box::new(desired.clone())),
+            (Some(Err(problem)), ..) => return Resolution::Refuse(ClaimError::Options(problem.clone())),
             (None, Some(object), _) => match object.stage {
                 Stage::Finished if self.runtime().is_none() => {
                     return Resolution::Ignore(IgnoreReason::Finished);
@@ -366,17 +366,17 @@ impl PodView {
             }
         };
         match verdict {
-            Ok(Verdict::Capture(args)) => {
+            Ok(PodVerdict::Capture(args)) => {
                 let added = self.sandbox.as_ref().and_then(|sandbox| sandbox.first_address);
                 let told = self.speaker().and_then(|object| object.first_address);
-                self.place(uid, &Options::Given(args.for_address(added.or(told))))
+                self.place(uid, &CaptureOptions::Args(args.for_address(added.or(told))))
             }
-            Ok(Verdict::Ignore(why)) => Resolution::Ignore(*why),
-            Err(error) => Resolution::Refuse(Problem::Options(error.to_string())),
+            Ok(PodVerdict::Ignore(why)) => Resolution::Ignore(*why),
+            Err(error) => Resolution::Refuse(ClaimError::Options(error.to_string())),
         }
     }
 
-    fn place(&self, uid: &str, options: &Options) -> Resolution {
+    fn place(&self, uid: &str, options: &CaptureOptions) -> Resolution {
         let pod = |namespace: &str, name: &str, sandbox: Option<&str>| Origin::Pod {
             uid: uid.to_owned(),
             namespace: namespace.to_owned(),
@@ -385,24 +385,24 @@ impl PodView {
         };
         let capture = |origin, cgroup: &PathBuf, netns: Option<&PathBuf>| {
             let (cgroup, netns, options) = (cgroup.clone(), netns.cloned(), options.clone());
-            Resolution::Capture(Box::new(Wanted { origin, cgroup, netns, options }))
+            Resolution::Capture(Box::new(DesiredPod { origin, cgroup, netns, options }))
         };
         if let Some(sandbox) = self.runtime() {
             return match sandbox.cgroup {
                 Ok(cgroup) => {
                     capture(pod(sandbox.namespace, sandbox.name, Some(sandbox.id)), cgroup, sandbox.netns)
                 }
-                Err(problem) => Resolution::Refuse(Problem::Cgroup(problem.clone())),
+                Err(problem) => Resolution::Refuse(ClaimError::Cgroup(problem.clone())),
             };
         }
         let Some(ObjectClaim { id, place, .. }) = self.speaker() else { return Resolution::Unplaced };
         match (place, &self.applied_before) {
-            (Place::Cgroup(cgroup), _) => capture(pod(&id.namespace, &id.name, None), cgroup, None),
+            (ObjectPlace::Cgroup(cgroup), _) => capture(pod(&id.namespace, &id.name, None), cgroup, None),
             (_, Some(before)) => {
                 capture(pod(&id.namespace, &id.name, None), &before.cgroup, before.netns.as_ref())
             }
-            (Place::Pending, None) => Resolution::Unplaced,
-            (Place::Missing(problem), None) => Resolution::Refuse(Problem::Cgroup(problem.clone())),
+            (ObjectPlace::Pending, None) => Resolution::Unplaced,
+            (ObjectPlace::Missing(problem), None) => Resolution::Refuse(ClaimError::Cgroup(problem.clone())),
         }
     }
 
@@ -419,7 +419,7 @@ impl PodView {
             return Some(named);
         }
         let file = self.file.as_ref().and_then(|file| file.as_ref().ok());
-        file.or(self.applied_before.as_ref()).map(Wanted::name)
+        file.or(self.applied_before.as_ref()).map(DesiredPod::name)
     }
 }
 

@@ -20,7 +20,7 @@ type Job = Box<dyn FnOnce(&mut Access) + Send>;
 
 /// Which jobs go first.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Lane {
+pub enum Priority {
     /// Somebody waits for it: a pod that is being started.
     Urgent,
     /// What keeps the state right.
@@ -34,31 +34,31 @@ pub struct WorkerFailed;
 
 #[derive(Default)]
 struct Queue {
-    lanes: Mutex<Lanes>,
+    queues: Mutex<PriorityQueues>,
     more: Condvar,
 }
 
 #[derive(Default)]
-struct Lanes {
+struct PriorityQueues {
     urgent: VecDeque<Job>,
     normal: VecDeque<Job>,
     closed: bool,
 }
 
 impl Queue {
-    fn lanes(&self) -> std::sync::MutexGuard<'_, Lanes> {
+    fn queues(&self) -> std::sync::MutexGuard<'_, PriorityQueues> {
         // Jobs run outside the lock, so that a panic leaves the queue whole.
-        self.lanes.lock().unwrap_or_else(PoisonError::into_inner)
+        self.queues.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn next(&self) -> Option<Job> {
-        let mut lanes = self.lanes();
+        let mut queues = self.queues();
         loop {
-            let job = lanes.urgent.pop_front().or_else(|| lanes.normal.pop_front());
-            if job.is_some() || lanes.closed {
+            let job = queues.urgent.pop_front().or_else(|| queues.normal.pop_front());
+            if job.is_some() || queues.closed {
                 return job;
             }
-            lanes = self.more.wait(lanes).unwrap_or_else(PoisonError::into_inner);
+            queues = self.more.wait(queues).unwrap_or_else(PoisonError::into_inner);
         }
     }
 }
@@ -71,7 +71,7 @@ struct Handle(Arc<Queue>);
 
 impl Drop for Handle {
     fn drop(&mut self) {
-        self.0.lanes().closed = true;
+        self.0.queues().closed = true;
         self.0.more.notify_all();
     }
 }
@@ -95,7 +95,7 @@ impl Worker {
     /// Run a job and wait for what it gives.
     pub async fn run<T: Send + 'static>(
         &self,
-        lane: Lane,
+        priority: Priority,
         work: impl FnOnce(&mut Access) -> T + Send + 'static,
     ) -> Result<T, WorkerFailed> {
         let (reply, result) = oneshot::channel();
@@ -107,10 +107,10 @@ impl Worker {
             }
         });
         {
-            let mut lanes = self.0.0.lanes();
-            match lane {
-                Lane::Urgent => lanes.urgent.push_back(job),
-                Lane::Normal => lanes.normal.push_back(job),
+            let mut queues = self.0.0.queues();
+            match priority {
+                Priority::Urgent => queues.urgent.push_back(job),
+                Priority::Normal => queues.normal.push_back(job),
             }
         }
         self.0.0.more.notify_one();
@@ -119,8 +119,8 @@ impl Worker {
 
     /// How many jobs wait.
     pub fn waiting(&self) -> usize {
-        let lanes = self.0.0.lanes();
-        lanes.urgent.len() + lanes.normal.len()
+        let queues = self.0.0.queues();
+        queues.urgent.len() + queues.normal.len()
     }
 }
 
@@ -186,9 +186,9 @@ mod tests {
     fn a_panic_in_a_job_fails_that_job_alone() {
         let worker = Worker::start("/nonexistent".into(), 1).expect("a thread");
         runtime().block_on(async {
-            let failed = worker.run(Lane::Normal, |_| panic!("on purpose")).await;
+            let failed = worker.run(Priority::Normal, |_| panic!("on purpose")).await;
             assert!(matches!(failed, Err(WorkerFailed)), "{failed:?}");
-            assert_eq!(worker.run(Lane::Normal, |_| 7).await.expect("still there"), 7);
+            assert_eq!(worker.run(Priority::Normal, |_| 7).await.expect("still there"), 7);
         });
     }
 
@@ -198,13 +198,13 @@ mod tests {
         let order = Arc::new(Mutex::new(Vec::new()));
         runtime().block_on(async {
             let (go, wait) = std::sync::mpsc::channel::<()>();
-            let first = worker.run(Lane::Normal, move |_| wait.recv().expect("a word"));
+            let first = worker.run(Priority::Normal, move |_| wait.recv().expect("a word"));
             let note = |what: &'static str| {
                 let order = Arc::clone(&order);
                 move |_: &mut Access| order.lock().expect("whole").push(what)
             };
-            let normal = worker.run(Lane::Normal, note("normal"));
-            let urgent = worker.run(Lane::Urgent, note("urgent"));
+            let normal = worker.run(Priority::Normal, note("normal"));
+            let urgent = worker.run(Priority::Urgent, note("urgent"));
             let (first, normal, urgent, ()) = tokio::join!(first, normal, urgent, async {
                 go.send(()).expect("the worker waits");
             });

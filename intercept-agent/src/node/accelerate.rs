@@ -7,10 +7,10 @@ use intercept_common::{acceleration::PodCell, layout::PodPolicy, names};
 use super::{Node, Target, links::replace_pin};
 use crate::{
     acceleration::{Acceleration, AccelerationError, Owners},
-    kernel::{self, LinkTarget},
     listeners,
     options::Config,
     programs,
+    sys::{self, LinkTarget},
 };
 
 /// The cell of a pod.
@@ -64,9 +64,9 @@ impl Node {
         if self.link_is(&path, LinkTarget::Cgroup(Some(target.cgroup.id()))).unwrap_or(false) {
             return Ok(());
         }
-        kernel::open_pin(&self.store.programs().join(name))
+        sys::open_pin(&self.store.programs().join(name))
             .and_then(|program| {
-                kernel::link_create(program.as_fd(), target.cgroup.as_fd(), programs::attach_type(name))
+                sys::link_create(program.as_fd(), target.cgroup.as_fd(), programs::attach_type(name))
             })
             .and_then(|link| replace_pin(&link, &path))
             .map_err(|source| AccelerationError::Call { action: "attaching program", name, source })
@@ -77,9 +77,9 @@ impl Node {
         let Some(mut acceleration) = Acceleration::find(&self.store)? else { return Ok(()) };
         acceleration.revoke(cell(cookie, slot))?;
         let path = self.store.pod(cookie).join(names::JOIN_OPS);
-        if let Ok(link) = kernel::open_pin(&path) {
+        if let Ok(link) = sys::open_pin(&path) {
             // Without its pin it goes a while later.
-            let _goes_with_its_pin = kernel::link_detach(link.as_fd());
+            let _goes_with_its_pin = sys::link_detach(link.as_fd());
             std::fs::remove_file(&path).map_err(|source| AccelerationError::Call {
                 action: "removing the link of program",
                 name: names::JOIN_OPS,
@@ -93,10 +93,10 @@ impl Node {
     /// more.
     pub(super) fn replace_join(&self, cookie: u64) {
         let name = names::JOIN_OPS;
-        let Ok(link) = kernel::open_pin(&self.store.pod(cookie).join(name)) else { return };
+        let Ok(link) = sys::open_pin(&self.store.pod(cookie).join(name)) else { return };
         let replaced = Acceleration::load(&self.store).and_then(|_loaded| {
-            kernel::open_pin(&self.store.programs().join(name))
-                .and_then(|program| kernel::link_update(link.as_fd(), program.as_fd()))
+            sys::open_pin(&self.store.programs().join(name))
+                .and_then(|program| sys::link_update(link.as_fd(), program.as_fd()))
                 .map_err(|source| AccelerationError::Call { action: "replacing program", name, source })
         });
         if let Err(error) = replaced {
@@ -105,7 +105,7 @@ impl Node {
                 error = &error as &dyn std::error::Error,
                 "connections are not joined any more"
             );
-            if let Ok(Some(policy)) = self.tables.policy(cookie) {
+            if let Ok(Some(policy)) = self.maps.policy(cookie) {
                 let _reported = self.stop_accelerating(cookie, policy.slot);
             }
         }
@@ -114,7 +114,7 @@ impl Node {
     /// Have every joined connection go on by TCP. Their sockets keep programs and maps alive after the pins have gone.
     pub(super) fn switch_joining_off(&self) {
         let off = Acceleration::find(&self.store).and_then(|found| match found {
-            Some(mut acceleration) => acceleration.switch_off(),
+            Some(mut acceleration) => acceleration.deactivate(),
             None => Ok(()),
         });
         if let Err(error) = off {

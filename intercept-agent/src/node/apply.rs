@@ -8,21 +8,21 @@ use std::{collections::BTreeSet, os::fd::AsFd as _, time::Instant};
 
 use intercept_common::names;
 
-use super::{Attached, Node, NodeError, Target, plan::Apply};
+use super::{Attached, Node, NodeError, Target, plan::PolicyChange};
 use crate::{
-    kernel,
     netns::Netns,
-    plumbing::{self, Plumbing, PlumbingError},
+    netns_setup::{self, NetnsChanges, NetnsSetupError},
+    sys,
 };
 
 impl Node {
     /// Carry out a plan. After a failure the state is what it was before.
-    pub(super) fn apply(&mut self, target: &Target, plan: &Apply) -> Result<Attached, NodeError> {
+    pub(super) fn apply(&mut self, target: &Target, plan: &PolicyChange) -> Result<Attached, NodeError> {
         let cookie = plan.record.cookie;
-        let (mut made, mut registered) = (Plumbing::default(), BTreeSet::new());
+        let (mut made, mut registered) = (NetnsChanges::default(), BTreeSet::new());
         let switched = self
             .add(target, plan, &mut made, &mut registered)
-            .and_then(|()| Ok(self.tables.switch_on(cookie, &plan.policy)?));
+            .and_then(|()| Ok(self.maps.activate(cookie, &plan.policy)?));
         if let Err(error) = switched {
             self.undo(target, plan, &made);
             return Err(error);
@@ -46,8 +46,8 @@ impl Node {
     fn add(
         &mut self,
         target: &Target,
-        plan: &Apply,
-        made: &mut Plumbing,
+        plan: &PolicyChange,
+        made: &mut NetnsChanges,
         registered: &mut BTreeSet<u64>,
     ) -> Result<(), NodeError> {
         let record = &plan.record;
@@ -56,19 +56,19 @@ impl Node {
         self.store.write_record(record)?;
         self.link(target)?;
         if plan.before.is_none() {
-            self.tables.reset_slot(plan.policy.slot)?;
+            self.maps.reset_slot(plan.policy.slot)?;
         }
-        self.tables.write(plan.policy.id, &plan.entries)?;
+        self.maps.write(plan.policy.id, &plan.entries)?;
         tracing::debug!(
             seconds = start.elapsed().as_secs_f64(),
             cookie = record.cookie,
             "wrote maps and made links"
         );
-        plumbing::add(&target.netns, &plan.additions, made).map_err(preparing(&target.netns))?;
+        netns_setup::add(&target.netns, &plan.additions, made).map_err(preparing(&target.netns))?;
         if *made != plan.additions {
             // Made by another process since the plan: not ours to remove.
-            let plumbing = record.plumbing.without(&plan.additions.without(made));
-            self.store.rewrite_record(&crate::store::Record { plumbing, ..record.clone() })?;
+            let netns_setup = record.netns_setup.without(&plan.additions.without(made));
+            self.store.rewrite_record(&crate::store::Record { netns_setup, ..record.clone() })?;
         }
         match plan.before {
             None => self.register_listeners(target, &record.config, &plan.policy, registered),
@@ -77,13 +77,13 @@ impl Node {
     }
 
     /// Undo [`Node::add`]. What cannot be undone affects no connection and is left to the next call.
-    fn undo(&mut self, target: &Target, plan: &Apply, made: &Plumbing) {
+    fn undo(&mut self, target: &Target, plan: &PolicyChange, made: &NetnsChanges) {
         let cookie = plan.record.cookie;
-        let restored = plumbing::remove(&target.netns, made).map_err(preparing(&target.netns));
+        let restored = netns_setup::remove(&target.netns, made).map_err(preparing(&target.netns));
         let undone = restored.and_then(|()| match plan.before {
             None => self.take_out(cookie, None),
             Some(before) => {
-                self.tables.remove_lists(&[plan.policy.id])?;
+                self.maps.remove_lists(&[plan.policy.id])?;
                 Ok(self.store.drop_other_records(cookie, before.id)?)
             }
         });
@@ -99,23 +99,23 @@ impl Node {
         active: u32,
         netns: &Netns,
     ) -> Result<(), NodeError> {
-        let mut needed = Plumbing::default();
+        let mut needed = NetnsChanges::default();
         let mut others = Vec::new();
         for (id, record) in self.store.records(cookie)? {
             match record {
-                Ok(record) if id == active => needed = record.plumbing,
-                Ok(record) => others.push((id, record.plumbing)),
+                Ok(record) if id == active => needed = record.netns_setup,
+                Ok(record) => others.push((id, record.netns_setup)),
                 Err(error) if error.may_pass() => return Err(error.into()),
                 // Its changes are not known, so nothing can be undone.
-                Err(_) if id != active => others.push((id, Plumbing::default())),
+                Err(_) if id != active => others.push((id, NetnsChanges::default())),
                 Err(_) => {}
             }
         }
         for (_, changes) in &others {
-            plumbing::remove(netns, &changes.without(&needed)).map_err(preparing(netns))?;
+            netns_setup::remove(netns, &changes.without(&needed)).map_err(preparing(netns))?;
         }
         if !others.is_empty() {
-            self.tables.remove_lists(&others.iter().map(|(id, _)| *id).collect::<Vec<_>>())?;
+            self.maps.remove_lists(&others.iter().map(|(id, _)| *id).collect::<Vec<_>>())?;
             // Last, so that the next call repeats all of this if it fails before.
             self.store.drop_other_records(cookie, active)?;
         }
@@ -125,7 +125,7 @@ impl Node {
     /// Deactivate a pod and remove everything of it, including the changes of its namespace if that is given. After a
     /// failure, call it again.
     pub(super) fn take_out(&mut self, cookie: u64, netns: Option<&Netns>) -> Result<(), NodeError> {
-        let policy = self.tables.policy(cookie)?;
+        let policy = self.maps.policy(cookie)?;
         if let Some(policy) = &policy
             && let Err(error) = self.stop_accelerating(cookie, policy.slot)
         {
@@ -135,7 +135,7 @@ impl Node {
                 "joined connections stay joined"
             );
         }
-        self.tables.switch_off(cookie)?;
+        self.maps.deactivate(cookie)?;
         if let Some(netns) = netns {
             if let Some(policy) = &policy
                 && let Ok(Some(record)) = self.store.read_record(cookie, policy.id)
@@ -146,20 +146,20 @@ impl Node {
         }
         for program in names::CGROUP_PROGRAMS.iter().chain([&names::SK_LOOKUP]) {
             // Detach now; if that fails, removing the pin still detaches it later.
-            let link = kernel::open_pin(&self.store.pod(cookie).join(program));
-            let _goes_with_its_pin = link.and_then(|link| kernel::link_detach(link.as_fd()));
+            let link = sys::open_pin(&self.store.pod(cookie).join(program));
+            let _goes_with_its_pin = link.and_then(|link| sys::link_detach(link.as_fd()));
         }
         // Every list was written after its record.
         let records = self.store.records(cookie)?;
         let ids: Vec<u32> = records.iter().map(|(id, _)| *id).chain(policy.map(|policy| policy.id)).collect();
-        self.tables.remove_lists(&ids)?;
-        self.tables.purge_connections(|netns| netns != cookie)?;
-        let others = self.tables.policies()?;
+        self.maps.remove_lists(&ids)?;
+        self.maps.purge_connections(|netns| netns != cookie)?;
+        let others = self.maps.policies()?;
         let slots = records.iter().filter_map(|(_, record)| record.as_ref().ok()).map(|record| record.slot);
         for slot in slots.chain(policy.map(|policy| policy.slot)) {
             // Another pod may have the slot of a policy that was not active any more.
             if others.iter().all(|(_, other)| other.slot != slot) {
-                self.tables.reset_slot(slot)?;
+                self.maps.reset_slot(slot)?;
             }
         }
         // Last, so that the next call repeats all of this if it fails before.
@@ -170,7 +170,7 @@ impl Node {
     fn restore(&self, cookie: u64, netns: &Netns) -> Result<(), NodeError> {
         for (policy, record) in self.store.records(cookie)? {
             match record {
-                Ok(record) => plumbing::remove(netns, &record.plumbing).map_err(preparing(netns))?,
+                Ok(record) => netns_setup::remove(netns, &record.netns_setup).map_err(preparing(netns))?,
                 Err(error) if error.may_pass() => return Err(error.into()),
                 Err(error) => tracing::warn!(
                     cookie,
@@ -184,7 +184,7 @@ impl Node {
     }
 }
 
-fn preparing(netns: &Netns) -> impl FnOnce(PlumbingError) -> NodeError + use<> {
+fn preparing(netns: &Netns) -> impl FnOnce(NetnsSetupError) -> NodeError + use<> {
     let netns = netns.name().to_owned();
-    move |source| NodeError::Plumbing { netns, source }
+    move |source| NodeError::NetnsChanges { netns, source }
 }

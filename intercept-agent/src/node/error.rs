@@ -5,13 +5,13 @@ use std::io;
 use crate::{
     cgroup::CgroupError,
     listeners::ListenersError,
-    mirror::MirrorError,
+    maps::MapsError,
     netns::NetnsError,
-    plumbing::PlumbingError,
+    netns_setup::NetnsSetupError,
     programs::ProgramError,
+    routes::RoutesError,
     store::StoreError,
     support::{Lacking, ProbeError},
-    tables::TableError,
     userns::IdMapError,
 };
 
@@ -22,7 +22,7 @@ pub enum NodeError {
     #[error(transparent)]
     Store(#[from] StoreError),
     #[error(transparent)]
-    Table(#[from] TableError),
+    Table(#[from] MapsError),
     #[error(transparent)]
     Program(#[from] ProgramError),
     #[error(transparent)]
@@ -39,11 +39,11 @@ pub enum NodeError {
     #[error(transparent)]
     Cgroup(#[from] CgroupError),
     #[error("mirroring the routes of {netns}")]
-    Mirror { netns: String, source: MirrorError },
+    RouteSnapshot { netns: String, source: RoutesError },
     #[error("looking for listeners of the proxy in {netns}")]
     Listeners { netns: String, source: ListenersError },
     #[error("changing or restoring namespace {netns}")]
-    Plumbing { netns: String, source: PlumbingError },
+    NetnsChanges { netns: String, source: NetnsSetupError },
     #[error("letting the listener of port {port} answer for the guests of -k (IP_TRANSPARENT)")]
     Transparent { port: u16, source: io::Error },
     #[error("translating user and group ids of {cgroup}")]

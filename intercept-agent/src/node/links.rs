@@ -10,10 +10,10 @@ use intercept_common::names;
 
 use super::{Node, NodeError, Target};
 use crate::{
-    kernel::{self, LinkTarget},
     options::Config,
     programs,
     support::{self, Lacking, Need},
+    sys::{self, LinkTarget},
 };
 
 impl Node {
@@ -27,9 +27,9 @@ impl Node {
                 continue;
             }
             let attach = || {
-                let fd = kernel::open_pin(&self.store.programs().join(program))?;
+                let fd = sys::open_pin(&self.store.programs().join(program))?;
                 let link =
-                    kernel::link_create(fd.as_fd(), target.cgroup.as_fd(), programs::attach_type(program))?;
+                    sys::link_create(fd.as_fd(), target.cgroup.as_fd(), programs::attach_type(program))?;
                 replace_pin(&link, &path)
             };
             attach().map_err(|source| NodeError::Attach { program, target: cgroup.clone(), source })?;
@@ -39,7 +39,7 @@ impl Node {
             return Ok(());
         }
         let program = self.lookup()?.load(cookie)?;
-        kernel::link_create(program.as_fd(), target.netns.as_fd(), programs::attach_type(names::SK_LOOKUP))
+        sys::link_create(program.as_fd(), target.netns.as_fd(), programs::attach_type(names::SK_LOOKUP))
             .and_then(|link| replace_pin(&link, &path))
             .map_err(|source| NodeError::Attach {
                 program: names::SK_LOOKUP,
@@ -117,16 +117,16 @@ impl Node {
         let dir = self.store.pod(cookie);
         for program in self.loaded_programs() {
             let update = || {
-                let link = kernel::open_pin(&dir.join(program))?;
-                let fd = kernel::open_pin(&self.store.programs().join(program))?;
-                kernel::link_update(link.as_fd(), fd.as_fd())
+                let link = sys::open_pin(&dir.join(program))?;
+                let fd = sys::open_pin(&self.store.programs().join(program))?;
+                sys::link_update(link.as_fd(), fd.as_fd())
             };
             update().map_err(|source| NodeError::Replace { program, cookie, source })?;
         }
         self.replace_join(cookie);
         let program = self.lookup()?.load(cookie)?;
-        kernel::open_pin(&dir.join(names::SK_LOOKUP))
-            .and_then(|link| kernel::link_update(link.as_fd(), program.as_fd()))
+        sys::open_pin(&dir.join(names::SK_LOOKUP))
+            .and_then(|link| sys::link_update(link.as_fd(), program.as_fd()))
             .map_err(|source| NodeError::Replace { program: names::SK_LOOKUP, cookie, source })
     }
 }
@@ -137,11 +137,11 @@ fn netns_target(target: &Target) -> LinkTarget {
 
 /// What the link that is pinned there holds on to; none if nothing is pinned there.
 fn link_target(path: &Path) -> Result<Option<LinkTarget>, NodeError> {
-    let link = match kernel::open_pin(path) {
+    let link = match sys::open_pin(path) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
         opened => opened,
     };
-    link.and_then(|link| kernel::link_info(link.as_fd()))
+    link.and_then(|link| sys::link_info(link.as_fd()))
         .map(|info| Some(info.target))
         .map_err(|source| NodeError::Link { path: path.display().to_string(), source })
 }
@@ -152,5 +152,5 @@ pub(super) fn replace_pin(link: &OwnedFd, path: &Path) -> io::Result<()> {
         Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
         _ => {}
     }
-    kernel::pin(link.as_fd(), path)
+    sys::pin(link.as_fd(), path)
 }

@@ -3,17 +3,17 @@
 
 use super::{NodeError, Target};
 use crate::{
-    mirror::{Follower, Mirror},
+    netns_setup,
     options::Config,
-    plumbing,
+    routes::{Follower, RouteSnapshot},
     userns::IdMaps,
 };
 
 /// What a pod's namespaces are like.
 #[derive(Debug)]
 pub struct Observation {
-    pub(super) mirror: Mirror,
-    pub(super) found: plumbing::Found,
+    pub(super) snapshot: RouteSnapshot,
+    pub(super) found: netns_setup::NetnsState,
     pub(super) ids: IdMaps,
 }
 
@@ -22,22 +22,22 @@ impl Observation {
     pub fn of(target: &Target, config: &Config, follower: Option<&mut Follower>) -> Result<Self, NodeError> {
         target.netns.run(|| {
             let netns = || target.netns.name().to_owned();
-            let mirror = match follower {
+            let snapshot = match follower {
                 Some(follower) => follower.look().cloned(),
-                None => Mirror::snapshot(&target.netns),
+                None => RouteSnapshot::snapshot(&target.netns),
             };
-            let mirror = mirror.map_err(|source| NodeError::Mirror { netns: netns(), source })?;
-            let found = plumbing::find(&target.netns, config, &mirror)
-                .map_err(|source| NodeError::Plumbing { netns: netns(), source })?;
+            let snapshot = snapshot.map_err(|source| NodeError::RouteSnapshot { netns: netns(), source })?;
+            let found = netns_setup::find(&target.netns, config, &snapshot)
+                .map_err(|source| NodeError::NetnsChanges { netns: netns(), source })?;
             let cgroup = target.cgroup.path().display().to_string();
             let ids = IdMaps::of_pod(&target.netns, &target.cgroup)
                 .map_err(|source| NodeError::UserNs { cgroup, source })?;
-            Ok(Self { mirror, found, ids })
+            Ok(Self { snapshot, found, ids })
         })?
     }
 
     /// The routes as they are; after an attach, as that has made them.
-    pub fn into_mirror(self) -> Mirror {
-        self.mirror
+    pub fn into_routes(self) -> RouteSnapshot {
+        self.snapshot
     }
 }

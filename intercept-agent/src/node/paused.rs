@@ -5,12 +5,12 @@ use std::cell::OnceCell;
 use intercept_common::names;
 
 use super::{Living, Node, NodeError};
-use crate::{programs::Lookup, store::Store, tables::Tables};
+use crate::{maps::Maps, programs::Lookup, store::Store};
 
 /// A [`Node`] that others may use meanwhile.
 pub struct Paused {
     store: Store,
-    tables: Tables,
+    maps: Maps,
     lookup: OnceCell<Lookup>,
     living: Option<Living>,
     generation: Option<u64>,
@@ -20,13 +20,7 @@ impl Node {
     /// Unlock the store, and keep what is open for the next time.
     pub fn pause(self) -> Paused {
         let generation = self.store.generation();
-        Paused {
-            store: self.store,
-            tables: self.tables,
-            lookup: self.lookup,
-            living: self.living,
-            generation,
-        }
+        Paused { store: self.store, maps: self.maps, lookup: self.lookup, living: self.living, generation }
     }
 }
 
@@ -38,7 +32,7 @@ impl Paused {
         let same = self.generation.is_some()
             && self.store.generation() == self.generation
             && self.store.programs().join(names::CONNECT6).exists();
-        let Self { store, tables, lookup, living, .. } = self;
-        Ok(same.then_some(Node { store, tables, lookup, living, _lock: lock }))
+        let Self { store, maps, lookup, living, .. } = self;
+        Ok(same.then_some(Node { store, maps, lookup, living, _lock: lock }))
     }
 }

@@ -7,13 +7,13 @@ use intercept_common::layout::{self, PodPolicy, budget};
 use super::{Living, NodeError, Target};
 use crate::{
     compile::{Compiled, Entries},
+    netns_setup::{self, NetnsChanges},
     options::Config,
-    plumbing::{self, Plumbing},
     store::Record,
 };
 
 /// What the plan is made from: all that was looked at.
-pub(super) struct Input<'a> {
+pub(super) struct PlanInput<'a> {
     pub(super) target: &'a Target,
     /// As the pod sees its ids.
     pub(super) config: &'a Config,
@@ -28,7 +28,7 @@ pub(super) struct Input<'a> {
     /// Whether all links of the pod are in place.
     pub(super) links_intact: bool,
     /// What is to be changed in the namespace.
-    pub(super) namespace: plumbing::Plan,
+    pub(super) namespace: netns_setup::NetnsPlan,
     /// [`PodPolicy::max_connections`].
     pub(super) max_connections: u32,
     /// From the options and the routes as they will be.
@@ -48,31 +48,35 @@ pub enum Rewrite {
 
 /// What is to be done.
 #[derive(Clone, PartialEq, Eq, Debug)]
-pub(super) enum Plan {
+pub(super) enum AttachPlan {
     /// The same policy is active.
     Unchanged(PodPolicy),
     /// There is something to do.
-    Apply(Box<Apply>),
+    PolicyChange(Box<PolicyChange>),
 }
 
 /// What is to be done.
 #[derive(Clone, PartialEq, Eq, Debug)]
-pub(super) struct Apply {
+pub(super) struct PolicyChange {
     /// Lists all changes of the namespace, including those still to be made, so that they can be undone after a crash.
     pub(super) record: Record,
     pub(super) policy: PodPolicy,
     pub(super) entries: Entries,
     /// To be added to the namespace before the switch.
-    pub(super) additions: Plumbing,
+    pub(super) additions: NetnsChanges,
     /// To be removed from it after the switch.
-    pub(super) removals: Plumbing,
+    pub(super) removals: NetnsChanges,
     /// The policy that is replaced.
     pub(super) before: Option<PodPolicy>,
 }
 
 /// Makes the plan. `draw` gives random numbers for the policy's id, which must not meet entries left by a crashed agent.
-pub(super) fn plan(input: Input<'_>, rewrite: Rewrite, draw: impl FnMut() -> u32) -> Result<Plan, NodeError> {
-    let Input { target, config, policies, record, living, namespace, compiled, .. } = input;
+pub(super) fn plan(
+    input: PlanInput<'_>,
+    rewrite: Rewrite,
+    draw: impl FnMut() -> u32,
+) -> Result<AttachPlan, NodeError> {
+    let PlanInput { target, config, policies, record, living, namespace, compiled, .. } = input;
     refuse_conflicts(target, input.lineage, living)?;
     refuse_beyond_budget(&compiled.entries)?;
     let cookie = target.netns.cookie();
@@ -86,7 +90,7 @@ pub(super) fn plan(input: Input<'_>, rewrite: Rewrite, draw: impl FnMut() -> u32
         && input.links_intact
         && namespace.is_empty()
     {
-        return Ok(Plan::Unchanged(*policy));
+        return Ok(AttachPlan::Unchanged(*policy));
     }
     let (slot, id) = free(policies, before.as_ref(), draw)?;
     let record = Record {
@@ -99,11 +103,11 @@ pub(super) fn plan(input: Input<'_>, rewrite: Rewrite, draw: impl FnMut() -> u32
         netns_path: target.netns_path.clone(),
         config: config.clone(),
         digest,
-        plumbing: namespace.result(),
+        netns_setup: namespace.result(),
         origin: target.origin.clone(),
         since: input.now,
     };
-    Ok(Plan::Apply(Box::new(Apply {
+    Ok(AttachPlan::PolicyChange(Box::new(PolicyChange {
         record,
         policy: PodPolicy { id, slot, max_connections: input.max_connections, ..compiled.policy },
         entries: compiled.entries,

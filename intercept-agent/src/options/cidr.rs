@@ -4,20 +4,20 @@ use std::net::IpAddr;
 
 use ipnet::IpNet;
 
-use super::Problem;
+use super::OptionProblem;
 use super::go_syntax::parse_decimal;
 
 /// `10.0.0.0/8`, `fd00::/8`, or an address alone (/32, /128). Host bits are kept: they are cleared by the
 /// caller, who may first want to know which address was written.
-pub(super) fn parse(text: &str) -> Result<IpNet, Problem> {
+pub(super) fn parse(text: &str) -> Result<IpNet, OptionProblem> {
     let (address, prefix) = match text.split_once('/') {
         Some((address, prefix)) => (address, Some(prefix)),
         None => (text, None),
     };
-    let address: IpAddr = address.parse().map_err(|_| Problem::Cidr)?;
+    let address: IpAddr = address.parse().map_err(|_| OptionProblem::Cidr)?;
     let Some(prefix) = prefix else { return Ok(IpNet::from(address)) };
-    let prefix = parse_decimal(prefix).and_then(|bits| u8::try_from(bits).ok()).ok_or(Problem::Cidr)?;
-    IpNet::new(address, prefix).map_err(|_| Problem::Cidr)
+    let prefix = parse_decimal(prefix).and_then(|bits| u8::try_from(bits).ok()).ok_or(OptionProblem::Cidr)?;
+    IpNet::new(address, prefix).map_err(|_| OptionProblem::Cidr)
 }
 
 #[cfg(test)]
@@ -58,7 +58,7 @@ mod tests {
             "10.0.0.0 /8",
             "localhost",
         ] {
-            assert_eq!(parse(text), Err(Problem::Cidr), "{text}");
+            assert_eq!(parse(text), Err(OptionProblem::Cidr), "{text}");
         }
     }
 }

@@ -8,7 +8,7 @@ use std::time::Duration;
 use ipnet::{IpNet, Ipv4Net};
 use serde::{Deserialize, Serialize};
 
-use super::{Interface, Ports};
+use super::{InterfacePattern, Ports};
 
 /// Where captured DNS goes; not an option in istio-iptables either.
 pub const DNS_PORT: u16 = 15053;
@@ -50,9 +50,9 @@ pub struct Config {
     /// Inbound ports left alone; empty unless `inbound_ports` is [`InboundPorts::All`].
     pub inbound_exclude: Ports,
     /// Interfaces on which neither direction is captured.
-    pub exclude_interfaces: Vec<Interface>,
+    pub exclude_interfaces: Vec<InterfacePattern>,
     /// Interfaces whose arriving traffic is treated as outbound.
-    pub virt_interfaces: Vec<Interface>,
+    pub virt_interfaces: Vec<InterfacePattern>,
     /// Outbound destinations to capture.
     pub include: Cidrs,
     /// Outbound destinations left alone; host bits cleared, sorted.
@@ -138,7 +138,7 @@ pub enum Dns {
 
 /// What this run is asked to do. None of it is policy: it does not decide a flow.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Switches {
+pub struct RunOptions {
     /// Print what would be done, change nothing.
     pub dry_run: bool,
     /// Change nothing; useful with `run_validation`.
@@ -203,7 +203,7 @@ impl Default for Config {
     }
 }
 
-impl Default for Switches {
+impl Default for RunOptions {
     fn default() -> Self {
         Self {
             dry_run: false,

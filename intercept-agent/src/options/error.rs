@@ -1,6 +1,6 @@
 //! What is wrong with an option, and how to mend it.
 
-use super::setting::Origin;
+use super::setting::SettingOrigin;
 use super::{MAX_OWNER_GROUPS, MAX_PROXY_IDS, MAX_RESOLVERS};
 
 /// A refused option. Shown as `option: `value` problem and remedy`.
@@ -8,11 +8,11 @@ use super::{MAX_OWNER_GROUPS, MAX_PROXY_IDS, MAX_RESOLVERS};
 #[error("{origin}: `{value}` {problem}")]
 pub struct OptionError {
     /// The flag or the variable that carried the value.
-    pub origin: Origin,
+    pub origin: SettingOrigin,
     /// The value, or the offending item of a list.
     pub value: String,
     /// What is wrong with it.
-    pub problem: Problem,
+    pub problem: OptionProblem,
 }
 
 impl OptionError {
@@ -23,7 +23,7 @@ impl OptionError {
 /// What is wrong with a value. Shown as the remainder of a sentence that starts with the value.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
-pub enum Problem {
+pub enum OptionProblem {
     /// Not a port.
     #[error("is not a port; give a decimal number from 1 to 65535")]
     Port,
@@ -97,7 +97,7 @@ pub enum Problem {
     #[error(
         "is not the name of an interface; give 1 to 15 bytes without `/`, `:` or space; `eth+` is all that begin with eth"
     )]
-    Interface,
+    InterfacePattern,
     /// A file that cannot be read.
     #[error("cannot be read ({0}); name the pod's resolv.conf with --resolv-conf, or use --capture-all-dns")]
     ResolvConf(String),

@@ -4,21 +4,21 @@ use std::fmt;
 
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 
-use super::Problem;
+use super::OptionProblem;
 
 /// IFNAMSIZ without its terminating zero.
 const MAX_LEN: usize = 15;
 
 /// An interface as `-i` of iptables takes it: `eth0`, or `eth+` for every name that begins with `eth`.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub enum Interface {
+pub enum InterfacePattern {
     /// This name.
     Exact(String),
     /// Every name that begins so; all of them when empty.
     Prefix(String),
 }
 
-impl Interface {
+impl InterfacePattern {
     /// Whether the interface called `name` is meant.
     pub fn matches(&self, name: &str) -> bool {
         match self {
@@ -28,10 +28,10 @@ impl Interface {
     }
 
     /// `text` as iptables would take it, if the kernel can have an interface of that name (dev_valid_name).
-    pub(super) fn parse(text: &str) -> Result<Self, Problem> {
+    pub(super) fn parse(text: &str) -> Result<Self, OptionProblem> {
         let bad = |c: char| c == '/' || c == ':' || c.is_whitespace() || c.is_control();
         if text.is_empty() || text.len() > MAX_LEN || matches!(text, "." | "..") || text.contains(bad) {
-            return Err(Problem::Interface);
+            return Err(OptionProblem::InterfacePattern);
         }
         Ok(match text.strip_suffix('+') {
             Some(prefix) => Self::Prefix(prefix.to_owned()),
@@ -40,7 +40,7 @@ impl Interface {
     }
 }
 
-impl fmt::Display for Interface {
+impl fmt::Display for InterfacePattern {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Exact(name) => f.write_str(name),
@@ -50,13 +50,13 @@ impl fmt::Display for Interface {
 }
 
 /// As a string, `"eth+"`.
-impl Serialize for Interface {
+impl Serialize for InterfacePattern {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         serializer.collect_str(self)
     }
 }
 
-impl<'de> Deserialize<'de> for Interface {
+impl<'de> Deserialize<'de> for InterfacePattern {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         let text = String::deserialize(deserializer)?;
         Self::parse(&text).map_err(|problem| de::Error::custom(format!("interface `{text}`: {problem}")))
@@ -78,7 +78,7 @@ mod tests {
             ("+", "anything", true),
             ("net1.5", "net1.5", true),
         ] {
-            let parsed = Interface::parse(pattern).expect(pattern);
+            let parsed = InterfacePattern::parse(pattern).expect(pattern);
             assert_eq!(parsed.matches(name), expected, "{pattern} {name}");
             assert_eq!(parsed.to_string(), pattern);
         }
@@ -86,9 +86,9 @@ mod tests {
 
     #[test]
     fn refuses_names_no_interface_can_have() {
-        Interface::parse("abcdefghijklmno").expect("15 bytes are a name");
+        InterfacePattern::parse("abcdefghijklmno").expect("15 bytes are a name");
         for name in ["", "abcdefghijklmnop", "a/b", "a b", "a:b", ".", "..", "a\tb", "a\u{0}b"] {
-            assert_eq!(Interface::parse(name), Err(Problem::Interface), "{name:?}");
+            assert_eq!(InterfacePattern::parse(name), Err(OptionProblem::InterfacePattern), "{name:?}");
         }
     }
 }

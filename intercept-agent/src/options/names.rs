@@ -18,7 +18,7 @@ const MAX_FILE: u64 = 4 << 20;
 const MAX_RESOLV_CONF: u64 = 64 << 10;
 
 /// The names a pod knows.
-pub trait Names {
+pub trait NameSource {
     /// The id of a user.
     fn user(&self, name: &str) -> io::Result<Option<u32>>;
     /// The id of a group.
@@ -27,7 +27,7 @@ pub trait Names {
     fn resolv_conf(&self) -> io::Result<String>;
 }
 
-/// [`Names`] from the files below a root, such as `/proc/PID/root`.
+/// [`NameSource`] from the files below a root, such as `/proc/PID/root`.
 ///
 /// Users and groups that are not there are looked up in this host's own files; the servers are the pod's
 /// alone. The pod writes these files, so they are opened as seen from its root, where a link cannot lead out.
@@ -116,7 +116,7 @@ impl EtcFiles {
     }
 }
 
-impl Names for EtcFiles {
+impl NameSource for EtcFiles {
     fn user(&self, name: &str) -> io::Result<Option<u32>> {
         self.id("etc/passwd", name)
     }

@@ -5,7 +5,7 @@ use std::ops::RangeInclusive;
 
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 
-use super::Problem;
+use super::OptionProblem;
 
 /// A set of ports from 1 to 65535. Kept as ranges that neither touch nor overlap, in ascending order.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
@@ -40,7 +40,7 @@ impl Ports {
     }
 
     /// One item of a list: `80`, `8000:9000`, `:1024` or `9000:`, as iptables' `--dport` takes it.
-    pub(super) fn parse_item(item: &str) -> Result<RangeInclusive<u16>, Problem> {
+    pub(super) fn parse_item(item: &str) -> Result<RangeInclusive<u16>, OptionProblem> {
         let Some((low, high)) = item.split_once(':') else {
             let port = parse_port(item)?;
             return Ok(port..=port);
@@ -48,20 +48,22 @@ impl Ports {
         let bound = |text: &str, open: u16| if text.is_empty() { Ok(open) } else { parse_bound(text) };
         // No packet has port 0, so a range that starts there starts at 1.
         let (low, high) = (bound(low, 1)?.max(1), bound(high, u16::MAX)?);
-        if low > high { Err(Problem::PortRange) } else { Ok(low..=high) }
+        if low > high { Err(OptionProblem::PortRange) } else { Ok(low..=high) }
     }
 }
 
 /// One port, decimal. iptables would also read `010` as octal and `http` as a service; neither is meant.
-pub(super) fn parse_port(text: &str) -> Result<u16, Problem> {
+pub(super) fn parse_port(text: &str) -> Result<u16, OptionProblem> {
     match parse_bound(text)? {
-        0 => Err(Problem::Port),
+        0 => Err(OptionProblem::Port),
         port => Ok(port),
     }
 }
 
-fn parse_bound(text: &str) -> Result<u16, Problem> {
-    super::go_syntax::parse_decimal(text).and_then(|number| u16::try_from(number).ok()).ok_or(Problem::Port)
+fn parse_bound(text: &str) -> Result<u16, OptionProblem> {
+    super::go_syntax::parse_decimal(text)
+        .and_then(|number| u16::try_from(number).ok())
+        .ok_or(OptionProblem::Port)
 }
 
 impl FromIterator<RangeInclusive<u16>> for Ports {

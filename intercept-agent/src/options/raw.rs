@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use clap::{Arg, ArgAction, ArgMatches, Args, Command, FromArgMatches};
 
-use super::setting::{self, Origin, Setting};
+use super::setting::{self, Setting, SettingOrigin};
 
 const HEADING: &str = "Capture options (as istio-iptables)";
 
@@ -40,13 +40,13 @@ impl RawOptions {
     }
 
     /// The value of `setting`: the flag's, else the strongest variable's.
-    pub(super) fn get(&self, setting: &'static Setting) -> Option<(Origin, &str)> {
+    pub(super) fn get(&self, setting: &'static Setting) -> Option<(SettingOrigin, &str)> {
         let flag = setting.long.and_then(|long| self.flags.get(long));
         if let Some(value) = flag {
-            return Some((Origin::Flag(setting), value));
+            return Some((SettingOrigin::Flag(setting), value));
         }
         let (name, value) = setting.env.iter().find_map(|name| self.env.get_key_value(name))?;
-        Some((Origin::Variable(name), value))
+        Some((SettingOrigin::Variable(name), value))
     }
 }
 

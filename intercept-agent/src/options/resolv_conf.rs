@@ -4,7 +4,7 @@ use std::net::IpAddr;
 
 /// What a resolv.conf says of servers.
 #[derive(Debug, Default, PartialEq, Eq)]
-pub(super) struct Servers {
+pub(super) struct Nameservers {
     /// The servers, sorted, each once. A scope (`fe80::1%eth0`) is dropped: no packet carries it.
     pub(super) addresses: Vec<IpAddr>,
     /// What stood behind `nameserver` and is no address.
@@ -12,8 +12,8 @@ pub(super) struct Servers {
 }
 
 /// Reads every `nameserver` line; unlike a C library, istio-iptables does not stop after three.
-pub(super) fn parse(text: &str) -> Servers {
-    let mut servers = Servers::default();
+pub(super) fn parse(text: &str) -> Nameservers {
+    let mut servers = Nameservers::default();
     for line in text.lines() {
         let mut words = line.split_whitespace();
         if words.next() != Some("nameserver") {
@@ -46,6 +46,6 @@ mod tests {
             ["10.96.0.10", "127.0.0.1", "fd00::a", "fe80::1"].map(|a| a.parse().expect(a)).into();
         assert_eq!(servers.addresses, expected);
         assert_eq!(servers.unusable, ["one.example"]);
-        assert_eq!(parse(""), Servers::default());
+        assert_eq!(parse(""), Nameservers::default());
     }
 }

@@ -21,7 +21,7 @@ pub struct Setting {
 
 /// Where a value came from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Origin {
+pub enum SettingOrigin {
     /// The flag.
     Flag(&'static Setting),
     /// The variable of this name.
@@ -40,7 +40,7 @@ impl fmt::Display for Setting {
     }
 }
 
-impl fmt::Display for Origin {
+impl fmt::Display for SettingOrigin {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Flag(setting) | Self::Default(setting) => setting.fmt(f),

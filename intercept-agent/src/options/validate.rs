@@ -10,11 +10,11 @@ use std::time::Duration;
 use intercept_common::acceleration::ProxyName;
 use ipnet::IpNet;
 
-use super::setting::{self, Origin, Setting};
+use super::setting::{self, Setting, SettingOrigin};
 use super::{
-    Cidrs, Config, Dns, InboundMode, InboundPorts, Interface, KNOWN_PROXY, MAX_OWNER_GROUPS, MAX_PROXY_IDS,
-    MAX_RESOLVERS, Names, OptionError, OwnerGroups, Ports, Problem, RawOptions, Switches, cidr, go_syntax,
-    names, ports, resolv_conf,
+    Cidrs, Config, Dns, InboundMode, InboundPorts, InterfacePattern, KNOWN_PROXY, MAX_OWNER_GROUPS,
+    MAX_PROXY_IDS, MAX_RESOLVERS, NameSource, OptionError, OptionProblem, OwnerGroups, Ports, RawOptions,
+    RunOptions, cidr, go_syntax, names, ports, resolv_conf,
 };
 
 /// The user whose id istio takes when `ENVOY_USER` is not there.
@@ -26,7 +26,7 @@ const KERNEL_TABLES: std::ops::RangeInclusive<u32> = 253..=255;
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Note {
     /// The flag or the variable.
-    pub origin: Origin,
+    pub origin: SettingOrigin,
     /// Why.
     pub why: String,
 }
@@ -40,7 +40,7 @@ impl fmt::Display for Note {
 impl RawOptions {
     /// Checks every option and gives what they say, with the names of users, groups and servers looked up in
     /// `names`. The first option at fault is the error; nothing is changed anywhere.
-    pub fn validate(&self, names: &dyn Names) -> Result<(Config, Switches, Vec<Note>), OptionError> {
+    pub fn validate(&self, names: &dyn NameSource) -> Result<(Config, RunOptions, Vec<Note>), OptionError> {
         let mut reader = Reader { raw: self, names, notes: Vec::new() };
         let switches = reader.switches()?;
         let config = reader.config()?;
@@ -50,7 +50,7 @@ impl RawOptions {
 
 struct Reader<'a> {
     raw: &'a RawOptions,
-    names: &'a dyn Names,
+    names: &'a dyn NameSource,
     notes: Vec<Note>,
 }
 
@@ -89,9 +89,9 @@ impl<'a> Reader<'a> {
         })
     }
 
-    fn switches(&mut self) -> Result<Switches, OptionError> {
-        let default = Switches::default();
-        let switches = Switches {
+    fn switches(&mut self) -> Result<RunOptions, OptionError> {
+        let default = RunOptions::default();
+        let switches = RunOptions {
             dry_run: self.switch(&setting::DRY_RUN)?,
             skip_rule_apply: self.switch(&setting::SKIP_RULE_APPLY)?,
             run_validation: self.switch(&setting::RUN_VALIDATION)?,
@@ -174,7 +174,7 @@ impl<'a> Reader<'a> {
         };
         match uids {
             Some((origin, list)) if proxy_uids.is_empty() && proxy_gids.is_empty() => {
-                Err(refuse(origin, list, Problem::NoProxy))
+                Err(refuse(origin, list, OptionProblem::NoProxy))
             }
             _ => Ok((proxy_uids, proxy_gids)),
         }
@@ -183,9 +183,9 @@ impl<'a> Reader<'a> {
     /// The ids of a list, each once: the first mention decides, and a second one never matches anything.
     fn proxy_id_list(
         &self,
-        origin: Origin,
+        origin: SettingOrigin,
         list: &'a str,
-        look_up: impl Fn(&Self, &str) -> Result<u32, Problem>,
+        look_up: impl Fn(&Self, &str) -> Result<u32, OptionProblem>,
     ) -> Result<Vec<u32>, OptionError> {
         let mut ids = Vec::new();
         for item in items(list) {
@@ -195,14 +195,14 @@ impl<'a> Reader<'a> {
             }
         }
         if ids.len() > MAX_PROXY_IDS {
-            return Err(refuse(origin, list, Problem::TooManyIds(ids.len())));
+            return Err(refuse(origin, list, OptionProblem::TooManyIds(ids.len())));
         }
         Ok(ids)
     }
 
     fn envoy_user(&mut self) -> Result<u32, OptionError> {
         let given = self.text(&setting::ENVOY_USER);
-        let (origin, name) = given.unwrap_or((Origin::Default(&setting::ENVOY_USER), ENVOY_USER));
+        let (origin, name) = given.unwrap_or((SettingOrigin::Default(&setting::ENVOY_USER), ENVOY_USER));
         let found = self.names.user(name).map_err(|error| refuse(origin, name, lookup(&error)))?;
         if found.is_none() && given.is_some() {
             self.note(
@@ -213,12 +213,12 @@ impl<'a> Reader<'a> {
         Ok(found.unwrap_or(1337))
     }
 
-    fn user(&self, item: &str) -> Result<u32, Problem> {
-        parse_id(item, Problem::User, |name| self.names.user(name))
+    fn user(&self, item: &str) -> Result<u32, OptionProblem> {
+        parse_id(item, OptionProblem::User, |name| self.names.user(name))
     }
 
-    fn group(&self, item: &str) -> Result<u32, Problem> {
-        parse_id(item, Problem::Group, |name| self.names.group(name))
+    fn group(&self, item: &str) -> Result<u32, OptionProblem> {
+        parse_id(item, OptionProblem::Group, |name| self.names.group(name))
     }
 
     fn inbound_ports(&mut self) -> Result<(InboundPorts, Ports), OptionError> {
@@ -234,18 +234,18 @@ impl<'a> Reader<'a> {
 
     fn ports(&self, setting: &'static Setting) -> Result<Ports, OptionError> {
         let item =
-            |item: &str| if item == "*" { Err(Problem::PortWildcard) } else { Ports::parse_item(item) };
+            |item: &str| if item == "*" { Err(OptionProblem::PortWildcard) } else { Ports::parse_item(item) };
         self.list(setting, item).map(Ports::from_iter)
     }
 
-    fn interfaces(&self, setting: &'static Setting) -> Result<Vec<Interface>, OptionError> {
-        let mut interfaces = self.list(setting, Interface::parse)?;
+    fn interfaces(&self, setting: &'static Setting) -> Result<Vec<InterfacePattern>, OptionError> {
+        let mut interfaces = self.list(setting, InterfacePattern::parse)?;
         interfaces.sort_unstable();
         interfaces.dedup();
         Ok(interfaces)
     }
 
-    fn virt_interfaces(&mut self) -> Result<Vec<Interface>, OptionError> {
+    fn virt_interfaces(&mut self) -> Result<Vec<InterfacePattern>, OptionError> {
         let interfaces = self.interfaces(&setting::VIRT_INTERFACES)?;
         if !interfaces.is_empty() {
             self.note(
@@ -262,7 +262,7 @@ impl<'a> Reader<'a> {
             return Ok(Cidrs { all: true, ..Cidrs::default() });
         }
         let written = self.list(&setting::SERVICE_CIDR, |item| match item {
-            "*" => Err(Problem::CidrWildcard),
+            "*" => Err(OptionProblem::CidrWildcard),
             _ => cidr::parse(item),
         })?;
         let loopback = written.iter().any(|network| network.addr().is_loopback());
@@ -271,7 +271,7 @@ impl<'a> Reader<'a> {
 
     fn exclude(&self) -> Result<Vec<IpNet>, OptionError> {
         let written = self.list(&setting::SERVICE_EXCLUDE_CIDR, |item| match item {
-            "*" => Err(Problem::ExcludeEverything),
+            "*" => Err(OptionProblem::ExcludeEverything),
             _ => cidr::parse(item),
         })?;
         Ok(canonical(written))
@@ -281,7 +281,7 @@ impl<'a> Reader<'a> {
         let only = self.text(&setting::OWNER_GROUPS).filter(|(_, list)| *list != "*");
         let except = self.text(&setting::OWNER_GROUPS_EXCLUDE);
         match (only, except) {
-            (Some(_), Some((origin, list))) => Err(refuse(origin, list, Problem::ExcludeWithoutAll)),
+            (Some(_), Some((origin, list))) => Err(refuse(origin, list, OptionProblem::ExcludeWithoutAll)),
             (Some((origin, list)), None) => {
                 Ok(OwnerGroups::Only(self.group_set(origin, list)?.into_iter().collect()))
             }
@@ -290,14 +290,14 @@ impl<'a> Reader<'a> {
         }
     }
 
-    fn group_set(&self, origin: Origin, list: &str) -> Result<BTreeSet<u32>, OptionError> {
+    fn group_set(&self, origin: SettingOrigin, list: &str) -> Result<BTreeSet<u32>, OptionError> {
         let mut groups = BTreeSet::new();
         for item in items(list) {
-            let group = if item == "*" { Err(Problem::GroupWildcard) } else { self.group(item) };
+            let group = if item == "*" { Err(OptionProblem::GroupWildcard) } else { self.group(item) };
             groups.insert(group.map_err(|problem| refuse(origin, item, problem))?);
         }
         if groups.len() > MAX_OWNER_GROUPS {
-            return Err(refuse(origin, list, Problem::TooManyGroups(groups.len())));
+            return Err(refuse(origin, list, OptionProblem::TooManyGroups(groups.len())));
         }
         Ok(groups)
     }
@@ -309,7 +309,7 @@ impl<'a> Reader<'a> {
             Some((origin, list)) => items(list)
                 .map(|name| match ProxyName::new(0, name) {
                     Some(_) => Ok(name.to_owned()),
-                    None => Err(refuse(origin, name, Problem::Executable)),
+                    None => Err(refuse(origin, name, OptionProblem::Executable)),
                 })
                 .collect::<Result<BTreeSet<_>, _>>()?
                 .into_iter()
@@ -338,8 +338,10 @@ impl<'a> Reader<'a> {
             Some((_, path)) => names::read_resolv_conf(path),
             None => self.names.resolv_conf(),
         };
-        let (origin, path) = given.unwrap_or((Origin::Default(&setting::RESOLV_CONF), "/etc/resolv.conf"));
-        let text = text.map_err(|error| refuse(origin, path, Problem::ResolvConf(error.to_string())))?;
+        let (origin, path) =
+            given.unwrap_or((SettingOrigin::Default(&setting::RESOLV_CONF), "/etc/resolv.conf"));
+        let text =
+            text.map_err(|error| refuse(origin, path, OptionProblem::ResolvConf(error.to_string())))?;
         let servers = resolv_conf::parse(&text);
         for server in servers.unusable {
             self.note(
@@ -354,13 +356,13 @@ impl<'a> Reader<'a> {
             return Ok(Dns::Off);
         }
         if servers.addresses.len() > MAX_RESOLVERS {
-            return Err(refuse(origin, path, Problem::TooManyServers(servers.addresses.len())));
+            return Err(refuse(origin, path, OptionProblem::TooManyServers(servers.addresses.len())));
         }
         Ok(Dns::Resolvers(servers.addresses))
     }
 
     /// The value of a setting, unless it is empty.
-    fn text(&self, setting: &'static Setting) -> Option<(Origin, &'a str)> {
+    fn text(&self, setting: &'static Setting) -> Option<(SettingOrigin, &'a str)> {
         self.raw.get(setting).filter(|(_, value)| !value.is_empty())
     }
 
@@ -368,37 +370,37 @@ impl<'a> Reader<'a> {
         &self,
         setting: &'static Setting,
         default: T,
-        parse: impl Fn(&str) -> Result<T, Problem>,
+        parse: impl Fn(&str) -> Result<T, OptionProblem>,
     ) -> Result<T, OptionError> {
         let Some((origin, value)) = self.raw.get(setting) else { return Ok(default) };
         parse(value).map_err(|problem| refuse(origin, value, problem))
     }
 
     fn switch(&self, setting: &'static Setting) -> Result<bool, OptionError> {
-        self.value(setting, false, |value| go_syntax::parse_bool(value).ok_or(Problem::Bool))
+        self.value(setting, false, |value| go_syntax::parse_bool(value).ok_or(OptionProblem::Bool))
     }
 
     fn list<T>(
         &self,
         setting: &'static Setting,
-        parse: impl Fn(&str) -> Result<T, Problem>,
+        parse: impl Fn(&str) -> Result<T, OptionProblem>,
     ) -> Result<Vec<T>, OptionError> {
         let Some((origin, list)) = self.raw.get(setting) else { return Ok(Vec::new()) };
         items(list).map(|item| parse(item).map_err(|problem| refuse(origin, item, problem))).collect()
     }
 
     fn note(&mut self, setting: &'static Setting, why: impl Into<String>) {
-        let origin = self.raw.get(setting).map_or(Origin::Default(setting), |(origin, _)| origin);
+        let origin = self.raw.get(setting).map_or(SettingOrigin::Default(setting), |(origin, _)| origin);
         self.notes.push(Note { origin, why: why.into() });
     }
 }
 
-fn refuse(origin: Origin, value: &str, problem: Problem) -> OptionError {
+fn refuse(origin: SettingOrigin, value: &str, problem: OptionProblem) -> OptionError {
     OptionError { origin, value: value.to_owned(), problem }
 }
 
-fn lookup(error: &io::Error) -> Problem {
-    Problem::Lookup(error.to_string())
+fn lookup(error: &io::Error) -> OptionProblem {
+    OptionProblem::Lookup(error.to_string())
 }
 
 /// The items of a list. Empty ones are skipped; space around one is none of it, as iptables-restore has it.
@@ -414,29 +416,29 @@ fn canonical(written: Vec<IpNet>) -> Vec<IpNet> {
 /// An id, or a name that `look_up` knows. The greatest id means "none" to the kernel.
 fn parse_id(
     item: &str,
-    problem: Problem,
+    problem: OptionProblem,
     look_up: impl Fn(&str) -> io::Result<Option<u32>>,
-) -> Result<u32, Problem> {
+) -> Result<u32, OptionProblem> {
     if let Some(id) = go_syntax::parse_decimal(item) {
         return if id == u32::MAX { Err(problem) } else { Ok(id) };
     }
     let number = |text: &str| go_syntax::parse_decimal(text).is_some();
     if item.split_once('-').is_some_and(|(low, high)| number(low) && number(high)) {
-        return Err(Problem::IdRange);
+        return Err(OptionProblem::IdRange);
     }
     look_up(item).map_err(|error| lookup(&error))?.ok_or(problem)
 }
 
-fn parse_mode(value: &str) -> Result<InboundMode, Problem> {
+fn parse_mode(value: &str) -> Result<InboundMode, OptionProblem> {
     match value {
         "" | "REDIRECT" => Ok(InboundMode::Redirect),
         "TPROXY" => Ok(InboundMode::Tproxy),
-        _ => Err(Problem::Mode),
+        _ => Err(OptionProblem::Mode),
     }
 }
 
 /// A mark of 0 is what every unmarked packet has.
-fn parse_mark(value: &str) -> Result<u32, Problem> {
+fn parse_mark(value: &str) -> Result<u32, OptionProblem> {
     let hexadecimal = |digits: &str| {
         let digits = Some(digits).filter(|digits| digits.bytes().all(|byte| byte.is_ascii_hexdigit()))?;
         u32::from_str_radix(digits, 16).ok()
@@ -445,23 +447,23 @@ fn parse_mark(value: &str) -> Result<u32, Problem> {
         Some(digits) => hexadecimal(digits),
         None => go_syntax::parse_decimal(value),
     };
-    mark.filter(|mark| *mark != 0).ok_or(Problem::Mark)
+    mark.filter(|mark| *mark != 0).ok_or(OptionProblem::Mark)
 }
 
-fn parse_table(value: &str) -> Result<u32, Problem> {
+fn parse_table(value: &str) -> Result<u32, OptionProblem> {
     let table = go_syntax::parse_decimal(value);
-    table.filter(|table| *table != 0 && !KERNEL_TABLES.contains(table)).ok_or(Problem::Table)
+    table.filter(|table| *table != 0 && !KERNEL_TABLES.contains(table)).ok_or(OptionProblem::Table)
 }
 
-fn parse_timeout(value: &str) -> Result<Duration, Problem> {
-    go_syntax::parse_duration(value).filter(|timeout| !timeout.is_zero()).ok_or(Problem::Duration)
+fn parse_timeout(value: &str) -> Result<Duration, OptionProblem> {
+    go_syntax::parse_duration(value).filter(|timeout| !timeout.is_zero()).ok_or(OptionProblem::Duration)
 }
 
-fn parse_loopback(value: &str) -> Result<ipnet::Ipv4Net, Problem> {
+fn parse_loopback(value: &str) -> Result<ipnet::Ipv4Net, OptionProblem> {
     match cidr::parse(value) {
         Ok(IpNet::V4(network)) if IpAddr::V4(network.addr()).is_loopback() && network.prefix_len() >= 8 => {
             Ok(network.trunc())
         }
-        _ => Err(Problem::Loopback),
+        _ => Err(OptionProblem::Loopback),
     }
 }

@@ -19,9 +19,9 @@ use intercept_common::names;
 
 use super::{Feature, Missing, ProbeError};
 use crate::{
-    kernel::{self, ProgramKind},
     netns,
     programs::{self, OBJECT},
+    sys::{self, ProgramKind},
 };
 
 /// The helpers that programs may call, of which the kernel knows the names.
@@ -61,7 +61,7 @@ const HELPERS: [BpfHelper; 31] = [
 
 /// The programs, in the order in which they are attached.
 fn all_programs() -> impl Iterator<Item = &'static str> {
-    names::CGROUP_PROGRAMS.into_iter().chain([names::SK_LOOKUP, names::STEER])
+    names::CGROUP_PROGRAMS.into_iter().chain([names::SK_LOOKUP, names::STEER_INBOUND])
 }
 
 /// What this kernel lacks: hooks first, what all programs need last.
@@ -72,7 +72,7 @@ pub fn missing() -> Result<Vec<Missing>, ProbeError> {
     for program in all_programs() {
         let kind = programs::kind(program);
         // The two halves of sk_lookup have one hook.
-        if program != names::STEER && !takes(kind, &[MOVE_1, EXIT], &format!("hook of {program}"))? {
+        if program != names::STEER_INBOUND && !takes(kind, &[MOVE_1, EXIT], &format!("hook of {program}"))? {
             without_hook.insert(kind);
             missing.push(Missing { feature: Feature::Hook, programs: vec![program] });
         }
@@ -177,7 +177,7 @@ const FETCHING: [[u8; 8]; 5] = [
 
 /// Whether the kernel takes a program. Any kind that it knows it takes with code that it knows.
 fn takes(kind: ProgramKind, code: &[[u8; 8]], what: &str) -> Result<bool, ProbeError> {
-    match kernel::try_program(kind, code.as_flattened()) {
+    match sys::try_program(kind, code.as_flattened()) {
         Ok(()) => Ok(true),
         // Before it looks at the code; or because of that, when it has written why.
         Err((error, _)) if matches!(error.raw_os_error(), Some(libc::EINVAL | libc::E2BIG)) => Ok(false),
@@ -189,7 +189,7 @@ fn takes(kind: ProgramKind, code: &[[u8; 8]], what: &str) -> Result<bool, ProbeE
 fn knows_helper(kind: ProgramKind, helper: u32) -> Result<bool, ProbeError> {
     const UNKNOWN: [&str; 3] = ["invalid func ", "unknown func ", "program of this type cannot use helper "];
     let [a, b, c, d] = helper.to_le_bytes();
-    match kernel::try_program(kind, [[CALL, 0, 0, 0, a, b, c, d], EXIT].as_flattened()) {
+    match sys::try_program(kind, [[CALL, 0, 0, 0, a, b, c, d], EXIT].as_flattened()) {
         Ok(()) => Ok(true),
         Err((_, log)) if UNKNOWN.iter().any(|word| log.contains(word)) => Ok(false),
         // It complains of the arguments, which were not given.

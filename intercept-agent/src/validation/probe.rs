@@ -18,7 +18,7 @@ use rustix::thread::{
     LinkNameSpaceType, move_into_link_name_space, set_thread_groups, set_thread_res_gid, set_thread_res_uid,
 };
 
-use super::{Probe, Seen};
+use super::{ListenerFate, Probe};
 
 /// Between two attempts: programs that are being attached may come into force any time.
 const PAUSE: Duration = Duration::from_millis(100);
@@ -27,12 +27,12 @@ pub(super) const LONGEST: Duration = Duration::from_secs(24 * 3600);
 
 /// One connection of the check.
 #[derive(Clone, Copy)]
-pub(super) enum Leg {
+pub(super) enum ProbeLeg {
     V4 = 0,
     V6 = 1,
 }
 
-impl Leg {
+impl ProbeLeg {
     pub(super) const BOTH: [Self; 2] = [Self::V4, Self::V6];
 
     /// Where it comes from, and where the proxy would listen.
@@ -62,29 +62,29 @@ impl Leg {
 
 /// What became of a leg.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Outcome {
+pub(super) enum ProbeOutcome {
     /// It arrived as it should, at this port.
     Passed(u16),
     /// The namespace does not have the addresses.
     Absent,
     /// It did not arrive as it should.
-    Failed(Seen),
+    Failed(ListenerFate),
     /// No port to arrive at.
     Listen(Errno),
     /// The process could not be made what it has to be.
-    Setup(Step, Errno),
+    Setup(ProbeStep, Errno),
 }
 
 /// What it takes before the check.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Step {
+pub(super) enum ProbeStep {
     Cgroup = 0,
     Netns = 1,
     User = 2,
     Socket = 3,
 }
 
-impl Step {
+impl ProbeStep {
     const ALL: [Self; 4] = [Self::Cgroup, Self::Netns, Self::User, Self::Socket];
 
     pub(super) fn text(self) -> &'static str {
@@ -97,7 +97,7 @@ impl Step {
     }
 }
 
-impl Outcome {
+impl ProbeOutcome {
     /// Bytes of one: what, a port, another port or a step, an error.
     pub(super) const SIZE: usize = 12;
 
@@ -106,11 +106,11 @@ impl Outcome {
         let (what, one, other, error) = match self {
             Self::Passed(at) => (0_u32, at, 0, 0),
             Self::Absent => (1, 0, 0, 0),
-            Self::Failed(Seen::Refused(why)) => (2, 0, 0, error(why)),
-            Self::Failed(Seen::Elsewhere) => (3, 0, 0, 0),
-            Self::Failed(Seen::Nothing) => (4, 0, 0, 0),
-            Self::Failed(Seen::NoOriginal(at, why)) => (5, at, 0, error(why)),
-            Self::Failed(Seen::OtherPort(at, original)) => (6, at, original, 0),
+            Self::Failed(ListenerFate::Refused(why)) => (2, 0, 0, error(why)),
+            Self::Failed(ListenerFate::Elsewhere) => (3, 0, 0, 0),
+            Self::Failed(ListenerFate::Nothing) => (4, 0, 0, 0),
+            Self::Failed(ListenerFate::NoOriginal(at, why)) => (5, at, 0, error(why)),
+            Self::Failed(ListenerFate::OtherPort(at, original)) => (6, at, original, 0),
             Self::Listen(why) => (7, 0, 0, error(why)),
             Self::Setup(step, why) => (8, 0, step as u16, error(why)),
         };
@@ -132,13 +132,13 @@ impl Outcome {
         Some(match u32::from_ne_bytes(*what) {
             0 => Self::Passed(one),
             1 => Self::Absent,
-            2 => Self::Failed(Seen::Refused(error()?)),
-            3 => Self::Failed(Seen::Elsewhere),
-            4 => Self::Failed(Seen::Nothing),
-            5 => Self::Failed(Seen::NoOriginal(one, error()?)),
-            6 => Self::Failed(Seen::OtherPort(one, other)),
+            2 => Self::Failed(ListenerFate::Refused(error()?)),
+            3 => Self::Failed(ListenerFate::Elsewhere),
+            4 => Self::Failed(ListenerFate::Nothing),
+            5 => Self::Failed(ListenerFate::NoOriginal(one, error()?)),
+            6 => Self::Failed(ListenerFate::OtherPort(one, other)),
             7 => Self::Listen(error()?),
-            8 => Self::Setup(*Step::ALL.get(usize::from(other))?, error()?),
+            8 => Self::Setup(*ProbeStep::ALL.get(usize::from(other))?, error()?),
             _ => return None,
         })
     }
@@ -159,8 +159,8 @@ pub(super) fn start(
         -1 => Err(Errno::from_io_error(&std::io::Error::last_os_error()).unwrap_or(Errno::AGAIN)),
         0 => {
             let outcomes = child(procs, netns, probe, deadline);
-            let mut bytes = [0; 2 * Outcome::SIZE];
-            let (v4, v6) = bytes.split_at_mut(Outcome::SIZE);
+            let mut bytes = [0; 2 * ProbeOutcome::SIZE];
+            let (v4, v6) = bytes.split_at_mut(ProbeOutcome::SIZE);
             v4.copy_from_slice(&outcomes[0].encode());
             v6.copy_from_slice(&outcomes[1].encode());
             _ = rustix::io::write(report, &bytes);
@@ -171,37 +171,46 @@ pub(super) fn start(
     }
 }
 
-fn child(procs: BorrowedFd<'_>, netns: BorrowedFd<'_>, probe: &Probe, deadline: Instant) -> [Outcome; 2] {
+fn child(
+    procs: BorrowedFd<'_>,
+    netns: BorrowedFd<'_>,
+    probe: &Probe,
+    deadline: Instant,
+) -> [ProbeOutcome; 2] {
     if let Err((step, error)) = become_proxy(procs, netns, probe) {
-        return [Outcome::Setup(step, error); 2];
+        return [ProbeOutcome::Setup(step, error); 2];
     }
-    let v4 = attempt(Leg::V4, probe, deadline);
+    let v4 = attempt(ProbeLeg::V4, probe, deadline);
     match v4 {
         // Told first, and there is no time left.
-        Outcome::Passed(_) => [v4, attempt(Leg::V6, probe, deadline)],
+        ProbeOutcome::Passed(_) => [v4, attempt(ProbeLeg::V6, probe, deadline)],
         _ => [v4; 2],
     }
 }
 
 /// Sockets belong to the user and the cgroup of the process that makes them.
-fn become_proxy(procs: BorrowedFd<'_>, netns: BorrowedFd<'_>, probe: &Probe) -> Result<(), (Step, Errno)> {
-    rustix::io::write(procs, b"0").map_err(|error| (Step::Cgroup, error))?;
+fn become_proxy(
+    procs: BorrowedFd<'_>,
+    netns: BorrowedFd<'_>,
+    probe: &Probe,
+) -> Result<(), (ProbeStep, Errno)> {
+    rustix::io::write(procs, b"0").map_err(|error| (ProbeStep::Cgroup, error))?;
     move_into_link_name_space(netns, Some(LinkNameSpaceType::Network))
-        .map_err(|error| (Step::Netns, error))?;
+        .map_err(|error| (ProbeStep::Netns, error))?;
     let (uid, gid) = (Uid::from_raw(probe.uid), Gid::from_raw(probe.gid));
-    let user = |error| (Step::User, error);
+    let user = |error| (ProbeStep::User, error);
     set_thread_groups(&[]).map_err(user)?;
     set_thread_res_gid(gid, gid, gid).map_err(user)?;
     set_thread_res_uid(uid, uid, uid).map_err(user)
 }
 
-fn attempt(leg: Leg, probe: &Probe, deadline: Instant) -> Outcome {
-    let failed = |error| Outcome::Setup(Step::Socket, error);
-    if let Leg::V6 = leg {
+fn attempt(leg: ProbeLeg, probe: &Probe, deadline: Instant) -> ProbeOutcome {
+    let failed = |error| ProbeOutcome::Setup(ProbeStep::Socket, error);
+    if let ProbeLeg::V6 = leg {
         for address in [leg.source(), leg.destination()] {
             match socket(leg).and_then(|socket| bind(&socket, &SocketAddr::new(address, 0))) {
                 Ok(()) => {}
-                Err(Errno::ADDRNOTAVAIL | Errno::AFNOSUPPORT) => return Outcome::Absent,
+                Err(Errno::ADDRNOTAVAIL | Errno::AFNOSUPPORT) => return ProbeOutcome::Absent,
                 Err(error) => return failed(error),
             }
         }
@@ -209,38 +218,38 @@ fn attempt(leg: Leg, probe: &Probe, deadline: Instant) -> Outcome {
     let ports = [probe.proxy_port, probe.inbound_port];
     let listeners = ports.map(|port| listener(leg, port));
     if let [Err(_), Err(error)] = listeners {
-        return Outcome::Listen(error);
+        return ProbeOutcome::Listen(error);
     }
-    let mut seen = Seen::Nothing;
+    let mut seen = ListenerFate::Nothing;
     loop {
         match connection(leg, probe, &listeners, deadline) {
-            Ok(Ok(index)) => return Outcome::Passed(ports[index]),
+            Ok(Ok(index)) => return ProbeOutcome::Passed(ports[index]),
             // An attempt that time ran out for says less than one before.
-            Ok(Err(Seen::Nothing)) => {}
+            Ok(Err(ListenerFate::Nothing)) => {}
             Ok(Err(what)) => seen = what,
             Err(error) => return failed(error),
         }
         let left = deadline.saturating_duration_since(Instant::now());
         _ = poll(&mut [], Some(&timespec(left.min(PAUSE))));
         if left <= PAUSE {
-            return Outcome::Failed(seen);
+            return ProbeOutcome::Failed(seen);
         }
     }
 }
 
 /// One connection: where it arrived, or what happened instead.
 fn connection(
-    leg: Leg,
+    leg: ProbeLeg,
     probe: &Probe,
     listeners: &[Result<OwnedFd, Errno>; 2],
     deadline: Instant,
-) -> Result<Result<usize, Seen>, Errno> {
+) -> Result<Result<usize, ListenerFate>, Errno> {
     let ports = [probe.proxy_port, probe.inbound_port];
     let client = socket(leg)?;
     bind(&client, &SocketAddr::new(leg.source(), 0))?;
     match connect(&client, &SocketAddr::new(leg.destination(), probe.probe_port)) {
         Ok(()) | Err(Errno::INPROGRESS) => {}
-        Err(error) => return Ok(Err(Seen::Refused(error))),
+        Err(error) => return Ok(Err(ListenerFate::Refused(error))),
     }
     let mut made = false;
     loop {
@@ -249,13 +258,13 @@ fn connection(
             let Ok(accepted) = accept_with(listener, SocketFlags::CLOEXEC) else { continue };
             return Ok(match leg.original(&accepted) {
                 Ok(original) if original.port() == probe.probe_port => Ok(index),
-                Ok(original) => Err(Seen::OtherPort(ports[index], original.port())),
-                Err(error) => Err(Seen::NoOriginal(ports[index], error)),
+                Ok(original) => Err(ListenerFate::OtherPort(ports[index], original.port())),
+                Err(error) => Err(ListenerFate::NoOriginal(ports[index], error)),
             });
         }
         let left = deadline.saturating_duration_since(Instant::now());
         if left.is_zero() || made {
-            return Ok(Err(if made { Seen::Elsewhere } else { Seen::Nothing }));
+            return Ok(Err(if made { ListenerFate::Elsewhere } else { ListenerFate::Nothing }));
         }
         // Listeners that are not there are stood in for by the client, which is waited for anyway.
         let fd = |index: usize| listeners[index].as_ref().map_or(client.as_fd(), AsFd::as_fd);
@@ -271,7 +280,7 @@ fn connection(
         }
         if !waiting[0].revents().is_empty() {
             if let Err(error) = socket_error(&client)? {
-                return Ok(Err(Seen::Refused(error)));
+                return Ok(Err(ListenerFate::Refused(error)));
             }
             // On the loopback interface the other end is in the listener's queue by now: one more look.
             made = true;
@@ -279,7 +288,7 @@ fn connection(
     }
 }
 
-fn listener(leg: Leg, port: u16) -> Result<OwnedFd, Errno> {
+fn listener(leg: ProbeLeg, port: u16) -> Result<OwnedFd, Errno> {
     let socket = socket(leg)?;
     set_socket_reuseaddr(&socket, true)?;
     bind(&socket, &SocketAddr::new(leg.source(), port))?;
@@ -287,14 +296,14 @@ fn listener(leg: Leg, port: u16) -> Result<OwnedFd, Errno> {
     Ok(socket)
 }
 
-fn socket(leg: Leg) -> Result<OwnedFd, Errno> {
+fn socket(leg: ProbeLeg) -> Result<OwnedFd, Errno> {
     let family = match leg {
-        Leg::V4 => AddressFamily::INET,
-        Leg::V6 => AddressFamily::INET6,
+        ProbeLeg::V4 => AddressFamily::INET,
+        ProbeLeg::V6 => AddressFamily::INET6,
     };
     let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
     let socket = socket_with(family, SocketType::STREAM, flags, Some(ipproto::TCP))?;
-    if let Leg::V6 = leg {
+    if let ProbeLeg::V6 = leg {
         set_ipv6_v6only(&socket, true)?;
     }
     Ok(socket)

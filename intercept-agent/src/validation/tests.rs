@@ -43,7 +43,7 @@ fn without_interception_it_fails_and_says_what_was_seen() {
     let start = Instant::now();
     let error = validate(&netns, &test.cgroup, &PROBE).unwrap_err();
     let took = start.elapsed();
-    let refused = Seen::Refused(Errno::CONNREFUSED);
+    let refused = ListenerFate::Refused(Errno::CONNREFUSED);
     assert!(matches!(&error, ValidationError::Failed { seen, .. } if *seen == refused), "{error:?}");
     assert!(error.to_string().contains("127.0.0.1 to 127.0.0.6:15002: the connection failed"), "{error}");
     assert!(took >= PROBE.timeout && took < PROBE.timeout * 10, "took {took:?}");
@@ -55,7 +55,7 @@ fn without_interception_it_fails_and_says_what_was_seen() {
 fn without_a_loopback_interface_it_fails() {
     let (netns, test) = (fresh(), TestCgroup::new());
     let error = validate(&netns, &test.cgroup, &PROBE).unwrap_err();
-    assert!(matches!(error, ValidationError::Failed { seen: Seen::Refused(_), .. }), "{error:?}");
+    assert!(matches!(error, ValidationError::Failed { seen: ListenerFate::Refused(_), .. }), "{error:?}");
 }
 
 #[test]
@@ -63,7 +63,7 @@ fn something_else_that_listens_is_not_taken_for_the_proxy() {
     let (netns, test) = (network(), TestCgroup::new());
     let _listener = netns.run(|| TcpListener::bind("127.0.0.6:15002").unwrap()).unwrap();
     let error = validate(&netns, &test.cgroup, &PROBE).unwrap_err();
-    assert!(matches!(error, ValidationError::Failed { seen: Seen::Elsewhere, .. }), "{error:?}");
+    assert!(matches!(error, ValidationError::Failed { seen: ListenerFate::Elsewhere, .. }), "{error:?}");
 }
 
 #[test]
@@ -116,17 +116,17 @@ fn the_process_of_the_check_is_in_a_cgroup_below_the_pods() {
 fn outcomes_cross_the_pipe_unchanged() {
     // Every variant has its own encoding, or these would not all come back.
     for outcome in [
-        Outcome::Passed(15006),
-        Outcome::Absent,
-        Outcome::Failed(Seen::Refused(Errno::CONNREFUSED)),
-        Outcome::Failed(Seen::Elsewhere),
-        Outcome::Failed(Seen::Nothing),
-        Outcome::Failed(Seen::NoOriginal(15001, Errno::NOENT)),
-        Outcome::Failed(Seen::OtherPort(15001, 80)),
-        Outcome::Listen(Errno::ADDRINUSE),
-        Outcome::Setup(probe::Step::User, Errno::PERM),
+        ProbeOutcome::Passed(15006),
+        ProbeOutcome::Absent,
+        ProbeOutcome::Failed(ListenerFate::Refused(Errno::CONNREFUSED)),
+        ProbeOutcome::Failed(ListenerFate::Elsewhere),
+        ProbeOutcome::Failed(ListenerFate::Nothing),
+        ProbeOutcome::Failed(ListenerFate::NoOriginal(15001, Errno::NOENT)),
+        ProbeOutcome::Failed(ListenerFate::OtherPort(15001, 80)),
+        ProbeOutcome::Listen(Errno::ADDRINUSE),
+        ProbeOutcome::Setup(probe::ProbeStep::User, Errno::PERM),
     ] {
-        assert_eq!(Outcome::decode(&outcome.encode()), Some(outcome));
+        assert_eq!(ProbeOutcome::decode(&outcome.encode()), Some(outcome));
     }
-    assert_eq!(Outcome::decode(&[]), None);
+    assert_eq!(ProbeOutcome::decode(&[]), None);
 }

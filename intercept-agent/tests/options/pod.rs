@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::io;
 
 use clap::Parser;
-use intercept_agent::options::{Config, Names, Note, OptionError, RawOptions, Switches};
+use intercept_agent::options::{Config, NameSource, Note, OptionError, RawOptions, RunOptions};
 
 #[derive(Debug, Parser)]
 #[command(name = "istio-iptables")]
@@ -28,7 +28,7 @@ impl Default for Pod {
     }
 }
 
-impl Names for Pod {
+impl NameSource for Pod {
     fn user(&self, name: &str) -> io::Result<Option<u32>> {
         if name == "unreadable" {
             return Err(io::Error::from(io::ErrorKind::PermissionDenied));
@@ -46,7 +46,7 @@ impl Names for Pod {
     }
 }
 
-pub(crate) type Outcome = Result<(Config, Switches, Vec<Note>), OptionError>;
+pub(crate) type Outcome = Result<(Config, RunOptions, Vec<Note>), OptionError>;
 
 pub(crate) fn raw(args: &[&str], env: &[(&str, &str)]) -> Result<RawOptions, clap::Error> {
     let env: HashMap<&str, &str> = env.iter().copied().collect();
@@ -58,7 +58,7 @@ pub(crate) fn outcome(args: &[&str], env: &[(&str, &str)], pod: &Pod) -> Outcome
     raw(args, env).unwrap_or_else(|error| panic!("{args:?}: {error}")).validate(pod)
 }
 
-pub(crate) fn valid(args: &[&str], env: &[(&str, &str)]) -> (Config, Switches, Vec<String>) {
+pub(crate) fn valid(args: &[&str], env: &[(&str, &str)]) -> (Config, RunOptions, Vec<String>) {
     let (config, switches, notes) =
         outcome(args, env, &Pod::default()).unwrap_or_else(|error| panic!("{args:?} {env:?}: {error}"));
     (config, switches, notes.iter().map(Note::to_string).collect())

@@ -7,7 +7,7 @@ use std::ops::RangeInclusive;
 
 use clap::Parser;
 use intercept_agent::options::{
-    Cidrs, Config, Dns, InboundMode, InboundPorts, Interface, Names, OwnerGroups, Ports,
+    Cidrs, Config, Dns, InboundMode, InboundPorts, InterfacePattern, NameSource, OwnerGroups, Ports,
 };
 use ipnet::{IpNet, Ipv4Net};
 use proptest::collection::{btree_set, vec};
@@ -19,7 +19,7 @@ use crate::pod::Cli;
 /// A pod without names, but with the servers of a policy.
 struct Servers(Dns);
 
-impl Names for Servers {
+impl NameSource for Servers {
     fn user(&self, _: &str) -> io::Result<Option<u32>> {
         Ok(None)
     }
@@ -53,9 +53,10 @@ fn ids() -> impl Strategy<Value = Vec<u32>> {
     btree_set(0..u32::MAX, 0..=16).prop_map(|ids| ids.into_iter().collect::<Vec<_>>()).prop_shuffle()
 }
 
-fn interfaces() -> impl Strategy<Value = Vec<Interface>> {
-    let interface = ("[a-z-][a-z0-9.-]{0,13}", any::<bool>())
-        .prop_map(|(name, prefix)| if prefix { Interface::Prefix(name) } else { Interface::Exact(name) });
+fn interfaces() -> impl Strategy<Value = Vec<InterfacePattern>> {
+    let interface = ("[a-z-][a-z0-9.-]{0,13}", any::<bool>()).prop_map(|(name, prefix)| {
+        if prefix { InterfacePattern::Prefix(name) } else { InterfacePattern::Exact(name) }
+    });
     btree_set(interface, 0..4).prop_map(|interfaces| interfaces.into_iter().collect())
 }
 
@@ -180,7 +181,7 @@ fn json_and_text_of_a_policy() {
         mode: InboundMode::Tproxy,
         inbound_ports: InboundPorts::All,
         inbound_exclude: [15020..=15021, 15090..=15090].into_iter().collect(),
-        exclude_interfaces: vec![Interface::Prefix("net".to_owned())],
+        exclude_interfaces: vec![InterfacePattern::Prefix("net".to_owned())],
         include: Cidrs { all: false, list: vec!["127.0.0.0/8".parse().expect("range")], loopback: true },
         exclude: vec!["10.0.0.0/8".parse().expect("range")],
         outbound_ports: [443].into_iter().collect(),

@@ -2,7 +2,7 @@
 
 use clap::CommandFactory;
 use intercept_agent::options::{
-    Cidrs, Config, Dns, InboundMode, InboundPorts, Note, OwnerGroups, Ports, Switches,
+    Cidrs, Config, Dns, InboundMode, InboundPorts, Note, OwnerGroups, Ports, RunOptions,
 };
 
 use crate::pod::{Cli, Pod, outcome, raw, valid};
@@ -28,7 +28,7 @@ fn only(list: &[&str], loopback: bool) -> Cidrs {
 fn no_options() {
     let (config, switches, notes) = valid(&[], &[]);
     assert_eq!(config, base());
-    assert_eq!(switches, Switches::default());
+    assert_eq!(switches, RunOptions::default());
     assert_eq!(notes, [] as [&str; 0]);
     let nobody = Pod { users: Vec::new(), resolv_conf: None };
     assert_eq!(outcome(&[], &[], &nobody).expect("valid").0, Config::default(), "1337 without such a user");
@@ -37,7 +37,7 @@ fn no_options() {
 /// Flag (long and short) and variable give the same; each row is the setting, its value and the change it makes.
 #[test]
 fn every_setting_by_flag_and_variable() {
-    type Change = fn(&mut Config, &mut Switches);
+    type Change = fn(&mut Config, &mut RunOptions);
     let rows: &[(&str, &str, &str, &str, Change)] = &[
         ("-p", "--envoy-port", "ENVOY_PORT", "16001", |c, _| c.proxy_port = 16001),
         ("-z", "--inbound-capture-port", "INBOUND_CAPTURE_PORT", "16006", |c, _| c.inbound_port = 16006),
@@ -129,7 +129,7 @@ fn every_setting_by_flag_and_variable() {
         ("", "--force-apply", "FORCE_APPLY", "true", |_, s| s.force_apply = true),
     ];
     for (short, long, variable, value, change) in rows {
-        let (mut config, mut switches) = (base(), Switches::default());
+        let (mut config, mut switches) = (base(), RunOptions::default());
         change(&mut config, &mut switches);
         let expected = (config, switches);
         // Which of them are answered by a note is another test's.

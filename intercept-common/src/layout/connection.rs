@@ -66,7 +66,7 @@ pub mod end {
     /// TPROXY: the connection was not rewritten; sk_lookup steers it by this entry.
     pub const STEERED: u64 = 1 << 34;
     /// TPROXY: the proxy goes on to the application; sk_lookup leaves it alone by this entry.
-    pub const ONWARD: u64 = 1 << 35;
+    pub const BYPASS: u64 = 1 << 35;
     /// The client closed its socket before the proxy's end was there, and may not be heard of again.
     pub const ABANDONED: u64 = 1 << 36;
 }
@@ -102,7 +102,7 @@ pub mod socket {
     /// A datagram socket with a query under way.
     pub const DATAGRAM: u16 = 3;
     /// TCP that sk_lookup is to leave alone.
-    pub const ONWARD: u16 = 4;
+    pub const BYPASS: u16 = 4;
     /// A datagram socket without one, of which only [`super::SocketState::bound`] is to be known.
     pub const IDLE: u16 = 5;
     /// The proxy's end of a connection whose client has another address here than where it dialled, by NAT.

@@ -12,7 +12,7 @@ pub mod bound {
     pub const WILDCARD: u16 = 1;
     /// To one address. Redirected connections dial 127.0.0.1 or ::1, as under a REDIRECT.
     pub const ONE: u16 = 2;
-    /// To 127.0.0.1 or ::1, and registered in LISTENERS: sk_lookup hands it what dials [`crate::Spread::Steered`].
+    /// To 127.0.0.1 or ::1, and registered in LISTENERS: sk_lookup hands it what dials [`crate::StandIn::Steered`].
     pub const STEERED: u16 = 3;
 }
 
@@ -40,7 +40,7 @@ pub mod scope {
     pub const LOCALHOST: u8 = 1;
 }
 
-/// Value of PROXIES: what is known of a pod's proxy and connections while they run.
+/// Value of PROXY_STATE: what is known of a pod's proxy and connections while they run.
 #[derive(Clone, Copy, Pod, Zeroable, PartialEq, Eq, Debug)]
 #[repr(C)]
 pub struct Proxy {

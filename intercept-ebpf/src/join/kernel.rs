@@ -12,7 +12,7 @@ use aya_ebpf::{
         bpf_get_current_task, bpf_probe_read_kernel, bpf_probe_read_kernel_str, bpf_skc_to_tcp_sock,
     },
 };
-use intercept_common::acceleration::{End, NAME_LENGTH};
+use intercept_common::acceleration::{JoinEnd, NAME_LENGTH};
 
 /// Levels of memory cgroups that are looked at, the reader's own first: container, pod, class of service, all pods, and
 /// what a distribution has above.
@@ -71,7 +71,7 @@ impl Sender {
         (self.state == TCP_ESTABLISHED || self.state == TCP_CLOSE_WAIT) && self.upper_layer == 0
     }
 
-    /// Whether the other end has read every byte that was given to TCP. Sequence numbers of the same connection: of
+    /// Whether the other end has read every byte that was given to TCP. SequenceKey numbers of the same connection: of
     /// another one they are equal once in four thousand million times.
     #[inline(always)]
     pub(crate) fn all_read_by(&self, reader: &Reader) -> bool {
@@ -94,7 +94,7 @@ pub(crate) struct Reader {
 impl Reader {
     /// `None` if that socket is gone.
     #[inline(always)]
-    pub(crate) fn of(end: &End) -> Option<Self> {
+    pub(crate) fn of(end: &JoinEnd) -> Option<Self> {
         let cookie: u64 = read(end.sock, offset!(SKC_COOKIE))?;
         (cookie == end.cookie).then_some(Self { sock: end.sock })
     }

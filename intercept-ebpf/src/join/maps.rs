@@ -16,7 +16,9 @@ use aya_ebpf::{
     programs::{SkMsgContext, SockOpsContext},
 };
 use intercept_common::{
-    acceleration::{Count, Counters, HINTS, Offer, Pass, PodCell, ProxyName, Sequence, Socket},
+    acceleration::{
+        HINTS, JoinCount, JoinCounters, JoinOffer, JoinSocket, PodCell, ProxyName, SequenceKey, TcpReason,
+    },
     layout::{MAX_PODS, PodPolicy},
 };
 
@@ -26,13 +28,13 @@ const MANY: u32 = 1 << 16;
 const FEW: u32 = 1 << 13;
 
 #[map]
-static PODS: HashMap<u64, PodPolicy> = HashMap::with_max_entries(MAX_PODS, BPF_F_NO_PREALLOC);
+static POLICIES: HashMap<u64, PodPolicy> = HashMap::with_max_entries(MAX_PODS, BPF_F_NO_PREALLOC);
 #[btf_map]
-static JOIN_SOCKETS: InheritedStorage<Socket> = InheritedStorage::new();
+static JOIN_SOCKETS: InheritedStorage<JoinSocket> = InheritedStorage::new();
 #[map]
 static JOIN_ENDS: SockHash<u64> = SockHash::with_max_entries(MANY, 0);
 #[map]
-static JOIN_OFFERS: HashMap<Sequence, Offer> = HashMap::with_max_entries(MANY, BPF_F_NO_PREALLOC);
+static JOIN_OFFERS: HashMap<SequenceKey, JoinOffer> = HashMap::with_max_entries(MANY, BPF_F_NO_PREALLOC);
 #[map]
 static JOIN_HINTS: Array<u64> = Array::with_max_entries(HINTS, 0);
 #[map]
@@ -42,7 +44,7 @@ static JOIN_PROXIES: HashMap<ProxyName, u32> = HashMap::with_max_entries(FEW, BP
 #[map]
 static JOIN_OFF: Array<u32> = Array::with_max_entries(1, 0);
 #[map]
-static JOIN_COUNTERS: PerCpuArray<Counters> = PerCpuArray::with_max_entries(MAX_PODS, 0);
+static JOIN_COUNTERS: PerCpuArray<JoinCounters> = PerCpuArray::with_max_entries(MAX_PODS, 0);
 
 /// Storage of sockets that what a listener accepts starts with a copy of (`BPF_F_CLONE`), which aya's has not.
 #[repr(C)]
@@ -73,7 +75,7 @@ fn sockets() -> *mut c_void {
 #[inline(always)]
 pub(crate) fn policy(netns: u64) -> Option<&'static PodPolicy> {
     // SAFETY: values are only replaced whole, by the agent; an element taken out is freed after a grace period.
-    unsafe { PODS.get(netns) }
+    unsafe { POLICIES.get(netns) }
 }
 
 /// The cookie of the namespace of the socket under a hook.
@@ -92,20 +94,22 @@ pub(crate) fn socket_cookie(ctx: &SockOpsContext) -> u64 {
 
 /// What is known of a socket.
 #[inline(always)]
-pub(crate) fn socket(sk: *mut bpf_sock) -> Option<&'static mut Socket> {
-    // SAFETY: the map is a socket storage of Socket, the socket one that the verifier knows. Callbacks and messages of
+pub(crate) fn socket(sk: *mut bpf_sock) -> Option<&'static mut JoinSocket> {
+    // SAFETY: the map is a socket storage of JoinSocket, the socket one that the verifier knows. Callbacks and messages of
     // one socket run under its lock.
-    unsafe { bpf_sk_storage_get(sockets(), sk.cast(), core::ptr::null_mut(), 0).cast::<Socket>().as_mut() }
+    unsafe {
+        bpf_sk_storage_get(sockets(), sk.cast(), core::ptr::null_mut(), 0).cast::<JoinSocket>().as_mut()
+    }
 }
 
 /// Start to know something; `None` if there is no memory.
 #[inline(always)]
-pub(crate) fn new_socket(sk: *mut bpf_sock, value: &mut Socket) -> Option<&'static mut Socket> {
+pub(crate) fn new_socket(sk: *mut bpf_sock, value: &mut JoinSocket) -> Option<&'static mut JoinSocket> {
     let value = core::ptr::from_mut(value).cast();
     // SAFETY: as in `socket`; the value is copied.
     unsafe {
         bpf_sk_storage_get(sockets(), sk.cast(), value, BPF_SK_STORAGE_GET_F_CREATE.into())
-            .cast::<Socket>()
+            .cast::<JoinSocket>()
             .as_mut()
     }
 }
@@ -136,27 +140,27 @@ pub(crate) fn redirect(ctx: &SkMsgContext, cookie: u64) -> bool {
 
 /// Wait for the other end. False if there is no room, or another connection has these numbers.
 #[inline(always)]
-pub(crate) fn add_offer(key: &Sequence, offer: &Offer) -> bool {
+pub(crate) fn add_offer(key: &SequenceKey, offer: &JoinOffer) -> bool {
     JOIN_OFFERS.insert(key, offer, BPF_NOEXIST.into()).is_ok()
 }
 
 /// Who waits, and maybe who came.
 #[inline(always)]
-pub(crate) fn offer(key: &Sequence) -> Option<Offer> {
+pub(crate) fn offer(key: &SequenceKey) -> Option<JoinOffer> {
     // SAFETY: entries are replaced whole, by the accepting end alone.
     unsafe { JOIN_OFFERS.get(key) }.copied()
 }
 
 /// The other end is there. False if nobody waits any more.
 #[inline(always)]
-pub(crate) fn answer_offer(key: &Sequence, offer: &Offer) -> bool {
+pub(crate) fn answer_offer(key: &SequenceKey, offer: &JoinOffer) -> bool {
     const BPF_EXIST: u64 = 2;
     JOIN_OFFERS.insert(key, offer, BPF_EXIST).is_ok()
 }
 
 /// Wait no longer.
 #[inline(always)]
-pub(crate) fn remove_offer(key: &Sequence) {
+pub(crate) fn remove_offer(key: &SequenceKey) {
     let _taken_already = JOIN_OFFERS.remove(key);
 }
 
@@ -185,16 +189,16 @@ pub(crate) fn is_known(name: &ProxyName) -> bool {
     unsafe { JOIN_PROXIES.get(name) }.is_some()
 }
 
-/// Count something of a pod.
+/// JoinCount something of a pod.
 #[inline(always)]
-pub(crate) fn count(pod: &PodCell, what: Count) {
+pub(crate) fn count(pod: &PodCell, what: JoinCount) {
     add(pod, what as usize);
 }
 
-/// Count a connection that goes by TCP from now on.
+/// JoinCount a connection that goes by TCP from now on.
 #[inline(always)]
-pub(crate) fn count_pass(pod: &PodCell, why: Pass) {
-    add(pod, Count::ALL.len() + why as usize);
+pub(crate) fn count_pass(pod: &PodCell, why: TcpReason) {
+    add(pod, JoinCount::ALL.len() + why as usize);
 }
 
 #[inline(always)]

@@ -7,7 +7,7 @@ use aya_ebpf::{
     bindings::{bpf_sock, sk_msg_md},
     programs::SkMsgContext,
 };
-use intercept_common::acceleration::{MAX_UNREAD_BYTES, MAX_UNREAD_MESSAGES, Pass, Socket, kind};
+use intercept_common::acceleration::{JoinSocket, MAX_UNREAD_BYTES, MAX_UNREAD_MESSAGES, TcpReason, kind};
 
 use crate::{
     context::load,
@@ -29,17 +29,17 @@ pub(crate) fn send(ctx: &SkMsgContext) {
     let size = load!(load_u32, sk_msg_md, ctx.msg, size);
     let verdict = match check(sk, socket, size) {
         Ok(()) if maps::redirect(ctx, socket.peer.cookie) => Ok(()),
-        Ok(()) => Err(Pass::Gone),
+        Ok(()) => Err(TcpReason::Gone),
         Err(why) => Err(why),
     };
     match verdict {
         Ok(()) => {
-            socket.last = Socket::JOINED;
+            socket.last = JoinSocket::JOINED;
             socket.marked_bytes += u64::from(size);
             socket.marked_messages += 1;
         }
         Err(why) => {
-            if socket.last == Socket::JOINED {
+            if socket.last == JoinSocket::JOINED {
                 maps::count_pass(&socket.pod, why);
             }
             socket.last = why as u32;
@@ -49,7 +49,7 @@ pub(crate) fn send(ctx: &SkMsgContext) {
 
 /// The end that dialled learns here who accepted.
 #[inline(always)]
-fn is_answered(socket: &mut Socket) -> bool {
+fn is_answered(socket: &mut JoinSocket) -> bool {
     if socket.kind != kind::OFFERED {
         return false;
     }
@@ -65,31 +65,31 @@ fn is_answered(socket: &mut Socket) -> bool {
 
 /// Every condition on which a message goes past TCP.
 #[inline(always)]
-fn check(sk: *mut bpf_sock, socket: &mut Socket, size: u32) -> Result<(), Pass> {
+fn check(sk: *mut bpf_sock, socket: &mut JoinSocket, size: u32) -> Result<(), TcpReason> {
     if maps::node_is_off() || !maps::is_on(&socket.pod) || !maps::is_on(&socket.peer.pod) {
-        return Err(Pass::Off);
+        return Err(TcpReason::Off);
     }
-    let sender = Sender::of(sk).filter(Sender::is_open).ok_or(Pass::State)?;
-    let reader = Reader::of(&socket.peer).filter(Reader::is_open).ok_or(Pass::Closed)?;
+    let sender = Sender::of(sk).filter(Sender::is_open).ok_or(TcpReason::State)?;
+    let reader = Reader::of(&socket.peer).filter(Reader::is_open).ok_or(TcpReason::Closed)?;
     if !sender.all_read_by(&reader) {
-        return Err(Pass::Unread);
+        return Err(TcpReason::Unread);
     }
     if !reader.is_non_blocking() {
-        return Err(Pass::Blocking);
+        return Err(TcpReason::Blocking);
     }
     if !reader.wants_any_byte() {
-        return Err(Pass::LowWater);
+        return Err(TcpReason::LowWater);
     }
     let unread = reader.unread();
     settle(socket, unread);
     if unread != 0 && unread.saturating_add(size) > MAX_UNREAD_BYTES {
-        return Err(Pass::Bytes);
+        return Err(TcpReason::Bytes);
     }
     if socket.older_messages + socket.marked_messages >= MAX_UNREAD_MESSAGES {
-        return Err(Pass::Messages);
+        return Err(TcpReason::Messages);
     }
     if !reader.has_memory(size) {
-        return Err(Pass::Memory);
+        return Err(TcpReason::Memory);
     }
     Ok(())
 }
@@ -97,7 +97,7 @@ fn check(sk: *mut bpf_sock, socket: &mut Socket, size: u32) -> Result<(), Pass> 
 /// Bytes are read in the order in which they were sent: when no more are unread than were sent since the mark,
 /// everything before it has been read. Then the mark moves to this moment.
 #[inline(always)]
-fn settle(socket: &mut Socket, unread: u32) {
+fn settle(socket: &mut JoinSocket, unread: u32) {
     if unread == 0 {
         socket.older_messages = 0;
     } else if u64::from(unread) <= socket.marked_bytes {

@@ -19,7 +19,7 @@ use aya_ebpf::{
 };
 use intercept_common::{
     Addr,
-    acceleration::{Count, End, Offer, Sequence, Socket, kind},
+    acceleration::{JoinCount, JoinEnd, JoinOffer, JoinSocket, SequenceKey, kind},
 };
 
 use crate::{
@@ -119,7 +119,8 @@ fn dial(ctx: &SockOpsContext) {
         return;
     }
     if proxy::made(sk, &pod, policy) {
-        let _no_memory = maps::new_socket(sk, &mut Socket { kind: kind::DIALLING, pod, ..Socket::default() });
+        let _no_memory =
+            maps::new_socket(sk, &mut JoinSocket { kind: kind::DIALLING, pod, ..JoinSocket::default() });
     }
 }
 
@@ -138,15 +139,15 @@ fn dialled(ctx: &SockOpsContext) {
     if !was_noted(ends.local, ends.local_port) {
         return;
     }
-    let sequence = Sequence {
+    let sequence = SequenceKey {
         dialled: load!(load_u32, bpf_sock_ops, ctx.ops, snd_nxt),
         accepted: load!(load_u32, bpf_sock_ops, ctx.ops, rcv_nxt),
     };
-    let end = End { sock: sk as u64, cookie: maps::socket_cookie(ctx), pod: socket.pod };
-    let offer = Offer { dialled: end, accepted: End::default() };
+    let end = JoinEnd { sock: sk as u64, cookie: maps::socket_cookie(ctx), pod: socket.pod };
+    let offer = JoinOffer { dialled: end, accepted: JoinEnd::default() };
     // The offer comes last: the other end is established by the acknowledgement that follows this.
     if !maps::add_end(ctx, end.cookie) || !maps::add_offer(&sequence, &offer) {
-        maps::count(&end.pod, Count::RefusedFull);
+        maps::count(&end.pod, JoinCount::RefusedFull);
         return;
     }
     socket.kind = kind::OFFERED;
@@ -165,7 +166,7 @@ fn accepted(ctx: &SockOpsContext) {
     if socket.kind != kind::LISTENER || !maps::is_on(&socket.pod) {
         return;
     }
-    let sequence = Sequence {
+    let sequence = SequenceKey {
         dialled: load!(load_u32, bpf_sock_ops, ctx.ops, rcv_nxt),
         accepted: load!(load_u32, bpf_sock_ops, ctx.ops, snd_nxt),
     };
@@ -174,16 +175,16 @@ fn accepted(ctx: &SockOpsContext) {
     if offer.accepted.cookie != 0 {
         return;
     }
-    offer.accepted = End { sock: sk as u64, cookie: maps::socket_cookie(ctx), pod: socket.pod };
+    offer.accepted = JoinEnd { sock: sk as u64, cookie: maps::socket_cookie(ctx), pod: socket.pod };
     if !maps::add_end(ctx, offer.accepted.cookie) {
-        maps::count(&socket.pod, Count::RefusedFull);
+        maps::count(&socket.pod, JoinCount::RefusedFull);
         return;
     }
     if maps::answer_offer(&sequence, &offer) {
         socket.kind = kind::PAIRED;
         socket.peer = offer.dialled;
-        maps::count(&socket.pod, Count::Joined);
-        maps::count(&offer.dialled.pod, Count::Joined);
+        maps::count(&socket.pod, JoinCount::Joined);
+        maps::count(&offer.dialled.pod, JoinCount::Joined);
     }
 }
 
@@ -224,7 +225,8 @@ fn listen(ctx: &SockOpsContext) {
         return;
     }
     if proxy::made(sk, &pod, policy) {
-        let _no_memory = maps::new_socket(sk, &mut Socket { kind: kind::LISTENER, pod, ..Socket::default() });
+        let _no_memory =
+            maps::new_socket(sk, &mut JoinSocket { kind: kind::LISTENER, pod, ..JoinSocket::default() });
     } else {
         maps::forget_socket(sk);
     }

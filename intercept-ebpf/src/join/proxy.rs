@@ -3,7 +3,7 @@
 
 use aya_ebpf::{bindings::bpf_sock, programs::SockOpsContext};
 use intercept_common::{
-    acceleration::{Count, PodCell, ProxyName},
+    acceleration::{JoinCount, PodCell, ProxyName},
     layout::{MAX_OWNERS, PodPolicy},
 };
 
@@ -30,7 +30,7 @@ pub(crate) fn made(sk: *mut bpf_sock, pod: &PodCell, policy: &PodPolicy) -> bool
     let name = ProxyName { netns: pod.netns, name: kernel::executable() };
     let known = maps::is_known(&name);
     if !known {
-        maps::count(pod, Count::RefusedProxy);
+        maps::count(pod, JoinCount::RefusedProxy);
     }
     known
 }

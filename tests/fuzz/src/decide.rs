@@ -4,7 +4,7 @@
 
 use libfuzzer_sys::fuzz_target;
 use rand::{RngCore, SeedableRng as _, rngs::SmallRng};
-use tests::witness::{Ours, Rules, Situation};
+use tests::model::{AgentModel, IptablesModel, Situation};
 
 /// Flows a configuration.
 const FLOWS: usize = 20;
@@ -37,13 +37,13 @@ impl RngCore for Drawn<'_> {
 
 fuzz_target!(|input: &[u8]| {
     let mut situation = Situation::drawn(Drawn { input, rest: SmallRng::seed_from_u64(1) });
-    let ours = Ours::new(&situation.options, &situation.place).expect("options that hold");
-    let rules = Rules::new(&situation.options);
+    let ours = AgentModel::new(&situation.options, &situation.netns).expect("options that hold");
+    let rules = IptablesModel::new(&situation.options);
     for _ in 0..FLOWS {
         let flow = situation.flow();
-        let (fate, reason) = ours.fate(&situation.place, &flow);
-        let expected = rules.fate(&situation.place, &flow);
-        let (options, place) = (&situation.options, &situation.place);
-        assert_eq!(fate, expected, "{}: {flow:?}\n{options:?}\n{place:?}", reason.word());
+        let (verdict, reason) = ours.verdict(&situation.netns, &flow);
+        let expected = rules.verdict(&situation.netns, &flow);
+        let (options, netns) = (&situation.options, &situation.netns);
+        assert_eq!(verdict, expected, "{}: {flow:?}\n{options:?}\n{netns:?}", reason.as_str());
     }
 });

@@ -8,7 +8,7 @@
 use std::{collections::HashMap, io};
 
 use clap::Parser;
-use intercept_agent::options::{Config, Names, RawOptions};
+use intercept_agent::options::{Config, NameSource, RawOptions};
 use libfuzzer_sys::fuzz_target;
 
 #[derive(Parser)]
@@ -20,7 +20,7 @@ struct CommandLine {
 /// A pod with one user and one DNS server.
 struct Pod;
 
-impl Names for Pod {
+impl NameSource for Pod {
     fn user(&self, name: &str) -> io::Result<Option<u32>> {
         Ok((name == "app").then_some(1000))
     }

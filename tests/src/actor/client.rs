@@ -14,7 +14,7 @@ use anyhow::{Context, Result, anyhow, bail};
 
 use super::binary;
 use super::protocol::{Dial, Dialled, Done, Job, Listen, Message, Queried, Query, Relay, Relayed, Request};
-use crate::testbed::Place;
+use crate::testbed::Sandbox;
 
 /// The variable that says where the actor's executable is.
 pub const BINARY: &str = "INTERCEPT_ACTOR";
@@ -50,14 +50,14 @@ pub struct Listening {
 impl Actor {
     /// Starts the actor, found by [`binary::locate`] and [`BINARY`], in a pod or its neighbour, as root; it changes its ids as
     /// each request says.
-    pub fn start(place: &Place) -> Result<Self> {
+    pub fn start(sandbox: &Sandbox) -> Result<Self> {
         let program = binary::locate("actor", BINARY)?;
-        let mut child = place
+        let mut child = sandbox
             .command(&program)?
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .spawn()
-            .with_context(|| format!("starting {} in {}", program.display(), place.netns.name()))?;
+            .with_context(|| format!("starting {} in {}", program.display(), sandbox.netns.name()))?;
         let input = child.stdin.take();
         let output = child.stdout.take().context("the actor has no standard output")?;
         let inbox = Arc::new(Inbox::default());

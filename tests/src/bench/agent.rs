@@ -9,7 +9,7 @@ use std::process::Command;
 use anyhow::{Context, Result, ensure};
 use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 
-use crate::testbed::{Place, name};
+use crate::testbed::{Sandbox, name};
 
 /// The variable that says where the agent is.
 pub const VARIABLE: &str = "INTERCEPT_AGENT";
@@ -25,10 +25,14 @@ pub struct Agent {
 }
 
 impl Agent {
-    /// The agent of this build, where it can be used, with an empty bpffs.
+    /// The agent of this build, with an empty bpffs.
     pub fn new() -> Result<Self> {
+        Self::of(locate()?)
+    }
+
+    /// An agent, with an empty bpffs.
+    pub fn of(program: PathBuf) -> Result<Self> {
         sweep()?;
-        let program = locate()?;
         let bpffs = Path::new(FOLDER).join(name::fresh("bpf"));
         fs::create_dir(&bpffs).with_context(|| format!("making {}", bpffs.display()))?;
         let agent = Self { program, bpffs };
@@ -68,7 +72,7 @@ impl Agent {
 
     /// Why it does not join the sockets of a node; none if it does. Tried out on a pod.
     pub fn refuses_to_accelerate(&self) -> Result<Option<String>> {
-        let pod = Place::new("accelerate")?;
+        let pod = Sandbox::new("accelerate")?;
         let run = |subcommand: &str, options: &[&OsStr]| {
             Command::new(&self.program)
                 .args(self.arguments(subcommand))

@@ -7,11 +7,11 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 
-use super::crew::Crew;
 use super::mode::Mode;
 use super::nft;
+use super::pool::WorkerPool;
 use crate::iptables::{Family, Options, chains::rules, restore::restore_input};
-use crate::testbed::Place;
+use crate::testbed::Sandbox;
 
 /// Empties the one table that REDIRECT mode uses. Quicker than what istio-iptables does, rule by rule.
 const EMPTY: &str = "*nat\n:PREROUTING ACCEPT\n:OUTPUT ACCEPT\nCOMMIT\n";
@@ -20,7 +20,7 @@ const EMPTY: &str = "*nat\n:PREROUTING ACCEPT\n:OUTPUT ACCEPT\nCOMMIT\n";
 /// pod out of force.
 #[derive(Debug)]
 pub struct Capture<'a> {
-    place: &'a Place,
+    sandbox: &'a Sandbox,
     install: Vec<Step>,
     remove: Vec<Step>,
     in_force: bool,
@@ -38,7 +38,7 @@ struct Step {
 
 impl<'a> Capture<'a> {
     /// Of a pod, by flags. Modes without capture have nothing to do.
-    pub fn prepare(mode: Mode, options: &Options, place: &'a Place, crew: &Crew) -> Result<Self> {
+    pub fn prepare(mode: Mode, options: &Options, sandbox: &'a Sandbox, pool: &WorkerPool) -> Result<Self> {
         let step = |program: &str, arguments: &[&str], input: String| Step {
             program: program.into(),
             arguments: arguments.iter().map(ToString::to_string).collect(),
@@ -67,12 +67,12 @@ impl<'a> Capture<'a> {
                 vec![step("nft", &["-f", "-"], nft::ruleset(options))],
                 vec![step("nft", &["-f", "-"], nft::REMOVAL.into())],
             ),
-            Mode::Agent | Mode::Accelerated => {
-                let agent = crew.agent()?;
-                let cgroup = ["--cgroup-path".to_owned(), utf8(place.cgroup.path())?];
+            Mode::Baseline | Mode::Agent | Mode::Accelerated => {
+                let agent = if mode == Mode::Baseline { pool.baseline()? } else { pool.agent()? };
+                let cgroup = ["--cgroup-path".to_owned(), utf8(sandbox.cgroup.path())?];
                 let mut attach = agent.arguments("attach");
                 attach.extend(cgroup.clone());
-                attach.extend(["--netns".to_owned(), utf8(place.netns.path())?]);
+                attach.extend(["--netns".to_owned(), utf8(sandbox.netns.path())?]);
                 if mode == Mode::Accelerated {
                     // This very program plays the proxy where it is not Envoy.
                     attach.extend(["--accelerate", "--accelerate-proxies", "bench,envoy"].map(str::to_owned));
@@ -90,19 +90,19 @@ impl<'a> Capture<'a> {
                 (vec![run(attach)], vec![run(detach)])
             }
         };
-        Ok(Self { place, install, remove, in_force: false })
+        Ok(Self { sandbox, install, remove, in_force: false })
     }
 
     /// Puts the pod in force; returns how long that took.
     pub fn install(&mut self) -> Result<Duration> {
         self.in_force = true;
-        perform(&self.install, self.place)
+        perform(&self.install, self.sandbox)
     }
 
     /// Takes the pod out of force; returns how long that took.
     pub fn remove(&mut self) -> Result<Duration> {
         self.in_force = false;
-        perform(&self.remove, self.place)
+        perform(&self.remove, self.sandbox)
     }
 }
 
@@ -111,7 +111,7 @@ impl Drop for Capture<'_> {
         if self.in_force
             && let Err(error) = self.remove()
         {
-            eprintln!("taking {} out of force: {error:#}", self.place.netns.name());
+            eprintln!("taking {} out of force: {error:#}", self.sandbox.netns.name());
         }
     }
 }
@@ -120,11 +120,11 @@ fn utf8(path: &Path) -> Result<String> {
     Ok(path.to_str().with_context(|| format!("{} is not UTF-8", path.display()))?.to_owned())
 }
 
-fn perform(steps: &[Step], place: &Place) -> Result<Duration> {
+fn perform(steps: &[Step], sandbox: &Sandbox) -> Result<Duration> {
     let mut commands = Vec::new();
     for step in steps {
         let mut command =
-            if step.inside { place.command(&step.program)? } else { Command::new(&step.program) };
+            if step.inside { sandbox.command(&step.program)? } else { Command::new(&step.program) };
         command.args(&step.arguments).stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::piped());
         commands.push((command, step));
     }

@@ -8,10 +8,10 @@ use rand::SeedableRng as _;
 use rand::rngs::StdRng;
 use serde::Deserialize;
 
-use super::crew::Crew;
 use super::memory::{Trial, crowd};
 use super::mode::{Cell, Mode};
 use super::plan::Suite;
+use super::pool::WorkerPool;
 use super::progress::Progress;
 use super::summary::{Base, summarize};
 use super::work::Work;
@@ -50,7 +50,7 @@ struct RatioLimit {
 }
 
 /// Measures what has limits and prints it beside them; an error if one is exceeded.
-pub fn run(crew: &Crew) -> Result<()> {
+pub fn run(pool: &WorkerPool) -> Result<()> {
     let limits: Limits = serde_json::from_str(LIMITS).context("reading bench-limits.json")?;
     let mut exceeded = Vec::new();
     let mut judge = |what: String, found: f64, good: bool, limit: String| {
@@ -59,13 +59,13 @@ pub fn run(crew: &Crew) -> Result<()> {
             exceeded.push(what);
         }
     };
-    for (program, found) in programs::instructions(crew)? {
+    for (program, found) in programs::instructions(pool)? {
         let limit = limits.verified_instructions.get(&program).copied();
         let shown = limit.map_or("has no limit yet".into(), |limit| format!("at most {limit}"));
         let good = limit.is_some_and(|limit| found <= limit);
         judge(format!("instructions of {program}"), found.into(), good, shown);
     }
-    let crowd = crowd(Mode::Agent, Trial::Memory, CONNECTIONS, Duration::from_secs(30), crew)?;
+    let crowd = crowd(Mode::Agent, Trial::Memory, CONNECTIONS, Duration::from_secs(30), pool)?;
     ensure!(
         crowd.held.open == CONNECTIONS,
         "only {} of {CONNECTIONS} connections came about",
@@ -83,7 +83,7 @@ pub fn run(crew: &Crew) -> Result<()> {
         timing: Timing { warm_up: Duration::from_millis(50), measure: Duration::from_millis(250) },
     };
     let mut progress = Progress::new(suite.seconds());
-    let rows = rounds::run(&suite, crew, &mut StdRng::seed_from_u64(0), &mut progress)?;
+    let rows = rounds::run(&suite, pool, &mut StdRng::seed_from_u64(0), &mut progress)?;
     progress.finish();
     let summaries = summarize(&rows, 1);
     for RatioLimit { work, over, rate_at_least, cpu_at_most } in limits.ratios {

@@ -16,7 +16,7 @@ use super::interrupt;
 use super::mode::Proxy;
 use super::worker::Upstream;
 use super::worker::protocol::Relay;
-use crate::testbed::{Ids, Place, name};
+use crate::testbed::{Ids, Sandbox, name};
 
 /// The variable that says where Envoy is.
 pub const VARIABLE: &str = "INTERCEPT_ENVOY";
@@ -36,7 +36,7 @@ pub struct Envoy {
 
 impl Envoy {
     /// A pod's proxy: as the relay is, with Envoy's own means. The program must be one that every user may run.
-    pub fn sidecar(program: &Path, place: &Place, relay: &Relay, kind: Proxy) -> Result<Self> {
+    pub fn sidecar(program: &Path, sandbox: &Sandbox, relay: &Relay, kind: Proxy) -> Result<Self> {
         let cluster = cluster(relay);
         let filter = match kind {
             Proxy::EnvoyHttp => http(json!({"cluster": "upstream"}), "route"),
@@ -54,14 +54,14 @@ impl Envoy {
                 json!({}),
             )]);
         }
-        Self::start(program, place, Ids::PROXY, &[listener], &[cluster], relay.port, &[])
+        Self::start(program, sandbox, Ids::PROXY, &[listener], &[cluster], relay.port, &[])
     }
 
     /// A server that answers every request with a few bytes.
-    pub fn server(program: &Path, place: &Place, port: u16) -> Result<Self> {
+    pub fn server(program: &Path, sandbox: &Sandbox, port: u16) -> Result<Self> {
         let answer = json!({"status": 200, "body": {"inline_string": "hello\n"}});
         let listener = listener(port, &http(answer, "direct_response"));
-        Self::start(program, place, Ids::APP, &[listener], &[], port, &[])
+        Self::start(program, sandbox, Ids::APP, &[listener], &[], port, &[])
     }
 
     /// The process.
@@ -72,7 +72,7 @@ impl Envoy {
     /// Starts it with these parts and further arguments; returns when it listens on `port` of IPv4.
     pub(crate) fn start(
         program: &Path,
-        place: &Place,
+        sandbox: &Sandbox,
         ids: Ids,
         listeners: &[Value],
         clusters: &[Value],
@@ -85,7 +85,7 @@ impl Envoy {
         let config = json!({"static_resources": {"listeners": listeners, "clusters": clusters}});
         fs::write(&path, config.to_string()).with_context(|| format!("writing {}", path.display()))?;
         let base = std::process::id() % 100_000 * 100 + BASE_ID.fetch_add(1, Ordering::Relaxed) % 100;
-        let child = place
+        let child = sandbox
             .command_as(program, ids)?
             .arg("--config-path")
             .arg(&path)

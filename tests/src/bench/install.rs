@@ -4,18 +4,18 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, bail};
-use intercept_agent::daemon::protocol::{Request, Response};
+use intercept_agent::daemon::protocol::{DaemonRequest, Response};
 use rand::rngs::StdRng;
 use rand::seq::SliceRandom;
 use serde::{Deserialize, Serialize};
 
 use super::capture::Capture;
-use super::crew::Crew;
 use super::interrupt;
 use super::mode::{Lists, Mode};
+use super::pool::WorkerPool;
 use crate::agent::Agent;
 use crate::daemon::{Daemon, add, delete};
-use crate::testbed::Place;
+use crate::testbed::Sandbox;
 
 /// How a pod is put in force.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
@@ -50,7 +50,7 @@ pub struct Installed {
 pub fn run(
     modes: &[Mode],
     rounds: usize,
-    crew: &Crew,
+    pool: &WorkerPool,
     random: &mut StdRng,
     mut after_each: impl FnMut(),
 ) -> Result<Vec<Installed>> {
@@ -58,16 +58,16 @@ pub fn run(
     for &mode in modes.iter().filter(|mode| mode.captures()) {
         cases.extend([Lists::Injected, Lists::Cidrs(10_000)].map(|lists| (mode, lists, Way::Command)));
     }
-    let neighbours = cases.iter().map(|_| Place::new("neighbour")).collect::<Result<Vec<_>>>()?;
+    let neighbours = cases.iter().map(|_| Sandbox::new("neighbour")).collect::<Result<Vec<_>>>()?;
     let mut captures = Vec::new();
-    for (&(mode, ..), place) in cases.iter().zip(&neighbours).step_by(2) {
-        let mut capture = Capture::prepare(mode, &Lists::Injected.options(), place, crew)?;
+    for (&(mode, ..), sandbox) in cases.iter().zip(&neighbours).step_by(2) {
+        let mut capture = Capture::prepare(mode, &Lists::Injected.options(), sandbox, pool)?;
         capture.install()?;
         captures.push(capture);
     }
     let agent = modes.contains(&Mode::Agent).then(|| Agent::new("bench")).transpose()?;
     let daemon = agent.as_ref().map(|agent| Daemon::start(agent, &[])).transpose()?;
-    let near_daemon = Place::new("neighbour")?;
+    let near_daemon = Sandbox::new("neighbour")?;
     if let Some(daemon) = &daemon {
         ask(daemon, &add(&near_daemon, "neighbour", arguments(Lists::Injected))?)?;
         cases.extend([Lists::Injected, Lists::Cidrs(10_000)].map(|lists| (Mode::Agent, lists, Way::Daemon)));
@@ -77,15 +77,15 @@ pub fn run(
         cases.shuffle(random);
         for &(mode, lists, way) in &cases {
             interrupt::check()?;
-            let place = Place::new(&mode.to_string())?;
+            let sandbox = Sandbox::new(&mode.to_string())?;
             let (install, remove) = match (way, &daemon) {
                 (Way::Daemon, Some(daemon)) => {
                     let uid = format!("{lists}-{round}");
-                    let question = add(&place, &uid, arguments(lists))?;
+                    let question = add(&sandbox, &uid, arguments(lists))?;
                     (ask(daemon, &question)?, ask(daemon, &delete(&uid))?)
                 }
                 _ => {
-                    let mut capture = Capture::prepare(mode, &lists.options(), &place, crew)?;
+                    let mut capture = Capture::prepare(mode, &lists.options(), &sandbox, pool)?;
                     (capture.install()?, capture.remove()?)
                 }
             };
@@ -102,7 +102,7 @@ fn arguments(lists: Lists) -> Vec<String> {
 }
 
 /// How long the answer took.
-fn ask(daemon: &Daemon<'_>, question: &Request) -> Result<Duration> {
+fn ask(daemon: &Daemon<'_>, question: &DaemonRequest) -> Result<Duration> {
     let begun = Instant::now();
     match daemon.ask(question)? {
         Response::Done(_) => Ok(begun.elapsed()),

@@ -9,9 +9,9 @@ use anyhow::{Context, Result, bail};
 use aya::maps::loaded_maps;
 use serde::{Deserialize, Serialize};
 
-use super::crew::Crew;
 use super::interrupt;
 use super::mode::{Cell, Mode, Path};
+use super::pool::WorkerPool;
 use super::programs::maps;
 use super::rig::{Pods, Rig, Size, sources};
 use super::worker::protocol::Held;
@@ -56,7 +56,7 @@ pub enum Trial {
 }
 
 /// Opens connections through the client's pod's proxy and keeps them while the memory is read.
-pub fn crowd(mode: Mode, trial: Trial, wanted: usize, limit: Duration, crew: &Crew) -> Result<Crowd> {
+pub fn crowd(mode: Mode, trial: Trial, wanted: usize, limit: Duration, pool: &WorkerPool) -> Result<Crowd> {
     let size = Size {
         clients: wanted.div_ceil(PER_PROCESS),
         relays: (2 * wanted).div_ceil(PER_PROCESS),
@@ -64,16 +64,16 @@ pub fn crowd(mode: Mode, trial: Trial, wanted: usize, limit: Duration, crew: &Cr
     };
     let cell = Cell { path: Path::Outbound, ..Cell::plain(mode) };
     let pods = Pods::new(&mode.to_string())?;
-    let mut rig = Rig::build(cell, size, &pods, crew)?;
+    let mut rig = Rig::build(cell, size, &pods, pool)?;
     let (from, to) = match trial {
         Trial::Memory => (sources(), rig.destinations()),
         Trial::Reach => (Vec::new(), rig.destinations().into_iter().take(3).collect()),
     };
     let before = settled()?;
-    let maps_before = map_bytes(mode, crew)?;
+    let maps_before = map_bytes(mode, pool)?;
     let held = open(&mut rig, &from, &to, wanted, limit)?;
     let after = Usage::read()?;
-    let maps = map_bytes(mode, crew)? - maps_before;
+    let maps = map_bytes(mode, pool)? - maps_before;
     let tracked =
         pods.client().netns.run(|| fs::read_to_string("/proc/sys/net/netfilter/nf_conntrack_count"))?;
     let tracked = tracked.ok().and_then(|text| text.trim().parse().ok()).unwrap_or(0);
@@ -162,11 +162,11 @@ fn settled() -> Result<Usage> {
 }
 
 /// What the kernel accounts to the maps that the agent's programs use.
-fn map_bytes(mode: Mode, crew: &Crew) -> Result<i64> {
+fn map_bytes(mode: Mode, pool: &WorkerPool) -> Result<i64> {
     if !mode.is_agent() {
         return Ok(0);
     }
-    let ids = maps(crew)?;
+    let ids = maps(pool)?;
     let mut bytes = 0;
     for map in loaded_maps() {
         // Maps of others may vanish meanwhile.

@@ -21,6 +21,8 @@ pub enum Mode {
     IptablesLegacy,
     /// The same rules in nftables' own words, long lists as sets
     Nft,
+    /// Another build of the agent: the one that --baseline names
+    Baseline,
     /// This agent
     Agent,
     /// This agent, joining the sockets of a node
@@ -30,7 +32,7 @@ pub enum Mode {
 impl Mode {
     /// Whether the agent is needed.
     pub fn is_agent(self) -> bool {
-        matches!(self, Self::Agent | Self::Accelerated)
+        matches!(self, Self::Baseline | Self::Agent | Self::Accelerated)
     }
 
     /// Whether something captures, so that flags mean something.

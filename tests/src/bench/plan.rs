@@ -93,13 +93,13 @@ impl Plan {
 
     /// The modes of the smaller parts: of the netfilter ones only the usual one in quick runs.
     fn few(&self) -> Vec<Mode> {
-        let few = [Mode::Explicit, Mode::IptablesNft, Mode::Agent, Mode::Accelerated];
+        let few = [Mode::Explicit, Mode::IptablesNft, Mode::Baseline, Mode::Agent, Mode::Accelerated];
         if self.quick { self.among(&few) } else { self.modes.clone() }
     }
 
     /// The modes that are given many connections: one of those that share a mechanism.
     pub fn crowded(&self) -> Vec<Mode> {
-        self.among(&[Mode::Explicit, Mode::IptablesNft, Mode::Nft, Mode::Agent])
+        self.among(&[Mode::Explicit, Mode::IptablesNft, Mode::Nft, Mode::Baseline, Mode::Agent])
             .into_iter()
             .filter(|mode| !self.quick || *mode != Mode::Nft)
             .collect()

@@ -8,11 +8,11 @@ use anyhow::{Context, Result, ensure};
 use aya::programs::{ProgramInfo, loaded_programs};
 use aya::sys::{Stats, enable_stats};
 use aya_obj::generated::bpf_attach_type;
-use intercept_agent::kernel;
+use intercept_agent::sys;
 use serde::{Deserialize, Serialize};
 
-use super::crew::Crew;
 use super::mode::{Cell, Mode};
+use super::pool::WorkerPool;
 use super::rig::{Pods, Rig, Size};
 use super::rounds::measure;
 use super::work::Work;
@@ -82,23 +82,23 @@ impl Programs {
 }
 
 /// Measures fresh connections with the kernel's statistics on, which slows everything: no rates are taken.
-pub fn run(timing: Timing, crew: &Crew) -> Result<Programs> {
+pub fn run(timing: Timing, pool: &WorkerPool) -> Result<Programs> {
     let pods = Pods::new("programs")?;
-    let mut rig = Rig::build(Cell::plain(Mode::Agent), Size::ONE, &pods, crew)?;
+    let mut rig = Rig::build(Cell::plain(Mode::Agent), Size::ONE, &pods, pool)?;
     let empty = bpf::load_empty().context("loading an empty program")?;
     let cgroup = File::open(pods.client.cgroup.path()).context("opening the client's cgroup")?;
-    let link = kernel::link_create(empty.as_fd(), cgroup.as_fd(), bpf_attach_type::BPF_CGROUP_SOCK_OPS)
+    let link = sys::link_create(empty.as_fd(), cgroup.as_fd(), bpf_attach_type::BPF_CGROUP_SOCK_OPS)
         .context("attaching an empty program")?;
-    let empty = kernel::link_info(link.as_fd()).context("asking for the empty program's id")?.program;
+    let empty = sys::link_info(link.as_fd()).context("asking for the empty program's id")?.program;
     let _on = enable_stats(Stats::RunTime).context("turning the kernel's statistics of programs on")?;
     let work = Work::Connect { clients: 8 };
     // The window does not begin with the statistics: a run for scale, then one for the difference of two counts,
     // without a warm-up that would be counted in one and not in the other.
     measure(&mut rig, work, timing)?;
     let timing = Timing { warm_up: std::time::Duration::ZERO, ..timing };
-    let (before, empty_before) = (counts(crew)?, count_of(empty)?);
+    let (before, empty_before) = (counts(pool)?, count_of(empty)?);
     let connections = measure(&mut rig, work, timing)?.operations;
-    let (after, empty_after) = (counts(crew)?, count_of(empty)?);
+    let (after, empty_after) = (counts(pool)?, count_of(empty)?);
     #[expect(clippy::cast_precision_loss, reason = "counts of seconds fit")]
     let figures = after.iter().map(|(name, now)| {
         let earlier = before.get(name).copied().unwrap_or_default();
@@ -120,15 +120,15 @@ fn count_of(program: u32) -> Result<Count> {
 }
 
 /// Instructions of each program, as verified: the same in every run.
-pub fn instructions(crew: &Crew) -> Result<BTreeMap<String, u32>> {
+pub fn instructions(pool: &WorkerPool) -> Result<BTreeMap<String, u32>> {
     let pods = Pods::new("programs")?;
-    let _rig = Rig::build(Cell::plain(Mode::Agent), Size::ONE, &pods, crew)?;
-    Ok(counts(crew)?.into_iter().map(|(name, count)| (name, count.verified)).collect())
+    let _rig = Rig::build(Cell::plain(Mode::Agent), Size::ONE, &pods, pool)?;
+    Ok(counts(pool)?.into_iter().map(|(name, count)| (name, count.verified)).collect())
 }
 
-fn counts(crew: &Crew) -> Result<BTreeMap<String, Count>> {
+fn counts(pool: &WorkerPool) -> Result<BTreeMap<String, Count>> {
     let mut counts: BTreeMap<String, Count> = BTreeMap::new();
-    for info in loaded(crew)? {
+    for info in loaded(pool)? {
         let name = info.name_as_str().unwrap_or_default().to_owned();
         counts.entry(name).or_default().add(&info);
     }
@@ -138,8 +138,8 @@ fn counts(crew: &Crew) -> Result<BTreeMap<String, Count>> {
 
 /// The agent's programs: those that share a map with the ones that are pinned. A pod's own are not pinned, and
 /// other agents on this machine have maps of their own.
-fn loaded(crew: &Crew) -> Result<Vec<ProgramInfo>> {
-    let maps = maps(crew)?;
+fn loaded(pool: &WorkerPool) -> Result<Vec<ProgramInfo>> {
+    let maps = maps(pool)?;
     let mut found = Vec::new();
     // Programs of others may vanish meanwhile.
     for info in loaded_programs().flatten() {
@@ -151,9 +151,9 @@ fn loaded(crew: &Crew) -> Result<Vec<ProgramInfo>> {
 }
 
 /// The ids of the maps that the agent's pinned programs use.
-pub(super) fn maps(crew: &Crew) -> Result<BTreeSet<u32>> {
+pub(super) fn maps(pool: &WorkerPool) -> Result<BTreeSet<u32>> {
     let mut maps = BTreeSet::new();
-    for pin in crew.agent()?.pinned_programs()? {
+    for pin in pool.agent()?.pinned_programs()? {
         let info = ProgramInfo::from_pin(&pin).with_context(|| format!("looking at {}", pin.display()))?;
         maps.extend(info.map_ids()?.unwrap_or_default());
     }

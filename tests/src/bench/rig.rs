@@ -9,13 +9,13 @@ use anyhow::{Context, Result, bail, ensure};
 use ipnet::{IpNet, Ipv4Net};
 
 use super::capture::Capture;
-use super::crew::{Crew, Worker};
 use super::envoy::Envoy;
 use super::interrupt;
 use super::mode::{Cell, Mode, Path, Proxy};
+use super::pool::{Worker, WorkerPool};
 use super::worker::protocol::Relay;
 use super::worker::{Answer, Job, Measured, Role, Timing, Upstream};
-use crate::testbed::{Ids, Place};
+use crate::testbed::{Ids, Sandbox};
 
 /// Where the server listens.
 pub const SERVER_PORT: u16 = 8080;
@@ -51,8 +51,8 @@ impl Size {
 /// The two pods, unoccupied.
 #[derive(Debug)]
 pub struct Pods {
-    pub(super) client: Place,
-    server: Place,
+    pub(super) client: Sandbox,
+    server: Sandbox,
 }
 
 /// The pods at work. Dropping it ends the processes and takes the pods out of force; the pods themselves go with
@@ -71,8 +71,8 @@ pub struct Rig<'a> {
 impl Pods {
     /// Two new pods, joined.
     pub fn new(label: &str) -> Result<Self> {
-        let client = Place::new(&format!("{label}-client"))?;
-        let server = Place::new(&format!("{label}-server"))?;
+        let client = Sandbox::new(&format!("{label}-client"))?;
+        let server = Sandbox::new(&format!("{label}-server"))?;
         client.netns.veth("eth0", &server.netns, "eth0")?;
         for n in 0..ADDRESSES {
             client.netns.add_address("eth0", net(client_address(n)))?;
@@ -82,12 +82,12 @@ impl Pods {
     }
 
     /// The client's pod.
-    pub fn client(&self) -> &Place {
+    pub fn client(&self) -> &Sandbox {
         &self.client
     }
 
     /// The server's pod.
-    pub fn server(&self) -> &Place {
+    pub fn server(&self) -> &Sandbox {
         &self.server
     }
 
@@ -134,19 +134,19 @@ fn servers(port: u16) -> Vec<SocketAddr> {
 
 impl<'a> Rig<'a> {
     /// Puts the pods in force, then starts the processes: the order of an init container.
-    pub fn build(cell: Cell, size: Size, pods: &'a Pods, crew: &Crew) -> Result<Self> {
+    pub fn build(cell: Cell, size: Size, pods: &'a Pods, pool: &WorkerPool) -> Result<Self> {
         let here = || format!("setting up {} ({}, {}, {})", cell.mode, cell.path, cell.lists, cell.proxy);
-        Self::try_build(cell, size, pods, crew).with_context(here)
+        Self::try_build(cell, size, pods, pool).with_context(here)
     }
 
-    fn try_build(cell: Cell, size: Size, pods: &'a Pods, crew: &Crew) -> Result<Self> {
+    fn try_build(cell: Cell, size: Size, pods: &'a Pods, pool: &WorkerPool) -> Result<Self> {
         let proxied = cell.mode != Mode::None;
         let outbound = proxied && cell.path != Path::Inbound;
         let inbound = proxied && cell.path != Path::Outbound;
         let mut captures = Vec::new();
-        for (wanted, place) in [(outbound, &pods.client), (inbound, &pods.server)] {
+        for (wanted, sandbox) in [(outbound, &pods.client), (inbound, &pods.server)] {
             if wanted && cell.mode.captures() {
-                let mut capture = Capture::prepare(cell.mode, &cell.lists.options(), place, crew)?;
+                let mut capture = Capture::prepare(cell.mode, &cell.lists.options(), sandbox, pool)?;
                 capture.install()?;
                 captures.push(capture);
             }
@@ -155,11 +155,11 @@ impl<'a> Rig<'a> {
         let mut passed = Vec::new();
         let mut envoys = Vec::new();
         if cell.proxy == Proxy::EnvoyHttp {
-            envoys.push(Envoy::server(crew.envoy()?, &pods.server, SERVER_PORT)?);
+            envoys.push(Envoy::server(pool.envoy()?, &pods.server, SERVER_PORT)?);
         } else {
             let server = Role::Server { ports: vec![SERVER_PORT] };
             for _ in 0..size.servers {
-                workers.push(crew.start(&pods.server, Ids::APP, &server)?);
+                workers.push(pool.start(&pods.server, Ids::APP, &server)?);
             }
         }
         let next = if inbound { INBOUND } else { SERVER_PORT };
@@ -167,7 +167,7 @@ impl<'a> Rig<'a> {
             (inbound, &pods.server, INBOUND, SERVER_PORT, Some(PASSTHROUGH.into())),
             (outbound, &pods.client, OUTBOUND, next, None),
         ];
-        for (wanted, place, port, next, source) in proxies {
+        for (wanted, sandbox, port, next, source) in proxies {
             if !wanted {
                 continue;
             }
@@ -181,12 +181,12 @@ impl<'a> Rig<'a> {
             let mut processes = Vec::new();
             if cell.proxy == Proxy::Relay {
                 for _ in 0..size.relays {
-                    let worker = crew.start(place, Ids::PROXY, &Role::Relay(relay.clone()))?;
+                    let worker = pool.start(sandbox, Ids::PROXY, &Role::Relay(relay.clone()))?;
                     processes.push(worker.pid());
                     workers.push(worker);
                 }
             } else {
-                let envoy = Envoy::sidecar(crew.envoy()?, place, &relay, cell.proxy)?;
+                let envoy = Envoy::sidecar(pool.envoy()?, sandbox, &relay, cell.proxy)?;
                 processes.push(envoy.pid());
                 envoys.push(envoy);
             }
@@ -194,7 +194,7 @@ impl<'a> Rig<'a> {
         }
         let role = Role::Client { pods: pods.cgroups() };
         let clients =
-            (0..size.clients).map(|_| crew.start(&pods.client, Ids::APP, &role)).collect::<Result<_>>()?;
+            (0..size.clients).map(|_| pool.start(&pods.client, Ids::APP, &role)).collect::<Result<_>>()?;
         let mut rig = Self { cell, clients, _workers: workers, _envoys: envoys, _captures: captures, pods };
         rig.prove(&passed)?;
         Ok(rig)

@@ -7,9 +7,9 @@ use rand::rngs::StdRng;
 use rand::seq::SliceRandom;
 use serde::{Deserialize, Serialize};
 
-use super::crew::Crew;
 use super::mode::Cell;
 use super::plan::Suite;
+use super::pool::WorkerPool;
 use super::progress::Progress;
 use super::rig::{Pods, Rig, Size};
 use super::work::Work;
@@ -35,7 +35,12 @@ pub struct Row {
 const OVERDUE: f64 = 2.5;
 
 /// Runs a suite. If it takes much too long, the rounds that are complete are what there is.
-pub fn run(suite: &Suite, crew: &Crew, random: &mut StdRng, progress: &mut Progress) -> Result<Vec<Row>> {
+pub fn run(
+    suite: &Suite,
+    pool: &WorkerPool,
+    random: &mut StdRng,
+    progress: &mut Progress,
+) -> Result<Vec<Row>> {
     progress.at(&format!("{}: setting up", suite.title));
     let begun = Instant::now();
     let limit = Duration::from_secs_f64(suite.seconds() * OVERDUE + 10.0);
@@ -43,7 +48,7 @@ pub fn run(suite: &Suite, crew: &Crew, random: &mut StdRng, progress: &mut Progr
     let pods = labels.map(|label| Pods::new(&label)).collect::<Result<Vec<_>>>()?;
     let rigs = suite.cells.iter().zip(&pods).map(|(&cell, pods)| {
         interrupt::check()?;
-        Rig::build(cell, Size::ONE, pods, crew)
+        Rig::build(cell, Size::ONE, pods, pool)
     });
     let mut rigs = rigs.collect::<Result<Vec<_>>>()?;
     let mut rows = Vec::new();

@@ -7,11 +7,11 @@ use anyhow::Result;
 use rand::SeedableRng;
 use rand::rngs::StdRng;
 
-use super::crew::Crew;
 use super::machine::Machine;
 use super::memory::{Crowd, Trial, crowd};
 use super::mode::{Mode, Proxy};
 use super::plan::{Plan, Section, Suite};
+use super::pool::WorkerPool;
 use super::programs::Programs;
 use super::progress::Progress;
 use super::report::Report;
@@ -41,9 +41,15 @@ pub struct Outcome {
 /// Measures everything in the plan. A part that fails does not keep the others from being measured; an
 /// interruption does. The files in `folder` are written after each part, so that whatever ends a long run ends it
 /// with what was found until then.
-pub fn perform(mut plan: Plan, connections: usize, seed: u64, crew: &Crew, folder: &Path) -> Result<Outcome> {
+pub fn perform(
+    mut plan: Plan,
+    connections: usize,
+    seed: u64,
+    pool: &WorkerPool,
+    folder: &Path,
+) -> Result<Outcome> {
     let mut notes = Vec::new();
-    adapt(&mut plan, crew, &mut notes)?;
+    adapt(&mut plan, pool, &mut notes)?;
     let report = Report {
         machine: Machine::here(),
         seed,
@@ -57,7 +63,7 @@ pub fn perform(mut plan: Plan, connections: usize, seed: u64, crew: &Crew, folde
         rows: Vec::new(),
     };
     let mut run = Run {
-        crew,
+        pool,
         folder,
         random: StdRng::seed_from_u64(seed),
         progress: Progress::new(planned(&plan, connections)),
@@ -90,7 +96,7 @@ pub fn perform(mut plan: Plan, connections: usize, seed: u64, crew: &Crew, folde
 }
 
 struct Run<'a> {
-    crew: &'a Crew,
+    pool: &'a WorkerPool,
     folder: &'a Path,
     random: StdRng,
     progress: Progress,
@@ -111,7 +117,7 @@ impl Run<'_> {
     }
 
     fn rounds(&mut self, suite: &Suite) -> Result<()> {
-        let rows = rounds::run(suite, self.crew, &mut self.random, &mut self.progress)?;
+        let rows = rounds::run(suite, self.pool, &mut self.random, &mut self.progress)?;
         self.report.rows.extend(rows);
         self.report.summaries = summarize(&self.report.rows, self.report.machine.processors);
         Ok(())
@@ -122,14 +128,14 @@ impl Run<'_> {
         let progress = &mut self.progress;
         let after_each = || progress.advance(INSTALL);
         self.report.installed =
-            install::run(&plan.modes, plan.rounds(5, 20), self.crew, &mut self.random, after_each)?;
+            install::run(&plan.modes, plan.rounds(5, 20), self.pool, &mut self.random, after_each)?;
         Ok(())
     }
 
     fn programs(&mut self) -> Result<()> {
         self.progress.at("timing the programs");
         let timing = Timing { warm_up: Duration::from_millis(200), measure: Duration::from_secs(1) };
-        self.report.programs = programs::run(timing, self.crew)?;
+        self.report.programs = programs::run(timing, self.pool)?;
         self.progress.advance(PROGRAMS);
         Ok(())
     }
@@ -137,7 +143,7 @@ impl Run<'_> {
     fn memory(&mut self, mode: Mode, round: usize, connections: usize) -> Result<()> {
         self.progress.at(&format!("memory, round {}: {mode}", round + 1));
         let limit = Duration::from_secs_f64(crowd_seconds(connections) * 4.0);
-        let crowd = crowd(mode, Trial::Memory, connections, limit, self.crew)?;
+        let crowd = crowd(mode, Trial::Memory, connections, limit, self.pool)?;
         self.report.memory.push(Crowd { round, ..crowd });
         self.progress.advance(crowd_seconds(connections));
         Ok(())
@@ -146,16 +152,16 @@ impl Run<'_> {
     fn reach(&mut self, mode: Mode) -> Result<()> {
         self.progress.at(&format!("reach: {mode}"));
         let limit = Duration::from_secs_f64(REACH_LIMIT);
-        self.report.reach.push(crowd(mode, Trial::Reach, REACH, limit, self.crew)?);
+        self.report.reach.push(crowd(mode, Trial::Reach, REACH, limit, self.pool)?);
         self.progress.advance(REACH_LIMIT);
         Ok(())
     }
 }
 
 /// Leaves out what cannot be measured here, and says so.
-fn adapt(plan: &mut Plan, crew: &Crew, notes: &mut Vec<String>) -> Result<()> {
+fn adapt(plan: &mut Plan, pool: &WorkerPool, notes: &mut Vec<String>) -> Result<()> {
     if plan.modes.contains(&Mode::Accelerated)
-        && let Some(why) = crew.agent()?.refuses_to_accelerate()?
+        && let Some(why) = pool.agent()?.refuses_to_accelerate()?
     {
         plan.modes.retain(|mode| *mode != Mode::Accelerated);
         notes.push(format!("accelerated: left out. {why}"));

@@ -5,9 +5,9 @@ use std::process::ExitCode;
 
 use anyhow::{Context, Result, bail, ensure};
 use clap::{Parser, ValueEnum};
-use tests::bench::crew::{Crew, WORKER};
 use tests::bench::mode::Mode;
 use tests::bench::plan::{Plan, Section};
+use tests::bench::pool::{WORKER, WorkerPool};
 use tests::bench::report::Report;
 use tests::bench::report::table::tables;
 use tests::bench::session::{Outcome, perform};
@@ -40,6 +40,9 @@ struct Arguments {
     /// Where report.html, report.md and report.json go [default: target/bench]
     #[arg(long)]
     out: Option<PathBuf>,
+    /// Another build of the agent, for the mode `baseline`
+    #[arg(long, value_name = "AGENT")]
+    baseline: Option<PathBuf>,
     /// Measure nothing: make the tables and files anew from the report.json of an earlier run
     #[arg(long, value_name = "REPORT.JSON")]
     from: Option<PathBuf>,
@@ -76,19 +79,20 @@ fn run() -> Result<()> {
     for path in sweep()? {
         eprintln!("removed {}, which a killed run left", path.display());
     }
-    let crew = Crew::new()?;
+    let pool = WorkerPool::new(arguments.baseline.clone())?;
     if arguments.check {
-        return check::run(&crew);
+        return check::run(&pool);
     }
-    measure(arguments, &crew)
+    measure(arguments, &pool)
 }
 
-fn measure(arguments: Arguments, crew: &Crew) -> Result<()> {
+fn measure(arguments: Arguments, pool: &WorkerPool) -> Result<()> {
     let quick = arguments.quick;
     let all = |section: &Section| !quick || *section != Section::Reach;
     let mut plan = Plan { modes: arguments.modes, sections: arguments.work, quick, rounds: arguments.rounds };
     if plan.modes.is_empty() {
         plan.modes = Mode::value_variants().to_vec();
+        plan.modes.retain(|mode| *mode != Mode::Baseline || arguments.baseline.is_some());
     }
     if plan.sections.is_empty() {
         plan.sections = Section::value_variants().iter().copied().filter(all).collect();
@@ -101,7 +105,7 @@ fn measure(arguments: Arguments, crew: &Crew) -> Result<()> {
     let seed = arguments.seed.unwrap_or(time);
     let connections = arguments.connections.unwrap_or(if quick { 10_000 } else { 50_000 });
     let folder = arguments.out.map_or_else(default_folder, Ok)?;
-    let Outcome { report, failures } = perform(plan, connections, seed, crew, &folder)?;
+    let Outcome { report, failures } = perform(plan, connections, seed, pool, &folder)?;
     show(&report, &folder)?;
     interrupt::check()?;
     if !failures.is_empty() {

@@ -105,7 +105,7 @@ enum Expect {
 }
 
 impl Expect {
-    fn word(self) -> &'static str {
+    fn as_str(self) -> &'static str {
         match self {
             Self::ProxyOut => "proxy, outbound",
             Self::ProxyIn => "proxy, inbound",
@@ -390,7 +390,7 @@ fn judge(flow: &Flow, dialled: &Dialled, relayed: Option<&Relayed>, pod: &Pod) -
         if relayed.relay == "outbound" { Expect::ProxyOut } else { Expect::ProxyIn }
     });
     if by != flow.expect {
-        return Err(format!("went {}, must go {}", by.word(), flow.expect.word()));
+        return Err(format!("went {}, must go {}", by.as_str(), flow.expect.as_str()));
     }
     let unmapped = |addr: SocketAddr| SocketAddr::new(addr.ip().to_canonical(), addr.port());
     if dialled.peername.map(unmapped) != Some(flow.to) {

@@ -9,15 +9,15 @@ use intercept_common::names;
 use crate::{
     agent::{Agent, INIT_FLAGS, finish},
     kernel,
-    lesser::with_kernel_without,
-    slip::{Manner, Slip, Slipping, bed::Bed},
+    missing_hook::with_kernel_without,
+    unusual::{Method, UnusualProcess, UnusualSocket, fixture::UnusualFixture},
 };
 
 const DNS: [&str; 2] = ["--redirect-dns", "--capture-all-dns"];
 
 /// `recvmsg` serves captured DNS only.
 pub(super) fn of_one_option(_: &Agent) -> Result<()> {
-    let (agent, bed) = (Agent::new("lesser")?, Bed::new("lesser")?);
+    let (agent, fixture) = (Agent::new("lesser")?, UnusualFixture::new("lesser")?);
     with_kernel_without(attach_type(names::RECVMSG4) as u32, || {
         let check = finish(&mut agent.command("check"))?;
         let said = String::from_utf8_lossy(&check.stdout);
@@ -30,19 +30,19 @@ pub(super) fn of_one_option(_: &Agent) -> Result<()> {
             "check: {said}"
         );
 
-        agent.attach(&bed.pod, &INIT_FLAGS)?;
-        let refused = finish(&mut agent.for_pod("attach", &bed.pod, &[&INIT_FLAGS[..], &DNS].concat()))?;
+        agent.attach(&fixture.pod, &INIT_FLAGS)?;
+        let refused = finish(&mut agent.for_pod("attach", &fixture.pod, &[&INIT_FLAGS[..], &DNS].concat()))?;
         let words = "this kernel lacks for --redirect-dns hook cgroup/recvmsg4";
         ensure!(!refused.status.success() && error(&refused).contains(words), "attach: {refused:?}");
         Ok(())
     })?;
     // The first capture is in force as it was.
-    let slip = Slip::new(Manner::Plain, "198.51.100.7:80".parse()?);
-    let slipped = Slipping::start(&bed.pod, &slip)?.go()?;
-    ensure!(slipped.server() == "outbound", "{slipped:?}");
+    let unusual = UnusualSocket::new(Method::Plain, "198.51.100.7:80".parse()?);
+    let outcome = UnusualProcess::start(&fixture.pod, &unusual)?.go()?;
+    ensure!(outcome.server() == "outbound", "{outcome:?}");
     // Again the same, by an agent that finds the programs as they were loaded.
-    ensure!(agent.attach(&bed.pod, &INIT_FLAGS)?.starts_with("unchanged"), "it was in force");
-    agent.detach(&bed.pod).map(drop)
+    ensure!(agent.attach(&fixture.pod, &INIT_FLAGS)?.starts_with("unchanged"), "it was in force");
+    agent.detach(&fixture.pod).map(drop)
 }
 
 pub(super) fn of_every_capture(_: &Agent) -> Result<()> {
@@ -52,17 +52,17 @@ pub(super) fn of_every_capture(_: &Agent) -> Result<()> {
 /// On a kernel that lacks something that every capture needs: `check` says what, `attach` refuses in the same words, and
 /// nothing is left behind. Returns the words.
 pub fn refused_as_checked() -> Result<String> {
-    let (agent, bed) = (Agent::new("refused")?, Bed::new("refused")?);
+    let (agent, fixture) = (Agent::new("refused")?, UnusualFixture::new("refused")?);
     let check = finish(&mut agent.command("check"))?;
     let said = error(&check);
     let words = said.trim().strip_prefix("error: ").unwrap_or(&said).trim().to_owned();
     ensure!(!check.status.success() && words.starts_with("this kernel lacks "), "check: {check:?}");
-    let refused = finish(&mut agent.for_pod("attach", &bed.pod, &INIT_FLAGS))?;
+    let refused = finish(&mut agent.for_pod("attach", &fixture.pod, &INIT_FLAGS))?;
     ensure!(
         !refused.status.success() && error(&refused).contains(&words),
         "attach: {refused:?}, not {words:?}"
     );
-    let attached = kernel::attached(&bed.pod)?;
+    let attached = kernel::attached(&fixture.pod)?;
     ensure!(attached.is_empty(), "attached: {attached:?}");
     let left = agent.bpffs().join("intercept");
     ensure!(is_empty(&left)?, "{} is not empty", left.display());

@@ -13,8 +13,8 @@ const DNS: [&str; 2] = ["--redirect-dns", "--capture-all-dns"];
 
 /// What the steps give in a pod that is captured with Istio's flags and more.
 fn gives(agent: &Agent, more: &[&str], ids: Ids, steps: &[Step], expected: &[&str]) -> Result<()> {
-    let bed = captured(agent, "reuse", more)?;
-    let outcomes = run(&bed.pod, ids, steps)?;
+    let fixture = captured(agent, "reuse", more)?;
+    let outcomes = run(&fixture.pod, ids, steps)?;
     ensure!(outcomes == expected, "{steps:?}: {outcomes:?}, not {expected:?}");
     Ok(())
 }

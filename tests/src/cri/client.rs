@@ -37,7 +37,7 @@ pub struct PodConfig(m::PodSandboxConfig);
 
 /// A pod that runs.
 #[derive(Clone, Debug)]
-pub struct Sandbox {
+pub struct PodSandbox {
     id: String,
     config: PodConfig,
 }
@@ -112,26 +112,26 @@ impl Client {
     }
 
     /// RunPodSandbox.
-    pub fn run(&self, config: &PodConfig) -> Result<Sandbox> {
+    pub fn run(&self, config: &PodConfig) -> Result<PodSandbox> {
         let request = m::RunPodSandboxRequest { config: Some(config.0.clone()) };
         let answer: m::PodSandboxId = self.call("/runtime.v1.RuntimeService/RunPodSandbox", request)?;
-        Ok(Sandbox { id: answer.id, config: config.clone() })
+        Ok(PodSandbox { id: answer.id, config: config.clone() })
     }
 
     /// StopPodSandbox.
-    pub fn stop(&self, sandbox: &Sandbox) -> Result<()> {
+    pub fn stop(&self, sandbox: &PodSandbox) -> Result<()> {
         let request = m::PodSandboxId { id: sandbox.id.clone() };
         self.call::<_, m::Nothing>("/runtime.v1.RuntimeService/StopPodSandbox", request).map(drop)
     }
 
     /// RemovePodSandbox.
-    pub fn remove(&self, sandbox: &Sandbox) -> Result<()> {
+    pub fn remove(&self, sandbox: &PodSandbox) -> Result<()> {
         let request = m::PodSandboxId { id: sandbox.id.clone() };
         self.call::<_, m::Nothing>("/runtime.v1.RuntimeService/RemovePodSandbox", request).map(drop)
     }
 
     /// The address that the runtime knows for the pod.
-    pub fn address(&self, sandbox: &Sandbox) -> Result<String> {
+    pub fn address(&self, sandbox: &PodSandbox) -> Result<String> {
         let request = m::PodSandboxId { id: sandbox.id.clone() };
         let answer: m::PodSandboxStatusResponse =
             self.call("/runtime.v1.RuntimeService/PodSandboxStatus", request)?;
@@ -142,7 +142,7 @@ impl Client {
     /// Make and start a container that sees this machine's programs. Returns its id.
     pub fn start(
         &self,
-        sandbox: &Sandbox,
+        sandbox: &PodSandbox,
         name: &str,
         image: &str,
         ids: Ids,
@@ -173,7 +173,7 @@ impl Client {
     }
 
     /// Make and start any container. Returns its id.
-    pub(super) fn start_container(&self, sandbox: &Sandbox, config: m::ContainerConfig) -> Result<String> {
+    pub(super) fn start_container(&self, sandbox: &PodSandbox, config: m::ContainerConfig) -> Result<String> {
         let request = m::CreateContainerRequest {
             sandbox: sandbox.id.clone(),
             config: Some(config),
@@ -187,7 +187,7 @@ impl Client {
     /// Run a container to its end: its exit code, and what it printed.
     pub fn finish(
         &self,
-        sandbox: &Sandbox,
+        sandbox: &PodSandbox,
         name: &str,
         image: &str,
         ids: Ids,
@@ -234,7 +234,7 @@ impl Client {
 }
 
 /// What a container has printed.
-pub fn log(sandbox: &Sandbox, name: &str) -> Result<String> {
+pub fn log(sandbox: &PodSandbox, name: &str) -> Result<String> {
     let path = sandbox.config.logs().join(format!("{name}.log"));
     let text = fs::read_to_string(&path).with_context(|| format!("reading {}", path.display()))?;
     // "TIME stdout F LINE"

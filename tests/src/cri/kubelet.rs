@@ -19,7 +19,7 @@ use k8s_openapi::{
 };
 
 use super::{
-    client::{Client, PodConfig, Sandbox, log, uid, wait},
+    client::{Client, PodConfig, PodSandbox, log, uid, wait},
     messages as m,
     node::Node,
 };
@@ -54,7 +54,7 @@ pub struct DaemonPod<'a> {
     client: &'a Client,
     name: String,
     spec: PodSpec,
-    sandbox: Sandbox,
+    sandbox: PodSandbox,
     attempt: u32,
     /// The container, and the name of its log.
     running: Option<(String, String)>,
@@ -139,7 +139,7 @@ impl<'a> DaemonPod<'a> {
         };
         let host = probe.host.as_deref().context("no host")?;
         let address = format!("{host}:{port}");
-        let mut stream = self.node.place().netns.run(|| TcpStream::connect(address))??;
+        let mut stream = self.node.sandbox().netns.run(|| TcpStream::connect(address))??;
         let path = probe.path.as_deref().unwrap_or("/");
         write!(stream, "GET {path} HTTP/1.1\r\nhost: {host}\r\nconnection: close\r\n\r\n")?;
         let mut answer = String::new();

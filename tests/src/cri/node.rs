@@ -17,7 +17,7 @@ use tempfile::TempDir;
 use super::{client::wait, image};
 use crate::{
     agent::succeed,
-    testbed::{Place, name},
+    testbed::{Sandbox, name},
 };
 
 /// The variable that says where the parts are unpacked.
@@ -89,7 +89,7 @@ disabled_plugins = ["io.containerd.internal.v1.opt"]
 /// A node with containerd. Dropping it kills everything on it.
 #[derive(Debug)]
 pub struct Node {
-    place: Place,
+    sandbox: Sandbox,
     scratch: TempDir,
     first: Child,
     containerd: Option<Child>,
@@ -100,15 +100,15 @@ impl Node {
     pub fn new(bpffs: &Path) -> Result<Self> {
         let parts = env::var_os(VARIABLE).map(PathBuf::from);
         let parts = parts.with_context(|| format!("{VARIABLE} is not set: run `cargo xtask cri`"))?;
-        let place = Place::new("cri-node")?;
+        let sandbox = Sandbox::new("cri-node")?;
         let scratch = name::scratch("cri")?;
-        let mut unshare = place.command("unshare")?;
+        let mut unshare = sandbox.command("unshare")?;
         unshare.args(["--mount", "--cgroup", "sh", "-c", SET_UP, "sh"]).arg(bpffs).arg(scratch.path());
         let mut first =
             unshare.stdin(Stdio::null()).stdout(Stdio::piped()).spawn().context("starting a node")?;
         let mut said = String::new();
         BufReader::new(first.stdout.take().context("piped")?).read_line(&mut said)?;
-        let mut node = Self { place, scratch, first, containerd: None };
+        let mut node = Self { sandbox, scratch, first, containerd: None };
         if said != "ready\n" {
             bail!("making the node's mounts failed: see above");
         }
@@ -171,7 +171,7 @@ impl Node {
 
     /// A program on the node.
     pub fn command(&self, program: impl AsRef<OsStr>) -> Result<Command> {
-        let mut command = self.place.command("nsenter")?;
+        let mut command = self.sandbox.command("nsenter")?;
         command.args(self.entry()).arg(program);
         Ok(command)
     }
@@ -180,7 +180,7 @@ impl Node {
     pub fn entry(&self) -> [String; 4] {
         let first = self.first.id();
         [
-            format!("--net={}", self.place.netns.path().display()),
+            format!("--net={}", self.sandbox.netns.path().display()),
             format!("--mount=/proc/{first}/ns/mnt"),
             format!("--cgroup=/proc/{first}/ns/cgroup"),
             "--".to_owned(),
@@ -188,20 +188,21 @@ impl Node {
     }
 
     /// Its network namespace and its cgroup.
-    pub fn place(&self) -> &Place {
-        &self.place
+    pub fn sandbox(&self) -> &Sandbox {
+        &self.sandbox
     }
 
     /// What the kubelet does before it asks for a pod: its cgroup. Returns what the runtime is told.
     pub fn make_pod_cgroup(&self, uid: &str) -> Result<String> {
         let path = format!("kubepods/besteffort/pod{uid}");
-        fs::create_dir_all(self.place.cgroup.path().join(&path)).with_context(|| format!("making {path}"))?;
+        fs::create_dir_all(self.sandbox.cgroup.path().join(&path))
+            .with_context(|| format!("making {path}"))?;
         Ok(format!("/{path}"))
     }
 
     /// And after.
     pub fn remove_pod_cgroup(&self, uid: &str) -> Result<()> {
-        let path = self.place.cgroup.path().join("kubepods/besteffort").join(format!("pod{uid}"));
+        let path = self.sandbox.cgroup.path().join("kubepods/besteffort").join(format!("pod{uid}"));
         fs::remove_dir(&path).with_context(|| format!("removing {}", path.display()))
     }
 

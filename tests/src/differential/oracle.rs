@@ -7,14 +7,14 @@ use super::layout;
 use super::seen::Seen;
 use crate::actor::OriginalDst;
 use crate::iptables::chains::PASSTHROUGH_V6;
-use crate::iptables::{Origin, Packet, Protocol, Verdict, Walker};
+use crate::iptables::{IptablesVerdict, Origin, Packet, Protocol, Walker};
 use crate::testbed::PodSpec;
 
 /// What is expected of a flow.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Expected {
     /// What becomes of its first packet.
-    pub verdict: Verdict,
+    pub verdict: IptablesVerdict,
     /// Who answers, if anybody.
     pub server: Option<&'static str>,
 }
@@ -43,11 +43,13 @@ fn expect(case: &Case, walker: &Walker, spec: &PodSpec, flow: &Flow) -> Expected
     let no_route = flow.end == End::Pod && egress != "lo" && from.is_ipv4() && from.is_loopback();
     let server = match verdict {
         _ if no_route => None,
-        Verdict::Drop => None,
-        Verdict::Redirect(port) | Verdict::Tproxy(port) => inside(port),
-        Verdict::Leave if flow.end == End::World || egress == "lo" => inside(flow.to.port()),
-        Verdict::Leave if !is_routable(from) => None,
-        Verdict::Leave => layout::ports(&case.options, tcp).contains(&flow.to.port()).then_some("world"),
+        IptablesVerdict::Drop => None,
+        IptablesVerdict::Redirect(port) | IptablesVerdict::Tproxy(port) => inside(port),
+        IptablesVerdict::Pass if flow.end == End::World || egress == "lo" => inside(flow.to.port()),
+        IptablesVerdict::Pass if !is_routable(from) => None,
+        IptablesVerdict::Pass => {
+            layout::ports(&case.options, tcp).contains(&flow.to.port()).then_some("world")
+        }
     };
     Expected { verdict, server }
 }

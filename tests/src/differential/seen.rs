@@ -59,7 +59,7 @@ pub struct Datagram {
 }
 
 /// The listeners that ask for the original destination.
-const PROXIES: [&str; 2] = ["outbound", "inbound"];
+const PROXY_STATE: [&str; 2] = ["outbound", "inbound"];
 
 impl Seen {
     /// Who answered, if anybody.
@@ -102,7 +102,7 @@ impl From<Queried> for Seen {
 }
 
 fn connection(answer: &Answer, dialled: &Dialled) -> Connection {
-    let asks = PROXIES.contains(&answer.server.as_str());
+    let asks = PROXY_STATE.contains(&answer.server.as_str());
     Connection {
         server: answer.server.clone(),
         original_dst: answer.original_dst.filter(|_| asks),

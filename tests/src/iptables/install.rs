@@ -10,7 +10,7 @@ use super::chains::{PASSTHROUGH_V6, rules};
 use super::options::{Options, Ports};
 use super::restore::restore_input;
 use super::rule::Family;
-use crate::testbed::Place;
+use crate::testbed::Sandbox;
 use crate::testbed::netlink::Route;
 
 /// Which of the two iptables.
@@ -23,18 +23,18 @@ pub enum Backend {
 }
 
 /// Does to a pod what istio-iptables does: rules of both families, ::6 on lo, and the routes of TPROXY mode.
-pub fn apply(options: &Options, place: &Place, backend: Backend) -> Result<()> {
+pub fn apply(options: &Options, sandbox: &Sandbox, backend: Backend) -> Result<()> {
     let name = if backend == Backend::Nft { "nft" } else { "legacy" };
     for (program, family) in [("iptables", Family::V4), ("ip6tables", Family::V6)] {
-        restore(place, &format!("{program}-{name}-restore"), &restore_input(&rules(options, family)))?;
+        restore(sandbox, &format!("{program}-{name}-restore"), &restore_input(&rules(options, family)))?;
     }
-    place.netns.add_address("lo", IpNet::V6(Ipv6Net::from(PASSTHROUGH_V6)))?;
+    sandbox.netns.add_address("lo", IpNet::V6(Ipv6Net::from(PASSTHROUGH_V6)))?;
     if let Some(tproxy) = options.tproxy
         && options.inbound_ports != Ports::List(Vec::new())
     {
-        place.netns.add_mark_rule(tproxy.mark, tproxy.table)?;
+        sandbox.netns.add_mark_rule(tproxy.mark, tproxy.table)?;
         for everything in ["0.0.0.0/0", "::/0"] {
-            place.netns.add_route(Route {
+            sandbox.netns.add_route(Route {
                 to: everything.parse()?,
                 via: None,
                 dev: Some("lo"),
@@ -46,8 +46,8 @@ pub fn apply(options: &Options, place: &Place, backend: Backend) -> Result<()> {
     Ok(())
 }
 
-fn restore(place: &Place, program: &str, input: &str) -> Result<()> {
-    let mut child = place
+fn restore(sandbox: &Sandbox, program: &str, input: &str) -> Result<()> {
+    let mut child = sandbox
         .command(program)?
         .arg("--noflush")
         .stdin(Stdio::piped())

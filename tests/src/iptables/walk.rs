@@ -42,9 +42,9 @@ pub enum Origin {
 
 /// What becomes of a packet.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Verdict {
+pub enum IptablesVerdict {
     /// It goes where it was going.
-    Leave,
+    Pass,
     /// Its destination becomes this port of this host.
     Redirect(u16),
     /// It is given to the listener on this port with its destination unchanged.
@@ -68,7 +68,7 @@ enum End {
     Fell,
     /// No more rules of this table.
     Accepted,
-    Final(Verdict),
+    Final(IptablesVerdict),
 }
 
 /// What rules of one hook see and change.
@@ -90,7 +90,7 @@ impl Walker {
     }
 
     /// What becomes of `packet`.
-    pub fn walk(&self, packet: &Packet) -> Verdict {
+    pub fn walk(&self, packet: &Packet) -> IptablesVerdict {
         let chains = if packet.to.is_ipv6() { &self.v6 } else { &self.v4 };
         match &packet.origin {
             Origin::Outside { on } => {
@@ -102,7 +102,7 @@ impl Walker {
                 let mut state = State { packet, input: "", output: out, owner, mark, connmark: 0 };
                 let verdict =
                     hook(chains, Chain::Output, &mut state, &[Table::Raw, Table::Mangle, Table::Nat]);
-                if out != "lo" && !matches!(verdict, Verdict::Redirect(_)) {
+                if out != "lo" && !matches!(verdict, IptablesVerdict::Redirect(_)) {
                     return verdict;
                 }
                 again_over_lo(chains, &state, verdict)
@@ -113,9 +113,9 @@ impl Walker {
 
 /// What left by lo, or was redirected there, arrives on lo. nat is not asked again: its answer belongs to the
 /// connection.
-fn again_over_lo(chains: &Chains, sent: &State<'_>, verdict: Verdict) -> Verdict {
+fn again_over_lo(chains: &Chains, sent: &State<'_>, verdict: IptablesVerdict) -> IptablesVerdict {
     let mut packet = sent.packet.clone();
-    if let Verdict::Redirect(port) = verdict {
+    if let IptablesVerdict::Redirect(port) = verdict {
         let localhost = match packet.to {
             SocketAddr::V4(_) => std::net::Ipv4Addr::LOCALHOST.into(),
             SocketAddr::V6(_) => std::net::Ipv6Addr::LOCALHOST.into(),
@@ -132,18 +132,18 @@ fn again_over_lo(chains: &Chains, sent: &State<'_>, verdict: Verdict) -> Verdict
         connmark: sent.connmark,
     };
     match hook(chains, Chain::Prerouting, &mut state, &[Table::Raw, Table::Mangle]) {
-        Verdict::Leave => verdict,
+        IptablesVerdict::Pass => verdict,
         changed => changed,
     }
 }
 
-fn hook(chains: &Chains, start: Chain, state: &mut State<'_>, tables: &[Table]) -> Verdict {
+fn hook(chains: &Chains, start: Chain, state: &mut State<'_>, tables: &[Table]) -> IptablesVerdict {
     for &table in tables {
         if let End::Final(verdict) = chain(chains, table, start, state) {
             return verdict;
         }
     }
-    Verdict::Leave
+    IptablesVerdict::Pass
 }
 
 fn chain(chains: &Chains, table: Table, name: Chain, state: &mut State<'_>) -> End {
@@ -154,9 +154,9 @@ fn chain(chains: &Chains, table: Table, name: Chain, state: &mut State<'_>) -> E
         match rule.target {
             Target::Return => return End::Fell,
             Target::Accept => return End::Accepted,
-            Target::Drop => return End::Final(Verdict::Drop),
-            Target::Redirect(port) => return End::Final(Verdict::Redirect(port)),
-            Target::Tproxy { port, .. } => return End::Final(Verdict::Tproxy(port)),
+            Target::Drop => return End::Final(IptablesVerdict::Drop),
+            Target::Redirect(port) => return End::Final(IptablesVerdict::Redirect(port)),
+            Target::Tproxy { port, .. } => return End::Final(IptablesVerdict::Tproxy(port)),
             Target::SetMark(mark) => state.mark = mark,
             Target::SaveMark => state.connmark = state.mark,
             Target::RestoreMark => state.mark = state.connmark,

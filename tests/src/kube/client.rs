@@ -51,7 +51,7 @@ impl<'a> Client<'a> {
 
     /// Waits for an answer where the API is.
     fn wait<T: Send>(&self, asking: impl Future<Output = kube::Result<T>> + Send) -> Result<T> {
-        let answer = self.server.place().netns.run(|| self.runtime.block_on(asking))?;
+        let answer = self.server.sandbox().netns.run(|| self.runtime.block_on(asking))?;
         answer.with_context(|| "asking the API".to_owned())
     }
 

@@ -31,7 +31,7 @@ pub struct Running {
     pub actor: Actor,
     _world: Actor,
     /// Where it is; after the processes in it.
-    pub place: Pod,
+    pub sandbox: Pod,
 }
 
 /// What the injector writes into a pod with a sidecar that others capture.
@@ -78,16 +78,16 @@ impl<'a> Pods<'a> {
         let made = self.client.create(object)?;
         let uid = made["metadata"]["uid"].as_str().context("an object without UID")?;
         let name = made["metadata"]["name"].as_str().context("an object without name")?;
-        let place = Pod::new(PodSpec::new(name))?;
-        let actor = proxy(&place);
-        let world = Actor::start(place.neighbour())?;
+        let sandbox = Pod::new(PodSpec::new(name))?;
+        let actor = proxy(&sandbox);
+        let world = Actor::start(sandbox.neighbour())?;
         for port in [80, 81] {
             let bind = Bind::new(Ids::APP, ([0, 0, 0, 0], port).into());
             world.listen(Listen { name: "the world".into(), transport: Transport::Tcp, bind })?;
         }
         let cgroup = self.root.path().join(format!("kubepods/burstable/pod{uid}"));
         fs::create_dir(&cgroup).with_context(|| format!("making {}", cgroup.display()))?;
-        for pid in place.cgroup.processes()? {
+        for pid in sandbox.cgroup.processes()? {
             fs::write(cgroup.join("cgroup.procs"), pid.to_string())?;
         }
         let containers = object["spec"]["containers"].as_array().into_iter().flatten();
@@ -99,9 +99,9 @@ impl<'a> Pods<'a> {
             })
             .collect();
         let status =
-            json!({ "phase": "Running", "podIP": place.address(false), "containerStatuses": states });
+            json!({ "phase": "Running", "podIP": sandbox.address(false), "containerStatuses": states });
         self.client.patch_status(object, &status)?;
-        Ok(Running { object: made, actor, _world: world, place })
+        Ok(Running { object: made, actor, _world: world, sandbox })
     }
 }
 

@@ -13,7 +13,7 @@ use std::{
 use anyhow::{Context as _, Result, ensure};
 use tempfile::TempDir;
 
-use crate::{agent::succeed, testbed::Place};
+use crate::{agent::succeed, testbed::Sandbox};
 
 /// The variable that says where the programs are.
 pub const VARIABLE: &str = "INTERCEPT_KUBE";
@@ -36,7 +36,7 @@ const fn at(port: u16) -> SocketAddr {
 /// A running API. Dropping it ends everything in its cgroup.
 #[derive(Debug)]
 pub struct Server {
-    place: Place,
+    sandbox: Sandbox,
     folder: TempDir,
     parts: PathBuf,
     etcd: Child,
@@ -48,7 +48,7 @@ impl Server {
     pub fn start() -> Result<Self> {
         let parts = env::var_os(VARIABLE).map(PathBuf::from);
         let parts = parts.with_context(|| format!("{VARIABLE} is not set: run `cargo xtask kube`"))?;
-        let place = Place::new("kube")?;
+        let sandbox = Sandbox::new("kube")?;
         let folder = TempDir::with_prefix("intercept-test-kube")?;
         let mut key = Command::new("openssl");
         key.args(["ecparam", "-name", "prime256v1", "-genkey", "-noout", "-out"]);
@@ -56,7 +56,7 @@ impl Server {
         succeed(key)?;
         fs::write(folder.path().join("tokens.csv"), format!("{ADMIN},admin,admin,system:masters\n"))?;
 
-        let mut etcd = place.command(parts.join("etcd"))?;
+        let mut etcd = sandbox.command(parts.join("etcd"))?;
         etcd.arg("--data-dir").arg(folder.path().join("etcd"));
         etcd.args([
             format!("--listen-client-urls=http://{ETCD}"),
@@ -64,7 +64,7 @@ impl Server {
         ]);
         etcd.arg(format!("--listen-peer-urls=http://{PEERS}"));
         let etcd = start(&mut etcd, &folder.path().join("etcd.log")).context("starting etcd")?;
-        let server = Self { place, folder, parts, etcd, api: Mutex::default() };
+        let server = Self { sandbox, folder, parts, etcd, api: Mutex::default() };
         server.resume()?;
         Ok(server)
     }
@@ -73,7 +73,7 @@ impl Server {
     pub fn resume(&self) -> Result<()> {
         let mut running = self.api.lock().expect("whole");
         ensure!(running.is_none(), "the API runs");
-        let mut api = self.place.command(self.parts.join("kube-apiserver"))?;
+        let mut api = self.sandbox.command(self.parts.join("kube-apiserver"))?;
         api.args([
             format!("--etcd-servers=http://{ETCD}"),
             format!("--bind-address={}", API.ip()),
@@ -120,8 +120,8 @@ impl Server {
     }
 
     /// Where it runs: its namespace is the node's.
-    pub fn place(&self) -> &Place {
-        &self.place
+    pub fn sandbox(&self) -> &Sandbox {
+        &self.sandbox
     }
 
     /// What vouches for the API's certificate.

@@ -8,14 +8,14 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use anyhow::{Context, Result};
 use ipnet::IpNet;
 
-use super::Place;
+use super::Sandbox;
 use super::netlink::{Route, TABLE_LOCAL, TABLE_MAIN};
 
 /// The outside world: a namespace that takes every address outside the pods' own networks for its own, so that
 /// a wildcard listener in it answers whatever is dialled.
 #[derive(Debug)]
 pub struct Neighbour {
-    place: Place,
+    sandbox: Sandbox,
     pods: AtomicU32,
 }
 
@@ -44,7 +44,7 @@ pub struct PodSpec {
 /// A pod: namespace, cgroup, and links to its neighbour.
 #[derive(Debug)]
 pub struct Pod {
-    place: Place,
+    sandbox: Sandbox,
     neighbour: Arc<Neighbour>,
     spec: PodSpec,
 }
@@ -84,15 +84,15 @@ impl PodSpec {
 impl Neighbour {
     /// A new outside world, without pods.
     pub fn new(label: &str) -> Result<Arc<Self>> {
-        let place = Place::new(&format!("{label}-world"))?;
+        let sandbox = Sandbox::new(&format!("{label}-world"))?;
         for everything in nets(&["0.0.0.0/0", "::/0"]) {
             // In the local table, because that is where the kernel asks whether it may answer from an address.
             let route = Route { to: everything, via: None, dev: Some("lo"), table: TABLE_LOCAL, local: true };
-            place.netns.add_route(route)?;
+            sandbox.netns.add_route(route)?;
         }
         // For sources of choice IPv4 takes the local route for leave; IPv6 must be told.
-        place.netns.sysctl("net/ipv6/ip_nonlocal_bind", "1")?;
-        Ok(Arc::new(Self { place, pods: AtomicU32::new(0) }))
+        sandbox.netns.sysctl("net/ipv6/ip_nonlocal_bind", "1")?;
+        Ok(Arc::new(Self { sandbox, pods: AtomicU32::new(0) }))
     }
 }
 
@@ -105,14 +105,14 @@ impl Pod {
 
     /// A pod joined to an outside world that may have other pods, of other addresses.
     pub fn join(spec: PodSpec, neighbour: Arc<Neighbour>) -> Result<Self> {
-        let place = Place::new(&spec.label)?;
+        let sandbox = Sandbox::new(&spec.label)?;
         let n = neighbour.pods.fetch_add(1, Ordering::Relaxed);
         for (i, interface) in spec.interfaces.iter().enumerate() {
             let far = format!("pod{n}-{i}");
-            connect(&place, interface, &neighbour.place, &far)
+            connect(&sandbox, interface, &neighbour.sandbox, &far)
                 .with_context(|| format!("connecting {} of {}", interface.name, spec.label))?;
         }
-        Ok(Self { place, neighbour, spec })
+        Ok(Self { sandbox, neighbour, spec })
     }
 
     /// The outside world.
@@ -136,20 +136,20 @@ impl Pod {
 }
 
 impl Deref for Neighbour {
-    type Target = Place;
-    fn deref(&self) -> &Place {
-        &self.place
+    type Target = Sandbox;
+    fn deref(&self) -> &Sandbox {
+        &self.sandbox
     }
 }
 
 impl Deref for Pod {
-    type Target = Place;
-    fn deref(&self) -> &Place {
-        &self.place
+    type Target = Sandbox;
+    fn deref(&self) -> &Sandbox {
+        &self.sandbox
     }
 }
 
-fn connect(pod: &Place, interface: &Interface, world: &Place, far: &str) -> Result<()> {
+fn connect(pod: &Sandbox, interface: &Interface, world: &Sandbox, far: &str) -> Result<()> {
     pod.netns.veth(&interface.name, &world.netns, far)?;
     for address in &interface.neighbour {
         world.netns.add_address(far, *address)?;

@@ -3,10 +3,10 @@
 use std::time::{Duration, Instant};
 
 use tests::agent::{Agent, INIT_FLAGS};
-use tests::swarm::{self, Accept, Dial, Manner, Role, Swarm, Tally};
+use tests::load::{self, Accept, LoadDial, LoadMethod, LoadProcess, LoadRole, LoadTally};
 use tests::testbed::{Ids, Pod, PodSpec};
 
-use crate::bed::{addr, eventually};
+use crate::fixture::{addr, eventually};
 
 /// Each end takes a descriptor, of which a process here may have 20,000.
 const PROCESSES: u32 = 4;
@@ -35,15 +35,17 @@ fn every_destination_has_the_whole_range_of_ports() {
         let agent = Agent::new("range").expect("the agent");
         let pod = Pod::new(PodSpec::new("range")).expect("a pod");
         pod.netns.sysctl("net/ipv4/ip_local_port_range", "40000 40009").expect("set");
-        let program = swarm::program().expect("the swarm");
+        let program = load::program().expect("the swarm");
         agent.attach(&pod, &INIT_FLAGS).expect("attached");
         let accept = Accept { addr: addr(proxy), backlog: 512, keep: true, paused: false };
-        let mut running = Swarm::start(&program, &pod, Ids::PROXY, &Role::Accept(accept)).expect("a proxy");
+        let mut running =
+            LoadProcess::start(&program, &pod, Ids::PROXY, &LoadRole::Accept(accept)).expect("a proxy");
         let to = (1..=20).map(|n| addr(&to.replace("{}", &n.to_string()))).collect();
         // Ten for each of twenty, but for ports that the kernel gives out in pairs.
-        let dial = Dial { to, from: None, count: 100, threads: 1, manner: Manner::Held };
-        let mut clients = Swarm::start(&program, &pod, Ids::APP, &Role::Dial(dial)).expect("clients");
-        let right = Tally { right: 100, ..Tally::default() };
+        let dial = LoadDial { to, from: None, count: 100, threads: 1, method: LoadMethod::Held };
+        let mut clients =
+            LoadProcess::start(&program, &pod, Ids::APP, &LoadRole::Dial(dial)).expect("clients");
+        let right = LoadTally { right: 100, ..LoadTally::default() };
         assert_eq!(clients.tally().expect("a tally"), right, "{proxy}");
         assert_eq!(running.seen().expect("a tally"), right, "{proxy}");
         agent.detach(&pod).expect("detached");
@@ -53,27 +55,27 @@ fn every_destination_has_the_whole_range_of_ports() {
 fn hold(proxy: &str, to: [&str; 3]) {
     let agent = Agent::new("crowd").expect("the agent");
     let pod = Pod::new(PodSpec::new("crowd")).expect("a pod");
-    let program = swarm::program().expect("the swarm");
+    let program = load::program().expect("the swarm");
     agent.attach(&pod, &INIT_FLAGS).expect("attached");
     let accept = Accept { addr: addr(proxy), backlog: 4096, keep: true, paused: false };
-    let start = |ids, role: &Role| Swarm::start(&program, &pod, ids, role).expect("a swarm");
-    let mut proxies: Vec<Swarm> =
-        (0..PROCESSES).map(|_| start(Ids::PROXY, &Role::Accept(accept.clone()))).collect();
+    let start = |ids, role: &LoadRole| LoadProcess::start(&program, &pod, ids, role).expect("a load process");
+    let mut proxies: Vec<LoadProcess> =
+        (0..PROCESSES).map(|_| start(Ids::PROXY, &LoadRole::Accept(accept.clone()))).collect();
     let to = to.map(addr).to_vec();
-    let dial = Role::Dial(Dial { to, from: None, count: EACH, threads: 2, manner: Manner::Held });
+    let dial = LoadRole::Dial(LoadDial { to, from: None, count: EACH, threads: 2, method: LoadMethod::Held });
     let begun = Instant::now();
-    let mut clients: Vec<Swarm> = (0..PROCESSES).map(|_| start(Ids::APP, &dial)).collect();
-    let all = |swarms: &mut Vec<Swarm>, ask: fn(&mut Swarm) -> Tally| {
-        swarms.iter_mut().map(ask).fold(Tally::default(), Tally::and)
+    let mut clients: Vec<LoadProcess> = (0..PROCESSES).map(|_| start(Ids::APP, &dial)).collect();
+    let all = |swarms: &mut Vec<LoadProcess>, ask: fn(&mut LoadProcess) -> LoadTally| {
+        swarms.iter_mut().map(ask).fold(LoadTally::default(), LoadTally::and)
     };
-    let right = Tally { right: PROCESSES * EACH, ..Tally::default() };
+    let right = LoadTally { right: PROCESSES * EACH, ..LoadTally::default() };
     assert_eq!(all(&mut clients, |swarm| swarm.tally().expect("a tally")), right);
     eprintln!("{} connections in {:?}", right.right, begun.elapsed());
     assert_eq!(all(&mut proxies, |swarm| swarm.seen().expect("a tally")), right);
     assert_eq!(agent.remembered().expect("the map"), (PROCESSES * EACH) as usize);
 
     // With all of them there, each is still told right.
-    all(&mut proxies, |swarm| swarm.again().map(|()| Tally::default()).expect("asked"));
+    all(&mut proxies, |swarm| swarm.again().map(|()| LoadTally::default()).expect("asked"));
     assert_eq!(all(&mut proxies, |swarm| swarm.seen().expect("a tally")), right);
     drop((clients, proxies));
     let limit = Duration::from_secs(30);

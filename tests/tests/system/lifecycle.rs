@@ -7,7 +7,7 @@ use tests::agent::{Agent, INIT_FLAGS};
 use tests::snapshot::{Snapshot, tree};
 use tests::testbed::{Ids, Pod, PodSpec};
 
-use crate::bed::{Bed, addr};
+use crate::fixture::{SystemFixture, addr};
 
 /// Two policies that tell each flow of the hammer apart, in mode and lists.
 pub(crate) const ONE: [&str; 14] =
@@ -34,13 +34,13 @@ pub(crate) const OTHER: [&str; 16] = [
 #[test]
 fn the_same_again_changes_nothing() {
     let agent = Agent::new("again").expect("the agent");
-    let bed = Bed::new(PodSpec::new("again"));
-    assert!(agent.attach(&bed.pod, &INIT_FLAGS).expect("attached").starts_with("attached"));
-    assert_eq!(bed.outbound("10.96.0.10:80"), "outbound");
+    let fixture = SystemFixture::new(PodSpec::new("again"));
+    assert!(agent.attach(&fixture.pod, &INIT_FLAGS).expect("attached").starts_with("attached"));
+    assert_eq!(fixture.outbound("10.96.0.10:80"), "outbound");
     let before = (tree(agent.bpffs()).expect("a tree"), agent.status().expect("a status"));
     assert_eq!(before.1[0]["decisions"].as_array().map(Vec::len), Some(1), "{:#}", before.1);
-    let snapshot = Snapshot::of(&bed.pod).expect("a snapshot");
-    assert!(agent.attach(&bed.pod, &INIT_FLAGS).expect("attached").starts_with("unchanged"));
+    let snapshot = Snapshot::of(&fixture.pod).expect("a snapshot");
+    assert!(agent.attach(&fixture.pod, &INIT_FLAGS).expect("attached").starts_with("unchanged"));
     // The same in other words.
     let words = [
         "--envoy-port=15001",
@@ -50,24 +50,25 @@ fn the_same_again_changes_nothing() {
         "--istio-service-cidr=*",
         "--proxy-uid=1337",
     ];
-    assert!(agent.attach(&bed.pod, &words).expect("attached").starts_with("unchanged"));
+    assert!(agent.attach(&fixture.pod, &words).expect("attached").starts_with("unchanged"));
     // Policy, links and counters: a pin that was made anew has another inode.
     assert_eq!((tree(agent.bpffs()).expect("a tree"), agent.status().expect("a status")), before);
-    assert_eq!(snapshot.difference(&Snapshot::of(&bed.pod).expect("a snapshot")), [""; 0]);
-    agent.detach(&bed.pod).expect("detached");
+    assert_eq!(snapshot.difference(&Snapshot::of(&fixture.pod).expect("a snapshot")), [""; 0]);
+    agent.detach(&fixture.pod).expect("detached");
 }
 
 /// Whatever the moment, a connection is decided by the one policy or the other.
 #[test]
 fn other_options_replace_it_without_a_gap() {
     let agent = Agent::new("replace").expect("the agent");
-    let bed = Bed::new(PodSpec::new("replace"));
-    agent.attach(&bed.pod, &ONE).expect("attached");
+    let fixture = SystemFixture::new(PodSpec::new("replace"));
+    agent.attach(&fixture.pod, &ONE).expect("attached");
     let first = agent.status().expect("a status");
     let (stop, flows) = (AtomicBool::new(false), AtomicUsize::new(0));
     let hammer = |inbound: bool| {
         while !stop.load(Ordering::Relaxed) {
-            let (actor, ids) = if inbound { (&bed.world, Ids::ROOT) } else { (&bed.inside, Ids::APP) };
+            let (actor, ids) =
+                if inbound { (&fixture.world, Ids::ROOT) } else { (&fixture.inside, Ids::APP) };
             let to: &[&str] = if inbound {
                 &["10.66.0.2:8080", "[fd66::2]:8080"]
             } else {
@@ -96,11 +97,11 @@ fn other_options_replace_it_without_a_gap() {
         let hammers = [scope.spawn(|| hammer(false)), scope.spawn(|| hammer(true))];
         for round in 0..30 {
             let flags: &[&str] = if round % 2 == 0 { &OTHER } else { &ONE };
-            assert!(agent.attach(&bed.pod, flags).expect("attached").starts_with("replaced"));
+            assert!(agent.attach(&fixture.pod, flags).expect("attached").starts_with("replaced"));
             let (direct, captured) = if round % 2 == 0 { (82, 81) } else { (81, 82) };
             // In force once the agent has said so.
-            assert_eq!(bed.outbound(&format!("10.96.0.10:{direct}")), "world", "round {round}");
-            assert_eq!(bed.outbound(&format!("10.96.0.10:{captured}")), "outbound", "round {round}");
+            assert_eq!(fixture.outbound(&format!("10.96.0.10:{direct}")), "world", "round {round}");
+            assert_eq!(fixture.outbound(&format!("10.96.0.10:{captured}")), "outbound", "round {round}");
         }
         stop.store(true, Ordering::Relaxed);
         for hammer in hammers {
@@ -114,33 +115,33 @@ fn other_options_replace_it_without_a_gap() {
     let last = agent.status().expect("a status");
     assert_ne!(first[0]["policy"], last[0]["policy"]);
     assert_eq!(first[0]["netns_cookie"], last[0]["netns_cookie"]);
-    agent.detach(&bed.pod).expect("detached");
+    agent.detach(&fixture.pod).expect("detached");
 }
 
 #[test]
 fn detach_leaves_everything_as_it_was() {
     for (label, flags) in [("redirect", &ONE[..]), ("tproxy", &OTHER[..])] {
         let agent = Agent::new(label).expect("the agent");
-        let bed = Bed::new(PodSpec::new(label));
-        let before = Snapshot::of(&bed.pod).expect("a snapshot");
+        let fixture = SystemFixture::new(PodSpec::new(label));
+        let before = Snapshot::of(&fixture.pod).expect("a snapshot");
         let pins = tree(agent.bpffs()).expect("a tree");
-        agent.attach(&bed.pod, flags).expect("attached");
-        let attached = before.difference(&Snapshot::of(&bed.pod).expect("a snapshot"));
+        agent.attach(&fixture.pod, flags).expect("attached");
+        let attached = before.difference(&Snapshot::of(&fixture.pod).expect("a snapshot"));
         // So that the comparison below is one.
         for changed in ["CONNECT", "SK_LOOKUP", "::6/128"] {
             assert!(attached.iter().any(|line| line.contains(changed)), "{changed}: {attached:#?}");
         }
         let rules = attached.iter().any(|line| line.contains("fwmark"));
         assert_eq!(rules, label == "tproxy", "{attached:#?}");
-        assert_eq!(bed.outbound("10.96.0.10:80"), "outbound");
+        assert_eq!(fixture.outbound("10.96.0.10:80"), "outbound");
 
-        agent.detach(&bed.pod).expect("detached");
-        assert_eq!(before.difference(&Snapshot::of(&bed.pod).expect("a snapshot")), [""; 0], "{label}");
+        agent.detach(&fixture.pod).expect("detached");
+        assert_eq!(before.difference(&Snapshot::of(&fixture.pod).expect("a snapshot")), [""; 0], "{label}");
         assert_eq!(tree(agent.bpffs()).expect("a tree"), pins, "{label}");
-        assert_eq!(bed.outbound("10.96.0.10:80"), "world");
-        assert_eq!(bed.inbound("10.66.0.2:8080"), "app");
+        assert_eq!(fixture.outbound("10.96.0.10:80"), "world");
+        assert_eq!(fixture.inbound("10.66.0.2:8080"), "app");
         // What is not attached cannot be detached, and that is said.
-        let error = agent.detach(&bed.pod).expect_err("nothing is attached").to_string();
+        let error = agent.detach(&fixture.pod).expect_err("nothing is attached").to_string();
         assert!(error.contains("not attached"), "{error}");
     }
 }

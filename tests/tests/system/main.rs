@@ -1,6 +1,6 @@
 //! The agent as a whole: its commands on pods of the testbed, with real connections.
 
-mod bed;
 mod crowd;
+mod fixture;
 mod lifecycle;
 mod originals;

@@ -5,15 +5,15 @@ use std::time::Duration;
 
 use tests::actor::binary::ReadableCopy;
 use tests::agent::{Agent, INIT_FLAGS};
-use tests::swarm::{self, Accept, Dial, Manner, Role, Swarm, Tally};
-use tests::testbed::{Ids, Place, Pod, PodSpec};
+use tests::load::{self, Accept, LoadDial, LoadMethod, LoadProcess, LoadRole, LoadTally};
+use tests::testbed::{Ids, Pod, PodSpec, Sandbox};
 
-use crate::bed::{addr, eventually};
+use crate::fixture::{addr, eventually};
 
 const LIMIT: Duration = Duration::from_secs(20);
 
-fn proxy(program: &ReadableCopy, place: &Place, accept: Accept) -> Swarm {
-    Swarm::start(program, place, Ids::PROXY, &Role::Accept(accept)).expect("a proxy")
+fn proxy(program: &ReadableCopy, sandbox: &Sandbox, accept: Accept) -> LoadProcess {
+    LoadProcess::start(program, sandbox, Ids::PROXY, &LoadRole::Accept(accept)).expect("a proxy")
 }
 
 fn accept(at: &str) -> Accept {
@@ -27,8 +27,8 @@ fn services(v6: bool) -> Vec<SocketAddr> {
 }
 
 /// What a proxy sees until it has seen so many.
-fn seen(proxy: &mut Swarm, count: u32) -> Tally {
-    let mut sum = Tally::default();
+fn seen(proxy: &mut LoadProcess, count: u32) -> LoadTally {
+    let mut sum = LoadTally::default();
     eventually("connections that the proxy has seen", LIMIT, &true, || {
         sum = std::mem::take(&mut sum).and(proxy.seen().expect("a tally"));
         sum.right + sum.silent + sum.wrong.values().sum::<u32>() >= count
@@ -36,8 +36,8 @@ fn seen(proxy: &mut Swarm, count: u32) -> Tally {
     sum
 }
 
-fn all_right(count: u32) -> Tally {
-    Tally { right: count, ..Tally::default() }
+fn all_right(count: u32) -> LoadTally {
+    LoadTally { right: count, ..LoadTally::default() }
 }
 
 fn fast_opens(pod: &Pod) -> u64 {
@@ -58,12 +58,12 @@ fn they_are_forgotten_with_their_connections() {
     let pod = Pod::new(PodSpec::new("originals")).expect("a pod");
     // Clients and servers of Fast Open, without cookies.
     pod.netns.sysctl("net/ipv4/tcp_fastopen", "1543").expect("Fast Open");
-    let program = swarm::program().expect("the swarm");
+    let program = load::program().expect("the swarm");
     assert!(agent.attach(&pod, &INIT_FLAGS).expect("attached").starts_with("attached"));
-    let dial = |to: &[SocketAddr], count: u32, manner: Manner| {
-        let dial = Dial { to: to.to_vec(), from: None, count, threads: 4, manner };
-        let tally = Swarm::dial(&program, &pod, Ids::APP, dial).expect("dialled");
-        assert_eq!(tally, all_right(count), "{manner:?}");
+    let dial = |to: &[SocketAddr], count: u32, method: LoadMethod| {
+        let dial = LoadDial { to: to.to_vec(), from: None, count, threads: 4, method };
+        let tally = LoadProcess::dial(&program, &pod, Ids::APP, dial).expect("dialled");
+        assert_eq!(tally, all_right(count), "{method:?}");
     };
     // Phase by phase, so that what leaks is known.
     let forgotten = |what: &str| {
@@ -73,34 +73,34 @@ fn they_are_forgotten_with_their_connections() {
     for (v6, at, share) in [(false, "0.0.0.0:15001", 4), (true, "[::]:15001", 1)] {
         let to = services(v6);
         // Before anything listens.
-        dial(&to, 2_000 * share, Manner::Refused);
+        dial(&to, 2_000 * share, LoadMethod::Refused);
         forgotten("refused");
 
         let mut running = proxy(&program, &pod, accept(at));
-        dial(&to, 11_000 * share, Manner::Answered);
+        dial(&to, 11_000 * share, LoadMethod::Answered);
         assert_eq!(seen(&mut running, 11_000 * share), all_right(11_000 * share));
         forgotten("answered");
         let before = fast_opens(&pod);
-        dial(&to, 1_000 * share, Manner::FastOpenSend);
-        dial(&to, 500 * share, Manner::FastOpenConnect);
+        dial(&to, 1_000 * share, LoadMethod::FastOpenSend);
+        dial(&to, 500 * share, LoadMethod::FastOpenConnect);
         assert_eq!(seen(&mut running, 1_500 * share), all_right(1_500 * share));
         assert!(fast_opens(&pod) - before >= u64::from(1_500 * share), "no data went with the SYN");
         forgotten("opened fast");
 
         // The client is gone before the proxy accepts, and the proxy is still told.
-        for manner in [Manner::Early, Manner::EarlyFastOpen] {
+        for method in [LoadMethod::Early, LoadMethod::EarlyFastOpen] {
             for _ in 0..share {
                 running.pause().expect("paused");
-                dial(&to, 1_500, manner);
+                dial(&to, 1_500, method);
                 running.go().expect("going");
-                assert_eq!(seen(&mut running, 1_500), all_right(1_500), "{manner:?}");
-                forgotten(&format!("{manner:?}"));
+                assert_eq!(seen(&mut running, 1_500), all_right(1_500), "{method:?}");
+                forgotten(&format!("{method:?}"));
             }
         }
 
         // More than the kernel takes without the proxy: some are reset, some are not even established.
         running.pause().expect("paused");
-        dial(&to, 2_500 * share, Manner::Abandoned);
+        dial(&to, 2_500 * share, LoadMethod::Abandoned);
         running.go().expect("going");
         forgotten("abandoned");
         drop(running);
@@ -115,7 +115,7 @@ fn they_are_forgotten_with_their_connections() {
 fn pods_of_equal_addresses_are_kept_apart() {
     const COUNT: u32 = 500;
     let agent = Agent::new("equals").expect("the agent");
-    let program = swarm::program().expect("the swarm");
+    let program = load::program().expect("the swarm");
     let pods: Vec<Pod> =
         (0..2).map(|n| Pod::new(PodSpec::new(&format!("equals{n}"))).expect("a pod")).collect();
     let mut running = Vec::new();
@@ -124,8 +124,10 @@ fn pods_of_equal_addresses_are_kept_apart() {
         // Not on all addresses, so that the proxy's end is the same whatever is dialled.
         let mut proxy = proxy(&program, pod, Accept { keep: true, ..accept("127.0.0.1:15001") });
         let from = Some(SocketAddr::new(pod.address(false), 20_000));
-        let dial = Dial { to: vec![addr(service)], from, count: COUNT, threads: 1, manner: Manner::Held };
-        let mut clients = Swarm::start(&program, pod, Ids::APP, &Role::Dial(dial)).expect("clients");
+        let dial =
+            LoadDial { to: vec![addr(service)], from, count: COUNT, threads: 1, method: LoadMethod::Held };
+        let mut clients =
+            LoadProcess::start(&program, pod, Ids::APP, &LoadRole::Dial(dial)).expect("clients");
         assert_eq!(clients.tally().expect("a tally"), all_right(COUNT));
         assert_eq!(proxy.seen().expect("a tally"), all_right(COUNT));
         running.push((proxy, clients));

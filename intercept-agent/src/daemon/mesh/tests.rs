@@ -19,11 +19,11 @@ fn pod(proxy: &str, annotations: &[(&str, &str)]) -> PodMetadata {
 
 fn by_flags(flags: &str) -> Config {
     let arguments = flags.split_whitespace().map(str::to_owned).collect();
-    Given { arguments, ..Given::default() }.check().expect("sound options")
+    CaptureArgs { arguments, ..CaptureArgs::default() }.check().expect("sound options")
 }
 
-fn config(verdict: Result<Verdict, AnnotationError>) -> Config {
-    let Ok(Verdict::Capture(args)) = verdict else { panic!("{verdict:?}") };
+fn config(verdict: Result<PodVerdict, AnnotationError>) -> Config {
+    let Ok(PodVerdict::Capture(args)) = verdict else { panic!("{verdict:?}") };
     let config = args.for_address(Some([10, 0, 0, 1].into())).check().expect("sound options");
     assert!(!config.without_ipv6, "these take IPv6 wherever it is");
     config
@@ -92,23 +92,35 @@ fn options_of_each_mesh_are_flags_for_the_api_and_for_the_plugin() {
         let pod = pod(proxy, &annotations);
         let expected = by_flags(&flags);
         let selection = selection(mesh);
-        assert_eq!(config(sidecar::decide(&pod, &selection, &Given::default())), expected, "{annotations:?}");
-        let (verdict, _) =
-            sidecar::decide_by_annotations("shop", Some(&pod.annotations), &selection, &Given::default());
+        assert_eq!(
+            config(sidecar::decide(&pod, &selection, &CaptureArgs::default())),
+            expected,
+            "{annotations:?}"
+        );
+        let (verdict, _) = sidecar::decide_by_annotations(
+            "shop",
+            Some(&pod.annotations),
+            &selection,
+            &CaptureArgs::default(),
+        );
         assert_eq!(config(verdict), expected, "{annotations:?}");
         assert!(pod.annotations.keys().all(|name| sidecar::reads(name)), "{annotations:?}");
         // A pod of one mesh is none of another's.
         for other in [Mesh::Istio, Mesh::Linkerd, Mesh::Kuma, Mesh::Consul].into_iter().filter(|m| *m != mesh)
         {
             let selection = Selection { mesh: other, ..selection.clone() };
-            let ignored = Ok(Verdict::Ignore(IgnoreReason::NoSidecar));
+            let ignored = Ok(PodVerdict::Ignore(IgnoreReason::NoSidecar));
             assert_eq!(
-                sidecar::decide(&pod, &selection, &Given::default()),
+                sidecar::decide(&pod, &selection, &CaptureArgs::default()),
                 ignored,
                 "{mesh:?} as {other:?}"
             );
-            let told =
-                sidecar::decide_by_annotations("shop", Some(&pod.annotations), &selection, &Given::default());
+            let told = sidecar::decide_by_annotations(
+                "shop",
+                Some(&pod.annotations),
+                &selection,
+                &CaptureArgs::default(),
+            );
             assert_eq!(told, (ignored, Certainty::Certain), "{mesh:?} as {other:?}");
         }
     }
@@ -119,7 +131,7 @@ fn the_proxys_user_is_that_of_its_container_unless_an_annotation_says_otherwise(
     let mut linkerd = pod("linkerd-proxy", &[]);
     linkerd.containers[1].uid = Some(4000);
     let decide =
-        |pod: &PodMetadata| config(sidecar::decide(pod, &selection(Mesh::Linkerd), &Given::default()));
+        |pod: &PodMetadata| config(sidecar::decide(pod, &selection(Mesh::Linkerd), &CaptureArgs::default()));
     assert_eq!(decide(&linkerd).proxy_uids, [4000]);
     linkerd.annotations.insert("config.linkerd.io/proxy-uid".into(), "4001".into());
     assert_eq!(decide(&linkerd).proxy_uids, [4001]);
@@ -127,10 +139,11 @@ fn the_proxys_user_is_that_of_its_container_unless_an_annotation_says_otherwise(
 
 #[test]
 fn pods_that_are_not_to_be_captured_are_ignored() {
-    let ignored = |mesh, pod: &PodMetadata| match sidecar::decide(pod, &selection(mesh), &Given::default()) {
-        Ok(Verdict::Ignore(why)) => why.as_str(),
-        other => panic!("{other:?}"),
-    };
+    let ignored =
+        |mesh, pod: &PodMetadata| match sidecar::decide(pod, &selection(mesh), &CaptureArgs::default()) {
+            Ok(PodVerdict::Ignore(why)) => why.as_str(),
+            other => panic!("{other:?}"),
+        };
     let (name, text) = cases()[4].2[1];
     let consul = pod("consul-dataplane", &[(name, text)]);
     assert_eq!(ignored(Mesh::Consul, &consul), "proxy_disabled");
@@ -160,7 +173,8 @@ fn what_no_flag_is_like_is_refused_by_name() {
         ),
     ] {
         let pod = pod(proxy, &[(name, value), (CONSUL_STATUS, "enabled")]);
-        let error = sidecar::decide(&pod, &selection(mesh), &Given::default()).expect_err(name).to_string();
+        let error =
+            sidecar::decide(&pod, &selection(mesh), &CaptureArgs::default()).expect_err(name).to_string();
         assert!(error.contains(name), "{error}");
     }
 }

@@ -4,19 +4,19 @@ use std::collections::HashSet;
 
 use tokio::sync::oneshot;
 
-use super::{Answer, Message, Problem, Reconciler};
+use super::{Message, PodFailure, PodResult, Reconciler};
 use crate::daemon::{
+    desired::{DesiredPod, Key},
     view::{self, ApiWait, Certainty, ObjectUid, PodView, Resolution, SandboxClaim},
-    wanted::{Key, Wanted},
 };
 use crate::escape::OneLine;
 
 impl Reconciler {
     /// Note what a source says of a pod.
     pub(super) fn update(&mut self, key: &Key, change: impl FnOnce(&mut PodView)) {
-        if !self.leaving {
+        if !self.uninstalling {
             change(&mut self.pods.entry(key.clone()).or_default().view);
-            self.reconsider(key);
+            self.resolve_claims(key);
         }
     }
 
@@ -24,7 +24,7 @@ impl Reconciler {
     pub(super) fn update_known(&mut self, key: &Key, change: impl FnOnce(&mut PodView)) {
         if let Some(pod) = self.pods.get_mut(key) {
             change(&mut pod.view);
-            self.reconsider(key);
+            self.resolve_claims(key);
         }
     }
 
@@ -45,10 +45,10 @@ impl Reconciler {
     }
 
     /// The runtime has a sandbox for a pod, and waits until the pod is as it should be.
-    pub(super) fn add(&mut self, key: &Key, claim: SandboxClaim, reply: oneshot::Sender<Answer>) {
-        if self.leaving {
+    pub(super) fn add(&mut self, key: &Key, claim: SandboxClaim, reply: oneshot::Sender<PodResult>) {
+        if self.uninstalling {
             let text = "the agent is being removed from this node".to_owned();
-            drop(reply.send(Err(Problem { cause: "leaving".into(), text })));
+            drop(reply.send(Err(PodFailure { cause: "leaving".into(), text })));
             return;
         }
         let pod = self.pods.entry(key.clone()).or_default();
@@ -61,47 +61,47 @@ impl Reconciler {
         pod.view.set_sandbox(claim, wait);
         if let (Some(patience), ApiWait::Running, None) = (self.api_wait, wait, pod.view.speaker()) {
             let messages = self.messages.clone();
-            let silent = Message::ApiSilent(key.clone(), sandbox);
+            let silent = Message::ApiTimeout(key.clone(), sandbox);
             tokio::spawn(async move {
                 tokio::time::sleep(patience).await;
                 drop(messages.send(silent));
             });
         }
-        self.reconsider(key);
+        self.resolve_claims(key);
     }
 
-    pub(super) fn api_silent(&mut self, key: &Key, sandbox: &str) {
+    pub(super) fn api_timeout(&mut self, key: &Key, sandbox: &str) {
         let Some(pod) = self.pods.get_mut(key) else { return };
         if pod.view.end_api_wait(sandbox) && pod.view.speaker().is_none() {
             tracing::warn!(
                 pod = %key, name = pod.name,
                 "the API has not told of this pod in time: deciding by its annotations until it does"
             );
-            self.reconsider(key);
+            self.resolve_claims(key);
         }
     }
 
     /// The runtime takes the sandbox down after a failed ADD, and asks again with another.
     pub(super) fn add_failed(&mut self, key: &Key) {
         let Some(pod) = self.pods.get_mut(key) else { return };
-        if pod.held.is_none() && matches!(key, Key::Pod(_)) {
+        if pod.applied.is_none() && matches!(key, Key::Pod(_)) {
             pod.view.on_gone();
-            self.reconsider(key);
+            self.resolve_claims(key);
         }
     }
 
-    pub(super) fn delete(&mut self, key: &Key, sandbox: &str, reply: oneshot::Sender<Answer>) {
+    pub(super) fn delete(&mut self, key: &Key, sandbox: &str, reply: oneshot::Sender<PodResult>) {
         if let Some(pod) = self.pods.get_mut(key)
             && pod.view.end_sandbox(sandbox)
         {
-            if pod.held.is_some() || pod.busy {
+            if pod.applied.is_some() || pod.in_flight {
                 pod.releasing.push(reply);
             } else {
                 drop(reply.send(Ok("absent")));
             }
             // Whatever the other sources say, what is applied was of this sandbox.
-            pod.unwant();
-            self.reconsider(key);
+            pod.clear_desired();
+            self.resolve_claims(key);
         } else {
             // DEL may be repeated, and may come for what never was: both are fine by the specification.
             drop(reply.send(Ok("absent")));
@@ -109,7 +109,7 @@ impl Reconciler {
     }
 
     /// Compare what the sources say with what is to be applied, and have it applied.
-    pub(super) fn reconsider(&mut self, key: &Key) {
+    pub(super) fn resolve_claims(&mut self, key: &Key) {
         let Some(pod) = self.pods.get_mut(key) else { return };
         let uid = match key {
             Key::Pod(uid) => uid.as_str(),
@@ -120,68 +120,68 @@ impl Reconciler {
         } else if let (Key::File(file), true) = (key, pod.name.is_empty()) {
             pod.name.clone_from(file);
         }
-        pod.undecided = false;
+        pod.awaiting_decision = false;
         match pod.view.resolve(uid) {
-            Resolution::Capture(wanted) => self.want(key, *wanted),
+            Resolution::Capture(desired) => self.set_desired(key, *desired),
             Resolution::Ignore(why) => {
                 let why = why.as_str();
-                if pod.left_alone != Some(why) {
+                if pod.ignored != Some(why) {
                     tracing::debug!(pod = %key, name = pod.name, why, "left alone");
                 }
-                pod.unwant();
-                pod.left_alone = Some(why);
-                self.step(key);
+                pod.clear_desired();
+                pod.ignored = Some(why);
+                self.reconcile(key);
             }
             Resolution::Refuse(problem) => self.refuse(key, problem),
-            Resolution::AwaitApi => pod.undecided = true,
+            Resolution::AwaitApi => pod.awaiting_decision = true,
             Resolution::Unplaced => {
-                pod.unwant();
-                pod.undecided = true;
-                self.step(key);
+                pod.clear_desired();
+                pod.awaiting_decision = true;
+                self.reconcile(key);
             }
             Resolution::Absent => {
-                pod.unwant();
-                self.step(key);
+                pod.clear_desired();
+                self.reconcile(key);
             }
         }
     }
 
-    fn want(&mut self, key: &Key, wanted: Wanted) {
+    fn set_desired(&mut self, key: &Key, desired: DesiredPod) {
         let Some(pod) = self.pods.get_mut(key) else { return };
-        if pod.waiting.is_empty() && pod.wanted.as_ref() == Some(&wanted) && pod.problem.is_none() {
+        if pod.waiting.is_empty() && pod.desired.as_ref() == Some(&desired) && pod.failure.is_none() {
             return;
         }
-        pod.want(wanted);
-        self.step(key);
+        pod.set_desired(desired);
+        self.reconcile(key);
     }
 
-    fn refuse(&mut self, key: &Key, problem: view::Problem) {
+    fn refuse(&mut self, key: &Key, problem: view::ClaimError) {
         let Some(pod) = self.pods.get_mut(key) else { return };
         let (cause, text) = match problem {
-            view::Problem::Options(text) => ("options", text),
-            view::Problem::Cgroup(text) => ("cgroup", text),
+            view::ClaimError::Options(text) => ("options", text),
+            view::ClaimError::Cgroup(text) => ("cgroup", text),
         };
-        let problem = Problem { cause: cause.to_owned(), text: OneLine(text).to_string() };
+        let problem = PodFailure { cause: cause.to_owned(), text: OneLine(text).to_string() };
         let asked = pod.answer(&Err(problem.clone()));
-        pod.left_alone = None;
-        if pod.held.is_none() {
+        pod.ignored = None;
+        if pod.applied.is_none() {
             // What is applied stays; what is not yet does not begin.
-            pod.wanted = None;
-            pod.due = None;
+            pod.desired = None;
+            pod.retry_at = None;
         }
-        if pod.problem.as_ref() != Some(&problem) {
+        if pod.failure.as_ref() != Some(&problem) {
             self.metrics.error(cause);
             tracing::error!(pod = %key, name = pod.name, cause, "{}", problem.text);
             pod.failures += 1;
-            pod.problem = Some(problem);
+            pod.failure = Some(problem);
         }
-        self.complain(key);
+        self.publish_event(key);
         if asked {
             self.add_failed(key);
         }
         // Goes on to release what was of an earlier sandbox.
-        if self.pods.get(key).is_some_and(|pod| pod.wanted.is_none()) {
-            self.step(key);
+        if self.pods.get(key).is_some_and(|pod| pod.desired.is_none()) {
+            self.reconcile(key);
         }
     }
 }

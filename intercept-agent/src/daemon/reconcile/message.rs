@@ -4,12 +4,12 @@ use std::collections::HashSet;
 
 use tokio::sync::oneshot;
 
-use super::{Answer, Report};
+use super::{PodReport, PodResult};
 use crate::{
     daemon::{
         capture::{CaptureError, Captured},
+        desired::{DesiredPod, Key},
         view::{ObjectClaim, ObjectId, ObjectUid, SandboxClaim},
-        wanted::{Key, Wanted},
     },
     node::NodeError,
     store::Record,
@@ -18,7 +18,7 @@ use crate::{
 /// What happened. What sources say is kept by source ([`crate::daemon::view`]): none undoes what another has said.
 pub enum Message {
     /// A file of the folder describes a pod, or does not read.
-    File(Key, Box<Result<Wanted, String>>),
+    File(Key, Box<Result<DesiredPod, String>>),
     /// A file of the folder is gone.
     FileRemoved(Key),
     /// The folder has these files, and no others.
@@ -30,9 +30,9 @@ pub enum Message {
     /// The API has these objects on this node, and no others.
     ObjectsListed(HashSet<ObjectUid>),
     /// The runtime has a sandbox for a pod, and is told what became of it.
-    Sandbox(Key, Box<SandboxClaim>, oneshot::Sender<Answer>),
+    Sandbox(Key, Box<SandboxClaim>, oneshot::Sender<PodResult>),
     /// The API has said nothing of the pod of this sandbox for as long as one waits for it.
-    ApiSilent(Key, String),
+    ApiTimeout(Key, String),
     /// The sandbox of a pod is going away.
     Delete {
         /// The pod.
@@ -40,12 +40,12 @@ pub enum Message {
         /// Its sandbox: a pod may have another one by now.
         sandbox: String,
         /// Told when nothing is in force any more.
-        reply: oneshot::Sender<Answer>,
+        reply: oneshot::Sender<PodResult>,
     },
     /// Whether a pod is in force.
-    Check(Key, oneshot::Sender<Answer>),
+    Check(Key, oneshot::Sender<PodResult>),
     /// What of a pod is known.
-    Report(oneshot::Sender<Vec<Report>>),
+    Report(oneshot::Sender<Vec<PodReport>>),
     /// The runtime has these sandboxes and no others; told how many pods are released for that.
     Collect(HashSet<String>, oneshot::Sender<usize>),
     /// Take everything away, and stay away.
@@ -53,13 +53,13 @@ pub enum Message {
     /// The namespace of a pod changed.
     Changed(Key, u64),
     /// The worker is done with a pod.
-    Done(Key, Box<Outcome>),
+    Done(Key, Box<JobOutcome>),
     /// What is in force, and what of it was not known.
-    Audited(Vec<u64>, Vec<Record>),
+    Resynced(Vec<u64>, Vec<Record>),
 }
 
 /// How a job ended.
-pub enum Outcome {
+pub enum JobOutcome {
     /// It is in force.
     Captured(Result<Captured, CaptureError>),
     /// It is out of force.

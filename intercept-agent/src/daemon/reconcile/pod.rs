@@ -6,27 +6,27 @@ use serde::{Deserialize, Serialize};
 use tokio::{sync::oneshot, task::JoinHandle};
 
 use crate::daemon::{
-    capture::{CaptureError, Held},
+    capture::{AppliedPod, CaptureError},
+    desired::{DesiredPod, Key},
     view::{PodView, Stage},
-    wanted::{Key, Wanted},
 };
 
 /// How long a pod that the API calls running may have no process.
 const RUNNING_PATIENCE: Duration = Duration::from_secs(30);
 
 /// What is told to whoever asked for a pod, with the text of the error.
-pub type Answer = Result<&'static str, Problem>;
+pub type PodResult = Result<&'static str, PodFailure>;
 
 /// An error on a pod.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Problem {
+pub struct PodFailure {
     /// One word.
     pub cause: String,
     /// The error with its causes.
     pub text: String,
 }
 
-impl From<&CaptureError> for Problem {
+impl From<&CaptureError> for PodFailure {
     fn from(error: &CaptureError) -> Self {
         Self { cause: error.cause().to_owned(), text: error.text() }
     }
@@ -35,7 +35,7 @@ impl From<&CaptureError> for Problem {
 /// The states of a pod, as metrics and `status` name them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub enum State {
+pub enum PodState {
     /// It is to be captured, and is not yet.
     Pending,
     /// In force as wanted.
@@ -43,23 +43,25 @@ pub enum State {
     /// The last attempt failed; what was in force before still is. It will be tried again.
     Failed,
     /// Being taken out of force.
-    Leaving,
+    #[serde(rename = "leaving")]
+    Releasing,
     /// Not to be captured: no sidecar, or the node's own network.
-    LeftAlone,
+    #[serde(rename = "left_alone")]
+    Ignored,
 }
 
-impl State {
+impl PodState {
     /// All of them.
-    pub const ALL: [Self; 5] = [Self::Pending, Self::Captured, Self::Failed, Self::Leaving, Self::LeftAlone];
+    pub const ALL: [Self; 5] = [Self::Pending, Self::Captured, Self::Failed, Self::Releasing, Self::Ignored];
 
     /// The word.
-    pub fn word(self) -> &'static str {
+    pub fn as_str(self) -> &'static str {
         match self {
             Self::Pending => "pending",
             Self::Captured => "captured",
             Self::Failed => "failed",
-            Self::Leaving => "leaving",
-            Self::LeftAlone => "left_alone",
+            Self::Releasing => "leaving",
+            Self::Ignored => "left_alone",
         }
     }
 }
@@ -70,54 +72,54 @@ pub(super) struct Pod {
     /// What the sources say.
     pub(super) view: PodView,
     /// What is asked; none when it is to go.
-    pub(super) wanted: Option<Wanted>,
+    pub(super) desired: Option<DesiredPod>,
     /// What is in force.
-    pub(super) held: Option<Held>,
+    pub(super) applied: Option<AppliedPod>,
     /// Follows the namespace of this cookie.
     pub(super) follow: Option<(u64, JoinHandle<()>)>,
     /// What is in force is what is wanted.
-    pub(super) settled: bool,
+    pub(super) up_to_date: bool,
     /// Why the last attempt failed.
-    pub(super) problem: Option<Problem>,
+    pub(super) failure: Option<PodFailure>,
     /// The problem is that of a release, which the next one solves.
     pub(super) release_failed: bool,
     /// What of its problems was last told others, until it is captured.
-    pub(super) complained: Option<String>,
+    pub(super) last_event: Option<String>,
     /// Why it is left alone.
-    pub(super) left_alone: Option<&'static str>,
+    pub(super) ignored: Option<&'static str>,
     /// It has no place yet, or waits for the API.
-    pub(super) undecided: bool,
+    pub(super) awaiting_decision: bool,
     /// Attempts that failed in a row.
     pub(super) failures: u32,
     /// When the first of them did.
     pub(super) failing_since: Option<Instant>,
     /// Not to be tried before.
-    pub(super) due: Option<Instant>,
+    pub(super) retry_at: Option<Instant>,
     /// The worker has a job for it.
-    pub(super) busy: bool,
+    pub(super) in_flight: bool,
     /// Something changed meanwhile.
-    pub(super) again: bool,
+    pub(super) dirty: bool,
     /// When the kernel last said that its links are in place.
-    pub(super) proven: Option<Instant>,
+    pub(super) last_verified: Option<Instant>,
     /// Connections older than the capture.
-    pub(super) earlier: usize,
+    pub(super) preexisting_connections: usize,
     /// Waiting for it to be captured or ignored.
-    pub(super) waiting: Vec<oneshot::Sender<Answer>>,
+    pub(super) waiting: Vec<oneshot::Sender<PodResult>>,
     /// Waiting for it to be released.
-    pub(super) releasing: Vec<oneshot::Sender<Answer>>,
+    pub(super) releasing: Vec<oneshot::Sender<PodResult>>,
     /// Name for people, kept when nothing is wanted any more.
     pub(super) name: String,
 }
 
 impl Pod {
-    pub(super) fn state(&self) -> State {
-        match (&self.wanted, &self.held, &self.problem) {
-            _ if self.left_alone.is_some() => State::LeftAlone,
-            (_, _, Some(_)) => State::Failed,
-            (None, None, None) if self.undecided => State::Pending,
-            (Some(_), Some(_), None) if self.settled => State::Captured,
-            (Some(_), _, None) => State::Pending,
-            (None, _, None) => State::Leaving,
+    pub(super) fn state(&self) -> PodState {
+        match (&self.desired, &self.applied, &self.failure) {
+            _ if self.ignored.is_some() => PodState::Ignored,
+            (_, _, Some(_)) => PodState::Failed,
+            (None, None, None) if self.awaiting_decision => PodState::Pending,
+            (Some(_), Some(_), None) if self.up_to_date => PodState::Captured,
+            (Some(_), _, None) => PodState::Pending,
+            (None, _, None) => PodState::Releasing,
         }
     }
 
@@ -128,14 +130,14 @@ impl Pod {
         }
     }
 
-    pub(super) fn want(&mut self, wanted: Wanted) {
-        self.left_alone = None;
-        self.problem = None;
+    pub(super) fn set_desired(&mut self, desired: DesiredPod) {
+        self.ignored = None;
+        self.failure = None;
         self.release_failed = false;
         self.failures = 0;
-        self.due = None;
-        self.settled = false;
-        self.wanted = Some(wanted);
+        self.retry_at = None;
+        self.up_to_date = false;
+        self.desired = Some(desired);
     }
 
     /// Whether it may be without a process of its own yet: the kubelet makes the cgroup, then waits for volumes, then
@@ -148,33 +150,33 @@ impl Pod {
     }
 
     /// Nothing is asked for it.
-    pub(super) fn unwant(&mut self) {
-        self.wanted = None;
-        self.left_alone = None;
-        self.problem = None;
+    pub(super) fn clear_desired(&mut self) {
+        self.desired = None;
+        self.ignored = None;
+        self.failure = None;
         self.failing_since = None;
-        self.due = None;
+        self.retry_at = None;
     }
 
     /// Answer `reply` once the pod is captured, or ignored. An earlier ADD is of another sandbox.
-    pub(super) fn wait_for_capture(&mut self, reply: oneshot::Sender<Answer>) {
+    pub(super) fn wait_for_capture(&mut self, reply: oneshot::Sender<PodResult>) {
         let text = "another sandbox was added for this pod since".to_owned();
-        self.answer(&Err(Problem { cause: "superseded".into(), text }));
+        self.answer(&Err(PodFailure { cause: "superseded".into(), text }));
         self.waiting.push(reply);
     }
 
     /// Answer those who asked for the pod. False if there are none.
-    pub(super) fn answer(&mut self, answer: &Answer) -> bool {
+    pub(super) fn answer(&mut self, answer: &PodResult) -> bool {
         send_all(&mut self.waiting, answer)
     }
 
     /// Answer those who asked for its release.
-    pub(super) fn answer_released(&mut self, answer: &Answer) {
+    pub(super) fn answer_released(&mut self, answer: &PodResult) {
         send_all(&mut self.releasing, answer);
     }
 }
 
-fn send_all(replies: &mut Vec<oneshot::Sender<Answer>>, answer: &Answer) -> bool {
+fn send_all(replies: &mut Vec<oneshot::Sender<PodResult>>, answer: &PodResult) -> bool {
     let any = !replies.is_empty();
     for reply in replies.drain(..) {
         // The other side may be gone.
@@ -186,11 +188,12 @@ fn send_all(replies: &mut Vec<oneshot::Sender<Answer>>, answer: &Answer) -> bool
 /// One pod for `status` and for tests.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[expect(missing_docs, reason = "the names are the documentation")]
-pub struct Report {
+pub struct PodReport {
     pub pod: String,
     pub name: String,
-    pub state: State,
-    pub problem: Option<Problem>,
+    pub state: PodState,
+    #[serde(rename = "problem")]
+    pub failure: Option<PodFailure>,
     pub failures: u32,
     pub left_alone: Option<String>,
     pub netns_cookie: Option<u64>,
@@ -201,24 +204,24 @@ pub struct Report {
     pub proven_seconds_ago: Option<u64>,
 }
 
-impl Report {
+impl PodReport {
     pub(super) fn of(key: &Key, pod: &Pod) -> Self {
         Self {
             pod: key.to_string(),
             name: pod.name.clone(),
             state: pod.state(),
-            problem: pod.problem.clone(),
+            failure: pod.failure.clone(),
             failures: pod.failures,
-            left_alone: pod.left_alone.map(str::to_owned),
-            netns_cookie: pod.held.as_ref().map(|held| held.cookie),
+            left_alone: pod.ignored.map(str::to_owned),
+            netns_cookie: pod.applied.as_ref().map(|applied| applied.cookie),
             cgroup: pod
-                .held
+                .applied
                 .as_ref()
-                .map(|held| held.cgroup.clone())
-                .or_else(|| pod.wanted.as_ref().map(|wanted| wanted.cgroup.clone())),
+                .map(|applied| applied.cgroup.clone())
+                .or_else(|| pod.desired.as_ref().map(|desired| desired.cgroup.clone())),
             followed: pod.follow.is_some(),
-            earlier_connections: pod.earlier,
-            proven_seconds_ago: pod.proven.map(|proven| proven.elapsed().as_secs()),
+            earlier_connections: pod.preexisting_connections,
+            proven_seconds_ago: pod.last_verified.map(|proven| proven.elapsed().as_secs()),
         }
     }
 }

@@ -21,34 +21,34 @@ fn pod(annotations: &[(&str, &str)], containers: &[Container]) -> PodMetadata {
 }
 
 /// The policy that comes of it, as the daemon would compile it.
-fn config(pod: &PodMetadata, defaults: &Given) -> Config {
+fn config(pod: &PodMetadata, defaults: &CaptureArgs) -> Config {
     match decide(pod, &Selection::default(), defaults).expect("sound") {
-        Verdict::Capture(args) => args.given.check().expect("sound options"),
-        Verdict::Ignore(why) => panic!("ignored: {}", why.as_str()),
+        PodVerdict::Capture(args) => args.given.check().expect("sound options"),
+        PodVerdict::Ignore(why) => panic!("ignored: {}", why.as_str()),
     }
 }
 
 fn ignored(pod: &PodMetadata) -> &'static str {
-    match decide(pod, &Selection::default(), &Given::default()).expect("sound") {
-        Verdict::Ignore(why) => why.as_str(),
-        Verdict::Capture(args) => panic!("captured with {:?}", args.given.arguments),
+    match decide(pod, &Selection::default(), &CaptureArgs::default()).expect("sound") {
+        PodVerdict::Ignore(why) => why.as_str(),
+        PodVerdict::Capture(args) => panic!("captured with {:?}", args.given.arguments),
     }
 }
 
 fn by_flags(flags: &str) -> Config {
     let arguments = flags.split_whitespace().map(str::to_owned).collect();
-    Given { arguments, ..Given::default() }.check().expect("sound options")
+    CaptureArgs { arguments, ..CaptureArgs::default() }.check().expect("sound options")
 }
 
 #[test]
 fn without_annotations_everything_is_captured_but_the_proxys_own_ports() {
     let expected = by_flags("-u 1337 -g 1337 -m REDIRECT -i * -b * -d 15020,15021,15090 -o 15020");
-    assert_eq!(config(&pod(&[], &[proxy()]), &Given::default()), expected);
+    assert_eq!(config(&pod(&[], &[proxy()]), &CaptureArgs::default()), expected);
     // Known by its annotations alone, as a runtime tells it.
     let annotations = pod(&[(MODE, "REDIRECT")], &[]).annotations;
     let (verdict, _) =
-        decide_by_annotations("shop", Some(&annotations), &Selection::default(), &Given::default());
-    let Ok(Verdict::Capture(args)) = verdict else { panic!("{verdict:?}") };
+        decide_by_annotations("shop", Some(&annotations), &Selection::default(), &CaptureArgs::default());
+    let Ok(PodVerdict::Capture(args)) = verdict else { panic!("{verdict:?}") };
     assert_eq!(args.given.check().expect("sound options"), expected);
 }
 
@@ -69,7 +69,7 @@ fn each_annotation_is_its_flag() {
     ] {
         let base = "-u 1337 -g 1337 -i * -b * -d 15020,15021,15090 -o 15020";
         let expected = by_flags(&format!("{base} {flags}"));
-        let got = config(&pod(&[(annotation, value)], &[proxy()]), &Given::default());
+        let got = config(&pod(&[(annotation, value)], &[proxy()]), &CaptureArgs::default());
         assert_eq!(got, expected, "{annotation}: {value}");
         assert_ne!(got, by_flags(base), "{annotation} changed nothing");
     }
@@ -77,8 +77,10 @@ fn each_annotation_is_its_flag() {
 
 #[test]
 fn an_empty_annotation_is_not_an_absent_one() {
-    let got =
-        config(&pod(&[("traffic.sidecar.istio.io/includeInboundPorts", "")], &[proxy()]), &Given::default());
+    let got = config(
+        &pod(&[("traffic.sidecar.istio.io/includeInboundPorts", "")], &[proxy()]),
+        &CaptureArgs::default(),
+    );
     assert_eq!(got.inbound_ports, by_flags("-b ,").inbound_ports);
 }
 
@@ -91,7 +93,7 @@ fn a_wrong_annotation_is_named_with_its_value() {
         ("sidecar.istio.io/interceptionMode", "NAT"),
     ] {
         let error =
-            decide(&pod(&[(annotation, value)], &[proxy()]), &Selection::default(), &Given::default())
+            decide(&pod(&[(annotation, value)], &[proxy()]), &Selection::default(), &CaptureArgs::default())
                 .expect_err(value);
         let text = error.to_string();
         let wrong = value.rsplit(',').next().expect("a part");
@@ -102,25 +104,27 @@ fn a_wrong_annotation_is_named_with_its_value() {
 #[test]
 fn the_proxys_ids_come_from_its_container() {
     let custom = Container { uid: Some(2000), gid: Some(3000), ..proxy() };
-    let got = config(&pod(&[], &[custom]), &Given::default());
+    let got = config(&pod(&[], &[custom]), &CaptureArgs::default());
     assert_eq!((got.proxy_uids, got.proxy_gids), (vec![2000], vec![3000]));
     let root = Container { uid: Some(0), gid: None, ..proxy() };
-    let got = config(&pod(&[], &[root]), &Given::default());
+    let got = config(&pod(&[], &[root]), &CaptureArgs::default());
     assert_eq!((got.proxy_uids, got.proxy_gids), (vec![1337], vec![1337]));
 }
 
 #[test]
 fn dns_is_captured_where_the_proxy_says_so() {
     let environment = [("ISTIO_META_DNS_CAPTURE".to_owned(), "true".to_owned())].into();
-    let got = config(&pod(&[], &[Container { environment, ..proxy() }]), &Given::default());
+    let got = config(&pod(&[], &[Container { environment, ..proxy() }]), &CaptureArgs::default());
     assert_eq!(got.dns, Dns::All);
-    assert_eq!(config(&pod(&[], &[proxy()]), &Given::default()).dns, Dns::Off);
+    assert_eq!(config(&pod(&[], &[proxy()]), &CaptureArgs::default()).dns, Dns::Off);
 }
 
 #[test]
 fn options_of_the_node_are_weaker_than_annotations() {
-    let defaults =
-        Given { arguments: vec!["-m".into(), "TPROXY".into(), "-o".into(), "22".into()], ..Given::default() };
+    let defaults = CaptureArgs {
+        arguments: vec!["-m".into(), "TPROXY".into(), "-o".into(), "22".into()],
+        ..CaptureArgs::default()
+    };
     let got =
         config(&pod(&[("traffic.sidecar.istio.io/excludeOutboundPorts", "3306")], &[proxy()]), &defaults);
     assert_eq!(got.mode, InboundMode::Tproxy);
@@ -130,7 +134,7 @@ fn options_of_the_node_are_weaker_than_annotations() {
 #[test]
 fn what_is_not_to_be_captured_is_ignored() {
     let injected = pod(&[], &[proxy()]);
-    config(&injected, &Given::default());
+    config(&injected, &CaptureArgs::default());
     assert_eq!(ignored(&pod(&[], &[])), "no_sidecar");
     assert_eq!(ignored(&PodMetadata { host_network: true, ..injected.clone() }), "host_network");
     assert_eq!(ignored(&PodMetadata { annotations: BTreeMap::new(), ..injected.clone() }), "not_injected");
@@ -152,12 +156,13 @@ fn what_is_not_to_be_captured_is_ignored() {
 fn excluded_namespaces_are_ignored_whoever_tells_of_them() {
     let selection = Selection { exclude_namespaces: ["shop".to_owned()].into(), ..Selection::default() };
     let pod = pod(&[(MODE, "REDIRECT")], &[proxy()]);
-    let ignored = Ok(Verdict::Ignore(IgnoreReason::NamespaceExcluded));
-    assert_eq!(decide(&pod, &selection, &Given::default()), ignored);
-    let by_annotations =
-        |namespace| decide_by_annotations(namespace, Some(&pod.annotations), &selection, &Given::default());
+    let ignored = Ok(PodVerdict::Ignore(IgnoreReason::NamespaceExcluded));
+    assert_eq!(decide(&pod, &selection, &CaptureArgs::default()), ignored);
+    let by_annotations = |namespace| {
+        decide_by_annotations(namespace, Some(&pod.annotations), &selection, &CaptureArgs::default())
+    };
     assert_eq!(by_annotations("shop"), (ignored, Certainty::Certain));
-    assert!(matches!(by_annotations("other").0, Ok(Verdict::Capture(_))));
+    assert!(matches!(by_annotations("other").0, Ok(PodVerdict::Capture(_))));
 }
 
 /// As the injector writes them: its status names what it has put into the pod.
@@ -192,21 +197,22 @@ fn annotations_tell_a_sidecar_from_other_templates() {
         let annotations = own.iter().chain(others);
         let annotations = annotations.map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect();
         let (verdict, certainty) =
-            decide_by_annotations("shop", Some(&annotations), &Selection::default(), &Given::default());
+            decide_by_annotations("shop", Some(&annotations), &Selection::default(), &CaptureArgs::default());
         let word = match verdict.expect(what) {
-            Verdict::Capture(_) => "captured",
-            Verdict::Ignore(why) => why.as_str(),
+            PodVerdict::Capture(_) => "captured",
+            PodVerdict::Ignore(why) => why.as_str(),
         };
         assert_eq!((word, certainty), (expected, Certainty::Provisional), "{what}");
         assert!(annotations.keys().all(|name| reads(name)), "{what}");
     }
-    let none =
-        |annotations| decide_by_annotations("shop", annotations, &Selection::default(), &Given::default());
+    let none = |annotations| {
+        decide_by_annotations("shop", annotations, &Selection::default(), &CaptureArgs::default())
+    };
     // The API would say no more than this of a pod that was not injected.
-    let plain = (Ok(Verdict::Ignore(IgnoreReason::NoSidecar)), Certainty::Certain);
+    let plain = (Ok(PodVerdict::Ignore(IgnoreReason::NoSidecar)), Certainty::Certain);
     let no_annotations = BTreeMap::new();
     assert_eq!(none(Some(&no_annotations)), plain);
-    let unknown = (Ok(Verdict::Ignore(IgnoreReason::AnnotationsUnknown)), Certainty::Provisional);
+    let unknown = (Ok(PodVerdict::Ignore(IgnoreReason::AnnotationsUnknown)), Certainty::Provisional);
     assert_eq!(none(None), unknown);
 }
 
@@ -214,7 +220,7 @@ fn annotations_tell_a_sidecar_from_other_templates() {
 fn the_label_is_stronger_than_the_annotation() {
     let mut injected = pod(&[(INJECT, "false")], &[proxy()]);
     injected.inject_label = Some("true".into());
-    config(&injected, &Given::default());
+    config(&injected, &CaptureArgs::default());
 }
 
 #[test]
@@ -237,8 +243,8 @@ fn ipv6_is_captured_where_istio_captures_it() {
         ("a proxy for both", dual, Selection::default(), ipv4, false),
         ("strictly", proxy(), always, ipv4, false),
     ] {
-        let verdict = decide(&pod(&[], &[proxy]), &selection, &Given::default());
-        let Ok(Verdict::Capture(args)) = verdict else { panic!("{what}: {verdict:?}") };
+        let verdict = decide(&pod(&[], &[proxy]), &selection, &CaptureArgs::default());
+        let Ok(PodVerdict::Capture(args)) = verdict else { panic!("{what}: {verdict:?}") };
         let config = args.for_address(first).check().expect("sound options");
         assert_eq!(config.without_ipv6, left_alone, "{what}");
     }
@@ -250,8 +256,8 @@ fn the_proxys_variables_are_known_from_its_annotation() {
         let annotations = pod(&[(MODE, "REDIRECT"), (PROXY_CONFIG, text)], &[]).annotations;
         assert!(reads(PROXY_CONFIG));
         let (verdict, _) =
-            decide_by_annotations("shop", Some(&annotations), &Selection::default(), &Given::default());
-        let Ok(Verdict::Capture(args)) = verdict else { panic!("{text}: {verdict:?}") };
+            decide_by_annotations("shop", Some(&annotations), &Selection::default(), &CaptureArgs::default());
+        let Ok(PodVerdict::Capture(args)) = verdict else { panic!("{text}: {verdict:?}") };
         args.for_address(Some([10, 0, 0, 1].into())).check().expect("sound options")
     };
     let both =

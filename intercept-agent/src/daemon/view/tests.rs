@@ -4,9 +4,9 @@ use serde_json::{Value, json};
 
 use super::*;
 use crate::daemon::{
+    desired::{CaptureArgs, Key},
     kubernetes,
     sidecar::{self, Selection},
-    wanted::{Given, Key},
 };
 
 const UID: &str = "5f0c8a52-52f6-4c0e-9d0e-2f4f7f2a1f10";
@@ -27,15 +27,20 @@ fn pod(annotations: &Value, proxy: &Value) -> Value {
 
 fn object(pod: &Value) -> ObjectClaim {
     let pod = serde_json::from_value(pod.clone()).expect("a pod");
-    let (_, claim) = kubernetes::claim(&pod, &Selection::default(), &Given::default()).expect("a claim");
-    ObjectClaim { place: Place::Cgroup("/kubepods/pod".into()), ..claim }
+    let (_, claim) =
+        kubernetes::claim(&pod, &Selection::default(), &CaptureArgs::default()).expect("a claim");
+    ObjectClaim { place: ObjectPlace::Cgroup("/kubepods/pod".into()), ..claim }
 }
 
 /// What the plugin is told of the same pod.
 fn sandbox(pod: &Value, id: &str) -> SandboxClaim {
     let annotations = serde_json::from_value(pod["metadata"]["annotations"].clone()).expect("annotations");
-    let (verdict, certainty) =
-        sidecar::decide_by_annotations("shop", Some(&annotations), &Selection::default(), &Given::default());
+    let (verdict, certainty) = sidecar::decide_by_annotations(
+        "shop",
+        Some(&annotations),
+        &Selection::default(),
+        &CaptureArgs::default(),
+    );
     SandboxClaim {
         id: id.into(),
         namespace: "shop".into(),
@@ -49,13 +54,13 @@ fn sandbox(pod: &Value, id: &str) -> SandboxClaim {
 }
 
 /// In a word or two.
-fn word(resolution: &Resolution) -> String {
+fn as_str(resolution: &Resolution) -> String {
     match resolution {
-        Resolution::Capture(wanted) => {
-            let Options::Given(given) = &wanted.options else { panic!("{wanted:?}") };
+        Resolution::Capture(desired) => {
+            let CaptureOptions::Args(given) = &desired.options else { panic!("{desired:?}") };
             let uid = given.arguments.iter().position(|flag| flag == "-u").map(|at| &given.arguments[at + 1]);
             let dns = given.arguments.iter().any(|flag| flag == "--redirect-dns");
-            let netns = wanted.netns.is_some();
+            let netns = desired.netns.is_some();
             format!("captured as {} dns={dns} netns={netns}", uid.expect("a user"))
         }
         Resolution::Ignore(why) => why.as_str().to_owned(),
@@ -148,8 +153,8 @@ fn the_order_of_sources_decides_nothing() {
     let adopt: Step = |view, kind| {
         let mut alone = PodView::default();
         alone.set_sandbox(sandbox(&kind.pod, "s"), ApiWait::Over);
-        if let Resolution::Capture(wanted) = alone.resolve(UID) {
-            view.set_applied_before(*wanted);
+        if let Resolution::Capture(desired) = alone.resolve(UID) {
+            view.set_applied_before(*desired);
         } else {
             view.set_sandbox(sandbox(&kind.pod, "s"), ApiWait::Over);
         }
@@ -160,7 +165,7 @@ fn the_order_of_sources_decides_nothing() {
         let resolve = |steps: &[Step]| {
             let mut view = PodView::default();
             steps.iter().for_each(|step| step(&mut view, &kind));
-            word(&view.resolve(UID))
+            as_str(&view.resolve(UID))
         };
         let placed = |word: &str, netns: &str| {
             if word.starts_with("captured") { format!("{word} netns={netns}") } else { word.to_owned() }
@@ -210,7 +215,7 @@ fn the_runtime_alone_ends_a_sandbox() {
     view.set_object(claim.clone());
     view.set_object(ObjectClaim {
         stage: Stage::Terminating,
-        verdict: Ok(Verdict::Ignore(IgnoreReason::NoSidecar)),
+        verdict: Ok(PodVerdict::Ignore(IgnoreReason::NoSidecar)),
         ..claim.clone()
     });
     assert!(matches!(view.resolve(UID), Resolution::Capture(_)), "what began goes on as it is");
@@ -246,9 +251,9 @@ fn a_mirror_pod_of_another_name_neither_changes_nor_releases_a_static_pod() {
         });
         let pod = serde_json::from_value(pod).expect("a pod");
         let (key, claim) =
-            kubernetes::claim(&pod, &Selection::default(), &Given::default()).expect("a claim");
+            kubernetes::claim(&pod, &Selection::default(), &CaptureArgs::default()).expect("a claim");
         assert_eq!(key, Key::Pod(HASH.into()));
-        ObjectClaim { place: Place::Cgroup("/kubepods/static".into()), ..claim }
+        ObjectClaim { place: ObjectPlace::Cgroup("/kubepods/static".into()), ..claim }
     };
     let real = mirror("u-real", "kube-shop", "2026-01-01T00:00:00Z", "1");
     let evil = mirror("u-evil", "evil", "2026-01-02T00:00:00Z", "1:65535");

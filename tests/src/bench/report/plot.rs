@@ -2,7 +2,7 @@
 
 use std::fmt::Write;
 
-use crate::bench::statistics::Spread;
+use crate::bench::statistics::StandIn;
 
 const LABELS: f64 = 190.0;
 const WIDTH: f64 = 420.0;
@@ -16,7 +16,7 @@ pub struct Line {
     /// What it is.
     pub label: String,
     /// Where it lies.
-    pub spread: Spread,
+    pub spread: StandIn,
     /// It is the project's own.
     pub own: bool,
 }
@@ -32,7 +32,7 @@ fn write_ratios(title: &str, lines: &[Line], svg: &mut String) -> std::fmt::Resu
     let low = lines.iter().map(|line| line.spread.low).fold(0.9, f64::min);
     let high = lines.iter().map(|line| line.spread.high).fold(1.1, f64::max);
     // A ratio and its inverse lie equally far from 1.
-    let place = |ratio: f64| {
+    let sandbox = |ratio: f64| {
         LABELS + 10.0 + (ratio.max(1e-6).ln() - low.ln()) / (high.ln() - low.ln()) * (WIDTH - 20.0)
     };
     let (width, mut y) = (LABELS + WIDTH + FIGURES, TOP);
@@ -40,7 +40,7 @@ fn write_ratios(title: &str, lines: &[Line], svg: &mut String) -> std::fmt::Resu
     write!(svg, r#"<svg viewBox="0 0 {width} {height}" width="{width}" role="img">"#)?;
     write!(svg, r#"<title>{0}</title><text x="0" y="14" class="title">{0}</text>"#, escape(title))?;
     for tick in ticks(low, high) {
-        let x = place(tick);
+        let x = sandbox(tick);
         let class = if (tick - 1.0).abs() < 1e-9 { "one" } else { "grid" };
         write!(
             svg,
@@ -52,16 +52,16 @@ fn write_ratios(title: &str, lines: &[Line], svg: &mut String) -> std::fmt::Resu
     for line in lines {
         y += LINE / 2.0;
         let class = if line.own { "own" } else { "other" };
-        let Spread { median, low, high, .. } = line.spread;
+        let StandIn { median, low, high, .. } = line.spread;
         let text = y + 4.0;
         write!(svg, r#"<text x="0" y="{text:.1}">{}</text>"#, escape(&line.label))?;
         write!(
             svg,
             r#"<line x1="{:.1}" x2="{:.1}" y1="{y:.1}" y2="{y:.1}" class="{class}"/>"#,
-            place(low),
-            place(high)
+            sandbox(low),
+            sandbox(high)
         )?;
-        write!(svg, r#"<circle cx="{:.1}" cy="{y:.1}" r="4.5" class="{class}"/>"#, place(median))?;
+        write!(svg, r#"<circle cx="{:.1}" cy="{y:.1}" r="4.5" class="{class}"/>"#, sandbox(median))?;
         let figures = super::table::with_spread(line.spread);
         write!(
             svg,
@@ -104,7 +104,7 @@ mod tests {
     fn dots_lie_in_order_and_the_title_is_text() {
         let line = |median| Line {
             label: "x".into(),
-            spread: Spread { median, low: median, high: median, n: 1 },
+            spread: StandIn { median, low: median, high: median, n: 1 },
             own: true,
         };
         let svg = ratios("a < b", &[line(0.5), line(1.0), line(2.0)]);

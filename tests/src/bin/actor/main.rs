@@ -1,9 +1,9 @@
 //! The actor's process: reads requests, hands each to the thread that runs as the asked user, writes replies.
 
-mod crew;
 mod dial;
 mod listen;
 mod options;
+mod pool;
 mod query;
 mod relay;
 
@@ -14,8 +14,8 @@ use anyhow::{Context, Result};
 use tests::actor::protocol::{Done, Job, Message, Request};
 use tests::actor::{Listen, Transport};
 
-use crew::Crew;
 use options::Privileged;
+use pool::WorkerPool;
 
 /// Where replies go.
 type Output = mpsc::Sender<Message>;
@@ -24,19 +24,19 @@ fn main() -> Result<()> {
     let (output, messages) = mpsc::channel();
     let writer = std::thread::spawn(move || write(&messages));
     let privileged = Privileged::start();
-    let mut crew = Crew::default();
+    let mut pool = WorkerPool::default();
     for line in std::io::stdin().lock().lines() {
         let line = line.context("reading requests")?;
         let Request { id, job } =
             serde_json::from_str(&line).with_context(|| format!("understanding the request {line}"))?;
-        start(&mut crew, &privileged, &output, id, job);
+        start(&mut pool, &privileged, &output, id, job);
     }
     // Nobody is left to tell; connections still open end with the process.
     drop(writer);
     Ok(())
 }
 
-fn start(crew: &mut Crew, privileged: &Privileged, output: &Output, id: u64, job: Job) {
+fn start(pool: &mut WorkerPool, privileged: &Privileged, output: &Output, id: u64, job: Job) {
     let output = output.clone();
     let reply = {
         let output = output.clone();
@@ -49,7 +49,7 @@ fn start(crew: &mut Crew, privileged: &Privileged, output: &Output, id: u64, job
         Job::Dial(dial) => dial.ids,
         Job::Query(query) => query.ids,
         Job::Close(opened) => {
-            let known = crew.close(*opened);
+            let known = pool.close(*opened);
             reply(if known {
                 Done::Closed
             } else {
@@ -59,13 +59,13 @@ fn start(crew: &mut Crew, privileged: &Privileged, output: &Output, id: u64, job
         }
     };
     let result = match job {
-        Job::Dial(dial) => crew.member(ids).map(|member| {
+        Job::Dial(dial) => pool.member(ids).map(|member| {
             member.run(async move || reply(Done::Dialled(dial::dial(dial).await)));
         }),
-        Job::Query(query) => crew.member(ids).map(|member| {
+        Job::Query(query) => pool.member(ids).map(|member| {
             member.run(async move || reply(Done::Queried(query::query(query).await)));
         }),
-        Job::Listen(listen) => crew.member(ids).map(|member| {
+        Job::Listen(listen) => pool.member(ids).map(|member| {
             let privileged = privileged.clone();
             let stop = member.run_until_closed(async move || {
                 let failed = reply.clone();
@@ -78,9 +78,9 @@ fn start(crew: &mut Crew, privileged: &Privileged, output: &Output, id: u64, job
                     failed(Done::Failed(format!("{error:#}")));
                 }
             });
-            crew.opened(id, vec![stop]);
+            pool.opened(id, vec![stop]);
         }),
-        Job::Relay(relay) => relay::open(crew, privileged, relay, id, &output, reply.clone()),
+        Job::Relay(relay) => relay::open(pool, privileged, relay, id, &output, reply.clone()),
         Job::Close(_) => unreachable!("answered above"),
     };
     if let Err(error) = result {

@@ -13,24 +13,24 @@ use tokio::io::copy_bidirectional_with_sizes;
 use tokio::net::{TcpListener, TcpSocket, TcpStream};
 
 use crate::Output;
-use crate::crew::{Crew, Member};
 use crate::listen::listener;
 use crate::options::{Privileged, original_dst, set_transparent};
+use crate::pool::{Member, WorkerPool};
 
 const BUFFER: usize = 64 * 1024;
 
 /// Opens a relay on as many threads as it asks for, all accepting from one socket.
 pub(crate) fn open(
-    crew: &mut Crew,
+    pool: &mut WorkerPool,
     privileged: &Privileged,
     relay: Relay,
     id: u64,
     output: &Output,
     reply: impl Fn(Done) + Send + 'static,
 ) -> Result<()> {
-    let mut members = vec![crew.member(relay.bind.ids)?];
+    let mut members = vec![pool.member(relay.bind.ids)?];
     for _ in 1..relay.workers {
-        members.push(Crew::hire(relay.bind.ids)?);
+        members.push(WorkerPool::hire(relay.bind.ids)?);
     }
     // The socket is made by a thread of its owner, then shared out.
     let (made, socket) = std::sync::mpsc::channel();
@@ -51,7 +51,7 @@ pub(crate) fn open(
             output.clone(),
         ));
     }
-    crew.opened(id, stops);
+    pool.opened(id, stops);
     reply(Done::Ready(addr));
     Ok(())
 }
@@ -62,7 +62,7 @@ fn accept_on(
     relay: Relay,
     privileged: Privileged,
     output: Output,
-) -> crate::crew::Stop {
+) -> crate::pool::Stop {
     member.run_until_closed(async move || {
         let listener = TcpListener::from_std(listener).expect("the socket does not block");
         let shared = Rc::new((relay, privileged, output));

@@ -22,20 +22,20 @@ fn from_outside(on: &str, to: &str) -> Packet {
 fn injected() {
     let walker = Walker::new(&Options::injected());
     for (packet, verdict) in [
-        (from_here(APP, "eth0", "10.66.0.2", "198.51.100.7:80"), Verdict::Redirect(15001)),
-        (from_here(PROXY, "eth0", "10.66.0.2", "198.51.100.7:80"), Verdict::Leave),
-        (from_here(PROXY, "lo", "10.66.0.2", "10.66.0.2:80"), Verdict::Redirect(15006)),
-        (from_here(PROXY, "lo", "10.66.0.2", "10.66.0.2:15008"), Verdict::Leave),
-        (from_here(PROXY, "lo", "127.0.0.6", "10.66.0.2:80"), Verdict::Leave),
-        (from_here(PROXY, "lo", "127.0.0.1", "127.0.0.1:80"), Verdict::Leave),
-        (from_here(PROXY, "lo", "127.0.0.1", "127.0.0.6:15002"), Verdict::Redirect(15006)),
-        (from_here(APP, "lo", "10.66.0.2", "10.66.0.2:80"), Verdict::Leave),
-        (from_here(APP, "eth0", "fd66::2", "[2001:db8::7]:80"), Verdict::Redirect(15001)),
-        (from_here(PROXY, "lo", "::1", "[::6]:15002"), Verdict::Redirect(15006)),
-        (from_outside("eth0", "10.66.0.2:8080"), Verdict::Redirect(15006)),
-        (from_outside("eth0", "10.66.0.2:15090"), Verdict::Leave),
-        (from_outside("eth0", "10.66.0.2:15021"), Verdict::Redirect(15006)),
-        (from_outside("eth0", "10.66.0.2:15008"), Verdict::Leave),
+        (from_here(APP, "eth0", "10.66.0.2", "198.51.100.7:80"), IptablesVerdict::Redirect(15001)),
+        (from_here(PROXY, "eth0", "10.66.0.2", "198.51.100.7:80"), IptablesVerdict::Pass),
+        (from_here(PROXY, "lo", "10.66.0.2", "10.66.0.2:80"), IptablesVerdict::Redirect(15006)),
+        (from_here(PROXY, "lo", "10.66.0.2", "10.66.0.2:15008"), IptablesVerdict::Pass),
+        (from_here(PROXY, "lo", "127.0.0.6", "10.66.0.2:80"), IptablesVerdict::Pass),
+        (from_here(PROXY, "lo", "127.0.0.1", "127.0.0.1:80"), IptablesVerdict::Pass),
+        (from_here(PROXY, "lo", "127.0.0.1", "127.0.0.6:15002"), IptablesVerdict::Redirect(15006)),
+        (from_here(APP, "lo", "10.66.0.2", "10.66.0.2:80"), IptablesVerdict::Pass),
+        (from_here(APP, "eth0", "fd66::2", "[2001:db8::7]:80"), IptablesVerdict::Redirect(15001)),
+        (from_here(PROXY, "lo", "::1", "[::6]:15002"), IptablesVerdict::Redirect(15006)),
+        (from_outside("eth0", "10.66.0.2:8080"), IptablesVerdict::Redirect(15006)),
+        (from_outside("eth0", "10.66.0.2:15090"), IptablesVerdict::Pass),
+        (from_outside("eth0", "10.66.0.2:15021"), IptablesVerdict::Redirect(15006)),
+        (from_outside("eth0", "10.66.0.2:15008"), IptablesVerdict::Pass),
     ] {
         assert_eq!(walker.walk(&packet), verdict, "{packet:?}");
     }
@@ -52,10 +52,10 @@ fn a_virtual_interface_comes_before_an_excluded_one() {
         ..Options::default()
     };
     let walker = Walker::new(&options);
-    assert_eq!(walker.walk(&from_outside("eth1", "10.67.0.2:80")), Verdict::Redirect(15001));
-    assert_eq!(walker.walk(&from_outside("eth1", "10.66.0.2:80")), Verdict::Leave);
-    assert_eq!(walker.walk(&from_outside("eth2", "10.66.0.2:80")), Verdict::Leave);
-    assert_eq!(walker.walk(&from_outside("eth0", "10.66.0.2:80")), Verdict::Redirect(15006));
+    assert_eq!(walker.walk(&from_outside("eth1", "10.67.0.2:80")), IptablesVerdict::Redirect(15001));
+    assert_eq!(walker.walk(&from_outside("eth1", "10.66.0.2:80")), IptablesVerdict::Pass);
+    assert_eq!(walker.walk(&from_outside("eth2", "10.66.0.2:80")), IptablesVerdict::Pass);
+    assert_eq!(walker.walk(&from_outside("eth0", "10.66.0.2:80")), IptablesVerdict::Redirect(15006));
 }
 
 #[test]
@@ -63,14 +63,17 @@ fn tproxy_takes_the_proxys_connections_to_the_pod() {
     let options = Options { tproxy: Some(Tproxy { mark: 1337, table: 133 }), ..Options::injected() };
     let walker = Walker::new(&options);
     let group_only = Ids { uid: 0, gid: 1337 };
-    assert_eq!(walker.walk(&from_outside("eth0", "10.66.0.2:15008")), Verdict::Tproxy(15006));
+    assert_eq!(walker.walk(&from_outside("eth0", "10.66.0.2:15008")), IptablesVerdict::Tproxy(15006));
     assert_eq!(
         walker.walk(&from_here(group_only, "lo", "10.66.0.2", "10.66.0.2:15008")),
-        Verdict::Tproxy(15006)
+        IptablesVerdict::Tproxy(15006)
     );
-    assert_eq!(walker.walk(&from_here(group_only, "lo", "127.0.0.6", "10.66.0.2:80")), Verdict::Leave);
-    assert_eq!(walker.walk(&from_here(APP, "lo", "10.66.0.2", "10.66.0.2:80")), Verdict::Leave);
-    assert_eq!(walker.walk(&from_here(PROXY, "lo", "10.66.0.2", "10.66.0.2:80")), Verdict::Redirect(15006));
+    assert_eq!(walker.walk(&from_here(group_only, "lo", "127.0.0.6", "10.66.0.2:80")), IptablesVerdict::Pass);
+    assert_eq!(walker.walk(&from_here(APP, "lo", "10.66.0.2", "10.66.0.2:80")), IptablesVerdict::Pass);
+    assert_eq!(
+        walker.walk(&from_here(PROXY, "lo", "10.66.0.2", "10.66.0.2:80")),
+        IptablesVerdict::Redirect(15006)
+    );
 }
 
 #[test]
@@ -80,8 +83,8 @@ fn dns_goes_to_the_agent() {
     let walker = Walker::new(&options);
     let datagram =
         |owner, to| Packet { protocol: Protocol::Udp, ..from_here(owner, "eth0", "10.66.0.2", to) };
-    assert_eq!(walker.walk(&datagram(APP, "10.96.0.10:53")), Verdict::Redirect(15053));
-    assert_eq!(walker.walk(&datagram(APP, "10.96.0.11:53")), Verdict::Leave);
-    assert_eq!(walker.walk(&datagram(PROXY, "10.96.0.10:53")), Verdict::Leave);
-    assert_eq!(walker.walk(&datagram(Ids { uid: 1, gid: 77 }, "10.96.0.10:53")), Verdict::Leave);
+    assert_eq!(walker.walk(&datagram(APP, "10.96.0.10:53")), IptablesVerdict::Redirect(15053));
+    assert_eq!(walker.walk(&datagram(APP, "10.96.0.11:53")), IptablesVerdict::Pass);
+    assert_eq!(walker.walk(&datagram(PROXY, "10.96.0.10:53")), IptablesVerdict::Pass);
+    assert_eq!(walker.walk(&datagram(Ids { uid: 1, gid: 77 }, "10.96.0.10:53")), IptablesVerdict::Pass);
 }

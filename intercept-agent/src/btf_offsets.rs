@@ -1,0 +1,171 @@
+//! Where the running kernel keeps what the programs read of its own structs, and whether it has a helper that they can
+//! do without, from its own type information.
+
+use btf_rs::{Btf, Member, Type};
+
+/// Offsets in bytes, by the names of the programs' globals.
+pub type Offsets = Vec<(&'static str, u32)>;
+
+/// A member of one of the kernel's structs, and the global that is to hold its offset.
+struct OffsetStep {
+    global: &'static str,
+    name: &'static str,
+    /// Members inside members by dots.
+    member: &'static str,
+    /// Some kernels are built without it; the global stays 0 then.
+    optional: bool,
+}
+
+const fn step(global: &'static str, name: &'static str, member: &'static str) -> OffsetStep {
+    OffsetStep { global, name, member, optional: false }
+}
+
+const fn optional(global: &'static str, name: &'static str, member: &'static str) -> OffsetStep {
+    OffsetStep { global, name, member, optional: true }
+}
+
+/// From a socket to the credentials of its file, and the next sequence number that a connection sends.
+const MEMBERS: [OffsetStep; 5] = [
+    step("SOCK_SOCKET_OFF", "sock", "sk_socket"),
+    step("SOCKET_FILE_OFF", "socket", "file"),
+    step("FILE_CRED_OFF", "file", "f_cred"),
+    step("CRED_FSUID_OFF", "cred", "fsuid"),
+    step("TCP_WRITE_SEQ_OFF", "tcp_sock", "write_seq"),
+];
+
+/// The global to set to 1 where the kernel has a helper, and the helper.
+const HELPER: (&str, &str) = ("HAS_SET_RETVAL", "BPF_FUNC_set_retval");
+
+/// Those of [`MEMBERS`] that the programs which join connections have as well.
+const SHARED: usize = 4;
+
+/// What else the programs that join connections look at.
+const JOIN: [OffsetStep; 21] = [
+    step("SKC_STATE", "sock_common", "skc_state"),
+    step("SKC_COOKIE", "sock_common", "skc_cookie"),
+    step("SK_SHUTDOWN", "sock", "sk_shutdown"),
+    step("SK_RCVLOWAT", "sock", "sk_rcvlowat"),
+    step("SK_RMEM_ALLOC", "sock", "sk_backlog.rmem_alloc"),
+    step("SK_SOCKET", "sock", "sk_socket"),
+    optional("SK_MEMCG", "sock", "sk_memcg"),
+    step("WRITE_SEQ", "tcp_sock", "write_seq"),
+    step("COPIED_SEQ", "tcp_sock", "copied_seq"),
+    step("ULP_OPS", "inet_connection_sock", "icsk_ulp_ops"),
+    step("SOCKET_FILE", "socket", "file"),
+    step("FILE_FLAGS", "file", "f_flags"),
+    step("FILE_DENTRY", "file", "f_path.dentry"),
+    step("MM_EXE_FILE", "mm_struct", "exe_file"),
+    step("TASK_MM", "task_struct", "mm"),
+    step("DENTRY_NAME", "dentry", "d_name.name"),
+    optional("MEMCG_MEMORY", "mem_cgroup", "memory"),
+    optional("MEMCG_TCPMEM", "mem_cgroup", "tcpmem"),
+    step("COUNTER_USAGE", "page_counter", "usage"),
+    step("COUNTER_MAX", "page_counter", "max"),
+    step("COUNTER_PARENT", "page_counter", "parent"),
+];
+
+/// Where the kernel publishes its types.
+pub const VMLINUX_BTF: &str = "/sys/kernel/btf/vmlinux";
+
+/// Why the offsets are not known. Owners are then those of the task that connects, and nothing can be joined.
+#[derive(Debug, thiserror::Error)]
+pub enum OffsetError {
+    /// No type information, or not readable.
+    #[error("reading the kernel's types from {VMLINUX_BTF} (CONFIG_DEBUG_INFO_BTF)")]
+    Read(#[source] btf_rs::Error),
+    /// This kernel lays it out otherwise.
+    #[error("looking for {member} in the kernel's struct {name}")]
+    Missing {
+        /// Name of the struct.
+        name: &'static str,
+        /// Name of the member.
+        member: &'static str,
+    },
+}
+
+/// Look them up. Takes some tens of milliseconds, so only when the programs are loaded.
+pub fn find() -> Result<Offsets, OffsetError> {
+    let btf = Btf::from_file(VMLINUX_BTF).map_err(OffsetError::Read)?;
+    let mut offsets = look_up(&btf, MEMBERS.iter())?;
+    offsets.push((HELPER.0, has_helper(&btf, HELPER.1).into()));
+    Ok(offsets)
+}
+
+/// Those of the programs that join connections.
+pub fn find_for_joining() -> Result<Offsets, OffsetError> {
+    let btf = Btf::from_file(VMLINUX_BTF).map_err(OffsetError::Read)?;
+    look_up(&btf, MEMBERS[..SHARED].iter().chain(&JOIN))
+}
+
+fn has_helper(btf: &Btf, helper: &str) -> bool {
+    let types = btf.resolve_types_by_name("bpf_func_id").unwrap_or_default();
+    types.iter().any(|ty| match ty {
+        Type::Enum(helpers) => {
+            helpers.members.iter().any(|member| btf.resolve_name(member).is_ok_and(|name| name == helper))
+        }
+        _ => false,
+    })
+}
+
+fn look_up(btf: &Btf, steps: impl Iterator<Item = &'static OffsetStep>) -> Result<Offsets, OffsetError> {
+    steps
+        .map(|&OffsetStep { global, name, member, optional }| {
+            let found = offset(btf, name, member).or(optional.then_some(0));
+            found.map(|offset| (global, offset)).ok_or(OffsetError::Missing { name, member })
+        })
+        .collect()
+}
+
+fn offset(btf: &Btf, name: &str, path: &str) -> Option<u32> {
+    btf.resolve_types_by_name(name).ok()?.into_iter().find_map(|ty| offset_in(btf, &ty, path))
+}
+
+/// In bytes; anonymous structs and unions are looked into.
+fn offset_in(btf: &Btf, ty: &Type, path: &str) -> Option<u32> {
+    let (Type::Struct(ty) | Type::Union(ty)) = ty else { return None };
+    let (member, rest) = path.split_once('.').map_or((path, None), |(member, rest)| (member, Some(rest)));
+    ty.members.iter().find_map(|found| {
+        let name = btf.resolve_name(found).unwrap_or_default();
+        let inside = match rest {
+            None if name == member => Some(0),
+            Some(rest) if name == member => offset_in(btf, &plain_type(btf, found)?, rest),
+            _ if name.is_empty() => offset_in(btf, &plain_type(btf, found)?, path),
+            _ => None,
+        };
+        inside.map(|inside| inside + found.bit_offset() / 8)
+    })
+}
+
+/// The type of a member without its names and qualifiers.
+fn plain_type(btf: &Btf, member: &Member) -> Option<Type> {
+    let mut ty = btf.resolve_chained_type(member).ok()?;
+    loop {
+        let next = match &ty {
+            Type::Typedef(inner) => btf.resolve_chained_type(inner),
+            Type::Const(inner) => btf.resolve_chained_type(inner),
+            Type::Volatile(inner) => btf.resolve_chained_type(inner),
+            _ => return Some(ty),
+        };
+        ty = next.ok()?;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn this_kernel_tells_where_credentials_are() {
+        let offsets = super::find().expect("offsets");
+        assert!(offsets.iter().all(|(name, offset)| !name.is_empty() && *offset > 0), "{offsets:?}");
+    }
+
+    #[test]
+    fn members_inside_of_others_are_found() {
+        let offsets = super::find_for_joining().expect("offsets");
+        let of = |global: &str| offsets.iter().find(|(name, _)| *name == global).expect("listed").1;
+        assert_eq!(of("SK_SOCKET"), of("SOCK_SOCKET_OFF"));
+        for inner in ["SK_RMEM_ALLOC", "FILE_DENTRY", "DENTRY_NAME", "MM_EXE_FILE", "WRITE_SEQ", "COPIED_SEQ"]
+        {
+            assert!(of(inner) > 0, "{inner}: {offsets:?}");
+        }
+    }
+}

@@ -1,0 +1,152 @@
+//! What a source asks for one pod.
+
+use std::{collections::BTreeMap, fmt, path::PathBuf};
+
+use clap::{Args as _, Command, FromArgMatches as _};
+use serde::{Deserialize, Serialize};
+
+use crate::{
+    cgroup::CgroupDir,
+    options::{Config, EtcFiles, OptionError, RawOptions},
+    store::{Origin, Record},
+};
+
+/// A pod's identity, the same for all sources that speak of it.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Key {
+    /// A file of the folder.
+    File(String),
+    /// A pod by its UID, or a sandbox by its id.
+    Pod(String),
+    /// One that was attached by command, by the cookie of its namespace.
+    Command(u64),
+}
+
+impl Key {
+    /// The identity of an attached pod.
+    pub fn of_record(record: &Record) -> Self {
+        match &record.origin {
+            Origin::Command => Self::Command(record.cookie),
+            Origin::File { name } => Self::File(name.clone()),
+            Origin::Pod { uid, .. } => Self::Pod(uid.clone()),
+        }
+    }
+}
+
+impl fmt::Display for Key {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::File(name) => write!(f, "file/{name}"),
+            Self::Pod(uid) => write!(f, "pod/{uid}"),
+            Self::Command(cookie) => write!(f, "command/{cookie}"),
+        }
+    }
+}
+
+/// A pod that is to be captured.
+#[derive(Clone, Debug, PartialEq)]
+pub struct DesiredPod {
+    /// Who asks.
+    pub origin: Origin,
+    /// Where its processes are.
+    pub cgroup: PathBuf,
+    /// Its namespace; by default that of its processes.
+    pub netns: Option<PathBuf>,
+    /// What to capture.
+    pub options: CaptureOptions,
+}
+
+/// What to capture, as a source has it.
+#[derive(Clone, Debug, PartialEq)]
+pub enum CaptureOptions {
+    /// The options of `attach`.
+    Args(CaptureArgs),
+    /// Validated before.
+    Config(Box<Config>),
+}
+
+/// The options of `attach`: its flags, and its environment.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct CaptureArgs {
+    /// Flags and their values, as on the command line.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub arguments: Vec<String>,
+    /// The variables of the options; the daemon's own environment does not count.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub environment: BTreeMap<String, String>,
+}
+
+/// Options that do not hold.
+#[derive(Debug, thiserror::Error)]
+pub enum CaptureArgsError {
+    /// Not flags of `attach`.
+    #[error("reading the options: {}", first_line(.0))]
+    Flags(clap::Error),
+    /// A value is wrong.
+    #[error(transparent)]
+    Value(#[from] OptionError),
+    /// What is no policy, but something to do.
+    #[error(
+        "option {0} is for one run of the command line: a pod of the daemon takes options of what to capture alone"
+    )]
+    Switch(&'static str),
+}
+
+/// clap's errors go on with how to use a command, which here is none.
+fn first_line(error: &clap::Error) -> String {
+    let text = error.to_string();
+    let line = text.lines().next().unwrap_or_default();
+    line.strip_prefix("error: ").unwrap_or(line).to_owned()
+}
+
+impl CaptureArgs {
+    /// Validate, with the users, groups and resolvers of the pod if anything runs in it yet.
+    pub fn validate(&self, cgroup: &CgroupDir) -> Result<Config, CaptureArgsError> {
+        self.validate_with(&EtcFiles::of_pod(cgroup))
+    }
+
+    /// Validate with the names of this machine: for options that name nobody.
+    pub fn check(&self) -> Result<Config, CaptureArgsError> {
+        self.validate_with(&EtcFiles::below("/"))
+    }
+
+    fn validate_with(&self, files: &EtcFiles) -> Result<Config, CaptureArgsError> {
+        let command = Command::new("pod").no_binary_name(true).disable_help_flag(true);
+        let matches = RawOptions::augment_args(command)
+            .try_get_matches_from(&self.arguments)
+            .map_err(CaptureArgsError::Flags)?;
+        let raw = RawOptions::from_arg_matches(&matches).map_err(CaptureArgsError::Flags)?;
+        let raw = raw.read_env(|name| self.environment.get(name).cloned());
+        let (config, switches, _notes) = raw.validate(files)?;
+        for (set, name) in [
+            (switches.dry_run, "--dry-run"),
+            (switches.cleanup_only, "--cleanup-only"),
+            (switches.skip_rule_apply, "--skip-rule-apply"),
+            (switches.run_validation, "--run-validation"),
+            (switches.network_namespace.is_some(), "--network-namespace"),
+        ] {
+            if set {
+                return Err(CaptureArgsError::Switch(name));
+            }
+        }
+        Ok(config)
+    }
+}
+
+impl DesiredPod {
+    /// What is in force, asked for again.
+    pub fn of_record(record: &Record) -> Self {
+        Self {
+            origin: record.origin.clone(),
+            cgroup: record.cgroup.clone(),
+            netns: record.netns_path.clone(),
+            options: CaptureOptions::Config(Box::new(record.config.clone())),
+        }
+    }
+
+    /// A name for people: `namespace/name` of a pod, or what there is.
+    pub fn name(&self) -> String {
+        self.origin.name().unwrap_or_else(|| self.cgroup.display().to_string())
+    }
+}

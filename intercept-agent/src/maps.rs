@@ -1,0 +1,421 @@
+//! The pinned maps of a node, typed.
+
+use std::{
+    io,
+    os::fd::AsFd as _,
+    path::{Path, PathBuf},
+};
+
+use aya::maps::{
+    HashMap, IterableMap as _, MapData, MapError, MapInfo, PerCpuArray, PerCpuValues, SockHash,
+    lpm_trie::{Key, LpmTrie},
+};
+use intercept_common::{
+    Addr,
+    layout::{
+        ConnKey, Destination, DestinationKey, ListenerKey, MemberKey, OrigDst, PodPolicy, PortKey, Proxy,
+        ReasonCounters, budget,
+    },
+    names,
+};
+
+use crate::{
+    compile::Entries,
+    sys::{self, Plain, SharedArray},
+};
+
+mod proxy;
+
+pub use proxy::Registered;
+
+type Hash<K, V> = HashMap<MapData, Plain<K>, Plain<V>>;
+
+/// The maps, opened from their pins.
+pub struct Maps {
+    /// Netns cookie to policy.
+    pub pods: HashMap<MapData, u64, Plain<PodPolicy>>,
+    destinations: LpmTrie<MapData, Plain<DestinationKey>, Plain<Destination>>,
+    ports: LpmTrie<MapData, Plain<PortKey>, Plain<u32>>,
+    groups: Hash<MemberKey, u32>,
+    interfaces: Hash<MemberKey, u32>,
+    listeners: SockHash<MapData, Plain<ListenerKey>>,
+    orig_dst: Hash<ConnKey, OrigDst>,
+    proxies: SharedArray<Proxy>,
+    max_connections: u32,
+    decisions: PerCpuArray<MapData, Plain<ReasonCounters>>,
+}
+
+/// Key of DESTINATIONS with its prefix length.
+#[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
+#[repr(C)]
+struct PrefixKey {
+    prefix_len: u32,
+    key: DestinationKey,
+}
+
+/// Key of PORTS with its prefix length.
+#[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
+#[repr(C)]
+struct PortPrefixKey {
+    prefix_len: u32,
+    key: PortKey,
+}
+
+impl PrefixKey {
+    /// The one of a policy that comes first in the trie's order: written first and removed last, it leads to all others.
+    fn first(policy: u32) -> Self {
+        Self { prefix_len: 160, key: DestinationKey { policy, addr: Addr::UNSPECIFIED } }
+    }
+}
+
+impl PortPrefixKey {
+    /// As [`PrefixKey::first`]. No packet has port 0.
+    fn first(policy: u32) -> Self {
+        Self { prefix_len: PortKey::BITS, key: PortKey::new(policy, 0) }
+    }
+}
+
+/// How much of its budget in each map one policy uses.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct PolicyUsage {
+    /// Entries of DESTINATIONS.
+    pub destinations: usize,
+    /// Entries of PORTS.
+    pub ports: usize,
+    /// Entries of GROUPS.
+    pub groups: usize,
+    /// Entries of INTERFACES.
+    pub interfaces: usize,
+}
+
+/// [`PolicyUsage`] by the ids of the policies.
+pub type UsageOf = std::collections::HashMap<u32, PolicyUsage>;
+
+impl PolicyUsage {
+    /// Name of each map, entries in use, and entries that a pod may have.
+    pub fn by_map(&self) -> [(&'static str, usize, u32); 4] {
+        [
+            (names::DESTINATIONS, self.destinations, budget::DESTINATIONS),
+            (names::PORTS, self.ports, budget::PORTS),
+            (names::GROUPS, self.groups, budget::GROUPS),
+            (names::INTERFACES, self.interfaces, budget::INTERFACES),
+        ]
+    }
+}
+
+/// How full the maps are.
+pub struct MapsUsage {
+    /// What each policy uses of its budgets.
+    pub usage: UsageOf,
+    /// Name, entries in use, entries there is room for.
+    pub maps: Vec<(&'static str, usize, u32)>,
+}
+
+/// A map call failed.
+#[derive(Debug, thiserror::Error)]
+#[error("{action} map {map}{}", self.hint())]
+pub struct MapsError {
+    action: &'static str,
+    map: String,
+    #[source]
+    source: MapError,
+}
+
+impl MapsError {
+    /// Whether the map has no room.
+    pub fn is_full(&self) -> bool {
+        matches!(&self.source, MapError::SyscallError(e) if e.io_error.raw_os_error() == Some(libc::E2BIG)
+            || e.io_error.raw_os_error() == Some(libc::ENOSPC))
+    }
+
+    fn hint(&self) -> &'static str {
+        if self.is_full() {
+            ", which is full: shorten the pod's lists of CIDRs, ports and groups, or run fewer pods on this node"
+        } else {
+            ""
+        }
+    }
+}
+
+fn failed(action: &'static str, map: &str) -> impl FnOnce(MapError) -> MapsError {
+    move |source| MapsError { action, map: map.to_owned(), source }
+}
+
+fn gone_is_fine(result: Result<(), MapError>) -> Result<(), MapError> {
+    match result {
+        Err(MapError::KeyNotFound) => Ok(()),
+        Err(MapError::SyscallError(error)) if error.io_error.kind() == io::ErrorKind::NotFound => Ok(()),
+        other => other,
+    }
+}
+
+fn is_there<T>(found: Result<T, MapError>) -> Result<bool, MapError> {
+    match found {
+        Ok(_) => Ok(true),
+        Err(MapError::KeyNotFound) => Ok(false),
+        Err(error) => Err(error),
+    }
+}
+
+fn open<T: TryFrom<aya::maps::Map, Error = MapError>>(
+    dir: &Path,
+    name: &str,
+    wrap: fn(MapData) -> aya::maps::Map,
+) -> Result<T, MapsError> {
+    let path: PathBuf = dir.join(name);
+    let data = MapData::from_pin(&path).map_err(failed("opening", &path.display().to_string()))?;
+    T::try_from(wrap(data)).map_err(failed("opening", name))
+}
+
+fn entries<K: bytemuck::Pod, V: bytemuck::Pod>(map: &MapData, name: &str) -> Result<Vec<(K, V)>, MapsError> {
+    sys::entries(map.fd().as_fd()).map_err(|error| failed("reading", name)(MapError::IoError(error)))
+}
+
+impl Maps {
+    /// Open all of them from their folder.
+    pub fn open(dir: &Path) -> Result<Self, MapsError> {
+        use aya::maps::Map;
+        Ok(Self {
+            pods: open(dir, names::POLICIES, Map::HashMap)?,
+            destinations: open(dir, names::DESTINATIONS, Map::LpmTrie)?,
+            ports: open(dir, names::PORTS, Map::LpmTrie)?,
+            groups: open(dir, names::GROUPS, Map::HashMap)?,
+            interfaces: open(dir, names::INTERFACES, Map::HashMap)?,
+            listeners: open(dir, names::LISTENERS, Map::SockHash)?,
+            orig_dst: open(dir, names::ORIG_DST, Map::HashMap)?,
+            proxies: proxy::open(dir)?,
+            max_connections: MapInfo::from_pin(dir.join(names::ORIG_DST))
+                .map_err(failed("asking for the size of", names::ORIG_DST))?
+                .max_entries(),
+            decisions: open(dir, names::COUNTERS, Map::PerCpuArray)?,
+        })
+    }
+
+    /// The policies in force.
+    pub fn policies(&self) -> Result<Vec<(u64, PodPolicy)>, MapsError> {
+        entries(self.pods.map(), names::POLICIES)
+    }
+
+    /// The policy of a namespace.
+    pub fn policy(&self, cookie: u64) -> Result<Option<PodPolicy>, MapsError> {
+        match self.pods.get(&cookie, 0) {
+            Ok(policy) => Ok(Some(policy.0)),
+            Err(MapError::KeyNotFound) => Ok(None),
+            Err(error) => Err(failed("reading", names::POLICIES)(error)),
+        }
+    }
+
+    /// Put a policy in force, or another in its place: the one step that connections notice.
+    pub fn activate(&mut self, cookie: u64, policy: &PodPolicy) -> Result<(), MapsError> {
+        self.pods.insert(cookie, Plain(*policy), 0).map_err(failed("switching on a pod in", names::POLICIES))
+    }
+
+    /// Let the namespace alone from here on.
+    pub fn deactivate(&mut self, cookie: u64) -> Result<(), MapsError> {
+        gone_is_fine(self.pods.remove(&cookie)).map_err(failed("switching off a pod in", names::POLICIES))
+    }
+
+    /// Write the lists of a policy that is not in force yet. After a failure none of them is left: half of a list that
+    /// did not fit would take the room of other pods.
+    pub fn write(&mut self, id: u32, entries: &Entries) -> Result<(), MapsError> {
+        let written = self.write_all(id, entries);
+        if written.is_err() {
+            self.remove_lists(&[id])?;
+        }
+        written
+    }
+
+    fn write_all(&mut self, id: u32, entries: &Entries) -> Result<(), MapsError> {
+        let is_first = |(len, addr, _): &&(u32, Addr, Destination)| *len == 128 && addr.is_unspecified();
+        let first = entries.destinations.iter().find(is_first);
+        for (prefix_len, addr, destination) in first.into_iter().chain(&entries.destinations) {
+            let key = Key::new(32 + prefix_len, Plain(DestinationKey { policy: id, addr: *addr }));
+            self.destinations
+                .insert(&key, Plain(*destination), 0)
+                .map_err(failed("writing to", names::DESTINATIONS))?;
+        }
+        for prefix in &entries.ports {
+            let key = Key::new(32 + prefix.len, Plain(PortKey::new(id, prefix.port)));
+            self.ports.insert(&key, Plain(prefix.bits), 0).map_err(failed("writing to", names::PORTS))?;
+        }
+        for (map, name, members) in [
+            (&mut self.groups, names::GROUPS, &entries.groups),
+            (&mut self.interfaces, names::INTERFACES, &entries.interfaces),
+        ] {
+            for (&member, &bits) in members {
+                map.insert(Plain(MemberKey { policy: id, member }), Plain(bits), 0)
+                    .map_err(failed("writing to", name))?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Take out every list entry of these policies. What other pods have is not read through for the long lists.
+    pub fn remove_lists(&mut self, ids: &[u32]) -> Result<(), MapsError> {
+        for &id in ids {
+            for key in self.destinations_of(id)? {
+                gone_is_fine(self.destinations.remove(&Key::new(key.prefix_len, Plain(key.key))))
+                    .map_err(failed("purging", names::DESTINATIONS))?;
+            }
+            for key in self.ports_of(id)? {
+                gone_is_fine(self.ports.remove(&Key::new(key.prefix_len, Plain(key.key))))
+                    .map_err(failed("purging", names::PORTS))?;
+            }
+        }
+        for (map, name) in [(&mut self.groups, names::GROUPS), (&mut self.interfaces, names::INTERFACES)] {
+            for (key, _) in entries::<MemberKey, u32>(map.map(), name)? {
+                if ids.contains(&key.policy) {
+                    gone_is_fine(map.remove(&Plain(key))).map_err(failed("purging", name))?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// The keys of a policy in DESTINATIONS, the first one last.
+    fn destinations_of(&self, id: u32) -> Result<Vec<PrefixKey>, MapsError> {
+        let first = PrefixKey::first(id);
+        let found = self.destinations.get(&Key::new(first.prefix_len, Plain(first.key)), 0);
+        if !is_there(found).map_err(failed("reading", names::DESTINATIONS))? {
+            return Ok(Vec::new());
+        }
+        let is_its = |key: &PrefixKey| key.key.policy == id;
+        let map = self.destinations.map().fd().as_fd();
+        let found = sys::entries_after::<_, Destination>(map, &first, is_its)
+            .map_err(|error| failed("reading", names::DESTINATIONS)(MapError::IoError(error)))?;
+        Ok(found.into_iter().map(|(key, _)| key).chain([first]).collect())
+    }
+
+    /// The keys of a policy in PORTS, the first one last.
+    fn ports_of(&self, id: u32) -> Result<Vec<PortPrefixKey>, MapsError> {
+        let first = PortPrefixKey::first(id);
+        let found = self.ports.get(&Key::new(first.prefix_len, Plain(first.key)), 0);
+        if !is_there(found).map_err(failed("reading", names::PORTS))? {
+            return Ok(Vec::new());
+        }
+        let is_its = |key: &PortPrefixKey| key.key.policy() == id;
+        let map = self.ports.map().fd().as_fd();
+        let found = sys::entries_after::<_, u32>(map, &first, is_its)
+            .map_err(|error| failed("reading", names::PORTS)(MapError::IoError(error)))?;
+        Ok(found.into_iter().map(|(key, _)| key).chain([first]).collect())
+    }
+
+    /// What each policy uses of its budgets, by its id.
+    pub fn usage(&self) -> Result<UsageOf, MapsError> {
+        let mut usage = UsageOf::new();
+        let reading = |name| move |error| failed("reading", name)(MapError::IoError(error));
+        let fd = self.destinations.map().fd().as_fd();
+        sys::for_each_batch(fd, |keys: &[PrefixKey], _: &[Destination]| {
+            keys.iter().for_each(|key| usage.entry(key.key.policy).or_default().destinations += 1);
+        })
+        .map_err(reading(names::DESTINATIONS))?;
+        sys::for_each_batch(self.ports.map().fd().as_fd(), |keys: &[PortPrefixKey], _: &[u32]| {
+            keys.iter().for_each(|key| usage.entry(key.key.policy()).or_default().ports += 1);
+        })
+        .map_err(reading(names::PORTS))?;
+        sys::for_each_batch(self.groups.map().fd().as_fd(), |keys: &[MemberKey], _: &[u32]| {
+            keys.iter().for_each(|key| usage.entry(key.policy).or_default().groups += 1);
+        })
+        .map_err(reading(names::GROUPS))?;
+        sys::for_each_batch(self.interfaces.map().fd().as_fd(), |keys: &[MemberKey], _: &[u32]| {
+            keys.iter().for_each(|key| usage.entry(key.policy).or_default().interfaces += 1);
+        })
+        .map_err(reading(names::INTERFACES))?;
+        Ok(usage)
+    }
+
+    /// Forget the connections and listeners of every namespace that `keep` does not want; says how many.
+    pub fn purge_connections(&mut self, keep: impl Fn(u64) -> bool) -> Result<usize, MapsError> {
+        let mut purged = 0;
+        for (key, _) in self.originals()? {
+            if !keep(key.netns) {
+                gone_is_fine(self.orig_dst.remove(&Plain(key)))
+                    .map_err(failed("purging", names::ORIG_DST))?;
+                purged += 1;
+            }
+        }
+        let listeners: Vec<_> =
+            self.listeners.keys().filter_map(Result::ok).filter(|key| !keep(key.0.netns)).collect();
+        for key in &listeners {
+            gone_is_fine(self.listeners.remove(key)).map_err(failed("purging", names::LISTENERS))?;
+        }
+        Ok(purged + listeners.len())
+    }
+
+    fn originals(&self) -> Result<Vec<(ConnKey, OrigDst)>, MapsError> {
+        entries(self.orig_dst.map(), names::ORIG_DST)
+    }
+
+    /// How full the maps are. The many connections are not counted here: the programs have done so. `dir` is the folder
+    /// of the maps.
+    pub fn fill(&self, dir: &Path) -> Result<MapsUsage, MapsError> {
+        let policies = self.policies()?;
+        let connections: u64 = policies.iter().map(|(_, policy)| self.connections(policy.slot)).sum();
+        let usage = self.usage()?;
+        let sum = |of: fn(&PolicyUsage) -> usize| usage.values().map(of).sum();
+        let used = [
+            (names::POLICIES, policies.len()),
+            (names::ORIG_DST, usize::try_from(connections).unwrap_or(usize::MAX)),
+            (names::DESTINATIONS, sum(|usage| usage.destinations)),
+            (names::LISTENERS, self.listeners.keys().count()),
+            (names::PORTS, sum(|usage| usage.ports)),
+            (names::GROUPS, sum(|usage| usage.groups)),
+            (names::INTERFACES, sum(|usage| usage.interfaces)),
+        ];
+        let with_room = used.into_iter().map(|(name, used)| {
+            let info = MapInfo::from_pin(dir.join(name)).map_err(failed("asking for the size of", name))?;
+            Ok((name, used, info.max_entries()))
+        });
+        let maps = with_room.collect::<Result<_, _>>()?;
+        Ok(MapsUsage { usage, maps })
+    }
+
+    /// How many redirected connections one pod may have: a quarter of those that the node remembers, so that no three
+    /// pods are in each other's way.
+    pub fn max_connections_per_pod(&self) -> u32 {
+        (self.max_connections / 4).max(1)
+    }
+
+    /// The counters of a slot, all CPUs added up.
+    pub fn counters(&self, slot: u32) -> Result<ReasonCounters, MapsError> {
+        let values = self.decisions.get(&slot, 0).map_err(failed("reading", names::COUNTERS))?;
+        let mut sum: ReasonCounters = bytemuck::Zeroable::zeroed();
+        for cpu in values.iter() {
+            sum.add(&cpu.0);
+        }
+        Ok(sum)
+    }
+
+    /// Start a slot from nothing: neither counts nor what is known of a proxy are another pod's.
+    pub fn reset_slot(&mut self, slot: u32) -> Result<(), MapsError> {
+        self.reset_proxy(slot);
+        let cpus = aya::util::nr_cpus()
+            .map_err(|(_, e)| failed("counting CPUs for", names::COUNTERS)(MapError::IoError(e)))?;
+        let zero = Plain(bytemuck::Zeroable::zeroed());
+        let values = PerCpuValues::try_from(vec![zero; cpus])
+            .map_err(|e| failed("writing to", names::COUNTERS)(MapError::IoError(e)))?;
+        self.decisions.set(slot, values, 0).map_err(failed("writing to", names::COUNTERS))
+    }
+
+    /// What the programs would find for an address.
+    pub fn destination(&self, policy: u32, addr: Addr) -> Option<Destination> {
+        self.destinations.get(&Key::new(160, Plain(DestinationKey { policy, addr })), 0).ok().map(|d| d.0)
+    }
+
+    /// What the programs would find for a port.
+    pub fn port(&self, policy: u32, port: u16) -> u32 {
+        self.ports
+            .get(&Key::new(PortKey::BITS, Plain(PortKey::new(policy, port))), 0)
+            .map_or(0, |bits| bits.0)
+    }
+
+    /// Whether the programs would find a group.
+    pub fn group(&self, policy: u32, gid: u32) -> bool {
+        self.groups.get(&Plain(MemberKey { policy, member: gid }), 0).is_ok()
+    }
+
+    /// What the programs would find for an interface.
+    pub fn interface(&self, policy: u32, ifindex: u32) -> u32 {
+        self.interfaces.get(&Plain(MemberKey { policy, member: ifindex }), 0).map_or(0, |bits| bits.0)
+    }
+}

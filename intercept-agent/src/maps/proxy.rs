@@ -1,0 +1,143 @@
+//! What is known of the pods' proxies: PROXY_STATE, whose words the programs and the agent change without a call, and
+//! LISTENERS.
+
+use std::{
+    mem::{offset_of, size_of},
+    os::fd::AsFd as _,
+    path::Path,
+    sync::atomic::{AtomicU64, Ordering},
+};
+
+use aya::maps::{Array, IterableMap as _, MapData, MapError};
+use intercept_common::{
+    layout::{ListenerKey, MAX_PODS, PodPolicy, Proxy, ProxyPort, Ring, scope},
+    names,
+};
+
+use super::{Maps, MapsError, failed};
+use crate::sys::{Plain, SharedArray};
+
+/// Whether a socket was registered.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Registered {
+    /// It gets the connections that are steered to its port.
+    Yes,
+    /// It is of MPTCP, which no map of sockets takes.
+    Mptcp,
+}
+
+pub(super) fn open(dir: &Path) -> Result<SharedArray<Proxy>, MapsError> {
+    let map: Array<MapData, Plain<Proxy>> = super::open(dir, names::PROXY_STATE, aya::maps::Map::Array)?;
+    SharedArray::map(map.map().fd().as_fd(), MAX_PODS as usize)
+        .map_err(|error| failed("sharing memory with", names::PROXY_STATE)(MapError::IoError(error)))
+}
+
+impl Maps {
+    /// Register a socket that listened before the programs were attached, beside those that the programs register at
+    /// the same time. The key's slot is chosen here.
+    pub fn register_listener(
+        &mut self,
+        slot: u32,
+        port: ProxyPort,
+        key: ListenerKey,
+        socket: &impl std::os::fd::AsRawFd,
+    ) -> Result<Registered, MapsError> {
+        const BPF_NOEXIST: u64 = 1;
+        let index = Proxy::index(port, key.family == 6, key.scope);
+        let top = offset_of!(Proxy, rings) + index * size_of::<Ring>() + offset_of!(Ring, top);
+        let (Some(top), Some(mptcp)) = (
+            self.proxies.word(slot as usize, top),
+            self.proxies.word(slot as usize, offset_of!(Proxy, mptcp)),
+        ) else {
+            return Ok(Registered::Yes);
+        };
+        loop {
+            let next = top.fetch_add(1, Ordering::Relaxed);
+            let key = ListenerKey { slot: u32::try_from(next).unwrap_or(u32::MAX), ..key };
+            match self.listeners.insert(Plain(key), socket.as_raw_fd(), BPF_NOEXIST) {
+                Ok(()) => {
+                    mptcp.fetch_and(!(1 << index), Ordering::Relaxed);
+                    return Ok(Registered::Yes);
+                }
+                Err(MapError::SyscallError(error))
+                    if error.io_error.raw_os_error() == Some(libc::EOPNOTSUPP) =>
+                {
+                    mptcp.fetch_or(1 << index, Ordering::Relaxed);
+                    return Ok(Registered::Mptcp);
+                }
+                // The program took it first, as that of the newest which was closed.
+                Err(MapError::SyscallError(error)) if error.io_error.raw_os_error() == Some(libc::EEXIST) => {
+                }
+                Err(error) => return Err(failed("registering a listener in", names::LISTENERS)(error)),
+            }
+        }
+    }
+
+    /// The listeners held for a namespace.
+    pub fn listeners(&self, cookie: u64) -> Result<Vec<ListenerKey>, MapsError> {
+        let mut found = Vec::new();
+        for key in self.listeners.keys() {
+            let key = key.map_err(failed("reading", names::LISTENERS))?.0;
+            if key.netns == cookie {
+                found.push(key);
+            }
+        }
+        Ok(found)
+    }
+
+    /// A word of what is known of the proxy of a slot.
+    pub(super) fn proxy(&self, slot: u32, offset: usize) -> Option<&AtomicU64> {
+        self.proxies.word(slot as usize, offset)
+    }
+
+    /// Say how the proxy's listener of a port and family is bound: one of `layout::bound`.
+    pub fn set_bound(&self, slot: u32, port: ProxyPort, v6: bool, bound: u16) {
+        let cell = |index: usize| {
+            self.proxies.half_word(slot as usize, offset_of!(Proxy, bound) + index * size_of::<u16>())
+        };
+        let v4_seen = cell(Proxy::v4_seen(port)).is_some_and(|seen| seen.load(Ordering::Relaxed) != 0);
+        for (index, value) in Proxy::bind(port, v6, bound, v4_seen) {
+            if let Some(cell) = cell(index) {
+                cell.store(value, Ordering::Relaxed);
+            }
+        }
+    }
+
+    /// Know nothing of the proxy and the connections of a slot that is given to a pod. No policy names the slot yet.
+    pub fn reset_proxy(&self, slot: u32) {
+        self.proxies.clear(slot as usize);
+    }
+
+    /// Listeners of the pod's proxy were made IP_TRANSPARENT.
+    pub fn set_transparent(&self, slot: u32) {
+        if let Some(cell) = self.proxy(slot, offset_of!(Proxy, transparent)) {
+            cell.store(1, Ordering::Relaxed);
+        }
+    }
+
+    /// Whether any were.
+    pub fn is_transparent(&self, slot: u32) -> bool {
+        self.proxy(slot, offset_of!(Proxy, transparent)).is_some_and(|cell| cell.load(Ordering::Relaxed) != 0)
+    }
+
+    /// How many redirected connections the pod of a slot has.
+    pub fn connections(&self, slot: u32) -> u64 {
+        self.proxy(slot, offset_of!(Proxy, connections)).map_or(0, |count| count.load(Ordering::Relaxed))
+    }
+
+    /// The ports and families (4 or 6) at which the proxy of a pod listens by MPTCP, which no map of sockets takes.
+    pub fn mptcp_listeners(&self, policy: &PodPolicy) -> Vec<(u16, u8)> {
+        let bits =
+            self.proxy(policy.slot, offset_of!(Proxy, mptcp)).map_or(0, |bits| bits.load(Ordering::Relaxed));
+        let mut found = Vec::new();
+        for port in [policy.outbound_port, policy.inbound_port, policy.dns_port] {
+            let Some(role) = policy.proxy_port(port) else { continue };
+            for (v6, family) in [(false, 4), (true, 6)] {
+                if bits & 1 << Proxy::index(role, v6, scope::ANY) != 0 && !found.contains(&(port, family)) {
+                    found.push((port, family));
+                }
+            }
+        }
+        found
+    }
+}

@@ -1,0 +1,371 @@
+//! One change in a namespace: whether it is made already, making it, and taking it back.
+
+use std::{
+    fs, io,
+    net::{Ipv4Addr, Ipv6Addr},
+};
+
+use ipnet::{IpNet, Ipv4Net, Ipv6Net};
+use netlink_packet_core::{NLM_F_CREATE, NLM_F_DUMP, NLM_F_EXCL, NLM_F_REQUEST};
+use netlink_packet_route::{
+    AddressFamily, IpProtocol, RouteNetlinkMessage,
+    address::{AddressAttribute, AddressMessage},
+    route::{RouteAddress, RouteAttribute, RouteMessage, RouteScope, RouteType},
+    rule::{RuleAction, RuleAttribute, RuleHeader, RuleMessage},
+};
+use rtnetlink::RouteMessageBuilder;
+use serde::{Deserialize, Serialize};
+
+use crate::netlink::Questions;
+
+use super::{
+    NetnsSetupError,
+    localhost::{add_local_prefix, add_localhost_by, index_of, local_prefix_route, localhost_route},
+};
+
+/// The setting of the namespace that [`NetnsChange::AcceptMark`] changes.
+pub(super) const ACCEPT_MARK: &str = "/proc/sys/net/ipv4/tcp_fwmark_accept";
+
+/// What may be made in a namespace.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(super) enum NetnsChange {
+    /// `::6/128` on the loopback interface; IPv4 has 127.0.0.6 without being told.
+    PassthroughAddress,
+    /// These addresses are local, with 127.0.0.1 or ::1 as their source: what redirected connections dial
+    /// ([`intercept_common::StandIn`]), and sources of queries.
+    LocalPrefix { net: IpNet },
+    /// 127.0.0.1 or ::1 is reached by a socket that has chosen this interface.
+    LocalhostBy { v6: bool, interface: String },
+    /// Everything is local in this table.
+    LocalTable { v6: bool, table: u32 },
+    /// Packets with this mark are routed by this table.
+    MarkRule { v6: bool, mark: u32, table: u32 },
+    /// These destinations are local in this table.
+    GuestRoute { net: IpNet, table: u32 },
+    /// TCP that arrives on this interface is routed by this table, if that has a route.
+    GuestRule { v6: bool, interface: String, table: u32 },
+    /// What accepts a marked connection answers with the mark. Holds what was set before.
+    AcceptMark { before: String },
+}
+
+impl NetnsChange {
+    /// Whether two are the same change, whatever was before it.
+    pub(super) fn same(&self, other: &Self) -> bool {
+        matches!((self, other), (Self::AcceptMark { .. }, Self::AcceptMark { .. })) || self == other
+    }
+}
+
+/// Those of the changes that are made already.
+pub(super) fn present(
+    questions: &mut Questions,
+    changes: Vec<NetnsChange>,
+) -> Result<Vec<NetnsChange>, NetnsSetupError> {
+    let mut state = Present { addresses: None, rules: [None, None], routes: [None, None] };
+    let mut found = Vec::new();
+    for change in changes {
+        let there = match &change {
+            NetnsChange::PassthroughAddress => state.has_passthrough(questions)?,
+            NetnsChange::LocalTable { v6, table } => state.has_route(questions, everything(*v6), *table)?,
+            NetnsChange::GuestRoute { net, table } => state.has_route(questions, *net, *table)?,
+            NetnsChange::MarkRule { v6, mark, table } => {
+                state.rules(questions, *v6)?.iter().any(|rule| is_mark_rule(rule, *mark, *table))
+            }
+            NetnsChange::GuestRule { v6, interface, table } => {
+                state.rules(questions, *v6)?.iter().any(|rule| is_guest_rule(rule, interface, *table))
+            }
+            NetnsChange::AcceptMark { before } => before == "1",
+            // Told by the routes, or by adding it.
+            NetnsChange::LocalPrefix { .. } | NetnsChange::LocalhostBy { .. } => false,
+        };
+        if there {
+            found.push(change);
+        }
+    }
+    Ok(found)
+}
+
+/// What netlink lists, each read once and only if it is asked for.
+struct Present {
+    addresses: Option<bool>,
+    rules: [Option<Vec<RuleMessage>>; 2],
+    routes: [Option<Vec<(IpNet, u32)>>; 2],
+}
+
+impl Present {
+    fn has_passthrough(&mut self, questions: &mut Questions) -> Result<bool, NetnsSetupError> {
+        if let Some(there) = self.addresses {
+            return Ok(there);
+        }
+        let mut question = AddressMessage::default();
+        question.header.family = AddressFamily::Inet6;
+        let question = RouteNetlinkMessage::GetAddress(question);
+        let action = "reading the addresses of the loopback interface";
+        let is_it = |message: &RouteNetlinkMessage| {
+            let RouteNetlinkMessage::NewAddress(address) = message else { return false };
+            address.header.index == LOOPBACK
+                && address.attributes.contains(&AddressAttribute::Address(PASSTHROUGH_V6.into()))
+        };
+        let found = list(questions, question, action)?;
+        Ok(*self.addresses.insert(found.iter().any(is_it)))
+    }
+
+    fn rules(&mut self, questions: &mut Questions, v6: bool) -> Result<&[RuleMessage], NetnsSetupError> {
+        let slot = &mut self.rules[usize::from(v6)];
+        if slot.is_none() {
+            *slot = Some(rules(questions, v6)?);
+        }
+        Ok(slot.as_deref().unwrap_or_default())
+    }
+
+    fn has_route(
+        &mut self,
+        questions: &mut Questions,
+        net: IpNet,
+        table: u32,
+    ) -> Result<bool, NetnsSetupError> {
+        let slot = &mut self.routes[usize::from(net.addr().is_ipv6())];
+        if slot.is_none() {
+            *slot = Some(local_routes(questions, net.addr().is_ipv6())?);
+        }
+        Ok(slot.as_ref().is_some_and(|routes| routes.contains(&(net.trunc(), table))))
+    }
+}
+
+/// Make a change. None if it exists already.
+pub(super) fn make(
+    questions: &mut Questions,
+    change: NetnsChange,
+) -> Result<Option<NetnsChange>, NetnsSetupError> {
+    let made = match &change {
+        NetnsChange::PassthroughAddress => {
+            let message = RouteNetlinkMessage::NewAddress(passthrough());
+            add(questions, message, "adding ::6/128 to the loopback interface")?
+        }
+        NetnsChange::LocalPrefix { net } => add_local_prefix(questions, *net)?,
+        NetnsChange::LocalhostBy { v6, interface } => add_localhost_by(questions, *v6, interface)?,
+        NetnsChange::GuestRoute { net, table } => {
+            let route = RouteNetlinkMessage::NewRoute(local_route(*net, *table, LOOPBACK));
+            add(questions, route, "adding a local route for a network of -i to the table of -k")?
+        }
+        NetnsChange::GuestRule { v6, interface, table } => {
+            let rule = RouteNetlinkMessage::NewRule(guest_rule(*v6, interface, *table));
+            add(questions, rule, "adding a rule for an interface of -k")?
+        }
+        NetnsChange::LocalTable { v6, table } => {
+            let route = RouteNetlinkMessage::NewRoute(local_route(everything(*v6), *table, LOOPBACK));
+            add(questions, route, "adding a local default route to the table of -r")?
+        }
+        NetnsChange::MarkRule { v6, mark, table } => {
+            let rule = RouteNetlinkMessage::NewRule(mark_rule(*v6, *mark, *table));
+            add(questions, rule, "adding a rule for the mark of -t")?
+        }
+        NetnsChange::AcceptMark { .. } => {
+            set(ACCEPT_MARK, "1").map_err(|source| NetnsSetupError::Sysctl { path: ACCEPT_MARK, source })?;
+            true
+        }
+    };
+    Ok(made.then_some(change))
+}
+
+/// Unmake a change. What is gone already is no failure; any other is logged.
+pub(super) fn unmake(questions: &mut Questions, change: &NetnsChange) -> Result<(), NetnsSetupError> {
+    let result = match change {
+        NetnsChange::PassthroughAddress => remove(questions, RouteNetlinkMessage::DelAddress(passthrough())),
+        NetnsChange::LocalTable { v6, table } => {
+            let route = local_route(everything(*v6), *table, LOOPBACK);
+            remove(questions, RouteNetlinkMessage::DelRoute(route))
+        }
+        NetnsChange::LocalPrefix { net } => {
+            remove(questions, RouteNetlinkMessage::DelRoute(local_prefix_route(*net, LOOPBACK)))
+        }
+        NetnsChange::LocalhostBy { v6, interface } => match index_of(interface) {
+            Ok(Some(index)) => remove(questions, RouteNetlinkMessage::DelRoute(localhost_route(*v6, index))),
+            // Its routes went with it.
+            Ok(None) => Ok(()),
+            Err(error) => Err(error),
+        },
+        NetnsChange::GuestRoute { net, table } => {
+            remove(questions, RouteNetlinkMessage::DelRoute(local_route(*net, *table, LOOPBACK)))
+        }
+        NetnsChange::GuestRule { v6, interface, table } => {
+            remove(questions, RouteNetlinkMessage::DelRule(guest_rule(*v6, interface, *table)))
+        }
+        NetnsChange::MarkRule { v6, mark, table } => {
+            remove(questions, RouteNetlinkMessage::DelRule(mark_rule(*v6, *mark, *table)))
+        }
+        NetnsChange::AcceptMark { before } => {
+            set(ACCEPT_MARK, before).map_err(|source| NetnsSetupError::Sysctl { path: ACCEPT_MARK, source })
+        }
+    };
+    match result {
+        Err(error) if is_absent(&error) => Ok(()),
+        Err(error) => {
+            tracing::warn!(
+                ?change,
+                error = &error as &dyn std::error::Error,
+                "undoing a change of the namespace"
+            );
+            Err(error)
+        }
+        Ok(()) => Ok(()),
+    }
+}
+
+/// Write a setting of the calling thread's namespace. Containers have /proc/sys mounted read only.
+fn set(path: &str, value: &str) -> io::Result<()> {
+    match fs::write(path, value) {
+        Err(error) if error.kind() == io::ErrorKind::ReadOnlyFilesystem => set_in_own_mount(path, value),
+        done => done,
+    }
+}
+
+/// Through a procfs that is mounted nowhere, and for this alone.
+fn set_in_own_mount(path: &str, value: &str) -> io::Result<()> {
+    use rustix::{
+        fs::{Mode, OFlags, openat},
+        mount::{FsMountFlags, FsOpenFlags, MountAttrFlags, fsconfig_create, fsmount, fsopen},
+    };
+    let context = fsopen("proc", FsOpenFlags::FSOPEN_CLOEXEC)?;
+    fsconfig_create(&context)?;
+    let proc = fsmount(&context, FsMountFlags::FSMOUNT_CLOEXEC, MountAttrFlags::empty())?;
+    let below = path.trim_start_matches("/proc/");
+    let file = openat(proc, below, OFlags::WRONLY | OFlags::CLOEXEC, Mode::empty())?;
+    io::Write::write_all(&mut fs::File::from(file), value.as_bytes())
+}
+
+/// Adds something. False if it exists already.
+pub(super) fn add(
+    questions: &mut Questions,
+    message: RouteNetlinkMessage,
+    action: &'static str,
+) -> Result<bool, NetnsSetupError> {
+    match questions.change(message, NLM_F_CREATE | NLM_F_EXCL) {
+        Ok(()) => Ok(true),
+        Err(error) if error.raw_os_error() == Some(libc::EEXIST) => Ok(false),
+        Err(source) => Err(NetnsSetupError::Netlink { action, source }),
+    }
+}
+
+fn remove(questions: &mut Questions, message: RouteNetlinkMessage) -> Result<(), NetnsSetupError> {
+    let removed = questions.change(message, 0);
+    removed.map_err(|source| NetnsSetupError::Netlink { action: "removing it", source })
+}
+
+fn list(
+    questions: &mut Questions,
+    question: RouteNetlinkMessage,
+    action: &'static str,
+) -> Result<Vec<RouteNetlinkMessage>, NetnsSetupError> {
+    let found = questions.ask(question, NLM_F_REQUEST | NLM_F_DUMP);
+    found.map(|(found, _)| found).map_err(|source| NetnsSetupError::Netlink { action, source })
+}
+
+/// Whether what was to be removed is not there, or the interface that it was for.
+fn is_absent(error: &NetnsSetupError) -> bool {
+    let NetnsSetupError::Netlink { source, .. } = error else { return false };
+    let absent = [libc::ENOENT, libc::ESRCH, libc::EADDRNOTAVAIL, libc::ENODEV];
+    source.raw_os_error().is_some_and(|code| absent.contains(&code))
+}
+
+pub(super) const PASSTHROUGH_V6: Ipv6Addr = Ipv6Addr::new(0, 0, 0, 0, 0, 0, 0, 6);
+
+/// The loopback interface has this index in every namespace (`LOOPBACK_IFINDEX` of the kernel).
+pub(super) const LOOPBACK: u32 = 1;
+
+fn passthrough() -> AddressMessage {
+    let mut message = AddressMessage::default();
+    message.header.family = AddressFamily::Inet6;
+    message.header.prefix_len = 128;
+    message.header.index = LOOPBACK;
+    message.attributes.push(AddressAttribute::Address(PASSTHROUGH_V6.into()));
+    message
+}
+
+/// Prefix and table of the local routes of a family.
+fn local_routes(questions: &mut Questions, v6: bool) -> Result<Vec<(IpNet, u32)>, NetnsSetupError> {
+    let mut question = RouteMessage::default();
+    question.header.address_family = family(v6);
+    let found = list(questions, RouteNetlinkMessage::GetRoute(question), "reading the routes")?;
+    let key = |message| {
+        let RouteNetlinkMessage::NewRoute(route) = message else { return None };
+        if route.header.kind != RouteType::Local || route.header.address_family != family(v6) {
+            return None;
+        }
+        let (mut address, mut table) = (everything(v6).addr(), u32::from(route.header.table));
+        for attribute in &route.attributes {
+            match attribute {
+                RouteAttribute::Destination(RouteAddress::Inet(to)) => address = (*to).into(),
+                RouteAttribute::Destination(RouteAddress::Inet6(to)) => address = (*to).into(),
+                RouteAttribute::Table(number) => table = *number,
+                _ => {}
+            }
+        }
+        Some((IpNet::new(address, route.header.destination_prefix_length).ok()?, table))
+    };
+    Ok(found.into_iter().filter_map(key).collect())
+}
+
+fn family(v6: bool) -> AddressFamily {
+    if v6 { AddressFamily::Inet6 } else { AddressFamily::Inet }
+}
+
+fn everything(v6: bool) -> IpNet {
+    if v6 { Ipv6Net::default().into() } else { Ipv4Net::default().into() }
+}
+
+pub(super) fn local_route(net: IpNet, table: u32, lo: u32) -> RouteMessage {
+    macro_rules! build {
+        ($family:ty, $net:expr) => {
+            RouteMessageBuilder::<$family>::new()
+                .destination_prefix($net.network(), $net.prefix_len())
+                .kind(RouteType::Local)
+                .scope(RouteScope::Host)
+                .table_id(table)
+                .output_interface(lo)
+                .build()
+        };
+    }
+    match net {
+        IpNet::V4(net) => build!(Ipv4Addr, net),
+        IpNet::V6(net) => build!(Ipv6Addr, net),
+    }
+}
+
+fn guest_rule(v6: bool, interface: &str, table: u32) -> RuleMessage {
+    let mut rule = RuleMessage::default();
+    rule.header = RuleHeader { family: family(v6), action: RuleAction::ToTable, ..RuleHeader::default() };
+    rule.attributes.push(RuleAttribute::Iifname(interface.to_owned()));
+    rule.attributes.push(RuleAttribute::IpProtocol(IpProtocol::Tcp));
+    rule.attributes.push(RuleAttribute::Table(table));
+    rule
+}
+
+fn is_guest_rule(rule: &RuleMessage, interface: &str, table: u32) -> bool {
+    rule.attributes.contains(&RuleAttribute::Iifname(interface.to_owned()))
+        && rule.attributes.contains(&RuleAttribute::Table(table))
+}
+
+fn mark_rule(v6: bool, mark: u32, table: u32) -> RuleMessage {
+    let mut rule = RuleMessage::default();
+    rule.header = RuleHeader { family: family(v6), action: RuleAction::ToTable, ..RuleHeader::default() };
+    rule.attributes.push(RuleAttribute::FwMark(mark));
+    rule.attributes.push(RuleAttribute::Table(table));
+    rule
+}
+
+fn rules(questions: &mut Questions, v6: bool) -> Result<Vec<RuleMessage>, NetnsSetupError> {
+    let mut question = RuleMessage::default();
+    question.header.family = family(v6);
+    let found = list(questions, RouteNetlinkMessage::GetRule(question), "reading the rules")?;
+    let rule = |message| match message {
+        RouteNetlinkMessage::NewRule(rule) => Some(rule),
+        _ => None,
+    };
+    Ok(found.into_iter().filter_map(rule).collect())
+}
+
+fn is_mark_rule(rule: &RuleMessage, mark: u32, table: u32) -> bool {
+    rule.attributes.contains(&RuleAttribute::FwMark(mark))
+        && (rule.attributes.contains(&RuleAttribute::Table(table)) || u32::from(rule.header.table) == table)
+}

@@ -1,0 +1,131 @@
+//! In namespaces of their own, set up with iproute2.
+
+use std::{
+    net::IpAddr,
+    process::Command,
+    time::{Duration, Instant},
+};
+
+use super::*;
+use crate::{
+    compile::compile,
+    netns::tests::fresh,
+    options::{Cidrs, InterfacePattern},
+    routes::Reach,
+};
+
+const PLAIN: &[&str] = &["link set lo up"];
+const PAIR: &[&str] = &[
+    "link set lo up",
+    "link add eth0 type veth peer name far0",
+    "link set far0 up",
+    "link set eth0 up",
+    "addr add 10.244.1.5/24 dev eth0",
+    "route add default via 10.244.1.1",
+];
+const GLOBAL_V6: &[&str] =
+    &["addr add fd00:244::5/64 dev eth0 nodad", "-6 route add default via fd00:244::1"];
+/// IPv6 is routed, from a link-local address alone.
+const LINK_LOCAL_V6: &[&str] =
+    &["-6 addr add fe80::5/64 dev eth0 nodad", "-6 route add default via fe80::1 dev eth0"];
+
+fn namespace(lines: &[&[&str]]) -> Netns {
+    let netns = fresh();
+    let run = || {
+        for line in lines.iter().copied().flatten() {
+            let output = Command::new("ip").args(line.split(' ')).output().expect("iproute2 is installed");
+            assert!(output.status.success(), "ip {line}: {}", String::from_utf8_lossy(&output.stderr));
+        }
+    };
+    netns.run(run).expect("entering");
+    netns
+}
+
+fn configs() -> [Config; 3] {
+    let redirect = Config::default();
+    let tproxy = Config { mode: InboundMode::Tproxy, ..Config::default() };
+    let guests = Config {
+        virt_interfaces: vec![InterfacePattern::Exact("eth0".to_owned())],
+        include: Cidrs { all: true, ..Cidrs::default() },
+        ..Config::default()
+    };
+    [redirect, tproxy, guests]
+}
+
+fn added(netns: &Netns, additions: &NetnsChanges) -> NetnsChanges {
+    let mut made = NetnsChanges::default();
+    add(netns, additions, &mut made).expect("added");
+    made
+}
+
+fn planned(netns: &Netns, config: &Config, before: &NetnsChanges) -> (NetnsPlan, RouteSnapshot) {
+    let snapshot = RouteSnapshot::snapshot(netns).expect("a snapshot");
+    let found = find(netns, config, &snapshot).expect("looked at");
+    (plan(config, &snapshot.interface_names(), &found, before), snapshot)
+}
+
+/// Reads the namespace until it is as it must become: the kernel leaves addresses to a worker.
+#[track_caller]
+fn eventually(netns: &Netns, mut is_it: impl FnMut(&RouteSnapshot) -> bool) {
+    let deadline = Instant::now() + Duration::from_secs(10);
+    loop {
+        let snapshot = RouteSnapshot::snapshot(netns).expect("a snapshot");
+        if is_it(&snapshot) {
+            return;
+        }
+        assert!(Instant::now() < deadline, "still {snapshot:#?}");
+        std::thread::yield_now();
+    }
+}
+
+/// A policy is compiled before the namespace is changed, and must be the one for the changed namespace.
+#[test]
+fn what_is_expected_of_the_routes_comes_about() {
+    for lines in [&[PLAIN][..], &[PAIR], &[PAIR, GLOBAL_V6], &[PAIR, LINK_LOCAL_V6]] {
+        for config in configs() {
+            let netns = namespace(lines);
+            if lines.len() > 1 {
+                let own = lines[1][0].split(['/', ' ']).find_map(|word| word.parse::<IpAddr>().ok());
+                let own = own.expect("an address");
+                eventually(&netns, |snapshot| snapshot.lookup(own).is_some_and(|r| r.reach == Reach::Local));
+            }
+            let (plan, snapshot) = planned(&netns, &config, &NetnsChanges::default());
+            assert!(!plan.is_empty());
+            let expected = compile(&config, &plan.expected(snapshot));
+            assert_eq!(added(&netns, &plan.additions()), plan.additions());
+            eventually(&netns, |snapshot| compile(&config, snapshot) == expected);
+            // And nothing is to be done any more.
+            assert!(planned(&netns, &config, &plan.result()).0.is_empty(), "{config:?}");
+            remove(&netns, &plan.result()).expect("removed");
+            assert_eq!(planned(&netns, &config, &NetnsChanges::default()).0, plan, "{config:?}");
+        }
+    }
+}
+
+#[test]
+fn what_another_process_made_is_neither_planned_nor_removed() {
+    for config in configs() {
+        let netns = namespace(&[PAIR, GLOBAL_V6]);
+        let (theirs, _) = planned(&netns, &config, &NetnsChanges::default());
+        added(&netns, &theirs.additions());
+        let (plan, _) = planned(&netns, &config, &NetnsChanges::default());
+        assert!(plan.is_empty() && plan.result().is_empty(), "{plan:?}");
+    }
+    // Nor is what another process made since the plan.
+    let netns = namespace(&[PAIR, GLOBAL_V6]);
+    let (plan, _) = planned(&netns, &Config::default(), &NetnsChanges::default());
+    assert_eq!(added(&netns, &plan.additions()), plan.additions());
+    assert!(added(&netns, &plan.additions()).is_empty());
+}
+
+#[test]
+fn what_is_asked_for_no_more_is_planned_to_go() {
+    let netns = namespace(&[PAIR, GLOBAL_V6]);
+    let [redirect, tproxy, _] = configs();
+    let (first, _) = planned(&netns, &tproxy, &NetnsChanges::default());
+    added(&netns, &first.additions());
+    let (second, _) = planned(&netns, &redirect, &first.result());
+    assert!(second.additions().is_empty());
+    assert_eq!(second.removals(), first.result().without(&second.result()));
+    assert!(second.result().0.contains(&NetnsChange::PassthroughAddress), "which both need");
+}

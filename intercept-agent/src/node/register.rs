@@ -1,0 +1,142 @@
+//! The proxy's sockets that listen when a pod is attached.
+
+use std::{collections::BTreeSet, io};
+
+use intercept_common::layout::{ListenerKey, PodPolicy, ProxyPort, bound, scope};
+use nix::sys::socket::{getsockopt, setsockopt, sockopt};
+
+use super::{Node, NodeError, Target};
+use crate::{
+    cgroup::CgroupDir,
+    listeners::{self, Listener},
+    maps::Registered,
+    netns::Netns,
+    options::Config,
+    store::Record,
+};
+
+impl Node {
+    /// Register the proxy's sockets that listen already and are not in `registered`, by inode; they are added to it.
+    pub(super) fn register_listeners(
+        &mut self,
+        target: &Target,
+        config: &Config,
+        policy: &PodPolicy,
+        registered: &mut BTreeSet<u64>,
+    ) -> Result<(), NodeError> {
+        self.register_listeners_but(target, config, policy, |listener| !registered.insert(listener.inode))
+    }
+
+    /// The same but for those that are known to be registered.
+    pub(super) fn register_listeners_but(
+        &mut self,
+        target: &Target,
+        config: &Config,
+        policy: &PodPolicy,
+        mut is_known: impl FnMut(&Listener) -> bool,
+    ) -> Result<(), NodeError> {
+        let ports = [policy.outbound_port, policy.inbound_port, policy.dns_port];
+        let found = listeners::find(&target.netns, &target.cgroup, &ports)
+            .map_err(|source| NodeError::Listeners { netns: target.netns.name().to_owned(), source })?;
+        for missed in found.missed {
+            tracing::warn!(
+                address = %missed.address,
+                cause = missed.cause.as_ref().map(tracing::field::display),
+                "no process was found that has this listener: what arrives for it is refused until it is opened again"
+            );
+        }
+        for listener in &found.listeners {
+            let Some(port) = policy.proxy_port(listener.port) else { continue };
+            if port == ProxyPort::Outbound && !config.virt_interfaces.is_empty() {
+                // So that it can speak for the guests' addresses; what it accepts inherits it.
+                self.make_transparent(policy.slot, listener)?;
+            }
+            if !is_known(listener) {
+                self.register_listener(target, policy, port, listener)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn make_transparent(&self, slot: u32, listener: &Listener) -> Result<(), NodeError> {
+        // A proxy may have made it so itself, which then stays.
+        if getsockopt(&listener.fd, sockopt::IpTransparent) == Ok(true) {
+            return Ok(());
+        }
+        setsockopt(&listener.fd, sockopt::IpTransparent, &true)
+            .map_err(io::Error::from)
+            .map_err(|source| NodeError::Transparent { port: listener.port, source })?;
+        self.maps.set_transparent(slot);
+        Ok(())
+    }
+
+    /// Undo what was changed of the proxy's own sockets.
+    pub(super) fn restore_listeners(&self, record: &Record, policy: &PodPolicy, netns: &Netns) {
+        if !self.maps.is_transparent(policy.slot) {
+            return;
+        }
+        let restore = || -> Result<(), Box<dyn std::error::Error>> {
+            let found = listeners::find(netns, &CgroupDir::open(&record.cgroup)?, &[policy.outbound_port])?;
+            for listener in &found.listeners {
+                setsockopt(&listener.fd, sockopt::IpTransparent, &false)?;
+            }
+            Ok(())
+        };
+        if let Err(error) = restore() {
+            tracing::warn!(
+                cookie = record.cookie,
+                error = &*error,
+                "a listener of the proxy stays IP_TRANSPARENT"
+            );
+        }
+    }
+
+    fn register_listener(
+        &mut self,
+        target: &Target,
+        policy: &PodPolicy,
+        port: ProxyPort,
+        listener: &Listener,
+    ) -> Result<(), NodeError> {
+        let slot = policy.slot;
+        let scope = if listener.is_localhost() {
+            scope::LOCALHOST
+        } else if listener.addr.is_loopback() {
+            // Gets nothing from a REDIRECT either.
+            self.set_bound(policy, listener, bound::ONE);
+            return Ok(());
+        } else {
+            scope::ANY
+        };
+        let key = ListenerKey {
+            netns: target.netns.cookie(),
+            port: listener.port,
+            family: listener.family,
+            scope,
+            slot: 0,
+        };
+        let registered = self.maps.register_listener(slot, port, key, &listener.fd)?;
+        if registered == Registered::Mptcp && port != ProxyPort::Outbound {
+            tracing::warn!(
+                cgroup = %target.cgroup.path().display(),
+                port = listener.port,
+                "the proxy listens by MPTCP, which the kernel lets nobody hand connections to: inbound connections are \
+                 refused until it is restarted, when it gets TCP"
+            );
+        }
+        let bound = match (scope, registered) {
+            (scope::LOCALHOST, Registered::Yes) => bound::STEERED,
+            (scope::ANY, _) if listener.addr.is_unspecified() => bound::WILDCARD,
+            _ => bound::ONE,
+        };
+        self.set_bound(policy, listener, bound);
+        Ok(())
+    }
+
+    /// For all ports of the proxy that have this number.
+    fn set_bound(&self, policy: &PodPolicy, listener: &Listener, bound: u16) {
+        for role in policy.proxy_ports(listener.port).into_iter().flatten() {
+            self.maps.set_bound(policy.slot, role, listener.family == 6, bound);
+        }
+    }
+}

@@ -1,0 +1,267 @@
+//! Questions about interfaces, rules and routes.
+
+use std::collections::BTreeSet;
+use std::io;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::time::Instant;
+
+use ipnet::IpNet;
+use netlink_packet_core::{NLM_F_DUMP, NLM_F_REQUEST};
+use netlink_packet_route::link::{LinkAttribute, LinkFlags, LinkMessage};
+use netlink_packet_route::route::{RouteAddress, RouteAttribute, RouteMessage, RouteType};
+use netlink_packet_route::rule::{RuleAction, RuleAttribute, RuleMessage};
+use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
+use netlink_sys::protocols::NETLINK_ROUTE;
+
+use super::{Interface, MAX_ENTRIES, RoutesError};
+use crate::{netlink::Questions, netns::Netns};
+
+/// Number of a routing table.
+pub(super) type TableId = u32;
+
+/// How often a list is read anew when it changed while it was read.
+const ATTEMPTS: usize = 16;
+
+/// Asks in one namespace.
+pub(super) struct Requests {
+    questions: Questions,
+    netns: String,
+}
+
+/// The kernel's answer for one destination.
+pub(super) enum RoutesReply {
+    /// It is sent nowhere.
+    Refused,
+    /// It is routed.
+    Route {
+        /// What becomes of it.
+        kind: RouteType,
+        /// Index of the interface it leaves by.
+        egress: Option<u32>,
+        /// The source that an unbound socket gets.
+        source: Option<IpAddr>,
+    },
+}
+
+/// What matters of the rules of one family.
+pub(super) struct RuleTables {
+    /// The tables that any of them looks at.
+    pub(super) tables: TableSet,
+    /// Where they apply to certain destinations only.
+    pub(super) destinations: Vec<IpNet>,
+}
+
+/// Routing tables.
+pub(super) enum TableSet {
+    /// These.
+    Some(BTreeSet<TableId>),
+    /// Any: which is not known.
+    All,
+}
+
+impl TableSet {
+    pub(super) fn contains(&self, table: TableId) -> bool {
+        match self {
+            Self::Some(tables) => tables.contains(&table),
+            Self::All => true,
+        }
+    }
+}
+
+/// A route as the kernel lists it.
+pub(super) struct ListedRoute {
+    pub(super) prefix: IpNet,
+    pub(super) kind: RouteType,
+    pub(super) table: TableId,
+    /// The interfaces of its next hops.
+    pub(super) egresses: Vec<u32>,
+}
+
+impl Requests {
+    pub(super) fn open(netns: &Netns) -> Result<Self, RoutesError> {
+        let netlink = |source| RoutesError::Netlink {
+            attempt: "opening a socket for questions",
+            netns: netns.name().to_owned(),
+            source,
+        };
+        let questions = Questions::open(netns, NETLINK_ROUTE)?.map_err(netlink)?;
+        Ok(Self { questions, netns: netns.name().to_owned() })
+    }
+
+    /// From now on reading is given up at this time.
+    pub(super) fn until(&mut self, deadline: Instant) {
+        self.questions.until(deadline);
+    }
+
+    pub(super) fn links(&mut self) -> Result<Vec<Interface>, RoutesError> {
+        let interface = |message| {
+            let RouteNetlinkMessage::NewLink(link) = message else { return None };
+            let name = link.attributes.into_iter().find_map(|attribute| match attribute {
+                LinkAttribute::IfName(name) => Some(name),
+                _ => None,
+            })?;
+            let has = |flag| link.header.flags.contains(flag);
+            let (loopback, up) = (has(LinkFlags::Loopback), has(LinkFlags::Up));
+            Some(Interface { index: link.header.index, name, loopback, up })
+        };
+        let question = RouteNetlinkMessage::GetLink(LinkMessage::default());
+        self.list("reading the interfaces", question, interface)
+    }
+
+    pub(super) fn rules(&mut self, family: AddressFamily) -> Result<RuleTables, RoutesError> {
+        let mut question = RuleMessage::default();
+        question.header.family = family;
+        let rule = |message| match message {
+            RouteNetlinkMessage::NewRule(rule) => Some(rule),
+            _ => None,
+        };
+        let question = RouteNetlinkMessage::GetRule(question);
+        let found = match self.list("reading the routing rules", question, rule) {
+            Ok(found) => found,
+            // A kernel without CONFIG_IP_MULTIPLE_TABLES has no rules.
+            Err(RoutesError::Netlink { source, .. }) if source.raw_os_error() == Some(libc::EOPNOTSUPP) => {
+                return Ok(RuleTables { tables: TableSet::All, destinations: Vec::new() });
+            }
+            Err(error) => return Err(error),
+        };
+        let (mut tables, mut by_interface, mut destinations) = (BTreeSet::new(), false, Vec::new());
+        for rule in found {
+            if rule.header.family != family {
+                continue;
+            }
+            let mut table = TableId::from(rule.header.table);
+            for attribute in rule.attributes {
+                match attribute {
+                    RuleAttribute::Table(number) => table = number,
+                    // The table is that of the interface's VRF.
+                    RuleAttribute::L3MDev(l3mdev) => by_interface |= l3mdev,
+                    RuleAttribute::Destination(address) => {
+                        destinations.extend(IpNet::new(address, rule.header.dst_len).map(|net| net.trunc()));
+                    }
+                    _ => {}
+                }
+            }
+            if rule.header.action == RuleAction::ToTable {
+                tables.insert(table);
+            }
+        }
+        let tables = if by_interface { TableSet::All } else { TableSet::Some(tables) };
+        Ok(RuleTables { tables, destinations })
+    }
+
+    pub(super) fn routes(&mut self, family: AddressFamily) -> Result<Vec<ListedRoute>, RoutesError> {
+        let mut question = RouteMessage::default();
+        question.header.address_family = family;
+        let route = |message| {
+            let RouteNetlinkMessage::NewRoute(route) = message else { return None };
+            let mut destination = match route.header.address_family {
+                AddressFamily::Inet if family == AddressFamily::Inet => IpAddr::V4(Ipv4Addr::UNSPECIFIED),
+                AddressFamily::Inet6 if family == AddressFamily::Inet6 => IpAddr::V6(Ipv6Addr::UNSPECIFIED),
+                // Without IPv6 the kernel answers with everything it has.
+                _ => return None,
+            };
+            let mut table = TableId::from(route.header.table);
+            let mut egresses = Vec::new();
+            for attribute in &route.attributes {
+                match attribute {
+                    RouteAttribute::Destination(address) => destination = ip(address)?,
+                    RouteAttribute::Table(number) => table = *number,
+                    RouteAttribute::Oif(index) => egresses.push(*index),
+                    RouteAttribute::MultiPath(hops) => {
+                        egresses.extend(hops.iter().map(|hop| hop.interface_index));
+                    }
+                    _ => {}
+                }
+            }
+            let prefix = IpNet::new(destination, route.header.destination_prefix_length).ok()?.trunc();
+            Some(ListedRoute { prefix, kind: route.header.kind, table, egresses })
+        };
+        self.list("reading the routes", RouteNetlinkMessage::GetRoute(question), route)
+    }
+
+    /// Where the kernel would send what is for `destination`.
+    pub(super) fn ask(&mut self, destination: IpAddr) -> Result<RoutesReply, RoutesError> {
+        let mut question = RouteMessage::default();
+        (question.header.address_family, question.header.destination_prefix_length) = match destination {
+            IpAddr::V4(_) => (AddressFamily::Inet, 32),
+            IpAddr::V6(_) => (AddressFamily::Inet6, 128),
+        };
+        question.attributes.push(RouteAttribute::Destination(destination.into()));
+        let attempt = "asking for a route";
+        let (answer, _) = match self.questions.ask(RouteNetlinkMessage::GetRoute(question), NLM_F_REQUEST) {
+            Ok(answer) => answer,
+            // No route, or one that is unreachable, prohibit or blackhole.
+            Err(error)
+                if matches!(
+                    error.raw_os_error(),
+                    Some(libc::ENETUNREACH | libc::EHOSTUNREACH | libc::EACCES | libc::EINVAL)
+                ) =>
+            {
+                return Ok(RoutesReply::Refused);
+            }
+            Err(source) => return Err(self.error(attempt, source)),
+        };
+        let [RouteNetlinkMessage::NewRoute(route)] = answer.as_slice() else {
+            return Err(self.error(attempt, io::Error::other("the answer is not a route")));
+        };
+        let (mut egress, mut source) = (None, None);
+        for attribute in &route.attributes {
+            match attribute {
+                RouteAttribute::Oif(index) => egress = Some(*index),
+                RouteAttribute::PrefSource(address) => source = ip(address),
+                _ => {}
+            }
+        }
+        Ok(RoutesReply::Route { kind: route.header.kind, egress, source })
+    }
+
+    /// All entries of a list that `keep` makes something of, read when it did not change.
+    fn list<T>(
+        &mut self,
+        attempt: &'static str,
+        question: RouteNetlinkMessage,
+        keep: impl Fn(RouteNetlinkMessage) -> Option<T>,
+    ) -> Result<Vec<T>, RoutesError> {
+        for _ in 0..ATTEMPTS {
+            let (mut kept, mut found) = (Vec::new(), 0);
+            let each = |message| {
+                if let Some(entry) = keep(message) {
+                    found += 1;
+                    if found <= MAX_ENTRIES {
+                        kept.push(entry);
+                    }
+                }
+            };
+            let asked = self.questions.ask_each(question.clone(), NLM_F_REQUEST | NLM_F_DUMP, each);
+            if found > MAX_ENTRIES {
+                return Err(RoutesError::TooMany {
+                    attempt,
+                    netns: self.netns.clone(),
+                    found,
+                    limit: MAX_ENTRIES,
+                });
+            }
+            match asked {
+                Ok(false) => return Ok(kept),
+                Ok(true) => {}
+                Err(source) => return Err(self.error(attempt, source)),
+            }
+        }
+        Err(RoutesError::Restless { attempt, netns: self.netns.clone() })
+    }
+
+    fn error(&self, attempt: &'static str, source: io::Error) -> RoutesError {
+        if source.kind() == io::ErrorKind::TimedOut {
+            return RoutesError::Slow { attempt, netns: self.netns.clone() };
+        }
+        RoutesError::Netlink { attempt, netns: self.netns.clone(), source }
+    }
+}
+
+fn ip(address: &RouteAddress) -> Option<IpAddr> {
+    match address {
+        RouteAddress::Inet(address) => Some(IpAddr::V4(*address)),
+        RouteAddress::Inet6(address) => Some(IpAddr::V6(*address)),
+        _ => None,
+    }
+}

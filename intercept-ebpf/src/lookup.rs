@@ -1,0 +1,62 @@
+//! The look-ups of a decision, answered from the maps.
+
+use intercept_common::{
+    Addr, PolicyLookup,
+    layout::{ConnKey, Destination, MemberKey, PortKey, end},
+};
+
+use crate::maps;
+
+/// The maps, and for an arriving connection the key under which it may have been marked.
+pub(crate) struct PolicyMaps<'a> {
+    /// TPROXY: the connection as its client made it.
+    pub(crate) conn: Option<&'a ConnKey>,
+}
+
+impl PolicyLookup for PolicyMaps<'_> {
+    #[inline(always)]
+    fn destination(&self, policy: u32, addr: Addr) -> Destination {
+        match maps::destination(policy, addr) {
+            Some(destination) => *destination,
+            None => Destination { flags: 0, source: Addr::UNSPECIFIED },
+        }
+    }
+
+    #[inline(always)]
+    fn port(&self, policy: u32, port: u16) -> u32 {
+        maps::port(PortKey::new(policy, port))
+    }
+
+    #[inline(always)]
+    fn group(&self, policy: u32, gid: u32) -> bool {
+        maps::group(MemberKey { policy, member: gid })
+    }
+
+    #[inline(always)]
+    fn interface(&self, policy: u32, ifindex: u32) -> u32 {
+        maps::interface(MemberKey { policy, member: ifindex })
+    }
+
+    #[inline(always)]
+    fn is_marked(&self) -> bool {
+        self.has(end::STEERED)
+    }
+
+    #[inline(always)]
+    fn is_bypass(&self) -> bool {
+        self.has(end::BYPASS)
+    }
+}
+
+impl PolicyMaps<'_> {
+    /// Whether the client's connect hook left this bit.
+    #[inline(always)]
+    fn has(&self, bit: u64) -> bool {
+        let Some(conn) = self.conn else { return false };
+        match maps::orig_dst(conn) {
+            // SAFETY: the map holds OrigDst; an element taken out meanwhile is freed after a grace period.
+            Some(entry) => unsafe { (*entry).port_and_ends & bit != 0 },
+            None => false,
+        }
+    }
+}

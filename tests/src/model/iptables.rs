@@ -1,0 +1,53 @@
+//! The witness for iptables: the walk of its rules. It must not know of `decide`.
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+
+use super::{ModelFlow, ModelNetns, ModelVerdict};
+use crate::iptables::{IptablesVerdict, Options, Origin, Packet, Protocol, Walker};
+
+/// The chains of a configuration.
+#[derive(Debug)]
+pub struct IptablesModel(Walker);
+
+impl IptablesModel {
+    /// Of these options.
+    pub fn new(options: &Options) -> Self {
+        Self(Walker::new(options))
+    }
+
+    /// What becomes of a flow.
+    pub fn verdict(&self, netns: &ModelNetns, flow: &ModelFlow) -> ModelVerdict {
+        let packet = match flow {
+            ModelFlow::Made { udp, from, to, owner, mark } => {
+                let Some((out, source)) = netns.egress(to.ip()) else { return ModelVerdict::Unroutable };
+                let from = from.or(source).unwrap_or(unspecified(to.ip()));
+                // The kernel finds no route from 127/8 to outside (EINVAL), and asks no rule.
+                if out != "lo" && from.is_ipv4() && from.is_loopback() {
+                    return ModelVerdict::Unroutable;
+                }
+                // TCP to more than one host is refused before any rule (ENETUNREACH).
+                let host = to.ip().to_canonical();
+                let is_group = host.is_multicast() || host == IpAddr::V4(Ipv4Addr::BROADCAST);
+                if !*udp && is_group {
+                    return ModelVerdict::Unroutable;
+                }
+                let protocol = if *udp { Protocol::Udp } else { Protocol::Tcp };
+                let origin = Origin::Here { out: out.to_owned(), owner: *owner, mark: *mark };
+                Packet { protocol, from: SocketAddr::new(from, 40000), to: *to, origin }
+            }
+            ModelFlow::Arriving { link, from, to } => {
+                let origin = Origin::Outside { on: netns.links[*link].clone() };
+                Packet { protocol: Protocol::Tcp, from: SocketAddr::new(*from, 40000), to: *to, origin }
+            }
+        };
+        match self.0.walk(&packet) {
+            IptablesVerdict::Pass => ModelVerdict::Passed,
+            IptablesVerdict::Redirect(port) | IptablesVerdict::Tproxy(port) => ModelVerdict::To(port),
+            IptablesVerdict::Drop => ModelVerdict::Dropped,
+        }
+    }
+}
+
+fn unspecified(of: IpAddr) -> IpAddr {
+    if of.is_ipv6() { Ipv6Addr::UNSPECIFIED.into() } else { Ipv4Addr::UNSPECIFIED.into() }
+}
