@@ -17,7 +17,7 @@ use super::memory::Crowd;
 use super::mode::{Lists, Mode};
 use super::programs::Programs;
 use super::rounds::Row;
-use super::statistics::StandIn;
+use super::statistics::Quartiles;
 use super::summary::Summary;
 
 /// A run.
@@ -56,13 +56,13 @@ pub struct InstallTimes {
     /// With which flags.
     pub lists: Lists,
     /// Milliseconds to put a pod in force.
-    pub install: StandIn,
+    pub install: Quartiles,
     /// Milliseconds to take it out.
-    pub remove: StandIn,
+    pub remove: Quartiles,
     /// Beside iptables-nft with the same flags in the same round: putting in force.
-    pub install_ratio: Option<StandIn>,
+    pub install_ratio: Option<Quartiles>,
     /// The same for taking out.
-    pub remove_ratio: Option<StandIn>,
+    pub remove_ratio: Option<Quartiles>,
 }
 
 impl InstallTimes {
@@ -83,7 +83,7 @@ pub struct MemoryPerConnection {
     /// Bytes, sockets included.
     pub kernel: f64,
     /// Bytes more than with explicit proxying in the same round, which has the same sockets.
-    pub beyond_explicit: Option<StandIn>,
+    pub beyond_explicit: Option<Quartiles>,
     /// Bytes in connection tracking's slab.
     pub conntrack: f64,
     /// Bytes that the kernel accounts to the agent's maps.
@@ -114,7 +114,7 @@ impl Report {
             };
             let milliseconds = |time: std::time::Duration| time.as_secs_f64() * 1000.0;
             let ratio = |figure: fn(&Installed) -> std::time::Duration| {
-                StandIn::of(of(mode, way).filter_map(|one| {
+                Quartiles::of(of(mode, way).filter_map(|one| {
                     let base = of(Mode::IptablesNft, Way::Command).find(|base| base.round == one.round)?;
                     Some(figure(one).as_secs_f64() / figure(base).as_secs_f64())
                 }))
@@ -123,8 +123,8 @@ impl Report {
                 mode,
                 way,
                 lists,
-                install: StandIn::of(of(mode, way).map(|one| milliseconds(one.install)))?,
-                remove: StandIn::of(of(mode, way).map(|one| milliseconds(one.remove)))?,
+                install: Quartiles::of(of(mode, way).map(|one| milliseconds(one.install)))?,
+                remove: Quartiles::of(of(mode, way).map(|one| milliseconds(one.remove)))?,
                 install_ratio: ratio(|one| one.install),
                 remove_ratio: ratio(|one| one.remove),
             })
@@ -137,7 +137,7 @@ impl Report {
         let bytes = |crowd: &Crowd| each_of(crowd, |crowd| crowd.kernel);
         let median = |mode: Mode, figure| {
             let all = self.memory.iter().filter(|crowd| crowd.mode == mode);
-            StandIn::of(all.filter_map(|crowd| each_of(crowd, figure))).map(|spread| spread.median)
+            Quartiles::of(all.filter_map(|crowd| each_of(crowd, figure))).map(|spread| spread.median)
         };
         let mut modes: Vec<Mode> = self.memory.iter().map(|crowd| crowd.mode).collect();
         modes.sort_unstable();
@@ -151,7 +151,7 @@ impl Report {
             Some(MemoryPerConnection {
                 mode,
                 kernel: median(mode, |crowd| crowd.kernel)?,
-                beyond_explicit: StandIn::of(pairs),
+                beyond_explicit: Quartiles::of(pairs),
                 conntrack: median(mode, |crowd| crowd.conntrack)?,
                 maps: median(mode, |crowd| crowd.maps)?,
             })

@@ -4,7 +4,7 @@ use serde::{Deserialize, Serialize};
 
 /// The middle of a set of figures, and where its middle half lies.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
-pub struct StandIn {
+pub struct Quartiles {
     /// The median.
     pub median: f64,
     /// A quarter is below.
@@ -15,7 +15,7 @@ pub struct StandIn {
     pub n: usize,
 }
 
-impl StandIn {
+impl Quartiles {
     /// Of these figures; none of none.
     pub fn of(figures: impl IntoIterator<Item = f64>) -> Option<Self> {
         let mut figures: Vec<f64> = figures.into_iter().collect();
@@ -40,11 +40,11 @@ mod tests {
 
     #[test]
     fn quartiles_lie_between_the_nearest_figures() {
-        assert_eq!(StandIn::of([]), None);
-        assert_eq!(StandIn::of([3.0]), Some(StandIn { median: 3.0, low: 3.0, high: 3.0, n: 1 }));
-        let four = StandIn::of([4.0, 1.0, 3.0, 2.0]).expect("there are figures");
-        assert_eq!(four, StandIn { median: 2.5, low: 1.75, high: 3.25, n: 4 });
-        let five = StandIn::of([5.0, 1.0, 4.0, 2.0, 3.0]).expect("there are figures");
-        assert_eq!(five, StandIn { median: 3.0, low: 2.0, high: 4.0, n: 5 });
+        assert_eq!(Quartiles::of([]), None);
+        assert_eq!(Quartiles::of([3.0]), Some(Quartiles { median: 3.0, low: 3.0, high: 3.0, n: 1 }));
+        let four = Quartiles::of([4.0, 1.0, 3.0, 2.0]).expect("there are figures");
+        assert_eq!(four, Quartiles { median: 2.5, low: 1.75, high: 3.25, n: 4 });
+        let five = Quartiles::of([5.0, 1.0, 4.0, 2.0, 3.0]).expect("there are figures");
+        assert_eq!(five, Quartiles { median: 3.0, low: 2.0, high: 4.0, n: 5 });
     }
 }

@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use super::mode::{Cell, Lists, Mode};
 use super::rounds::Row;
-use super::statistics::StandIn;
+use super::statistics::Quartiles;
 use super::work::Work;
 
 /// All rounds of one cell at one work.
@@ -19,11 +19,11 @@ pub struct Summary {
     /// Through what.
     pub cell: Cell,
     /// Units of the work a second.
-    pub rate: StandIn,
+    pub rate: Quartiles,
     /// Microseconds of CPU time a unit.
-    pub cpu: StandIn,
+    pub cpu: Quartiles,
     /// Microseconds that a unit took: median, 99 and 99.9 of 100.
-    pub latency: Option<[StandIn; 3]>,
+    pub latency: Option<[Quartiles; 3]>,
     /// Part of the machine's CPU time that others used meanwhile.
     pub others: f64,
     /// Beside other cells.
@@ -36,13 +36,13 @@ pub struct Ratio {
     /// The other.
     pub base: Base,
     /// Of rates: more is better.
-    pub rate: StandIn,
+    pub rate: Quartiles,
     /// Of CPU time for a unit: less is better.
-    pub cpu: StandIn,
+    pub cpu: Quartiles,
     /// Of median latencies: less is better.
-    pub p50: Option<StandIn>,
+    pub p50: Option<Quartiles>,
     /// Of latencies that 99 of 100 stay below: less is better.
-    pub p99: Option<StandIn>,
+    pub p99: Option<Quartiles>,
 }
 
 /// What a cell is compared with.
@@ -102,12 +102,12 @@ pub fn summarize(rows: &[Row], processors: usize) -> Vec<Summary> {
         };
         let own = of(cell);
         let spread =
-            |figure: &dyn Fn(&Row) -> Option<f64>| StandIn::of(own.values().filter_map(|row| figure(row)));
+            |figure: &dyn Fn(&Row) -> Option<f64>| Quartiles::of(own.values().filter_map(|row| figure(row)));
         let latency = [0, 1, 2].map(|which| spread(&|row| latency_of(row, which)));
         let ratios = Base::ALL.into_iter().filter_map(|base| {
             let others = of(base.of(cell)?);
             let pairs = |figure: &dyn Fn(&Row) -> Option<f64>| {
-                StandIn::of(
+                Quartiles::of(
                     own.iter().filter_map(|(round, row)| Some(figure(row)? / figure(others.get(round)?)?)),
                 )
             };

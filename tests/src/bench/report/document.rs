@@ -5,7 +5,7 @@ use std::fmt::Write;
 
 use super::{Report, table};
 use crate::bench::mode::Mode;
-use crate::bench::statistics::StandIn;
+use crate::bench::statistics::Quartiles;
 use crate::bench::summary::{Base, Ratio, Summary};
 
 /// All sections.
@@ -18,7 +18,7 @@ pub fn document(report: &Report) -> String {
 fn write_document(report: &Report, text: &mut String) -> std::fmt::Result {
     let machine = &report.machine;
     let kind = if machine.virtual_machine { " (virtual)" } else { "" };
-    let others = StandIn::of(report.summaries.iter().map(|summary| summary.others));
+    let others = Quartiles::of(report.summaries.iter().map(|summary| summary.others));
     writeln!(
         text,
         "{} processors {}{kind}, {} GiB, Linux {}; seed {}. Other processes used {:.0} % of the machine meanwhile.",
@@ -56,7 +56,7 @@ fn suite(summaries: &[&Summary], text: &mut String) -> std::fmt::Result {
     writeln!(text, "|---|---|---|---|---|---|---|")?;
     for summary in summaries.iter().filter(|summary| summary.cell.mode != Mode::IptablesNft) {
         let [iptables, explicit] = [Base::IptablesNft, Base::Explicit].map(|base| summary.over(base));
-        let plain = |ratio: Option<&Ratio>, figure: fn(&Ratio) -> StandIn| {
+        let plain = |ratio: Option<&Ratio>, figure: fn(&Ratio) -> Quartiles| {
             ratio.map_or(String::new(), |ratio| format!("{:.2}", figure(ratio).median))
         };
         let tails =
@@ -103,7 +103,7 @@ fn install(report: &Report, text: &mut String) -> std::fmt::Result {
         "\n### One more pod\n\n| mode and flags | in force / iptables-nft | out / iptables-nft |\n|---|---|---|"
     )?;
     for time in times.iter().filter(|time| time.mode != Mode::IptablesNft) {
-        let shown = |ratio: Option<StandIn>| ratio.map_or(String::new(), table::with_spread);
+        let shown = |ratio: Option<Quartiles>| ratio.map_or(String::new(), table::with_spread);
         let (install, remove) = (shown(time.install_ratio), shown(time.remove_ratio));
         writeln!(text, "| {} | {install} | {remove} |", time.label())?;
     }

@@ -80,7 +80,7 @@ fn figure(
     html: &mut String,
     title: &str,
     summaries: &[&Summary],
-    figure: impl Fn(&Ratio) -> Option<crate::bench::statistics::StandIn>,
+    figure: impl Fn(&Ratio) -> Option<crate::bench::statistics::Quartiles>,
 ) -> std::fmt::Result {
     let lines = summaries.iter().filter(|summary| summary.cell.mode != Mode::None).filter_map(|summary| {
         let spread = figure(summary.over(Base::IptablesNft)?)?;

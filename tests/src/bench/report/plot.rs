@@ -2,7 +2,7 @@
 
 use std::fmt::Write;
 
-use crate::bench::statistics::StandIn;
+use crate::bench::statistics::Quartiles;
 
 const LABELS: f64 = 190.0;
 const WIDTH: f64 = 420.0;
@@ -16,7 +16,7 @@ pub struct Line {
     /// What it is.
     pub label: String,
     /// Where it lies.
-    pub spread: StandIn,
+    pub spread: Quartiles,
     /// It is the project's own.
     pub own: bool,
 }
@@ -52,7 +52,7 @@ fn write_ratios(title: &str, lines: &[Line], svg: &mut String) -> std::fmt::Resu
     for line in lines {
         y += LINE / 2.0;
         let class = if line.own { "own" } else { "other" };
-        let StandIn { median, low, high, .. } = line.spread;
+        let Quartiles { median, low, high, .. } = line.spread;
         let text = y + 4.0;
         write!(svg, r#"<text x="0" y="{text:.1}">{}</text>"#, escape(&line.label))?;
         write!(
@@ -104,7 +104,7 @@ mod tests {
     fn dots_lie_in_order_and_the_title_is_text() {
         let line = |median| Line {
             label: "x".into(),
-            spread: StandIn { median, low: median, high: median, n: 1 },
+            spread: Quartiles { median, low: median, high: median, n: 1 },
             own: true,
         };
         let svg = ratios("a < b", &[line(0.5), line(1.0), line(2.0)]);

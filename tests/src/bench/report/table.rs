@@ -6,7 +6,7 @@ use super::Report;
 use crate::bench::memory::Crowd;
 use crate::bench::mode::Cell;
 use crate::bench::mode::{Lists, Path};
-use crate::bench::statistics::StandIn;
+use crate::bench::statistics::Quartiles;
 use crate::bench::summary::{Base, Summary};
 
 /// All tables.
@@ -83,7 +83,7 @@ fn rounds(summaries: &[Summary], text: &mut String) -> std::fmt::Result {
             None => writeln!(text)?,
         }
     }
-    if let Some(others) = StandIn::of(summaries.iter().map(|summary| summary.others)) {
+    if let Some(others) = Quartiles::of(summaries.iter().map(|summary| summary.others)) {
         writeln!(text, "\nOther processes used {:.0} % of the machine meanwhile.", others.median * 100.0)?;
     }
     Ok(())
@@ -102,12 +102,12 @@ pub(super) fn label(cell: Cell) -> String {
 }
 
 /// "1.07 [1.01 1.13]".
-pub(super) fn with_spread(spread: StandIn) -> String {
+pub(super) fn with_spread(spread: Quartiles) -> String {
     format!("{:.2} [{:.2} {:.2}]", spread.median, spread.low, spread.high)
 }
 
 /// "504 [480 551]".
-pub(super) fn with_spread_of_bytes(spread: StandIn) -> String {
+pub(super) fn with_spread_of_bytes(spread: Quartiles) -> String {
     format!("{:.0} [{:.0} {:.0}]", spread.median, spread.low, spread.high)
 }
 
