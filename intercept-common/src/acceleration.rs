@@ -1,30 +1,31 @@
-//! What the programs that join connections share with the agent: the layouts of their maps, and why a message is not
-//! joined. They are an object of their own, loaded for the first pod that asks for it.
+//! Layouts of the maps of joined connections, and the reasons for which a message goes by TCP instead. The programs are an
+//! object of their own, loaded for the first pod with `--accelerate`.
 
 use bytemuck::{Pod, Zeroable};
 
-/// Longest name of an executable, with the NUL that ends it.
+/// Longest name of an executable in bytes, including the terminating NUL.
 pub const NAME_LENGTH: usize = 32;
-/// Bytes that may wait unread past TCP before messages go by TCP.
+/// Unread bytes of a joined connection beyond which messages go by TCP.
 pub const MAX_UNREAD_BYTES: u32 = 1 << 20;
-/// Messages that may wait unread past TCP. Each takes a kilobyte of the kernel's memory besides its bytes.
+/// Unread messages of a joined connection beyond which messages go by TCP. Each costs a kilobyte of kernel memory besides
+/// its bytes.
 pub const MAX_UNREAD_MESSAGES: u32 = 256;
 /// Cells of `JOIN_HINTS`.
 pub const HINTS: u32 = 1 << 14;
 
 /// Values of [`JoinSocket::kind`].
 pub mod kind {
-    /// A known proxy's socket that listens on the inbound port; what it accepts starts as a copy.
+    /// A known proxy's listener on the inbound port; accepted sockets start with a copy.
     pub const LISTENER: u32 = 1;
-    /// A known proxy's socket that connects.
+    /// A known proxy's connecting socket.
     pub const DIALLING: u32 = 2;
-    /// It dialled, and offers itself to the other end.
+    /// A connecting socket that waits for its peer.
     pub const OFFERED: u32 = 3;
-    /// The other end is known.
+    /// The peer is known.
     pub const PAIRED: u32 = 4;
 }
 
-/// One pod, as the programs name it: its netns cookie, and the cell that says whether it is accelerated.
+/// A pod: its netns cookie and its cell in the maps.
 #[derive(Clone, Copy, Pod, Zeroable, PartialEq, Eq, Debug, Default)]
 #[repr(C)]
 pub struct PodCell {
@@ -40,55 +41,55 @@ pub struct PodCell {
 #[derive(Clone, Copy, Pod, Zeroable, PartialEq, Eq, Debug, Default)]
 #[repr(C)]
 pub struct JoinEnd {
-    /// Address of the kernel's socket. Only read from, and only while a socket with `cookie` is there.
+    /// Address of the kernel's socket. It is only read from, and only while a socket with `cookie` exists.
     pub sock: u64,
-    /// JoinSocket cookie, which no other socket ever has; the key in `JOIN_ENDS`.
+    /// Socket cookie, which the kernel never reuses; the key in `JOIN_ENDS`.
     pub cookie: u64,
-    /// Whose socket it is.
+    /// The pod that the socket belongs to.
     pub pod: PodCell,
 }
 
-/// Key of `JOIN_OFFERS`: the first sequence numbers of a connection, of the bytes that each end sends. Nothing on the way
-/// between two ends changes them, but for what ends one connection and begins another.
+/// Key of `JOIN_OFFERS`: the initial sequence numbers of both directions of a connection. Nothing between the two ends
+/// changes them, except what terminates one connection and opens another.
 #[derive(Clone, Copy, Pod, Zeroable, PartialEq, Eq, Hash, Debug, Default)]
 #[repr(C)]
 pub struct SequenceKey {
-    /// Of the end that dialled.
+    /// Of the connecting end.
     pub dialled: u32,
-    /// Of the end that accepted.
+    /// Of the accepting end.
     pub accepted: u32,
 }
 
-/// Value of `JOIN_OFFERS`: the end that dialled waits here for the one that accepts.
+/// Value of `JOIN_OFFERS`: the connecting end waits here for the accepting one.
 #[derive(Clone, Copy, Pod, Zeroable, PartialEq, Eq, Debug, Default)]
 #[repr(C)]
 pub struct JoinOffer {
-    /// The end that dialled.
+    /// The connecting end.
     pub dialled: JoinEnd,
-    /// The end that accepted; all zero until it is there.
+    /// The accepting end; all zero until it is known.
     pub accepted: JoinEnd,
 }
 
-/// Value of `JOIN_SOCKETS`, the storage of a socket.
+/// Value of `JOIN_SOCKETS`.
 #[derive(Clone, Copy, Pod, Zeroable, PartialEq, Eq, Debug, Default)]
 #[repr(C)]
 pub struct JoinSocket {
     /// A value of [`kind`].
     pub kind: u32,
-    /// Discriminant of [`TcpReason`] after a message that went by TCP, [`JoinSocket::JOINED`] after one that was joined, and zero
-    /// before the first.
+    /// For the last message: the discriminant of [`TcpReason`] if it went by TCP, [`JoinSocket::JOINED`] if it was joined.
+    /// Zero before the first message.
     pub last: u32,
-    /// Whose it is.
+    /// The pod that the socket belongs to.
     pub pod: PodCell,
-    /// While it is offered.
+    /// Valid while [`kind`] is `OFFERED`.
     pub sequence: SequenceKey,
-    /// The other end, once it is known.
+    /// The peer, once it is known.
     pub peer: JoinEnd,
-    /// Bytes sent past TCP since the mark, by which it is known what has been read.
+    /// Bytes of joined messages since the mark. The mark tells how much has been read.
     pub marked_bytes: u64,
-    /// Messages since the mark.
+    /// Joined messages since the mark.
     pub marked_messages: u32,
-    /// Messages before the mark that may be unread.
+    /// Joined messages before the mark that may be unread.
     pub older_messages: u32,
 }
 
@@ -97,13 +98,13 @@ impl JoinSocket {
     pub const JOINED: u32 = u32::MAX;
 }
 
-/// Key of `JOIN_PROXIES`: an executable that a pod's proxy may be.
+/// Key of `JOIN_PROXIES`: an executable that is accepted as a pod's proxy.
 #[derive(Clone, Copy, Pod, Zeroable, PartialEq, Eq, Debug)]
 #[repr(C)]
 pub struct ProxyName {
     /// Netns cookie of the pod.
     pub netns: u64,
-    /// Last part of the executable's path, NUL padded.
+    /// Last component of the executable's path, padded with NUL.
     pub name: [u8; NAME_LENGTH],
 }
 
@@ -128,7 +129,7 @@ macro_rules! counted {
             /// All of them, in the order of their counters.
             pub const ALL: &[Self] = &[$(Self::$variant,)*];
 
-            /// The word that `status` prints.
+            /// The word in `status` and metrics. Stable.
             pub const fn as_str(self) -> &'static str {
                 match self { $(Self::$variant => $word,)* }
             }
@@ -137,52 +138,51 @@ macro_rules! counted {
 }
 
 counted! {
-    /// What is counted of a pod's proxies' connections.
+    /// Counted per pod.
     pub enum JoinCount {
-        /// Ends of this pod whose other end was found on this node.
+        /// Ends in this pod whose peer was found on this node.
         Joined = "joined",
-        /// Connections and listeners of executables that are not known to be safe.
+        /// Connections and listeners of executables that are not accepted proxies.
         RefusedProxy = "refused_proxy",
-        /// Connections for which there was no room in a map.
+        /// Connections for which a map had no room.
         RefusedFull = "refused_full",
     }
 }
 
 counted! {
-    /// Why a message of a joined connection goes by TCP all the same. A connection is counted under one of these when it
-    /// leaves, not for each message.
+    /// Why a message of a paired connection goes by TCP. Counted when a connection changes to TCP, not for every message.
     pub enum TcpReason {
-        /// The switch of the node or of one of the two pods is off.
+        /// Joining is switched off on the node or in one of the two pods.
         Off = "switched_off",
-        /// Bytes that went by TCP have not been read yet.
+        /// Bytes sent by TCP are still unread.
         Unread = "tcp_unread",
-        /// This end is no longer open for sending, or has an upper layer such as TLS.
+        /// This end can no longer send, or has an upper layer such as kTLS.
         State = "own_state",
-        /// The other end is gone or takes no more.
+        /// The peer is closed or no longer receives.
         Closed = "peer_closed",
-        /// The reader's descriptor blocks, or nobody has accepted it yet.
+        /// The reader's descriptor is blocking, or the connection has not been accepted yet.
         Blocking = "reader_blocks",
         /// The reader has set SO_RCVLOWAT.
         LowWater = "reader_low_water",
-        /// Too many bytes wait to be read.
+        /// Too many bytes are unread.
         Bytes = "unread_bytes",
-        /// Too many messages do.
+        /// Too many messages are unread.
         Messages = "unread_messages",
         /// The reader's memory cgroup is nearly full.
         Memory = "reader_memory",
-        /// The other end is not in the map any more.
+        /// The peer is no longer in the map.
         Gone = "peer_gone",
     }
 }
 
-/// How many counters a pod has: those of [`JoinCount`], then those of [`TcpReason`].
+/// Number of counters per pod: those of [`JoinCount`], then those of [`TcpReason`].
 pub const JOIN_COUNTER_COUNT: usize = JoinCount::ALL.len() + TcpReason::ALL.len();
 
-/// Value of `JOIN_COUNTERS`, one a CPU.
+/// Value of `JOIN_COUNTERS`, per CPU.
 #[derive(Clone, Copy, Pod, Zeroable, PartialEq, Eq, Debug)]
 #[repr(C)]
 pub struct JoinCounters {
-    /// By [`JoinCount`], then by [`TcpReason`].
+    /// Indexed by [`JoinCount`], then by [`TcpReason`].
     pub counts: [u64; JOIN_COUNTER_COUNT],
 }
 

@@ -8,10 +8,10 @@ use crate::{
 
 const TCP: u8 = 6;
 
-/// What a decision may ask. The programs answer from the maps, `explain` from the same entries in user space.
-/// Each is asked at most once a decision (`destination` once for each address), and only when a row needs it.
+/// The lookups of a decision. The programs implement them with the maps, `explain` with the same entries in user space.
+/// A decision calls each at most once (`destination` once per address), and only when a row needs it.
 pub trait PolicyLookup {
-    /// What is known of an address: the longest prefix that covers it, or zeroes.
+    /// The entry of the longest prefix that covers an address; all zero if there is none.
     fn destination(&self, policy: u32, addr: Addr) -> Destination;
     /// Bits of [`port`].
     fn port(&self, policy: u32, port: u16) -> u32;
@@ -19,14 +19,14 @@ pub trait PolicyLookup {
     fn group(&self, policy: u32, gid: u32) -> bool;
     /// Bits of [`interface`].
     fn interface(&self, policy: u32, ifindex: u32) -> u32;
-    /// TPROXY only: whether the connection under decision was marked when it was made.
+    /// TPROXY only: whether the connect hook marked this connection for the inbound listener.
     fn is_marked(&self) -> bool;
-    /// TPROXY only: whether the proxy made the connection under decision with the mark of -t.
+    /// TPROXY only: whether the proxy opened this connection with the mark of `-t`.
     fn is_bypass(&self) -> bool;
 }
 
-/// Who made a socket: ids of the initial user namespace. A socket without a file has no owner, and every "owner is
-/// not" row matches it.
+/// The creator of a socket, with ids of the initial user namespace. A socket without a file has no owner and matches
+/// every "owner is not" row.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Owner {
     /// fsuid at creation.
@@ -36,56 +36,56 @@ pub struct Owner {
 }
 
 impl Owner {
-    /// Stands for a socket without a file; (uid_t)-1 is no user.
+    /// A socket without a file; (uid_t)-1 is no user.
     pub const NONE: Self = Self { uid: u32::MAX, gid: u32::MAX };
 }
 
-/// A flow that a process of the pod starts.
+/// A flow started by a process of the pod.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct OutboundFlow {
-    /// 6 or 17.
+    /// IPPROTO_TCP (6) or IPPROTO_UDP (17).
     pub protocol: u8,
-    /// What is dialled: [`Addr::effective`], where the call names an unspecified address.
+    /// The destination; for an unspecified one, the address that the kernel uses instead ([`Addr::effective`]).
     pub dst: Addr,
     /// Host order.
     pub dst_port: u16,
-    /// What the socket is bound to; unspecified if it is not.
+    /// The address that the socket is bound to, or unspecified.
     pub src: Addr,
-    /// Who made the socket.
+    /// The creator of the socket.
     pub owner: Owner,
     /// SO_MARK of the socket.
     pub mark: u32,
 }
 
-/// A TCP connection that reaches the namespace.
+/// A TCP connection that arrives in the namespace.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct InboundFlow {
-    /// What was dialled.
+    /// Destination address.
     pub dst: Addr,
     /// Host order.
     pub dst_port: u16,
-    /// Who dials.
+    /// Source address.
     pub src: Addr,
-    /// Where it arrived.
+    /// Interface that it arrived on.
     pub ifindex: u32,
 }
 
-/// An outbound decision, with what was learnt of the destination on the way.
+/// An outbound decision, with what the lookup of the destination returned.
 #[must_use = "a decision that is dropped is a connection that goes the wrong way"]
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct OutboundDecision {
-    /// What happens and why.
+    /// The verdict and its reason.
     pub decision: Decision,
-    /// The source that the route would give; unspecified if not known.
+    /// The source address that the route selects; unspecified if it is not known.
     pub source: Addr,
-    /// TPROXY: sk_lookup is to steer this connection to the inbound listener (mangle's mark).
+    /// TPROXY: sk_lookup hands this connection to the inbound listener (the rules of the mangle table mark it).
     pub mark: bool,
-    /// TPROXY: sk_lookup is to leave this connection alone, from whatever address it comes: the proxy goes on to the
-    /// application (the mark of -t).
+    /// TPROXY: sk_lookup passes this connection, whatever its source: the proxy's own connection to the application (the
+    /// mark of `-t`).
     pub bypass: bool,
 }
 
-/// Decide for a flow that a process of the pod starts.
+/// Decides for a flow started by a process of the pod.
 #[inline(always)]
 pub fn decide_outbound(pod: &PodPolicy, flow: &OutboundFlow, lookup: &impl PolicyLookup) -> OutboundDecision {
     let dst = lookup.destination(pod.id, flow.dst);
@@ -95,7 +95,7 @@ pub fn decide_outbound(pod: &PodPolicy, flow: &OutboundFlow, lookup: &impl Polic
     let tproxy = pod.flags & policy::TPROXY != 0;
     let bypass = tproxy && flow.protocol == TCP && flow.mark == pod.tproxy_mark;
     if tproxy && !bypass && is_marked(pod, flow, src, &dst, reason, lookup) {
-        // What is dialled on loopback does not reach sk_lookup's rules.
+        // sk_lookup passes destinations on loopback, so the connect hook redirects them.
         if flow.dst.is_loopback() {
             reason = Reason::MarkedLoopback;
         } else {
@@ -105,8 +105,8 @@ pub fn decide_outbound(pod: &PodPolicy, flow: &OutboundFlow, lookup: &impl Polic
     OutboundDecision { decision: reason.into(), source: dst.source, mark, bypass }
 }
 
-/// TPROXY: mangle marks what the proxy sends over loopback, whatever nat leaves alone, and takes it to the inbound
-/// port when it arrives there.
+/// TPROXY: the mangle table marks what the proxy sends over loopback, independently of the nat table, and delivers it to
+/// the inbound port when it arrives.
 #[inline(always)]
 fn is_marked(
     pod: &PodPolicy,
@@ -245,7 +245,7 @@ fn outbound_reason(
     Reason::NotIncluded
 }
 
-/// Decide for a TCP connection that reaches the namespace.
+/// Decides for a TCP connection that arrives in the namespace.
 #[inline(always)]
 pub fn decide_inbound(pod: &PodPolicy, flow: &InboundFlow, lookup: &impl PolicyLookup) -> Decision {
     inbound_reason(pod, flow, lookup).into()

@@ -1,5 +1,5 @@
-//! The layouts of all maps. Every struct is plain old data without padding; sizes are asserted here because a
-//! byte of padding in a key is a look-up that misses.
+//! The layouts of all maps. Every struct is plain old data without padding: a byte of padding in a key is a lookup that
+//! misses, so the sizes are asserted at compile time.
 //!
 //! Ports are in host order, addresses in network order, ids are those of the initial user namespace.
 
@@ -13,49 +13,48 @@ mod proxy;
 pub use connection::{ConnKey, Handshake, OrigDst, SocketState, end, socket};
 pub use proxy::{ListenerKey, Proxy, ProxyPort, Ring, bound, scope};
 
-/// Version of everything in this file and its folder; part of the pin path. A change of any layout raises it.
+/// Version of the layouts in this file and its folder, part of the pin path. Any change of a layout raises it.
 pub const VERSION: u32 = 5;
 
 /// Most users and most groups that `-u` and `-g` may name.
 pub const MAX_OWNERS: usize = 16;
-/// Pods on one node: as many counters' slots there are.
+/// Most pods on one node: the number of slots for counters.
 pub const MAX_PODS: u32 = 1024;
-/// How far below the newest listening socket of a (pod, port, family, scope) a connection looks for one that is still
-/// open. The newest is nearly always open, and what opens next takes the place of a newest that is not: more than this
-/// many must have been open together and be closed, all of them newer than one that is open.
+/// How many slots below the newest listening socket of a (pod, port, family, scope) are searched for one that is still
+/// open. The newest is nearly always open, and a new listener replaces a closed newest one. The search fails only if more
+/// listeners than this were open at once, and all of them were closed while an older one stayed open.
 pub const LISTENER_SEARCH: u32 = 256;
-/// Connections that are being set up at the same time and can be told apart when NAT rewrites the client's address.
+/// Concurrent handshakes that can be told apart when NAT rewrites the client's address. A power of two.
 pub const HANDSHAKES: u32 = 1 << 14;
 
-/// What one pod may have in the maps that all pods share. Each map has room for twice as much for every pod, because a
-/// new policy is written beside the one that it replaces: no pod can take another's room.
+/// Budgets of one pod in the maps that all pods share. Each map has room for twice the budgets of all pods, because a new
+/// policy is written beside the one that it replaces. No pod can use up another's room.
 pub mod budget {
     use super::MAX_PODS;
 
-    /// Prefixes in DESTINATIONS: those of its lists and of its routes that differ from what is around them.
+    /// Prefixes in DESTINATIONS: those from CIDR lists and routes that differ from the prefix around them.
     pub const DESTINATIONS: u32 = 1 << 14;
-    /// Prefixes in PORTS: a range of ports is at most 28 of them, a single port one.
+    /// Prefixes in PORTS: a single port takes one, a range at most 30.
     pub const PORTS: u32 = 1 << 12;
     /// Groups in GROUPS.
     pub const GROUPS: u32 = 64;
-    /// Interfaces in INTERFACES that -c or -k name.
+    /// Interfaces in INTERFACES, named by `-c` or `-k`.
     pub const INTERFACES: u32 = 64;
 
-    /// Entries of a map of which a pod may have `budget`.
+    /// Size of a map in which each pod has this budget.
     pub const fn for_all_pods(budget: u32) -> u32 {
         2 * MAX_PODS * budget
     }
 }
 
-/// Places for counters of [`crate::Reason`] and of [`crate::failure::Failure`]: more than there are, so that a new one
-/// moves no other.
+/// Counters for [`crate::Reason`]: more than there are reasons, so that a new one does not move others.
 pub const MAX_REASONS: usize = 48;
-/// See [`MAX_REASONS`].
+/// Counters for [`crate::failure::Failure`], as [`MAX_REASONS`].
 pub const MAX_FAILURES: usize = 16;
 
 const _: () = assert!(Reason::ALL.len() <= MAX_REASONS && Failure::ALL.len() <= MAX_FAILURES);
 
-/// DNS servers that a datagram socket may ask besides its first without one being forgotten.
+/// DNS servers that are remembered for a UDP socket besides its first.
 pub const MAX_SERVERS: usize = 8;
 
 /// Bits of [`PodPolicy::flags`].
@@ -64,43 +63,43 @@ pub mod policy {
     pub const TPROXY: u32 = 1 << 0;
     /// `-b '*'`.
     pub const INBOUND_ALL: u32 = 1 << 1;
-    /// `-b` or `-d` name ports: ask PORTS for inbound flows.
+    /// `-b` or `-d` lists ports: inbound flows need a lookup in PORTS.
     pub const INBOUND_PORTS: u32 = 1 << 2;
-    /// `-o` or `-q` name ports: ask PORTS for outbound flows.
+    /// `-o` or `-q` lists ports: outbound flows need a lookup in PORTS.
     pub const OUTBOUND_PORTS: u32 = 1 << 3;
-    /// Some CIDR of `-i` is a loopback one: rows 4b and 5b are skipped.
+    /// A CIDR of `-i` is on loopback: rows 4b and 5b are skipped.
     pub const INCLUDES_LOOPBACK: u32 = 1 << 4;
-    /// `--redirect-dns` is in force.
+    /// `--redirect-dns`.
     pub const DNS: u32 = 1 << 5;
-    /// `--capture-all-dns` too.
+    /// `--capture-all-dns`; only with [`DNS`].
     pub const DNS_ALL: u32 = 1 << 6;
     /// Only owners in GROUPS are captured.
     pub const GROUPS_ONLY: u32 = 1 << 7;
     /// Owners in GROUPS are not captured.
     pub const GROUPS_EXCEPT: u32 = 1 << 8;
-    /// `-c` or `-k` name interfaces: ask INTERFACES for inbound flows.
+    /// `-c` or `-k` lists interfaces: inbound flows need a lookup in INTERFACES.
     pub const INTERFACES: u32 = 1 << 9;
-    /// Inbound flows pass to the application when the proxy does not listen.
+    /// Flows pass while the proxy does not listen.
     pub const OPEN_WITHOUT_PROXY: u32 = 1 << 10;
     /// The IPv4 stand-in addresses ([`crate::Addr::stand_in`]) are local in the namespace.
     pub const STAND_IN_V4: u32 = 1 << 11;
-    /// The IPv6 ones are.
+    /// The IPv6 stand-in addresses are local in the namespace.
     pub const STAND_IN_V6: u32 = 1 << 12;
-    /// The IPv4 sources that carry a number ([`crate::Addr::numbered`]) are local in the namespace.
+    /// The IPv4 sources that encode a number ([`crate::Addr::numbered`]) are local in the namespace.
     pub const NUMBERED_V4: u32 = 1 << 13;
-    /// IPv6 is left alone.
+    /// IPv6 is not captured.
     pub const WITHOUT_IPV6: u32 = 1 << 14;
 }
 
 /// Bits of [`Destination::flags`].
 pub mod destination {
-    /// A route leads there.
+    /// There is a route.
     pub const ROUTED: u32 = 1 << 0;
-    /// Through the loopback interface.
+    /// The route goes through the loopback interface.
     pub const LO: u32 = 1 << 1;
     /// In `ISTIO_OUTBOUND_IPV4_LOOPBACK_CIDR`, or `::1`.
     pub const LOCALHOST: u32 = 1 << 2;
-    /// Through an interface of `-c`.
+    /// The route goes through an interface of `-c`.
     pub const EXCLUDED_EGRESS: u32 = 1 << 3;
     /// In `-i`.
     pub const INCLUDED: u32 = 1 << 4;
@@ -132,35 +131,34 @@ pub mod interface {
     pub const VIRT: u32 = 1 << 1;
 }
 
-/// Value of POLICIES: what is decided the same for every flow of a pod. Lists that can be long are in maps of their
-/// own, under [`PodPolicy::id`]: a new policy is built beside the old one under a fresh id and put in force by
-/// replacing this one value.
+/// Value of POLICIES: the part of a pod's policy that has a fixed size. Lists are in maps of their own under
+/// [`PodPolicy::id`]: a new policy is built beside the old one under a new id, and replacing this one value activates it.
 #[derive(Clone, Copy, Pod, Zeroable, PartialEq, Eq, Debug)]
 #[repr(C)]
 pub struct PodPolicy {
-    /// Prefix of the keys in DESTINATIONS, PORTS, GROUPS and INTERFACES. Never 0.
+    /// First field of the keys in DESTINATIONS, PORTS, GROUPS and INTERFACES. Never 0.
     pub id: u32,
     /// Index into PROXY_STATE and COUNTERS.
     pub slot: u32,
     /// Bits of [`policy`].
     pub flags: u32,
-    /// Where outbound TCP goes, `-p`.
+    /// The proxy's port for outbound TCP, `-p`. Ports are in host order.
     pub outbound_port: u16,
-    /// Where inbound TCP goes, `-z`.
+    /// The proxy's port for inbound TCP, `-z`.
     pub inbound_port: u16,
-    /// `-e`.
+    /// The tunnel port, `-e`.
     pub tunnel_port: u16,
-    /// 15053.
+    /// The proxy's port for DNS, 15053.
     pub dns_port: u16,
     /// `-t`; 0 unless the mode is TPROXY.
     pub tproxy_mark: u32,
-    /// Most redirected connections at a time; the connect() of one more fails.
+    /// Most concurrent redirected connections; one more `connect()` fails with ENOBUFS.
     pub max_connections: u32,
-    /// How many of `uids` count.
+    /// Number of entries in `uids`.
     pub uid_count: u16,
-    /// How many of `gids` count.
+    /// Number of entries in `gids`.
     pub gid_count: u16,
-    /// `-u`, in order; the first again in places that are not used.
+    /// `-u`, in order; unused elements repeat the first.
     pub uids: [u32; MAX_OWNERS],
     /// `-g`, in order; as `uids`.
     pub gids: [u32; MAX_OWNERS],
@@ -176,14 +174,14 @@ pub struct DestinationKey {
     pub addr: Addr,
 }
 
-/// Value of DESTINATIONS: all that is known of an address, from the CIDR lists and from the namespace's routes.
-/// One look-up answers every row that looks at the destination.
+/// Value of DESTINATIONS: everything about an address, from the CIDR lists and the namespace's routes. One lookup answers
+/// every row that depends on the destination.
 #[derive(Clone, Copy, Pod, Zeroable, PartialEq, Eq, Debug)]
 #[repr(C)]
 pub struct Destination {
     /// Bits of [`destination`].
     pub flags: u32,
-    /// The source that the route would give an unbound socket; unspecified if not known.
+    /// The source address that the route gives an unbound socket; unspecified if it is not known.
     pub source: Addr,
 }
 
@@ -193,17 +191,17 @@ pub struct Destination {
 pub struct PortKey {
     /// [`PodPolicy::id`].
     policy: u32,
-    /// Network order: the bits of a prefix are the first ones in memory.
+    /// Network order, so that the bits of a prefix come first in memory.
     port: u16,
     /// Zero.
     reserved: u16,
 }
 
 impl PortKey {
-    /// Bits of the key that count for a whole port.
+    /// Prefix length of a single port.
     pub const BITS: u32 = 48;
 
-    /// A port, or the first of a prefix; host order.
+    /// The key of a port, or of the first port of a prefix; host order.
     #[inline(always)]
     pub const fn new(policy: u32, port: u16) -> Self {
         Self { policy, port: port.to_be(), reserved: 0 }
@@ -215,7 +213,7 @@ impl PortKey {
     }
 }
 
-/// Key of GROUPS and INTERFACES: the member of a set of one policy.
+/// Key of GROUPS and INTERFACES: a member of one policy's set.
 #[derive(Clone, Copy, Pod, Zeroable, PartialEq, Eq, Hash, Debug)]
 #[repr(C)]
 pub struct MemberKey {
@@ -225,20 +223,20 @@ pub struct MemberKey {
     pub member: u32,
 }
 
-/// Value of DNS_SERVERS: the DNS servers that a datagram socket has asked besides its first. Each has a number, and the
-/// query to it a source of that number ([`Addr::numbered`]), by which its answer is told from the others'.
+/// Value of DNS_SERVERS: the servers that a UDP socket has asked besides its first. Each has a number, and queries to it
+/// come from the source address that encodes the number ([`Addr::numbered`]), which identifies the answer.
 #[derive(Clone, Copy, Pod, Zeroable, PartialEq, Eq, Debug)]
 #[repr(C)]
 pub struct DnsServers {
-    /// The next number, of which the low 16 bits count.
+    /// The next number; only its low 16 bits are used.
     pub next: u32,
-    /// By number modulo [`MAX_SERVERS`]; the oldest gives way.
+    /// Indexed by number modulo [`MAX_SERVERS`]; a new server replaces the oldest.
     pub addrs: [Addr; MAX_SERVERS],
 }
 
-#[expect(clippy::cast_possible_truncation, reason = "the low half of `next` counts")]
+#[expect(clippy::cast_possible_truncation, reason = "only the low half of `next` is used")]
 impl DnsServers {
-    /// The number of a server, if it is remembered.
+    /// The number of a server. `None` if it is not remembered.
     #[inline(always)]
     pub fn number_of(&self, addr: Addr) -> Option<u16> {
         for slot in 0..MAX_SERVERS {
@@ -251,7 +249,7 @@ impl DnsServers {
         None
     }
 
-    /// Remember a server; its number.
+    /// Remembers a server and returns its number.
     #[inline(always)]
     pub fn add(&mut self, addr: Addr) -> u16 {
         let number = self.next as u16;
@@ -260,7 +258,7 @@ impl DnsServers {
         number
     }
 
-    /// The server of a number; none if it has given way.
+    /// The server with this number. `None` if another has replaced it.
     #[inline(always)]
     pub fn server(&self, number: u16) -> Option<Addr> {
         let age = (self.next as u16).wrapping_sub(number);
@@ -269,26 +267,26 @@ impl DnsServers {
     }
 }
 
-/// Value of LOOKUP_SCRATCH, one a CPU: the look-up that is under way.
+/// Value of LOOKUP_SCRATCH, per CPU: the socket lookup in progress.
 #[derive(Clone, Copy, Pod, Zeroable, PartialEq, Eq, Debug)]
 #[repr(C)]
 pub struct LookupScratch {
     /// Netns cookie.
     pub netns: u64,
-    /// Ports, and the remote address if it is of IPv4: another look-up's cookie is not taken for this one's.
+    /// Ports, and the remote address of an IPv4 lookup, so that the cookie of another lookup is not mistaken for its own.
     pub tag: u64,
-    /// Once that is decided, the listeners that are to get it: their port (host order) from bit 16, and
-    /// [`Proxy::index`] as of IPv4 in the lowest bits.
+    /// After the decision, the listeners to search: their port (host order) from bit 16, and [`Proxy::index`] for IPv4 in
+    /// the lowest bits.
     pub listeners: u64,
 }
 
-/// Value of COUNTERS, one a CPU.
+/// Value of COUNTERS, per CPU.
 #[derive(Clone, Copy, Pod, Zeroable, PartialEq, Eq, Debug)]
 #[repr(C)]
 pub struct ReasonCounters {
-    /// By reason.
+    /// Indexed by [`Reason`].
     pub decisions: [u64; MAX_REASONS],
-    /// By failure.
+    /// Indexed by [`Failure`].
     pub failures: [u64; MAX_FAILURES],
 }
 
@@ -320,29 +318,29 @@ pub struct Event {
     pub time: u64,
     /// Netns cookie.
     pub netns: u64,
-    /// Dialled address, or the address that a connection arrived for.
+    /// Destination address.
     pub dst: Addr,
-    /// Bound source (outbound), or the remote client (inbound).
+    /// The address that the socket is bound to (outbound), or the remote client (inbound).
     pub src: Addr,
     /// Host order.
     pub dst_port: u16,
     /// Host order.
     pub src_port: u16,
-    /// Thread group; 0 for inbound.
+    /// Thread group id; 0 for inbound flows.
     pub pid: u32,
-    /// Owner of the socket; `u32::MAX` where there is none (inbound).
+    /// Owner of the socket; `u32::MAX` for inbound flows, which have none.
     pub uid: u32,
     /// As `uid`.
     pub gid: u32,
     /// Discriminant of [`crate::Reason`].
     pub reason: u8,
-    /// 6 or 17.
+    /// IPPROTO_TCP (6) or IPPROTO_UDP (17).
     pub protocol: u8,
-    /// 1 for inbound.
+    /// 1 for an inbound flow.
     pub inbound: u8,
     /// Zero.
     pub reserved: u8,
-    /// Name of the task, NUL padded; empty for inbound.
+    /// Name of the task, padded with NUL; empty for inbound flows.
     pub comm: [u8; 16],
     /// Zero.
     pub reserved2: u32,

@@ -1,43 +1,43 @@
-//! The one list of names: of maps by content, of programs by hook. At most 15 bytes each, which is all that the
-//! kernel keeps (`BPF_OBJ_NAME_LEN`).
+//! The one list of names: maps are named by content, programs by hook. The kernel keeps 15 bytes of a name
+//! (`BPF_OBJ_NAME_LEN`).
 
-/// Netns cookie to [`crate::layout::PodPolicy`]: the master switch. A namespace without an entry is left alone.
+/// Netns cookie to [`crate::layout::PodPolicy`]: the master switch. Nothing is captured in a namespace without an entry.
 pub const POLICIES: &str = "POLICIES";
 /// Longest-prefix trie over (policy, address) to [`crate::layout::Destination`].
 pub const DESTINATIONS: &str = "DESTINATIONS";
-/// Longest-prefix trie over (policy, port) to the lists that name the port.
+/// Longest-prefix trie over (policy, port) to the lists that contain the port.
 pub const PORTS: &str = "PORTS";
-/// (policy, gid) for `ISTIO_OUTBOUND_OWNER_GROUPS` and its `_EXCLUDE`.
+/// (policy, gid), for `ISTIO_OUTBOUND_OWNER_GROUPS` and `ISTIO_OUTBOUND_OWNER_GROUPS_EXCLUDE`.
 pub const GROUPS: &str = "GROUPS";
-/// (policy, interface index) to the lists that name the interface.
+/// (policy, interface index) to the lists that contain the interface.
 pub const INTERFACES: &str = "INTERFACES";
-/// (cookie, port, family, slot) to the proxy's listening sockets.
+/// (cookie, port, family, scope, slot) to a listening socket of the proxy.
 pub const LISTENERS: &str = "LISTENERS";
 /// (cookie, 4-tuple) to the original destination of a redirected connection.
 pub const ORIG_DST: &str = "ORIG_DST";
-/// Socket storage: from the connect hook to the connect callback, and for datagram sockets that were redirected.
+/// Socket storage: of TCP from the connect hook to the connect callback, and of redirected UDP sockets.
 pub const SOCKETS: &str = "SOCKETS";
-/// Socket storage: for datagram sockets that ask several DNS servers, all but the first of them.
+/// Socket storage: the DNS servers that a UDP socket has asked besides its first.
 pub const DNS_SERVERS: &str = "DNS_SERVERS";
-/// Socket storage: the entry of [`ORIG_DST`] to release when the socket is closed, for sockets whose callbacks another
-/// program switches off.
+/// Socket storage: the entry of [`ORIG_DST`] to delete when the socket is closed, for sockets whose callbacks another
+/// program has switched off.
 pub const RELEASES: &str = "RELEASES";
-/// One cell: the program [`STEER_INBOUND`], to which every pod's [`SK_LOOKUP`] goes on.
+/// One cell: the program [`STEER_INBOUND`], which every pod's [`SK_LOOKUP`] tail-calls.
 pub const JUMP_TABLE: &str = "JUMP_TABLE";
-/// Per CPU, one cell: which pod's look-up is under way, from [`SK_LOOKUP`] to [`STEER_INBOUND`].
+/// Per CPU, one cell: passes the pod of a lookup from [`SK_LOOKUP`] to [`STEER_INBOUND`].
 pub const LOOKUP_SCRATCH: &str = "LOOKUP_SCRATCH";
-/// Redirected connections that are being set up, by their initial sequence number.
+/// Initial sequence number to a redirected connection during its handshake.
 pub const HANDSHAKES: &str = "HANDSHAKES";
-/// Slot to what is known of the pod's proxy and connections while they run.
+/// Slot to the state of the pod's proxy and connections.
 pub const PROXY_STATE: &str = "PROXY_STATE";
 /// Slot to per-CPU counts by reason.
 pub const COUNTERS: &str = "COUNTERS";
 /// Ring buffer of decisions, for `trace`.
 pub const EVENTS: &str = "EVENTS";
-/// One cell: whether anybody reads [`EVENTS`].
+/// One cell: whether [`EVENTS`] has a reader.
 pub const TRACING: &str = "TRACING";
 
-/// Ring buffer of log lines; the name is aya-log's.
+/// Ring buffer of log lines; aya-log chose the name.
 pub const LOGS: &str = "AYA_LOGS";
 
 /// Every map that is shared by all pods of a node and pinned.
@@ -90,40 +90,41 @@ pub const SOCK_OPS: &str = "sock_ops";
 pub const SOCK_CREATE: &str = "sock_create";
 /// `cgroup/sock_release`.
 pub const SOCK_RELEASE: &str = "sock_release";
-/// `sk_lookup`: one instance a pod, because that hook cannot ask for the netns cookie. It says which pod it is and goes
-/// on to [`STEER_INBOUND`], so that it is small: it is what an attach has to load.
+/// `sk_lookup`: one instance per pod, because the hook cannot ask for the netns cookie. It identifies the pod and
+/// tail-calls [`STEER_INBOUND`]. It is small because every attach loads it. The linker takes `sk_lookup` for the name of
+/// the section.
 pub const SK_LOOKUP: &str = "lookup";
-/// `sk_lookup`, shared by all pods, by tail call.
+/// `sk_lookup`, shared by all pods, reached by tail call.
 pub const STEER_INBOUND: &str = "steer_inbound";
 
-/// `sock_ops` of the object that joins connections: finds the two ends.
+/// `sock_ops` of the object that joins connections: pairs the two ends.
 pub const JOIN_OPS: &str = "join_ops";
 /// `sk_msg` of that object: decides for each message.
 pub const JOIN_MSG: &str = "join_msg";
-/// Socket storage: what is known of a proxy's connection that may be joined.
+/// Socket storage: the state of a proxy's connection that may be joined.
 pub const JOIN_SOCKETS: &str = "JOIN_SOCKETS";
 /// Socket cookie to socket: the ends that may be joined. [`JOIN_MSG`] is attached to it.
 pub const JOIN_ENDS: &str = "JOIN_ENDS";
-/// Sequence numbers to the ends that wait for each other.
+/// Sequence numbers to ends that wait for their peer.
 pub const JOIN_OFFERS: &str = "JOIN_OFFERS";
-/// Connections that have just begun to arrive at an accelerated pod, by a hash of where they come from.
+/// Hash of the source to connections whose SYN has just arrived at an accelerated pod.
 pub const JOIN_HINTS: &str = "JOIN_HINTS";
-/// Slot to the netns cookie of the pod that is accelerated, 0 if none is.
+/// Slot to the netns cookie of an accelerated pod, or 0.
 pub const JOIN_PODS: &str = "JOIN_PODS";
 /// (netns cookie, executable) of the proxies whose connections may be joined.
 pub const JOIN_PROXIES: &str = "JOIN_PROXIES";
-/// One cell: not 0 while nothing is joined on this node.
+/// One cell: nonzero while joining is switched off on this node.
 pub const JOIN_OFF: &str = "JOIN_OFF";
 /// Slot to per-CPU counts.
 pub const JOIN_COUNTERS: &str = "JOIN_COUNTERS";
 
-/// The maps of the object that joins connections, pinned beside the others from the first accelerated pod on. It shares
-/// [`POLICIES`] with the others.
+/// The maps of the object that joins connections, pinned beside the others by the first accelerated pod. The object also
+/// uses [`POLICIES`].
 pub const JOIN_MAPS: [&str; 8] =
     [JOIN_SOCKETS, JOIN_ENDS, JOIN_OFFERS, JOIN_HINTS, JOIN_PODS, JOIN_PROXIES, JOIN_OFF, JOIN_COUNTERS];
 
-/// The self-test's `sk_msg`, and its maps: the ends that are joined, how many messages went that way, and whether the
-/// next go by TCP. They are in an object of their own and never pinned.
+/// The self-test's `sk_msg`, and its maps: the joined ends, the number of joined messages, and whether the next messages
+/// go by TCP. They are in an object of their own and never pinned.
 pub const SK_MSG: &str = "trial";
 /// See [`SK_MSG`].
 pub const PEERS: &str = "PEERS";
@@ -132,7 +133,7 @@ pub const JOINED: &str = "JOINED";
 /// See [`SK_MSG`].
 pub const BY_TCP: &str = "BY_TCP";
 
-/// The programs that attach to a pod's cgroup, in the order in which they are attached.
+/// The programs that are attached to a pod's cgroup, in this order.
 pub const CGROUP_PROGRAMS: [&str; 14] = [
     SOCK_OPS,
     SOCK_CREATE,

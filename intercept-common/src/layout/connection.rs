@@ -1,25 +1,25 @@
-//! What is known of a redirected connection, of a socket, and of a connection that is being set up.
+//! The state of redirected connections, sockets and handshakes.
 
 use bytemuck::{Pod, Zeroable};
 
 use super::MAX_PODS;
 use crate::Addr;
 
-/// Key of ORIG_DST: the redirected connection as it is on the wire, in its own namespace.
+/// Key of ORIG_DST: the 4-tuple of the redirected connection, in its namespace.
 #[derive(Clone, Copy, Pod, Zeroable, PartialEq, Eq, Hash, Debug)]
 #[repr(C)]
 pub struct ConnKey {
     /// Netns cookie: two pods may have the same addresses and ports.
     pub netns: u64,
-    /// The end that dialled.
+    /// Address of the end that called connect().
     pub client: Addr,
-    /// The proxy's end.
+    /// Address of the proxy's end.
     pub proxy: Addr,
     /// Host order.
     pub client_port: u16,
     /// Host order.
     pub proxy_port: u16,
-    /// Zero, but in RELEASES.
+    /// Zero, except in RELEASES.
     pub reserved: u32,
 }
 
@@ -27,12 +27,12 @@ pub struct ConnKey {
 #[derive(Clone, Copy, Pod, Zeroable, PartialEq, Eq, Debug)]
 #[repr(C)]
 pub struct OrigDst {
-    /// What the client dialled.
+    /// The original destination.
     pub addr: Addr,
-    /// The address that the client's socket has without us; unspecified if that is the one it has.
+    /// The source address that the client's socket would have without the redirect; unspecified if it has that one.
     pub source: Addr,
-    /// Its port (host order) in the lowest 16 bits, the ends that are alive (bits of [`end`]) from bit 32, the pod's
-    /// slot from bit 48: one word, because BPF has no smaller atomics in Rust. The entry goes with the last end.
+    /// The original port (host order) in the lowest 16 bits, the ends that are open (bits of [`end`]) from bit 32, the
+    /// pod's slot from bit 48. One word, because Rust has no smaller atomics for BPF. The last end deletes the entry.
     pub port_and_ends: u64,
 }
 
@@ -49,7 +49,7 @@ impl OrigDst {
         (port_and_ends >> 48) as u32
     }
 
-    /// What the client dialled; host order.
+    /// The original port, in host order.
     #[inline(always)]
     #[expect(clippy::cast_possible_truncation, reason = "the low half is a port")]
     pub const fn port(&self) -> u16 {
@@ -59,15 +59,15 @@ impl OrigDst {
 
 /// Bits of the ends in [`OrigDst::port_and_ends`].
 pub mod end {
-    /// The socket that dialled.
+    /// The client's socket.
     pub const CLIENT: u64 = 1 << 32;
-    /// The socket that the proxy accepts.
+    /// The socket that the proxy accepted.
     pub const PROXY: u64 = 1 << 33;
-    /// TPROXY: the connection was not rewritten; sk_lookup steers it by this entry.
+    /// TPROXY: the connection is not rewritten; because of this entry sk_lookup hands it to the inbound listener.
     pub const STEERED: u64 = 1 << 34;
-    /// TPROXY: the proxy goes on to the application; sk_lookup leaves it alone by this entry.
+    /// TPROXY: the proxy's connection to the application; because of this entry sk_lookup passes it.
     pub const BYPASS: u64 = 1 << 35;
-    /// The client closed its socket before the proxy's end was there, and may not be heard of again.
+    /// The client closed its socket before the proxy's end existed; no further callback may come for it.
     pub const ABANDONED: u64 = 1 << 36;
 }
 
@@ -75,9 +75,9 @@ pub mod end {
 #[derive(Clone, Copy, Pod, Zeroable, PartialEq, Eq, Debug)]
 #[repr(C)]
 pub struct SocketState {
-    /// What was dialled, the DNS server asked first, or the client ([`socket::TRANSLATED`]).
+    /// The original destination, the DNS server asked first, or the client ([`socket::TRANSLATED`]).
     pub addr: Addr,
-    /// The address that the socket has without us, if it is another one; else unspecified.
+    /// The source address that the socket would have without the redirect, if it differs; else unspecified.
     pub source: Addr,
     /// Port of `addr`, host order.
     pub port: u16,
@@ -85,38 +85,38 @@ pub struct SocketState {
     pub kind: u16,
     /// [`super::PodPolicy::slot`].
     pub slot: u16,
-    /// 1 if the address that the socket is bound to was bound for a redirect, rather than by the process.
+    /// 1 if the socket was bound for a redirect rather than by the process.
     pub bound: u16,
-    /// The port that is dialled, host order.
+    /// The proxy's port, in host order.
     pub proxy_port: u16,
-    /// The index of that port among the proxy's: a [`super::ProxyPort`].
+    /// Which of the proxy's ports that is: a [`super::ProxyPort`].
     pub proxy_role: u16,
 }
 
 /// Values of [`SocketState::kind`].
 pub mod socket {
-    /// TCP whose destination was rewritten.
+    /// TCP, redirected.
     pub const REDIRECTED: u16 = 1;
-    /// TCP that sk_lookup is to steer.
+    /// TCP that sk_lookup hands to the inbound listener (TPROXY).
     pub const STEERED: u16 = 2;
-    /// A datagram socket with a query under way.
+    /// UDP with a redirected query.
     pub const DATAGRAM: u16 = 3;
-    /// TCP that sk_lookup is to leave alone.
+    /// TCP that sk_lookup passes (TPROXY).
     pub const BYPASS: u16 = 4;
-    /// A datagram socket without one, of which only [`super::SocketState::bound`] is to be known.
+    /// UDP without a redirected query; only [`super::SocketState::bound`] is valid.
     pub const IDLE: u16 = 5;
-    /// The proxy's end of a connection whose client has another address here than where it dialled, by NAT.
+    /// The proxy's end of a connection whose client address was rewritten by NAT.
     pub const TRANSLATED: u16 = 6;
 }
 
-/// Value of HANDSHAKES: a redirected connection that is being set up, found by the sequence number of its SYN, which
-/// NAT does not change. Overwritten by a later one of the same index; the entry of ORIG_DST decides whether it is right.
+/// Value of HANDSHAKES: a redirected connection during its handshake, indexed by the sequence number of its SYN, which NAT
+/// does not change. A later one with the same index overwrites it; only an entry of ORIG_DST makes it valid.
 #[derive(Clone, Copy, Pod, Zeroable, PartialEq, Eq, Debug)]
 #[repr(C)]
 pub struct Handshake {
     /// Netns cookie.
     pub netns: u64,
-    /// The client's address where it dialled.
+    /// The client's address before NAT.
     pub client: Addr,
     /// Initial sequence number of the client.
     pub isn: u32,

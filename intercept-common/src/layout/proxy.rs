@@ -1,4 +1,4 @@
-//! What is known of a pod's proxy: its listening sockets, and how they are bound.
+//! The state of a pod's proxy: its listening sockets and how they are bound.
 
 use bytemuck::{Pod, Zeroable};
 
@@ -6,13 +6,14 @@ use super::PodPolicy;
 
 /// Values of [`Proxy::bound`]: how the proxy's listener of a port and family is bound.
 pub mod bound {
-    /// No such socket has been seen to listen.
+    /// No listener is known.
     pub const UNKNOWN: u16 = 0;
-    /// To the wildcard address: any address of the pod reaches it.
+    /// Bound to the wildcard address: any address of the pod reaches it.
     pub const WILDCARD: u16 = 1;
-    /// To one address. Redirected connections dial 127.0.0.1 or ::1, as under a REDIRECT.
+    /// Bound to one address. Redirected connections dial 127.0.0.1 or ::1, as with the REDIRECT target.
     pub const ONE: u16 = 2;
-    /// To 127.0.0.1 or ::1, and registered in LISTENERS: sk_lookup hands it what dials [`crate::StandIn::Steered`].
+    /// Bound to 127.0.0.1 or ::1 and registered in LISTENERS: sk_lookup hands it connections to
+    /// [`crate::StandIn::Steered`] addresses.
     pub const STEERED: u16 = 3;
 }
 
@@ -22,67 +23,68 @@ pub mod bound {
 pub struct ListenerKey {
     /// Netns cookie.
     pub netns: u64,
-    /// Port it listens on.
+    /// Port, in host order.
     pub port: u16,
-    /// 4 or 6: the family of the socket; one of 6 may take IPv4 as well.
+    /// Family of the socket, 4 or 6. An IPv6 socket may accept IPv4 as well.
     pub family: u8,
     /// One of [`scope`].
     pub scope: u8,
-    /// Sockets of one port are numbered as they come; see [`Ring`].
+    /// Sockets of one port are numbered in the order in which they start to listen; see [`Ring`].
     pub slot: u32,
 }
 
 /// Values of [`ListenerKey::scope`].
 pub mod scope {
-    /// Takes connections from outside.
+    /// Accepts connections from outside.
     pub const ANY: u8 = 0;
-    /// Bound to 127.0.0.1 or ::1: takes connections of the pod itself only.
+    /// Bound to 127.0.0.1 or ::1: accepts connections from the pod itself only.
     pub const LOCALHOST: u8 = 1;
 }
 
-/// Value of PROXY_STATE: what is known of a pod's proxy and connections while they run.
+/// Value of PROXY_STATE: the state of a pod's proxy and connections.
 #[derive(Clone, Copy, Pod, Zeroable, PartialEq, Eq, Debug)]
 #[repr(C)]
 pub struct Proxy {
-    /// Entries of ORIG_DST.
+    /// Number of the pod's entries in ORIG_DST.
     pub connections: u64,
-    /// 1 once another program was seen to switch off the callbacks that end an entry of ORIG_DST ([`crate::names::RELEASES`]).
+    /// 1 once another program has switched off the callbacks that delete entries of ORIG_DST
+    /// ([`crate::names::RELEASES`]).
     pub overruled: u64,
-    /// A bit for each [`Proxy::index`] whose last listener could not be registered because it is of MPTCP.
+    /// A bit for each [`Proxy::index`] whose newest listener is an MPTCP socket and cannot be registered.
     pub mptcp: u64,
-    /// 1 once the agent made listeners of the outbound port IP_TRANSPARENT, for the guests of `-k`.
+    /// 1 once the agent has set IP_TRANSPARENT on listeners of the outbound port, for `-k`.
     pub transparent: u64,
-    /// How connections of a family find the proxy: by [`Proxy::index`] with [`scope::ANY`] one of [`bound`], written whole by
-    /// [`Proxy::bind`].
+    /// How connections of a family reach the proxy: one of [`bound`], indexed by [`Proxy::index`] with [`scope::ANY`].
+    /// Written according to [`Proxy::bind`].
     pub bound: [u16; 16],
-    /// By [`Proxy::index`]: where LISTENERS has the sockets of a port, family and scope.
+    /// Slots in LISTENERS of a port, family and scope, indexed by [`Proxy::index`].
     pub rings: [Ring; 16],
 }
 
-/// Which of the proxy's ports, as an index.
+/// A port of the proxy, by its role.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum ProxyPort {
-    /// [`PodPolicy::outbound_port`], also where others have the same number.
+    /// [`PodPolicy::outbound_port`]; wins if other ports have the same number.
     Outbound = 0,
     /// [`PodPolicy::inbound_port`].
     Inbound = 1,
-    /// [`PodPolicy::dns_port`], of TCP.
+    /// [`PodPolicy::dns_port`], for DNS over TCP.
     Dns = 2,
 }
 
-/// The listening sockets of one port, family and scope in LISTENERS. A socket that begins to listen takes the slot of
-/// the newest if that one is closed, else the next one.
+/// The listening sockets of one port, family and scope in LISTENERS. A new listener takes the slot of the newest one if
+/// that is closed, else the next slot.
 #[derive(Clone, Copy, Pod, Zeroable, PartialEq, Eq, Debug)]
 #[repr(C)]
 pub struct Ring {
-    /// One above the highest slot that was ever taken.
+    /// One above the highest slot ever used.
     pub top: u64,
-    /// Where the last connection found a socket.
+    /// Slot in which the last lookup found an open socket.
     pub hint: u64,
 }
 
 impl ProxyPort {
-    /// By its number; [`ProxyPort::Dns`] for any other than those of the first two.
+    /// The port with this discriminant; [`ProxyPort::Dns`] for any other than the first two.
     #[inline(always)]
     pub const fn of(number: u16) -> Self {
         match number {
@@ -94,7 +96,7 @@ impl ProxyPort {
 }
 
 impl PodPolicy {
-    /// The ports that have this number: more than one if options name the same twice.
+    /// The roles of this port number: several if options give two roles the same port.
     #[inline(always)]
     pub const fn proxy_ports(&self, port: u16) -> [Option<ProxyPort>; 3] {
         [
@@ -104,7 +106,7 @@ impl PodPolicy {
         ]
     }
 
-    /// Which port of the proxy this is.
+    /// The role of this port number, the first if there are several.
     #[inline(always)]
     pub const fn proxy_port(&self, port: u16) -> Option<ProxyPort> {
         if port == self.outbound_port {
@@ -120,7 +122,7 @@ impl PodPolicy {
 }
 
 impl Proxy {
-    /// What IPv6 adds to an index.
+    /// The part of an index that means IPv6.
     pub const V6: usize = 2;
 
     /// Index into [`Proxy::bound`] and [`Proxy::rings`].
@@ -129,8 +131,8 @@ impl Proxy {
         (port as usize) << 2 | (v6 as usize) << 1 | scope as usize & 1
     }
 
-    /// What a listener of a port changes in [`Proxy::bound`]: indices and values. One of IPv6 on the wildcard
-    /// address takes IPv4 as well, unless one of IPv4 was seen, which is noted at the index of the other scope.
+    /// What a new listener changes in [`Proxy::bound`], as pairs of index and value. An IPv6 listener on the wildcard
+    /// address accepts IPv4 as well, unless an IPv4 listener was seen, which is noted at the index of the other scope.
     #[inline(always)]
     pub const fn bind(port: ProxyPort, v6: bool, bound: u16, v4_seen: bool) -> [(usize, u16); 2] {
         let own = (Self::index(port, v6, scope::ANY), bound);
@@ -144,7 +146,7 @@ impl Proxy {
         [own, (Self::index(port, false, scope::ANY), for_v4)]
     }
 
-    /// Index into [`Proxy::bound`] of whether a listener of IPv4 was seen.
+    /// Index into [`Proxy::bound`] of whether an IPv4 listener was seen.
     #[inline(always)]
     pub const fn v4_seen(port: ProxyPort) -> usize {
         Self::index(port, false, scope::LOCALHOST)
