@@ -1,8 +1,8 @@
-//! What the kernel's own structs say of the two ends and of the running task.
+//! Reads of the kernel's own structs: the two sockets of a connection and the running task.
 //!
-//! The sender's socket is one whose type the verifier knows: plain loads. The reader's is an address that was noted
-//! when the connection began: it is read by the helper that makes an error of what cannot be read, and what is read
-//! counts only if a socket with the noted cookie is there.
+//! The verifier knows the type of the sender's socket, so its members are plain loads. The reader's socket is an address
+//! stored when the connection was established. It is read with `bpf_probe_read_kernel`, which returns an error for memory
+//! that cannot be read, and the result is used only if the socket at that address has the stored cookie.
 
 use core::ffi::c_void;
 
@@ -14,15 +14,15 @@ use aya_ebpf::{
 };
 use intercept_common::acceleration::{JoinEnd, NAME_LENGTH};
 
-/// Levels of memory cgroups that are looked at, the reader's own first: container, pod, class of service, all pods, and
-/// what a distribution has above.
+/// Levels of memory cgroups that are checked, starting with the reader's own: container, pod, QoS class, all pods, and two
+/// for what a distribution has above.
 const LEVELS: usize = 6;
 /// Pages that a memory cgroup must have free; the kernel charges in batches of 64.
 const MARGIN: u64 = 128;
 
 macro_rules! offsets {
     ($($name:ident,)*) => {
-        $(/// Offset in bytes on the running kernel, from its BTF; the agent fills it in.
+        $(/// Offset in bytes on the running kernel. The agent fills it in from BTF.
         #[unsafe(no_mangle)]
         static $name: u32 = 0;)*
     };
@@ -40,7 +40,7 @@ macro_rules! offset {
     };
 }
 
-/// The sending end, in the hands of the system call that sends.
+/// The sending end. Its lock is held by the system call that sends.
 pub(crate) struct Sender {
     state: u8,
     write_seq: u32,
@@ -48,10 +48,10 @@ pub(crate) struct Sender {
 }
 
 impl Sender {
-    /// `None` if it is no socket of TCP.
+    /// `None` if this is not a TCP socket.
     #[inline(always)]
     pub(crate) fn of(sk: *mut bpf_sock) -> Option<Self> {
-        // SAFETY: the helper takes any socket, and gives null for one that is not of TCP.
+        // SAFETY: the helper accepts any socket and returns null for one that is not TCP.
         let tcp: *const tcp_sock = unsafe { bpf_skc_to_tcp_sock(sk.cast()) };
         if tcp.is_null() {
             return None;
@@ -63,7 +63,7 @@ impl Sender {
         })
     }
 
-    /// Whether TCP would take bytes to be sent, and would send them as they are.
+    /// Whether TCP accepts bytes for sending and sends them unmodified.
     #[inline(always)]
     pub(crate) fn is_open(&self) -> bool {
         const TCP_ESTABLISHED: u8 = 1;
@@ -71,8 +71,8 @@ impl Sender {
         (self.state == TCP_ESTABLISHED || self.state == TCP_CLOSE_WAIT) && self.upper_layer == 0
     }
 
-    /// Whether the other end has read every byte that was given to TCP. SequenceKey numbers of the same connection: of
-    /// another one they are equal once in four thousand million times.
+    /// Whether the reader has read every byte that was sent by TCP. Sequence numbers of two different connections are equal
+    /// with a probability of 2^-32.
     #[inline(always)]
     pub(crate) fn all_read_by(&self, reader: &Reader) -> bool {
         read::<u32>(reader.sock, offset!(COPIED_SEQ)) == Some(self.write_seq)
@@ -82,7 +82,7 @@ impl Sender {
 /// A member of a kernel struct whose type the verifier knows.
 #[inline(always)]
 fn typed<T>(base: *const tcp_sock, offset: usize) -> T {
-    // SAFETY: the verifier holds the load against the kernel's types.
+    // SAFETY: the verifier checks the load against the kernel's BTF.
     unsafe { base.cast::<u8>().add(offset).cast::<T>().read() }
 }
 
@@ -92,21 +92,21 @@ pub(crate) struct Reader {
 }
 
 impl Reader {
-    /// `None` if that socket is gone.
+    /// `None` if the socket no longer exists.
     #[inline(always)]
     pub(crate) fn of(end: &JoinEnd) -> Option<Self> {
         let cookie: u64 = read(end.sock, offset!(SKC_COOKIE))?;
         (cookie == end.cookie).then_some(Self { sock: end.sock })
     }
 
-    /// Whether it takes more: neither closed, nor shut for reading.
+    /// Whether it still receives: neither closed nor shut down for reading.
     #[inline(always)]
     pub(crate) fn is_open(&self) -> bool {
         const RCV_SHUTDOWN: u8 = 1;
         read::<u8>(self.sock, offset!(SK_SHUTDOWN)).is_some_and(|shut| shut & RCV_SHUTDOWN == 0)
     }
 
-    /// Whether a process has it by a descriptor that does not block.
+    /// Whether a process holds it by a non-blocking descriptor.
     #[inline(always)]
     pub(crate) fn is_non_blocking(&self) -> bool {
         const O_NONBLOCK: u32 = 0o4000;
@@ -116,19 +116,19 @@ impl Reader {
         flags.is_some_and(|flags| flags & O_NONBLOCK != 0)
     }
 
-    /// Whether it wants to be woken by any byte.
+    /// Whether a single byte wakes it (SO_RCVLOWAT).
     #[inline(always)]
     pub(crate) fn wants_any_byte(&self) -> bool {
         read::<i32>(self.sock, offset!(SK_RCVLOWAT)).is_some_and(|bytes| bytes <= 1)
     }
 
-    /// Bytes that wait to be read, TCP's own overhead included.
+    /// Unread bytes, including TCP's overhead.
     #[inline(always)]
     pub(crate) fn unread(&self) -> u32 {
         read(self.sock, offset!(SK_RMEM_ALLOC)).unwrap_or(u32::MAX)
     }
 
-    /// Whether its memory cgroup and those around it have room for so many bytes.
+    /// Whether its memory cgroup and the ancestors of that have room for `bytes`.
     #[inline(always)]
     pub(crate) fn has_memory(&self, bytes: u32) -> bool {
         if offset!(SK_MEMCG) == 0 {
@@ -165,7 +165,7 @@ fn has_room(mut counter: u64, pages: u64) -> bool {
     true
 }
 
-/// Last part of the path of what the running task executes; all zero if it cannot be told.
+/// Last component of the running task's executable, padded with NUL; all zero if it is not known.
 #[inline(always)]
 pub(crate) fn executable() -> [u8; NAME_LENGTH] {
     let mut name = [0; NAME_LENGTH];
@@ -176,7 +176,7 @@ pub(crate) fn executable() -> [u8; NAME_LENGTH] {
         .and_then(|file| read::<u64>(file, offset!(FILE_DENTRY)))
         .and_then(|dentry| read::<u64>(dentry, offset!(DENTRY_NAME)));
     if let Some(path) = path {
-        // SAFETY: the helper checks what it reads, and writes no more than it is told to.
+        // SAFETY: the helper checks the address that it reads from and writes at most the given length.
         let length = unsafe {
             bpf_probe_read_kernel_str(
                 name.as_mut_ptr().cast(),
@@ -184,7 +184,7 @@ pub(crate) fn executable() -> [u8; NAME_LENGTH] {
                 path as usize as *const c_void,
             )
         };
-        // One that was cut off could be another's.
+        // A truncated name could match another executable.
         if !(0..NAME_LENGTH as i64).contains(&length) {
             name = [0; NAME_LENGTH];
         }
@@ -192,14 +192,14 @@ pub(crate) fn executable() -> [u8; NAME_LENGTH] {
     name
 }
 
-/// A member of a kernel struct at an address; `None` from a null pointer or where nothing can be read.
+/// A member of a kernel struct at an address. `None` for a null pointer or unreadable memory.
 #[inline(always)]
 fn read<T: Copy + Default>(base: u64, offset: usize) -> Option<T> {
     let mut value = T::default();
     if base == 0 {
         return None;
     }
-    // SAFETY: the helper checks the address that it reads from and fills the value it is given.
+    // SAFETY: the helper checks the address that it reads from and fills `value`.
     let result = unsafe {
         bpf_probe_read_kernel(
             (&raw mut value).cast(),

@@ -1,7 +1,7 @@
-//! Joins the connections between proxies of captured pods on one node: what one end sends is put on the other end's
-//! queue, past TCP. An object of its own: nothing of it is loaded unless a pod asks for it.
+//! Joins connections between proxies of captured pods on one node: `sk_msg` moves what one end sends to the receive queue
+//! of the other, bypassing TCP. This is an object of its own, loaded for the first pod with `--accelerate`.
 //!
-//! Whatever is in doubt goes by TCP, message by message. `docs/acceleration.md` has the conditions and why.
+//! When in doubt, a message goes by TCP. `docs/acceleration.md` lists the conditions and their reasons.
 #![expect(clippy::cast_possible_truncation, reason = "the contexts hold ports in words")]
 #![cfg_attr(target_arch = "bpf", no_std, no_main, feature(asm_experimental_arch))]
 
@@ -22,7 +22,7 @@ use aya_ebpf::{
     programs::{SkMsgContext, SockOpsContext},
 };
 
-/// Nothing is ever changed for the kernel by this hook.
+/// Return value of `sock_ops`, which the kernel ignores for these callbacks.
 const CONTINUE: u32 = 1;
 
 #[sock_ops]
@@ -31,7 +31,7 @@ fn join_ops(ctx: SockOpsContext) -> u32 {
     CONTINUE
 }
 
-/// `SK_PASS` both for a message that was redirected and for one that goes by TCP; nothing is ever dropped.
+/// Returns `SK_PASS` for redirected messages and for those that go by TCP; no message is dropped.
 #[sk_msg]
 fn join_msg(ctx: SkMsgContext) -> u32 {
     message::send(&ctx);

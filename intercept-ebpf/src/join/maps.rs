@@ -1,4 +1,4 @@
-//! The maps of this object, each behind the accessors that the programs need.
+//! The maps of this object, behind the accessors that the programs need.
 
 use core::ffi::c_void;
 
@@ -22,9 +22,9 @@ use intercept_common::{
     layout::{MAX_PODS, PodPolicy},
 };
 
-/// Connections of proxies within the node at one time, and offers that wait.
+/// Most concurrent connections between proxies on the node, and most pending offers.
 const MANY: u32 = 1 << 16;
-/// Executables that are vouched for, of all pods.
+/// Most accepted executables of all pods together.
 const FEW: u32 = 1 << 13;
 
 #[map]
@@ -46,7 +46,7 @@ static JOIN_OFF: Array<u32> = Array::with_max_entries(1, 0);
 #[map]
 static JOIN_COUNTERS: PerCpuArray<JoinCounters> = PerCpuArray::with_max_entries(MAX_PODS, 0);
 
-/// Storage of sockets that what a listener accepts starts with a copy of (`BPF_F_CLONE`), which aya's has not.
+/// Socket storage that an accepted socket inherits from its listener (`BPF_F_CLONE`, which aya's type does not set).
 #[repr(C)]
 struct InheritedStorage<T> {
     r#type: *const [i32; bpf_map_type::BPF_MAP_TYPE_SK_STORAGE as usize],
@@ -56,7 +56,7 @@ struct InheritedStorage<T> {
     map_flags: *const [i32; (BPF_F_NO_PREALLOC | BPF_F_CLONE) as usize],
 }
 
-// SAFETY: the pointers are a description for the loader, and never followed.
+// SAFETY: the pointers describe types to the loader and are never dereferenced.
 unsafe impl<T> Sync for InheritedStorage<T> {}
 
 impl<T> InheritedStorage<T> {
@@ -71,14 +71,14 @@ fn sockets() -> *mut c_void {
     core::ptr::addr_of!(JOIN_SOCKETS).cast_mut().cast()
 }
 
-/// The pod of a namespace, if it is captured.
+/// The policy of a namespace, if it is captured.
 #[inline(always)]
 pub(crate) fn policy(netns: u64) -> Option<&'static PodPolicy> {
-    // SAFETY: values are only replaced whole, by the agent; an element taken out is freed after a grace period.
+    // SAFETY: the agent replaces values as a whole; a removed element is freed after a grace period.
     unsafe { POLICIES.get(netns) }
 }
 
-/// The cookie of the namespace of the socket under a hook.
+/// The cookie of the socket's network namespace.
 #[inline(always)]
 pub(crate) fn netns_cookie(ctx: &impl EbpfContext) -> u64 {
     // SAFETY: the context is that of the running program.
@@ -92,21 +92,21 @@ pub(crate) fn socket_cookie(ctx: &SockOpsContext) -> u64 {
     unsafe { bpf_get_socket_cookie(ctx.as_ptr()) }
 }
 
-/// What is known of a socket.
+/// The storage of a socket.
 #[inline(always)]
 pub(crate) fn socket(sk: *mut bpf_sock) -> Option<&'static mut JoinSocket> {
-    // SAFETY: the map is a socket storage of JoinSocket, the socket one that the verifier knows. Callbacks and messages of
-    // one socket run under its lock.
+    // SAFETY: the map is socket storage of JoinSocket, and the verifier knows the socket. Callbacks and messages of one socket
+    // run under its lock, so there is one reference at a time.
     unsafe {
         bpf_sk_storage_get(sockets(), sk.cast(), core::ptr::null_mut(), 0).cast::<JoinSocket>().as_mut()
     }
 }
 
-/// Start to know something; `None` if there is no memory.
+/// As `socket`, creating the storage with `value`. `None` if out of memory.
 #[inline(always)]
 pub(crate) fn new_socket(sk: *mut bpf_sock, value: &mut JoinSocket) -> Option<&'static mut JoinSocket> {
     let value = core::ptr::from_mut(value).cast();
-    // SAFETY: as in `socket`; the value is copied.
+    // SAFETY: as in `socket`; the helper copies the value.
     unsafe {
         bpf_sk_storage_get(sockets(), sk.cast(), value, BPF_SK_STORAGE_GET_F_CREATE.into())
             .cast::<JoinSocket>()
@@ -114,88 +114,88 @@ pub(crate) fn new_socket(sk: *mut bpf_sock, value: &mut JoinSocket) -> Option<&'
     }
 }
 
-/// Know nothing of a socket any more.
+/// Deletes the storage of a socket.
 #[inline(always)]
 pub(crate) fn forget_socket(sk: *mut bpf_sock) {
     // SAFETY: as in `socket`.
-    let _not_known_anyway = unsafe { bpf_sk_storage_delete(sockets(), sk.cast()) };
+    let _there_was_none = unsafe { bpf_sk_storage_delete(sockets(), sk.cast()) };
 }
 
-/// Let messages of this socket be decided on, and let it be the aim of others'.
+/// Adds a socket to the map: `sk_msg` runs for its messages, and other ends may redirect to it.
 #[inline(always)]
 pub(crate) fn add_end(ctx: &SockOpsContext, cookie: u64) -> bool {
     // SAFETY: `ops` is the context of the running program.
     JOIN_ENDS.update(cookie, unsafe { &mut *ctx.ops }, BPF_NOEXIST.into()).is_ok()
 }
 
-/// Put the message on the queue of the end with this cookie. False if it is not there.
+/// Redirects the message to the receive queue of the end with this cookie. False if there is no such end.
 #[inline(always)]
 pub(crate) fn redirect(ctx: &SkMsgContext, cookie: u64) -> bool {
     /// `BPF_F_INGRESS`: to the receive queue.
     const INGRESS: u64 = 1;
-    /// `SK_PASS`, as the helper gives it.
+    /// `SK_PASS`, as the helper returns it.
     const PASS: i64 = 1;
     JOIN_ENDS.redirect_msg(ctx, cookie, INGRESS) == PASS
 }
 
-/// Wait for the other end. False if there is no room, or another connection has these numbers.
+/// Publishes an offer. False if the map is full or another connection has the same sequence numbers.
 #[inline(always)]
 pub(crate) fn add_offer(key: &SequenceKey, offer: &JoinOffer) -> bool {
     JOIN_OFFERS.insert(key, offer, BPF_NOEXIST.into()).is_ok()
 }
 
-/// Who waits, and maybe who came.
+/// The offer with these sequence numbers.
 #[inline(always)]
 pub(crate) fn offer(key: &SequenceKey) -> Option<JoinOffer> {
-    // SAFETY: entries are replaced whole, by the accepting end alone.
+    // SAFETY: only the accepting end replaces entries, as a whole.
     unsafe { JOIN_OFFERS.get(key) }.copied()
 }
 
-/// The other end is there. False if nobody waits any more.
+/// Answers an offer. False if it was withdrawn.
 #[inline(always)]
 pub(crate) fn answer_offer(key: &SequenceKey, offer: &JoinOffer) -> bool {
     const BPF_EXIST: u64 = 2;
     JOIN_OFFERS.insert(key, offer, BPF_EXIST).is_ok()
 }
 
-/// Wait no longer.
+/// Withdraws an offer.
 #[inline(always)]
 pub(crate) fn remove_offer(key: &SequenceKey) {
-    let _taken_already = JOIN_OFFERS.remove(key);
+    let _withdrawn_before = JOIN_OFFERS.remove(key);
 }
 
-/// The cell in which connections that come from this hash are noted.
+/// The cell for connections from sources with this hash.
 #[inline(always)]
 pub(crate) fn hint(hash: u64) -> Option<*mut u64> {
     JOIN_HINTS.get_ptr_mut(hash as u32 % HINTS)
 }
 
-/// Whether this pod is accelerated at this moment.
+/// Whether the pod is accelerated now.
 #[inline(always)]
 pub(crate) fn is_on(pod: &PodCell) -> bool {
     JOIN_PODS.get(pod.slot).is_some_and(|netns| *netns == pod.netns)
 }
 
-/// Whether nothing is to be joined on this node.
+/// Whether joining is switched off on this node.
 #[inline(always)]
 pub(crate) fn node_is_off() -> bool {
     JOIN_OFF.get(0).is_none_or(|off| *off != 0)
 }
 
-/// Whether this executable is one of the pod's known proxies.
+/// Whether the executable is accepted as the pod's proxy.
 #[inline(always)]
 pub(crate) fn is_known(name: &ProxyName) -> bool {
-    // SAFETY: only whether it is there counts.
+    // SAFETY: the value is not read.
     unsafe { JOIN_PROXIES.get(name) }.is_some()
 }
 
-/// JoinCount something of a pod.
+/// Counts an event of a pod.
 #[inline(always)]
 pub(crate) fn count(pod: &PodCell, what: JoinCount) {
     add(pod, what as usize);
 }
 
-/// JoinCount a connection that goes by TCP from now on.
+/// Counts a connection that changes to TCP.
 #[inline(always)]
 pub(crate) fn count_pass(pod: &PodCell, why: TcpReason) {
     add(pod, JoinCount::ALL.len() + why as usize);
@@ -204,7 +204,7 @@ pub(crate) fn count_pass(pod: &PodCell, why: TcpReason) {
 #[inline(always)]
 fn add(pod: &PodCell, index: usize) {
     if let Some(counters) = JOIN_COUNTERS.get_ptr_mut(pod.slot) {
-        // SAFETY: this CPU's own value. A program that interrupts this one may lose a count, never more.
+        // SAFETY: this CPU's own value. A program that interrupts this one can lose a count, nothing more.
         unsafe {
             if let Some(cell) = (*counters).counts.get_mut(index) {
                 *cell += 1;

@@ -1,7 +1,7 @@
-//! A message of an end that is in the map: past TCP to the other end, or by TCP.
+//! Decides for each message of a paired socket whether it is joined (redirected to the peer's receive queue) or goes by TCP.
 //!
-//! **Order.** A message goes past TCP only while the other end has read every byte that was given to TCP. Bytes that go
-//! past TCP are read before those that come by it. So nothing overtakes anything, however often a connection changes.
+//! **Order.** A message is joined only while the peer has read every byte that was sent by TCP, and the kernel delivers
+//! joined bytes before those that arrive by TCP. So no byte overtakes another, however often a connection changes.
 
 use aya_ebpf::{
     bindings::{bpf_sock, sk_msg_md},
@@ -15,7 +15,7 @@ use crate::{
     maps,
 };
 
-/// Somebody sends, under the lock of the socket.
+/// A process sends; the socket's lock is held.
 #[inline(always)]
 pub(crate) fn send(ctx: &SkMsgContext) {
     let sk = load!(load_u64, sk_msg_md, ctx.msg, __bindgen_anon_3) as *mut bpf_sock;
@@ -47,7 +47,7 @@ pub(crate) fn send(ctx: &SkMsgContext) {
     }
 }
 
-/// The end that dialled learns here who accepted.
+/// Whether the connecting end has a peer: it looks for the answer to its offer here.
 #[inline(always)]
 fn is_answered(socket: &mut JoinSocket) -> bool {
     if socket.kind != kind::OFFERED {
@@ -63,7 +63,7 @@ fn is_answered(socket: &mut JoinSocket) -> bool {
     true
 }
 
-/// Every condition on which a message goes past TCP.
+/// Every condition for joining a message.
 #[inline(always)]
 fn check(sk: *mut bpf_sock, socket: &mut JoinSocket, size: u32) -> Result<(), TcpReason> {
     if maps::node_is_off() || !maps::is_on(&socket.pod) || !maps::is_on(&socket.peer.pod) {
@@ -94,8 +94,8 @@ fn check(sk: *mut bpf_sock, socket: &mut JoinSocket, size: u32) -> Result<(), Tc
     Ok(())
 }
 
-/// Bytes are read in the order in which they were sent: when no more are unread than were sent since the mark,
-/// everything before it has been read. Then the mark moves to this moment.
+/// Moves the mark. Bytes are read in the order in which they were sent: if no more are unread than were sent since the mark,
+/// everything before the mark has been read.
 #[inline(always)]
 fn settle(socket: &mut JoinSocket, unread: u32) {
     if unread == 0 {

@@ -1,13 +1,13 @@
-//! Finds the two ends of a connection, from the kernel's TCP callbacks.
+//! Pairs the two ends of a connection, in the kernel's TCP callbacks.
 //!
-//! Both ends of one connection agree on the first sequence numbers of either direction, whatever rewrites addresses and
-//! ports between them; two connections have the same 64 bits by chance only. The end that dialled is established first:
-//! it leaves an offer under these numbers, and the end that accepts finds it. With data in the SYN the numbers differ,
-//! and the connection stays TCP.
+//! Both ends know the initial sequence numbers of both directions, whatever rewrites addresses and ports between them. Two
+//! connections have the same 64 bits only by chance. The connecting end is established first and publishes an offer under
+//! these numbers; the accepting end finds it. With data in the SYN the numbers differ, and the connection stays on TCP.
 //!
-//! A socket can enter the map of ends only while it becomes established, and one that is in it is slower by TCP. So the
-//! end that dials must know before its other end does: a SYN that reaches an accelerated pod is noted by where it came
-//! from, and who dialled from there is on this node. That note decides nothing else.
+//! A socket can be added to the map of ends only while it becomes established, and a socket in the map is slower if it then
+//! uses TCP. The connecting end must therefore know whether its peer is on this node before the peer exists. When a SYN
+//! arrives at an accelerated pod, its source is noted; a socket that connects from that source has its peer on this node.
+//! The note decides nothing else.
 
 use aya_ebpf::{
     bindings::{
@@ -27,7 +27,7 @@ use crate::{
     maps, proxy,
 };
 
-/// A callback; most of the kernel's are none of ours and must cost nothing.
+/// Dispatches a callback. The kernel makes many others, which must cost nothing.
 #[inline(always)]
 pub(crate) fn callback(ctx: &SockOpsContext) {
     match load!(load_u32, bpf_sock_ops, ctx.ops, op) {
@@ -47,16 +47,16 @@ fn sock(ctx: &SockOpsContext) -> *mut bpf_sock {
     load!(load_u64, bpf_sock_ops, ctx.ops, __bindgen_anon_2) as *mut bpf_sock
 }
 
-/// A SYN arrived: the kernel asks how large the first window is to be.
+/// A SYN arrived: the kernel asks for the initial receive window.
 #[inline(always)]
 fn arriving(ctx: &SockOpsContext) {
-    // Asked for a socket that dials as well.
+    // The kernel asks this for a connecting socket as well.
     if load!(load_u32, bpf_sock_ops, ctx.ops, is_fullsock) != 0 {
         return;
     }
     let ops = ctx.ops;
     let port = u32::from_be(load!(load_u32, bpf_sock_ops, ops, remote_port)) as u16;
-    // A listener of IPv6 takes IPv4 too, and then the one address or the other is not filled in yet.
+    // An IPv6 listener may accept IPv4; the kernel has filled in only one of the two addresses.
     note(Addr::from_v4(load!(load_u32, bpf_sock_ops, ops, remote_ip4)), port);
     if load!(load_u32, bpf_sock_ops, ops, family) == AF_INET6 {
         let remote = Addr::from_v6([
@@ -78,7 +78,7 @@ fn note(addr: Addr, port: u16) {
     }
 }
 
-/// Whether a SYN from here arrived at an accelerated pod; asked once.
+/// Whether a SYN from this source arrived at an accelerated pod. Clears the note.
 #[inline(always)]
 fn was_noted(addr: Addr, port: u16) -> bool {
     let hash = hash(addr, port);
@@ -106,7 +106,7 @@ fn hash(addr: Addr, port: u16) -> u64 {
     hash
 }
 
-/// A SYN is about to leave, in the system call of whoever connects.
+/// A SYN is about to be sent, in the system call that connects.
 #[inline(always)]
 fn dial(ctx: &SockOpsContext) {
     let sk = sock(ctx);
@@ -124,7 +124,7 @@ fn dial(ctx: &SockOpsContext) {
     }
 }
 
-/// The answer to a SYN arrived.
+/// A connecting socket is established.
 #[inline(always)]
 fn dialled(ctx: &SockOpsContext) {
     let sk = sock(ctx);
@@ -145,7 +145,7 @@ fn dialled(ctx: &SockOpsContext) {
     };
     let end = JoinEnd { sock: sk as u64, cookie: maps::socket_cookie(ctx), pod: socket.pod };
     let offer = JoinOffer { dialled: end, accepted: JoinEnd::default() };
-    // The offer comes last: the other end is established by the acknowledgement that follows this.
+    // The offer comes last: the peer is established by the ACK that is sent after this callback.
     if !maps::add_end(ctx, end.cookie) || !maps::add_offer(&sequence, &offer) {
         maps::count(&end.pod, JoinCount::RefusedFull);
         return;
@@ -155,7 +155,7 @@ fn dialled(ctx: &SockOpsContext) {
     watch_state(ctx);
 }
 
-/// A connection was accepted by the kernel; its socket is a copy of the listener.
+/// An accepting socket is established; its storage is a copy of the listener's.
 #[inline(always)]
 fn accepted(ctx: &SockOpsContext) {
     let sk = sock(ctx);
@@ -171,7 +171,7 @@ fn accepted(ctx: &SockOpsContext) {
         accepted: load!(load_u32, bpf_sock_ops, ctx.ops, snd_nxt),
     };
     let Some(mut offer) = maps::offer(&sequence) else { return };
-    // An end that has these numbers as well is another connection's.
+    // Answered: another connection has the same numbers.
     if offer.accepted.cookie != 0 {
         return;
     }
@@ -188,7 +188,7 @@ fn accepted(ctx: &SockOpsContext) {
     }
 }
 
-/// A watched socket changed state: an end that is gone waits no longer.
+/// A watched socket changed its state: a closed socket withdraws its offer.
 #[inline(always)]
 fn state(ctx: &SockOpsContext) {
     if load!(load_u32, bpf_sock_ops, ctx.ops, __bindgen_anon_1, 1) != BPF_TCP_CLOSE {
@@ -208,11 +208,11 @@ fn state(ctx: &SockOpsContext) {
 #[inline(always)]
 fn watch_state(ctx: &SockOpsContext) {
     let flags = load!(load_u32, bpf_sock_ops, ctx.ops, bpf_sock_ops_cb_flags) | BPF_SOCK_OPS_STATE_CB_FLAG;
-    // Fails only for sockets that are not full ones.
+    // Fails only for request sockets.
     let _full_socket = ctx.set_cb_flags(flags as i32);
 }
 
-/// A socket listens: remember it if it is the inbound one of a known proxy.
+/// A socket starts to listen: marks it if it is an accepted proxy's listener on the inbound port.
 #[inline(always)]
 fn listen(ctx: &SockOpsContext) {
     let sk = sock(ctx);

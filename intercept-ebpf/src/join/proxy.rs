@@ -1,5 +1,5 @@
-//! Whether a socket is that of a proxy which is known to be safe: made by an owner of -u or -g, by an executable of the
-//! pod's list. Asked in the system call that connects or listens, where the task is the proxy.
+//! Whether a socket belongs to an accepted proxy: created by an owner of `-u` or `-g`, with an executable of the pod's list.
+//! Called in the system calls connect() and listen(), where the running task is the proxy.
 
 use aya_ebpf::{bindings::bpf_sock, programs::SockOpsContext};
 use intercept_common::{
@@ -18,7 +18,7 @@ pub(crate) fn pod(ctx: &SockOpsContext) -> Option<(PodCell, &'static PodPolicy)>
     maps::is_on(&pod).then_some((pod, policy))
 }
 
-/// Whether the running task is a known proxy of the pod and its socket one of the proxy's owners'.
+/// Whether the running task is an accepted proxy of the pod and the socket has one of the proxy's owners.
 #[inline(always)]
 pub(crate) fn made(sk: *mut bpf_sock, pod: &PodCell, policy: &PodPolicy) -> bool {
     let owner = owner::of(sk, TCP);
@@ -37,6 +37,6 @@ pub(crate) fn made(sk: *mut bpf_sock, pod: &PodCell, policy: &PodPolicy) -> bool
 
 #[inline(always)]
 fn is_listed(ids: &[u32; MAX_OWNERS], count: u16, id: u32) -> bool {
-    // Places that are not used repeat the first.
+    // Unused elements repeat the first.
     count != 0 && ids.contains(&id)
 }
