@@ -1,6 +1,7 @@
 //! All that a run has found, and its forms: a table, JSON, a page, and a chapter for the documentation.
 
 pub mod document;
+pub mod overview;
 pub mod page;
 pub mod plot;
 pub mod table;
@@ -92,14 +93,20 @@ pub struct MemoryPerConnection {
 
 impl Report {
     /// Writes the files; returns where they are.
-    pub fn write(&self, folder: &Path) -> Result<[PathBuf; 3]> {
+    pub fn write(&self, folder: &Path) -> Result<Vec<PathBuf>> {
         fs::create_dir_all(folder).with_context(|| format!("making {}", folder.display()))?;
-        let paths = ["report.html", "report.md", "report.json"].map(|name| folder.join(name));
-        let json = serde_json::to_string_pretty(self)?;
-        for (path, text) in paths.iter().zip([page::page(self), document::document(self), json]) {
-            fs::write(path, text).with_context(|| format!("writing {}", path.display()))?;
-        }
-        Ok(paths)
+        let mut files = vec![
+            ("report.html", page::page(self)),
+            ("report.md", document::document(self)),
+            ("report.json", serde_json::to_string_pretty(self)?),
+        ];
+        files.extend(overview::plots(self));
+        let write = |(name, text)| {
+            let path = folder.join(name);
+            fs::write(&path, text).with_context(|| format!("writing {}", path.display()))?;
+            Ok(path)
+        };
+        files.into_iter().map(write).collect()
     }
 
     /// Times to put a pod in force, by flags and mode.

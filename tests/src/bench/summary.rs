@@ -55,11 +55,13 @@ pub enum Base {
     Explicit,
     /// The same mode without long lists.
     NoLists,
+    /// The same with the other build of the agent.
+    Baseline,
 }
 
 impl Base {
     /// All of them.
-    pub const ALL: [Self; 3] = [Self::IptablesNft, Self::Explicit, Self::NoLists];
+    pub const ALL: [Self; 4] = [Self::IptablesNft, Self::Explicit, Self::NoLists, Self::Baseline];
 
     fn of(self, cell: Cell) -> Option<Cell> {
         let base = match self {
@@ -67,6 +69,8 @@ impl Base {
             Self::Explicit => Cell { lists: Lists::Injected, ..cell.by(Mode::Explicit) },
             Self::NoLists if cell.lists != Lists::Injected => Cell { lists: Lists::Injected, ..cell },
             Self::NoLists => return None,
+            Self::Baseline if cell.mode == Mode::Agent => cell.by(Mode::Baseline),
+            Self::Baseline => return None,
         };
         Some(base)
     }

@@ -13,13 +13,6 @@ const STYLE: &str = "
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
 pre { overflow-x: auto; font-size: 12px; line-height: 1.35; }
 figure { margin: 0 0 1.5rem; overflow-x: auto; }
-svg { font: 12px system-ui, sans-serif; fill: currentColor; }
-svg .title { font-weight: 600; }
-svg .tick { text-anchor: middle; opacity: .6; font-size: 11px; }
-svg .grid { stroke: currentColor; opacity: .15; }
-svg .one { stroke: currentColor; opacity: .6; }
-svg .own { stroke: #0a7d55; fill: #0a7d55; stroke-width: 2; }
-svg .other { stroke: #8a8f98; fill: #8a8f98; stroke-width: 2; }
 ";
 
 /// The page.
@@ -34,9 +27,10 @@ fn write_page(report: &Report, html: &mut String) -> std::fmt::Result {
         html,
         "<!doctype html>\n<html lang=\"en\"><meta charset=\"utf-8\">\
          <meta name=\"viewport\" content=\"width=device-width, initial-scale=1\">\
-         <title>intercept beside iptables</title><style>{STYLE}</style>\n<h1>intercept beside iptables</h1>\n\
+         <title>intercept beside iptables</title><style>{STYLE}{}</style>\n<h1>intercept beside iptables</h1>\n\
          <p>Ratios of pairs within a round: the dot is the median, the line the middle half. \
-         Rates: right is better. CPU time and latency: left is better.</p>\n"
+         Rates: right is better. CPU time and latency: left is better.</p>\n",
+        super::plot::STYLE
     )?;
     let mut suites: Vec<&str> = Vec::new();
     for summary in &report.summaries {

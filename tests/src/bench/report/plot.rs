@@ -21,6 +21,25 @@ pub struct Line {
     pub own: bool,
 }
 
+/// The style of plots, for a page or for a file of its own.
+pub const STYLE: &str = "
+svg { font: 12px system-ui, sans-serif; fill: currentColor; }
+svg .title { font-weight: 600; }
+svg .tick { text-anchor: middle; opacity: .6; font-size: 11px; }
+svg .grid { stroke: currentColor; opacity: .15; }
+svg .one { stroke: currentColor; opacity: .6; }
+svg .own { stroke: #0a7d55; fill: #0a7d55; stroke-width: 2; }
+svg .other { stroke: #8a8f98; fill: #8a8f98; stroke-width: 2; }
+";
+
+/// The same as a file of its own, readable on a dark page too.
+pub fn file(title: &str, lines: &[Line]) -> String {
+    let svg = ratios(title, lines);
+    let opened = svg.replacen("<svg ", "<svg xmlns=\"http://www.w3.org/2000/svg\" color=\"#24292f\" ", 1);
+    let dark = "@media (prefers-color-scheme: dark) { svg { color: #e6edf3; } }";
+    opened.replacen("<title>", &format!("<style>{STYLE}{dark}</style><title>"), 1) + "\n"
+}
+
 /// A plot of ratios around 1, titled.
 pub fn ratios(title: &str, lines: &[Line]) -> String {
     let mut svg = String::new();
@@ -32,7 +51,7 @@ fn write_ratios(title: &str, lines: &[Line], svg: &mut String) -> std::fmt::Resu
     let low = lines.iter().map(|line| line.spread.low).fold(0.9, f64::min);
     let high = lines.iter().map(|line| line.spread.high).fold(1.1, f64::max);
     // A ratio and its inverse lie equally far from 1.
-    let sandbox = |ratio: f64| {
+    let position = |ratio: f64| {
         LABELS + 10.0 + (ratio.max(1e-6).ln() - low.ln()) / (high.ln() - low.ln()) * (WIDTH - 20.0)
     };
     let (width, mut y) = (LABELS + WIDTH + FIGURES, TOP);
@@ -40,7 +59,7 @@ fn write_ratios(title: &str, lines: &[Line], svg: &mut String) -> std::fmt::Resu
     write!(svg, r#"<svg viewBox="0 0 {width} {height}" width="{width}" role="img">"#)?;
     write!(svg, r#"<title>{0}</title><text x="0" y="14" class="title">{0}</text>"#, escape(title))?;
     for tick in ticks(low, high) {
-        let x = sandbox(tick);
+        let x = position(tick);
         let class = if (tick - 1.0).abs() < 1e-9 { "one" } else { "grid" };
         write!(
             svg,
@@ -58,10 +77,10 @@ fn write_ratios(title: &str, lines: &[Line], svg: &mut String) -> std::fmt::Resu
         write!(
             svg,
             r#"<line x1="{:.1}" x2="{:.1}" y1="{y:.1}" y2="{y:.1}" class="{class}"/>"#,
-            sandbox(low),
-            sandbox(high)
+            position(low),
+            position(high)
         )?;
-        write!(svg, r#"<circle cx="{:.1}" cy="{y:.1}" r="4.5" class="{class}"/>"#, sandbox(median))?;
+        write!(svg, r#"<circle cx="{:.1}" cy="{y:.1}" r="4.5" class="{class}"/>"#, position(median))?;
         let figures = super::table::with_spread(line.spread);
         write!(
             svg,

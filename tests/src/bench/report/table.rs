@@ -78,10 +78,13 @@ fn rounds(summaries: &[Summary], text: &mut String) -> std::fmt::Result {
             latency(1),
             latency(2)
         )?;
-        match own {
-            Some(own) => writeln!(text, "  {} of its own without lists", with_spread(own.rate))?,
-            None => writeln!(text)?,
+        if let Some(own) = own {
+            write!(text, "  {} of its own without lists", with_spread(own.rate))?;
         }
+        if let Some(before) = summary.over(Base::Baseline) {
+            write!(text, "  x baseline: {}, CPU {}", with_spread(before.rate), with_spread(before.cpu))?;
+        }
+        writeln!(text)?;
     }
     if let Some(others) = Quartiles::of(summaries.iter().map(|summary| summary.others)) {
         writeln!(text, "\nOther processes used {:.0} % of the machine meanwhile.", others.median * 100.0)?;
