@@ -1,9 +1,9 @@
-//! `connect()`: decide, remember what was dialled, and dial the proxy instead.
+//! `connect()`: makes the decision, stores the original destination and redirects the socket to the proxy.
 //!
-//! A redirected TCP socket is not bound. It dials 127.0.0.1, ::1 or a stand-in address, so that the kernel gives it a
-//! loopback source; the source that it would have had is kept with the original destination, and shown where somebody
-//! asks for it (`original.rs`). So nothing of the redirect stays on a socket that fails to connect or is disconnected,
-//! and one source port serves for any number of destinations.
+//! A redirected TCP socket is not bound. Its destination becomes 127.0.0.1, ::1 or a stand-in address, so the kernel selects
+//! a loopback source. The source that it would have had is stored with the original destination and returned by
+//! `getsockname()` and `getpeername()` (`original.rs`). So a socket that fails to connect or disconnects keeps nothing of the
+//! redirect, and one source port serves any number of destinations.
 
 use aya_ebpf::{bindings::bpf_sock, programs::SockAddrContext};
 use intercept_common::{
@@ -14,41 +14,41 @@ use intercept_common::{
 };
 
 use crate::{
-    context::{self, Family, TCP, UDP},
+    context::{self, AddressFamily, TCP, UDP},
     lookup::PolicyMaps,
     maps, observe, open, owner,
     proxy::ProxyState,
     refusal,
 };
 
-/// What the hook tells the kernel.
+/// What the kernel does with the system call.
+#[must_use = "the hook must return it to the kernel"]
 #[derive(Clone, Copy)]
-pub(crate) enum Outcome {
-    /// Go on, with what may have been rewritten.
+pub(crate) enum SyscallVerdict {
+    /// It goes on, with the address in the context.
     Proceed,
-    /// Fail the system call.
+    /// It fails.
     Refuse,
 }
 
-/// A socket is being connected. Whatever an earlier connect() left is gone before this one is decided on.
+/// Runs in `connect()`. Removes the state of an earlier `connect()` first.
 ///
-/// There is one decision for streams and datagrams, and little after it, because the verifier walks what follows once for
-/// each row.
+/// TCP and UDP share one decision with little code after it, because the verifier walks that code once for each row.
 #[inline(always)]
-pub(crate) fn connect<F: Family>(ctx: &SockAddrContext) -> Outcome {
+pub(crate) fn connect<F: AddressFamily>(ctx: &SockAddrContext) -> SyscallVerdict {
     let protocol = context::protocol(ctx);
     if protocol != TCP && protocol != UDP {
-        return Outcome::Proceed;
+        return SyscallVerdict::Proceed;
     }
     let netns = maps::netns_cookie(ctx);
-    let Some(pod) = maps::pod(netns) else { return Outcome::Proceed };
+    let Some(pod) = maps::pod(netns) else { return SyscallVerdict::Proceed };
     let sk = context::sock(ctx);
     if protocol == TCP {
         maps::forget_socket(sk);
     } else {
         release_datagram::<F>(ctx, sk);
         if !wants_datagram(pod, context::named_port(ctx)) {
-            return Outcome::Proceed;
+            return SyscallVerdict::Proceed;
         }
     }
     let src = F::bound(sk);
@@ -82,50 +82,49 @@ pub(crate) fn connect<F: Family>(ctx: &SockAddrContext) -> Outcome {
         Verdict::Pass if decided.bypass => {
             remember(ctx, netns, pod, SocketState { kind: socket::BYPASS, ..state })
         }
-        Verdict::Pass => Outcome::Proceed,
+        Verdict::Pass => SyscallVerdict::Proceed,
     }
 }
 
-/// A TCP connection goes to the proxy.
+/// Redirects a TCP socket to the proxy.
 #[inline(always)]
-fn stream<F: Family>(
+fn stream<F: AddressFamily>(
     ctx: &SockAddrContext,
     netns: u64,
     pod: &PodPolicy,
     state: SocketState,
     target: ProxyListener,
-) -> Outcome {
+) -> SyscallVerdict {
     let (role, port) = (target_role(target), target_port(pod, target));
     if open::passes(ctx, pod, TCP, localhost::<F>(state.addr), port) {
-        return Outcome::Proceed;
+        return SyscallVerdict::Proceed;
     }
     if has_too_many(pod) {
-        return refusal::connect(pod, Failure::TooManyConnections, Outcome::Proceed);
+        return refusal::connect(pod, Failure::TooManyConnections, SyscallVerdict::Proceed);
     }
     let state = SocketState { proxy_port: port, proxy_role: role as u16, ..state };
     let Some(kept) = maps::set_socket(context::sock(ctx), state) else { return no_storage(ctx, netns, pod) };
-    // Read back, the verifier knows nothing of it: what follows is walked once, rather than once for each row that leads
-    // here.
+    // The verifier knows nothing about a value read from a map, so it walks the rest once rather than once for each row.
     let kept = maps::reread(kept);
     F::rename(ctx, stand_in::<F>(pod, &kept));
     context::rename_port(ctx, kept.proxy_port);
-    Outcome::Proceed
+    SyscallVerdict::Proceed
 }
 
-/// A datagram socket is connected to the proxy. Its queries carry no address that could be asked for later, so it is bound
-/// to the source that it would have had; a lasting mark of this is what lets a later connect() begin without it.
+/// Redirects a UDP socket to the proxy. A query carries no address by which the source could be restored later, so the
+/// socket is bound to the source that it would have had. `bound` records that for the next `connect()`, which undoes it.
 #[inline(always)]
-fn datagram<F: Family>(
+fn datagram<F: AddressFamily>(
     ctx: &SockAddrContext,
     netns: u64,
     pod: &PodPolicy,
     mut state: SocketState,
     target: ProxyListener,
-) -> Outcome {
+) -> SyscallVerdict {
     let port = target_port(pod, target);
     let addr = localhost::<F>(state.addr);
     if open::passes(ctx, pod, UDP, addr, port) {
-        return Outcome::Proceed;
+        return SyscallVerdict::Proceed;
     }
     let sk = context::sock(ctx);
     state.kind = socket::DATAGRAM;
@@ -134,11 +133,11 @@ fn datagram<F: Family>(
             state.bound = 1;
             state.source = Addr::UNSPECIFIED;
         } else {
-            // Its port is bound without an address, or the source is a link-local one: the name is put right where it is
-            // asked for.
+            // The socket's port is bound without an address, or the source is a link-local one: getsockname() corrects
+            // the name.
             observe::failure(pod, Failure::SourceNotBound);
             if matches!(Failure::SourceNotBound.policy(), OnFailure::Closed) {
-                return Outcome::Refuse;
+                return SyscallVerdict::Refuse;
             }
         }
     }
@@ -150,12 +149,12 @@ fn datagram<F: Family>(
     }
     F::rename(ctx, addr);
     context::rename_port(ctx, port);
-    Outcome::Proceed
+    SyscallVerdict::Proceed
 }
 
-/// Undo what an earlier connect() did to a datagram socket.
+/// Undoes what an earlier `connect()` did to a UDP socket.
 #[inline(always)]
-fn release_datagram<F: Family>(ctx: &SockAddrContext, sk: *mut bpf_sock) {
+fn release_datagram<F: AddressFamily>(ctx: &SockAddrContext, sk: *mut bpf_sock) {
     let Some(before) = maps::socket(sk) else { return };
     maps::forget_servers(sk);
     if before.bound == 0 {
@@ -164,45 +163,45 @@ fn release_datagram<F: Family>(ctx: &SockAddrContext, sk: *mut bpf_sock) {
     }
     before.kind = socket::IDLE;
     before.source = Addr::UNSPECIFIED;
-    // Fails while the socket is still connected: then the kernel keeps the source as well.
+    // Fails while the socket is connected: without capture, the kernel keeps the source as well.
     let _released = F::bind(ctx, Addr::UNSPECIFIED);
 }
 
-/// TPROXY: keep what is known of a socket until its SYN leaves; it dials what it names.
+/// TPROXY: stores the state of a socket until its SYN is sent. Its destination is not changed.
 #[inline(always)]
-fn remember(ctx: &SockAddrContext, netns: u64, pod: &PodPolicy, state: SocketState) -> Outcome {
+fn remember(ctx: &SockAddrContext, netns: u64, pod: &PodPolicy, state: SocketState) -> SyscallVerdict {
     if has_too_many(pod) {
-        return refusal::connect(pod, Failure::TooManyConnections, Outcome::Proceed);
+        return refusal::connect(pod, Failure::TooManyConnections, SyscallVerdict::Proceed);
     }
     match maps::set_socket(context::sock(ctx), state) {
-        Some(_) => Outcome::Proceed,
+        Some(_) => SyscallVerdict::Proceed,
         None => no_storage(ctx, netns, pod),
     }
 }
 
 #[inline(always)]
-fn no_storage(ctx: &SockAddrContext, netns: u64, pod: &PodPolicy) -> Outcome {
+fn no_storage(ctx: &SockAddrContext, netns: u64, pod: &PodPolicy) -> SyscallVerdict {
     observe::line!(
         ctx,
         netns,
         "remembering an original destination of netns {}: no memory, the connect is refused"
     );
-    refusal::connect(pod, Failure::NoStorage, Outcome::Proceed)
+    refusal::connect(pod, Failure::NoStorage, SyscallVerdict::Proceed)
 }
 
-/// Whether the pod has all the entries of ORIG_DST that it may have.
+/// Whether the pod has used its budget of entries in ORIG_DST.
 #[inline(always)]
 fn has_too_many(pod: &PodPolicy) -> bool {
     ProxyState::of(pod.slot).is_some_and(|proxy| proxy.connections() >= pod.max_connections.into())
 }
 
-/// Whether a datagram to this port can be a captured query: all others go on without a decision.
+/// Whether a datagram to this port may be a captured query. Other datagrams need no decision.
 #[inline(always)]
 pub(crate) fn wants_datagram(pod: &PodPolicy, dst_port: u16) -> bool {
     pod.flags & policy::DNS != 0 && dst_port == 53
 }
 
-/// The port of the proxy that a flow goes to.
+/// The proxy's port for a verdict.
 #[inline(always)]
 pub(crate) fn target_port(pod: &PodPolicy, target: ProxyListener) -> u16 {
     match target {
@@ -212,9 +211,9 @@ pub(crate) fn target_port(pod: &PodPolicy, target: ProxyListener) -> u16 {
     }
 }
 
-/// 127.0.0.1 or ::1, for a destination.
+/// 127.0.0.1 or ::1, by the family of a destination.
 #[inline(always)]
-fn localhost<F: Family>(dst: Addr) -> Addr {
+fn localhost<F: AddressFamily>(dst: Addr) -> Addr {
     if F::V6 { dst.localhost() } else { Addr::LOCALHOST_V4 }
 }
 
@@ -227,10 +226,10 @@ fn target_role(target: ProxyListener) -> ProxyPort {
     }
 }
 
-/// The address at which a connection dials the proxy in place of its destination: a stand-in, where the proxy is seen to
-/// take it and it is local in the namespace; else 127.0.0.1 or ::1.
+/// The address of the proxy for a redirected connection: a stand-in address, if it is local in the namespace and a listener
+/// that accepts it is known; else 127.0.0.1 or ::1.
 #[inline(always)]
-fn stand_in<F: Family>(pod: &PodPolicy, kept: &SocketState) -> Addr {
+fn stand_in<F: AddressFamily>(pod: &PodPolicy, kept: &SocketState) -> Addr {
     let v6 = F::V6 && !kept.addr.is_v4();
     let local = if v6 { policy::STAND_IN_V6 } else { policy::STAND_IN_V4 };
     let bound = match ProxyState::of(pod.slot) {

@@ -1,9 +1,8 @@
-//! Reads and writes of the contexts that the kernel hands to the programs.
+//! Reads and writes of the programs' contexts.
 //!
-//! The verifier wants every access as one load or store of the field's own size at a constant offset from the
-//! context pointer. LLVM merges neighbouring loads and hoists address arithmetic even of volatile ones
-//! ("invalid bpf_context access off=48 size=8", "dereference of modified ctx ptr R7 off=28 disallowed"), so loads
-//! are one instruction of assembly each.
+//! The verifier requires every access to be one load or store of the field's own size at a constant offset from the context
+//! pointer. LLVM merges neighbouring loads and hoists address arithmetic, even of volatile ones ("invalid bpf_context access
+//! off=48 size=8", "dereference of modified ctx ptr R7 off=28 disallowed"). So each access is one instruction of assembly.
 
 use aya_ebpf::{
     bindings::{bpf_sk_lookup, bpf_sock, bpf_sock_addr, bpf_sock_ops},
@@ -23,12 +22,12 @@ pub(crate) const UDP: u32 = 17;
 /// `IPPROTO_MPTCP`.
 pub(crate) const MPTCP: u32 = 262;
 
-/// `load!(load_u32, bpf_sock_addr, pointer, user_port)`: a field; with a number behind it, that word of an array field.
+/// `load!(load_u32, bpf_sock_addr, pointer, user_port)` loads a field; a number at the end selects a word of an array field.
 macro_rules! load {
     ($size:ident, $struct:ty, $pointer:expr, $field:ident $(. $inner:ident)* $(, $index:literal)?) => {{
         const OFFSET: usize = core::mem::offset_of!($struct, $field $(. $inner)*) $(+ 4 * $index)?;
         let pointer: *mut $struct = $pointer;
-        // SAFETY: the pointer is the context, or a socket that the verifier knows as one; the field is inside it.
+        // SAFETY: the pointer is the context, or a socket that the verifier knows; the field is inside it.
         unsafe { $crate::context::$size::<OFFSET>(pointer.cast()) }
     }};
 }
@@ -39,20 +38,20 @@ macro_rules! loader {
         /// One load at a constant offset.
         ///
         /// # Safety
-        /// As `load!` says.
+        /// `pointer` is the context or a socket, and has a field of this size at the offset.
         #[inline(always)]
         pub(crate) unsafe fn $name<const OFFSET: usize>(pointer: *const u8) -> $type {
             #[cfg(target_arch = "bpf")]
             {
                 let value: $type;
-                // SAFETY: as the caller vouches.
+                // SAFETY: guaranteed by the caller.
                 unsafe {
                     core::arch::asm!($asm, out(reg) value, in(reg) pointer, const OFFSET, options(readonly, nostack));
                 }
                 value
             }
             #[cfg(not(target_arch = "bpf"))]
-            // SAFETY: as the caller vouches.
+            // SAFETY: guaranteed by the caller.
             unsafe {
                 pointer.add(OFFSET).cast::<$type>().read_unaligned()
             }
@@ -74,13 +73,13 @@ macro_rules! load_v6 {
     };
 }
 
-/// `store!(bpf_sock_addr, pointer, value, user_port)`: a 32-bit field, or with a number behind it that word of an
+/// `store!(bpf_sock_addr, pointer, value, user_port)` stores to a 32-bit field; a number at the end selects a word of an
 /// array field.
 macro_rules! store {
     ($struct:ty, $pointer:expr, $value:expr, $field:ident $(, $index:literal)?) => {{
         const OFFSET: usize = core::mem::offset_of!($struct, $field) $(+ 4 * $index)?;
         let pointer: *mut $struct = $pointer;
-        // SAFETY: the pointer is the context, the field inside it and one that the verifier lets this hook write.
+        // SAFETY: the pointer is the context, the field is inside it, and this hook may write it.
         unsafe { $crate::context::store_u32::<OFFSET>(pointer.cast(), $value) }
     }};
 }
@@ -89,16 +88,16 @@ pub(crate) use store;
 /// One store at a constant offset.
 ///
 /// # Safety
-/// As `store!` says.
+/// `pointer` is the context, and the hook may write the 32-bit field at the offset.
 #[inline(always)]
 pub(crate) unsafe fn store_u32<const OFFSET: usize>(pointer: *mut u8, value: u32) {
     #[cfg(target_arch = "bpf")]
-    // SAFETY: as the caller vouches.
+    // SAFETY: guaranteed by the caller.
     unsafe {
         core::arch::asm!("*(u32 *)({0} + {1}) = {2}", in(reg) pointer, const OFFSET, in(reg) value, options(nostack));
     }
     #[cfg(not(target_arch = "bpf"))]
-    // SAFETY: as the caller vouches.
+    // SAFETY: guaranteed by the caller.
     unsafe {
         pointer.add(OFFSET).cast::<u32>().write_unaligned(value);
     }
@@ -114,27 +113,27 @@ macro_rules! store_v6 {
     }};
 }
 
-/// The low 16 bits of a word that holds a port in network order, as host order.
+/// The port in the low 16 bits of a word in network order, as host order.
 #[inline(always)]
 pub(crate) const fn port_from_be(word: u32) -> u16 {
     u16::from_be((word & 0xffff) as u16)
 }
 
-/// What differs between the hooks of the two families. The hooks of IPv6 also see IPv4 that is spoken through an
-/// `AF_INET6` socket, as mapped addresses.
-pub(crate) trait Family {
-    /// The address that the system call names: dialled, or about to be reported.
+/// The differences between the hooks of the two families. The hooks of IPv6 also see IPv4 through an `AF_INET6` socket, as
+/// mapped addresses.
+pub(crate) trait AddressFamily {
+    /// The address of the system call: the destination, or the address to be returned.
     fn named(ctx: &SockAddrContext) -> Addr;
-    /// Replace it.
+    /// Replaces that address.
     fn rename(ctx: &SockAddrContext, addr: Addr);
-    /// What the socket is bound to.
+    /// The address that the socket is bound to.
     fn bound(sk: *mut bpf_sock) -> Addr;
-    /// sendmsg: the source that the datagram asks for; unspecified if none.
+    /// sendmsg: the source from a control message, or unspecified.
     fn datagram_source(ctx: &SockAddrContext) -> Addr;
-    /// sendmsg: give the datagram a source.
+    /// sendmsg: sets the source.
     fn set_datagram_source(ctx: &SockAddrContext, addr: Addr);
-    /// Bind the socket to an address, the port still open; to the unspecified one, to none. False if it is connected or
-    /// bound to a port.
+    /// Binds the socket to an address without a port; the unspecified address releases it. False if the socket is connected
+    /// or bound to a port.
     fn bind(ctx: &SockAddrContext, addr: Addr) -> bool;
     /// Whether the family is IPv6.
     const V6: bool;
@@ -162,7 +161,7 @@ pub(crate) struct V4;
 /// Hooks of `AF_INET6` addresses.
 pub(crate) struct V6;
 
-impl Family for V4 {
+impl AddressFamily for V4 {
     const V6: bool = false;
 
     #[inline(always)]
@@ -183,7 +182,7 @@ impl Family for V4 {
     #[inline(always)]
     fn bind(ctx: &SockAddrContext, addr: Addr) -> bool {
         let mut sockaddr = SockaddrIn { family: AF_INET as u16, port: 0, addr: addr.v4(), zero: [0; 2] };
-        // SAFETY: the address is of the size that is given; the hook is one that may bind.
+        // SAFETY: the length is that of the address, and this hook may call the helper.
         unsafe { bpf_bind(ctx.sock_addr, (&raw mut sockaddr).cast(), size_of::<SockaddrIn>() as i32) == 0 }
     }
 
@@ -198,7 +197,7 @@ impl Family for V4 {
     }
 }
 
-impl Family for V6 {
+impl AddressFamily for V6 {
     const V6: bool = true;
 
     #[inline(always)]
@@ -235,23 +234,24 @@ impl Family for V6 {
     }
 }
 
-/// Name the address that the kernel is going to use in place of an unspecified one ([`Addr::effective`]). By way of the
-/// context, of which the verifier knows nothing: in a variable it would walk all of the decision for each case.
+/// Replaces an unspecified destination with the address that the kernel will use instead ([`Addr::effective`]). It goes
+/// through the context, because the verifier knows nothing about values there; with a variable it would walk the decision
+/// once for each case.
 #[inline(always)]
-pub(crate) fn name_own_host<F: Family>(ctx: &SockAddrContext, src: Addr) {
+pub(crate) fn name_own_host<F: AddressFamily>(ctx: &SockAddrContext, src: Addr) {
     let named = F::named(ctx);
     if named.is_unspecified() {
         F::rename(ctx, named.effective(src));
     }
 }
 
-/// The port that the system call names, host order.
+/// The port of the system call, in host order.
 #[inline(always)]
 pub(crate) fn named_port(ctx: &SockAddrContext) -> u16 {
     port_from_be(load!(load_u32, bpf_sock_addr, ctx.sock_addr, user_port))
 }
 
-/// Replace it.
+/// Replaces that port.
 #[inline(always)]
 pub(crate) fn rename_port(ctx: &SockAddrContext, port: u16) {
     store!(bpf_sock_addr, ctx.sock_addr, u32::from(port.to_be()), user_port);
@@ -263,13 +263,13 @@ pub(crate) fn protocol(ctx: &SockAddrContext) -> u32 {
     load!(load_u32, bpf_sock_addr, ctx.sock_addr, protocol)
 }
 
-/// The socket of a system call on addresses. Never null in these hooks.
+/// The socket of the system call. Never null in these hooks.
 #[inline(always)]
 pub(crate) fn sock(ctx: &SockAddrContext) -> *mut bpf_sock {
     load!(load_u64, bpf_sock_addr, ctx.sock_addr, __bindgen_anon_1) as *mut bpf_sock
 }
 
-/// The port that a socket is bound to, host order.
+/// The port that a socket is bound to, in host order.
 #[inline(always)]
 pub(crate) fn bound_port(sk: *mut bpf_sock) -> u16 {
     load!(load_u32, bpf_sock, sk, src_port) as u16
@@ -281,13 +281,13 @@ pub(crate) fn mark(sk: *mut bpf_sock) -> u32 {
     load!(load_u32, bpf_sock, sk, mark)
 }
 
-/// `TCP_CLOSE`, `TCP_SYN_SENT` and the like.
+/// The TCP state of a socket, such as `TCP_CLOSE`.
 #[inline(always)]
 pub(crate) fn tcp_state(sk: *mut bpf_sock) -> u32 {
     load!(load_u32, bpf_sock, sk, state)
 }
 
-/// The interface that a socket is bound to; 0 for none.
+/// The index of the interface that a socket is bound to, or 0.
 #[inline(always)]
 pub(crate) fn device(sk: *mut bpf_sock) -> u32 {
     load!(load_u32, bpf_sock, sk, bound_dev_if)
@@ -302,28 +302,27 @@ pub(crate) fn is_connected(sk: *mut bpf_sock) -> bool {
 /// Both ends of a socket.
 #[derive(Clone, Copy)]
 pub(crate) struct Ends {
-    /// Its own.
+    /// Local address.
     pub(crate) local: Addr,
     /// Host order.
     pub(crate) local_port: u16,
-    /// The peer's.
+    /// Remote address.
     pub(crate) remote: Addr,
     /// Host order.
     pub(crate) remote_port: u16,
 }
 
 impl Ends {
-    /// Whether a socket with these ends may be the proxy's end of a connection in ORIG_DST. The proxy is dialled on
-    /// loopback or a stand-in address; what TPROXY steers is dialled from and to one address of the pod. What arrives
-    /// from outside needs no look-up.
+    /// Whether a socket with these ends may be the proxy's end of a connection in ORIG_DST: its local address is on loopback
+    /// or a stand-in address, or (TPROXY) both ends have one address of the pod. Connections from outside need no lookup.
     #[inline(always)]
     pub(crate) fn may_be_redirected(&self) -> bool {
         self.local.is_loopback() || self.local.is_stand_in() || self.local == self.remote
     }
 }
 
-/// Both ends of a connected socket. Of an `AF_INET6` socket that speaks IPv4, the IPv4 fields are read: the mapped
-/// ones are filled later by some kernels.
+/// Both ends of a connected socket. For IPv4 through an `AF_INET6` socket the IPv4 fields are read, because some kernels fill
+/// in the mapped addresses later.
 #[inline(always)]
 pub(crate) fn sock_ends(sk: *mut bpf_sock) -> Ends {
     let remote6 = load_v6!(bpf_sock, sk, dst_ip6);
@@ -364,7 +363,7 @@ pub(crate) fn callback_ends(ops: *mut bpf_sock_ops) -> Ends {
         local,
         local_port: load!(load_u32, bpf_sock_ops, ops, local_port) as u16,
         remote,
-        // The port is the upper half of the word on little endian: the kernel shifts it there.
+        // On little endian the kernel shifts the port to the upper half of the word.
         remote_port: u32::from_be(load!(load_u32, bpf_sock_ops, ops, remote_port)) as u16,
     }
 }
@@ -381,7 +380,7 @@ pub(crate) fn callback_local(ops: *mut bpf_sock_ops) -> Addr {
     Addr::from_v4(load!(load_u32, bpf_sock_ops, ops, local_ip4))
 }
 
-/// The address that a connection arrives for.
+/// The destination address of an arriving connection.
 #[inline(always)]
 pub(crate) fn lookup_local(lookup: *mut bpf_sk_lookup) -> Addr {
     if load!(load_u32, bpf_sk_lookup, lookup, family) == AF_INET6 {
@@ -391,7 +390,7 @@ pub(crate) fn lookup_local(lookup: *mut bpf_sk_lookup) -> Addr {
     }
 }
 
-/// Both ends of a connection that arrives: "local" is what was dialled.
+/// Both ends of an arriving connection; the local end is the destination.
 #[inline(always)]
 pub(crate) fn lookup_ends(lookup: *mut bpf_sk_lookup) -> Ends {
     let remote = if load!(load_u32, bpf_sk_lookup, lookup, family) == AF_INET6 {

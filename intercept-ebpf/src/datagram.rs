@@ -1,10 +1,10 @@
-//! Datagrams of DNS: `sendmsg()` to a captured server goes to the proxy, and `recvmsg()` names the server that was
-//! asked as the sender of the answer.
+//! DNS over UDP: `sendmsg()` to a captured server is redirected to the proxy, and `recvmsg()` returns the server as the
+//! sender of the answer.
 //!
-//! Of a socket that asks one server, which is nearly every one, the server is remembered and that is all. When it asks
-//! another, the answers must be told apart, and of an answer `recvmsg()` shows the sender only. So a query to a further
-//! server is given a source that carries a number; the proxy answers to there; and its answer, a `sendmsg()` in the
-//! same pod, is made to come from there as well.
+//! Nearly every socket asks one server, which is stored with the socket. If a socket asks another server, the answers must
+//! be told apart, and the hook in `recvmsg()` sees only the sender. A query to a further server therefore gets a source
+//! address that encodes a number. The proxy answers to that address, and its answer, a `sendmsg()` in the same pod, is sent
+//! from that address as well.
 
 use aya_ebpf::{bindings::bpf_sock, programs::SockAddrContext};
 use intercept_common::{
@@ -15,21 +15,21 @@ use intercept_common::{
 };
 
 use crate::{
-    connect::{Outcome, target_port, wants_datagram},
-    context::{self, Family, UDP},
+    connect::{SyscallVerdict, target_port, wants_datagram},
+    context::{self, AddressFamily, UDP},
     lookup::PolicyMaps,
     maps, observe, open, owner, refusal,
 };
 
-/// A datagram is being sent to an address.
+/// Runs in `sendmsg()` with an address.
 #[inline(always)]
-pub(crate) fn sendmsg<F: Family>(ctx: &SockAddrContext) -> Outcome {
+pub(crate) fn sendmsg<F: AddressFamily>(ctx: &SockAddrContext) -> SyscallVerdict {
     let dst_port = context::named_port(ctx);
     let netns = maps::netns_cookie(ctx);
-    let Some(pod) = maps::pod(netns) else { return Outcome::Proceed };
+    let Some(pod) = maps::pod(netns) else { return SyscallVerdict::Proceed };
     if !wants_datagram(pod, dst_port) {
         answer::<F>(ctx, pod);
-        return Outcome::Proceed;
+        return SyscallVerdict::Proceed;
     }
     let sk = context::sock(ctx);
     let bound = F::bound(sk);
@@ -42,34 +42,33 @@ pub(crate) fn sendmsg<F: Family>(ctx: &SockAddrContext) -> Outcome {
         dst_port,
         src,
         owner: owner::of(sk, UDP),
-        // Connections only are told by it.
+        // Only connections are matched by mark.
         mark: 0,
     };
     let decided = decide_outbound(pod, &flow, &PolicyMaps { conn: None });
     observe::outbound(netns, pod, &flow, decided.decision.reason);
     let target = match decided.decision.verdict {
-        Verdict::Pass => return Outcome::Proceed,
+        Verdict::Pass => return SyscallVerdict::Proceed,
         Verdict::Redirect(target) => target,
     };
     let (addr, port) = (flow.dst.localhost(), target_port(pod, target));
     if open::passes(ctx, pod, UDP, addr, port) {
-        return Outcome::Proceed;
+        return SyscallVerdict::Proceed;
     }
     let source = if flow.src.is_unspecified() { decided.source } else { Addr::UNSPECIFIED };
     let Some(source) = remember(sk, pod, &flow, source) else {
         observe::line!(ctx, netns, "remembering a DNS server of netns {}: no memory, the query is refused");
-        return refusal::connect(pod, Failure::NoStorage, Outcome::Proceed);
+        return refusal::connect(pod, Failure::NoStorage, SyscallVerdict::Proceed);
     };
     if !source.is_unspecified() {
         F::set_datagram_source(ctx, source);
     }
     F::rename(ctx, addr);
     context::rename_port(ctx, port);
-    Outcome::Proceed
+    SyscallVerdict::Proceed
 }
 
-/// Remember which server is asked; the source for the query, unspecified for what the socket has. None if there is no
-/// memory.
+/// Stores the server and returns the source for the query; unspecified keeps the socket's own. `None` if out of memory.
 #[inline(always)]
 fn remember(sk: *mut bpf_sock, pod: &PodPolicy, flow: &OutboundFlow, source: Addr) -> Option<Addr> {
     let mut bound = 0;
@@ -83,8 +82,8 @@ fn remember(sk: *mut bpf_sock, pod: &PodPolicy, flow: &OutboundFlow, source: Add
         if first.addr == flow.dst {
             return Some(source);
         }
-        // To a socket that is bound to an address nothing else can be answered: there the server asked last counts.
-        // Unless it is connected, when an answer of another server must not reach it, and from a number it does not.
+        // A socket bound to an address receives answers only there, so the server asked last wins. A connected socket must
+        // not receive another server's answer, and a numbered source keeps it away.
         if can_number && (flow.src.is_unspecified() || context::is_connected(sk)) {
             let servers = maps::servers_to_fill(sk)?;
             let number = match servers.number_of(flow.dst) {
@@ -108,23 +107,24 @@ fn remember(sk: *mut bpf_sock, pod: &PodPolicy, flow: &OutboundFlow, source: Add
     Some(source)
 }
 
-/// A datagram to anywhere else; if it is the proxy's answer to a number, it comes from there.
+/// Sends the proxy's answer to a numbered source from that address. Other datagrams are not changed.
 #[inline(always)]
-fn answer<F: Family>(ctx: &SockAddrContext, pod: &PodPolicy) {
+fn answer<F: AddressFamily>(ctx: &SockAddrContext, pod: &PodPolicy) {
     let dst = F::named(ctx);
     if dst.number().is_none() || context::bound_port(context::sock(ctx)) != pod.dns_port {
         return;
     }
     F::set_datagram_source(ctx, dst);
     if F::V6 {
-        // IPv4 is at home on all of 127/8. This address is nowhere, but nobody asks whether a source is one's own.
+        // All of 127/8 is local for IPv4. The IPv6 address is not local, but the kernel does not check the source of a
+        // datagram on loopback.
         F::rename(ctx, Addr::LOCALHOST_V6);
     }
 }
 
-/// A datagram is being received: `ctx` names its sender.
+/// Runs in `recvmsg()`; the context has the sender.
 #[inline(always)]
-pub(crate) fn recvmsg<F: Family>(ctx: &SockAddrContext) {
+pub(crate) fn recvmsg<F: AddressFamily>(ctx: &SockAddrContext) {
     let sender = F::named(ctx);
     let number = sender.number();
     if number.is_none() && !sender.is_loopback() {

@@ -1,4 +1,4 @@
-//! One function a hook. What a hook returns on each outcome is to be read off this one screen.
+//! One function per hook. This screen shows what each hook returns for each verdict.
 
 use aya_ebpf::{
     bindings::sk_action::{SK_DROP, SK_PASS},
@@ -30,10 +30,10 @@ fn connect6(ctx: SockAddrContext) -> i32 {
 }
 
 #[inline(always)]
-fn connect_verdict(outcome: connect::Outcome) -> i32 {
+fn connect_verdict(outcome: connect::SyscallVerdict) -> i32 {
     match outcome {
-        connect::Outcome::Proceed => ALLOW,
-        connect::Outcome::Refuse => DENY,
+        connect::SyscallVerdict::Proceed => ALLOW,
+        connect::SyscallVerdict::Refuse => DENY,
     }
 }
 
@@ -47,7 +47,7 @@ fn sendmsg6(ctx: SockAddrContext) -> i32 {
     connect_verdict(datagram::sendmsg::<V6>(&ctx))
 }
 
-// The kernel takes nothing but "go on" from the hooks that report an address.
+// The kernel accepts only ALLOW from the hooks that return an address.
 
 #[cgroup_sock_addr(recvmsg4)]
 fn recvmsg4(ctx: SockAddrContext) -> i32 {
@@ -109,12 +109,12 @@ fn sock_ops(ctx: SockOpsContext) -> u32 {
 }
 
 #[sk_lookup]
-// Not `sk_lookup`: the linker takes that for the name of the section.
+// Not named `sk_lookup`: the linker takes that for the name of the section.
 fn lookup(ctx: SkLookupContext) -> u32 {
     steer_verdict(inbound::arrive(&ctx))
 }
 
-// Reached from `lookup` only.
+// Reached by tail call from `lookup`.
 #[sk_lookup]
 fn steer_inbound(ctx: SkLookupContext) -> u32 {
     steer_verdict(inbound::steer(&ctx))

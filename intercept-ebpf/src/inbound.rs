@@ -1,5 +1,5 @@
-//! Connections that reach the namespace: `sk_lookup` hands them to the proxy's listener. Nothing is rewritten, so
-//! the proxy finds the original destination as its own local address.
+//! Connections that arrive in the namespace: `sk_lookup` assigns them to the proxy's listener. Nothing is rewritten, so the
+//! original destination is the local address of the proxy's socket.
 
 use aya_ebpf::{bindings::bpf_sk_lookup, programs::SkLookupContext};
 use intercept_common::{
@@ -17,8 +17,8 @@ use crate::{
     original::proxy_key,
 };
 
-/// The cookie of the namespace that this instance is attached to: the hook has no helper that tells it. The agent
-/// writes it into the one instruction that loads it.
+/// The cookie of the namespace that this instance is attached to, because the hook has no helper for it. The agent patches
+/// the instruction that loads the constant.
 #[inline(always)]
 fn own_netns() -> u64 {
     #[cfg(target_arch = "bpf")]
@@ -32,19 +32,20 @@ fn own_netns() -> u64 {
     unreachable!("runs in the kernel only")
 }
 
-/// What becomes of the look-up.
+/// The result of a socket lookup.
+#[must_use = "the hook must return it to the kernel"]
 pub(crate) enum Steer {
-    /// Go on looking, as without us.
+    /// The kernel continues its own lookup.
     Pass,
-    /// The proxy's listener has it.
+    /// The connection is assigned to the proxy's listener.
     Assigned,
-    /// Nobody has it: reset.
+    /// The connection is reset.
     Drop,
 }
 
-/// A connection without a socket of its own yet: say whose it is, and go on to [`steer`].
+/// The pod's stub: stores which pod the lookup belongs to and tail-calls [`steer`].
 ///
-/// A program of its own a pod, so that an attach loads these few instructions and not all of the decision.
+/// It is a program per pod, so that an attach loads these few instructions rather than the whole decision.
 #[inline(always)]
 pub(crate) fn arrive(ctx: &SkLookupContext) -> Steer {
     if load!(load_u32, bpf_sk_lookup, ctx.lookup, protocol) != TCP {
@@ -65,21 +66,22 @@ pub(crate) fn arrive(ctx: &SkLookupContext) -> Steer {
     }
 }
 
-/// The way to the proxy itself, unless it needs to be steered, and all else that is dialled on loopback.
+/// Whether a lookup needs no decision: a destination on loopback, including redirected connections to a proxy on the
+/// wildcard address.
 #[inline(always)]
 fn passes_early(ctx: &SkLookupContext) -> bool {
     let local = context::lookup_local(ctx.lookup);
     match local.stand_in_range() {
         Some(StandIn::Steered) => false,
-        // IPv4 stand-ins are loopback's. IPv6 ones may be dialled from outside, which must not pass: the kernel takes
-        // ::1 as a source from itself only (ipv6_rcv).
+        // IPv4 stand-in addresses are on loopback. A connection from outside to an IPv6 one must not pass; only the kernel
+        // itself can have the source ::1 (ipv6_rcv).
         Some(StandIn::Direct) => context::lookup_ends(ctx.lookup).remote.is_loopback(),
         None => local.is_loopback(),
     }
 }
 
-/// Tells a look-up from another that interrupts it. Packets do not interrupt each other, but a packet may interrupt
-/// the look-up of a process that asks for one socket (`ss`).
+/// Distinguishes a lookup from one that interrupts it. Packets do not interrupt each other, but a packet may interrupt the
+/// lookup of a process that asks for a socket (`ss`).
 #[inline(always)]
 fn tag(ctx: &SkLookupContext) -> u64 {
     // Zero for IPv6.
@@ -89,22 +91,21 @@ fn tag(ctx: &SkLookupContext) -> u64 {
     u64::from(remote) << 32 | u64::from(local_port << 16) | u64::from(remote_port)
 }
 
-/// Decide on a connection that [`arrive`] has announced.
+/// The shared program: decides on the connection that [`arrive`] has stored.
 #[inline(always)]
 pub(crate) fn steer(ctx: &SkLookupContext) -> Steer {
     let Some(scratch) = maps::scratch() else { return Steer::Drop };
     // SAFETY: this CPU's own value.
     let noted = unsafe { scratch.read_volatile() };
     if noted.tag != tag(ctx) {
-        // No packet: a process that asks finds nothing.
+        // Not a packet: the process that asks finds no socket.
         return Steer::Drop;
     }
     let Some(pod) = maps::pod(noted.netns) else { return Steer::Pass };
     let Some((port, scope)) = target(ctx, noted.netns, pod) else { return Steer::Pass };
     let Some(role) = pod.proxy_port(port) else { return fail(pod, Failure::NoListener) };
     let listeners = u64::from(port) << 16 | Proxy::index(role, false, scope) as u64;
-    // Read back, the verifier knows nothing of it: the search that follows is walked once, rather than once for each row
-    // that leads here.
+    // The verifier knows nothing about a value read from a map, so it walks the search once rather than once for each row.
     // SAFETY: as above.
     let noted = unsafe {
         (&raw mut (*scratch).listeners).write_volatile(listeners);
@@ -116,12 +117,12 @@ pub(crate) fn steer(ctx: &SkLookupContext) -> Steer {
     if listeners::assign(ctx, &noted, pod) { Steer::Assigned } else { fail(pod, Failure::NoListener) }
 }
 
-/// Port and scope of the listeners that get a connection; none where it goes on as without us.
+/// Port and scope of the listeners that a connection is assigned to. `None` if it passes.
 #[inline(always)]
 fn target(ctx: &SkLookupContext, netns: u64, pod: &PodPolicy) -> Option<(u16, u8)> {
     let ends = context::lookup_ends(ctx.lookup);
     if ends.local.stand_in_range() == Some(StandIn::Steered) && is_own(pod, ends.remote) {
-        // To the proxy, which listens on 127.0.0.1 or ::1.
+        // A redirected connection to a proxy on 127.0.0.1 or ::1.
         return Some((ends.local_port, scope::LOCALHOST));
     }
     let flow = InboundFlow {
@@ -140,7 +141,7 @@ fn target(ctx: &SkLookupContext, netns: u64, pod: &PodPolicy) -> Option<(u16, u8
     }
 }
 
-/// Whether a source is an address of the namespace itself.
+/// Whether a source is an address of the namespace.
 #[inline(always)]
 fn is_own(pod: &PodPolicy, addr: Addr) -> bool {
     addr.is_loopback() || PolicyMaps { conn: None }.destination(pod.id, addr).flags & destination::LO != 0

@@ -1,5 +1,4 @@
-//! The proxy's listening sockets: registered when they begin to listen, and handed the connections that `sk_lookup`
-//! steers.
+//! The proxy's listening sockets: registered when they start to listen, and selected by `sk_lookup` for connections.
 
 use aya_ebpf::{
     bindings::{bpf_sk_lookup, bpf_sock_ops},
@@ -19,7 +18,7 @@ use crate::{
 const EEXIST: i32 = 17;
 const EOPNOTSUPP: i32 = 95;
 
-/// A socket begins to listen.
+/// Runs when a socket starts to listen.
 #[inline(always)]
 pub(crate) fn listen(ctx: &SockOpsContext) {
     let netns = maps::netns_cookie(ctx);
@@ -29,7 +28,7 @@ pub(crate) fn listen(ctx: &SockOpsContext) {
     let Some(proxy) = ProxyState::of(pod.slot) else { return };
     let local = context::callback_local(ctx.ops);
     let v6 = load!(load_u32, bpf_sock_ops, ctx.ops, family) == AF_INET6;
-    // Another loopback address than 127.0.0.1 and ::1 gets nothing from a REDIRECT either.
+    // A listener on another loopback address receives no redirected connections under iptables either.
     let scope = if local.is_localhost() {
         scope::LOCALHOST
     } else if local.is_loopback() {
@@ -55,7 +54,7 @@ pub(crate) fn listen(ctx: &SockOpsContext) {
             netns,
             pod,
             Failure::MptcpListener,
-            "registering a listener of netns {}: it is of MPTCP, so inbound is refused until the proxy listens by TCP"
+            "registering a listener of netns {}: it is an MPTCP socket, so inbound connections are refused until the proxy listens by TCP"
         ),
         Err(_) => observe::failure_line!(
             ctx,
@@ -67,7 +66,7 @@ pub(crate) fn listen(ctx: &SockOpsContext) {
     }
 }
 
-/// For all ports of the proxy that have this number.
+/// Sets how the listener is bound, for every role that has this port number.
 #[inline(always)]
 fn set_bound(pod: &PodPolicy, proxy: ProxyState, port: u16, v6: bool, bound: u16) {
     for role in pod.proxy_ports(port).into_iter().flatten() {
@@ -75,11 +74,11 @@ fn set_bound(pod: &PodPolicy, proxy: ProxyState, port: u16, v6: bool, bound: u16
     }
 }
 
-/// Takes the slot of the newest if that one is closed, so that a port that is opened again and again needs no more;
-/// else the next one.
+/// Takes the slot of the newest listener if that is closed, so that reopening a port does not use up slots; else the next
+/// slot.
 #[inline(always)]
 fn register(ops: *mut bpf_sock_ops, mut key: ListenerKey, ring: ListenerRing) -> Result<(), i32> {
-    /// Others that take a slot at the same time.
+    /// Most listeners that start at the same time.
     const RIVALS: u32 = 4;
     let top = ring.top();
     if top != 0 {
@@ -101,8 +100,8 @@ fn register(ops: *mut bpf_sock_ops, mut key: ListenerKey, ring: ListenerRing) ->
     result
 }
 
-/// Hand an arriving connection to one of the listeners that it is for. An IPv6 socket may take IPv4 as well; the kernel
-/// refuses the assignment if it does not. False if there is none.
+/// Assigns an arriving connection to one of the proxy's listeners. An IPv6 listener may accept IPv4 as well; if it does
+/// not, the kernel refuses the assignment. False if there is no listener.
 #[inline(always)]
 pub(crate) fn assign(ctx: &SkLookupContext, scratch: &LookupScratch, pod: &PodPolicy) -> bool {
     let Some(proxy) = ProxyState::of(pod.slot) else { return false };
@@ -113,7 +112,7 @@ pub(crate) fn assign(ctx: &SkLookupContext, scratch: &LookupScratch, pod: &PodPo
         || assign_from(ctx, ListenerKey { family: 6, ..key }, proxy.ring_at(index | Proxy::V6))
 }
 
-/// The socket that was found last, else the newest that is open.
+/// Tries the listener that was found last, then all from the newest on.
 #[inline(always)]
 fn assign_from(ctx: &SkLookupContext, mut key: ListenerKey, ring: ListenerRing) -> bool {
     let top = ring.top();

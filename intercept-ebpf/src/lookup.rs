@@ -1,4 +1,4 @@
-//! The look-ups of a decision, answered from the maps.
+//! The lookups of a decision, implemented with the maps.
 
 use intercept_common::{
     Addr, PolicyLookup,
@@ -7,9 +7,9 @@ use intercept_common::{
 
 use crate::maps;
 
-/// The maps, and for an arriving connection the key under which it may have been marked.
+/// The maps, and for an arriving connection the key under which the connect hook may have marked it.
 pub(crate) struct PolicyMaps<'a> {
-    /// TPROXY: the connection as its client made it.
+    /// TPROXY: the key of the arriving connection.
     pub(crate) conn: Option<&'a ConnKey>,
 }
 
@@ -49,12 +49,12 @@ impl PolicyLookup for PolicyMaps<'_> {
 }
 
 impl PolicyMaps<'_> {
-    /// Whether the client's connect hook left this bit.
+    /// Whether the client's connect hook set this bit.
     #[inline(always)]
     fn has(&self, bit: u64) -> bool {
         let Some(conn) = self.conn else { return false };
         match maps::orig_dst(conn) {
-            // SAFETY: the map holds OrigDst; an element taken out meanwhile is freed after a grace period.
+            // SAFETY: the map holds OrigDst; a removed element is freed after a grace period.
             Some(entry) => unsafe { (*entry).port_and_ends & bit != 0 },
             None => false,
         }

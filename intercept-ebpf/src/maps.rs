@@ -1,5 +1,4 @@
-//! The maps, each behind the few accessors that the programs need. What they hold and how it is laid out is in
-//! `intercept_common::{names, layout}`.
+//! The maps, behind the accessors that the programs need. `intercept_common::{names, layout}` documents their contents.
 
 use core::ffi::c_void;
 
@@ -24,7 +23,7 @@ use intercept_common::{
     },
 };
 
-/// Entries are allocated one by one, so that this limit costs 16 bytes each until it is used.
+/// Entries are allocated on demand; until then the limit costs 16 bytes for each.
 const MANY: u32 = 1 << 20;
 
 #[map]
@@ -56,7 +55,7 @@ static LOOKUP_SCRATCH: PerCpuArray<LookupScratch> = PerCpuArray::with_max_entrie
 static RELEASES: SkStorage<ConnKey> = SkStorage::new();
 #[map]
 static HANDSHAKES: Array<Handshake> = Array::with_max_entries(HANDSHAKE_COUNT, 0);
-// Shared with the agent's memory, so that it changes single fields while the programs change others.
+// Mapped into the agent's memory, so that it can change single fields while the programs change others.
 #[map]
 static PROXY_STATE: Array<Proxy> = Array::with_max_entries(MAX_PODS, BPF_F_MMAPABLE);
 #[map]
@@ -66,47 +65,47 @@ static EVENTS: RingBuf = RingBuf::with_byte_size(1 << 20, 0);
 #[map]
 static TRACING: Array<u32> = Array::with_max_entries(1, 0);
 
-/// The cookie of the namespace of the socket under a hook.
+/// The cookie of the socket's network namespace.
 #[inline(always)]
 pub(crate) fn netns_cookie(ctx: &impl EbpfContext) -> u64 {
     // SAFETY: the context is that of the running program.
     unsafe { bpf_get_netns_cookie(ctx.as_ptr()) }
 }
 
-/// The policy of a namespace; none where it is not captured.
+/// The policy of a namespace. `None` if it is not captured.
 #[inline(always)]
 pub(crate) fn pod(netns: u64) -> Option<&'static PodPolicy> {
-    // SAFETY: values are only replaced whole, by the agent; an element taken out is freed after a grace period.
+    // SAFETY: the agent replaces values as a whole; a removed element is freed after a grace period.
     unsafe { POLICIES.get(netns) }
 }
 
-/// The longest prefix that covers an address.
+/// The entry of the longest prefix that covers an address.
 #[inline(always)]
 pub(crate) fn destination(policy: u32, addr: Addr) -> Option<&'static Destination> {
     DESTINATIONS.get(Key::new(160, DestinationKey { policy, addr }))
 }
 
-/// The lists that name a port.
+/// The lists that contain a port.
 #[inline(always)]
 pub(crate) fn port(key: PortKey) -> u32 {
     PORTS.get(Key::new(PortKey::BITS, key)).copied().unwrap_or(0)
 }
 
-/// Whether a gid is listed.
+/// Whether a gid is in the list of owner groups.
 #[inline(always)]
 pub(crate) fn group(key: MemberKey) -> bool {
     // SAFETY: as for `pod`.
     unsafe { GROUPS.get(key) }.is_some()
 }
 
-/// The lists that name an interface.
+/// The lists that contain an interface.
 #[inline(always)]
 pub(crate) fn interface(key: MemberKey) -> u32 {
     // SAFETY: as for `pod`.
     unsafe { INTERFACES.get(key) }.copied().unwrap_or(0)
 }
 
-/// Hold a socket that listens. `BPF_NOEXIST` finds the slot taken as `-EEXIST`.
+/// Adds a listening socket. `-EEXIST` if the slot is taken.
 #[inline(always)]
 pub(crate) fn add_listener(ops: *mut bpf_sock_ops, key: ListenerKey) -> Result<(), i32> {
     const BPF_NOEXIST: u64 = 1;
@@ -114,20 +113,20 @@ pub(crate) fn add_listener(ops: *mut bpf_sock_ops, key: ListenerKey) -> Result<(
     LISTENERS.update(key, unsafe { &mut *ops }, BPF_NOEXIST)
 }
 
-/// Hand an arriving connection to a held listener. `-ENOENT` where the slot is empty.
+/// Assigns an arriving connection to a listener. `-ENOENT` if the slot is empty.
 #[inline(always)]
 pub(crate) fn assign_listener(ctx: &SkLookupContext, key: &ListenerKey) -> Result<(), i32> {
     LISTENERS.redirect_sk_lookup(ctx, key, 0)
 }
 
-/// Go on with the program that all pods share. Comes back only if it is not there.
+/// Tail-calls the shared program. Returns only if it is missing.
 #[inline(always)]
 pub(crate) fn tail_call(ctx: &SkLookupContext) {
-    // SAFETY: the agent puts a program of this hook there, or none.
+    // SAFETY: the agent stores only programs of this hook.
     unsafe { JUMP_TABLE.tail_call(ctx, 0) };
 }
 
-/// This CPU's note of the look-up that is under way.
+/// This CPU's lookup in progress.
 #[inline(always)]
 pub(crate) fn scratch() -> Option<*mut LookupScratch> {
     LOOKUP_SCRATCH.get_ptr_mut(0)
@@ -139,7 +138,7 @@ pub(crate) fn orig_dst(key: &ConnKey) -> Option<*mut OrigDst> {
     ORIG_DST.get_ptr_mut(key)
 }
 
-/// Remember one. True if there was none under this key, false if it was replaced.
+/// Stores an original destination. True if the key is new, false if it replaced an entry.
 #[inline(always)]
 pub(crate) fn add_orig_dst(key: &ConnKey, value: &OrigDst) -> Result<bool, i32> {
     const BPF_NOEXIST: u64 = 1;
@@ -151,27 +150,27 @@ pub(crate) fn add_orig_dst(key: &ConnKey, value: &OrigDst) -> Result<bool, i32> 
     }
 }
 
-/// Forget one. False if the other end was first.
+/// Deletes an original destination. False if the other end did.
 #[inline(always)]
 pub(crate) fn remove_orig_dst(key: &ConnKey) -> bool {
     ORIG_DST.remove(key).is_ok()
 }
 
-/// Where the client of a connection that is being set up is noted, by its initial sequence number.
+/// The cell of a handshake, by its initial sequence number.
 #[inline(always)]
 pub(crate) fn handshake(isn: u32) -> Option<*mut Handshake> {
     HANDSHAKES.get_ptr_mut(isn & (HANDSHAKE_COUNT - 1))
 }
 
-/// The entry to release when a socket is closed.
+/// The entry of ORIG_DST to delete when a socket is closed.
 #[inline(always)]
 pub(crate) fn release_of(sk: *mut c_void) -> Option<ConnKey> {
     let storage = core::ptr::addr_of!(RELEASES).cast_mut().cast();
-    // SAFETY: the map is a socket storage of ConnKey, the socket one that the verifier knows.
+    // SAFETY: the map is socket storage of ConnKey, and the verifier knows the socket.
     unsafe { bpf_sk_storage_get(storage, sk, core::ptr::null_mut(), 0).cast::<ConnKey>().as_ref().copied() }
 }
 
-/// Have an entry released when the socket is closed. None if there is no memory.
+/// Has an entry of ORIG_DST deleted when the socket is closed. `None` if out of memory.
 #[inline(always)]
 pub(crate) fn release_with(sk: *mut bpf_sock, mut key: ConnKey) -> Option<()> {
     let storage = core::ptr::addr_of!(RELEASES).cast_mut().cast();
@@ -192,19 +191,19 @@ fn all_servers() -> *mut c_void {
     core::ptr::addr_of!(DNS_SERVERS).cast_mut().cast()
 }
 
-/// The further servers that a socket has asked.
+/// The DNS servers that a socket has asked besides its first.
 #[inline(always)]
 pub(crate) fn servers(sk: *mut bpf_sock) -> Option<&'static mut DnsServers> {
-    // SAFETY: the map is a socket storage of DnsServers, the socket one that the verifier knows.
+    // SAFETY: the map is socket storage of DnsServers, and the verifier knows the socket.
     unsafe {
         bpf_sk_storage_get(all_servers(), sk.cast(), core::ptr::null_mut(), 0).cast::<DnsServers>().as_mut()
     }
 }
 
-/// The same; none yet if there was no such entry. None if there is no memory.
+/// As `servers`, creating an empty entry. `None` if out of memory.
 #[inline(always)]
 pub(crate) fn servers_to_fill(sk: *mut bpf_sock) -> Option<&'static mut DnsServers> {
-    // SAFETY: as above; the kernel fills a new value with zeroes.
+    // SAFETY: as above; the kernel zeroes a new value.
     unsafe {
         let create = BPF_SK_STORAGE_GET_F_CREATE.into();
         bpf_sk_storage_get(all_servers(), sk.cast(), core::ptr::null_mut(), create)
@@ -213,16 +212,16 @@ pub(crate) fn servers_to_fill(sk: *mut bpf_sock) -> Option<&'static mut DnsServe
     }
 }
 
-/// What is remembered of a socket.
+/// The state of a socket.
 #[inline(always)]
 pub(crate) fn socket(sk: *mut bpf_sock) -> Option<&'static mut SocketState> {
-    // SAFETY: the map is a socket storage of SocketState, the socket one that the verifier knows.
+    // SAFETY: the map is socket storage of SocketState, and the verifier knows the socket.
     unsafe {
         bpf_sk_storage_get(sockets(), sk.cast(), core::ptr::null_mut(), 0).cast::<SocketState>().as_mut()
     }
 }
 
-/// Remember something of a socket, in place of what was. None if there is no memory.
+/// Sets the state of a socket. `None` if out of memory.
 #[inline(always)]
 pub(crate) fn set_socket(sk: *mut bpf_sock, mut state: SocketState) -> Option<*mut SocketState> {
     // SAFETY: as for `socket`.
@@ -240,28 +239,29 @@ pub(crate) fn set_socket(sk: *mut bpf_sock, mut state: SocketState) -> Option<*m
     Some(slot)
 }
 
-/// What was just kept, read from where it is.
+/// Reads back what `set_socket` stored.
 #[inline(always)]
 pub(crate) fn reread(kept: *mut SocketState) -> SocketState {
-    // SAFETY: of `set_socket`, whose socket is locked by the system call. Volatile, so that it is read.
+    // SAFETY: the pointer is that of `set_socket`, and the system call holds the socket's lock. Volatile, so that the value
+    // comes from the map.
     unsafe { kept.read_volatile() }
 }
 
-/// Forget a socket.
+/// Deletes the state of a socket.
 #[inline(always)]
 pub(crate) fn forget_socket(sk: *mut bpf_sock) {
-    // SAFETY: as for `socket`. That there is nothing to forget is no error.
+    // SAFETY: as for `socket`. No state is no error.
     unsafe { bpf_sk_storage_delete(sockets(), sk.cast()) };
 }
 
-/// Forget the further servers of a socket.
+/// Deletes the further servers of a socket.
 #[inline(always)]
 pub(crate) fn forget_servers(sk: *mut bpf_sock) {
     // SAFETY: as for `servers`.
     unsafe { bpf_sk_storage_delete(all_servers(), sk.cast()) };
 }
 
-/// What is known of a pod's proxy.
+/// The state of a pod's proxy.
 #[inline(always)]
 pub(crate) fn proxy(slot: u32) -> Option<*mut Proxy> {
     PROXY_STATE.get_ptr_mut(slot)
@@ -273,7 +273,7 @@ pub(crate) fn counters(slot: u32) -> Option<*mut ReasonCounters> {
     COUNTERS.get_ptr_mut(slot)
 }
 
-/// Whether anybody reads events.
+/// Whether `trace` runs.
 #[inline(always)]
 pub(crate) fn tracing() -> bool {
     TRACING.get(0).is_some_and(|&on| on != 0)

@@ -1,4 +1,4 @@
-//! ReasonCounters always, events when somebody listens, log lines for failures.
+//! Counters for every decision, events while `trace` runs, log lines for failures.
 
 use aya_ebpf::helpers::{bpf_get_current_comm, bpf_get_current_pid_tgid, generated::bpf_ktime_get_ns};
 use intercept_common::{
@@ -13,7 +13,7 @@ use crate::{context::TCP, maps};
 #[inline(always)]
 fn decision(slot: u32, reason: Reason) {
     if let Some(counters) = maps::counters(slot) {
-        // SAFETY: this CPU's own value. A program that interrupts this one may lose a count, never more.
+        // SAFETY: this CPU's own value. A program that interrupts this one can lose a count, nothing more.
         unsafe {
             if let Some(cell) = (*counters).decisions.get_mut(reason as usize) {
                 *cell += 1;
@@ -22,7 +22,7 @@ fn decision(slot: u32, reason: Reason) {
     }
 }
 
-/// A failure: its counter, by the table in `intercept_common::failure`.
+/// Counts a failure of the table in `intercept_common::failure`.
 #[inline(always)]
 pub(crate) fn failure(pod: &PodPolicy, failure: Failure) {
     if let Some(counters) = maps::counters(pod.slot) {
@@ -35,8 +35,8 @@ pub(crate) fn failure(pod: &PodPolicy, failure: Failure) {
     }
 }
 
-/// A failure that is rare and worth a line: read by whoever runs an agent in the foreground. The line says what was
-/// attempted and has a place for the cookie of the namespace.
+/// Counts a failure and logs it. An agent in the foreground prints the line, which says what was attempted and has a
+/// placeholder for the cookie of the namespace.
 macro_rules! failure_line {
     ($ctx:expr, $netns:expr, $pod:expr, $failure:expr, $line:literal) => {{
         $crate::observe::failure($pod, $failure);
@@ -45,7 +45,7 @@ macro_rules! failure_line {
 }
 pub(crate) use failure_line;
 
-/// The line alone.
+/// Logs a line.
 macro_rules! line {
     ($ctx:expr, $netns:expr, $line:literal) => {{
         #[cfg(target_arch = "bpf")]
@@ -56,7 +56,7 @@ macro_rules! line {
 }
 pub(crate) use line;
 
-/// An outbound decision.
+/// Counts and traces an outbound decision.
 #[inline(always)]
 pub(crate) fn outbound(netns: u64, pod: &PodPolicy, flow: &OutboundFlow, reason: Reason) {
     decision(pod.slot, reason);
@@ -82,7 +82,7 @@ pub(crate) fn outbound(netns: u64, pod: &PodPolicy, flow: &OutboundFlow, reason:
     }
 }
 
-/// An inbound decision.
+/// Counts and traces an inbound decision.
 #[inline(always)]
 pub(crate) fn inbound(netns: u64, pod: &PodPolicy, flow: &InboundFlow, src_port: u16, reason: Reason) {
     decision(pod.slot, reason);
@@ -115,6 +115,6 @@ fn now() -> u64 {
 
 #[inline(always)]
 fn emit(event: &Event) {
-    // A reader that falls behind loses events, never connections.
+    // A slow reader loses events; connections do not wait for it.
     let _full = maps::events().output::<Event>(event, 0);
 }

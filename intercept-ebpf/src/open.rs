@@ -1,5 +1,4 @@
-//! Pods that are to go on without their proxy when it does not listen. Asked for these alone: the others pay for the look
-//! at a flag.
+//! `--open-without-proxy`: flows pass while the proxy does not listen. Other pods pay only for the test of a flag.
 
 use core::{ffi::c_void, mem::size_of};
 
@@ -22,7 +21,7 @@ use crate::{context::UDP, observe};
 /// In the namespace of the context.
 const OWN_NETNS: u64 = u64::MAX;
 
-/// Whether a flow is to go where it was going, because its pod is open and nothing listens where it would be sent.
+/// Whether a flow passes because the pod is open and nothing listens on the proxy's port.
 #[inline(always)]
 pub(crate) fn passes(ctx: &SockAddrContext, pod: &PodPolicy, protocol: u32, proxy: Addr, port: u16) -> bool {
     if pod.flags & policy::OPEN_WITHOUT_PROXY == 0 || listens(ctx, protocol, proxy, port) {
@@ -32,10 +31,10 @@ pub(crate) fn passes(ctx: &SockAddrContext, pod: &PodPolicy, protocol: u32, prox
     true
 }
 
-/// Whether a socket would get what is sent to an address of the namespace.
+/// Whether a socket of the namespace would receive what is sent to an address.
 #[inline(always)]
 fn listens(ctx: &SockAddrContext, protocol: u32, addr: Addr, port: u16) -> bool {
-    // From the address itself and no port at all, so that only what is not connected is found.
+    // Source port 0 matches no connected socket, only listeners and unconnected ones.
     if addr.is_v4() {
         let mut tuple = Tuple4 { saddr: addr.v4(), daddr: addr.v4(), sport: 0, dport: port.to_be() };
         found(ctx, protocol, (&raw mut tuple).cast(), size_of::<Tuple4>() as u32)
@@ -47,8 +46,8 @@ fn listens(ctx: &SockAddrContext, protocol: u32, addr: Addr, port: u16) -> bool 
 
 #[inline(always)]
 fn found(ctx: &SockAddrContext, protocol: u32, tuple: *mut c_void, len: u32) -> bool {
-    // SAFETY: the context is the running program's, the tuple as long as said and initialised; what is found is
-    // released at once.
+    // SAFETY: the context is that of the running program, the tuple is initialised and `len` bytes long, and the reference
+    // to the socket is released.
     unsafe {
         let sock = if protocol == UDP {
             bpf_sk_lookup_udp(ctx.sock_addr.cast(), tuple.cast(), len, OWN_NETNS, 0)

@@ -11,7 +11,7 @@ use intercept_common::{
 };
 
 use crate::{
-    context::{self, AF_INET, AF_INET6, Ends, Family, TCP, UDP, load, store},
+    context::{self, AF_INET, AF_INET6, AddressFamily, Ends, TCP, UDP, load, store},
     handshake, maps,
 };
 
@@ -133,7 +133,7 @@ fn by_proxy(sk: *mut bpf_sock, netns: u64, ends: &Ends) -> Option<*mut OrigDst> 
 /// The peer of a socket is about to be reported, by getpeername() or accept(): to a client what it dialled, to the proxy
 /// the address that its client has without us.
 #[inline(always)]
-pub(crate) fn getpeername<F: Family>(ctx: &SockAddrContext) {
+pub(crate) fn getpeername<F: AddressFamily>(ctx: &SockAddrContext) {
     let peer = F::named(ctx);
     // Others pay for this comparison only.
     if !peer.is_loopback() && !peer.is_stand_in() {
@@ -173,7 +173,7 @@ pub(crate) fn getpeername<F: Family>(ctx: &SockAddrContext) {
 
 /// A socket's own name is about to be reported.
 #[inline(always)]
-pub(crate) fn getsockname<F: Family>(ctx: &SockAddrContext) {
+pub(crate) fn getsockname<F: AddressFamily>(ctx: &SockAddrContext) {
     let name = F::named(ctx);
     if context::protocol(ctx) == UDP {
         return datagram_name::<F>(ctx, name);
@@ -215,7 +215,7 @@ fn source_of_closed(sk: *mut bpf_sock, netns: u64, ends: &Ends) -> Addr {
 /// A datagram socket's own name: its source where it could not be bound to it; and none where it was, and is connected
 /// no more.
 #[inline(always)]
-fn datagram_name<F: Family>(ctx: &SockAddrContext, name: Addr) {
+fn datagram_name<F: AddressFamily>(ctx: &SockAddrContext, name: Addr) {
     let sk = context::sock(ctx);
     let Some(state) = maps::socket(sk) else { return };
     if state.bound != 0 && !context::is_connected(sk) {

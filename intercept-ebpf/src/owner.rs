@@ -1,6 +1,6 @@
-//! Who made a socket. The owner match of iptables looks at the credentials of the socket's file, that is at fsuid
-//! and fsgid when `socket()` was called (xt_owner: `sk->sk_socket->file->f_cred`), not at the task that connects:
-//! they differ after setresuid, for setuid programs and for sockets that were passed on.
+//! The owner of a socket. The owner match of iptables uses the credentials of the socket's file, that is fsuid and fsgid at
+//! the time of `socket()` (xt_owner: `sk->sk_socket->file->f_cred`), not those of the task that connects. They differ after
+//! setresuid(), in setuid programs and for sockets passed to another process.
 
 use core::ffi::c_void;
 
@@ -15,8 +15,8 @@ use intercept_common::decide::Owner;
 
 use crate::context::TCP;
 
-/// Offsets in bytes on the running kernel, from its BTF; the agent fills them in before it loads the programs.
-/// All zero where there is no BTF: then the task's own ids stand in.
+/// Offsets in bytes on the running kernel. The agent fills them in from BTF before it loads the programs. All zero if there
+/// is no BTF: then the ids of the task are used.
 #[unsafe(no_mangle)]
 static SOCK_SOCKET_OFF: u32 = 0;
 #[unsafe(no_mangle)]
@@ -34,7 +34,7 @@ macro_rules! offset {
     };
 }
 
-/// The owner of a socket in the hands of a system call; `protocol` is the socket's.
+/// The owner of a socket of this protocol (`IPPROTO_*`).
 #[inline(always)]
 pub(crate) fn of(sk: *mut bpf_sock, protocol: u32) -> Owner {
     if offset!(SOCK_SOCKET_OFF) == 0 {
@@ -42,7 +42,7 @@ pub(crate) fn of(sk: *mut bpf_sock, protocol: u32) -> Owner {
         return Owner { uid: ids as u32, gid: (ids >> 32) as u32 };
     }
     if protocol == TCP {
-        // SAFETY: the helper takes any socket, and gives null for one that is not of TCP.
+        // SAFETY: the helper accepts any socket and returns null for one that is not TCP.
         let tcp = unsafe { bpf_skc_to_tcp_sock(sk.cast()) };
         return if tcp.is_null() { Owner::NONE } else { of_tcp(tcp) };
     }
@@ -56,8 +56,8 @@ pub(crate) fn of(sk: *mut bpf_sock, protocol: u32) -> Owner {
     Owner { uid: ids as u32, gid: (ids >> 32) as u32 }
 }
 
-/// The same by plain loads: of this pointer the verifier knows the type, and the kernel makes zeroes of what cannot be
-/// read. Four calls of the helper below take a tenth of a connect.
+/// The same with plain loads: the verifier knows the type of this pointer, and the kernel returns zero for memory that cannot
+/// be read. Four calls of the helper below would take a tenth of a `connect()`.
 #[inline(always)]
 fn of_tcp(tcp: *mut tcp_sock) -> Owner {
     let socket: *const u8 = at(tcp.cast(), offset!(SOCK_SOCKET_OFF));
@@ -73,24 +73,24 @@ fn of_tcp(tcp: *mut tcp_sock) -> Owner {
 /// A member of a kernel struct.
 #[inline(always)]
 fn at<T>(base: *const u8, offset: usize) -> T {
-    // SAFETY: the verifier holds the load against the kernel's types; from a null pointer it gives zero.
+    // SAFETY: the verifier checks the load against the kernel's BTF; a load from a null pointer returns zero.
     unsafe { base.add(offset).cast::<T>().read() }
 }
 
 /// A socket's address as a number. The verifier forbids arithmetic on the pointer ("R3 pointer arithmetic on sock
-/// prohibited"), but not to read the stack on which it lies.
+/// prohibited"), but allows reading it from the stack.
 #[inline(always)]
 fn address(sk: *mut bpf_sock) -> u64 {
     let pointer = sk;
     follow((&raw const pointer) as u64, 0)
 }
 
-/// Eight bytes at an offset from a kernel address; 0 from a null pointer or where nothing can be read.
+/// Eight bytes at an offset from a kernel address. 0 for a null pointer or unreadable memory.
 #[inline(always)]
 fn follow(base: u64, offset: usize) -> u64 {
     let mut value = 0u64;
     if base != 0 {
-        // SAFETY: the helper checks the address that it reads from and fills the eight bytes it is given.
+        // SAFETY: the helper checks the address that it reads from and fills `value`.
         let read = unsafe {
             bpf_probe_read_kernel(
                 (&raw mut value).cast(),

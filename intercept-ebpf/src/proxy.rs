@@ -1,5 +1,5 @@
-//! What is known of a pod's proxy: its element of PROXY_STATE, behind accessors. Other CPUs and the agent change it at the
-//! same time, so that every field is read and written whole.
+//! The state of a pod's proxy: its element of PROXY_STATE, behind accessors. Other CPUs and the agent change it at the same
+//! time, so every field is read and written as a whole.
 
 use intercept_common::layout::{Proxy, ProxyPort, Ring, scope};
 
@@ -14,47 +14,47 @@ pub(crate) struct ProxyState(*mut Proxy);
 pub(crate) struct ListenerRing(*mut Ring);
 
 impl ProxyState {
-    /// Of the pod with this slot.
+    /// The proxy of the pod with this slot.
     #[inline(always)]
     pub(crate) fn of(slot: u32) -> Option<Self> {
         maps::proxy(slot).map(Self)
     }
 
-    /// How many entries of ORIG_DST the pod has.
+    /// Number of the pod's entries in ORIG_DST.
     #[inline(always)]
     pub(crate) fn connections(self) -> u64 {
-        // SAFETY: an array element, which is never freed; an aligned word. So in all of this file.
+        // SAFETY: an aligned word of an array element, which is never freed. The same holds for the rest of this file.
         unsafe { (&raw const (*self.0).connections).read_volatile() }
     }
 
-    /// Count entries in or out.
+    /// Adds to the number of entries.
     #[inline(always)]
     pub(crate) fn add_connections(self, more: i64) {
         // SAFETY: see `connections`.
         unsafe { atomic::fetch_add(&raw mut (*self.0).connections, more.cast_unsigned()) };
     }
 
-    /// Whether another program was seen to switch off callbacks.
+    /// Whether another program has switched off callbacks.
     #[inline(always)]
     pub(crate) fn is_overruled(self) -> bool {
         // SAFETY: see `connections`.
         unsafe { (&raw const (*self.0).overruled).read_volatile() != 0 }
     }
 
-    /// Another program was seen to.
+    /// Records that another program has switched off callbacks.
     #[inline(always)]
     pub(crate) fn set_overruled(self) {
         // SAFETY: see `connections`.
         unsafe { (&raw mut (*self.0).overruled).write_volatile(1) };
     }
 
-    /// How the listener on a port is bound for connections of a family: one of `layout::bound`.
+    /// How the listener of a port is bound, for connections of a family: one of `layout::bound`.
     #[inline(always)]
     pub(crate) fn takes(self, port: ProxyPort, v6: bool) -> u16 {
         self.read(Proxy::index(port, v6, scope::ANY))
     }
 
-    /// Say how a listener is bound.
+    /// Sets how a listener is bound.
     #[inline(always)]
     pub(crate) fn set_bound(self, port: ProxyPort, v6: bool, bound: u16) {
         for (index, value) in Proxy::bind(port, v6, bound, self.read(Proxy::v4_seen(port)) != 0) {
@@ -69,7 +69,7 @@ impl ProxyState {
         unsafe { (&raw const (*self.0).bound).cast::<u16>().add(index & 15).read_volatile() }
     }
 
-    /// Say whether the newest listener of a port, family and scope is of MPTCP.
+    /// Sets whether the newest listener of a port, family and scope is an MPTCP socket.
     #[inline(always)]
     pub(crate) fn set_mptcp(self, port: ProxyPort, v6: bool, scope: u8, is_mptcp: bool) {
         let bit = 1 << Proxy::index(port, v6, scope);
@@ -80,13 +80,13 @@ impl ProxyState {
         };
     }
 
-    /// Where LISTENERS has the sockets of a port, family and scope.
+    /// The slots in LISTENERS of a port, family and scope.
     #[inline(always)]
     pub(crate) fn ring(self, port: ProxyPort, v6: bool, scope: u8) -> ListenerRing {
         self.ring_at(Proxy::index(port, v6, scope))
     }
 
-    /// The same by its index.
+    /// As `ring`, by index.
     #[inline(always)]
     pub(crate) fn ring_at(self, index: usize) -> ListenerRing {
         // SAFETY: see `connections`; the array has 16.
@@ -95,28 +95,28 @@ impl ProxyState {
 }
 
 impl ListenerRing {
-    /// One above the highest slot that was ever taken.
+    /// One above the highest slot ever used.
     #[inline(always)]
     pub(crate) fn top(self) -> u64 {
         // SAFETY: see `ProxyState::connections`.
         unsafe { (&raw const (*self.0).top).read_volatile() }
     }
 
-    /// Take the next slot.
+    /// Takes the next slot.
     #[inline(always)]
     pub(crate) fn take(self) -> u64 {
         // SAFETY: see `ProxyState::connections`.
         unsafe { atomic::fetch_add(&raw mut (*self.0).top, 1) }
     }
 
-    /// Where the last connection found a socket.
+    /// The slot in which the last lookup found an open socket.
     #[inline(always)]
     pub(crate) fn hint(self) -> u64 {
         // SAFETY: see `ProxyState::connections`.
         unsafe { (&raw const (*self.0).hint).read_volatile() }
     }
 
-    /// A connection found a socket here.
+    /// Stores the slot in which a lookup found an open socket.
     #[inline(always)]
     pub(crate) fn set_hint(self, slot: u64) {
         // SAFETY: see `ProxyState::connections`.

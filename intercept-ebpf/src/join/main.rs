@@ -11,6 +11,9 @@ mod context;
 mod kernel;
 mod maps;
 mod message;
+#[path = "../object.rs"]
+#[cfg(target_arch = "bpf")]
+mod object;
 #[path = "../owner.rs"]
 mod owner;
 mod pair;
@@ -37,17 +40,6 @@ fn join_msg(ctx: SkMsgContext) -> u32 {
     message::send(&ctx);
     SK_PASS
 }
-
-#[cfg(target_arch = "bpf")]
-#[panic_handler]
-fn panic(_info: &core::panic::PanicInfo) -> ! {
-    loop {}
-}
-
-#[cfg(target_arch = "bpf")]
-#[unsafe(link_section = "license")]
-#[unsafe(no_mangle)]
-static LICENSE: [u8; 13] = *b"Dual MIT/GPL\0";
 
 #[cfg(not(target_arch = "bpf"))]
 fn main() {}
