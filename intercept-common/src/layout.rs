@@ -238,12 +238,18 @@ pub struct DnsServers {
 impl DnsServers {
     /// The number of a server. `None` if it is not remembered.
     #[inline(always)]
-    pub fn number_of(&self, addr: Addr) -> Option<u16> {
+    pub fn number_of(&self, server: Addr) -> Option<u16> {
+        Self::number_among(self.next, server, |slot| self.addrs[slot])
+    }
+
+    /// As [`DnsServers::number_of`], with the fields given.
+    #[inline(always)]
+    pub fn number_among(next: u32, server: Addr, addr: impl Fn(usize) -> Addr) -> Option<u16> {
         for slot in 0..MAX_SERVERS {
-            if self.addrs[slot] == addr {
+            if addr(slot) == server {
                 // The last number before `next` that leads to this slot.
-                let age = (self.next as usize).wrapping_sub(1).wrapping_sub(slot) % MAX_SERVERS;
-                return Some((self.next as u16).wrapping_sub(1).wrapping_sub(age as u16));
+                let age = (next as usize).wrapping_sub(1).wrapping_sub(slot) % MAX_SERVERS;
+                return Some((next as u16).wrapping_sub(1).wrapping_sub(age as u16));
             }
         }
         None
@@ -261,8 +267,14 @@ impl DnsServers {
     /// The server with this number. `None` if another has replaced it.
     #[inline(always)]
     pub fn server(&self, number: u16) -> Option<Addr> {
-        let age = (self.next as u16).wrapping_sub(number);
-        let addr = self.addrs[number as usize % MAX_SERVERS];
+        Self::server_among(self.next, number, |slot| self.addrs[slot])
+    }
+
+    /// As [`DnsServers::server`], with the fields given.
+    #[inline(always)]
+    pub fn server_among(next: u32, number: u16, addr: impl Fn(usize) -> Addr) -> Option<Addr> {
+        let age = (next as u16).wrapping_sub(number);
+        let addr = addr(number as usize % MAX_SERVERS);
         if age == 0 || age as usize > MAX_SERVERS || addr.is_unspecified() { None } else { Some(addr) }
     }
 }

@@ -5,7 +5,7 @@
 //! `getsockname()` and `getpeername()` (`original.rs`). So a socket that fails to connect or disconnects keeps nothing of the
 //! redirect, and one source port serves any number of destinations.
 
-use aya_ebpf::{bindings::bpf_sock, programs::SockAddrContext};
+use aya_ebpf::programs::SockAddrContext;
 use intercept_common::{
     Addr, ProxyListener, StandIn, Verdict,
     decide::{OutboundFlow, decide_outbound},
@@ -14,11 +14,12 @@ use intercept_common::{
 };
 
 use crate::{
-    context::{self, AddressFamily, TCP, UDP},
+    context::{self, AddressFamily, Sock, TCP, UDP},
     lookup::PolicyMaps,
     maps, observe, open, owner,
     proxy::ProxyState,
     refusal,
+    storage::{StoredServers, StoredSocket},
 };
 
 /// What the kernel does with the system call.
@@ -42,9 +43,9 @@ pub(crate) fn connect<F: AddressFamily>(ctx: &SockAddrContext) -> SyscallVerdict
     }
     let netns = maps::netns_cookie(ctx);
     let Some(pod) = maps::pod(netns) else { return SyscallVerdict::Proceed };
-    let sk = context::sock(ctx);
+    let sk = Sock::of_call(ctx);
     if protocol == TCP {
-        maps::forget_socket(sk);
+        StoredSocket::delete(sk);
     } else {
         release_datagram::<F>(ctx, sk);
         if !wants_datagram(pod, context::named_port(ctx)) {
@@ -58,8 +59,8 @@ pub(crate) fn connect<F: AddressFamily>(ctx: &SockAddrContext) -> SyscallVerdict
         dst: F::named(ctx),
         dst_port: context::named_port(ctx),
         src,
-        owner: owner::of(sk, protocol),
-        mark: context::mark(sk),
+        owner: owner::of(sk.as_ptr(), protocol),
+        mark: sk.mark(),
     };
     let decided = decide_outbound(pod, &flow, &PolicyMaps { conn: None });
     observe::outbound(netns, pod, &flow, decided.decision.reason);
@@ -103,9 +104,9 @@ fn stream<F: AddressFamily>(
         return refusal::connect(pod, Failure::TooManyConnections, SyscallVerdict::Proceed);
     }
     let state = SocketState { proxy_port: port, proxy_role: role as u16, ..state };
-    let Some(kept) = maps::set_socket(context::sock(ctx), state) else { return no_storage(ctx, netns, pod) };
+    let Some(kept) = StoredSocket::set(Sock::of_call(ctx), state) else { return no_storage(ctx, netns, pod) };
     // The verifier knows nothing about a value read from a map, so it walks the rest once rather than once for each row.
-    let kept = maps::reread(kept);
+    let kept = kept.read();
     F::rename(ctx, stand_in::<F>(pod, &kept));
     context::rename_port(ctx, kept.proxy_port);
     SyscallVerdict::Proceed
@@ -126,7 +127,7 @@ fn datagram<F: AddressFamily>(
     if open::passes(ctx, pod, UDP, addr, port) {
         return SyscallVerdict::Proceed;
     }
-    let sk = context::sock(ctx);
+    let sk = Sock::of_call(ctx);
     state.kind = socket::DATAGRAM;
     if !state.source.is_unspecified() {
         if F::bind(ctx, state.source) {
@@ -141,10 +142,10 @@ fn datagram<F: AddressFamily>(
             }
         }
     }
-    if let Some(before) = maps::socket(sk) {
-        state.bound |= before.bound;
+    if let Some(before) = StoredSocket::of(sk) {
+        state.bound |= before.bound();
     }
-    if maps::set_socket(sk, state).is_none() {
+    if StoredSocket::set(sk, state).is_none() {
         return no_storage(ctx, netns, pod);
     }
     F::rename(ctx, addr);
@@ -154,15 +155,14 @@ fn datagram<F: AddressFamily>(
 
 /// Undoes what an earlier `connect()` did to a UDP socket.
 #[inline(always)]
-fn release_datagram<F: AddressFamily>(ctx: &SockAddrContext, sk: *mut bpf_sock) {
-    let Some(before) = maps::socket(sk) else { return };
-    maps::forget_servers(sk);
-    if before.bound == 0 {
-        maps::forget_socket(sk);
+fn release_datagram<F: AddressFamily>(ctx: &SockAddrContext, sk: Sock) {
+    let Some(before) = StoredSocket::of(sk) else { return };
+    StoredServers::delete(sk);
+    if before.bound() == 0 {
+        StoredSocket::delete(sk);
         return;
     }
-    before.kind = socket::IDLE;
-    before.source = Addr::UNSPECIFIED;
+    before.set_idle();
     // Fails while the socket is connected: without capture, the kernel keeps the source as well.
     let _released = F::bind(ctx, Addr::UNSPECIFIED);
 }
@@ -173,7 +173,7 @@ fn remember(ctx: &SockAddrContext, netns: u64, pod: &PodPolicy, state: SocketSta
     if has_too_many(pod) {
         return refusal::connect(pod, Failure::TooManyConnections, SyscallVerdict::Proceed);
     }
-    match maps::set_socket(context::sock(ctx), state) {
+    match StoredSocket::set(Sock::of_call(ctx), state) {
         Some(_) => SyscallVerdict::Proceed,
         None => no_storage(ctx, netns, pod),
     }

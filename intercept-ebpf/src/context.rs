@@ -5,9 +5,9 @@
 //! off=48 size=8", "dereference of modified ctx ptr R7 off=28 disallowed"). So each access is one instruction of assembly.
 
 use aya_ebpf::{
-    bindings::{bpf_sk_lookup, bpf_sock, bpf_sock_addr, bpf_sock_ops},
+    bindings::{bpf_sk_lookup, bpf_sock, bpf_sock_addr, bpf_sock_ops, bpf_sockopt},
     helpers::generated::bpf_bind,
-    programs::SockAddrContext,
+    programs::{SockAddrContext, SockOpsContext, SockoptContext},
 };
 use intercept_common::Addr;
 
@@ -127,7 +127,7 @@ pub(crate) trait AddressFamily {
     /// Replaces that address.
     fn rename(ctx: &SockAddrContext, addr: Addr);
     /// The address that the socket is bound to.
-    fn bound(sk: *mut bpf_sock) -> Addr;
+    fn bound(sk: Sock) -> Addr;
     /// sendmsg: the source from a control message, or unspecified.
     fn datagram_source(ctx: &SockAddrContext) -> Addr;
     /// sendmsg: sets the source.
@@ -175,8 +175,8 @@ impl AddressFamily for V4 {
     }
 
     #[inline(always)]
-    fn bound(sk: *mut bpf_sock) -> Addr {
-        Addr::from_v4(load!(load_u32, bpf_sock, sk, src_ip4))
+    fn bound(sk: Sock) -> Addr {
+        Addr::from_v4(load!(load_u32, bpf_sock, sk.0, src_ip4))
     }
 
     #[inline(always)]
@@ -211,8 +211,8 @@ impl AddressFamily for V6 {
     }
 
     #[inline(always)]
-    fn bound(sk: *mut bpf_sock) -> Addr {
-        load_v6!(bpf_sock, sk, src_ip6)
+    fn bound(sk: Sock) -> Addr {
+        load_v6!(bpf_sock, sk.0, src_ip6)
     }
 
     #[inline(always)]
@@ -263,40 +263,98 @@ pub(crate) fn protocol(ctx: &SockAddrContext) -> u32 {
     load!(load_u32, bpf_sock_addr, ctx.sock_addr, protocol)
 }
 
-/// The socket of the system call. Never null in these hooks.
-#[inline(always)]
-pub(crate) fn sock(ctx: &SockAddrContext) -> *mut bpf_sock {
-    load!(load_u64, bpf_sock_addr, ctx.sock_addr, __bindgen_anon_1) as *mut bpf_sock
-}
+/// A socket that the verifier knows: never null.
+#[derive(Clone, Copy)]
+pub(crate) struct Sock(*mut bpf_sock);
 
-/// The port that a socket is bound to, in host order.
-#[inline(always)]
-pub(crate) fn bound_port(sk: *mut bpf_sock) -> u16 {
-    load!(load_u32, bpf_sock, sk, src_port) as u16
-}
+impl Sock {
+    /// The socket of a system call on addresses. It is never null in these hooks.
+    #[inline(always)]
+    pub(crate) fn of_call(ctx: &SockAddrContext) -> Self {
+        Self(load!(load_u64, bpf_sock_addr, ctx.sock_addr, __bindgen_anon_1) as *mut bpf_sock)
+    }
 
-/// SO_MARK of a socket.
-#[inline(always)]
-pub(crate) fn mark(sk: *mut bpf_sock) -> u32 {
-    load!(load_u32, bpf_sock, sk, mark)
-}
+    /// The socket of a TCP callback. `None` if it is a request socket, which has no full one yet.
+    #[inline(always)]
+    pub(crate) fn of_callback(ctx: &SockOpsContext) -> Option<Self> {
+        Self::checked(load!(load_u64, bpf_sock_ops, ctx.ops, __bindgen_anon_2))
+    }
 
-/// The TCP state of a socket, such as `TCP_CLOSE`.
-#[inline(always)]
-pub(crate) fn tcp_state(sk: *mut bpf_sock) -> u32 {
-    load!(load_u32, bpf_sock, sk, state)
-}
+    /// The socket of `getsockopt()`.
+    #[inline(always)]
+    pub(crate) fn of_option(ctx: &SockoptContext) -> Option<Self> {
+        Self::checked(load!(load_u64, bpf_sockopt, ctx.sockopt, __bindgen_anon_1))
+    }
 
-/// The index of the interface that a socket is bound to, or 0.
-#[inline(always)]
-pub(crate) fn device(sk: *mut bpf_sock) -> u32 {
-    load!(load_u32, bpf_sock, sk, bound_dev_if)
-}
+    #[inline(always)]
+    fn checked(address: u64) -> Option<Self> {
+        if address == 0 { None } else { Some(Self(address as *mut bpf_sock)) }
+    }
 
-/// Whether a socket has a peer.
-#[inline(always)]
-pub(crate) fn is_connected(sk: *mut bpf_sock) -> bool {
-    load!(load_u16, bpf_sock, sk, dst_port) != 0
+    /// For helpers that take a socket.
+    #[inline(always)]
+    pub(crate) fn as_ptr(self) -> *mut bpf_sock {
+        self.0
+    }
+
+    /// `IPPROTO_*`.
+    #[inline(always)]
+    pub(crate) fn protocol(self) -> u32 {
+        load!(load_u32, bpf_sock, self.0, protocol)
+    }
+
+    /// The port that it is bound to, in host order.
+    #[inline(always)]
+    pub(crate) fn bound_port(self) -> u16 {
+        load!(load_u32, bpf_sock, self.0, src_port) as u16
+    }
+
+    /// SO_MARK.
+    #[inline(always)]
+    pub(crate) fn mark(self) -> u32 {
+        load!(load_u32, bpf_sock, self.0, mark)
+    }
+
+    /// The TCP state, such as `TCP_CLOSE`.
+    #[inline(always)]
+    pub(crate) fn tcp_state(self) -> u32 {
+        load!(load_u32, bpf_sock, self.0, state)
+    }
+
+    /// The index of the interface that it is bound to, or 0.
+    #[inline(always)]
+    pub(crate) fn device(self) -> u32 {
+        load!(load_u32, bpf_sock, self.0, bound_dev_if)
+    }
+
+    /// Whether it has a peer.
+    #[inline(always)]
+    pub(crate) fn is_connected(self) -> bool {
+        load!(load_u16, bpf_sock, self.0, dst_port) != 0
+    }
+
+    /// Both ends of a connected socket. For IPv4 through an `AF_INET6` socket the IPv4 fields are read, because some kernels
+    /// fill in the mapped addresses later.
+    #[inline(always)]
+    pub(crate) fn ends(self) -> Ends {
+        let sk = self.0;
+        let remote6 = load_v6!(bpf_sock, sk, dst_ip6);
+        let v6 = load!(load_u32, bpf_sock, sk, family) == AF_INET6 && !remote6.is_v4();
+        let (local, remote) = if v6 {
+            (load_v6!(bpf_sock, sk, src_ip6), remote6)
+        } else {
+            (
+                Addr::from_v4(load!(load_u32, bpf_sock, sk, src_ip4)),
+                Addr::from_v4(load!(load_u32, bpf_sock, sk, dst_ip4)),
+            )
+        };
+        Ends {
+            local,
+            local_port: load!(load_u32, bpf_sock, sk, src_port) as u16,
+            remote,
+            remote_port: u16::from_be(load!(load_u16, bpf_sock, sk, dst_port)),
+        }
+    }
 }
 
 /// Both ends of a socket.
@@ -318,28 +376,6 @@ impl Ends {
     #[inline(always)]
     pub(crate) fn may_be_redirected(&self) -> bool {
         self.local.is_loopback() || self.local.is_stand_in() || self.local == self.remote
-    }
-}
-
-/// Both ends of a connected socket. For IPv4 through an `AF_INET6` socket the IPv4 fields are read, because some kernels fill
-/// in the mapped addresses later.
-#[inline(always)]
-pub(crate) fn sock_ends(sk: *mut bpf_sock) -> Ends {
-    let remote6 = load_v6!(bpf_sock, sk, dst_ip6);
-    let v6 = load!(load_u32, bpf_sock, sk, family) == AF_INET6 && !remote6.is_v4();
-    let (local, remote) = if v6 {
-        (load_v6!(bpf_sock, sk, src_ip6), remote6)
-    } else {
-        (
-            Addr::from_v4(load!(load_u32, bpf_sock, sk, src_ip4)),
-            Addr::from_v4(load!(load_u32, bpf_sock, sk, dst_ip4)),
-        )
-    };
-    Ends {
-        local,
-        local_port: load!(load_u32, bpf_sock, sk, src_port) as u16,
-        remote,
-        remote_port: u16::from_be(load!(load_u16, bpf_sock, sk, dst_port)),
     }
 }
 

@@ -6,7 +6,7 @@
 //! address that encodes a number. The proxy answers to that address, and its answer, a `sendmsg()` in the same pod, is sent
 //! from that address as well.
 
-use aya_ebpf::{bindings::bpf_sock, programs::SockAddrContext};
+use aya_ebpf::programs::SockAddrContext;
 use intercept_common::{
     Addr, Verdict,
     decide::{OutboundFlow, decide_outbound},
@@ -16,9 +16,10 @@ use intercept_common::{
 
 use crate::{
     connect::{SyscallVerdict, target_port, wants_datagram},
-    context::{self, AddressFamily, UDP},
+    context::{self, AddressFamily, Sock, UDP},
     lookup::PolicyMaps,
     maps, observe, open, owner, refusal,
+    storage::{StoredServers, StoredSocket},
 };
 
 /// Runs in `sendmsg()` with an address.
@@ -31,7 +32,7 @@ pub(crate) fn sendmsg<F: AddressFamily>(ctx: &SockAddrContext) -> SyscallVerdict
         answer::<F>(ctx, pod);
         return SyscallVerdict::Proceed;
     }
-    let sk = context::sock(ctx);
+    let sk = Sock::of_call(ctx);
     let bound = F::bound(sk);
     let asked = F::datagram_source(ctx);
     let src = if asked.is_unspecified() { bound } else { asked };
@@ -41,7 +42,7 @@ pub(crate) fn sendmsg<F: AddressFamily>(ctx: &SockAddrContext) -> SyscallVerdict
         dst: F::named(ctx),
         dst_port,
         src,
-        owner: owner::of(sk, UDP),
+        owner: owner::of(sk.as_ptr(), UDP),
         // Only connections are matched by mark.
         mark: 0,
     };
@@ -70,22 +71,22 @@ pub(crate) fn sendmsg<F: AddressFamily>(ctx: &SockAddrContext) -> SyscallVerdict
 
 /// Stores the server and returns the source for the query; unspecified keeps the socket's own. `None` if out of memory.
 #[inline(always)]
-fn remember(sk: *mut bpf_sock, pod: &PodPolicy, flow: &OutboundFlow, source: Addr) -> Option<Addr> {
+fn remember(sk: Sock, pod: &PodPolicy, flow: &OutboundFlow, source: Addr) -> Option<Addr> {
     let mut bound = 0;
-    if let Some(before) = maps::socket(sk) {
-        bound = before.bound;
+    if let Some(before) = StoredSocket::of(sk) {
+        bound = before.bound();
     }
     let can_number = !flow.dst.is_v4() || pod.flags & policy::NUMBERED_V4 != 0;
-    if let Some(first) = maps::socket(sk)
-        && first.kind == socket::DATAGRAM
+    if let Some(first) = StoredSocket::of(sk)
+        && first.kind() == socket::DATAGRAM
     {
-        if first.addr == flow.dst {
+        if first.addr() == flow.dst {
             return Some(source);
         }
         // A socket bound to an address receives answers only there, so the server asked last wins. A connected socket must
         // not receive another server's answer, and a numbered source keeps it away.
-        if can_number && (flow.src.is_unspecified() || context::is_connected(sk)) {
-            let servers = maps::servers_to_fill(sk)?;
+        if can_number && (flow.src.is_unspecified() || sk.is_connected()) {
+            let servers = StoredServers::create(sk)?;
             let number = match servers.number_of(flow.dst) {
                 Some(number) => number,
                 None => servers.add(flow.dst),
@@ -103,7 +104,7 @@ fn remember(sk: *mut bpf_sock, pod: &PodPolicy, flow: &OutboundFlow, source: Add
         proxy_port: pod.dns_port,
         proxy_role: 0,
     };
-    maps::set_socket(sk, state)?;
+    StoredSocket::set(sk, state)?;
     Some(source)
 }
 
@@ -111,7 +112,7 @@ fn remember(sk: *mut bpf_sock, pod: &PodPolicy, flow: &OutboundFlow, source: Add
 #[inline(always)]
 fn answer<F: AddressFamily>(ctx: &SockAddrContext, pod: &PodPolicy) {
     let dst = F::named(ctx);
-    if dst.number().is_none() || context::bound_port(context::sock(ctx)) != pod.dns_port {
+    if dst.number().is_none() || Sock::of_call(ctx).bound_port() != pod.dns_port {
         return;
     }
     F::set_datagram_source(ctx, dst);
@@ -130,20 +131,20 @@ pub(crate) fn recvmsg<F: AddressFamily>(ctx: &SockAddrContext) {
     if number.is_none() && !sender.is_loopback() {
         return;
     }
-    let sk = context::sock(ctx);
-    let Some(first) = maps::socket(sk) else { return };
+    let sk = Sock::of_call(ctx);
+    let Some(first) = StoredSocket::of(sk) else { return };
     let Some(pod) = maps::pod(maps::netns_cookie(ctx)) else { return };
-    if first.kind != socket::DATAGRAM || context::named_port(ctx) != pod.dns_port {
+    if first.kind() != socket::DATAGRAM || context::named_port(ctx) != pod.dns_port {
         return;
     }
     let server = match number {
-        None => Some(first.addr),
-        Some(number) => maps::servers(sk).and_then(|servers| servers.server(number)),
+        None => Some(first.addr()),
+        Some(number) => StoredServers::of(sk).and_then(|servers| servers.server(number)),
     };
     if let Some(server) = server
         && server.is_v4() == sender.is_v4()
     {
         F::rename(ctx, server);
-        context::rename_port(ctx, first.port);
+        context::rename_port(ctx, first.port());
     }
 }

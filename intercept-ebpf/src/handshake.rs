@@ -2,11 +2,7 @@
 //! entry of ORIG_DST by its own tuple. What NAT does not change is the sequence number of the SYN: the client notes it,
 //! and the proxy's end looks the client up by it.
 
-use aya_ebpf::{
-    bindings::{bpf_sock, bpf_sock_ops},
-    helpers::generated::bpf_skc_to_tcp_sock,
-    programs::SockOpsContext,
-};
+use aya_ebpf::{bindings::bpf_sock_ops, helpers::generated::bpf_skc_to_tcp_sock, programs::SockOpsContext};
 use bytemuck::Zeroable as _;
 use intercept_common::{
     Addr,
@@ -14,9 +10,10 @@ use intercept_common::{
 };
 
 use crate::{
-    context::{Ends, load},
+    context::{Ends, Sock, load},
     maps,
     original::proxy_key,
+    storage::StoredSocket,
 };
 
 /// Offset in bytes of `write_seq` in `struct tcp_sock` on the running kernel, from its BTF; the agent fills it in. Zero
@@ -26,7 +23,7 @@ static TCP_WRITE_SEQ_OFF: u32 = 0;
 
 /// A SYN is about to leave; its sequence number is chosen.
 #[inline(always)]
-pub(crate) fn note(sk: *mut bpf_sock, key: &ConnKey) {
+pub(crate) fn note(sk: Sock, key: &ConnKey) {
     let Some(isn) = isn(sk) else { return };
     let Some(slot) = maps::handshake(isn) else { return };
     let note =
@@ -37,14 +34,14 @@ pub(crate) fn note(sk: *mut bpf_sock, key: &ConnKey) {
 }
 
 #[inline(always)]
-fn isn(sk: *mut bpf_sock) -> Option<u32> {
+fn isn(sk: Sock) -> Option<u32> {
     // SAFETY: reads a static; volatile because the loader replaces its value.
     let offset = unsafe { core::ptr::read_volatile(&raw const TCP_WRITE_SEQ_OFF) } as usize;
     if offset == 0 {
         return None;
     }
     // SAFETY: the helper takes any socket, and gives null for one that is not of TCP.
-    let tcp = unsafe { bpf_skc_to_tcp_sock(sk.cast()) };
+    let tcp = unsafe { bpf_skc_to_tcp_sock(sk.as_ptr().cast()) };
     if tcp.is_null() {
         return None;
     }
@@ -66,7 +63,7 @@ pub(crate) fn find(ctx: &SockOpsContext, netns: u64, ends: &Ends) -> Option<Conn
 
 /// Have the proxy's socket remember whose connection it has.
 #[inline(always)]
-pub(crate) fn remember(sk: *mut bpf_sock, key: &ConnKey) -> Option<()> {
+pub(crate) fn remember(sk: Sock, key: &ConnKey) -> Option<()> {
     let state = SocketState {
         addr: key.client,
         source: Addr::UNSPECIFIED,
@@ -74,15 +71,15 @@ pub(crate) fn remember(sk: *mut bpf_sock, key: &ConnKey) -> Option<()> {
         kind: socket::TRANSLATED,
         ..SocketState::zeroed()
     };
-    maps::set_socket(sk, state).map(|_| ())
+    StoredSocket::set(sk, state).map(|_| ())
 }
 
 /// The key of a connection by the proxy's socket, `ends` being the proxy's.
 #[inline(always)]
-pub(crate) fn key(sk: *mut bpf_sock, netns: u64, ends: &Ends) -> Option<ConnKey> {
-    let state = maps::socket(sk)?;
-    if state.kind != socket::TRANSLATED {
+pub(crate) fn key(sk: Sock, netns: u64, ends: &Ends) -> Option<ConnKey> {
+    let state = StoredSocket::of(sk)?;
+    if state.kind() != socket::TRANSLATED {
         return None;
     }
-    Some(ConnKey { client: state.addr, client_port: state.port, ..proxy_key(netns, ends) })
+    Some(ConnKey { client: state.addr(), client_port: state.port(), ..proxy_key(netns, ends) })
 }

@@ -20,11 +20,12 @@ use intercept_common::{
 
 use crate::{
     atomic,
-    context::{self, load},
+    context::{self, Sock, load},
     handshake, listeners, maps, observe,
     original::{client_key, proxy_key},
     proxy::ProxyState,
     refusal,
+    storage::{self, StoredSocket},
 };
 
 /// A callback; most of the kernel's are none of ours and must cost nothing.
@@ -44,11 +45,8 @@ pub(crate) fn callback(ctx: &SockOpsContext) {
 /// A SYN is about to leave: the local port is known now.
 #[inline(always)]
 fn dial(ctx: &SockOpsContext) {
-    let sk = sock(ctx);
-    if sk.is_null() {
-        return;
-    }
-    let Some(state) = maps::socket(sk).map(|state| *state) else { return };
+    let Some(sk) = Sock::of_callback(ctx) else { return };
+    let Some(state) = StoredSocket::of(sk).map(StoredSocket::read) else { return };
     let ends = match state.kind {
         socket::REDIRECTED => end::CLIENT,
         socket::STEERED => end::CLIENT | end::STEERED,
@@ -58,7 +56,7 @@ fn dial(ctx: &SockOpsContext) {
     let netns = maps::netns_cookie(ctx);
     let key = client_key(netns, &context::callback_ends(ctx.ops));
     let value = OrigDst::new(state.addr, state.source, state.port, ends, state.slot);
-    maps::forget_socket(sk);
+    StoredSocket::delete(sk);
     match maps::add_orig_dst(&key, &value) {
         Ok(true) => add_connections(state.slot.into(), 1),
         // Its last connection had the same ends, and was not seen to end.
@@ -95,10 +93,9 @@ fn accepted(ctx: &SockOpsContext) {
     if hold(ctx, &key) {
         return;
     }
-    let sk = sock(ctx);
-    if let Some(key) = handshake::find(ctx, netns, &ends)
+    if let Some(sk) = Sock::of_callback(ctx)
+        && let Some(key) = handshake::find(ctx, netns, &ends)
         && maps::orig_dst(&key).is_some()
-        && !sk.is_null()
         && handshake::remember(sk, &key).is_some()
     {
         hold(ctx, &key);
@@ -146,11 +143,10 @@ fn is_overruled(slot: u32) -> bool {
 
 #[inline(always)]
 fn release_on_close(ctx: &SockOpsContext, mut key: ConnKey, gone: u64) {
-    let sk = sock(ctx);
-    if !sk.is_null() {
+    if let Some(sk) = Sock::of_callback(ctx) {
         key.reserved = (gone >> 32) as u32;
         // Without memory the entry stays until the agent collects it.
-        let _collected_later = maps::release_with(sk, key);
+        let _collected_later = storage::release_with(sk, key);
     }
 }
 
@@ -158,7 +154,7 @@ fn release_on_close(ctx: &SockOpsContext, mut key: ConnKey, gone: u64) {
 /// proxy's end is there leaves the entry to that end.
 #[inline(always)]
 pub(crate) fn closed(ctx: &SockContext) {
-    let Some(mut key) = maps::release_of(ctx.sock.cast()) else { return };
+    let Some(mut key) = storage::release_of(ctx) else { return };
     let gone = u64::from(key.reserved) << 32;
     key.reserved = 0;
     if gone == end::CLIENT {
@@ -182,11 +178,6 @@ fn add_connections(slot: u32, more: i64) {
     }
 }
 
-#[inline(always)]
-fn sock(ctx: &SockOpsContext) -> *mut bpf_sock {
-    load!(load_u64, bpf_sock_ops, ctx.ops, __bindgen_anon_2) as *mut bpf_sock
-}
-
 /// A watched socket changed state.
 #[inline(always)]
 fn state(ctx: &SockOpsContext) {
@@ -198,8 +189,7 @@ fn state(ctx: &SockOpsContext) {
     if release(&client_key(netns, &ends), end::CLIENT) || release(&proxy_key(netns, &ends), end::PROXY) {
         return;
     }
-    let sk = sock(ctx);
-    if !sk.is_null()
+    if let Some(sk) = Sock::of_callback(ctx)
         && let Some(key) = handshake::key(sk, netns, &ends)
     {
         release(&key, end::PROXY);

@@ -23,6 +23,7 @@ mod original;
 mod owner;
 mod proxy;
 mod refusal;
+mod storage;
 
 #[cfg(not(target_arch = "bpf"))]
 fn main() {}

@@ -1,25 +1,18 @@
 //! The maps, behind the accessors that the programs need. `intercept_common::{names, layout}` documents their contents.
 
-use core::ffi::c_void;
-
 use aya_ebpf::{
     EbpfContext,
-    bindings::{BPF_F_MMAPABLE, BPF_F_NO_PREALLOC, BPF_SK_STORAGE_GET_F_CREATE, bpf_sock, bpf_sock_ops},
-    btf_maps::SkStorage,
-    helpers::{
-        bpf_get_netns_cookie,
-        generated::{bpf_sk_storage_delete, bpf_sk_storage_get},
-    },
-    macros::{btf_map, map},
+    bindings::{BPF_F_MMAPABLE, BPF_F_NO_PREALLOC, bpf_sock_ops},
+    helpers::bpf_get_netns_cookie,
+    macros::map,
     maps::{Array, HashMap, LpmTrie, PerCpuArray, ProgramArray, RingBuf, SockHash, lpm_trie::Key},
     programs::SkLookupContext,
 };
 use intercept_common::{
     Addr,
     layout::{
-        ConnKey, Destination, DestinationKey, DnsServers, HANDSHAKES as HANDSHAKE_COUNT, Handshake,
-        ListenerKey, LookupScratch, MAX_PODS, MemberKey, OrigDst, PodPolicy, PortKey, Proxy, ReasonCounters,
-        SocketState, budget,
+        ConnKey, Destination, DestinationKey, HANDSHAKES as HANDSHAKE_COUNT, Handshake, ListenerKey,
+        LookupScratch, MAX_PODS, MemberKey, OrigDst, PodPolicy, PortKey, Proxy, ReasonCounters, budget,
     },
 };
 
@@ -43,16 +36,10 @@ static INTERFACES: HashMap<MemberKey, u32> =
 static LISTENERS: SockHash<ListenerKey> = SockHash::with_max_entries(1 << 15, 0);
 #[map]
 static ORIG_DST: HashMap<ConnKey, OrigDst> = HashMap::with_max_entries(MANY, BPF_F_NO_PREALLOC);
-#[btf_map]
-static SOCKETS: SkStorage<SocketState> = SkStorage::new();
-#[btf_map]
-static DNS_SERVERS: SkStorage<DnsServers> = SkStorage::new();
 #[map]
 static JUMP_TABLE: ProgramArray = ProgramArray::with_max_entries(1, 0);
 #[map]
 static LOOKUP_SCRATCH: PerCpuArray<LookupScratch> = PerCpuArray::with_max_entries(1, 0);
-#[btf_map]
-static RELEASES: SkStorage<ConnKey> = SkStorage::new();
 #[map]
 static HANDSHAKES: Array<Handshake> = Array::with_max_entries(HANDSHAKE_COUNT, 0);
 // Mapped into the agent's memory, so that it can change single fields while the programs change others.
@@ -160,105 +147,6 @@ pub(crate) fn remove_orig_dst(key: &ConnKey) -> bool {
 #[inline(always)]
 pub(crate) fn handshake(isn: u32) -> Option<*mut Handshake> {
     HANDSHAKES.get_ptr_mut(isn & (HANDSHAKE_COUNT - 1))
-}
-
-/// The entry of ORIG_DST to delete when a socket is closed.
-#[inline(always)]
-pub(crate) fn release_of(sk: *mut c_void) -> Option<ConnKey> {
-    let storage = core::ptr::addr_of!(RELEASES).cast_mut().cast();
-    // SAFETY: the map is socket storage of ConnKey, and the verifier knows the socket.
-    unsafe { bpf_sk_storage_get(storage, sk, core::ptr::null_mut(), 0).cast::<ConnKey>().as_ref().copied() }
-}
-
-/// Has an entry of ORIG_DST deleted when the socket is closed. `None` if out of memory.
-#[inline(always)]
-pub(crate) fn release_with(sk: *mut bpf_sock, mut key: ConnKey) -> Option<()> {
-    let storage = core::ptr::addr_of!(RELEASES).cast_mut().cast();
-    let (create, value) = (BPF_SK_STORAGE_GET_F_CREATE.into(), core::ptr::from_mut(&mut key).cast());
-    // SAFETY: as in `release_of`.
-    let slot = unsafe { bpf_sk_storage_get(storage, sk.cast(), value, create).cast::<ConnKey>().as_mut() }?;
-    *slot = key;
-    Some(())
-}
-
-#[inline(always)]
-fn sockets() -> *mut c_void {
-    core::ptr::addr_of!(SOCKETS).cast_mut().cast()
-}
-
-#[inline(always)]
-fn all_servers() -> *mut c_void {
-    core::ptr::addr_of!(DNS_SERVERS).cast_mut().cast()
-}
-
-/// The DNS servers that a socket has asked besides its first.
-#[inline(always)]
-pub(crate) fn servers(sk: *mut bpf_sock) -> Option<&'static mut DnsServers> {
-    // SAFETY: the map is socket storage of DnsServers, and the verifier knows the socket.
-    unsafe {
-        bpf_sk_storage_get(all_servers(), sk.cast(), core::ptr::null_mut(), 0).cast::<DnsServers>().as_mut()
-    }
-}
-
-/// As `servers`, creating an empty entry. `None` if out of memory.
-#[inline(always)]
-pub(crate) fn servers_to_fill(sk: *mut bpf_sock) -> Option<&'static mut DnsServers> {
-    // SAFETY: as above; the kernel zeroes a new value.
-    unsafe {
-        let create = BPF_SK_STORAGE_GET_F_CREATE.into();
-        bpf_sk_storage_get(all_servers(), sk.cast(), core::ptr::null_mut(), create)
-            .cast::<DnsServers>()
-            .as_mut()
-    }
-}
-
-/// The state of a socket.
-#[inline(always)]
-pub(crate) fn socket(sk: *mut bpf_sock) -> Option<&'static mut SocketState> {
-    // SAFETY: the map is socket storage of SocketState, and the verifier knows the socket.
-    unsafe {
-        bpf_sk_storage_get(sockets(), sk.cast(), core::ptr::null_mut(), 0).cast::<SocketState>().as_mut()
-    }
-}
-
-/// Sets the state of a socket. `None` if out of memory.
-#[inline(always)]
-pub(crate) fn set_socket(sk: *mut bpf_sock, mut state: SocketState) -> Option<*mut SocketState> {
-    // SAFETY: as for `socket`.
-    let slot = unsafe {
-        bpf_sk_storage_get(
-            sockets(),
-            sk.cast(),
-            core::ptr::from_mut(&mut state).cast(),
-            BPF_SK_STORAGE_GET_F_CREATE.into(),
-        )
-        .cast::<SocketState>()
-        .as_mut()
-    }?;
-    *slot = state;
-    Some(slot)
-}
-
-/// Reads back what `set_socket` stored.
-#[inline(always)]
-pub(crate) fn reread(kept: *mut SocketState) -> SocketState {
-    // SAFETY: the pointer is that of `set_socket`, and the system call holds the socket's lock. Volatile, so that the value
-    // comes from the map.
-    unsafe { kept.read_volatile() }
-}
-
-/// Deletes the state of a socket.
-#[inline(always)]
-pub(crate) fn forget_socket(sk: *mut bpf_sock) {
-    // SAFETY: as for `socket`. No state is no error.
-    unsafe { bpf_sk_storage_delete(sockets(), sk.cast()) };
-}
-
-/// Deletes the further servers of a socket.
-#[inline(always)]
-pub(crate) fn forget_servers(sk: *mut bpf_sock) {
-    // SAFETY: as for `servers`.
-    unsafe { bpf_sk_storage_delete(all_servers(), sk.cast()) };
 }
 
 /// The state of a pod's proxy.

@@ -2,7 +2,7 @@
 //! its peer is.
 
 use aya_ebpf::{
-    bindings::{BPF_TCP_CLOSE, bpf_sock, bpf_sockopt},
+    bindings::{BPF_TCP_CLOSE, bpf_sockopt},
     programs::{SockAddrContext, SockoptContext},
 };
 use intercept_common::{
@@ -11,8 +11,9 @@ use intercept_common::{
 };
 
 use crate::{
-    context::{self, AF_INET, AF_INET6, AddressFamily, Ends, TCP, UDP, load, store},
+    context::{self, AF_INET, AF_INET6, AddressFamily, Ends, Sock, TCP, UDP, load, store},
     handshake, maps,
+    storage::StoredSocket,
 };
 
 const SOL_IP: i32 = 0;
@@ -64,12 +65,9 @@ fn answered(ctx: &SockoptContext) -> bool {
     {
         return false;
     }
-    let sk = load!(load_u64, bpf_sockopt, ctx.sockopt, __bindgen_anon_1) as *mut bpf_sock;
-    if sk.is_null() || load!(load_u32, bpf_sock, sk, protocol) != TCP {
-        return false;
-    }
+    let Some(sk) = Sock::of_option(ctx).filter(|sk| sk.protocol() == TCP) else { return false };
     let netns = maps::netns_cookie(ctx);
-    let ends = context::sock_ends(sk);
+    let ends = sk.ends();
     let redirected = if ends.may_be_redirected() { by_proxy(sk, netns, &ends) } else { None };
     let (addr, port) = match redirected {
         // SAFETY: the map holds OrigDst; an element taken out meanwhile is freed after a grace period.
@@ -123,7 +121,7 @@ fn answer(sockopt: *mut bpf_sockopt, addr: Addr, port: u16) -> bool {
 
 /// The entry of a connection by the proxy's socket.
 #[inline(always)]
-fn by_proxy(sk: *mut bpf_sock, netns: u64, ends: &Ends) -> Option<*mut OrigDst> {
+fn by_proxy(sk: Sock, netns: u64, ends: &Ends) -> Option<*mut OrigDst> {
     match maps::orig_dst(&proxy_key(netns, ends)) {
         None => maps::orig_dst(&handshake::key(sk, netns, ends)?),
         found => found,
@@ -139,19 +137,19 @@ pub(crate) fn getpeername<F: AddressFamily>(ctx: &SockAddrContext) {
     if !peer.is_loopback() && !peer.is_stand_in() {
         return;
     }
-    let sk = context::sock(ctx);
+    let sk = Sock::of_call(ctx);
     if context::protocol(ctx) == UDP {
-        if let Some(state) = maps::socket(sk)
-            && state.kind == socket::DATAGRAM
+        if let Some(state) = StoredSocket::of(sk)
+            && state.kind() == socket::DATAGRAM
         {
-            F::rename(ctx, state.addr);
-            context::rename_port(ctx, state.port);
+            F::rename(ctx, state.addr());
+            context::rename_port(ctx, state.port());
         }
         return;
     }
     // By tuple, not by socket: the peer of an MPTCP socket is asked for on another socket than dialled.
     let netns = maps::netns_cookie(ctx);
-    let ends = context::sock_ends(sk);
+    let ends = sk.ends();
     // Nobody but a client has a stand-in as its peer.
     if !peer.is_stand_in()
         && let Some(entry) = maps::orig_dst(&proxy_key(netns, &ends))
@@ -181,9 +179,9 @@ pub(crate) fn getsockname<F: AddressFamily>(ctx: &SockAddrContext) {
     if !name.is_loopback() && !name.is_stand_in() {
         return;
     }
-    let sk = context::sock(ctx);
+    let sk = Sock::of_call(ctx);
     let netns = maps::netns_cookie(ctx);
-    let ends = context::sock_ends(sk);
+    let ends = sk.ends();
     if name.is_stand_in() {
         // The proxy's end: as if it had been dialled by REDIRECT.
         if by_proxy(sk, netns, &ends).is_some() {
@@ -203,8 +201,8 @@ pub(crate) fn getsockname<F: AddressFamily>(ctx: &SockAddrContext) {
 
 /// The source of a socket whose connection is over, and the entry with it: that of the default route.
 #[inline(always)]
-fn source_of_closed(sk: *mut bpf_sock, netns: u64, ends: &Ends) -> Addr {
-    if !ends.remote.is_stand_in() || context::tcp_state(sk) != BPF_TCP_CLOSE {
+fn source_of_closed(sk: Sock, netns: u64, ends: &Ends) -> Addr {
+    if !ends.remote.is_stand_in() || sk.tcp_state() != BPF_TCP_CLOSE {
         return Addr::UNSPECIFIED;
     }
     let Some(pod) = maps::pod(netns) else { return Addr::UNSPECIFIED };
@@ -216,11 +214,11 @@ fn source_of_closed(sk: *mut bpf_sock, netns: u64, ends: &Ends) -> Addr {
 /// no more.
 #[inline(always)]
 fn datagram_name<F: AddressFamily>(ctx: &SockAddrContext, name: Addr) {
-    let sk = context::sock(ctx);
-    let Some(state) = maps::socket(sk) else { return };
-    if state.bound != 0 && !context::is_connected(sk) {
+    let sk = Sock::of_call(ctx);
+    let Some(state) = StoredSocket::of(sk) else { return };
+    if state.bound() != 0 && !sk.is_connected() {
         F::rename(ctx, if name.is_v4() { Addr::UNSPECIFIED_V4 } else { Addr::UNSPECIFIED });
-    } else if !state.source.is_unspecified() && name.is_loopback() {
-        F::rename(ctx, state.source);
+    } else if !state.source().is_unspecified() && name.is_loopback() {
+        F::rename(ctx, state.source());
     }
 }

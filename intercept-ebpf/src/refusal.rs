@@ -2,7 +2,6 @@
 
 use aya_ebpf::{
     EbpfContext as _,
-    bindings::bpf_sock,
     helpers::generated::{bpf_set_retval, bpf_setsockopt},
     programs::SockOpsContext,
 };
@@ -11,7 +10,7 @@ use intercept_common::{
     layout::PodPolicy,
 };
 
-use crate::{connect::SyscallVerdict, context, observe};
+use crate::{connect::SyscallVerdict, context::Sock, observe};
 
 /// 1 if the kernel has `bpf_set_retval` (Linux 5.18). The agent fills it in. Without it the errno is EPERM.
 #[unsafe(no_mangle)]
@@ -51,8 +50,8 @@ const NOWHERE: u32 = i32::MAX as u32;
 /// it (tcp_connect), and there is none through an interface that does not exist: EHOSTUNREACH. Programs can set the option
 /// since Linux 6.0. The socket stays unusable: only a privileged process may choose another interface.
 #[inline(always)]
-pub(crate) fn bar(ctx: &SockOpsContext, sk: *mut bpf_sock) {
-    if context::device(sk) != 0 {
+pub(crate) fn bar(ctx: &SockOpsContext, sk: Sock) {
+    if sk.device() != 0 {
         // Bound to an interface, it has no route to loopback anyway.
         return;
     }
