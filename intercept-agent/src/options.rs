@@ -4,6 +4,7 @@
 //! silence: what needs no action here comes back as a [`Note`], everything else that is not understood is an
 //! [`OptionError`] naming the option, the value and the way out.
 
+mod binding;
 mod cidr;
 mod config;
 mod error;
@@ -12,19 +13,21 @@ mod interface;
 mod names;
 mod ports;
 mod raw;
+mod reader;
 mod render;
 mod resolv_conf;
 mod setting;
-mod validate;
+mod table;
+mod values;
 
 pub use config::{
-    Cidrs, Config, DNS_PORT, Dns, InboundMode, InboundPorts, KNOWN_PROXY, MAX_OWNER_GROUPS, MAX_PROXY_IDS,
-    MAX_RESOLVERS, OwnerGroups, RunOptions,
+    Cidrs, Config, DNS_PORT, Dns, InboundMode, InboundPorts, MAX_OWNER_GROUPS, MAX_PROXY_IDS, MAX_RESOLVERS,
+    OwnerGroups, RunOptions,
 };
 pub use error::{OptionError, OptionProblem};
 pub use interface::InterfacePattern;
 pub use names::{EtcFiles, NameSource};
 pub use ports::Ports;
 pub use raw::RawOptions;
+pub use reader::Note;
 pub use setting::{Setting, SettingOrigin};
-pub use validate::Note;

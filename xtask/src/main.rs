@@ -11,6 +11,7 @@ mod cri;
 mod cross;
 mod debian;
 mod deny;
+mod docs;
 mod drawing;
 mod fuzz;
 mod helm;
@@ -75,6 +76,8 @@ enum Task {
     Release(release::Arguments),
     /// Check licences, sources and doubles of the dependencies
     Deny(deny::Arguments),
+    /// Make the tables in docs/ that are made from the sources
+    Docs,
     /// Make docs/architecture.svg from docs/architecture.dot
     Drawing,
     /// Check the rules of the project that the compiler does not
@@ -125,6 +128,7 @@ fn perform(task: Task) -> Result<()> {
         Task::Manifests(arguments) => manifests::manifests(&arguments),
         Task::Release(arguments) => release::release(&arguments),
         Task::Deny(arguments) => deny::deny(&arguments),
+        Task::Docs => docs::docs(),
         Task::Drawing => drawing::drawing(),
         Task::Tidy => tidy::tidy(),
         Task::Clean => sweep::sweep(),

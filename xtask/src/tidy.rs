@@ -9,7 +9,7 @@ use std::{
 
 use anyhow::{Context, Result, bail};
 
-use crate::{run, workspace};
+use crate::{docs, run, workspace};
 
 mod documents;
 mod inventory;
@@ -29,6 +29,7 @@ pub(crate) fn tidy() -> Result<()> {
         documents::readme_opens_with_two_commands(&tree),
         documents::links_lead_somewhere(&tree),
         documents::drawing_is_of_its_text(&tree),
+        docs::stale(&tree),
         reference::tables_list_what_there_is(&tree),
         reference::values_have_a_schema(&tree),
         reference::dashboards_and_alerts_use_metrics(&tree),
@@ -44,12 +45,12 @@ pub(crate) fn tidy() -> Result<()> {
 }
 
 /// The text files under version control, or about to be.
-struct Tree {
+pub(crate) struct Tree {
     files: Vec<(PathBuf, String)>,
 }
 
 impl Tree {
-    fn read(root: &Path) -> Result<Self> {
+    pub(crate) fn read(root: &Path) -> Result<Self> {
         let mut git = std::process::Command::new("git");
         git.args(["ls-files", "--cached", "--others", "--exclude-standard"]).current_dir(root);
         let mut files = Vec::new();
@@ -69,7 +70,7 @@ impl Tree {
             .map(|(path, text)| (path.as_path(), text.as_str()))
     }
 
-    fn text(&self, path: &str) -> Option<&str> {
+    pub(crate) fn text(&self, path: &str) -> Option<&str> {
         self.files.iter().find(|(found, _)| found == Path::new(path)).map(|(_, text)| text.as_str())
     }
 
@@ -78,7 +79,7 @@ impl Tree {
     }
 
     #[cfg(test)]
-    fn of(files: &[(&str, &str)]) -> Self {
+    pub(crate) fn of(files: &[(&str, &str)]) -> Self {
         Self { files: files.iter().map(|(path, text)| (PathBuf::from(path), (*text).to_owned())).collect() }
     }
 }

@@ -1,14 +1,16 @@
 //! The validated policy of one pod, and the switches of one run.
 
 use std::collections::BTreeSet;
-use std::net::{IpAddr, Ipv4Addr};
+use std::fmt;
+use std::io;
+use std::net::IpAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
 use ipnet::{IpNet, Ipv4Net};
 use serde::{Deserialize, Serialize};
 
-use super::{InterfacePattern, Ports};
+use super::{InterfacePattern, NameSource, Ports, RawOptions};
 
 /// Where captured DNS goes; not an option in istio-iptables either.
 pub const DNS_PORT: u16 = 15053;
@@ -18,9 +20,6 @@ pub const MAX_PROXY_IDS: usize = 16;
 pub const MAX_OWNER_GROUPS: usize = 64;
 /// Most DNS servers of a pod: a C library asks three.
 pub const MAX_RESOLVERS: usize = 64;
-
-/// The executable of the proxy that is known to be safe to accelerate.
-pub const KNOWN_PROXY: &str = "envoy";
 
 /// What is captured for one pod, and what is left alone.
 ///
@@ -173,18 +172,18 @@ pub struct RunOptions {
     pub log_as_json: bool,
 }
 
-impl Default for Config {
-    /// What no options at all mean where no `istio-proxy` user exists: nothing is captured.
-    fn default() -> Self {
+impl Config {
+    /// Before any option has been read. Every field is set by a row of the table, which has the defaults.
+    pub(super) fn unread() -> Self {
         Self {
-            proxy_port: 15001,
-            inbound_port: 15006,
-            tunnel_port: 15008,
-            proxy_uids: vec![1337],
-            proxy_gids: vec![1337],
+            proxy_port: 0,
+            inbound_port: 0,
+            tunnel_port: 0,
+            proxy_uids: Vec::new(),
+            proxy_gids: Vec::new(),
             mode: InboundMode::Redirect,
-            tproxy_mark: 1337,
-            tproxy_table: 133,
+            tproxy_mark: 0,
+            tproxy_table: 0,
             inbound_ports: InboundPorts::Only(Ports::default()),
             inbound_exclude: Ports::default(),
             exclude_interfaces: Vec::new(),
@@ -194,7 +193,7 @@ impl Default for Config {
             outbound_ports: Ports::default(),
             outbound_exclude_ports: Ports::default(),
             owner_groups: OwnerGroups::All,
-            loopback_v4: Ipv4Net::from(Ipv4Addr::LOCALHOST),
+            loopback_v4: Ipv4Net::default(),
             dns: Dns::Off,
             open_without_proxy: false,
             without_ipv6: false,
@@ -203,14 +202,15 @@ impl Default for Config {
     }
 }
 
-impl Default for RunOptions {
-    fn default() -> Self {
+impl RunOptions {
+    /// As [`Config::unread`].
+    pub(super) fn unread() -> Self {
         Self {
             dry_run: false,
             skip_rule_apply: false,
             run_validation: false,
-            probe_port: 15002,
-            probe_timeout: Duration::from_secs(5),
+            probe_port: 0,
+            probe_timeout: Duration::ZERO,
             cleanup_only: false,
             reconcile: false,
             force_apply: false,
@@ -226,9 +226,106 @@ impl Default for RunOptions {
     }
 }
 
+/// A pod without users, groups and servers.
+struct Nameless;
+
+impl NameSource for Nameless {
+    fn user(&self, _: &str) -> io::Result<Option<u32>> {
+        Ok(None)
+    }
+
+    fn group(&self, _: &str) -> io::Result<Option<u32>> {
+        Ok(None)
+    }
+
+    fn resolv_conf(&self) -> io::Result<String> {
+        Ok(String::new())
+    }
+}
+
+fn defaults() -> (Config, RunOptions) {
+    let read = RawOptions::default().validate(&Nameless);
+    let (config, run, _) = read.expect("the table's defaults are valid, as every test of an option shows");
+    (config, run)
+}
+
+impl Default for Config {
+    /// What no options at all mean where no `istio-proxy` user exists: nothing is captured.
+    fn default() -> Self {
+        defaults().0
+    }
+}
+
+impl Default for RunOptions {
+    fn default() -> Self {
+        defaults().1
+    }
+}
+
 impl OwnerGroups {
     /// Everyone's but that of `groups`, which need not be sorted.
     pub(super) fn except(groups: BTreeSet<u32>) -> Self {
         if groups.is_empty() { Self::All } else { Self::Except(groups.into_iter().collect()) }
     }
+}
+
+/// One line a rule, for people.
+impl fmt::Display for Config {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let or_none = |text: String| if text.is_empty() { "none".to_owned() } else { text };
+        let mut line = |name: &str, value: String| writeln!(f, "{name:<26}{value}");
+        line("outbound TCP goes to", self.proxy_port.to_string())?;
+        line("inbound TCP goes to", self.inbound_port.to_string())?;
+        line("tunnel port", self.tunnel_port.to_string())?;
+        line("proxy users", or_none(listed(&self.proxy_uids)))?;
+        line("proxy groups", or_none(listed(&self.proxy_gids)))?;
+        line(
+            "inbound mode",
+            match self.mode {
+                InboundMode::Redirect => self.mode.to_string(),
+                InboundMode::Tproxy => {
+                    format!("{}, mark {}, table {}", self.mode, self.tproxy_mark, self.tproxy_table)
+                }
+            },
+        )?;
+        line(
+            "inbound ports",
+            match &self.inbound_ports {
+                InboundPorts::All if self.inbound_exclude.is_empty() => "all".to_owned(),
+                InboundPorts::All => format!("all but {}", self.inbound_exclude),
+                InboundPorts::Only(ports) => or_none(ports.to_string()),
+            },
+        )?;
+        line("interfaces left alone", or_none(listed(&self.exclude_interfaces)))?;
+        line("interfaces of guests", or_none(listed(&self.virt_interfaces)))?;
+        let include = if self.include.all { "all".to_owned() } else { or_none(listed(&self.include.list)) };
+        line("outbound destinations", include)?;
+        line("destinations left alone", or_none(listed(&self.exclude)))?;
+        line("outbound ports besides", or_none(self.outbound_ports.to_string()))?;
+        line("outbound ports left alone", or_none(self.outbound_exclude_ports.to_string()))?;
+        line(
+            "owner groups",
+            match &self.owner_groups {
+                OwnerGroups::All => "all".to_owned(),
+                OwnerGroups::Only(groups) => or_none(listed(groups)),
+                OwnerGroups::Except(groups) => format!("all but {}", listed(groups)),
+            },
+        )?;
+        line("localhost", format!("{}, ::1/128", self.loopback_v4))?;
+        line("accelerated", or_none(listed(&self.accelerate)))?;
+        line("without the proxy", if self.open_without_proxy { "open" } else { "refused" }.to_owned())?;
+        line("IPv6", if self.without_ipv6 { "left alone" } else { "as IPv4" }.to_owned())?;
+        line(
+            "DNS",
+            match &self.dns {
+                Dns::Off => "left alone".to_owned(),
+                Dns::Resolvers(servers) => format!("{} to {DNS_PORT}", listed(servers)),
+                Dns::All => format!("everything to {DNS_PORT}"),
+            },
+        )
+    }
+}
+
+fn listed<T: fmt::Display>(items: &[T]) -> String {
+    items.iter().map(T::to_string).collect::<Vec<_>>().join(", ")
 }

@@ -4,7 +4,8 @@ use std::collections::BTreeMap;
 
 use clap::{Arg, ArgAction, ArgMatches, Args, Command, FromArgMatches};
 
-use super::setting::{self, Setting, SettingOrigin};
+use super::setting::{Setting, SettingOrigin};
+use super::table;
 
 const HEADING: &str = "Capture options (as istio-iptables)";
 
@@ -23,7 +24,7 @@ impl RawOptions {
     /// Kubernetes has made for a Service of such a name.
     #[must_use]
     pub fn read_env(mut self, lookup: impl Fn(&str) -> Option<String>) -> Self {
-        for &name in setting::ALL.iter().flat_map(|setting| setting.env) {
+        for &name in table::ALL.iter().flat_map(|setting| setting.variables) {
             if let Some(value) =
                 lookup(name).filter(|value| !value.is_empty() && !is_service_link(name, value))
             {
@@ -41,11 +42,11 @@ impl RawOptions {
 
     /// The value of `setting`: the flag's, else the strongest variable's.
     pub(super) fn get(&self, setting: &'static Setting) -> Option<(SettingOrigin, &str)> {
-        let flag = setting.long.and_then(|long| self.flags.get(long));
+        let flag = setting.flag.and_then(|long| self.flags.get(long));
         if let Some(value) = flag {
             return Some((SettingOrigin::Flag(setting), value));
         }
-        let (name, value) = setting.env.iter().find_map(|name| self.env.get_key_value(name))?;
+        let (name, value) = setting.variables.iter().find_map(|name| self.env.get_key_value(name))?;
         Some((SettingOrigin::Variable(name), value))
     }
 }
@@ -65,7 +66,7 @@ impl FromArgMatches for RawOptions {
     }
 
     fn update_from_arg_matches(&mut self, matches: &ArgMatches) -> Result<(), clap::Error> {
-        for long in setting::ALL.iter().filter_map(|setting| setting.long) {
+        for long in table::ALL.iter().filter_map(|setting| setting.flag) {
             if let Some(value) = matches.get_one::<String>(long) {
                 self.flags.insert(long, value.clone());
             }
@@ -78,8 +79,8 @@ impl Args for RawOptions {
     fn augment_args(command: Command) -> Command {
         let mut variables = String::from("Environment variables without a flag:\n");
         let mut command = command;
-        for setting in setting::ALL {
-            match setting.long {
+        for setting in table::ALL {
+            match setting.flag {
                 Some(long) => command = command.arg(argument(setting, long)),
                 None => variables.push_str(&format!("  {setting}\n          {}\n", help(setting, false))),
             }
@@ -95,11 +96,11 @@ impl Args for RawOptions {
 fn argument(setting: &'static Setting, long: &'static str) -> Arg {
     // The last one of a repeated flag counts, as in istio.
     let arg = Arg::new(long).long(long).help(help(setting, true)).help_heading(HEADING).overrides_with(long);
-    let arg = match setting.short {
+    let arg = match setting.letter {
         Some(short) => arg.short(short),
         None => arg,
     };
-    match setting.value {
+    match setting.takes {
         Some(name) => arg.action(ArgAction::Set).value_name(name),
         // A switch takes its value behind `=` only: `--redirect-dns false` is a mistake, not a false.
         None => arg
@@ -113,8 +114,8 @@ fn argument(setting: &'static Setting, long: &'static str) -> Arg {
 
 fn help(setting: &Setting, with_env: bool) -> String {
     let mut text = format!("{} [default: {}]", setting.help, setting.default);
-    if with_env && !setting.env.is_empty() {
-        text.push_str(&format!(" [env: {}]", setting.env.join(", ")));
+    if with_env && !setting.variables.is_empty() {
+        text.push_str(&format!(" [env: {}]", setting.variables.join(", ")));
     }
     text
 }

@@ -115,3 +115,12 @@ fn refusals() {
     assert!(error.contains("lists 65 servers, and there is room for 64"), "{error}");
     assert_eq!(OptionError::EXIT_CODE, 2);
 }
+
+/// Whatever the order in which they are given.
+#[test]
+fn of_several_options_at_fault_the_first_of_the_help_is_named() {
+    for args in [["-p", "0", "-i", "x"], ["-i", "x", "-p", "0"]] {
+        let error = outcome(&args, &[], &Pod::default()).expect_err("both are at fault").to_string();
+        assert!(error.starts_with("-p/--envoy-port: "), "{error}");
+    }
+}

@@ -4,8 +4,7 @@ use std::collections::BTreeSet;
 
 use serde_json::Value;
 use syn::{
-    Attribute, Expr, ExprArray, ExprCall, ExprMethodCall, Field, Ident, ImplItemFn, ItemFn, Lit, LitStr,
-    Macro, Token,
+    Attribute, Expr, ExprCall, ExprMethodCall, Field, Ident, ImplItemFn, ItemFn, Lit, LitStr, Macro, Token,
     parse::{Parse, ParseStream},
     punctuated::Punctuated,
     visit::Visit,
@@ -60,44 +59,6 @@ fn text(expression: &Expr) -> Option<String> {
         },
         _ => None,
     }
-}
-
-/// A row of the macro `settings!`.
-pub(super) struct Setting {
-    /// With the dashes; `None` where there is a variable only.
-    pub(super) long: Option<String>,
-    /// The strongest first.
-    pub(super) variables: Vec<String>,
-}
-
-impl Parse for Setting {
-    fn parse(input: ParseStream<'_>) -> syn::Result<Self> {
-        input.parse::<Ident>()?;
-        input.parse::<Token![:]>()?;
-        let columns = Punctuated::<Expr, Token![,]>::parse_separated_nonempty(input)?;
-        let [_, long, variables, ..] = columns.iter().collect::<Vec<_>>()[..] else {
-            return Err(input.error("a setting has a letter, a flag and variables first"));
-        };
-        let long = match long {
-            Expr::Call(ExprCall { args, .. }) => args.first().and_then(text),
-            _ => None,
-        };
-        let variables = match variables {
-            Expr::Array(ExprArray { elems, .. }) => elems.iter().filter_map(text).collect(),
-            _ => Vec::new(),
-        };
-        Ok(Self { long: long.map(|long| format!("--{long}")), variables })
-    }
-}
-
-/// The capture options.
-pub(super) fn settings(source: &str) -> syn::Result<Vec<Setting>> {
-    let file = syn::parse_file(source)?;
-    let mut settings = Vec::new();
-    for table in macros(&file, "settings") {
-        settings.extend(table.parse_body_with(Punctuated::<Setting, Token![;]>::parse_terminated)?);
-    }
-    Ok(settings)
 }
 
 /// A row of the macro `failures!` and its like: `Name = "word", ...;`.
@@ -250,14 +211,7 @@ mod tests {
     }
 
     #[test]
-    fn settings_and_words_are_read_from_their_tables() {
-        let source = r#"settings! {
-            A: Some('p'), Some("envoy-port"), ["ENVOY_PORT"], Some("PORT"), "15001", "Where";
-            B: None, None, ["B_ONE", "B_TWO"], None, "*", "What";
-        }"#;
-        let settings = settings(source).expect("read");
-        let seen: Vec<_> = settings.iter().map(|s| (s.long.as_deref(), s.variables.len())).collect();
-        assert_eq!(seen, [(Some("--envoy-port"), 1), (None, 2)]);
+    fn words_are_read_from_their_tables() {
         let source = r#"failures! {
             /// Text
             A = "no_a", Closed;

@@ -14,7 +14,6 @@ const REFERENCE: &str = "docs/reference.md";
 const OPERATIONS: &str = "docs/operations.md";
 
 const COMMANDS: &str = "intercept-agent/src/cli.rs";
-const SETTINGS: &str = "intercept-agent/src/options/setting.rs";
 const METRICS: &str = "intercept-agent/src/daemon/metrics.rs";
 const CAUSES: &str = "intercept-agent/src/daemon/capture.rs";
 const RECONCILER: &str = "intercept-agent/src/daemon/reconcile.rs";
@@ -59,13 +58,6 @@ fn tables(tree: &Tree) -> Result<Vec<Table>, String> {
     for (flag, variable) in flags {
         commands.entry(flag).or_default().extend(variable);
     }
-    let (mut options, mut variables) = (BTreeMap::new(), BTreeMap::new());
-    for setting in read(tree, SETTINGS, inventory::settings)? {
-        match setting.long {
-            Some(long) => drop(options.insert(long, setting.variables)),
-            None => variables.extend(setting.variables.into_iter().map(|name| (name, Vec::new()))),
-        }
-    }
     let mut causes = read(tree, CAUSES, |text| inventory::texts_of(text, "cause"))?;
     for file in [METRICS, RECONCILER] {
         causes.extend(read(tree, file, |text| inventory::first_arguments(text, "error"))?);
@@ -76,13 +68,6 @@ fn tables(tree: &Tree) -> Result<Vec<Table>, String> {
     let alerts = text(tree, ALERTS)?.lines().filter_map(|line| line.trim().strip_prefix("- alert: "));
     Ok(vec![
         Table { document: REFERENCE, heading: "Command flags", source: COMMANDS, names: commands },
-        Table { document: REFERENCE, heading: "Capture options", source: SETTINGS, names: options },
-        Table {
-            document: REFERENCE,
-            heading: "Variables without a flag",
-            source: SETTINGS,
-            names: variables,
-        },
         table(REFERENCE, "Chart values", SCHEMA, values),
         table(OPERATIONS, "Metrics", METRICS, metrics(tree)?),
         table(OPERATIONS, "Causes of errors", CAUSES, causes),
