@@ -1,18 +1,18 @@
-//! Where the running kernel keeps what the programs read of its own structs, and whether it has a helper that they can
-//! do without, from its own type information.
+//! Offsets of the kernel's struct members that the programs read, and whether an optional helper exists, from the BTF
+//! of the running kernel.
 
 use btf_rs::{Btf, Member, Type};
 
-/// Offsets in bytes, by the names of the programs' globals.
+/// Offsets in bytes, with the names of the programs' globals.
 pub type Offsets = Vec<(&'static str, u32)>;
 
-/// A member of one of the kernel's structs, and the global that is to hold its offset.
+/// A member of a kernel struct and the global for its offset.
 struct OffsetStep {
     global: &'static str,
     name: &'static str,
-    /// Members inside members by dots.
+    /// A path of nested members, separated by dots.
     member: &'static str,
-    /// Some kernels are built without it; the global stays 0 then.
+    /// Absent in some kernel configurations. The global stays 0 then.
     optional: bool,
 }
 
@@ -24,7 +24,7 @@ const fn optional(global: &'static str, name: &'static str, member: &'static str
     OffsetStep { global, name, member, optional: true }
 }
 
-/// From a socket to the credentials of its file, and the next sequence number that a connection sends.
+/// The path from a socket to the credentials of its file, and the next sequence number that a connection sends.
 const MEMBERS: [OffsetStep; 5] = [
     step("SOCK_SOCKET_OFF", "sock", "sk_socket"),
     step("SOCKET_FILE_OFF", "socket", "file"),
@@ -33,13 +33,13 @@ const MEMBERS: [OffsetStep; 5] = [
     step("TCP_WRITE_SEQ_OFF", "tcp_sock", "write_seq"),
 ];
 
-/// The global to set to 1 where the kernel has a helper, and the helper.
+/// The global that is set to 1 if the kernel has a helper, and the helper.
 const HELPER: (&str, &str) = ("HAS_SET_RETVAL", "BPF_FUNC_set_retval");
 
-/// Those of [`MEMBERS`] that the programs which join connections have as well.
+/// The first [`MEMBERS`], which the programs of joined connections also read.
 const SHARED: usize = 4;
 
-/// What else the programs that join connections look at.
+/// Members that only the programs of joined connections read.
 const JOIN: [OffsetStep; 21] = [
     step("SKC_STATE", "sock_common", "skc_state"),
     step("SKC_COOKIE", "sock_common", "skc_cookie"),
@@ -64,16 +64,16 @@ const JOIN: [OffsetStep; 21] = [
     step("COUNTER_PARENT", "page_counter", "parent"),
 ];
 
-/// Where the kernel publishes its types.
+/// The BTF of the running kernel.
 pub const VMLINUX_BTF: &str = "/sys/kernel/btf/vmlinux";
 
-/// Why the offsets are not known. Owners are then those of the task that connects, and nothing can be joined.
+/// Why the offsets are unknown. Owners are then those of the task that connects, and no connection is joined.
 #[derive(Debug, thiserror::Error)]
 pub enum OffsetError {
-    /// No type information, or not readable.
+    /// The kernel has no BTF, or it is not readable.
     #[error("reading the kernel's types from {VMLINUX_BTF} (CONFIG_DEBUG_INFO_BTF)")]
     Read(#[source] btf_rs::Error),
-    /// This kernel lays it out otherwise.
+    /// The kernel's struct has no such member.
     #[error("looking for {member} in the kernel's struct {name}")]
     Missing {
         /// Name of the struct.
@@ -83,7 +83,7 @@ pub enum OffsetError {
     },
 }
 
-/// Look them up. Takes some tens of milliseconds, so only when the programs are loaded.
+/// Looks up the offsets for the capture programs. It takes tens of milliseconds, and runs only when they are loaded.
 pub fn find() -> Result<Offsets, OffsetError> {
     let btf = Btf::from_file(VMLINUX_BTF).map_err(OffsetError::Read)?;
     let mut offsets = look_up(&btf, MEMBERS.iter())?;
@@ -91,7 +91,7 @@ pub fn find() -> Result<Offsets, OffsetError> {
     Ok(offsets)
 }
 
-/// Those of the programs that join connections.
+/// Looks up the offsets for the programs of joined connections.
 pub fn find_for_joining() -> Result<Offsets, OffsetError> {
     let btf = Btf::from_file(VMLINUX_BTF).map_err(OffsetError::Read)?;
     look_up(&btf, MEMBERS[..SHARED].iter().chain(&JOIN))
@@ -120,7 +120,7 @@ fn offset(btf: &Btf, name: &str, path: &str) -> Option<u32> {
     btf.resolve_types_by_name(name).ok()?.into_iter().find_map(|ty| offset_in(btf, &ty, path))
 }
 
-/// In bytes; anonymous structs and unions are looked into.
+/// Returns an offset in bytes. Anonymous structs and unions are searched too.
 fn offset_in(btf: &Btf, ty: &Type, path: &str) -> Option<u32> {
     let (Type::Struct(ty) | Type::Union(ty)) = ty else { return None };
     let (member, rest) = path.split_once('.').map_or((path, None), |(member, rest)| (member, Some(rest)));
@@ -136,7 +136,7 @@ fn offset_in(btf: &Btf, ty: &Type, path: &str) -> Option<u32> {
     })
 }
 
-/// The type of a member without its names and qualifiers.
+/// Returns the type of a member without typedefs and qualifiers.
 fn plain_type(btf: &Btf, member: &Member) -> Option<Type> {
     let mut ty = btf.resolve_chained_type(member).ok()?;
     loop {

@@ -1,4 +1,4 @@
-//! The pod's cgroup: where the programs are attached, and which processes they concern.
+//! The pod's cgroup: programs are attached to it, and its processes identify the pod's namespaces.
 
 use std::collections::BTreeSet;
 use std::fs::{self, File, OpenOptions};
@@ -14,10 +14,10 @@ use rustix::process::Pid;
 const CGROUP2_MAGIC: u64 = 0x6367_7270;
 /// `CGROUP_SUPER_MAGIC`, of the version 1 hierarchies.
 const CGROUP1_MAGIC: u64 = 0x0027_e0eb;
-/// Retained only below the root: how the root is told apart (cgroup-v2.rst of the kernel).
+/// This file exists in every cgroup except the root (cgroup-v2.rst of the kernel), which identifies the root.
 const NOT_IN_ROOT: &str = "cgroup.events";
 
-/// A cgroup that programs may be attached to.
+/// A cgroup2 directory below the root, held open.
 #[derive(Debug)]
 pub struct CgroupDir {
     dir: File,
@@ -29,53 +29,53 @@ pub struct CgroupDir {
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum CgroupError {
-    /// No such folder, or no right to open it.
+    /// The path does not exist or cannot be opened.
     #[error("opening cgroup {}{}", path.display(), hint(mounts))]
     Open {
-        /// As given.
+        /// As passed to [`CgroupDir::open`].
         path: PathBuf,
         /// Where cgroup2 is mounted.
         mounts: Vec<PathBuf>,
-        /// What the kernel said.
+        /// The error from the kernel.
         source: io::Error,
     },
-    /// A file.
-    #[error("{} is not a folder; give the folder of the pod's cgroup", path.display())]
+    /// The path is not a directory.
+    #[error("{} is not a directory; give the directory of the pod's cgroup", path.display())]
     NotFolder {
-        /// As given.
+        /// As passed to [`CgroupDir::open`].
         path: PathBuf,
     },
-    /// A hierarchy of version 1, which programs cannot be attached to.
-    #[error("{} is a cgroup of version 1, which takes no programs{}", path.display(), hint(mounts))]
+    /// A cgroup of version 1, which programs cannot be attached to.
+    #[error("{} is a cgroup of version 1, to which programs cannot be attached{}", path.display(), hint(mounts))]
     Version1 {
-        /// As given.
+        /// As passed to [`CgroupDir::open`].
         path: PathBuf,
         /// Where cgroup2 is mounted.
         mounts: Vec<PathBuf>,
     },
-    /// Some other folder.
+    /// A directory of another filesystem.
     #[error("{} is not a cgroup{}", path.display(), hint(mounts))]
     NotCgroup {
-        /// As given.
+        /// As passed to [`CgroupDir::open`].
         path: PathBuf,
         /// Where cgroup2 is mounted.
         mounts: Vec<PathBuf>,
     },
-    /// The root of the hierarchy, which holds everything on the node.
-    #[error("{} is the root of all cgroups, and would capture the whole node; give the pod's own cgroup", path.display())]
+    /// The root of the hierarchy, which contains every process of the node.
+    #[error("{} is the root cgroup, which would capture the whole node; give the pod's own cgroup", path.display())]
     Root {
-        /// As given.
+        /// As passed to [`CgroupDir::open`].
         path: PathBuf,
     },
-    /// Reading the files below it failed.
+    /// A file or directory in the cgroup cannot be read.
     #[error("reading {}", path.display())]
     Read {
-        /// The file.
+        /// The file or directory.
         path: PathBuf,
-        /// What the kernel said.
+        /// The error from the kernel.
         source: io::Error,
     },
-    /// The processes belong to another PID namespace.
+    /// All processes of the cgroup are in a PID namespace that is not visible to this process.
     #[error(
         "the {count} processes of cgroup {} are not visible from here; share the node's PID namespace (hostPID: true)",
         path.display()
@@ -83,16 +83,19 @@ pub enum CgroupError {
     Hidden {
         /// The cgroup.
         path: PathBuf,
-        /// How many there are.
+        /// Number of processes.
         count: usize,
     },
 }
 
 impl CgroupDir {
-    /// Opens the cgroup at `path`, which must be one of version 2 below the root.
+    /// Opens the cgroup at `path`.
+    ///
+    /// # Errors
+    /// [`CgroupError`], if `path` is not a cgroup2 directory below the root.
     pub fn open(path: impl AsRef<Path>) -> Result<Self, CgroupError> {
         let path = path.as_ref().to_path_buf();
-        // Non-blocking, lest a FIFO holds us up before it is refused.
+        // O_NONBLOCK, so that opening a FIFO returns at once. It is refused below.
         let flags = (OFlags::NONBLOCK | OFlags::CLOEXEC).bits().cast_signed();
         let dir = match OpenOptions::new().read(true).custom_flags(flags).open(&path) {
             Ok(dir) => dir,
@@ -111,22 +114,22 @@ impl CgroupDir {
         if !path.join(NOT_IN_ROOT).exists() {
             return Err(CgroupError::Root { path });
         }
-        // The id that bpf_get_current_cgroup_id and bpf_link_info give is the inode number, since Linux 5.5 and
-        // on 64-bit machines.
+        // On 64-bit machines the cgroup id of bpf_get_current_cgroup_id and bpf_link_info is the inode number, since
+        // Linux 5.5.
         Ok(Self { dir, path, id: metadata.ino() })
     }
 
-    /// As given to [`CgroupDir::open`].
+    /// Returns the path passed to [`CgroupDir::open`].
     pub fn path(&self) -> &Path {
         &self.path
     }
 
-    /// The id that links attached to this cgroup show.
+    /// Returns the cgroup id, which is also in the info of links attached to this cgroup.
     pub fn id(&self) -> u64 {
         self.id
     }
 
-    /// The ids of the cgroups around it, the nearest first. A cgroup never moves, so they stay what they are.
+    /// Returns the ids of the ancestors, nearest first. They are constant because a cgroup never moves.
     pub fn lineage(&self) -> Result<Vec<u64>, CgroupError> {
         use rustix::fs::{Mode, fstat, openat};
         let read =
@@ -136,7 +139,7 @@ impl CgroupDir {
         let mut at = openat(&self.dir, "..", OFlags::PATH | OFlags::CLOEXEC, Mode::empty()).map_err(read)?;
         loop {
             let found = fstat(&at).map_err(read)?;
-            // Above the root of the hierarchy is another filesystem; the root of all filesystems is its own parent.
+            // Above the root of the hierarchy is another filesystem. The root of all filesystems is its own parent.
             if found.st_dev != device || lineage.last() == Some(&found.st_ino) {
                 return Ok(lineage);
             }
@@ -145,7 +148,7 @@ impl CgroupDir {
         }
     }
 
-    /// The processes of the cgroup and of all below it, in ascending order. Empty when there are none.
+    /// Returns the processes of the cgroup and its descendants in ascending order; empty if there are none.
     pub fn processes(&self) -> Result<Vec<Pid>, CgroupError> {
         let mut found = BTreeSet::new();
         let mut hidden = 0;
@@ -155,12 +158,12 @@ impl CgroupDir {
             let list = folder.join("cgroup.procs");
             let text = match fs::read_to_string(&list) {
                 Ok(text) => text,
-                // Gone meanwhile, or a threaded cgroup, whose processes are listed by the one above it.
+                // Either removed meanwhile, or a threaded cgroup, whose processes are listed in its domain cgroup.
                 Err(error) if gone(&error) || error.raw_os_error() == Some(libc::EOPNOTSUPP) => String::new(),
                 Err(source) => return Err(read(&list, source)),
             };
             for line in text.lines() {
-                // A process of a PID namespace that is not below ours is listed as 0.
+                // A process in a PID namespace that is not a descendant of ours is listed as 0.
                 match line.trim().parse().ok().and_then(Pid::from_raw) {
                     Some(pid) => _ = found.insert(pid.as_raw_nonzero()),
                     None => hidden += 1,
@@ -195,7 +198,7 @@ impl AsFd for CgroupDir {
     }
 }
 
-/// Where cgroup2 is mounted; empty when it is not.
+/// Returns the mount points of cgroup2; empty if it is not mounted.
 pub fn mounts() -> Vec<PathBuf> {
     let Ok(mounts) = procfs::process::Process::myself().and_then(|own| own.mountinfo()) else {
         return Vec::new();
@@ -207,7 +210,7 @@ fn gone(error: &io::Error) -> bool {
     matches!(error.raw_os_error(), Some(libc::ENOENT | libc::ENODEV))
 }
 
-/// The end of an error's text: where to look instead.
+/// The end of an error's text: the directory to use instead.
 fn hint(mounts: &[PathBuf]) -> String {
     match mounts {
         [] => "; cgroup2 is not mounted here: mount it, or start with the node's /sys/fs/cgroup".to_owned(),
@@ -306,7 +309,7 @@ pub(crate) mod tests {
             .expect("own mounts")
             .into_iter()
             .find(|mount| mount.fs_type == "cgroup");
-        // On a machine without any there is nothing that could be mistaken.
+        // Machines without version 1 have nothing to refuse.
         if let Some(mount) = version1 {
             let error = CgroupDir::open(&mount.mount_point).unwrap_err();
             assert!(matches!(error, CgroupError::Version1 { .. }), "{error:?}");

@@ -1,8 +1,8 @@
-//! From the options of a pod and the snapshot of its namespace to map entries.
+//! Compiles the options of a pod and the route snapshot of its namespace into map entries.
 //!
-//! The programs find everything about an address with one longest-prefix look-up. So every prefix of any list or
-//! route becomes one entry that carries what all the prefixes around it say as well: the union of the lists, and
-//! the longest route. One that would say what the entry around it says is left out.
+//! The programs look up a destination once, by longest prefix. So each prefix of a list or route becomes one entry
+//! that also contains what the prefixes around it contribute: the bits of all lists, and the longest route. A prefix
+//! with the value of the entry around it gets no entry.
 
 use std::{
     collections::BTreeMap,
@@ -21,37 +21,37 @@ use crate::{
     userns::{IdMap, IdMaps},
 };
 
-/// What is written to the lists under a policy's id.
+/// The entries of a policy in the maps that all pods share.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Entries {
-    /// Prefix length (of 128, IPv4 mapped), address, value; sorted by prefix.
+    /// Prefix length (of 128; IPv4 is mapped), address and value, sorted by prefix.
     pub destinations: Vec<(u32, Addr, Destination)>,
-    /// Prefixes of ports, none in another, and one of port 0 alone if there are any; sorted.
+    /// Disjoint prefixes of ports in ascending order. If there are any, the first is port 0 alone, with no bits.
     pub ports: Vec<PortPrefix>,
     /// Gids of the owner groups.
     pub groups: BTreeMap<u32, u32>,
-    /// Interface index to bits of `layout::interface`.
+    /// Bits of `layout::interface`, by interface index.
     pub interfaces: BTreeMap<u32, u32>,
 }
 
-/// Ports that have their first bits in common.
+/// The ports that share their first `len` bits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct PortPrefix {
-    /// How many bits, of 16.
+    /// Prefix length in bits, at most 16.
     pub len: u32,
-    /// The first of the ports.
+    /// The first port.
     pub port: u16,
     /// Bits of `layout::port`.
     pub bits: u32,
 }
 
 impl PortPrefix {
-    /// The fewest prefixes that make a range.
+    /// Splits the range `first..=last` into the fewest prefixes.
     fn of_range(first: u32, last: u32, bits: u32) -> impl Iterator<Item = Self> {
         let mut next = first;
         std::iter::from_fn(move || {
             let left = (last + 1).checked_sub(next).filter(|left| *left > 0)?;
-            // As large as its place and the rest of the range allow.
+            // The largest prefix that starts at `next` and fits into the rest.
             let size_bits = next.trailing_zeros().min(left.ilog2()).min(16);
             let prefix = Self { len: 16 - size_bits, port: u16::try_from(next).ok()?, bits };
             next += 1 << size_bits;
@@ -59,23 +59,23 @@ impl PortPrefix {
         })
     }
 
-    /// Whether it has this port.
+    /// Whether the prefix contains a port.
     pub fn contains(&self, port: u16) -> bool {
         (u32::from(port) ^ u32::from(self.port)) >> (16 - self.len) == 0
     }
 }
 
-/// A pod's policy but for its id and slot, with its lists.
+/// A pod's policy without id and slot, with its entries.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Compiled {
     /// `id`, `slot` and `max_connections` are zero.
     pub policy: PodPolicy,
-    /// The lists.
+    /// The entries under the policy's id.
     pub entries: Entries,
 }
 
 impl Compiled {
-    /// Tells one compiled policy apart from another.
+    /// Returns a hash of the policy and its entries. Equal policies have equal hashes within one build of the agent.
     pub fn digest(&self) -> u64 {
         use std::hash::{Hash as _, Hasher as _};
         let mut hasher = std::hash::DefaultHasher::new();
@@ -88,7 +88,7 @@ impl Compiled {
     }
 }
 
-/// Compile. The ids in `config` are those of the initial user namespace.
+/// Compiles `config`, whose ids are those of the initial user namespace.
 pub fn compile(config: &Config, snapshot: &RouteSnapshot) -> Compiled {
     let entries = Entries {
         destinations: destinations(config, snapshot),
@@ -119,10 +119,10 @@ pub fn compile(config: &Config, snapshot: &RouteSnapshot) -> Compiled {
     Compiled { policy, entries }
 }
 
-/// The same options with the ids of the initial user namespace, and the ids that nobody can have. Those keep their
-/// place in the lists, because a row "owner is not U" matches everyone then.
+/// Returns `config` with ids of the initial user namespace, and the ids without a mapping. Those keep their place in
+/// the lists as an id that no socket has, because a row "owner is not U" then matches every socket.
 pub fn outside(config: &Config, maps: &IdMaps) -> (Config, Vec<u32>) {
-    /// Neither a user nor what stands for no user at all.
+    /// Neither a valid id nor (uid_t)-1, which stands for no user.
     const NOBODY: u32 = u32::MAX - 1;
     let mut nobody = Vec::new();
     let mut translate = |map: &IdMap, ids: &mut Vec<u32>| {
@@ -142,7 +142,7 @@ pub fn outside(config: &Config, maps: &IdMaps) -> (Config, Vec<u32>) {
     (config, nobody)
 }
 
-/// The parser refuses longer lists.
+/// The parser refuses lists longer than `MAX_OWNERS`.
 fn owners(ids: &[u32]) -> ([u32; MAX_OWNERS], u16) {
     let mut owners = [ids.first().copied().unwrap_or(0); MAX_OWNERS];
     let mut count = 0;
@@ -182,7 +182,7 @@ fn flags(config: &Config) -> u32 {
     flags
 }
 
-/// Which prefixes that the programs dial or send from are local in the namespace.
+/// The flags for those of the programs' own address prefixes that are local in the namespace.
 fn local_prefixes(snapshot: &RouteSnapshot) -> u32 {
     let v4 = |(net, len): (Ipv4Addr, u8)| IpNet::V4(Ipv4Net::new_assert(net, len));
     let mut flags = 0;
@@ -200,7 +200,7 @@ fn local_prefixes(snapshot: &RouteSnapshot) -> u32 {
 }
 
 fn ports(config: &Config) -> Vec<PortPrefix> {
-    // Where a list begins or ends: the ranges of one neither touch nor overlap.
+    // The bits that change at each port. XOR works because the ranges of one list neither touch nor overlap.
     let mut edges = BTreeMap::<u32, u32>::new();
     let mut add = |list: &Ports, bit: u32| {
         for range in list.ranges() {
@@ -247,7 +247,7 @@ fn interfaces(config: &Config, snapshot: &RouteSnapshot) -> BTreeMap<u32, u32> {
         .collect()
 }
 
-/// What a prefix of some list or route adds to all addresses in it.
+/// What a prefix of a list or route contributes to the addresses in it.
 enum PrefixEffect<'a> {
     Bits(u32),
     Route(&'a Route),
@@ -255,11 +255,10 @@ enum PrefixEffect<'a> {
 
 fn destinations(config: &Config, snapshot: &RouteSnapshot) -> Vec<(u32, Addr, Destination)> {
     let everything = [IpNet::V4(Ipv4Net::default()), IpNet::V6(Ipv6Net::default())];
-    // IPv4 is a prefix of IPv6 in the map: without an entry of its own for all of it, what is said of ::/0 would be
-    // found for it.
+    // IPv4 is a prefix of IPv6 in the map. Without an entry for all of IPv4, its addresses would match ::/0.
     let mut said: Vec<(IpNet, PrefixEffect<'_>)> =
         vec![(IpNet::V4(Ipv4Net::default()), PrefixEffect::Bits(0))];
-    // By the first of a policy's entries the others are found (see `tables`).
+    // The first entry of a policy, from which the others are enumerated (`maps`).
     let first = IpNet::from(std::net::IpAddr::from(std::net::Ipv6Addr::UNSPECIFIED));
     said.push((first, PrefixEffect::Bits(0)));
     said.extend(snapshot.routes.iter().map(|route| (route.prefix, PrefixEffect::Route(route))));
@@ -280,7 +279,7 @@ fn destinations(config: &Config, snapshot: &RouteSnapshot) -> Vec<(u32, Addr, De
             servers.iter().map(|&server| (IpNet::from(server), PrefixEffect::Bits(destination::RESOLVER))),
         );
     }
-    // Outer prefixes first, so that when one comes up those around it are on the stack.
+    // Outer prefixes come first, so that the prefixes around each one are on the stack.
     said.sort_by_key(|(net, _)| (net.network(), net.prefix_len()));
 
     let mut entries: Vec<(u32, Addr, Destination)> = Vec::new();
@@ -316,7 +315,7 @@ fn destinations(config: &Config, snapshot: &RouteSnapshot) -> Vec<(u32, Addr, De
     entries
 }
 
-/// The addresses that more than one host has: multicast, and the limited broadcast address.
+/// Addresses that several hosts share: multicast and the limited broadcast address.
 fn groups() -> [IpNet; 3] {
     [
         Ipv4Net::new_assert(Ipv4Addr::new(224, 0, 0, 0), 4).into(),
@@ -325,13 +324,13 @@ fn groups() -> [IpNet; 3] {
     ]
 }
 
-/// A prefix with what is said of it and of all around it.
+/// A prefix with its own contribution and those of the prefixes around it.
 struct Prefix<'a> {
     net: IpNet,
     bits: u32,
     route: Option<&'a Route>,
     value: Destination,
-    /// Not where the entry around it says the same.
+    /// False if the entry around it has the same value.
     has_entry: bool,
 }
 
@@ -356,8 +355,8 @@ fn destination_of(
         if route.reach == Reach::Local || egress.is_some_and(|i| i.loopback) {
             flags |= destination::LO;
         }
-        // Where only some of several next hops are by an interface of -c, iptables decides by the hash of each
-        // connection. None of them goes around the proxy here.
+        // If only some next hops use an interface of -c, iptables decides per connection, by the hash that selects the
+        // next hop. Here all of these connections are captured.
         let excludes = |i: &Interface| config.exclude_interfaces.iter().any(|named| named.matches(&i.name));
         let others = route.others.iter().filter_map(|index| snapshot.interface(*index));
         if egress.is_some_and(excludes) && others.into_iter().all(excludes) {
@@ -445,7 +444,8 @@ mod tests {
         let entries = compile(&config, &snapshot).entries.destinations;
         let shown: Vec<_> = entries.iter().map(|(len, addr, _)| format!("{addr:?}/{len}")).collect();
         let lens: Vec<u32> = entries.iter().map(|(len, ..)| *len).collect();
-        // All of IPv4, the list, the route to nowhere, the excluded one, localhost, two groups; the first entry, ::1, groups.
+        // All of IPv4, the list, the unreachable route, the excluded prefix, localhost, two groups; then the first
+        // entry, ::1, groups.
         assert_eq!(lens, [96, 96 + 9, 96 + 16, 96 + 24, 128, 96 + 4, 128, 128, 128, 8], "{shown:?}");
     }
 }

@@ -1,15 +1,15 @@
-//! What the node's security modules make of this process, for the errors that come of it.
+//! Explains permission errors that AppArmor or SELinux causes.
 //!
-//! A refusal by AppArmor or SELinux is a plain "permission denied", also for root with every capability.
+//! Their refusal is a plain "permission denied", even for root with every capability.
 
 use std::{error::Error, fmt, fs, iter};
 
-/// The error with its causes, each after a colon; if a call was refused and this process is confined, by what, and the way
-/// out.
+/// Returns the error and its causes, separated by colons. If a call was refused and this process is confined, it also
+/// says by what, and how to change that.
 pub fn explained(error: &(dyn Error + 'static)) -> String {
     let causes = iter::successors(Some(error), |&error| error.source());
     let mut text = causes.map(ToString::to_string).collect::<Vec<_>>().join(": ");
-    // Some errors have a refusal in their text alone.
+    // Some errors carry the refusal only in their text.
     let refused = [libc::EACCES, libc::EPERM].iter().any(|code| text.contains(&format!("(os error {code})")));
     if let Some(confinement) = refused.then(Confinement::of_this_process).flatten() {
         text.push_str(&format!("; {confinement}"));
@@ -17,37 +17,37 @@ pub fn explained(error: &(dyn Error + 'static)) -> String {
     text
 }
 
-/// Domains of SELinux that may do everything: a container's, a shell's, a service's, the first process's.
+/// SELinux domains without restrictions: of privileged containers, shells, services, PID 1 and the kernel.
 const UNCONFINED: [&str; 5] = ["spc_t", "unconfined_t", "unconfined_service_t", "init_t", "kernel_t"];
 
 /// The security module that confines this process.
 #[derive(Clone, Debug, PartialEq, Eq)]
 enum Confinement {
-    /// By a profile that is enforced.
+    /// An AppArmor profile in enforce or kill mode.
     AppArmor {
-        /// Its name.
+        /// The profile's name.
         profile: String,
     },
-    /// In a domain that is not an unconfined one.
+    /// An SELinux domain that is not unconfined.
     SeLinux {
-        /// Its name.
+        /// The domain's name.
         domain: String,
     },
 }
 
 impl Confinement {
-    /// `None` if the process is unconfined, or the kernel has neither module.
+    /// Returns `None` if the process is unconfined or the kernel has neither module.
     fn of_this_process() -> Option<Self> {
-        // The first is there where several modules are active (Linux 5.8).
+        // The first exists since Linux 5.8 and is not shared with other modules.
         let files = ["/proc/self/attr/apparmor/current", "/proc/self/attr/current"];
         files.iter().find_map(|file| Self::parse(&fs::read_to_string(file).ok()?))
     }
 
-    /// Reads `PROFILE (MODE)` of AppArmor or `USER:ROLE:DOMAIN:LEVEL` of SELinux.
+    /// Parses `PROFILE (MODE)` of AppArmor or `USER:ROLE:DOMAIN:LEVEL` of SELinux.
     fn parse(text: &str) -> Option<Self> {
         let text = text.trim_end_matches(['\0', '\n']);
         if let Some((profile, mode)) = text.rsplit_once(" (") {
-            // In the modes `complain` and `unconfined` nothing is refused.
+            // The modes `complain` and `unconfined` refuse nothing.
             let enforced = matches!(mode, "enforce)" | "kill)");
             return enforced.then(|| Self::AppArmor { profile: profile.to_owned() });
         }

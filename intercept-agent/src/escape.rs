@@ -1,15 +1,15 @@
-//! What a pod named, shown on a terminal: control characters are written out, so that a name can neither steer the
-//! terminal nor look like another line.
+//! Escapes control characters in text from pods, so that it can neither control the terminal nor look like another
+//! line.
 
 use std::fmt::{self, Write as _};
 
 use serde::Serialize;
 
-/// Shows a value on one line: control characters, line breaks and characters that reorder text are written as escapes.
+/// Displays a value on one line. Control characters, line breaks and bidirectional formatting characters are escaped.
 #[derive(Clone, Copy, Debug)]
 pub struct OneLine<T>(pub T);
 
-/// As [`OneLine`], but line breaks stay: for texts of several lines.
+/// As [`OneLine`], but keeps line breaks, for text of several lines.
 #[derive(Clone, Copy, Debug)]
 pub struct Lines<T>(pub T);
 
@@ -35,9 +35,9 @@ impl fmt::Write for Escaping<'_, '_> {
         for c in text.chars() {
             match c {
                 '\n' if self.keeps_breaks => self.out.write_char(c)?,
-                // Printable, though Rust escapes them in its literals.
+                // Printable, although Rust's escaping would change them.
                 '\'' | '"' | '\\' => self.out.write_char(c)?,
-                // As Rust shows them: `\n`, `\u{1b}`. Covers the characters that reorder text.
+                // In Rust's notation: `\n`, `\u{1b}`. Includes the characters that reorder text.
                 _ => write!(self.out, "{}", c.escape_debug())?,
             }
         }
@@ -45,18 +45,18 @@ impl fmt::Write for Escaping<'_, '_> {
     }
 }
 
-/// JSON on one line.
+/// Serializes to JSON on one line.
 pub fn json(value: &impl Serialize) -> serde_json::Result<String> {
     serde_json::to_string(value).map(|json| printable(&json))
 }
 
-/// JSON on many lines.
+/// Serializes to JSON on several lines.
 pub fn pretty_json(value: &impl Serialize) -> serde_json::Result<String> {
     serde_json::to_string_pretty(value).map(|json| printable(&json))
 }
 
-/// JSON escapes only the control characters of ASCII; terminals obey others too (U+009B begins a sequence). All that
-/// is not printable ASCII is inside a string, where it can be escaped.
+/// Escapes what is not printable ASCII. JSON escapes only ASCII control characters, but terminals also obey others
+/// (U+009B starts a sequence). Such characters only occur inside strings, where they can be escaped.
 fn printable(json: &str) -> String {
     let mut text = String::with_capacity(json.len());
     let mut units = [0; 2];
@@ -76,7 +76,7 @@ fn printable(json: &str) -> String {
 mod tests {
     use super::*;
 
-    /// An escape sequence, its one-character form, a line break, a tab, text that runs the other way, a backslash.
+    /// An escape sequence, its one-character form, a line break, a tab, right-to-left text, a backslash.
     const HOSTILE: &str = "a\u{1b}[2J\u{9b}2J\n\tb\u{202e}c\\";
 
     #[test]

@@ -1,4 +1,4 @@
-//! The pod's network namespace: opened, told apart from the node's own, and entered.
+//! The pod's network namespace: how it is opened, distinguished from the node's own, and entered.
 
 use std::cell::Cell;
 use std::collections::BTreeMap;
@@ -21,13 +21,13 @@ use crate::support::{self, Lacking};
 
 /// `NSFS_MAGIC` of linux/magic.h.
 const NSFS_MAGIC: u64 = 0x6e73_6673;
-/// The inode of the first network namespace since Linux 6.18 (`NET_NS_INIT_INO`); before, numbers as low were
-/// not given to any.
+/// The inode of the initial network namespace since Linux 6.18 (`NET_NS_INIT_INO`). Earlier kernels give no namespace
+/// such a low number.
 const FIRST_INODE: u64 = 0xeffffff9;
-/// The cookie of the first network namespace before Linux 6.18; since, no network namespace has it.
+/// The cookie of the initial network namespace before Linux 6.18. Later kernels give it to none.
 const FIRST_COOKIE: u64 = 1;
 
-/// A network namespace that is not the node's own. Held open: it lives at least as long as this.
+/// A network namespace other than the node's own. The open file keeps it alive.
 #[derive(Debug)]
 pub struct Netns {
     file: File,
@@ -40,75 +40,77 @@ pub struct Netns {
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum NetnsError {
-    /// It cannot be opened.
-    #[error("opening network namespace {name}; is the pod still there, and may this process look at it?")]
+    /// The file cannot be opened.
+    #[error(
+        "opening network namespace {name}; check that the pod still exists and that this process has access to it"
+    )]
     Open {
         /// Path of the namespace.
         name: String,
-        /// What the kernel said.
+        /// The error from the kernel.
         source: io::Error,
     },
-    /// Something else.
-    #[error("{name} is not a network namespace; give one, as in /proc/PID/ns/net or /run/netns/NAME")]
+    /// The file is not a network namespace.
+    #[error("{name} is not a network namespace; give a path such as /proc/PID/ns/net or /run/netns/NAME")]
     NotNetns {
         /// Path of the namespace.
         name: String,
     },
-    /// The node's own, or that of this process.
+    /// The namespace is the node's own or that of this process.
     #[error(
-        "{name} is {whose} network namespace, whose traffic is not a pod's; pods with hostNetwork: true cannot be captured"
+        "{name} is {whose} network namespace and not a pod's; pods with hostNetwork: true cannot be captured"
     )]
     Host {
         /// Path of the namespace.
         name: String,
-        /// Whose it is.
+        /// Which of the two.
         whose: Whose,
     },
-    /// None can be made.
-    #[error("making a network namespace; this takes CAP_SYS_ADMIN")]
+    /// A namespace cannot be created.
+    #[error("creating a network namespace; this needs CAP_SYS_ADMIN")]
     Make {
-        /// What the kernel said.
+        /// The error from the kernel.
         source: io::Error,
     },
-    /// It cannot be entered.
-    #[error("entering network namespace {name}; this takes CAP_SYS_ADMIN")]
+    /// The namespace cannot be entered.
+    #[error("entering network namespace {name}; this needs CAP_SYS_ADMIN")]
     Enter {
         /// Path of the namespace.
         name: String,
-        /// What the kernel said.
+        /// The error from the kernel.
         source: io::Error,
     },
-    /// This kernel lacks something that every capture needs.
+    /// The kernel lacks a feature that every capture needs.
     #[error(transparent)]
     Lacking(#[from] Lacking),
-    /// The kernel does not tell its cookie.
+    /// The netns cookie cannot be read.
     #[error("reading the cookie of network namespace {name}")]
     Cookie {
         /// Path of the namespace.
         name: String,
-        /// What the kernel said.
+        /// The error from the kernel.
         source: io::Error,
     },
-    /// The kernel does not tell who owns it.
+    /// The owning user namespace cannot be read.
     #[error("asking for the user namespace that owns network namespace {name}")]
     Owner {
         /// Path of the namespace.
         name: String,
-        /// What the kernel said.
+        /// The error from the kernel.
         source: io::Error,
     },
-    /// The cgroup is empty, so nothing says which namespace is meant.
+    /// The cgroup is empty, so that its namespace is unknown.
     #[error("cgroup {} has no processes, so its network namespace is not known; pass --netns", cgroup.display())]
     NoProcess {
         /// Path of the cgroup.
         cgroup: PathBuf,
     },
-    /// The processes of the cgroup are in several namespaces.
+    /// The processes of the cgroup are in more than one namespace.
     #[error("the processes of cgroup {} are in several network namespaces ({}); pass --netns", cgroup.display(), list(found))]
     Several {
         /// Path of the cgroup.
         cgroup: PathBuf,
-        /// Inodes of the namespaces, and one process of each.
+        /// The inode of each namespace and one process in it.
         found: Vec<(u64, Pid)>,
     },
     /// The cgroup cannot be read.
@@ -116,12 +118,12 @@ pub enum NetnsError {
     Cgroup(#[from] CgroupError),
 }
 
-/// Whose namespace it is that must be left alone.
+/// The owner of a namespace that must not be captured.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Whose {
-    /// The first one, or that of the node's first process.
+    /// The initial network namespace, or that of PID 1.
     Node,
-    /// That of the process asking.
+    /// The namespace of this process.
     Own,
 }
 
@@ -135,28 +137,31 @@ impl fmt::Display for Whose {
 }
 
 thread_local! {
-    /// The namespace that `Netns::run` has moved this thread into, by its cookie.
+    /// Netns cookie of the namespace that `Netns::run` has moved this thread into.
     static INSIDE: Cell<Option<u64>> = const { Cell::new(None) };
 }
 
 impl Netns {
-    /// Opens the namespace at `path`, which must be neither the node's own nor that of this process.
+    /// Opens the namespace at `path`.
+    ///
+    /// # Errors
+    /// [`NetnsError::Host`] if it is the node's own or that of this process.
     pub fn open(path: impl AsRef<Path>) -> Result<Self, NetnsError> {
         Self::admit(path.as_ref(), true)
     }
 
-    /// Opens the namespace of the process `pid`, as [`Netns::open`] does.
+    /// Opens the namespace of process `pid`, as [`Netns::open`] does.
     pub fn of_process(pid: Pid) -> Result<Self, NetnsError> {
         Self::open(path_of(pid))
     }
 
-    /// Opens the namespace that this process is in, for an init container, which runs inside the pod. Only the
-    /// node's own is refused.
+    /// Opens the namespace of this process, for an init container, which runs inside the pod. Only the node's own is
+    /// refused.
     pub fn own() -> Result<Self, NetnsError> {
         Self::admit(Path::new("/proc/thread-self/ns/net"), false)
     }
 
-    /// Opens the namespace that all processes of `cgroup` are in, as [`Netns::open`] does.
+    /// Opens the namespace that every process of `cgroup` is in, as [`Netns::open`] does.
     pub fn of_cgroup(cgroup: &CgroupDir) -> Result<Self, NetnsError> {
         let found = in_cgroup(cgroup)?;
         match found.as_slice() {
@@ -168,9 +173,9 @@ impl Netns {
         }
     }
 
-    /// Opens the namespace of the pod whose cgroup this is, as [`Netns::open`] does: the one that is known for it as long
-    /// as a process is in that, else the one of the process that is there longest, which is its sandbox's. What other
-    /// processes unshare does not matter.
+    /// Opens the namespace of the pod with this cgroup, as [`Netns::open`] does. It is the one with inode `known` while
+    /// a process is in it, and otherwise that of the oldest process, which is the sandbox's. Namespaces that other
+    /// processes unshare have no effect.
     pub fn of_sandbox(cgroup: &CgroupDir, known: Option<u64>) -> Result<Self, NetnsError> {
         let found = in_cgroup(cgroup)?;
         let (_, pids) = match found.iter().find(|(inode, _)| Some(*inode) == known) {
@@ -187,30 +192,30 @@ impl Netns {
         Self::of_process(pids[0])
     }
 
-    /// The user namespace that owns it.
+    /// Opens the user namespace that owns it.
     pub fn owner(&self) -> Result<OwnedFd, NetnsError> {
         /// `_IO(0xb7, 0x1)` of linux/nsfs.h.
         const NS_GET_USERNS: libc::Ioctl = 0xb701;
-        // SAFETY: the call takes no argument, and gives a descriptor of the caller's own.
+        // SAFETY: the call takes no argument and returns a new descriptor.
         let fd = unsafe { libc::ioctl(self.file.as_raw_fd(), NS_GET_USERNS) };
         if fd < 0 {
             let source = io::Error::last_os_error();
             return Err(NetnsError::Owner { name: self.name.clone(), source });
         }
-        // SAFETY: the kernel has just made this descriptor for us.
+        // SAFETY: the kernel has just created this descriptor, and nothing else owns it.
         Ok(unsafe { OwnedFd::from_raw_fd(fd) })
     }
 
-    /// Makes a namespace in which not even the loopback interface is up. It goes with the last that holds it or is
-    /// in it.
+    /// Creates a namespace, in which even the loopback interface is down. It lives until it has no process and no open
+    /// file.
     pub fn fresh() -> Result<Self, NetnsError> {
         let make = || -> io::Result<File> {
-            // SAFETY: a new network namespace leaves memory and file descriptors shared as they were.
+            // SAFETY: CLONE_NEWNET changes neither memory nor the file descriptor table.
             unsafe { unshare_unsafe(UnshareFlags::NEWNET) }?;
             File::open("/proc/thread-self/ns/net")
         };
         let failed = |source| NetnsError::Make { source };
-        // A thread of its own: only that one changes its namespace.
+        // On a separate thread, because unshare changes the namespace of its thread.
         let thread = thread::Builder::new().name("netns".to_owned()).spawn(make).map_err(failed)?;
         let file = match thread.join() {
             Ok(made) => made.map_err(failed)?,
@@ -221,7 +226,7 @@ impl Netns {
 
     fn admit(path: &Path, refuse_own: bool) -> Result<Self, NetnsError> {
         let name = path.display().to_string();
-        // Non-blocking, lest a FIFO holds us up before it is refused.
+        // O_NONBLOCK, so that opening a FIFO returns at once. It is refused below.
         let flags = (OFlags::NONBLOCK | OFlags::CLOEXEC).bits().cast_signed();
         let opened = OpenOptions::new().read(true).custom_flags(flags).open(path);
         let open = |source| NetnsError::Open { name: name.clone(), source };
@@ -232,7 +237,7 @@ impl Netns {
         }
         let metadata = file.metadata().map_err(open)?;
         let is = |path: &str| {
-            // That of the first process is not always ours to look at; the namespace's own marks remain.
+            // The link of PID 1 may be unreadable; then inode and cookie identify the node's namespace.
             fs::metadata(path)
                 .is_ok_and(|other| (other.dev(), other.ino()) == (metadata.dev(), metadata.ino()))
         };
@@ -248,7 +253,7 @@ impl Netns {
         netns.cookie = match netns.run(cookie) {
             Ok(Ok(cookie)) => cookie,
             Ok(Err(source)) => return Err(without_cookie(netns.name, source)),
-            // The kernel's own answer to whether it is one of the network.
+            // setns returns EINVAL for a namespace of another kind.
             Err(NetnsError::Enter { name, source }) if source.raw_os_error() == Some(libc::EINVAL) => {
                 return Err(NetnsError::NotNetns { name });
             }
@@ -260,30 +265,30 @@ impl Netns {
         Ok(netns)
     }
 
-    /// The inode number, as `/proc/PID/ns/net` and links attached to the namespace show it.
+    /// Returns the inode number, as in `/proc/PID/ns/net` and in the info of links attached to the namespace.
     pub fn inode(&self) -> u64 {
         self.inode
     }
 
-    /// What programs know the namespace by (`bpf_get_netns_cookie`); never given to another until the next boot.
+    /// Returns the netns cookie (`bpf_get_netns_cookie`), which the kernel does not reuse until it reboots.
     pub fn cookie(&self) -> u64 {
         self.cookie
     }
 
-    /// The path it was opened by.
+    /// Returns the path that it was opened by.
     pub fn name(&self) -> &str {
         &self.name
     }
 
-    /// Whether the process `pid` is in this namespace; not one that is gone, or that may not be looked at.
+    /// Whether process `pid` is in this namespace. False if the process is gone or access is denied.
     pub fn holds(&self, pid: Pid) -> bool {
         fs::metadata(path_of(pid)).is_ok_and(|other| other.ino() == self.inode)
     }
 
-    /// Runs `work` inside the namespace, on a thread of its own, and waits for it. Sockets and processes that it
-    /// makes stay in the namespace. A panic in it goes on in the caller.
+    /// Runs `work` in the namespace on a new thread and waits for it. Sockets and processes that it creates stay in the
+    /// namespace. A panic in `work` continues in the caller.
     ///
-    /// Work that runs inside already stays on its thread: who has much to do enters once, and need not hand that on.
+    /// Nested calls for the same namespace run on the thread that is already inside.
     pub fn run<T: Send>(&self, work: impl FnOnce() -> T + Send) -> Result<T, NetnsError> {
         if INSIDE.get() == Some(self.cookie) {
             return Ok(work());
@@ -311,7 +316,7 @@ impl AsFd for Netns {
     }
 }
 
-/// Inodes of the namespaces of the processes in a cgroup, each with the processes in it; at least one.
+/// Returns each namespace of the processes in a cgroup, as its inode and the processes in it. At least one.
 fn in_cgroup(cgroup: &CgroupDir) -> Result<Vec<(u64, Vec<Pid>)>, NetnsError> {
     let mut found = BTreeMap::<u64, Vec<Pid>>::new();
     let mut refused = None;
@@ -319,7 +324,7 @@ fn in_cgroup(cgroup: &CgroupDir) -> Result<Vec<(u64, Vec<Pid>)>, NetnsError> {
         let path = path_of(pid);
         match fs::metadata(&path) {
             Ok(metadata) => found.entry(metadata.ino()).or_default().push(pid),
-            // Gone meanwhile, or about to be: a zombie has no namespaces.
+            // Exited meanwhile, or a zombie, which has no namespaces.
             Err(error) if error.kind() == io::ErrorKind::NotFound => {}
             Err(source) => {
                 refused = Some(NetnsError::Open { name: path.display().to_string(), source });
@@ -333,7 +338,7 @@ fn in_cgroup(cgroup: &CgroupDir) -> Result<Vec<(u64, Vec<Pid>)>, NetnsError> {
     }
 }
 
-/// When a process was started, in the kernel's ticks since boot; none if it is gone.
+/// Returns the start time of a process in clock ticks since boot. `None` if it is gone.
 fn started(pid: Pid) -> Option<u64> {
     let process = procfs::process::Process::new(pid.as_raw_nonzero().get()).ok()?;
     process.stat().ok().map(|stat| stat.starttime)
@@ -343,15 +348,15 @@ fn path_of(pid: Pid) -> PathBuf {
     PathBuf::from(format!("/proc/{pid}/ns/net"))
 }
 
-/// The cookie of the namespace that the calling thread is in.
+/// Returns the cookie of the calling thread's network namespace.
 fn cookie() -> io::Result<u64> {
-    /// Of asm-generic/socket.h; the libc crate does not have it for every target.
+    /// From asm-generic/socket.h; the libc crate lacks it for some targets.
     const SO_NETNS_COOKIE: libc::c_int = 71;
-    // Any socket will do, and an unbound one of IPv4 can always be made.
+    // Any socket has the option, and an unbound IPv4 one can always be created.
     let socket = socket_with(AddressFamily::INET, SocketType::DGRAM, SocketFlags::CLOEXEC, None)?;
     let mut cookie = 0_u64;
     let mut length: libc::socklen_t = 8;
-    // SAFETY: the kernel writes at most `length` bytes, which is the size of `cookie`; both outlive the call.
+    // SAFETY: the kernel writes at most `length` bytes, the size of `cookie`, and both outlive the call.
     let result = unsafe {
         libc::getsockopt(
             socket.as_raw_fd(),
@@ -364,7 +369,7 @@ fn cookie() -> io::Result<u64> {
     if result == 0 { Ok(cookie) } else { Err(io::Error::last_os_error()) }
 }
 
-/// Whether the kernel has that option of sockets.
+/// Whether the kernel has SO_NETNS_COOKIE (Linux 5.14).
 pub(crate) fn tells_cookies() -> io::Result<bool> {
     match cookie() {
         Ok(_) => Ok(true),
@@ -373,7 +378,7 @@ pub(crate) fn tells_cookies() -> io::Result<bool> {
     }
 }
 
-/// Why there is no cookie: in the words of `check` if this kernel has none, which then lacks more than that.
+/// The error for an unreadable cookie. A kernel without the socket option lacks more, and gets the text of `check`.
 fn without_cookie(name: String, source: io::Error) -> NetnsError {
     match support::missing().ok().and_then(|missing| Lacking::for_any(&missing)) {
         Some(lacking) => lacking.into(),
@@ -381,7 +386,7 @@ fn without_cookie(name: String, source: io::Error) -> NetnsError {
     }
 }
 
-/// The first few of what was found, for an error's text.
+/// The first three namespaces, for an error's text.
 fn list(found: &[(u64, Pid)]) -> String {
     let mut text = String::new();
     for (inode, pid) in found.iter().take(3) {

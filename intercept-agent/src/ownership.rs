@@ -1,4 +1,4 @@
-//! Folders and files that the agent obeys: only root may write to them, or put something else in their place.
+//! Folders and files that the agent trusts: only root can write to them or replace them.
 
 use std::{
     fs::{self, DirBuilder, File},
@@ -12,24 +12,24 @@ use std::{
 
 use rustix::fs::{Mode, OFlags};
 
-/// The mode of folders that the agent creates.
+/// Mode of the folders that the agent creates.
 const OWN_MODE: u32 = 0o700;
-/// Bits of a mode that let others than the owner write.
+/// Mode bits that let others than the owner write.
 const WRITABLE: u32 = 0o022;
-/// The bit of a folder in which users may replace their own files only.
+/// Mode bit of a folder in which users can replace only their own files.
 const STICKY: u32 = 0o1000;
 
-/// A folder or a file is not safe to obey, or cannot be opened.
+/// A folder or file cannot be trusted or opened.
 #[derive(Debug, thiserror::Error)]
 pub enum OwnershipError {
-    /// A call failed.
+    /// A system call failed.
     #[error("{action} {path}")]
     Io {
-        /// What was attempted.
+        /// The operation.
         action: &'static str,
-        /// On what.
+        /// Its path.
         path: String,
-        /// The kernel's error.
+        /// The error from the kernel.
         #[source]
         source: io::Error,
     },
@@ -40,37 +40,37 @@ pub enum OwnershipError {
     Owner {
         /// The folder or file.
         path: String,
-        /// Its owner.
+        /// The owner's user id.
         uid: u32,
     },
-    /// Others may write to it.
+    /// Others than root can write to it.
     #[error(
-        "refusing {path}: its mode {mode:04o} lets others than root write to it; take that away with `chmod go-w {path}`"
+        "refusing {path}: its mode {mode:04o} lets others than root write to it; change it with `chmod go-w {path}`"
     )]
     Writable {
         /// The folder or file.
         path: String,
-        /// Its permissions.
+        /// Its permission bits.
         mode: u32,
     },
-    /// A link, a pipe, a device or the like.
+    /// A symbolic link, a pipe, a device or another special file.
     #[error("refusing {path}: it is not a regular file")]
     NotRegular {
         /// The path.
         path: String,
     },
-    /// The file is longer than any that is meant.
+    /// The file is too long for its purpose.
     #[error("refusing {path}: it is longer than {limit} bytes")]
     TooLong {
         /// The file.
         path: String,
-        /// The limit.
+        /// Longest length in bytes.
         limit: u64,
     },
 }
 
 impl OwnershipError {
-    /// Whether there is no such folder or file.
+    /// Whether the folder or file does not exist.
     pub fn is_not_found(&self) -> bool {
         matches!(self, Self::Io { source, .. } if source.kind() == io::ErrorKind::NotFound)
     }
@@ -81,7 +81,7 @@ fn at(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> OwnershipE
     move |source| OwnershipError::Io { action, path, source }
 }
 
-/// A folder that only root can change.
+/// A folder that only root can change, held open.
 #[derive(Debug)]
 pub struct OwnedFolder {
     path: PathBuf,
@@ -89,13 +89,14 @@ pub struct OwnedFolder {
 }
 
 impl OwnedFolder {
-    /// Open a folder that exists. It may not be a link, and no folder above it may let others replace it.
+    /// Opens an existing folder. It must not be a symbolic link, and no folder above it may let others replace it.
     pub fn open(path: &Path) -> Result<Self, OwnershipError> {
         let absolute = std::path::absolute(path).map_err(at("opening folder", path))?;
         let parent = absolute.parent().unwrap_or(&absolute);
         let parent = fs::canonicalize(parent).map_err(at("opening folder", path))?;
         for ancestor in parent.ancestors() {
-            let metadata = fs::symlink_metadata(ancestor).map_err(at("looking at", ancestor))?;
+            let metadata =
+                fs::symlink_metadata(ancestor).map_err(at("reading the attributes of", ancestor))?;
             let sticky = metadata.mode() & STICKY != 0;
             check(ancestor, metadata.uid(), if sticky { 0 } else { metadata.mode() })?;
         }
@@ -104,34 +105,34 @@ impl OwnedFolder {
             .map_err(io::Error::from)
             .map_err(at("opening folder", path))?;
         let file = File::from(file);
-        let metadata = file.metadata().map_err(at("looking at", path))?;
+        let metadata = file.metadata().map_err(at("reading the attributes of", path))?;
         check(path, metadata.uid(), metadata.mode())?;
         Ok(Self { path: path.to_owned(), file })
     }
 
-    /// Open a folder, created with mode 0700 if it does not exist.
+    /// Opens a folder, and creates it with mode 0700 if it does not exist.
     pub fn create(path: &Path) -> Result<Self, OwnershipError> {
         let created = DirBuilder::new().recursive(true).mode(OWN_MODE).create(path);
         created.map_err(at("creating folder", path))?;
         Self::open(path)
     }
 
-    /// Its path, as it was given.
+    /// Returns the path passed to [`OwnedFolder::open`] or [`OwnedFolder::create`].
     pub fn path(&self) -> &Path {
         &self.path
     }
 
-    /// The open folder.
+    /// Returns the open folder.
     pub fn file(&self) -> &File {
         &self.file
     }
 
-    /// Open a file for locking, created with mode 0600 if it does not exist. Links are not followed.
+    /// Opens a file for locking, and creates it with mode 0600 if it does not exist. Symbolic links are refused.
     pub fn lock_file(&self, name: &Path) -> Result<File, OwnershipError> {
         self.open_file(name, OFlags::RDWR | OFlags::CREATE)
     }
 
-    /// The content of a regular file of at most `limit` bytes.
+    /// Reads a regular file of at most `limit` bytes.
     pub fn read(&self, name: &Path, limit: u64) -> Result<Vec<u8>, OwnershipError> {
         let file = self.open_file(name, OFlags::RDONLY)?;
         let path = self.path.join(name);
@@ -145,7 +146,7 @@ impl OwnedFolder {
 
     fn open_file(&self, name: &Path, flags: OFlags) -> Result<File, OwnershipError> {
         let path = self.path.join(name);
-        // NONBLOCK: opening a pipe must not wait for its other end.
+        // O_NONBLOCK, so that opening a FIFO returns at once.
         let flags = flags | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
         let opened = rustix::fs::openat(self.file.as_fd(), name, flags, Mode::RUSR | Mode::WUSR);
         let file = match opened {
@@ -155,7 +156,7 @@ impl OwnedFolder {
             }
             Err(error) => return Err(at("opening", &path)(error.into())),
         };
-        let metadata = file.metadata().map_err(at("looking at", &path))?;
+        let metadata = file.metadata().map_err(at("reading the attributes of", &path))?;
         if !metadata.is_file() {
             return Err(OwnershipError::NotRegular { path: path.display().to_string() });
         }

@@ -1,5 +1,5 @@
-//! The programs: all are loaded once a node and shared by all pods, but for the first half of `sk_lookup`, which has an
-//! instance a pod, because that hook cannot ask in which namespace it runs.
+//! Loads the programs. All pods of a node share one set, except for the entry program of `sk_lookup`: that hook cannot
+//! tell its namespace, so each pod has an instance with its netns cookie.
 
 use std::{
     cell::OnceCell,
@@ -26,48 +26,48 @@ use crate::{
     sys::{self, ProgramKind},
 };
 
-/// The compiled programs.
+/// The compiled capture programs, an ELF object.
 pub static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/intercept.o"));
 
 /// The constant that stands in the object for the cookie of the pod's namespace.
 const COOKIE_PLACEHOLDER: u64 = 0x696e_7465_7263_6570;
 
-/// Why programs could not be loaded.
+/// Why programs cannot be loaded.
 #[derive(Debug, thiserror::Error)]
 pub enum ProgramError {
-    /// This kernel lacks something that every capture needs.
+    /// The kernel lacks a feature that every capture needs.
     #[error(transparent)]
     Lacking(#[from] Lacking),
-    /// aya could not make maps or relocate.
+    /// aya failed to create the maps or to relocate the programs.
     #[error("creating the maps and relocating the programs")]
     Load(#[source] aya::EbpfError),
-    /// The kernel refused a program, and lacks nothing that it needs.
+    /// The kernel refused a program although it lacks none of its features.
     #[error("loading program {name}")]
     Verify {
         /// Name of the program.
         name: &'static str,
-        /// The kernel's word, with the verifier's log.
+        /// The error from the kernel, with the verifier's log.
         #[source]
         source: Box<aya::programs::ProgramError>,
     },
-    /// A name of the list is not in the object, or of another kind.
+    /// The object has no program with a name of the list, or one of another type.
     #[error("the built-in object has no program {0}: the build is inconsistent")]
     Absent(&'static str),
-    /// Pinning failed.
+    /// A program cannot be pinned.
     #[error("pinning program {name} in {dir}")]
     Pin {
         /// Name of the program.
         name: &'static str,
-        /// Folder in bpffs.
+        /// Directory in bpffs.
         dir: String,
-        /// The kernel's word.
+        /// The error from the kernel.
         #[source]
         source: io::Error,
     },
-    /// It could not be put where the per-pod instances look for it.
-    #[error("putting program {} into map {}", names::STEER_INBOUND, names::JUMP_TABLE)]
+    /// The program cannot be stored in the map from which the per-pod instances call it.
+    #[error("storing program {} in map {}", names::STEER_INBOUND, names::JUMP_TABLE)]
     Steer(#[source] Box<aya::maps::MapError>),
-    /// The per-pod instance could not be made from the object.
+    /// The per-pod instance cannot be made from the object.
     #[error("preparing program {} for a pod", names::SK_LOOKUP)]
     Instance(#[source] Box<dyn std::error::Error + Send + Sync>),
     /// The kernel refused the per-pod instance.
@@ -75,7 +75,7 @@ pub enum ProgramError {
     InstanceLoad(#[source] io::Error),
 }
 
-/// The hook that a program of the cgroup attaches to.
+/// Returns the hook that a cgroup program attaches to.
 pub fn attach_type(program: &str) -> bpf_attach_type {
     match program {
         names::CONNECT4 => bpf_attach_type::BPF_CGROUP_INET4_CONNECT,
@@ -97,10 +97,10 @@ pub fn attach_type(program: &str) -> bpf_attach_type {
     }
 }
 
-/// What a program is, to the kernel.
+/// Returns type and hook of a program.
 pub fn kind(program: &str) -> ProgramKind {
     let (program_type, attach_type) = match program {
-        // It has one hook only, which the kernel does not want to be told.
+        // This type has one hook, which is not given at load time.
         names::SOCK_OPS => (bpf_prog_type::BPF_PROG_TYPE_SOCK_OPS, 0),
         names::GETSOCKOPT => (bpf_prog_type::BPF_PROG_TYPE_CGROUP_SOCKOPT, attach_type(program) as u32),
         names::SOCK_CREATE | names::SOCK_RELEASE => {
@@ -114,25 +114,28 @@ pub fn kind(program: &str) -> ProgramKind {
     ProgramKind { program_type: program_type as u32, attach_type }
 }
 
-/// Most redirected connections that a node remembers unless it is told otherwise; an entry takes memory only while its
-/// connection lives.
+/// Default for the most redirected connections that a node stores. An entry uses memory only while its connection
+/// lives.
 pub const DEFAULT_MAX_CONNECTIONS: u32 = 1 << 20;
 
-/// Load the shared programs over the maps pinned in `maps` (made and pinned there if they are not), and pin them in
-/// `programs`. A program that serves one option and for which this kernel lacks something is left out.
+/// Loads the shared programs with the maps pinned in `maps`, which are created if they are missing, and pins them in
+/// `programs`. A program that serves one option is left out if the kernel lacks what it needs.
 pub fn load_shared(maps: &Path, programs: &Path, max_connections: u32) -> Result<(), ProgramError> {
     let missing = OnceCell::new();
     load_all(maps, programs, max_connections, &missing).map_err(|error| {
-        // Most of what is lacking shows first as something else: a map, a relocation, a verifier's complaint.
+        // A missing feature usually first fails as something else: a map, a relocation or a verification.
         Lacking::for_any(lacking(&missing)).map_or(error, ProgramError::Lacking)
     })
 }
 
-/// What this kernel lacks, tried once.
+/// Returns what this kernel lacks, from a single probe.
 fn lacking(missing: &OnceCell<Vec<Missing>>) -> &[Missing] {
     missing.get_or_init(|| {
         support::missing().unwrap_or_else(|error| {
-            tracing::warn!(error = &error as &dyn std::error::Error, "what this kernel lacks is not known");
+            tracing::warn!(
+                error = &error as &dyn std::error::Error,
+                "probing for the features that this kernel lacks"
+            );
             Vec::new()
         })
     })
@@ -146,7 +149,10 @@ fn load_all(
 ) -> Result<(), ProgramError> {
     let found = btf_offsets::find();
     if let Err(error) = &found {
-        tracing::warn!(error = error as &dyn std::error::Error, "owners are those of the task that connects");
+        tracing::warn!(
+            error = error as &dyn std::error::Error,
+            "the owner of a connection is the task that connects, not the socket's creator"
+        );
     }
     let mut loader = EbpfLoader::new();
     loader.map_max_entries(names::ORIG_DST, max_connections);
@@ -168,7 +174,7 @@ fn load_all(
             None => return Err(ProgramError::Absent(name)),
             Some(Ok(())) => {}
             Some(Err(_)) if support::need(name) != Need::Always && lacks(lacking(missing), name) => {
-                tracing::debug!(program = name, "left out: this kernel lacks what it needs");
+                tracing::debug!(program = name, "not loaded: this kernel lacks what it needs");
                 continue;
             }
             Some(Err(error)) => return Err(verify(error)),
@@ -179,7 +185,7 @@ fn load_all(
     Ok(())
 }
 
-/// Load a program of a cgroup; none if it is of another kind.
+/// Loads a cgroup program. `None` if it is of another type.
 fn load(program: &mut Program) -> Option<Result<(), aya::programs::ProgramError>> {
     Some(match program {
         Program::CgroupSock(program) => CgroupSock::load(program),
@@ -194,8 +200,8 @@ fn lacks(missing: &[Missing], program: &str) -> bool {
     missing.iter().any(|missing| missing.programs.contains(&program))
 }
 
-/// Load what all instances of [`names::SK_LOOKUP`] go on to, and put it where they find it: in place of an earlier
-/// build's, for all pods at once. The map holds it as long as it is pinned.
+/// Loads the program that all instances of [`names::SK_LOOKUP`] tail-call, and stores it in the jump table. It replaces
+/// that of an earlier build for all pods at once. The pinned map holds it.
 fn load_steer(ebpf: &mut Ebpf) -> Result<(), ProgramError> {
     let name = names::STEER_INBOUND;
     let verify = |source| ProgramError::Verify { name, source: Box::new(source) };
@@ -209,17 +215,17 @@ fn load_steer(ebpf: &mut Ebpf) -> Result<(), ProgramError> {
         .map_err(|source| ProgramError::Steer(source.into()))
 }
 
-/// The `sk_lookup` program over a node's maps, as it is before the cookie of a namespace is in it.
+/// The `sk_lookup` program, relocated for a node's maps, before a netns cookie is written into it.
 pub struct Lookup {
     instructions: Vec<bpf_insn>,
-    // The instructions name them by number.
+    // Holds the descriptors that the instructions contain as numbers.
     _maps: Vec<OwnedFd>,
 }
 
 impl Lookup {
-    /// Relocate it over the maps pinned in `maps`.
+    /// Relocates the program for the maps pinned in `maps`.
     ///
-    /// Not through aya's loader, which reads all of the kernel's types first: this takes a tenth of that.
+    /// aya's loader would parse the kernel's BTF first, which takes ten times as long.
     pub fn prepare(maps: &Path) -> Result<Self, ProgramError> {
         let failed = |error: Box<dyn std::error::Error + Send + Sync>| ProgramError::Instance(error);
         let mut object = Object::parse(OBJECT).map_err(|e| failed(e.into()))?;
@@ -236,7 +242,7 @@ impl Lookup {
             opened.push((name.clone(), fd));
         }
         let object_maps = object.maps.clone();
-        // Sections without a map of their own (the globals) are used by other programs only; any descriptor does.
+        // Sections that are not pinned maps (the globals) belong to other programs, so any descriptor will do.
         let any = opened.first().map_or(-1, |(_, fd)| fd.as_raw_fd());
         let fds = object_maps.iter().map(|(name, map)| {
             let fd = opened.iter().find(|(opened, _)| opened == name).map_or(any, |(_, fd)| fd.as_raw_fd());
@@ -251,7 +257,7 @@ impl Lookup {
         })
     }
 
-    /// Load an instance for the namespace of this cookie.
+    /// Loads an instance for the namespace with this cookie.
     pub fn load(&self, netns_cookie: u64) -> Result<OwnedFd, ProgramError> {
         let mut instructions = self.instructions.clone();
         if !write_cookie(&mut instructions, netns_cookie) {
@@ -262,7 +268,7 @@ impl Lookup {
     }
 }
 
-/// Replace the placeholder: a 64-bit constant is two instructions with half of it each.
+/// Replaces the placeholder. A 64-bit constant is two instructions, each with one half. False if it is not found.
 fn write_cookie(instructions: &mut [bpf_insn], cookie: u64) -> bool {
     const LD_IMM64: u8 = 0x18;
     let halves = |value: u64| ((value & 0xffff_ffff) as u32, (value >> 32) as u32);

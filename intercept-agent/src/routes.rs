@@ -1,15 +1,15 @@
-//! What the programs cannot see of the pod's network: its interfaces, its routes, and the source address that a
-//! route gives. Mirrored from netlink before the first attach, and followed after it.
+//! The part of the pod's network that the programs cannot see: its interfaces, its routes, and the source address that
+//! a route selects. It is read by netlink before the programs are attached, and followed afterwards.
 //!
-//! The routing decision is not made anew here. The prefixes of all routes (and of rules with `to`) cut the
-//! addresses into ranges within which the kernel decides alike; for one address of each range the kernel is
-//! asked. So rules, metrics, dead next hops and the like are what the kernel makes of them. What is asked is the
-//! output route of an unbound, unmarked socket of root, therefore:
-//! - rules that select by mark, user, protocol, port or source answer as for such a socket;
-//! - of several next hops, the one for the address asked gives the source of all.
+//! The routing decision is not reimplemented. The prefixes of all routes (and of rules with `to`) divide the
+//! addresses into ranges for which the kernel decides alike, and the kernel is asked for one address of each. So rules,
+//! metrics and dead next hops have the effect that they have in the kernel. The question is the output route of an
+//! unbound, unmarked socket of root, therefore:
+//! - rules that match on mark, user, protocol, port or source answer as for such a socket;
+//! - of several next hops, the one for that address gives the source for all.
 //!
-//! Which of several IPv6 addresses is the source also depends on the destination's label, and on how many bits they have
-//! in common (RFC 6724, rules 6 and 8): routes are cut further where that may change.
+//! The source among several IPv6 addresses also depends on the destination's label and on the length of the common
+//! prefix (RFC 6724, rules 6 and 8). Routes are divided further where those may change it.
 
 mod follow;
 mod prefixes;
@@ -30,102 +30,102 @@ use crate::netns::{Netns, NetnsError};
 
 pub use follow::Follower;
 
-/// Most interfaces, rules and routes of a family that are read: a pod with more is refused, because it would cost the
-/// agent as much memory and time as the pod likes.
+/// Most interfaces, rules and routes per family. A pod with more is refused, because it could otherwise cost the agent
+/// any amount of memory and time.
 pub const MAX_ENTRIES: usize = 1 << 14;
-/// How long reading all of it may take.
+/// Time limit for one reading.
 const READ_TIME: Duration = Duration::from_secs(10);
 
-/// What netlink said of one namespace at one time.
+/// Interfaces and routes of a namespace at one point in time.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct RouteSnapshot {
-    /// In ascending order of their indices.
+    /// In ascending order of index.
     pub interfaces: Vec<Interface>,
-    /// One a prefix, sorted by it. No prefix, no route.
+    /// One per prefix, in ascending order. A prefix without one has no route.
     pub routes: Vec<Route>,
-    /// The broadcast addresses, sorted.
+    /// The broadcast addresses, in ascending order.
     pub broadcasts: Vec<IpNet>,
 }
 
 /// A network interface.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Interface {
-    /// Unique within its namespace.
+    /// Unique within the namespace.
     pub index: u32,
-    /// As `ip link` shows it.
+    /// As in `ip link`.
     pub name: String,
-    /// The loopback interface of the namespace.
+    /// Whether it is the loopback interface.
     pub loopback: bool,
-    /// Set up by the administrator.
+    /// Whether the administrator has set it up (IFF_UP).
     pub up: bool,
 }
 
-/// What the kernel does with destinations in a prefix that are in no longer one.
+/// What the kernel does with the destinations in a prefix that are in no longer prefix.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Route {
     /// Host bits cleared.
     pub prefix: IpNet,
-    /// Where it leads.
+    /// The kind of egress.
     pub reach: Reach,
-    /// The interfaces of its other next hops, of which the kernel takes one by a hash of the connection. Sorted.
+    /// Interfaces of further next hops, in ascending order. The kernel selects one by a hash of the connection.
     pub others: Vec<u32>,
-    /// The source of an unbound socket; `None` when there is no one address for the whole prefix: because there is
-    /// none at all, or because a local prefix gives each destination itself.
+    /// The source address of an unbound socket. `None` if the prefix has no single source: either it has none, or a
+    /// local prefix makes each destination its own source.
     pub source: Option<IpAddr>,
 }
 
-/// Where a route leads.
+/// The egress of a route.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Reach {
-    /// Through the loopback interface: the pod's own addresses among others.
+    /// Through the loopback interface, as for the pod's own addresses.
     Local,
-    /// Through the interface of this index.
+    /// Through the interface with this index.
     Via(u32),
-    /// Nowhere: unreachable, prohibited, or thrown away.
+    /// None: the route is unreachable, prohibit or blackhole.
     None,
 }
 
-/// Why the snapshot could not be made.
+/// Why a snapshot cannot be taken.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum RoutesError {
     /// The namespace cannot be entered.
     #[error(transparent)]
     Netns(#[from] NetnsError),
-    /// Netlink cannot be spoken to, or said no.
+    /// A netlink socket cannot be opened, or a request has failed.
     #[error("{attempt} by netlink in network namespace {netns}")]
     Netlink {
-        /// What was attempted.
+        /// The operation.
         attempt: &'static str,
         /// Path of the namespace.
         netns: String,
-        /// What the kernel said.
+        /// The error from the kernel.
         source: io::Error,
     },
-    /// There are more of them than are read.
-    #[error("{attempt} of network namespace {netns}: it has {found}, and may have {limit}")]
+    /// There are more entries than [`MAX_ENTRIES`].
+    #[error("{attempt} of network namespace {netns}: there are {found}, and at most {limit} are supported")]
     TooMany {
-        /// What was attempted.
+        /// The operation.
         attempt: &'static str,
         /// Path of the namespace.
         netns: String,
-        /// How many there are.
+        /// Number of entries.
         found: usize,
-        /// How many there may be.
+        /// Most entries.
         limit: usize,
     },
-    /// Reading took too long, and was given up.
-    #[error("{attempt} in network namespace {netns}: given up after {} s", READ_TIME.as_secs())]
+    /// Reading exceeded its time limit.
+    #[error("{attempt} in network namespace {netns}: timed out after {} s", READ_TIME.as_secs())]
     Slow {
-        /// What was attempted.
+        /// The operation.
         attempt: &'static str,
         /// Path of the namespace.
         netns: String,
     },
-    /// Interfaces or routes changed each time while they were read.
+    /// The interfaces or routes changed during every attempt to read them.
     #[error("{attempt} in network namespace {netns}: they change faster than they can be read; try again")]
     Restless {
-        /// What was attempted.
+        /// The operation.
         attempt: &'static str,
         /// Path of the namespace.
         netns: String,
@@ -133,7 +133,7 @@ pub enum RoutesError {
 }
 
 impl RouteSnapshot {
-    /// Reads `netns` as it is now.
+    /// Reads the current state of `netns`.
     pub fn snapshot(netns: &Netns) -> Result<Self, RoutesError> {
         Self::read(&mut Requests::open(netns)?)
     }
@@ -155,8 +155,8 @@ impl RouteSnapshot {
     fn read_family(&mut self, requests: &mut Requests, family: AddressFamily) -> Result<(), RoutesError> {
         let rules = requests.rules(family)?;
         let mut prefixes: BTreeSet<IpNet> = rules.destinations.into_iter().collect();
-        // Broadcast and multicast are not for TCP: left out, but nothing inside them may stand for its
-        // surroundings either.
+        // Broadcast and multicast are not for TCP and get no route. They still divide the space, so that no address in
+        // them represents the prefix around it.
         let mut holes = BTreeSet::new();
         let mut own = BTreeMap::<u32, BTreeSet<Ipv6Addr>>::new();
         let mut next_hops = BTreeMap::<IpNet, BTreeSet<u32>>::new();
@@ -169,7 +169,7 @@ impl RouteSnapshot {
             } else if rules.tables.contains(table) {
                 prefixes.insert(prefix);
                 match (kind, prefix, egresses.as_slice()) {
-                    // Those of the loopback interface are the source of nothing that leaves.
+                    // An address of the loopback interface is never the source of a packet that leaves.
                     (RouteType::Local, IpNet::V6(net), [index])
                         if net.prefix_len() == 128 && !self.is_loopback(*index) =>
                     {
@@ -185,7 +185,7 @@ impl RouteSnapshot {
         }
         let refinements = match family {
             AddressFamily::Inet6 => {
-                // Only addresses of the interface by which a packet leaves compete (RFC 6724, rule 5).
+                // Only addresses of the outgoing interface compete (RFC 6724, rule 5).
                 let closer = own.values().flat_map(prefixes::closer_to_one_of).collect();
                 prefixes::labelled().union(&closer).copied().filter(|net| !prefixes.contains(net)).collect()
             }
@@ -205,7 +205,7 @@ impl RouteSnapshot {
             let Some(address) = space.representative(prefix) else { continue };
             let Some(route) = self.resolve(requests, *prefix, address)? else { continue };
             let around = self.lookup(address);
-            // Of several next hops another may have been taken.
+            // The kernel may have selected another of several next hops.
             let egresses = around.map(|around| around.others.clone()).unwrap_or_default();
             let reach = around.map_or(Reach::None, |around| around.reach);
             let same_reach =
@@ -222,7 +222,7 @@ impl RouteSnapshot {
         Ok(())
     }
 
-    /// What the kernel does with `address`, taken for all of `prefix`; `None` when it is not an address for TCP.
+    /// Asks the kernel about `address` and applies the answer to all of `prefix`. `None` for broadcast and multicast.
     fn resolve(
         &self,
         requests: &mut Requests,
@@ -250,13 +250,13 @@ impl RouteSnapshot {
         self.interface(index).is_some_and(|interface| interface.loopback)
     }
 
-    /// The interface of an index.
+    /// Returns the interface with an index.
     pub fn interface(&self, index: u32) -> Option<&Interface> {
         let at = self.interfaces.binary_search_by_key(&index, |interface| interface.index).ok()?;
         self.interfaces.get(at)
     }
 
-    /// Whether all of a prefix is the namespace's own.
+    /// Whether every address of a prefix is local.
     pub fn is_local(&self, prefix: &IpNet) -> bool {
         let around = self.routes.iter().filter(|route| route.prefix.contains(prefix));
         around.max_by_key(|route| route.prefix.prefix_len()).is_some_and(|route| route.reach == Reach::Local)
@@ -267,12 +267,12 @@ impl RouteSnapshot {
                 .all(|route| route.reach == Reach::Local)
     }
 
-    /// The names of all interfaces.
+    /// Returns the names of all interfaces.
     pub fn interface_names(&self) -> Vec<&str> {
         self.interfaces.iter().map(|interface| interface.name.as_str()).collect()
     }
 
-    /// The same once all of a prefix is local, with 127.0.0.1 or ::1 as the source.
+    /// Returns the snapshot with all of `prefix` local, and 127.0.0.1 or ::1 as its source.
     #[must_use]
     pub fn with_local_prefix(mut self, prefix: IpNet) -> Self {
         let source = match prefix {
@@ -287,8 +287,8 @@ impl RouteSnapshot {
         self
     }
 
-    /// The same once the loopback interface has another IPv6 address of global scope, a single one (/128): a local route
-    /// leads to it, and it is the source where the kernel found none but a link-local one.
+    /// Returns the snapshot with another global IPv6 address, a /128, on the loopback interface: it has a local route,
+    /// and is the source where the kernel found only a link-local one or none.
     #[must_use]
     pub fn with_loopback_address(mut self, address: IpAddr) -> Self {
         let prefix = IpNet::from(address);
@@ -310,7 +310,7 @@ impl RouteSnapshot {
         self
     }
 
-    /// The route of `address`; `None` when there is none. An IPv4 mapped address is an IPv4 one.
+    /// Returns the route for `address`, or `None`. An IPv4-mapped address counts as IPv4.
     pub fn lookup(&self, address: IpAddr) -> Option<&Route> {
         let address = address.to_canonical();
         let covering = self.routes.iter().filter(|route| route.prefix.contains(&address));

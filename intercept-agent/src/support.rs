@@ -1,6 +1,6 @@
-//! What this kernel lacks of what the programs need, and what is lost without it. Found out by trying each thing
-//! alone, and only when a program could not be loaded or somebody asks: kernels of distributions have much that their
-//! version does not tell.
+//! The kernel features that the programs need and this kernel lacks, and what fails without them. Each is probed on its
+//! own, because kernels of distributions have features that their version does not tell. Probes run only when a program
+//! cannot be loaded or on request.
 
 mod probe;
 
@@ -12,19 +12,19 @@ use crate::options::{Config, Dns};
 
 pub use probe::missing;
 
-/// When a program is needed.
+/// The captures that need a program.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
 pub enum Need {
-    /// By every capture.
+    /// All of them.
     Always,
-    /// Where DNS is captured.
+    /// Those that capture DNS.
     RedirectDns,
-    /// Nowhere: programs do without it.
+    /// None: the programs have a fallback.
     Never,
 }
 
 impl Need {
-    /// The option that has the need, if it is not every capture's.
+    /// Returns the option that needs it. `None` unless a single option does.
     pub fn option(self) -> Option<&'static str> {
         match self {
             Self::Always | Self::Never => None,
@@ -32,7 +32,7 @@ impl Need {
         }
     }
 
-    /// Whether a capture has this need.
+    /// Whether a capture with `config` needs it.
     pub fn is_of(self, config: &Config) -> bool {
         match self {
             Self::Always => true,
@@ -42,7 +42,7 @@ impl Need {
     }
 }
 
-/// What a program is there for.
+/// A program's need, and what fails without it.
 struct Purpose {
     program: &'static str,
     need: Need,
@@ -57,13 +57,13 @@ const fn for_dns(program: &'static str, lost: &'static str) -> Purpose {
     Purpose { program, need: Need::RedirectDns, lost }
 }
 
-/// Every program, with what is lost without it.
+/// Every program.
 const PURPOSES: [Purpose; 16] = [
     always(names::SOCK_OPS, "original destinations are not kept for the proxy"),
     always(names::SOCK_CREATE, "a proxy that listens with MPTCP gets no inbound connections"),
     always(
         names::SOCK_RELEASE,
-        "connections of which another program takes the callbacks away are never forgotten",
+        "connections whose callbacks another program disables are never removed from the maps",
     ),
     always(names::GETSOCKOPT, "the proxy cannot ask for original destinations (SO_ORIGINAL_DST)"),
     always(names::GETPEERNAME4, "IPv4 clients see the proxy as their peer"),
@@ -80,47 +80,47 @@ const PURPOSES: [Purpose; 16] = [
     always(names::STEER_INBOUND, "inbound connections are not captured"),
 ];
 
-/// Helpers that programs do without where the kernel has none: the agent tells them. With what is lost.
-const DISPENSABLE: [(&str, &str); 1] =
-    [("bpf_set_retval", "connect() is refused with EPERM, whatever the cause")];
+/// Helpers for which the programs have a fallback, and what is worse without them. The agent sets a global of the
+/// programs.
+const DISPENSABLE: [(&str, &str); 1] = [("bpf_set_retval", "connect() fails with EPERM, whatever the cause")];
 
 fn purpose(program: &str) -> &'static Purpose {
     let found = PURPOSES.iter().find(|purpose| purpose.program == program);
     found.unwrap_or_else(|| unreachable!("{program} is not in the list of programs"))
 }
 
-/// When a program is needed.
+/// Returns which captures need a program.
 pub fn need(program: &str) -> Need {
     purpose(program).need
 }
 
-/// What a kernel may lack.
+/// A feature that a kernel may lack.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum Feature {
     /// The hook of a program.
     Hook,
-    /// A function that programs call.
+    /// A BPF helper.
     Helper(String),
-    /// A kind of map.
+    /// A map type.
     Map(String),
-    /// Atomic operations that return the old value.
+    /// Atomic operations that return the old value (BPF_FETCH, Linux 5.12).
     FetchingAtomics,
-    /// The option of sockets that tells the agent what programs know a namespace by.
+    /// The socket option SO_NETNS_COOKIE (Linux 5.14).
     NetnsCookie,
 }
 
-/// Something that this kernel lacks.
+/// A feature that this kernel lacks.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Missing {
-    /// What it is.
+    /// The feature.
     pub feature: Feature,
-    /// The programs that cannot be loaded for it, in the order in which they are attached; none if the agent itself
-    /// needs it.
+    /// The programs that cannot be loaded without it, in the order in which they are attached. Empty if the agent
+    /// itself needs it.
     pub programs: Vec<&'static str>,
 }
 
 impl Missing {
-    /// When it is needed.
+    /// Returns which captures need it.
     pub fn need(&self) -> Need {
         if self.dispensable().is_some() {
             return Need::Never;
@@ -128,13 +128,13 @@ impl Missing {
         self.programs.iter().map(|program| need(program)).min().unwrap_or(Need::Always)
     }
 
-    /// What is lost without it, if programs do without it.
+    /// Returns what is worse without it, if the programs have a fallback.
     fn dispensable(&self) -> Option<&'static str> {
         let Feature::Helper(helper) = &self.feature else { return None };
         DISPENSABLE.iter().find(|(name, _)| name == helper).map(|(_, lost)| *lost)
     }
 
-    /// Its name: "hook cgroup/connect4", "helper bpf_get_netns_cookie in sock_ops".
+    /// Returns its name, such as "hook cgroup/connect4" or "helper bpf_get_netns_cookie in sock_ops".
     pub fn name(&self) -> String {
         let programs = self.programs.join(", ");
         match &self.feature {
@@ -149,7 +149,7 @@ impl Missing {
         }
     }
 
-    /// What is lost without it.
+    /// Returns what fails without it.
     pub fn lost(&self) -> String {
         if let Some(lost) = self.dispensable() {
             return lost.to_owned();
@@ -168,7 +168,7 @@ impl Missing {
     }
 }
 
-/// The hook of a program, as libbpf names its section.
+/// Returns the hook of a program as the section name of libbpf.
 fn hook(program: &str) -> String {
     match program {
         names::SOCK_OPS => "sockops".to_owned(),
@@ -177,17 +177,17 @@ fn hook(program: &str) -> String {
     }
 }
 
-/// Why a capture is refused: what this kernel lacks of what it needs.
+/// Why a capture is refused: the missing features that it needs.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Lacking(Vec<Missing>);
 
 impl Lacking {
-    /// What any capture needs; none if nothing of it is missing.
+    /// Returns the missing features that every capture needs. `None` if there are none.
     pub fn for_any(missing: &[Missing]) -> Option<Self> {
         Self::of(missing, |need| need == Need::Always)
     }
 
-    /// What this capture needs; none if nothing of it is missing.
+    /// Returns the missing features that this capture needs. `None` if there are none.
     pub fn for_config(missing: &[Missing], config: &Config) -> Option<Self> {
         Self::of(missing, |need| need.is_of(config))
     }
@@ -214,18 +214,18 @@ impl fmt::Display for Lacking {
 
 impl std::error::Error for Lacking {}
 
-/// Why it could not be tried what this kernel has.
+/// Why the kernel's features cannot be probed.
 #[derive(Debug, thiserror::Error)]
 pub enum ProbeError {
-    /// The built-in object does not read.
+    /// The built-in object cannot be parsed.
     #[error("reading the built-in programs")]
     Object(#[source] Box<dyn std::error::Error + Send + Sync>),
-    /// The kernel refused for another reason than that it lacks something.
-    #[error("trying {what}")]
+    /// A probe failed for a reason other than a missing feature.
+    #[error("probing {what}")]
     Refused {
-        /// What was tried.
+        /// The feature.
         what: String,
-        /// The kernel's word.
+        /// The error from the kernel.
         #[source]
         source: io::Error,
     },

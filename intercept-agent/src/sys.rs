@@ -1,5 +1,5 @@
 //! The `bpf()` calls that aya does not offer: links of every kind as plain descriptors (create, update, inspect), pins,
-//! and programs and maps that are made at run time. The only unsafe code of the agent's kernel side is here.
+//! and programs and maps that are created at run time. The unsafe code for BPF objects is confined to this file.
 
 use std::{
     ffi::CString,
@@ -18,9 +18,10 @@ use aya_obj::generated::{
     bpf_attach_type, bpf_attr, bpf_cmd, bpf_insn, bpf_link_info, bpf_map_type, bpf_prog_type,
 };
 
-/// A value that a map holds.
+/// A value in a map.
 ///
-/// aya asks for its own marker trait, which cannot be implemented for types of another crate.
+/// Implements aya's marker trait for the types of `intercept-common`, which the orphan rule forbids for the types
+/// themselves.
 #[derive(Clone, Copy, Debug)]
 #[repr(transparent)]
 pub struct Plain<T>(pub T);
@@ -29,12 +30,12 @@ pub struct Plain<T>(pub T);
 unsafe impl<T: bytemuck::Pod> aya::Pod for Plain<T> {}
 
 fn empty_attr() -> bpf_attr {
-    // SAFETY: every variant is made of integers; all zero is what the kernel demands of unused bytes.
+    // SAFETY: every variant consists of integers, and the kernel requires unused bytes to be zero.
     unsafe { std::mem::zeroed() }
 }
 
 fn call(cmd: bpf_cmd, attr: &mut bpf_attr) -> io::Result<i64> {
-    // SAFETY: the attribute is of the size given; pointers in it are to memory that the callers below keep alive.
+    // SAFETY: the size is that of the attribute. Its pointers are to memory that the callers below keep alive.
     let ret = unsafe {
         libc::syscall(libc::SYS_bpf, cmd as libc::c_long, std::ptr::from_mut(attr), size_of::<bpf_attr>())
     };
@@ -43,7 +44,7 @@ fn call(cmd: bpf_cmd, attr: &mut bpf_attr) -> io::Result<i64> {
 
 fn call_for_fd(cmd: bpf_cmd, attr: &mut bpf_attr) -> io::Result<OwnedFd> {
     let fd = i32::try_from(call(cmd, attr)?).map_err(io::Error::other)?;
-    // SAFETY: the kernel has just made this descriptor for us.
+    // SAFETY: the kernel has just created this descriptor, and nothing else owns it.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
@@ -51,7 +52,7 @@ fn raw(fd: BorrowedFd<'_>) -> u32 {
     fd.as_raw_fd().cast_unsigned()
 }
 
-/// Give freed memory back to the kernel. Reading all of its types takes 20 MB, which an agent that stays would keep.
+/// Returns freed memory to the kernel. Parsing the kernel's BTF takes 20 MB that the daemon would otherwise keep.
 pub fn give_back_memory() {
     // SAFETY: no pointers are involved.
     unsafe { libc::malloc_trim(0) };
@@ -61,7 +62,7 @@ fn path_string(path: &Path) -> io::Result<CString> {
     CString::new(path.as_os_str().as_bytes()).map_err(io::Error::other)
 }
 
-/// Attach a program to a cgroup or a namespace. The link lives as long as a descriptor or a pin of it.
+/// Attaches a program to a cgroup or a network namespace. The link lives as long as a descriptor or a pin of it.
 pub fn link_create(
     program: BorrowedFd<'_>,
     target: BorrowedFd<'_>,
@@ -74,8 +75,8 @@ pub fn link_create(
     call_for_fd(bpf_cmd::BPF_LINK_CREATE, &mut attr)
 }
 
-/// Attach a program to a map of sockets, in place of another. It stays as long as the map; sockets that are in the map
-/// already keep the program that they came under.
+/// Attaches a program to a map of sockets and replaces its previous one. It stays attached as long as the map exists.
+/// Sockets that are already in the map keep the program that was attached when they were added.
 pub fn attach_to_map(
     program: BorrowedFd<'_>,
     map: BorrowedFd<'_>,
@@ -90,7 +91,7 @@ pub fn attach_to_map(
     call(bpf_cmd::BPF_PROG_ATTACH, &mut attr).map(drop)
 }
 
-/// Put another program under a link; no packet sees a moment without one.
+/// Replaces the program of a link atomically: every packet meets one of the two.
 pub fn link_update(link: BorrowedFd<'_>, program: BorrowedFd<'_>) -> io::Result<()> {
     let mut attr = empty_attr();
     attr.link_update.link_fd = raw(link);
@@ -98,46 +99,46 @@ pub fn link_update(link: BorrowedFd<'_>, program: BorrowedFd<'_>) -> io::Result<
     call(bpf_cmd::BPF_LINK_UPDATE, &mut attr).map(drop)
 }
 
-/// Take a link's program out at once. Without this a link that nobody holds any more goes by a work queue, a while after
-/// the last descriptor or pin.
+/// Detaches a link's program at once. Without this call the kernel detaches it from a work queue, some time after the
+/// last descriptor or pin is gone.
 pub fn link_detach(link: BorrowedFd<'_>) -> io::Result<()> {
     let mut attr = empty_attr();
     attr.link_detach.link_fd = raw(link);
     call(bpf_cmd::BPF_LINK_DETACH, &mut attr).map(drop)
 }
 
-/// What a link holds on to.
+/// The target of a link.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum LinkTarget {
-    /// A cgroup by its id; `None` once it has been removed.
+    /// The id of the cgroup; `None` if it has been removed.
     Cgroup(Option<u64>),
-    /// A network namespace by its inode; `None` once it is gone.
+    /// The inode of the network namespace; `None` if it is gone.
     Netns(Option<u32>),
-    /// Neither.
+    /// A link of another type.
     Other,
 }
 
 /// A link's program and target.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct LinkInfo {
-    /// Id of the program under it.
+    /// Id of the attached program.
     pub program: u32,
-    /// What it is attached to.
+    /// The target.
     pub target: LinkTarget,
 }
 
-/// Ask the kernel about a link.
+/// Reads the info of a link (BPF_OBJ_GET_INFO_BY_FD).
 pub fn link_info(link: BorrowedFd<'_>) -> io::Result<LinkInfo> {
     const BPF_LINK_TYPE_CGROUP: u32 = 3;
     const BPF_LINK_TYPE_NETNS: u32 = 5;
-    // SAFETY: integers only.
+    // SAFETY: the struct consists of integers.
     let mut info: bpf_link_info = unsafe { std::mem::zeroed() };
     let mut attr = empty_attr();
     attr.info.bpf_fd = raw(link);
     attr.info.info_len = u32::try_from(size_of::<bpf_link_info>()).map_err(io::Error::other)?;
     attr.info.info = std::ptr::from_mut(&mut info) as u64;
     call(bpf_cmd::BPF_OBJ_GET_INFO_BY_FD, &mut attr)?;
-    // SAFETY: the kernel filled the variant that the type names.
+    // SAFETY: the kernel has filled the variant that `type` names.
     let target = unsafe {
         match info.type_ {
             BPF_LINK_TYPE_CGROUP => {
@@ -152,7 +153,7 @@ pub fn link_info(link: BorrowedFd<'_>) -> io::Result<LinkInfo> {
     Ok(LinkInfo { program: info.prog_id, target })
 }
 
-/// Pin a program, map or link.
+/// Pins a program, map or link at `path`, which must be on a bpffs.
 pub fn pin(object: BorrowedFd<'_>, path: &Path) -> io::Result<()> {
     let path = path_string(path)?;
     let mut attr = empty_attr();
@@ -161,7 +162,7 @@ pub fn pin(object: BorrowedFd<'_>, path: &Path) -> io::Result<()> {
     call(bpf_cmd::BPF_OBJ_PIN, &mut attr).map(drop)
 }
 
-/// Open what is pinned at a path.
+/// Opens the object pinned at `path`.
 pub fn open_pin(path: &Path) -> io::Result<OwnedFd> {
     let path = path_string(path)?;
     let mut attr = empty_attr();
@@ -169,19 +170,19 @@ pub fn open_pin(path: &Path) -> io::Result<OwnedFd> {
     call_for_fd(bpf_cmd::BPF_OBJ_GET, &mut attr)
 }
 
-/// What a program is, to the kernel: its type and its hook.
+/// Type and hook of a program.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
 pub struct ProgramKind {
     /// `BPF_PROG_TYPE_*`.
     pub program_type: u32,
-    /// `BPF_*` of the hook that the kernel wants to know of when it loads the program; 0 if it does not.
+    /// Expected attach type, `BPF_*`; 0 for hooks that the kernel does not check at load time.
     pub attach_type: u32,
 }
 
-/// What the programs' own sections say, without which many helpers cannot be called.
+/// The licence in the programs' ELF sections. Many helpers are reserved to GPL-compatible programs.
 const LICENSE: &std::ffi::CStr = c"Dual MIT/GPL";
 
-/// The attributes of a program without its name; the code must live as long as they do.
+/// The attributes of a program without its name. `code` must outlive them.
 fn program_attr(kind: ProgramKind, code: *const u8, instructions: usize) -> io::Result<bpf_attr> {
     let mut attr = empty_attr();
     // SAFETY: writes of integers to a variant of a union that is all zero.
@@ -194,7 +195,7 @@ fn program_attr(kind: ProgramKind, code: *const u8, instructions: usize) -> io::
     Ok(attr)
 }
 
-/// Load a program of `sk_lookup`. Its BTF is left out: nothing needs it, and there is one instance a pod.
+/// Loads an `sk_lookup` program. Its BTF is omitted: nothing needs it, and each pod has an instance.
 pub fn load_sk_lookup(name: &str, instructions: &[bpf_insn]) -> io::Result<OwnedFd> {
     let kind = ProgramKind {
         program_type: bpf_prog_type::BPF_PROG_TYPE_SK_LOOKUP as u32,
@@ -207,8 +208,10 @@ pub fn load_sk_lookup(name: &str, instructions: &[bpf_insn]) -> io::Result<Owned
     call_for_fd(bpf_cmd::BPF_PROG_LOAD, &mut attr)
 }
 
-/// See whether the kernel takes a program of this code, in its own encoding; if not, with the verifier's log, which is
-/// empty if it did not come to that.
+/// Checks whether the kernel accepts a program, given as its encoded instructions.
+///
+/// # Errors
+/// The error with the verifier's log, which is empty if the program was refused before it was verified.
 pub fn try_program(kind: ProgramKind, code: &[u8]) -> Result<(), (io::Error, String)> {
     let plain = |error| (error, String::new());
     let mut log = vec![0u8; 4096];
@@ -224,14 +227,14 @@ pub fn try_program(kind: ProgramKind, code: &[u8]) -> Result<(), (io::Error, Str
     })
 }
 
-/// Names are C's characters, whose sign differs between architectures.
+/// `c_char` is signed on some architectures and unsigned on others.
 fn write_name(to: &mut [std::ffi::c_char; 16], name: &str) {
     for (to, from) in to.iter_mut().zip(name.bytes().take(15)) {
         *to = std::ffi::c_char::from_ne_bytes([from]);
     }
 }
 
-/// A map of one value that holds these bytes.
+/// Creates an array map with one value, `bytes`.
 pub fn create_blob(name: &str, bytes: &[u8]) -> io::Result<OwnedFd> {
     let mut attr = empty_attr();
     // SAFETY: as above.
@@ -251,7 +254,7 @@ pub fn create_blob(name: &str, bytes: &[u8]) -> io::Result<OwnedFd> {
     Ok(map)
 }
 
-/// The bytes of such a map, `len` of them: the size that it was made with.
+/// Reads the value of a map of [`create_blob`], `len` bytes long.
 pub fn read_blob(map: BorrowedFd<'_>, len: usize) -> io::Result<Vec<u8>> {
     let key = 0u32;
     let mut bytes = vec![0u8; len];
@@ -263,15 +266,15 @@ pub fn read_blob(map: BorrowedFd<'_>, len: usize) -> io::Result<Vec<u8>> {
     Ok(bytes)
 }
 
-/// All entries of a hash map or trie, a thousand a call: one by one they are two calls each. Entries that come or go
-/// meanwhile may be in it or not, as with one by one.
+/// Reads all entries of a hash map or trie, a thousand per call instead of two calls per entry. As with single calls,
+/// entries that are inserted or removed meanwhile may or may not be included.
 pub fn entries<K: bytemuck::Pod, V: bytemuck::Pod>(map: BorrowedFd<'_>) -> io::Result<Vec<(K, V)>> {
     let mut found = Vec::new();
     for_each_batch(map, |keys, values| found.extend(keys.iter().copied().zip(values.iter().copied())))?;
     Ok(found)
 }
 
-/// All entries, some at a time.
+/// Passes all entries to `take`, in batches.
 pub fn for_each_batch<K: bytemuck::Pod, V: bytemuck::Pod>(
     map: BorrowedFd<'_>,
     mut take: impl FnMut(&[K], &[V]),
@@ -282,7 +285,7 @@ pub fn for_each_batch<K: bytemuck::Pod, V: bytemuck::Pod>(
     })
 }
 
-/// Entries, `room` at a time: those after `start`, or all.
+/// Reads batches of `room` entries: those after the key `start`, or all.
 fn batches<K: bytemuck::Pod, V: bytemuck::Pod>(
     map: BorrowedFd<'_>,
     start: Option<&[u8]>,
@@ -290,7 +293,7 @@ fn batches<K: bytemuck::Pod, V: bytemuck::Pod>(
     mut take: impl FnMut(&[K], &[V]) -> ControlFlow<()>,
 ) -> io::Result<()> {
     let mut started = start.is_some();
-    // Where to go on: a number for a hash map, a key for a trie.
+    // The kernel's cursor: a bucket number for a hash map, a key for a trie.
     let mut at = start.map_or_else(|| vec![0u8; size_of::<K>().max(4)], <[u8]>::to_vec);
     let mut next = at.clone();
     loop {
@@ -307,14 +310,14 @@ fn batches<K: bytemuck::Pod, V: bytemuck::Pod>(
         let is_last = match &called {
             Ok(_) => false,
             Err(error) if error.raw_os_error() == Some(libc::ENOENT) => true,
-            // A bucket of a hash map has more than there is room for.
+            // One bucket of a hash map has more entries than fit.
             Err(error) if error.raw_os_error() == Some(libc::ENOSPC) && room < 1 << 20 => {
                 room *= 8;
                 continue;
             }
             Err(_) => return called.map(drop),
         };
-        // SAFETY: the kernel has written the count back to where it was read from.
+        // SAFETY: the kernel writes the number of entries into the same variant.
         let count = unsafe { attr.batch.count } as usize;
         if take(&keys[..count], &values[..count]).is_break() || is_last {
             return Ok(());
@@ -324,8 +327,8 @@ fn batches<K: bytemuck::Pod, V: bytemuck::Pod>(
     }
 }
 
-/// The entries of a trie that come after this key in the trie's own order, as long as they are wanted. That order is the
-/// one in which prefixes come after those inside them, so that all with a common beginning follow each other.
+/// Returns the entries of a trie after the key `start`, in the trie's own order, up to the first for which `wanted` is
+/// false. In that order a prefix follows the prefixes inside it, so that keys with a common prefix are consecutive.
 pub fn entries_after<K: bytemuck::Pod, V: bytemuck::Pod>(
     map: BorrowedFd<'_>,
     start: &K,
@@ -341,25 +344,25 @@ pub fn entries_after<K: bytemuck::Pod, V: bytemuck::Pod>(
     Ok(found)
 }
 
-/// The values of an array map made with `BPF_F_MMAPABLE`, in this process's own memory: what the programs write is seen
-/// here and the other way round, field by field.
+/// The values of an array map with `BPF_F_MMAPABLE`, mapped into this process. Programs and process see each other's
+/// writes at once, field by field.
 pub struct SharedArray<T> {
     start: std::ptr::NonNull<T>,
     len: usize,
 }
 
-// SAFETY: the memory belongs to no thread. It is only handed out as a pointer.
+// SAFETY: the memory belongs to no thread, and is only shared as atomics.
 unsafe impl<T> Send for SharedArray<T> {}
 
 impl<T: bytemuck::Pod> SharedArray<T> {
-    /// Map all of an array of `len` values. `T` is as long as a multiple of 8, as the kernel lays them out.
+    /// Maps an array of `len` values. The kernel aligns values to 8 bytes, so the size of `T` must be a multiple of 8.
     ///
     /// # Errors
-    /// Those of mmap(): `EPERM` or `EINVAL` if the map is not one that can be shared.
+    /// Those of mmap(2): `EPERM` or `EINVAL` if the map is frozen or was created without `BPF_F_MMAPABLE`.
     pub fn map(map: BorrowedFd<'_>, len: usize) -> io::Result<Self> {
         const { assert!(size_of::<T>().is_multiple_of(8)) };
         let (access, shared) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_SHARED);
-        // SAFETY: a new mapping, where the kernel wants it.
+        // SAFETY: a new mapping at an address of the kernel's choice.
         let start = unsafe {
             libc::mmap(std::ptr::null_mut(), len * size_of::<T>(), access, shared, map.as_raw_fd(), 0)
         };
@@ -371,19 +374,19 @@ impl<T: bytemuck::Pod> SharedArray<T> {
         Ok(Self { start, len })
     }
 
-    /// A word of a value, `offset` bytes into it. `None` if there is no such value, or no such word of 64 bits in it.
+    /// Returns the 64-bit word at byte `offset` of value `index`. `None` if it is out of range or not aligned.
     pub fn word(&self, index: usize, offset: usize) -> Option<&AtomicU64> {
-        // SAFETY: inside the mapping, aligned, and shared by atomic operations only.
+        // SAFETY: inside the mapping, aligned, and accessed only atomically.
         self.field(index, offset, size_of::<u64>()).map(|at| unsafe { AtomicU64::from_ptr(at.cast()) })
     }
 
-    /// The same for 16 bits.
+    /// As [`SharedArray::word`], for 16 bits.
     pub fn half_word(&self, index: usize, offset: usize) -> Option<&AtomicU16> {
         // SAFETY: as in `word`.
         self.field(index, offset, size_of::<u16>()).map(|at| unsafe { AtomicU16::from_ptr(at.cast()) })
     }
 
-    /// Set every word of a value to zero, one by one.
+    /// Sets every word of a value to zero, one after the other.
     pub fn clear(&self, index: usize) {
         for word in (0..size_of::<T>()).step_by(size_of::<u64>()).filter_map(|at| self.word(index, at)) {
             word.store(0, Ordering::Relaxed);
@@ -399,7 +402,7 @@ impl<T: bytemuck::Pod> SharedArray<T> {
 
 impl<T> Drop for SharedArray<T> {
     fn drop(&mut self) {
-        // SAFETY: what `map` has mapped, and nothing borrows from it.
+        // SAFETY: this is the mapping of `map`, and no reference into it outlives `self`.
         unsafe { libc::munmap(self.start.as_ptr().cast(), self.len * size_of::<T>()) };
     }
 }

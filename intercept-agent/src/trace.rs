@@ -1,4 +1,4 @@
-//! Live decisions, from the ring buffer that the programs write while somebody listens.
+//! Live decisions, from the ring buffer that the programs fill while a reader is active.
 
 use std::{
     fmt, fs, io,
@@ -25,7 +25,9 @@ pub enum TraceError {
     Store(#[from] StoreError),
     #[error(transparent)]
     Node(#[from] NodeError),
-    #[error("another `intercept-agent trace` reads the events of this node: there is one reader at a time")]
+    #[error(
+        "another `intercept-agent trace` is running on this node; stop it first, because there can be only one reader"
+    )]
     Busy(#[source] StoreError),
     #[error("{action} map {map}")]
     Map { action: &'static str, map: &'static str, source: MapError },
@@ -33,11 +35,11 @@ pub enum TraceError {
     Wait(#[source] io::Error),
 }
 
-/// The events, switched on while this lives.
+/// The reader of events. The programs write events while it exists.
 pub struct Trace {
     events: AsyncFd<RingBuf<MapData>>,
     switch: Array<MapData, u32>,
-    // After the switch, so that the next reader finds it off.
+    // Dropped after `drop` has switched the events off, so that the next reader starts from there.
     _lock: Lock,
 }
 
@@ -60,25 +62,25 @@ fn set(switch: &mut Array<MapData, u32>, value: u32) -> Result<(), TraceError> {
 }
 
 impl Trace {
-    /// Switch the events on. To be called within a tokio runtime with io enabled.
+    /// Switches the events on. Must be called in a tokio runtime with io enabled.
     pub fn start(store: &Store) -> Result<Self, TraceError> {
         let lock = store.lock_events().map_err(TraceError::Busy)?;
         let events: RingBuf<MapData> = open(store, names::EVENTS, Map::RingBuf)?;
         let mut switch = open(store, names::TRACING, Map::Array)?;
-        // SAFETY: the ring buffer keeps its descriptor open, and always the same one, until it is dropped.
+        // SAFETY: the ring buffer owns its descriptor, which does not change, until it is dropped.
         let events = unsafe { AsyncFd::register_with_interest(events, Interest::READABLE) };
         let mut events = events.map_err(|error| TraceError::Wait(error.into()))?;
-        // What a reader before us did not read.
+        // Discard events that an earlier reader did not read.
         while events.get_mut().next().is_some() {}
         set(&mut switch, 1)?;
         Ok(Self { events, switch, _lock: lock })
     }
 
-    /// Wait for events, and give each to `take`, which says whether to go on.
+    /// Waits for events and passes each to `take`. Returns false once `take` does.
     pub async fn read(&mut self, mut take: impl FnMut(&Event) -> bool) -> Result<bool, TraceError> {
         let mut ready = self.events.readable_mut().await.map_err(TraceError::Wait)?;
         while let Some(item) = ready.get_inner_mut().next() {
-            // One of another size is from programs of another layout, which are not in this folder.
+            // An event of another size would be from another layout, whose programs use another directory.
             if let Ok(event) = bytemuck::try_pod_read_unaligned(&item)
                 && !take(&event)
             {
@@ -98,7 +100,7 @@ impl Drop for Trace {
     }
 }
 
-/// Switch off what a reader left on that was killed. Does nothing while one reads.
+/// Switches off events that a killed reader has left on. Does nothing while there is a reader.
 pub fn switch_off_if_unread(store: &Store) -> Result<(), StoreError> {
     let Ok(lock) = store.lock_events() else { return Ok(()) };
     let switched = open::<Array<MapData, u32>>(store, names::TRACING, Map::Array).and_then(|mut switch| {
@@ -108,17 +110,20 @@ pub fn switch_off_if_unread(store: &Store) -> Result<(), StoreError> {
         }
     });
     if let Err(error) = switched {
-        tracing::warn!(error = &error as &dyn std::error::Error, "switching off events that nobody reads");
+        tracing::warn!(
+            error = &error as &dyn std::error::Error,
+            "switching off events that no process reads"
+        );
     }
     drop(lock);
     Ok(())
 }
 
-/// An event as it is printed. The names are stable.
+/// An event as it is printed. Its names are stable.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 #[expect(missing_docs, reason = "the names are the documentation")]
 pub struct Line {
-    /// Seconds since 1970.
+    /// Seconds since the epoch.
     pub time: f64,
     pub netns_cookie: u64,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -141,13 +146,13 @@ pub struct Line {
     pub reason: &'static str,
 }
 
-/// Turns events into lines.
+/// Formats events as lines.
 pub struct Printer {
     boot: Duration,
 }
 
 impl Printer {
-    /// Times of events count from when the machine started.
+    /// Reads the boot time, from which events count.
     pub fn new() -> Self {
         let now = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
         let up = Duration::new(
@@ -158,7 +163,7 @@ impl Printer {
         Self { boot: wall.saturating_sub(up) }
     }
 
-    /// The line of an event, with a name for its pod.
+    /// Returns the line for an event, with a name for its pod.
     pub fn line(&self, event: &Event, pod: Option<String>) -> Line {
         let inbound = event.inbound != 0;
         let reason = Reason::ALL.get(usize::from(event.reason)).copied();
@@ -199,7 +204,7 @@ impl Default for Printer {
     }
 }
 
-/// The name of the process, which is not that of the thread; of the thread when the process is gone already.
+/// Returns the name of the process, or that of the thread if the process is gone.
 fn process(event: &Event) -> String {
     let name = fs::read_to_string(format!("/proc/{}/comm", event.pid)).ok();
     let name = name.map(|name| name.trim_end().to_owned());
@@ -248,7 +253,7 @@ mod tests {
             src: addr("0.0.0.0"),
             dst_port: 80,
             src_port: 0,
-            // More than any process has.
+            // Higher than any pid.
             pid: u32::MAX,
             uid: 1000,
             gid: 1000,

@@ -1,6 +1,6 @@
-//! User and group ids of the pod's user namespace, and what they are outside of it.
+//! User and group ids in the pod's user namespace, and their values in the initial one.
 //!
-//! Options name ids as the pod sees them; the programs see those of the initial user namespace.
+//! Options name ids as the pod sees them. The programs see those of the initial user namespace.
 
 use std::fs;
 use std::io;
@@ -14,7 +14,7 @@ use rustix::process::{Pid, WaitOptions};
 use crate::cgroup::{CgroupDir, CgroupError};
 use crate::netns::{Netns, NetnsError};
 
-/// How the ids of one pod translate.
+/// The id maps of a pod.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct IdMaps {
     /// User ids.
@@ -23,7 +23,7 @@ pub struct IdMaps {
     pub groups: IdMap,
 }
 
-/// How ids of one kind translate.
+/// The map of one kind of id.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct IdMap(Vec<Extent>);
 
@@ -34,28 +34,28 @@ struct Extent {
     count: u32,
 }
 
-/// The ids that were asked for, outside.
+/// The result of [`IdMap::translate`].
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Translated {
-    /// In the order asked for.
+    /// The ids in the initial user namespace, in the order of the input.
     pub ids: Vec<u32>,
-    /// Those that nobody can have, as they were given: worth a note, because they match nothing.
+    /// The ids without a mapping, as in the input. They match no socket, which is worth a note.
     pub unmapped: Vec<u32>,
 }
 
-/// Why the ids of a pod cannot be translated.
+/// Why the id maps of a pod cannot be read.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum IdMapError {
     /// A map cannot be read.
-    #[error("reading {path}; may this process look at the pod's?")]
+    #[error("reading {path}; check that this process has access to the pod's processes")]
     Read {
         /// The file.
         path: String,
-        /// What the kernel said.
+        /// The error from the kernel.
         source: io::Error,
     },
-    /// A map is not in the form of user_namespaces(7).
+    /// A map does not have the format of user_namespaces(7).
     #[error("{path} has the line `{line}`, which is not three numbers; is this Linux?")]
     Form {
         /// The file.
@@ -63,10 +63,10 @@ pub enum IdMapError {
         /// The line.
         line: String,
     },
-    /// A user namespace cannot be entered.
-    #[error("entering the pod's user namespace to read its ids; this takes CAP_SYS_ADMIN")]
+    /// The user namespace cannot be entered.
+    #[error("entering the pod's user namespace to read its ids; this needs CAP_SYS_ADMIN")]
     Enter(#[source] io::Error),
-    /// The owner of the network namespace is not known.
+    /// The owner of the network namespace cannot be read.
     #[error(transparent)]
     Netns(#[from] NetnsError),
     /// The cgroup cannot be read.
@@ -75,12 +75,12 @@ pub enum IdMapError {
 }
 
 impl IdMaps {
-    /// Ids that are the same inside and outside.
+    /// The maps of the initial user namespace: every id maps to itself.
     pub fn identity() -> Self {
         Self { users: IdMap::identity(), groups: IdMap::identity() }
     }
 
-    /// The maps of the process `pid`.
+    /// Reads the maps of process `pid`.
     pub fn of_process(pid: Pid) -> Result<Self, IdMapError> {
         let read = |file: &str| {
             let path = format!("/proc/{pid}/{file}");
@@ -92,9 +92,8 @@ impl IdMaps {
         Ok(Self { users: read("uid_map")?, groups: read("gid_map")? })
     }
 
-    /// The maps of the pod with this network namespace and cgroup: of the user namespace that owns the network
-    /// namespace, also before anything runs in it. A network namespace of the node's own users tells nothing; then what
-    /// [`IdMaps::of_cgroup`] says.
+    /// Reads the maps of the user namespace that owns the pod's network namespace, which exists before the pod's first
+    /// process. If it is this process's own user namespace, reads those of [`IdMaps::of_cgroup`] instead.
     pub fn of_pod(netns: &Netns, cgroup: &CgroupDir) -> Result<Self, IdMapError> {
         let owner = netns.owner()?;
         let inode = rustix::fs::fstat(&owner).map_err(io::Error::from).map_err(IdMapError::Enter)?.st_ino;
@@ -107,13 +106,13 @@ impl IdMaps {
         let inside = cgroup.processes().ok().and_then(|pids| pids.into_iter().find(is_in_it));
         match inside.map(Self::of_process) {
             Some(Ok(maps)) => Ok(maps),
-            // Nothing is, or is any more.
+            // No process is in it, or the process has exited.
             _ => of_namespace(owner.as_fd()),
         }
     }
 
-    /// The maps of the pod in `cgroup`: of the process whose map covers most ids, since a process of the pod may
-    /// have made a narrower namespace below the pod's. [`IdMaps::identity`] when there is no process.
+    /// Reads the maps of the processes in `cgroup`. Of several, the map that covers most ids is the pod's, because a
+    /// process may have created a narrower namespace below it. [`IdMaps::identity`] if there is no process.
     pub fn of_cgroup(cgroup: &CgroupDir) -> Result<Self, IdMapError> {
         let mut widest: Option<Self> = None;
         for pid in cgroup.processes()? {
@@ -135,7 +134,7 @@ impl IdMap {
         Self(vec![Extent { inside: 0, outside: 0, count: u32::MAX }])
     }
 
-    /// Reads the form of user_namespaces(7); fails with the line that is not in it.
+    /// Parses the format of user_namespaces(7). The error is the malformed line.
     fn parse(text: &str) -> Result<Self, String> {
         let extent = |line: &str| {
             let mut numbers = line.split_ascii_whitespace().map(str::parse);
@@ -149,7 +148,7 @@ impl IdMap {
         text.lines().map(extent).collect::<Result<_, _>>().map(Self)
     }
 
-    /// What `inside` is in the initial user namespace; `None` when nobody can have it.
+    /// Returns the id in the initial user namespace. `None` if `inside` has no mapping.
     pub fn outside(&self, inside: u32) -> Option<u32> {
         self.0.iter().find_map(|extent| {
             let offset = inside.checked_sub(extent.inside)?;
@@ -157,7 +156,7 @@ impl IdMap {
         })
     }
 
-    /// Translates all of `ids`.
+    /// Translates `ids` to the initial user namespace.
     pub fn translate(&self, ids: &[u32]) -> Translated {
         let mut translated = Translated::default();
         for &id in ids {
@@ -174,17 +173,17 @@ impl IdMap {
     }
 }
 
-/// The maps of a user namespace that may have no process: a process is put into it for as long as it takes to read them.
+/// Reads the maps of a user namespace that may have no process, with a child process that enters it meanwhile.
 fn of_namespace(namespace: BorrowedFd<'_>) -> Result<IdMaps, IdMapError> {
     let pipe =
         || rustix::pipe::pipe_with(PipeFlags::CLOEXEC).map_err(io::Error::from).map_err(IdMapError::Enter);
     let (entered, enters) = pipe()?;
     let (released, release) = pipe()?;
-    // SAFETY: the child makes system calls only; it neither allocates nor locks, and leaves by _exit.
+    // SAFETY: the child only makes system calls. It neither allocates nor locks, and ends with _exit.
     let child = unsafe {
         match libc::fork() {
             0 => {
-                // So that it ends with the parent, whatever becomes of that.
+                // Closed in the child, so that the read below ends when the parent closes its end or dies.
                 libc::close(release.as_raw_fd());
                 let result = libc::setns(namespace.as_raw_fd(), libc::CLONE_NEWUSER);
                 let error = if result == 0 { 0 } else { *libc::__errno_location() };
@@ -287,7 +286,7 @@ mod tests {
         test.kill_all();
         assert_eq!(test.cgroup.processes().unwrap(), []);
         assert_eq!(IdMaps::of_pod(&netns, &test.cgroup).unwrap(), running);
-        // A process of the node's own users that is in the cgroup does not matter.
+        // A process in the cgroup with the node's user namespace has no effect.
         test.idle("app");
         assert_eq!(IdMaps::of_pod(&netns, &test.cgroup).unwrap(), running);
     }
@@ -316,7 +315,7 @@ mod tests {
         assert_eq!(maps.groups.outside(1337), Some(201_337));
         assert_eq!(maps.users.outside(100_000), None);
 
-        // A process with a narrower view does not hide the pod's.
+        // A process with a narrower map does not hide the pod's.
         let narrow = test.spawn("app", Command::new("unshare").args(["--user", "sleep", "600"]));
         while fs::read_link(format!("/proc/{narrow}/ns/user")).unwrap() == own {
             assert!(Instant::now() < deadline, "the process makes its namespace");

@@ -1,8 +1,8 @@
-//! Istio's own check that interception works: what the proxy's user sends to 127.0.0.6 (::6) has to arrive at one
-//! of the proxy's ports, and its original destination has to be told there.
+//! Istio's own check that interception works: a connection of the proxy's user to 127.0.0.6 (::6) must arrive at one of
+//! the proxy's ports, and its original destination must be available there.
 //!
-//! The programs apply by cgroup and go by the owner of a socket, so the check runs in a process of its own that
-//! joins a cgroup below the pod's, enters the namespace and becomes the proxy's user.
+//! The programs act by cgroup and by the socket's owner. So the check runs in a child process that joins a cgroup below
+//! the pod's, enters the pod's network namespace and becomes the proxy's user.
 
 mod probe;
 
@@ -23,70 +23,72 @@ use crate::cgroup::CgroupDir;
 use crate::netns::Netns;
 use probe::{ProbeLeg, ProbeOutcome};
 
-/// What to check.
+/// The parameters of a check.
 #[derive(Clone, Copy, Debug)]
 pub struct Probe {
     /// `-p`.
     pub proxy_port: u16,
     /// `-z`.
     pub inbound_port: u16,
-    /// The port dialled; nothing needs to listen there.
+    /// The destination port. Nothing needs to listen there.
     pub probe_port: u16,
-    /// For everything together.
+    /// Time limit for the whole check.
     pub timeout: Duration,
-    /// Of the proxy, in the initial user namespace.
+    /// User id of the proxy, in the initial user namespace.
     pub uid: u32,
-    /// Of the proxy, in the initial user namespace.
+    /// Group id of the proxy, in the initial user namespace.
     pub gid: u32,
 }
 
-/// Interception works.
+/// The result of a successful check.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Validated {
-    /// The port where the IPv4 connection arrived.
+    /// The proxy's port at which the IPv4 connection arrived.
     pub v4: u16,
-    /// The same for IPv6; `None` where the namespace has no `::1` or no `::6`.
+    /// The same for IPv6; `None` if the namespace has no `::1` or no `::6`.
     pub v6: Option<u16>,
 }
 
-/// Interception does not work, or could not be checked.
+/// Interception does not work, or cannot be checked.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum ValidationError {
-    /// The connection did not arrive as it should.
+    /// A connection did not arrive as required.
     #[error("validating interception: {from} to {to}: {seen}")]
     Failed {
         /// Source of the connection.
         from: IpAddr,
-        /// What was dialled.
+        /// Destination of the connection.
         to: SocketAddr,
         /// What happened instead.
         seen: ListenerFate,
     },
-    /// Nothing could be listened on.
+    /// Neither of the proxy's ports could be listened on.
     #[error(
         "validating interception: listening on {address} ports {proxy_port} and {inbound_port}; validate before the proxy starts"
     )]
     Listen {
-        /// Where.
+        /// The address listened on.
         address: IpAddr,
         /// `-p`.
         proxy_port: u16,
         /// `-z`.
         inbound_port: u16,
-        /// What the kernel said of the last.
+        /// The error from the kernel for the second port.
         source: io::Error,
     },
-    /// The process of the check could not be set up.
+    /// The child process cannot be set up.
     #[error("validating interception: {step}")]
     Setup {
-        /// What was attempted.
+        /// The step that failed.
         step: &'static str,
-        /// What the kernel said.
+        /// The error from the kernel.
         source: io::Error,
     },
-    /// The process of the check ended without a word.
-    #[error("validating interception: the process of the check was ended; is the pod short of memory?")]
+    /// The child process died without a report.
+    #[error(
+        "validating interception: the child process was killed; check whether the pod has reached its memory limit"
+    )]
     Died,
 }
 
@@ -94,15 +96,15 @@ pub enum ValidationError {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum ListenerFate {
-    /// It could not be made: what the kernel said.
+    /// The connection failed with this error.
     Refused(Errno),
-    /// It was made, but to something else.
+    /// The connection was established with something else.
     Elsewhere,
-    /// Neither of these in time.
+    /// Neither happened before the time limit.
     Nothing,
-    /// It arrived at this port, and its original destination was not to be had: what the kernel said.
+    /// The connection arrived at this port, where SO_ORIGINAL_DST failed with this error.
     NoOriginal(u16, Errno),
-    /// It arrived at this port, with another original port.
+    /// The connection arrived at this port with another original port.
     OtherPort(u16, u16),
 }
 
@@ -116,35 +118,38 @@ impl fmt::Display for ListenerFate {
                     io::Error::from(error)
                 )
             }
-            Self::Elsewhere => write!(out, "the connection was made, but not to the proxy's ports"),
+            Self::Elsewhere => write!(out, "the connection was established, but not with the proxy's ports"),
             Self::Nothing => write!(out, "the connection neither arrived nor failed in time"),
             Self::NoOriginal(port, error) => write!(
                 out,
-                "arrived at port {port}, but SO_ORIGINAL_DST failed there ({})",
+                "the connection arrived at port {port}, but SO_ORIGINAL_DST failed there ({})",
                 io::Error::from(error)
             ),
             Self::OtherPort(port, original) => {
-                write!(out, "arrived at port {port}, but SO_ORIGINAL_DST told port {original} there")
+                write!(
+                    out,
+                    "the connection arrived at port {port}, but SO_ORIGINAL_DST returned port {original} there"
+                )
             }
         }
     }
 }
 
-/// Checks that what is attached to `cgroup` and `netns` intercepts. Ports that the proxy listens on already cannot
-/// be checked. Takes until `probe.timeout` when it does not work.
+/// Checks that connections in `cgroup` and `netns` are intercepted. Ports on which the proxy already listens cannot be
+/// checked. If interception does not work, the check takes `probe.timeout`.
 pub fn validate(netns: &Netns, cgroup: &CgroupDir, probe: &Probe) -> Result<Validated, ValidationError> {
     let setup = |step| move |source: io::Error| ValidationError::Setup { step, source };
-    let own = OwnCgroup::below(cgroup).map_err(setup("making a cgroup below the pod's"))?;
+    let own = OwnCgroup::below(cgroup).map_err(setup("creating a cgroup below the pod's"))?;
     let procs = OpenOptions::new().write(true).open(own.0.join("cgroup.procs"));
     let procs = procs.map_err(setup("opening a cgroup below the pod's"))?;
     let (reader, writer) =
-        pipe_with(PipeFlags::CLOEXEC).map_err(|error| setup("making a pipe")(error.into()))?;
+        pipe_with(PipeFlags::CLOEXEC).map_err(|error| setup("creating a pipe")(error.into()))?;
 
     let child = probe::start(procs.as_fd(), netns.as_fd(), writer.as_fd(), probe);
     let child = child.map_err(|error| setup("starting a process")(error.into()))?;
     drop(writer);
     let child = Child(child);
-    let report = receive(reader, probe.timeout).map_err(setup("waiting for the process of the check"))?;
+    let report = receive(reader, probe.timeout).map_err(setup("waiting for the child process"))?;
     drop(child);
     drop(own);
 
@@ -172,9 +177,9 @@ pub fn validate(netns: &Netns, cgroup: &CgroupDir, probe: &Probe) -> Result<Vali
     Ok(Validated { v4: v4.ok_or(ValidationError::Died)?, v6 })
 }
 
-/// Reads until the other end closes; what came when that takes too long.
+/// Reads until the other end closes, or until `timeout` and a margin have passed.
 fn receive(reader: OwnedFd, timeout: Duration) -> io::Result<Vec<u8>> {
-    /// For the child to start and to say what it saw.
+    /// Time for the child to start and to report.
     const MARGIN: Duration = Duration::from_secs(2);
     let patience = Timespec::try_from(timeout.min(probe::LONGEST) + MARGIN).map_err(io::Error::other)?;
     let ready = loop {
@@ -185,13 +190,13 @@ fn receive(reader: OwnedFd, timeout: Duration) -> io::Result<Vec<u8>> {
     };
     let mut report = Vec::new();
     if ready > 0 {
-        // One write of the child's, or none and the end.
+        // The child writes once or not at all.
         std::fs::File::from(reader).take(64).read_to_end(&mut report)?;
     }
     Ok(report)
 }
 
-/// A cgroup for the check: the pod's may have children, and then takes no process itself.
+/// A cgroup for the check. The pod's own cannot take a process if it has children with controllers.
 struct OwnCgroup(PathBuf);
 
 impl OwnCgroup {
@@ -207,17 +212,17 @@ impl OwnCgroup {
 impl Drop for OwnCgroup {
     fn drop(&mut self) {
         if let Err(error) = fs::remove_dir(&self.0) {
-            tracing::warn!(cgroup = %self.0.display(), %error, "removing the cgroup of the check");
+            tracing::warn!(cgroup = %self.0.display(), %error, "removing the cgroup of the child process");
         }
     }
 }
 
-/// The process of the check, ended and collected when dropped.
+/// The child process, which is killed and reaped on drop.
 struct Child(Pid);
 
 impl Drop for Child {
     fn drop(&mut self) {
-        // Not collected yet, so the number is still its own.
+        // Not reaped yet, so the pid has not been reused.
         if let Ok(process) = pidfd_open(self.0, PidfdFlags::empty()) {
             _ = pidfd_send_signal(process, Signal::KILL);
         }

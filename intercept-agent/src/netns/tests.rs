@@ -8,7 +8,7 @@ pub(crate) fn fresh() -> Netns {
     Netns::fresh().expect("root makes namespaces")
 }
 
-/// A process in `netns` and in the cgroup.
+/// Starts a process in `netns` and in the cgroup.
 fn idle(netns: &Netns, cgroup: &mut TestCgroup, below: &str) -> Pid {
     netns.run(|| cgroup.spawn(below, Command::new("sleep").arg("600"))).expect("entering")
 }
@@ -29,7 +29,7 @@ fn the_nodes_own_namespace_is_refused() {
     let own = fs::metadata("/proc/self/ns/net").unwrap().ino();
     let error = Netns::open("/proc/self/ns/net").unwrap_err();
     assert!(matches!(error, NetnsError::Host { .. }), "{error:?}");
-    // An init container may name its own, but not when that is the node's.
+    // An init container may name its own namespace, unless that is the node's.
     if own == FIRST_INODE {
         let error = Netns::own().unwrap_err();
         assert!(matches!(error, NetnsError::Host { whose: Whose::Node, .. }), "{error:?}");
@@ -107,7 +107,7 @@ fn a_cgroup_leads_to_the_namespace_of_its_processes() {
 fn what_a_process_unshares_is_not_the_pods() {
     let (mut test, sandbox, other) = (TestCgroup::new(), fresh(), fresh());
     idle(&sandbox, &mut test, "sandbox");
-    // The ages of processes are told apart by hundredths of a second.
+    // Start times have a resolution of a hundredth of a second.
     let first = started(test.cgroup.processes().unwrap()[0]).unwrap();
     let mut last = first;
     while last == first {
@@ -116,9 +116,9 @@ fn what_a_process_unshares_is_not_the_pods() {
     let found = |known| Netns::of_sandbox(&test.cgroup, known).unwrap().inode();
     assert_eq!(found(None), sandbox.inode());
     assert_eq!(found(Some(sandbox.inode())), sandbox.inode());
-    // One that is known to be the pod's stays so, whatever is older.
+    // The namespace known to be the pod's stays it, even if another process is older,
     assert_eq!(found(Some(other.inode())), other.inode());
-    // Until nothing is in it any more.
+    // until no process is in it.
     assert_eq!(found(Some(1)), sandbox.inode());
 }
 

@@ -1,4 +1,4 @@
-//! Changes of the mirrored state, as they happen.
+//! Follows changes of a namespace's routes and interfaces.
 
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -17,43 +17,44 @@ use crate::netns::Netns;
 
 /// `RTNLGRP_*` of linux/rtnetlink.h: links; addresses, routes and rules of both families; next hop objects.
 const GROUPS: [u32; 8] = [1, 5, 7, 8, 9, 11, 19, 32];
-/// A change rarely comes alone: how long after one the next is waited for, and for how long at most.
+/// Changes come in bursts. The state is read after this long without a further event, and at the latest after `LATEST`.
 const QUIET: Duration = Duration::from_millis(10);
 const LATEST: Duration = Duration::from_millis(50);
-/// How often listeners are looked for: one that is new is to be known within a second.
+/// Polling interval for new listeners, which must be known within a second.
 const LISTENERS_INTERVAL: Duration = Duration::from_millis(400);
-/// Events read at a time, so that a flood of them does not keep us from reading the state.
+/// Most events per pass, so that a flood of them does not starve the reading of the state.
 const BATCH: usize = 1024;
 
-/// How many times the processor time of a reading passes until the next: what a pod changes without end takes no more
-/// than a fiftieth of a processor.
+/// After a reading, the follower rests for this many times the processor time that it took. A pod that changes its
+/// routes endlessly costs at most a fiftieth of a processor.
 const REST: u32 = 50;
-/// After a reading that failed, and twice as long after each other in a row.
+/// Delay after a failed reading; it doubles with each further failure, up to `LAST_RETRY`.
 const FIRST_RETRY: Duration = Duration::from_millis(100);
 const LAST_RETRY: Duration = Duration::from_secs(60);
 
-/// A namespace's [`RouteSnapshot`], kept up to date. Holds the namespace: drop it when the pod is gone.
+/// A [`RouteSnapshot`] that is kept up to date. It holds the namespace open: drop it when the pod is gone.
 pub struct Follower {
     events: AsyncFd<Socket>,
     requests: Arc<Mutex<Requests>>,
     current: RouteSnapshot,
     netns: String,
-    /// Not to be read before.
+    /// The state is not read before this time.
     rest_until: Instant,
-    /// Readings that failed in a row.
+    /// Consecutive failed readings.
     failures: u32,
-    /// Something happened since `current` was read.
+    /// An event came since `current` was read.
     stale: bool,
-    /// Listeners that the agent must know of, although no program registers them.
+    /// Listeners that no program registers, and that the agent must therefore poll for.
     listeners: Option<Arc<Mutex<PortWatch>>>,
-    /// What reading has used of a processor.
+    /// Processor time of all readings.
     #[cfg(test)]
     used: Duration,
 }
 
 impl Follower {
-    /// Subscribes: every change from here on is noticed. What there is now is not read yet; [`Follower::look`] does.
-    /// To be called within a tokio runtime with io and time enabled.
+    /// Subscribes to changes. The current state is not read yet; [`Follower::look`] does that.
+    ///
+    /// Must be called in a tokio runtime with io and time enabled.
     pub fn subscribe(netns: &Netns) -> Result<Self, RoutesError> {
         let subscribe = || {
             let mut socket = Socket::new(NETLINK_ROUTE)?;
@@ -70,7 +71,7 @@ impl Follower {
             source,
         };
         let events = netns.run(subscribe)?.map_err(netlink)?;
-        // SAFETY: a Socket gives the one descriptor that it owns, and closes it only when it is dropped.
+        // SAFETY: a Socket returns the one descriptor that it owns, and closes it only in its drop.
         let events = unsafe { AsyncFd::register(events) }.map_err(|error| netlink(error.into()))?;
         let requests = Arc::new(Mutex::new(Requests::open(netns)?));
         Ok(Self {
@@ -87,9 +88,9 @@ impl Follower {
         })
     }
 
-    /// Reads what there is, from which changes are told from here on.
+    /// Reads the current state, from which later changes are reported.
     pub fn look(&mut self) -> Result<&RouteSnapshot, RoutesError> {
-        // What has happened until now is in what is read.
+        // Events before this point are part of the state read below.
         for _ in 0..BATCH {
             if take_event(self.events.get_ref()) == Err(Errno::AGAIN) {
                 break;
@@ -100,12 +101,12 @@ impl Follower {
         Ok(&self.current)
     }
 
-    /// From here on changes are told from this state, which the agent is about to bring about or has.
+    /// Sets the state from which changes are reported, for a change that the agent makes itself.
     pub fn expect(&mut self, state: RouteSnapshot) {
         self.current = state;
     }
 
-    /// A listener of this port is a change as well, from here on.
+    /// Also reports new listeners on `port`.
     pub fn watch_listeners(&mut self, netns: &Netns, port: u16) -> Result<(), ListenersError> {
         self.listeners = Some(Arc::new(Mutex::new(PortWatch::open(netns, port)?)));
         Ok(())
@@ -117,8 +118,9 @@ impl Follower {
         &self.current
     }
 
-    /// Waits for a state that differs from [`Follower::current`], and makes it that. After an error it may be
-    /// called again: the state is then read anew. Nothing is lost when it is dropped while waiting.
+    /// Waits for a state that differs from the current one, and makes it current.
+    ///
+    /// After an error it may be called again, and reads the state anew. It is cancel safe.
     pub async fn changed(&mut self) -> Result<&RouteSnapshot, RoutesError> {
         loop {
             if !self.stale {
@@ -148,7 +150,7 @@ impl Follower {
         }
     }
 
-    /// Reads what there is, on a thread where nothing else waits for it.
+    /// Reads the state on a blocking thread.
     async fn read(&mut self) -> Result<RouteSnapshot, RoutesError> {
         let requests = Arc::clone(&self.requests);
         let reading = tokio::task::spawn_blocking(move || {
@@ -173,8 +175,8 @@ impl Follower {
         read
     }
 
-    /// Waits for events and takes them. What they say does not matter, not even when some were lost (ENOBUFS):
-    /// the state is read as a whole.
+    /// Waits for events and discards them. Their content does not matter, nor does the loss of some (ENOBUFS), because
+    /// the whole state is read.
     async fn event(&mut self) -> Result<(), RoutesError> {
         let netlink = |source: io::Error| RoutesError::Netlink {
             attempt: "waiting for changes",
@@ -201,7 +203,7 @@ impl Follower {
     }
 }
 
-/// On a thread where nothing else waits for it: a pod may have any number of listeners.
+/// Polls on a blocking thread, because a pod may have any number of listeners.
 async fn has_new(listeners: Arc<Mutex<PortWatch>>) -> bool {
     let look = move || listeners.lock().unwrap_or_else(PoisonError::into_inner).has_new();
     match tokio::task::spawn_blocking(look).await {
@@ -214,18 +216,18 @@ async fn has_new(listeners: Arc<Mutex<PortWatch>>) -> bool {
     }
 }
 
-/// A reading that panicked left no half answer that would be taken for another's.
+/// Poisoning is harmless: after a panic no partial answer remains that could be taken for a later one.
 fn lock(requests: &Mutex<Requests>) -> MutexGuard<'_, Requests> {
     requests.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// What the calling thread has used of a processor.
+/// Returns the processor time of the calling thread.
 fn processor_time() -> Duration {
     let time = rustix::time::clock_gettime(rustix::time::ClockId::ThreadCPUTime);
     Duration::try_from(time).unwrap_or_default()
 }
 
-/// One, of which nothing but that it came is of interest.
+/// Receives one event and discards it.
 fn take_event(socket: &Socket) -> Result<(), Errno> {
     let mut bytes = [0_u8; 16];
     rustix::net::recv(socket, &mut bytes, RecvFlags::DONTWAIT).map(drop)
@@ -233,19 +235,19 @@ fn take_event(socket: &Socket) -> Result<(), Errno> {
 
 #[cfg(test)]
 impl Follower {
-    /// Subscribes and looks.
+    /// Subscribes and reads the state.
     pub(super) fn start(netns: &Netns) -> Result<Self, RoutesError> {
         let mut follower = Self::subscribe(netns)?;
         follower.look()?;
         Ok(follower)
     }
 
-    /// What reading has used of a processor since it was started.
+    /// Returns the processor time of all readings.
     pub(super) fn processor_time(&self) -> Duration {
         self.used
     }
 
-    /// Leaves the socket room for a few events only.
+    /// Shrinks the receive buffer to a few events.
     pub(super) fn shrink_buffer(&self) {
         rustix::net::sockopt::set_socket_recv_buffer_size(self.events.get_ref(), 4096)
             .expect("a buffer size");

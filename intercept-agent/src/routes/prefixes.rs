@@ -1,20 +1,19 @@
-//! Prefixes as a partition of the addresses: each has those that are in no longer one.
+//! Prefixes as a partition of the address space: an address belongs to the longest prefix that contains it.
 
 use std::collections::BTreeSet;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use ipnet::{IpNet, Ipv6Net};
 
-/// Prefixes of one family. The order of [`IpNet`] puts each right before those inside it.
+/// Prefixes of one family. In the order of [`IpNet`] each comes right before the prefixes inside it.
 pub(super) struct Prefixes(Vec<IpNet>);
 
-/// Addresses that stand for everything where they may: of no special meaning, and routed nowhere (RFC 5737,
-/// RFC 3849).
+/// Preferred representatives: documentation addresses without a special meaning or a route (RFC 5737, RFC 3849).
 const ORDINARY_V4: Ipv4Addr = Ipv4Addr::new(198, 51, 100, 1);
 const ORDINARY_V6: Ipv6Addr = Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 1);
 
-/// Prefixes that have a label of their own in the kernel's table for choosing a source (RFC 6724) and that a pod
-/// may meet: unique local addresses, 6to4 and Teredo. The source may change at their edges without a route.
+/// Prefixes with a label of their own in the kernel's table for source selection (RFC 6724) that occur in pods: unique
+/// local addresses, 6to4 and Teredo. The source may change at their edges without a route.
 pub(super) fn labelled() -> BTreeSet<IpNet> {
     [
         Ipv6Net::new_assert(Ipv6Addr::new(0xfc00, 0, 0, 0, 0, 0, 0, 0), 7),
@@ -30,7 +29,7 @@ impl Prefixes {
         Self(prefixes.collect::<BTreeSet<_>>().into_iter().collect())
     }
 
-    /// An address of `prefix` that is in none of the longer ones; `None` when those cover it.
+    /// Returns an address of `prefix` that is in no longer prefix. `None` if longer prefixes cover it.
     pub(super) fn representative(&self, prefix: &IpNet) -> Option<IpAddr> {
         let after = self.0.partition_point(|other| other <= prefix);
         let inside = self.0.get(after..).unwrap_or_default();
@@ -39,7 +38,7 @@ impl Prefixes {
             IpNet::V4(_) => IpAddr::V4(ORDINARY_V4),
             IpNet::V6(_) => IpAddr::V6(ORDINARY_V6),
         };
-        // The first address of a prefix may be an anycast or an unspecified one.
+        // The first address of a prefix may be an anycast or the unspecified address.
         let second = next(prefix.network()).filter(|second| prefix.contains(second));
         let starts =
             [Some(ordinary).filter(|address| prefix.contains(address)), second, Some(prefix.network())];
@@ -47,7 +46,7 @@ impl Prefixes {
     }
 }
 
-/// The first address of `prefix` from `address` on that is in none of `inside`, which is sorted.
+/// Returns the first address of `prefix` at or after `address` that is in none of `inside`, which is sorted.
 fn uncovered(mut address: IpAddr, prefix: &IpNet, inside: &[IpNet]) -> Option<IpAddr> {
     for covering in inside {
         if covering.contains(&address) {
@@ -64,10 +63,11 @@ fn next(address: IpAddr) -> Option<IpAddr> {
     }
 }
 
-/// More addresses than pods have; of what has more, the source is that of the whole route.
+/// More addresses than pods have. An interface with more gets no refinement: its source is that of the route.
 const MAX_OWN: usize = 16;
 
-/// The prefixes within which one of an interface's own addresses has more bits in common with a destination than another.
+/// Returns the prefixes within which one of an interface's addresses shares more leading bits with a destination than
+/// another does.
 pub(super) fn closer_to_one_of(own: &BTreeSet<Ipv6Addr>) -> BTreeSet<IpNet> {
     let global: Vec<Ipv6Addr> = own.iter().copied().filter(|addr| !addr.is_unicast_link_local()).collect();
     let mut closer = BTreeSet::new();
@@ -77,7 +77,7 @@ pub(super) fn closer_to_one_of(own: &BTreeSet<Ipv6Addr>) -> BTreeSet<IpNet> {
     for one in &global {
         for other in global.iter().filter(|other| *other != one) {
             let common = (one.to_bits() ^ other.to_bits()).leading_zeros();
-            // One more bit than they have in common is the one's alone.
+            // The prefix is one bit longer than what the two have in common, so it contains only the one.
             let len = u8::try_from(common + 1).unwrap_or(128);
             closer.insert(Ipv6Net::new_assert(*one, len).trunc().into());
         }

@@ -1,4 +1,4 @@
-//! Questions about interfaces, rules and routes.
+//! Netlink requests for interfaces, rules and routes.
 
 use std::collections::BTreeSet;
 use std::io;
@@ -19,10 +19,10 @@ use crate::{netlink::Questions, netns::Netns};
 /// Number of a routing table.
 pub(super) type TableId = u32;
 
-/// How often a list is read anew when it changed while it was read.
+/// Attempts to read a list that changes while it is read.
 const ATTEMPTS: usize = 16;
 
-/// Asks in one namespace.
+/// A netlink socket in one namespace.
 pub(super) struct Requests {
     questions: Questions,
     netns: String,
@@ -30,32 +30,32 @@ pub(super) struct Requests {
 
 /// The kernel's answer for one destination.
 pub(super) enum RoutesReply {
-    /// It is sent nowhere.
+    /// There is no route, or the route rejects packets.
     Refused,
     /// It is routed.
     Route {
-        /// What becomes of it.
+        /// The type of the route.
         kind: RouteType,
-        /// Index of the interface it leaves by.
+        /// Index of the outgoing interface.
         egress: Option<u32>,
-        /// The source that an unbound socket gets.
+        /// The source address of an unbound socket.
         source: Option<IpAddr>,
     },
 }
 
-/// What matters of the rules of one family.
+/// The relevant content of one family's rules.
 pub(super) struct RuleTables {
-    /// The tables that any of them looks at.
+    /// The tables that the rules name.
     pub(super) tables: TableSet,
-    /// Where they apply to certain destinations only.
+    /// The prefixes of rules with `to`.
     pub(super) destinations: Vec<IpNet>,
 }
 
 /// Routing tables.
 pub(super) enum TableSet {
-    /// These.
+    /// These tables.
     Some(BTreeSet<TableId>),
-    /// Any: which is not known.
+    /// Possibly any table.
     All,
 }
 
@@ -88,7 +88,7 @@ impl Requests {
         Ok(Self { questions, netns: netns.name().to_owned() })
     }
 
-    /// From now on reading is given up at this time.
+    /// Sets the time at which readings are given up.
     pub(super) fn until(&mut self, deadline: Instant) {
         self.questions.until(deadline);
     }
@@ -133,7 +133,7 @@ impl Requests {
             for attribute in rule.attributes {
                 match attribute {
                     RuleAttribute::Table(number) => table = number,
-                    // The table is that of the interface's VRF.
+                    // The rule looks up the table of the interface's VRF.
                     RuleAttribute::L3MDev(l3mdev) => by_interface |= l3mdev,
                     RuleAttribute::Destination(address) => {
                         destinations.extend(IpNet::new(address, rule.header.dst_len).map(|net| net.trunc()));
@@ -157,7 +157,7 @@ impl Requests {
             let mut destination = match route.header.address_family {
                 AddressFamily::Inet if family == AddressFamily::Inet => IpAddr::V4(Ipv4Addr::UNSPECIFIED),
                 AddressFamily::Inet6 if family == AddressFamily::Inet6 => IpAddr::V6(Ipv6Addr::UNSPECIFIED),
-                // Without IPv6 the kernel answers with everything it has.
+                // A kernel without IPv6 answers with the routes of all families.
                 _ => return None,
             };
             let mut table = TableId::from(route.header.table);
@@ -179,7 +179,7 @@ impl Requests {
         self.list("reading the routes", RouteNetlinkMessage::GetRoute(question), route)
     }
 
-    /// Where the kernel would send what is for `destination`.
+    /// Asks for the route to `destination`.
     pub(super) fn ask(&mut self, destination: IpAddr) -> Result<RoutesReply, RoutesError> {
         let mut question = RouteMessage::default();
         (question.header.address_family, question.header.destination_prefix_length) = match destination {
@@ -190,7 +190,7 @@ impl Requests {
         let attempt = "asking for a route";
         let (answer, _) = match self.questions.ask(RouteNetlinkMessage::GetRoute(question), NLM_F_REQUEST) {
             Ok(answer) => answer,
-            // No route, or one that is unreachable, prohibit or blackhole.
+            // No route, or an unreachable, prohibit or blackhole one.
             Err(error)
                 if matches!(
                     error.raw_os_error(),
@@ -215,7 +215,7 @@ impl Requests {
         Ok(RoutesReply::Route { kind: route.header.kind, egress, source })
     }
 
-    /// All entries of a list that `keep` makes something of, read when it did not change.
+    /// Returns what `keep` makes of the entries of a list, from a reading during which the list did not change.
     fn list<T>(
         &mut self,
         attempt: &'static str,

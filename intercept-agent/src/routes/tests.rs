@@ -1,4 +1,4 @@
-//! In namespaces of their own, set up with iproute2.
+//! Routes of real namespaces, set up with iproute2.
 
 use std::net::{Ipv4Addr, Ipv6Addr};
 use std::process::Command;
@@ -18,7 +18,7 @@ fn ip(netns: &Netns, lines: &[&str]) {
     netns.run(run).expect("entering");
 }
 
-/// A pod with two interfaces of both families and default routes by the first.
+/// A pod with two dual-stack interfaces and default routes through the first.
 fn pod() -> Netns {
     let netns = fresh();
     ip(
@@ -43,7 +43,7 @@ fn pod() -> Netns {
     netns
 }
 
-/// Waits until these IPv6 addresses are the pod's own: the kernel leaves that to a worker.
+/// Waits until these IPv6 addresses are local. The kernel adds them from a work queue.
 fn settle(netns: &Netns, own: &[&str]) {
     let deadline = Instant::now() + Duration::from_secs(10);
     let is_own = |snapshot: &RouteSnapshot, text: &str| {
@@ -54,7 +54,7 @@ fn settle(netns: &Netns, own: &[&str]) {
         if own.iter().all(|address| is_own(&snapshot, address)) {
             return;
         }
-        assert!(Instant::now() < deadline, "{own:?} are not all in force in {snapshot:#?}");
+        assert!(Instant::now() < deadline, "{own:?} are not all local in {snapshot:#?}");
         std::thread::yield_now();
     }
 }
@@ -63,7 +63,7 @@ fn address(text: &str) -> IpAddr {
     text.parse().expect("an address")
 }
 
-/// Where `snapshot` sends `destination`: prefix, interface (`-` for nowhere) and source.
+/// Returns prefix, interface (`-` for none) and source of the route for `destination`.
 fn way(snapshot: &RouteSnapshot, destination: &str) -> Option<String> {
     let route = snapshot.lookup(address(destination))?;
     let egress = match route.reach {
@@ -84,11 +84,11 @@ fn expect(snapshot: &RouteSnapshot, ways: &[(&str, &str)]) {
     }
 }
 
-/// Asks the kernel for addresses in and around the prefixes of `snapshot`.
+/// Compares `snapshot` with the kernel's answers for addresses in and around its prefixes.
 #[track_caller]
 fn agrees_with_the_kernel(netns: &Netns, snapshot: &RouteSnapshot) {
     let mut requests = Requests::open(netns).expect("a socket");
-    // xorshift: the same addresses each time, so that a failure can be looked at.
+    // xorshift with a constant seed, so that a failure can be reproduced.
     let mut state = 0x9e37_79b9_7f4a_7c15_u64;
     let mut random = || {
         state ^= state << 13;
@@ -100,7 +100,7 @@ fn agrees_with_the_kernel(netns: &Netns, snapshot: &RouteSnapshot) {
     for prefix in snapshot.routes.iter().map(|route| route.prefix) {
         for near in [prefix.network(), prefix.broadcast()] {
             for _ in 0..20 {
-                // From the edge inwards or outwards, and anywhere inside.
+                // At the edge, next to it, or anywhere inside.
                 let step = random() % 4;
                 let host = u128::from(random()) << 64 | u128::from(random());
                 let (step4, host4) = (u32::try_from(step).unwrap(), u32::try_from(host >> 96).unwrap());
@@ -126,19 +126,19 @@ fn agrees_with_the_kernel(netns: &Netns, snapshot: &RouteSnapshot) {
     for destination in destinations {
         let asked =
             snapshot.resolve(&mut requests, IpNet::from(destination), destination).expect("an answer");
-        // Broadcast and multicast are not mirrored, and 0.0.0.0 and :: stand for this host.
+        // Broadcast and multicast are not in the snapshot, and 0.0.0.0 and :: stand for this host.
         let Some(asked) = asked.filter(|_| !destination.is_multicast() && !destination.is_unspecified())
         else {
             continue;
         };
         let (reach, source) =
             snapshot.lookup(destination).map_or((Reach::None, None), |route| (route.reach, route.source));
-        // Without a source of its own a local prefix gives the destination.
+        // In a local prefix without a source, each destination is its own.
         let source = if reach == Reach::Local { source.or(Some(destination)) } else { source };
         assert_eq!((reach, source), (asked.reach, asked.source), "{destination} in {snapshot:#?}");
         compared += 1;
     }
-    assert!(compared > 100, "only {compared} addresses were worth comparing");
+    assert!(compared > 100, "only {compared} addresses were compared");
 }
 
 #[test]
@@ -238,7 +238,7 @@ fn special_routes_are_mirrored() {
             "route add 172.31.0.0/16 dev eth0 metric 20",
             "route add 100.64.0.0/10 nexthop via 10.244.1.1 nexthop via 10.244.1.2",
             "route add local 203.0.113.0/24 dev lo",
-            // A subnet with nothing left but its own number and its broadcast address.
+            // A subnet that consists only of its network and broadcast addresses.
             "addr add 10.9.9.1/30 dev net1",
             "route add 10.9.9.2/32 dev eth0",
         ],
@@ -276,7 +276,7 @@ fn rules_are_honoured() {
             "route add default dev net1 table 300",
             "rule add lookup 100 priority 100",
             "rule add to 10.60.0.0/16 lookup 300 priority 110",
-            // What TPROXY needs; no unmarked socket follows it.
+            // The rule and route of TPROXY, which no unmarked socket follows.
             "route add local default dev lo table 133",
             "rule add fwmark 1337 lookup 133 priority 120",
         ],
@@ -286,7 +286,7 @@ fn rules_are_honoured() {
         &snapshot,
         &[
             ("10.50.1.1", "10.50.0.0/16 net1 192.168.7.9"),
-            // No rule looks at table 200.
+            // No rule looks up table 200.
             ("10.51.1.1", "0.0.0.0/0 eth0 10.244.1.5"),
             ("10.60.1.1", "10.60.0.0/16 net1 192.168.7.9"),
             ("8.8.8.8", "0.0.0.0/0 eth0 10.244.1.5"),
@@ -303,7 +303,7 @@ fn what_is_gone_or_down_is_not_routed() {
     for gone in ["192.168.7.9", "192.168.200.1", "8.8.8.8", "2606:4700::1", "10.244.1.77"] {
         assert_eq!(way(&snapshot, gone), None, "{gone}");
     }
-    // An IPv4 address outlives its interface being down, an IPv6 one does not.
+    // An IPv4 address stays while its interface is down; an IPv6 address does not.
     expect(
         &snapshot,
         &[("10.244.1.5", "10.244.1.5/32 lo 10.244.1.5"), ("fd00:7::9", "fd00:7::9/128 lo fd00:7::9")],
@@ -346,7 +346,7 @@ fn runtime() -> tokio::runtime::Runtime {
     tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime")
 }
 
-/// Waits until the state followed is one that `wanted` likes.
+/// Waits until the followed state satisfies `wanted`.
 async fn until(change: &str, follower: &mut Follower, wanted: impl Fn(&RouteSnapshot) -> bool) {
     let wait = async {
         while !wanted(follower.current()) {
@@ -364,7 +364,7 @@ fn changes_are_followed() {
         let mut follower = Follower::start(&netns).unwrap();
         assert_eq!(*follower.current(), RouteSnapshot::snapshot(&netns).unwrap());
         for (change, destination, expected) in [
-            // A secondary address: the kernel prefers the first of its subnet even towards it.
+            // A secondary address: the kernel prefers the first of its subnet even for connections to it.
             ("addr add 10.244.1.9/24 dev eth0", "10.244.1.9", Some("10.244.1.9/32 lo 10.244.1.5")),
             ("addr del 10.244.1.9/24 dev eth0", "10.244.1.9", Some("10.244.1.0/24 eth0 10.244.1.5")),
             ("addr add fd00:9::9/64 dev net1 nodad", "fd00:9::9", Some("fd00:9::9/128 lo fd00:9::9")),
@@ -389,11 +389,11 @@ fn a_change_without_effect_is_not_reported() {
     let netns = pod();
     runtime().block_on(async {
         let mut follower = Follower::start(&netns).unwrap();
-        // Events come, but table 200 is not looked at.
+        // There are events, but no rule looks up table 200.
         ip(&netns, &["route add 10.51.0.0/16 dev net1 table 200"]);
         let quiet = tokio::time::timeout(Duration::from_millis(300), follower.changed()).await;
         assert!(quiet.is_err(), "reported {quiet:?}");
-        // And waiting in vain has not made it deaf.
+        // Changes are still followed after the timeout.
         ip(&netns, &["route add 10.52.0.0/16 dev net1"]);
         until("a change", &mut follower, |snapshot| {
             way(snapshot, "10.52.1.1").is_some_and(|way| way.contains("net1"))
@@ -402,7 +402,7 @@ fn a_change_without_effect_is_not_reported() {
     });
 }
 
-/// Whether a netlink socket in `netns` was too full for an event.
+/// Whether a netlink socket in `netns` has dropped an event.
 fn has_lost_events(netns: &Netns) -> bool {
     let read = || std::fs::read_to_string("/proc/thread-self/net/netlink").expect("the netlink sockets");
     let sockets = netns.run(read).expect("entering");
@@ -416,7 +416,7 @@ fn lost_events_are_made_up_for() {
     runtime().block_on(async {
         let mut follower = Follower::start(&netns).unwrap();
         follower.shrink_buffer();
-        // More events than the socket holds, while nobody reads.
+        // More events than the socket buffers.
         for batch in 0..8 {
             let lines: Vec<_> = (0..64).map(|n| format!("route add 10.{batch}.{n}.0/24 dev net1")).collect();
             ip(&netns, &lines.iter().map(String::as_str).collect::<Vec<_>>());
@@ -474,7 +474,7 @@ fn an_answer_that_is_given_up_is_not_taken_for_the_next() {
     assert_eq!(read, RouteSnapshot::snapshot(&netns).expect("a snapshot"));
 }
 
-/// What a pod changes without end costs a small part of a processor.
+/// A pod that changes its routes endlessly costs a small part of a processor.
 #[test]
 fn a_flapping_table_is_read_less_and_less() {
     let netns = pod();

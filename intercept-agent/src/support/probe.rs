@@ -1,6 +1,6 @@
-//! Trying each hook, helper, kind of map and instruction alone.
+//! Probes each hook, helper, map type and instruction on its own.
 //!
-//! Which ones the programs use is read from the programs, so that no list can miss one.
+//! The list of those that the programs use is read from the programs, so it cannot miss one.
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashSet},
@@ -24,7 +24,7 @@ use crate::{
     sys::{self, ProgramKind},
 };
 
-/// The helpers that programs may call, of which the kernel knows the names.
+/// The names of the helpers that programs may use. The kernel knows helpers by number.
 const HELPERS: [BpfHelper; 31] = [
     BpfHelper::BPF_FUNC_map_lookup_elem,
     BpfHelper::BPF_FUNC_map_update_elem,
@@ -59,25 +59,25 @@ const HELPERS: [BpfHelper; 31] = [
     BpfHelper::BPF_FUNC_get_prandom_u32,
 ];
 
-/// The programs, in the order in which they are attached.
+/// The programs in the order in which they are attached.
 fn all_programs() -> impl Iterator<Item = &'static str> {
     names::CGROUP_PROGRAMS.into_iter().chain([names::SK_LOOKUP, names::STEER_INBOUND])
 }
 
-/// What this kernel lacks: hooks first, what all programs need last.
+/// Returns what this kernel lacks: hooks first, features of all programs last.
 pub fn missing() -> Result<Vec<Missing>, ProbeError> {
     let uses = Uses::of_object()?;
     let mut missing = Vec::new();
     let mut without_hook = BTreeSet::new();
     for program in all_programs() {
         let kind = programs::kind(program);
-        // The two halves of sk_lookup have one hook.
+        // Both programs of sk_lookup use one hook.
         if program != names::STEER_INBOUND && !takes(kind, &[MOVE_1, EXIT], &format!("hook of {program}"))? {
             without_hook.insert(kind);
             missing.push(Missing { feature: Feature::Hook, programs: vec![program] });
         }
     }
-    // Nothing can be tried in a program that has no hook.
+    // A program type without a hook cannot be used to probe anything else.
     let can_be_tried = |program: &&'static str| !without_hook.contains(&programs::kind(program));
     for (helper, users) in &uses.helpers {
         let mut without = Vec::new();
@@ -112,10 +112,10 @@ fn refused(what: String, source: io::Error) -> ProbeError {
     ProbeError::Refused { what, source }
 }
 
-/// What the programs use.
+/// Features that the programs use.
 #[derive(Default)]
 struct Uses {
-    /// Programs by the number of a helper.
+    /// The programs that use a helper, by its number.
     helpers: BTreeMap<u32, Vec<&'static str>>,
     fetching_atomics: Vec<&'static str>,
     maps: BTreeSet<u32>,
@@ -163,10 +163,10 @@ const ATOMIC_64: u8 = 0xdb;
 const FETCH: u8 = 0x01;
 const OR: u8 = 0x40;
 
-/// `r0 = 1`, which every hook may return.
+/// `r0 = 1`, a valid return value of every hook.
 const MOVE_1: [u8; 8] = [0xb7, 0, 0, 0, 1, 0, 0, 0];
 const EXIT: [u8; 8] = [0x95, 0, 0, 0, 0, 0, 0, 0];
-/// A word of the stack is set to 0 and then to what it was, or 0.
+/// Sets a word of the stack to 0 by an atomic fetch, and returns the old value, 0.
 const FETCHING: [[u8; 8]; 5] = [
     [0xb7, 1, 0, 0, 0, 0, 0, 0],
     [0x7b, 0x1a, 0xf8, 0xff, 0, 0, 0, 0],
@@ -175,30 +175,30 @@ const FETCHING: [[u8; 8]; 5] = [
     EXIT,
 ];
 
-/// Whether the kernel takes a program. Any kind that it knows it takes with code that it knows.
+/// Whether the kernel accepts a program. A known type with valid code is accepted.
 fn takes(kind: ProgramKind, code: &[[u8; 8]], what: &str) -> Result<bool, ProbeError> {
     match sys::try_program(kind, code.as_flattened()) {
         Ok(()) => Ok(true),
-        // Before it looks at the code; or because of that, when it has written why.
+        // Refused before the code is verified (unknown type or hook), or by the verifier, whose log is then not empty.
         Err((error, _)) if matches!(error.raw_os_error(), Some(libc::EINVAL | libc::E2BIG)) => Ok(false),
         Err((source, _)) => Err(refused(what.to_owned(), source)),
     }
 }
 
-/// Whether programs of a kind may call a helper: the verifier's word, as libbpf has it.
+/// Whether programs of a type may call a helper, by the verifier's message, as libbpf probes it.
 fn knows_helper(kind: ProgramKind, helper: u32) -> Result<bool, ProbeError> {
     const UNKNOWN: [&str; 3] = ["invalid func ", "unknown func ", "program of this type cannot use helper "];
     let [a, b, c, d] = helper.to_le_bytes();
     match sys::try_program(kind, [[CALL, 0, 0, 0, a, b, c, d], EXIT].as_flattened()) {
         Ok(()) => Ok(true),
         Err((_, log)) if UNKNOWN.iter().any(|word| log.contains(word)) => Ok(false),
-        // It complains of the arguments, which were not given.
+        // The verifier knows the helper and complains about its missing arguments.
         Err((_, log)) if !log.is_empty() => Ok(true),
         Err((source, _)) => Err(refused(format!("helper {}", helper_name(helper)), source)),
     }
 }
 
-/// "bpf_map_lookup_elem".
+/// Returns a name such as "bpf_map_lookup_elem".
 fn helper_name(helper: u32) -> String {
     let known = HELPERS.iter().find(|known| **known as u32 == helper);
     known.map_or_else(
@@ -217,7 +217,7 @@ fn supports_map(kind: u32) -> Result<bool, ProbeError> {
         .map_err(|error| refused(format!("maps of type {}", map_name(kind)), io::Error::other(error)))
 }
 
-/// "ringbuf".
+/// Returns a name such as "ringbuf".
 fn map_name(kind: u32) -> String {
     let name = map_type(kind).map(|kind| format!("{kind:?}").replacen("BPF_MAP_TYPE_", "", 1).to_lowercase());
     name.unwrap_or_else(|| format!("number {kind}"))
@@ -247,13 +247,13 @@ mod tests {
         assert!(names.iter().any(|name| name == "lpm_trie"), "{names:?}");
     }
 
-    /// A helper and a hook of which this kernel has never heard.
+    /// Probes a helper number and a hook that no kernel has.
     #[test]
     fn what_is_unknown_is_found_missing() {
         let kind = programs::kind(names::CONNECT4);
         assert!(knows_helper(kind, BpfHelper::BPF_FUNC_bind as u32).expect("tried"));
         assert!(!knows_helper(kind, 9999).expect("tried"));
-        // Of the wrong type.
+        // The helper exists, but not for this program type.
         assert!(
             !knows_helper(programs::kind(names::SK_LOOKUP), BpfHelper::BPF_FUNC_get_netns_cookie as u32)
                 .expect("tried")

@@ -1,5 +1,5 @@
-//! The process of the check. It is forked from one that may have other threads, so it does nothing but system
-//! calls: no memory is asked for and no lock is taken.
+//! The child process. Its parent may have other threads, so after the fork it only makes system calls: it neither
+//! allocates nor takes locks.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -20,12 +20,12 @@ use rustix::thread::{
 
 use super::{ListenerFate, Probe};
 
-/// Between two attempts: programs that are being attached may come into force any time.
+/// Pause between two attempts. Programs that are just being attached may become active at any time.
 const PAUSE: Duration = Duration::from_millis(100);
-/// More patience than this is not told from it.
+/// Upper limit of the timeout.
 pub(super) const LONGEST: Duration = Duration::from_secs(24 * 3600);
 
-/// One connection of the check.
+/// One of the two connections of the check.
 #[derive(Clone, Copy)]
 pub(super) enum ProbeLeg {
     V4 = 0,
@@ -35,7 +35,7 @@ pub(super) enum ProbeLeg {
 impl ProbeLeg {
     pub(super) const BOTH: [Self; 2] = [Self::V4, Self::V6];
 
-    /// Where it comes from, and where the proxy would listen.
+    /// Returns the source address, which is also the address that the proxy would listen on.
     pub(super) fn source(self) -> IpAddr {
         match self {
             Self::V4 => IpAddr::V4(Ipv4Addr::LOCALHOST),
@@ -43,7 +43,7 @@ impl ProbeLeg {
         }
     }
 
-    /// What is dialled. `::6` is put on the loopback interface when interception is set up.
+    /// Returns the destination. `::6` is added to the loopback interface when interception is set up.
     pub(super) fn destination(self) -> IpAddr {
         match self {
             Self::V4 => IpAddr::V4(Ipv4Addr::new(127, 0, 0, 6)),
@@ -51,7 +51,7 @@ impl ProbeLeg {
         }
     }
 
-    /// What SO_ORIGINAL_DST tells on an accepted connection.
+    /// Returns the original destination of an accepted connection (SO_ORIGINAL_DST).
     fn original(self, accepted: &OwnedFd) -> Result<SocketAddr, Errno> {
         match self {
             Self::V4 => ip_original_dst(accepted).map(SocketAddr::V4),
@@ -60,22 +60,22 @@ impl ProbeLeg {
     }
 }
 
-/// What became of a leg.
+/// The outcome of one connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum ProbeOutcome {
-    /// It arrived as it should, at this port.
+    /// It arrived as required, at this port.
     Passed(u16),
-    /// The namespace does not have the addresses.
+    /// The namespace lacks the addresses.
     Absent,
-    /// It did not arrive as it should.
+    /// It did not arrive as required.
     Failed(ListenerFate),
-    /// No port to arrive at.
+    /// Neither port can be listened on.
     Listen(Errno),
-    /// The process could not be made what it has to be.
+    /// The process cannot be set up.
     Setup(ProbeStep, Errno),
 }
 
-/// What it takes before the check.
+/// A step before the check.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum ProbeStep {
     Cgroup = 0,
@@ -91,14 +91,14 @@ impl ProbeStep {
         match self {
             Self::Cgroup => "joining a cgroup below the pod's",
             Self::Netns => "entering the pod's network namespace",
-            Self::User => "becoming the proxy's user",
-            Self::Socket => "making a socket",
+            Self::User => "switching to the proxy's user",
+            Self::Socket => "creating a socket",
         }
     }
 }
 
 impl ProbeOutcome {
-    /// Bytes of one: what, a port, another port or a step, an error.
+    /// Length of an encoded outcome in bytes: kind, port, second port or step, error.
     pub(super) const SIZE: usize = 12;
 
     pub(super) fn encode(self) -> [u8; Self::SIZE] {
@@ -144,7 +144,7 @@ impl ProbeOutcome {
     }
 }
 
-/// Starts the process. It writes the outcomes of both legs to `report` and ends.
+/// Forks the child. It writes the outcomes of both connections to `report` and exits.
 pub(super) fn start(
     procs: BorrowedFd<'_>,
     netns: BorrowedFd<'_>,
@@ -152,9 +152,9 @@ pub(super) fn start(
     probe: &Probe,
 ) -> Result<Pid, Errno> {
     let deadline = Instant::now() + probe.timeout.min(LONGEST);
-    // SAFETY: the child has one thread and runs only `child`, which makes system calls on what it is given and on
-    // its own stack, takes no lock, asks for no memory and does not panic; then it ends without running any
-    // destructor or exit handler of the parent's.
+    // SAFETY: the child has one thread and runs only `child`, which makes system calls on its arguments and its own
+    // stack. It takes no lock, does not allocate and does not panic. Then it exits without running destructors or exit
+    // handlers of the parent.
     match unsafe { libc::fork() } {
         -1 => Err(Errno::from_io_error(&std::io::Error::last_os_error()).unwrap_or(Errno::AGAIN)),
         0 => {
@@ -164,7 +164,7 @@ pub(super) fn start(
             v4.copy_from_slice(&outcomes[0].encode());
             v6.copy_from_slice(&outcomes[1].encode());
             _ = rustix::io::write(report, &bytes);
-            // SAFETY: ends the process at once, which has nothing to tidy up.
+            // SAFETY: ends the process at once. It has nothing to clean up.
             unsafe { libc::_exit(0) }
         }
         pid => Pid::from_raw(pid).ok_or(Errno::AGAIN),
@@ -182,13 +182,14 @@ fn child(
     }
     let v4 = attempt(ProbeLeg::V4, probe, deadline);
     match v4 {
-        // Told first, and there is no time left.
+        // This outcome is written first, because the second connection may use up the remaining time.
         ProbeOutcome::Passed(_) => [v4, attempt(ProbeLeg::V6, probe, deadline)],
         _ => [v4; 2],
     }
 }
 
-/// Sockets belong to the user and the cgroup of the process that makes them.
+/// Joins the cgroup and the namespace and switches to the proxy's user. A socket belongs to the user and the cgroup of
+/// the process that creates it.
 fn become_proxy(
     procs: BorrowedFd<'_>,
     netns: BorrowedFd<'_>,
@@ -224,7 +225,7 @@ fn attempt(leg: ProbeLeg, probe: &Probe, deadline: Instant) -> ProbeOutcome {
     loop {
         match connection(leg, probe, &listeners, deadline) {
             Ok(Ok(index)) => return ProbeOutcome::Passed(ports[index]),
-            // An attempt that time ran out for says less than one before.
+            // An attempt that timed out says less than an earlier one that failed.
             Ok(Err(ListenerFate::Nothing)) => {}
             Ok(Err(what)) => seen = what,
             Err(error) => return failed(error),
@@ -237,7 +238,7 @@ fn attempt(leg: ProbeLeg, probe: &Probe, deadline: Instant) -> ProbeOutcome {
     }
 }
 
-/// One connection: where it arrived, or what happened instead.
+/// Opens one connection. Returns the index of the port where it arrived, or what happened instead.
 fn connection(
     leg: ProbeLeg,
     probe: &Probe,
@@ -266,7 +267,7 @@ fn connection(
         if left.is_zero() || made {
             return Ok(Err(if made { ListenerFate::Elsewhere } else { ListenerFate::Nothing }));
         }
-        // Listeners that are not there are stood in for by the client, which is waited for anyway.
+        // The client, which is polled anyway, takes the place of a missing listener.
         let fd = |index: usize| listeners[index].as_ref().map_or(client.as_fd(), AsFd::as_fd);
         let interest = |index: usize| if listeners[index].is_ok() { PollFlags::IN } else { PollFlags::OUT };
         let mut waiting = [
@@ -282,7 +283,7 @@ fn connection(
             if let Err(error) = socket_error(&client)? {
                 return Ok(Err(ListenerFate::Refused(error)));
             }
-            // On the loopback interface the other end is in the listener's queue by now: one more look.
+            // On loopback an established connection is already in the listener's queue: check the listeners once more.
             made = true;
         }
     }

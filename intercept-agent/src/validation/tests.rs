@@ -1,5 +1,4 @@
-//! Where nothing is attached the check has to fail, and say why. That it can pass is shown with the rules of
-//! iptables.
+//! Without attached programs the check must fail and say why. Rules of iptables show that it can pass.
 
 use std::net::{SocketAddr, TcpListener};
 use std::process::Command;
@@ -30,7 +29,7 @@ fn run(netns: &Netns, lines: &[&str]) {
     netns.run(run).expect("entering");
 }
 
-/// A namespace of both families, as it is when interception is set up.
+/// A dual-stack namespace, as it is once interception is set up.
 fn network() -> Netns {
     let netns = fresh();
     run(&netns, &["ip link set lo up", "ip -6 addr add ::6/128 dev lo"]);
@@ -114,7 +113,7 @@ fn the_process_of_the_check_is_in_a_cgroup_below_the_pods() {
 
 #[test]
 fn outcomes_cross_the_pipe_unchanged() {
-    // Every variant has its own encoding, or these would not all come back.
+    // Each variant has its own encoding, or the decoded values would differ.
     for outcome in [
         ProbeOutcome::Passed(15006),
         ProbeOutcome::Absent,
