@@ -1,8 +1,8 @@
-//! Joins connections between proxies of captured pods on this node, past TCP: the programs and maps of an object of
-//! their own, which the first pod that asks for it loads.
+//! Joins connections between proxies of captured pods on this node, so that messages bypass TCP. The programs and maps
+//! are an object of their own, loaded for the first pod with `--accelerate`.
 //!
-//! The programs find the ends and decide for every message (`intercept-ebpf/src/join`); here is who may be joined: a
-//! pod's cell in JOIN_PODS is its switch, JOIN_OFF that of the node, and both count at the next message.
+//! The programs pair the ends and decide for each message (`intercept-ebpf/src/join`). This module decides which pods
+//! take part: a pod's cell in JOIN_PODS is its switch and JOIN_OFF the node's. Both take effect with the next message.
 
 mod proxies;
 pub mod self_test;
@@ -29,20 +29,20 @@ use crate::{
 
 pub use proxies::Owners;
 
-/// The compiled programs.
+/// The compiled programs for joined connections, an ELF object.
 pub static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/join.o"));
 
-/// Why connections of a pod, or of any, are not joined.
+/// Why connections of a pod, or of the whole node, are not joined.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum AccelerationError {
-    /// This kernel does not behave.
+    /// The kernel has failed the self-test.
     #[error(transparent)]
     Gate(#[from] self_test::Refused),
-    /// The programs would not know where to look.
-    #[error("preparing the programs that join connections")]
+    /// The offsets that the programs need are unknown.
+    #[error("looking up the offsets for the programs that join connections")]
     Offsets(#[from] OffsetError),
-    /// aya could not make maps or relocate.
+    /// aya failed to create the maps or to relocate the programs.
     #[error("creating the maps of the programs that join connections")]
     Load(#[source] Box<aya::EbpfError>),
     /// The kernel refused a program.
@@ -50,32 +50,32 @@ pub enum AccelerationError {
     Verify {
         /// Name of the program.
         name: &'static str,
-        /// The kernel's word, with the verifier's log.
+        /// The error from the kernel, with the verifier's log.
         #[source]
         source: Box<ProgramError>,
     },
-    /// A name of the list is not in the object, or of another kind.
+    /// The object has no program with a name of the list, or one of another type.
     #[error("the built-in object has no program {0}: the build is inconsistent")]
     Absent(&'static str),
-    /// A call on a program, a link or a pin failed.
+    /// An operation on a program, a link or a pin failed.
     #[error("{action} {name}")]
     Call {
-        /// What was attempted.
+        /// The operation.
         action: &'static str,
-        /// On what.
+        /// Name of the object.
         name: &'static str,
-        /// The kernel's word.
+        /// The error from the kernel.
         #[source]
         source: io::Error,
     },
-    /// A map call failed.
+    /// An operation on a map failed.
     #[error("{action} map {name}")]
     Map {
-        /// What was attempted.
+        /// The operation.
         action: &'static str,
-        /// On what.
+        /// Name of the map.
         name: &'static str,
-        /// aya's word.
+        /// The error from aya.
         #[source]
         source: Box<MapError>,
     },
@@ -89,12 +89,12 @@ fn call_failed(action: &'static str, name: &'static str) -> impl FnOnce(io::Erro
     move |source| AccelerationError::Call { action, name, source }
 }
 
-/// What was counted of a pod: the words and their counts, without those that are zero.
+/// The counters of a pod that are not zero, with their names.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Counted {
-    /// Of [`JoinCount`].
+    /// Counters of [`JoinCount`].
     pub connections: Vec<(&'static str, u64)>,
-    /// Of [`TcpReason`]: connections that went from being joined back to TCP, by why.
+    /// Counters of [`TcpReason`]: joined connections that changed to TCP, by reason.
     pub back_to_tcp: Vec<(&'static str, u64)>,
 }
 
@@ -117,9 +117,9 @@ fn open<T: TryFrom<Map, Error = MapError>>(
 }
 
 impl Acceleration {
-    /// Those of this node, if a pod of any build has ever asked.
+    /// Opens the node's maps. `None` if no pod has used them since boot, with any build of the agent.
     pub fn find(store: &Store) -> Result<Option<Self>, AccelerationError> {
-        // The last that is pinned.
+        // This map is pinned last.
         if store.maps().join(names::JOIN_COUNTERS).exists() { Self::open(store).map(Some) } else { Ok(None) }
     }
 
@@ -139,7 +139,10 @@ impl Acceleration {
         store.programs().join(names::JOIN_OPS).exists()
     }
 
-    /// Load this build's programs if they are not; refused where the self-test says so.
+    /// Loads this build's programs unless they are loaded.
+    ///
+    /// # Errors
+    /// [`AccelerationError::Refused`] if the kernel fails the self-test.
     pub fn load(store: &Store) -> Result<Self, AccelerationError> {
         if !Self::is_loaded(store) {
             self_test::admit()?;
@@ -149,14 +152,14 @@ impl Acceleration {
         Self::open(store)
     }
 
-    /// Let the connections of these executables of a pod be joined.
+    /// Allows connections of a pod's accepted executables to be joined.
     pub fn allow(&mut self, pod: PodCell, config: &Config) -> Result<(), AccelerationError> {
         let allowed = config.accelerate.iter().filter_map(|name| ProxyName::new(pod.netns, name));
         let allowed: Vec<_> = allowed.collect();
         for name in &allowed {
             self.proxies
                 .insert(Plain(*name), 1, 0)
-                .map_err(map_failed("allowing a proxy in", names::JOIN_PROXIES))?;
+                .map_err(map_failed("adding a proxy to", names::JOIN_PROXIES))?;
         }
         self.forget_proxies(|name| name.netns == pod.netns && !allowed.contains(name))?;
         if self.is_on(pod) {
@@ -166,7 +169,7 @@ impl Acceleration {
         self.pods.set(pod.slot, pod.netns, 0).map_err(map_failed("switching on a pod in", names::JOIN_PODS))
     }
 
-    /// Let nothing of a pod be joined any more, from its next message on. Those that are joined go on by TCP.
+    /// Stops joining a pod's messages, from the next one on. Its joined connections continue by TCP.
     pub fn revoke(&mut self, pod: PodCell) -> Result<(), AccelerationError> {
         if self.is_on(pod) {
             self.pods.set(pod.slot, 0, 0).map_err(map_failed("switching off a pod in", names::JOIN_PODS))?;
@@ -174,28 +177,28 @@ impl Acceleration {
         self.forget_proxies(|name| name.netns == pod.netns)
     }
 
-    /// Whether this pod's connections may be joined, as far as the pod goes.
+    /// Whether joining is switched on for this pod. The node's switch is separate.
     pub fn is_on(&self, pod: PodCell) -> bool {
         self.pods.get(&pod.slot, 0).is_ok_and(|netns| netns == pod.netns)
     }
 
-    /// Whether anything is joined on this node.
+    /// Whether joining is switched on for this node.
     pub fn node_is_on(&self) -> Result<bool, AccelerationError> {
         let off = self.off.get(&0, 0).map_err(map_failed("reading", names::JOIN_OFF))?;
         Ok(off == 0)
     }
 
-    /// Let no message go past TCP on this node, from the next one on.
+    /// Switches joining off for this node, from the next message on.
     pub fn deactivate(&mut self) -> Result<(), AccelerationError> {
         self.off.set(0, 1, 0).map_err(map_failed("switching off this node in", names::JOIN_OFF))
     }
 
-    /// Let messages go past TCP again.
+    /// Switches joining on for this node.
     pub fn activate(&mut self) -> Result<(), AccelerationError> {
         self.off.set(0, 0, 0).map_err(map_failed("switching on this node in", names::JOIN_OFF))
     }
 
-    /// What was counted of a pod.
+    /// Reads the counters of a pod.
     pub fn counted(&self, pod: PodCell) -> Result<Counted, AccelerationError> {
         let cpus = self.counters.get(&pod.slot, 0).map_err(map_failed("reading", names::JOIN_COUNTERS))?;
         let mut sum = [0; JOIN_COUNTER_COUNT];
@@ -236,8 +239,8 @@ impl Acceleration {
     }
 }
 
-/// Load the programs over the maps pinned in `maps` (made and pinned there if they are not), and pin them in
-/// `programs`; that for messages is attached to the map of ends.
+/// Loads the programs with the maps pinned in `maps`, which are created if they are missing, and pins them in
+/// `programs`. The sk_msg program is attached to JOIN_ENDS.
 fn load_programs(maps: &Path, programs: &Path) -> Result<(), AccelerationError> {
     let offsets = btf_offsets::find_for_joining()?;
     let mut loader = EbpfLoader::new();
@@ -250,7 +253,7 @@ fn load_programs(maps: &Path, programs: &Path) -> Result<(), AccelerationError> 
         loader.map_pin_path(name, path.as_path());
     }
     let mut ebpf = loader.load(OBJECT).map_err(|error| AccelerationError::Load(Box::new(error)))?;
-    // That for callbacks comes last: with its pin, all is there.
+    // JOIN_OPS is pinned last, so that its pin shows that everything is loaded.
     for name in [names::JOIN_MSG, names::JOIN_OPS] {
         let program = ebpf.program_mut(name).ok_or(AccelerationError::Absent(name))?;
         let loaded = match program {

@@ -1,4 +1,4 @@
-//! The pinned maps of a node, typed.
+//! Typed access to a node's pinned maps.
 
 use std::{
     io,
@@ -32,7 +32,7 @@ type Hash<K, V> = HashMap<MapData, Plain<K>, Plain<V>>;
 
 /// The maps, opened from their pins.
 pub struct Maps {
-    /// Netns cookie to policy.
+    /// Policies by netns cookie.
     pub pods: HashMap<MapData, u64, Plain<PodPolicy>>,
     destinations: LpmTrie<MapData, Plain<DestinationKey>, Plain<Destination>>,
     ports: LpmTrie<MapData, Plain<PortKey>, Plain<u32>>,
@@ -62,20 +62,21 @@ struct PortPrefixKey {
 }
 
 impl PrefixKey {
-    /// The one of a policy that comes first in the trie's order: written first and removed last, it leads to all others.
+    /// The first key of a policy in the trie's order. It is written first and removed last, so that the others can be
+    /// enumerated from it.
     fn first(policy: u32) -> Self {
         Self { prefix_len: 160, key: DestinationKey { policy, addr: Addr::UNSPECIFIED } }
     }
 }
 
 impl PortPrefixKey {
-    /// As [`PrefixKey::first`]. No packet has port 0.
+    /// As [`PrefixKey::first`]. No flow has port 0.
     fn first(policy: u32) -> Self {
         Self { prefix_len: PortKey::BITS, key: PortKey::new(policy, 0) }
     }
 }
 
-/// How much of its budget in each map one policy uses.
+/// Number of a policy's entries in each map.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct PolicyUsage {
     /// Entries of DESTINATIONS.
@@ -88,11 +89,11 @@ pub struct PolicyUsage {
     pub interfaces: usize,
 }
 
-/// [`PolicyUsage`] by the ids of the policies.
+/// [`PolicyUsage`] by policy id.
 pub type UsageOf = std::collections::HashMap<u32, PolicyUsage>;
 
 impl PolicyUsage {
-    /// Name of each map, entries in use, and entries that a pod may have.
+    /// Returns the name of each map, its entries in use, and the budget of a pod.
     pub fn by_map(&self) -> [(&'static str, usize, u32); 4] {
         [
             (names::DESTINATIONS, self.destinations, budget::DESTINATIONS),
@@ -103,15 +104,15 @@ impl PolicyUsage {
     }
 }
 
-/// How full the maps are.
+/// Use of the maps.
 pub struct MapsUsage {
-    /// What each policy uses of its budgets.
+    /// Use by each policy.
     pub usage: UsageOf,
-    /// Name, entries in use, entries there is room for.
+    /// Name, entries in use and size of each map.
     pub maps: Vec<(&'static str, usize, u32)>,
 }
 
-/// A map call failed.
+/// An operation on a map failed.
 #[derive(Debug, thiserror::Error)]
 #[error("{action} map {map}{}", self.hint())]
 pub struct MapsError {
@@ -122,7 +123,7 @@ pub struct MapsError {
 }
 
 impl MapsError {
-    /// Whether the map has no room.
+    /// Whether the map is full.
     pub fn is_full(&self) -> bool {
         matches!(&self.source, MapError::SyscallError(e) if e.io_error.raw_os_error() == Some(libc::E2BIG)
             || e.io_error.raw_os_error() == Some(libc::ENOSPC))
@@ -172,7 +173,7 @@ fn entries<K: bytemuck::Pod, V: bytemuck::Pod>(map: &MapData, name: &str) -> Res
 }
 
 impl Maps {
-    /// Open all of them from their folder.
+    /// Opens all maps from their pins in `dir`.
     pub fn open(dir: &Path) -> Result<Self, MapsError> {
         use aya::maps::Map;
         Ok(Self {
@@ -185,18 +186,18 @@ impl Maps {
             orig_dst: open(dir, names::ORIG_DST, Map::HashMap)?,
             proxies: proxy::open(dir)?,
             max_connections: MapInfo::from_pin(dir.join(names::ORIG_DST))
-                .map_err(failed("asking for the size of", names::ORIG_DST))?
+                .map_err(failed("reading the size of", names::ORIG_DST))?
                 .max_entries(),
             decisions: open(dir, names::COUNTERS, Map::PerCpuArray)?,
         })
     }
 
-    /// The policies in force.
+    /// Reads the active policies with their netns cookies.
     pub fn policies(&self) -> Result<Vec<(u64, PodPolicy)>, MapsError> {
         entries(self.pods.map(), names::POLICIES)
     }
 
-    /// The policy of a namespace.
+    /// Reads the policy of a namespace.
     pub fn policy(&self, cookie: u64) -> Result<Option<PodPolicy>, MapsError> {
         match self.pods.get(&cookie, 0) {
             Ok(policy) => Ok(Some(policy.0)),
@@ -205,18 +206,18 @@ impl Maps {
         }
     }
 
-    /// Put a policy in force, or another in its place: the one step that connections notice.
+    /// Activates a policy or replaces the active one. The replacement is atomic for connections.
     pub fn activate(&mut self, cookie: u64, policy: &PodPolicy) -> Result<(), MapsError> {
-        self.pods.insert(cookie, Plain(*policy), 0).map_err(failed("switching on a pod in", names::POLICIES))
+        self.pods.insert(cookie, Plain(*policy), 0).map_err(failed("adding a policy to", names::POLICIES))
     }
 
-    /// Let the namespace alone from here on.
+    /// Removes the policy of a namespace. Its connections are no longer captured.
     pub fn deactivate(&mut self, cookie: u64) -> Result<(), MapsError> {
-        gone_is_fine(self.pods.remove(&cookie)).map_err(failed("switching off a pod in", names::POLICIES))
+        gone_is_fine(self.pods.remove(&cookie)).map_err(failed("removing a policy from", names::POLICIES))
     }
 
-    /// Write the lists of a policy that is not in force yet. After a failure none of them is left: half of a list that
-    /// did not fit would take the room of other pods.
+    /// Writes the entries of a policy that is not active yet. After a failure it removes them, because a part of them
+    /// would use up other pods' space.
     pub fn write(&mut self, id: u32, entries: &Entries) -> Result<(), MapsError> {
         let written = self.write_all(id, entries);
         if written.is_err() {
@@ -250,7 +251,7 @@ impl Maps {
         Ok(())
     }
 
-    /// Take out every list entry of these policies. What other pods have is not read through for the long lists.
+    /// Removes the entries of these policies. Entries of other pods are not read in the large maps.
     pub fn remove_lists(&mut self, ids: &[u32]) -> Result<(), MapsError> {
         for &id in ids {
             for key in self.destinations_of(id)? {
@@ -272,7 +273,7 @@ impl Maps {
         Ok(())
     }
 
-    /// The keys of a policy in DESTINATIONS, the first one last.
+    /// Returns the keys of a policy in DESTINATIONS, the first one last.
     fn destinations_of(&self, id: u32) -> Result<Vec<PrefixKey>, MapsError> {
         let first = PrefixKey::first(id);
         let found = self.destinations.get(&Key::new(first.prefix_len, Plain(first.key)), 0);
@@ -286,7 +287,7 @@ impl Maps {
         Ok(found.into_iter().map(|(key, _)| key).chain([first]).collect())
     }
 
-    /// The keys of a policy in PORTS, the first one last.
+    /// Returns the keys of a policy in PORTS, the first one last.
     fn ports_of(&self, id: u32) -> Result<Vec<PortPrefixKey>, MapsError> {
         let first = PortPrefixKey::first(id);
         let found = self.ports.get(&Key::new(first.prefix_len, Plain(first.key)), 0);
@@ -300,7 +301,7 @@ impl Maps {
         Ok(found.into_iter().map(|(key, _)| key).chain([first]).collect())
     }
 
-    /// What each policy uses of its budgets, by its id.
+    /// Counts each policy's entries, by policy id.
     pub fn usage(&self) -> Result<UsageOf, MapsError> {
         let mut usage = UsageOf::new();
         let reading = |name| move |error| failed("reading", name)(MapError::IoError(error));
@@ -324,7 +325,7 @@ impl Maps {
         Ok(usage)
     }
 
-    /// Forget the connections and listeners of every namespace that `keep` does not want; says how many.
+    /// Removes the connections and listeners of all namespaces for which `keep` is false. Returns their number.
     pub fn purge_connections(&mut self, keep: impl Fn(u64) -> bool) -> Result<usize, MapsError> {
         let mut purged = 0;
         for (key, _) in self.originals()? {
@@ -346,8 +347,8 @@ impl Maps {
         entries(self.orig_dst.map(), names::ORIG_DST)
     }
 
-    /// How full the maps are. The many connections are not counted here: the programs have done so. `dir` is the folder
-    /// of the maps.
+    /// Returns the use of the maps in `dir`. The number of connections is a counter of the programs, so that map is not
+    /// read.
     pub fn fill(&self, dir: &Path) -> Result<MapsUsage, MapsError> {
         let policies = self.policies()?;
         let connections: u64 = policies.iter().map(|(_, policy)| self.connections(policy.slot)).sum();
@@ -363,20 +364,20 @@ impl Maps {
             (names::INTERFACES, sum(|usage| usage.interfaces)),
         ];
         let with_room = used.into_iter().map(|(name, used)| {
-            let info = MapInfo::from_pin(dir.join(name)).map_err(failed("asking for the size of", name))?;
+            let info = MapInfo::from_pin(dir.join(name)).map_err(failed("reading the size of", name))?;
             Ok((name, used, info.max_entries()))
         });
         let maps = with_room.collect::<Result<_, _>>()?;
         Ok(MapsUsage { usage, maps })
     }
 
-    /// How many redirected connections one pod may have: a quarter of those that the node remembers, so that no three
-    /// pods are in each other's way.
+    /// Returns the most redirected connections of a pod: a quarter of the node's, so that three pods cannot block a
+    /// fourth.
     pub fn max_connections_per_pod(&self) -> u32 {
         (self.max_connections / 4).max(1)
     }
 
-    /// The counters of a slot, all CPUs added up.
+    /// Reads the counters of a slot, summed over all CPUs.
     pub fn counters(&self, slot: u32) -> Result<ReasonCounters, MapsError> {
         let values = self.decisions.get(&slot, 0).map_err(failed("reading", names::COUNTERS))?;
         let mut sum: ReasonCounters = bytemuck::Zeroable::zeroed();
@@ -386,7 +387,7 @@ impl Maps {
         Ok(sum)
     }
 
-    /// Start a slot from nothing: neither counts nor what is known of a proxy are another pod's.
+    /// Clears the counters and the proxy's state in a slot that is given to a pod.
     pub fn reset_slot(&mut self, slot: u32) -> Result<(), MapsError> {
         self.reset_proxy(slot);
         let cpus = aya::util::nr_cpus()
@@ -397,24 +398,24 @@ impl Maps {
         self.decisions.set(slot, values, 0).map_err(failed("writing to", names::COUNTERS))
     }
 
-    /// What the programs would find for an address.
+    /// Looks up an address as the programs do.
     pub fn destination(&self, policy: u32, addr: Addr) -> Option<Destination> {
         self.destinations.get(&Key::new(160, Plain(DestinationKey { policy, addr })), 0).ok().map(|d| d.0)
     }
 
-    /// What the programs would find for a port.
+    /// Looks up a port as the programs do. Bits of `layout::port`.
     pub fn port(&self, policy: u32, port: u16) -> u32 {
         self.ports
             .get(&Key::new(PortKey::BITS, Plain(PortKey::new(policy, port))), 0)
             .map_or(0, |bits| bits.0)
     }
 
-    /// Whether the programs would find a group.
+    /// Looks up a group as the programs do.
     pub fn group(&self, policy: u32, gid: u32) -> bool {
         self.groups.get(&Plain(MemberKey { policy, member: gid }), 0).is_ok()
     }
 
-    /// What the programs would find for an interface.
+    /// Looks up an interface as the programs do. Bits of `layout::interface`.
     pub fn interface(&self, policy: u32, ifindex: u32) -> u32 {
         self.interfaces.get(&Plain(MemberKey { policy, member: ifindex }), 0).map_or(0, |bits| bits.0)
     }

@@ -1,4 +1,4 @@
-//! One question to netlink and its whole answer, on a socket inside a namespace.
+//! Netlink requests and their complete answers, on a socket in a network namespace.
 
 use std::{
     io,
@@ -13,20 +13,20 @@ use netlink_sys::{Socket, SocketAddr};
 
 use crate::netns::{Netns, NetnsError};
 
-/// The kernel answers at once; a socket that does not is broken.
+/// The kernel answers at once. A socket that does not is broken.
 const PATIENCE: Duration = Duration::from_secs(5);
 
-/// A netlink socket for questions.
+/// A netlink socket for requests.
 pub(crate) struct Questions {
     socket: Socket,
     sequence: u32,
-    /// The question whose answer was given up before its end: the kernel takes no other before that is read.
+    /// Sequence number of a request whose answer was not read to its end. The kernel accepts no other dump before that.
     unfinished: Option<u32>,
     deadline: Option<Instant>,
 }
 
 impl Questions {
-    /// Opens a socket of a netlink protocol in `netns`; the outer error is that of entering the namespace.
+    /// Opens a socket for a netlink protocol in `netns`. The outer error is that of entering the namespace.
     pub(crate) fn open(netns: &Netns, protocol: isize) -> Result<io::Result<Self>, NetnsError> {
         netns.run(|| {
             let mut socket = Socket::new(protocol)?;
@@ -41,12 +41,12 @@ impl Questions {
         })
     }
 
-    /// From now on answers are given up at this time.
+    /// Sets the time at which answers are given up.
     pub(crate) fn until(&mut self, deadline: Instant) {
         self.deadline = Some(deadline);
     }
 
-    /// Sends `question` and receives the whole answer; true when a list changed while it was read.
+    /// Sends `question` and receives the complete answer. The flag is true if the list changed while it was read.
     pub(crate) fn ask<M>(&mut self, question: M, flags: u16) -> io::Result<(Vec<M>, bool)>
     where
         M: NetlinkSerializable + NetlinkDeserializable,
@@ -57,7 +57,7 @@ impl Questions {
         Ok((found, interrupted))
     }
 
-    /// Has something changed, and waits until it is: a message that the kernel did not get is an error.
+    /// Requests a change and waits for its acknowledgement. A message that the kernel did not receive is an error.
     pub(crate) fn change<M>(&mut self, message: M, flags: u16) -> io::Result<()>
     where
         M: NetlinkSerializable + NetlinkDeserializable,
@@ -66,14 +66,14 @@ impl Questions {
         self.ask_each(message, NLM_F_REQUEST | NLM_F_ACK | flags, |_| {}).map(drop)
     }
 
-    /// The same as [`Questions::ask`], each message as it comes: a list may be longer than there is memory for.
+    /// As [`Questions::ask`], but passes on each message as it arrives: a list may be larger than memory.
     pub(crate) fn ask_each<M>(&mut self, question: M, flags: u16, each: impl FnMut(M)) -> io::Result<bool>
     where
         M: NetlinkSerializable + NetlinkDeserializable,
         NetlinkPayload<M>: From<M>,
     {
         if self.unfinished.is_some() {
-            // Its end may be an error, which was that question's.
+            // An error at its end belongs to the earlier request.
             match self.receive::<M>(NLM_F_DUMP, |_| {}) {
                 Err(error) if self.unfinished.is_some() => return Err(error),
                 _ => {}
@@ -102,11 +102,11 @@ impl Questions {
             let mut rest = bytes.as_slice();
             while !rest.is_empty() {
                 let message = NetlinkMessage::<M>::deserialize(rest).map_err(io::Error::other)?;
-                // Padded to four bytes, but maybe not the last.
+                // Padded to four bytes, except perhaps the last.
                 let length = usize::try_from(message.header.length).unwrap_or(usize::MAX);
                 rest = rest.get(length.next_multiple_of(4)..).unwrap_or_default();
                 if message.header.sequence_number != self.sequence {
-                    // Left over from a question whose answer was given up.
+                    // Left over from a request whose answer was given up.
                     continue;
                 }
                 interrupted |= message.header.flags & NLM_F_DUMP_INTR != 0;
@@ -124,7 +124,7 @@ impl Questions {
                     }
                     NetlinkPayload::Error(error) => {
                         self.unfinished = None;
-                        // Without a code it says that what was asked is done.
+                        // An error message without a code is an acknowledgement.
                         return if error.code.is_none() { Ok(interrupted) } else { Err(error.to_io()) };
                     }
                     _ => {}
@@ -137,8 +137,8 @@ impl Questions {
     }
 }
 
-/// Names of interfaces are bytes to the kernel and text to the parser, which fails on the whole answer for one name. A
-/// pod chooses the names of its own: bytes of theirs that are not text become `?`.
+/// Replaces bytes of interface names that are not UTF-8 by `?`. The kernel accepts any bytes and a pod chooses its own
+/// names, but one such name makes the parser fail for the complete answer.
 fn make_names_text(messages: &mut [u8]) {
     const RTM_NEWLINK: u16 = 16;
     const RTM_NEWRULE: u16 = 32;
@@ -149,7 +149,7 @@ fn make_names_text(messages: &mut [u8]) {
     const RULE_NAMES: [u16; 2] = [3, 17];
 
     for_each_part(messages, 4, |kind, message| match kind {
-        // Behind the rest of the header of netlink is that of the message.
+        // The netlink header is followed by the header of the message.
         RTM_NEWLINK => for_each_part(message.get_mut(10 + 16..).unwrap_or_default(), 2, |kind, attribute| {
             if kind == IFLA_PROP_LIST {
                 for_each_part(attribute, 2, |_, name| make_text(name));
@@ -166,8 +166,8 @@ fn make_names_text(messages: &mut [u8]) {
     });
 }
 
-/// Messages and attributes have the same form: a length, which counts itself, of `width` bytes; a type; what it is of
-/// that type; and padding to four bytes.
+/// Passes each message or attribute to `take`. Both consist of a length in `width` bytes, which includes itself, a
+/// type, the content, and padding to four bytes.
 fn for_each_part(mut parts: &mut [u8], width: usize, mut take: impl FnMut(u16, &mut [u8])) {
     /// The top bits of an attribute's type are flags.
     const TYPE: u16 = 0x3fff;

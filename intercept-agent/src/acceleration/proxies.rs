@@ -1,5 +1,5 @@
-//! Listeners of the proxy that were there before the programs: what the callback of `listen` finds out, asked from
-//! outside.
+//! Registers listeners that the proxy opened before the programs were attached. For later ones, the programs do the
+//! same in `listen`.
 
 use std::{fs, io};
 
@@ -11,17 +11,18 @@ use intercept_common::{
 use super::{Acceleration, AccelerationError, map_failed};
 use crate::{listeners::Listener, options::Config, sys::Plain};
 
-/// The users and groups of a pod's proxy, as the node sees them.
+/// The users and groups of a pod's proxy, as ids of the initial user namespace.
 #[derive(Clone, Copy, Debug)]
 pub struct Owners<'a> {
-    /// Users.
+    /// User ids.
     pub uids: &'a [u32],
-    /// Groups.
+    /// Group ids.
     pub gids: &'a [u32],
 }
 
 impl Acceleration {
-    /// Have what these listeners accept from now on be joined, as far as they are known to be safe.
+    /// Registers `listeners`, so that the connections that they accept are joined. Listeners of executables that are
+    /// not accepted are left out.
     pub fn adopt(
         &mut self,
         pod: PodCell,
@@ -44,13 +45,13 @@ impl Acceleration {
 }
 
 fn is_known(listener: &Listener, config: &Config, owners: Owners<'_>) -> bool {
-    // The owner of a socket's inode is who made it: fsuid and fsgid of that moment.
+    // Owner and group of a socket's inode are fsuid and fsgid of the process that created it.
     let Ok(stat) = rustix::fs::fstat(&listener.fd) else { return false };
     let is_owned = owners.uids.contains(&stat.st_uid) || owners.gids.contains(&stat.st_gid);
     is_owned && executable(listener).is_ok_and(|name| config.accelerate.contains(&name))
 }
 
-/// Last part of the path, also of one that has been replaced since.
+/// Returns the last component of the executable's path, even if the file has been replaced since.
 fn executable(listener: &Listener) -> io::Result<String> {
     const REPLACED: &str = " (deleted)";
     let path = fs::read_link(format!("/proc/{}/exe", listener.pid))?;

@@ -1,8 +1,8 @@
-//! Whether this kernel can join the two ends of a connection (`sk_msg` over a SOCKHASH) without anybody noticing but by
-//! speed: tried out on connections of the self-test's own, in a namespace of its own.
+//! Tests whether this kernel joins the two ends of a connection (`sk_msg` with a SOCKHASH) without a difference in
+//! behaviour. It uses connections of its own in a new network namespace.
 //!
-//! Every check runs on a plain connection first, where it must pass: it is plain TCP that a joined connection has to be
-//! like.
+//! Each check runs on a plain TCP connection first, where it must pass, because a joined connection must behave like
+//! plain TCP.
 
 mod ends;
 mod latch;
@@ -32,88 +32,90 @@ use crate::netns::{Netns, NetnsError};
 
 pub use trial::JoinError;
 
-/// For everything. Each wait inside has a bound of its own; this one is for a kernel that keeps none of them.
+/// Time limit for all checks. Every wait has its own limit; this one catches kernels that do not keep them.
 const PATIENCE: Duration = Duration::from_secs(120);
 
-/// Whose habits a check has.
+/// The programs whose use of sockets a check imitates.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum User {
-    /// A proxy that sleeps in epoll alone and reads until there is no more: nothing is joined unless these pass.
+    /// Proxies, which sleep only in epoll and read until EAGAIN. No connection is joined unless these checks pass.
     Proxy,
-    /// Anything else. These say why applications' connections are never joined.
+    /// Other programs. These checks show why connections of applications are never joined.
     Application,
 }
 
-/// What one check found.
+/// The result of a check.
 #[derive(Clone, Debug, Serialize)]
 pub struct Finding {
-    /// The check's name; names do not change.
+    /// Name of the check. Names are stable.
     pub what: &'static str,
-    /// Whose habits it has.
+    /// The programs that it imitates.
     pub user: User,
-    /// The joined connection behaved like TCP.
+    /// Whether the joined connection behaved like TCP.
     pub ok: bool,
-    /// The plain connection did. If not, the check says nothing about joined ones.
+    /// Whether the plain connection passed. If not, the check says nothing about joined ones.
     pub plain_ok: bool,
-    /// What was seen on the joined connection.
+    /// Observation on the joined connection.
     pub joined: String,
-    /// What was seen on the plain one.
+    /// Observation on the plain connection.
     pub plain: String,
 }
 
-/// Nothing is joined on this kernel.
+/// Why no connection is joined on this kernel.
 #[derive(Clone, Debug, thiserror::Error)]
 pub enum Refused {
-    /// Proxies would notice.
+    /// A check for proxies failed.
     #[error(
         "connections cannot be joined on this kernel, because joined ones failed {}; `intercept-agent check \
-         --accelerate` says what was seen", .0.join(", ")
+         --accelerate` shows the details", .0.join(", ")
     )]
     Failed(Vec<&'static str>),
-    /// It could not be found out.
-    #[error("connections cannot be joined on this kernel, because it could not be tried out: {0}")]
+    /// The self-test could not run.
+    #[error("connections cannot be joined on this kernel, because the self-test failed to run: {0}")]
     Untried(String),
 }
 
-/// Why nothing was found out.
+/// Why the self-test could not run.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum SelfTestError {
-    /// No place to try it.
+    /// The namespace cannot be created or entered.
     #[error(transparent)]
     Netns(#[from] NetnsError),
-    /// The place cannot be used.
+    /// The namespace cannot be set up.
     #[error("bringing up the loopback interface of the self-test's namespace")]
     Loopback(#[source] Box<dyn std::error::Error + Send + Sync>),
-    /// Connections cannot be joined.
+    /// The kernel refuses to join connections.
     #[error(transparent)]
     Join(#[from] JoinError),
-    /// Not even a connection.
-    #[error("making a connection for check {check}")]
+    /// A TCP connection cannot be opened.
+    #[error("opening a connection for check {check}")]
     Connect {
         /// The check.
         check: &'static str,
-        /// What the kernel said.
+        /// The error from the kernel.
         source: io::Error,
     },
-    /// A connection went past the program.
-    #[error("check {0}: the connection was not joined, although the kernel took it: nothing was found out")]
+    /// The kernel accepted a connection, but no message was joined.
+    #[error(
+        "check {0}: no message was joined, although the kernel accepted the connection; the check has no result"
+    )]
     NotJoined(&'static str),
-    /// No thread.
+    /// The thread cannot be started.
     #[error("starting the self-test")]
     Start(#[source] io::Error),
-    /// It hangs, or has panicked.
+    /// The self-test hangs or has panicked.
     #[error("the self-test did not end within {} s", PATIENCE.as_secs())]
     Stuck,
 }
 
-/// A check takes a connection and says what it saw.
+/// A check: a function that uses a connection and returns its observation.
 struct Check {
     name: &'static str,
     user: User,
     run: fn(Ends) -> Seen,
-    /// On so many connections, one after the other: where threads race, once says little.
+    /// Number of connections, one after the other. A race may need several to show.
     times: usize,
 }
 
@@ -149,7 +151,7 @@ const CHECKS: [Check; 21] = [
     application("pending-bytes-by-tcp", 1, latch::pending_bytes),
 ];
 
-/// Whether connections may be joined on this kernel; found out once in a process.
+/// Whether connections may be joined on this kernel. The self-test runs once per process.
 pub fn admit() -> Result<(), Refused> {
     static FOUND: OnceLock<Result<(), Refused>> = OnceLock::new();
     FOUND
@@ -167,11 +169,11 @@ fn chain(error: &dyn std::error::Error) -> String {
     sources.map(ToString::to_string).collect::<Vec<_>>().join(": ")
 }
 
-/// Runs the checks of these users on this kernel. Takes CAP_SYS_ADMIN and CAP_NET_ADMIN; leaves nothing behind.
+/// Runs the checks for `users`. Needs CAP_SYS_ADMIN and CAP_NET_ADMIN, and leaves nothing behind.
 pub fn find_out(users: &[User]) -> Result<Vec<Finding>, SelfTestError> {
     let (answer, answered) = sync_channel(1);
     let users = users.to_vec();
-    // Not waited for if it hangs: it ends with this process then, and the namespace with it.
+    // The thread is not joined if it hangs. It then ends with the process, and so does its namespace.
     let test = move || drop(answer.send(inside(&users)));
     thread::Builder::new().name("self-test".to_owned()).spawn(test).map_err(SelfTestError::Start)?;
     match answered.recv_timeout(PATIENCE) {
@@ -207,7 +209,7 @@ impl Check {
         Ok(Finding { what: self.name, user: self.user, ok, plain_ok, joined, plain })
     }
 
-    /// What the last connection showed, or the first that was not as it should be.
+    /// Returns the observation on the last connection, or the first failure.
     fn repeat(
         &self,
         mut prepare: impl FnMut(&mut Ends) -> Result<(), JoinError>,
@@ -230,9 +232,9 @@ impl Check {
     }
 }
 
-/// Of the namespace that the calling thread is in.
+/// Sets up the loopback interface of the calling thread's namespace.
 fn loopback_up() -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
-    /// It is the first of every namespace.
+    /// The loopback interface has index 1 in every namespace.
     const LOOPBACK: u32 = 1;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(async {

@@ -1,5 +1,5 @@
-//! What is known of the pods' proxies: PROXY_STATE, whose words the programs and the agent change without a call, and
-//! LISTENERS.
+//! The state of the pods' proxies: LISTENERS, and PROXY_STATE, whose words programs and agent change without a system
+//! call.
 
 use std::{
     mem::{offset_of, size_of},
@@ -20,9 +20,9 @@ use crate::sys::{Plain, SharedArray};
 /// Whether a socket was registered.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Registered {
-    /// It gets the connections that are steered to its port.
+    /// It receives the connections that are steered to its port.
     Yes,
-    /// It is of MPTCP, which no map of sockets takes.
+    /// It is an MPTCP socket, which no map of sockets accepts.
     Mptcp,
 }
 
@@ -33,8 +33,8 @@ pub(super) fn open(dir: &Path) -> Result<SharedArray<Proxy>, MapsError> {
 }
 
 impl Maps {
-    /// Register a socket that listened before the programs were attached, beside those that the programs register at
-    /// the same time. The key's slot is chosen here.
+    /// Registers a socket that listened before the programs were attached, while the programs may register others.
+    /// Selects the slot of the key.
     pub fn register_listener(
         &mut self,
         slot: u32,
@@ -65,7 +65,7 @@ impl Maps {
                     mptcp.fetch_or(1 << index, Ordering::Relaxed);
                     return Ok(Registered::Mptcp);
                 }
-                // The program took it first, as that of the newest which was closed.
+                // A program has used this slot to replace a closed newest listener.
                 Err(MapError::SyscallError(error)) if error.io_error.raw_os_error() == Some(libc::EEXIST) => {
                 }
                 Err(error) => return Err(failed("registering a listener in", names::LISTENERS)(error)),
@@ -73,7 +73,7 @@ impl Maps {
         }
     }
 
-    /// The listeners held for a namespace.
+    /// Reads the registered listeners of a namespace.
     pub fn listeners(&self, cookie: u64) -> Result<Vec<ListenerKey>, MapsError> {
         let mut found = Vec::new();
         for key in self.listeners.keys() {
@@ -85,12 +85,12 @@ impl Maps {
         Ok(found)
     }
 
-    /// A word of what is known of the proxy of a slot.
+    /// Returns a word of the proxy's state in a slot.
     pub(super) fn proxy(&self, slot: u32, offset: usize) -> Option<&AtomicU64> {
         self.proxies.word(slot as usize, offset)
     }
 
-    /// Say how the proxy's listener of a port and family is bound: one of `layout::bound`.
+    /// Stores how the proxy's listener of a port and family is bound; `bound` is a value of `layout::bound`.
     pub fn set_bound(&self, slot: u32, port: ProxyPort, v6: bool, bound: u16) {
         let cell = |index: usize| {
             self.proxies.half_word(slot as usize, offset_of!(Proxy, bound) + index * size_of::<u16>())
@@ -103,29 +103,30 @@ impl Maps {
         }
     }
 
-    /// Know nothing of the proxy and the connections of a slot that is given to a pod. No policy names the slot yet.
+    /// Clears the proxy's state in a slot that is given to a pod. No policy uses the slot yet.
     pub fn reset_proxy(&self, slot: u32) {
         self.proxies.clear(slot as usize);
     }
 
-    /// Listeners of the pod's proxy were made IP_TRANSPARENT.
+    /// Stores that listeners of the pod's proxy were made IP_TRANSPARENT.
     pub fn set_transparent(&self, slot: u32) {
         if let Some(cell) = self.proxy(slot, offset_of!(Proxy, transparent)) {
             cell.store(1, Ordering::Relaxed);
         }
     }
 
-    /// Whether any were.
+    /// Whether listeners of the pod's proxy were made IP_TRANSPARENT.
     pub fn is_transparent(&self, slot: u32) -> bool {
         self.proxy(slot, offset_of!(Proxy, transparent)).is_some_and(|cell| cell.load(Ordering::Relaxed) != 0)
     }
 
-    /// How many redirected connections the pod of a slot has.
+    /// Returns the number of the pod's redirected connections.
     pub fn connections(&self, slot: u32) -> u64 {
         self.proxy(slot, offset_of!(Proxy, connections)).map_or(0, |count| count.load(Ordering::Relaxed))
     }
 
-    /// The ports and families (4 or 6) at which the proxy of a pod listens by MPTCP, which no map of sockets takes.
+    /// Returns the ports and families (4 or 6) on which the pod's proxy listens with MPTCP. No map of sockets accepts
+    /// these.
     pub fn mptcp_listeners(&self, policy: &PodPolicy) -> Vec<(u16, u8)> {
         let bits =
             self.proxy(policy.slot, offset_of!(Proxy, mptcp)).map_or(0, |bits| bits.load(Ordering::Relaxed));

@@ -1,5 +1,4 @@
-//! A connection of the self-test, and what its checks do with one. Nothing here waits longer than [`PATIENCE`] for one
-//! answer of the kernel.
+//! A connection of the self-test and the operations of its checks. Each waits at most [`PATIENCE`] for the kernel.
 
 use std::{
     io::{self, IoSlice, Read as _, Write as _},
@@ -16,35 +15,36 @@ use std::{
 use aya::maps::{Array, MapData};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
-/// More than anything on one machine takes; what takes longer does not come.
+/// Longer than anything on one machine takes. What has not arrived by then never will.
 pub(super) const PATIENCE: Duration = Duration::from_secs(10);
 
-/// What is sent or read at once where a check is not about sizes.
+/// Length of a read or write in checks that are not about lengths.
 pub(super) const PIECE: usize = 16 << 10;
 
-/// What a check saw; the error is what it should not have seen.
+/// The observation of a check, or its failure.
 pub(super) type Seen = Result<String, Fault>;
 
-/// What went wrong with a connection.
+/// A failure on a connection.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum Fault {
-    /// A call failed.
+    /// A system call failed.
     #[error("{what}: {error}{}", waited(*after))]
     Call { what: &'static str, error: io::Error, after: Duration },
-    /// It did not, but should have, or gave something else.
+    /// A system call succeeded that should have failed, or had another result.
     #[error("{0}")]
     Wrong(String),
 }
 
-/// EAGAIN of a socket that blocks means one thing after the time that was set and another before it.
+/// The time that a failed call took: EAGAIN from a blocking socket is a timeout if it comes after the time limit, and a
+/// fault if it comes before.
 fn waited(after: Duration) -> String {
     match after >= PATIENCE / 2 {
-        true => format!(" (nothing in {} s)", PATIENCE.as_secs()),
-        false => " (at once)".to_owned(),
+        true => format!(" (timed out after {} s)", PATIENCE.as_secs()),
+        false => " (without waiting)".to_owned(),
     }
 }
 
-/// Calls, and says how long it took if that failed.
+/// Makes a call and records how long it took if it failed.
 pub(super) fn call<T, E: Into<io::Error>>(
     what: &'static str,
     call: impl FnOnce() -> Result<T, E>,
@@ -53,20 +53,21 @@ pub(super) fn call<T, E: Into<io::Error>>(
     call().map_err(|error| Fault::Call { what, error: error.into(), after: start.elapsed() })
 }
 
-/// Fails with what is said unless it holds.
+/// Fails with `otherwise` unless `holds`.
 pub(super) fn expect(holds: bool, otherwise: impl FnOnce() -> String) -> Result<(), Fault> {
     if holds { Ok(()) } else { Err(Fault::Wrong(otherwise())) }
 }
 
-/// Both ends of one TCP connection, over the loopback interface of the thread's namespace.
+/// Both ends of a TCP connection over the loopback interface of the thread's namespace.
 pub(super) struct Ends {
     pub(super) client: TcpStream,
     pub(super) server: TcpStream,
-    /// Sends what follows by TCP although the connection is joined, or past it again; nothing on a plain one.
+    /// Sends the following messages by TCP although the connection is joined, or joins them again. No effect on a plain
+    /// connection.
     pub(super) latch: Latch,
 }
 
-/// See [`Ends::latch`].
+/// The type of [`Ends::latch`].
 #[derive(Clone, Default)]
 pub(super) struct Latch(pub(super) Option<Arc<Mutex<Array<MapData, u32>>>>);
 
@@ -78,21 +79,21 @@ impl Latch {
     }
 }
 
-/// Whose habits a check has.
+/// How a check uses descriptors.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) enum Descriptors {
-    /// A proxy's: it sleeps in epoll or poll alone.
+    /// As proxies do, which sleep only in epoll or poll.
     NonBlocking,
-    /// Many applications'.
+    /// As many applications do.
     Blocking,
 }
 
 impl Ends {
-    /// Both give up after [`PATIENCE`].
+    /// Opens a connection. Both ends time out after [`PATIENCE`].
     pub(super) fn connect(descriptors: Descriptors) -> io::Result<Self> {
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
         let client = TcpStream::connect_timeout(&listener.local_addr()?, PATIENCE)?;
-        // Made by now, or the line above had failed.
+        // Established, because the connect above succeeded.
         let (server, _) = listener.accept()?;
         for end in [&client, &server] {
             end.set_read_timeout(Some(PATIENCE))?;
@@ -104,18 +105,18 @@ impl Ends {
     }
 }
 
-/// Reads what there is, and waits for it as the descriptor says: a descriptor that blocks waits in the call, so that
-/// EAGAIN is a fault.
+/// Reads available bytes and waits for them as the descriptor does: a blocking one in the call, so that EAGAIN is a
+/// fault.
 pub(super) fn read(mut end: &TcpStream, buffer: &mut [u8]) -> io::Result<usize> {
     by_descriptor(end, PollFlags::IN, || end.read(buffer))
 }
 
-/// Writes as much as there is room for, and waits for some as `read` does.
+/// Writes as many bytes as fit and waits for space as `read` waits for bytes.
 pub(super) fn write(mut end: &TcpStream, bytes: &[u8]) -> io::Result<usize> {
     by_descriptor(end, PollFlags::OUT, || end.write(bytes))
 }
 
-/// All of the buffer.
+/// Fills the buffer.
 pub(super) fn read_exact(end: &TcpStream, buffer: &mut [u8]) -> io::Result<()> {
     let mut got = 0;
     while got < buffer.len() {
@@ -127,7 +128,7 @@ pub(super) fn read_exact(end: &TcpStream, buffer: &mut [u8]) -> io::Result<()> {
     Ok(())
 }
 
-/// All of the bytes.
+/// Writes all bytes.
 pub(super) fn write_all(end: &TcpStream, mut bytes: &[u8]) -> io::Result<()> {
     while !bytes.is_empty() {
         let written = write(end, bytes)?;
@@ -136,7 +137,7 @@ pub(super) fn write_all(end: &TcpStream, mut bytes: &[u8]) -> io::Result<()> {
     Ok(())
 }
 
-/// Waits for what a descriptor that does not block is not ready for.
+/// Waits until a non-blocking descriptor is ready for the call.
 pub(super) fn by_descriptor<T>(
     end: &TcpStream,
     what: PollFlags,
@@ -156,39 +157,41 @@ pub(super) fn by_descriptor<T>(
     }
 }
 
-/// A byte of the stream that checks send: what is lost, doubled or moved shows.
+/// Returns the byte at offset `at` of a stream in which lost, repeated and moved bytes are detected.
 fn byte(seed: u64, at: u64) -> u8 {
     let word = (at / 8 + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15).wrapping_add(seed);
     word.to_le_bytes()[usize::try_from(at % 8).unwrap_or_default()]
 }
 
-/// Sizes of pieces, one after the other: odd ones, from one byte to [`PIECE`].
+/// Returns odd lengths from one byte to [`PIECE`].
 pub(super) fn odd_sizes() -> impl Iterator<Item = usize> {
     let mut state = 0x2545_f491_4f6c_dd1d_u64;
     std::iter::repeat_with(move || {
         state ^= state << 13;
         state ^= state >> 7;
         state ^= state << 17;
-        // As often around ten bytes as around ten thousand.
+        // Each order of magnitude is equally likely.
         let most = 16_u64 << (state % 11);
         usize::try_from((state >> 32) % most).unwrap_or_default() | 1
     })
 }
 
-/// The bytes of a stream from an offset on.
+/// Returns `length` bytes of a stream, from offset `from`.
 pub(super) fn stream(seed: u64, from: usize, length: usize) -> Vec<u8> {
     (from..from + length).map(|at| byte(seed, at as u64)).collect()
 }
 
-/// Compares a piece of a stream with what it should be.
+/// Compares bytes received with the stream.
 pub(super) fn compare(seed: u64, from: usize, piece: &[u8]) -> Result<(), Fault> {
     match piece.iter().enumerate().find(|(at, got)| byte(seed, (from + at) as u64) != **got) {
         None => Ok(()),
-        Some((at, _)) => Err(Fault::Wrong(format!("another byte than was sent at offset {}", from + at))),
+        Some((at, _)) => {
+            Err(Fault::Wrong(format!("a byte differs from the one sent at offset {}", from + at)))
+        }
     }
 }
 
-/// Writes so many bytes of a stream, in pieces of these sizes, every third in two parts by one call.
+/// Writes bytes of a stream in pieces of these lengths, every third with one vectored call.
 pub(super) fn send(
     mut end: &TcpStream,
     seed: u64,
@@ -212,14 +215,14 @@ pub(super) fn send(
             }
             false => write(end, &piece),
         })?;
-        expect(written > 0, || "sending took nothing".to_owned())?;
+        expect(written > 0, || "sending returned 0 bytes".to_owned())?;
         piece.drain(..written);
         sent += written;
     }
     Ok(())
 }
 
-/// Reads so many bytes of a stream and compares them.
+/// Reads bytes of a stream and compares them.
 pub(super) fn receive(
     end: &TcpStream,
     seed: u64,
@@ -238,13 +241,13 @@ pub(super) fn receive(
     Ok(())
 }
 
-/// The stream is at its end.
+/// Expects the end of the stream.
 pub(super) fn ended(end: &TcpStream) -> Result<(), Fault> {
     let more = call("waiting for the end of the stream", || read(end, &mut [0; 64]))?;
     expect(more == 0, || format!("{more} bytes after the end of the stream"))
 }
 
-/// Does both at the same time; the first failure of the two.
+/// Runs both at the same time. Returns the first failure.
 pub(super) fn both(
     one: impl FnOnce() -> Result<(), Fault> + Send,
     other: impl FnOnce() -> Result<(), Fault> + Send,
@@ -257,24 +260,24 @@ pub(super) fn both(
     })
 }
 
-/// Whether it becomes ready for this within a time.
+/// Whether the socket becomes ready for `what` within the time.
 pub(super) fn ready(end: impl AsFd, what: PollFlags, within: Duration) -> Result<bool, Fault> {
     let within = Timespec { tv_sec: within.as_secs().cast_signed(), tv_nsec: within.subsec_nanos().into() };
     let found = call("polling", || poll(&mut [PollFd::new(&end, what)], Some(&within)))?;
     Ok(found > 0)
 }
 
-/// Where a thread says that it is about to wait, so that another does something only then.
+/// Lets a thread announce a blocking call, so that another acts only while it sleeps.
 #[derive(Default)]
 pub(super) struct Sleeper(AtomicI32);
 
 impl Sleeper {
-    /// This thread's next call is the one that waits.
+    /// Announces that this thread's next call blocks.
     pub(super) fn about_to_sleep(&self) {
         self.0.store(rustix::thread::gettid().as_raw_nonzero().get(), Ordering::Release);
     }
 
-    /// Returns once that thread sleeps; asks for nothing but the kernel's word on its state.
+    /// Waits until the announced thread sleeps, as the kernel shows its state.
     pub(super) fn sleeps(&self) -> Result<(), Fault> {
         let deadline = Instant::now() + PATIENCE;
         while Instant::now() < deadline {
@@ -288,7 +291,7 @@ impl Sleeper {
             }
             thread::yield_now();
         }
-        Err(Fault::Wrong("a thread that should wait did not".to_owned()))
+        Err(Fault::Wrong("a thread that should sleep did not".to_owned()))
     }
 }
 

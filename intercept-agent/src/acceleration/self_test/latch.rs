@@ -1,4 +1,4 @@
-//! Checks of a joined connection that goes on by TCP, and is joined again once that has been read.
+//! Checks of a joined connection that changes to TCP and is joined again after the reader has caught up.
 
 use std::time::Duration;
 
@@ -11,11 +11,11 @@ use super::ends::{
 const ROUNDS: usize = 100;
 const PIECE: usize = 3001;
 
-/// What goes past TCP and what goes by it are read in the order in which they were sent.
+/// Joined messages and those sent by TCP arrive in the order in which they were sent.
 pub(super) fn there_and_back(ends: Ends) -> Seen {
     let (mut at, mut got) = (0, vec![0; 2 * PIECE]);
     for round in 0..ROUNDS {
-        // As the programs do it: past TCP only when everything that went by it has been read.
+        // Like the programs: a message is joined only when everything sent by TCP has been read.
         for by_tcp in [false, true] {
             ends.latch.by_tcp(by_tcp)?;
             call("sending", || write_all(&ends.client, &stream(9, at, PIECE)))?;
@@ -23,7 +23,7 @@ pub(super) fn there_and_back(ends: Ends) -> Seen {
         }
         let from = at - 2 * PIECE;
         if round % 2 == 0 {
-            // In one go, once both are there.
+            // Let both arrive, so that one call reads them.
             std::thread::yield_now();
         }
         call("receiving", || read_exact(&ends.server, &mut got))?;
@@ -33,11 +33,13 @@ pub(super) fn there_and_back(ends: Ends) -> Seen {
     Ok(format!("in order, {ROUNDS} times"))
 }
 
-/// Somebody who sleeps in `epoll_wait`, edge-triggered, is woken by what comes by TCP on a joined connection.
+/// A reader in edge-triggered `epoll_wait` is woken by a message sent by TCP on a joined connection.
 pub(super) fn edges(ends: Ends) -> Seen {
-    let epoll = call("making an epoll", || epoll::create(epoll::CreateFlags::CLOEXEC))?;
+    let epoll = call("creating an epoll instance", || epoll::create(epoll::CreateFlags::CLOEXEC))?;
     let interest = epoll::EventFlags::IN | epoll::EventFlags::ET;
-    call("adding to the epoll", || epoll::add(&epoll, &ends.server, epoll::EventData::new_u64(0), interest))?;
+    call("adding to the epoll instance", || {
+        epoll::add(&epoll, &ends.server, epoll::EventData::new_u64(0), interest)
+    })?;
     for round in 0..ROUNDS {
         ends.latch.by_tcp(round % 2 == 0)?;
         call("sending", || write_all(&ends.client, &stream(10, round * PIECE, PIECE)))?;
@@ -45,7 +47,7 @@ pub(super) fn edges(ends: Ends) -> Seen {
         while got < PIECE {
             wait(&epoll)?;
             let mut buffer = [0; PIECE];
-            // Until there is no more, as those do who get edges.
+            // Read until EAGAIN, as edge-triggered readers must.
             while ready(&ends.server, PollFlags::IN, Duration::ZERO)? && got < PIECE {
                 let some = call("receiving", || read(&ends.server, &mut buffer[got..]))?;
                 expect(some > 0, || "the stream ended".to_owned())?;
@@ -67,8 +69,9 @@ fn wait(epoll: impl std::os::fd::AsFd) -> Result<(), Fault> {
     expect(found > 0, || format!("no event in {} s", PATIENCE.as_secs()))
 }
 
-/// FIONREAD counts what came by TCP on a joined connection. Linux 6.6.128, 6.12.75, 6.18.14, 6.19.4 and later do not,
-/// until a change of July 2026: nginx and the runtimes of Java and .NET take that for the end.
+/// FIONREAD on a joined connection counts bytes sent by TCP. It does not in Linux 6.6.128, 6.12.75, 6.18.14, 6.19.4 and
+/// later, until a change of July 2026. nginx and the runtimes of Java and .NET take a count of 0 for the end of the
+/// stream.
 pub(super) fn pending_bytes(ends: Ends) -> Seen {
     call("sending", || write_all(&ends.client, &[1; 10]))?;
     call("receiving", || read_exact(&ends.server, &mut [0; 10]))?;
@@ -77,7 +80,7 @@ pub(super) fn pending_bytes(ends: Ends) -> Seen {
     ends.latch.by_tcp(false)?;
     sent?;
     expect(ready(&ends.server, PollFlags::IN, PATIENCE)?, || "nothing arrived".to_owned())?;
-    let told = call("asking by FIONREAD", || rustix::io::ioctl_fionread(&ends.server))?;
-    expect(told == 1000, || format!("told {told} of 1000 bytes"))?;
-    Ok("told all of 1000 bytes".to_owned())
+    let told = call("reading FIONREAD", || rustix::io::ioctl_fionread(&ends.server))?;
+    expect(told == 1000, || format!("FIONREAD returned {told} for 1000 bytes"))?;
+    Ok("FIONREAD returned all 1000 bytes".to_owned())
 }

@@ -1,4 +1,4 @@
-//! Checks of what waits to be read: how much of it there may be, and what the kernel says about it.
+//! Checks of unread bytes: how many there can be, and how the kernel accounts for them.
 
 use std::{
     io::{ErrorKind, Write as _},
@@ -14,18 +14,18 @@ use super::ends::{
     write_all,
 };
 
-/// Plain TCP stops at about 4 MB with the kernel's default buffers; this is also all the memory that the check takes.
+/// Plain TCP stops at about 4 MB with default buffers. This is also the most memory that the check uses.
 const LIMIT: usize = 16 << 20;
 
-/// A sender whom nobody reads from must stop, and go on when somebody does.
+/// A sender without a reader must stop, and continue when the reader does.
 pub(super) fn slow_reader(ends: Ends) -> Seen {
-    /// A socket that takes nothing for so long has stopped.
+    /// A socket that accepts no bytes for this long has stopped.
     const STOPPED: Duration = Duration::from_millis(300);
-    call("making the socket non-blocking", || ends.client.set_nonblocking(true))?;
+    call("setting the socket non-blocking", || ends.client.set_nonblocking(true))?;
     let piece = stream(8, 0, 4 * PIECE);
     let mut taken = 0;
     loop {
-        // Positions count from the start of the piece that is sent over and over.
+        // Offsets count from the start of the piece, which is sent repeatedly.
         match (&ends.client).write(&piece[taken % piece.len()..]) {
             Ok(written) => taken += written,
             Err(error) if error.kind() == ErrorKind::WouldBlock => {
@@ -37,16 +37,16 @@ pub(super) fn slow_reader(ends: Ends) -> Seen {
                 return Err(Fault::Wrong(format!("sending failed after {}: {error}", mib(taken))));
             }
         }
-        expect(taken < LIMIT, || format!("still sending after {} that nobody read", mib(taken)))?;
+        expect(taken < LIMIT, || format!("still sending after {} that were not read", mib(taken)))?;
     }
-    // Now somebody reads: all of it, and the sender must be told that there is room.
+    // Read everything. The sender must be woken.
     let told = || {
         expect(ready(&ends.client, PollFlags::OUT, PATIENCE)?, || {
-            format!("stopped at {} and was not woken when the reader went on", mib(taken))
+            format!("stopped at {} and was not woken when the reader continued", mib(taken))
         })
     };
     both(|| read_repeated(&ends.server, &piece, taken), told)?;
-    Ok(format!("the sender stopped at {} and went on when it was read", mib(taken)))
+    Ok(format!("the sender stopped at {} and continued when they were read", mib(taken)))
 }
 
 fn read_repeated(end: &TcpStream, piece: &[u8], length: usize) -> Result<(), Fault> {
@@ -67,7 +67,7 @@ fn mib(bytes: usize) -> String {
     format!("{:.1} MiB", bytes as f64 / f64::from(1 << 20))
 }
 
-/// SO_RCVLOWAT: a reader who wants so many bytes is not told of fewer.
+/// A reader with SO_RCVLOWAT is not woken by fewer bytes.
 pub(super) fn low_water(ends: Ends) -> Seen {
     const WANTED: i32 = 1000;
     call("setting SO_RCVLOWAT", || set_low_water(&ends.server, WANTED))?;
@@ -83,40 +83,40 @@ pub(super) fn low_water(ends: Ends) -> Seen {
     Ok(format!("readable at {WANTED} bytes and not before"))
 }
 
-/// FIONREAD: how many bytes there are to be read.
+/// FIONREAD returns the number of unread bytes.
 pub(super) fn pending_bytes(ends: Ends) -> Seen {
     for sent in [1_u64, 1000] {
         call("sending", || write_all(&ends.client, &vec![1; usize::try_from(sent).unwrap_or_default()]))?;
     }
     arrived(&ends.server, 1001)?;
-    let told = call("asking by FIONREAD", || rustix::io::ioctl_fionread(&ends.server))?;
-    expect(told == 1001, || format!("told {told} of 1001 bytes"))?;
+    let told = call("reading FIONREAD", || rustix::io::ioctl_fionread(&ends.server))?;
+    expect(told == 1001, || format!("FIONREAD returned {told} for 1001 bytes"))?;
     call("receiving", || read_exact(&ends.server, &mut [0; 501]))?;
-    let told = call("asking by FIONREAD", || rustix::io::ioctl_fionread(&ends.server))?;
-    expect(told == 500, || format!("told {told} of 500 bytes"))?;
-    Ok("told all bytes, and what was left of them".to_owned())
+    let told = call("reading FIONREAD", || rustix::io::ioctl_fionread(&ends.server))?;
+    expect(told == 500, || format!("FIONREAD returned {told} for 500 bytes"))?;
+    Ok("FIONREAD returned all bytes, and then the remaining ones".to_owned())
 }
 
-/// Whether the kernel charges what waits past TCP to the reader's socket: by that the programs bound it. Linux 6.1.122,
-/// 6.6.66, 6.12.2, 6.13 and later do.
+/// Joined messages are charged to the reader's socket, which the programs rely on for their limits. Linux 6.1.122,
+/// 6.6.66, 6.12.2, 6.13 and later do so.
 pub(super) fn charged(ends: Ends) -> Seen {
     const SENT: u32 = 3000;
     call("sending", || write_all(&ends.client, &[1; SENT as usize]))?;
     arrived(&ends.server, SENT as usize)?;
-    let charged = call("asking by SO_MEMINFO", || receive_memory(&ends.server))?;
+    let charged = call("reading SO_MEMINFO", || receive_memory(&ends.server))?;
     expect(charged >= SENT, || format!("{charged} of {SENT} unread bytes are charged to the socket"))?;
     call("receiving", || read_exact(&ends.server, &mut [0; SENT as usize]))?;
-    let charged = call("asking by SO_MEMINFO", || receive_memory(&ends.server))?;
+    let charged = call("reading SO_MEMINFO", || receive_memory(&ends.server))?;
     expect(charged == 0, || format!("{charged} bytes are charged to the socket after all were read"))?;
-    Ok(format!("{SENT} unread bytes are charged, and given back when they are read"))
+    Ok(format!("{SENT} unread bytes are charged, and released when they are read"))
 }
 
-/// `SK_MEMINFO_RMEM_ALLOC`.
+/// Returns `SK_MEMINFO_RMEM_ALLOC`.
 fn receive_memory(end: &TcpStream) -> std::io::Result<u32> {
     const SO_MEMINFO: libc::c_int = 55;
     let mut values = [0u32; 9];
     let mut length = libc::socklen_t::try_from(size_of_val(&values)).map_err(std::io::Error::other)?;
-    // SAFETY: the kernel writes no more than the length says, into an array that outlives the call.
+    // SAFETY: the kernel writes at most `length` bytes into an array that outlives the call.
     let result = unsafe {
         libc::getsockopt(
             end.as_raw_fd(),
@@ -129,11 +129,11 @@ fn receive_memory(end: &TcpStream) -> std::io::Result<u32> {
     if result == 0 { Ok(values[0]) } else { Err(std::io::Error::last_os_error()) }
 }
 
-/// Returns when so many bytes can be peeked at.
+/// Waits until this many bytes can be peeked at.
 fn arrived(end: &TcpStream, wanted: usize) -> Result<(), Fault> {
-    let before = call("asking for the flags of the descriptor", || rustix::fs::fcntl_getfl(end))?;
+    let before = call("reading the flags of the descriptor", || rustix::fs::fcntl_getfl(end))?;
     let blocks = !before.contains(rustix::fs::OFlags::NONBLOCK);
-    call("making the socket non-blocking", || end.set_nonblocking(true))?;
+    call("setting the socket non-blocking", || end.set_nonblocking(true))?;
     let (deadline, mut buffer) = (Instant::now() + PATIENCE, vec![0; wanted]);
     loop {
         match end.peek(&mut buffer) {
@@ -142,12 +142,12 @@ fn arrived(end: &TcpStream, wanted: usize) -> Result<(), Fault> {
                 return Err(Fault::Call { what: "peeking", error, after: Duration::ZERO });
             }
             seen if Instant::now() > deadline => {
-                return Err(Fault::Wrong(format!("peeking at {wanted} bytes gave {seen:?}")));
+                return Err(Fault::Wrong(format!("peeking at {wanted} bytes returned {seen:?}")));
             }
             _ => std::thread::yield_now(),
         }
     }
-    call("setting the descriptor back", || end.set_nonblocking(!blocks))
+    call("restoring the flags of the descriptor", || end.set_nonblocking(!blocks))
 }
 
 fn set_low_water(end: &TcpStream, bytes: libc::c_int) -> std::io::Result<()> {

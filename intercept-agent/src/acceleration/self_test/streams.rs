@@ -1,4 +1,4 @@
-//! Checks of what arrives: everything, once, in order, by every way to read and write.
+//! Checks that all bytes arrive, once and in order, for every way to read and write.
 
 use std::{
     hash::{DefaultHasher, Hasher as _},
@@ -18,14 +18,14 @@ use super::ends::{
     read_exact, ready, receive, send, stream, write_all,
 };
 
-/// What goes one way in odd pieces.
+/// Bytes in one direction, in odd pieces.
 const ORDERED: usize = 1 << 20;
-/// What goes each way at the same time.
+/// Bytes in each direction at the same time.
 const SUMMED: usize = 4 << 20;
-/// What goes by other calls than send and recv.
+/// Bytes sent or received by calls other than send and recv.
 const OTHERWISE: usize = 1 << 20;
 
-/// One way, written and read in pieces of odd sizes that have nothing to do with each other.
+/// One direction. The lengths of writes and reads are odd and unrelated.
 pub(super) fn order(ends: Ends) -> Seen {
     both(
         || send(&ends.client, 3, ORDERED, odd_sizes()),
@@ -34,7 +34,7 @@ pub(super) fn order(ends: Ends) -> Seen {
     Ok(format!("{} MiB in odd pieces", ORDERED >> 20))
 }
 
-/// Both ways at the same time, in large pieces; sums are taken of what was given to one end and what the other gave.
+/// Both directions at the same time, in large pieces. Checksums of sent and received bytes are compared.
 pub(super) fn checksums(ends: Ends) -> Seen {
     let way = |from: &TcpStream, to: &TcpStream, seed: u64| {
         let (mut sent, mut received) = (0, 0);
@@ -59,7 +59,7 @@ fn summed_send(end: &TcpStream, seed: u64) -> Result<u64, Fault> {
     let mut sum = DefaultHasher::new();
     let mut piece = stream(seed, 0, LARGE);
     for round in 0..SUMMED / LARGE {
-        // So that no two pieces are alike.
+        // Makes every piece different.
         piece[..8].copy_from_slice(&(round as u64).to_le_bytes());
         sum.write(&piece);
         call("sending", || write_all(end, &piece))?;
@@ -70,7 +70,7 @@ fn summed_send(end: &TcpStream, seed: u64) -> Result<u64, Fault> {
 fn summed_receive(end: &TcpStream) -> Result<u64, Fault> {
     let mut sum = DefaultHasher::new();
     let (mut buffer, mut got) = (vec![0; 4 * PIECE], 0);
-    // The end of the stream is another check's.
+    // The end of the stream belongs to another check.
     while got < SUMMED {
         let most = buffer.len().min(SUMMED - got);
         let some = call("receiving", || read(end, &mut buffer[..most]))?;
@@ -81,9 +81,9 @@ fn summed_receive(end: &TcpStream) -> Result<u64, Fault> {
     Ok(sum.finish())
 }
 
-/// From the socket into a pipe, and only when the socket says that there is something.
+/// Splices from the socket into a pipe, only while the socket is readable.
 pub(super) fn splice_out(ends: Ends) -> Seen {
-    let (out, into) = call("making a pipe", || pipe_with(PipeFlags::CLOEXEC))?;
+    let (out, into) = call("creating a pipe", || pipe_with(PipeFlags::CLOEXEC))?;
     let mut out = std::fs::File::from(out);
     let reader = || {
         let mut got = 0;
@@ -92,7 +92,7 @@ pub(super) fn splice_out(ends: Ends) -> Seen {
             expect(ready(&ends.server, PollFlags::IN, PATIENCE)?, || {
                 format!("nothing to read after {got} of {OTHERWISE} bytes")
             })?;
-            // No more than a pipe takes, so that only the socket can be waited for.
+            // At most what a pipe holds, so that the call can only wait for the socket.
             let moved = call("splicing from a socket with data pending", || {
                 splice(&ends.server, None, &into, None, PIECE, SpliceFlags::empty())
             })?;
@@ -107,9 +107,9 @@ pub(super) fn splice_out(ends: Ends) -> Seen {
     Ok(format!("{} KiB into a pipe", OTHERWISE >> 10))
 }
 
-/// From a file into the socket.
+/// Sends a file.
 pub(super) fn sendfile_in(ends: Ends) -> Seen {
-    let file: OwnedFd = call("making a file in memory", || memfd_create("self-test", MemfdFlags::CLOEXEC))?;
+    let file: OwnedFd = call("creating a memory file", || memfd_create("self-test", MemfdFlags::CLOEXEC))?;
     let mut file = std::fs::File::from(file);
     call("writing the file", || file.write_all(&stream(7, 0, OTHERWISE)))?;
     let writer = || {
@@ -133,7 +133,7 @@ pub(super) fn sendfile_in(ends: Ends) -> Seen {
     Ok(format!("{} KiB from a file", OTHERWISE >> 10))
 }
 
-/// What was peeked at is still there, and comes first.
+/// Bytes that were peeked at are read next.
 pub(super) fn peek(ends: Ends) -> Seen {
     const GREETING: usize = 3000;
     let half = GREETING / 2;

@@ -1,4 +1,4 @@
-//! Joining the two ends of a connection, for the self-test: the program, its maps, and nothing pinned.
+//! Joins the two ends of a connection for the self-test, with a program and maps that are not pinned.
 
 use std::{
     net::SocketAddr,
@@ -17,23 +17,23 @@ use super::ends::{Ends, Latch};
 
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/trial.o"));
 
-/// Why connections cannot be joined at all.
+/// Why the self-test cannot join connections.
 #[derive(Debug, thiserror::Error)]
 pub enum JoinError {
-    /// aya could not make the maps.
-    #[error("making the maps of the self-test")]
+    /// aya failed to create the maps.
+    #[error("creating the maps of the self-test")]
     Load(#[source] Box<aya::EbpfError>),
     /// The kernel refused the program.
-    #[error("loading and attaching the self-test's program of sk_msg")]
+    #[error("loading and attaching the self-test's sk_msg program")]
     Program(#[source] Box<ProgramError>),
-    /// The kernel refused a socket, or a look at the count.
-    #[error("putting a connection into the self-test's map")]
+    /// The kernel refused a socket, or access to a map.
+    #[error("accessing the self-test's map of connections")]
     Map(#[source] Box<MapError>),
-    /// The object is not what this file thinks.
+    /// The object lacks a program or map.
     #[error("the built-in object has no {0}: the build is inconsistent")]
     Absent(&'static str),
-    /// A socket has no address of IPv4.
-    #[error("asking a socket of the self-test for its addresses")]
+    /// A socket has no IPv4 address.
+    #[error("reading the addresses of a socket of the self-test")]
     Addresses(#[source] std::io::Error),
 }
 
@@ -49,7 +49,7 @@ impl From<ProgramError> for JoinError {
     }
 }
 
-/// The program in force over its map. Dropping it takes both out.
+/// The program, attached to its map. Dropping it removes both.
 pub(super) struct Joiner {
     ebpf: Ebpf,
     latch: Latch,
@@ -69,7 +69,7 @@ impl Joiner {
         Ok(Self { ebpf, latch })
     }
 
-    /// Joins a connection over which nothing has been sent yet. It leaves the map when it is closed.
+    /// Joins a connection on which nothing has been sent. It leaves the map when it is closed.
     pub(super) fn join(&mut self, ends: &mut Ends) -> Result<(), JoinError> {
         let map = self.ebpf.map_mut(names::PEERS).ok_or(JoinError::Absent(names::PEERS))?;
         let mut map = SockHash::<_, u64>::try_from(map)?;
@@ -83,7 +83,7 @@ impl Joiner {
         Ok(())
     }
 
-    /// How many messages have gone from one end to the other past TCP.
+    /// Returns the number of joined messages.
     pub(super) fn messages(&self) -> Result<u64, JoinError> {
         let map = self.ebpf.map(names::JOINED).ok_or(JoinError::Absent(names::JOINED))?;
         Ok(Array::<_, u64>::try_from(map)?.get(&0, 0)?)

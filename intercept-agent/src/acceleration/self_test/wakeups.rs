@@ -1,4 +1,4 @@
-//! Checks of who is woken, and by what.
+//! Checks of wake-ups of sleeping readers.
 
 use std::{
     io::{ErrorKind, Read as _},
@@ -13,13 +13,13 @@ use super::ends::{
     write_all,
 };
 
-/// Enough for a race to be lost once.
+/// Enough rounds for a race to be lost at least once.
 const ROUNDS: usize = 100;
 
-/// Bytes of one direction where a check is not about their number.
+/// Bytes of one direction in checks that are not about their number.
 const SOME: usize = 512 << 10;
 
-/// A byte there and a byte back, each to somebody who sleeps in `recv`.
+/// Sends a byte and a reply, each to a reader in `recv`.
 pub(super) fn blocking_receive(ends: Ends) -> Seen {
     let sleeper = Sleeper::default();
     let exchange = |end: &TcpStream, first: bool| {
@@ -28,13 +28,13 @@ pub(super) fn blocking_receive(ends: Ends) -> Seen {
             if first {
                 sleeper.sleeps()?;
                 call("sending", || write_all(end, &[1]))?;
-                call("waiting for the answer", || read_exact(end, &mut got))?;
+                call("waiting for the reply", || read_exact(end, &mut got))?;
             } else {
                 sleeper.about_to_sleep();
                 call("waiting in recv", || read_exact(end, &mut got))?;
                 call("answering", || write_all(end, &[2]))?;
             }
-            expect(got == [if first { 2 } else { 1 }], || format!("another byte in round {round}"))?;
+            expect(got == [if first { 2 } else { 1 }], || format!("the wrong byte in round {round}"))?;
         }
         Ok(())
     };
@@ -42,32 +42,32 @@ pub(super) fn blocking_receive(ends: Ends) -> Seen {
     Ok(format!("woken {ROUNDS} times"))
 }
 
-/// The same to somebody who sleeps in `epoll_wait`, edge-triggered, and reads until there is no more.
+/// The same with a reader in edge-triggered `epoll_wait` that reads until EAGAIN.
 pub(super) fn epoll_edge(ends: Ends) -> Seen {
     let sleeper = Sleeper::default();
-    call("making the socket non-blocking", || ends.server.set_nonblocking(true))?;
+    call("setting the socket non-blocking", || ends.server.set_nonblocking(true))?;
     let waker = || {
         for round in 0..ROUNDS {
             sleeper.sleeps()?;
             call("sending", || write_all(&ends.client, &vec![1; 1 + round * 7 % 3000]))?;
-            call("waiting for the answer", || read_exact(&ends.client, &mut [0]))?;
+            call("waiting for the reply", || read_exact(&ends.client, &mut [0]))?;
         }
         call("shutting down", || ends.client.shutdown(Shutdown::Write))
     };
     let woken = || {
-        let epoll = call("making an epoll", || epoll::create(epoll::CreateFlags::CLOEXEC))?;
+        let epoll = call("creating an epoll instance", || epoll::create(epoll::CreateFlags::CLOEXEC))?;
         let interest = epoll::EventFlags::IN | epoll::EventFlags::ET;
-        call("adding to the epoll", || {
+        call("adding to the epoll instance", || {
             epoll::add(&epoll, &ends.server, epoll::EventData::new_u64(0), interest)
         })?;
         let mut round = 0;
-        // A socket that was just added is reported as it is.
+        // The first event reports the state of a socket that was just added.
         let mut wanted = 1;
         loop {
             sleeper.about_to_sleep();
             wait(&epoll)?;
             let Some(got) = drain(&ends.server)? else { break };
-            // A message may come in two parts, with an event each.
+            // A message may arrive in two parts with an event each.
             wanted -= got.min(wanted);
             if wanted == 0 {
                 call("answering", || write_all(&ends.server, &[2]))?;
@@ -90,7 +90,7 @@ fn wait(epoll: impl std::os::fd::AsFd) -> Result<(), Fault> {
     expect(found > 0, || format!("no event in {} s", PATIENCE.as_secs()))
 }
 
-/// How many bytes there were; none at the end of the stream.
+/// Returns the number of bytes read; `None` at the end of the stream.
 fn drain(mut end: &TcpStream) -> Result<Option<usize>, Fault> {
     let mut sum = 0;
     loop {
@@ -105,7 +105,7 @@ fn drain(mut end: &TcpStream) -> Result<Option<usize>, Fault> {
     }
 }
 
-/// One end says that it has sent everything; what the other sends after that still comes.
+/// One end shuts down its direction. The other direction still works.
 pub(super) fn half_close(ends: Ends) -> Seen {
     let sizes = || std::iter::repeat(PIECE);
     let client = || {
@@ -143,9 +143,9 @@ pub(super) fn end_of_stream(ends: Ends) -> Seen {
     Ok("seen by the sleeping reader".to_owned())
 }
 
-/// A thread sleeps in `recv` while another shuts the write side down; the answer comes after that.
+/// A thread sleeps in `recv` while another shuts down the sending direction. The reply arrives afterwards.
 pub(super) fn shutdown_elsewhere(ends: Ends) -> Seen {
-    /// Long enough for a reader that is woken by it to come back.
+    /// Time for a reader that is woken wrongly to return.
     const STILL: Duration = Duration::from_millis(200);
     let Ends { client, server, .. } = &ends;
     let sleeper = &Sleeper::default();
@@ -156,10 +156,10 @@ pub(super) fn shutdown_elsewhere(ends: Ends) -> Seen {
         let read = call("sleeping in recv while another thread shut the write side down", || {
             read_exact(client, &mut got)
         });
-        // That the other has given up waiting is the good case.
+        // The send fails if the other thread has stopped waiting, which is the expected case.
         let _others_went_on = woken.try_send(());
         read?;
-        expect(&got == b"answer", || "another answer than was sent".to_owned())
+        expect(&got == b"answer", || "the reply differs from what was sent".to_owned())
     };
     let others = move || {
         call("sending", || write_all(client, b"question"))?;
@@ -167,12 +167,12 @@ pub(super) fn shutdown_elsewhere(ends: Ends) -> Seen {
         call("shutting down", || client.shutdown(Shutdown::Write))?;
         call("receiving", || read_exact(server, &mut [0; 8]))?;
         ended(server)?;
-        // If the reader is back, it says itself why.
+        // If the reader has returned, its own result says why.
         let _still_asleep = wait.recv_timeout(STILL);
         call("answering", || write_all(server, b"answer"))
     };
     both(reader, others)?;
-    Ok("the answer came after it".to_owned())
+    Ok("the reply arrived afterwards".to_owned())
 }
 
 /// One end is closed with a reset while the other sleeps in `recv`.
@@ -184,8 +184,8 @@ pub(super) fn reset(ends: Ends) -> Seen {
         sleeper.about_to_sleep();
         match read(&client, &mut [0]) {
             Err(error) if error.kind() == ErrorKind::ConnectionReset => Ok(()),
-            Err(error) => Err(Fault::Wrong(format!("recv gave {error} rather than a reset"))),
-            Ok(read) => Err(Fault::Wrong(format!("recv gave {read} bytes rather than a reset"))),
+            Err(error) => Err(Fault::Wrong(format!("recv failed with {error} instead of a reset"))),
+            Ok(read) => Err(Fault::Wrong(format!("recv returned {read} bytes instead of a reset"))),
         }
     };
     let closer = || {
@@ -199,8 +199,8 @@ pub(super) fn reset(ends: Ends) -> Seen {
     Ok("seen by the sleeping reader".to_owned())
 }
 
-/// One end is closed with bytes that it has not read: the other must learn that it is gone, by a reset (as with TCP) or
-/// by the end of the stream.
+/// One end is closed with unread bytes. The other must learn of it by a reset, as with TCP, or by the end of the
+/// stream.
 pub(super) fn close_unread(ends: Ends) -> Seen {
     let Ends { client, server, .. } = ends;
     call("sending", || write_all(&client, &[1; 100]))?;
@@ -210,6 +210,6 @@ pub(super) fn close_unread(ends: Ends) -> Seen {
     match read(&client, &mut [0]) {
         Ok(0) => Ok("seen as the end of the stream".to_owned()),
         Err(error) if error.kind() == ErrorKind::ConnectionReset => Ok("seen as a reset".to_owned()),
-        other => Err(Fault::Wrong(format!("recv gave {other:?} rather than the end"))),
+        other => Err(Fault::Wrong(format!("recv returned {other:?} instead of the end"))),
     }
 }
