@@ -1,9 +1,10 @@
-//! The CNI plugin: chained after those that make the pod's network, it has the daemon put the pod in force.
+//! The CNI plugin: it asks the daemon to capture a pod, or to release it.
 //!
-//! Of the specification's versions 0.3.0 to 1.1.0. The daemon does the work, because it also keeps it.
+//! It implements versions 0.3.0 to 1.1.0 of the specification. The daemon does the work, because it also keeps it up to
+//! date.
 //!
-//! It is chained after the plugins that make the pod's network, or is a network of its own that Multus adds to a pod
-//! (`standalone`), which gives the pod no interface and no address.
+//! The plugin is chained after those that create the pod's network, or is a network of its own that Multus adds to a
+//! pod (`standalone`), without an interface or address.
 
 mod chain;
 mod config;
@@ -25,19 +26,19 @@ use crate::daemon::{
     socket,
 };
 
-/// The versions that are spoken, oldest first.
+/// The supported versions, oldest first.
 pub const VERSIONS: [&str; 5] = ["0.3.0", "0.3.1", "0.4.0", "1.0.0", "1.1.0"];
-/// More than any configuration has: Kubernetes allows 256 KiB of annotations.
+/// More than any configuration has. Kubernetes allows 256 KiB of annotations.
 const MAX_STDIN: u64 = 4 << 20;
-/// The mark of a pod that was injected.
+/// The annotation of injected pods.
 const STATUS: &str = "sidecar.istio.io/status";
 
-/// An error, as the runtime reads it. Codes below 100 are the specification's.
+/// An error in the specification's format. The specification defines the codes below 100.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct CniError {
-    /// What kind.
+    /// The code.
     pub code: u32,
-    /// What was attempted, and what to do.
+    /// The operation, and what to do.
     pub msg: String,
     /// The causes.
     pub details: String,
@@ -57,26 +58,26 @@ impl CniError {
         Self { code, msg: msg.into(), details: details.to_string() }
     }
 
-    /// As it is printed.
+    /// Formats the error as JSON.
     pub fn json(&self, version: &str) -> Value {
         json!({ "cniVersion": version, "code": self.code, "msg": self.msg, "details": self.details })
     }
 }
 
-/// What a runtime calls the plugin with.
+/// The input of a call by the runtime.
 #[derive(Clone, Debug, Default)]
 pub struct Call {
-    /// The variables that begin with `CNI_`.
+    /// The variables whose names start with `CNI_`.
     pub environment: BTreeMap<String, String>,
-    /// What came on standard input.
+    /// Standard input.
     pub stdin: Vec<u8>,
 }
 
-/// What is printed, and whether it is an error's.
+/// The output: a result or an error.
 pub type Printed = Result<Option<Value>, Value>;
 
 impl Call {
-    /// This process's own.
+    /// Reads the input of this process.
     pub fn read() -> io::Result<Self> {
         let environment = std::env::vars_os()
             .filter_map(|(name, value)| {
@@ -89,7 +90,7 @@ impl Call {
         Ok(Self { environment, stdin })
     }
 
-    /// Do what is asked.
+    /// Executes the command.
     pub fn perform(&self) -> Printed {
         let newest = VERSIONS[VERSIONS.len() - 1];
         if u64::try_from(self.stdin.len()).is_ok_and(|length| length > MAX_STDIN) {
@@ -118,7 +119,7 @@ impl Call {
         }
         if !VERSIONS.contains(&version) {
             let msg = format!(
-                "version {version} of CNI is not spoken: set cniVersion to one of {}",
+                "CNI version {version} is not supported: set cniVersion to one of {}",
                 VERSIONS.join(", ")
             );
             return Err(CniError::new(CniError::VERSION, msg, ""));
@@ -167,7 +168,7 @@ impl Call {
             (Some(previous), _) => previous.clone(),
             (None, true) => json!({ "cniVersion": version }),
             (None, false) => {
-                let msg = "there is no prevResult: this plugin comes after one that makes the pod's network; put it last \
+                let msg = "there is no prevResult: this plugin must follow one that creates the pod's network; put it last \
                            in the plugins of a conflist (`intercept-agent cni install` does), or set `standalone` to \
                            true in a network of Multus";
                 return Err(CniError::new(CniError::CONFIG, msg, ""));
@@ -185,8 +186,9 @@ impl Call {
         match socket::request(&config.socket, &request) {
             Ok(Response::Done(_)) => Ok(previous),
             Ok(other) => Err(refused("capturing the pod", &other)),
-            // Injected pods bear their mark; others need no daemon to be ignored. Where the runtime does not pass it on,
-            // they must start all the same, and the daemon captures the injected ones once the API tells it of them.
+            // Injected pods have an annotation, and others start without the daemon. If the runtime does not pass
+            // annotations on, all pods must start. The daemon captures the injected ones when it learns of them from
+            // the API.
             Err(_) if is_plain(config) => Ok(previous),
             Err(error) => Err(unreachable(&config.socket, &error)),
         }
@@ -195,7 +197,7 @@ impl Call {
     fn delete(&self, config: &PluginConfig) -> Result<(), CniError> {
         let sandbox = self.sandbox()?;
         match socket::request(&config.socket, &DaemonRequest::Delete(sandbox)) {
-            // Without a daemon the next one sweeps: its cgroup and namespace will be gone.
+            // Without a daemon the next one releases it, because cgroup and namespace will be gone.
             Ok(Response::Done(_)) | Err(_) => Ok(()),
             Ok(other) => Err(refused("releasing the pod", &other)),
         }
@@ -212,14 +214,14 @@ impl Call {
     }
 }
 
-/// The pod's addresses, in the order of the plugins before.
+/// Returns the pod's addresses in the order of the preceding plugins' results.
 fn addresses(previous: &Value) -> Vec<IpAddr> {
     let ips = previous["ips"].as_array().into_iter().flatten();
     let written = ips.filter_map(|ip| ip["address"].as_str());
     written.filter_map(|address| address.split('/').next()?.parse().ok()).collect()
 }
 
-/// Whether a pod that is started now would be captured.
+/// Whether a pod that starts now would be captured.
 fn status(config: &PluginConfig) -> Result<(), CniError> {
     let not_available = |msg: String, details: &str| CniError::new(CniError::NOT_AVAILABLE, msg, details);
     match socket::request(&config.socket, &DaemonRequest::Ready) {
@@ -235,13 +237,13 @@ fn status(config: &PluginConfig) -> Result<(), CniError> {
     }
 }
 
-/// Release what was attached and is not any more.
+/// Releases attachments that the runtime does not list any more.
 fn collect(config: &PluginConfig) -> Result<(), CniError> {
-    // Of a network of Multus's the list has only the pods that asked for it.
+    // For a network of Multus, the list contains only the pods that requested it.
     let Some(valid) = config.valid.as_ref().filter(|_| !config.standalone) else { return Ok(()) };
     let valid = valid.iter().map(|attachment| attachment.container_id.clone()).collect();
     match socket::request(&config.socket, &DaemonRequest::Collect { valid }) {
-        // Without a daemon the next one sweeps.
+        // Without a daemon the next one releases them.
         Ok(Response::Done(_)) | Err(_) => Ok(()),
         Ok(other) => Err(refused("releasing pods that are gone", &other)),
     }
@@ -255,22 +257,24 @@ fn is_plain(config: &PluginConfig) -> bool {
 fn refused(what: &str, response: &Response) -> CniError {
     match response {
         Response::Failed(problem) if problem.cause == "ending" => {
-            CniError::new(CniError::TRY_AGAIN, format!("{what}: the daemon is ending"), &problem.text)
+            CniError::new(CniError::TRY_AGAIN, format!("{what}: the daemon is shutting down"), &problem.text)
         }
         Response::Failed(problem) => {
             CniError::new(CniError::NOT_CAPTURED, format!("{what}: {}", problem.text), &problem.cause)
         }
         other => CniError::new(
             CniError::IO,
-            format!("{what}: the daemon gave an answer to something else"),
+            format!("{what}: the daemon's answer does not match the request"),
             format!("{other:?}"),
         ),
     }
 }
 
 fn unreachable(path: &Path, error: &io::Error) -> CniError {
-    let msg =
-        format!("asking the daemon on {}: is `intercept-agent daemon` running on this node?", path.display());
+    let msg = format!(
+        "asking the daemon on {}: check that `intercept-agent daemon` is running on this node",
+        path.display()
+    );
     CniError::new(CniError::TRY_AGAIN, msg, error)
 }
 

@@ -147,7 +147,7 @@ fn the_daemonsets_pod_captures_pods_before_their_first_connection() {
     daemon.kill().expect("killed");
     assert_eq!(fixture.dial(&pod, "without-daemon", 80), proxied);
     let refused = client.run(&fixture.config("refused", &[STATUS])).expect_err("not captured");
-    assert!(refused.to_string().contains("is `intercept-agent daemon` running"), "{refused:#}");
+    assert!(refused.to_string().contains("that `intercept-agent daemon` is running"), "{refused:#}");
     let unharmed = fixture.run("unharmed", &[]);
     assert_eq!(fixture.dial(&unharmed, "app", 80), (0, "the node\n".to_owned()));
     // And one that is captured can go.

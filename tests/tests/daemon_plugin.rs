@@ -124,7 +124,7 @@ fn the_daemon_keeps_the_plugin_in_the_nodes_configuration() {
     // Before the cluster's network is there.
     daemon.wait("it has looked", |_| ready().1.contains("the CNI plugin is not in the node")).expect("told");
     let (status, text) = ready();
-    assert!(status == 503 && text.contains("there is none that a runtime could use yet"), "{text}");
+    assert!(status == 503 && text.contains("there is no usable configuration yet"), "{text}");
     assert_eq!(metric(probes, "intercept_plugin_installed").as_deref(), Some("0"));
     node.write_primary();
     daemon.wait("it is installed", |_| node.entry().is_some() && ready().0 == 200).expect("installed");
@@ -145,7 +145,9 @@ fn the_daemon_keeps_the_plugin_in_the_nodes_configuration() {
     daemon.wait("it is installed", |_| node.read() == before).expect("installed again");
 
     fs::write(node.list(), "{ broken").expect("written");
-    daemon.wait("it is told", |_| ready().1.contains("it is no JSON; mend or remove it")).expect("told");
+    daemon
+        .wait("it is told", |_| ready().1.contains("it is not valid JSON; correct or remove it"))
+        .expect("told");
     node.write_primary();
     daemon.wait("it is installed", |_| ready().0 == 200).expect("installed");
 

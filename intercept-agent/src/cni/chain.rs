@@ -1,7 +1,7 @@
-//! Which of a node's CNI configurations counts, and the plugin's entry in it.
+//! Selects the node's effective CNI configuration and edits the plugin's entry in it.
 //!
-//! A runtime takes the first file by name that is valid (containerd, CRI-O), so that is the one that has to have the
-//! entry. If it is Multus's, what counts is the configuration that Multus delegates to.
+//! A runtime (containerd, CRI-O) uses the first valid file by name, so the entry must be in that file. If it is
+//! Multus's, the entry must be in the configuration that Multus delegates to.
 
 use std::{
     fs, io,
@@ -12,39 +12,39 @@ use serde_json::{Value, json};
 
 use super::{PLUGIN, VERSIONS, install::InstallError};
 
-/// Types of Multus, by the ways in which it can be installed.
+/// Plugin types of Multus, by method of installation.
 const MULTUS: [&str; 3] = ["multus", "multus-shim", "multus-cni"];
-/// Configurations are shorter.
+/// Longer than any configuration.
 const MAX_FILE: u64 = 1 << 20;
 
-/// A configuration that was read.
+/// A configuration file.
 #[derive(Clone, Debug, PartialEq)]
 pub(super) struct ConfFile {
     pub(super) path: PathBuf,
     pub(super) content: Value,
 }
 
-/// Where in a configuration the entry belongs.
+/// The position of the entry in a configuration.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum EntryPosition {
-    /// In the list of plugins that the file is, or becomes.
+    /// In the file's list of plugins, which is created if necessary.
     File,
-    /// In the first of Multus's delegates.
+    /// In the first delegate of Multus.
     Delegate,
 }
 
-/// What an insertion did.
+/// What an insertion changed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Inserted {
-    /// The entry was there.
+    /// Nothing: the entry was present.
     Unchanged,
-    /// A list has it now.
+    /// The entry was inserted into the list.
     IntoList,
-    /// The configuration of one plugin became a list.
+    /// The configuration of a single plugin became a list.
     IntoNewList,
 }
 
-/// The files of a folder that may be configurations, in the order in which runtimes look at them.
+/// Returns the files in a folder that may be configurations, in the order of the runtimes.
 pub(super) fn configurations(folder: &Path) -> Result<Vec<PathBuf>, InstallError> {
     let entries = match fs::read_dir(folder) {
         Ok(entries) => entries,
@@ -63,7 +63,7 @@ pub(super) fn configurations(folder: &Path) -> Result<Vec<PathBuf>, InstallError
 }
 
 impl ConfFile {
-    /// Read one, which must be what a runtime can use.
+    /// Reads a configuration that a runtime can use.
     pub(super) fn read(path: &Path) -> Result<Self, InstallError> {
         let shown = || path.display().to_string();
         let at = |source| InstallError::File { action: "reading", path: shown(), source };
@@ -86,8 +86,8 @@ impl ConfFile {
         }
     }
 
-    /// Put `entry` at its place. The entry stays where it is in a list that has it, unless that is the first: plugins
-    /// that others append after it do no harm.
+    /// Inserts `entry` at its position. An identical entry stays where it is unless it is first, because plugins that
+    /// are appended after it do no harm.
     pub(super) fn insert(&mut self, place: EntryPosition, entry: &Value) -> Result<Inserted, InstallError> {
         let shown = self.path.display().to_string();
         let target = match place {
@@ -117,7 +117,7 @@ impl ConfFile {
         Ok(if single { Inserted::IntoNewList } else { Inserted::IntoList })
     }
 
-    /// Take the plugin's entries out, of Multus's delegates too. False if there are none.
+    /// Removes the plugin's entries, including those in delegates of Multus. False if there are none.
     pub(super) fn take_out(&mut self) -> bool {
         let mut found = take_out_of(&mut self.content);
         for delegate in self.content.get_mut("delegates").and_then(Value::as_array_mut).into_iter().flatten()
@@ -127,13 +127,13 @@ impl ConfFile {
         found
     }
 
-    /// Whether it configures the plugin alone.
+    /// Whether the file configures only this plugin.
     pub(super) fn is_standalone(&self) -> bool {
         is_ours(&self.content)
     }
 }
 
-/// Where the entry has to be: in every one of these, of which the first is the one that the runtime reads.
+/// Returns the files that need the entry, and its position in each. The first is the one that the runtime reads.
 pub(super) fn targets(
     folder: &Path,
     named: Option<&str>,
@@ -163,7 +163,7 @@ pub(super) fn targets(
         Ok::<_, InstallError>(others()?.find(named))
     };
     let mut targets = Vec::new();
-    // Multus writes its own file again from the one that it took the delegate from.
+    // Multus rewrites its own file from the one that it has copied the delegate from.
     let source = match (multus.content.get("clusterNetwork"), delegate(&multus.content)) {
         (Some(name), _) => match network(name)? {
             Some(file) if file.content.get("plugins").is_none() => {
@@ -184,7 +184,8 @@ pub(super) fn targets(
     Ok(targets)
 }
 
-/// All that a runtime can use, in its order, without the plugin's own; and why it cannot use the others.
+/// Returns the files that a runtime can use, in its order and without the plugin's own, and why the others cannot be
+/// used.
 fn all(folder: &Path) -> Result<(Vec<ConfFile>, Vec<InstallError>), InstallError> {
     let (mut valid, mut broken) = (Vec::new(), Vec::new());
     for path in configurations(folder)? {
@@ -217,7 +218,7 @@ fn is_ours(plugin: &Value) -> bool {
     kind(plugin) == Some(PLUGIN)
 }
 
-/// Whether one of the versions that a list offers is spoken.
+/// Whether one of the versions in a list is supported.
 fn speaks(list: &Value) -> bool {
     let offered = list.get("cniVersions").and_then(Value::as_array).into_iter().flatten();
     let mut offered = offered.chain(list.get("cniVersion")).filter_map(Value::as_str).peekable();
@@ -231,7 +232,7 @@ fn take_out_of(list: &mut Value) -> bool {
     plugins.len() != before
 }
 
-/// A list with one plugin, which gives its name and version to the list.
+/// Returns a list with one plugin. The plugin's name and version become those of the list.
 fn list_of(path: &str, mut plugin: Value) -> Result<Value, InstallError> {
     let shape = || InstallError::Shape { path: path.to_owned() };
     let fields = plugin.as_object_mut().ok_or_else(shape)?;

@@ -1,4 +1,4 @@
-//! The plugin's part of a conflist, with what the runtime adds to it.
+//! The plugin's configuration, as the runtime passes it.
 
 use std::{collections::BTreeMap, path::PathBuf};
 
@@ -10,33 +10,33 @@ use crate::daemon::{
     protocol::{DEFAULT_SOCKET, Select},
 };
 
-/// The plugin's type, which is the name of its binary.
+/// The plugin's type, which is also the name of its binary.
 pub const PLUGIN: &str = "intercept-cni";
 
-/// The configuration. What other plugins read in theirs is not looked at.
+/// The configuration. Unknown keys are ignored.
 #[derive(Clone, Debug, PartialEq, Deserialize)]
 #[serde(default)]
 pub struct PluginConfig {
-    /// Version of the specification.
+    /// CNI version.
     #[serde(rename = "cniVersion")]
     pub cni_version: Option<String>,
-    /// The daemon's socket.
+    /// Path of the daemon's socket.
     pub socket: PathBuf,
     /// Which pods are captured.
     pub select: Select,
-    /// Options for every pod, as `attach` takes them.
+    /// Arguments for every pod, as for `attach`.
     pub arguments: Vec<String>,
-    /// Variables for every pod, as `attach` reads them.
+    /// Environment variables for every pod, as for `attach`.
     pub environment: BTreeMap<String, String>,
-    /// This is a network of its own, without plugins before it.
+    /// Whether it is a network of its own, without preceding plugins.
     pub standalone: bool,
-    /// GC: what is attached, and nothing else.
+    /// For GC: all attachments that are still valid.
     #[serde(rename = "cni.dev/valid-attachments")]
     pub valid: Option<Vec<Attachment>>,
-    /// What the plugins before gave.
+    /// The result of the preceding plugins.
     #[serde(rename = "prevResult")]
     pub previous: Option<Value>,
-    /// What the runtime adds for the capabilities.
+    /// What the runtime adds for capabilities.
     #[serde(rename = "runtimeConfig")]
     pub runtime: RuntimeConfig,
 }
@@ -44,27 +44,27 @@ pub struct PluginConfig {
 /// An attachment of a sandbox to a network.
 #[derive(Clone, Debug, PartialEq, Deserialize)]
 pub struct Attachment {
-    /// The sandbox.
+    /// Id of the sandbox.
     #[serde(rename = "containerID")]
     pub container_id: String,
 }
 
-/// What the runtime adds.
+/// Values for the declared capabilities.
 #[derive(Clone, Debug, Default, PartialEq, Deserialize)]
 #[serde(default)]
 pub struct RuntimeConfig {
-    /// The pod's annotations; none if the runtime does not pass them.
+    /// The pod's annotations. `None` if the runtime does not pass them.
     #[serde(rename = "io.kubernetes.cri.pod-annotations", deserialize_with = "passed")]
     pub annotations: Option<BTreeMap<String, String>>,
-    /// The pod's cgroup.
+    /// Path of the pod's cgroup.
     #[serde(rename = "cgroupPath")]
     pub cgroup_path: Option<String>,
 }
 
-/// Whose annotations say how a pod is captured.
+/// Domains of the annotations that affect how a pod is captured.
 const DOMAINS: [&str; 5] = ["istio.io", "linkerd.io", "kuma.io", "consul.hashicorp.com", "intercept"];
 
-/// The annotations that the daemon reads. A pod may have 256 KiB of others, which are none of its business.
+/// Returns the annotations that the daemon reads. A pod may have 256 KiB of others.
 pub(super) fn relevant(annotations: &BTreeMap<String, String>) -> BTreeMap<String, String> {
     let is_read = |name: &str| {
         let domain = name.split_once('/').map_or("", |(domain, _)| domain);
@@ -76,7 +76,7 @@ pub(super) fn relevant(annotations: &BTreeMap<String, String>) -> BTreeMap<Strin
     kept.map(|(name, value)| (name.clone(), value.clone())).collect()
 }
 
-/// A pod without annotations has `null` from containerd, whose empty maps have no JSON of their own.
+/// containerd passes `null` for a pod without annotations.
 fn passed<'de, D>(input: D) -> Result<Option<BTreeMap<String, String>>, D::Error>
 where
     D: Deserializer<'de>,
@@ -101,12 +101,12 @@ impl Default for PluginConfig {
 }
 
 impl PluginConfig {
-    /// Read what came on standard input.
+    /// Parses standard input.
     pub fn read(text: &[u8]) -> Result<Self, serde_json::Error> {
         serde_json::from_slice(text)
     }
 
-    /// The options for every pod.
+    /// Returns the arguments for every pod.
     pub fn given(&self) -> CaptureArgs {
         CaptureArgs { arguments: self.arguments.clone(), environment: self.environment.clone() }
     }

@@ -1,6 +1,6 @@
-//! Putting the plugin into a node's configuration, and taking it out.
+//! Installs the plugin in a node's CNI configuration, and removes it.
 //!
-//! Each file is replaced by a rename: the runtime sees the old one or the new one.
+//! Files are replaced by rename, so that the runtime reads either the old or the new version.
 
 use std::{
     fs,
@@ -16,82 +16,82 @@ use super::{
     chain::{self, ConfFile, Inserted},
 };
 
-/// Kept beside a configuration of one plugin, which becomes a list while ours is in it.
+/// Suffix of the copy of a single plugin's configuration, which is a list while the plugin is installed.
 const SAVED: &str = "before-intercept";
-/// The file of a plugin that is not chained. The last by name, so that no runtime takes it for the node's network.
+/// File name of a plugin that is not chained. It sorts last, so that no runtime uses it as the node's network.
 const STANDALONE: &str = "zzz-intercept-cni.conf";
 
-/// This process's own binary, which is also the plugin.
+/// This process's binary, which is also the plugin.
 pub const OWN_BINARY: &str = "/proc/self/exe";
 
-/// Where a node has its CNI files.
+/// The node's CNI directories.
 #[derive(Clone, Debug)]
 pub struct Folders {
-    /// Configurations, /etc/cni/net.d.
+    /// Directory of configurations, /etc/cni/net.d.
     pub configurations: PathBuf,
-    /// Plugins, /opt/cni/bin.
+    /// Directory of plugins, /opt/cni/bin.
     pub binaries: PathBuf,
 }
 
-/// How the plugin comes to be called.
+/// How the plugin is called.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Mode {
-    /// By the runtime, after the plugins that make the pod's network.
+    /// By the runtime, after the plugins that create the pod's network.
     Chained {
-        /// The file of this name rather than the one that the runtime takes.
+        /// Name of the file to edit instead of the one that the runtime uses.
         file: Option<String>,
     },
-    /// By Multus, for pods that name this network: in a file of its own.
+    /// By Multus, for pods that name this network, which has a file of its own.
     Standalone {
-        /// The network's name.
+        /// Name of the network.
         network: String,
     },
 }
 
-/// The plugin, as it is to be installed.
+/// The plugin and how it is installed.
 #[derive(Clone, Debug)]
 pub struct Plugin {
-    /// Where.
+    /// Where it is installed.
     pub folders: Folders,
-    /// How it comes to be called.
+    /// How it is called.
     pub mode: Mode,
-    /// Its entry, of [`entry`].
+    /// Its entry, from [`entry`].
     pub entry: Value,
-    /// What is copied: [`OWN_BINARY`].
+    /// The file to copy: [`OWN_BINARY`].
     pub binary: PathBuf,
 }
 
-/// What [`Plugin::install`] did.
+/// The result of [`Plugin::install`].
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Installed {
-    /// The file that has the plugin.
+    /// The file with the plugin's entry.
     pub path: PathBuf,
-    /// Whether a configuration was changed.
+    /// Whether a configuration has changed.
     pub changed: bool,
 }
 
-/// A step failed. What was there before still is.
+/// Why the plugin cannot be installed or removed. The previous configuration is still in place.
 #[derive(Debug, thiserror::Error)]
 #[expect(missing_docs, reason = "each is its text")]
 pub enum InstallError {
     #[error("{action} {path}")]
     File { action: &'static str, path: String, source: io::Error },
-    #[error("reading {path}: it is no JSON; mend or remove it")]
+    #[error("reading {path}: it is not valid JSON; correct or remove it")]
     Json { path: String, source: serde_json::Error },
     #[error("reading {path}: it is neither a list of plugins nor the configuration of one")]
     Shape { path: String },
     #[error(
-        "looking for the node's CNI configuration in {folder}: there is none that a runtime could use yet; install when \
+        "looking for the node's CNI configuration in {folder}: there is no usable configuration yet; install when \
          the node's network plugin has written its own{broken}"
     )]
     NoConfiguration { folder: String, broken: String },
     #[error(
-        "{path} is Multus's, and no file in its folder is what it delegates to; name the file of the cluster's network \
+        "{path} is Multus's, and no file in its folder is the network that it delegates to; name the file of the cluster's network \
          with --cni-conf-name"
     )]
     NoDelegate { path: String },
     #[error(
-        "{path} is the configuration of one plugin, which Multus reads by this name: make it a .conflist"
+        "{path} is the configuration of a single plugin, which Multus reads by this name: convert it to a .conflist"
     )]
     SingleDelegate { path: String },
     #[error(
@@ -106,7 +106,7 @@ fn at<'a>(action: &'static str, path: &'a Path) -> impl FnOnce(io::Error) -> Ins
 }
 
 impl Plugin {
-    /// Copy this binary, and have the configuration name it. Changes nothing that is as it should be.
+    /// Copies this binary and adds the plugin to the configuration. Files that are up to date are not changed.
     pub fn install(&self) -> Result<Installed, InstallError> {
         match &self.mode {
             Mode::Chained { file } => self.chain(file.as_deref()),
@@ -117,7 +117,7 @@ impl Plugin {
     fn chain(&self, named: Option<&str>) -> Result<Installed, InstallError> {
         let folder = &self.folders.configurations;
         let converted = named.map(|name| Path::new(name).with_extension("conflist"));
-        // A named file of one plugin became a list.
+        // A named file of a single plugin has become a list.
         let named = match (named, &converted) {
             (Some(name), Some(list)) if !folder.join(name).exists() && folder.join(list).exists() => {
                 list.to_str()
@@ -129,7 +129,7 @@ impl Plugin {
             let inserted = file.insert(place, &self.entry)?;
             edits.push((file, inserted));
         }
-        // The binary first: a configuration that names what is not there would stop every pod.
+        // The binary comes first: a configuration with a missing plugin would keep every pod from starting.
         copy_binary(&self.binary, &self.folders.binaries)?;
         let mut installed = None;
         for (file, inserted) in edits {
@@ -140,7 +140,7 @@ impl Plugin {
                 {
                     let target = file.path.with_extension("conflist");
                     write(&target, &file.content)?;
-                    fs::rename(&file.path, saved(&file.path)).map_err(at("setting aside", &file.path))?;
+                    fs::rename(&file.path, saved(&file.path)).map_err(at("renaming", &file.path))?;
                     Installed { path: target, ..one }
                 }
                 Inserted::IntoNewList | Inserted::IntoList => {
@@ -170,7 +170,7 @@ impl Plugin {
     }
 }
 
-/// Take the plugin out of every list, and its binary away. Goes on after a failure. Says which files were changed.
+/// Removes the plugin from all lists, and its binary. Continues after a failure. Returns the changed files.
 pub fn uninstall(folders: &Folders) -> Result<Vec<PathBuf>, InstallError> {
     let mut changed = Vec::new();
     let mut failed = None;
@@ -205,7 +205,7 @@ fn take_out(path: &Path) -> Result<bool, InstallError> {
     }
     let originals = ["conf", "json"].map(|kind| path.with_extension(kind));
     match originals.iter().find(|single| saved(single).exists()) {
-        // Written again by its owner meanwhile: what was set aside is older.
+        // The owner has written the file again meanwhile, so the saved copy is outdated.
         Some(single) if single.exists() => {
             fs::remove_file(saved(single)).map_err(at("removing", &saved(single)))?;
             fs::remove_file(path).map_err(at("removing", path))?;
@@ -219,7 +219,7 @@ fn take_out(path: &Path) -> Result<bool, InstallError> {
     Ok(true)
 }
 
-/// The plugin's entry in a list.
+/// Returns the plugin's entry for a list.
 pub fn entry(socket: &Path, select: &str, arguments: &[String]) -> Value {
     let mut entry = json!({
         "type": PLUGIN,
@@ -270,7 +270,7 @@ fn is_executable(file: &fs::File) -> bool {
     file.metadata().is_ok_and(|metadata| metadata.is_file() && metadata.mode() & 0o111 == 0o111)
 }
 
-/// Whether two files have the same content, without holding them in memory.
+/// Whether two files have the same content. They are not loaded into memory.
 fn same(a: &fs::File, b: &fs::File) -> io::Result<bool> {
     if a.metadata()?.len() != b.metadata()?.len() {
         return Ok(false);
@@ -291,7 +291,7 @@ fn same(a: &fs::File, b: &fs::File) -> io::Result<bool> {
     }
 }
 
-/// Write beside, then rename. The name does not count as a configuration's.
+/// Writes a temporary file, whose name is not that of a configuration, and renames it.
 fn replace(path: &Path, content: &mut impl Read, mode: Option<fs::Permissions>) -> Result<(), InstallError> {
     let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
     let beside = path.with_file_name(format!(".{name}.intercept-{}", std::process::id()));

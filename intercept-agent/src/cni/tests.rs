@@ -28,7 +28,7 @@ fn error(printed: Printed) -> (u64, String) {
     (error["code"].as_u64().expect("a code"), error["msg"].as_str().expect("a text").to_owned())
 }
 
-/// A daemon that gives one answer; the request it got.
+/// Starts a daemon that gives one answer. Returns the request that it received.
 fn answering(folder: &Path, answer: Response) -> (PathBuf, std::thread::JoinHandle<DaemonRequest>) {
     use std::io::{BufRead as _, Write as _};
     let path = folder.join("s.sock");
@@ -138,9 +138,9 @@ fn without_a_daemon_only_pods_that_bear_the_mark_wait_for_it() {
     let (code, msg) = error(call("ADD", &with(r#"{"sidecar.istio.io/status":"{}"}"#)).perform());
     assert!(code == 11 && msg.contains("/nonexistent/agent.sock") && msg.contains("daemon"), "{code} {msg}");
     assert!(call("ADD", &with("{}")).perform().is_ok());
-    // A pod without annotations, as containerd tells of it.
+    // A pod without annotations, in containerd's notation.
     assert!(call("ADD", &with("null")).perform().is_ok());
-    // The runtime passes no annotations: plain pods must start.
+    // The runtime passes no annotations, so plain pods must start.
     assert!(call("ADD", &config(nowhere, "")).perform().is_ok());
     assert_eq!(call("DEL", &config(nowhere, "")).perform(), Ok(None));
     assert_eq!(error(call("CHECK", &config(nowhere, "")).perform()).0, 11);
@@ -200,7 +200,7 @@ fn status_says_whether_a_pod_would_be_captured() {
     assert!(code == 50 && msg.ends_with("taking over what is in force"), "{code} {msg}");
     daemon.join().expect("answered");
     let (code, msg) = error(call("STATUS", &config(Path::new("/nonexistent/agent.sock"), "")).perform());
-    assert!(code == 50 && msg.contains("is `intercept-agent daemon` running"), "{code} {msg}");
+    assert!(code == 50 && msg.contains("that `intercept-agent daemon` is running"), "{code} {msg}");
 }
 
 #[test]
@@ -213,7 +213,7 @@ fn gc_tells_which_sandboxes_there_are() {
         daemon.join().expect("answered"),
         DaemonRequest::Collect { valid: vec!["a".into(), "b".into()] }
     );
-    // A daemon is asked nothing where the list is not of all sandboxes, or where there is none.
+    // The daemon is not asked if the list does not cover all sandboxes, or is missing.
     for more in [r#","standalone":true"#, ""] {
         let valid = if more.is_empty() { "" } else { valid };
         let nowhere = config(Path::new("/nonexistent/agent.sock"), &format!("{valid}{more}"));

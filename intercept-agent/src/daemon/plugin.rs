@@ -1,5 +1,5 @@
-//! Keeps the CNI plugin installed: a network plugin that restarts writes its configuration again without ours, and an
-//! upgrade of the node may take the binary away.
+//! Keeps the CNI plugin installed. A network plugin that restarts rewrites its configuration without the entry, and an
+//! upgrade of the node may remove the binary.
 
 use std::{
     path::{Path, PathBuf},
@@ -21,30 +21,31 @@ use crate::cni::{
     install::{InstallError, Installed, Plugin},
 };
 
-/// How long after a change the files are looked at: their writer may not be done with them.
+/// Delay after a change before the files are read, because their writer may not have finished.
 const SETTLE: Duration = Duration::from_millis(50);
-/// How often they are looked at while a folder cannot be watched, or the configuration is not there yet.
+/// Polling interval while a folder cannot be watched or has no usable configuration.
 const MISSING: Duration = Duration::from_secs(1);
-/// How often they are looked at although nothing was noticed.
+/// Interval between checks without a change.
 const RESYNC_INTERVAL: Duration = Duration::from_secs(30);
-/// Writing it again so soon means that another program takes it out again: ever longer pauses then.
+/// A reinstallation within this time after another means that a program keeps removing the entry. The delay then
+/// doubles each time.
 const CONTESTED: Duration = Duration::from_secs(10);
 
-/// Whether pods that are started come by the plugin.
+/// Whether the CNI plugin is installed.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum PluginState {
-    /// Not looked at yet.
+    /// Not checked yet.
     Unknown,
-    /// This file has it.
+    /// In this file.
     Installed(PathBuf),
-    /// It is not in the configuration, with the error.
+    /// Not in the configuration, with the error.
     Missing(String),
-    /// It is not kept any more: the agent is being removed.
+    /// No longer kept, because the agent is being removed.
     Removed,
 }
 
 impl PluginState {
-    /// Why pods do not come by the plugin.
+    /// Returns why new pods do not use the plugin. `None` if it is installed.
     pub fn problem(&self) -> Option<String> {
         match self {
             Self::Installed(_) => None,
@@ -55,7 +56,7 @@ impl PluginState {
     }
 }
 
-/// Keeps it installed until it is told to stop.
+/// Keeps the plugin installed until it is stopped.
 pub struct Installer {
     plugin: Plugin,
     metrics: Metrics,
@@ -63,7 +64,7 @@ pub struct Installer {
     stop: mpsc::Receiver<oneshot::Sender<()>>,
 }
 
-/// What others see of the [`Installer`].
+/// A handle to the [`Installer`].
 #[derive(Clone, Debug)]
 pub struct InstallerHandle {
     state: watch::Receiver<PluginState>,
@@ -71,15 +72,15 @@ pub struct InstallerHandle {
 }
 
 impl InstallerHandle {
-    /// Whether it is installed.
+    /// Returns the current state.
     pub fn state(&self) -> PluginState {
         self.state.borrow().clone()
     }
 
-    /// Have it not be written again. When this returns, it is not going to be.
+    /// Stops the installer. After the return it does not write the configuration again.
     pub async fn stop(&self) {
         let (reply, stopped) = oneshot::channel();
-        // An error: it had stopped before.
+        // An error means that it had already stopped.
         if self.stop.send(reply).await.is_ok() {
             drop(stopped.await);
         }
@@ -87,7 +88,7 @@ impl InstallerHandle {
 }
 
 impl Installer {
-    /// One that has not begun.
+    /// Creates an installer and its handle. [`Installer::run`] starts it.
     pub fn new(plugin: Plugin, metrics: Metrics) -> (Self, InstallerHandle) {
         let (state, seen) = watch::channel(PluginState::Unknown);
         let (stop, stopped) = mpsc::channel(1);
@@ -95,19 +96,19 @@ impl Installer {
         (Self { plugin, metrics, state, stop: stopped }, InstallerHandle { state: seen, stop })
     }
 
-    /// Install it, and again whenever it is gone.
+    /// Installs the plugin, and reinstalls it whenever it is missing.
     pub async fn run(mut self) {
         let mut last_written: Option<Instant> = None;
         let mut contested = 0;
         loop {
-            // Before the files are looked at, so that no change falls in between.
+            // Before the files are read, so that no change is missed.
             let watch = |path: &Path| FolderWatch::open(path).ok();
             let configurations = watch(&self.plugin.folders.configurations);
             let binaries = watch(&self.plugin.folders.binaries);
             let written = self.install().await;
             let unwatched = configurations.is_none() || binaries.is_none();
             if written && unwatched {
-                // There is more to watch now.
+                // Now more can be watched.
                 continue;
             }
             let pause = if unwatched || self.is_missing() { MISSING } else { RESYNC_INTERVAL };
@@ -130,7 +131,7 @@ impl Installer {
                 reply = self.stop.recv() => {
                     self.publish(PluginState::Removed);
                     if let Some(reply) = reply {
-                        // Its sender may be gone.
+                        // The requester may be gone.
                         let _ = reply.send(());
                     }
                     return;
@@ -143,7 +144,7 @@ impl Installer {
         !matches!(*self.state.borrow(), PluginState::Installed(_))
     }
 
-    /// True if files were changed.
+    /// Installs the plugin. True if files have changed.
     async fn install(&self) -> bool {
         let plugin = self.plugin.clone();
         let result = match tokio::task::spawn_blocking(move || plugin.install()).await {
@@ -156,7 +157,7 @@ impl Installer {
         let (state, changed) = match result {
             Ok(Installed { path, changed }) => {
                 if changed {
-                    tracing::info!(file = %path.display(), "put the CNI plugin into the node's configuration");
+                    tracing::info!(file = %path.display(), "added the CNI plugin to the node's configuration");
                     self.metrics.plugin_written();
                 }
                 (PluginState::Installed(path), changed)
@@ -186,11 +187,11 @@ fn text(error: &InstallError) -> String {
 }
 
 fn is_configuration(name: &str) -> bool {
-    // What is being written has a dot before its name.
+    // Temporary files start with a dot.
     !name.starts_with('.') && [".conf", ".conflist", ".json"].iter().any(|kind| name.ends_with(kind))
 }
 
-/// Until a file of such a name changes, or more than can be told.
+/// Waits for a change of a relevant file, or for an unknown change.
 async fn relevant(watch: Option<&FolderWatch>, is_relevant: impl Fn(&str) -> bool) {
     let Some(watch) = watch else { return std::future::pending().await };
     loop {
@@ -269,13 +270,13 @@ mod tests {
             let mut state = node.handle.state.clone();
             state.wait_for(|state| matches!(state, PluginState::Missing(_))).await.expect("running");
             let problem = node.handle.state().problem().expect("a problem");
-            assert!(problem.contains("there is none that a runtime could use yet"), "{problem}");
+            assert!(problem.contains("there is no usable configuration yet"), "{problem}");
 
             fs::create_dir_all(node.list().parent().expect("a folder")).expect("created");
             node.write(PRIMARY);
             state.wait_for(|state| *state == PluginState::Installed(node.list())).await.expect("running");
             assert!(node.is_in_list());
-            // A network plugin that restarts, twice.
+            // A network plugin that restarts twice.
             for _ in 0..2 {
                 node.write(PRIMARY);
                 node.within_a_second("the list", Node::is_in_list).await;
@@ -295,7 +296,10 @@ mod tests {
             let is_missing = |node: &Node| matches!(node.handle.state(), PluginState::Missing(_));
             node.within_a_second("it is told", is_missing).await;
             let problem = node.handle.state().problem().expect("a problem");
-            assert!(problem.contains("10-net.conflist: it is no JSON; mend or remove it"), "{problem}");
+            assert!(
+                problem.contains("10-net.conflist: it is not valid JSON; correct or remove it"),
+                "{problem}"
+            );
             node.write(PRIMARY);
             node.within_a_second("the list", Node::is_in_list).await;
 
@@ -320,7 +324,7 @@ mod tests {
                 serde_json::from_slice(&fs::read(node.list()).expect("read")).expect("JSON");
             list["plugins"].as_array_mut().expect("a list").push(json!({"type": "istio-cni"}));
             node.write(&list.to_string());
-            // Something that is noticed after it.
+            // A later change that is noticed.
             fs::remove_file(node.dir.path().join("bin").join(PLUGIN)).expect("removed");
             node.within_a_second("the binary", |node| node.dir.path().join("bin").join(PLUGIN).exists())
                 .await;

@@ -15,7 +15,7 @@ fn node(files: &[(&str, &str)]) -> Node {
     Node { _dir: dir, folders }
 }
 
-/// The JSON of a file, whether or not a runtime could use it; its text if it is none.
+/// Returns the JSON of a file, usable or not, or else its text.
 fn read(path: &Path) -> Value {
     let text = fs::read_to_string(path).expect("read");
     serde_json::from_str(&text).unwrap_or(Value::String(text))
@@ -32,7 +32,7 @@ impl Node {
         Plugin { folders: self.folders.clone(), mode, entry, binary }.install()
     }
 
-    /// Chained where a runtime looks; the file, if it was changed.
+    /// Installs a chained plugin. Returns the file if it has changed.
     fn chain(&self, entry: Value) -> Result<Option<PathBuf>, InstallError> {
         let installed = self.install(Mode::Chained { file: None }, entry)?;
         Ok(installed.changed.then_some(installed.path))
@@ -71,7 +71,7 @@ fn installed_last_once_and_taken_out_again() {
     assert_eq!(node.chain(ours()).expect("again"), None);
     assert_eq!(fs::metadata(&path).expect("there").modified().expect("a time"), written);
 
-    // Another configuration replaces ours rather than joining it.
+    // Another entry replaces the plugin's own.
     let other = entry(Path::new("/run/other.sock"), "all", &["-b".into(), "*".into()]);
     node.chain(other.clone()).expect("replaced");
     let plugins = read(&path)["plugins"].as_array().expect("a list").clone();
@@ -103,14 +103,17 @@ fn a_single_configuration_becomes_a_list_and_comes_back() {
 fn what_cannot_be_chained_is_refused_and_untouched() {
     let old = r#"{"cniVersion": "0.2.0", "name": "n", "plugins": [{"type": "bridge"}]}"#;
     for (files, why) in [
-        (vec![], "there is none that a runtime could use yet"),
+        (vec![], "there is no usable configuration yet"),
         (vec![("10-net.conflist", old)], "0.2.0"),
         (vec![("10-net.conf", r#"{"name": "n"}"#)], "10-net.conf: it is neither a list"),
         (
             vec![("10-net.conflist", r#"{"name": "n", "plugins": []}"#)],
             "10-net.conflist: it is neither a list",
         ),
-        (vec![("10-net.conflist", "{ broken")], "10-net.conflist: it is no JSON; mend or remove it"),
+        (
+            vec![("10-net.conflist", "{ broken")],
+            "10-net.conflist: it is not valid JSON; correct or remove it",
+        ),
         (vec![("00-multus.conf", r#"{"type": "multus"}"#), ("10-net.conflist", LIST)], "--cni-conf-name"),
         (
             vec![
@@ -120,7 +123,7 @@ fn what_cannot_be_chained_is_refused_and_untouched() {
                 ),
                 ("10-net.conf", r#"{"type": "bridge", "name": "net"}"#),
             ],
-            "make it a .conflist",
+            "convert it to a .conflist",
         ),
     ] {
         let node = node(&files);
@@ -157,7 +160,7 @@ fn the_file_that_is_named_is_taken() {
     let other = node.install(named("20-other.conf"), ours()).expect("installed");
     assert_eq!(other, Installed { path: node.path("20-other.conflist"), changed: true });
     assert_eq!(read(&node.path("10-net.conflist")), serde_json::from_str::<Value>(LIST).expect("JSON"));
-    // It has become a list since.
+    // The file has become a list meanwhile.
     let again = node.install(named("20-other.conf"), ours()).expect("again");
     assert_eq!(again, Installed { changed: false, ..other });
     let error = node.install(named("30-none.conflist"), ours()).expect_err("absent").to_string();
@@ -187,7 +190,7 @@ fn what_multus_delegates_to_is_chained() {
     };
     let chained = ["bridge", "portmap", PLUGIN];
 
-    // It reads the file that it names.
+    // Multus reads the file that its configuration names.
     let thick = r#"{"type": "multus-shim", "name": "multus", "clusterNetwork": "/host/etc/cni/net.d/10-net.conflist"}"#;
     let node = self::node(&[("00-multus.conf", thick), ("10-net.conflist", LIST)]);
     let before = node.files();
@@ -196,7 +199,7 @@ fn what_multus_delegates_to_is_chained() {
     uninstall(&node.folders).expect("uninstalled");
     assert_eq!(node.files(), before);
 
-    // It has a copy, which it takes again when the file changes.
+    // Multus has a copy, which it updates when the file changes.
     let thin = format!(r#"{{"type": "multus", "name": "multus", "delegates": [{LIST}]}}"#);
     let node = self::node(&[("00-multus.conf", &thin), ("10-net.conflist", LIST)]);
     let before = node.files();
@@ -207,7 +210,7 @@ fn what_multus_delegates_to_is_chained() {
     uninstall(&node.folders).expect("uninstalled");
     assert_eq!(node.files(), before);
 
-    // A copy of one plugin, and no file.
+    // A copy of a single plugin without a file.
     let thin = r#"{"type": "multus", "name": "multus", "delegates": [{"name": "net", "cniVersion": "1.0.0", "type": "bridge"}]}"#;
     let node = self::node(&[("00-multus.conf", thin)]);
     assert_eq!(node.chain(ours()).expect("installed"), Some(node.path("00-multus.conf")));
@@ -228,7 +231,7 @@ fn it_can_stand_alone() {
     );
     assert!(!node.install(mode(), ours()).expect("again").changed);
     assert!(node.folders.binaries.join(PLUGIN).exists());
-    // It is not taken for the node's network.
+    // The file is not used as the node's network.
     assert_eq!(node.chain(ours()).expect("installed"), Some(node.path("10-net.conflist")));
     uninstall(&node.folders).expect("uninstalled");
     assert_eq!(node.files(), before);
