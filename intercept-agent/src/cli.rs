@@ -1,4 +1,4 @@
-//! The arguments of the commands, and logging.
+//! The command line and logging.
 
 use std::{io::IsTerminal as _, net::IpAddr, path::PathBuf, time::Duration};
 
@@ -18,13 +18,13 @@ pub(crate) struct Cli {
     pub(crate) command: Command,
 }
 
-/// How to log; results go to standard output, logs to standard error.
+/// How to log. Results go to standard output, logs to standard error.
 #[derive(Args)]
 pub(crate) struct Logging {
     /// Log lines as text or JSON
     #[arg(long, global = true, value_enum, default_value_t = LogFormat::Text, env = "INTERCEPT_LOG_FORMAT")]
     log_format: LogFormat,
-    /// What to log: error, warn, info, debug or trace, or `module=level` pairs
+    /// What to log: error, warn, info, debug or trace, or pairs of `module=level`
     #[arg(long, global = true, default_value = "info", env = "INTERCEPT_LOG")]
     log: String,
 }
@@ -37,60 +37,60 @@ enum LogFormat {
 
 #[derive(Subcommand)]
 pub(crate) enum Command {
-    /// Capture one pod; returns once it is in force
+    /// Capture a pod; returns once the capture is active
     ///
-    /// The capture outlives the agent. The same options again change nothing, other options replace the
-    /// capture in one step.
+    /// The capture outlives the agent. The same options again change nothing; other options replace the capture
+    /// atomically.
     Attach(AttachArgs),
-    /// Remove the capture of one pod, or of all, and leave nothing behind
+    /// Release a pod, or all pods, and leave nothing behind
     Detach(DetachArgs),
-    /// Capture one pod in the foreground: follow its addresses and routes, detach on SIGINT or SIGTERM
+    /// Capture a pod in the foreground: follow its addresses and routes, detach on SIGINT or SIGTERM
     Run(AttachArgs),
-    /// Show what is attached, and its counters
+    /// Show attached pods and their counters
     Status(StatusArgs),
-    /// Say how a flow would be decided, and by which row
+    /// Show how a flow would be decided, and by which row
     Explain(ExplainArgs),
-    /// Say what this kernel can and cannot do; loads every program and takes it away again
+    /// Check what this kernel supports; loads every program and removes it again
     Check(CheckArgs),
     /// Keep every pod of this node captured
     ///
-    /// Pods are those of --pods-dir, those that the CNI plugin asks for and, with --node-name, those of the
-    /// Kubernetes API. What is in force when it starts is
-    /// taken over, and stays in force when it ends.
+    /// Pods come from --pods-dir, from the CNI plugin and, with --node-name, from the Kubernetes API. The daemon adopts
+    /// captures that are active when it starts, and they stay active when it ends.
     Daemon(DaemonArgs),
-    /// Show decisions as they are made; one reader at a time
+    /// Print decisions as they are made; one reader at a time
     Trace(TraceArgs),
-    /// Switch joined connections of this node off and on, from the next message on
+    /// Switch joined connections of this node off or on, from the next message on
     Accelerate(AccelerateArgs),
-    /// Remove everything from this node: pods, programs, maps, the CNI plugin; a daemon that runs lets go
+    /// Remove everything from this node: captures, programs, maps and the CNI plugin; a running daemon releases its
+    /// pods
     Cleanup(CleanupArgs),
-    /// The CNI plugin, as a container runtime calls it; or put it into the node's configuration
+    /// Run as the CNI plugin, as a container runtime does, or install it on the node
     Cni(CniArgs),
-    /// The command line of istio-iptables, for the namespace and the pod that it runs in
+    /// The command line of istio-iptables, for the namespace and the pod in which it runs
     #[command(name = "istio-iptables")]
     IstioIptables(IstioArgs),
 }
 
-/// The node's programs and maps, and what they are to do besides istio-iptables' options.
+/// Parameters of the node's programs and maps.
 #[derive(Args, Clone)]
 pub(crate) struct Load {
-    /// Most redirected connections that this node remembers; counts when the programs are loaded, by the first pod
+    /// Most redirected connections on this node; takes effect when the first pod loads the programs
     #[arg(long, value_name = "N", default_value_t = DEFAULT_MAX_CONNECTIONS, env = "INTERCEPT_MAX_CONNECTIONS",
           value_parser = clap::value_parser!(u32).range(1..))]
     pub(crate) max_connections: u32,
 }
 
-/// Which bpffs.
+/// The bpffs.
 #[derive(Args, Clone)]
 pub(crate) struct Bpffs {
-    /// Where bpffs is, or is to be mounted
+    /// Mount point of bpffs; mounted if necessary
     #[arg(long, default_value = DEFAULT_BPFFS, env = "INTERCEPT_BPFFS")]
     pub(crate) bpffs: PathBuf,
 }
 
 #[derive(Args)]
 pub(crate) struct AttachArgs {
-    /// The pod's cgroup, version 2
+    /// The pod's cgroup (cgroup2)
     #[arg(long, value_name = "PATH")]
     pub(crate) cgroup_path: PathBuf,
     /// The pod's network namespace [default: that of the processes in the cgroup]
@@ -106,7 +106,7 @@ pub(crate) struct AttachArgs {
 
 #[derive(Args)]
 pub(crate) struct IstioArgs {
-    /// The pod's cgroup [default: the one around this container's own]
+    /// The pod's cgroup [default: the parent of this container's cgroup]
     #[arg(long, value_name = "PATH", env = "INTERCEPT_CGROUP_PATH")]
     pub(crate) cgroup_path: Option<PathBuf>,
     #[command(flatten)]
@@ -123,7 +123,7 @@ pub(crate) struct Which {
     /// The pod's cgroup
     #[arg(long, value_name = "PATH")]
     pub(crate) cgroup_path: Option<PathBuf>,
-    /// Every pod of this node, and the programs
+    /// All pods of this node, and the programs
     #[arg(long)]
     pub(crate) all: bool,
 }
@@ -138,10 +138,10 @@ pub(crate) struct DetachArgs {
 
 #[derive(Args)]
 pub(crate) struct StatusArgs {
-    /// Only the pod of this cgroup
+    /// Only the pod with this cgroup
     #[arg(long, value_name = "PATH")]
     pub(crate) cgroup_path: Option<PathBuf>,
-    /// For tools
+    /// Print JSON
     #[arg(long)]
     pub(crate) json: bool,
     #[command(flatten)]
@@ -153,23 +153,23 @@ pub(crate) struct StatusArgs {
 #[derive(Args)]
 #[command(group = ArgGroup::new("asks").multiple(true))]
 pub(crate) struct DaemonArgs {
-    /// A folder of pods: one JSON file each, with `cgroup`, and `netns`, `arguments`, `environment` as for `attach`
+    /// Folder of pods: one JSON file each, with `cgroup`, and `netns`, `arguments`, `environment` as for `attach`
     #[arg(long, value_name = "PATH", env = "INTERCEPT_PODS_DIR")]
     pub(crate) pods_dir: Option<PathBuf>,
-    /// Answer GET /metrics, /healthz and /readyz here [default: nowhere]
+    /// Serve /metrics, /healthz and /readyz on this address [default: off]
     #[arg(long, value_name = "ADDRESS:PORT", env = "INTERCEPT_METRICS_ADDRESS")]
     pub(crate) metrics_address: Option<std::net::SocketAddr>,
-    /// Look for the cgroups of Kubernetes' pods below this folder [default: where cgroup2 is mounted]
+    /// Search for the cgroups of Kubernetes pods below this folder [default: the mount point of cgroup2]
     #[arg(long, value_name = "PATH", env = "INTERCEPT_CGROUP_ROOT")]
     pub(crate) cgroup_root: Option<PathBuf>,
-    /// Watch the Kubernetes API for the pods of this node [default: no API]
+    /// Watch the pods of this node through the Kubernetes API [default: off]
     #[arg(long, value_name = "NAME", env = "INTERCEPT_NODE_NAME", group = "asks")]
     pub(crate) node_name: Option<String>,
-    /// How long the CNI plugin's ADD of a pod with a sidecar waits for the API to tell of the pod. Then its
-    /// annotations decide, until the API does
+    /// How long the CNI plugin's ADD of a pod with a sidecar waits until the API reports the pod. Afterwards its
+    /// annotations decide, until the API reports it
     #[arg(long, value_name = "SECONDS", default_value = "1", env = "INTERCEPT_API_WAIT", value_parser = seconds)]
     pub(crate) api_wait: Duration,
-    /// Ignore the pods of these namespaces, a list
+    /// Ignore pods in these namespaces, comma-separated
     #[arg(
         long,
         value_name = "NAMES",
@@ -179,13 +179,13 @@ pub(crate) struct DaemonArgs {
         value_parser = namespace
     )]
     pub(crate) exclude_namespaces: Vec<String>,
-    /// Whether the IPv6 of pods with a sidecar is captured
+    /// Whether IPv6 of pods with a sidecar is captured
     #[arg(long, value_enum, default_value_t = CaptureIpv6::AsIstio, env = "INTERCEPT_IPV6")]
     pub(crate) ipv6: CaptureIpv6,
-    /// Whose sidecars the pods have
+    /// Mesh whose sidecars are captured
     #[arg(long, value_enum, default_value_t = SidecarMesh::Istio, env = "INTERCEPT_MESH")]
     pub(crate) mesh: SidecarMesh,
-    /// Keep the CNI plugin in the node's configuration, whoever writes that again
+    /// Keep the CNI plugin in the node's configuration when other programs rewrite it
     #[arg(long, env = "INTERCEPT_CNI_KEEP", group = "asks")]
     pub(crate) cni_keep: bool,
     #[command(flatten)]
@@ -194,62 +194,62 @@ pub(crate) struct DaemonArgs {
     pub(crate) socket: Socket,
     #[command(flatten)]
     pub(crate) load: Load,
-    /// Join the connections between proxies of this node past TCP: the same as --accelerate among the options
+    /// Join connections between proxies of this node, bypassing TCP; the same as --accelerate among the options
     #[arg(long, env = "INTERCEPT_ACCELERATE", requires = "node_name")]
     pub(crate) accelerate: bool,
     #[command(flatten)]
     pub(crate) bpffs: Bpffs,
-    /// Options of `attach` for every pod of the API and of the plugin; annotations are stronger
+    /// Options of `attach` for every pod of the API and of the plugin; annotations take precedence
     #[arg(last = true, value_name = "OPTIONS", requires = "asks")]
     pub(crate) options: Vec<String>,
 }
 
-/// Which socket.
+/// The daemon's socket.
 #[derive(Args, Clone)]
 pub(crate) struct Socket {
-    /// The daemon's socket, for root alone
+    /// Path of the daemon's socket, which only root can use
     #[arg(long, value_name = "PATH", default_value = DEFAULT_SOCKET, env = "INTERCEPT_SOCKET")]
     pub(crate) socket: PathBuf,
 }
 
 #[derive(Args)]
 pub(crate) struct TraceArgs {
-    /// Only the pod of this cgroup
+    /// Only the pod with this cgroup
     #[arg(long, value_name = "PATH")]
     pub(crate) cgroup_path: Option<PathBuf>,
-    /// End after so many
+    /// Exit after this many events
     #[arg(long, value_name = "N")]
     pub(crate) count: Option<u64>,
-    /// One JSON object a line
+    /// Print one JSON object per line
     #[arg(long)]
     pub(crate) json: bool,
     #[command(flatten)]
     pub(crate) bpffs: Bpffs,
 }
 
-/// Where a node has its CNI files.
+/// The node's CNI directories.
 #[derive(Args, Clone)]
 pub(crate) struct CniFolders {
-    /// Configurations of CNI
+    /// Directory of CNI configurations
     #[arg(long, value_name = "PATH", default_value = "/etc/cni/net.d", env = "INTERCEPT_CNI_CONF_DIR")]
     pub(crate) cni_conf_dir: PathBuf,
-    /// Plugins of CNI
+    /// Directory of CNI plugins
     #[arg(long, value_name = "PATH", default_value = "/opt/cni/bin", env = "INTERCEPT_CNI_BIN_DIR")]
     pub(crate) cni_bin_dir: PathBuf,
 }
 
-/// The CNI plugin, as it is installed.
+/// How the CNI plugin is installed.
 #[derive(Args, Clone)]
 pub(crate) struct CniPlugin {
     #[command(flatten)]
     pub(crate) folders: CniFolders,
-    /// The file of the cluster's network, which the plugin is put into [default: the one that the runtime takes]
+    /// File of the cluster's network, to which the plugin is added [default: the one that the runtime uses]
     #[arg(long, value_name = "FILE", env = "INTERCEPT_CNI_CONF_NAME", conflicts_with = "cni_standalone")]
     pub(crate) cni_conf_name: Option<String>,
-    /// Install the plugin as a network of this name for Multus, in a file of its own rather than in a list
+    /// Install the plugin as a network of this name for Multus, in a file of its own instead of a list
     #[arg(long, value_name = "NETWORK", env = "INTERCEPT_CNI_STANDALONE")]
     pub(crate) cni_standalone: Option<String>,
-    /// Which pods the plugin has captured
+    /// Which pods are captured through the plugin
     #[arg(long = "select", value_enum, default_value_t = SelectPods::Sidecar, env = "INTERCEPT_CNI_SELECT")]
     pub(crate) select: SelectPods,
 }
@@ -272,17 +272,17 @@ pub(crate) struct CniArgs {
 
 #[derive(Subcommand)]
 pub(crate) enum CniCommand {
-    /// Copy the plugin, and put it last in the node's list of plugins; again: no change
+    /// Copy the plugin and append it to the node's list of plugins; can be repeated
     Install {
         #[command(flatten)]
         plugin: CniPlugin,
         #[command(flatten)]
         socket: Socket,
-        /// Options of `attach` for every pod; annotations are stronger
+        /// Options of `attach` for every pod; annotations take precedence
         #[arg(last = true, value_name = "OPTIONS")]
         options: Vec<String>,
     },
-    /// Take the plugin out of every list, and its copy away
+    /// Remove the plugin from every list, and its copy
     Uninstall {
         #[command(flatten)]
         folders: CniFolders,
@@ -291,9 +291,9 @@ pub(crate) enum CniCommand {
 
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub(crate) enum CaptureIpv6 {
-    /// If the proxy has ISTIO_DUAL_STACK, or the pod's first address is of IPv6
+    /// If the proxy has ISTIO_DUAL_STACK, or the pod's first address is IPv6
     AsIstio,
-    /// Also of a proxy that may not listen there: it is refused then
+    /// Always; connections are refused if the proxy does not listen on IPv6
     Always,
 }
 
@@ -307,7 +307,7 @@ pub(crate) enum SidecarMesh {
 
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub(crate) enum SelectPods {
-    /// Those with a sidecar
+    /// Pods with a sidecar
     Sidecar,
     /// Every pod, for nodes without Kubernetes
     All,
@@ -315,7 +315,7 @@ pub(crate) enum SelectPods {
 
 #[derive(Args)]
 pub(crate) struct AccelerateArgs {
-    /// What the node's pods may do
+    /// The switch for all pods of this node
     #[arg(value_enum)]
     pub(crate) switch: OnOff,
     #[command(flatten)]
@@ -324,18 +324,18 @@ pub(crate) struct AccelerateArgs {
 
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub(crate) enum OnOff {
-    /// Join what the pods' options ask for
+    /// Join connections of pods with --accelerate
     On,
-    /// Join nothing; what is joined goes on by TCP
+    /// Join nothing; joined connections continue by TCP
     Off,
 }
 
 #[derive(Args)]
 pub(crate) struct CheckArgs {
-    /// Only whether connections could be joined past TCP: tried out on some in a namespace that is made for it
+    /// Only whether connections can be joined; tested on connections in a new network namespace
     #[arg(long)]
     pub(crate) accelerate: bool,
-    /// For tools
+    /// Print JSON
     #[arg(long)]
     pub(crate) json: bool,
     #[command(flatten)]
@@ -344,7 +344,7 @@ pub(crate) struct CheckArgs {
 
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub(crate) enum Direction {
-    /// Made in the pod
+    /// Opened in the pod
     Outbound,
     /// Arriving at the pod
     Inbound,
@@ -352,63 +352,63 @@ pub(crate) enum Direction {
 
 #[derive(Args)]
 pub(crate) struct ExplainArgs {
-    /// Which way the flow goes
+    /// Direction of the flow
     #[arg(value_enum)]
     pub(crate) direction: Direction,
-    /// The attached pod of this cgroup; answered from the entries that the programs use
+    /// Cgroup of the attached pod; the answer comes from the map entries that the programs use
     #[arg(long, value_name = "PATH")]
     pub(crate) cgroup_path: PathBuf,
-    /// What is dialled
+    /// Destination address
     #[arg(long, value_name = "ADDRESS")]
     pub(crate) dst: IpAddr,
-    /// The port that is dialled
+    /// Destination port
     #[arg(long, value_name = "PORT")]
     pub(crate) dport: u16,
-    /// Outbound: what the socket is bound to. Inbound: who dials
+    /// Outbound: address that the socket is bound to. Inbound: source address
     #[arg(long, value_name = "ADDRESS")]
     pub(crate) src: Option<IpAddr>,
-    /// The user that made the socket, as the node sees it
+    /// User id of the socket's creator, in the initial user namespace
     #[arg(long, default_value_t = 0)]
     pub(crate) uid: u32,
-    /// The group that made the socket, as the node sees it
+    /// Group id of the socket's creator, in the initial user namespace
     #[arg(long, default_value_t = 0)]
     pub(crate) gid: u32,
     /// Outbound: SO_MARK of the socket
     #[arg(long, default_value_t = 0)]
     pub(crate) mark: u32,
-    /// UDP rather than TCP
+    /// UDP instead of TCP
     #[arg(long)]
     pub(crate) udp: bool,
-    /// Inbound: the index of the interface that the flow arrives on
+    /// Inbound: index of the interface that the flow arrives on
     #[arg(long, default_value_t = 0, value_name = "INDEX")]
     pub(crate) ifindex: u32,
-    /// For tools
+    /// Print JSON
     #[arg(long)]
     pub(crate) json: bool,
     #[command(flatten)]
     pub(crate) bpffs: Bpffs,
 }
 
-/// A name as Kubernetes allows it, or nothing: an empty list excludes no namespace.
+/// Parses a namespace of Kubernetes, or an empty string, which excludes no namespace.
 fn namespace(text: &str) -> Result<String, String> {
     let is_sound = |c: u8| matches!(c, b'a'..=b'z' | b'0'..=b'9' | b'-');
     if text.len() <= 63 && text.bytes().all(is_sound) {
         Ok(text.to_owned())
     } else {
-        Err("a namespace has lower-case letters, digits and `-` only, at most 63".to_owned())
+        Err("a namespace consists of at most 63 lower-case letters, digits and `-`".to_owned())
     }
 }
 
-/// A time in seconds. The plugin gives up after half a minute.
+/// Parses a time in seconds. The limit is below the half minute after which the plugin gives up.
 fn seconds(text: &str) -> Result<Duration, String> {
     let seconds = text.parse().ok().filter(|seconds| (0.0..=10.0).contains(seconds));
-    seconds.map(Duration::from_secs_f64).ok_or_else(|| "give seconds, 0 to 10".to_owned())
+    seconds.map(Duration::from_secs_f64).ok_or_else(|| "give a number of seconds from 0 to 10".to_owned())
 }
 
-/// Start logging to standard error.
+/// Starts logging to standard error.
 pub(crate) fn start_logging(logging: &Logging) {
     use tracing_subscriber::EnvFilter;
-    // What these say, the daemon says as well, in fewer words; they can be asked for by name.
+    // The daemon logs the same errors in fewer words. These targets can be enabled by name.
     let directives = format!("kube_client=off,kube_runtime=off,{}", logging.log);
     let (filter, wrong) = match EnvFilter::try_new(directives) {
         Ok(filter) => (filter, None),
@@ -424,6 +424,6 @@ pub(crate) fn start_logging(logging: &Logging) {
         LogFormat::Json => subscriber.json().init(),
     }
     if let Some(error) = wrong {
-        tracing::warn!(%error, log = logging.log, "the filter of --log does not read: logging info");
+        tracing::warn!(%error, log = logging.log, "the filter of --log is invalid: logging at level info");
     }
 }

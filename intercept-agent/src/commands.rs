@@ -1,4 +1,4 @@
-//! What each command does, and the exit code of what fails.
+//! Executes the commands and determines exit codes.
 
 mod accelerate;
 mod attach;
@@ -17,16 +17,16 @@ use intercept_agent::options::OptionError;
 
 use crate::cli::{Cli, Command};
 
-/// A failure whose exit code is not 1.
+/// A failure with an exit code other than 1.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum Failed {
-    /// The options do not hold.
+    /// The options are invalid.
     #[error(transparent)]
     Usage(#[from] OptionError),
-    /// The CNI plugin's error, which is printed already.
+    /// The CNI plugin failed. Its error has already been printed in the specification's format.
     #[error("the runtime was told")]
     Told,
-    /// Redirection does not work although it is in force.
+    /// Redirection is active and does not work.
     #[error(transparent)]
     Validation(intercept_agent::validation::ValidationError),
 }
@@ -41,7 +41,8 @@ impl Failed {
     }
 }
 
-/// Tell a result, which a terminal shows as it is. A reader that has gone away is no failure: what is told was done.
+/// Prints a result, with control characters escaped. A closed standard output is ignored, because the command itself
+/// has succeeded.
 macro_rules! say {
     ($($what:tt)*) => {
         drop(std::io::Write::write_fmt(

@@ -1,4 +1,4 @@
-//! The agent as a library, so that tests can look at its parts; the binary is a command line around it.
+//! The agent as a library, so that tests can use its parts. The binary is a command line around it.
 
 pub mod acceleration;
 pub mod btf_offsets;

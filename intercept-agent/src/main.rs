@@ -17,14 +17,15 @@ fn main() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             let code = error.downcast_ref::<Failed>().map_or(1, |failed| failed.exit_code());
-            // The causes in order, each after a colon.
+            // The chain of causes, separated by colons.
             eprintln!("error: {}", Lines(explained(error.as_ref())));
             ExitCode::from(code)
         }
     }
 }
 
-/// Called by the name of a subcommand, that is the subcommand: as istio-iptables, and as the CNI plugin.
+/// Returns the arguments. If the binary is called by the name of a subcommand (istio-iptables, the CNI plugin), that
+/// subcommand is inserted.
 fn arguments(mut args: impl Iterator<Item = OsString>) -> Vec<OsString> {
     const NAMES: [(&str, &str); 2] = [("istio-iptables", "istio-iptables"), (cni::PLUGIN, "cni")];
     let Some(own) = args.next() else { return Vec::new() };

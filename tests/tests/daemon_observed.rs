@@ -174,8 +174,8 @@ fn status_says_when_the_daemon_last_saw_a_pod_in_place() {
     assert_eq!(pods[0]["daemon"]["state"], "captured", "{pods}");
     assert!(pods[0]["daemon"]["proven_seconds_ago"].as_u64().is_some_and(|ago| ago < 60), "{pods}");
     let text = status(&[]);
-    assert!(text.contains("a.json is captured, links seen in place"), "{text}");
-    assert!(text.contains("b.json is failed, never seen in place"), "{text}");
+    assert!(text.contains("a.json is captured, links verified"), "{text}");
+    assert!(text.contains("b.json is failed, links never verified"), "{text}");
     // Without a daemon there is what the kernel knows.
     let pods = agent.status().expect("a status");
     assert!(pods[0]["daemon"].is_null() && pods[0]["state"] == "attached", "{pods}");

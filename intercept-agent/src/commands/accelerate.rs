@@ -1,4 +1,4 @@
-//! `accelerate`, `check --accelerate`, and what an attach with `--accelerate` asks first.
+//! `accelerate`, `check --accelerate`, and the self-test before an attach with `--accelerate`.
 
 use anyhow::{Context as _, Result, bail};
 use intercept_agent::{
@@ -14,25 +14,25 @@ use intercept_agent::{
 use super::say;
 use crate::cli::{AccelerateArgs, OnOff};
 
-/// What every refusal ends with.
-const WITHOUT: &str = "leave --accelerate out: connections are plain TCP then";
+/// The end of every refusal.
+const WITHOUT: &str = "without --accelerate, connections use plain TCP";
 
-/// Tell what each check of the self-test saw.
+/// Prints the result of each check of the self-test.
 pub(super) fn check(json: bool) -> Result<()> {
-    let findings =
-        self_test::find_out(&[User::Proxy, User::Application]).context("trying out joined connections")?;
+    let findings = self_test::find_out(&[User::Proxy, User::Application])
+        .context("running the self-test of joined connections")?;
     if json {
         say!("{}", serde_json::to_string_pretty(&findings)?);
     } else {
-        say!("A proxy that sleeps in epoll alone; all of these have to pass:");
+        say!("Proxies, which sleep only in epoll; all of these checks must pass:");
         findings.iter().filter(|finding| finding.user == User::Proxy).for_each(print);
-        say!("Applications; why their own connections are never joined:");
+        say!("Applications; these checks show why their own connections are never joined:");
         findings.iter().filter(|finding| finding.user == User::Application).for_each(print);
     }
     let needed: Vec<_> = findings.iter().filter(|finding| finding.user == User::Proxy).collect();
     let failed: Vec<_> = needed.iter().filter(|finding| !finding.ok).map(|finding| finding.what).collect();
     if !failed.is_empty() {
-        bail!("{} of {} checks of a proxy failed: {}", failed.len(), needed.len(), failed.join(", "));
+        bail!("{} of {} checks for proxies failed: {}", failed.len(), needed.len(), failed.join(", "));
     }
     Ok(())
 }
@@ -40,11 +40,11 @@ pub(super) fn check(json: bool) -> Result<()> {
 fn print(finding: &Finding) {
     let Finding { what, ok, plain_ok, joined, plain, .. } = finding;
     let word = if *ok { "ok    " } else { "FAILED" };
-    let fault = if *plain_ok { "" } else { ", which is a fault of this check" };
+    let fault = if *plain_ok { "" } else { ", so the check itself is at fault" };
     say!("{word} {what}: {joined} (plain TCP: {plain}{fault})");
 }
 
-/// Refuse `--accelerate` where joined connections do not behave like TCP, before anything is changed.
+/// Refuses `--accelerate`, before anything is changed, if joined connections do not behave like TCP on this kernel.
 pub(super) fn admit(bpffs: &std::path::Path, config: &Config) -> Result<()> {
     let is_loaded = || Store::find(bpffs).is_some_and(|store| Acceleration::is_loaded(&store));
     if config.accelerate.is_empty() || is_loaded() {
@@ -53,7 +53,7 @@ pub(super) fn admit(bpffs: &std::path::Path, config: &Config) -> Result<()> {
     self_test::admit().with_context(|| format!("refusing --accelerate ({WITHOUT})"))
 }
 
-/// The switch of this node, at once.
+/// Sets the switch of this node, with immediate effect.
 pub(super) fn accelerate(args: &AccelerateArgs) -> Result<()> {
     let absent = "no pod of this node is accelerated: attach one with --accelerate first";
     let node = Node::find(&args.bpffs.bpffs)?.context(absent)?;
@@ -65,7 +65,7 @@ pub(super) fn accelerate(args: &AccelerateArgs) -> Result<()> {
     say!(
         "connections between proxies of this node are {}",
         match args.switch {
-            OnOff::On => "joined where their pods say so",
+            OnOff::On => "joined if both pods are attached with --accelerate",
             OnOff::Off => "plain TCP",
         }
     );

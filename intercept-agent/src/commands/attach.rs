@@ -1,4 +1,4 @@
-//! `attach`, and the same under the name of istio-iptables.
+//! `attach`, also with the command line of istio-iptables.
 
 use std::{
     fs,
@@ -20,7 +20,7 @@ use intercept_agent::{
 use super::{Failed, detach, say};
 use crate::cli::{AttachArgs, IstioArgs};
 
-/// A pod and what is asked for it, all validated: nothing has been changed yet.
+/// A pod and its validated options. Nothing has been changed yet.
 pub(super) struct AttachRequest {
     pub(super) target: Target,
     pub(super) config: Config,
@@ -55,7 +55,7 @@ struct Checked {
 
 impl Checked {
     fn of(options: RawOptions, cgroup: &CgroupDir) -> Result<Self> {
-        // Users, groups and resolvers are those of the pod, if anything runs in it yet.
+        // Names of users, groups and resolvers are those of the pod, if it has a process.
         let files = EtcFiles::of_pod(cgroup);
         let (config, switches, notes) = options.read_process_env().validate(&files).map_err(Failed::Usage)?;
         for Note { origin, why } in notes {
@@ -69,7 +69,7 @@ pub(super) fn attach(args: AttachArgs) -> Result<()> {
     apply(AttachRequest::of(args)?)
 }
 
-/// The init container's command line: the namespace is this process's own.
+/// Runs the command line of an init container, for the namespace of this process.
 pub(super) fn istio_iptables(args: IstioArgs) -> Result<()> {
     let path = match args.cgroup_path {
         Some(path) => path,
@@ -91,7 +91,7 @@ pub(super) fn istio_iptables(args: IstioArgs) -> Result<()> {
     })
 }
 
-/// The pod's cgroup is the parent of a container's.
+/// Returns the pod's cgroup, the parent of this container's.
 fn around_own_cgroup() -> Result<PathBuf> {
     let own = fs::read_to_string("/proc/self/cgroup").context("reading /proc/self/cgroup")?;
     let path = own.lines().find_map(|line| line.strip_prefix("0::")).unwrap_or("/");
@@ -136,7 +136,7 @@ fn apply(request: AttachRequest) -> Result<()> {
     Ok(())
 }
 
-/// Looks at the pod, and then attaches it; a follower of its namespace is told what it will find there.
+/// Reads the pod's routes and attaches it. A follower of its namespace is given the expected state.
 pub(super) fn put_in_force(
     bpffs: &Path,
     max_connections: u32,
@@ -156,11 +156,13 @@ pub(super) fn put_in_force(
     Ok(done)
 }
 
-/// Istio's own check; what is in force stays in force if it fails.
+/// Runs Istio's own check. The capture stays active if it fails.
 pub(super) fn validate(target: &Target, config: &Config, switches: &RunOptions) -> Result<()> {
     let ids = IdMaps::of_pod(&target.netns, &target.cgroup)?;
     let outside = |map: &IdMap, ids: &[u32]| {
-        ids.first().and_then(|&id| map.outside(id)).context("the proxy's first id is not one of the pod's")
+        ids.first()
+            .and_then(|&id| map.outside(id))
+            .context("the proxy's first id does not exist in the pod's user namespace")
     };
     let probe = Probe {
         proxy_port: config.proxy_port,
@@ -172,7 +174,8 @@ pub(super) fn validate(target: &Target, config: &Config, switches: &RunOptions) 
     };
     let Validated { v4, v6 } =
         validation::validate(&target.netns, &target.cgroup, &probe).map_err(Failed::Validation)?;
-    let v6 = v6.map_or("no IPv6 to check".to_owned(), |port| format!("IPv6 at port {port}"));
+    let v6 =
+        v6.map_or("the namespace has no IPv6 to check".to_owned(), |port| format!("IPv6 at port {port}"));
     say!("validated: IPv4 arrives at port {v4}, {v6}");
     Ok(())
 }

@@ -1,4 +1,4 @@
-//! `check`: what this kernel can do, found out by doing it.
+//! `check`: probes what this kernel supports.
 
 use std::{collections::BTreeSet, fs, path::Path};
 
@@ -19,7 +19,7 @@ use crate::cli::CheckArgs;
 struct CheckFinding {
     what: String,
     ok: bool,
-    /// What is not to be had for it, if not all.
+    /// The option that needs it. `None` if every capture does.
     #[serde(skip_serializing_if = "Option::is_none")]
     only: Option<&'static str>,
     detail: String,
@@ -32,7 +32,7 @@ impl CheckFinding {
 
     fn of(missing: &Missing) -> Self {
         let only = match missing.need() {
-            Need::Never => Some("the causes of refusals"),
+            Need::Never => Some("precise errors of connect()"),
             need => need.option(),
         };
         Self { what: missing.name(), ok: false, only, detail: missing.lost() }
@@ -52,11 +52,11 @@ impl CheckFinding {
     }
 }
 
-/// The capabilities that attaching needs: the bit in CapEff, and what for.
+/// The capabilities that attaching needs: bit in CapEff, name and purpose.
 const CAPABILITIES: [(u32, &str, &str); 4] = [
     (12, "CAP_NET_ADMIN", "to load and attach network programs"),
     (21, "CAP_SYS_ADMIN", "to enter namespaces and mount bpffs"),
-    (19, "CAP_SYS_PTRACE", "to look at the pod's processes and take over its listeners"),
+    (19, "CAP_SYS_PTRACE", "to read the pod's processes and take over its listeners"),
     (1, "CAP_DAC_OVERRIDE", "to open the pod's files"),
 ];
 
@@ -74,7 +74,7 @@ fn missing_capabilities() -> Vec<String> {
         .collect()
 }
 
-/// Refuse before anything is changed.
+/// Fails before anything is changed if this process lacks a capability.
 pub(super) fn require_privileges() -> Result<()> {
     let missing = missing_capabilities();
     if !missing.is_empty() {
@@ -127,7 +127,7 @@ fn findings(bpffs: &Path, missing: &Result<Vec<Missing>, support::ProbeError>) -
         CheckFinding::new(
             "capabilities",
             capabilities.is_empty(),
-            if capabilities.is_empty() { "all there".to_owned() } else { capabilities.join(", ") },
+            if capabilities.is_empty() { "all present".to_owned() } else { capabilities.join(", ") },
         ),
         CheckFinding::new(
             "cgroup2",
@@ -141,8 +141,8 @@ fn findings(bpffs: &Path, missing: &Result<Vec<Missing>, support::ProbeError>) -
             "owners",
             offsets.is_ok(),
             match offsets {
-                Ok(_) => "as iptables sees them".to_owned(),
-                Err(error) => format!("{error}: owners would be those of the task that connects"),
+                Ok(_) => "the creators of sockets, as with iptables".to_owned(),
+                Err(error) => format!("{error}: the owner would be the task that connects"),
             },
         ),
     ];
@@ -154,14 +154,14 @@ fn findings(bpffs: &Path, missing: &Result<Vec<Missing>, support::ProbeError>) -
             findings.push(CheckFinding::new("hooks and helpers", false, format!("{error}{cause}")));
         }
     }
-    // That they are not taken then is no finding of its own.
+    // Programs that cannot be loaded then are not a separate finding.
     if !findings.iter().skip(4).any(CheckFinding::is_fatal) {
         findings.push(programs(bpffs));
     }
     findings
 }
 
-/// Load everything into a store of its own, and take it away again.
+/// Loads all programs into a scratch store and removes it again.
 fn programs(bpffs: &Path) -> CheckFinding {
     let load = || -> Result<()> {
         let store = Store::scratch(bpffs)?;
@@ -181,9 +181,11 @@ fn programs(bpffs: &Path) -> CheckFinding {
         loaded
     };
     match load() {
-        Ok(()) => {
-            CheckFinding::new("programs", true, "the verifier takes all that have what they need".to_owned())
-        }
+        Ok(()) => CheckFinding::new(
+            "programs",
+            true,
+            "the verifier accepts every program that this kernel supports".to_owned(),
+        ),
         Err(error) => CheckFinding::new("programs", false, explained(error.as_ref())),
     }
 }

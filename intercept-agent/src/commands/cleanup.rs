@@ -1,4 +1,4 @@
-//! `cleanup`: leave nothing on the node.
+//! `cleanup`: removes everything from the node.
 
 use anyhow::{Result, bail};
 use intercept_agent::{
@@ -13,7 +13,7 @@ use super::{detach, say};
 use crate::cli::CleanupArgs;
 
 pub(super) fn cleanup(args: &CleanupArgs) -> Result<()> {
-    // The plugin first: it must not ask for new pods meanwhile. A daemon that is running would put it back.
+    // The plugin comes first, so that it cannot request new pods meanwhile. A running daemon would install it again.
     drop(socket::request(&args.socket.socket, &DaemonRequest::StopInstalling));
     let folders = Folders {
         configurations: args.folders.cni_conf_dir.clone(),
@@ -21,12 +21,12 @@ pub(super) fn cleanup(args: &CleanupArgs) -> Result<()> {
     };
     let uninstalled = install::uninstall(&folders);
     for path in uninstalled.as_deref().unwrap_or_default() {
-        say!("took the plugin out of {}", path.display());
+        say!("removed the plugin from {}", path.display());
     }
     match socket::request(&args.socket.socket, &DaemonRequest::Leave) {
-        Ok(Response::Done(_)) => say!("the daemon let go of all pods"),
-        Ok(other) => bail!("having the daemon let go of all pods: {other:?}"),
-        // None runs.
+        Ok(Response::Done(_)) => say!("the daemon released all pods"),
+        Ok(other) => bail!("asking the daemon to release all pods: {other:?}"),
+        // No daemon is running.
         Err(_) => {}
     }
     detach::detach_all(&args.bpffs.bpffs)?;

@@ -1,4 +1,4 @@
-//! `cni`: the plugin, and its way into a node's configuration.
+//! `cni`: the plugin and its installation.
 
 use std::path::Path;
 
@@ -19,7 +19,7 @@ pub(super) fn cni(args: CniArgs) -> Result<()> {
         None => plugin(),
         Some(CniCommand::Install { plugin, socket, options }) => {
             match in_place(plugin, &socket.socket, &options).install()? {
-                Installed { path, changed: true } => say!("put the plugin into {}", path.display()),
+                Installed { path, changed: true } => say!("added the plugin to {}", path.display()),
                 Installed { changed: false, .. } => say!("unchanged"),
             }
             Ok(())
@@ -27,7 +27,7 @@ pub(super) fn cni(args: CniArgs) -> Result<()> {
         Some(CniCommand::Uninstall { folders }) => {
             let changed = install::uninstall(&in_folders(folders))?;
             for path in &changed {
-                say!("took the plugin out of {}", path.display());
+                say!("removed the plugin from {}", path.display());
             }
             if changed.is_empty() {
                 say!("unchanged");
@@ -37,7 +37,7 @@ pub(super) fn cni(args: CniArgs) -> Result<()> {
     }
 }
 
-/// The plugin as the command line describes it.
+/// Returns the plugin that the command line describes.
 pub(super) fn in_place(plugin: CniPlugin, socket: &Path, options: &[String]) -> Plugin {
     let select = match plugin.select {
         SelectPods::Sidecar => "sidecar",

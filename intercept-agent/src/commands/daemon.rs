@@ -29,7 +29,7 @@ pub(super) fn daemon(args: DaemonArgs) -> Result<()> {
     let plugin = args.cni_keep.then(|| super::cni::in_place(args.plugin, &args.socket.socket, &args.options));
     let mut arguments = args.options;
     if args.accelerate {
-        // Weaker than what the options say themselves.
+        // First, so that other options take precedence.
         arguments.insert(0, "--accelerate".to_owned());
     }
     let settings = Settings {

@@ -19,7 +19,7 @@ pub(super) fn detach(args: &DetachArgs) -> Result<()> {
     }
 }
 
-/// Detach the pod of a cgroup, also of one that is gone.
+/// Detaches the pod of a cgroup, which may be gone.
 pub(super) fn detach_cgroup(bpffs: &Path, cgroup: &Path, absent_is_fine: bool) -> Result<()> {
     let absent = || NodeError::NotAttached(format!("cgroup {}", cgroup.display()));
     let Some(mut node) = Node::find(bpffs)? else {
@@ -38,7 +38,7 @@ pub(super) fn detach_cgroup(bpffs: &Path, cgroup: &Path, absent_is_fine: bool) -
             .with_context(|| format!("detaching cgroup {}", cgroup.display()))?;
         say!("detached cgroup {} (cookie {cookie})", cgroup.display());
     }
-    // Also what an earlier detach could not finish.
+    // Also remove what an earlier detach could not.
     node.sweep()?;
     node.remove_if_unused()?;
     if found.is_none() && !absent_is_fine {
@@ -49,13 +49,13 @@ pub(super) fn detach_cgroup(bpffs: &Path, cgroup: &Path, absent_is_fine: bool) -
 
 pub(super) fn detach_all(bpffs: &Path) -> Result<()> {
     let found = Node::find(bpffs).unwrap_or_else(|error| {
-        // What cannot be read can be removed.
-        tracing::warn!(error = &error as &dyn std::error::Error, "removing everything unseen");
+        // State that cannot be read can still be removed.
+        tracing::warn!(error = &error as &dyn std::error::Error, "removing state that cannot be read");
         None
     });
     let Some(mut node) = found else {
         if Store::remove_any(bpffs)? {
-            say!("removed what another version of the agent, or one that died, had left");
+            say!("removed state of another version of the agent, or of one that crashed");
         } else {
             say!("nothing is attached");
         }
@@ -65,8 +65,8 @@ pub(super) fn detach_all(bpffs: &Path) -> Result<()> {
     for cookie in node.maps().policies()?.into_iter().map(|(cookie, _)| cookie) {
         let record = node.record_of(cookie)?;
         let netns = record.as_ref().and_then(Record::netns);
-        let cgroup = record.map_or("that is not known".to_owned(), |r| r.cgroup.display().to_string());
-        // Take away what can be taken away, and report what could not.
+        let cgroup = record.map_or("(unknown)".to_owned(), |r| r.cgroup.display().to_string());
+        // Detach as much as possible and report the failures.
         match node.detach(cookie, netns.as_ref()) {
             Ok(()) => say!("detached cgroup {cgroup} (cookie {cookie})"),
             Err(error) => {
@@ -76,7 +76,8 @@ pub(super) fn detach_all(bpffs: &Path) -> Result<()> {
         }
     }
     if let Some(error) = failed {
-        return Err(error).context("detaching all pods: the programs stay for those that are left");
+        return Err(error)
+            .context("detaching all pods: the programs stay for the pods that are still attached");
     }
     node.remove_everything()?;
     Ok(())

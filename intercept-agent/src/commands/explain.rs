@@ -1,4 +1,4 @@
-//! `explain`: the decision for a flow, by the same function and the same entries as in the kernel.
+//! `explain`: decides for a flow with the same function and the same map entries as the kernel.
 
 use anyhow::{Result, bail};
 use intercept_agent::{cgroup::CgroupDir, maps::Maps, node::Node};
@@ -13,7 +13,7 @@ use serde::Serialize;
 use super::say;
 use crate::cli::{Direction, ExplainArgs};
 
-/// What `--json` prints. The names are stable.
+/// The output of `--json`. Its names are stable.
 #[derive(Serialize)]
 struct Explanation {
     verdict: &'static str,
@@ -54,7 +54,10 @@ pub(super) fn explain(args: &ExplainArgs) -> Result<()> {
         None => None,
     };
     let Some((node, policy)) = found else {
-        bail!("cgroup {} is not attached: `intercept-agent attach` it first", args.cgroup_path.display());
+        bail!(
+            "cgroup {} is not attached: attach it first with `intercept-agent attach`",
+            args.cgroup_path.display()
+        );
     };
     let decision = decide(args, &policy, &FromMaps(node.maps()));
     let answer = answer(decision, &policy);
@@ -65,7 +68,7 @@ pub(super) fn explain(args: &ExplainArgs) -> Result<()> {
             Some(port) => {
                 say!("to the proxy on {port}: {} ({}, row {})", answer.because, answer.reason, answer.row)
             }
-            None => say!("left alone: {} ({}, row {})", answer.because, answer.reason, answer.row),
+            None => say!("not captured: {} ({}, row {})", answer.because, answer.reason, answer.row),
         }
     }
     Ok(())
@@ -85,7 +88,7 @@ fn decide(args: &ExplainArgs, policy: &PodPolicy, lookup: &impl PolicyLookup) ->
                 mark: args.mark,
             };
             let decided = decide_outbound(policy, &flow, lookup);
-            // Left alone by the connect hook, and taken on its way over loopback.
+            // The connect hook passes it, and sk_lookup steers it when it arrives on loopback.
             if decided.mark { Reason::MarkedLoopback.into() } else { decided.decision }
         }
         Direction::Inbound => decide_inbound(

@@ -31,12 +31,12 @@ pub(super) fn run(args: AttachArgs) -> Result<()> {
 
 async fn follow(request: AttachRequest) -> Result<()> {
     let AttachRequest { target, config, switches, bpffs, max_connections, .. } = request;
-    // Before the attach, so that no signal and no change falls in between.
+    // Before the attach, so that no signal and no change is missed.
     let mut interrupt = signal(SignalKind::interrupt()).context("listening for SIGINT")?;
     let mut terminate = signal(SignalKind::terminate()).context("listening for SIGTERM")?;
     let mut changes = Follower::subscribe(&target.netns)?;
     if !config.virt_interfaces.is_empty() {
-        // Only from here can they be made to answer for the guests.
+        // Only the agent can let the proxy's listeners answer for the guests of -k (IP_TRANSPARENT), so it polls for them.
         changes.watch_listeners(&target.netns, config.proxy_port)?;
     }
     let done =
@@ -57,12 +57,12 @@ async fn follow(request: AttachRequest) -> Result<()> {
             _ = terminate.recv() => break,
             change = changes.changed() => {
                 if let Err(error) = change {
-                    tracing::warn!(error = &error as &dyn std::error::Error, "following the namespace: reading it anew");
+                    tracing::warn!(error = &error as &dyn std::error::Error, "following the namespace: reading it again");
                 }
                 match put_in_force(&bpffs, max_connections, (&target, &config), Rewrite::IfChanged, None) {
                     Ok(Attached::Unchanged) => {}
-                    Ok(_) => tracing::info!(netns = target.netns.name(), "followed a change of addresses or routes"),
-                    Err(error) => tracing::error!("{error:#}: what was in force stays in force"),
+                    Ok(_) => tracing::info!(netns = target.netns.name(), "applied a change of addresses or routes"),
+                    Err(error) => tracing::error!("{error:#}: the previous policy stays active"),
                 }
             }
         }
@@ -73,8 +73,8 @@ async fn follow(request: AttachRequest) -> Result<()> {
 }
 
 fn log_lines(bpffs: &Path) -> Result<AsyncFd<EbpfLogger<&'static dyn log::Log>>> {
-    let node = Node::find(bpffs)?.context("the state that was just written is gone")?;
-    // SAFETY: the reader keeps its descriptor open, and always the same one, until it is dropped.
+    let node = Node::find(bpffs)?.context("the state that has just been written is gone")?;
+    // SAFETY: the reader owns its descriptor, which does not change, until it is dropped.
     let reader = unsafe { AsyncFd::register_with_interest(node.log_reader()?, Interest::READABLE) };
     reader.map_err(std::io::Error::from).context("waiting for log lines of the programs")
 }

@@ -1,4 +1,4 @@
-//! `status`: what is attached, and its counters.
+//! `status`: attached pods and their counters.
 
 use anyhow::Result;
 use intercept_agent::{
@@ -19,7 +19,7 @@ use serde::Serialize;
 use super::say;
 use crate::cli::StatusArgs;
 
-/// One pod, as `--json` prints it. The names are stable.
+/// A pod in the output of `--json`. Its names are stable.
 #[derive(Serialize)]
 struct PodStatus {
     cgroup: std::path::PathBuf,
@@ -32,15 +32,15 @@ struct PodStatus {
     policy: u32,
     connections: u64,
     max_connections: u32,
-    /// What it has of its budget in each list.
+    /// Use of the pod's budget in each map.
     room: Vec<BudgetUsage>,
     listeners: Vec<ListenerStatus>,
     mptcp_listeners: Vec<ListenerStatus>,
     decisions: Vec<ReasonCount>,
     failures: Vec<ReasonCount>,
-    /// Where the options ask for it, or it is still on.
+    /// Present if the options ask for it or it is still switched on.
     acceleration: Option<AccelerationStatus>,
-    /// What the daemon says of it, where one runs.
+    /// The daemon's report on the pod, if a daemon runs.
     daemon: Option<PodReport>,
 }
 
@@ -69,7 +69,7 @@ impl BrokenStatus {
     }
 }
 
-/// What became of connections between this pod's proxy and others of the node.
+/// Joined connections between this pod's proxy and other proxies of the node.
 #[derive(Serialize)]
 struct AccelerationStatus {
     state: &'static str,
@@ -83,7 +83,7 @@ struct ListenerStatus {
     family: u8,
 }
 
-/// Entries that a pod has in a map of lists, and may have.
+/// A pod's entries in a map, and its budget.
 #[derive(Serialize)]
 struct BudgetUsage {
     map: &'static str,
@@ -107,7 +107,7 @@ pub(super) fn status(args: &StatusArgs) -> Result<()> {
     let only = args.cgroup_path.as_ref().map(CgroupDir::open).transpose()?.map(|cgroup| cgroup.id());
     let mut reports = match socket::request(&args.socket.socket, &DaemonRequest::Report) {
         Ok(Response::Pods(reports)) => reports,
-        // Without a daemon, or without the right to ask it, there is what the kernel knows.
+        // Without a running daemon or access to it, the output shows only the state of the kernel.
         Ok(_) | Err(_) => Vec::new(),
     };
     let mut pods = Vec::new();
@@ -227,7 +227,7 @@ fn print(pod: &PodStatus) {
     say!("  listeners    {}", if ports.is_empty() { none } else { ports.join(", ") });
     for listener in &pod.mptcp_listeners {
         say!(
-            "               {} (IPv{}) is of MPTCP, which gets no inbound connections: restart the proxy, and it is given \
+            "               {} (IPv{}) listens with MPTCP and gets no inbound connections: restart the proxy, which then listens with \
              TCP (or set GODEBUG=multipathtcp=0 for it)",
             listener.port,
             listener.family
@@ -252,8 +252,8 @@ fn print(pod: &PodStatus) {
 
 fn print_daemon(report: &PodReport) {
     let proven = match report.proven_seconds_ago {
-        Some(seconds) => format!("links seen in place {seconds} s ago"),
-        None => "never seen in place".to_owned(),
+        Some(seconds) => format!("links verified {seconds} s ago"),
+        None => "links never verified".to_owned(),
     };
     say!("  daemon       {} is {}, {proven}", OneLine(&report.name), report.state.as_str());
     if let Some(problem) = &report.failure {

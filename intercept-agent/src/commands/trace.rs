@@ -1,4 +1,4 @@
-//! `trace`: decisions as they are made.
+//! `trace`: prints decisions as they are made.
 
 use std::{collections::HashMap, io::Write as _};
 
@@ -17,7 +17,7 @@ use crate::cli::TraceArgs;
 pub(super) fn trace(args: &TraceArgs) -> Result<()> {
     let bpffs = &args.bpffs.bpffs;
     let (Some(node), Some(store)) = (Node::find(bpffs)?, Store::find(bpffs)) else {
-        bail!("tracing: nothing is attached to this node, so that nothing is decided");
+        bail!("tracing: no pod is attached on this node, so there are no decisions");
     };
     let mut only = None;
     if let Some(path) = &args.cgroup_path {
@@ -29,7 +29,7 @@ pub(super) fn trace(args: &TraceArgs) -> Result<()> {
     }
     let names: HashMap<u64, String> =
         node.pods()?.readable.into_iter().map(|(record, _)| (record.cookie, record.name())).collect();
-    // Others may use the node while we listen.
+    // Releases the node's lock while events are read.
     drop(node);
     let runtime =
         tokio::runtime::Builder::new_current_thread().enable_all().build().context("starting the runtime")?;
@@ -42,7 +42,7 @@ async fn read(
     only: Option<u64>,
     names: &HashMap<u64, String>,
 ) -> Result<()> {
-    // Before the events are switched on: they are switched off again also after a signal.
+    // Before the events are switched on, so that they are switched off after a signal.
     let mut interrupt = signal(SignalKind::interrupt()).context("listening for SIGINT")?;
     let mut terminate = signal(SignalKind::terminate()).context("listening for SIGTERM")?;
     let mut trace = Trace::start(store)?;
@@ -60,7 +60,7 @@ async fn read(
                 false => writeln!(out, "{line}"),
             };
             left = left.map(|left| left.saturating_sub(1));
-            // A reader that went away has seen enough.
+            // A reader that has closed the pipe has seen enough.
             written.is_ok() && left != Some(0)
         };
         let go_on = tokio::select! {
