@@ -1,5 +1,5 @@
-//! Builds the eBPF programs and leaves them in `OUT_DIR/intercept.o`, those that join connections in
-//! `OUT_DIR/join.o`, and that of the self-test in `OUT_DIR/trial.o`.
+//! Compiles the eBPF programs to `OUT_DIR/intercept.o`, those of joined connections to `OUT_DIR/join.o`, and that of
+//! the self-test to `OUT_DIR/trial.o`.
 
 use std::{
     env, fs,
@@ -32,7 +32,7 @@ fn build() -> Result<(), String> {
     println!("cargo::rerun-if-changed={}", toolchain.linker.display());
 
     let out_dir = path("OUT_DIR")?;
-    // Not the outer cargo's folder, whose lock is held; one for all of the outer's profiles.
+    // The outer cargo holds the lock of its own target folder. This one is shared by all of its profiles.
     let target = out_dir.ancestors().find(|folder| folder.join("CACHEDIR.TAG").is_file());
     let target_dir = target.unwrap_or(&out_dir).join("bpf");
     let mut cargo = cargo(&toolchain)?;
@@ -52,7 +52,7 @@ fn build() -> Result<(), String> {
     Ok(())
 }
 
-/// The command that builds the programs, in an environment that says nothing of the build around it.
+/// Returns the command that compiles the programs, in an environment without the settings of the outer build.
 fn cargo(toolchain: &Toolchain) -> Result<Command, String> {
     let mut cargo = match &toolchain.compiler {
         Compiler::Nightly => {
@@ -74,7 +74,7 @@ fn cargo(toolchain: &Toolchain) -> Result<Command, String> {
         }
     }
     if let Compiler::ReadyMade(rustc) = &toolchain.compiler {
-        // The target is of tier 3, and aya-ebpf uses unstable features.
+        // The target is tier 3 and aya-ebpf uses unstable features.
         cargo.env("RUSTC", rustc).env("RUSTC_BOOTSTRAP", "1");
     }
     cargo.env("LD_LIBRARY_PATH", &toolchain.llvm);
@@ -84,11 +84,11 @@ fn cargo(toolchain: &Toolchain) -> Result<Command, String> {
     let arch = if arch.starts_with("riscv64") { "riscv64" } else { &arch };
     let flags = [
         &format!("--cfg=bpf_target_arch=\"{arch}\""),
-        // Socket storage and the maps' types are described by BTF, which the linker makes from debug information.
+        // Socket storage and map types need BTF, which the linker generates from debug information.
         "-Cdebuginfo=2",
         "-Cstrip=none",
         "-Clink-arg=--btf",
-        // 32-bit arithmetic (Linux 5.1), and atomic additions that return the old value (5.12, where used).
+        // 32-bit instructions (Linux 5.1). Programs with atomic operations that return the old value need 5.12.
         "-Ctarget-cpu=v3",
         &format!("-Clinker={}", toolchain.linker.display()),
     ];
@@ -96,8 +96,8 @@ fn cargo(toolchain: &Toolchain) -> Result<Command, String> {
     Ok(cargo)
 }
 
-/// Compilers, wrappers (clippy's too), flags, profiles and folders of the outer build; but where the registry is, how
-/// to reach it and how many jobs may run holds for both.
+/// Whether a variable belongs to the outer build: compilers, wrappers (also clippy's), flags, profiles and folders. The
+/// registry, access to it and the number of jobs apply to both builds.
 fn belongs_to_outer_build(name: &str) -> bool {
     const SHARED: [&str; 6] =
         ["CARGO_HOME", "CARGO_HTTP_", "CARGO_MAKEFLAGS", "CARGO_NET_", "CARGO_REGISTR", "CARGO_TERM_"];
@@ -125,8 +125,8 @@ fn path(variable: &str) -> Result<PathBuf, String> {
         .ok_or_else(|| format!("{variable} is not set: run this through cargo"))
 }
 
-/// The kernel takes only identifiers as names of types ("[128] UNION MaybeUninit<u8> size=1 vlen=2 Invalid name") and
-/// refuses all types of the object otherwise. bpf-linker makes them so for structs, but not for this union, which
+/// Replaces names of types that are not identifiers. The kernel refuses all types of an object with one ("[128] UNION
+/// MaybeUninit<u8> size=1 vlen=2 Invalid name"). bpf-linker replaces those of structs, but not of this union, which
 /// comes with aya-log's level.
 fn plain_names(mut object: Vec<u8>) -> Vec<u8> {
     const RUST: &[u8] = b"MaybeUninit<u8>\0";

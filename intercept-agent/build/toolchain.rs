@@ -1,6 +1,6 @@
-//! What turns the eBPF crate into an object file, and where it is on this machine.
+//! Finds the tools that compile the eBPF crate.
 //!
-//! One file for the two who ask: the build script, which uses it, and `cargo xtask setup`, which provides it.
+//! Shared by the build script, which uses them, and `cargo xtask setup`, which installs them.
 
 use std::{
     env, fmt,
@@ -8,34 +8,34 @@ use std::{
     process::{Command, Stdio},
 };
 
-/// The compiler's and the linker's name for the target.
+/// Name of the target for compiler and linker.
 pub(crate) const TARGET: &str = "bpfel-unknown-none";
 
-/// A distribution's compiler; Debian's comes with a ready-made core for [`TARGET`].
+/// A distribution's compiler. Debian's comes with a compiled `core` for [`TARGET`].
 const SYSTEM_RUSTC: &str = "/usr/bin/rustc";
 
-/// A complete set: compiler, linker, and the LLVM that the linker loads at run time.
+/// A complete set: compiler, linker, and the LLVM library that the linker loads.
 pub(crate) struct Toolchain {
     pub(crate) compiler: Compiler,
     pub(crate) linker: PathBuf,
     pub(crate) llvm: PathBuf,
 }
 
-/// Where `core` for [`TARGET`] comes from.
+/// The source of `core` for [`TARGET`].
 pub(crate) enum Compiler {
-    /// rustup's nightly builds it from the sources of its `rust-src` component.
+    /// rustup's nightly compiles it from the `rust-src` component.
     Nightly,
-    /// This compiler has it ready-made.
+    /// This compiler comes with a compiled one.
     ReadyMade(PathBuf),
 }
 
-/// The parts that were not found.
+/// The missing parts.
 pub(crate) struct MissingTool {
     pub(crate) compiler: bool,
     pub(crate) linker: bool,
 }
 
-/// Finds a complete set. `host_rustc` is the compiler that builds the rest of the workspace.
+/// Finds a complete set. `host_rustc` is the compiler for the rest of the workspace.
 pub(crate) fn find(host_rustc: &Path) -> Result<Toolchain, MissingTool> {
     let compiler = nightly().or_else(|| ready_made(host_rustc));
     let linker = linker();
@@ -46,9 +46,9 @@ pub(crate) fn find(host_rustc: &Path) -> Result<Toolchain, MissingTool> {
     }
 }
 
-/// The folder for what `cargo xtask setup` builds and downloads; `None` without a home.
+/// Returns the folder for what `cargo xtask setup` builds and downloads. `None` without a home folder.
 pub(crate) fn cache() -> Option<PathBuf> {
-    // A relative path would mean another folder to every crate that is built.
+    // A relative path would be a different folder for every crate.
     let set = |name| env::var_os(name).map(PathBuf::from).filter(|path| path.is_absolute());
     set("INTERCEPT_CACHE")
         .or_else(|| set("XDG_CACHE_HOME").map(|base| base.join("intercept")))
@@ -57,7 +57,7 @@ pub(crate) fn cache() -> Option<PathBuf> {
 
 fn nightly() -> Option<(Compiler, PathBuf)> {
     let mut rustc = Command::new("rustup");
-    // Looking must not install anything.
+    // The check must not install anything.
     rustc.args(["run", "nightly", "rustc"]).env("RUSTUP_AUTO_INSTALL", "0");
     let sysroot = sysroot(rustc)?;
     let sources = sysroot.join("lib/rustlib/src/rust/library/core");
@@ -70,8 +70,8 @@ fn ready_made(host_rustc: &Path) -> Option<(Compiler, PathBuf)> {
     core.is_dir().then_some((Compiler::ReadyMade(rustc), llvm(host_rustc)?))
 }
 
-/// The folder of the LLVM that comes with the host's compiler, for which the linker was built. Where another compiler
-/// builds for another architecture, it has none: then that of the usual one.
+/// Returns the folder of the LLVM library of the host's compiler, for which the linker was built. A compiler without
+/// one (for cross builds) uses that of the default compiler.
 fn llvm(host_rustc: &Path) -> Option<PathBuf> {
     let folder = |rustc: &Path| Some(sysroot(Command::new(rustc))?.join("lib"));
     let has_llvm = |folder: &PathBuf| {
@@ -110,7 +110,7 @@ impl fmt::Display for Toolchain {
 
 impl fmt::Display for MissingTool {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "building the eBPF programs needs parts that are not here")?;
+        write!(f, "building the eBPF programs needs tools that are missing")?;
         if self.compiler {
             write!(
                 f,
@@ -122,6 +122,6 @@ impl fmt::Display for MissingTool {
         if self.linker {
             write!(f, "\n  bpf-linker, on the PATH or in the cache\n    cargo install bpf-linker --locked")?;
         }
-        write!(f, "\n`cargo xtask setup` gets what can be had on this machine")
+        write!(f, "\n`cargo xtask setup` installs those that are available for this machine")
     }
 }

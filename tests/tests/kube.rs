@@ -268,7 +268,7 @@ fn capture_outlives_the_real_api() {
         });
         let news = || {
             server.stop().expect("stopped");
-            node.wait_for_log(&daemon, "what is in force stays");
+            node.wait_for_log(&daemon, "active captures stay");
             assert_eq!(node.in_force().len(), 2);
             server.resume().expect("started");
             let after = run("after");

@@ -1,4 +1,4 @@
-//! Kubernetes events for pods that could not be captured, where `kubectl describe pod` shows them.
+//! Kubernetes events for pods that cannot be captured, as `kubectl describe pod` shows them.
 
 use std::collections::HashMap;
 
@@ -9,24 +9,24 @@ use kube::{
 };
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 
-/// What the API takes of a message, in bytes.
+/// Most bytes of a message that the API accepts.
 const NOTE_BYTES: usize = 1024;
-/// How many pods' last events are remembered.
+/// Number of pods whose last event is remembered.
 const REMEMBERED: usize = 1024;
 
-/// A pod of the API that could not be captured.
+/// A pod of the API that cannot be captured.
 #[derive(Debug)]
 pub struct PodEvent {
     /// The pod's UID.
     pub uid: String,
-    /// Its namespace and name, with a slash between.
+    /// Namespace and name, separated by a slash.
     pub name: String,
-    /// Why, with the causes.
+    /// The error with its causes.
     pub text: String,
 }
 
-/// Publish what is sent here as events by this node's agent, for ever. Nothing waits for the API: an event that is not
-/// taken is lost, and its text is in the log all the same.
+/// Publishes what is sent to the returned channel as events of this node's agent, forever. Nothing waits for the API.
+/// An event that the API does not accept is lost, but its text is also logged.
 pub fn publish(client: Client, node: String) -> UnboundedSender<PodEvent> {
     let (sender, events) = unbounded_channel();
     let reporter = Reporter { controller: "intercept-agent".to_owned(), instance: Some(node) };
@@ -40,7 +40,8 @@ async fn follow(client: Client, reporter: Reporter, mut events: UnboundedReceive
     let mut said = HashMap::<String, String>::new();
     while let Some(PodEvent { uid, name, text }) = events.recv().await {
         let Some((namespace, pod)) = name.split_once('/') else { continue };
-        // The recorder counts up the pod's last event, whose text stays as it was.
+        // The recorder increments the count of the pod's last event and keeps its text, so a new text needs a new
+        // event.
         if said.insert(uid.clone(), text.clone()).is_some_and(|before| before != text)
             || said.len() > REMEMBERED
         {

@@ -1,4 +1,4 @@
-//! A folder of pods: one small JSON file each, whose name ends in `.json`. For nodes without Kubernetes, and for
+//! A folder of pods, with a JSON file per pod whose name ends in `.json`. It is for nodes without Kubernetes, and for
 //! other managers of pods.
 //!
 //! ```json
@@ -6,12 +6,12 @@
 //!   "arguments": ["-i", "*", "-b", "*"], "environment": { "ISTIO_OUTBOUND_OWNER_GROUPS_EXCLUDE": "4242" } }
 //! ```
 //!
-//! `netns` may be left out when processes run in the cgroup. `arguments` and `environment` are those of `attach`;
-//! `config` may stand in their place, with the policy as `attach --dry-run` prints it. Write a file elsewhere and
-//! rename it into the folder, or write it in one go: it is read when it is closed. Names that begin with a dot do
-//! not count. Removing a file takes the pod out of force.
+//! `netns` can be omitted if the cgroup has processes. `arguments` and `environment` are those of `attach`. Instead of
+//! them, `config` can contain the policy as `attach --dry-run` prints it. Write a file elsewhere and rename it into the
+//! folder, or write it at once: it is read when it is closed. Names that start with a dot are ignored. Removing a file
+//! releases the pod.
 //!
-//! Folder and files must be root's, and writable by root alone; links, pipes and long files are refused.
+//! Folder and files must belong to root and be writable only by root. Symbolic links, pipes and long files are refused.
 
 use std::{
     collections::{BTreeMap, HashSet},
@@ -34,12 +34,12 @@ use crate::{
     store::Origin,
 };
 
-/// More than any description of a pod has.
+/// Most bytes of a file.
 const MAX_FILE: u64 = 1 << 20;
-/// How long after the folder is gone it is looked for again.
+/// Interval between attempts to open a missing folder.
 const ABSENT: Duration = Duration::from_secs(1);
 
-/// A file of the folder.
+/// The content of a file.
 #[derive(Clone, Debug, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct PodFile {
@@ -52,7 +52,7 @@ struct PodFile {
     config: Option<Box<Config>>,
 }
 
-/// Why a file does not describe a pod.
+/// Why a file is not a valid description of a pod.
 #[derive(Debug, thiserror::Error)]
 enum FileError {
     #[error("{0}{cause}", cause = std::error::Error::source(.0).map(|cause| format!(": {cause}")).unwrap_or_default())]
@@ -63,9 +63,11 @@ enum FileError {
     Both { path: String },
 }
 
-/// The folder cannot be watched.
+/// Why the folder cannot be watched.
 #[derive(Debug, thiserror::Error)]
-#[error("watching the folder of pods {path}; it must exist when the daemon starts, and be root's alone")]
+#[error(
+    "watching the folder of pods {path}; it must exist when the daemon starts, and only root may own it and write to it"
+)]
 pub struct FolderError {
     path: String,
     #[source]
@@ -78,14 +80,14 @@ pub struct Folder {
     watch: FolderWatch,
 }
 
-/// Which files to read.
+/// Which files are read.
 enum Files {
     Named(HashSet<String>),
     All,
 }
 
 impl Folder {
-    /// Watch it. To be called within a tokio runtime with io enabled.
+    /// Watches a folder. Must be called in a tokio runtime with io enabled.
     pub fn open(path: PathBuf) -> Result<Self, FolderError> {
         let watch = || {
             OwnedFolder::open(&path)?;
@@ -101,7 +103,7 @@ impl Folder {
         }
     }
 
-    /// Tell of every file, then of every change, for ever.
+    /// Reports every file, and then every change, forever.
     pub async fn follow(mut self, messages: UnboundedSender<Message>) {
         self.tell(Files::All, &messages).await;
         loop {
@@ -120,9 +122,9 @@ impl Folder {
         }
     }
 
-    /// The folder was removed or renamed: what it said holds until another is there.
+    /// The folder was removed or renamed. Its pods stay as they are until it exists again.
     async fn reopen(&mut self, messages: &UnboundedSender<Message>) {
-        tracing::error!(folder = %self.path.display(), "the folder of pods is gone: its pods stay as they are until it is back");
+        tracing::error!(folder = %self.path.display(), "the folder of pods is gone: its pods stay captured until it exists again");
         let mut logged = None;
         loop {
             tokio::time::sleep(ABSENT).await;
@@ -143,15 +145,15 @@ impl Folder {
         }
     }
 
-    /// Read files and tell of them. A file may be on a disk that does not answer: that holds up this source alone.
+    /// Reads files and reports them. They may be on a disk that does not respond, which only delays this source.
     async fn tell(&self, files: Files, messages: &UnboundedSender<Message>) {
         let path = self.path.clone();
         match tokio::task::spawn_blocking(move || read_files(&path, files)).await {
             Ok(Ok(told)) => told.into_iter().for_each(|message| drop(messages.send(message))),
-            // Not the same as an empty folder.
+            // An unreadable folder is not an empty one.
             Ok(Err(error)) => tracing::error!(
                 error = &error as &dyn std::error::Error,
-                "reading the folder of pods: its pods stay as they are"
+                "reading the folder of pods: its pods stay captured"
             ),
             Err(error) => tracing::error!(%error, "reading the folder of pods"),
         }
@@ -183,7 +185,7 @@ fn read_files(path: &Path, files: Files) -> Result<Vec<Message>, OwnershipError>
     }
 }
 
-/// What one file says, if its name counts.
+/// Reads a file. `None` if its name is not that of a description.
 fn read_file(folder: &OwnedFolder, name: &str) -> Option<Message> {
     if name.starts_with('.') || !name.ends_with(".json") {
         return None;
@@ -228,7 +230,7 @@ mod tests {
         tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime")
     }
 
-    /// What a message says, in a word and a name.
+    /// Returns a short text for a message.
     async fn next(messages: &mut mpsc::UnboundedReceiver<Message>) -> String {
         let message = tokio::time::timeout(Duration::from_secs(5), messages.recv()).await;
         match message.expect("in time").expect("a message") {
@@ -329,7 +331,7 @@ mod tests {
             ];
             assert!(told.iter().zip(expected).all(|(told, expected)| told.starts_with(expected)), "{told:?}");
 
-            // Nothing is read from a folder that has become everybody's, and nothing is forgotten.
+            // A folder that others can write to is not read, and its pods are kept.
             fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o777)).expect("opened");
             fs::remove_file(path("e.json")).expect("removed");
             assert!(read_files(dir.path(), Files::All).is_err());

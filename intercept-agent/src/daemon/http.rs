@@ -1,8 +1,7 @@
-//! Serves HTTP to anyone on the node without letting any of them keep it from the others.
+//! An HTTP server that no client can block for the others.
 //!
-//! One request a connection, a time for the request to arrive and one for the whole connection, and a limit of
-//! connections beyond which the oldest is closed: half requests neither grow the daemon nor keep the kubelet's probes
-//! out.
+//! A connection serves one request. Header and connection have time limits, and beyond the limit of connections the
+//! oldest is closed. Incomplete requests therefore neither use up memory nor keep out the probes of the kubelet.
 
 use std::{collections::VecDeque, time::Duration};
 
@@ -18,17 +17,17 @@ use tokio::{
     time::timeout,
 };
 
-/// How many connections are open at once.
+/// Most open connections.
 pub(super) const MAX_CONNECTIONS: usize = 64;
-/// How much of a request is held in memory.
+/// Most bytes of a request in memory.
 const MAX_BUFFER: usize = 16 << 10;
 
-/// How long a client may take.
+/// Time limits for a client.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Limits {
     /// Until the request has arrived.
     pub(super) header: Duration,
-    /// Until the answer has been read. Longer than any answer takes to be made.
+    /// Until the answer has been read. Longer than it takes to produce any answer.
     pub(super) connection: Duration,
 }
 
@@ -38,12 +37,12 @@ impl Default for Limits {
     }
 }
 
-/// Serve, for ever.
+/// Serves forever.
 pub(super) async fn serve(mut listener: TcpListener, router: Router, limits: Limits) {
     let mut connections = JoinSet::new();
     let mut oldest_first = VecDeque::<AbortHandle>::new();
     loop {
-        // Waits after an error, such as too many open files.
+        // Pauses after an error such as too many open files.
         let (stream, _) = Listener::accept(&mut listener).await;
         while connections.try_join_next().is_some() {}
         oldest_first.retain(|connection| !connection.is_finished());
@@ -66,7 +65,7 @@ async fn answer(stream: TcpStream, router: Router, limits: Limits) {
     match timeout(limits.connection, connection).await {
         Ok(Ok(())) => {}
         Ok(Err(error)) => tracing::debug!(error = &error as &dyn std::error::Error, "answering over HTTP"),
-        Err(_) => tracing::debug!("a client took too long to read its answer"),
+        Err(_) => tracing::debug!("a client did not read its answer in time"),
     }
 }
 
@@ -98,7 +97,7 @@ mod tests {
         stream
     }
 
-    /// All that comes until the server closes the connection, by whichever means.
+    /// Reads until the server closes the connection, by FIN or RST.
     async fn answer_of(stream: &mut TcpStream) -> String {
         let mut bytes = Vec::new();
         let read = timeout(Duration::from_secs(20), stream.read_to_end(&mut bytes)).await;

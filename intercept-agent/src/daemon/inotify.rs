@@ -1,4 +1,4 @@
-//! Tells of changes in one folder.
+//! Watches a folder for changes.
 
 use std::{collections::HashSet, io, mem::MaybeUninit, os::fd::OwnedFd, path::Path};
 
@@ -16,16 +16,16 @@ pub(super) struct FolderWatch {
 /// What changed.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Changed {
-    /// Files of these names were written, renamed or removed.
+    /// Files with these names were written, renamed or removed.
     Names(HashSet<String>),
-    /// More than the kernel could list.
+    /// The kernel dropped events.
     Everything,
-    /// The folder itself was removed or renamed: the watch has ended.
+    /// The folder itself was removed or renamed, which ends the watch.
     Gone,
 }
 
 impl FolderWatch {
-    /// Watch a folder. To be called within a tokio runtime with io enabled.
+    /// Watches a folder. Must be called in a tokio runtime with io enabled.
     pub(super) fn open(path: &Path) -> io::Result<Self> {
         let events = inotify::init(CreateFlags::CLOEXEC | CreateFlags::NONBLOCK)?;
         let what = WatchFlags::CLOSE_WRITE
@@ -36,12 +36,12 @@ impl FolderWatch {
             | WatchFlags::MOVE_SELF
             | WatchFlags::ONLYDIR;
         inotify::add_watch(&events, path, what)?;
-        // SAFETY: an OwnedFd keeps its descriptor open, and always the same one, until it is dropped.
+        // SAFETY: an OwnedFd owns its descriptor, which does not change, until it is dropped.
         let events = unsafe { AsyncFd::register(events) };
         Ok(Self { events: events.map_err(io::Error::from)? })
     }
 
-    /// Wait for changes.
+    /// Waits for changes.
     pub(super) async fn changed(&self) -> io::Result<Changed> {
         let mut names = HashSet::new();
         loop {

@@ -1,8 +1,8 @@
-//! Pods of this node, as the Kubernetes API tells of them.
+//! Pods of this node from the Kubernetes API.
 //!
-//! The CNI plugin is quicker, but knows a pod's annotations alone, once, and only of pods that start after it was
-//! installed. The API knows the containers, and tells of changes. It is not asked for more than this node's pods, and
-//! nothing waits for it: without an answer, what is in force stays.
+//! The CNI plugin is faster, but learns only a pod's annotations, once, and only of pods that start after its
+//! installation. The API has the containers and reports changes. The watch covers only this node's pods and nothing
+//! waits for it: without an answer, active captures stay.
 
 use std::{
     collections::{BTreeMap, HashSet},
@@ -31,21 +31,22 @@ use super::{
     view::{Binding, ObjectClaim, ObjectId, ObjectPlace, ObjectUid, Stage},
 };
 
-/// How often a pod is looked for whose cgroup is not there yet.
+/// Interval between searches for the missing cgroups of pods.
 const RETRY_INTERVAL: Duration = Duration::from_millis(500);
-/// On a mirror pod, the hash of the static pod's manifest: the kubelet and the runtime know the pod by it.
+/// The annotation of a mirror pod with the hash of the static pod's manifest, which kubelet and runtime use as the
+/// pod's UID.
 const MIRROR: &str = "kubernetes.io/config.mirror";
-/// An MD5 sum in hexadecimal digits, as the kubelet makes it.
+/// Length of the kubelet's hash, an MD5 sum in hexadecimal.
 const HASH_LENGTH: usize = 32;
 
-/// The way to the API is not known.
+/// The address and credentials of the API are unknown.
 #[derive(Debug, thiserror::Error)]
 #[error(
     "finding the Kubernetes API: --node-name needs a service account's token or a kubeconfig (KUBECONFIG)"
 )]
 pub struct KubernetesError(#[source] kube::Error);
 
-/// This node's pods.
+/// A watch on this node's pods.
 pub struct Kubernetes {
     client: Client,
     pods: Api<Pod>,
@@ -53,13 +54,13 @@ pub struct Kubernetes {
     watch: PodWatch,
 }
 
-/// Turns objects of the API into claims.
+/// Converts API objects to claims.
 struct PodWatch {
     placement: Placement,
     selection: Selection,
     defaults: CaptureArgs,
     messages: UnboundedSender<Message>,
-    /// Pods that are to be captured and whose cgroup is not there yet.
+    /// Pods to be captured whose cgroup does not exist yet.
     unplaced: BTreeMap<ObjectUid, Unplaced>,
 }
 
@@ -69,7 +70,8 @@ struct Unplaced {
 }
 
 impl Kubernetes {
-    /// Find the API by a service account or a kubeconfig; asks nothing yet. `defaults` are options for every pod.
+    /// Finds the API through a service account or a kubeconfig, without a request. `defaults` are arguments for every
+    /// pod.
     pub async fn open(
         node: String,
         selection: Selection,
@@ -82,12 +84,12 @@ impl Kubernetes {
         Ok(Self { pods: Api::all(client.clone()), client, node, watch })
     }
 
-    /// Where to complain of pods that cannot be captured.
+    /// Returns a sender for events of pods that cannot be captured.
     pub fn events(&self) -> UnboundedSender<PodEvent> {
         events::publish(self.client.clone(), self.node.clone())
     }
 
-    /// Tell of every pod, then of every change, for ever.
+    /// Reports every pod, and then every change, forever.
     pub async fn follow(self) {
         let Self { pods, node, mut watch, .. } = self;
         let config = watcher::Config::default().fields(&format!("spec.nodeName={node}"));
@@ -104,7 +106,7 @@ impl Kubernetes {
                     Some(Ok(Event::Delete(pod))) => watch.delete(&pod),
                     Some(Err(error)) => tracing::warn!(
                         node, error = said(&error),
-                        "watching the pods of this node: what is in force stays, and it is tried again"
+                        "watching the pods of this node: active captures stay, and the watch is retried"
                     ),
                     None => return,
                 },
@@ -117,30 +119,33 @@ impl Kubernetes {
     }
 }
 
-/// What went wrong, once: the texts of these errors have their sources and all fields of the API's answer in them.
+/// Returns a short text for an error. The errors' own texts repeat their sources and contain all fields of the API's
+/// answer.
 fn said(error: &watcher::Error) -> String {
     let (what, cause) = match error {
         watcher::Error::InitialListFailed(cause) => ("listing", cause),
         watcher::Error::WatchStartFailed(cause) => ("starting to watch", cause),
         watcher::Error::WatchFailed(cause) => ("watching", cause),
-        watcher::Error::WatchError(status) => return format!("the API ends the watch: {}", status.message),
+        watcher::Error::WatchError(status) => {
+            return format!("the API has ended the watch: {}", status.message);
+        }
         error @ watcher::Error::NoResourceVersion => return error.to_string(),
     };
     if let kube::Error::Api(status) = cause {
-        return format!("{what}: the API refuses: {}", status.message);
+        return format!("{what}: the API refused the request: {}", status.message);
     }
-    // The innermost is the system's or the other side's.
+    // The innermost error comes from the system or the server.
     let sources = std::iter::successors(Some(cause as &dyn std::error::Error), |error| error.source());
     format!("{what}: {}", sources.last().map(ToString::to_string).unwrap_or_default())
 }
 
 impl PodWatch {
     fn send(&self, message: Message) {
-        // The loop is gone when the daemon ends.
+        // The loop has ended if the daemon is shutting down.
         drop(self.messages.send(message));
     }
 
-    /// Say what is to become of a pod; its object.
+    /// Sends the claim for a pod. Returns the object's UID.
     fn apply(&mut self, pod: &Pod) -> Option<ObjectUid> {
         let (key, mut claim) = claim(pod, &self.selection, &self.defaults)?;
         let uid = claim.id.uid.clone();
@@ -165,7 +170,7 @@ impl PodWatch {
         }
     }
 
-    /// Look for the cgroups of pods again.
+    /// Searches again for missing cgroups.
     fn place_again(&mut self) {
         for (uid, mut unplaced) in std::mem::take(&mut self.unplaced) {
             unplaced.claim.place = self.place(&unplaced.key, unplaced.claim.stage);
@@ -190,7 +195,7 @@ impl PodWatch {
     }
 }
 
-/// What an object says, and of which pod. Where it is, is not looked for.
+/// Returns the claim of an object and the key of its pod, without the pod's place.
 pub(super) fn claim(pod: &Pod, selection: &Selection, defaults: &CaptureArgs) -> Option<(Key, ObjectClaim)> {
     let (key, id) = identify(pod)?;
     let verdict = sidecar::decide(&metadata(pod), selection, defaults);
@@ -214,10 +219,10 @@ fn first_address(pod: &Pod) -> Option<IpAddr> {
     first.or(status.pod_ip.as_ref())?.parse().ok()
 }
 
-/// The pod that an object speaks for, and the object.
+/// Returns the key of the pod that an object describes, and the object's id.
 ///
-/// A mirror pod is made by the kubelet: its node owns it. Whoever may create pods can write the same into theirs, but
-/// no hash is ever the UID of an object of the API, and the rest is for [`super::view`] to tell apart.
+/// The kubelet creates mirror pods, and its node owns them. Any user who may create pods can imitate that, but a hash
+/// never equals the UID of an API object, and [`super::view`] rejects the rest.
 fn identify(pod: &Pod) -> Option<(Key, ObjectId)> {
     let metadata = &pod.metadata;
     let uid = metadata.uid.clone()?;
@@ -261,7 +266,7 @@ fn metadata(pod: &Pod) -> PodMetadata {
     let security = spec.and_then(|spec| spec.security_context.as_ref());
     let pods_own = (security.and_then(|s| s.run_as_user), security.and_then(|s| s.run_as_group));
     let inits = spec.and_then(|spec| spec.init_containers.as_ref()).into_iter().flatten();
-    // A native sidecar is written as an init container, and goes on like the others.
+    // A native sidecar is declared as an init container, but keeps running.
     let inits = inits.map(|c| container(c, c.restart_policy.as_deref() != Some("Always"), pods_own));
     let others = spec.into_iter().flat_map(|spec| &spec.containers).map(|c| container(c, false, pods_own));
     PodMetadata {
@@ -344,9 +349,9 @@ mod tests {
         };
         assert_eq!(seen(HASH, &node), (format!("pod/{HASH}"), Binding::Mirror));
         let own = ("pod/u".to_owned(), Binding::Own);
-        assert_eq!(seen(HASH, &json!([])), own, "its node does not own it");
+        assert_eq!(seen(HASH, &json!([])), own, "it is not owned by its node");
         assert_eq!(seen(HASH, &other), own, "another owns it");
-        // The UID of another pod, and what is no hash.
+        // The UID of another pod, and values that are not a hash.
         for mirror in ["5f0c8a52-52f6-4c0e-9d0e-2f4f7f2a1f10", "", "0123", &HASH.to_uppercase()] {
             assert_eq!(seen(mirror, &node), own, "{mirror}");
         }

@@ -1,4 +1,4 @@
-//! Meshes other than Istio: how their pods are recognised, and what flags their options are.
+//! Meshes other than Istio: how their pods are recognized, and their options as flags.
 
 use std::collections::BTreeMap;
 
@@ -10,51 +10,51 @@ use super::{
     view::Certainty,
 };
 
-/// Whose sidecars the pods of a node have.
+/// The mesh whose sidecars are captured.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Mesh {
     /// [`super::sidecar`].
     #[default]
     Istio,
-    /// Linkerd, as linkerd-cni captures its pods.
+    /// Linkerd, as linkerd-cni captures pods.
     Linkerd,
-    /// Kuma, as kuma-cni does.
+    /// Kuma, as kuma-cni captures pods.
     Kuma,
-    /// Consul, as consul-cni does.
+    /// Consul, as consul-cni captures pods.
     Consul,
 }
 
-/// A mesh whose pods have an annotation for each option.
+/// A mesh with an annotation for each option.
 struct MeshTable {
-    /// The proxy's container.
+    /// Name of the proxy's container.
     proxy: &'static str,
-    /// The init container that captures its pod by itself.
+    /// Name of the init container that captures the pod itself.
     init: &'static str,
-    /// The injector's mark: an annotation, and its value if that matters.
+    /// The annotation of the injector, and its value if it matters.
     mark: (&'static str, Option<&'static str>),
-    /// What its own rules do, as flags.
+    /// The mesh's fixed rules as flags.
     flags: &'static [&'static str],
-    /// What annotations change of it.
+    /// Annotations with a corresponding flag.
     annotations: &'static [Annotation],
-    /// Annotations that no flag is like.
+    /// Annotations without a corresponding flag.
     unsupported: &'static [&'static str],
 }
 
 struct Annotation {
     name: &'static str,
     flag: &'static str,
-    /// Stands before the value of the annotation.
+    /// A prefix for the annotation's value.
     always: &'static str,
 }
 
-/// A group that no process has: these meshes tell their proxy by its user alone.
+/// A group without processes. These meshes identify the proxy only by user.
 const NO_GROUP: &str = "999999";
 
 const LINKERD: MeshTable = MeshTable {
     proxy: "linkerd-proxy",
     init: "linkerd-init",
     mark: ("linkerd.io/proxy-version", None),
-    // `-e 1` keeps 15008 an ordinary port.
+    // `-e 1` makes 15008 an ordinary port.
     flags: &[
         "-p",
         "4140",
@@ -118,12 +118,12 @@ const KUMA: MeshTable = MeshTable {
     unsupported: &["traffic.kuma.io/exclude-inbound-ips", "traffic.kuma.io/transparent-proxy-config"],
 };
 
-/// Consul's injector writes all options of a pod into one annotation.
+/// The annotation with all options of Consul's injector.
 const CONSUL_CONFIG: &str = "consul.hashicorp.com/redirect-traffic-config";
-/// `enabled`; `complete` once Consul's own plugin has captured the pod.
+/// `enabled`, or `complete` once Consul's own plugin has captured the pod.
 const CONSUL_STATUS: &str = "consul.hashicorp.com/transparent-proxy-status";
 
-/// Consul's options, as its annotation has them.
+/// The value of [`CONSUL_CONFIG`].
 #[derive(Debug, Deserialize)]
 #[serde(rename_all = "PascalCase")]
 struct ConsulConfig {
@@ -142,7 +142,7 @@ struct ConsulConfig {
     exclude_uids: Option<Vec<String>>,
 }
 
-/// Decide by all that the API tells.
+/// Decides for a pod of the API.
 pub(super) fn decide(
     mesh: Mesh,
     pod: &PodMetadata,
@@ -160,7 +160,7 @@ pub(super) fn decide(
     table.capture(&pod.annotations, proxy.and_then(|proxy| proxy.uid), defaults)
 }
 
-/// Decide by annotations alone.
+/// Decides by annotations only.
 pub(super) fn decide_by_annotations(
     mesh: Mesh,
     annotations: &BTreeMap<String, String>,
@@ -175,7 +175,7 @@ pub(super) fn decide_by_annotations(
     (table.capture(annotations, None, defaults), Certainty::Provisional)
 }
 
-/// Whether an option of a mesh depends on an annotation.
+/// Whether a verdict for the mesh depends on an annotation.
 pub(super) fn reads(annotation: &str) -> bool {
     let of_table = |table: &MeshTable| {
         table.mark.0 == annotation
@@ -204,7 +204,7 @@ impl MeshTable {
     ) -> Result<PodVerdict, AnnotationError> {
         if let Some(name) = self.unsupported.iter().find(|name| annotations.contains_key(**name)) {
             let problem =
-                "this agent has nothing like it: leave it out, or let the mesh's own init container capture \
+                "this agent does not support it: remove it, or let the mesh's own init container capture \
                            this pod"
                     .to_owned();
             return Err(AnnotationError::new(name, problem));
@@ -227,11 +227,11 @@ impl MeshTable {
 
 fn captured(arguments: Vec<String>, defaults: &CaptureArgs) -> PodVerdict {
     let given = CaptureArgs { arguments, environment: defaults.environment.clone() };
-    // Their proxies listen for both families wherever the pod has them.
+    // Their proxies listen on both families if the pod has both.
     PodVerdict::Capture(SidecarArgs { given, ipv6: Ipv6::Always })
 }
 
-/// A range of ports is `a-b` in annotations, and `a:b` for iptables.
+/// Converts ranges of ports from `a-b`, as in annotations, to `a:b`, as for iptables.
 fn with_colons(list: &str) -> String {
     let item = |item: &str| match item.split_once('-') {
         Some((first, last)) => format!("{}:{}", first.trim(), last.trim()),
@@ -253,7 +253,7 @@ fn consul(
     let at = |problem| AnnotationError::new(CONSUL_CONFIG, problem);
     let config: ConsulConfig = serde_json::from_str(text).map_err(|error| at(error.to_string()))?;
     if !config.dns_ip.is_empty() {
-        return Err(at("DNS of Consul is not captured: leave out ConsulDNSIP".to_owned()));
+        return Err(at("Consul's DNS is not captured: remove ConsulDNSIP".to_owned()));
     }
     let users = [vec![config.proxy_user], config.exclude_uids.unwrap_or_default()].concat();
     let outbound = if config.proxy_outbound_port == 0 { 15001 } else { config.proxy_outbound_port };

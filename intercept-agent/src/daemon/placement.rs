@@ -1,15 +1,15 @@
-//! Where the kubelet puts a pod's cgroup.
+//! Finds the cgroup that the kubelet has created for a pod.
 //!
 //! | driver | pod |
 //! |---|---|
 //! | systemd | `kubepods.slice/kubepods-burstable.slice/kubepods-burstable-pod<uid, _ for ->.slice` |
 //! | cgroupfs | `kubepods/burstable/pod<uid>` |
 //!
-//! with no class at all for guaranteed pods. The containers below it are named by the runtime (containerd:
-//! `cri-containerd-<id>.scope` or `<id>`, CRI-O: `crio-<id>.scope`); that does not matter, because a program on the
-//! pod's cgroup covers them all. The folder `kubepods` itself may be anywhere: below the kubelet's `cgroupRoot`
-//! (`kubelet.slice/kubelet-kubepods.slice` and so on in kind), below a container that is a node, and in a hybrid
-//! system in the hierarchy of version 2. So it is looked for.
+//! Guaranteed pods have no QoS class in the path. The names of the containers' cgroups below depend on the runtime
+//! (containerd: `cri-containerd-<id>.scope` or `<id>`, CRI-O: `crio-<id>.scope`) and do not matter, because a program
+//! on the pod's cgroup covers all of them. The position of the folder `kubepods` depends on the kubelet's `cgroupRoot`
+//! (`kubelet.slice/kubelet-kubepods.slice` and so on in kind), on whether the node is itself a container, and on the
+//! cgroup2 hierarchy of a hybrid system. So it is searched for.
 
 use std::{
     fs,
@@ -18,28 +18,28 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// How deep below the mount the folder is looked for: a node that is a container of a container.
+/// Depth of the search below the mount point, enough for a node that is a container in a container.
 const DEPTH: usize = 8;
-/// How often at most.
+/// Shortest interval between searches.
 const AGAIN: Duration = Duration::from_secs(5);
 const CLASSES: [&str; 3] = ["", "burstable", "besteffort"];
 
-/// Why the cgroup of a pod is not known.
+/// Why the cgroup of a pod is unknown.
 #[derive(Debug, thiserror::Error)]
 pub enum PlacementError {
-    /// Not in any of the places.
+    /// The pod has no cgroup in any of the places.
     #[error(
         "looking for the cgroup of pod {uid}: it is not below {}; start the daemon with the node's cgroup2 hierarchy \
-         mounted, and with --cgroup-root if the kubelet has one of its own", shown(.roots)
+         mounted, and with --cgroup-root if the kubelet has its own root", shown(.roots)
     )]
     NotFound {
-        /// The pod.
+        /// UID of the pod.
         uid: String,
-        /// Where was looked.
+        /// The folders that were searched.
         roots: Vec<PathBuf>,
     },
-    /// Cannot be part of a path.
-    #[error("{0:?} is no {1}")]
+    /// The name cannot be part of a path.
+    #[error("{0:?} is not a valid {1}")]
     Malformed(String, &'static str),
 }
 
@@ -50,7 +50,7 @@ fn shown(roots: &[PathBuf]) -> String {
     }
 }
 
-/// Finds cgroups of pods.
+/// Finds the cgroups of pods.
 pub struct Placement {
     mounts: Vec<PathBuf>,
     found: Mutex<Found>,
@@ -63,22 +63,22 @@ struct Found {
 }
 
 impl Placement {
-    /// Below these mounts of cgroup2, or folders in them.
+    /// Searches below these folders, which are mount points of cgroup2 or folders in one.
     pub fn below(mounts: Vec<PathBuf>) -> Self {
         Self { mounts, found: Mutex::default() }
     }
 
-    /// The cgroup of the pod with this UID, which exists.
+    /// Returns the existing cgroup of the pod with this UID.
     pub fn of_pod(&self, uid: &str) -> Result<PathBuf, PlacementError> {
         let is_sound = |c: char| c.is_ascii_alphanumeric() || c == '-' || c == '_';
         if uid.is_empty() || !uid.chars().all(is_sound) {
-            return Err(PlacementError::Malformed(uid.to_owned(), "UID of a pod"));
+            return Err(PlacementError::Malformed(uid.to_owned(), "pod UID"));
         }
         let mut found = self.found.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(path) = among(&found.roots, uid) {
             return Ok(path);
         }
-        // The first pod of the node, or a kubelet that was set up anew.
+        // For the first pod of the node, or after the kubelet has been set up again.
         if found.looked.is_none_or(|looked| looked.elapsed() > AGAIN) || found.roots.is_empty() {
             found.looked = Some(Instant::now());
             found.roots.clear();
@@ -90,7 +90,7 @@ impl Placement {
             .ok_or_else(|| PlacementError::NotFound { uid: uid.to_owned(), roots: found.roots.clone() })
     }
 
-    /// The cgroup that a runtime names, which exists: a path from the root of the hierarchy, or the name of a slice.
+    /// Returns the existing cgroup that a runtime names: a path from the root of the hierarchy, or the name of a slice.
     pub fn of_name(&self, name: &str) -> Result<PathBuf, PlacementError> {
         let relative = match name.strip_suffix(".slice") {
             Some(slice) if !name.contains('/') => expand(slice),
@@ -98,14 +98,14 @@ impl Placement {
         };
         let is_sound = relative.components().all(|part| matches!(part, Component::Normal(_)));
         if relative.as_os_str().is_empty() || !is_sound {
-            return Err(PlacementError::Malformed(name.to_owned(), "name of a cgroup"));
+            return Err(PlacementError::Malformed(name.to_owned(), "cgroup name"));
         }
         let found = self.mounts.iter().map(|mount| mount.join(&relative)).find(|path| path.is_dir());
         found.ok_or_else(|| PlacementError::NotFound { uid: name.to_owned(), roots: self.mounts.clone() })
     }
 }
 
-/// `a-b-c` is in `a.slice/a-b.slice`.
+/// Returns the path of slice `a-b-c`, which is `a.slice/a-b.slice/a-b-c.slice`.
 fn expand(slice: &str) -> PathBuf {
     let mut path = PathBuf::new();
     for (at, _) in slice.match_indices('-').chain(std::iter::once((slice.len(), ""))) {
@@ -114,7 +114,8 @@ fn expand(slice: &str) -> PathBuf {
     path
 }
 
-/// Whether the kubelet keeps its pods in a folder of this name; in a slice, with what stands before `kubepods`.
+/// Returns the prefix of the names in a folder of the kubelet: the slice's name without `.slice`, or an empty string
+/// for cgroupfs. `None` if the folder is not the kubelet's.
 fn prefix(name: &str) -> Option<&str> {
     if name == "kubepods" {
         return Some("");
@@ -143,7 +144,7 @@ fn among(roots: &[PathBuf], uid: &str) -> Option<PathBuf> {
     roots.iter().flat_map(|root| candidates(root, uid)).find(|path| path.is_dir())
 }
 
-/// Where a pod may be below a folder `kubepods`.
+/// Returns the possible paths of a pod below a folder `kubepods`.
 fn candidates(root: &Path, uid: &str) -> Vec<PathBuf> {
     let slice = root.file_name().and_then(|name| name.to_str()).and_then(prefix).unwrap_or_default();
     let place = |class: &&str| match (slice, *class) {
@@ -163,7 +164,7 @@ mod tests {
 
     const UID: &str = "3e5d2a1c-0c1f-4d53-9f57-6b1d6a3b7c11";
 
-    /// Layouts as they are seen on nodes, from the mount of cgroup2 to the pod.
+    /// Layouts observed on nodes, from the mount point of cgroup2 to the pod.
     const LAYOUTS: [(&str, &str); 8] = [
         ("systemd, guaranteed", "kubepods.slice/kubepods-podU_.slice"),
         ("systemd, burstable", "kubepods.slice/kubepods-burstable.slice/kubepods-burstable-podU_.slice"),
@@ -201,7 +202,7 @@ mod tests {
         let placement = Placement::below(vec![mount.path().to_owned()]);
         let error = placement.of_pod(UID).expect_err("no pods").to_string();
         assert!(error.contains(UID) && error.contains("there is none"), "{error}");
-        // The first pod of the node may come right after.
+        // The node's first pod may appear right afterwards.
         fs::create_dir_all(mount.path().join(format!("kubepods/pod{UID}"))).expect("made");
         placement.of_pod(UID).expect("found now");
         let error = placement.of_pod("other").expect_err("no such pod").to_string();

@@ -1,4 +1,4 @@
-//! What is said on the daemon's socket: one request and one answer a connection, each a line of JSON.
+//! The protocol of the daemon's socket. Each connection carries one request and one answer, both a line of JSON.
 
 use std::{collections::BTreeMap, net::IpAddr, path::PathBuf, time::Duration};
 
@@ -9,45 +9,45 @@ use super::{
     reconcile::{PodFailure, PodReport},
 };
 
-/// Where the socket is unless told otherwise.
+/// Default path of the socket.
 pub const DEFAULT_SOCKET: &str = "/run/intercept/agent.sock";
-/// More than any request has.
+/// Most bytes of a request.
 pub const MAX_LINE: u64 = 1 << 20;
-/// How long a request may take to be written, and how long the plugin waits for the answer.
+/// Time limit for writing a request, and for the plugin to wait for the answer.
 pub const PATIENCE: Duration = Duration::from_secs(10);
 
 /// A request.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "request", rename_all = "snake_case", deny_unknown_fields)]
 pub enum DaemonRequest {
-    /// Put the pod of a sandbox in force; answered once it is.
+    /// Capture the pod of a sandbox. Answered once the capture is active.
     Add(Box<Add>),
-    /// The sandbox is going away.
+    /// The sandbox is being removed.
     Delete(SandboxInfo),
-    /// Whether the pod of the sandbox is in force as it should be.
+    /// Whether the capture of the sandbox's pod is active and up to date.
     Check(SandboxInfo),
-    /// What is known of every pod.
+    /// Report all pods.
     Report,
-    /// Whether a pod that is started now would be captured.
+    /// Whether a pod that starts now would be captured.
     Ready,
-    /// These are all the sandboxes there are: release the pods of others.
+    /// Release the pods of all sandboxes except these.
     Collect {
-        /// By id.
+        /// Ids of the sandboxes.
         valid: Vec<String>,
     },
-    /// Do not put the plugin into the node's configuration again.
+    /// Stop installing the plugin.
     StopInstalling,
-    /// Take everything away, and stay away from then on.
+    /// Release all pods and refuse new ones.
     Leave,
 }
 
-/// A sandbox and the pod that it is of.
+/// A sandbox and its pod.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct SandboxInfo {
     /// `CNI_CONTAINERID`.
     pub sandbox: String,
-    /// The pod's UID; outside Kubernetes there is none.
+    /// The pod's UID; `None` outside Kubernetes.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub uid: Option<String>,
     /// The pod's namespace.
@@ -59,7 +59,7 @@ pub struct SandboxInfo {
 }
 
 impl DaemonRequest {
-    /// The sandbox that it is about.
+    /// Returns the sandbox of the request.
     pub(super) fn sandbox(&self) -> Option<&SandboxInfo> {
         match self {
             Self::Add(add) => Some(&add.pod),
@@ -70,58 +70,58 @@ impl DaemonRequest {
 }
 
 impl SandboxInfo {
-    /// Whether the names may stand in logs and metrics. Kubernetes allows only such.
+    /// Whether the names can be printed in logs and metrics. Kubernetes allows no others.
     pub(super) fn is_printable(&self) -> bool {
         let names = [&self.sandbox, &self.namespace, &self.name];
         names.into_iter().chain(&self.uid).all(|name| !name.contains(char::is_control))
     }
 }
 
-/// What ADD knows.
+/// The arguments of ADD.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Add {
-    /// Whose.
+    /// The sandbox.
     pub pod: SandboxInfo,
     /// `CNI_NETNS`.
     pub netns: PathBuf,
-    /// The pod's cgroup, where the runtime told the plugin; relative to the root of the hierarchy, or systemd's
-    /// `slice` name.
+    /// The pod's cgroup, if the runtime passes it: a path from the root of the hierarchy, or the name of a systemd
+    /// slice.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cgroup: Option<String>,
-    /// The pod's annotations, where the runtime told the plugin.
+    /// The pod's annotations, if the runtime passes them.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub annotations: Option<BTreeMap<String, String>>,
-    /// The pod's addresses, first the first.
+    /// The pod's addresses in the order of the network plugins.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub addresses: Vec<IpAddr>,
     /// Which pods are captured.
     #[serde(default)]
     pub select: Select,
-    /// Options of the plugin's configuration, for every pod.
+    /// Arguments of the plugin's configuration, for every pod.
     #[serde(default)]
     pub given: CaptureArgs,
 }
 
-/// Which pods the plugin has captured.
+/// Which pods are captured through the plugin.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Select {
-    /// Those with a sidecar.
+    /// Pods with a sidecar.
     #[default]
     Sidecar,
-    /// Every pod; for nodes without Kubernetes.
+    /// Every pod, for nodes without Kubernetes.
     All,
 }
 
-/// The answer.
+/// An answer.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Response {
-    /// Done; one word for how.
+    /// Success, with one word for how.
     Done(String),
-    /// Not done.
+    /// Failure.
     Failed(PodFailure),
-    /// To [`DaemonRequest::Report`].
+    /// The answer to [`DaemonRequest::Report`].
     Pods(Vec<PodReport>),
 }

@@ -1,4 +1,4 @@
-//! Whether a pod that is started now would be captured.
+//! Whether a pod that starts now would be captured.
 
 use std::sync::{
     Arc,
@@ -12,22 +12,22 @@ use super::{
 };
 use crate::node::NodeError;
 
-/// Answers for `/readyz` and for the runtime's STATUS.
+/// Answers `/readyz` and the runtime's STATUS.
 #[derive(Clone)]
 pub struct Readiness {
-    /// Runs what changes the node.
+    /// Executes changes of the node.
     pub worker: Worker,
-    /// Whether what an earlier daemon applied is known.
+    /// Whether the captures of an earlier daemon have been adopted.
     pub adopted: Arc<AtomicBool>,
-    /// Keeps the plugin installed, if this daemon does.
+    /// The installer of the plugin, if this daemon keeps it installed.
     pub installer: Option<InstallerHandle>,
 }
 
 impl Readiness {
-    /// Whether this daemon could capture a pod. An error says why not.
+    /// Whether this daemon can capture a pod. The error says why not.
     pub async fn of_daemon(&self) -> Result<(), String> {
         if !self.adopted.load(Ordering::Acquire) {
-            return Err("taking over what is in force".to_owned());
+            return Err("adopting the active captures".to_owned());
         }
         let asked = self.worker.run(Priority::Urgent, |access| {
             access.with(|node| Ok::<_, NodeError>(node.maps().policies()?.len()))
@@ -39,7 +39,7 @@ impl Readiness {
         }
     }
 
-    /// Also whether it would be asked to.
+    /// As `of_daemon`, and whether new pods use the plugin.
     pub async fn of_node(&self) -> Result<(), String> {
         self.of_daemon().await?;
         match self.installer.as_ref().and_then(|installer| installer.state().problem()) {

@@ -1,4 +1,4 @@
-//! When what failed is tried again.
+//! The delay before a retry.
 
 use std::{
     hash::{BuildHasher as _, RandomState},
@@ -8,10 +8,10 @@ use std::{
 const FIRST: Duration = Duration::from_millis(100);
 const LAST: Duration = Duration::from_secs(30);
 
-/// How long to wait after this many failures in a row (one at least): twice as long each time up to half a minute,
-/// and by chance a quarter more or less, so that pods that failed together are not tried together for ever.
+/// Returns the delay after this many consecutive failures, at least one. It doubles each time up to half a minute, with
+/// a random deviation of up to a quarter so that pods that failed together are not retried together.
 pub fn delay(failures: u32) -> Duration {
-    // Hashing a constant with fresh keys is all the chance that is needed.
+    // A hash with random keys is random enough.
     let chance = RandomState::new().hash_one(0) % 1024;
     nominal(failures).mul_f64(0.75 + 0.5 * (chance as f64 / 1024.0))
 }

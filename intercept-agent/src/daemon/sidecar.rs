@@ -1,4 +1,4 @@
-//! Whether a pod has a sidecar, and what its annotations ask for: as istio-cni reads them.
+//! Whether a pod has a sidecar, and the options in its annotations, as istio-cni reads them.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -13,24 +13,24 @@ use super::{
     view::Certainty,
 };
 
-/// The proxy's container.
+/// Name of the proxy's container.
 const PROXY: &str = "istio-proxy";
-/// The init container that captures its pod by itself.
+/// Name of the init container that captures the pod itself.
 const INIT: &str = "istio-init";
-/// The init container that probes a capture made by others: only the sidecar's template has it.
+/// Name of the init container that validates a capture. Only the sidecar template has it.
 const VALIDATION: &str = "istio-validation";
-/// Written by the injector into every pod that it changes, whichever template it uses.
+/// The annotation that the injector adds to every pod, with any template.
 const STATUS: &str = "sidecar.istio.io/status";
-/// Written by the sidecar's template alone, and always where others capture the pods.
+/// The annotation that only the sidecar template adds, always if an agent captures the pods.
 const MODE: &str = "sidecar.istio.io/interceptionMode";
-/// YAML: options of the proxy, among them variables of its environment.
+/// The annotation with the proxy's options in YAML, including environment variables.
 const PROXY_CONFIG: &str = "proxy.istio.io/config";
-/// Annotation and label: whether the pod was to be injected.
+/// Annotation and label that enable or disable injection.
 pub const INJECT: &str = "sidecar.istio.io/inject";
-/// Answered by the proxy itself: never captured inbound.
+/// Ports that the proxy itself serves, which are never captured inbound.
 const OWN_PORTS: [&str; 3] = ["15020", "15021", "15090"];
 
-/// Annotation, flag, and what istio-cni takes without the annotation.
+/// Annotation, flag, and istio-cni's default.
 const ANNOTATIONS: [(&str, &str, &str); 9] = [
     (MODE, "-m", "REDIRECT"),
     ("traffic.sidecar.istio.io/includeOutboundIPRanges", "-i", "*"),
@@ -40,95 +40,96 @@ const ANNOTATIONS: [(&str, &str, &str); 9] = [
     ("traffic.sidecar.istio.io/excludeOutboundPorts", "-o", "15020"),
     ("traffic.sidecar.istio.io/excludeInterfaces", "-c", ""),
     ("traffic.sidecar.istio.io/kubevirtInterfaces", "-k", ""),
-    // The later name of the one before, and stronger.
+    // The newer name of the previous one, which takes precedence.
     ("istio.io/reroute-virtual-interfaces", "-k", ""),
 ];
 const EXCLUDE_INBOUND: &str = "traffic.sidecar.istio.io/excludeInboundPorts";
 
-/// Whether the pod is to go on uncaptured while its proxy does not listen. Ours alone.
+/// Whether connections pass while the proxy does not listen. An annotation of this project.
 pub const OPEN: &str = "intercept/open-without-proxy";
 
-/// Which pods of the node are looked at at all, and what is the same for all of them.
+/// Which pods of the node are considered, and the settings for all of them.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Selection {
     /// Pods of these namespaces are ignored.
     pub exclude_namespaces: BTreeSet<String>,
     /// Whether IPv6 is captured.
     pub ipv6: Ipv6,
-    /// Whose sidecars they have.
+    /// The mesh whose sidecars are captured.
     pub mesh: Mesh,
 }
 
 /// Whether a pod's IPv6 is captured.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Ipv6 {
-    /// As Istio does: if its proxy has `ISTIO_DUAL_STACK`, or its first address is of IPv6. Another's proxy does not
-    /// listen there.
+    /// As Istio does: if the proxy has `ISTIO_DUAL_STACK`, or the pod's first address is IPv6. Otherwise Istio's proxy
+    /// does not listen on IPv6.
     #[default]
     AsIstio,
-    /// Always: it is refused where the proxy does not listen.
+    /// Always. Connections are refused if the proxy does not listen on IPv6.
     Always,
 }
 
-/// What the API tells of a pod.
+/// The relevant fields of a pod of the API.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct PodMetadata {
-    /// Its namespace.
+    /// Namespace.
     pub namespace: String,
-    /// Its annotations.
+    /// Annotations.
     pub annotations: BTreeMap<String, String>,
-    /// The label `sidecar.istio.io/inject`.
+    /// Value of the label `sidecar.istio.io/inject`.
     pub inject_label: Option<String>,
-    /// It uses the node's network.
+    /// Whether the pod uses the node's network.
     pub host_network: bool,
-    /// Its containers.
+    /// Containers.
     pub containers: Vec<Container>,
 }
 
-/// What matters of a container.
+/// The relevant fields of a container.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Container {
-    /// Its name.
+    /// Name.
     pub name: String,
-    /// Runs before the others, and ends before they start; not so a native sidecar.
+    /// Whether it is an init container that terminates before the others start. False for native sidecars.
     pub init: bool,
-    /// As whom it runs: its own security context's, or the pod's.
+    /// User id from its security context, or from the pod's.
     pub uid: Option<i64>,
     /// As `uid`.
     pub gid: Option<i64>,
-    /// Plain values of its environment.
+    /// Environment variables with literal values.
     pub environment: BTreeMap<String, String>,
-    /// Its arguments.
+    /// Arguments.
     pub args: Vec<String>,
 }
 
 impl Container {
-    /// Whether a variable of its environment is true.
+    /// Whether an environment variable is true.
     fn is_set(&self, variable: &str) -> bool {
         self.environment.get(variable).and_then(|value| truth(value)) == Some(true)
     }
 }
 
-/// What becomes of a pod.
+/// Whether a pod is captured.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum PodVerdict {
-    /// Captured with these options.
+    /// It is captured with these arguments.
     Capture(SidecarArgs),
-    /// Left alone.
+    /// It is not captured.
     Ignore(IgnoreReason),
 }
 
-/// The options of a pod that is captured.
+/// The arguments of a pod that is captured.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SidecarArgs {
-    /// As `attach` takes them.
+    /// Arguments as for `attach`.
     pub given: CaptureArgs,
-    /// Whether IPv6 is captured if the pod's first address is of IPv4.
+    /// Whether IPv6 is captured if the pod's first address is IPv4.
     pub ipv6: Ipv6,
 }
 
 impl SidecarArgs {
-    /// The options for a pod whose first address is this; as long as it has none, IPv6 has nowhere to come from.
+    /// Returns the arguments for a pod with this first address. A pod without an address has no IPv6 traffic to exclude
+    /// yet.
     pub fn for_address(&self, first: Option<IpAddr>) -> CaptureArgs {
         let mut given = self.given.clone();
         if self.ipv6 == Ipv6::AsIstio && first.is_some_and(|address| address.is_ipv4()) {
@@ -138,39 +139,39 @@ impl SidecarArgs {
     }
 }
 
-/// Why a pod is left alone.
+/// Why a pod is not captured.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum IgnoreReason {
-    /// It uses the node's network.
+    /// The pod uses the node's network.
     HostNetwork,
-    /// All its containers have ended.
+    /// All its containers have terminated.
     Finished,
-    /// Its namespace is one of those that are excluded.
+    /// Its namespace is excluded.
     NamespaceExcluded,
     /// It has no container `istio-proxy`.
     NoSidecar,
-    /// It has one, but the injector has not put it there.
+    /// It has a container `istio-proxy` that was not injected.
     NotInjected,
     /// It has no other container.
     OnlyProxy,
-    /// Its label or annotation `sidecar.istio.io/inject` says no.
+    /// Its label or annotation `sidecar.istio.io/inject` is false.
     InjectDisabled,
     /// It has a container `istio-init`.
     CapturesItself,
-    /// The environment of its proxy has `DISABLE_ENVOY`: gRPC without a proxy.
+    /// Its proxy has the environment variable `DISABLE_ENVOY`: gRPC without a proxy.
     ProxyDisabled,
-    /// Its proxy is no sidecar.
+    /// Its proxy is not a sidecar.
     Gateway,
     /// Its interception mode is `NONE`.
     ModeNone,
-    /// The runtime passes no annotations, and the API has told nothing.
+    /// The runtime passes no annotations, and the API has not reported the pod.
     AnnotationsUnknown,
-    /// It was injected, nothing says that it was with the template of a sidecar, and the API has told nothing.
+    /// It was injected, but not recognizably with the sidecar template, and the API has not reported the pod.
     TemplateUnknown,
 }
 
 impl IgnoreReason {
-    /// The word for it in metrics and in `status`.
+    /// Returns the word in metrics and `status`.
     pub fn as_str(self) -> &'static str {
         match self {
             Self::HostNetwork => "host_network",
@@ -190,7 +191,7 @@ impl IgnoreReason {
     }
 }
 
-/// An annotation that cannot be understood.
+/// An annotation with an invalid value.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("annotation {annotation}: {problem}")]
 pub struct AnnotationError {
@@ -203,7 +204,7 @@ impl AnnotationError {
         Self { annotation: annotation.to_owned(), problem }
     }
 
-    /// The error of the options names a flag that the author of the annotation has never seen.
+    /// Checks a value. The error of the option would name a flag that the author of the annotation does not know.
     pub(super) fn check(annotation: &str, flag: &str, value: &str) -> Result<(), Self> {
         let given = CaptureArgs {
             arguments: vec![flag.to_owned(), value.trim().to_owned()],
@@ -213,15 +214,15 @@ impl AnnotationError {
     }
 }
 
-/// Whether anything here depends on an annotation: the plugin need not pass others on.
+/// Whether a verdict depends on an annotation. The plugin does not pass on others.
 pub fn reads(annotation: &str) -> bool {
     [STATUS, PROXY_CONFIG, INJECT, EXCLUDE_INBOUND, OPEN].contains(&annotation)
         || ANNOTATIONS.iter().any(|(name, ..)| *name == annotation)
         || mesh::reads(annotation)
 }
 
-/// Decide by all that the API tells. `defaults` are options for every pod of the node: stronger than istio's defaults,
-/// weaker than annotations.
+/// Decides for a pod of the API. `defaults` are arguments for every pod of the node: they override Istio's defaults,
+/// and annotations override them.
 pub fn decide(
     pod: &PodMetadata,
     selection: &Selection,
@@ -283,8 +284,8 @@ fn has_mode_none(annotations: &BTreeMap<String, String>) -> bool {
     annotations.get(MODE).is_some_and(|mode| mode.trim() == "NONE")
 }
 
-/// Decide by what the plugin is told, and say how far that goes. What only the API knows (the containers, the proxy's
-/// users, labels) is taken to be as in most pods.
+/// Decides by the plugin's input, and says how certain that is. What only the API has (containers, the proxy's users,
+/// labels) is assumed to be as in most pods.
 pub fn decide_by_annotations(
     namespace: &str,
     annotations: Option<&BTreeMap<String, String>>,
@@ -325,7 +326,8 @@ pub fn decide_by_annotations(
     (verdict, Certainty::Provisional)
 }
 
-/// The variables that [`PROXY_CONFIG`] gives the proxy. What does not read tells nothing: the injector has read it.
+/// Returns the proxy's variables from [`PROXY_CONFIG`]. An invalid value is ignored, because the injector has already
+/// accepted it.
 fn proxy_metadata(annotations: &BTreeMap<String, String>) -> BTreeMap<String, String> {
     #[derive(Default, Deserialize)]
     #[serde(default, rename_all = "camelCase")]
@@ -337,7 +339,7 @@ fn proxy_metadata(annotations: &BTreeMap<String, String>) -> BTreeMap<String, St
     config.unwrap_or_default().proxy_metadata
 }
 
-/// What the injector has put into a pod, from [`STATUS`].
+/// The result of the injection, from [`STATUS`].
 #[derive(Debug, Default, Deserialize)]
 #[serde(default, rename_all = "camelCase")]
 struct InjectionStatus {
@@ -346,7 +348,7 @@ struct InjectionStatus {
 }
 
 impl InjectionStatus {
-    /// What does not read tells nothing.
+    /// Parses the annotation. An invalid value is empty.
     fn read(text: &str) -> Self {
         serde_json::from_str(text).unwrap_or_default()
     }
@@ -355,7 +357,7 @@ impl InjectionStatus {
         self.init_containers.iter().flatten().any(|container| container == name)
     }
 
-    /// Whether it lists containers, and not this one, which may be a native sidecar.
+    /// Whether it lists containers without this one, which may be a native sidecar.
     fn is_without(&self, name: &str) -> bool {
         let mut listed = self.containers.iter().chain(&self.init_containers).flatten().peekable();
         listed.peek().is_some() && listed.all(|container| container != name)
@@ -370,7 +372,8 @@ fn capture(
 ) -> Result<PodVerdict, AnnotationError> {
     let mut arguments: Vec<String> = Vec::new();
     let mut push = |flag: &str, value: &str| arguments.extend([flag.to_owned(), value.to_owned()]);
-    // Root cannot be told from everybody else, so istio-cni does not take it for the proxy's either.
+    // Root's connections cannot be distinguished from those of other processes, so istio-cni does not use root as the
+    // proxy's user either.
     let id = |id: Option<i64>| id.filter(|id| *id != 0).unwrap_or(1337).to_string();
     push("-u", &id(proxy.and_then(|proxy| proxy.uid)));
     push("-g", &id(proxy.and_then(|proxy| proxy.gid)));
@@ -383,13 +386,13 @@ fn capture(
         arguments.extend([flag.to_owned(), value]);
     }
     if let Some(value) = annotations.get(OPEN) {
-        let problem = || format!("`{value}` is neither true nor false");
+        let problem = || format!("`{value}` is neither true nor false; give true or false");
         let open = truth(value.trim());
         let open = open.ok_or_else(|| AnnotationError::new(OPEN, problem()))?;
         arguments.push(format!("--open-without-proxy={open}"));
     }
     if proxy.is_some_and(|proxy| proxy.is_set("ISTIO_META_DNS_CAPTURE")) {
-        // All of it, because the resolvers of a pod that does not run yet are not known.
+        // All DNS, because the resolvers of a pod that does not run yet are unknown.
         arguments.extend(["--redirect-dns".to_owned(), "--capture-all-dns".to_owned()]);
     }
     let dual_stack = proxy.is_some_and(|proxy| proxy.is_set("ISTIO_DUAL_STACK"));
@@ -398,7 +401,7 @@ fn capture(
     Ok(PodVerdict::Capture(SidecarArgs { given, ipv6 }))
 }
 
-/// Flags and values of the annotations that are there, each of them sound.
+/// Returns flags and values of the pod's annotations, all valid.
 fn annotated(annotations: &BTreeMap<String, String>) -> Result<Vec<(&'static str, String)>, AnnotationError> {
     let mut flags = Vec::new();
     for (annotation, flag, _) in ANNOTATIONS {
@@ -415,7 +418,7 @@ fn annotated(annotations: &BTreeMap<String, String>) -> Result<Vec<(&'static str
     Ok(flags)
 }
 
-/// As Go's `strconv.ParseBool`.
+/// Parses a boolean as Go's `strconv.ParseBool` does.
 fn truth(text: &str) -> Option<bool> {
     match text {
         "1" | "t" | "T" | "true" | "TRUE" | "True" => Some(true),

@@ -1,4 +1,4 @@
-//! The socket on which pods are asked for: root's alone.
+//! The daemon's socket, which only root can use.
 
 use std::{fs, io, os::unix::fs::PermissionsExt as _, path::Path, sync::Arc};
 
@@ -21,20 +21,20 @@ use super::{
 };
 use crate::ownership::{OwnedFolder, OwnershipError};
 
-/// The socket cannot be had.
+/// Why the socket cannot be opened.
 #[derive(Debug, thiserror::Error)]
 pub enum SocketError {
-    /// Its folder or its lock is not safe.
+    /// Its folder or its lock cannot be trusted.
     #[error(transparent)]
     Ownership(#[from] OwnershipError),
-    /// A call failed.
+    /// A system call failed.
     #[error("{action} {path}")]
     Io {
-        /// What was attempted.
+        /// The operation.
         action: &'static str,
-        /// On what.
+        /// Its path.
         path: String,
-        /// The kernel's error.
+        /// The error from the kernel.
         #[source]
         source: io::Error,
     },
@@ -45,7 +45,7 @@ fn at(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> SocketErro
     move |source| SocketError::Io { action, path, source }
 }
 
-/// The socket, and the lock that makes this the one daemon that has it.
+/// The socket, and the lock that keeps other daemons from it.
 pub struct Server {
     listener: UnixListener,
     _lock: fs::File,
@@ -62,8 +62,8 @@ struct Context {
 }
 
 impl Server {
-    /// Listen. The folder is created if it does not exist, and must be root's alone; what a daemon left that is gone is
-    /// replaced.
+    /// Listens on the socket. The folder is created if it does not exist, and must belong to root. The socket of an
+    /// earlier daemon is replaced.
     pub fn open(
         path: &Path,
         messages: UnboundedSender<Message>,
@@ -76,7 +76,7 @@ impl Server {
         let lock = folder.lock_file(Path::new(locked.file_name().unwrap_or_default()))?;
         rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive)
             .map_err(io::Error::from)
-            .map_err(at("another daemon has this socket: locking", &locked))?;
+            .map_err(at("another daemon uses this socket: locking", &locked))?;
         match fs::remove_file(path) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => {
                 return Err(at("replacing socket", path)(error));
@@ -84,13 +84,13 @@ impl Server {
             _ => {}
         }
         let listener = UnixListener::bind(path).map_err(at("listening on socket", path))?;
-        // Whoever was quicker than this is turned away by the check of the peer.
+        // Other users who connect before this are refused by the check of the peer's credentials.
         fs::set_permissions(path, fs::Permissions::from_mode(0o600))
-            .map_err(at("closing to others", path))?;
+            .map_err(at("restricting to root", path))?;
         Ok(Self { listener, _lock: lock, messages, placement, selection })
     }
 
-    /// PodResult, for ever.
+    /// Serves requests forever.
     pub async fn serve(self, readiness: Readiness) {
         let Self { listener, _lock, messages, placement, selection } = self;
         let context = Arc::new(Context { messages, placement, selection, readiness });
@@ -105,7 +105,7 @@ impl Server {
                     });
                 }
                 Err(error) => {
-                    // Out of descriptors, most likely: it passes.
+                    // Probably too many open files, which is temporary.
                     tracing::error!(%error, "accepting on the socket");
                     tokio::time::sleep(std::time::Duration::from_millis(100)).await;
                 }
@@ -117,7 +117,8 @@ impl Server {
 impl Context {
     async fn answer(&self, mut stream: UnixStream) -> io::Result<()> {
         let peer = stream.peer_cred()?;
-        // Read in any case: closed with a request unread, the socket would give the peer an error for the answer.
+        // Read the request even if it is refused. Closing the socket with unread data would reset the connection, and
+        // the peer would lose the answer.
         let mut line = String::new();
         let (reader, _) = stream.split();
         let mut reader = BufReader::new(reader.take(MAX_LINE));
@@ -131,8 +132,8 @@ impl Context {
                 Err(error) => failed("request", format!("reading the request: {error}")),
             }
         } else {
-            tracing::warn!(uid = peer.uid(), "turned away from the socket");
-            failed("forbidden", "this socket is root's".to_owned())
+            tracing::warn!(uid = peer.uid(), "refused a user other than root on the socket");
+            failed("forbidden", "only root may use this socket".to_owned())
         };
         let mut text = serde_json::to_string(&response)?;
         text.push('\n');
@@ -144,7 +145,7 @@ impl Context {
         if let Some(sandbox) = request.sandbox()
             && !sandbox.is_printable()
         {
-            return failed("request", "the names of the pod have control characters in them".to_owned());
+            return failed("request", "the names of the pod contain control characters".to_owned());
         }
         match request {
             DaemonRequest::Add(add) => self.add(*add).await,
@@ -193,7 +194,7 @@ impl Context {
             (Some(name), _) => self.placement.of_name(name).map_err(|error| error.to_string()),
             (None, Some(uid)) => self.placement.of_pod(uid).map_err(|error| error.to_string()),
             (None, None) => {
-                Err("the runtime says neither which cgroup nor which pod this is: let the plugin have the \
+                Err("the runtime passes neither the pod's cgroup nor its UID: give the plugin the \
                                  capability cgroupPath, or pass K8S_POD_UID"
                     .to_owned())
             }
@@ -243,7 +244,7 @@ fn failed(cause: &str, text: String) -> Response {
 }
 
 fn ending() -> Response {
-    failed("ending", "the daemon is ending; try again".to_owned())
+    failed("ending", "the daemon is shutting down; try again".to_owned())
 }
 
 fn uid(sandbox: &SandboxInfo) -> &str {
@@ -254,13 +255,13 @@ fn key(sandbox: &SandboxInfo) -> Key {
     Key::Pod(uid(sandbox).to_owned())
 }
 
-/// Ask the daemon, from another process, and wait for its answer.
+/// Sends a request to the daemon from another process and waits for the answer.
 pub fn request(path: &Path, request: &DaemonRequest) -> io::Result<Response> {
     use std::io::{BufRead as _, Read as _, Write as _};
     let mut stream = std::os::unix::net::UnixStream::connect(path)?;
     let peer = rustix::net::sockopt::socket_peercred(&stream)?.uid;
     if !peer.is_root() && peer != rustix::process::geteuid() {
-        let text = format!("user {} listens there, not the daemon of root", peer.as_raw());
+        let text = format!("the socket belongs to user {}, not to a daemon of root", peer.as_raw());
         return Err(io::Error::new(io::ErrorKind::PermissionDenied, text));
     }
     stream.set_read_timeout(Some(PATIENCE * 3))?;
@@ -294,7 +295,7 @@ mod tests {
             as_nobody.join().expect("no panic")
         });
         let error = request(&path, &DaemonRequest::Report).expect_err("refused");
-        assert!(error.to_string().starts_with("user 65534 listens there"), "{error}");
+        assert!(error.to_string().starts_with("the socket belongs to user 65534"), "{error}");
         drop(listener);
     }
 }

@@ -1,16 +1,18 @@
-//! What the sources say of one pod, merged.
+//! Merges the claims of all sources on a pod.
 //!
-//! Each source makes its own claim and changes no other. What follows from all claims depends on which there are, never on
-//! the order in which they came:
+//! A source sets its own claim and changes no other. The resolution depends only on which claims there are, never on
+//! their order:
 //!
-//! 1. A file of the folder is a pod of its own; no other source shares its key.
-//! 2. Selection and options: the API's object, else the CNI plugin's annotations, else what an earlier daemon applied.
-//! 3. ObjectPlace: the runtime's sandbox (its cgroup, its namespace, its address), else the cgroup of the object's UID, else that of an
-//!    earlier daemon.
-//! 4. End: only the runtime ends a sandbox. An object that is gone from the API keeps its say until then.
+//! 1. A file of the folder is a separate pod. No other source shares its key.
+//! 2. Selection and arguments come from the API object, else from the annotations that the CNI plugin received, else
+//!   from the capture of an earlier daemon.
+//! 3. The place is that of the runtime's sandbox (cgroup, namespace, address), else the cgroup of the object's UID,
+//!   else that of an earlier daemon.
+//! 4. Only the runtime ends a sandbox. An object that is deleted from the API keeps its claim until then.
 //!
-//! An object of the API speaks for the pod of its own UID. A mirror pod speaks for the static pod whose hash it bears; as
-//! an object that looks like one can be made by others than the kubelet, it is heard only if the runtime has given the
+//! An API object describes the pod with its own UID. A mirror pod describes the static pod whose hash it has. Others
+//! than the kubelet can create objects that look like mirror pods, so one is used only if the runtime reports the pod
+//! with the same namespace and name, which are unique among objects.
 //! pod the same namespace and name, which no two objects have.
 
 use std::{
@@ -25,20 +27,20 @@ use super::{
 };
 use crate::store::Origin;
 
-/// The UID of an object of the API. The API gives it out, so that no object has another's.
+/// UID of an API object. The API assigns it, and it is unique.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct ObjectUid(pub String);
 
-/// How an object of the API is bound to its pod.
+/// How an API object refers to its pod.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Binding {
     /// The pod has the object's own UID.
     Own,
-    /// The object mirrors a static pod, which has the hash of its manifest for a UID.
+    /// The object mirrors a static pod, whose UID is the hash of its manifest.
     Mirror,
 }
 
-/// Which object of the API speaks.
+/// Identity of an API object.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ObjectId {
     /// Its UID.
@@ -47,57 +49,57 @@ pub struct ObjectId {
     pub namespace: String,
     /// Its name.
     pub name: String,
-    /// How it is bound to the pod that it speaks for.
+    /// How it refers to its pod.
     pub binding: Binding,
 }
 
-/// Where an object of the API is in its life.
+/// Life cycle of an API object.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Stage {
-    /// Its containers are to be started.
+    /// Its containers have not started yet.
     Pending,
-    /// They were.
+    /// Its containers have started.
     Running,
-    /// It is being deleted: nothing new begins for it.
+    /// It is being deleted. No capture starts for it.
     Terminating,
-    /// All its containers have ended for good.
+    /// All its containers have terminated for good.
     Finished,
-    /// It is gone from the API, and its sandbox is not.
+    /// It is deleted from the API, but its sandbox exists.
     Deleted,
 }
 
-/// Where the pod of an object is, as far as the node's cgroups tell.
+/// The place of an object's pod among the node's cgroups.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum ObjectPlace {
     /// Its cgroup.
     Cgroup(PathBuf),
-    /// It has none yet.
+    /// It has no cgroup yet.
     Pending,
-    /// It has none, and should.
+    /// It should have a cgroup and has none; the text says more.
     Missing(String),
 }
 
-/// What the API says of a pod.
+/// The claim of the API on a pod.
 #[derive(Clone, Debug, PartialEq)]
 pub struct ObjectClaim {
-    /// Which object.
+    /// The object.
     pub id: ObjectId,
-    /// When it was made, in seconds since 1970.
+    /// Time of creation in seconds since the epoch.
     pub created: i64,
-    /// Where it is in its life.
+    /// Its life cycle.
     pub stage: Stage,
-    /// Whether it is captured, and how.
+    /// Whether the pod is captured, and how.
     pub verdict: Result<PodVerdict, AnnotationError>,
-    /// Where it is.
+    /// The place of the pod.
     pub place: ObjectPlace,
-    /// Its first address, once it has one.
+    /// The pod's first address, once it has one.
     pub first_address: Option<IpAddr>,
 }
 
-/// What the runtime says of a pod, through the CNI plugin.
+/// The claim of the runtime on a pod, through the CNI plugin.
 #[derive(Clone, Debug, PartialEq)]
 pub struct SandboxClaim {
-    /// The sandbox.
+    /// Id of the sandbox.
     pub id: String,
     /// The pod's namespace; may be empty.
     pub namespace: String,
@@ -105,32 +107,32 @@ pub struct SandboxClaim {
     pub name: String,
     /// The sandbox's network namespace.
     pub netns: PathBuf,
-    /// The pod's cgroup, or why it is not known.
+    /// The pod's cgroup, or why it is unknown.
     pub cgroup: Result<PathBuf, String>,
-    /// Its first address, if the runtime has told the plugin.
+    /// The pod's first address, if the runtime passes it.
     pub first_address: Option<IpAddr>,
-    /// Whether it is captured, and how, by what the plugin was told.
+    /// Whether the pod is captured, and how, according to the plugin's input.
     pub verdict: Result<PodVerdict, AnnotationError>,
-    /// How far the plugin's word goes.
+    /// Whether the API may overrule it.
     pub certainty: Certainty,
 }
 
-/// How much is known from what the plugin is told.
+/// How certain the plugin's input is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Certainty {
-    /// The API would say the same.
+    /// The API would give the same verdict.
     Certain,
-    /// The API may know better.
+    /// The API may give another verdict.
     Provisional,
 }
 
-/// Whether a sandbox is decided on without the API.
+/// Whether a sandbox still waits for the API.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
 pub enum ApiWait {
-    /// It is: there is no API, or it was silent for too long.
+    /// It does not: there is no API, or the wait has timed out.
     #[default]
     Over,
-    /// Not yet.
+    /// It waits.
     Running,
 }
 
@@ -144,33 +146,33 @@ pub struct PodView {
     api_wait: ApiWait,
 }
 
-/// What follows from the claims.
+/// The result of merging the claims.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Resolution {
     /// The pod is to be captured.
     Capture(Box<DesiredPod>),
-    /// It is not.
+    /// The pod is not captured.
     Ignore(IgnoreReason),
-    /// What is said of it cannot be understood: what is applied stays.
+    /// A claim is invalid. An applied capture stays.
     Refuse(ClaimError),
-    /// It waits for the API: what is applied stays.
+    /// The sandbox waits for the API. An applied capture stays.
     AwaitApi,
-    /// It is to be captured, and has no place yet.
+    /// The pod is to be captured and its place is unknown.
     Unplaced,
     /// There is no such pod.
     Absent,
 }
 
-/// Why a claim cannot be followed.
+/// Why a claim is invalid.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum ClaimError {
-    /// The options do not read.
+    /// The arguments cannot be parsed.
     Options(String),
-    /// The cgroup is not known.
+    /// The cgroup is unknown.
     Cgroup(String),
 }
 
-/// Where the runtime has put a pod.
+/// Where the runtime has placed a pod.
 struct SandboxPlace<'a> {
     id: &'a str,
     namespace: &'a str,
@@ -180,36 +182,36 @@ struct SandboxPlace<'a> {
 }
 
 impl PodView {
-    /// A file of the folder asks for the pod, or does not read.
+    /// Sets the claim of a file of the folder, or why it is invalid.
     pub fn set_file(&mut self, file: Result<DesiredPod, String>) {
         self.file = Some(file);
         self.applied_before = None;
     }
 
-    /// The file is gone.
+    /// Removes the claim of the file.
     pub fn remove_file(&mut self) {
         self.file = None;
         self.applied_before = None;
     }
 
-    /// An earlier daemon, or a command, applied this.
+    /// Sets the capture that an earlier daemon or a command has applied.
     pub fn set_applied_before(&mut self, desired: DesiredPod) {
         self.applied_before = Some(desired);
     }
 
-    /// What was applied by command was taken away by command.
+    /// Removes a capture that a command had applied and has now removed.
     pub fn forget_applied_before(&mut self) {
         self.applied_before = None;
     }
 
-    /// The runtime has a sandbox for the pod: the one before, if any, is gone.
+    /// Sets the sandbox of the pod. It replaces an earlier one.
     pub fn set_sandbox(&mut self, sandbox: SandboxClaim, api_wait: ApiWait) {
         self.sandbox = Some(sandbox);
         self.applied_before = None;
         self.api_wait = api_wait;
     }
 
-    /// The API was silent for too long. False if nothing waits for it any more on behalf of this sandbox.
+    /// Ends the wait for the API. False if this sandbox does not wait any more.
     pub fn end_api_wait(&mut self, sandbox: &str) -> bool {
         let waits =
             self.api_wait == ApiWait::Running && self.sandbox.as_ref().is_some_and(|own| own.id == sandbox);
@@ -219,12 +221,12 @@ impl PodView {
         waits
     }
 
-    /// The sandbox that the runtime has for the pod, as far as the plugin was told.
+    /// Returns the pod's sandbox, if the plugin has reported one.
     pub fn sandbox_id(&self) -> Option<&str> {
         self.runtime().map(|sandbox| sandbox.id)
     }
 
-    /// The runtime takes a sandbox away. False if the pod has another one by now, or none.
+    /// Ends a sandbox. False if the pod has another one or none.
     pub fn end_sandbox(&mut self, id: &str) -> bool {
         let is_it = self.sandbox_id() == Some(id);
         if is_it {
@@ -233,7 +235,7 @@ impl PodView {
         is_it
     }
 
-    /// The pod's cgroup or namespace is gone. False if a source that outlives it may want it again in the same place.
+    /// The pod's cgroup or namespace is gone. False if a source outlives it and may request the same place again.
     pub fn on_gone(&mut self) -> bool {
         let is_over = self.runtime().is_some()
             || matches!(&self.applied_before, Some(DesiredPod { origin: Origin::Command, .. }));
@@ -249,21 +251,21 @@ impl PodView {
         self.api_wait = ApiWait::Over;
         self.objects.retain(|_, object| object.stage != Stage::Deleted);
         for object in self.objects.values_mut() {
-            // Its processes are ending. The API tells of the pod again once it has another sandbox.
+            // Its processes have ended. The API reports the pod again when it has another sandbox.
             object.place = ObjectPlace::Pending;
         }
     }
 
-    /// The API tells of an object.
+    /// Sets the claim of an API object.
     pub fn set_object(&mut self, claim: ObjectClaim) {
         match self.objects.get_mut(&claim.id.uid) {
-            // What began for it goes on as it is.
+            // A capture of a terminating pod stays as it is.
             Some(before) if claim.stage == Stage::Terminating => before.stage = Stage::Terminating,
             _ => _ = self.objects.insert(claim.id.uid.clone(), claim),
         }
     }
 
-    /// The API knows an object no more.
+    /// An object has been deleted from the API.
     pub fn remove_object(&mut self, id: &ObjectId) {
         let runtime = self.runtime().is_some();
         match self.objects.get_mut(&id.uid) {
@@ -275,7 +277,7 @@ impl PodView {
         }
     }
 
-    /// The API has told of all the objects that it has.
+    /// Removes the objects that the API does not list.
     pub fn retain_objects(&mut self, listed: &HashSet<ObjectUid>) {
         let gone: Vec<ObjectId> = self
             .objects
@@ -295,7 +297,7 @@ impl PodView {
         }
     }
 
-    /// Whether a source has anything to say of the pod.
+    /// Whether no source has a claim on the pod.
     pub fn is_empty(&self) -> bool {
         self.file.is_none()
             && self.sandbox.is_none()
@@ -303,10 +305,10 @@ impl PodView {
             && self.applied_before.is_none()
     }
 
-    /// The object of the API that speaks for the pod.
+    /// Returns the API object that describes the pod.
     pub fn speaker(&self) -> Option<&ObjectClaim> {
         let bound = self.objects.values().filter(|object| self.is_bound(&object.id));
-        // The kubelet makes another mirror pod of the same name when one is deleted.
+        // The kubelet creates another mirror pod with the same name after one is deleted.
         bound.max_by_key(|object| (object.stage != Stage::Deleted, object.created, &object.id.uid))
     }
 
@@ -339,7 +341,7 @@ impl PodView {
         }
     }
 
-    /// What follows from the claims for the pod of this UID or sandbox.
+    /// Merges the claims on the pod with this UID or sandbox id.
     pub fn resolve(&self, uid: &str) -> Resolution {
         let before = self.applied_before.as_ref();
         let verdict = match (&self.file, self.speaker(), &self.sandbox) {
@@ -359,7 +361,7 @@ impl PodView {
             (None, None, None) => {
                 return match before {
                     Some(before) => Resolution::Capture(Box::new(before.clone())),
-                    // A mirror pod, which is heard once the runtime has told of the static pod.
+                    // A mirror pod, which is not used until the runtime reports the static pod.
                     None if !self.objects.is_empty() => Resolution::Unplaced,
                     None => Resolution::Absent,
                 };
@@ -406,7 +408,7 @@ impl PodView {
         }
     }
 
-    /// A name for people.
+    /// Returns a readable name.
     pub fn name(&self) -> Option<String> {
         let slashed = |namespace: &str, name: &str| {
             (!namespace.is_empty() && !name.is_empty()).then(|| format!("{namespace}/{name}"))

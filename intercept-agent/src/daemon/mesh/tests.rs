@@ -34,7 +34,7 @@ const LINKERD_FLAGS: &str =
 const KUMA_FLAGS: &str =
     "-p 15001 -z 15006 -u 5678 -g 999999 -e 1 -i * -b * --redirect-dns --capture-all-dns";
 
-/// A pod of a mesh, and the flags that it comes to.
+/// A mesh's pod, its annotations, and the resulting flags.
 type Case = (Mesh, &'static str, Vec<(&'static str, &'static str)>, String);
 
 fn cases() -> Vec<Case> {
@@ -105,7 +105,7 @@ fn options_of_each_mesh_are_flags_for_the_api_and_for_the_plugin() {
         );
         assert_eq!(config(verdict), expected, "{annotations:?}");
         assert!(pod.annotations.keys().all(|name| sidecar::reads(name)), "{annotations:?}");
-        // A pod of one mesh is none of another's.
+        // Pods of one mesh are ignored for another.
         for other in [Mesh::Istio, Mesh::Linkerd, Mesh::Kuma, Mesh::Consul].into_iter().filter(|m| *m != mesh)
         {
             let selection = Selection { mesh: other, ..selection.clone() };

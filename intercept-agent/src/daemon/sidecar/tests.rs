@@ -9,7 +9,7 @@ fn app() -> Container {
     Container { name: "app".into(), ..Container::default() }
 }
 
-/// An injected pod with these annotations besides, and an app beside these containers.
+/// An injected pod with additional annotations, and with an app container besides these.
 fn pod(annotations: &[(&str, &str)], containers: &[Container]) -> PodMetadata {
     let annotations = annotations.iter().chain(&[(STATUS, "{}")]);
     PodMetadata {
@@ -20,7 +20,7 @@ fn pod(annotations: &[(&str, &str)], containers: &[Container]) -> PodMetadata {
     }
 }
 
-/// The policy that comes of it, as the daemon would compile it.
+/// Returns the compiled policy, as in the daemon.
 fn config(pod: &PodMetadata, defaults: &CaptureArgs) -> Config {
     match decide(pod, &Selection::default(), defaults).expect("sound") {
         PodVerdict::Capture(args) => args.given.check().expect("sound options"),
@@ -44,7 +44,7 @@ fn by_flags(flags: &str) -> Config {
 fn without_annotations_everything_is_captured_but_the_proxys_own_ports() {
     let expected = by_flags("-u 1337 -g 1337 -m REDIRECT -i * -b * -d 15020,15021,15090 -o 15020");
     assert_eq!(config(&pod(&[], &[proxy()]), &CaptureArgs::default()), expected);
-    // Known by its annotations alone, as a runtime tells it.
+    // By its annotations only, as a runtime passes them.
     let annotations = pod(&[(MODE, "REDIRECT")], &[]).annotations;
     let (verdict, _) =
         decide_by_annotations("shop", Some(&annotations), &Selection::default(), &CaptureArgs::default());
@@ -139,7 +139,7 @@ fn what_is_not_to_be_captured_is_ignored() {
     assert_eq!(ignored(&PodMetadata { host_network: true, ..injected.clone() }), "host_network");
     assert_eq!(ignored(&PodMetadata { annotations: BTreeMap::new(), ..injected.clone() }), "not_injected");
     assert_eq!(ignored(&PodMetadata { containers: vec![proxy()], ..injected.clone() }), "only_proxy");
-    // One that has ended is no other container.
+    // A terminated init container does not count as another container.
     let setup = Container { name: "setup".into(), init: true, ..Container::default() };
     assert_eq!(ignored(&PodMetadata { containers: vec![setup, proxy()], ..injected }), "only_proxy");
     assert_eq!(ignored(&pod(&[(INJECT, "false")], &[proxy()])), "inject_disabled");
@@ -165,7 +165,7 @@ fn excluded_namespaces_are_ignored_whoever_tells_of_them() {
     assert!(matches!(by_annotations("other").0, Ok(PodVerdict::Capture(_))));
 }
 
-/// As the injector writes them: its status names what it has put into the pod.
+/// As the injector writes them: its status names the containers that it has added.
 #[test]
 fn annotations_tell_a_sidecar_from_other_templates() {
     const LISTS: &str = r#""volumes":["istio-envoy"],"imagePullSecrets":null,"revision":"default""#;
@@ -208,7 +208,7 @@ fn annotations_tell_a_sidecar_from_other_templates() {
     let none = |annotations| {
         decide_by_annotations("shop", annotations, &Selection::default(), &CaptureArgs::default())
     };
-    // The API would say no more than this of a pod that was not injected.
+    // The API would not report more about a pod that was not injected.
     let plain = (Ok(PodVerdict::Ignore(IgnoreReason::NoSidecar)), Certainty::Certain);
     let no_annotations = BTreeMap::new();
     assert_eq!(none(Some(&no_annotations)), plain);

@@ -14,7 +14,7 @@ const HASH: &str = "0123456789abcdef0123456789abcdef";
 const STATUS: &str = r#"{"initContainers":["istio-validation"],"containers":["istio-proxy"]}"#;
 const OTHER_TEMPLATE: &str = r#"{"initContainers":null,"containers":["istio-proxy"]}"#;
 
-/// A pod as the API has it.
+/// A pod as an API object.
 fn pod(annotations: &Value, proxy: &Value) -> Value {
     let mut proxy = proxy.clone();
     proxy["name"] = json!("istio-proxy");
@@ -32,7 +32,7 @@ fn object(pod: &Value) -> ObjectClaim {
     ObjectClaim { place: ObjectPlace::Cgroup("/kubepods/pod".into()), ..claim }
 }
 
-/// What the plugin is told of the same pod.
+/// The plugin's input for the same pod.
 fn sandbox(pod: &Value, id: &str) -> SandboxClaim {
     let annotations = serde_json::from_value(pod["metadata"]["annotations"].clone()).expect("annotations");
     let (verdict, certainty) = sidecar::decide_by_annotations(
@@ -53,7 +53,7 @@ fn sandbox(pod: &Value, id: &str) -> SandboxClaim {
     }
 }
 
-/// In a word or two.
+/// Returns a short text.
 fn as_str(resolution: &Resolution) -> String {
     match resolution {
         Resolution::Capture(desired) => {
@@ -69,7 +69,7 @@ fn as_str(resolution: &Resolution) -> String {
     }
 }
 
-/// One pod, and what each source alone and all together say of it.
+/// A pod, and the resolution for each source alone and for all together.
 struct Kind {
     what: &'static str,
     pod: Value,
@@ -149,7 +149,7 @@ fn the_order_of_sources_decides_nothing() {
     let add: Step = |view, kind| view.set_sandbox(sandbox(&kind.pod, "s"), ApiWait::Running);
     let late: Step = |view, _| _ = view.end_api_wait("s");
     let readd: Step = |view, kind| view.set_sandbox(sandbox(&kind.pod, "s"), ApiWait::Over);
-    // An earlier daemon captured it by its annotations.
+    // An earlier daemon has captured it by its annotations.
     let adopt: Step = |view, kind| {
         let mut alone = PodView::default();
         alone.set_sandbox(sandbox(&kind.pod, "s"), ApiWait::Over);
@@ -200,7 +200,7 @@ fn the_runtime_alone_ends_a_sandbox() {
     let mut view = PodView::default();
     view.set_object(claim.clone());
     view.set_sandbox(sandbox(&kind.pod, "s2"), ApiWait::Over);
-    assert!(!view.end_sandbox("s1"), "one that it had before");
+    assert!(!view.end_sandbox("s1"), "an earlier sandbox");
     view.set_object(ObjectClaim { stage: Stage::Finished, ..claim.clone() });
     assert!(matches!(view.resolve(UID), Resolution::Capture(_)), "though the API says it has ended");
     view.remove_object(&claim.id);
@@ -209,7 +209,7 @@ fn the_runtime_alone_ends_a_sandbox() {
     assert_eq!(view.resolve(UID), Resolution::Absent);
     assert!(view.is_empty());
 
-    // Without the plugin the API says when it is over.
+    // Without the plugin the API reports the end.
     view.set_object(ObjectClaim { stage: Stage::Finished, ..claim.clone() });
     assert_eq!(view.resolve(UID), Resolution::Ignore(IgnoreReason::Finished));
     view.set_object(claim.clone());
@@ -218,12 +218,12 @@ fn the_runtime_alone_ends_a_sandbox() {
         verdict: Ok(PodVerdict::Ignore(IgnoreReason::NoSidecar)),
         ..claim.clone()
     });
-    assert!(matches!(view.resolve(UID), Resolution::Capture(_)), "what began goes on as it is");
+    assert!(matches!(view.resolve(UID), Resolution::Capture(_)), "an applied capture stays");
     view.remove_object(&claim.id);
     assert!(view.is_empty());
 }
 
-/// The next sandbox may be placed otherwise, and the processes of this one are ending.
+/// The next sandbox may be placed elsewhere, and the processes of this one are ending.
 #[test]
 fn after_a_sandbox_the_api_alone_does_not_begin_again_until_it_has_news() {
     let kind = &kinds()[0];
@@ -268,7 +268,7 @@ fn a_mirror_pod_of_another_name_neither_changes_nor_releases_a_static_pod() {
     let expected = alone.resolve(HASH);
     assert!(matches!(expected, Resolution::Capture(_)), "{expected:?}");
 
-    // The runtime has said who the pod is, whichever object the daemon hears of first.
+    // The runtime identifies the pod, whichever object the daemon learns of first.
     for claims in [[&real, &evil], [&evil, &real]] {
         let mut view = PodView::default();
         view.set_object(claims[0].clone());
@@ -280,18 +280,18 @@ fn a_mirror_pod_of_another_name_neither_changes_nor_releases_a_static_pod() {
     }
     let mut view = PodView::default();
     view.set_object(evil.clone());
-    assert_eq!(view.resolve(HASH), Resolution::Unplaced, "it has nothing to say by itself");
+    assert_eq!(view.resolve(HASH), Resolution::Unplaced, "it has no effect by itself");
     view.set_sandbox(sandbox, ApiWait::Running);
-    assert_eq!(view.resolve(HASH), Resolution::AwaitApi, "nor instead of the real one");
+    assert_eq!(view.resolve(HASH), Resolution::AwaitApi, "nor in place of the real one");
 
-    // The kubelet makes the real one again, if it is deleted.
+    // The kubelet recreates the real one after a deletion.
     let mut view = alone;
     view.remove_object(&real.id);
     let again = mirror("u-again", "kube-shop", "2026-01-03T00:00:00Z", "2");
     view.set_object(again.clone());
     assert_eq!(view.speaker().map(|object| &object.id), Some(&again.id));
 
-    // Nor does it release what an earlier daemon applied for the real one.
+    // It does not release what an earlier daemon has applied for the real one.
     let Resolution::Capture(applied) = expected else { panic!("{expected:?}") };
     let mut view = PodView::default();
     view.set_applied_before(*applied.clone());
