@@ -3,10 +3,12 @@
 
 use std::{
     cell::OnceCell,
-    collections::HashSet,
+    collections::{HashMap, HashSet, VecDeque},
     io,
     os::fd::{AsFd as _, AsRawFd as _, OwnedFd},
     path::Path,
+    sync::{Mutex, PoisonError},
+    thread,
 };
 
 use aya::{
@@ -166,32 +168,79 @@ fn load_all(
         loader.map_pin_path(name, path.as_path());
     }
     let mut ebpf = loader.load(OBJECT).map_err(ProgramError::Load)?;
-    load_steer(&mut ebpf)?;
-    for name in names::CGROUP_PROGRAMS {
-        let program = ebpf.program_mut(name).ok_or(ProgramError::Absent(name))?;
-        let verify = |source| ProgramError::Verify { name, source: Box::new(source) };
-        match load(program) {
+    let mut loaded = verify_all(&mut ebpf);
+    // In the order in which they are needed: what the kernel refuses first is the error.
+    for name in [names::STEER_INBOUND].iter().chain(&names::CGROUP_PROGRAMS).copied() {
+        match loaded.remove(name) {
             None => return Err(ProgramError::Absent(name)),
             Some(Ok(())) => {}
             Some(Err(_)) if support::need(name) != Need::Always && lacks(lacking(missing), name) => {
                 tracing::debug!(program = name, "not loaded: this kernel lacks what it needs");
                 continue;
             }
-            Some(Err(error)) => return Err(verify(error)),
+            Some(Err(source)) => return Err(ProgramError::Verify { name, source: Box::new(source) }),
         }
-        sys::pin(program.fd().map_err(verify)?.as_fd(), &programs.join(name))
-            .map_err(|source| ProgramError::Pin { name, dir: programs.display().to_string(), source })?;
+        if name == names::STEER_INBOUND {
+            publish_steer(&mut ebpf)?;
+            continue;
+        }
+        let program = ebpf.program(name).ok_or(ProgramError::Absent(name))?;
+        let fd = program.fd().map_err(|source| ProgramError::Verify { name, source: Box::new(source) })?;
+        sys::pin(fd.as_fd(), &programs.join(name)).map_err(|source| ProgramError::Pin {
+            name,
+            dir: programs.display().to_string(),
+            source,
+        })?;
     }
     Ok(())
 }
 
-/// Loads a cgroup program. `None` if it is of another type.
+/// Most threads that load programs. Nearly all of the time is the verifier's, and nearly all of that is for three programs.
+const LOADERS: usize = 3;
+
+type Verified<'a> = HashMap<&'a str, Result<(), aya::programs::ProgramError>>;
+
+/// Loads the programs that all pods share, side by side: the verifier takes one program per thread.
+fn verify_all(ebpf: &mut Ebpf) -> Verified<'static> {
+    // The slowest first.
+    let order = [names::CONNECT6, names::CONNECT4, names::STEER_INBOUND];
+    let names =
+        order.into_iter().chain(names::CGROUP_PROGRAMS.into_iter().filter(|name| !order.contains(name)));
+    let mut programs: HashMap<&str, &mut Program> = ebpf.programs_mut().collect();
+    let queue: VecDeque<_> = names.filter_map(|name| Some((name, programs.remove(name)?))).collect();
+    let queue = Mutex::new(queue);
+    let next = || queue.lock().unwrap_or_else(PoisonError::into_inner).pop_front();
+    let work = || {
+        let mut done = Verified::new();
+        while let Some((name, program)) = next() {
+            if let Some(result) = load(program) {
+                done.insert(name, result);
+            }
+        }
+        done
+    };
+    let loaders = thread::available_parallelism().map_or(1, usize::from).min(LOADERS);
+    thread::scope(|scope| {
+        let others: Vec<_> = (1..loaders).map(|_| scope.spawn(work)).collect();
+        let mut done = work();
+        for other in others {
+            match other.join() {
+                Ok(more) => done.extend(more),
+                Err(panic) => std::panic::resume_unwind(panic),
+            }
+        }
+        done
+    })
+}
+
+/// Loads a program. `None` if it is of a type that the agent does not have.
 fn load(program: &mut Program) -> Option<Result<(), aya::programs::ProgramError>> {
     Some(match program {
         Program::CgroupSock(program) => CgroupSock::load(program),
         Program::CgroupSockAddr(program) => CgroupSockAddr::load(program),
         Program::CgroupSockopt(program) => CgroupSockopt::load(program),
         Program::SockOps(program) => SockOps::load(program),
+        Program::SkLookup(program) => SkLookup::load(program),
         _ => return None,
     })
 }
@@ -200,14 +249,13 @@ fn lacks(missing: &[Missing], program: &str) -> bool {
     missing.iter().any(|missing| missing.programs.contains(&program))
 }
 
-/// Loads the program that all instances of [`names::SK_LOOKUP`] tail-call, and stores it in the jump table. It replaces
-/// that of an earlier build for all pods at once. The pinned map holds it.
-fn load_steer(ebpf: &mut Ebpf) -> Result<(), ProgramError> {
+/// Stores the program that all instances of [`names::SK_LOOKUP`] tail-call in the jump table. It replaces that of an earlier
+/// build for all pods at once. The pinned map holds it.
+fn publish_steer(ebpf: &mut Ebpf) -> Result<(), ProgramError> {
     let name = names::STEER_INBOUND;
     let verify = |source| ProgramError::Verify { name, source: Box::new(source) };
-    let program: &mut SkLookup =
-        ebpf.program_mut(name).ok_or(ProgramError::Absent(name))?.try_into().map_err(verify)?;
-    program.load().map_err(verify)?;
+    let program: &SkLookup =
+        ebpf.program(name).ok_or(ProgramError::Absent(name))?.try_into().map_err(verify)?;
     let fd = program.fd().and_then(|fd| Ok(fd.try_clone()?)).map_err(verify)?;
     let map = ebpf.map_mut(names::JUMP_TABLE).ok_or(ProgramError::Absent(names::JUMP_TABLE))?;
     ProgramArray::try_from(map)
