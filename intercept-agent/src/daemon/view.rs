@@ -5,9 +5,9 @@
 //!
 //! 1. A file of the folder is a separate pod. No other source shares its key.
 //! 2. Selection and arguments come from the API object, else from the annotations that the CNI plugin received, else
-//!   from the capture of an earlier daemon.
+//!    from the capture of an earlier daemon.
 //! 3. The place is that of the runtime's sandbox (cgroup, namespace, address), else the cgroup of the object's UID,
-//!   else that of an earlier daemon.
+//!    else that of an earlier daemon.
 //! 4. Only the runtime ends a sandbox. An object that is deleted from the API keeps its claim until then.
 //!
 //! An API object describes the pod with its own UID. A mirror pod describes the static pod whose hash it has. Others
