@@ -72,7 +72,7 @@ fn tables(tree: &Tree) -> Result<Vec<Table>, String> {
         table(OPERATIONS, "Metrics", METRICS, metrics(tree)?),
         table(OPERATIONS, "Causes of errors", CAUSES, causes),
         table(OPERATIONS, "Failures inside the programs", FAILURES, failures),
-        table(OPERATIONS, "Why a pod is left alone", SIDECAR, ignored),
+        table(OPERATIONS, "Why a pod is ignored", SIDECAR, ignored),
         table(OPERATIONS, "Alerts", ALERTS, alerts.map(str::to_owned).collect()),
     ])
 }
