@@ -36,7 +36,8 @@ async fn follow(request: AttachRequest) -> Result<()> {
     let mut terminate = signal(SignalKind::terminate()).context("listening for SIGTERM")?;
     let mut changes = Follower::subscribe(&target.netns)?;
     if !config.virt_interfaces.is_empty() {
-        // Only the agent can let the proxy's listeners answer for the guests of -k (IP_TRANSPARENT), so it polls for them.
+        // Only the agent can let the proxy's listeners answer for the guests of -k (IP_TRANSPARENT), so it polls for
+        // new ones.
         changes.watch_listeners(&target.netns, config.proxy_port)?;
     }
     let done =

@@ -13,7 +13,6 @@
 //! An API object describes the pod with its own UID. A mirror pod describes the static pod whose hash it has. Others
 //! than the kubelet can create objects that look like mirror pods, so one is used only if the runtime reports the pod
 //! with the same namespace and name, which are unique among objects.
-//! pod the same namespace and name, which no two objects have.
 
 use std::{
     collections::{BTreeMap, HashSet},

@@ -120,7 +120,7 @@ impl Follower {
 
     /// Waits for a state that differs from the current one, and makes it current.
     ///
-    /// After an error it may be called again, and reads the state anew. It is cancel safe.
+    /// After an error it may be called again, and reads the state again. It is cancel safe.
     pub async fn changed(&mut self) -> Result<&RouteSnapshot, RoutesError> {
         loop {
             if !self.stale {
