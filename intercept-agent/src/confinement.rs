@@ -99,11 +99,11 @@ mod tests {
 
     #[test]
     fn causes_follow_one_another() {
-        let error = Failed(std::io::Error::from_raw_os_error(libc::ENOENT));
+        let error = CreateError(std::io::Error::from_raw_os_error(libc::ENOENT));
         assert_eq!(explained(&error), "creating /a: No such file or directory (os error 2)");
     }
 
     #[derive(Debug, thiserror::Error)]
     #[error("creating /a")]
-    struct Failed(#[source] std::io::Error);
+    struct CreateError(#[source] std::io::Error);
 }

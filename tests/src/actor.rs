@@ -9,6 +9,6 @@ pub mod protocol;
 
 pub use client::{Actor, BINARY, Listening};
 pub use protocol::{
-    Answer, Bind, Dial, Dialled, Direction, Listen, OriginalDst, Outcome, Queried, Query, QueryReply, Relay,
-    Relayed, Sending, Stage, Transport,
+    Answer, Bind, Dial, DialOutcome, Dialled, FlowStage, Listen, OriginalDst, Queried, Query, QueryReply,
+    Relay, RelayDirection, Relayed, Sending, Transport,
 };

@@ -15,7 +15,7 @@ use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 
 use crate::actor::binary;
-use crate::testbed::{Bpffs, Sandbox};
+use crate::testbed::{BpffsMount, Sandbox};
 
 /// The variable that says where the agent is.
 pub const VARIABLE: &str = "INTERCEPT_AGENT";
@@ -44,7 +44,7 @@ pub const INIT_FLAGS: [&str; 16] = [
 #[derive(Debug)]
 pub struct Agent {
     program: PathBuf,
-    bpffs: Bpffs,
+    bpffs: BpffsMount,
     // What the commands are started by, if anything.
     starter: Vec<String>,
 }
@@ -63,18 +63,18 @@ pub fn deployed_capabilities(file: &str) -> Result<Vec<String>> {
 
 /// `intercept-agent run`. Dropping it kills the process.
 #[derive(Debug)]
-pub struct Running {
+pub struct RunningAgent {
     child: Child,
 }
 
 impl Agent {
     /// The agent of this build with an empty bpffs.
     pub fn new(label: &str) -> Result<Self> {
-        Self::on(Bpffs::new(label)?)
+        Self::on(BpffsMount::new(label)?)
     }
 
     /// The agent of this build with this bpffs.
-    pub fn on(bpffs: Bpffs) -> Result<Self> {
+    pub fn on(bpffs: BpffsMount) -> Result<Self> {
         Ok(Self { program: binary::locate("intercept-agent", VARIABLE)?, bpffs, starter: Vec::new() })
     }
 
@@ -161,7 +161,7 @@ impl Agent {
     }
 
     /// Starts `run` and waits until it is in force; also gives the line that it says then.
-    pub fn run(&self, pod: &Sandbox, flags: &[&str]) -> Result<(Running, String)> {
+    pub fn run(&self, pod: &Sandbox, flags: &[&str]) -> Result<(RunningAgent, String)> {
         let mut child = self
             .for_pod("run", pod, flags)
             .stdout(Stdio::piped())
@@ -169,7 +169,7 @@ impl Agent {
             .spawn()
             .with_context(|| format!("starting {}", self.program.display()))?;
         let output = child.stdout.take();
-        let mut running = Running { child };
+        let mut running = RunningAgent { child };
         let mut said = String::new();
         BufReader::new(output.context("the agent has no standard output")?).read_line(&mut said)?;
         if said.is_empty() {
@@ -202,7 +202,7 @@ impl Agent {
     }
 }
 
-impl Running {
+impl RunningAgent {
     /// Ends it as systemd and the kubelet do; its status and what it logged.
     pub fn terminate(mut self) -> Result<(ExitStatus, String)> {
         kill_process(Pid::from_child(&self.child), Signal::TERM).context("signalling the agent")?;
@@ -214,7 +214,7 @@ impl Running {
     }
 }
 
-impl Drop for Running {
+impl Drop for RunningAgent {
     fn drop(&mut self) {
         drop(self.child.kill());
         drop(self.child.wait());

@@ -8,7 +8,7 @@ use std::{
 
 #[repr(C)]
 #[derive(Default)]
-struct Query {
+struct ProgQueryAttr {
     target: u32,
     attach_type: u32,
     query_flags: u32,
@@ -22,17 +22,23 @@ struct Query {
 /// How many programs are attached to the cgroup itself at a hook (a `BPF_CGROUP_*` of linux/bpf.h).
 pub fn attached(cgroup: i32, hook: u32) -> io::Result<usize> {
     const BPF_PROG_QUERY: libc::c_long = 16;
-    let mut query = Query { target: cgroup.cast_unsigned(), attach_type: hook, ..Query::default() };
+    let mut query =
+        ProgQueryAttr { target: cgroup.cast_unsigned(), attach_type: hook, ..ProgQueryAttr::default() };
     // SAFETY: the attribute is of the size given and outlives the call.
     let ret = unsafe {
-        libc::syscall(libc::SYS_bpf, BPF_PROG_QUERY, std::ptr::from_mut(&mut query), size_of::<Query>())
+        libc::syscall(
+            libc::SYS_bpf,
+            BPF_PROG_QUERY,
+            std::ptr::from_mut(&mut query),
+            size_of::<ProgQueryAttr>(),
+        )
     };
     if ret < 0 { Err(io::Error::last_os_error()) } else { Ok(query.count as usize) }
 }
 
 #[repr(C)]
 #[derive(Default)]
-struct TestRun {
+struct TestRunAttr {
     program: u32,
     result: u32,
     sizes: [u32; 2],
@@ -52,7 +58,7 @@ struct TestRun {
 /// `struct bpf_sk_lookup` of linux/bpf.h.
 #[repr(C)]
 #[derive(Clone, Copy, Default)]
-struct Lookup {
+struct SkLookupContext {
     cookie: u64,
     family: u32,
     protocol: u32,
@@ -72,35 +78,40 @@ struct Lookup {
 /// it chose; 0 for none.
 pub fn look_up(program: i32, remote: SocketAddrV4, local: SocketAddrV4) -> io::Result<(u32, u64)> {
     const BPF_PROG_TEST_RUN: libc::c_long = 10;
-    let mut context = Lookup {
+    let mut context = SkLookupContext {
         family: libc::AF_INET.cast_unsigned(),
         protocol: libc::IPPROTO_TCP.cast_unsigned(),
         remote_ip4: remote.ip().to_bits().to_be(),
         remote_port: remote.port().to_be(),
         local_ip4: local.ip().to_bits().to_be(),
         local_port: local.port().into(),
-        ..Lookup::default()
+        ..SkLookupContext::default()
     };
-    let size = u32::try_from(size_of::<Lookup>()).map_err(io::Error::other)?;
+    let size = u32::try_from(size_of::<SkLookupContext>()).map_err(io::Error::other)?;
     let address = std::ptr::from_mut(&mut context) as u64;
-    let mut run = TestRun {
+    let mut run = TestRunAttr {
         program: program.cast_unsigned(),
         context_size_in: size,
         context_size_out: size,
         context_in: address,
         context_out: address,
-        ..TestRun::default()
+        ..TestRunAttr::default()
     };
     // SAFETY: the attribute and the context are of the sizes given and outlive the call.
     let ret = unsafe {
-        libc::syscall(libc::SYS_bpf, BPF_PROG_TEST_RUN, std::ptr::from_mut(&mut run), size_of::<TestRun>())
+        libc::syscall(
+            libc::SYS_bpf,
+            BPF_PROG_TEST_RUN,
+            std::ptr::from_mut(&mut run),
+            size_of::<TestRunAttr>(),
+        )
     };
     if ret < 0 { Err(io::Error::last_os_error()) } else { Ok((run.result, context.cookie)) }
 }
 
 #[repr(C)]
 #[derive(Default)]
-struct Load {
+struct ProgLoadAttr {
     kind: u32,
     instruction_count: u32,
     instructions: u64,
@@ -130,17 +141,17 @@ pub fn load_overruling() -> io::Result<OwnedFd> {
 fn load_sock_ops(name: &str, instructions: &[[u8; 8]]) -> io::Result<OwnedFd> {
     const BPF_PROG_LOAD: libc::c_long = 5;
     const BPF_PROG_TYPE_SOCK_OPS: u32 = 13;
-    let mut load = Load {
+    let mut load = ProgLoadAttr {
         kind: BPF_PROG_TYPE_SOCK_OPS,
         instruction_count: u32::try_from(instructions.len()).map_err(io::Error::other)?,
         instructions: instructions.as_ptr() as u64,
         license: c"GPL".as_ptr() as u64,
-        ..Load::default()
+        ..ProgLoadAttr::default()
     };
     load.name[..name.len()].copy_from_slice(name.as_bytes());
     // SAFETY: the attribute is of the size given; it and what it points to outlive the call.
     let ret = unsafe {
-        libc::syscall(libc::SYS_bpf, BPF_PROG_LOAD, std::ptr::from_mut(&mut load), size_of::<Load>())
+        libc::syscall(libc::SYS_bpf, BPF_PROG_LOAD, std::ptr::from_mut(&mut load), size_of::<ProgLoadAttr>())
     };
     let fd = i32::try_from(ret).map_err(io::Error::other)?;
     // SAFETY: the kernel has just made this descriptor for us.

@@ -26,21 +26,21 @@ use crate::{
 pub use hooks::refused_as_checked;
 
 /// One of them.
-pub struct Case {
+pub struct KernelCase {
     /// What it shows; a part of it selects it.
     pub name: &'static str,
-    run: Run,
+    run: CaseFn,
 }
 
 /// Is given an agent that all cases share: loading the programs takes seconds in an emulator.
-type Run = fn(&Agent) -> Result<()>;
+type CaseFn = fn(&Agent) -> Result<()>;
 
-const fn case(name: &'static str, run: Run) -> Case {
-    Case { name, run }
+const fn case(name: &'static str, run: CaseFn) -> KernelCase {
+    KernelCase { name, run }
 }
 
 /// All of them.
-pub const CASES: [Case; 11] = [
+pub const CASES: [KernelCase; 11] = [
     case("a connection by io_uring is captured", sockets::io_uring),
     case("TCP Fast Open is captured", sockets::fast_open),
     case("a socket made before the capture is captured when it connects", sockets::made_before),
@@ -54,7 +54,7 @@ pub const CASES: [Case; 11] = [
     case("without a hook that every capture needs, attach refuses as check says", hooks::of_every_capture),
 ];
 
-impl Case {
+impl KernelCase {
     /// Run it; a panic becomes an error.
     fn run(&self, agent: &Agent) -> Result<()> {
         catch_unwind(AssertUnwindSafe(|| (self.run)(agent)))

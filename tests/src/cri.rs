@@ -8,6 +8,6 @@ mod kubelet;
 mod messages;
 mod node;
 
-pub use client::{Client, PodConfig, PodSandbox, log, uid, wait};
+pub use client::{CriClient, PodConfig, PodSandbox, log, uid, wait};
 pub use kubelet::DaemonPod;
-pub use node::{IMAGE, Node, VARIABLE};
+pub use node::{CriNode, IMAGE, VARIABLE};

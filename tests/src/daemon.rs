@@ -21,7 +21,7 @@ use serde_json::json;
 use tempfile::TempDir;
 
 use crate::{
-    actor::{Actor, Bind, Dial, Listen, Outcome, Transport},
+    actor::{Actor, Bind, Dial, DialOutcome, Listen, Transport},
     agent::Agent,
     testbed::{Ids, Pod, Sandbox, cgroup, name},
 };
@@ -218,7 +218,7 @@ pub fn proxy(pod: &Pod) -> Actor {
 /// Who answers the app; none if nobody does.
 pub fn answers(actor: &Actor, to: SocketAddr) -> Option<String> {
     match actor.dial(Dial::new(Ids::APP, to)).expect("dialled").outcome {
-        Outcome::Answered(answer) => Some(answer.server),
+        DialOutcome::Answered(answer) => Some(answer.server),
         _ => None,
     }
 }

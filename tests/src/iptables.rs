@@ -1,6 +1,6 @@
 //! The rules that istio-iptables installs, as data.
 //!
-//! [`Options`] and [`rules`](chains::rules) follow istio's own program (tools/istio-iptables/pkg/capture/run.go,
+//! [`IptablesOptions`] and [`rules`](chains::rules) follow istio's own program (tools/istio-iptables/pkg/capture/run.go,
 //! 1.2x), rule by rule and in its order. There are two consumers: [`apply`](install::apply) gives them to the
 //! real iptables inside a namespace, and [`Walker`] is a naive interpreter of the same chains. Nothing here
 //! knows of the project's own decision; that is the point.
@@ -14,6 +14,6 @@ pub mod rule;
 pub mod walk;
 
 pub use install::{Backend, apply};
-pub use options::{Cidrs, Dns, Groups, Options, Ports, Tproxy};
-pub use rule::{Chain, Family, Match, Protocol, Rule, Table, Target};
-pub use walk::{IptablesVerdict, Origin, Packet, Walker};
+pub use options::{Groups, IptablesCidrs, IptablesDns, IptablesOptions, IptablesPorts, Tproxy};
+pub use rule::{Chain, IpFamily, IptablesTable, Match, Protocol, Rule, RuleTarget};
+pub use walk::{IptablesVerdict, Packet, PacketOrigin, Walker};

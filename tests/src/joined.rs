@@ -35,7 +35,7 @@ use crate::{
     agent::{Agent, INIT_FLAGS},
     testbed::{
         Ids, Sandbox,
-        netlink::{Route, TABLE_MAIN},
+        netlink::{RouteSpec, TABLE_MAIN},
     },
 };
 
@@ -48,7 +48,7 @@ pub const PATIENCE: Duration = Duration::from_secs(10);
 
 /// Two pods behind a namespace that forwards, as a node does.
 #[derive(Debug)]
-pub struct Pods {
+pub struct PodPair {
     /// Whose proxy dials.
     pub dialler: Sandbox,
     /// Whose proxy accepts.
@@ -57,7 +57,7 @@ pub struct Pods {
     pub router: Sandbox,
 }
 
-impl Pods {
+impl PodPair {
     /// Not captured yet.
     pub fn new(label: &str) -> Result<Self> {
         let pods = Self {
@@ -76,7 +76,7 @@ impl Pods {
                 pod.netns.add_address("eth0", of_pod)?;
                 pods.router.netns.add_address(&far, of_router)?;
                 let everything = if of_pod.addr().is_ipv4() { "0.0.0.0/0" } else { "::/0" };
-                pod.netns.add_route(Route {
+                pod.netns.add_route(RouteSpec {
                     to: everything.parse()?,
                     via: Some(of_router.addr()),
                     dev: Some("eth0"),

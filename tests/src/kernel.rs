@@ -13,7 +13,7 @@ const BPF_F_QUERY_EFFECTIVE: u32 = 1;
 /// `bpf_attr.query` of linux/bpf.h.
 #[repr(C)]
 #[derive(Default)]
-struct Query {
+struct EffectiveQueryAttr {
     target_fd: u32,
     attach_type: u32,
     query_flags: u32,
@@ -70,11 +70,11 @@ const HOOKS: [bpf_attach_type; 19] = [
 ];
 
 fn query(target: BorrowedFd<'_>, hook: bpf_attach_type, flags: u32) -> std::io::Result<u32> {
-    let mut query = Query {
+    let mut query = EffectiveQueryAttr {
         target_fd: target.as_raw_fd().cast_unsigned(),
         attach_type: hook as u32,
         query_flags: flags,
-        ..Query::default()
+        ..EffectiveQueryAttr::default()
     };
     // SAFETY: the kernel writes to the query alone, whose size it is told: without room for ids it gives their number.
     let result = unsafe {
@@ -82,7 +82,7 @@ fn query(target: BorrowedFd<'_>, hook: bpf_attach_type, flags: u32) -> std::io::
             libc::SYS_bpf,
             bpf_cmd::BPF_PROG_QUERY as libc::c_long,
             std::ptr::from_mut(&mut query),
-            size_of::<Query>(),
+            size_of::<EffectiveQueryAttr>(),
         )
     };
     if result < 0 { Err(std::io::Error::last_os_error()) } else { Ok(query.prog_cnt) }

@@ -8,6 +8,6 @@ mod client;
 mod pods;
 mod server;
 
-pub use client::{Client, Deployed};
-pub use pods::{NODE, Pods, Running, object};
-pub use server::{Server, VARIABLE};
+pub use client::{Deployed, KubeClient};
+pub use pods::{KubePods, NODE, RunningPod, object};
+pub use server::{KubeServer, VARIABLE};

@@ -13,7 +13,7 @@ use crate::{agent::Agent, daemon::Daemon};
 
 /// The plugin of an agent, which asks a daemon.
 #[derive(Debug)]
-pub struct Plugin {
+pub struct RuntimePlugin {
     program: PathBuf,
     socket: PathBuf,
 }
@@ -31,7 +31,7 @@ pub struct CniSandbox<'a> {
     pub address: &'a str,
 }
 
-impl Plugin {
+impl RuntimePlugin {
     /// The one that asks this daemon.
     pub fn new(agent: &Agent, daemon: &Daemon<'_>) -> Self {
         Self { program: agent.program().to_owned(), socket: daemon.socket() }

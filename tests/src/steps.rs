@@ -17,7 +17,7 @@ pub const VARIABLE: &str = "INTERCEPT_STEPS";
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Step {
     /// socket(); sockets are numbered from 0.
-    Open(Kind),
+    Open(SocketKind),
     /// Choose a socket by its number.
     Use(usize),
     /// SO_REUSEADDR.
@@ -59,7 +59,7 @@ pub enum Step {
 
 /// What a socket is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub enum Kind {
+pub enum SocketKind {
     /// TCP over IPv4.
     Tcp4,
     /// TCP over IPv6, or IPv4 by mapped addresses.
@@ -73,13 +73,13 @@ pub enum Kind {
 }
 
 /// What a step gave, for people: ports that the kernel chose are `*`.
-pub type Outcome = String;
+pub type StepOutcome = String;
 
 /// Runs steps in a place, as a user.
 ///
 /// # Errors
 /// If the process cannot be started, or does not come to its end.
-pub fn run(sandbox: &Sandbox, ids: Ids, steps: &[Step]) -> Result<Vec<Outcome>> {
+pub fn run(sandbox: &Sandbox, ids: Ids, steps: &[Step]) -> Result<Vec<StepOutcome>> {
     let program = ReadableCopy::of(&locate("steps", VARIABLE)?)?;
     let output = sandbox
         .command_as(program.path(), ids)?
@@ -93,7 +93,7 @@ pub fn run(sandbox: &Sandbox, ids: Ids, steps: &[Step]) -> Result<Vec<Outcome>> 
 }
 
 /// An address without the port, if the kernel chose it.
-pub fn shown(addr: SocketAddr) -> Outcome {
+pub fn shown(addr: SocketAddr) -> StepOutcome {
     let ip = match addr.ip() {
         IpAddr::V6(ip) => format!("[{ip}]"),
         ip @ IpAddr::V4(_) => ip.to_string(),

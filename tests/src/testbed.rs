@@ -12,10 +12,10 @@ pub mod pod;
 pub mod sandbox;
 pub mod sweep;
 
-pub use bpffs::Bpffs;
+pub use bpffs::BpffsMount;
 pub use cgroup::Cgroup;
 pub use namespace::Namespace;
-pub use pod::{Interface, Neighbour, Pod, PodSpec};
+pub use pod::{Neighbour, Pod, PodInterface, PodSpec};
 pub use sandbox::{Ids, Sandbox};
 
 /// Reports what a guard could not undo: by panicking, unless a panic is what drops the guard.

@@ -38,13 +38,13 @@ const APPLICATION: [&str; 8] = [
 ];
 
 /// What `check --accelerate --json` found, with its exit code and what it said of failures.
-struct Found {
+struct SelfTestOutput {
     findings: Vec<Value>,
     code: Option<i32>,
     complaint: String,
 }
 
-impl Found {
+impl SelfTestOutput {
     fn by(agent: &Agent) -> Self {
         let Output { status, stdout, stderr } =
             finish(agent.command("check").args(["--accelerate", "--json"])).expect("the agent starts");
@@ -62,7 +62,7 @@ impl Found {
 #[test]
 fn every_check_runs_and_passes_on_plain_connections() {
     let agent = Agent::new("self-test").expect("the agent");
-    let found = Found::by(&agent);
+    let found = SelfTestOutput::by(&agent);
     let names: Vec<_> = found.findings.iter().map(|finding| finding["what"].as_str()).collect();
     assert_eq!(names, PROXY.into_iter().chain(APPLICATION).map(Some).collect::<Vec<_>>());
     for finding in &found.findings {

@@ -4,8 +4,8 @@ use std::net::{IpAddr, SocketAddr};
 use std::time::{Duration, Instant};
 
 use tests::actor::{
-    Actor, Answer, Bind, Dial, Direction, Listen, OriginalDst, Outcome, Query, QueryReply, Relay, Sending,
-    Stage, Transport,
+    Actor, Answer, Bind, Dial, DialOutcome, FlowStage, Listen, OriginalDst, Query, QueryReply, Relay,
+    RelayDirection, Sending, Transport,
 };
 use tests::testbed::{Ids, Pod, PodSpec};
 
@@ -18,9 +18,9 @@ fn serve(actor: &Actor, name: &str, transport: Transport, at: &str) {
     actor.listen(Listen { name: name.into(), transport, bind }).expect("a server");
 }
 
-fn answer(outcome: Outcome) -> Answer {
+fn answer(outcome: DialOutcome) -> Answer {
     match outcome {
-        Outcome::Answered(answer) => answer,
+        DialOutcome::Answered(answer) => answer,
         other => panic!("not answered: {other:?}"),
     }
 }
@@ -66,7 +66,7 @@ fn connections_are_reported_from_both_ends() {
         assert_eq!(seen.peername.map(|name| name.ip().to_canonical()), Some(addr(to).ip()));
     }
     let refused = app.dial(Dial::new(Ids::APP, addr("198.51.100.7:81"))).expect("dialled");
-    assert_eq!(refused.outcome, Outcome::Refused);
+    assert_eq!(refused.outcome, DialOutcome::Refused);
 }
 
 #[test]
@@ -78,7 +78,7 @@ fn a_closed_server_refuses() {
     let dial = || app.dial(Dial::new(Ids::APP, addr("127.0.0.1:8080"))).expect("dialled").outcome;
     assert_eq!(answer(dial()).server, "app");
     app.close(listening).expect("closed");
-    assert_eq!(dial(), Outcome::Refused);
+    assert_eq!(dial(), DialOutcome::Refused);
     app.listen(listen.clone()).expect("the port is free again");
     assert!(app.listen(listen).is_err(), "two servers on one port");
 }
@@ -143,14 +143,14 @@ fn a_relay_tells_what_it_was_asked() {
     let relay = Relay {
         name: "outbound".into(),
         bind: Bind::new(Ids::PROXY, addr("0.0.0.0:15001")),
-        direction: Direction::Outbound,
+        direction: RelayDirection::Outbound,
         report: true,
         reset: false,
         workers: 2,
     };
     app.relay(relay).expect("a relay");
     let seen = app.dial(Dial::new(Ids::APP, addr("127.0.0.1:15001"))).expect("dialled");
-    assert_eq!(seen.outcome, Outcome::Dropped(Stage::Read), "{seen:?}");
+    assert_eq!(seen.outcome, DialOutcome::Dropped(FlowStage::Read), "{seen:?}");
     let told = app.relayed(1, Duration::from_secs(5));
     assert_eq!(told.len(), 1);
     assert_eq!(told[0].local, addr("127.0.0.1:15001"));

@@ -14,7 +14,7 @@ use std::{
 use serde_json::Value;
 use tests::{
     agent::{Agent, succeed},
-    cri::{Client, DaemonPod, IMAGE, Node, PodConfig, PodSandbox, uid, wait},
+    cri::{CriClient, CriNode, DaemonPod, IMAGE, PodConfig, PodSandbox, uid, wait},
     testbed::Ids,
 };
 
@@ -43,8 +43,8 @@ while True:
 "#;
 
 struct CriFixture<'a> {
-    node: &'a Node,
-    client: &'a Client,
+    node: &'a CriNode,
+    client: &'a CriClient,
 }
 
 impl CriFixture<'_> {
@@ -72,7 +72,7 @@ impl CriFixture<'_> {
 }
 
 /// Answers what arrives at the node itself, for as long as this process runs.
-fn answer_on(node: &Node) {
+fn answer_on(node: &CriNode) {
     let mut ip = node.command("ip").expect("a command");
     ip.args(["address", "add", "10.96.0.10/32", "dev", "lo"]);
     succeed(ip).expect("added");
@@ -91,8 +91,8 @@ fn answer_on(node: &Node) {
 #[ignore = "needs containerd: `cargo xtask cri` gets it and runs this"]
 fn the_daemonsets_pod_captures_pods_before_their_first_connection() {
     let mut agent = Agent::new("cri").expect("the agent");
-    let node = Node::new(agent.bpffs()).expect("a node");
-    let client = Client::connect(&node.socket()).expect("connected");
+    let node = CriNode::new(agent.bpffs()).expect("a node");
+    let client = CriClient::connect(&node.socket()).expect("connected");
     client.wait_for_image(IMAGE).expect("imported");
     answer_on(&node);
     let mut starter = vec!["nsenter".to_owned()];

@@ -46,13 +46,13 @@ fn bit(name: &str) -> CapabilitySet {
 }
 
 /// A pod, all of whose processes are the proxy's user, and which listened before anybody captured it.
-struct Running {
+struct ProxyPod {
     pod: Pod,
     listener: TcpListener,
     proxy: Child,
 }
 
-impl Running {
+impl ProxyPod {
     fn new(label: &str) -> Self {
         let pod = Pod::new(PodSpec::new(label)).expect("a pod");
         let listener = pod.netns.run(|| TcpListener::bind("0.0.0.0:15006")).expect("entered").expect("bound");
@@ -75,7 +75,7 @@ impl Running {
     }
 }
 
-impl Drop for Running {
+impl Drop for ProxyPod {
     fn drop(&mut self) {
         drop(self.proxy.kill());
         drop(self.proxy.wait());
@@ -103,7 +103,7 @@ fn with_just_these_every_way_captures() {
     let mut agent = Agent::new("c-enough").expect("the agent");
     agent.confine(&manifest());
 
-    let by_hand = Running::new("by-hand");
+    let by_hand = ProxyPod::new("by-hand");
     assert!(!by_hand.captured());
     let cgroup = by_hand.pod.cgroup.path();
     let mut attach = agent.command("attach");
@@ -113,7 +113,7 @@ fn with_just_these_every_way_captures() {
     agent.detach(&by_hand.pod).expect("detached");
 
     // TPROXY changes the pod's rules and routes.
-    let tproxy = Running::new("tproxy");
+    let tproxy = ProxyPod::new("tproxy");
     agent.attach(&tproxy.pod, &[&FLAGS[..], &["-m", "TPROXY"]].concat()).expect("attached");
     agent.detach(&tproxy.pod).expect("detached");
 
@@ -123,7 +123,7 @@ fn with_just_these_every_way_captures() {
     daemon.wait_for("a", PodState::Captured).expect("captured");
     assert!(by_hand.captured());
 
-    let by_plugin = Running::new("by-plugin");
+    let by_plugin = ProxyPod::new("by-plugin");
     let (installed, plugin) = install(&agent, &daemon);
     let call = |command| {
         let mut call = agent.start(&plugin);
@@ -177,7 +177,7 @@ fn relative(cgroup: &Path) -> String {
 #[test]
 fn without_any_of_them_it_is_refused_by_name() {
     let list = manifest();
-    let running = Running::new("refused");
+    let running = ProxyPod::new("refused");
     for missing in &list {
         let mut agent = Agent::new("c-refused").expect("the agent");
         let rest: Vec<_> = list.iter().filter(|name| *name != missing).cloned().collect();
@@ -197,7 +197,7 @@ fn without_any_of_them_it_is_refused_by_name() {
 }
 
 #[derive(Parser)]
-struct CommandLine {
+struct AttachArguments {
     #[command(flatten)]
     options: RawOptions,
 }
@@ -206,7 +206,7 @@ struct CommandLine {
 fn attach_unasked(bpffs: &Path, cgroup: &Path) -> anyhow::Result<()> {
     let cgroup = CgroupDir::open(cgroup)?;
     let netns = Netns::of_cgroup(&cgroup)?;
-    let line = CommandLine::parse_from([&["attach"][..], &FLAGS].concat());
+    let line = AttachArguments::parse_from([&["attach"][..], &FLAGS].concat());
     let (config, ..) = line.options.validate(&EtcFiles::below("/"))?;
     let target = Target { cgroup, netns, netns_path: None, origin: Origin::Command };
     let mut observed = Observation::of(&target, &config, None)?;
@@ -220,7 +220,7 @@ fn none_of_them_is_superfluous() {
     let list = manifest();
     let whole = list.iter().fold(CapabilitySet::empty(), |all, name| all | bit(name));
     for missing in list.iter().map(Some).chain([None]) {
-        let running = Running::new("needed");
+        let running = ProxyPod::new("needed");
         let agent = Agent::new("c-needed").expect("the agent");
         let have = missing.map_or(whole, |name| whole - bit(name));
         let attached = std::thread::scope(|scope| {

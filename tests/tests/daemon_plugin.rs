@@ -21,13 +21,13 @@ fn primary() -> Value {
 }
 
 /// A node's CNI folders.
-struct Node {
+struct NodeFolders {
     _dir: tempfile::TempDir,
     configurations: PathBuf,
     binaries: PathBuf,
 }
 
-impl Node {
+impl NodeFolders {
     fn new() -> Self {
         let dir = name::scratch("cni").expect("a folder");
         let (configurations, binaries) = (dir.path().join("net.d"), dir.path().join("bin"));
@@ -114,7 +114,7 @@ fn metric(address: std::net::SocketAddr, name: &str) -> Option<String> {
 #[test]
 fn the_daemon_keeps_the_plugin_in_the_nodes_configuration() {
     let agent = Agent::new("dp-keep").expect("the agent");
-    let node = Node::new();
+    let node = NodeFolders::new();
     let probes = free_address();
     let address = probes.to_string();
     let arguments = [&["--cni-keep", "--metrics-address", &address][..], &node.folders()].concat();
@@ -168,7 +168,7 @@ fn the_daemon_keeps_the_plugin_in_the_nodes_configuration() {
 #[test]
 fn a_network_of_multus_captures_a_pod_without_a_chain() {
     let agent = Agent::new("dp-alone").expect("the agent");
-    let node = Node::new();
+    let node = NodeFolders::new();
     let folders = node.folders();
     let arguments =
         [&["--cni-keep", "--cni-standalone", "istio-cni", "--select", "all"][..], &folders].concat();
@@ -192,7 +192,7 @@ fn a_network_of_multus_captures_a_pod_without_a_chain() {
 #[test]
 fn status_and_gc_are_answered_by_the_daemon() {
     let agent = Agent::new("dp-gc").expect("the agent");
-    let node = Node::new();
+    let node = NodeFolders::new();
     node.write_primary();
     let arguments = [&["--cni-keep", "--select", "all"][..], &node.folders(), &["--", "-i", "*"]].concat();
     let mut daemon = Daemon::start(&agent, &arguments).expect("a daemon");

@@ -11,11 +11,11 @@ use intercept_agent::daemon::reconcile::{PodReport, PodState};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 use tests::{
-    actor::{Actor, Bind, Dial, Listen, Outcome, Transport},
+    actor::{Actor, Bind, Dial, DialOutcome, Listen, Transport},
     agent::Agent,
     api::{Api, pod},
     daemon::{Daemon, answers, proxy, service},
-    plugin::{CniSandbox, Plugin},
+    plugin::{CniSandbox, RuntimePlugin},
     testbed::{Cgroup, Ids, Pod, PodSpec},
 };
 
@@ -25,7 +25,7 @@ const EXCLUDED: &str = "traffic.sidecar.istio.io/excludeOutboundPorts";
 const PATIENT: [&str; 2] = ["--api-wait", "10"];
 
 /// A node with an API, a kubelet's cgroups, and the daemon.
-struct Node<'a> {
+struct SourceNode<'a> {
     agent: &'a Agent,
     api: Api,
     kubelet: Cgroup,
@@ -33,7 +33,7 @@ struct Node<'a> {
     _kubeconfig: TempDir,
 }
 
-impl<'a> Node<'a> {
+impl<'a> SourceNode<'a> {
     fn new(agent: &'a Agent, more: &[&str]) -> Self {
         let api = Api::start(Vec::new());
         let folder = tempfile::tempdir().expect("a folder");
@@ -59,8 +59,8 @@ impl<'a> Node<'a> {
 }
 
 /// A pod on the node: its object, and what the kubelet and the runtime have made of it.
-struct Running<'a> {
-    node: &'a Node<'a>,
+struct SourcePod<'a> {
+    node: &'a SourceNode<'a>,
     object: Value,
     uid: String,
     actor: Actor,
@@ -69,8 +69,8 @@ struct Running<'a> {
     first_address: &'static str,
 }
 
-impl<'a> Running<'a> {
-    fn new(node: &'a Node<'a>, kind: &Kind, uid: String) -> Self {
+impl<'a> SourcePod<'a> {
+    fn new(node: &'a SourceNode<'a>, kind: &PodKind, uid: String) -> Self {
         let sandbox = Pod::new(PodSpec::new("source")).expect("a pod");
         let actor = proxy(&sandbox);
         let cgroup = node.kubelet.path().join(format!("kubepods/burstable/pod{uid}"));
@@ -92,7 +92,7 @@ impl<'a> Running<'a> {
             netns: self.sandbox.netns.path(),
             address: self.first_address,
         };
-        Plugin::new(self.node.agent, &self.node.daemon).call(command, &sandbox).expect("called")
+        RuntimePlugin::new(self.node.agent, &self.node.daemon).call(command, &sandbox).expect("called")
     }
 
     fn tell(&self, kind: &str) {
@@ -120,22 +120,22 @@ impl<'a> Running<'a> {
     }
 
     /// Whether it is as it should be, as the kernel and a connection have it.
-    fn is(&self, expected: &Expected) -> bool {
+    fn is(&self, expected: &ExpectedState) -> bool {
         let proxied = answers(&self.actor, service()).as_deref() == Some("proxy");
         match (self.arguments(), expected) {
-            (Some(arguments), Expected::Captured(flags)) => {
+            (Some(arguments), ExpectedState::Captured(flags)) => {
                 proxied && flags.iter().all(|flag| arguments.contains(flag))
             }
-            (None, Expected::Ignored(why)) => {
+            (None, ExpectedState::Ignored(why)) => {
                 let report = self.node.report(&self.uid);
                 !proxied && report.is_some_and(|report| report.left_alone.as_deref() == Some(*why))
             }
-            (None, Expected::Refused(_)) => !proxied,
+            (None, ExpectedState::Refused(_)) => !proxied,
             _ => false,
         }
     }
 
-    fn assert_is(&self, expected: &Expected, what: &str) {
+    fn assert_is(&self, expected: &ExpectedState, what: &str) {
         assert!(
             self.is(expected),
             "{what}: {expected:?}, but it has {:?}, {:?}",
@@ -145,10 +145,10 @@ impl<'a> Running<'a> {
     }
 
     /// ADD's answer is what it should be, and the pod is so when it answers.
-    fn assert_added(&self, answer: &Result<(), String>, expected: &Expected, what: &str) {
+    fn assert_added(&self, answer: &Result<(), String>, expected: &ExpectedState, what: &str) {
         match (answer, expected) {
-            (Err(error), Expected::Refused(text)) => assert!(error.contains(text), "{what}: {error}"),
-            (Ok(()), Expected::Captured(_) | Expected::Ignored(_)) => {}
+            (Err(error), ExpectedState::Refused(text)) => assert!(error.contains(text), "{what}: {error}"),
+            (Ok(()), ExpectedState::Captured(_) | ExpectedState::Ignored(_)) => {}
             _ => panic!("{what}: {answer:?}"),
         }
         self.assert_is(expected, what);
@@ -163,25 +163,25 @@ impl<'a> Running<'a> {
 }
 
 #[derive(Debug)]
-enum Expected {
+enum ExpectedState {
     Captured(&'static [&'static str]),
     Ignored(&'static str),
     Refused(&'static str),
 }
 
-struct Kind {
+struct PodKind {
     what: &'static str,
     object: Value,
-    by_api: Expected,
-    by_annotations: Expected,
+    by_api: ExpectedState,
+    by_annotations: ExpectedState,
 }
 
-fn kinds() -> Vec<Kind> {
-    use Expected::{Captured, Ignored, Refused};
+fn kinds() -> Vec<PodKind> {
+    use ExpectedState::{Captured, Ignored, Refused};
     let proxy = json!({ "name": "istio-proxy", "args": ["proxy", "sidecar"] });
     let with = |proxy: &Value| json!({ "containers": [{ "name": "app" }, proxy] });
     let redirect = json!({ MODE: "REDIRECT" });
-    let kind = |what, spec: &Value, annotations: &Value, by_api, by_annotations| Kind {
+    let kind = |what, spec: &Value, annotations: &Value, by_api, by_annotations| PodKind {
         what,
         object: pod("pod", "uid", spec, annotations),
         by_api,
@@ -262,11 +262,11 @@ fn uid(order: u32, kind: usize) -> String {
 #[test]
 fn the_api_decides_whoever_speaks_first() {
     let agent = Agent::new("d-sources").expect("the agent");
-    let node = Node::new(&agent, &PATIENT);
+    let node = SourceNode::new(&agent, &PATIENT);
     for (at, kind) in kinds().iter().enumerate() {
         // The API first: it captures as soon as there is a process, and ADD changes nothing but the sandbox.
         let what = format!("{}, the API first", kind.what);
-        let running = Running::new(&node, kind, uid(1, at));
+        let running = SourcePod::new(&node, kind, uid(1, at));
         running.tell("ADDED");
         node.wait(&what, || {
             node.report(&running.uid).is_some_and(|report| report.state != PodState::Pending)
@@ -277,7 +277,7 @@ fn the_api_decides_whoever_speaks_first() {
 
         // The plugin first: it waits for the API's word, unless that is known.
         let what = format!("{}, the plugin first", kind.what);
-        let running = Running::new(&node, kind, uid(2, at));
+        let running = SourcePod::new(&node, kind, uid(2, at));
         let answer = thread::scope(|scope| {
             let add = scope.spawn(|| running.call("ADD"));
             node.wait(&what, || node.report(&running.uid).is_some() || add.is_finished());
@@ -293,10 +293,10 @@ fn the_api_decides_whoever_speaks_first() {
 #[test]
 fn with_a_silent_api_annotations_decide_until_it_speaks() {
     let agent = Agent::new("d-silent-api").expect("the agent");
-    let node = Node::new(&agent, &["--api-wait", "0.05"]);
+    let node = SourceNode::new(&agent, &["--api-wait", "0.05"]);
     for (at, kind) in kinds().iter().enumerate() {
         let what = format!("{}, the API silent", kind.what);
-        let running = Running::new(&node, kind, uid(3, at));
+        let running = SourcePod::new(&node, kind, uid(3, at));
         running.assert_added(&running.call("ADD"), &kind.by_annotations, &what);
         running.tell("ADDED");
         node.wait(&format!("{what}, then not"), || running.is(&kind.by_api));
@@ -307,9 +307,9 @@ fn with_a_silent_api_annotations_decide_until_it_speaks() {
 #[test]
 fn no_object_of_the_api_speaks_for_another() {
     let agent = Agent::new("d-identity").expect("the agent");
-    let node = Node::new(&agent, &PATIENT);
+    let node = SourceNode::new(&agent, &PATIENT);
     let kind = &kinds()[0];
-    let victim = Running::new(&node, kind, uid(4, 0));
+    let victim = SourcePod::new(&node, kind, uid(4, 0));
     victim.tell("ADDED");
     assert_eq!(victim.call("ADD"), Ok(()));
     let before = victim.arguments().expect("captured");
@@ -329,7 +329,7 @@ fn no_object_of_the_api_speaks_for_another() {
 
     // A static pod, which the kubelet and the runtime know by the hash of its manifest.
     let hash = "0123456789abcdef0123456789abcdef";
-    let running = Running::new(&node, kind, hash.to_owned());
+    let running = SourcePod::new(&node, kind, hash.to_owned());
     let mut mirror = running.object.clone();
     mirror["metadata"]["uid"] = json!(uid(4, 2));
     mirror["metadata"]["annotations"]["kubernetes.io/config.mirror"] = json!(hash);
@@ -354,7 +354,7 @@ fn no_object_of_the_api_speaks_for_another() {
 #[test]
 fn a_pod_without_a_process_yet_has_no_event() {
     let agent = Agent::new("d-early").expect("the agent");
-    let node = Node::new(&agent, &PATIENT);
+    let node = SourceNode::new(&agent, &PATIENT);
     let kind = &kinds()[0];
     let uid = uid(5, 0);
     let cgroup = node.kubelet.path().join(format!("kubepods/burstable/pod{uid}"));
@@ -372,7 +372,7 @@ fn a_pod_without_a_process_yet_has_no_event() {
     let tried = report.failures;
     node.wait("it is tried again", || node.report(&uid).is_some_and(|report| report.failures > tried + 1));
     early.kill().and_then(|()| early.wait()).expect("killed");
-    let running = Running::new(&node, kind, uid.clone());
+    let running = SourcePod::new(&node, kind, uid.clone());
     node.wait("captured", || running.is(&kind.by_api));
     assert_eq!(node.api.shared().posted, Vec::<Value>::new());
     node.api.event("DELETED", object);
@@ -390,11 +390,11 @@ fn ipv6_is_captured_as_under_istio_or_always() {
             &json!({ "containers": [{ "name": "app" }, proxy] }),
             &json!({ MODE: "REDIRECT" }),
         );
-        Kind {
+        PodKind {
             what: "IPv6",
             object,
-            by_api: Expected::Captured(&[]),
-            by_annotations: Expected::Captured(&[]),
+            by_api: ExpectedState::Captured(&[]),
+            by_annotations: ExpectedState::Captured(&[]),
         }
     };
     let dual = json!([{ "name": "ISTIO_DUAL_STACK", "value": "true" }]);
@@ -409,8 +409,8 @@ fn ipv6_is_captured_as_under_istio_or_always() {
     .enumerate()
     {
         let agent = Agent::new("d-ipv6").expect("the agent");
-        let node = Node::new(&agent, flags);
-        let mut running = Running::new(&node, &sidecar(&env), uid(6, at));
+        let node = SourceNode::new(&agent, flags);
+        let mut running = SourcePod::new(&node, &sidecar(&env), uid(6, at));
         running.first_address = first;
         running.tell("ADDED");
         assert_eq!(running.call("ADD"), Ok(()));
@@ -427,7 +427,7 @@ fn ipv6_is_captured_as_under_istio_or_always() {
             .expect("dialled")
             .outcome
         {
-            Outcome::Answered(answer) => Some(answer.server),
+            DialOutcome::Answered(answer) => Some(answer.server),
             _ => None,
         };
         let uncaptured = |name: &str| (!captured).then(|| name.to_owned());

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::time::Instant;
 
 use tests::differential::{Capture, Case, compare, configurations, observe, oracle, random};
-use tests::iptables::{Backend, IptablesVerdict, Options};
+use tests::iptables::{Backend, IptablesOptions, IptablesVerdict};
 
 const NFT: Capture = Capture::Iptables(Backend::Nft);
 const LEGACY: Capture = Capture::Iptables(Backend::Legacy);
@@ -88,8 +88,11 @@ fn the_close_comparison_is_right() {
         let legacy = observe(&case, &LEGACY).expect("observed");
         assert_eq!(compare::with_iptables(&case, &nft, &legacy), None);
     }
-    let case = random::case_of("injected", Options::injected(), 1, 200);
-    let other = Case { options: Options { envoy_port: 15000, ..Options::injected() }, ..case.clone() };
+    let case = random::case_of("injected", IptablesOptions::injected(), 1, 200);
+    let other = Case {
+        options: IptablesOptions { envoy_port: 15000, ..IptablesOptions::injected() },
+        ..case.clone()
+    };
     let (right, wrong) = (observe(&case, &NFT).expect("observed"), observe(&other, &NFT).expect("observed"));
     let report = compare::with_iptables(&case, &right, &wrong).expect("a difference");
     assert!(report.contains("who answered differs"), "{report}");
@@ -129,7 +132,7 @@ fn random_cases_leave_nothing_out() {
 /// The comparison notices when the rules in force are not those that were walked.
 #[test]
 fn a_wrong_rule_is_noticed() {
-    let mut case = random::case_of("wrong", Options::injected(), 1, 200);
+    let mut case = random::case_of("wrong", IptablesOptions::injected(), 1, 200);
     let seen = observe(&case, &NFT).expect("observed");
     assert_eq!(compare::with_oracle(&case, &seen), None);
     case.options.exclude_outbound_ports = vec![80];

@@ -5,7 +5,7 @@ use std::net::{IpAddr, SocketAddr};
 use tests::{
     actor::{Actor, Bind, Listen, Queried, Query, QueryReply, Sending, Transport},
     agent::Agent,
-    iptables::{Backend, Dns, Options, apply},
+    iptables::{Backend, IptablesDns, IptablesOptions, apply},
     testbed::{Ids, Pod, PodSpec},
 };
 
@@ -77,7 +77,10 @@ fn one_socket_asks_several_servers() {
 #[test]
 fn one_socket_asks_several_servers_under_iptables() {
     let (inside, pod) = answering("several-nft", LOCALHOST);
-    let options = Options { dns: Some(Dns { all: true, servers: Vec::new() }), ..Options::injected() };
+    let options = IptablesOptions {
+        dns: Some(IptablesDns { all: true, servers: Vec::new() }),
+        ..IptablesOptions::injected()
+    };
     apply(&options, &pod, Backend::Nft).expect("rules");
     each_answer_has_its_server(&inside);
 }

@@ -19,9 +19,9 @@ use tests::{
 /// Requests of each kind and family; over fresh and kept connections of both families that is 1,000 a direction.
 const REQUESTS: usize = 250;
 
-struct Server(Child);
+struct HttpServer(Child);
 
-impl Server {
+impl HttpServer {
     fn start(http: &ReadableCopy, sandbox: &Sandbox, ids: Ids, port: u16) -> Self {
         let addresses = ["0.0.0.0", "[::]"].map(|any| format!("{any}:{port}"));
         let mut command = sandbox.command_as(http.path(), ids).expect("a command");
@@ -36,7 +36,7 @@ impl Server {
     }
 }
 
-impl Drop for Server {
+impl Drop for HttpServer {
     fn drop(&mut self) {
         drop(self.0.kill());
         drop(self.0.wait());
@@ -48,7 +48,7 @@ struct EnvoyFixture {
     agent: Agent,
     http: ReadableCopy,
     program: ReadableCopy,
-    _servers: [Server; 2],
+    _servers: [HttpServer; 2],
     pod: Pod,
 }
 
@@ -59,8 +59,8 @@ impl EnvoyFixture {
         let original = binary::locate("http", "INTERCEPT_HTTP").expect("the HTTP program");
         let http = ReadableCopy::of(&original).expect("a copy");
         let program = ReadableCopy::of(&envoy::program().expect("Envoy's binary")).expect("a copy");
-        let app = Server::start(&http, &pod, Ids::APP, 8080);
-        let world = Server::start(&http, pod.neighbour(), Ids::ROOT, 80);
+        let app = HttpServer::start(&http, &pod, Ids::APP, 8080);
+        let world = HttpServer::start(&http, pod.neighbour(), Ids::ROOT, 80);
         // Before Envoy, as an init container does it.
         agent.attach(&pod, &INIT_FLAGS).expect("attached");
         Self { agent, http, program, _servers: [app, world], pod }
@@ -149,9 +149,9 @@ struct Batch {
 }
 
 /// Ends the load also when the test fails, which would wait for it otherwise.
-struct Stop<'a>(&'a AtomicBool);
+struct StopOnDrop<'a>(&'a AtomicBool);
 
-impl Drop for Stop<'_> {
+impl Drop for StopOnDrop<'_> {
     fn drop(&mut self) {
         self.0.store(true, Ordering::Relaxed);
     }
@@ -184,7 +184,7 @@ fn a_restart_under_load_costs_only_connections_of_the_gap() {
     let (loads, gap) = std::thread::scope(|scope| {
         let load = &load;
         let loads = ways.map(|way| scope.spawn(move || load(way)));
-        let end = Stop(&stop);
+        let end = StopOnDrop(&stop);
         more(20);
         let gone = Instant::now();
         envoy.take();

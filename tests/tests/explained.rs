@@ -10,8 +10,8 @@ use intercept_agent::routes::RouteSnapshot;
 use intercept_common::Reason;
 use tests::actor::{Actor, Dial, Query};
 use tests::agent::{Agent, succeed};
-use tests::differential::{Case, End, Flow, Kind, configurations, layout, random};
-use tests::iptables::Options;
+use tests::differential::{Case, End, Flow, FlowKind, configurations, layout, random};
+use tests::iptables::IptablesOptions;
 use tests::testbed::Pod;
 
 /// Connections to nobody are refused; only those that leave need not be answered.
@@ -56,10 +56,10 @@ impl ExplainedFixture {
         let actor = if flow.end == End::Pod { &self.inside } else { &self.world };
         let Flow { ids, to, from, mapped, .. } = *flow;
         match flow.kind {
-            Kind::Tcp => {
+            FlowKind::Tcp => {
                 actor.dial(Dial { ids, to, from, mapped, timeout: TIMEOUT }).map(drop).expect("dialled");
             }
-            Kind::Udp(datagram) => {
+            FlowKind::Udp(datagram) => {
                 let query =
                     Query { ids, to: vec![to], from, mapped, sending: datagram.into(), timeout: TIMEOUT };
                 actor.query(query).map(drop).expect("asked");
@@ -86,7 +86,7 @@ impl ExplainedFixture {
         if let Some(src) = src {
             option("--src", src.to_string());
         }
-        if flow.kind != Kind::Tcp {
+        if flow.kind != FlowKind::Tcp {
             explain.arg("--udp");
         }
         reason(explain)
@@ -111,7 +111,7 @@ fn reason(explain: Command) -> String {
 /// Whether a decision is made of it at all: of datagrams only outbound queries are looked at.
 fn is_decided(case: &Case, flow: &Flow) -> bool {
     let dns = case.options.dns.as_ref().is_some_and(|dns| dns.all || !dns.servers.is_empty());
-    flow.kind == Kind::Tcp || (flow.end == End::Pod && dns && flow.to.port() == 53)
+    flow.kind == FlowKind::Tcp || (flow.end == End::Pod && dns && flow.to.port() == 53)
 }
 
 fn rows(words: impl Iterator<Item = String>, direction: &str) -> Vec<String> {
@@ -126,7 +126,7 @@ fn the_row_that_explain_names_is_the_row_that_counted() {
     let mut named = BTreeMap::new();
     // Real rules know no original destination of IPv6 then, because nothing has connections tracked: it is not among
     // those that are compared with them.
-    let without_ipv6 = Options { ipv6: false, ..Options::injected() };
+    let without_ipv6 = IptablesOptions { ipv6: false, ..IptablesOptions::injected() };
     let configurations = configurations::fixed().into_iter().chain([("without IPv6", without_ipv6)]);
     for (seed, (name, options)) in (1..).zip(configurations) {
         let case = random::case_of(name, options, seed, 30);

@@ -40,7 +40,7 @@ struct FaultsFixture {
 
 /// Everything that is pinned, in maps or in the pod's namespace.
 #[derive(PartialEq)]
-struct State {
+struct KernelState {
     namespace: Snapshot,
     pins: Vec<(PathBuf, u64)>,
     policies: Vec<(u64, PodPolicy)>,
@@ -54,7 +54,7 @@ fn entries<K: bytemuck::Pod, V: bytemuck::Pod>(maps: &Path, name: &str) -> Vec<(
     sys::entries(map.fd().as_fd()).expect("entries")
 }
 
-impl State {
+impl KernelState {
     fn of(fixture: &FaultsFixture) -> Self {
         let maps = fixture.agent.store().join("maps");
         let mut lists = Vec::new();
@@ -157,11 +157,11 @@ impl FaultsFixture {
         &mut self,
         (subcommand, flags): (&str, &[&str]),
         reset: impl Fn(&Self),
-        check: impl Fn(&Self, &State, &Output, &str),
+        check: impl Fn(&Self, &KernelState, &Output, &str),
     ) {
         for call in CALLS {
             reset(self);
-            let mut before = State::of(self);
+            let mut before = KernelState::of(self);
             let mut tried = 0;
             while let Some(output) = self.fail(call, tried + 1, subcommand, flags) {
                 tried += 1;
@@ -169,7 +169,7 @@ impl FaultsFixture {
                 check(self, &before, &output, &format!("{subcommand} with {call} {tried} failed ({error})"));
                 if output.status.success() {
                     reset(self);
-                    before = State::of(self);
+                    before = KernelState::of(self);
                 }
             }
             assert!(call != "bpf" || tried > 30, "{subcommand} made {tried} calls of bpf only");
@@ -191,18 +191,18 @@ impl FaultsFixture {
 #[test]
 fn a_failed_attach_leaves_what_was_there() {
     let mut fixture = FaultsFixture::new("attach");
-    let clean = State::of(&fixture);
+    let clean = KernelState::of(&fixture);
     fixture.attach(&ONE);
-    let attached = State::of(&fixture);
+    let attached = KernelState::of(&fixture);
     fixture.try_all(("attach", &ONE), FaultsFixture::detach, |fixture, before, output, when| {
         if output.status.success() {
             // All of it was made, or is by the next call.
             let again = fixture.attach(&ONE);
             assert!(again.starts_with("unchanged"), "{when}: {again}");
-            assert_eq!(State::of(fixture).shape(), attached.shape(), "{when}");
+            assert_eq!(KernelState::of(fixture).shape(), attached.shape(), "{when}");
             fixture.detach();
         }
-        State::of(fixture).assert_is(before, when);
+        KernelState::of(fixture).assert_is(before, when);
         before.assert_is(&clean, when);
     });
 }
@@ -212,7 +212,7 @@ fn a_failed_replacement_leaves_the_old_one_in_force() {
     let mut fixture = FaultsFixture::new("replace");
     fixture.attach(&ONE);
     fixture.attach(&OTHER);
-    let replaced = State::of(&fixture);
+    let replaced = KernelState::of(&fixture);
     fixture.try_all(
         ("attach", &OTHER),
         |fixture| _ = fixture.attach(&ONE),
@@ -221,9 +221,9 @@ fn a_failed_replacement_leaves_the_old_one_in_force() {
                 // What is not finished is by the next call.
                 let again = fixture.attach(&OTHER);
                 assert!(again.starts_with("unchanged"), "{when}: {again}");
-                assert_eq!(State::of(fixture).shape(), replaced.shape(), "{when}");
+                assert_eq!(KernelState::of(fixture).shape(), replaced.shape(), "{when}");
             } else {
-                State::of(fixture).assert_is(before, when);
+                KernelState::of(fixture).assert_is(before, when);
             }
         },
     );
@@ -232,13 +232,13 @@ fn a_failed_replacement_leaves_the_old_one_in_force() {
 #[test]
 fn a_failed_detach_is_finished_by_the_next() {
     let mut fixture = FaultsFixture::new("detach");
-    let clean = State::of(&fixture);
+    let clean = KernelState::of(&fixture);
     fixture.try_all(
         ("detach", &[]),
         |fixture| _ = fixture.attach(&OTHER),
         |fixture, _, _, when| {
             fixture.detach();
-            State::of(fixture).assert_is(&clean, when);
+            KernelState::of(fixture).assert_is(&clean, when);
             fixture.attach(&OTHER);
         },
     );
@@ -248,7 +248,7 @@ fn a_failed_detach_is_finished_by_the_next() {
 #[test]
 fn an_agent_that_is_killed_hinders_no_other() {
     let mut fixture = FaultsFixture::new("kill");
-    let clean = State::of(&fixture);
+    let clean = KernelState::of(&fixture);
     for flags in [&ONE[..], &OTHER] {
         let mut number = 1;
         while !fixture.inject(("bpf", "signal=KILL"), number, ("attach", flags)).status.success() {
@@ -258,7 +258,7 @@ fn an_agent_that_is_killed_hinders_no_other() {
                 fixture.attach(flags);
             }
             fixture.detach();
-            State::of(&fixture).assert_is(&clean, &when);
+            KernelState::of(&fixture).assert_is(&clean, &when);
             number += 7;
         }
         assert!(number > 40, "{number} calls of bpf only");

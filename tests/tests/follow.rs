@@ -8,9 +8,9 @@ use std::{
 };
 
 use tests::{
-    actor::{Actor, Answer, Bind, Dial, Listen, OriginalDst, Outcome, Transport},
-    agent::{Agent, INIT_FLAGS, Running, finish},
-    testbed::{Ids, Pod, PodSpec, netlink::Route, netlink::TABLE_MAIN},
+    actor::{Actor, Answer, Bind, Dial, DialOutcome, Listen, OriginalDst, Transport},
+    agent::{Agent, INIT_FLAGS, RunningAgent, finish},
+    testbed::{Ids, Pod, PodSpec, netlink::RouteSpec, netlink::TABLE_MAIN},
 };
 
 /// How soon a change has to be in force.
@@ -21,13 +21,13 @@ fn addr(text: &str) -> SocketAddr {
 }
 
 /// The agent in the foreground; killed if it is dropped.
-fn run(fixture: &FollowFixture, flags: &[&str]) -> Running {
+fn run(fixture: &FollowFixture, flags: &[&str]) -> RunningAgent {
     let (running, said) = fixture.agent.run(&fixture.pod, flags).expect("in force");
     assert!(said.starts_with("attached cgroup "), "{said}");
     running
 }
 
-fn end(running: Running) {
+fn end(running: RunningAgent) {
     let (status, log) = running.terminate().expect("ended");
     assert!(status.success(), "{status}: {log}");
 }
@@ -62,7 +62,7 @@ impl FollowFixture {
 
     fn dial(&self, to: SocketAddr) -> Answer {
         match self.inside.dial(Dial::new(Ids::APP, to)).expect("dialled").outcome {
-            Outcome::Answered(answer) => answer,
+            DialOutcome::Answered(answer) => answer,
             other => panic!("{to}: {other:?}"),
         }
     }
@@ -108,7 +108,7 @@ fn moved_routes_are_followed() {
         [("172.20.0.0/16", "10.67.0.1", "172.20.1.1:80"), ("fd20::/16", "fd67::1", "[fd20::1]:80")]
     {
         let via: IpAddr = via.parse().expect("an address");
-        let route = || Route {
+        let route = || RouteSpec {
             to: net.parse().expect("a net"),
             via: Some(via),
             dev: Some("eth1"),

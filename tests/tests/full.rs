@@ -8,9 +8,9 @@ use std::{
 };
 
 use tests::{
-    actor::{Actor, Bind, Dial, Listen, OriginalDst, Outcome, Transport},
-    agent::{Agent, Running},
-    steps::{self, Kind, Step},
+    actor::{Actor, Bind, Dial, DialOutcome, Listen, OriginalDst, Transport},
+    agent::{Agent, RunningAgent},
+    steps::{self, SocketKind, Step},
     testbed::{Ids, Pod, PodSpec},
 };
 
@@ -21,7 +21,7 @@ const TO: SocketAddr = SocketAddr::new(IpAddr::V4(std::net::Ipv4Addr::new(10, 96
 
 struct FullFixture {
     inside: Actor,
-    _running: Running,
+    _running: RunningAgent,
     pod: Pod,
 }
 
@@ -39,7 +39,7 @@ impl FullFixture {
 
     fn is_told_right(&self) -> bool {
         match self.inside.dial(Dial::new(Ids::APP, TO)).expect("dialled").outcome {
-            Outcome::Answered(answer) => {
+            DialOutcome::Answered(answer) => {
                 assert_eq!(answer.original_dst, Some(OriginalDst::Addr(TO)));
                 true
             }
@@ -49,12 +49,12 @@ impl FullFixture {
 
     /// How the connect() of one more ends.
     fn one_more(&self) -> String {
-        let steps = [Step::Open(Kind::Tcp4), Step::Connect(TO)];
+        let steps = [Step::Open(SocketKind::Tcp4), Step::Connect(TO)];
         steps::run(&self.pod, Ids::APP, &steps).expect("run").remove(1)
     }
 
     /// Connections that stay open at the client's end.
-    fn hold(&self, count: usize) -> Held {
+    fn hold(&self, count: usize) -> ConnectionHolder {
         let line =
             format!("for i in $(seq {count}); do exec {{fd}}<>/dev/tcp/10.96.0.10/80; done; echo open; read");
         let mut bash = self.pod.command_as("/bin/bash", Ids::APP).expect("bash");
@@ -67,13 +67,13 @@ impl FullFixture {
         let mut open = String::new();
         BufReader::new(child.stdout.take().expect("a pipe")).read_line(&mut open).expect("a line");
         assert_eq!(open, "open\n");
-        Held(child)
+        ConnectionHolder(child)
     }
 }
 
-struct Held(Child);
+struct ConnectionHolder(Child);
 
-impl Drop for Held {
+impl Drop for ConnectionHolder {
     fn drop(&mut self) {
         drop(self.0.stdin.take().expect("a pipe").write_all(b"\n"));
         drop(self.0.wait());
@@ -121,7 +121,7 @@ fn a_pod_has_its_share_and_no_more() {
 fn a_full_map_refuses_the_connect() {
     let agent = Agent::new("full").expect("the agent");
     let beds: Vec<FullFixture> = (0..5).map(|n| FullFixture::new(&agent, &format!("full{n}"))).collect();
-    let mut held: Vec<Held> = beds[..4].iter().map(|fixture| fixture.hold(EACH)).collect();
+    let mut held: Vec<ConnectionHolder> = beds[..4].iter().map(|fixture| fixture.hold(EACH)).collect();
     let last = &beds[4];
     assert_eq!(last.one_more(), "EHOSTUNREACH");
     assert!(failed(&agent, "orig_dst_full"));

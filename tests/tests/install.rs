@@ -10,7 +10,7 @@ use std::{
 
 use rand::{Rng as _, SeedableRng as _, rngs::StdRng};
 use tests::{
-    actor::{Actor, Bind, Dial, Listen, OriginalDst, Outcome, Transport},
+    actor::{Actor, Bind, Dial, DialOutcome, Listen, OriginalDst, Transport},
     agent::{Agent, INIT_FLAGS},
     testbed::{Ids, Pod, PodSpec, Sandbox},
 };
@@ -37,8 +37,8 @@ fn pod(label: &str) -> (Pod, Actor, Actor) {
 /// Who answers for the service, and the original destination if it was the proxy.
 fn answers(inside: &Actor) -> (String, Option<OriginalDst>) {
     match inside.dial(Dial::new(Ids::APP, SERVICE)).expect("dialled").outcome {
-        Outcome::Answered(answer) if answer.server == "outbound" => (answer.server, answer.original_dst),
-        Outcome::Answered(answer) => (answer.server, None),
+        DialOutcome::Answered(answer) if answer.server == "outbound" => (answer.server, answer.original_dst),
+        DialOutcome::Answered(answer) => (answer.server, None),
         other => panic!("{other:?}"),
     }
 }
@@ -107,8 +107,8 @@ fn replacing_under_load_loses_no_connection() {
         while !replacing.is_finished() {
             for dialled in inside.dial_all(vec![Dial::new(Ids::APP, SERVICE); 50]).expect("dialled") {
                 match dialled.outcome {
-                    Outcome::Answered(answer) if answer.server == "world" => seen.0 += 1,
-                    Outcome::Answered(answer) => {
+                    DialOutcome::Answered(answer) if answer.server == "world" => seen.0 += 1,
+                    DialOutcome::Answered(answer) => {
                         assert_eq!((answer.server, answer.original_dst), captured());
                         seen.1 += 1;
                     }

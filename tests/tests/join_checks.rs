@@ -11,26 +11,26 @@ use rustix::event::PollFlags;
 use socket2::Socket;
 use tests::{
     agent::Agent,
-    joined::{self, Leg, Pods, given_to_tcp, goes_past, receive, send, set_int, socket, wait},
+    joined::{self, Leg, PodPair, given_to_tcp, goes_past, receive, send, set_int, socket, wait},
     testbed::{Ids, Sandbox},
 };
 
 struct JoinChecksFixture {
     agent: Agent,
-    pods: Pods,
+    pods: PodPair,
     listener: Socket,
 }
 
 impl JoinChecksFixture {
     fn new(label: &str) -> Self {
         let agent = Agent::new(label).expect("the agent");
-        let pods = Pods::accelerated(label, &agent).expect("pods");
+        let pods = PodPair::accelerated(label, &agent).expect("pods");
         let listener = pods.listen(false).expect("a listener");
         Self { agent, pods, listener }
     }
 
     fn joined(&self) -> Leg {
-        let leg = self.pods.connect(&self.listener, Pods::app(false)).expect("a connection");
+        let leg = self.pods.connect(&self.listener, PodPair::app(false)).expect("a connection");
         leg.greet().expect("greeted");
         assert!(is_past(&leg));
         leg
@@ -95,7 +95,7 @@ fn a_reader_that_blocks_is_served_by_tcp() {
     assert!(is_past(&leg));
     // Not accepted by anybody yet: whether it will block is not known.
     let dialled = socket(&fixture.pods.dialler, false, Ids::PROXY, None).expect("a socket");
-    dialled.connect(&Pods::app(false).into()).expect("connected");
+    dialled.connect(&PodPair::app(false).into()).expect("connected");
     let dialled = TcpStream::from(dialled);
     wait(&fixture.listener, PollFlags::IN).expect("arrived");
     let sent = |text: &[u8]| {
@@ -220,7 +220,7 @@ fn a_reader_without_memory_is_served_by_tcp() {
     fs::write(&limit, (16 << 20).to_string()).expect("a limit");
     // The end that reads is the one that dials: its socket is charged from the start.
     let dialled = socket(&fixture.pods.dialler, false, Ids::PROXY, Some(&memory.0)).expect("a socket");
-    let leg = Leg::of(dialled, &fixture.listener, Pods::app(false)).expect("a connection");
+    let leg = Leg::of(dialled, &fixture.listener, PodPair::app(false)).expect("a connection");
     leg.greet().expect("greeted");
     assert!(goes_past(&leg.accepted, &leg.dialled).expect("passed"));
     // Little is left, and less than a message.

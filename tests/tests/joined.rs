@@ -16,14 +16,14 @@ use socket2::{SockAddr, Socket};
 use tests::{
     agent::{Agent, INIT_FLAGS, succeed},
     joined::{
-        self, APP, Leg, Pods, given_to_tcp, goes_past, listen, own_name, pass, receive, send, socket, wait,
+        self, APP, Leg, PodPair, given_to_tcp, goes_past, listen, own_name, pass, receive, send, socket, wait,
     },
     testbed::{Ids, Sandbox},
 };
 
-fn fixture(label: &str) -> (Agent, Pods) {
+fn fixture(label: &str) -> (Agent, PodPair) {
     let agent = Agent::new(label).expect("the agent");
-    let pods = Pods::accelerated(label, &agent).expect("pods");
+    let pods = PodPair::accelerated(label, &agent).expect("pods");
     (agent, pods)
 }
 
@@ -47,9 +47,9 @@ fn is_joined(leg: &Leg) -> bool {
     there
 }
 
-fn joined_leg(pods: &Pods, v6: bool) -> Leg {
+fn joined_leg(pods: &PodPair, v6: bool) -> Leg {
     let listener = pods.listen(v6).expect("a listener");
-    let leg = pods.connect(&listener, Pods::app(v6)).expect("a connection");
+    let leg = pods.connect(&listener, PodPair::app(v6)).expect("a connection");
     leg.greet().expect("greeted");
     assert!(is_joined(&leg));
     leg
@@ -59,21 +59,21 @@ fn joined_leg(pods: &Pods, v6: bool) -> Leg {
 fn proxies_of_one_node_are_joined_in_both_families() {
     let (agent, pods) = fixture("join");
     let four = pods.listen(false).expect("a listener");
-    let leg = pods.connect(&four, Pods::app(false)).expect("a connection");
+    let leg = pods.connect(&four, PodPair::app(false)).expect("a connection");
     leg.greet().expect("greeted");
     assert!(is_joined(&leg));
     drop(four);
     // Of one listener of IPv6 for both.
     let both = pods.listen(true).expect("a listener");
     for v6 in [false, true] {
-        let leg = pods.connect(&both, Pods::app(v6)).expect("a connection");
+        let leg = pods.connect(&both, PodPair::app(v6)).expect("a connection");
         leg.greet().expect("greeted");
         assert!(is_joined(&leg), "v6: {v6}");
     }
     assert_eq!(count(&agent, &pods.dialler, "connections", "joined"), 3);
     assert_eq!(count(&agent, &pods.acceptor, "connections", "joined"), 3);
     // The first answer goes past TCP, since all that came by it has been read.
-    let leg = pods.connect(&both, Pods::app(true)).expect("a connection");
+    let leg = pods.connect(&both, PodPair::app(true)).expect("a connection");
     pass(&leg.dialled, &leg.accepted, b"first").expect("passed");
     assert!(goes_past(&leg.accepted, &leg.dialled).expect("passed"));
 }
@@ -81,7 +81,7 @@ fn proxies_of_one_node_are_joined_in_both_families() {
 #[test]
 fn a_listener_that_was_there_before_is_known() {
     let agent = Agent::new("join-before").expect("the agent");
-    let pods = Pods::new("join-before").expect("pods");
+    let pods = PodPair::new("join-before").expect("pods");
     let (listener, holder) = held(&pods, Ids::PROXY);
     let names = format!("{},sleep", own_name().expect("a name"));
     let flags: Vec<_> =
@@ -89,7 +89,7 @@ fn a_listener_that_was_there_before_is_known() {
     for pod in [&pods.dialler, &pods.acceptor] {
         agent.attach(pod, &flags).expect("attached");
     }
-    let leg = pods.connect(&listener, Pods::app(false)).expect("a connection");
+    let leg = pods.connect(&listener, PodPair::app(false)).expect("a connection");
     leg.greet().expect("greeted");
     assert!(is_joined(&leg));
     // One that is not the proxy's own is not, nor one of an executable that nobody vouches for.
@@ -101,14 +101,14 @@ fn a_listener_that_was_there_before_is_known() {
         let flags: Vec<_> =
             INIT_FLAGS.into_iter().chain(["--accelerate", "--accelerate-proxies", names]).collect();
         agent.attach(&pods.acceptor, &flags).expect("attached");
-        let leg = pods.connect(&listener, Pods::app(false)).expect("a connection");
+        let leg = pods.connect(&listener, PodPair::app(false)).expect("a connection");
         leg.greet().expect("greeted");
         assert!(!is_joined(&leg), "{ids:?} {names}");
     }
 }
 
 /// A listener that a process of the accepting pod has as well, and that process.
-fn held(pods: &Pods, ids: Ids) -> (Socket, Holder) {
+fn held(pods: &PodPair, ids: Ids) -> (Socket, Holder) {
     let listener = listen(&pods.acceptor, false, ids).expect("a listener");
     let also = OwnedFd::from(listener.try_clone().expect("a copy"));
     let mut command = pods.acceptor.command("sleep").expect("a command");
@@ -137,13 +137,13 @@ fn applications_and_unknown_proxies_are_not_joined() {
         .collect();
     agent.attach(&pods.dialler, &straight).expect("attached");
     let app = socket(&pods.dialler, false, Ids::APP, None).expect("a socket");
-    let leg = Leg::of(app, &listener, Pods::app(false)).expect("a connection");
+    let leg = Leg::of(app, &listener, PodPair::app(false)).expect("a connection");
     leg.greet().expect("greeted");
     assert!(!is_joined(&leg), "an application's socket was joined");
     // An executable that nobody vouches for.
     let known: Vec<_> = INIT_FLAGS.into_iter().chain(["--accelerate"]).collect();
     agent.attach(&pods.dialler, &known).expect("attached");
-    let leg = pods.connect(&listener, Pods::app(false)).expect("a connection");
+    let leg = pods.connect(&listener, PodPair::app(false)).expect("a connection");
     leg.greet().expect("greeted");
     assert!(!is_joined(&leg), "an unknown executable was joined");
     assert_eq!(count(&agent, &pods.dialler, "connections", "refused_proxy"), 1);
@@ -151,14 +151,14 @@ fn applications_and_unknown_proxies_are_not_joined() {
     agent.attach(&pods.dialler, &straight).expect("attached");
     drop(listener);
     let others = listen(&pods.acceptor, false, Ids::APP).expect("a listener");
-    let leg = pods.connect(&others, Pods::app(false)).expect("a connection");
+    let leg = pods.connect(&others, PodPair::app(false)).expect("a connection");
     leg.greet().expect("greeted");
     assert!(!is_joined(&leg), "an application's listener was joined");
     // A pod that did not ask for it.
     drop(others);
     let listener = pods.listen(false).expect("a listener");
     agent.attach(&pods.acceptor, &INIT_FLAGS).expect("attached");
-    let leg = pods.connect(&listener, Pods::app(false)).expect("a connection");
+    let leg = pods.connect(&listener, PodPair::app(false)).expect("a connection");
     leg.greet().expect("greeted");
     assert!(!is_joined(&leg), "a pod without --accelerate was joined");
 }
@@ -194,7 +194,7 @@ fn iptables(sandbox: &Sandbox, rules: &str) {
 fn pods_with_equal_addresses_and_ports_are_never_crossed() {
     let agent = Agent::new("join-twins").expect("the agent");
     let twins =
-        ["one", "two"].map(|label| Pods::accelerated(&format!("join-{label}"), &agent).expect("pods"));
+        ["one", "two"].map(|label| PodPair::accelerated(&format!("join-{label}"), &agent).expect("pods"));
     let listeners = [&twins[0], &twins[1]].map(|pods| pods.listen(false).expect("a listener"));
     for round in 0..100_u16 {
         // The same ports again and again, too.
@@ -209,7 +209,7 @@ fn pods_with_equal_addresses_and_ports_are_never_crossed() {
         });
         // Both SYNs before either is accepted.
         for socket in &dialled {
-            let error = socket.connect(&SockAddr::from(Pods::app(false))).expect_err("it takes a while");
+            let error = socket.connect(&SockAddr::from(PodPair::app(false))).expect_err("it takes a while");
             assert_eq!(error.raw_os_error(), Some(libc::EINPROGRESS));
         }
         let mut legs = Vec::new();
@@ -241,7 +241,7 @@ fn fast_open_with_data_stays_tcp() {
     joined::set_int(&listener, libc::IPPROTO_TCP, libc::TCP_FASTOPEN, 16).expect("set");
     let dialled = socket(&pods.dialler, false, Ids::PROXY, None).expect("a socket");
     let sent = dialled
-        .send_to_with_flags(b"early", &SockAddr::from(Pods::app(false)), libc::MSG_FASTOPEN)
+        .send_to_with_flags(b"early", &SockAddr::from(PodPair::app(false)), libc::MSG_FASTOPEN)
         .expect("sent in the SYN");
     assert_eq!(sent, 5);
     let leg = Leg::accepted(dialled, &listener).expect("accepted");
@@ -251,7 +251,7 @@ fn fast_open_with_data_stays_tcp() {
     }
     assert!(!is_joined(&leg));
     // Without data it is joined as any other.
-    let leg = pods.connect(&listener, Pods::app(false)).expect("a connection");
+    let leg = pods.connect(&listener, PodPair::app(false)).expect("a connection");
     leg.greet().expect("greeted");
     assert!(is_joined(&leg));
 }

@@ -15,20 +15,20 @@ use tests::{
     actor::binary::{self, ReadableCopy},
     agent::{Agent, INIT_FLAGS, succeed},
     envoy::{self, Sidecar, Speaks},
-    joined::{APP, Leg, PATIENCE, Pods, send, socket, wait},
+    joined::{APP, Leg, PATIENCE, PodPair, send, socket, wait},
     testbed::{Ids, Sandbox},
 };
 
 struct JoinedEnvoyFixture {
     agent: Agent,
-    pods: Pods,
+    pods: PodPair,
     program: ReadableCopy,
 }
 
 impl JoinedEnvoyFixture {
     fn new(label: &str) -> Self {
         let agent = Agent::new(label).expect("the agent");
-        let pods = Pods::new(label).expect("pods");
+        let pods = PodPair::new(label).expect("pods");
         let flags: Vec<_> = INIT_FLAGS.into_iter().chain(["--accelerate"]).collect();
         for pod in [&pods.dialler, &pods.acceptor] {
             agent.attach(pod, &flags).expect("attached");
@@ -78,7 +78,7 @@ impl JoinedEnvoyFixture {
     /// Of an application of the dialling pod with that of the other, through both proxies.
     fn connect(&self, app: &Socket, v6: bool) -> Leg {
         let client = socket(&self.pods.dialler, v6, Ids::APP, None).expect("a socket");
-        Leg::of(client, app, Pods::app(v6)).expect("through both proxies")
+        Leg::of(client, app, PodPair::app(v6)).expect("through both proxies")
     }
 }
 
@@ -147,9 +147,9 @@ fn what_is_sent_through_two_envoys_arrives_and_leaves_the_wire_alone() {
     }
 }
 
-struct Server(Child);
+struct ServerProcess(Child);
 
-impl Drop for Server {
+impl Drop for ServerProcess {
     fn drop(&mut self) {
         drop(self.0.kill());
         drop(self.0.wait());
@@ -165,14 +165,14 @@ fn requests_through_two_envoys_are_answered() {
     let addresses = ["0.0.0.0", "[::]"].map(|any| format!("{any}:{APP}"));
     let mut serve = fixture.pods.acceptor.command_as(http.path(), Ids::APP).expect("a command");
     let mut server =
-        Server(serve.arg("serve").args(addresses).stdout(Stdio::piped()).spawn().expect("a server"));
+        ServerProcess(serve.arg("serve").args(addresses).stdout(Stdio::piped()).spawn().expect("a server"));
     let mut line = String::new();
     BufReader::new(server.0.stdout.take().expect("its output")).read_line(&mut line).expect("a line");
     let _envoys = fixture.sidecars(Speaks::Http);
     for v6 in [false, true] {
         for kind in ["fresh", "kept"] {
             let mut get = fixture.pods.dialler.command_as(http.path(), Ids::APP).expect("a command");
-            get.args(["get", &Pods::app(v6).to_string(), &REQUESTS.to_string(), kind]);
+            get.args(["get", &PodPair::app(v6).to_string(), &REQUESTS.to_string(), kind]);
             succeed(get).expect("answered");
         }
     }
@@ -262,7 +262,7 @@ fn connections_come_and_go_in_every_way() {
     let before = fixture.joined(&fixture.pods.acceptor);
     let app_again = fixture.app_on(false, APP + 1);
     let client = socket(&fixture.pods.dialler, false, Ids::APP, None).expect("a socket");
-    let to = SocketAddr::new(Pods::app(false).ip(), APP + 1);
+    let to = SocketAddr::new(PodPair::app(false).ip(), APP + 1);
     both_ways(&Leg::of(client, &app_again, to).expect("through both proxies"), 3, 1 << 20);
     assert_eq!(fixture.joined(&fixture.pods.acceptor), before + 1);
 }
@@ -270,7 +270,7 @@ fn connections_come_and_go_in_every_way() {
 /// One connection: bytes there and back, compared; an error if it was cut off, a panic if other bytes came.
 fn once(fixture: &JoinedEnvoyFixture, random: &mut SmallRng) -> anyhow::Result<()> {
     let client = socket(&fixture.pods.dialler, false, Ids::APP, None)?;
-    client.connect_timeout(&Pods::app(false).into(), PATIENCE)?;
+    client.connect_timeout(&PodPair::app(false).into(), PATIENCE)?;
     let client = TcpStream::from(client);
     client.set_nonblocking(true)?;
     let seed = random.random();

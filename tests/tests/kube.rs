@@ -18,8 +18,8 @@ use tempfile::TempDir;
 use tests::{
     agent::{Agent, deployed_capabilities},
     daemon::{Daemon, answers, get},
-    kube::{Client, Deployed, NODE, Pods, Running, Server, object},
-    plugin::{CniSandbox, Plugin},
+    kube::{Deployed, KubeClient, KubePods, KubeServer, NODE, RunningPod, object},
+    plugin::{CniSandbox, RuntimePlugin},
 };
 
 const WITH_SIDECAR: [&str; 2] = ["app", "istio-proxy"];
@@ -44,13 +44,13 @@ exec "$@"
 "#;
 
 /// The agent on the node where the API is.
-struct Node {
+struct AgentNode {
     agent: Agent,
     folder: TempDir,
 }
 
-impl Node {
-    fn new(server: &Server, client: &Client<'_>, deployed: &Deployed) -> Self {
+impl AgentNode {
+    fn new(server: &KubeServer, client: &KubeClient<'_>, deployed: &Deployed) -> Self {
         let folder = TempDir::with_prefix("intercept-test-kube").expect("a folder");
         client.write_secrets(&deployed.account, folder.path()).expect("a token");
         let mut agent = Agent::new("kube").expect("the agent");
@@ -65,7 +65,7 @@ impl Node {
         Self { agent, folder }
     }
 
-    fn daemon(&self, pods: &Pods<'_>) -> Daemon<'_> {
+    fn daemon(&self, pods: &KubePods<'_>) -> Daemon<'_> {
         let root = pods.root().to_str().expect("text");
         let arguments = ["--cgroup-root", root, "--metrics-address", METRICS];
         let variables = [
@@ -114,30 +114,30 @@ fn with_sidecar(name: &str, annotations: &Value) -> Value {
 }
 
 /// Who answers the pod's app at a service.
-fn at(pod: &Running, port: u16) -> Option<String> {
+fn at(pod: &RunningPod, port: u16) -> Option<String> {
     answers(&pod.actor, SocketAddr::from(([10, 96, 0, 10], port)))
 }
 
-fn is_captured(pod: &Running) -> bool {
+fn is_captured(pod: &RunningPod) -> bool {
     at(pod, 80).as_deref() == Some("proxy")
 }
 
-fn is_left_alone(pod: &Running) -> bool {
+fn is_left_alone(pod: &RunningPod) -> bool {
     at(pod, 80).as_deref() == Some("the world")
 }
 
-fn annotate(client: &Client<'_>, pod: &Running, name: &str, value: &Value) {
+fn annotate(client: &KubeClient<'_>, pod: &RunningPod, name: &str, value: &Value) {
     client.patch(&pod.object, &json!({ "metadata": { "annotations": { name: value } } })).expect("annotated");
 }
 
 #[test]
 #[ignore = "needs kube-apiserver: `cargo xtask kube` builds it and runs this"]
 fn pods_of_the_real_api_are_captured_followed_and_released() {
-    let server = Server::start().expect("an API");
-    let client = Client::connect(&server).expect("a client");
+    let server = KubeServer::start().expect("an API");
+    let client = KubeClient::connect(&server).expect("a client");
     let deployed = client.deploy().expect("deployed");
-    let pods = Pods::new(&client).expect("a kubelet");
-    let node = Node::new(&server, &client, &deployed);
+    let pods = KubePods::new(&client).expect("a kubelet");
+    let node = AgentNode::new(&server, &client, &deployed);
     let run = |object: &Value| pods.run(object).unwrap_or_else(|error| panic!("{error:#}\n{}", server.log()));
 
     // Before the daemon.
@@ -242,11 +242,11 @@ fn pods_of_the_real_api_are_captured_followed_and_released() {
 #[test]
 #[ignore = "needs kube-apiserver: `cargo xtask kube` builds it and runs this"]
 fn capture_outlives_the_real_api() {
-    let server = Server::start().expect("an API");
-    let client = Client::connect(&server).expect("a client");
+    let server = KubeServer::start().expect("an API");
+    let client = KubeClient::connect(&server).expect("a client");
     let deployed = client.deploy().expect("deployed");
-    let pods = Pods::new(&client).expect("a kubelet");
-    let node = Node::new(&server, &client, &deployed);
+    let pods = KubePods::new(&client).expect("a kubelet");
+    let node = AgentNode::new(&server, &client, &deployed);
     let run = |name: &str| pods.run(&with_sidecar(name, &json!({}))).expect("it runs");
     let kept = run("kept");
     let ended = run("ended");
@@ -304,11 +304,11 @@ fn capture_outlives_the_real_api() {
 #[test]
 #[ignore = "needs kube-apiserver: `cargo xtask kube` builds it and runs this"]
 fn a_right_that_is_missing_is_named_and_waited_for() {
-    let server = Server::start().expect("an API");
-    let client = Client::connect(&server).expect("a client");
+    let server = KubeServer::start().expect("an API");
+    let client = KubeClient::connect(&server).expect("a client");
     let deployed = client.deploy().expect("deployed");
-    let pods = Pods::new(&client).expect("a kubelet");
-    let node = Node::new(&server, &client, &deployed);
+    let pods = KubePods::new(&client).expect("a kubelet");
+    let node = AgentNode::new(&server, &client, &deployed);
     let allow = |verbs: &[&str]| {
         let rules = json!([{ "apiGroups": [""], "resources": ["pods"], "verbs": verbs }]);
         client.patch(&deployed.role, &json!({ "rules": rules })).expect("changed");
@@ -344,14 +344,14 @@ fn a_right_that_is_missing_is_named_and_waited_for() {
 #[ignore = "needs kube-apiserver: `cargo xtask kube` builds it and runs this"]
 fn the_real_api_decides_what_the_real_plugin_adds() {
     const MODE: &str = "sidecar.istio.io/interceptionMode";
-    let server = Server::start().expect("an API");
-    let client = Client::connect(&server).expect("a client");
+    let server = KubeServer::start().expect("an API");
+    let client = KubeClient::connect(&server).expect("a client");
     let deployed = client.deploy().expect("deployed");
-    let pods = Pods::new(&client).expect("a kubelet");
-    let node = Node::new(&server, &client, &deployed);
+    let pods = KubePods::new(&client).expect("a kubelet");
+    let node = AgentNode::new(&server, &client, &deployed);
     let daemon = node.daemon(&pods);
-    let plugin = Plugin::new(&node.agent, &daemon);
-    let call = |command: &str, pod: &Running| {
+    let plugin = RuntimePlugin::new(&node.agent, &daemon);
+    let call = |command: &str, pod: &RunningPod| {
         let (uid, netns) = (pod.uid(), pod.sandbox.netns.path());
         let sandbox = CniSandbox { object: &pod.object, uid, netns, address: "10.66.0.2/24" };
         plugin
@@ -388,7 +388,7 @@ fn the_real_api_decides_what_the_real_plugin_adds() {
             assert_eq!(is_captured(pod), ignored.is_none(), "{name}, {attempt}");
         }
     }
-    let arguments = |pod: &Running| {
+    let arguments = |pod: &RunningPod| {
         let status = node.agent.status().expect("status");
         let name = format!("pod{}", pod.uid());
         let is_it = |pod: &&Value| pod["cgroup"].as_str().is_some_and(|path| path.ends_with(&name));

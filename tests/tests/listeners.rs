@@ -5,9 +5,9 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::fd::OwnedFd;
 
 use socket2::{Domain, Protocol, Socket, Type};
-use tests::actor::{Actor, Bind, Dial, Listen, Listening, Outcome, Transport};
+use tests::actor::{Actor, Bind, Dial, DialOutcome, Listen, Listening, Transport};
 use tests::agent::{Agent, INIT_FLAGS};
-use tests::steps::{self, Kind, Step};
+use tests::steps::{self, SocketKind, Step};
 use tests::testbed::{Ids, Pod, PodSpec};
 
 struct ListenersFixture {
@@ -46,7 +46,7 @@ impl ListenersFixture {
     fn answer(&self, v6: bool) -> String {
         let to = SocketAddr::new(self.pod.address(v6), 8080);
         match self.world.dial(Dial::new(Ids::ROOT, to)).expect("dialled").outcome {
-            Outcome::Answered(answer) => answer.server,
+            DialOutcome::Answered(answer) => answer.server,
             other => format!("{other:?}"),
         }
     }
@@ -139,7 +139,7 @@ fn an_mptcp_listener_does_not_keep_a_pod_from_being_attached() {
 fn the_proxy_is_refused_mptcp_and_nobody_else() {
     let fixture = ListenersFixture::new("refused");
     fixture.agent.attach(&fixture.pod, &INIT_FLAGS).expect("attached");
-    let open = |ids| steps::run(&fixture.pod, ids, &[Step::Open(Kind::Mptcp4)]).expect("run");
+    let open = |ids| steps::run(&fixture.pod, ids, &[Step::Open(SocketKind::Mptcp4)]).expect("run");
     assert_eq!(open(Ids::PROXY), ["EPROTONOSUPPORT"]);
     assert_eq!(open(Ids { uid: 1000, gid: 1337 }), ["EPROTONOSUPPORT"]);
     assert_eq!(open(Ids::APP), ["ok"]);
@@ -167,7 +167,7 @@ fn a_proxy_on_localhost_gets_nothing_from_outside() {
         assert_ne!(fixture.answer(v6), "15006");
         let service = if v6 { "[fd96::10]:80" } else { "10.96.0.10:80" };
         let dial = Dial::new(Ids::APP, service.parse().expect("an address"));
-        let Outcome::Answered(answer) = fixture.inside.dial(dial).expect("dialled").outcome else {
+        let DialOutcome::Answered(answer) = fixture.inside.dial(dial).expect("dialled").outcome else {
             panic!("{service}")
         };
         assert_eq!(answer.server, "15001");
@@ -179,7 +179,7 @@ fn a_proxy_on_localhost_gets_nothing_from_outside() {
         let mut dial = Dial::new(Ids::ROOT, to.parse().expect("an address"));
         dial.timeout = std::time::Duration::from_millis(300);
         let outcome = fixture.world.dial(dial).expect("dialled").outcome;
-        assert!(!matches!(outcome, Outcome::Answered(_)), "{to}: {outcome:?}");
+        assert!(!matches!(outcome, DialOutcome::Answered(_)), "{to}: {outcome:?}");
     }
     fixture.agent.detach(&fixture.pod).expect("detached");
 }

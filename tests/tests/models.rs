@@ -16,12 +16,12 @@ fn number(name: &str, default: u64) -> u64 {
 
 /// Flows by what the rules do and by the row that we name, and what differs.
 #[derive(Default)]
-struct Tally {
+struct FlowTally {
     rows: BTreeMap<&'static str, u64>,
     differing: Vec<String>,
 }
 
-fn examine(seed: u64, tally: &mut Tally) {
+fn examine(seed: u64, tally: &mut FlowTally) {
     let mut situation = Situation::new(seed);
     let agent = AgentModel::new(&situation.options, &situation.netns)
         .unwrap_or_else(|e| panic!("seed {seed}: {e:#}"));
@@ -50,13 +50,13 @@ fn decide_agrees_with_the_rules() {
     // A million flows and more; without optimisation they would take a minute, so a quarter of them.
     let count = number("INTERCEPT_CONFIGURATIONS", if cfg!(debug_assertions) { 3_000 } else { 12_000 });
     println!("{count} configurations from seed {first}, {FLOWS} flows each");
-    let total = Mutex::new(Tally::default());
+    let total = Mutex::new(FlowTally::default());
     let threads = std::thread::available_parallelism().map_or(1, usize::from);
     std::thread::scope(|scope| {
         for thread in 0..threads {
             let total = &total;
             scope.spawn(move || {
-                let mut tally = Tally::default();
+                let mut tally = FlowTally::default();
                 for seed in (first..first + count).skip(thread).step_by(threads) {
                     examine(seed, &mut tally);
                 }
@@ -68,7 +68,7 @@ fn decide_agrees_with_the_rules() {
             });
         }
     });
-    let Tally { rows, differing } = total.into_inner().expect("no thread panicked");
+    let FlowTally { rows, differing } = total.into_inner().expect("no thread panicked");
     println!("{rows:#?}");
     assert!(differing.is_empty(), "{}", differing.join("\n"));
     if count >= 1000 {

@@ -3,7 +3,7 @@
 use std::net::{IpAddr, SocketAddr};
 
 use tests::{
-    actor::{Actor, Bind, Dial, Listen, Outcome, Query, QueryReply, Transport},
+    actor::{Actor, Bind, Dial, DialOutcome, Listen, Query, QueryReply, Transport},
     agent::Agent,
     testbed::{Ids, Pod, PodSpec},
 };
@@ -21,8 +21,8 @@ fn listen(actor: &Actor, name: &str, ids: Ids, transport: Transport, port: u16) 
 
 /// Who answers: a connection out, a query, a connection in, of both families.
 fn answers(pod: &Pod, inside: &Actor, world: &Actor) -> Vec<String> {
-    let who = |outcome: Outcome| match outcome {
-        Outcome::Answered(answer) => answer.server,
+    let who = |outcome: DialOutcome| match outcome {
+        DialOutcome::Answered(answer) => answer.server,
         other => format!("{other:?}"),
     };
     let mut answers = Vec::new();

@@ -1,7 +1,7 @@
 //! Who made a socket counts, not who connects it: as under iptables, whose owner match looks at the socket.
 
 use tests::differential::Capture;
-use tests::iptables::{Backend, Options};
+use tests::iptables::{Backend, IptablesOptions};
 use tests::testbed::Ids;
 use tests::unusual::fixture::{Made, under};
 use tests::unusual::{Method, UnusualSocket};
@@ -13,7 +13,7 @@ fn expect(method: Method, made_by: Ids, used_by: Ids, server: &str) {
     let to = "198.51.100.7:80".parse().expect("an address");
     let unusual = UnusualSocket { made_by, used_by, ..UnusualSocket::new(method, to) };
     for capture in [IPTABLES, Capture::agent().expect("the agent")] {
-        let outcome = under(&capture, &Options::injected(), &unusual, Made::After).expect("slipped");
+        let outcome = under(&capture, &IptablesOptions::injected(), &unusual, Made::After).expect("slipped");
         assert_eq!(outcome.server(), server, "{capture:?}: {unusual:?}: {outcome:?}");
         assert_eq!(outcome.peers, [to], "{capture:?}: {unusual:?}: {outcome:?}");
     }
@@ -51,7 +51,7 @@ fn ids_are_those_inside_a_user_namespace() {
             user_namespace: Some(100_000),
             ..UnusualSocket::new(Method::Plain, "198.51.100.7:80".parse().expect("an address"))
         };
-        let outcome = under(&agent, &Options::injected(), &unusual, Made::Before).expect("slipped");
+        let outcome = under(&agent, &IptablesOptions::injected(), &unusual, Made::Before).expect("slipped");
         assert_eq!(outcome.server(), server, "{unusual:?}: {outcome:?}");
     }
 }

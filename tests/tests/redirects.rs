@@ -6,7 +6,7 @@ use std::os::fd::AsFd as _;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use tests::actor::{Actor, Bind, Dial, Listen, OriginalDst, Outcome, Transport};
+use tests::actor::{Actor, Bind, Dial, DialOutcome, Listen, OriginalDst, Transport};
 use tests::agent::{Agent, INIT_FLAGS};
 use tests::bpf;
 use tests::testbed::{Ids, Pod, PodSpec};
@@ -37,7 +37,7 @@ impl RedirectsFixture {
     fn original(&self, to: &str) -> Result<SocketAddr, String> {
         let dial = Dial::new(Ids::APP, to.parse().expect("an address"));
         match self.inside.dial(dial).expect("dialled").outcome {
-            Outcome::Answered(answer) => match answer.original_dst {
+            DialOutcome::Answered(answer) => match answer.original_dst {
                 Some(OriginalDst::Addr(addr)) => Ok(addr),
                 other => Err(format!("{other:?}")),
             },
@@ -225,8 +225,8 @@ fn nothing_lingers_whoever_closes_first() {
 }
 
 fn closed_by_client(pod: &Pod, ids: Ids, to: SocketAddr, from: Option<IpAddr>) {
-    use tests::steps::{Kind, Step, run};
-    let mut steps = vec![Step::Open(if to.is_ipv6() { Kind::Tcp6 } else { Kind::Tcp4 })];
+    use tests::steps::{SocketKind, Step, run};
+    let mut steps = vec![Step::Open(if to.is_ipv6() { SocketKind::Tcp6 } else { SocketKind::Tcp4 })];
     steps.extend(from.map(|from| Step::Bind(SocketAddr::new(from, 0))));
     steps.extend([Step::Connect(to), Step::Shutdown, Step::Read, Step::Close]);
     let outcomes = run(pod, ids, &steps).expect("run");

@@ -4,7 +4,7 @@ use std::{path::Path, process::Command, thread};
 
 use tests::{
     agent::Agent,
-    testbed::{Bpffs, Sandbox, cgroup},
+    testbed::{BpffsMount, Sandbox, cgroup},
 };
 
 /// Runs `attach` and checks that it is refused as said and that nothing has changed.
@@ -122,7 +122,7 @@ fn without_privileges() {
 
 #[test]
 fn without_a_bpffs() {
-    let agent = Agent::on(Bpffs::folder("unmounted").expect("a folder")).expect("the agent");
+    let agent = Agent::on(BpffsMount::folder("unmounted").expect("a folder")).expect("the agent");
     let pod = Sandbox::new("unmounted").expect("a pod");
     // A thread that may not mount, as containers may not by default; what it starts may not either.
     thread::scope(|scope| {

@@ -4,9 +4,10 @@ use std::net::SocketAddr;
 use std::time::Duration;
 
 use tests::actor::{
-    Actor, Answer, Bind, Dial, Dialled, Direction, Listen, OriginalDst, Outcome, Relay, Relayed, Transport,
+    Actor, Answer, Bind, Dial, DialOutcome, Dialled, Listen, OriginalDst, Relay, RelayDirection, Relayed,
+    Transport,
 };
-use tests::iptables::{Backend, Options, Tproxy, apply};
+use tests::iptables::{Backend, IptablesOptions, Tproxy, apply};
 use tests::testbed::{Ids, Pod, PodSpec};
 
 fn addr(text: &str) -> SocketAddr {
@@ -20,7 +21,7 @@ struct RelayFixture {
 }
 
 /// A pod with an application on 8080 and a relay on each side, and the world on 80.
-fn fixture(label: &str, options: &Options, proxy: Ids, inbound: Direction) -> RelayFixture {
+fn fixture(label: &str, options: &IptablesOptions, proxy: Ids, inbound: RelayDirection) -> RelayFixture {
     let pod = Pod::new(PodSpec::new(label)).expect("a pod");
     apply(options, &pod, Backend::Nft).expect("rules");
     let (inside, world) =
@@ -33,7 +34,7 @@ fn fixture(label: &str, options: &Options, proxy: Ids, inbound: Direction) -> Re
         inside.listen(listen("app", 8080, Ids::APP)).expect("a server");
         world.listen(listen("world", 80, Ids::ROOT)).expect("a server");
         for (name, port, direction) in [
-            ("outbound", options.envoy_port, Direction::Outbound),
+            ("outbound", options.envoy_port, RelayDirection::Outbound),
             ("inbound", options.inbound_port, inbound),
         ] {
             let mut bind = Bind::new(proxy, addr(&format!("{any}:{port}")));
@@ -47,7 +48,7 @@ fn fixture(label: &str, options: &Options, proxy: Ids, inbound: Direction) -> Re
 
 fn answer(seen: &Dialled) -> &Answer {
     match &seen.outcome {
-        Outcome::Answered(answer) => answer,
+        DialOutcome::Answered(answer) => answer,
         other => panic!("not answered: {other:?}"),
     }
 }
@@ -73,7 +74,8 @@ fn outbound(fixture: &RelayFixture) {
 
 #[test]
 fn under_redirect() {
-    let fixture = fixture("relay-redirect", &Options::injected(), Ids::PROXY, Direction::Inbound);
+    let fixture =
+        fixture("relay-redirect", &IptablesOptions::injected(), Ids::PROXY, RelayDirection::Inbound);
     outbound(&fixture);
     for (to, onwards) in [("10.66.0.2:8080", "127.0.0.6"), ("[fd66::2]:8080", "::6")] {
         let to = addr(to);
@@ -91,10 +93,10 @@ fn under_redirect() {
 #[test]
 fn under_tproxy() {
     let tproxy = Tproxy { mark: 1337, table: 133 };
-    let options = Options { tproxy: Some(tproxy), ..Options::injected() };
+    let options = IptablesOptions { tproxy: Some(tproxy), ..IptablesOptions::injected() };
     let proxy = Ids { uid: 0, gid: 1337 };
     let fixture =
-        fixture("relay-tproxy", &options, proxy, Direction::InboundTransparent { mark: tproxy.mark });
+        fixture("relay-tproxy", &options, proxy, RelayDirection::InboundTransparent { mark: tproxy.mark });
     outbound(&fixture);
     for (to, from) in [("10.66.0.2:8080", "198.51.100.9"), ("[fd66::2]:8080", "2001:db8::9")] {
         let (to, from) = (addr(to), from.parse().expect("an address"));

@@ -4,11 +4,11 @@ use std::net::{IpAddr, SocketAddr};
 
 use tests::actor::{Actor, Bind, Listen, Transport};
 use tests::differential::Capture;
-use tests::iptables::{Backend, Cidrs, Dns, Options, Tproxy};
-use tests::steps::{self, Kind, Outcome, Step};
+use tests::iptables::{Backend, IptablesCidrs, IptablesDns, IptablesOptions, Tproxy};
+use tests::steps::{self, SocketKind, Step, StepOutcome};
 use tests::testbed::{Ids, Pod, PodSpec};
 
-use Kind::{Mptcp4, Tcp4, Tcp6, Udp4, Udp6};
+use SocketKind::{Mptcp4, Tcp4, Tcp6, Udp4, Udp6};
 use Step::{
     Ask, AskAt, AskBy, Bind as BindTo, Close, Connect, Disconnect, Name, Open, Peer, Read, ReuseAddress,
     Shutdown, UnicastInterface, Use,
@@ -16,7 +16,7 @@ use Step::{
 
 /// Where the proxy listens.
 #[derive(Clone, Copy)]
-enum Proxy {
+enum ProxyBind {
     Wildcard,
     Localhost,
 }
@@ -29,12 +29,12 @@ struct SocketsFixture {
 }
 
 impl SocketsFixture {
-    fn new(label: &str, proxy: Proxy) -> Self {
+    fn new(label: &str, proxy: ProxyBind) -> Self {
         let pod = Pod::new(PodSpec::new(label).with_eth1()).expect("a pod");
         let inside = Actor::start(&pod).expect("an actor");
         let world = Actor::start(pod.neighbour()).expect("an actor");
         for (any, localhost) in [("0.0.0.0", "127.0.0.1"), ("::", "::1")] {
-            let at = if matches!(proxy, Proxy::Wildcard) { any } else { localhost };
+            let at = if matches!(proxy, ProxyBind::Wildcard) { any } else { localhost };
             for (name, port) in [("outbound", 15001), ("inbound", 15006), ("dns", 15053)] {
                 listen(&inside, name, Transport::Tcp, Ids::PROXY, at, port);
             }
@@ -59,7 +59,13 @@ fn listen(actor: &Actor, name: &str, transport: Transport, ids: Ids, at: &str, p
     actor.listen(Listen { name: name.into(), transport, bind }).expect("a listener");
 }
 
-fn under(capture: &Capture, options: &Options, proxy: Proxy, ids: Ids, steps: &[Step]) -> Vec<Outcome> {
+fn under(
+    capture: &Capture,
+    options: &IptablesOptions,
+    proxy: ProxyBind,
+    ids: Ids,
+    steps: &[Step],
+) -> Vec<StepOutcome> {
     let fixture = SocketsFixture::new("sockets", proxy);
     let captured = capture.start(options, &fixture.pod).expect("captured");
     let outcomes = steps::run(&fixture.pod, ids, steps).expect("run");
@@ -69,7 +75,7 @@ fn under(capture: &Capture, options: &Options, proxy: Proxy, ids: Ids, steps: &[
 }
 
 /// The same, call by call, as under iptables; and what that is, so that two that fail alike are seen.
-fn same(options: &Options, proxy: Proxy, ids: Ids, steps: &[Step], expected: &[&str]) {
+fn same(options: &IptablesOptions, proxy: ProxyBind, ids: Ids, steps: &[Step], expected: &[&str]) {
     let agent = Capture::agent().expect("the agent");
     for capture in [&Capture::Iptables(Backend::Nft), &agent] {
         let outcomes = under(capture, options, proxy, ids, steps);
@@ -79,19 +85,22 @@ fn same(options: &Options, proxy: Proxy, ids: Ids, steps: &[Step], expected: &[&
 }
 
 fn as_iptables(steps: &[Step], expected: &[&str]) {
-    same(&Options::injected(), Proxy::Wildcard, Ids::APP, steps, expected);
+    same(&IptablesOptions::injected(), ProxyBind::Wildcard, Ids::APP, steps, expected);
 }
 
 fn with_dns(steps: &[Step], expected: &[&str]) {
-    same(&dns(), Proxy::Wildcard, Ids::APP, steps, expected);
+    same(&dns(), ProxyBind::Wildcard, Ids::APP, steps, expected);
 }
 
-fn dns() -> Options {
-    Options { dns: Some(Dns { all: true, servers: Vec::new() }), ..Options::injected() }
+fn dns() -> IptablesOptions {
+    IptablesOptions {
+        dns: Some(IptablesDns { all: true, servers: Vec::new() }),
+        ..IptablesOptions::injected()
+    }
 }
 
-fn tproxy() -> Options {
-    Options { tproxy: Some(Tproxy { mark: 1337, table: 133 }), ..Options::injected() }
+fn tproxy() -> IptablesOptions {
+    IptablesOptions { tproxy: Some(Tproxy { mark: 1337, table: 133 }), ..IptablesOptions::injected() }
 }
 
 fn at(text: &str) -> SocketAddr {
@@ -101,9 +110,10 @@ fn at(text: &str) -> SocketAddr {
 /// 0.0.0.0 is the bound source, or 127.0.0.1; `::` is ::1. The kernel says so after the hook has decided.
 #[test]
 fn an_unspecified_destination_is_what_the_kernel_makes_of_it() {
-    for options in [Options::injected(), tproxy()] {
-        let local =
-            |steps: &[Step], expected: &[&str]| same(&options, Proxy::Wildcard, Ids::APP, steps, expected);
+    for options in [IptablesOptions::injected(), tproxy()] {
+        let local = |steps: &[Step], expected: &[&str]| {
+            same(&options, ProxyBind::Wildcard, Ids::APP, steps, expected)
+        };
         local(
             &[Open(Tcp4), Connect(at("0.0.0.0:8080")), Peer, Read],
             &["ok", "ok", "127.0.0.1:8080", "app from 127.0.0.1:*"],
@@ -136,22 +146,23 @@ fn an_unspecified_destination_is_what_the_kernel_makes_of_it() {
 #[test]
 fn an_unspecified_destination_is_decided_by_lists_too() {
     // Captured though it is local, because -q and -i name it.
-    let options = Options {
-        include_cidrs: Cidrs::List(vec![
+    let options = IptablesOptions {
+        include_cidrs: IptablesCidrs::List(vec![
             "127.0.0.0/8".parse().expect("a network"),
             "10.66.0.0/24".parse().expect("a network"),
         ]),
-        ..Options::injected()
+        ..IptablesOptions::injected()
     };
     let steps = [Open(Tcp4), BindTo(at("10.66.0.2:0")), Connect(at("0.0.0.0:8080")), Peer, Read];
     let expected = ["ok", "ok", "ok", "10.66.0.2:8080", "outbound for 10.66.0.2:8080 from 10.66.0.2:*"];
-    same(&options, Proxy::Wildcard, Ids::APP, &steps, &expected);
-    let excluded = Options { exclude_cidrs: vec!["10.66.0.2/32".parse().expect("a network")], ..options };
+    same(&options, ProxyBind::Wildcard, Ids::APP, &steps, &expected);
+    let excluded =
+        IptablesOptions { exclude_cidrs: vec!["10.66.0.2/32".parse().expect("a network")], ..options };
     let expected = ["ok", "ok", "ok", "10.66.0.2:8080", "app from 10.66.0.2:*"];
-    same(&excluded, Proxy::Wildcard, Ids::APP, &steps, &expected);
+    same(&excluded, ProxyBind::Wildcard, Ids::APP, &steps, &expected);
     // The proxy that dials its own pod is sent to the inbound port, whatever it calls the address.
     let expected = ["ok", "ok", "ok", "10.66.0.2:8080", "inbound for 10.66.0.2:8080 from 10.66.0.2:*"];
-    same(&Options::injected(), Proxy::Wildcard, Ids::PROXY, &steps, &expected);
+    same(&IptablesOptions::injected(), ProxyBind::Wildcard, Ids::PROXY, &steps, &expected);
 }
 
 #[test]
@@ -184,7 +195,7 @@ fn a_source_port_serves_for_several_destinations() {
         (Tcp6, "[::]:5555", "[fd96::10]:80", "[fd96::11]:443", "[fd66::2]"),
         (Tcp6, "[fd66::2]:5555", "[fd96::10]:80", "[fd96::11]:443", "[fd66::2]"),
     ] {
-        for proxy in [Proxy::Wildcard, Proxy::Localhost] {
+        for proxy in [ProxyBind::Wildcard, ProxyBind::Localhost] {
             let name = format!("{shown}:5555");
             let read = |to: &str| format!("outbound for {to} from {name}");
             let (one, two) = (read(first), read(second));
@@ -204,7 +215,7 @@ fn a_source_port_serves_for_several_destinations() {
             ];
             let expected = ["ok", "ok", "ok", "ok", &name, &one, "ok", "ok", "ok", "ok", &name, &two];
             let agent = Capture::agent().expect("the agent");
-            assert_eq!(under(&agent, &Options::injected(), proxy, Ids::APP, &steps), expected);
+            assert_eq!(under(&agent, &IptablesOptions::injected(), proxy, Ids::APP, &steps), expected);
         }
     }
 }
@@ -221,7 +232,7 @@ fn every_connect_begins_from_nothing() {
         &["ok", "ok", "ok", "[fd66::1]:7777", "world by [fd66::1]:7777"],
     );
     // Nothing listens there, so that the first connect() fails after the hook.
-    let options = Options { envoy_port: 15009, ..Options::injected() };
+    let options = IptablesOptions { envoy_port: 15009, ..IptablesOptions::injected() };
     for (kind, first, second, own) in [
         (Tcp4, "10.96.0.10:80", "127.0.0.1:8080", "127.0.0.1:*"),
         (Tcp6, "[fd96::10]:80", "[::1]:8080", "[::1]:*"),
@@ -230,7 +241,7 @@ fn every_connect_begins_from_nothing() {
         let read = format!("app from {own}");
         same(
             &options,
-            Proxy::Wildcard,
+            ProxyBind::Wildcard,
             Ids::APP,
             &[Open(kind), Connect(at(first)), Connect(at(second)), Peer, Read],
             &["ok", "ECONNREFUSED", "ok", second, &read],
@@ -258,18 +269,18 @@ fn nothing_of_a_redirect_stays_on_a_socket() {
         &["ok", "ok", "[fd66::2]:*", "ok", "ok", "[::1]:*", "app from [::1]:*"],
     );
     // Another interface gives another source.
-    let options = Options { exclude_interfaces: vec!["eth1".into()], ..Options::injected() };
+    let options = IptablesOptions { exclude_interfaces: vec!["eth1".into()], ..IptablesOptions::injected() };
     same(
         &options,
-        Proxy::Wildcard,
+        ProxyBind::Wildcard,
         Ids::APP,
         &[Open(Tcp4), Connect(at("10.96.0.10:80")), Disconnect, Connect(at("172.20.0.5:80")), Name, Read],
         &["ok", "ok", "ok", "ok", "10.67.0.2:*", "world from 10.67.0.2:*"],
     );
-    let refused = Options { envoy_port: 15009, ..options };
+    let refused = IptablesOptions { envoy_port: 15009, ..options };
     same(
         &refused,
-        Proxy::Wildcard,
+        ProxyBind::Wildcard,
         Ids::APP,
         &[Open(Tcp4), Connect(at("10.96.0.10:80")), Connect(at("172.20.0.5:80")), Name, Read],
         &["ok", "ECONNREFUSED", "ok", "10.67.0.2:*", "world from 10.67.0.2:*"],
@@ -278,9 +289,9 @@ fn nothing_of_a_redirect_stays_on_a_socket() {
 
 #[test]
 fn a_datagram_socket_is_free_once_it_is_disconnected() {
-    let options = Options { exclude_interfaces: vec!["eth1".into()], ..dns() };
+    let options = IptablesOptions { exclude_interfaces: vec!["eth1".into()], ..dns() };
     let check =
-        |steps: &[Step], expected: &[&str]| same(&options, Proxy::Wildcard, Ids::APP, steps, expected);
+        |steps: &[Step], expected: &[&str]| same(&options, ProxyBind::Wildcard, Ids::APP, steps, expected);
     // To a server that is not captured, over another interface, and from there back.
     check(
         &[
@@ -401,12 +412,12 @@ fn clients_of_mptcp_are_told_right() {
 /// agent has no connection go around the proxy.
 #[test]
 fn a_route_that_leaves_by_an_excluded_interface_too_is_captured() {
-    let fixture = SocketsFixture::new("ecmp", Proxy::Wildcard);
+    let fixture = SocketsFixture::new("ecmp", ProxyBind::Wildcard);
     let add = "ip route add 198.18.0.0/16 nexthop via 10.66.0.1 dev eth0 nexthop via 10.67.0.1 dev eth1 && \
                ip route add 198.19.0.0/16 nexthop via 10.67.0.1 dev eth1 nexthop via 10.67.0.7 dev eth1";
     let status = fixture.pod.command("sh").expect("a command").args(["-c", add]).status().expect("sh");
     assert!(status.success());
-    let options = Options { exclude_interfaces: vec!["eth1".into()], ..Options::injected() };
+    let options = IptablesOptions { exclude_interfaces: vec!["eth1".into()], ..IptablesOptions::injected() };
     let agent = Capture::agent().expect("the agent");
     let captured = agent.start(&options, &fixture.pod).expect("captured");
     let dial = |to: String| {
@@ -427,11 +438,11 @@ fn a_route_that_leaves_by_an_excluded_interface_too_is_captured() {
 fn of_several_ipv6_addresses_the_closest_is_the_source() {
     let agent = Capture::agent().expect("the agent");
     for capture in [&Capture::Iptables(Backend::Nft), &agent] {
-        let fixture = SocketsFixture::new("rfc6724", Proxy::Wildcard);
+        let fixture = SocketsFixture::new("rfc6724", ProxyBind::Wildcard);
         for own in ["2001:db8:a::2/64", "2001:db8:b::2/64", "2001:db8:b:8000::2/64"] {
             fixture.pod.netns.add_address("eth0", own.parse().expect("an address")).expect("added");
         }
-        let captured = capture.start(&Options::injected(), &fixture.pod).expect("captured");
+        let captured = capture.start(&IptablesOptions::injected(), &fixture.pod).expect("captured");
         for (to, own) in [
             ("2001:db8:a:1::9", "2001:db8:a::2"),
             ("2001:db8:b:1::9", "2001:db8:b::2"),
@@ -450,11 +461,11 @@ fn of_several_ipv6_addresses_the_closest_is_the_source() {
 /// its destination.
 #[test]
 fn the_source_of_a_link_local_destination_is_on_its_link() {
-    let fixture = SocketsFixture::new("link-local", Proxy::Wildcard);
+    let fixture = SocketsFixture::new("link-local", ProxyBind::Wildcard);
     let index = fixture.pod.netns.link_index("eth0").expect("an index");
     let to = std::net::SocketAddrV6::new("fe80::1234".parse().expect("an address"), 80, 0, index);
     let agent = Capture::agent().expect("the agent");
-    let captured = agent.start(&Options::injected(), &fixture.pod).expect("captured");
+    let captured = agent.start(&IptablesOptions::injected(), &fixture.pod).expect("captured");
     let steps = [Open(Tcp6), Connect(to.into()), Name, Peer, Read];
     let outcomes = steps::run(&fixture.pod, Ids::APP, &steps).expect("run");
     assert!(outcomes[2].starts_with("[fe80::"), "{outcomes:?}");

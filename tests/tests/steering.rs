@@ -13,7 +13,7 @@ use aya::{
 use intercept_agent::sys::Plain;
 use intercept_common::{layout::LookupScratch, names};
 use tests::{
-    actor::{Actor, Bind, Dial, Listen, Outcome, Transport},
+    actor::{Actor, Bind, Dial, DialOutcome, Listen, Transport},
     agent::Agent,
     bpf,
     testbed::{Ids, Pod, PodSpec},
@@ -38,7 +38,7 @@ fn answer(pod: &Pod, world: &Actor) -> String {
         .expect("dialled")
         .outcome
     {
-        Outcome::Answered(answer) => answer.server,
+        DialOutcome::Answered(answer) => answer.server,
         other => format!("{other:?}"),
     }
 }

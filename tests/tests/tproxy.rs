@@ -3,11 +3,11 @@
 
 use std::net::SocketAddr;
 
-use tests::actor::{Actor, Bind, Dial, Listen, Outcome, Transport};
+use tests::actor::{Actor, Bind, Dial, DialOutcome, Listen, Transport};
 use tests::agent::Agent;
 use tests::agent::succeed;
 use tests::envoy;
-use tests::iptables::{Backend, Options, Tproxy, apply};
+use tests::iptables::{Backend, IptablesOptions, Tproxy, apply};
 use tests::testbed::{Ids, Pod, PodSpec, Sandbox};
 
 const FLAGS: [&str; 14] =
@@ -34,7 +34,7 @@ fn client_is_kept(label: &str, capture: impl FnOnce(&Pod)) -> Pod {
         for _ in 0..20 {
             let seen =
                 world.dial(Dial { from: from.parse().ok(), ..Dial::new(Ids::ROOT, to) }).expect("dialled");
-            let Outcome::Answered(answer) = &seen.outcome else { panic!("{to}: {:?}", seen.outcome) };
+            let DialOutcome::Answered(answer) = &seen.outcome else { panic!("{to}: {:?}", seen.outcome) };
             assert_eq!((answer.server.as_str(), answer.local), ("app", to));
             assert_eq!(answer.peer.ip().to_string(), from, "the application does not see the client itself");
             assert_ne!(Some(answer.peer), seen.sockname, "not by way of Envoy, which has a port of its own");
@@ -44,7 +44,7 @@ fn client_is_kept(label: &str, capture: impl FnOnce(&Pod)) -> Pod {
     // Without the proxy nothing gets around it. The agent refuses; TPROXY without a listener is silent.
     let seen =
         world.dial(Dial::new(Ids::ROOT, "10.66.0.2:8080".parse().expect("an address"))).expect("dialled");
-    assert!(!matches!(seen.outcome, Outcome::Answered(_)), "{:?}", seen.outcome);
+    assert!(!matches!(seen.outcome, DialOutcome::Answered(_)), "{:?}", seen.outcome);
     pod
 }
 
@@ -70,7 +70,8 @@ fn the_client_is_kept_under_the_agent() {
 
 #[test]
 fn the_client_is_kept_under_iptables() {
-    let options = Options { tproxy: Some(Tproxy { mark: 1337, table: 133 }), ..Options::injected() };
+    let options =
+        IptablesOptions { tproxy: Some(Tproxy { mark: 1337, table: 133 }), ..IptablesOptions::injected() };
     client_is_kept("tproxy-nft", |pod| {
         apply(&options, pod, Backend::Nft).expect("rules");
     });

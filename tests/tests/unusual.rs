@@ -2,7 +2,7 @@
 //! agent. What the agent does not capture is in README, section Limits.
 
 use tests::differential::Capture;
-use tests::iptables::{Backend, Dns, Options};
+use tests::iptables::{Backend, IptablesDns, IptablesOptions};
 use tests::testbed::Ids;
 use tests::unusual::fixture::{Made, under};
 use tests::unusual::{Method, UnusualOutcome, UnusualSocket};
@@ -16,7 +16,7 @@ fn unusual(method: Method, to: &str) -> UnusualSocket {
 }
 
 fn by(capture: &Capture, unusual: &UnusualSocket, made: Made) -> UnusualOutcome {
-    under(capture, &Options::injected(), unusual, made).expect("slipped")
+    under(capture, &IptablesOptions::injected(), unusual, made).expect("slipped")
 }
 
 /// Captured as by iptables, and the client sees whom it dialled.
@@ -80,8 +80,8 @@ fn a_socket_bound_to_a_device_reaches_nobody() {
 fn a_raw_socket_is_not_captured() {
     let source = "10.66.0.2".parse().expect("an address");
     let unusual = unusual(Method::Raw(source), "10.96.0.10:53");
-    let dns = Some(Dns { all: true, servers: Vec::new() });
-    let options = Options { dns, ..Options::injected() };
+    let dns = Some(IptablesDns { all: true, servers: Vec::new() });
+    let options = IptablesOptions { dns, ..IptablesOptions::injected() };
     let by = |capture| under(&capture, &options, &unusual, Made::After).expect("slipped");
     assert_eq!(by(IPTABLES).server(), "dns");
     assert_eq!(by(Capture::agent().expect("the agent")).server(), "world");

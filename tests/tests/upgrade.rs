@@ -11,7 +11,7 @@ use std::{
 
 use intercept_agent::sys;
 use tests::{
-    actor::{Actor, Bind, Dial, Listen, Outcome, Transport},
+    actor::{Actor, Bind, Dial, DialOutcome, Listen, Transport},
     agent::Agent,
     testbed::{Ids, Pod, PodSpec},
 };
@@ -56,7 +56,7 @@ fn programs_are_replaced_without_a_gap() {
             while !stop.load(Ordering::Relaxed) {
                 for (actor, dial, proxy) in [(&inside, &out, "outbound"), (&world, &back, "inbound")] {
                     match actor.dial(dial.clone()).expect("dialled").outcome {
-                        Outcome::Answered(answer) => assert_eq!(answer.server, proxy),
+                        DialOutcome::Answered(answer) => assert_eq!(answer.server, proxy),
                         other => panic!("{proxy}, after {}: {other:?}", dialled.load(Ordering::Relaxed)),
                     }
                     dialled.fetch_add(1, Ordering::Relaxed);

@@ -4,11 +4,11 @@ use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
 use nix::sys::socket::{getsockopt, sockopt};
-use tests::actor::{Actor, Bind, Dial, Dialled, Listen, OriginalDst, Outcome, Stage, Transport};
+use tests::actor::{Actor, Bind, Dial, DialOutcome, Dialled, FlowStage, Listen, OriginalDst, Transport};
 use tests::agent::Agent;
 use tests::agent::succeed;
-use tests::iptables::{Backend, Cidrs, Options, apply};
-use tests::testbed::netlink::{Route, TABLE_LOCAL};
+use tests::iptables::{Backend, IptablesCidrs, IptablesOptions, apply};
+use tests::testbed::netlink::{RouteSpec, TABLE_LOCAL};
 use tests::testbed::{Ids, Pod, PodSpec, Sandbox};
 
 /// What guests dial: in -i, and not.
@@ -29,7 +29,7 @@ fn pod(label: &str) -> (Pod, Actor, Actor) {
     for (to, via) in by_eth1 {
         let (to, via) = (to.parse().expect("a net"), via.parse().ok());
         // In the local table, where this world says that everything is its own.
-        let route = Route { to, via, dev: Some("pod0-1"), table: TABLE_LOCAL, local: false };
+        let route = RouteSpec { to, via, dev: Some("pod0-1"), table: TABLE_LOCAL, local: false };
         pod.neighbour().netns.add_route(route).expect("a route");
     }
     let (inside, world) =
@@ -51,7 +51,7 @@ fn dial(world: &Actor, to: &str, from: &str) -> Dialled {
 }
 
 fn arrives_at_the_proxy(seen: &Dialled, to: &str, from: &str) {
-    let Outcome::Answered(answer) = &seen.outcome else { panic!("{to}: {:?}", seen.outcome) };
+    let DialOutcome::Answered(answer) = &seen.outcome else { panic!("{to}: {:?}", seen.outcome) };
     assert_eq!(answer.server, "outbound");
     assert_eq!(answer.original_dst, Some(OriginalDst::Addr(to.parse().expect("an address"))));
     assert_eq!(answer.peer.ip().to_string(), from);
@@ -69,7 +69,7 @@ fn guests_are_captured(world: &Actor) {
     }
     for (to, from) in OTHER.into_iter().zip(FROM) {
         let seen = dial(world, to, from);
-        assert!(!matches!(seen.outcome, Outcome::Answered(_)), "{to}: {:?}", seen.outcome);
+        assert!(!matches!(seen.outcome, DialOutcome::Answered(_)), "{to}: {:?}", seen.outcome);
     }
 }
 
@@ -89,10 +89,10 @@ fn guests_are_captured_under_the_agent() {
 fn guests_are_captured_under_iptables() {
     let (pod, inside, world) = pod("virt-nft");
     let include = ["203.0.113.0/24", "2001:db8:9::/48"].map(|net| net.parse().expect("a net"));
-    let options = Options {
+    let options = IptablesOptions {
         virtual_interfaces: vec!["eth1".into()],
-        include_cidrs: Cidrs::List(include.into()),
-        ..Options::default()
+        include_cidrs: IptablesCidrs::List(include.into()),
+        ..IptablesOptions::default()
     };
     apply(&options, &pod, Backend::Nft).expect("rules");
     listen(&inside);
@@ -109,7 +109,7 @@ fn a_later_listener_serves_guests_once_attached_again() {
     listen(&inside);
     arrives_at_the_proxy(&dial(&world, CAPTURED[1], FROM[1]), CAPTURED[1], FROM[1]);
     let seen = dial(&world, CAPTURED[0], FROM[0]);
-    assert_eq!(seen.outcome, Outcome::TimedOut(Stage::Connect));
+    assert_eq!(seen.outcome, DialOutcome::TimedOut(FlowStage::Connect));
     assert!(agent.attach(&pod, &FLAGS).expect("attached").starts_with("unchanged"));
     guests_are_captured(&world);
 }
@@ -162,6 +162,6 @@ fn the_pods_own_connections_still_leave() {
     agent.attach(&pod, &["-u", "1337", "-k", "eth1", "-i", "203.0.115.0/24", "-b", ""]).expect("attached");
     let to = "203.0.115.7:80".parse().expect("an address");
     let seen = inside.dial(Dial::new(Ids::PROXY, to)).expect("dialled");
-    let Outcome::Answered(answer) = &seen.outcome else { panic!("{:?}", seen.outcome) };
+    let DialOutcome::Answered(answer) = &seen.outcome else { panic!("{:?}", seen.outcome) };
     assert_eq!((answer.server.as_str(), answer.local), ("world", to));
 }

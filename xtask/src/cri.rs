@@ -6,8 +6,8 @@ use std::{fs, path::Path};
 use anyhow::{Context, Result};
 
 use crate::{
-    architecture::Architecture, debian::Lists, image, manifests, parts, run, setup, setup::Group, test,
-    workspace,
+    architecture::Architecture, debian::PackageLists, image, manifests, parts, run, setup, setup::Group,
+    test, workspace,
 };
 
 /// Debian's packages of what runs pods; their libraries (libc6, libseccomp2) are on every system with systemd.
@@ -39,7 +39,7 @@ fn fetch(folder: &Path) -> Result<()> {
     let unpacked = folder.with_extension("part");
     drop(fs::remove_dir_all(&unpacked));
     fs::create_dir_all(&unpacked).with_context(|| format!("making {}", unpacked.display()))?;
-    let lists = Lists::default();
+    let lists = PackageLists::default();
     // Without lists of packages, or with old ones, it finds none.
     if lists.unpack(&PACKAGES, &unpacked).is_err() {
         run::quietly("updating the lists of packages", &mut setup::apt("update"))?;

@@ -10,7 +10,7 @@ use std::{
 
 use anyhow::{Context as _, Result};
 
-use crate::{architecture::Architecture, debian::Lists, run, workspace};
+use crate::{architecture::Architecture, debian::PackageLists, run, workspace};
 
 /// Debian's compiler, which finds the standard library of another architecture when it is told where.
 const DEBIAN_RUSTC: &str = "/usr/bin/rustc";
@@ -93,7 +93,7 @@ fn try_library(architecture: Architecture, folder: &Path) -> Result<()> {
 fn fetch(architecture: Architecture, folder: &Path) -> Result<()> {
     let heading = format!("reading which packages Debian has for {}", architecture.as_str());
     let apt = workspace::cache()?.join(format!("apt-{}", architecture.as_str()));
-    let lists = Lists::of_machine(&apt, architecture, &heading)?;
+    let lists = PackageLists::of_machine(&apt, architecture, &heading)?;
     let unpacked = folder.with_extension("part");
     drop(fs::remove_dir_all(&unpacked));
     fs::create_dir_all(&unpacked).with_context(|| format!("making {}", unpacked.display()))?;

@@ -12,11 +12,11 @@ use crate::{architecture::Architecture, run};
 
 /// Where lists of packages are: the machine's, or our own beside them.
 #[derive(Default)]
-pub(crate) struct Lists {
+pub(crate) struct PackageLists {
     options: Vec<String>,
 }
 
-impl Lists {
+impl PackageLists {
     /// Our own in this folder, which know these sources of the archive that this machine gets Debian from:
     /// "deb bookworm main".
     pub(crate) fn own(

@@ -11,14 +11,14 @@ use crate::{run, setup, setup::Group, workspace};
 pub(crate) struct Arguments {
     /// What to fuzz; without any, everything
     #[arg(value_enum)]
-    targets: Vec<Target>,
+    targets: Vec<FuzzTarget>,
     /// For how long each
     #[arg(long, default_value_t = 60)]
     seconds: u32,
 }
 
 #[derive(Clone, Copy, ValueEnum)]
-enum Target {
+enum FuzzTarget {
     /// The option parser
     Options,
     /// `decide` beside the walk of istio-iptables' rules
@@ -52,7 +52,8 @@ pub(crate) fn fuzz(arguments: &Arguments) -> Result<()> {
             .env("CARGO_PROFILE_RELEASE_DEBUG", "false")
             .env("RUSTFLAGS", INSTRUMENTED.join(" ")),
     )?;
-    let targets = if arguments.targets.is_empty() { Target::value_variants() } else { &arguments.targets };
+    let targets =
+        if arguments.targets.is_empty() { FuzzTarget::value_variants() } else { &arguments.targets };
     let (folder, seconds) = (&folder, arguments.seconds);
     // Side by side: each has one thread.
     thread::scope(|scope| {
@@ -67,10 +68,10 @@ pub(crate) fn fuzz(arguments: &Arguments) -> Result<()> {
     })
 }
 
-fn perform(target: Target, folder: &Path, seconds: u32) -> Result<()> {
+fn perform(target: FuzzTarget, folder: &Path, seconds: u32) -> Result<()> {
     let (name, dictionary) = match target {
-        Target::Options => ("fuzz-options", Some("tests/fuzz/options.dict")),
-        Target::Decide => ("fuzz-decide", None),
+        FuzzTarget::Options => ("fuzz-options", Some("tests/fuzz/options.dict")),
+        FuzzTarget::Decide => ("fuzz-decide", None),
     };
     let (corpus, findings) = (folder.join("corpus").join(name), folder.join("findings").join(name));
     for folder in [&corpus, &findings] {

@@ -10,7 +10,9 @@ use std::{
 
 use anyhow::{Context, Result};
 
-use crate::{architecture::Architecture, debian::Lists, parts, run, setup, setup::Group, test, workspace};
+use crate::{
+    architecture::Architecture, debian::PackageLists, parts, run, setup, setup::Group, test, workspace,
+};
 
 /// The release of Debian that has the source, vendored, and compilers that know it.
 const SOURCES: [&str; 2] = ["deb bookworm main", "deb-src bookworm main"];
@@ -52,8 +54,12 @@ fn build(scratch: &Path, folder: &Path) -> Result<()> {
     for made in [&root, &kept] {
         fs::create_dir_all(made).with_context(|| format!("making {}", made.display()))?;
     }
-    let lists =
-        Lists::own(&scratch.join("apt"), &SOURCES, Architecture::HOST, "reading which packages Debian has")?;
+    let lists = PackageLists::own(
+        &scratch.join("apt"),
+        &SOURCES,
+        Architecture::HOST,
+        "reading which packages Debian has",
+    )?;
     lists.unpack(&PACKAGES, &root)?;
     let go = Go { root: root.join(GO_ROOT), scratch: scratch.to_owned() };
     lists.unpack_source(SOURCE, &go.source())?;

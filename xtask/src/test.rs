@@ -23,15 +23,15 @@ pub(crate) struct Arguments {
 
 /// Steps that were performed, and the tests in them.
 #[derive(Default)]
-struct Report {
+struct TestReport {
     lines: Vec<String>,
     failed: bool,
-    tests: Tally,
+    tests: TestTally,
 }
 
 /// How many tests passed and failed.
 #[derive(Default, Clone, Copy, PartialEq, Eq, Debug)]
-struct Tally {
+struct TestTally {
     passed: u32,
     failed: u32,
 }
@@ -42,7 +42,7 @@ pub(crate) fn test(arguments: &Arguments) -> Result<()> {
     let agent = build::agent()?;
     let before = sweep::present();
 
-    let mut report = Report::default();
+    let mut report = TestReport::default();
     if arguments.filter.is_none() && arguments.file.is_none() {
         report.step("formatting", |_| run::shown(run::cargo("fmt").args(["--all", "--check"])));
         report.step("structure", |_| tidy::tidy());
@@ -79,9 +79,9 @@ pub(crate) fn needing(file: &str, parts: &[(&str, &Path)]) -> Result<()> {
     left
 }
 
-impl Report {
+impl TestReport {
     /// Performs a step; its failure does not keep later ones from being tried.
-    fn step(&mut self, name: &str, step: impl FnOnce(&mut Tally) -> Result<()>) {
+    fn step(&mut self, name: &str, step: impl FnOnce(&mut TestTally) -> Result<()>) {
         eprintln!("== {name}");
         let start = Instant::now();
         let result = step(&mut self.tests);
@@ -110,7 +110,7 @@ fn cargo_test(
     arguments: &Arguments,
     selection: &[&str],
     options: &[&str],
-    tally: &mut Tally,
+    tally: &mut TestTally,
 ) -> Result<()> {
     let mut cargo = run::cargo("test");
     cargo.arg("--no-fail-fast").args(selection).args(&arguments.filter).arg("--").args(options);
@@ -119,7 +119,7 @@ fn cargo_test(
     for line in BufReader::new(child.stdout.take().context("cargo test has no output")?).lines() {
         let line = line.context("reading what cargo test prints")?;
         println!("{line}");
-        if let Some(more) = Tally::read(&line) {
+        if let Some(more) = TestTally::read(&line) {
             tally.passed += more.passed;
             tally.failed += more.failed;
         }
@@ -129,7 +129,7 @@ fn cargo_test(
     Ok(())
 }
 
-impl Tally {
+impl TestTally {
     /// From "test result: ok. 3 passed; 0 failed; ...".
     fn read(line: &str) -> Option<Self> {
         let (_, counts) = line.strip_prefix("test result: ")?.split_once(". ")?;
@@ -148,7 +148,7 @@ mod tests {
     #[test]
     fn counts_are_read_from_the_closing_line() {
         let line = "test result: FAILED. 12 passed; 3 failed; 1 ignored; 0 measured; 2 filtered out; finished in 0.10s";
-        assert_eq!(Tally::read(line), Some(Tally { passed: 12, failed: 3 }));
-        assert_eq!(Tally::read("test passes ... ok"), None);
+        assert_eq!(TestTally::read(line), Some(TestTally { passed: 12, failed: 3 }));
+        assert_eq!(TestTally::read("test passes ... ok"), None);
     }
 }

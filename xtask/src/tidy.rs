@@ -13,6 +13,7 @@ use crate::{docs, run, workspace};
 
 mod documents;
 mod inventory;
+mod names;
 mod reference;
 mod sources;
 
@@ -25,6 +26,7 @@ pub(crate) fn tidy() -> Result<()> {
         sources::nothing_is_allowed(&tree),
         sources::unsafe_is_where_it_may_be(&tree),
         sources::kernel_names_are_short(&tree),
+        names::types_have_names_of_their_own(&tree),
         documents::architecture_is_true(&tree),
         documents::readme_opens_with_two_commands(&tree),
         documents::links_lead_somewhere(&tree),

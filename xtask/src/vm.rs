@@ -19,7 +19,7 @@ mod table;
 
 use initramfs::Initramfs;
 use kernel::{Kernel, Kernels, Wish};
-use machine::Step;
+use machine::VmStep;
 
 /// What the demo and the agent need that is not built into Debian's kernels: links between namespaces, and
 /// listing sockets.
@@ -76,7 +76,7 @@ pub(crate) fn vm(arguments: &Arguments) -> Result<()> {
         let start = Instant::now();
         let ran = kernel.and_then(|kernel| Ok((boot(&kernel, programs.as_deref(), arguments)?, kernel)));
         let judged = ran.and_then(|(steps, kernel)| {
-            rows.push(table::Row::of(&kernel, &steps));
+            rows.push(table::KernelRow::of(&kernel, &steps));
             judge(&kernel, &steps)
         });
         match judged {
@@ -118,7 +118,7 @@ fn kernels(arguments: &Arguments) -> Result<Vec<(&Wish, Result<Kernel>)>> {
     Ok(found)
 }
 
-fn boot(kernel: &Kernel, programs: Option<&Path>, arguments: &Arguments) -> Result<Vec<Step>> {
+fn boot(kernel: &Kernel, programs: Option<&Path>, arguments: &Arguments) -> Result<Vec<VmStep>> {
     let folder = workspace::target().join("vm");
     fs::create_dir_all(&folder).with_context(|| format!("making {}", folder.display()))?;
     let mut initramfs = Initramfs::new(kernel, &MODULES)?;
@@ -153,7 +153,7 @@ fn script(has_programs: bool, options: &[String]) -> String {
 }
 
 /// Whether all went as it must, in a few words.
-fn judge(kernel: &Kernel, steps: &[Step]) -> Result<String> {
+fn judge(kernel: &Kernel, steps: &[VmStep]) -> Result<String> {
     let too_old = TOO_OLD.contains(&kernel.series.to_string().as_str());
     let unmet: Vec<&str> = steps
         .iter()

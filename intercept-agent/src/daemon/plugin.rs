@@ -213,12 +213,12 @@ mod tests {
 
     const PRIMARY: &str = r#"{"cniVersion": "1.0.0", "name": "net", "plugins": [{"type": "bridge"}]}"#;
 
-    struct Node {
+    struct PluginFixture {
         dir: tempfile::TempDir,
         handle: InstallerHandle,
     }
 
-    impl Node {
+    impl PluginFixture {
         fn start() -> (Self, tokio::task::JoinHandle<()>) {
             let dir = tempfile::tempdir().expect("a folder");
             let folders =
@@ -266,7 +266,7 @@ mod tests {
     #[test]
     fn it_is_put_back_within_a_second_until_it_is_stopped() {
         block_on(async {
-            let (node, task) = Node::start();
+            let (node, task) = PluginFixture::start();
             let mut state = node.handle.state.clone();
             state.wait_for(|state| matches!(state, PluginState::Missing(_))).await.expect("running");
             let problem = node.handle.state().problem().expect("a problem");
@@ -279,11 +279,11 @@ mod tests {
             // A network plugin that restarts twice.
             for _ in 0..2 {
                 node.write(PRIMARY);
-                node.within_a_second("the list", Node::is_in_list).await;
+                node.within_a_second("the list", PluginFixture::is_in_list).await;
             }
             let binary = node.dir.path().join("bin").join(PLUGIN);
             fs::write(&binary, "another").expect("replaced");
-            let is_whole = |_: &Node| {
+            let is_whole = |_: &PluginFixture| {
                 let is_executable = |found: fs::Metadata| found.permissions().mode() & 0o111 != 0;
                 fs::metadata(&binary).is_ok_and(is_executable)
                     && fs::read(&binary).is_ok_and(|content| content == b"the agent")
@@ -293,7 +293,7 @@ mod tests {
             node.within_a_second("the binary", is_whole).await;
 
             node.write("{ broken");
-            let is_missing = |node: &Node| matches!(node.handle.state(), PluginState::Missing(_));
+            let is_missing = |node: &PluginFixture| matches!(node.handle.state(), PluginState::Missing(_));
             node.within_a_second("it is told", is_missing).await;
             let problem = node.handle.state().problem().expect("a problem");
             assert!(
@@ -301,7 +301,7 @@ mod tests {
                 "{problem}"
             );
             node.write(PRIMARY);
-            node.within_a_second("the list", Node::is_in_list).await;
+            node.within_a_second("the list", PluginFixture::is_in_list).await;
 
             node.handle.stop().await;
             node.handle.stop().await;
@@ -315,7 +315,7 @@ mod tests {
     #[test]
     fn what_others_append_is_not_fought_over() {
         block_on(async {
-            let (node, task) = Node::start();
+            let (node, task) = PluginFixture::start();
             fs::create_dir_all(node.list().parent().expect("a folder")).expect("created");
             node.write(PRIMARY);
             let mut state = node.handle.state.clone();

@@ -8,18 +8,18 @@ use intercept_agent::options::{Config, NameSource, Note, OptionError, RawOptions
 
 #[derive(Debug, Parser)]
 #[command(name = "istio-iptables")]
-pub(crate) struct Cli {
+pub(crate) struct CaptureCli {
     #[command(flatten)]
     pub(crate) raw: RawOptions,
 }
 
 /// A pod with users, groups and a resolv.conf of its own.
-pub(crate) struct Pod {
+pub(crate) struct NamesOfPod {
     pub(crate) users: Vec<(&'static str, u32)>,
     pub(crate) resolv_conf: Option<&'static str>,
 }
 
-impl Default for Pod {
+impl Default for NamesOfPod {
     fn default() -> Self {
         Self {
             users: vec![("istio-proxy", 1400), ("app", 1000)],
@@ -28,7 +28,7 @@ impl Default for Pod {
     }
 }
 
-impl NameSource for Pod {
+impl NameSource for NamesOfPod {
     fn user(&self, name: &str) -> io::Result<Option<u32>> {
         if name == "unreadable" {
             return Err(io::Error::from(io::ErrorKind::PermissionDenied));
@@ -46,20 +46,20 @@ impl NameSource for Pod {
     }
 }
 
-pub(crate) type Outcome = Result<(Config, RunOptions, Vec<Note>), OptionError>;
+pub(crate) type ValidationOutcome = Result<(Config, RunOptions, Vec<Note>), OptionError>;
 
 pub(crate) fn raw(args: &[&str], env: &[(&str, &str)]) -> Result<RawOptions, clap::Error> {
     let env: HashMap<&str, &str> = env.iter().copied().collect();
-    let cli = Cli::try_parse_from(std::iter::once(&"istio-iptables").chain(args))?;
+    let cli = CaptureCli::try_parse_from(std::iter::once(&"istio-iptables").chain(args))?;
     Ok(cli.raw.read_env(|name| env.get(name).map(|value| (*value).to_owned())))
 }
 
-pub(crate) fn outcome(args: &[&str], env: &[(&str, &str)], pod: &Pod) -> Outcome {
+pub(crate) fn outcome(args: &[&str], env: &[(&str, &str)], pod: &NamesOfPod) -> ValidationOutcome {
     raw(args, env).unwrap_or_else(|error| panic!("{args:?}: {error}")).validate(pod)
 }
 
 pub(crate) fn valid(args: &[&str], env: &[(&str, &str)]) -> (Config, RunOptions, Vec<String>) {
-    let (config, switches, notes) =
-        outcome(args, env, &Pod::default()).unwrap_or_else(|error| panic!("{args:?} {env:?}: {error}"));
+    let (config, switches, notes) = outcome(args, env, &NamesOfPod::default())
+        .unwrap_or_else(|error| panic!("{args:?} {env:?}: {error}"));
     (config, switches, notes.iter().map(Note::to_string).collect())
 }

@@ -2,7 +2,7 @@
 
 use intercept_agent::options::OptionError;
 
-use crate::pod::{Pod, outcome};
+use crate::pod::{NamesOfPod, outcome};
 
 type Variables<'a> = &'a [(&'a str, &'a str)];
 
@@ -69,7 +69,7 @@ fn refusals() {
     ];
     for (flag, value, at_fault, way_out) in by_flag {
         let error =
-            outcome(&[&format!("{flag}={value}")], &[], &Pod::default()).expect_err(value).to_string();
+            outcome(&[&format!("{flag}={value}")], &[], &NamesOfPod::default()).expect_err(value).to_string();
         for part in [flag, at_fault, way_out] {
             assert!(error.contains(part), "{flag}={value}: no `{part}` in: {error}");
         }
@@ -98,18 +98,18 @@ fn refusals() {
         ),
     ];
     for (env, at_fault, way_out) in by_variable {
-        let error = outcome(&[], env, &Pod::default()).expect_err(at_fault).to_string();
+        let error = outcome(&[], env, &NamesOfPod::default()).expect_err(at_fault).to_string();
         for part in [at_fault, way_out] {
             assert!(error.contains(part), "{env:?}: no `{part}` in: {error}");
         }
     }
-    let no_file = Pod { resolv_conf: None, ..Pod::default() };
+    let no_file = NamesOfPod { resolv_conf: None, ..NamesOfPod::default() };
     let error = outcome(&["--redirect-dns"], &[], &no_file).expect_err("no resolv.conf").to_string();
     assert!(error.starts_with("--resolv-conf: `/etc/resolv.conf` cannot be read"), "{error}");
     let servers = |count: usize| -> &'static str {
         (0..count).map(|n| format!("nameserver 10.0.0.{n}\n")).collect::<String>().leak()
     };
-    let listing = |count| Pod { resolv_conf: Some(servers(count)), ..Pod::default() };
+    let listing = |count| NamesOfPod { resolv_conf: Some(servers(count)), ..NamesOfPod::default() };
     outcome(&["--redirect-dns"], &[], &listing(64)).expect("as many as there is room for");
     let error = outcome(&["--redirect-dns"], &[], &listing(65)).expect_err("too many").to_string();
     assert!(error.contains("lists 65 servers, and there is room for 64"), "{error}");
@@ -120,7 +120,7 @@ fn refusals() {
 #[test]
 fn of_several_options_at_fault_the_first_of_the_help_is_named() {
     for args in [["-p", "0", "-i", "x"], ["-i", "x", "-p", "0"]] {
-        let error = outcome(&args, &[], &Pod::default()).expect_err("both are at fault").to_string();
+        let error = outcome(&args, &[], &NamesOfPod::default()).expect_err("both are at fault").to_string();
         assert!(error.starts_with("-p/--envoy-port: "), "{error}");
     }
 }

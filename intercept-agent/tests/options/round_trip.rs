@@ -14,7 +14,7 @@ use proptest::collection::{btree_set, vec};
 use proptest::option;
 use proptest::prelude::*;
 
-use crate::pod::Cli;
+use crate::pod::CaptureCli;
 
 /// A pod without names, but with the servers of a policy.
 struct Servers(Dns);
@@ -142,7 +142,7 @@ prop_compose! {
 fn parse_back(config: &Config) -> Config {
     let env: HashMap<_, _> = config.to_env().into_iter().collect();
     let args = config.to_args();
-    let cli = Cli::try_parse_from(std::iter::once("x".to_owned()).chain(args.clone())).expect("flags");
+    let cli = CaptureCli::try_parse_from(std::iter::once("x".to_owned()).chain(args.clone())).expect("flags");
     let raw = cli.raw.read_env(|name| env.get(name).cloned());
     let (parsed, _, notes) = raw
         .validate(&Servers(config.dns.clone()))

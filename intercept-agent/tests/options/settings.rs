@@ -5,7 +5,7 @@ use intercept_agent::options::{
     Cidrs, Config, Dns, InboundMode, InboundPorts, Note, OwnerGroups, Ports, RunOptions,
 };
 
-use crate::pod::{Cli, Pod, outcome, raw, valid};
+use crate::pod::{CaptureCli, NamesOfPod, outcome, raw, valid};
 
 /// What no options mean in the pod above.
 fn base() -> Config {
@@ -30,7 +30,7 @@ fn no_options() {
     assert_eq!(config, base());
     assert_eq!(switches, RunOptions::default());
     assert_eq!(notes, [] as [&str; 0]);
-    let nobody = Pod { users: Vec::new(), resolv_conf: None };
+    let nobody = NamesOfPod { users: Vec::new(), resolv_conf: None };
     assert_eq!(outcome(&[], &[], &nobody).expect("valid").0, Config::default(), "1337 without such a user");
 }
 
@@ -142,7 +142,7 @@ fn every_setting_by_flag_and_variable() {
         if !short.is_empty() {
             assert_eq!(valid(&[&format!("{short}={value}")], &[]), expected, "{short}={value}");
         }
-        let is_switch = Cli::command()
+        let is_switch = CaptureCli::command()
             .get_arguments()
             .find(|arg| arg.get_long() == long.strip_prefix("--"))
             .expect("a known flag")
@@ -201,7 +201,7 @@ fn variables_that_kubernetes_makes_for_services_do_not_count() {
         for value in ["tcp://10.96.0.7:80", "udp://10.96.0.7:53", "sctp://[fd00::7]:80"] {
             assert_eq!(valid(&[], &[(name, value)]), valid(&[], &[]), "{name}={value}");
         }
-        let error = outcome(&[], &[(name, "http://10.96.0.7")], &Pod::default()).expect_err(name);
+        let error = outcome(&[], &[(name, "http://10.96.0.7")], &NamesOfPod::default()).expect_err(name);
         assert!(error.to_string().contains(name), "{error}");
     }
 }
@@ -260,7 +260,8 @@ fn users_and_groups_follow_each_other() {
 fn dns_capture() {
     let resolvers = |list: &[&str]| Dns::Resolvers(list.iter().map(|a| a.parse().expect(a)).collect());
     let dns = |args: &[&str], resolv_conf| {
-        let (config, _, notes) = outcome(args, &[], &Pod { resolv_conf, ..Pod::default() }).expect("valid");
+        let (config, _, notes) =
+            outcome(args, &[], &NamesOfPod { resolv_conf, ..NamesOfPod::default() }).expect("valid");
         (config.dns, notes.iter().map(Note::to_string).collect::<Vec<_>>().join("\n"))
     };
     let both = Some("nameserver fd00::a\nnameserver 10.96.0.10\n");
@@ -368,9 +369,9 @@ fn other_executables_are_vouched_for_by_name() {
 /// The help names every flag and every variable once, with a default.
 #[test]
 fn help_is_complete() {
-    Cli::command().debug_assert();
+    CaptureCli::command().debug_assert();
     // Where lines break depends on the terminal.
-    let help = Cli::command().render_help().to_string();
+    let help = CaptureCli::command().render_help().to_string();
     let help = help.split_whitespace().collect::<Vec<_>>().join(" ");
     for variable in [
         "ENVOY_PORT",
@@ -384,7 +385,7 @@ fn help_is_complete() {
     ] {
         assert!(help.contains(variable), "{variable} in {help}");
     }
-    let command = Cli::command();
+    let command = CaptureCli::command();
     let flags: Vec<_> = command.get_arguments().filter(|arg| arg.get_id() != "help").collect();
     assert_eq!(flags.len(), 39);
     for flag in flags {

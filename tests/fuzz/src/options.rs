@@ -12,15 +12,15 @@ use intercept_agent::options::{Config, NameSource, RawOptions};
 use libfuzzer_sys::fuzz_target;
 
 #[derive(Parser)]
-struct CommandLine {
+struct FuzzCommandLine {
     #[command(flatten)]
     raw: RawOptions,
 }
 
 /// A pod with one user and one DNS server.
-struct Pod;
+struct FuzzNames;
 
-impl NameSource for Pod {
+impl NameSource for FuzzNames {
     fn user(&self, name: &str) -> io::Result<Option<u32>> {
         Ok((name == "app").then_some(1000))
     }
@@ -36,8 +36,8 @@ impl NameSource for Pod {
 
 fn parse(arguments: &[String], variables: &HashMap<String, String>) -> Option<Config> {
     let line = std::iter::once("x").chain(arguments.iter().map(String::as_str));
-    let raw = CommandLine::try_parse_from(line).ok()?.raw.read_env(|name| variables.get(name).cloned());
-    match raw.validate(&Pod) {
+    let raw = FuzzCommandLine::try_parse_from(line).ok()?.raw.read_env(|name| variables.get(name).cloned());
+    match raw.validate(&FuzzNames) {
         Ok((config, ..)) => Some(config),
         Err(error) => {
             assert!(!error.to_string().is_empty());

@@ -13,7 +13,9 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, anyhow, bail};
 
 use super::binary;
-use super::protocol::{Dial, Dialled, Done, Job, Listen, Message, Queried, Query, Relay, Relayed, Request};
+use super::protocol::{
+    ActorJob, ActorMessage, Dial, Dialled, Done, Listen, Queried, Query, Relay, Relayed, Request,
+};
 use crate::testbed::Sandbox;
 
 /// The variable that says where the actor's executable is.
@@ -76,16 +78,16 @@ impl Actor {
     /// Opens a server.
     pub fn listen(&self, listen: Listen) -> Result<Listening> {
         let what = format!("listening as {} on {}", listen.name, listen.bind.addr);
-        self.open(Job::Listen(listen)).context(what)
+        self.open(ActorJob::Listen(listen)).context(what)
     }
 
     /// Opens a relay.
     pub fn relay(&self, relay: Relay) -> Result<Listening> {
         let what = format!("relaying as {} on {}", relay.name, relay.bind.addr);
-        self.open(Job::Relay(relay)).context(what)
+        self.open(ActorJob::Relay(relay)).context(what)
     }
 
-    fn open(&self, job: Job) -> Result<Listening> {
+    fn open(&self, job: ActorJob) -> Result<Listening> {
         let (id, done) = self.send(job)?;
         match Self::wait(&done, GRACE)? {
             Done::Ready(addr) => Ok(Listening { id, addr }),
@@ -95,7 +97,7 @@ impl Actor {
 
     /// Closes a server or relay: connections made from now on are refused.
     pub fn close(&self, listening: Listening) -> Result<()> {
-        let (_, done) = self.send(Job::Close(listening.id))?;
+        let (_, done) = self.send(ActorJob::Close(listening.id))?;
         match Self::wait(&done, GRACE)? {
             Done::Closed => Ok(()),
             other => bail!("closing {}: the actor answered {other:?}", listening.addr),
@@ -110,7 +112,8 @@ impl Actor {
     /// Makes connections at the same time; the results are in the order of `dials`.
     pub fn dial_all(&self, dials: Vec<Dial>) -> Result<Vec<Dialled>> {
         // Twice: once to connect, once to be answered.
-        let pending = dials.into_iter().map(|dial| Ok((dial.timeout * 2, self.send(Job::Dial(dial))?.1)));
+        let pending =
+            dials.into_iter().map(|dial| Ok((dial.timeout * 2, self.send(ActorJob::Dial(dial))?.1)));
         let pending = pending.collect::<Result<Vec<_>>>()?;
         let results = pending.into_iter().map(|(timeout, done)| match Self::wait(&done, timeout + GRACE)? {
             Done::Dialled(dialled) => Ok(dialled),
@@ -126,7 +129,8 @@ impl Actor {
 
     /// Sends datagrams from several sockets at the same time; the results are in the order of `queries`.
     pub fn query_all(&self, queries: Vec<Query>) -> Result<Vec<Queried>> {
-        let pending = queries.into_iter().map(|query| Ok((query.timeout, self.send(Job::Query(query))?.1)));
+        let pending =
+            queries.into_iter().map(|query| Ok((query.timeout, self.send(ActorJob::Query(query))?.1)));
         let pending = pending.collect::<Result<Vec<_>>>()?;
         let results = pending.into_iter().map(|(timeout, done)| match Self::wait(&done, timeout + GRACE)? {
             Done::Queried(queried) => Ok(queried),
@@ -150,7 +154,7 @@ impl Actor {
         std::mem::take(&mut relayed)
     }
 
-    fn send(&self, job: Job) -> Result<(u64, Receiver<Done>)> {
+    fn send(&self, job: ActorJob) -> Result<(u64, Receiver<Done>)> {
         let id = self.next.fetch_add(1, Ordering::Relaxed);
         let (sender, receiver) = mpsc::channel();
         self.inbox.waiting.lock().unwrap_or_else(PoisonError::into_inner).insert(id, sender);
@@ -176,14 +180,14 @@ impl Inbox {
     fn fill(&self, output: ChildStdout) {
         for line in BufReader::new(output).lines().map_while(Result::ok) {
             match serde_json::from_str(&line) {
-                Ok(Message::Reply { id, done }) => {
+                Ok(ActorMessage::Reply { id, done }) => {
                     let sender = self.waiting.lock().unwrap_or_else(PoisonError::into_inner).remove(&id);
                     if let Some(sender) = sender {
                         // Nobody waits any more for an answer that came too late.
                         drop(sender.send(done));
                     }
                 }
-                Ok(Message::Relayed(relayed)) => {
+                Ok(ActorMessage::Relayed(relayed)) => {
                     self.relayed.lock().unwrap_or_else(PoisonError::into_inner).push(relayed);
                     self.more.notify_all();
                 }

@@ -13,12 +13,12 @@ pub struct Request {
     /// Comes back in the reply.
     pub id: u64,
     /// What to do.
-    pub job: Job,
+    pub job: ActorJob,
 }
 
 /// What the actor can do.
 #[derive(Debug, Clone, Serialize, Deserialize)]
-pub enum Job {
+pub enum ActorJob {
     /// Answer connections or datagrams until told to close.
     Listen(Listen),
     /// Pass connections on until told to close.
@@ -33,7 +33,7 @@ pub enum Job {
 
 /// A line from the actor.
 #[derive(Debug, Clone, Serialize, Deserialize)]
-pub enum Message {
+pub enum ActorMessage {
     /// The answer to a request.
     Reply {
         /// The request's.
@@ -52,9 +52,9 @@ pub enum Done {
     Ready(SocketAddr),
     /// A listener or relay takes no more connections.
     Closed,
-    /// Of [`Job::Dial`].
+    /// Of [`ActorJob::Dial`].
     Dialled(Dialled),
-    /// Of [`Job::Query`].
+    /// Of [`ActorJob::Query`].
     Queried(Queried),
     /// It could not be tried at all.
     Failed(String),
@@ -154,7 +154,7 @@ impl Dial {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Dialled {
     /// How it ended.
-    pub outcome: Outcome,
+    pub outcome: DialOutcome,
     /// Its own address once connected.
     pub sockname: Option<SocketAddr>,
     /// getpeername once connected.
@@ -165,7 +165,7 @@ pub struct Dialled {
 
 /// How a connection ended.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub enum Outcome {
+pub enum DialOutcome {
     /// A server answered.
     Answered(Answer),
     /// Something answered, but not with an [`Answer`].
@@ -173,13 +173,13 @@ pub enum Outcome {
     /// ECONNREFUSED.
     Refused,
     /// ECONNRESET, or the end of the stream before an answer.
-    Dropped(Stage),
+    Dropped(FlowStage),
     /// Nothing came in time.
-    TimedOut(Stage),
+    TimedOut(FlowStage),
     /// Another error.
     Failed {
         /// What was being done.
-        stage: Stage,
+        stage: FlowStage,
         /// The error's number.
         errno: i32,
     },
@@ -187,7 +187,7 @@ pub enum Outcome {
 
 /// What a client was doing.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub enum Stage {
+pub enum FlowStage {
     /// socket() and its options.
     Socket,
     /// bind().
@@ -262,7 +262,7 @@ pub enum QueryReply {
     /// An error, ECONNREFUSED included.
     Failed {
         /// What was being done.
-        stage: Stage,
+        stage: FlowStage,
         /// The error's number.
         errno: i32,
     },
@@ -276,7 +276,7 @@ pub struct Relay {
     /// Its socket.
     pub bind: Bind,
     /// Which side of the sidecar it plays.
-    pub direction: Direction,
+    pub direction: RelayDirection,
     /// Tell of each connection; to be left out when measuring.
     pub report: bool,
     /// Close both connections by a reset, leaving nothing in TIME_WAIT.
@@ -287,7 +287,7 @@ pub struct Relay {
 
 /// Which side of the sidecar a relay plays.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub enum Direction {
+pub enum RelayDirection {
     /// Connects onwards as it is.
     Outbound,
     /// Connects onwards from 127.0.0.6 or ::6.

@@ -19,12 +19,12 @@ const FOLDER: &str = "/run";
 
 /// The agent and its bpffs. Dropping it unmounts that, and with it goes every link that is still pinned there.
 #[derive(Debug)]
-pub struct Agent {
+pub struct BenchAgent {
     program: PathBuf,
     bpffs: PathBuf,
 }
 
-impl Agent {
+impl BenchAgent {
     /// The agent of this build, with an empty bpffs.
     pub fn new() -> Result<Self> {
         Self::of(locate()?)
@@ -95,7 +95,7 @@ impl Agent {
     }
 }
 
-impl Drop for Agent {
+impl Drop for BenchAgent {
     fn drop(&mut self) {
         if let Err(error) = remove(&self.bpffs) {
             eprintln!("removing the bpffs {}: {error}", self.bpffs.display());

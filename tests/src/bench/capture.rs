@@ -7,10 +7,10 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 
-use super::mode::Mode;
+use super::mode::CaptureMode;
 use super::nft;
 use super::pool::WorkerPool;
-use crate::iptables::{Family, Options, chains::rules, restore::restore_input};
+use crate::iptables::{IpFamily, IptablesOptions, chains::rules, restore::restore_input};
 use crate::testbed::Sandbox;
 
 /// Empties the one table that REDIRECT mode uses. Quicker than what istio-iptables does, rule by rule.
@@ -19,16 +19,16 @@ const EMPTY: &str = "*nat\n:PREROUTING ACCEPT\n:OUTPUT ACCEPT\nCOMMIT\n";
 /// What captures one pod: prepared first, so that only the programs themselves are timed. Dropping it takes the
 /// pod out of force.
 #[derive(Debug)]
-pub struct Capture<'a> {
+pub struct TimedCapture<'a> {
     sandbox: &'a Sandbox,
-    install: Vec<Step>,
-    remove: Vec<Step>,
+    install: Vec<CaptureCommand>,
+    remove: Vec<CaptureCommand>,
     in_force: bool,
 }
 
 /// A program, its arguments and its input.
 #[derive(Debug)]
-struct Step {
+struct CaptureCommand {
     program: PathBuf,
     arguments: Vec<String>,
     input: String,
@@ -36,44 +36,49 @@ struct Step {
     inside: bool,
 }
 
-impl<'a> Capture<'a> {
+impl<'a> TimedCapture<'a> {
     /// Of a pod, by flags. Modes without capture have nothing to do.
-    pub fn prepare(mode: Mode, options: &Options, sandbox: &'a Sandbox, pool: &WorkerPool) -> Result<Self> {
-        let step = |program: &str, arguments: &[&str], input: String| Step {
+    pub fn prepare(
+        mode: CaptureMode,
+        options: &IptablesOptions,
+        sandbox: &'a Sandbox,
+        pool: &WorkerPool,
+    ) -> Result<Self> {
+        let step = |program: &str, arguments: &[&str], input: String| CaptureCommand {
             program: program.into(),
             arguments: arguments.iter().map(ToString::to_string).collect(),
             input,
             inside: true,
         };
-        let restore = |backend: &str, family: Family, input: String| {
-            let program = if family == Family::V4 { "iptables" } else { "ip6tables" };
+        let restore = |backend: &str, family: IpFamily, input: String| {
+            let program = if family == IpFamily::V4 { "iptables" } else { "ip6tables" };
             step(&format!("{program}-{backend}-restore"), &["--noflush"], input)
         };
-        let both = [Family::V4, Family::V6];
+        let both = [IpFamily::V4, IpFamily::V6];
         let (install, remove) = match mode {
-            Mode::None | Mode::Explicit => (Vec::new(), Vec::new()),
-            Mode::IptablesNft | Mode::IptablesLegacy => {
-                let backend = if mode == Mode::IptablesNft { "nft" } else { "legacy" };
+            CaptureMode::None | CaptureMode::Explicit => (Vec::new(), Vec::new()),
+            CaptureMode::IptablesNft | CaptureMode::IptablesLegacy => {
+                let backend = if mode == CaptureMode::IptablesNft { "nft" } else { "legacy" };
                 let install =
                     both.map(|family| restore(backend, family, restore_input(&rules(options, family))));
-                let remove = both.map(|family| Step {
+                let remove = both.map(|family| CaptureCommand {
                     // Without --noflush the chains and rules that are not named go.
                     arguments: Vec::new(),
                     ..restore(backend, family, EMPTY.into())
                 });
                 (install.into(), remove.into())
             }
-            Mode::Nft => (
+            CaptureMode::Nft => (
                 vec![step("nft", &["-f", "-"], nft::ruleset(options))],
                 vec![step("nft", &["-f", "-"], nft::REMOVAL.into())],
             ),
-            Mode::Baseline | Mode::Agent | Mode::Accelerated => {
-                let agent = if mode == Mode::Baseline { pool.baseline()? } else { pool.agent()? };
+            CaptureMode::Baseline | CaptureMode::Agent | CaptureMode::Accelerated => {
+                let agent = if mode == CaptureMode::Baseline { pool.baseline()? } else { pool.agent()? };
                 let cgroup = ["--cgroup-path".to_owned(), utf8(sandbox.cgroup.path())?];
                 let mut attach = agent.arguments("attach");
                 attach.extend(cgroup.clone());
                 attach.extend(["--netns".to_owned(), utf8(sandbox.netns.path())?]);
-                if mode == Mode::Accelerated {
+                if mode == CaptureMode::Accelerated {
                     // This very program plays the proxy where it is not Envoy.
                     attach.extend(["--accelerate", "--accelerate-proxies", "bench,envoy"].map(str::to_owned));
                 }
@@ -81,7 +86,7 @@ impl<'a> Capture<'a> {
                 attach.extend(options.arguments(Path::new("/dev/null")));
                 let mut detach = agent.arguments("detach");
                 detach.extend(cgroup);
-                let run = |arguments| Step {
+                let run = |arguments| CaptureCommand {
                     program: agent.program().to_owned(),
                     arguments,
                     input: String::new(),
@@ -106,7 +111,7 @@ impl<'a> Capture<'a> {
     }
 }
 
-impl Drop for Capture<'_> {
+impl Drop for TimedCapture<'_> {
     fn drop(&mut self) {
         if self.in_force
             && let Err(error) = self.remove()
@@ -120,7 +125,7 @@ fn utf8(path: &Path) -> Result<String> {
     Ok(path.to_str().with_context(|| format!("{} is not UTF-8", path.display()))?.to_owned())
 }
 
-fn perform(steps: &[Step], sandbox: &Sandbox) -> Result<Duration> {
+fn perform(steps: &[CaptureCommand], sandbox: &Sandbox) -> Result<Duration> {
     let mut commands = Vec::new();
     for step in steps {
         let mut command =

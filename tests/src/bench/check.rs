@@ -9,7 +9,7 @@ use rand::rngs::StdRng;
 use serde::Deserialize;
 
 use super::memory::{Trial, crowd};
-use super::mode::{Cell, Mode};
+use super::mode::{CaptureMode, Cell};
 use super::plan::Suite;
 use super::pool::WorkerPool;
 use super::progress::Progress;
@@ -26,7 +26,7 @@ const CONNECTIONS: usize = 2000;
 
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
-struct Limits {
+struct BenchLimits {
     #[expect(dead_code, reason = "it is for people")]
     about: Vec<String>,
     /// At most so many instructions seen by the verifier, by program.
@@ -51,7 +51,7 @@ struct RatioLimit {
 
 /// Measures what has limits and prints it beside them; an error if one is exceeded.
 pub fn run(pool: &WorkerPool) -> Result<()> {
-    let limits: Limits = serde_json::from_str(LIMITS).context("reading bench-limits.json")?;
+    let limits: BenchLimits = serde_json::from_str(LIMITS).context("reading bench-limits.json")?;
     let mut exceeded = Vec::new();
     let mut judge = |what: String, found: f64, good: bool, limit: String| {
         println!("{:4} {what:<48} {found:>10.2}   {limit}", if good { "ok" } else { "BAD" });
@@ -65,7 +65,7 @@ pub fn run(pool: &WorkerPool) -> Result<()> {
         let good = limit.is_some_and(|limit| found <= limit);
         judge(format!("instructions of {program}"), found.into(), good, shown);
     }
-    let crowd = crowd(Mode::Agent, Trial::Memory, CONNECTIONS, Duration::from_secs(30), pool)?;
+    let crowd = crowd(CaptureMode::Agent, Trial::Memory, CONNECTIONS, Duration::from_secs(30), pool)?;
     ensure!(
         crowd.held.open == CONNECTIONS,
         "only {} of {CONNECTIONS} connections came about",
@@ -77,7 +77,7 @@ pub fn run(pool: &WorkerPool) -> Result<()> {
     judge("bytes of maps for a connection".into(), bytes, bytes <= limit, format!("at most {limit}"));
     let suite = Suite {
         title: "check",
-        cells: [Mode::Explicit, Mode::IptablesNft, Mode::Agent].map(Cell::plain).into(),
+        cells: [CaptureMode::Explicit, CaptureMode::IptablesNft, CaptureMode::Agent].map(Cell::plain).into(),
         works: limits.ratios.iter().map(|limit| limit.work).collect(),
         rounds: 9,
         timing: Timing { warm_up: Duration::from_millis(50), measure: Duration::from_millis(250) },
@@ -87,7 +87,8 @@ pub fn run(pool: &WorkerPool) -> Result<()> {
     progress.finish();
     let summaries = summarize(&rows, 1);
     for RatioLimit { work, over, rate_at_least, cpu_at_most } in limits.ratios {
-        let agent = summaries.iter().find(|summary| (summary.cell.mode, summary.work) == (Mode::Agent, work));
+        let agent =
+            summaries.iter().find(|summary| (summary.cell.mode, summary.work) == (CaptureMode::Agent, work));
         let ratio =
             agent.and_then(|agent| agent.over(over)).with_context(|| format!("{work} has no ratio"))?;
         let (rate, cpu) = (ratio.rate.median, ratio.cpu.median);

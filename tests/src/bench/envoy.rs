@@ -13,9 +13,9 @@ use serde_json::{Value, json};
 use tempfile::TempDir;
 
 use super::interrupt;
-use super::mode::Proxy;
+use super::mode::ProxyKind;
 use super::worker::Upstream;
-use super::worker::protocol::Relay;
+use super::worker::protocol::RelayRole;
 use crate::testbed::{Ids, Sandbox, name};
 
 /// The variable that says where Envoy is.
@@ -36,11 +36,11 @@ pub struct Envoy {
 
 impl Envoy {
     /// A pod's proxy: as the relay is, with Envoy's own means. The program must be one that every user may run.
-    pub fn sidecar(program: &Path, sandbox: &Sandbox, relay: &Relay, kind: Proxy) -> Result<Self> {
+    pub fn sidecar(program: &Path, sandbox: &Sandbox, relay: &RelayRole, kind: ProxyKind) -> Result<Self> {
         let cluster = cluster(relay);
         let filter = match kind {
-            Proxy::EnvoyHttp => http(json!({"cluster": "upstream"}), "route"),
-            Proxy::EnvoyTcp | Proxy::Relay => named(
+            ProxyKind::EnvoyHttp => http(json!({"cluster": "upstream"}), "route"),
+            ProxyKind::EnvoyTcp | ProxyKind::Relay => named(
                 "envoy.filters.network.tcp_proxy",
                 "type.googleapis.com/envoy.extensions.filters.network.tcp_proxy.v3.TcpProxy",
                 json!({"stat_prefix": "tcp", "cluster": "upstream"}),
@@ -174,7 +174,7 @@ pub(crate) fn http(action: Value, kind: &str) -> Value {
     )
 }
 
-fn cluster(relay: &Relay) -> Value {
+fn cluster(relay: &RelayRole) -> Value {
     let mut cluster = json!({"name": "upstream", "connect_timeout": "5s"});
     match &relay.upstream {
         Upstream::OriginalDestination => {

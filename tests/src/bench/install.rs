@@ -9,9 +9,9 @@ use rand::rngs::StdRng;
 use rand::seq::SliceRandom;
 use serde::{Deserialize, Serialize};
 
-use super::capture::Capture;
+use super::capture::TimedCapture;
 use super::interrupt;
-use super::mode::{Lists, Mode};
+use super::mode::{CaptureMode, Lists};
 use super::pool::WorkerPool;
 use crate::agent::Agent;
 use crate::daemon::{Daemon, add, delete};
@@ -30,11 +30,11 @@ pub enum Way {
 
 /// One pod put in force and taken out.
 #[derive(Debug, Clone, Serialize, Deserialize)]
-pub struct Installed {
+pub struct InstallTiming {
     /// Together with the others of the round.
     pub round: usize,
     /// By what.
-    pub mode: Mode,
+    pub mode: CaptureMode,
     /// With which flags.
     pub lists: Lists,
     /// How it was asked for.
@@ -48,29 +48,31 @@ pub struct Installed {
 
 /// Puts fresh pods in force in random order. Another pod stays in force meanwhile, as on a node that is in use.
 pub fn run(
-    modes: &[Mode],
+    modes: &[CaptureMode],
     rounds: usize,
     pool: &WorkerPool,
     random: &mut StdRng,
     mut after_each: impl FnMut(),
-) -> Result<Vec<Installed>> {
-    let mut cases: Vec<(Mode, Lists, Way)> = Vec::new();
+) -> Result<Vec<InstallTiming>> {
+    let mut cases: Vec<(CaptureMode, Lists, Way)> = Vec::new();
     for &mode in modes.iter().filter(|mode| mode.captures()) {
         cases.extend([Lists::Injected, Lists::Cidrs(10_000)].map(|lists| (mode, lists, Way::Command)));
     }
     let neighbours = cases.iter().map(|_| Sandbox::new("neighbour")).collect::<Result<Vec<_>>>()?;
     let mut captures = Vec::new();
     for (&(mode, ..), sandbox) in cases.iter().zip(&neighbours).step_by(2) {
-        let mut capture = Capture::prepare(mode, &Lists::Injected.options(), sandbox, pool)?;
+        let mut capture = TimedCapture::prepare(mode, &Lists::Injected.options(), sandbox, pool)?;
         capture.install()?;
         captures.push(capture);
     }
-    let agent = modes.contains(&Mode::Agent).then(|| Agent::new("bench")).transpose()?;
+    let agent = modes.contains(&CaptureMode::Agent).then(|| Agent::new("bench")).transpose()?;
     let daemon = agent.as_ref().map(|agent| Daemon::start(agent, &[])).transpose()?;
     let near_daemon = Sandbox::new("neighbour")?;
     if let Some(daemon) = &daemon {
         ask(daemon, &add(&near_daemon, "neighbour", arguments(Lists::Injected))?)?;
-        cases.extend([Lists::Injected, Lists::Cidrs(10_000)].map(|lists| (Mode::Agent, lists, Way::Daemon)));
+        cases.extend(
+            [Lists::Injected, Lists::Cidrs(10_000)].map(|lists| (CaptureMode::Agent, lists, Way::Daemon)),
+        );
     }
     let mut installed = Vec::new();
     for round in 0..rounds {
@@ -85,11 +87,11 @@ pub fn run(
                     (ask(daemon, &question)?, ask(daemon, &delete(&uid))?)
                 }
                 _ => {
-                    let mut capture = Capture::prepare(mode, &lists.options(), &sandbox, pool)?;
+                    let mut capture = TimedCapture::prepare(mode, &lists.options(), &sandbox, pool)?;
                     (capture.install()?, capture.remove()?)
                 }
             };
-            installed.push(Installed { round, mode, lists, way, install, remove });
+            installed.push(InstallTiming { round, mode, lists, way, install, remove });
             after_each();
         }
     }

@@ -10,12 +10,12 @@ use aya::maps::loaded_maps;
 use serde::{Deserialize, Serialize};
 
 use super::interrupt;
-use super::mode::{Cell, Mode, Path};
+use super::mode::{CaptureMode, Cell, Path};
 use super::pool::WorkerPool;
 use super::programs::maps;
-use super::rig::{Pods, Rig, Size, sources};
-use super::worker::protocol::Held;
-use super::worker::{Answer, Job};
+use super::rig::{Rig, RigPods, Size, sources};
+use super::worker::protocol::HeldConnections;
+use super::worker::{WorkerAnswer, WorkerJob};
 
 /// Descriptors that a process may use for connections: below every usual hard limit, with some to spare for an
 /// uneven share.
@@ -31,11 +31,11 @@ pub struct Crowd {
     #[serde(default)]
     pub round: usize,
     /// How they were captured.
-    pub mode: Mode,
+    pub mode: CaptureMode,
     /// So many were asked for.
     pub wanted: usize,
     /// What came of it.
-    pub held: Held,
+    pub held: HeldConnections,
     /// Bytes of kernel memory that came with them: slabs that cannot be reclaimed, vmalloc and per-CPU memory.
     pub kernel: i64,
     /// Bytes of that in connection tracking's own slab, without what hangs on its entries.
@@ -56,14 +56,20 @@ pub enum Trial {
 }
 
 /// Opens connections through the client's pod's proxy and keeps them while the memory is read.
-pub fn crowd(mode: Mode, trial: Trial, wanted: usize, limit: Duration, pool: &WorkerPool) -> Result<Crowd> {
+pub fn crowd(
+    mode: CaptureMode,
+    trial: Trial,
+    wanted: usize,
+    limit: Duration,
+    pool: &WorkerPool,
+) -> Result<Crowd> {
     let size = Size {
         clients: wanted.div_ceil(PER_PROCESS),
         relays: (2 * wanted).div_ceil(PER_PROCESS),
         servers: wanted.div_ceil(PER_PROCESS),
     };
     let cell = Cell { path: Path::Outbound, ..Cell::plain(mode) };
-    let pods = Pods::new(&mode.to_string())?;
+    let pods = RigPods::new(&mode.to_string())?;
     let mut rig = Rig::build(cell, size, &pods, pool)?;
     let (from, to) = match trial {
         Trial::Memory => (sources(), rig.destinations()),
@@ -78,7 +84,7 @@ pub fn crowd(mode: Mode, trial: Trial, wanted: usize, limit: Duration, pool: &Wo
         pods.client().netns.run(|| fs::read_to_string("/proc/sys/net/netfilter/nf_conntrack_count"))?;
     let tracked = tracked.ok().and_then(|text| text.trim().parse().ok()).unwrap_or(0);
     for client in &mut rig.clients {
-        client.ask(&Job::Release, Duration::from_secs(30))?;
+        client.ask(&WorkerJob::Release, Duration::from_secs(30))?;
     }
     Ok(Crowd {
         round: 0,
@@ -98,16 +104,16 @@ fn open(
     to: &[SocketAddr],
     wanted: usize,
     limit: Duration,
-) -> Result<Held> {
+) -> Result<HeldConnections> {
     let clients = rig.clients.len();
     for (n, client) in rig.clients.iter_mut().enumerate() {
         let connections = wanted * (n + 1) / clients - wanted * n / clients;
-        client.tell(&Job::Hold { to: to.into(), from: from.into(), connections, limit })?;
+        client.tell(&WorkerJob::Hold { to: to.into(), from: from.into(), connections, limit })?;
     }
-    let mut sum = Held { open: 0, failures: 0, errno: None, seconds: 0.0 };
+    let mut sum = HeldConnections { open: 0, failures: 0, errno: None, seconds: 0.0 };
     for client in &mut rig.clients {
         match client.answer(limit + Duration::from_secs(20))? {
-            Answer::Held(held) => {
+            WorkerAnswer::Held(held) => {
                 sum.open += held.open;
                 sum.failures += held.failures;
                 sum.errno = held.errno.or(sum.errno);
@@ -162,7 +168,7 @@ fn settled() -> Result<Usage> {
 }
 
 /// What the kernel accounts to the maps that the agent's programs use.
-fn map_bytes(mode: Mode, pool: &WorkerPool) -> Result<i64> {
+fn map_bytes(mode: CaptureMode, pool: &WorkerPool) -> Result<i64> {
     if !mode.is_agent() {
         return Ok(0);
     }

@@ -5,12 +5,12 @@ use std::fmt;
 use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 
-use crate::iptables::{Cidrs, Options};
+use crate::iptables::{IptablesCidrs, IptablesOptions};
 
 /// How traffic gets to the proxy.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, ValueEnum, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub enum Mode {
+pub enum CaptureMode {
     /// Not at all: the client dials the server
     None,
     /// The client dials the proxy: the floor that interception can reach
@@ -29,7 +29,7 @@ pub enum Mode {
     Accelerated,
 }
 
-impl Mode {
+impl CaptureMode {
     /// Whether the agent is needed.
     pub fn is_agent(self) -> bool {
         matches!(self, Self::Baseline | Self::Agent | Self::Accelerated)
@@ -68,7 +68,7 @@ pub enum Lists {
 /// Who is the proxy.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub enum Proxy {
+pub enum ProxyKind {
     /// The built-in relay.
     Relay,
     /// Envoy, which copies bytes.
@@ -81,32 +81,32 @@ pub enum Proxy {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct Cell {
     /// How traffic gets to the proxy.
-    pub mode: Mode,
+    pub mode: CaptureMode,
     /// In which pods.
     pub path: Path,
     /// With which flags.
     pub lists: Lists,
     /// To which proxy.
-    pub proxy: Proxy,
+    pub proxy: ProxyKind,
 }
 
 impl Cell {
     /// Both pods captured by the injector's flags, with the built-in relay.
-    pub fn plain(mode: Mode) -> Self {
-        Self { mode, path: Path::Both, lists: Lists::Injected, proxy: Proxy::Relay }
+    pub fn plain(mode: CaptureMode) -> Self {
+        Self { mode, path: Path::Both, lists: Lists::Injected, proxy: ProxyKind::Relay }
     }
 
     /// The same in another mode.
     #[must_use]
-    pub fn by(self, mode: Mode) -> Self {
+    pub fn by(self, mode: CaptureMode) -> Self {
         Self { mode, ..self }
     }
 }
 
 impl Lists {
     /// The flags, of both pods alike.
-    pub fn options(self) -> Options {
-        let mut options = Options::injected();
+    pub fn options(self) -> IptablesOptions {
+        let mut options = IptablesOptions::injected();
         match self {
             Self::Injected => {}
             Self::Cidrs(n) => options.exclude_cidrs = cidrs(n),
@@ -116,7 +116,7 @@ impl Lists {
                 options.exclude_inbound_ports.extend(ports);
             }
         }
-        debug_assert_eq!(options.include_cidrs, Cidrs::All);
+        debug_assert_eq!(options.include_cidrs, IptablesCidrs::All);
         options
     }
 }
@@ -143,7 +143,7 @@ macro_rules! displayed_as_serialized {
         }
     )*};
 }
-displayed_as_serialized!(Mode, Path, Proxy);
+displayed_as_serialized!(CaptureMode, Path, ProxyKind);
 
 impl fmt::Display for Lists {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -176,7 +176,7 @@ mod tests {
 
     #[test]
     fn modes_are_named_as_on_the_command_line() {
-        for mode in Mode::value_variants() {
+        for mode in CaptureMode::value_variants() {
             let name = mode.to_possible_value().expect("no mode is hidden").get_name().to_owned();
             assert_eq!(mode.to_string(), name);
         }

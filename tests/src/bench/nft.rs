@@ -5,14 +5,16 @@
 
 use std::fmt::Write;
 
-use crate::iptables::{Chain, Family, Match, Options, Protocol, Rule, Table, Target, chains::rules};
+use crate::iptables::{
+    Chain, IpFamily, IptablesOptions, IptablesTable, Match, Protocol, Rule, RuleTarget, chains::rules,
+};
 
 /// The input of `nft -f -` for both families. Only what REDIRECT mode needs.
-pub fn ruleset(options: &Options) -> String {
+pub fn ruleset(options: &IptablesOptions) -> String {
     let mut text = String::new();
-    for (family, name) in [(Family::V4, "ip"), (Family::V6, "ip6")] {
+    for (family, name) in [(IpFamily::V4, "ip"), (IpFamily::V6, "ip6")] {
         let rules = rules(options, family);
-        debug_assert!(rules.iter().all(|rule| rule.table == Table::Nat));
+        debug_assert!(rules.iter().all(|rule| rule.table == IptablesTable::Nat));
         writeln!(text, "table {name} istio {{").expect("strings take everything");
         // A chain must be there before a rule jumps to it.
         for chain in [
@@ -83,7 +85,7 @@ fn lines(rules: &[&Rule], family: &str) -> Vec<String> {
 }
 
 fn shape(rule: &Rule) -> Option<(Shape, String)> {
-    if rule.target != Target::Return {
+    if rule.target != RuleTarget::Return {
         return None;
     }
     match &rule.matches[..] {
@@ -97,9 +99,9 @@ fn shape(rule: &Rule) -> Option<(Shape, String)> {
 fn line(rule: &Rule, family: &str) -> String {
     let mut words: Vec<String> = rule.matches.iter().map(|condition| expression(condition, family)).collect();
     words.push(match rule.target {
-        Target::Return => "return".into(),
-        Target::Jump(chain) => format!("jump {}", chain.name()),
-        Target::Redirect(port) => format!("meta l4proto tcp redirect to :{port}"),
+        RuleTarget::Return => "return".into(),
+        RuleTarget::Jump(chain) => format!("jump {}", chain.name()),
+        RuleTarget::Redirect(port) => format!("meta l4proto tcp redirect to :{port}"),
         other => unreachable!("{other:?} is not used in REDIRECT mode"),
     });
     words.join(" ")

@@ -5,7 +5,7 @@ use std::time::Duration;
 use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 
-use super::mode::{Cell, Lists, Mode, Path, Proxy};
+use super::mode::{CaptureMode, Cell, Lists, Path, ProxyKind};
 use super::work::Work;
 use super::worker::Timing;
 
@@ -56,7 +56,7 @@ pub struct Suite {
 #[derive(Debug, Clone)]
 pub struct Plan {
     /// Compared; in the order of tables.
-    pub modes: Vec<Mode>,
+    pub modes: Vec<CaptureMode>,
     /// Parts that are wanted.
     pub sections: Vec<Section>,
     /// A smaller choice, for three minutes.
@@ -87,22 +87,34 @@ impl Plan {
     }
 
     /// Those of the modes that are among `wanted`.
-    fn among(&self, wanted: &[Mode]) -> Vec<Mode> {
+    fn among(&self, wanted: &[CaptureMode]) -> Vec<CaptureMode> {
         self.modes.iter().copied().filter(|mode| wanted.contains(mode)).collect()
     }
 
     /// The modes of the smaller parts: of the netfilter ones only the usual one in quick runs.
-    fn few(&self) -> Vec<Mode> {
-        let few = [Mode::Explicit, Mode::IptablesNft, Mode::Baseline, Mode::Agent, Mode::Accelerated];
+    fn few(&self) -> Vec<CaptureMode> {
+        let few = [
+            CaptureMode::Explicit,
+            CaptureMode::IptablesNft,
+            CaptureMode::Baseline,
+            CaptureMode::Agent,
+            CaptureMode::Accelerated,
+        ];
         if self.quick { self.among(&few) } else { self.modes.clone() }
     }
 
     /// The modes that are given many connections: one of those that share a mechanism.
-    pub fn crowded(&self) -> Vec<Mode> {
-        self.among(&[Mode::Explicit, Mode::IptablesNft, Mode::Nft, Mode::Baseline, Mode::Agent])
-            .into_iter()
-            .filter(|mode| !self.quick || *mode != Mode::Nft)
-            .collect()
+    pub fn crowded(&self) -> Vec<CaptureMode> {
+        self.among(&[
+            CaptureMode::Explicit,
+            CaptureMode::IptablesNft,
+            CaptureMode::Nft,
+            CaptureMode::Baseline,
+            CaptureMode::Agent,
+        ])
+        .into_iter()
+        .filter(|mode| !self.quick || *mode != CaptureMode::Nft)
+        .collect()
     }
 
     /// The parts that consist of rounds.
@@ -135,7 +147,7 @@ impl Plan {
         if self.has(Section::Paths) {
             suite.works = vec![Work::Connect { clients: 8 }, Work::Exchange { size: 128, connections: 16 }];
             for path in [Path::Outbound, Path::Inbound] {
-                let modes = self.few().into_iter().filter(|mode| *mode != Mode::None);
+                let modes = self.few().into_iter().filter(|mode| *mode != CaptureMode::None);
                 suite.cells.extend(modes.map(|mode| Cell { path, ..Cell::plain(mode) }));
             }
         }
@@ -154,8 +166,10 @@ impl Plan {
                 Lists::Ports(1000),
             ];
             for &lists in self.choose(&[Lists::Injected, Lists::Cidrs(10_000)][..], &full) {
-                let modes =
-                    self.few().into_iter().filter(|mode| mode.captures() && *mode != Mode::Accelerated);
+                let modes = self
+                    .few()
+                    .into_iter()
+                    .filter(|mode| mode.captures() && *mode != CaptureMode::Accelerated);
                 suite.cells.extend(modes.map(|mode| Cell { lists, ..Cell::plain(mode) }));
             }
         }
@@ -166,8 +180,11 @@ impl Plan {
         let mut suite = Suite { title: "Envoy, TCP", rounds: self.rounds(3, 7), ..self.empty() };
         if self.has(Section::EnvoyTcp) {
             suite.works = vec![Work::Connect { clients: 8 }, Work::Exchange { size: 128, connections: 16 }];
-            suite.cells =
-                self.few().iter().map(|&mode| Cell { proxy: Proxy::EnvoyTcp, ..Cell::plain(mode) }).collect();
+            suite.cells = self
+                .few()
+                .iter()
+                .map(|&mode| Cell { proxy: ProxyKind::EnvoyTcp, ..Cell::plain(mode) })
+                .collect();
         }
         suite
     }
@@ -181,7 +198,7 @@ impl Plan {
             suite.cells = self
                 .few()
                 .iter()
-                .map(|&mode| Cell { proxy: Proxy::EnvoyHttp, ..Cell::plain(mode) })
+                .map(|&mode| Cell { proxy: ProxyKind::EnvoyHttp, ..Cell::plain(mode) })
                 .collect();
         }
         suite
@@ -197,7 +214,7 @@ impl Suite {
     pub fn seconds(&self) -> f64 {
         let one = (self.timing.warm_up + self.timing.measure).as_secs_f64() + 0.02;
         let set_up =
-            self.cells.iter().map(|cell| if cell.proxy == Proxy::Relay { 0.3 } else { 1.0 }).sum::<f64>();
+            self.cells.iter().map(|cell| if cell.proxy == ProxyKind::Relay { 0.3 } else { 1.0 }).sum::<f64>();
         (self.cells.len() * self.works.len() * self.rounds) as f64 * one + set_up
     }
 }

@@ -10,8 +10,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 
-use super::agent::Agent;
-use super::worker::{Answer, Job, READY, Role};
+use super::agent::BenchAgent;
+use super::worker::{READY, Role, WorkerAnswer, WorkerJob};
 use super::{envoy, interrupt};
 use crate::actor::binary::ReadableCopy;
 use crate::testbed::{Ids, Sandbox};
@@ -28,13 +28,13 @@ pub struct WorkerPool {
     /// The benchmark's own.
     program: ReadableCopy,
     envoy: OnceCell<ReadableCopy>,
-    agent: OnceCell<Agent>,
-    baseline: Option<Agent>,
+    agent: OnceCell<BenchAgent>,
+    baseline: Option<BenchAgent>,
 }
 
 /// A running worker. Dropping it ends the process.
 #[derive(Debug)]
-pub struct Worker {
+pub struct WorkerProcess {
     name: String,
     child: Child,
     input: Option<ChildStdin>,
@@ -51,7 +51,7 @@ impl WorkerPool {
             program: ReadableCopy::of(&original)?,
             envoy: OnceCell::new(),
             agent: OnceCell::new(),
-            baseline: baseline.map(Agent::of).transpose()?,
+            baseline: baseline.map(BenchAgent::of).transpose()?,
         })
     }
 
@@ -64,22 +64,22 @@ impl WorkerPool {
     }
 
     /// The agent, which is looked for when it is first asked for.
-    pub fn agent(&self) -> Result<&Agent> {
+    pub fn agent(&self) -> Result<&BenchAgent> {
         if self.agent.get().is_none() {
-            drop(self.agent.set(Agent::new()?));
+            drop(self.agent.set(BenchAgent::new()?));
         }
         self.agent.get().context("there is no agent")
     }
 
     /// The other build of the agent.
-    pub fn baseline(&self) -> Result<&Agent> {
+    pub fn baseline(&self) -> Result<&BenchAgent> {
         self.baseline
             .as_ref()
             .context("mode baseline needs another build of the agent: give it with --baseline")
     }
 
     /// Starts a worker in a pod and waits until it is ready.
-    pub fn start(&self, sandbox: &Sandbox, ids: Ids, role: &Role) -> Result<Worker> {
+    pub fn start(&self, sandbox: &Sandbox, ids: Ids, role: &Role) -> Result<WorkerProcess> {
         let name = match role {
             Role::Server { .. } => "server",
             Role::Relay(_) => "relay",
@@ -87,7 +87,7 @@ impl WorkerPool {
         };
         let mut command = sandbox.command_as(self.program.path(), ids)?;
         command.arg(WORKER).arg(serde_json::to_string(role)?);
-        let mut worker = Worker::spawn(&mut command, format!("{name} in {}", sandbox.netns.name()))?;
+        let mut worker = WorkerProcess::spawn(&mut command, format!("{name} in {}", sandbox.netns.name()))?;
         let ready = worker.line(Duration::from_secs(10))?;
         if ready != READY {
             bail!("the {} said {ready:?}", worker.name);
@@ -96,7 +96,7 @@ impl WorkerPool {
     }
 }
 
-impl Worker {
+impl WorkerProcess {
     fn spawn(command: &mut std::process::Command, name: String) -> Result<Self> {
         let mut child = command
             .stdin(Stdio::piped())
@@ -122,13 +122,13 @@ impl Worker {
     }
 
     /// Has a job done; an error if it takes longer than `limit`.
-    pub fn ask(&mut self, job: &Job, limit: Duration) -> Result<Answer> {
+    pub fn ask(&mut self, job: &WorkerJob, limit: Duration) -> Result<WorkerAnswer> {
         self.tell(job)?;
         self.answer(limit)
     }
 
-    /// Gives a job, whose answer is to be fetched by [`Worker::answer`].
-    pub fn tell(&mut self, job: &Job) -> Result<()> {
+    /// Gives a job, whose answer is to be fetched by [`WorkerProcess::answer`].
+    pub fn tell(&mut self, job: &WorkerJob) -> Result<()> {
         let mut line = serde_json::to_vec(job)?;
         line.push(b'\n');
         let input = self.input.as_mut().context("a worker has no standard input")?;
@@ -136,10 +136,10 @@ impl Worker {
     }
 
     /// Waits for the answer to the last job.
-    pub fn answer(&mut self, limit: Duration) -> Result<Answer> {
+    pub fn answer(&mut self, limit: Duration) -> Result<WorkerAnswer> {
         let line = self.line(limit)?;
         match serde_json::from_str(&line).with_context(|| format!("the {} said {line:?}", self.name))? {
-            Answer::Failed(why) => bail!("the {}: {why}", self.name),
+            WorkerAnswer::Failed(why) => bail!("the {}: {why}", self.name),
             answer => Ok(answer),
         }
     }
@@ -162,7 +162,7 @@ impl Worker {
     }
 }
 
-impl Drop for Worker {
+impl Drop for WorkerProcess {
     fn drop(&mut self) {
         drop(self.input.take());
         drop(self.child.kill());

@@ -11,9 +11,9 @@ use aya_obj::generated::bpf_attach_type;
 use intercept_agent::sys;
 use serde::{Deserialize, Serialize};
 
-use super::mode::{Cell, Mode};
+use super::mode::{CaptureMode, Cell};
 use super::pool::WorkerPool;
-use super::rig::{Pods, Rig, Size};
+use super::rig::{Rig, RigPods, Size};
 use super::rounds::measure;
 use super::work::Work;
 use super::worker::Timing;
@@ -83,8 +83,8 @@ impl Programs {
 
 /// Measures fresh connections with the kernel's statistics on, which slows everything: no rates are taken.
 pub fn run(timing: Timing, pool: &WorkerPool) -> Result<Programs> {
-    let pods = Pods::new("programs")?;
-    let mut rig = Rig::build(Cell::plain(Mode::Agent), Size::ONE, &pods, pool)?;
+    let pods = RigPods::new("programs")?;
+    let mut rig = Rig::build(Cell::plain(CaptureMode::Agent), Size::ONE, &pods, pool)?;
     let empty = bpf::load_empty().context("loading an empty program")?;
     let cgroup = File::open(pods.client.cgroup.path()).context("opening the client's cgroup")?;
     let link = sys::link_create(empty.as_fd(), cgroup.as_fd(), bpf_attach_type::BPF_CGROUP_SOCK_OPS)
@@ -121,8 +121,8 @@ fn count_of(program: u32) -> Result<Count> {
 
 /// Instructions of each program, as verified: the same in every run.
 pub fn instructions(pool: &WorkerPool) -> Result<BTreeMap<String, u32>> {
-    let pods = Pods::new("programs")?;
-    let _rig = Rig::build(Cell::plain(Mode::Agent), Size::ONE, &pods, pool)?;
+    let pods = RigPods::new("programs")?;
+    let _rig = Rig::build(Cell::plain(CaptureMode::Agent), Size::ONE, &pods, pool)?;
     Ok(counts(pool)?.into_iter().map(|(name, count)| (name, count.verified)).collect())
 }
 

@@ -12,18 +12,18 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result};
 use serde::{Deserialize, Serialize};
 
-use super::install::{Installed, Way};
+use super::install::{InstallTiming, Way};
 use super::machine::Machine;
 use super::memory::Crowd;
-use super::mode::{Lists, Mode};
+use super::mode::{CaptureMode, Lists};
 use super::programs::Programs;
-use super::rounds::Row;
+use super::rounds::RoundRow;
 use super::statistics::Quartiles;
 use super::summary::Summary;
 
 /// A run.
 #[derive(Debug, Clone, Serialize, Deserialize)]
-pub struct Report {
+pub struct BenchReport {
     /// Where.
     pub machine: Machine,
     /// What decided the order.
@@ -35,7 +35,7 @@ pub struct Report {
     /// Rounds, summed up.
     pub summaries: Vec<Summary>,
     /// Pods put in force and taken out.
-    pub installed: Vec<Installed>,
+    pub installed: Vec<InstallTiming>,
     /// The agent's programs.
     #[serde(default)]
     pub programs: Programs,
@@ -44,14 +44,14 @@ pub struct Report {
     /// As many connections as one pod could have.
     pub reach: Vec<Crowd>,
     /// Every measurement.
-    pub rows: Vec<Row>,
+    pub rows: Vec<RoundRow>,
 }
 
 /// Times of one mode with the same flags.
 #[derive(Debug, Clone, Copy)]
 pub struct InstallTimes {
     /// By what.
-    pub mode: Mode,
+    pub mode: CaptureMode,
     /// How it was asked for.
     pub way: Way,
     /// With which flags.
@@ -80,7 +80,7 @@ impl InstallTimes {
 #[derive(Debug, Clone, Copy)]
 pub struct MemoryPerConnection {
     /// How it was captured.
-    pub mode: Mode,
+    pub mode: CaptureMode,
     /// Bytes, sockets included.
     pub kernel: f64,
     /// Bytes more than with explicit proxying in the same round, which has the same sockets.
@@ -91,7 +91,7 @@ pub struct MemoryPerConnection {
     pub maps: f64,
 }
 
-impl Report {
+impl BenchReport {
     /// Writes the files; returns where they are.
     pub fn write(&self, folder: &Path) -> Result<Vec<PathBuf>> {
         fs::create_dir_all(folder).with_context(|| format!("making {}", folder.display()))?;
@@ -111,18 +111,19 @@ impl Report {
 
     /// Times to put a pod in force, by flags and mode.
     pub fn install_times(&self) -> Vec<InstallTimes> {
-        let mut keys: Vec<(Lists, Mode, Way)> =
+        let mut keys: Vec<(Lists, CaptureMode, Way)> =
             self.installed.iter().map(|one| (one.lists, one.mode, one.way)).collect();
         keys.sort_unstable();
         keys.dedup();
-        let times = |(lists, mode, way): (Lists, Mode, Way)| {
-            let of = |mode: Mode, way: Way| {
+        let times = |(lists, mode, way): (Lists, CaptureMode, Way)| {
+            let of = |mode: CaptureMode, way: Way| {
                 self.installed.iter().filter(move |one| (one.lists, one.mode, one.way) == (lists, mode, way))
             };
             let milliseconds = |time: std::time::Duration| time.as_secs_f64() * 1000.0;
-            let ratio = |figure: fn(&Installed) -> std::time::Duration| {
+            let ratio = |figure: fn(&InstallTiming) -> std::time::Duration| {
                 Quartiles::of(of(mode, way).filter_map(|one| {
-                    let base = of(Mode::IptablesNft, Way::Command).find(|base| base.round == one.round)?;
+                    let base =
+                        of(CaptureMode::IptablesNft, Way::Command).find(|base| base.round == one.round)?;
                     Some(figure(one).as_secs_f64() / figure(base).as_secs_f64())
                 }))
             };
@@ -142,17 +143,17 @@ impl Report {
     /// Kernel memory by mode: medians of what was read.
     pub fn memory_per_connection(&self) -> Vec<MemoryPerConnection> {
         let bytes = |crowd: &Crowd| each_of(crowd, |crowd| crowd.kernel);
-        let median = |mode: Mode, figure| {
+        let median = |mode: CaptureMode, figure| {
             let all = self.memory.iter().filter(|crowd| crowd.mode == mode);
             Quartiles::of(all.filter_map(|crowd| each_of(crowd, figure))).map(|spread| spread.median)
         };
-        let mut modes: Vec<Mode> = self.memory.iter().map(|crowd| crowd.mode).collect();
+        let mut modes: Vec<CaptureMode> = self.memory.iter().map(|crowd| crowd.mode).collect();
         modes.sort_unstable();
         modes.dedup();
-        let of = |mode: Mode| {
+        let of = |mode: CaptureMode| {
             let own = self.memory.iter().filter(|crowd| crowd.mode == mode && mode.captures());
             let pairs = own.filter_map(|own| {
-                let same = |crowd: &&Crowd| (crowd.mode, crowd.round) == (Mode::Explicit, own.round);
+                let same = |crowd: &&Crowd| (crowd.mode, crowd.round) == (CaptureMode::Explicit, own.round);
                 Some(bytes(own)? - bytes(self.memory.iter().find(same)?)?)
             });
             Some(MemoryPerConnection {

@@ -8,13 +8,13 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 use ipnet::{IpNet, Ipv4Net};
 
-use super::capture::Capture;
+use super::capture::TimedCapture;
 use super::envoy::Envoy;
 use super::interrupt;
-use super::mode::{Cell, Mode, Path, Proxy};
-use super::pool::{Worker, WorkerPool};
-use super::worker::protocol::Relay;
-use super::worker::{Answer, Job, Measured, Role, Timing, Upstream};
+use super::mode::{CaptureMode, Cell, Path, ProxyKind};
+use super::pool::{WorkerPool, WorkerProcess};
+use super::worker::protocol::RelayRole;
+use super::worker::{Measured, Role, Timing, Upstream, WorkerAnswer, WorkerJob};
 use crate::testbed::{Ids, Sandbox};
 
 /// Where the server listens.
@@ -50,25 +50,25 @@ impl Size {
 
 /// The two pods, unoccupied.
 #[derive(Debug)]
-pub struct Pods {
+pub struct RigPods {
     pub(super) client: Sandbox,
     server: Sandbox,
 }
 
 /// The pods at work. Dropping it ends the processes and takes the pods out of force; the pods themselves go with
-/// [`Pods`].
+/// [`RigPods`].
 #[derive(Debug)]
 pub struct Rig<'a> {
     cell: Cell,
     /// What makes the connections.
-    pub clients: Vec<Worker>,
-    _workers: Vec<Worker>,
+    pub clients: Vec<WorkerProcess>,
+    _workers: Vec<WorkerProcess>,
     _envoys: Vec<Envoy>,
-    _captures: Vec<Capture<'a>>,
-    pods: &'a Pods,
+    _captures: Vec<TimedCapture<'a>>,
+    pods: &'a RigPods,
 }
 
-impl Pods {
+impl RigPods {
     /// Two new pods, joined.
     pub fn new(label: &str) -> Result<Self> {
         let client = Sandbox::new(&format!("{label}-client"))?;
@@ -134,19 +134,19 @@ fn servers(port: u16) -> Vec<SocketAddr> {
 
 impl<'a> Rig<'a> {
     /// Puts the pods in force, then starts the processes: the order of an init container.
-    pub fn build(cell: Cell, size: Size, pods: &'a Pods, pool: &WorkerPool) -> Result<Self> {
+    pub fn build(cell: Cell, size: Size, pods: &'a RigPods, pool: &WorkerPool) -> Result<Self> {
         let here = || format!("setting up {} ({}, {}, {})", cell.mode, cell.path, cell.lists, cell.proxy);
         Self::try_build(cell, size, pods, pool).with_context(here)
     }
 
-    fn try_build(cell: Cell, size: Size, pods: &'a Pods, pool: &WorkerPool) -> Result<Self> {
-        let proxied = cell.mode != Mode::None;
+    fn try_build(cell: Cell, size: Size, pods: &'a RigPods, pool: &WorkerPool) -> Result<Self> {
+        let proxied = cell.mode != CaptureMode::None;
         let outbound = proxied && cell.path != Path::Inbound;
         let inbound = proxied && cell.path != Path::Outbound;
         let mut captures = Vec::new();
         for (wanted, sandbox) in [(outbound, &pods.client), (inbound, &pods.server)] {
             if wanted && cell.mode.captures() {
-                let mut capture = Capture::prepare(cell.mode, &cell.lists.options(), sandbox, pool)?;
+                let mut capture = TimedCapture::prepare(cell.mode, &cell.lists.options(), sandbox, pool)?;
                 capture.install()?;
                 captures.push(capture);
             }
@@ -154,7 +154,7 @@ impl<'a> Rig<'a> {
         let mut workers = Vec::new();
         let mut passed = Vec::new();
         let mut envoys = Vec::new();
-        if cell.proxy == Proxy::EnvoyHttp {
+        if cell.proxy == ProxyKind::EnvoyHttp {
             envoys.push(Envoy::server(pool.envoy()?, &pods.server, SERVER_PORT)?);
         } else {
             let server = Role::Server { ports: vec![SERVER_PORT] };
@@ -173,13 +173,13 @@ impl<'a> Rig<'a> {
             }
             let upstream = match cell.mode {
                 // To as many destinations as the client of the other modes.
-                Mode::Explicit if size.relays == 1 => Upstream::Fixed(servers(next)[..1].into()),
-                Mode::Explicit => Upstream::Fixed(servers(next)),
+                CaptureMode::Explicit if size.relays == 1 => Upstream::Fixed(servers(next)[..1].into()),
+                CaptureMode::Explicit => Upstream::Fixed(servers(next)),
                 _ => Upstream::OriginalDestination,
             };
-            let relay = Relay { port, upstream, source };
+            let relay = RelayRole { port, upstream, source };
             let mut processes = Vec::new();
-            if cell.proxy == Proxy::Relay {
+            if cell.proxy == ProxyKind::Relay {
                 for _ in 0..size.relays {
                     let worker = pool.start(sandbox, Ids::PROXY, &Role::Relay(relay.clone()))?;
                     processes.push(worker.pid());
@@ -205,10 +205,10 @@ impl<'a> Rig<'a> {
     fn prove(&mut self, proxies: &[Vec<u32>]) -> Result<()> {
         let before = proxies.iter().map(|pod| sockets(pod)).collect::<Result<Vec<_>>>()?;
         let say =
-            if self.cell.proxy == Proxy::EnvoyHttp { "GET / HTTP/1.1\r\nHost: pod\r\n\r\n" } else { "" };
+            if self.cell.proxy == ProxyKind::EnvoyHttp { "GET / HTTP/1.1\r\nHost: pod\r\n\r\n" } else { "" };
         let to = self.destinations()[0];
         let client = &mut self.clients[0];
-        client.ask(&Job::Probe { to, say: say.into() }, PATIENCE)?;
+        client.ask(&WorkerJob::Probe { to, say: say.into() }, PATIENCE)?;
         for (pod, before) in proxies.iter().zip(before) {
             let deadline = Instant::now() + PATIENCE;
             // The one that was accepted, and the one that goes onwards.
@@ -221,7 +221,7 @@ impl<'a> Rig<'a> {
                 std::thread::yield_now();
             }
         }
-        client.ask(&Job::Release, PATIENCE)?;
+        client.ask(&WorkerJob::Release, PATIENCE)?;
         Ok(())
     }
 
@@ -231,26 +231,28 @@ impl<'a> Rig<'a> {
     }
 
     /// The pods it is made of.
-    pub fn pods(&self) -> &'a Pods {
+    pub fn pods(&self) -> &'a RigPods {
         self.pods
     }
 
     /// What the client dials, once for each address of the server.
     pub fn destinations(&self) -> Vec<SocketAddr> {
         match (self.cell.mode, self.cell.path) {
-            (Mode::Explicit, Path::Both | Path::Outbound) => vec![(Ipv4Addr::LOCALHOST, OUTBOUND).into()],
-            (Mode::Explicit, Path::Inbound) => servers(INBOUND),
+            (CaptureMode::Explicit, Path::Both | Path::Outbound) => {
+                vec![(Ipv4Addr::LOCALHOST, OUTBOUND).into()]
+            }
+            (CaptureMode::Explicit, Path::Inbound) => servers(INBOUND),
             _ => servers(SERVER_PORT),
         }
     }
 
     /// Measures one job of the client.
-    pub fn measure(&mut self, job: &Job, timing: Timing) -> Result<Measured> {
+    pub fn measure(&mut self, job: &WorkerJob, timing: Timing) -> Result<Measured> {
         let limit = timing.warm_up + timing.measure + Duration::from_secs(10);
         let cell = self.cell;
         let measured =
             match self.clients[0].ask(job, limit).with_context(|| format!("measuring {}", cell.mode))? {
-                Answer::Measured(measured) => measured,
+                WorkerAnswer::Measured(measured) => measured,
                 other => bail!("the client answered {other:?}"),
             };
         // A few lost connections are the machine's; many are the mode's, and no figure.

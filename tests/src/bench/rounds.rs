@@ -11,14 +11,14 @@ use super::mode::Cell;
 use super::plan::Suite;
 use super::pool::WorkerPool;
 use super::progress::Progress;
-use super::rig::{Pods, Rig, Size};
+use super::rig::{Rig, RigPods, Size};
 use super::work::Work;
 use super::worker::{Measured, Timing};
 use super::{interrupt, wrk};
 
 /// One measurement.
 #[derive(Debug, Clone, Serialize, Deserialize)]
-pub struct Row {
+pub struct RoundRow {
     /// The suite's title.
     pub suite: String,
     /// Measurements of one suite, work and round belong together.
@@ -40,12 +40,12 @@ pub fn run(
     pool: &WorkerPool,
     random: &mut StdRng,
     progress: &mut Progress,
-) -> Result<Vec<Row>> {
+) -> Result<Vec<RoundRow>> {
     progress.at(&format!("{}: setting up", suite.title));
     let begun = Instant::now();
     let limit = Duration::from_secs_f64(suite.seconds() * OVERDUE + 10.0);
     let labels = suite.cells.iter().map(|cell| cell.mode.to_string());
-    let pods = labels.map(|label| Pods::new(&label)).collect::<Result<Vec<_>>>()?;
+    let pods = labels.map(|label| RigPods::new(&label)).collect::<Result<Vec<_>>>()?;
     let rigs = suite.cells.iter().zip(&pods).map(|(&cell, pods)| {
         interrupt::check()?;
         Rig::build(cell, Size::ONE, pods, pool)
@@ -75,7 +75,7 @@ pub fn run(
                     cell.mode
                 ));
                 let measured = measure(rig, work, suite.timing)?;
-                rows.push(Row { suite: suite.title.into(), round, work, cell, measured });
+                rows.push(RoundRow { suite: suite.title.into(), round, work, cell, measured });
                 progress.advance(share);
             }
         }

@@ -9,12 +9,12 @@ use rand::rngs::StdRng;
 
 use super::machine::Machine;
 use super::memory::{Crowd, Trial, crowd};
-use super::mode::{Mode, Proxy};
+use super::mode::{CaptureMode, ProxyKind};
 use super::plan::{Plan, Section, Suite};
 use super::pool::WorkerPool;
 use super::programs::Programs;
 use super::progress::Progress;
-use super::report::Report;
+use super::report::BenchReport;
 use super::summary::summarize;
 use super::worker::Timing;
 use super::{envoy, install, interrupt, programs, rounds};
@@ -31,9 +31,9 @@ const PROGRAMS: f64 = 3.0;
 
 /// A run, and whether everything in it worked.
 #[derive(Debug)]
-pub struct Outcome {
+pub struct SessionOutcome {
     /// What was measured.
-    pub report: Report,
+    pub report: BenchReport,
     /// Parts that failed; the report has the others.
     pub failures: Vec<anyhow::Error>,
 }
@@ -47,10 +47,10 @@ pub fn perform(
     seed: u64,
     pool: &WorkerPool,
     folder: &Path,
-) -> Result<Outcome> {
+) -> Result<SessionOutcome> {
     let mut notes = Vec::new();
     adapt(&mut plan, pool, &mut notes)?;
-    let report = Report {
+    let report = BenchReport {
         machine: Machine::here(),
         seed,
         quick: plan.quick,
@@ -62,7 +62,7 @@ pub fn perform(
         reach: Vec::new(),
         rows: Vec::new(),
     };
-    let mut run = Run {
+    let mut run = SessionRun {
         pool,
         folder,
         random: StdRng::seed_from_u64(seed),
@@ -76,8 +76,8 @@ pub fn perform(
     if plan.has(Section::Install) {
         run.attempt(|run| run.install(&plan));
     }
-    if plan.has(Section::Programs) && plan.modes.contains(&Mode::Agent) {
-        run.attempt(Run::programs);
+    if plan.has(Section::Programs) && plan.modes.contains(&CaptureMode::Agent) {
+        run.attempt(SessionRun::programs);
     }
     if plan.has(Section::Memory) {
         for round in 0..memory_rounds(&plan) {
@@ -87,24 +87,24 @@ pub fn perform(
         }
     }
     if plan.has(Section::Reach) {
-        for mode in plan.crowded().into_iter().filter(|mode| *mode != Mode::Explicit) {
+        for mode in plan.crowded().into_iter().filter(|mode| *mode != CaptureMode::Explicit) {
             run.attempt(|run| run.reach(mode));
         }
     }
     run.progress.finish();
-    Ok(Outcome { report: run.report, failures: run.failures })
+    Ok(SessionOutcome { report: run.report, failures: run.failures })
 }
 
-struct Run<'a> {
+struct SessionRun<'a> {
     pool: &'a WorkerPool,
     folder: &'a Path,
     random: StdRng,
     progress: Progress,
-    report: Report,
+    report: BenchReport,
     failures: Vec<anyhow::Error>,
 }
 
-impl Run<'_> {
+impl SessionRun<'_> {
     /// Does a part, unless the run is to end, and writes down what there is.
     fn attempt(&mut self, part: impl FnOnce(&mut Self) -> Result<()>) {
         if interrupt::asked() {
@@ -140,7 +140,7 @@ impl Run<'_> {
         Ok(())
     }
 
-    fn memory(&mut self, mode: Mode, round: usize, connections: usize) -> Result<()> {
+    fn memory(&mut self, mode: CaptureMode, round: usize, connections: usize) -> Result<()> {
         self.progress.at(&format!("memory, round {}: {mode}", round + 1));
         let limit = Duration::from_secs_f64(crowd_seconds(connections) * 4.0);
         let crowd = crowd(mode, Trial::Memory, connections, limit, self.pool)?;
@@ -149,7 +149,7 @@ impl Run<'_> {
         Ok(())
     }
 
-    fn reach(&mut self, mode: Mode) -> Result<()> {
+    fn reach(&mut self, mode: CaptureMode) -> Result<()> {
         self.progress.at(&format!("reach: {mode}"));
         let limit = Duration::from_secs_f64(REACH_LIMIT);
         self.report.reach.push(crowd(mode, Trial::Reach, REACH, limit, self.pool)?);
@@ -160,16 +160,16 @@ impl Run<'_> {
 
 /// Leaves out what cannot be measured here, and says so.
 fn adapt(plan: &mut Plan, pool: &WorkerPool, notes: &mut Vec<String>) -> Result<()> {
-    if plan.modes.contains(&Mode::Accelerated)
+    if plan.modes.contains(&CaptureMode::Accelerated)
         && let Some(why) = pool.agent()?.refuses_to_accelerate()?
     {
-        plan.modes.retain(|mode| *mode != Mode::Accelerated);
+        plan.modes.retain(|mode| *mode != CaptureMode::Accelerated);
         notes.push(format!("accelerated: left out. {why}"));
     }
     let wants_envoy = [Section::EnvoyTcp, Section::EnvoyHttp].into_iter().any(|section| plan.has(section));
     if wants_envoy && let Err(error) = envoy::program() {
         plan.sections.retain(|section| !matches!(section, Section::EnvoyTcp | Section::EnvoyHttp));
-        notes.push(format!("{} and {}: left out. {error}", Proxy::EnvoyTcp, Proxy::EnvoyHttp));
+        notes.push(format!("{} and {}: left out. {error}", ProxyKind::EnvoyTcp, ProxyKind::EnvoyHttp));
     }
     Ok(())
 }
@@ -190,7 +190,7 @@ fn planned(plan: &Plan, connections: usize) -> f64 {
     if plan.has(Section::Install) {
         let captured = plan.modes.iter().filter(|mode| mode.captures()).count();
         // The daemon is one more.
-        let ways = captured + usize::from(plan.modes.contains(&Mode::Agent));
+        let ways = captured + usize::from(plan.modes.contains(&CaptureMode::Agent));
         seconds += (ways * 2 * plan.rounds(5, 20)) as f64 * INSTALL;
     }
     if plan.has(Section::Programs) {

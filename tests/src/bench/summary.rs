@@ -4,8 +4,8 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
-use super::mode::{Cell, Lists, Mode};
-use super::rounds::Row;
+use super::mode::{CaptureMode, Cell, Lists};
+use super::rounds::RoundRow;
 use super::statistics::Quartiles;
 use super::work::Work;
 
@@ -65,11 +65,11 @@ impl Base {
 
     fn of(self, cell: Cell) -> Option<Cell> {
         let base = match self {
-            Self::IptablesNft => cell.by(Mode::IptablesNft),
-            Self::Explicit => Cell { lists: Lists::Injected, ..cell.by(Mode::Explicit) },
+            Self::IptablesNft => cell.by(CaptureMode::IptablesNft),
+            Self::Explicit => Cell { lists: Lists::Injected, ..cell.by(CaptureMode::Explicit) },
             Self::NoLists if cell.lists != Lists::Injected => Cell { lists: Lists::Injected, ..cell },
             Self::NoLists => return None,
-            Self::Baseline if cell.mode == Mode::Agent => cell.by(Mode::Baseline),
+            Self::Baseline if cell.mode == CaptureMode::Agent => cell.by(CaptureMode::Baseline),
             Self::Baseline => return None,
         };
         Some(base)
@@ -77,19 +77,19 @@ impl Base {
 }
 
 #[expect(clippy::cast_precision_loss, reason = "counts of seconds fit")]
-fn rate(row: &Row) -> f64 {
+fn rate(row: &RoundRow) -> f64 {
     row.measured.operations as f64 / row.work.per_unit() / row.measured.seconds
 }
 
 #[expect(clippy::cast_precision_loss, reason = "counts of seconds fit")]
-fn cpu(row: &Row) -> f64 {
+fn cpu(row: &RoundRow) -> f64 {
     row.measured.cpu.ours * 1e6 / (row.measured.operations as f64 / row.work.per_unit())
 }
 
 /// Summaries, in the order in which suites, works and cells were first measured.
-pub fn summarize(rows: &[Row], processors: usize) -> Vec<Summary> {
+pub fn summarize(rows: &[RoundRow], processors: usize) -> Vec<Summary> {
     let mut order: Vec<(&str, Work, Cell)> = Vec::new();
-    let mut by_round: BTreeMap<(&str, Work, Cell, usize), &Row> = BTreeMap::new();
+    let mut by_round: BTreeMap<(&str, Work, Cell, usize), &RoundRow> = BTreeMap::new();
     for row in rows {
         by_round.insert((&row.suite, row.work, row.cell, row.round), row);
         if !order.contains(&(&row.suite, row.work, row.cell)) {
@@ -100,17 +100,18 @@ pub fn summarize(rows: &[Row], processors: usize) -> Vec<Summary> {
     let position = |suite: &str| rows.iter().position(|row| row.suite == suite);
     order.sort_by_key(|(suite, work, cell)| (position(suite), *work, cell.path, cell.lists, cell.mode));
     let summarize = |(suite, work, cell): (&str, Work, Cell)| {
-        let of = |cell: Cell| -> BTreeMap<usize, &Row> {
+        let of = |cell: Cell| -> BTreeMap<usize, &RoundRow> {
             let all = by_round.iter().filter(move |((s, w, c, _), _)| (*s, *w, *c) == (suite, work, cell));
             all.map(|((_, _, _, round), row)| (*round, *row)).collect()
         };
         let own = of(cell);
-        let spread =
-            |figure: &dyn Fn(&Row) -> Option<f64>| Quartiles::of(own.values().filter_map(|row| figure(row)));
+        let spread = |figure: &dyn Fn(&RoundRow) -> Option<f64>| {
+            Quartiles::of(own.values().filter_map(|row| figure(row)))
+        };
         let latency = [0, 1, 2].map(|which| spread(&|row| latency_of(row, which)));
         let ratios = Base::ALL.into_iter().filter_map(|base| {
             let others = of(base.of(cell)?);
-            let pairs = |figure: &dyn Fn(&Row) -> Option<f64>| {
+            let pairs = |figure: &dyn Fn(&RoundRow) -> Option<f64>| {
                 Quartiles::of(
                     own.iter().filter_map(|(round, row)| Some(figure(row)? / figure(others.get(round)?)?)),
                 )
@@ -144,7 +145,7 @@ pub fn summarize(rows: &[Row], processors: usize) -> Vec<Summary> {
     order.into_iter().filter_map(summarize).collect()
 }
 
-fn latency_of(row: &Row, which: usize) -> Option<f64> {
+fn latency_of(row: &RoundRow, which: usize) -> Option<f64> {
     let latency = row.measured.latency?;
     Some(f64::from([latency.p50, latency.p99, latency.p999][which]) / 1000.0)
 }
@@ -169,7 +170,7 @@ mod tests {
 
     #[test]
     fn ratios_are_of_pairs_within_a_round() {
-        let row = |mode, round, operations| Row {
+        let row = |mode, round, operations| RoundRow {
             suite: "s".into(),
             round,
             work: Work::Connect { clients: 1 },
@@ -184,15 +185,17 @@ mod tests {
         };
         // The machine was ten times slower in round 1, for both; a round without its pair does not count.
         let rows = [
-            row(Mode::Agent, 0, 200),
-            row(Mode::IptablesNft, 0, 100),
-            row(Mode::IptablesNft, 1, 10),
-            row(Mode::Agent, 1, 20),
-            row(Mode::Agent, 2, 9999),
+            row(CaptureMode::Agent, 0, 200),
+            row(CaptureMode::IptablesNft, 0, 100),
+            row(CaptureMode::IptablesNft, 1, 10),
+            row(CaptureMode::Agent, 1, 20),
+            row(CaptureMode::Agent, 2, 9999),
         ];
         let summaries = summarize(&rows, 1);
-        let agent =
-            summaries.iter().find(|summary| summary.cell.mode == Mode::Agent).expect("it was measured");
+        let agent = summaries
+            .iter()
+            .find(|summary| summary.cell.mode == CaptureMode::Agent)
+            .expect("it was measured");
         let ratio = agent.over(Base::IptablesNft).expect("both were measured");
         assert_eq!((ratio.rate.median, ratio.rate.n), (2.0, 2));
         assert_eq!(ratio.cpu.median, 0.5);

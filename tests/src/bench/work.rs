@@ -5,7 +5,7 @@ use std::net::SocketAddr;
 
 use serde::{Deserialize, Serialize};
 
-use super::worker::{Job, Timing};
+use super::worker::{Timing, WorkerJob};
 
 /// One kind of traffic.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
@@ -34,11 +34,11 @@ pub enum Work {
 
 impl Work {
     /// The job of the client; none if the client is another program.
-    pub fn job(self, to: SocketAddr, timing: Timing) -> Option<Job> {
+    pub fn job(self, to: SocketAddr, timing: Timing) -> Option<WorkerJob> {
         Some(match self {
-            Self::Connect { clients } => Job::Connect { to, clients, timing },
-            Self::Exchange { size, connections } => Job::Exchange { to, connections, size, timing },
-            Self::Stream => Job::Stream { to, timing },
+            Self::Connect { clients } => WorkerJob::Connect { to, clients, timing },
+            Self::Exchange { size, connections } => WorkerJob::Exchange { to, connections, size, timing },
+            Self::Stream => WorkerJob::Stream { to, timing },
             Self::Http { .. } => return None,
         })
     }

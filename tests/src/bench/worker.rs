@@ -18,7 +18,7 @@ use std::io::{BufRead, Write};
 use anyhow::{Context, Result};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
-pub use protocol::{Answer, Job, Measured, READY, Role, Timing, Upstream};
+pub use protocol::{Measured, READY, Role, Timing, Upstream, WorkerAnswer, WorkerJob};
 
 /// Does what the role says, until the end of the input.
 pub fn run(role: &Role) -> Result<()> {

@@ -5,12 +5,12 @@ use std::process::ExitCode;
 
 use anyhow::{Context, Result, bail, ensure};
 use clap::{Parser, ValueEnum};
-use tests::bench::mode::Mode;
+use tests::bench::mode::CaptureMode;
 use tests::bench::plan::{Plan, Section};
 use tests::bench::pool::{WORKER, WorkerPool};
-use tests::bench::report::Report;
+use tests::bench::report::BenchReport;
 use tests::bench::report::table::tables;
-use tests::bench::session::{Outcome, perform};
+use tests::bench::session::{SessionOutcome, perform};
 use tests::bench::{check, interrupt, worker};
 use tests::testbed::sweep::sweep;
 
@@ -18,13 +18,13 @@ use tests::testbed::sweep::sweep;
 /// proxy at all, interleaved in one run.
 #[derive(Parser)]
 #[command(bin_name = "cargo xtask bench")]
-struct Arguments {
+struct BenchArguments {
     /// A smaller choice of everything; takes at most three minutes
     #[arg(long)]
     quick: bool,
     /// Only these modes [default: all]
     #[arg(long, value_enum, value_delimiter = ',')]
-    modes: Vec<Mode>,
+    modes: Vec<CaptureMode>,
     /// Only these parts [default: all; with --quick all but reach]
     #[arg(long, value_enum, value_delimiter = ',')]
     work: Vec<Section>,
@@ -67,10 +67,10 @@ fn run() -> Result<()> {
         let role = words.next().context("a worker needs a role")?;
         return worker::run(&serde_json::from_str(&role).context("understanding the role of a worker")?);
     }
-    let arguments = Arguments::parse();
+    let arguments = BenchArguments::parse();
     if let Some(path) = &arguments.from {
         let text = std::fs::read_to_string(path).with_context(|| format!("reading {}", path.display()))?;
-        let report: Report =
+        let report: BenchReport =
             serde_json::from_str(&text).with_context(|| format!("understanding {}", path.display()))?;
         return show(&report, &arguments.out.map_or_else(default_folder, Ok)?);
     }
@@ -86,13 +86,13 @@ fn run() -> Result<()> {
     measure(arguments, &pool)
 }
 
-fn measure(arguments: Arguments, pool: &WorkerPool) -> Result<()> {
+fn measure(arguments: BenchArguments, pool: &WorkerPool) -> Result<()> {
     let quick = arguments.quick;
     let all = |section: &Section| !quick || *section != Section::Reach;
     let mut plan = Plan { modes: arguments.modes, sections: arguments.work, quick, rounds: arguments.rounds };
     if plan.modes.is_empty() {
-        plan.modes = Mode::value_variants().to_vec();
-        plan.modes.retain(|mode| *mode != Mode::Baseline || arguments.baseline.is_some());
+        plan.modes = CaptureMode::value_variants().to_vec();
+        plan.modes.retain(|mode| *mode != CaptureMode::Baseline || arguments.baseline.is_some());
     }
     if plan.sections.is_empty() {
         plan.sections = Section::value_variants().iter().copied().filter(all).collect();
@@ -105,7 +105,7 @@ fn measure(arguments: Arguments, pool: &WorkerPool) -> Result<()> {
     let seed = arguments.seed.unwrap_or(time);
     let connections = arguments.connections.unwrap_or(if quick { 10_000 } else { 50_000 });
     let folder = arguments.out.map_or_else(default_folder, Ok)?;
-    let Outcome { report, failures } = perform(plan, connections, seed, pool, &folder)?;
+    let SessionOutcome { report, failures } = perform(plan, connections, seed, pool, &folder)?;
     show(&report, &folder)?;
     interrupt::check()?;
     if !failures.is_empty() {
@@ -115,7 +115,7 @@ fn measure(arguments: Arguments, pool: &WorkerPool) -> Result<()> {
 }
 
 /// Prints the tables, and writes the files.
-fn show(report: &Report, folder: &Path) -> Result<()> {
+fn show(report: &BenchReport, folder: &Path) -> Result<()> {
     print!("{}", tables(report));
     for path in report.write(folder)? {
         println!("{}", path.display());

@@ -16,8 +16,8 @@ use clap::{Parser, ValueEnum};
 use serde_json::Value;
 use tests::{
     actor::{
-        Actor, Bind, Dial, Dialled, Direction, Listen, OriginalDst, Outcome, Relay, Relayed, Transport,
-        binary::ReadableCopy,
+        Actor, Bind, Dial, DialOutcome, Dialled, Listen, OriginalDst, Relay, RelayDirection, Relayed,
+        Transport, binary::ReadableCopy,
     },
     cases,
     envoy::{self, Sidecar, Speaks},
@@ -33,13 +33,13 @@ const METRICS_PORT: u16 = 15090;
 const WORLD_PORT: u16 = 80;
 
 #[derive(Parser)]
-struct Options {
+struct DemoArguments {
     /// The agent
     #[arg(long, env = "INTERCEPT_AGENT", default_value = "target/release/intercept-agent")]
     agent: PathBuf,
     /// Who plays the sidecar proxy
-    #[arg(long, value_enum, default_value_t = Proxy::Relay)]
-    proxy: Proxy,
+    #[arg(long, value_enum, default_value_t = DemoProxy::Relay)]
+    proxy: DemoProxy,
     /// Envoy's binary, for --proxy envoy
     #[arg(long, env = "INTERCEPT_ENVOY")]
     envoy: Option<PathBuf>,
@@ -52,7 +52,7 @@ struct Options {
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
-enum Proxy {
+enum DemoProxy {
     /// A small one that is built in
     Relay,
     /// The real one
@@ -60,12 +60,12 @@ enum Proxy {
 }
 
 fn main() -> ExitCode {
-    let options = Options::parse();
+    let options = DemoArguments::parse();
     let (done, failure) = match &options {
-        Options { cases: Some(filter), .. } => {
+        DemoArguments { cases: Some(filter), .. } => {
             (cases::run(filter).map(|failed| failed == 0), "a case does not hold")
         }
-        Options { refused: true, .. } => (refused(), ""),
+        DemoArguments { refused: true, .. } => (refused(), ""),
         _ => (demo(&options), "a flow did not go where it must"),
     };
     match done {
@@ -88,7 +88,7 @@ fn refused() -> Result<bool> {
 }
 
 /// A flow, and what must come of it.
-struct Flow {
+struct DemoFlow {
     what: &'static str,
     from_world: bool,
     ids: Ids,
@@ -114,14 +114,14 @@ impl Expect {
     }
 }
 
-fn flows(pod: &Pod) -> Vec<Flow> {
+fn flows(pod: &Pod) -> Vec<DemoFlow> {
     let world = |text: &str, port| SocketAddr::new(text.parse().expect("an address"), port);
     let mut flows = Vec::new();
     for (v6, service) in [(false, "10.96.0.10"), (true, "fd96::10")] {
         let own = pod.address(v6);
         let localhost: IpAddr = if v6 { [0, 0, 0, 0, 0, 0, 0, 1].into() } else { [127, 0, 0, 1].into() };
         let mut flow = |what, from_world, ids, to, expect| {
-            flows.push(Flow { what, from_world, ids, to, mapped: false, expect });
+            flows.push(DemoFlow { what, from_world, ids, to, mapped: false, expect });
         };
         flow("the app calls a service", false, Ids::APP, world(service, WORLD_PORT), Expect::ProxyOut);
         flow("a client calls the app", true, Ids::ROOT, SocketAddr::new(own, APP_PORT), Expect::ProxyIn);
@@ -155,7 +155,7 @@ fn flows(pod: &Pod) -> Vec<Flow> {
             Expect::ProxyIn,
         );
     }
-    flows.push(Flow {
+    flows.push(DemoFlow {
         what: "the app calls IPv4 through IPv6",
         from_world: false,
         ids: Ids::APP,
@@ -166,7 +166,7 @@ fn flows(pod: &Pod) -> Vec<Flow> {
     flows
 }
 
-fn demo(options: &Options) -> Result<bool> {
+fn demo(options: &DemoArguments) -> Result<bool> {
     ensure!(options.agent.exists(), "{} is not built: `cargo build --release`", options.agent.display());
     testbed::sweep::sweep()?;
     println!("a pod, its neighbour, and a proxy as user 1337");
@@ -179,11 +179,11 @@ fn demo(options: &Options) -> Result<bool> {
         serve(&inside, "metrics", Ids::APP, any, METRICS_PORT)?;
     }
     let sidecar = match options.proxy {
-        Proxy::Relay => {
+        DemoProxy::Relay => {
             start_relay(&inside)?;
             None
         }
-        Proxy::Envoy => {
+        DemoProxy::Envoy => {
             let program = options.envoy.clone().map_or_else(envoy::program, Ok)?;
             let program = ReadableCopy::of(&program)?;
             Some((Sidecar::start(&program, &pod, Speaks::Tcp)?, program))
@@ -192,7 +192,7 @@ fn demo(options: &Options) -> Result<bool> {
     let mut reports =
         Reports { inside: &inside, sidecar: sidecar.as_ref().map(|(sidecar, _)| sidecar), logged: 0 };
 
-    let agent = Agent { binary: &options.agent, cgroup: pod.cgroup.path(), netns: pod.netns.path() };
+    let agent = DemoAgent { binary: &options.agent, cgroup: pod.cgroup.path(), netns: pod.netns.path() };
     println!(
         "intercept-agent attach {}",
         [&INIT_FLAGS[..], &INIT_EXCLUDED[..]]
@@ -236,7 +236,7 @@ fn serve(actor: &Actor, name: &str, ids: Ids, any: IpAddr, port: u16) -> Result<
 fn start_relay(inside: &Actor) -> Result<()> {
     for any in [IpAddr::from([0, 0, 0, 0]), IpAddr::from([0u16; 8])] {
         for (name, port, direction) in
-            [("outbound", 15001, Direction::Outbound), ("inbound", 15006, Direction::Inbound)]
+            [("outbound", 15001, RelayDirection::Outbound), ("inbound", 15006, RelayDirection::Inbound)]
         {
             let bind = Bind::new(Ids::PROXY, SocketAddr::new(any, port));
             inside.relay(Relay {
@@ -252,13 +252,13 @@ fn start_relay(inside: &Actor) -> Result<()> {
     Ok(())
 }
 
-struct Agent<'a> {
+struct DemoAgent<'a> {
     binary: &'a Path,
     cgroup: &'a Path,
     netns: &'a Path,
 }
 
-impl Agent<'_> {
+impl DemoAgent<'_> {
     fn run(&self, args: &[&str]) -> Result<String> {
         let (command, rest) = args.split_first().context("no command")?;
         let output = Command::new(self.binary)
@@ -277,7 +277,7 @@ impl Agent<'_> {
     }
 
     /// The reason that `explain` gives for a flow.
-    fn reason(&self, flow: &Flow, client: Option<SocketAddr>) -> Result<String> {
+    fn reason(&self, flow: &DemoFlow, client: Option<SocketAddr>) -> Result<String> {
         let direction = if flow.from_world { "inbound" } else { "outbound" };
         let (dst, port, uid) =
             (flow.to.ip().to_string(), flow.to.port().to_string(), flow.ids.uid.to_string());
@@ -295,9 +295,9 @@ impl Agent<'_> {
 }
 
 fn show(
-    flows: &[Flow],
+    flows: &[DemoFlow],
     pod: &Pod,
-    agent: &Agent<'_>,
+    agent: &DemoAgent<'_>,
     reports: &mut Reports<'_>,
     world: &Actor,
 ) -> Result<(usize, usize)> {
@@ -338,7 +338,7 @@ struct Reports<'a> {
 
 impl Reports<'_> {
     /// The report of a flow that was just made; none if it does not pass the proxy.
-    fn of(&mut self, flow: &Flow) -> Result<Option<Relayed>> {
+    fn of(&mut self, flow: &DemoFlow) -> Result<Option<Relayed>> {
         let (expected, patience) = match flow.expect {
             Expect::Direct => (0, Duration::ZERO),
             _ => (1, Duration::from_secs(3)),
@@ -372,7 +372,7 @@ fn original(original: OriginalDst) -> String {
 
 fn went_to(dialled: &Dialled, relayed: Option<&Relayed>) -> String {
     let served = match &dialled.outcome {
-        Outcome::Answered(answer) => answer.server.clone(),
+        DialOutcome::Answered(answer) => answer.server.clone(),
         other => format!("{other:?}"),
     };
     match relayed {
@@ -382,8 +382,8 @@ fn went_to(dialled: &Dialled, relayed: Option<&Relayed>) -> String {
 }
 
 /// Whether all ends saw what they must see.
-fn judge(flow: &Flow, dialled: &Dialled, relayed: Option<&Relayed>, pod: &Pod) -> Result<(), String> {
-    let Outcome::Answered(_) = &dialled.outcome else {
+fn judge(flow: &DemoFlow, dialled: &Dialled, relayed: Option<&Relayed>, pod: &Pod) -> Result<(), String> {
+    let DialOutcome::Answered(_) = &dialled.outcome else {
         return Err(format!("no answer: {:?}", dialled.outcome));
     };
     let by = relayed.map_or(Expect::Direct, |relayed| {

@@ -5,7 +5,7 @@ use anyhow::{Result, ensure};
 use super::captured;
 use crate::{
     agent::Agent,
-    steps::{Kind, Step, run},
+    steps::{SocketKind, Step, run},
     testbed::Ids,
 };
 
@@ -20,19 +20,20 @@ fn gives(agent: &Agent, more: &[&str], ids: Ids, steps: &[Step], expected: &[&st
 }
 
 pub(super) fn unspecified(agent: &Agent) -> Result<()> {
-    let steps = [Step::Open(Kind::Tcp4), Step::Connect("0.0.0.0:8080".parse()?), Step::Peer];
+    let steps = [Step::Open(SocketKind::Tcp4), Step::Connect("0.0.0.0:8080".parse()?), Step::Peer];
     gives(agent, &[], Ids::APP, &steps, &["ok", "ok", "127.0.0.1:8080"])?;
-    let steps = [Step::Open(Kind::Tcp6), Step::Connect("[::]:8080".parse()?), Step::Peer];
+    let steps = [Step::Open(SocketKind::Tcp6), Step::Connect("[::]:8080".parse()?), Step::Peer];
     gives(agent, &[], Ids::APP, &steps, &["ok", "ok", "[::1]:8080"])?;
-    let steps = [Step::Open(Kind::Udp4), Step::AskAt("0.0.0.0:53".parse()?)];
+    let steps = [Step::Open(SocketKind::Udp4), Step::AskAt("0.0.0.0:53".parse()?)];
     gives(agent, &DNS, Ids::APP, &steps, &["ok", "dns by 127.0.0.1:53"])
 }
 
 pub(super) fn disconnected(agent: &Agent) -> Result<()> {
-    for (kind, to, own) in
-        [(Kind::Tcp4, "198.51.100.7:80", "10.66.0.2:*"), (Kind::Tcp6, "[2001:db8::7]:80", "[fd66::2]:*")]
-    {
-        let localhost = if kind == Kind::Tcp4 { "127.0.0.1:8080" } else { "[::1]:8080" };
+    for (kind, to, own) in [
+        (SocketKind::Tcp4, "198.51.100.7:80", "10.66.0.2:*"),
+        (SocketKind::Tcp6, "[2001:db8::7]:80", "[fd66::2]:*"),
+    ] {
+        let localhost = if kind == SocketKind::Tcp4 { "127.0.0.1:8080" } else { "[::1]:8080" };
         let steps = [
             Step::Open(kind),
             Step::Connect(to.parse()?),
@@ -48,8 +49,8 @@ pub(super) fn disconnected(agent: &Agent) -> Result<()> {
 
 pub(super) fn one_port(agent: &Agent) -> Result<()> {
     for (kind, any, first, second, own) in [
-        (Kind::Tcp4, "0.0.0.0:5555", "198.51.100.7:80", "198.51.100.8:80", "10.66.0.2:5555"),
-        (Kind::Tcp6, "[::]:5555", "[2001:db8::7]:80", "[2001:db8::8]:80", "[fd66::2]:5555"),
+        (SocketKind::Tcp4, "0.0.0.0:5555", "198.51.100.7:80", "198.51.100.8:80", "10.66.0.2:5555"),
+        (SocketKind::Tcp6, "[::]:5555", "[2001:db8::7]:80", "[2001:db8::8]:80", "[fd66::2]:5555"),
     ] {
         let mut steps = Vec::new();
         for to in [first, second] {
@@ -64,7 +65,7 @@ pub(super) fn one_port(agent: &Agent) -> Result<()> {
 
 pub(super) fn interface(agent: &Agent) -> Result<()> {
     let steps = [
-        Step::Open(Kind::Udp4),
+        Step::Open(SocketKind::Udp4),
         Step::UnicastInterface("eth0".into()),
         Step::AskAt("10.96.0.10:53".parse()?),
         Step::AskBy("10.96.0.10:53".parse()?, "eth0".into()),
@@ -75,7 +76,7 @@ pub(super) fn interface(agent: &Agent) -> Result<()> {
 
 pub(super) fn other_server(agent: &Agent) -> Result<()> {
     let steps = [
-        Step::Open(Kind::Udp4),
+        Step::Open(SocketKind::Udp4),
         Step::Connect("10.96.0.10:53".parse()?),
         Step::Ask,
         Step::Disconnect,

@@ -26,7 +26,7 @@ const ENDED: i32 = 2;
 
 /// A connection to the runtime.
 #[derive(Debug)]
-pub struct Client {
+pub struct CriClient {
     runtime: Runtime,
     channel: Channel,
 }
@@ -77,7 +77,7 @@ pub fn uid(name: &str) -> String {
     format!("3e5d2a1c-0c1f-4d53-9f57-{name}")
 }
 
-impl Client {
+impl CriClient {
     /// Connect to the socket, on which something listens.
     pub fn connect(socket: &Path) -> Result<Self> {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;

@@ -19,9 +19,9 @@ use k8s_openapi::{
 };
 
 use super::{
-    client::{Client, PodConfig, PodSandbox, log, uid, wait},
+    client::{CriClient, PodConfig, PodSandbox, log, uid, wait},
     messages as m,
-    node::Node,
+    node::CriNode,
 };
 
 /// What every container gets whose procMount is not Unmasked.
@@ -50,8 +50,8 @@ const CA: &str = include_str!("ca.crt");
 /// The pod, with its one container running or not.
 #[derive(Debug)]
 pub struct DaemonPod<'a> {
-    node: &'a Node,
-    client: &'a Client,
+    node: &'a CriNode,
+    client: &'a CriClient,
     name: String,
     spec: PodSpec,
     sandbox: PodSandbox,
@@ -62,7 +62,7 @@ pub struct DaemonPod<'a> {
 
 impl<'a> DaemonPod<'a> {
     /// Run the DaemonSet in a file: the init containers to their ends, then its container.
-    pub fn start(node: &'a Node, client: &'a Client, manifest: &Path, name: &str) -> Result<Self> {
+    pub fn start(node: &'a CriNode, client: &'a CriClient, manifest: &Path, name: &str) -> Result<Self> {
         let spec = read(manifest)?;
         ensure!(spec.containers.len() == 1, "{} has several containers", manifest.display());
         let cgroup = node.make_pod_cgroup(&uid(name))?;

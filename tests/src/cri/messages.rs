@@ -105,11 +105,11 @@ pub(super) struct ImageStatusRequest {
 #[derive(Clone, PartialEq, Message)]
 pub(super) struct ImageStatusResponse {
     #[prost(message, optional, tag = "1")]
-    pub(super) image: Option<Image>,
+    pub(super) image: Option<PulledImage>,
 }
 
 #[derive(Clone, PartialEq, Message)]
-pub(super) struct Image {
+pub(super) struct PulledImage {
     #[prost(string, tag = "1")]
     pub(super) id: String,
 }

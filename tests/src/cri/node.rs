@@ -88,14 +88,14 @@ disabled_plugins = ["io.containerd.internal.v1.opt"]
 
 /// A node with containerd. Dropping it kills everything on it.
 #[derive(Debug)]
-pub struct Node {
+pub struct CriNode {
     sandbox: Sandbox,
     scratch: TempDir,
     first: Child,
     containerd: Option<Child>,
 }
 
-impl Node {
+impl CriNode {
     /// A node whose bpffs is this one, with containerd, the images and a network of bridges.
     pub fn new(bpffs: &Path) -> Result<Self> {
         let parts = env::var_os(VARIABLE).map(PathBuf::from);
@@ -243,7 +243,7 @@ impl Node {
     }
 }
 
-impl Drop for Node {
+impl Drop for CriNode {
     fn drop(&mut self) {
         // Shims and containers go with the cgroup; these are ours to wait for.
         for child in self.containerd.iter_mut().chain([&mut self.first]) {

@@ -6,12 +6,12 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 
 use super::capture::Capture;
-use super::case::{Case, End, Flow, Kind};
+use super::case::{Case, End, Flow, FlowKind};
 use super::layout;
+use super::observed::Observed;
 use super::oracle;
-use super::seen::Seen;
 use crate::actor::{Actor, Bind, Dial, Listen, Query, Transport};
-use crate::iptables::Options;
+use crate::iptables::IptablesOptions;
 use crate::testbed::{Ids, Pod};
 
 /// Long enough for two lost SYNs to be sent again (after one and three seconds).
@@ -22,7 +22,7 @@ const SILENCE: Duration = Duration::from_millis(300);
 const WINDOW: usize = 400;
 
 /// Makes the flows of a case in a pod of its own, captured as told; returns what came of each.
-pub fn observe(case: &Case, capture: &Capture) -> Result<Vec<Seen>> {
+pub fn observe(case: &Case, capture: &Capture) -> Result<Vec<Observed>> {
     let pod = Pod::new(layout::spec("compared")).context("making a pod")?;
     let world = Actor::start(pod.neighbour())?;
     let inside = Actor::start(&pod)?;
@@ -49,23 +49,24 @@ pub fn observe(case: &Case, capture: &Capture) -> Result<Vec<Seen>> {
 }
 
 /// Makes flows at the same time.
-fn make(flows: &[(Flow, Duration)], inside: &Actor, world: &Actor) -> Result<Vec<Seen>> {
-    let mut seen: Vec<Option<Seen>> = vec![None; flows.len()];
+fn make(flows: &[(Flow, Duration)], inside: &Actor, world: &Actor) -> Result<Vec<Observed>> {
+    let mut seen: Vec<Option<Observed>> = vec![None; flows.len()];
     std::thread::scope(|scope| {
         let mut makers = Vec::new();
         for (actor, end) in [(inside, End::Pod), (world, End::World)] {
             let indexed = |tcp: bool| {
                 let found = flows.iter().enumerate();
-                let found = found.filter(|(_, (flow, _))| flow.end == end && (flow.kind == Kind::Tcp) == tcp);
+                let found =
+                    found.filter(|(_, (flow, _))| flow.end == end && (flow.kind == FlowKind::Tcp) == tcp);
                 found.map(|(i, (flow, patience))| (i, flow, *patience)).collect::<Vec<_>>()
             };
             let (connections, datagrams) = (indexed(true), indexed(false));
-            makers.push(scope.spawn(move || -> Result<Vec<(usize, Seen)>> {
+            makers.push(scope.spawn(move || -> Result<Vec<(usize, Observed)>> {
                 let dials = connections.iter().map(|(_, flow, patience)| dial(flow, *patience)).collect();
                 let dialled = connections.iter().zip(actor.dial_all(dials)?);
                 Ok(dialled.map(|((i, ..), seen)| (*i, seen.into())).collect())
             }));
-            makers.push(scope.spawn(move || -> Result<Vec<(usize, Seen)>> {
+            makers.push(scope.spawn(move || -> Result<Vec<(usize, Observed)>> {
                 let queries =
                     datagrams.iter().filter_map(|(_, flow, patience)| query(flow, *patience)).collect();
                 let queried = datagrams.iter().zip(actor.query_all(queries)?);
@@ -87,7 +88,7 @@ fn dial(flow: &Flow, timeout: Duration) -> Dial {
 }
 
 fn query(flow: &Flow, timeout: Duration) -> Option<Query> {
-    let Kind::Udp(datagram) = flow.kind else { return None };
+    let FlowKind::Udp(datagram) = flow.kind else { return None };
     Some(Query {
         ids: flow.ids,
         to: vec![flow.to],
@@ -98,7 +99,7 @@ fn query(flow: &Flow, timeout: Duration) -> Option<Query> {
     })
 }
 
-fn serve_outside(world: &Actor, options: &Options) -> Result<()> {
+fn serve_outside(world: &Actor, options: &IptablesOptions) -> Result<()> {
     for transport in [Transport::Tcp, Transport::Udp] {
         for port in layout::ports(options, transport == Transport::Tcp) {
             for any in [IpAddr::V4(Ipv4Addr::UNSPECIFIED), Ipv6Addr::UNSPECIFIED.into()] {
@@ -132,7 +133,7 @@ fn serve_inside(inside: &Actor, case: &Case) -> Result<()> {
 }
 
 /// Whom the proxy runs as: its answers to DNS must be recognised as its own.
-fn proxy_ids(options: &Options) -> Ids {
+fn proxy_ids(options: &IptablesOptions) -> Ids {
     let uid = options.proxy_uids.first().copied().unwrap_or(Ids::PROXY.uid);
     let gid = options.proxy_gids.first().copied().unwrap_or(Ids::PROXY.gid);
     Ids { uid, gid }

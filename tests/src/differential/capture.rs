@@ -7,7 +7,7 @@ use std::process::{Command, Output};
 use anyhow::{Context, Result, bail};
 
 use crate::actor::binary;
-use crate::iptables::{self, Backend, Options};
+use crate::iptables::{self, Backend, IptablesOptions};
 use crate::testbed::Pod;
 
 /// The variable that says where the agent is.
@@ -24,7 +24,7 @@ pub enum Capture {
 
 /// Undoes the capture of a pod.
 #[derive(Debug)]
-pub struct Captured<'a> {
+pub struct ActiveCapture<'a> {
     agent: Option<(&'a Path, PathBuf)>,
 }
 
@@ -35,11 +35,11 @@ impl Capture {
     }
 
     /// Captures a pod.
-    pub fn start(&self, options: &Options, pod: &Pod) -> Result<Captured<'_>> {
+    pub fn start(&self, options: &IptablesOptions, pod: &Pod) -> Result<ActiveCapture<'_>> {
         match self {
             Self::Iptables(backend) => {
                 iptables::apply(options, pod, *backend)?;
-                Ok(Captured { agent: None })
+                Ok(ActiveCapture { agent: None })
             }
             Self::Agent(agent) => {
                 let mut resolv_conf = tempfile::NamedTempFile::new()?;
@@ -49,13 +49,13 @@ impl Capture {
                 command.arg("--netns").arg(pod.netns.path());
                 command.args(options.arguments(resolv_conf.path())).envs(options.environment());
                 run(&mut command)?;
-                Ok(Captured { agent: Some((agent, pod.cgroup.path().to_owned())) })
+                Ok(ActiveCapture { agent: Some((agent, pod.cgroup.path().to_owned())) })
             }
         }
     }
 }
 
-impl Captured<'_> {
+impl ActiveCapture<'_> {
     /// Ends the capture. iptables' ends with the namespace.
     pub fn stop(mut self) -> Result<()> {
         self.detach()
@@ -67,7 +67,7 @@ impl Captured<'_> {
     }
 }
 
-impl Drop for Captured<'_> {
+impl Drop for ActiveCapture<'_> {
     fn drop(&mut self) {
         if let Err(error) = self.detach() {
             eprintln!("{error:#}");

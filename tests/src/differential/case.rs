@@ -6,7 +6,7 @@ use std::net::{IpAddr, SocketAddr};
 use serde::{Deserialize, Serialize};
 
 use crate::actor::Sending;
-use crate::iptables::Options;
+use crate::iptables::IptablesOptions;
 use crate::testbed::Ids;
 
 /// What is compared.
@@ -15,7 +15,7 @@ pub struct Case {
     /// What it was drawn from, to draw it again; a name for those written down.
     pub origin: String,
     /// The configuration.
-    pub options: Options,
+    pub options: IptablesOptions,
     /// The proxy's listeners take both families by one socket each.
     pub dual_stack_proxy: bool,
     /// The proxy listens before capture begins.
@@ -32,7 +32,7 @@ pub struct Flow {
     /// Who makes it.
     pub ids: Ids,
     /// Connection or datagram.
-    pub kind: Kind,
+    pub kind: FlowKind,
     /// Where to.
     pub to: SocketAddr,
     /// A source address bound first.
@@ -52,16 +52,16 @@ pub enum End {
 
 /// The kind of a flow.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
-pub enum Kind {
+pub enum FlowKind {
     /// A connection.
     Tcp,
     /// A datagram, sent one way or another.
-    Udp(Datagram),
+    Udp(DatagramMethod),
 }
 
 /// How a datagram is sent.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
-pub enum Datagram {
+pub enum DatagramMethod {
     /// sendto.
     To,
     /// connect and send.
@@ -70,12 +70,12 @@ pub enum Datagram {
     Many,
 }
 
-impl From<Datagram> for Sending {
-    fn from(datagram: Datagram) -> Self {
+impl From<DatagramMethod> for Sending {
+    fn from(datagram: DatagramMethod) -> Self {
         match datagram {
-            Datagram::To => Self::To,
-            Datagram::Connected => Self::Connected,
-            Datagram::Many => Self::Many,
+            DatagramMethod::To => Self::To,
+            DatagramMethod::Connected => Self::Connected,
+            DatagramMethod::Many => Self::Many,
         }
     }
 }
@@ -87,10 +87,10 @@ impl fmt::Display for Flow {
             End::World => "world",
         };
         let kind = match self.kind {
-            Kind::Tcp => "tcp",
-            Kind::Udp(Datagram::To) => "udp sendto",
-            Kind::Udp(Datagram::Connected) => "udp connected",
-            Kind::Udp(Datagram::Many) => "udp sendmmsg",
+            FlowKind::Tcp => "tcp",
+            FlowKind::Udp(DatagramMethod::To) => "udp sendto",
+            FlowKind::Udp(DatagramMethod::Connected) => "udp connected",
+            FlowKind::Udp(DatagramMethod::Many) => "udp sendmmsg",
         };
         write!(f, "{kind} from the {end} by {}:{}", self.ids.uid, self.ids.gid)?;
         if let Some(from) = self.from {

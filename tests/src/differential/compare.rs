@@ -5,8 +5,8 @@ use std::fmt::Write;
 use std::path::Path;
 
 use super::case::{Case, End, Flow};
-use super::oracle::{self, Expected};
-use super::seen::{Connection, Seen};
+use super::observed::{Connection, Observed};
+use super::oracle::{self, ExpectedFlow};
 
 /// How many of the flows that differ in the same way are written out.
 const SHOWN: usize = 3;
@@ -20,7 +20,7 @@ struct Differing {
 }
 
 /// What real iptables did otherwise than the walk of its rules says; none if nothing.
-pub fn with_oracle(case: &Case, seen: &[Seen]) -> Option<String> {
+pub fn with_oracle(case: &Case, seen: &[Observed]) -> Option<String> {
     let expected = oracle::predict(case);
     let all = case.flows.iter().zip(&expected).zip(seen);
     let found = all.filter_map(|((flow, expected), seen)| {
@@ -31,7 +31,7 @@ pub fn with_oracle(case: &Case, seen: &[Seen]) -> Option<String> {
 }
 
 /// What the agent did otherwise than iptables; none if nothing.
-pub fn with_iptables(case: &Case, iptables: &[Seen], agent: &[Seen]) -> Option<String> {
+pub fn with_iptables(case: &Case, iptables: &[Observed], agent: &[Observed]) -> Option<String> {
     let expected = oracle::predict(case);
     let all = case.flows.iter().zip(&expected).zip(iptables.iter().zip(agent));
     let found = all.filter_map(|((flow, expected), (iptables, agent))| {
@@ -44,19 +44,19 @@ pub fn with_iptables(case: &Case, iptables: &[Seen], agent: &[Seen]) -> Option<S
 
 /// The flows in which the server sees another port than the client has; none if none. Connection tracking may
 /// change it when it clashes with another flow's; nothing else may.
-pub fn changed_ports(case: &Case, agent: &[Seen]) -> Option<String> {
+pub fn changed_ports(case: &Case, agent: &[Observed]) -> Option<String> {
     let expected = oracle::predict(case);
     let all = case.flows.iter().zip(&expected).zip(agent);
     let found = all.filter_map(|((flow, expected), agent)| {
-        let changed = matches!(agent, Seen::Connection(connection) if !connection.same_port);
+        let changed = matches!(agent, Observed::Connection(connection) if !connection.same_port);
         changed.then(|| differing(flow, expected, &["the ports differ".into()], &[("agent", agent)]))
     });
     report(case, found.collect())
 }
 
 /// In what the agent's result differs from iptables', one line each.
-fn differences(iptables: &Seen, agent: &Seen) -> Vec<String> {
-    let (Seen::Connection(iptables), Seen::Connection(agent)) = (iptables, agent) else {
+fn differences(iptables: &Observed, agent: &Observed) -> Vec<String> {
+    let (Observed::Connection(iptables), Observed::Connection(agent)) = (iptables, agent) else {
         if iptables == agent {
             return Vec::new();
         }
@@ -89,8 +89,13 @@ fn differences(iptables: &Seen, agent: &Seen) -> Vec<String> {
     lines
 }
 
-fn differing(flow: &Flow, expected: &Expected, lines: &[String], seen: &[(&str, &Seen)]) -> Differing {
-    let Expected { verdict, server } = expected;
+fn differing(
+    flow: &Flow,
+    expected: &ExpectedFlow,
+    lines: &[String],
+    seen: &[(&str, &Observed)],
+) -> Differing {
+    let ExpectedFlow { verdict, server } = expected;
     let end = if flow.end == End::Pod { "from the pod" } else { "from the world" };
     let how = format!("{end}, by the rules {verdict:?} to {server:?}: {}", lines.join(", "));
     let mut story = format!("    - {flow}\n");

@@ -2,19 +2,19 @@
 
 use ipnet::IpNet;
 
-use crate::iptables::{Cidrs, Dns, Groups, Options, Ports, Tproxy};
+use crate::iptables::{Groups, IptablesCidrs, IptablesDns, IptablesOptions, IptablesPorts, Tproxy};
 
 /// Istio's own, and one for each group of options.
-pub fn fixed() -> Vec<(&'static str, Options)> {
-    let injected = Options::injected;
+pub fn fixed() -> Vec<(&'static str, IptablesOptions)> {
+    let injected = IptablesOptions::injected;
     let tproxy = Some(Tproxy { mark: 1337, table: 133 });
     let servers = vec![addr("10.96.0.10"), addr("fd96::10"), addr("127.0.0.53")];
     vec![
         ("injected", injected()),
-        ("nothing captured", Options::default()),
+        ("nothing captured", IptablesOptions::default()),
         (
             "other ports and two proxies",
-            Options {
+            IptablesOptions {
                 envoy_port: 16001,
                 inbound_port: 16006,
                 tunnel_port: 16008,
@@ -23,10 +23,13 @@ pub fn fixed() -> Vec<(&'static str, Options)> {
                 ..injected()
             },
         ),
-        ("inbound list", Options { inbound_ports: Ports::List(vec![80, 15008, 15090]), ..injected() }),
+        (
+            "inbound list",
+            IptablesOptions { inbound_ports: IptablesPorts::List(vec![80, 15008, 15090]), ..injected() },
+        ),
         (
             "outbound networks and ports",
-            Options {
+            IptablesOptions {
                 include_cidrs: nets(&["198.51.100.0/24", "172.20.0.0/16", "2001:db8::/32"]),
                 exclude_cidrs: list(&["198.51.100.128/25", "2001:db8:1::/48"]),
                 include_outbound_ports: vec![3306],
@@ -36,11 +39,14 @@ pub fn fixed() -> Vec<(&'static str, Options)> {
         ),
         (
             "loopback among the captured networks",
-            Options { include_cidrs: nets(&["127.0.0.0/8", "198.51.100.0/24", "::1/128"]), ..injected() },
+            IptablesOptions {
+                include_cidrs: nets(&["127.0.0.0/8", "198.51.100.0/24", "::1/128"]),
+                ..injected()
+            },
         ),
         (
             "excluded interface",
-            Options {
+            IptablesOptions {
                 exclude_interfaces: vec!["eth1".into()],
                 loopback_cidr: "127.0.0.0/8".parse().expect("a network"),
                 ..injected()
@@ -48,29 +54,29 @@ pub fn fixed() -> Vec<(&'static str, Options)> {
         ),
         (
             "virtual interface",
-            Options {
+            IptablesOptions {
                 virtual_interfaces: vec!["eth1".into()],
                 include_cidrs: nets(&["10.67.0.0/24", "198.51.100.0/24", "fd67::/64"]),
                 exclude_cidrs: list(&["10.67.0.2/32"]),
                 ..injected()
             },
         ),
-        ("only some groups", Options { owner_groups: Groups::Only(vec![2000, 0]), ..injected() }),
+        ("only some groups", IptablesOptions { owner_groups: Groups::Only(vec![2000, 0]), ..injected() }),
         (
             "all but some groups, DNS of resolv.conf",
-            Options {
+            IptablesOptions {
                 owner_groups: Groups::Except(vec![2000]),
-                dns: Some(Dns { all: false, servers: servers.clone() }),
+                dns: Some(IptablesDns { all: false, servers: servers.clone() }),
                 ..injected()
             },
         ),
-        ("all DNS", Options { dns: Some(Dns { all: true, servers }), ..injected() }),
-        ("tproxy", Options { tproxy, drop_invalid: true, ..injected() }),
+        ("all DNS", IptablesOptions { dns: Some(IptablesDns { all: true, servers }), ..injected() }),
+        ("tproxy", IptablesOptions { tproxy, drop_invalid: true, ..injected() }),
         (
             "tproxy list, excluded interface",
-            Options {
+            IptablesOptions {
                 tproxy: Some(Tproxy { mark: 77, table: 99 }),
-                inbound_ports: Ports::List(vec![80, 8080]),
+                inbound_ports: IptablesPorts::List(vec![80, 8080]),
                 exclude_inbound_ports: Vec::new(),
                 exclude_interfaces: vec!["eth1".into()],
                 ..injected()
@@ -87,6 +93,6 @@ fn list(texts: &[&str]) -> Vec<IpNet> {
     texts.iter().map(|text| text.parse().expect("a network")).collect()
 }
 
-fn nets(texts: &[&str]) -> Cidrs {
-    Cidrs::List(list(texts))
+fn nets(texts: &[&str]) -> IptablesCidrs {
+    IptablesCidrs::List(list(texts))
 }

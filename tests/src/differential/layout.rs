@@ -5,7 +5,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use ipnet::IpNet;
 
-use crate::iptables::Options;
+use crate::iptables::IptablesOptions;
 use crate::iptables::chains::{DNS_PORT, PASSTHROUGH_V6};
 use crate::testbed::PodSpec;
 
@@ -20,7 +20,7 @@ pub fn spec(label: &str) -> PodSpec {
 }
 
 /// Who listens on a port in the pod; every listener is a wildcard one.
-pub fn listener(options: &Options, tcp: bool, port: u16) -> Option<&'static str> {
+pub fn listener(options: &IptablesOptions, tcp: bool, port: u16) -> Option<&'static str> {
     if port == DNS_PORT {
         return Some("dns");
     }
@@ -39,7 +39,7 @@ pub fn listener(options: &Options, tcp: bool, port: u16) -> Option<&'static str>
 }
 
 /// The ports on which something listens in the pod; the outside world listens on the same ones.
-pub fn ports(options: &Options, tcp: bool) -> BTreeSet<u16> {
+pub fn ports(options: &IptablesOptions, tcp: bool) -> BTreeSet<u16> {
     let special: &[u16] = &[options.envoy_port, options.inbound_port, options.tunnel_port, DNS_PORT];
     if tcp {
         APP_PORTS.iter().chain(special).copied().collect()
@@ -60,7 +60,7 @@ pub fn egress(spec: &PodSpec, addr: IpAddr) -> &str {
     if is_own(spec, addr) {
         return "lo";
     }
-    let on_link = |interface: &&crate::testbed::Interface| {
+    let on_link = |interface: &&crate::testbed::PodInterface| {
         interface
             .pod
             .iter()
@@ -73,7 +73,7 @@ pub fn egress(spec: &PodSpec, addr: IpAddr) -> &str {
 
 /// The interface on which packets from outside to `addr` arrive.
 pub fn ingress(spec: &PodSpec, addr: IpAddr) -> &str {
-    let has = |interface: &&crate::testbed::Interface| interface.pod.iter().any(|own| own.addr() == addr);
+    let has = |interface: &&crate::testbed::PodInterface| interface.pod.iter().any(|own| own.addr() == addr);
     spec.interfaces.iter().find(has).map_or("eth0", |interface| &interface.name)
 }
 

@@ -2,17 +2,17 @@
 
 use std::net::{IpAddr, SocketAddr};
 
-use super::case::{Case, End, Flow, Kind};
+use super::case::{Case, End, Flow, FlowKind};
 use super::layout;
-use super::seen::Seen;
+use super::observed::Observed;
 use crate::actor::OriginalDst;
 use crate::iptables::chains::PASSTHROUGH_V6;
-use crate::iptables::{IptablesVerdict, Origin, Packet, Protocol, Walker};
+use crate::iptables::{IptablesVerdict, Packet, PacketOrigin, Protocol, Walker};
 use crate::testbed::PodSpec;
 
 /// What is expected of a flow.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Expected {
+pub struct ExpectedFlow {
     /// What becomes of its first packet.
     pub verdict: IptablesVerdict,
     /// Who answers, if anybody.
@@ -20,20 +20,20 @@ pub struct Expected {
 }
 
 /// What the rules say of every flow of a case.
-pub fn predict(case: &Case) -> Vec<Expected> {
+pub fn predict(case: &Case) -> Vec<ExpectedFlow> {
     let walker = Walker::new(&case.options);
     let spec = layout::spec("compared");
     case.flows.iter().map(|flow| expect(case, &walker, &spec, flow)).collect()
 }
 
-fn expect(case: &Case, walker: &Walker, spec: &PodSpec, flow: &Flow) -> Expected {
-    let protocol = if flow.kind == Kind::Tcp { Protocol::Tcp } else { Protocol::Udp };
+fn expect(case: &Case, walker: &Walker, spec: &PodSpec, flow: &Flow) -> ExpectedFlow {
+    let protocol = if flow.kind == FlowKind::Tcp { Protocol::Tcp } else { Protocol::Udp };
     let tcp = protocol == Protocol::Tcp;
     let from = flow.from.unwrap_or_else(|| layout::source(spec, flow.to.ip()));
     let egress = layout::egress(spec, flow.to.ip());
     let origin = match flow.end {
-        End::Pod => Origin::Here { out: egress.into(), owner: flow.ids, mark: 0 },
-        End::World => Origin::Outside { on: layout::ingress(spec, flow.to.ip()).into() },
+        End::Pod => PacketOrigin::Here { out: egress.into(), owner: flow.ids, mark: 0 },
+        End::World => PacketOrigin::Outside { on: layout::ingress(spec, flow.to.ip()).into() },
     };
     // No rule looks at the source port of a client.
     let packet = Packet { protocol, from: SocketAddr::new(from, 40000), to: flow.to, origin };
@@ -51,7 +51,7 @@ fn expect(case: &Case, walker: &Walker, spec: &PodSpec, flow: &Flow) -> Expected
             layout::ports(&case.options, tcp).contains(&flow.to.port()).then_some("world")
         }
     };
-    Expected { verdict, server }
+    ExpectedFlow { verdict, server }
 }
 
 /// Nobody outside answers to the pod's own loopback addresses.
@@ -60,7 +60,7 @@ fn is_routable(from: IpAddr) -> bool {
 }
 
 /// What of `seen` is not as expected, one line each.
-pub fn unexpected(flow: &Flow, expected: &Expected, seen: &Seen) -> Vec<String> {
+pub fn unexpected(flow: &Flow, expected: &ExpectedFlow, seen: &Observed) -> Vec<String> {
     let mut lines = Vec::new();
     if seen.server() != expected.server {
         lines.push(format!("answered by {:?}, not by {:?}", seen.server(), expected.server));
@@ -68,7 +68,7 @@ pub fn unexpected(flow: &Flow, expected: &Expected, seen: &Seen) -> Vec<String> 
     }
     let dialled = |addr: SocketAddr| SocketAddr::new(addr.ip().to_canonical(), addr.port()) == flow.to;
     match seen {
-        Seen::Connection(connection) => {
+        Observed::Connection(connection) => {
             if let Some(original) = connection.original_dst
                 && original != OriginalDst::Addr(flow.to)
             {
@@ -87,7 +87,7 @@ pub fn unexpected(flow: &Flow, expected: &Expected, seen: &Seen) -> Vec<String> 
                 lines.push(format!("the client is {sockname:?}, the server sees {}", connection.peer));
             }
         }
-        Seen::Datagram(datagram) if !dialled(datagram.from) => {
+        Observed::Datagram(datagram) if !dialled(datagram.from) => {
             lines.push(format!("the answer came from {}", datagram.from));
         }
         _ => {}

@@ -7,8 +7,8 @@ use rand::rngs::StdRng;
 use rand::seq::IndexedRandom;
 use rand::{Rng, SeedableRng};
 
-use super::case::{Case, Datagram, End, Flow, Kind};
-use crate::iptables::{Cidrs, Dns, Groups, Options, Ports, Tproxy};
+use super::case::{Case, DatagramMethod, End, Flow, FlowKind};
+use crate::iptables::{Groups, IptablesCidrs, IptablesDns, IptablesOptions, IptablesPorts, Tproxy};
 use crate::testbed::Ids;
 
 const USERS: [Ids; 8] = [
@@ -74,7 +74,7 @@ pub fn case(seed: u64, flows: usize) -> Case {
 }
 
 /// Flows of a seed under a configuration written down.
-pub fn case_of(name: &str, options: Options, seed: u64, flows: usize) -> Case {
+pub fn case_of(name: &str, options: IptablesOptions, seed: u64, flows: usize) -> Case {
     let mut rng = StdRng::seed_from_u64(seed);
     Case {
         origin: format!("{name:?}, flows of seed {seed}"),
@@ -85,8 +85,8 @@ pub fn case_of(name: &str, options: Options, seed: u64, flows: usize) -> Case {
     }
 }
 
-fn options(rng: &mut StdRng) -> Options {
-    let mut options = Options::injected();
+fn options(rng: &mut StdRng) -> IptablesOptions {
+    let mut options = IptablesOptions::injected();
     if rng.random_bool(0.15) {
         options.envoy_port = 16001;
         options.inbound_port = 16006;
@@ -101,17 +101,17 @@ fn options(rng: &mut StdRng) -> Options {
         options.tproxy = Some(Tproxy { mark, table });
     }
     options.inbound_ports =
-        if rng.random_bool(0.6) { Ports::All } else { Ports::List(subset(rng, &PORTS, 4)) };
+        if rng.random_bool(0.6) { IptablesPorts::All } else { IptablesPorts::List(subset(rng, &PORTS, 4)) };
     options.exclude_inbound_ports = match options.inbound_ports {
-        Ports::All => subset(rng, &PORTS, 3),
-        Ports::List(_) => Vec::new(),
+        IptablesPorts::All => subset(rng, &PORTS, 3),
+        IptablesPorts::List(_) => Vec::new(),
     };
     options.exclude_interfaces = names(rng, 0.25);
     options.virtual_interfaces = names(rng, 0.25);
     options.include_cidrs = match rng.random_range(0..10) {
-        0..6 => Cidrs::All,
-        6 => Cidrs::List(nets(rng, &[&NETS[..], &LOOPBACK_NETS].concat(), 5)),
-        _ => Cidrs::List(nets(rng, &NETS, 4)),
+        0..6 => IptablesCidrs::All,
+        6 => IptablesCidrs::List(nets(rng, &[&NETS[..], &LOOPBACK_NETS].concat(), 5)),
+        _ => IptablesCidrs::List(nets(rng, &NETS, 4)),
     };
     options.exclude_cidrs = nets(rng, &NETS, 2);
     options.include_outbound_ports = subset(rng, &PORTS, 2);
@@ -120,7 +120,7 @@ fn options(rng: &mut StdRng) -> Options {
         let all = rng.random_bool(0.4);
         let servers = ["10.96.0.10", "fd96::10", "127.0.0.53", "10.66.0.2", "::1", "127.0.0.1"];
         let servers = subset(rng, &servers, 3).iter().map(|text| addr(text)).collect();
-        options.dns = Some(Dns { all, servers });
+        options.dns = Some(IptablesDns { all, servers });
     }
     options.owner_groups = match rng.random_range(0..6) {
         0 => Groups::Only(vec![*[2000, 1000].choose(rng).expect("not empty"), 0]),
@@ -135,20 +135,20 @@ fn options(rng: &mut StdRng) -> Options {
     options
 }
 
-fn flow(rng: &mut StdRng, options: &Options) -> Flow {
+fn flow(rng: &mut StdRng, options: &IptablesOptions) -> Flow {
     let v6 = rng.random_bool(0.45);
     let end = if rng.random_bool(0.25) { End::World } else { End::Pod };
     let kind = match rng.random_range(0..12) {
-        0 => Kind::Udp(Datagram::To),
-        1 => Kind::Udp(Datagram::Connected),
-        2 => Kind::Udp(Datagram::Many),
-        _ => Kind::Tcp,
+        0 => FlowKind::Udp(DatagramMethod::To),
+        1 => FlowKind::Udp(DatagramMethod::Connected),
+        2 => FlowKind::Udp(DatagramMethod::Many),
+        _ => FlowKind::Tcp,
     };
     let special = [options.envoy_port, options.inbound_port, options.tunnel_port, 15053];
     let port = match kind {
-        Kind::Udp(_) => *[53, 53, 53, 5353, 15053].choose(rng).expect("not empty"),
-        Kind::Tcp if rng.random_bool(0.15) => *special.choose(rng).expect("not empty"),
-        Kind::Tcp => *PORTS.choose(rng).expect("not empty"),
+        FlowKind::Udp(_) => *[53, 53, 53, 5353, 15053].choose(rng).expect("not empty"),
+        FlowKind::Tcp if rng.random_bool(0.15) => *special.choose(rng).expect("not empty"),
+        FlowKind::Tcp => *PORTS.choose(rng).expect("not empty"),
     };
     let pick = |rng: &mut StdRng, v4: &[&str], v6_list: &[&str]| {
         addr(if v6 { v6_list } else { v4 }.choose(rng).expect("not empty"))

@@ -3,10 +3,10 @@
 use std::fmt::Write;
 use std::path::Path;
 
-use super::options::{Cidrs, Groups, Options, Ports};
+use super::options::{Groups, IptablesCidrs, IptablesOptions, IptablesPorts};
 
-impl Options {
-    /// The arguments, without the program's name. `resolv_conf` is where [`Options::resolv_conf`] was written.
+impl IptablesOptions {
+    /// The arguments, without the program's name. `resolv_conf` is where [`IptablesOptions::resolv_conf`] was written.
     pub fn arguments(&self, resolv_conf: &Path) -> Vec<String> {
         let mut arguments: Vec<String> = Vec::new();
         let mut option = |name: &str, value: String| arguments.extend([name.to_owned(), value]);
@@ -24,10 +24,16 @@ impl Options {
                 option("-r", tproxy.table.to_string());
             }
         }
-        option("-b", if let Ports::List(ports) = &self.inbound_ports { join(ports) } else { "*".into() });
+        option(
+            "-b",
+            if let IptablesPorts::List(ports) = &self.inbound_ports { join(ports) } else { "*".into() },
+        );
         option("-d", join(&self.exclude_inbound_ports));
         option("-c", join(&self.exclude_interfaces));
-        option("-i", if let Cidrs::List(cidrs) = &self.include_cidrs { join(cidrs) } else { "*".into() });
+        option(
+            "-i",
+            if let IptablesCidrs::List(cidrs) = &self.include_cidrs { join(cidrs) } else { "*".into() },
+        );
         option("-x", join(&self.exclude_cidrs));
         option("-q", join(&self.include_outbound_ports));
         option("-o", join(&self.exclude_outbound_ports));

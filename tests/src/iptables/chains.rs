@@ -4,8 +4,8 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use ipnet::IpNet;
 
-use super::options::{Cidrs, Groups, Options, Ports};
-use super::rule::{Chain, Family, Match, Protocol, Rule, Table, Target};
+use super::options::{Groups, IptablesCidrs, IptablesOptions, IptablesPorts};
+use super::rule::{Chain, IpFamily, IptablesTable, Match, Protocol, Rule, RuleTarget};
 
 mod dns;
 mod inbound;
@@ -20,8 +20,8 @@ pub const OUTBOUND_MARK: u32 = 1338;
 pub const DNS_PORT: u16 = 15053;
 
 /// All rules of a configuration for one family.
-pub fn rules(options: &Options, family: Family) -> Vec<Rule> {
-    if family == Family::V6 && !options.ipv6 {
+pub fn rules(options: &IptablesOptions, family: IpFamily) -> Vec<Rule> {
+    if family == IpFamily::V6 && !options.ipv6 {
         return Vec::new();
     }
     let mut builder = Builder::new(options, family);
@@ -35,8 +35,8 @@ pub fn rules(options: &Options, family: Family) -> Vec<Rule> {
 }
 
 struct Builder<'a> {
-    options: &'a Options,
-    family: Family,
+    options: &'a IptablesOptions,
+    family: IpFamily,
     /// What counts as "localhost".
     localhost: IpNet,
     passthrough: IpNet,
@@ -44,80 +44,100 @@ struct Builder<'a> {
 }
 
 impl<'a> Builder<'a> {
-    fn new(options: &'a Options, family: Family) -> Self {
+    fn new(options: &'a IptablesOptions, family: IpFamily) -> Self {
         let localhost = match family {
-            Family::V4 => IpNet::V4(options.loopback_cidr),
-            Family::V6 => family.host(Ipv4Addr::LOCALHOST, Ipv6Addr::LOCALHOST),
+            IpFamily::V4 => IpNet::V4(options.loopback_cidr),
+            IpFamily::V6 => family.host(Ipv4Addr::LOCALHOST, Ipv6Addr::LOCALHOST),
         };
         let passthrough = family.host(PASSTHROUGH_V4, PASSTHROUGH_V6);
         Self { options, family, localhost, passthrough, rules: Vec::new() }
     }
 
-    fn append<const N: usize>(&mut self, table: Table, chain: Chain, matches: [Match; N], target: Target) {
+    fn append<const N: usize>(
+        &mut self,
+        table: IptablesTable,
+        chain: Chain,
+        matches: [Match; N],
+        target: RuleTarget,
+    ) {
         self.rules.push(Rule { table, chain, position: None, matches: matches.into(), target });
     }
 
     fn insert<const N: usize>(
         &mut self,
-        table: Table,
+        table: IptablesTable,
         chain: Chain,
         position: usize,
         matches: [Match; N],
-        target: Target,
+        target: RuleTarget,
     ) {
         self.rules.push(Rule { table, chain, position: Some(position), matches: matches.into(), target });
     }
 
     /// Appends to nat's ISTIO_OUTPUT.
-    fn output<const N: usize>(&mut self, matches: [Match; N], target: Target) {
-        self.append(Table::Nat, Chain::IstioOutput, matches, target);
+    fn output<const N: usize>(&mut self, matches: [Match; N], target: RuleTarget) {
+        self.append(IptablesTable::Nat, Chain::IstioOutput, matches, target);
     }
 
     fn exclude_interfaces(&mut self) {
-        let tables: &[Table] =
-            if self.options.tproxy.is_some() { &[Table::Nat, Table::Mangle] } else { &[Table::Nat] };
+        let tables: &[IptablesTable] = if self.options.tproxy.is_some() {
+            &[IptablesTable::Nat, IptablesTable::Mangle]
+        } else {
+            &[IptablesTable::Nat]
+        };
         for &table in tables {
             for interface in &self.options.exclude_interfaces {
-                self.append(table, Chain::Prerouting, [Match::In(interface.clone())], Target::Return);
-                self.append(table, Chain::Output, [Match::Out(interface.clone())], Target::Return);
+                self.append(table, Chain::Prerouting, [Match::In(interface.clone())], RuleTarget::Return);
+                self.append(table, Chain::Output, [Match::Out(interface.clone())], RuleTarget::Return);
             }
         }
     }
 
     fn virtual_interfaces(&mut self) {
         for interface in &self.options.virtual_interfaces {
-            self.insert(Table::Nat, Chain::Prerouting, 1, [Match::In(interface.clone())], Target::Return);
+            self.insert(
+                IptablesTable::Nat,
+                Chain::Prerouting,
+                1,
+                [Match::In(interface.clone())],
+                RuleTarget::Return,
+            );
         }
     }
 
     fn drop_invalid(&mut self) {
         if self.options.drop_invalid {
-            self.append(Table::Mangle, Chain::Prerouting, [Match::Invalid], Target::Jump(Chain::IstioDrop));
-            self.append(Table::Mangle, Chain::IstioDrop, [], Target::Drop);
+            self.append(
+                IptablesTable::Mangle,
+                Chain::Prerouting,
+                [Match::Invalid],
+                RuleTarget::Jump(Chain::IstioDrop),
+            );
+            self.append(IptablesTable::Mangle, Chain::IstioDrop, [], RuleTarget::Drop);
         }
     }
 
     fn outbound(&mut self) {
         let family = self.family;
-        self.append(Table::Nat, Chain::Output, [], Target::Jump(Chain::IstioOutput));
+        self.append(IptablesTable::Nat, Chain::Output, [], RuleTarget::Jump(Chain::IstioOutput));
         for &port in &self.options.exclude_outbound_ports {
             for protocol in [Protocol::Tcp, Protocol::Udp] {
-                self.output([Match::Protocol(protocol), Match::Port(port)], Target::Return);
+                self.output([Match::Protocol(protocol), Match::Port(port)], RuleTarget::Return);
             }
         }
-        self.output([lo_out(), Match::Source(self.passthrough)], Target::Return);
+        self.output([lo_out(), Match::Source(self.passthrough)], RuleTarget::Return);
         self.proxy_users();
         self.proxy_groups();
         self.owner_groups();
         self.dns();
-        self.output([Match::Destination(self.localhost)], Target::Return);
+        self.output([Match::Destination(self.localhost)], RuleTarget::Return);
         for &cidr in self.options.exclude_cidrs.iter().filter(|cidr| family.is_of(cidr)) {
-            self.output([Match::Destination(cidr)], Target::Return);
+            self.output([Match::Destination(cidr)], RuleTarget::Return);
         }
         for &port in &self.options.include_outbound_ports {
             self.output(
                 [Match::Protocol(Protocol::Tcp), Match::Port(port)],
-                Target::Jump(Chain::IstioRedirect),
+                RuleTarget::Jump(Chain::IstioRedirect),
             );
         }
         self.include_cidrs();
@@ -136,10 +156,10 @@ impl<'a> Builder<'a> {
                     port,
                     Match::User(user),
                 ],
-                Target::Jump(Chain::IstioInRedirect),
+                RuleTarget::Jump(Chain::IstioInRedirect),
             );
             self.self_calls(Match::NotUser(user));
-            self.output([Match::User(user)], Target::Return);
+            self.output([Match::User(user)], RuleTarget::Return);
         }
     }
 
@@ -155,16 +175,16 @@ impl<'a> Builder<'a> {
                     Match::NotPort(tunnel),
                     Match::Group(group),
                 ],
-                Target::Jump(Chain::IstioInRedirect),
+                RuleTarget::Jump(Chain::IstioInRedirect),
             );
             self.self_calls(Match::NotGroup(group));
-            self.output([Match::Group(group)], Target::Return);
+            self.output([Match::Group(group)], RuleTarget::Return);
         }
     }
 
     /// Others' connections to the pod itself are left alone, unless loopback is among the captured networks.
     fn self_calls(&mut self, others: Match) {
-        if let Cidrs::List(cidrs) = &self.options.include_cidrs
+        if let IptablesCidrs::List(cidrs) = &self.options.include_cidrs
             && cidrs.iter().any(|cidr| cidr.addr().is_loopback())
         {
             return;
@@ -172,10 +192,10 @@ impl<'a> Builder<'a> {
         if self.options.dns_in_force().is_some() {
             self.output(
                 [lo_out(), Match::Protocol(Protocol::Tcp), Match::NotPort(53), others],
-                Target::Return,
+                RuleTarget::Return,
             );
         } else {
-            self.output([lo_out(), others], Target::Return);
+            self.output([lo_out(), others], RuleTarget::Return);
         }
     }
 
@@ -183,15 +203,15 @@ impl<'a> Builder<'a> {
         match &self.options.owner_groups {
             Groups::Except(groups) => {
                 for &group in groups {
-                    self.output([Match::Group(group)], Target::Return);
+                    self.output([Match::Group(group)], RuleTarget::Return);
                 }
             }
             Groups::Only(groups) => self.rules.push(Rule {
-                table: Table::Nat,
+                table: IptablesTable::Nat,
                 chain: Chain::IstioOutput,
                 position: None,
                 matches: groups.iter().map(|&group| Match::NotGroup(group)).collect(),
-                target: Target::Return,
+                target: RuleTarget::Return,
             }),
         }
     }
@@ -199,30 +219,30 @@ impl<'a> Builder<'a> {
     fn include_cidrs(&mut self) {
         let family = self.family;
         match &self.options.include_cidrs {
-            Cidrs::All => {
-                self.output([], Target::Jump(Chain::IstioRedirect));
+            IptablesCidrs::All => {
+                self.output([], RuleTarget::Jump(Chain::IstioRedirect));
                 for interface in &self.options.virtual_interfaces {
                     self.insert(
-                        Table::Nat,
+                        IptablesTable::Nat,
                         Chain::Prerouting,
                         1,
                         [Match::In(interface.clone())],
-                        Target::Jump(Chain::IstioRedirect),
+                        RuleTarget::Jump(Chain::IstioRedirect),
                     );
                 }
             }
-            Cidrs::List(cidrs) => {
+            IptablesCidrs::List(cidrs) => {
                 for &cidr in cidrs.iter().filter(|cidr| family.is_of(cidr)) {
                     for interface in &self.options.virtual_interfaces {
                         self.insert(
-                            Table::Nat,
+                            IptablesTable::Nat,
                             Chain::Prerouting,
                             1,
                             [Match::In(interface.clone()), Match::Destination(cidr)],
-                            Target::Jump(Chain::IstioRedirect),
+                            RuleTarget::Jump(Chain::IstioRedirect),
                         );
                     }
-                    self.output([Match::Destination(cidr)], Target::Jump(Chain::IstioRedirect));
+                    self.output([Match::Destination(cidr)], RuleTarget::Jump(Chain::IstioRedirect));
                 }
             }
         }
@@ -238,6 +258,6 @@ fn host(addr: IpAddr) -> IpNet {
 }
 
 /// Whether any inbound port is captured.
-fn captures_inbound(options: &Options) -> bool {
-    options.inbound_ports != Ports::List(Vec::new())
+fn captures_inbound(options: &IptablesOptions) -> bool {
+    options.inbound_ports != IptablesPorts::List(Vec::new())
 }

@@ -7,11 +7,11 @@ use anyhow::{Context, Result, bail};
 use ipnet::{IpNet, Ipv6Net};
 
 use super::chains::{PASSTHROUGH_V6, rules};
-use super::options::{Options, Ports};
+use super::options::{IptablesOptions, IptablesPorts};
 use super::restore::restore_input;
-use super::rule::Family;
+use super::rule::IpFamily;
 use crate::testbed::Sandbox;
-use crate::testbed::netlink::Route;
+use crate::testbed::netlink::RouteSpec;
 
 /// Which of the two iptables.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -23,18 +23,18 @@ pub enum Backend {
 }
 
 /// Does to a pod what istio-iptables does: rules of both families, ::6 on lo, and the routes of TPROXY mode.
-pub fn apply(options: &Options, sandbox: &Sandbox, backend: Backend) -> Result<()> {
+pub fn apply(options: &IptablesOptions, sandbox: &Sandbox, backend: Backend) -> Result<()> {
     let name = if backend == Backend::Nft { "nft" } else { "legacy" };
-    for (program, family) in [("iptables", Family::V4), ("ip6tables", Family::V6)] {
+    for (program, family) in [("iptables", IpFamily::V4), ("ip6tables", IpFamily::V6)] {
         restore(sandbox, &format!("{program}-{name}-restore"), &restore_input(&rules(options, family)))?;
     }
     sandbox.netns.add_address("lo", IpNet::V6(Ipv6Net::from(PASSTHROUGH_V6)))?;
     if let Some(tproxy) = options.tproxy
-        && options.inbound_ports != Ports::List(Vec::new())
+        && options.inbound_ports != IptablesPorts::List(Vec::new())
     {
         sandbox.netns.add_mark_rule(tproxy.mark, tproxy.table)?;
         for everything in ["0.0.0.0/0", "::/0"] {
-            sandbox.netns.add_route(Route {
+            sandbox.netns.add_route(RouteSpec {
                 to: everything.parse()?,
                 via: None,
                 dev: Some("lo"),

@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 
 /// One configuration; the letters are istio-iptables' own options.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Options {
+pub struct IptablesOptions {
     /// -p: where outbound connections go.
     pub envoy_port: u16,
     /// -z: where inbound connections go.
@@ -21,13 +21,13 @@ pub struct Options {
     /// -m TPROXY, with -t and -r; none is REDIRECT.
     pub tproxy: Option<Tproxy>,
     /// -b: inbound ports that are captured.
-    pub inbound_ports: Ports,
+    pub inbound_ports: IptablesPorts,
     /// -d: inbound ports that are not, when -b is `*`.
     pub exclude_inbound_ports: Vec<u16>,
     /// -c: interfaces left alone.
     pub exclude_interfaces: Vec<String>,
     /// -i: outbound destinations that are captured.
-    pub include_cidrs: Cidrs,
+    pub include_cidrs: IptablesCidrs,
     /// -x: outbound destinations that are not.
     pub exclude_cidrs: Vec<IpNet>,
     /// -q: outbound ports captured besides.
@@ -37,7 +37,7 @@ pub struct Options {
     /// -k: interfaces whose arrivals count as outbound.
     pub virtual_interfaces: Vec<String>,
     /// --redirect-dns.
-    pub dns: Option<Dns>,
+    pub dns: Option<IptablesDns>,
     /// ISTIO_OUTBOUND_OWNER_GROUPS and its _EXCLUDE.
     pub owner_groups: Groups,
     /// ISTIO_OUTBOUND_IPV4_LOOPBACK_CIDR.
@@ -59,7 +59,7 @@ pub struct Tproxy {
 
 /// A list of ports, or all.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub enum Ports {
+pub enum IptablesPorts {
     /// `*`.
     All,
     /// These; none if empty.
@@ -68,7 +68,7 @@ pub enum Ports {
 
 /// A list of networks, or all.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub enum Cidrs {
+pub enum IptablesCidrs {
     /// `*`.
     All,
     /// These, as written (host bits are kept); none if empty.
@@ -77,7 +77,7 @@ pub enum Cidrs {
 
 /// DNS capture.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Dns {
+pub struct IptablesDns {
     /// --capture-all-dns.
     pub all: bool,
     /// The servers of resolv.conf.
@@ -93,7 +93,7 @@ pub enum Groups {
     Except(Vec<u32>),
 }
 
-impl Default for Options {
+impl Default for IptablesOptions {
     /// istio-iptables without options: the proxy's ids, and nothing captured.
     fn default() -> Self {
         Self {
@@ -103,10 +103,10 @@ impl Default for Options {
             proxy_uids: vec![1337],
             proxy_gids: vec![1337],
             tproxy: None,
-            inbound_ports: Ports::List(Vec::new()),
+            inbound_ports: IptablesPorts::List(Vec::new()),
             exclude_inbound_ports: Vec::new(),
             exclude_interfaces: Vec::new(),
-            include_cidrs: Cidrs::List(Vec::new()),
+            include_cidrs: IptablesCidrs::List(Vec::new()),
             exclude_cidrs: Vec::new(),
             include_outbound_ports: Vec::new(),
             exclude_outbound_ports: Vec::new(),
@@ -120,19 +120,19 @@ impl Default for Options {
     }
 }
 
-impl Options {
+impl IptablesOptions {
     /// What Istio's injector asks for: `-p 15001 -z 15006 -u 1337 -m REDIRECT -i '*' -x "" -b '*' -d 15090,15020`.
     pub fn injected() -> Self {
         Self {
-            inbound_ports: Ports::All,
+            inbound_ports: IptablesPorts::All,
             exclude_inbound_ports: vec![15090, 15020],
-            include_cidrs: Cidrs::All,
+            include_cidrs: IptablesCidrs::All,
             ..Self::default()
         }
     }
 
     /// DNS capture, if it is in force: without a server and without --capture-all-dns it is not.
-    pub(super) fn dns_in_force(&self) -> Option<&Dns> {
+    pub(super) fn dns_in_force(&self) -> Option<&IptablesDns> {
         self.dns.as_ref().filter(|dns| dns.all || !dns.servers.is_empty())
     }
 }

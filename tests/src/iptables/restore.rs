@@ -3,12 +3,12 @@
 use std::collections::BTreeSet;
 use std::fmt::Write;
 
-use super::rule::{Match, Protocol, Rule, Table, Target};
+use super::rule::{IptablesTable, Match, Protocol, Rule, RuleTarget};
 
 /// The text for `iptables-restore --noflush` (or ip6tables-restore: the rules know their family).
 pub fn restore_input(rules: &[Rule]) -> String {
     let mut text = String::new();
-    for table in [Table::Raw, Table::Mangle, Table::Nat] {
+    for table in [IptablesTable::Raw, IptablesTable::Mangle, IptablesTable::Nat] {
         let of_table: Vec<&Rule> = rules.iter().filter(|rule| rule.table == table).collect();
         if of_table.is_empty() {
             continue;
@@ -17,7 +17,7 @@ pub fn restore_input(rules: &[Rule]) -> String {
         let mut chains = BTreeSet::new();
         for rule in &of_table {
             chains.insert(rule.chain);
-            if let Target::Jump(chain) = rule.target {
+            if let RuleTarget::Jump(chain) = rule.target {
                 chains.insert(chain);
             }
         }
@@ -73,17 +73,19 @@ fn condition(condition: &Match) -> String {
     }
 }
 
-fn action(target: Target) -> String {
+fn action(target: RuleTarget) -> String {
     match target {
-        Target::Return => "RETURN".into(),
-        Target::Accept => "ACCEPT".into(),
-        Target::Drop => "DROP".into(),
-        Target::Jump(chain) => chain.name().into(),
-        Target::Redirect(port) => format!("REDIRECT --to-ports {port}"),
-        Target::SetMark(mark) => format!("MARK --set-mark {mark}"),
-        Target::SaveMark => "CONNMARK --save-mark".into(),
-        Target::RestoreMark => "CONNMARK --restore-mark".into(),
-        Target::Tproxy { mark, port } => format!("TPROXY --tproxy-mark {mark}/0xffffffff --on-port {port}"),
-        Target::Zone(zone) => format!("CT --zone {zone}"),
+        RuleTarget::Return => "RETURN".into(),
+        RuleTarget::Accept => "ACCEPT".into(),
+        RuleTarget::Drop => "DROP".into(),
+        RuleTarget::Jump(chain) => chain.name().into(),
+        RuleTarget::Redirect(port) => format!("REDIRECT --to-ports {port}"),
+        RuleTarget::SetMark(mark) => format!("MARK --set-mark {mark}"),
+        RuleTarget::SaveMark => "CONNMARK --save-mark".into(),
+        RuleTarget::RestoreMark => "CONNMARK --restore-mark".into(),
+        RuleTarget::Tproxy { mark, port } => {
+            format!("TPROXY --tproxy-mark {mark}/0xffffffff --on-port {port}")
+        }
+        RuleTarget::Zone(zone) => format!("CT --zone {zone}"),
     }
 }

@@ -6,7 +6,7 @@ use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 
 /// iptables or ip6tables.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum Family {
+pub enum IpFamily {
     /// iptables.
     V4,
     /// ip6tables.
@@ -15,7 +15,7 @@ pub enum Family {
 
 /// A table; the order is that in which a packet passes them within a hook.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub enum Table {
+pub enum IptablesTable {
     /// Before connection tracking.
     Raw,
     /// Marks and TPROXY.
@@ -94,7 +94,7 @@ pub enum Match {
 
 /// What a rule does with packets that match.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Target {
+pub enum RuleTarget {
     /// Back to the calling chain; at the end of a built-in one, accept.
     Return,
     /// Done with this table.
@@ -126,7 +126,7 @@ pub enum Target {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Rule {
     /// Its table.
-    pub table: Table,
+    pub table: IptablesTable,
     /// Its chain.
     pub chain: Chain,
     /// Inserted at this position, counted from 1; appended if none.
@@ -134,10 +134,10 @@ pub struct Rule {
     /// Its conditions.
     pub matches: Vec<Match>,
     /// What it does.
-    pub target: Target,
+    pub target: RuleTarget,
 }
 
-impl Family {
+impl IpFamily {
     /// Whether an address or network is of this family.
     pub fn is_of(self, net: &IpNet) -> bool {
         net.addr().is_ipv6() == (self == Self::V6)
@@ -175,7 +175,7 @@ impl Chain {
     }
 }
 
-impl Table {
+impl IptablesTable {
     /// Its name in iptables.
     pub fn name(self) -> &'static str {
         match self {

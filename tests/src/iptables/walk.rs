@@ -4,8 +4,8 @@ use std::collections::HashMap;
 use std::net::SocketAddr;
 
 use super::chains::rules;
-use super::options::Options;
-use super::rule::{Chain, Family, Match, Protocol, Rule, Table, Target};
+use super::options::IptablesOptions;
+use super::rule::{Chain, IpFamily, IptablesTable, Match, Protocol, Rule, RuleTarget};
 use crate::testbed::Ids;
 
 /// A packet that begins something.
@@ -18,12 +18,12 @@ pub struct Packet {
     /// Destination.
     pub to: SocketAddr,
     /// Where it comes from.
-    pub origin: Origin,
+    pub origin: PacketOrigin,
 }
 
 /// Where a packet comes from.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Origin {
+pub enum PacketOrigin {
     /// A socket of this pod.
     Here {
         /// The interface by which the route to the destination leaves.
@@ -60,10 +60,10 @@ pub struct Walker {
     v6: Chains,
 }
 
-type Chains = HashMap<(Table, Chain), Vec<Rule>>;
+type Chains = HashMap<(IptablesTable, Chain), Vec<Rule>>;
 
 /// What a chain said.
-enum End {
+enum ChainEnd {
     /// Nothing final: on with the calling chain.
     Fell,
     /// No more rules of this table.
@@ -72,7 +72,7 @@ enum End {
 }
 
 /// What rules of one hook see and change.
-struct State<'a> {
+struct WalkState<'a> {
     packet: &'a Packet,
     input: &'a str,
     output: &'a str,
@@ -85,23 +85,33 @@ struct State<'a> {
 
 impl Walker {
     /// The chains of `options`, inserted rules in their places.
-    pub fn new(options: &Options) -> Self {
-        Self { v4: chains(rules(options, Family::V4)), v6: chains(rules(options, Family::V6)) }
+    pub fn new(options: &IptablesOptions) -> Self {
+        Self { v4: chains(rules(options, IpFamily::V4)), v6: chains(rules(options, IpFamily::V6)) }
     }
 
     /// What becomes of `packet`.
     pub fn walk(&self, packet: &Packet) -> IptablesVerdict {
         let chains = if packet.to.is_ipv6() { &self.v6 } else { &self.v4 };
         match &packet.origin {
-            Origin::Outside { on } => {
-                let mut state = State { packet, input: on, output: "", owner: None, mark: 0, connmark: 0 };
-                hook(chains, Chain::Prerouting, &mut state, &[Table::Raw, Table::Mangle, Table::Nat])
+            PacketOrigin::Outside { on } => {
+                let mut state =
+                    WalkState { packet, input: on, output: "", owner: None, mark: 0, connmark: 0 };
+                hook(
+                    chains,
+                    Chain::Prerouting,
+                    &mut state,
+                    &[IptablesTable::Raw, IptablesTable::Mangle, IptablesTable::Nat],
+                )
             }
-            Origin::Here { out, owner, mark } => {
+            PacketOrigin::Here { out, owner, mark } => {
                 let (owner, mark) = (Some(*owner), *mark);
-                let mut state = State { packet, input: "", output: out, owner, mark, connmark: 0 };
-                let verdict =
-                    hook(chains, Chain::Output, &mut state, &[Table::Raw, Table::Mangle, Table::Nat]);
+                let mut state = WalkState { packet, input: "", output: out, owner, mark, connmark: 0 };
+                let verdict = hook(
+                    chains,
+                    Chain::Output,
+                    &mut state,
+                    &[IptablesTable::Raw, IptablesTable::Mangle, IptablesTable::Nat],
+                );
                 if out != "lo" && !matches!(verdict, IptablesVerdict::Redirect(_)) {
                     return verdict;
                 }
@@ -113,7 +123,7 @@ impl Walker {
 
 /// What left by lo, or was redirected there, arrives on lo. nat is not asked again: its answer belongs to the
 /// connection.
-fn again_over_lo(chains: &Chains, sent: &State<'_>, verdict: IptablesVerdict) -> IptablesVerdict {
+fn again_over_lo(chains: &Chains, sent: &WalkState<'_>, verdict: IptablesVerdict) -> IptablesVerdict {
     let mut packet = sent.packet.clone();
     if let IptablesVerdict::Redirect(port) = verdict {
         let localhost = match packet.to {
@@ -123,7 +133,7 @@ fn again_over_lo(chains: &Chains, sent: &State<'_>, verdict: IptablesVerdict) ->
         packet.to = SocketAddr::new(localhost, port);
     }
     // The socket goes with the packet, but owner has no meaning outside OUTPUT.
-    let mut state = State {
+    let mut state = WalkState {
         packet: &packet,
         input: "lo",
         output: "",
@@ -131,47 +141,52 @@ fn again_over_lo(chains: &Chains, sent: &State<'_>, verdict: IptablesVerdict) ->
         mark: sent.mark,
         connmark: sent.connmark,
     };
-    match hook(chains, Chain::Prerouting, &mut state, &[Table::Raw, Table::Mangle]) {
+    match hook(chains, Chain::Prerouting, &mut state, &[IptablesTable::Raw, IptablesTable::Mangle]) {
         IptablesVerdict::Pass => verdict,
         changed => changed,
     }
 }
 
-fn hook(chains: &Chains, start: Chain, state: &mut State<'_>, tables: &[Table]) -> IptablesVerdict {
+fn hook(
+    chains: &Chains,
+    start: Chain,
+    state: &mut WalkState<'_>,
+    tables: &[IptablesTable],
+) -> IptablesVerdict {
     for &table in tables {
-        if let End::Final(verdict) = chain(chains, table, start, state) {
+        if let ChainEnd::Final(verdict) = chain(chains, table, start, state) {
             return verdict;
         }
     }
     IptablesVerdict::Pass
 }
 
-fn chain(chains: &Chains, table: Table, name: Chain, state: &mut State<'_>) -> End {
+fn chain(chains: &Chains, table: IptablesTable, name: Chain, state: &mut WalkState<'_>) -> ChainEnd {
     for rule in chains.get(&(table, name)).into_iter().flatten() {
         if !rule.matches.iter().all(|condition| holds(condition, state)) {
             continue;
         }
         match rule.target {
-            Target::Return => return End::Fell,
-            Target::Accept => return End::Accepted,
-            Target::Drop => return End::Final(IptablesVerdict::Drop),
-            Target::Redirect(port) => return End::Final(IptablesVerdict::Redirect(port)),
-            Target::Tproxy { port, .. } => return End::Final(IptablesVerdict::Tproxy(port)),
-            Target::SetMark(mark) => state.mark = mark,
-            Target::SaveMark => state.connmark = state.mark,
-            Target::RestoreMark => state.mark = state.connmark,
+            RuleTarget::Return => return ChainEnd::Fell,
+            RuleTarget::Accept => return ChainEnd::Accepted,
+            RuleTarget::Drop => return ChainEnd::Final(IptablesVerdict::Drop),
+            RuleTarget::Redirect(port) => return ChainEnd::Final(IptablesVerdict::Redirect(port)),
+            RuleTarget::Tproxy { port, .. } => return ChainEnd::Final(IptablesVerdict::Tproxy(port)),
+            RuleTarget::SetMark(mark) => state.mark = mark,
+            RuleTarget::SaveMark => state.connmark = state.mark,
+            RuleTarget::RestoreMark => state.mark = state.connmark,
             // Zones keep two conversations of the same addresses apart; one alone does not notice.
-            Target::Zone(_) => {}
-            Target::Jump(to) => match chain(chains, table, to, state) {
-                End::Fell => {}
+            RuleTarget::Zone(_) => {}
+            RuleTarget::Jump(to) => match chain(chains, table, to, state) {
+                ChainEnd::Fell => {}
                 end => return end,
             },
         }
     }
-    End::Fell
+    ChainEnd::Fell
 }
 
-fn holds(condition: &Match, state: &State<'_>) -> bool {
+fn holds(condition: &Match, state: &WalkState<'_>) -> bool {
     let packet = state.packet;
     let user = |uid| state.owner.is_some_and(|owner| owner.uid == uid);
     let group = |gid| state.owner.is_some_and(|owner| owner.gid == gid);

@@ -20,20 +20,20 @@ use serde_json::{Value, json};
 use tokio::runtime::Runtime;
 
 use super::{
-    Server,
+    KubeServer,
     server::{ADMIN, API},
 };
 
 /// A client with all rights.
-pub struct Client<'a> {
-    server: &'a Server,
+pub struct KubeClient<'a> {
+    server: &'a KubeServer,
     runtime: Runtime,
     client: kube::Client,
 }
 
-impl<'a> Client<'a> {
+impl<'a> KubeClient<'a> {
     /// One that knows the server's certificate, which must be there. Asks nothing yet.
-    pub fn connect(server: &'a Server) -> Result<Self> {
+    pub fn connect(server: &'a KubeServer) -> Result<Self> {
         let config = json!({
             "apiVersion": "v1", "kind": "Config", "current-context": "c",
             "clusters": [{ "name": "c", "cluster": { "server": format!("https://{API}"), "certificate-authority": server.authority() } }],

@@ -5,7 +5,7 @@ use std::{fs, path::Path};
 use anyhow::{Context as _, Result};
 use serde_json::{Value, json};
 
-use super::Client;
+use super::KubeClient;
 use crate::{
     actor::{Actor, Bind, Listen, Transport},
     daemon::proxy,
@@ -17,14 +17,14 @@ pub const NODE: &str = "node-1";
 const NAMESPACE: &str = "shop";
 
 /// Makes pods: the part of the kubelet.
-pub struct Pods<'a> {
-    client: &'a Client<'a>,
+pub struct KubePods<'a> {
+    client: &'a KubeClient<'a>,
     root: Cgroup,
 }
 
 /// A pod that runs: an object, and a cgroup with processes in a namespace. Nothing is captured by itself.
 #[derive(Debug)]
-pub struct Running {
+pub struct RunningPod {
     /// The object as it was made.
     pub object: Value,
     /// Plays the app and, on 15001, the proxy.
@@ -58,9 +58,9 @@ pub fn object(name: &str, containers: &[&str], annotations: &Value) -> Value {
     })
 }
 
-impl<'a> Pods<'a> {
+impl<'a> KubePods<'a> {
     /// A namespace for pods, and a cgroup for theirs.
-    pub fn new(client: &'a Client<'a>) -> Result<Self> {
+    pub fn new(client: &'a KubeClient<'a>) -> Result<Self> {
         let namespace = json!({ "apiVersion": "v1", "kind": "Namespace", "metadata": { "name": NAMESPACE } });
         client.create(&namespace)?;
         let root = Cgroup::new("kubelet")?;
@@ -74,7 +74,7 @@ impl<'a> Pods<'a> {
     }
 
     /// Makes a pod and has it run, as the kubelet does once it has heard of it.
-    pub fn run(&self, object: &Value) -> Result<Running> {
+    pub fn run(&self, object: &Value) -> Result<RunningPod> {
         let made = self.client.create(object)?;
         let uid = made["metadata"]["uid"].as_str().context("an object without UID")?;
         let name = made["metadata"]["name"].as_str().context("an object without name")?;
@@ -101,11 +101,11 @@ impl<'a> Pods<'a> {
         let status =
             json!({ "phase": "Running", "podIP": sandbox.address(false), "containerStatuses": states });
         self.client.patch_status(object, &status)?;
-        Ok(Running { object: made, actor, _world: world, sandbox })
+        Ok(RunningPod { object: made, actor, _world: world, sandbox })
     }
 }
 
-impl Running {
+impl RunningPod {
     /// The pod's UID.
     pub fn uid(&self) -> &str {
         self.object["metadata"]["uid"].as_str().unwrap_or_default()

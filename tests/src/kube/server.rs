@@ -35,7 +35,7 @@ const fn at(port: u16) -> SocketAddr {
 
 /// A running API. Dropping it ends everything in its cgroup.
 #[derive(Debug)]
-pub struct Server {
+pub struct KubeServer {
     sandbox: Sandbox,
     folder: TempDir,
     parts: PathBuf,
@@ -43,7 +43,7 @@ pub struct Server {
     api: Mutex<Option<Child>>,
 }
 
-impl Server {
+impl KubeServer {
     /// Starts both; returns when the API is ready.
     pub fn start() -> Result<Self> {
         let parts = env::var_os(VARIABLE).map(PathBuf::from);
@@ -107,7 +107,7 @@ impl Server {
 
     fn is_ready(&self) -> bool {
         // Its certificate is there by then.
-        let client = super::Client::connect(self);
+        let client = super::KubeClient::connect(self);
         client.is_ok_and(|client| client.text("/readyz").is_ok_and(|text| text == "ok"))
     }
 
@@ -146,7 +146,7 @@ fn start(command: &mut Command, log: &Path) -> Result<Child> {
     Ok(command.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log).spawn()?)
 }
 
-impl Drop for Server {
+impl Drop for KubeServer {
     fn drop(&mut self) {
         for child in self.api.get_mut().into_iter().flatten().chain([&mut self.etcd]) {
             drop(child.kill());

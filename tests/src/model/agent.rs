@@ -18,7 +18,7 @@ use intercept_common::{
 };
 
 use super::{ModelFlow, ModelNetns, ModelVerdict};
-use crate::iptables::Options;
+use crate::iptables::IptablesOptions;
 
 /// A compiled configuration.
 #[derive(Debug)]
@@ -92,7 +92,7 @@ fn bytes(addr: Addr) -> [u8; 16] {
 
 impl AgentModel {
     /// As `attach` would make it of the options' command line and environment.
-    pub fn new(options: &Options, netns: &ModelNetns) -> Result<Self> {
+    pub fn new(options: &IptablesOptions, netns: &ModelNetns) -> Result<Self> {
         let arguments = options.arguments(Path::new(""));
         let environment: HashMap<_, _> = options.environment().into_iter().collect();
         let line = std::iter::once("istio-iptables".to_owned()).chain(arguments);

@@ -10,7 +10,7 @@ use rand::{Rng, SeedableRng};
 
 use super::{ModelLink, ModelNetns};
 use crate::iptables::chains::{DNS_PORT, PASSTHROUGH_V6};
-use crate::iptables::{Cidrs, Dns, Groups, Options, Ports, Tproxy};
+use crate::iptables::{Groups, IptablesCidrs, IptablesDns, IptablesOptions, IptablesPorts, Tproxy};
 use crate::testbed::Ids;
 
 /// A configuration in a namespace.
@@ -19,7 +19,7 @@ pub struct Situation<R = StdRng> {
     /// The namespace.
     pub netns: ModelNetns,
     /// The configuration.
-    pub options: Options,
+    pub options: IptablesOptions,
     addresses: Vec<IpAddr>,
     nets: Vec<IpNet>,
     ports: Vec<u16>,
@@ -72,7 +72,7 @@ impl<R: Rng> Situation<R> {
         let netns = netns(&mut rng, &addresses);
         let options = options(&mut rng, &netns, &addresses, &ports, &ids);
         let mut nets: Vec<IpNet> = netns.routes.iter().map(|(net, _)| *net).collect();
-        if let Cidrs::List(list) = &options.include_cidrs {
+        if let IptablesCidrs::List(list) = &options.include_cidrs {
             nets.extend(list);
         }
         nets.extend(&options.exclude_cidrs);
@@ -243,8 +243,8 @@ fn options(
     addresses: &[IpAddr],
     ports: &[u16],
     ids: &[u32],
-) -> Options {
-    let mut options = Options::injected();
+) -> IptablesOptions {
+    let mut options = IptablesOptions::injected();
     if rng.random_bool(0.3) {
         options.envoy_port = *ports.choose(rng).expect("not empty");
         options.inbound_port = *ports.choose(rng).expect("not empty");
@@ -259,7 +259,7 @@ fn options(
         options.tproxy = Some(Tproxy { mark: 1337, table: 133 });
     }
     options.inbound_ports =
-        if rng.random_bool(0.6) { Ports::All } else { Ports::List(some(rng, ports, 0, 5)) };
+        if rng.random_bool(0.6) { IptablesPorts::All } else { IptablesPorts::List(some(rng, ports, 0, 5)) };
     options.exclude_inbound_ports = some(rng, ports, 0, 4);
     let names: Vec<String> =
         netns.links[1..].iter().map(String::as_str).chain(["eth+", "n+", "eth9"]).map(String::from).collect();
@@ -271,20 +271,20 @@ fn options(
     }
     let loopback = ["127.0.0.0/8", "127.0.0.2/32", "::1/128", "127.0.0.1/1"];
     options.include_cidrs = match rng.random_range(0..10) {
-        0..4 => Cidrs::All,
+        0..4 => IptablesCidrs::All,
         4 => {
             let mut list = nets(rng, addresses, 4);
             list.push(loopback.choose(rng).expect("four").parse().expect("a net"));
-            Cidrs::List(list)
+            IptablesCidrs::List(list)
         }
-        _ => Cidrs::List(nets(rng, addresses, 6)),
+        _ => IptablesCidrs::List(nets(rng, addresses, 6)),
     };
     options.exclude_cidrs = nets(rng, addresses, 5);
     options.include_outbound_ports = some(rng, ports, 0, 3);
     options.exclude_outbound_ports = some(rng, ports, 0, 3);
     if rng.random_bool(0.5) {
         let servers = [addresses, &[Ipv4Addr::LOCALHOST.into(), Ipv6Addr::LOCALHOST.into()]].concat();
-        options.dns = Some(Dns { all: rng.random_bool(0.4), servers: some(rng, &servers, 0, 3) });
+        options.dns = Some(IptablesDns { all: rng.random_bool(0.4), servers: some(rng, &servers, 0, 3) });
     }
     options.owner_groups = match rng.random_range(0..6) {
         0 => Groups::Only(some(rng, ids, 1, 3)),

@@ -3,7 +3,7 @@
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use super::{ModelFlow, ModelNetns, ModelVerdict};
-use crate::iptables::{IptablesVerdict, Options, Origin, Packet, Protocol, Walker};
+use crate::iptables::{IptablesOptions, IptablesVerdict, Packet, PacketOrigin, Protocol, Walker};
 
 /// The chains of a configuration.
 #[derive(Debug)]
@@ -11,7 +11,7 @@ pub struct IptablesModel(Walker);
 
 impl IptablesModel {
     /// Of these options.
-    pub fn new(options: &Options) -> Self {
+    pub fn new(options: &IptablesOptions) -> Self {
         Self(Walker::new(options))
     }
 
@@ -32,11 +32,11 @@ impl IptablesModel {
                     return ModelVerdict::Unroutable;
                 }
                 let protocol = if *udp { Protocol::Udp } else { Protocol::Tcp };
-                let origin = Origin::Here { out: out.to_owned(), owner: *owner, mark: *mark };
+                let origin = PacketOrigin::Here { out: out.to_owned(), owner: *owner, mark: *mark };
                 Packet { protocol, from: SocketAddr::new(from, 40000), to: *to, origin }
             }
             ModelFlow::Arriving { link, from, to } => {
-                let origin = Origin::Outside { on: netns.links[*link].clone() };
+                let origin = PacketOrigin::Outside { on: netns.links[*link].clone() };
                 Packet { protocol: Protocol::Tcp, from: SocketAddr::new(*from, 40000), to: *to, origin }
             }
         };

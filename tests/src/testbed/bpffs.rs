@@ -13,11 +13,11 @@ pub const FOLDER: &str = "/run";
 
 /// A bpffs of its owner's alone.
 #[derive(Debug)]
-pub struct Bpffs {
+pub struct BpffsMount {
     path: PathBuf,
 }
 
-impl Bpffs {
+impl BpffsMount {
     /// A new, empty one.
     pub fn new(label: &str) -> Result<Self> {
         let bpffs = Self::folder(label)?;
@@ -39,7 +39,7 @@ impl Bpffs {
     }
 }
 
-impl Drop for Bpffs {
+impl Drop for BpffsMount {
     fn drop(&mut self) {
         if let Err(error) = remove(&self.path) {
             complain(&format_args!("removing the bpffs {}: {error}", self.path.display()));

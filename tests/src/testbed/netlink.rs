@@ -23,7 +23,7 @@ pub const TABLE_MAIN: u32 = 254;
 
 /// A route to be added.
 #[derive(Debug, Clone, Copy)]
-pub struct Route<'a> {
+pub struct RouteSpec<'a> {
     /// Destinations.
     pub to: IpNet,
     /// The next hop; none means that destinations are on the link.
@@ -186,7 +186,7 @@ impl Namespace {
     }
 
     /// Adds a route.
-    pub fn add_route(&self, route: Route<'_>) -> Result<()> {
+    pub fn add_route(&self, route: RouteSpec<'_>) -> Result<()> {
         self.netlink(async |handle| {
             let message = route_message(&handle, route).await?;
             handle.route().add(message).execute().await.with_context(|| format!("adding {route:?}"))
@@ -194,7 +194,7 @@ impl Namespace {
     }
 
     /// Removes a route that [`Namespace::add_route`] added.
-    pub fn delete_route(&self, route: Route<'_>) -> Result<()> {
+    pub fn delete_route(&self, route: RouteSpec<'_>) -> Result<()> {
         self.netlink(async |handle| {
             let message = route_message(&handle, route).await?;
             handle.route().del(message).execute().await.with_context(|| format!("removing {route:?}"))
@@ -235,7 +235,7 @@ async fn index(handle: &Handle, name: &str) -> Result<u32> {
     }
 }
 
-async fn route_message(handle: &Handle, route: Route<'_>) -> Result<RouteMessage> {
+async fn route_message(handle: &Handle, route: RouteSpec<'_>) -> Result<RouteMessage> {
     let dev = match route.dev {
         Some(dev) => Some(index(handle, dev).await?),
         None => None,

@@ -9,7 +9,7 @@ use anyhow::{Context, Result};
 use ipnet::IpNet;
 
 use super::Sandbox;
-use super::netlink::{Route, TABLE_LOCAL, TABLE_MAIN};
+use super::netlink::{RouteSpec, TABLE_LOCAL, TABLE_MAIN};
 
 /// The outside world: a namespace that takes every address outside the pods' own networks for its own, so that
 /// a wildcard listener in it answers whatever is dialled.
@@ -21,7 +21,7 @@ pub struct Neighbour {
 
 /// One interface of a pod, with the outside world at its other end.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Interface {
+pub struct PodInterface {
     /// Its name in the pod.
     pub name: String,
     /// The pod's addresses on it, with the prefix of the link. The first of a family is the primary one.
@@ -38,7 +38,7 @@ pub struct PodSpec {
     /// Becomes part of the names of the pod's namespace and cgroup.
     pub label: String,
     /// Its interfaces; eth0 first.
-    pub interfaces: Vec<Interface>,
+    pub interfaces: Vec<PodInterface>,
 }
 
 /// A pod: namespace, cgroup, and links to its neighbour.
@@ -52,7 +52,7 @@ pub struct Pod {
 impl PodSpec {
     /// eth0 with 10.66.0.2/24 and fd66::2/64, and everything routed over it via .1 and ::1.
     pub fn new(label: &str) -> Self {
-        let eth0 = Interface {
+        let eth0 = PodInterface {
             name: "eth0".into(),
             pod: nets(&["10.66.0.2/24", "fd66::2/64"]),
             neighbour: nets(&["10.66.0.1/24", "fd66::1/64"]),
@@ -64,7 +64,7 @@ impl PodSpec {
     /// Adds eth1 with 10.67.0.2/24 and fd67::2/64, over which 172.20.0.0/16 and fd20::/16 are routed.
     #[must_use]
     pub fn with_eth1(mut self) -> Self {
-        self.interfaces.push(Interface {
+        self.interfaces.push(PodInterface {
             name: "eth1".into(),
             pod: nets(&["10.67.0.2/24", "fd67::2/64"]),
             neighbour: nets(&["10.67.0.1/24", "fd67::1/64"]),
@@ -87,7 +87,8 @@ impl Neighbour {
         let sandbox = Sandbox::new(&format!("{label}-world"))?;
         for everything in nets(&["0.0.0.0/0", "::/0"]) {
             // In the local table, because that is where the kernel asks whether it may answer from an address.
-            let route = Route { to: everything, via: None, dev: Some("lo"), table: TABLE_LOCAL, local: true };
+            let route =
+                RouteSpec { to: everything, via: None, dev: Some("lo"), table: TABLE_LOCAL, local: true };
             sandbox.netns.add_route(route)?;
         }
         // For sources of choice IPv4 takes the local route for leave; IPv6 must be told.
@@ -149,12 +150,13 @@ impl Deref for Pod {
     }
 }
 
-fn connect(pod: &Sandbox, interface: &Interface, world: &Sandbox, far: &str) -> Result<()> {
+fn connect(pod: &Sandbox, interface: &PodInterface, world: &Sandbox, far: &str) -> Result<()> {
     pod.netns.veth(&interface.name, &world.netns, far)?;
     for address in &interface.neighbour {
         world.netns.add_address(far, *address)?;
         // More specific than "everything is local", so that the pod itself is not.
-        let link = Route { to: address.trunc(), via: None, dev: Some(far), table: TABLE_LOCAL, local: false };
+        let link =
+            RouteSpec { to: address.trunc(), via: None, dev: Some(far), table: TABLE_LOCAL, local: false };
         world.netns.add_route(link)?;
     }
     for address in &interface.pod {
@@ -162,7 +164,7 @@ fn connect(pod: &Sandbox, interface: &Interface, world: &Sandbox, far: &str) -> 
     }
     for to in &interface.routes {
         let via = interface.neighbour.iter().map(IpNet::addr).find(|a| a.is_ipv6() == to.addr().is_ipv6());
-        let route = Route { to: *to, via, dev: Some(&interface.name), table: TABLE_MAIN, local: false };
+        let route = RouteSpec { to: *to, via, dev: Some(&interface.name), table: TABLE_MAIN, local: false };
         pod.netns.add_route(route)?;
     }
     Ok(())

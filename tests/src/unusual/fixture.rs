@@ -7,7 +7,7 @@ use anyhow::Result;
 use super::{UnusualOutcome, UnusualProcess, UnusualSocket};
 use crate::actor::{Actor, Bind, Listen, Transport};
 use crate::differential::Capture;
-use crate::iptables::Options;
+use crate::iptables::IptablesOptions;
 use crate::testbed::{Cgroup, Ids, Pod, PodSpec};
 
 /// A pod with the proxy's listeners, an application on 8080, and the world on 80 and 53.
@@ -70,7 +70,7 @@ pub enum Made {
 /// What comes of a flow in a fresh pod captured so.
 pub fn under(
     capture: &Capture,
-    options: &Options,
+    options: &IptablesOptions,
     unusual: &UnusualSocket,
     made: Made,
 ) -> Result<UnusualOutcome> {

@@ -3,7 +3,7 @@
 use std::net::{IpAddr, SocketAddr};
 use std::time::{Duration, Instant};
 
-use tests::actor::{Actor, Bind, Dial, Dialled, Listen, Outcome, Transport};
+use tests::actor::{Actor, Bind, Dial, DialOutcome, Dialled, Listen, Transport};
 use tests::testbed::{Ids, Pod, PodSpec};
 
 /// What answers where: the proxy on its two ports, the application on 8080, the world on [`WORLD`].
@@ -54,7 +54,7 @@ pub(crate) fn listen(actor: &Actor, name: &str, ids: Ids, at: SocketAddr) {
 /// The server that answered, or why none did.
 pub(crate) fn who(dialled: &Dialled) -> String {
     match &dialled.outcome {
-        Outcome::Answered(answer) => answer.server.clone(),
+        DialOutcome::Answered(answer) => answer.server.clone(),
         other => format!("{other:?}"),
     }
 }

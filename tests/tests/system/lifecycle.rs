@@ -2,7 +2,7 @@
 
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
-use tests::actor::{Dial, OriginalDst, Outcome};
+use tests::actor::{Dial, DialOutcome, OriginalDst};
 use tests::agent::{Agent, INIT_FLAGS};
 use tests::snapshot::{Snapshot, tree};
 use tests::testbed::{Ids, Pod, PodSpec};
@@ -76,7 +76,7 @@ fn other_options_replace_it_without_a_gap() {
             };
             let dials = to.iter().map(|to| Dial::new(ids, addr(to))).collect();
             for (to, dialled) in to.iter().zip(actor.dial_all(dials).expect("dialled")) {
-                let Outcome::Answered(answer) = &dialled.outcome else {
+                let DialOutcome::Answered(answer) = &dialled.outcome else {
                     panic!("{to} after {} flows: {dialled:?}", flows.load(Ordering::Relaxed));
                 };
                 let allowed: &[&str] = match (inbound, addr(to).port()) {

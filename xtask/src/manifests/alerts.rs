@@ -4,7 +4,7 @@ use std::{fs, path::PathBuf, process::Command};
 
 use anyhow::{Context, Result};
 
-use crate::{debian::Lists, helm, run, setup, workspace};
+use crate::{debian::PackageLists, helm, run, setup, workspace};
 
 /// Debian's package of `promtool`; it is unpacked, not installed.
 const PACKAGE: &str = "prometheus";
@@ -25,7 +25,7 @@ fn promtool() -> Result<PathBuf> {
         let unpacked = folder.with_extension("part");
         drop(fs::remove_dir_all(&unpacked));
         fs::create_dir_all(&unpacked).with_context(|| format!("making {}", unpacked.display()))?;
-        let lists = Lists::default();
+        let lists = PackageLists::default();
         // Without lists of packages, or with old ones, it finds none.
         if lists.unpack(&[PACKAGE], &unpacked).is_err() {
             run::quietly("updating the lists of packages", &mut setup::apt("update"))?;

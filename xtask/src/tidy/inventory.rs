@@ -15,14 +15,14 @@ pub(super) type Names = BTreeSet<String>;
 
 /// The long flags of clap's derived structs, each with its variable if it has one.
 pub(super) fn command_flags(source: &str) -> syn::Result<Vec<(String, Option<String>)>> {
-    let mut flags = Flags(Vec::new());
+    let mut flags = FlagVisitor(Vec::new());
     flags.visit_file(&syn::parse_file(source)?);
     Ok(flags.0)
 }
 
-struct Flags(Vec<(String, Option<String>)>);
+struct FlagVisitor(Vec<(String, Option<String>)>);
 
-impl Visit<'_> for Flags {
+impl Visit<'_> for FlagVisitor {
     fn visit_field(&mut self, field: &Field) {
         let arguments = field.attrs.iter().filter(|attribute| attribute.path().is_ident("arg"));
         for attribute in arguments {

@@ -28,7 +28,7 @@ const DASHBOARD: &str = "deploy/chart/files/dashboard.json";
 const SAMPLES: [&str; 4] = ["_total", "_bucket", "_sum", "_count"];
 
 /// The first column of the table below this heading names exactly these.
-struct Table {
+struct DocumentTable {
     document: &'static str,
     heading: &'static str,
     /// Where they come from.
@@ -46,8 +46,8 @@ pub(super) fn tables_list_what_there_is(tree: &Tree) -> Vec<String> {
     tables.iter().flat_map(|table| compare(tree, table)).collect()
 }
 
-fn tables(tree: &Tree) -> Result<Vec<Table>, String> {
-    let table = |document, heading, source, names: Names| Table {
+fn tables(tree: &Tree) -> Result<Vec<DocumentTable>, String> {
+    let table = |document, heading, source, names: Names| DocumentTable {
         document,
         heading,
         source,
@@ -67,7 +67,7 @@ fn tables(tree: &Tree) -> Result<Vec<Table>, String> {
     let values = inventory::properties(&json(tree, SCHEMA)?);
     let alerts = text(tree, ALERTS)?.lines().filter_map(|line| line.trim().strip_prefix("- alert: "));
     Ok(vec![
-        Table { document: REFERENCE, heading: "Command flags", source: COMMANDS, names: commands },
+        DocumentTable { document: REFERENCE, heading: "Command flags", source: COMMANDS, names: commands },
         table(REFERENCE, "Chart values", SCHEMA, values),
         table(OPERATIONS, "Metrics", METRICS, metrics(tree)?),
         table(OPERATIONS, "Causes of errors", CAUSES, causes),
@@ -83,8 +83,8 @@ fn metrics(tree: &Tree) -> Result<Names, String> {
     Ok(names.iter().map(|name| format!("intercept_{name}")).collect())
 }
 
-fn compare(tree: &Tree, table: &Table) -> Vec<String> {
-    let Table { document, heading, source, names } = table;
+fn compare(tree: &Tree, table: &DocumentTable) -> Vec<String> {
+    let DocumentTable { document, heading, source, names } = table;
     let Some(text) = tree.text(document) else { return vec![format!("{document}: there is no such file")] };
     let rows = rows(text, heading);
     let mut complaints = Vec::new();
@@ -175,7 +175,7 @@ mod tests {
         let tree = Tree::of(&[(OPERATIONS, document)]);
         let names = [("a", vec![]), ("b", vec!["B_VAR".to_owned(), "B_TWO".to_owned()]), ("e", vec![])];
         let names = names.map(|(name, more)| (name.to_owned(), more)).into();
-        let table = Table { document: OPERATIONS, heading: "Metrics", source: "x.rs", names };
+        let table = DocumentTable { document: OPERATIONS, heading: "Metrics", source: "x.rs", names };
         let expected = [
             "docs/operations.md: the row for b does not name `B_TWO` of x.rs",
             "docs/operations.md: \"Metrics\" has no row for e of x.rs",
@@ -187,8 +187,12 @@ mod tests {
     #[test]
     fn a_source_that_gives_no_names_is_found() {
         let tree = Tree::of(&[(OPERATIONS, "## Metrics\n")]);
-        let table =
-            Table { document: OPERATIONS, heading: "Metrics", source: "x.rs", names: BTreeMap::new() };
+        let table = DocumentTable {
+            document: OPERATIONS,
+            heading: "Metrics",
+            source: "x.rs",
+            names: BTreeMap::new(),
+        };
         assert_eq!(compare(&tree, &table).len(), 1);
     }
 

@@ -12,7 +12,7 @@ use std::{
 use anyhow::{Context, Result};
 
 use super::initramfs::Initramfs;
-use crate::{debian::Lists, run, setup, workspace};
+use crate::{debian::PackageLists, run, setup, workspace};
 
 /// What the kernel is told.
 pub(super) const PARAMETERS: &str = "apparmor=1 security=apparmor";
@@ -56,7 +56,7 @@ fn fetch(folder: &Path) -> Result<()> {
     let unpacked = folder.with_extension("part");
     drop(fs::remove_dir_all(&unpacked));
     fs::create_dir_all(&unpacked).with_context(|| format!("making {}", unpacked.display()))?;
-    let lists = Lists::default();
+    let lists = PackageLists::default();
     // Without lists of packages, or with old ones, it finds none.
     if lists.unpack(&PACKAGES, &unpacked).is_err() {
         run::quietly("updating the lists of packages", &mut setup::apt("update"))?;

@@ -10,7 +10,7 @@ use std::{
 
 use anyhow::{Context, Result, bail};
 
-use crate::{architecture::Architecture, debian::Lists, run, workspace};
+use crate::{architecture::Architecture, debian::PackageLists, run, workspace};
 
 /// Releases whose kernels are offered, oldest first.
 const RELEASES: [&str; 4] =
@@ -86,7 +86,7 @@ pub(super) struct Kernels {
 
 /// What Debian's lists of packages say.
 struct Debian {
-    lists: Lists,
+    lists: PackageLists,
     /// Names of packages that begin like a kernel's.
     names: Vec<String>,
 }
@@ -137,7 +137,8 @@ impl Kernels {
             return Ok(debian);
         }
         let apt = workspace::cache()?.join(format!("apt-kernels-{}", self.architecture.as_str()));
-        let lists = Lists::own(&apt, &RELEASES, self.architecture, "reading which kernels Debian has")?;
+        let lists =
+            PackageLists::own(&apt, &RELEASES, self.architecture, "reading which kernels Debian has")?;
         let names = run::output(lists.command("apt-cache").args(["pkgnames", "linux-"]))?;
         let names = names.lines().map(str::to_owned).collect();
         Ok(self.debian.get_or_init(|| Debian { lists, names }))

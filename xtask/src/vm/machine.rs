@@ -20,7 +20,7 @@ const TAIL: usize = 40;
 
 /// A command that ran in the machine.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
-pub(super) struct Step {
+pub(super) struct VmStep {
     /// What the script calls it.
     pub(super) name: String,
     /// Its exit status; none if the machine stopped before.
@@ -47,7 +47,7 @@ pub(super) fn run(
     parameters: &str,
     log: &Path,
     limit: Duration,
-) -> Result<Vec<Step>> {
+) -> Result<Vec<VmStep>> {
     let start = Instant::now();
     let mut file = File::create(log).with_context(|| format!("making {}", log.display()))?;
     let (_emulator, lines) = boot(kernel, initramfs, parameters)?;
@@ -112,7 +112,7 @@ fn command(kernel: &Kernel, initramfs: &Path, parameters: &str) -> Result<Comman
 /// What the console says, as far as it was read.
 #[derive(Default)]
 struct Transcript {
-    steps: Vec<Step>,
+    steps: Vec<VmStep>,
     /// Lines before the first step.
     before: Vec<String>,
 }
@@ -134,7 +134,7 @@ impl Transcript {
         let mut words = message.split(' ');
         match (words.next(), words.next(), words.next()) {
             (Some("begin"), Some(name), None) => {
-                self.steps.push(Step { name: name.to_owned(), ..Step::default() });
+                self.steps.push(VmStep { name: name.to_owned(), ..VmStep::default() });
             }
             (Some("end"), Some(_), Some(status)) => {
                 if let Some(step) = self.steps.last_mut() {
@@ -178,7 +178,7 @@ mod tests {
         for (line, expected) in lines {
             assert_eq!(transcript.read(line.to_owned()), expected, "{line}");
         }
-        let step = |name: &str, status, last: &str| Step { name: name.into(), status, last: last.into() };
+        let step = |name: &str, status, last: &str| VmStep { name: name.into(), status, last: last.into() };
         assert_eq!(transcript.steps, [step("check", Some(0), "ok      kernel"), step("demo", None, "")]);
         assert_eq!(transcript.before, ["Booting"]);
     }

@@ -6,7 +6,7 @@ use anyhow::{Context as _, Result};
 
 use super::{
     kernel::{Kernel, Series},
-    machine::Step,
+    machine::VmStep,
 };
 use crate::{architecture::Architecture, workspace};
 
@@ -19,17 +19,17 @@ const HEAD: &str = "\
 ";
 
 /// What came of one machine.
-pub(super) struct Row {
+pub(super) struct KernelRow {
     series: Series,
     architecture: Architecture,
     cells: [String; 4],
 }
 
-impl Row {
-    pub(super) fn of(kernel: &Kernel, steps: &[Step]) -> Self {
+impl KernelRow {
+    pub(super) fn of(kernel: &Kernel, steps: &[VmStep]) -> Self {
         let step = |name: &str| steps.iter().find(|step| step.name == name);
         let cell = |name: &str| match step(name) {
-            Some(Step { status: Some(0), last, .. }) => last.clone(),
+            Some(VmStep { status: Some(0), last, .. }) => last.clone(),
             Some(_) => "FAILED".to_owned(),
             None => "-".to_owned(),
         };
@@ -47,7 +47,7 @@ impl Row {
 }
 
 /// Writes the rows in place of those of the same kernels.
-pub(super) fn update(rows: &[Row]) -> Result<()> {
+pub(super) fn update(rows: &[KernelRow]) -> Result<()> {
     let path = workspace::root().join(PAGE);
     let page = fs::read_to_string(&path).with_context(|| format!("reading {}", path.display()))?;
     let new = updated(&page, rows).with_context(|| {
@@ -59,7 +59,7 @@ pub(super) fn update(rows: &[Row]) -> Result<()> {
     Ok(())
 }
 
-fn updated(page: &str, rows: &[Row]) -> Option<String> {
+fn updated(page: &str, rows: &[KernelRow]) -> Option<String> {
     let (before, rest) = page.split_once(BEGIN)?;
     let (table, after) = rest.split_once(END)?;
     let mut lines: BTreeMap<(Series, Architecture), String> =
@@ -80,9 +80,9 @@ fn key(line: &str) -> Option<(Series, Architecture)> {
 mod tests {
     use super::*;
 
-    fn row(series: &str, architecture: Architecture, demo: &str) -> Row {
+    fn row(series: &str, architecture: Architecture, demo: &str) -> KernelRow {
         let cells = ["release", "all there", demo, "7 of 7"].map(str::to_owned);
-        Row { series: series.parse().expect("a series"), architecture, cells }
+        KernelRow { series: series.parse().expect("a series"), architecture, cells }
     }
 
     #[test]

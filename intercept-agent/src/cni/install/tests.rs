@@ -1,18 +1,18 @@
 use super::*;
 
-struct Node {
+struct ConfigFolders {
     _dir: tempfile::TempDir,
     folders: Folders,
 }
 
-fn node(files: &[(&str, &str)]) -> Node {
+fn node(files: &[(&str, &str)]) -> ConfigFolders {
     let dir = tempfile::tempdir().expect("a folder");
     let folders = Folders { configurations: dir.path().join("net.d"), binaries: dir.path().join("bin") };
     fs::create_dir(&folders.configurations).expect("made");
     for (name, text) in files {
         fs::write(folders.configurations.join(name), text).expect("written");
     }
-    Node { _dir: dir, folders }
+    ConfigFolders { _dir: dir, folders }
 }
 
 /// Returns the JSON of a file, usable or not, or else its text.
@@ -21,7 +21,7 @@ fn read(path: &Path) -> Value {
     serde_json::from_str(&text).unwrap_or(Value::String(text))
 }
 
-impl Node {
+impl ConfigFolders {
     fn path(&self, name: &str) -> PathBuf {
         self.folders.configurations.join(name)
     }

@@ -35,9 +35,9 @@ const KUMA_FLAGS: &str =
     "-p 15001 -z 15006 -u 5678 -g 999999 -e 1 -i * -b * --redirect-dns --capture-all-dns";
 
 /// A mesh's pod, its annotations, and the resulting flags.
-type Case = (Mesh, &'static str, Vec<(&'static str, &'static str)>, String);
+type MeshCase = (Mesh, &'static str, Vec<(&'static str, &'static str)>, String);
 
-fn cases() -> Vec<Case> {
+fn cases() -> Vec<MeshCase> {
     let linkerd = ("linkerd.io/proxy-version", "edge-26.1.1");
     let kuma = ("kuma.io/sidecar-injected", "true");
     let consul = r#"{"ConsulDNSIP":"","ConsulDNSPort":0,"ProxyUserID":"5995","ProxyInboundPort":20000,

@@ -70,14 +70,14 @@ fn as_str(resolution: &Resolution) -> String {
 }
 
 /// A pod, and the resolution for each source alone and for all together.
-struct Kind {
+struct ClaimKind {
     what: &'static str,
     pod: Value,
     by_annotations: &'static str,
     by_api: &'static str,
 }
 
-fn kinds() -> Vec<Kind> {
+fn kinds() -> Vec<ClaimKind> {
     let status =
         json!({ "sidecar.istio.io/status": STATUS, "sidecar.istio.io/interceptionMode": "REDIRECT" });
     let other = json!({ "sidecar.istio.io/status": OTHER_TEMPLATE });
@@ -87,7 +87,7 @@ fn kinds() -> Vec<Kind> {
         annotations
     };
     let proxy = json!({ "args": ["proxy", "sidecar"] });
-    let kind = |what, pod, by_annotations, by_api| Kind { what, pod, by_annotations, by_api };
+    let kind = |what, pod, by_annotations, by_api| ClaimKind { what, pod, by_annotations, by_api };
     let captured = "captured as 1337 dns=false";
     let mut labelled = pod(&with("sidecar.istio.io/inject", "false"), &proxy);
     labelled["metadata"]["labels"] = json!({ "sidecar.istio.io/inject": "true" });
@@ -144,13 +144,13 @@ fn kinds() -> Vec<Kind> {
 
 #[test]
 fn the_order_of_sources_decides_nothing() {
-    type Step = fn(&mut PodView, &Kind);
-    let api: Step = |view, kind| view.set_object(object(&kind.pod));
-    let add: Step = |view, kind| view.set_sandbox(sandbox(&kind.pod, "s"), ApiWait::Running);
-    let late: Step = |view, _| _ = view.end_api_wait("s");
-    let readd: Step = |view, kind| view.set_sandbox(sandbox(&kind.pod, "s"), ApiWait::Over);
+    type ViewStep = fn(&mut PodView, &ClaimKind);
+    let api: ViewStep = |view, kind| view.set_object(object(&kind.pod));
+    let add: ViewStep = |view, kind| view.set_sandbox(sandbox(&kind.pod, "s"), ApiWait::Running);
+    let late: ViewStep = |view, _| _ = view.end_api_wait("s");
+    let readd: ViewStep = |view, kind| view.set_sandbox(sandbox(&kind.pod, "s"), ApiWait::Over);
     // An earlier daemon has captured it by its annotations.
-    let adopt: Step = |view, kind| {
+    let adopt: ViewStep = |view, kind| {
         let mut alone = PodView::default();
         alone.set_sandbox(sandbox(&kind.pod, "s"), ApiWait::Over);
         if let Resolution::Capture(desired) = alone.resolve(UID) {
@@ -159,10 +159,10 @@ fn the_order_of_sources_decides_nothing() {
             view.set_sandbox(sandbox(&kind.pod, "s"), ApiWait::Over);
         }
     };
-    let deleted: Step = |view, kind| view.remove_object(&object(&kind.pod).id);
-    let unlisted: Step = |view, _| view.retain_objects(&HashSet::new());
+    let deleted: ViewStep = |view, kind| view.remove_object(&object(&kind.pod).id);
+    let unlisted: ViewStep = |view, _| view.retain_objects(&HashSet::new());
     for kind in kinds() {
-        let resolve = |steps: &[Step]| {
+        let resolve = |steps: &[ViewStep]| {
             let mut view = PodView::default();
             steps.iter().for_each(|step| step(&mut view, &kind));
             as_str(&view.resolve(UID))

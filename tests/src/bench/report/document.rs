@@ -3,19 +3,19 @@
 use std::collections::BTreeSet;
 use std::fmt::Write;
 
-use super::{Report, table};
-use crate::bench::mode::Mode;
+use super::{BenchReport, table};
+use crate::bench::mode::CaptureMode;
 use crate::bench::statistics::Quartiles;
 use crate::bench::summary::{Base, Ratio, Summary};
 
 /// All sections.
-pub fn document(report: &Report) -> String {
+pub fn document(report: &BenchReport) -> String {
     let mut text = String::new();
     write_document(report, &mut text).expect("strings take everything");
     text
 }
 
-fn write_document(report: &Report, text: &mut String) -> std::fmt::Result {
+fn write_document(report: &BenchReport, text: &mut String) -> std::fmt::Result {
     let machine = &report.machine;
     let kind = if machine.virtual_machine { " (virtual)" } else { "" };
     let others = Quartiles::of(report.summaries.iter().map(|summary| summary.others));
@@ -54,7 +54,7 @@ fn suite(summaries: &[&Summary], text: &mut String) -> std::fmt::Result {
         "| work | mode | rate / iptables-nft | rate / explicit | CPU / iptables-nft | CPU / explicit | p50, p99 / iptables-nft |"
     )?;
     writeln!(text, "|---|---|---|---|---|---|---|")?;
-    for summary in summaries.iter().filter(|summary| summary.cell.mode != Mode::IptablesNft) {
+    for summary in summaries.iter().filter(|summary| summary.cell.mode != CaptureMode::IptablesNft) {
         let [iptables, explicit] = [Base::IptablesNft, Base::Explicit].map(|base| summary.over(base));
         let plain = |ratio: Option<&Ratio>, figure: fn(&Ratio) -> Quartiles| {
             ratio.map_or(String::new(), |ratio| format!("{:.2}", figure(ratio).median))
@@ -93,7 +93,7 @@ fn capital(text: &str) -> String {
     letters.next().map_or(String::new(), |first| first.to_uppercase().chain(letters).collect())
 }
 
-fn install(report: &Report, text: &mut String) -> std::fmt::Result {
+fn install(report: &BenchReport, text: &mut String) -> std::fmt::Result {
     let times = report.install_times();
     if times.is_empty() {
         return Ok(());
@@ -102,7 +102,7 @@ fn install(report: &Report, text: &mut String) -> std::fmt::Result {
         text,
         "\n### One more pod\n\n| mode and flags | in force / iptables-nft | out / iptables-nft |\n|---|---|---|"
     )?;
-    for time in times.iter().filter(|time| time.mode != Mode::IptablesNft) {
+    for time in times.iter().filter(|time| time.mode != CaptureMode::IptablesNft) {
         let shown = |ratio: Option<Quartiles>| ratio.map_or(String::new(), table::with_spread);
         let (install, remove) = (shown(time.install_ratio), shown(time.remove_ratio));
         writeln!(text, "| {} | {install} | {remove} |", time.label())?;
@@ -110,7 +110,7 @@ fn install(report: &Report, text: &mut String) -> std::fmt::Result {
     Ok(())
 }
 
-fn programs(report: &Report, text: &mut String) -> std::fmt::Result {
+fn programs(report: &BenchReport, text: &mut String) -> std::fmt::Result {
     if report.programs.figures.is_empty() {
         return Ok(());
     }
@@ -132,7 +132,7 @@ fn programs(report: &Report, text: &mut String) -> std::fmt::Result {
     writeln!(text, "| of which the measuring | | | {empty:.0} | {:.2} |", report.programs.measuring())
 }
 
-fn crowds(report: &Report, text: &mut String) -> std::fmt::Result {
+fn crowds(report: &BenchReport, text: &mut String) -> std::fmt::Result {
     let memory = report.memory_per_connection();
     if let Some(crowd) = report.memory.first() {
         writeln!(

@@ -1,14 +1,14 @@
 //! What a reader wants to see first, as SVG files for docs/benchmarks.md: the agent and explicit proxying, each beside
 //! iptables-nft, with one line per kind of work.
 
-use super::Report;
-use super::plot::{Line, file};
-use crate::bench::mode::{Cell, Lists, Mode, Path};
+use super::BenchReport;
+use super::plot::{PlotLine, file};
+use crate::bench::mode::{CaptureMode, Cell, Lists, Path};
 use crate::bench::statistics::Quartiles;
 use crate::bench::summary::{Base, Ratio, Summary};
 
 /// Names and contents of the files. A report without the modes that are compared has none.
-pub fn plots(report: &Report) -> Vec<(&'static str, String)> {
+pub fn plots(report: &BenchReport) -> Vec<(&'static str, String)> {
     let figures: [(&str, &str, fn(&Ratio) -> Quartiles); 2] = [
         ("rate.svg", "rate over iptables-nft: right is better", |ratio| ratio.rate),
         ("cpu.svg", "CPU time over iptables-nft: left is better", |ratio| ratio.cpu),
@@ -20,18 +20,18 @@ pub fn plots(report: &Report) -> Vec<(&'static str, String)> {
         .collect()
 }
 
-fn lines(report: &Report, figure: fn(&Ratio) -> Quartiles) -> Vec<Line> {
+fn lines(report: &BenchReport, figure: fn(&Ratio) -> Quartiles) -> Vec<PlotLine> {
     let line = |summary: &Summary| {
         let Cell { mode, path: Path::Both, lists: Lists::Injected, proxy } = summary.cell else {
             return None;
         };
         let own = match mode {
-            Mode::Agent => true,
-            Mode::Explicit => false,
+            CaptureMode::Agent => true,
+            CaptureMode::Explicit => false,
             _ => return None,
         };
         let spread = figure(summary.over(Base::IptablesNft)?);
-        Some(Line { label: format!("{proxy} {}, {mode}", summary.work), spread, own })
+        Some(PlotLine { label: format!("{proxy} {}, {mode}", summary.work), spread, own })
     };
     report.summaries.iter().filter_map(line).collect()
 }
@@ -39,7 +39,7 @@ fn lines(report: &Report, figure: fn(&Ratio) -> Quartiles) -> Vec<Line> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::bench::mode::Proxy;
+    use crate::bench::mode::ProxyKind;
     use crate::bench::work::Work;
 
     #[test]
@@ -48,14 +48,14 @@ mod tests {
         let summary = |mode, lists| Summary {
             suite: "s".into(),
             work: Work::Connect { clients: 8 },
-            cell: Cell { mode, path: Path::Both, lists, proxy: Proxy::EnvoyTcp },
+            cell: Cell { mode, path: Path::Both, lists, proxy: ProxyKind::EnvoyTcp },
             rate: even,
             cpu: even,
             latency: None,
             others: 0.0,
             ratios: vec![Ratio { base: Base::IptablesNft, rate: even, cpu: even, p50: None, p99: None }],
         };
-        let mut report: Report =
+        let mut report: BenchReport =
             serde_json::from_value(serde_json::json!({
                 "machine": { "processors": 1, "processor": "x", "memory": 1, "kernel": "1", "virtual_machine": true, "at": 0, "load": "" },
                 "seed": 1, "quick": true, "notes": [], "summaries": [], "installed": [], "memory": [], "reach": [],
@@ -64,10 +64,10 @@ mod tests {
             .expect("a report");
         assert!(plots(&report).is_empty());
         report.summaries = vec![
-            summary(Mode::Agent, Lists::Injected),
-            summary(Mode::Explicit, Lists::Injected),
-            summary(Mode::Nft, Lists::Injected),
-            summary(Mode::Agent, Lists::Cidrs(10)),
+            summary(CaptureMode::Agent, Lists::Injected),
+            summary(CaptureMode::Explicit, Lists::Injected),
+            summary(CaptureMode::Nft, Lists::Injected),
+            summary(CaptureMode::Agent, Lists::Cidrs(10)),
         ];
         let files = plots(&report);
         assert_eq!(files.len(), 2);

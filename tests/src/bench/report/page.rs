@@ -2,10 +2,10 @@
 
 use std::fmt::Write;
 
-use super::Report;
-use super::plot::{Line, escape, ratios};
+use super::BenchReport;
+use super::plot::{PlotLine, escape, ratios};
 use super::table;
-use crate::bench::mode::Mode;
+use crate::bench::mode::CaptureMode;
 use crate::bench::summary::{Base, Ratio, Summary};
 
 const STYLE: &str = "
@@ -16,13 +16,13 @@ figure { margin: 0 0 1.5rem; overflow-x: auto; }
 ";
 
 /// The page.
-pub fn page(report: &Report) -> String {
+pub fn page(report: &BenchReport) -> String {
     let mut html = String::new();
     write_page(report, &mut html).expect("strings take everything");
     html
 }
 
-fn write_page(report: &Report, html: &mut String) -> std::fmt::Result {
+fn write_page(report: &BenchReport, html: &mut String) -> std::fmt::Result {
     write!(
         html,
         "<!doctype html>\n<html lang=\"en\"><meta charset=\"utf-8\">\
@@ -60,9 +60,9 @@ fn write_page(report: &Report, html: &mut String) -> std::fmt::Result {
         }
     }
     let times = report.install_times().into_iter().filter_map(|time| {
-        Some(Line { label: time.label(), spread: time.install_ratio?, own: time.mode.is_agent() })
+        Some(PlotLine { label: time.label(), spread: time.install_ratio?, own: time.mode.is_agent() })
     });
-    let times: Vec<Line> = times.collect();
+    let times: Vec<PlotLine> = times.collect();
     if !times.is_empty() {
         write!(html, "<h2>one more pod</h2>")?;
         writeln!(html, "<figure>{}</figure>", ratios("time to put it in force, over iptables-nft", &times))?;
@@ -76,11 +76,12 @@ fn figure(
     summaries: &[&Summary],
     figure: impl Fn(&Ratio) -> Option<crate::bench::statistics::Quartiles>,
 ) -> std::fmt::Result {
-    let lines = summaries.iter().filter(|summary| summary.cell.mode != Mode::None).filter_map(|summary| {
-        let spread = figure(summary.over(Base::IptablesNft)?)?;
-        Some(Line { label: table::label(summary.cell), spread, own: summary.cell.mode.is_agent() })
-    });
-    let lines: Vec<Line> = lines.collect();
+    let lines =
+        summaries.iter().filter(|summary| summary.cell.mode != CaptureMode::None).filter_map(|summary| {
+            let spread = figure(summary.over(Base::IptablesNft)?)?;
+            Some(PlotLine { label: table::label(summary.cell), spread, own: summary.cell.mode.is_agent() })
+        });
+    let lines: Vec<PlotLine> = lines.collect();
     if lines.is_empty() {
         return Ok(());
     }

@@ -12,7 +12,7 @@ const TOP: f64 = 26.0;
 
 /// One line of a plot.
 #[derive(Debug, Clone)]
-pub struct Line {
+pub struct PlotLine {
     /// What it is.
     pub label: String,
     /// Where it lies.
@@ -33,7 +33,7 @@ svg .other { stroke: #8a8f98; fill: #8a8f98; stroke-width: 2; }
 ";
 
 /// The same as a file of its own, readable on a dark page too.
-pub fn file(title: &str, lines: &[Line]) -> String {
+pub fn file(title: &str, lines: &[PlotLine]) -> String {
     let svg = ratios(title, lines);
     let opened = svg.replacen("<svg ", "<svg xmlns=\"http://www.w3.org/2000/svg\" color=\"#24292f\" ", 1);
     let dark = "@media (prefers-color-scheme: dark) { svg { color: #e6edf3; } }";
@@ -41,13 +41,13 @@ pub fn file(title: &str, lines: &[Line]) -> String {
 }
 
 /// A plot of ratios around 1, titled.
-pub fn ratios(title: &str, lines: &[Line]) -> String {
+pub fn ratios(title: &str, lines: &[PlotLine]) -> String {
     let mut svg = String::new();
     write_ratios(title, lines, &mut svg).expect("strings take everything");
     svg
 }
 
-fn write_ratios(title: &str, lines: &[Line], svg: &mut String) -> std::fmt::Result {
+fn write_ratios(title: &str, lines: &[PlotLine], svg: &mut String) -> std::fmt::Result {
     let low = lines.iter().map(|line| line.spread.low).fold(0.9, f64::min);
     let high = lines.iter().map(|line| line.spread.high).fold(1.1, f64::max);
     // A ratio and its inverse lie equally far from 1.
@@ -121,7 +121,7 @@ mod tests {
 
     #[test]
     fn dots_lie_in_order_and_the_title_is_text() {
-        let line = |median| Line {
+        let line = |median| PlotLine {
             label: "x".into(),
             spread: Quartiles { median, low: median, high: median, n: 1 },
             own: true,

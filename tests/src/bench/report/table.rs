@@ -2,7 +2,7 @@
 
 use std::fmt::Write;
 
-use super::Report;
+use super::BenchReport;
 use crate::bench::memory::Crowd;
 use crate::bench::mode::Cell;
 use crate::bench::mode::{Lists, Path};
@@ -10,13 +10,13 @@ use crate::bench::statistics::Quartiles;
 use crate::bench::summary::{Base, Summary};
 
 /// All tables.
-pub fn tables(report: &Report) -> String {
+pub fn tables(report: &BenchReport) -> String {
     let mut text = String::new();
     write_all(report, &mut text).expect("strings take everything");
     text
 }
 
-fn write_all(report: &Report, text: &mut String) -> std::fmt::Result {
+fn write_all(report: &BenchReport, text: &mut String) -> std::fmt::Result {
     let machine = &report.machine;
     let kind = if machine.virtual_machine { ", virtual" } else { "" };
     writeln!(
@@ -114,7 +114,7 @@ pub(super) fn with_spread_of_bytes(spread: Quartiles) -> String {
     format!("{:.0} [{:.0} {:.0}]", spread.median, spread.low, spread.high)
 }
 
-fn install(report: &Report, text: &mut String) -> std::fmt::Result {
+fn install(report: &BenchReport, text: &mut String) -> std::fmt::Result {
     let times = report.install_times();
     if times.is_empty() {
         return Ok(());
@@ -142,7 +142,7 @@ fn install(report: &Report, text: &mut String) -> std::fmt::Result {
     Ok(())
 }
 
-fn programs(report: &Report, text: &mut String) -> std::fmt::Result {
+fn programs(report: &BenchReport, text: &mut String) -> std::fmt::Result {
     if report.programs.figures.is_empty() {
         return Ok(());
     }
@@ -164,7 +164,7 @@ fn programs(report: &Report, text: &mut String) -> std::fmt::Result {
     writeln!(text, "  {:<27} {:>8} {:>8.0} {:>8.2}", "of which the measuring", "", all.empty, all.measuring())
 }
 
-fn memory(report: &Report, text: &mut String) -> std::fmt::Result {
+fn memory(report: &BenchReport, text: &mut String) -> std::fmt::Result {
     let per_connection = report.memory_per_connection();
     let Some(first) = report.memory.first() else { return Ok(()) };
     writeln!(text, "\nkernel memory of one of {} connections through the client's pod, bytes", first.wanted)?;

@@ -10,8 +10,8 @@ use anyhow::{Context, Result, ensure};
 use rustix::io::Errno;
 
 use super::hold::Holding;
-use super::protocol::{Answer, Job, Latency, Measured, Timing};
-use super::socket::{Poller, Readiness, Step, dial, read, write};
+use super::protocol::{Latency, Measured, Timing, WorkerAnswer, WorkerJob};
+use super::socket::{IoStep, Poller, SocketReadiness, dial, read, write};
 use super::{exchange, say, stream};
 use crate::bench::cpu::{Meter, Sample};
 
@@ -24,38 +24,39 @@ pub(super) fn obey(pods: &[PathBuf]) -> Result<()> {
     let mut holding = Holding::default();
     for line in std::io::stdin().lock().lines() {
         let line = line.context("reading a job")?;
-        let job: Job =
+        let job: WorkerJob =
             serde_json::from_str(&line).with_context(|| format!("understanding the job {line}"))?;
-        let answer =
-            perform(&job, &meter, &mut holding).unwrap_or_else(|error| Answer::Failed(format!("{error:#}")));
+        let answer = perform(&job, &meter, &mut holding)
+            .unwrap_or_else(|error| WorkerAnswer::Failed(format!("{error:#}")));
         say(&serde_json::to_string(&answer)?)?;
     }
     Ok(())
 }
 
-fn perform(job: &Job, meter: &Meter, holding: &mut Holding) -> Result<Answer> {
+fn perform(job: &WorkerJob, meter: &Meter, holding: &mut Holding) -> Result<WorkerAnswer> {
     match job {
-        Job::Connect { to, clients, timing } => {
-            exchange::run(*to, *clients, exchange::Kind::Fresh, *timing, meter).map(Answer::Measured)
+        WorkerJob::Connect { to, clients, timing } => {
+            exchange::run(*to, *clients, exchange::ExchangeKind::Fresh, *timing, meter)
+                .map(WorkerAnswer::Measured)
         }
-        Job::Exchange { to, connections, size, timing } => {
-            exchange::run(*to, *connections, exchange::Kind::Kept { size: *size }, *timing, meter)
-                .map(Answer::Measured)
+        WorkerJob::Exchange { to, connections, size, timing } => {
+            exchange::run(*to, *connections, exchange::ExchangeKind::Kept { size: *size }, *timing, meter)
+                .map(WorkerAnswer::Measured)
         }
-        Job::Stream { to, timing } => stream::run(*to, *timing, meter).map(Answer::Measured),
-        Job::Hold { to, from, connections, limit } => {
-            holding.open(to, from, *connections, *limit).map(Answer::Held)
+        WorkerJob::Stream { to, timing } => stream::run(*to, *timing, meter).map(WorkerAnswer::Measured),
+        WorkerJob::Hold { to, from, connections, limit } => {
+            holding.open(to, from, *connections, *limit).map(WorkerAnswer::Held)
         }
-        Job::Probe { to, say } => {
+        WorkerJob::Probe { to, say } => {
             let mut stream =
                 std::net::TcpStream::connect(to).with_context(|| format!("connecting to {to}"))?;
             stream.write_all(say.as_bytes()).with_context(|| format!("writing to {to}"))?;
             holding.keep(stream.into());
-            Ok(Answer::Connected)
+            Ok(WorkerAnswer::Connected)
         }
-        Job::Release => {
+        WorkerJob::Release => {
             *holding = Holding::default();
-            Ok(Answer::Released)
+            Ok(WorkerAnswer::Released)
         }
     }
 }
@@ -131,13 +132,13 @@ pub(super) fn connect(to: SocketAddr, poller: &Poller, token: usize) -> Result<O
 }
 
 /// The index that a socket was registered with.
-pub(super) fn index(event: Readiness) -> usize {
+pub(super) fn index(event: SocketReadiness) -> usize {
     usize::try_from(event.token).expect("tokens are indices")
 }
 
 /// A request being sent and its response being received.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Progress {
+pub(super) struct RequestProgress {
     pub(super) begun: Instant,
     sent: usize,
     received: usize,
@@ -145,14 +146,14 @@ pub(super) struct Progress {
 
 /// How far it is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum State {
+pub(super) enum RequestState {
     Waiting,
     Answered,
     /// With the error, unless the other end merely closed.
     Broken(Option<Errno>),
 }
 
-impl Progress {
+impl RequestProgress {
     pub(super) fn begin() -> Self {
         Self { begun: Instant::now(), sent: 0, received: 0 }
     }
@@ -164,23 +165,23 @@ impl Progress {
         request: &[u8],
         response: usize,
         buffer: &mut [u8],
-    ) -> State {
+    ) -> RequestState {
         while self.sent < request.len() {
             match write(socket, &request[self.sent..]) {
-                Step::Bytes(n) => self.sent += n,
-                Step::Later => return State::Waiting,
-                Step::End => return State::Broken(None),
-                Step::Broken(error) => return State::Broken(Some(error)),
+                IoStep::Bytes(n) => self.sent += n,
+                IoStep::Later => return RequestState::Waiting,
+                IoStep::End => return RequestState::Broken(None),
+                IoStep::Broken(error) => return RequestState::Broken(Some(error)),
             }
         }
         while self.received < response {
             match read(socket, buffer) {
-                Step::Bytes(n) => self.received += n,
-                Step::Later => return State::Waiting,
-                Step::End => return State::Broken(None),
-                Step::Broken(error) => return State::Broken(Some(error)),
+                IoStep::Bytes(n) => self.received += n,
+                IoStep::Later => return RequestState::Waiting,
+                IoStep::End => return RequestState::Broken(None),
+                IoStep::Broken(error) => return RequestState::Broken(Some(error)),
             }
         }
-        State::Answered
+        RequestState::Answered
     }
 }

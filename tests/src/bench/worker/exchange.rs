@@ -6,14 +6,14 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Result, bail};
 
-use super::clients::{PATIENCE, Progress, State, Window, connect, index};
+use super::clients::{PATIENCE, RequestProgress, RequestState, Window, connect, index};
 use super::protocol::{Measured, Timing};
-use super::socket::{Poller, Readiness};
+use super::socket::{Poller, SocketReadiness};
 use crate::bench::cpu::Meter;
 
 /// What happens to a connection when it was answered.
 #[derive(Debug, Clone, Copy)]
-pub(super) enum Kind {
+pub(super) enum ExchangeKind {
     /// It is reset, and another one made; requests and responses are a byte.
     Fresh,
     /// It asks again.
@@ -25,7 +25,7 @@ pub(super) enum Kind {
 
 struct Slot {
     socket: OwnedFd,
-    progress: Progress,
+    progress: RequestProgress,
     /// The head is still to be sent, with the first request.
     first: bool,
 }
@@ -34,13 +34,13 @@ struct Slot {
 pub(super) fn run(
     to: SocketAddr,
     slots: usize,
-    kind: Kind,
+    kind: ExchangeKind,
     timing: Timing,
     meter: &Meter,
 ) -> Result<Measured> {
     let size = match kind {
-        Kind::Fresh => 1,
-        Kind::Kept { size } => size,
+        ExchangeKind::Fresh => 1,
+        ExchangeKind::Kept { size } => size,
     };
     let mut head = [size.to_be_bytes(), size.to_be_bytes()].concat();
     head.resize(8 + size as usize, b'.');
@@ -53,7 +53,7 @@ pub(super) fn run(
     }
     let mut window = Window::new(timing, meter);
     let give_up = Instant::now() + timing.warm_up + timing.measure + PATIENCE;
-    let mut happened: Vec<Readiness> = Vec::new();
+    let mut happened: Vec<SocketReadiness> = Vec::new();
     while window.is_open(Instant::now())? {
         happened.clear();
         happened.extend(poller.wait(Some(window.deadline()))?);
@@ -85,7 +85,7 @@ fn replace(asking: &Asking, poller: &Poller, token: usize, window: &mut Window<'
 
 struct Asking {
     to: SocketAddr,
-    kind: Kind,
+    kind: ExchangeKind,
     /// The head, followed by a request.
     request: Vec<u8>,
     size: usize,
@@ -93,7 +93,7 @@ struct Asking {
 
 impl Asking {
     fn fresh(&self, poller: &Poller, token: usize) -> Result<Slot> {
-        let progress = Progress::begin();
+        let progress = RequestProgress::begin();
         Ok(Slot { socket: connect(self.to, poller, token)?, progress, first: true })
     }
 
@@ -102,18 +102,18 @@ impl Asking {
         loop {
             let request = if slot.first { &self.request[..] } else { &self.request[8..] };
             match slot.progress.go_on(&slot.socket, request, self.size, buffer) {
-                State::Waiting => return true,
-                State::Broken(_) => {
+                RequestState::Waiting => return true,
+                RequestState::Broken(_) => {
                     window.failures += 1;
                     return false;
                 }
-                State::Answered => {
+                RequestState::Answered => {
                     window.done(slot.progress.begun, Instant::now());
-                    if matches!(self.kind, Kind::Fresh) {
+                    if matches!(self.kind, ExchangeKind::Fresh) {
                         return false;
                     }
                     slot.first = false;
-                    slot.progress = Progress::begin();
+                    slot.progress = RequestProgress::begin();
                 }
             }
         }

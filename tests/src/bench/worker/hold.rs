@@ -7,9 +7,9 @@ use std::time::{Duration, Instant};
 use anyhow::Result;
 use rustix::io::Errno;
 
-use super::clients::{Progress, State, index};
-use super::protocol::Held;
-use super::socket::{Poller, Readiness, dial};
+use super::clients::{RequestProgress, RequestState, index};
+use super::protocol::HeldConnections;
+use super::socket::{Poller, SocketReadiness, dial};
 
 /// So many are being opened at the same time.
 const UNDER_WAY: usize = 64;
@@ -37,18 +37,18 @@ impl Holding {
         from: &[IpAddr],
         connections: usize,
         limit: Duration,
-    ) -> Result<Held> {
+    ) -> Result<HeldConnections> {
         let mut poller = Poller::new()?;
         let request = [1_u32.to_be_bytes(), 1_u32.to_be_bytes()].concat();
         let request = [&request[..], b"."].concat();
         let begun = Instant::now();
         let deadline = begun + limit;
         let mut buffer = [0; 64];
-        let mut slots: Vec<Option<(OwnedFd, Progress)>> = (0..UNDER_WAY).map(|_| None).collect();
-        let mut held = Held { open: 0, failures: 0, errno: None, seconds: 0.0 };
+        let mut slots: Vec<Option<(OwnedFd, RequestProgress)>> = (0..UNDER_WAY).map(|_| None).collect();
+        let mut held = HeldConnections { open: 0, failures: 0, errno: None, seconds: 0.0 };
         let (mut dialled, mut in_a_row) = (0_usize, 0);
-        let mut happened: Vec<Readiness> = Vec::new();
-        let failed = |error: Option<Errno>, held: &mut Held| {
+        let mut happened: Vec<SocketReadiness> = Vec::new();
+        let failed = |error: Option<Errno>, held: &mut HeldConnections| {
             held.failures += 1;
             held.errno = error.map(Errno::raw_os_error).or(held.errno);
         };
@@ -67,7 +67,7 @@ impl Holding {
                 match dial(server, source) {
                     Ok(socket) => {
                         poller.add(&socket, token as u64)?;
-                        *slot = Some((socket, Progress::begin()));
+                        *slot = Some((socket, RequestProgress::begin()));
                     }
                     Err(error) => {
                         in_a_row += 1;
@@ -83,13 +83,13 @@ impl Holding {
                 let slot = &mut slots[index(event)];
                 let Some((socket, progress)) = slot else { continue };
                 match progress.go_on(socket, &request, 1, &mut buffer) {
-                    State::Waiting => {}
-                    State::Answered => {
+                    RequestState::Waiting => {}
+                    RequestState::Answered => {
                         in_a_row = 0;
                         held.open += 1;
                         self.open.extend(slot.take().map(|(socket, _)| socket));
                     }
-                    State::Broken(error) => {
+                    RequestState::Broken(error) => {
                         in_a_row += 1;
                         failed(error, &mut held);
                         *slot = None;

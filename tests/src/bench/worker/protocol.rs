@@ -23,7 +23,7 @@ pub enum Role {
         ports: Vec<u16>,
     },
     /// The pod's proxy.
-    Relay(Relay),
+    Relay(RelayRole),
     /// Makes connections when it is told to.
     Client {
         /// The cgroups whose CPU time counts.
@@ -33,7 +33,7 @@ pub enum Role {
 
 /// A proxy.
 #[derive(Debug, Clone, Serialize, Deserialize)]
-pub struct Relay {
+pub struct RelayRole {
     /// Where it listens, on all addresses.
     pub port: u16,
     /// Where it passes connections on.
@@ -62,7 +62,7 @@ pub struct Timing {
 
 /// What a client can do.
 #[derive(Debug, Clone, Serialize, Deserialize)]
-pub enum Job {
+pub enum WorkerJob {
     /// Connect, ask a byte, be answered a byte, reset; over and over.
     Connect {
         /// The server.
@@ -90,7 +90,7 @@ pub enum Job {
         /// How long.
         timing: Timing,
     },
-    /// Open connections and keep them until [`Job::Release`].
+    /// Open connections and keep them until [`WorkerJob::Release`].
     Hold {
         /// The servers, in turn.
         to: Vec<SocketAddr>,
@@ -101,24 +101,24 @@ pub enum Job {
         /// When to give up.
         limit: Duration,
     },
-    /// Open a connection, write to it, and keep it until [`Job::Release`].
+    /// Open a connection, write to it, and keep it until [`WorkerJob::Release`].
     Probe {
         /// The server.
         to: SocketAddr,
         /// What is written.
         say: String,
     },
-    /// Close what [`Job::Hold`] and [`Job::Probe`] opened.
+    /// Close what [`WorkerJob::Hold`] and [`WorkerJob::Probe`] opened.
     Release,
 }
 
 /// What came of a job.
 #[derive(Debug, Clone, Serialize, Deserialize)]
-pub enum Answer {
+pub enum WorkerAnswer {
     /// Of Connect, Exchange and Stream.
     Measured(Measured),
     /// Of Hold.
-    Held(Held),
+    Held(HeldConnections),
     /// Of Probe.
     Connected,
     /// Of Release.
@@ -156,7 +156,7 @@ pub struct Latency {
 
 /// Connections that were opened and are kept.
 #[derive(Debug, Clone, Copy, Serialize, Deserialize)]
-pub struct Held {
+pub struct HeldConnections {
     /// So many are open, each has been answered.
     pub open: usize,
     /// So many failed.

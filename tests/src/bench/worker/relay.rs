@@ -6,14 +6,14 @@ use std::os::fd::OwnedFd;
 use anyhow::{Result, bail};
 use rustix::net::{Shutdown, shutdown, sockopt};
 
-use super::protocol::{Relay, Upstream};
-use super::socket::{Poller, Readiness, Step, accept, dial, read, write};
+use super::protocol::{RelayRole, Upstream};
+use super::socket::{IoStep, Poller, SocketReadiness, accept, dial, read, write};
 
 const BUFFER: usize = 64 * 1024;
 const LISTENER: u64 = u64::MAX;
 
 /// One end of a relayed connection.
-struct End {
+struct RelaySocket {
     socket: OwnedFd,
     /// Taken from the other end, and not yet taken by this one.
     pending: Vec<u8>,
@@ -25,10 +25,10 @@ struct End {
 }
 
 /// The connection that was accepted, and the one that goes onwards.
-type Pair = [End; 2];
+type Pair = [RelaySocket; 2];
 
 /// Relays what comes to the listener.
-pub(super) fn relay(listener: &OwnedFd, relay: &Relay) -> Result<()> {
+pub(super) fn relay(listener: &OwnedFd, relay: &RelayRole) -> Result<()> {
     let mut poller = Poller::new()?;
     poller.add_listener(listener, LISTENER)?;
     let mut pairs = Pairs::default();
@@ -52,7 +52,7 @@ pub(super) fn relay(listener: &OwnedFd, relay: &Relay) -> Result<()> {
     }
 }
 
-fn onwards(client: OwnedFd, relay: &Relay, turn: &mut usize) -> Result<Option<Pair>> {
+fn onwards(client: OwnedFd, relay: &RelayRole, turn: &mut usize) -> Result<Option<Pair>> {
     let to = match &relay.upstream {
         // Where NAT has lost count, as it does when ports run short, the client learns it by the reset.
         Upstream::OriginalDestination => match sockopt::ip_original_dst(&client) {
@@ -71,8 +71,13 @@ fn onwards(client: OwnedFd, relay: &Relay, turn: &mut usize) -> Result<Option<Pa
     }
     // Where no port is left the client learns it by the reset.
     let Ok(server) = dial(to, relay.source) else { return Ok(None) };
-    let end =
-        |socket, connected| End { socket, pending: Vec::new(), connected, finished: false, shut: false };
+    let end = |socket, connected| RelaySocket {
+        socket,
+        pending: Vec::new(),
+        connected,
+        finished: false,
+        shut: false,
+    };
     Ok(Some([end(client, true), end(server, false)]))
 }
 
@@ -98,7 +103,7 @@ impl Pairs {
 
     /// An event of a pair that has just been closed may still come, and then meet a new pair: that one merely
     /// finds nothing to do.
-    fn handle(&mut self, event: Readiness, buffer: &mut [u8]) {
+    fn handle(&mut self, event: SocketReadiness, buffer: &mut [u8]) {
         let token = usize::try_from(event.token).expect("tokens are indices");
         let Some(Some(pair)) = self.pairs.get_mut(token / 2) else { return };
         let side = token % 2;
@@ -111,7 +116,7 @@ impl Pairs {
 }
 
 /// Does what can be done now; false if the connection is broken.
-fn happened(pair: &mut Pair, side: usize, event: Readiness, buffer: &mut [u8]) -> bool {
+fn happened(pair: &mut Pair, side: usize, event: SocketReadiness, buffer: &mut [u8]) -> bool {
     if event.writable {
         let first = !pair[side].connected;
         pair[side].connected = true;
@@ -135,9 +140,9 @@ fn copy(pair: &mut Pair, from: usize, drain: bool, buffer: &mut [u8]) -> bool {
     loop {
         while !to.pending.is_empty() {
             match write(&to.socket, &to.pending) {
-                Step::Bytes(n) => drop(to.pending.drain(..n)),
-                Step::Later => return true,
-                Step::End | Step::Broken(_) => return false,
+                IoStep::Bytes(n) => drop(to.pending.drain(..n)),
+                IoStep::Later => return true,
+                IoStep::End | IoStep::Broken(_) => return false,
             }
         }
         if from.finished {
@@ -148,11 +153,11 @@ fn copy(pair: &mut Pair, from: usize, drain: bool, buffer: &mut [u8]) -> bool {
             return true;
         }
         match read(&from.socket, buffer) {
-            Step::Bytes(n) => {
+            IoStep::Bytes(n) => {
                 let written = match write(&to.socket, &buffer[..n]) {
-                    Step::Bytes(written) => written,
-                    Step::Later => 0,
-                    Step::End | Step::Broken(_) => return false,
+                    IoStep::Bytes(written) => written,
+                    IoStep::Later => 0,
+                    IoStep::End | IoStep::Broken(_) => return false,
                 };
                 if written < n {
                     to.pending.extend_from_slice(&buffer[written..n]);
@@ -160,10 +165,10 @@ fn copy(pair: &mut Pair, from: usize, drain: bool, buffer: &mut [u8]) -> bool {
                     return true;
                 }
             }
-            Step::Later => return true,
+            IoStep::Later => return true,
             // A reset is passed on as one.
-            Step::Broken(_) => return false,
-            Step::End => from.finished = true,
+            IoStep::Broken(_) => return false,
+            IoStep::End => from.finished = true,
         }
     }
 }

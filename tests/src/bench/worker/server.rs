@@ -5,7 +5,7 @@ use std::os::fd::OwnedFd;
 use anyhow::Result;
 
 use super::protocol::ENDLESS;
-use super::socket::{Poller, Step, accept, read, write};
+use super::socket::{IoStep, Poller, accept, read, write};
 
 const BUFFER: usize = 256 * 1024;
 
@@ -67,18 +67,18 @@ impl Conversation {
         loop {
             while self.owed > 0 {
                 match write(&self.socket, &[0; 16 * 1024][..self.owed.min(16 * 1024)]) {
-                    Step::Bytes(n) => self.owed -= n,
-                    Step::Later => return true,
-                    Step::End | Step::Broken(_) => return false,
+                    IoStep::Bytes(n) => self.owed -= n,
+                    IoStep::Later => return true,
+                    IoStep::End | IoStep::Broken(_) => return false,
                 }
             }
             if !more && !drain {
                 return true;
             }
             let n = match read(&self.socket, buffer) {
-                Step::Bytes(n) => n,
-                Step::Later => return true,
-                Step::End | Step::Broken(_) => return false,
+                IoStep::Bytes(n) => n,
+                IoStep::Later => return true,
+                IoStep::End | IoStep::Broken(_) => return false,
             };
             // A short read has emptied the socket.
             more = n == buffer.len();

@@ -72,7 +72,7 @@ pub(super) struct Poller {
 
 /// What happened to a socket.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Readiness {
+pub(super) struct SocketReadiness {
     /// What the socket was registered with.
     pub(super) token: u64,
     /// It can be read, or the other end has closed.
@@ -105,7 +105,7 @@ impl Poller {
     pub(super) fn wait(
         &mut self,
         deadline: Option<Instant>,
-    ) -> Result<impl Iterator<Item = Readiness> + use<'_>> {
+    ) -> Result<impl Iterator<Item = SocketReadiness> + use<'_>> {
         let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
         let timeout = left.map(|left| Timespec {
             tv_sec: i64::try_from(left.as_secs()).unwrap_or(i64::MAX),
@@ -119,7 +119,7 @@ impl Poller {
         Ok(self.events.iter().map(|event| {
             let flags = event.flags;
             let closing = flags.intersects(EventFlags::RDHUP | EventFlags::HUP | EventFlags::ERR);
-            Readiness {
+            SocketReadiness {
                 token: event.data.u64(),
                 readable: closing || flags.contains(EventFlags::IN),
                 writable: flags.contains(EventFlags::OUT),
@@ -131,7 +131,7 @@ impl Poller {
 
 /// The result of reading or writing without waiting.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Step {
+pub(super) enum IoStep {
     /// So many bytes.
     Bytes(usize),
     /// Not now.
@@ -142,19 +142,19 @@ pub(super) enum Step {
     Broken(Errno),
 }
 
-pub(super) fn read(socket: &OwnedFd, buffer: &mut [u8]) -> Step {
+pub(super) fn read(socket: &OwnedFd, buffer: &mut [u8]) -> IoStep {
     match rustix::io::read(socket, buffer) {
-        Ok(0) => Step::End,
-        Ok(n) => Step::Bytes(n),
-        Err(Errno::AGAIN | Errno::INTR) => Step::Later,
-        Err(error) => Step::Broken(error),
+        Ok(0) => IoStep::End,
+        Ok(n) => IoStep::Bytes(n),
+        Err(Errno::AGAIN | Errno::INTR) => IoStep::Later,
+        Err(error) => IoStep::Broken(error),
     }
 }
 
-pub(super) fn write(socket: &OwnedFd, bytes: &[u8]) -> Step {
+pub(super) fn write(socket: &OwnedFd, bytes: &[u8]) -> IoStep {
     match rustix::net::send(socket, bytes, rustix::net::SendFlags::NOSIGNAL) {
-        Ok(n) => Step::Bytes(n),
-        Err(Errno::AGAIN | Errno::INTR) => Step::Later,
-        Err(error) => Step::Broken(error),
+        Ok(n) => IoStep::Bytes(n),
+        Err(Errno::AGAIN | Errno::INTR) => IoStep::Later,
+        Err(error) => IoStep::Broken(error),
     }
 }

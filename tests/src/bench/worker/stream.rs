@@ -7,7 +7,7 @@ use anyhow::{Context, Result, bail};
 
 use super::clients::{Window, connect};
 use super::protocol::{ENDLESS, Measured, Timing};
-use super::socket::{Poller, Step, write};
+use super::socket::{IoStep, Poller, write};
 use crate::bench::cpu::Meter;
 
 const BLOCK: usize = 64 * 1024;
@@ -24,14 +24,14 @@ pub(super) fn run(to: SocketAddr, timing: Timing, meter: &Meter) -> Result<Measu
     while window.is_open(Instant::now())? {
         if connected {
             match write(&socket, &block) {
-                Step::Bytes(n) => {
+                IoStep::Bytes(n) => {
                     // Only the first block has a head, and only its beginning is looked at.
                     window.operations += n as u64;
                     continue;
                 }
-                Step::Later => {}
-                Step::End => bail!("the connection to {to} was closed"),
-                Step::Broken(error) => return Err(error).with_context(|| format!("writing to {to}")),
+                IoStep::Later => {}
+                IoStep::End => bail!("the connection to {to} was closed"),
+                IoStep::Broken(error) => return Err(error).with_context(|| format!("writing to {to}")),
             }
         }
         let deadline = Some(window.deadline());

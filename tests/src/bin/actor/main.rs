@@ -11,20 +11,20 @@ use std::io::{BufRead, BufWriter, Write};
 use std::sync::mpsc;
 
 use anyhow::{Context, Result};
-use tests::actor::protocol::{Done, Job, Message, Request};
+use tests::actor::protocol::{ActorJob, ActorMessage, Done, Request};
 use tests::actor::{Listen, Transport};
 
 use options::Privileged;
-use pool::WorkerPool;
+use pool::MemberPool;
 
 /// Where replies go.
-type Output = mpsc::Sender<Message>;
+type Output = mpsc::Sender<ActorMessage>;
 
 fn main() -> Result<()> {
     let (output, messages) = mpsc::channel();
     let writer = std::thread::spawn(move || write(&messages));
     let privileged = Privileged::start();
-    let mut pool = WorkerPool::default();
+    let mut pool = MemberPool::default();
     for line in std::io::stdin().lock().lines() {
         let line = line.context("reading requests")?;
         let Request { id, job } =
@@ -36,19 +36,19 @@ fn main() -> Result<()> {
     Ok(())
 }
 
-fn start(pool: &mut WorkerPool, privileged: &Privileged, output: &Output, id: u64, job: Job) {
+fn start(pool: &mut MemberPool, privileged: &Privileged, output: &Output, id: u64, job: ActorJob) {
     let output = output.clone();
     let reply = {
         let output = output.clone();
         // An error means that the writer is gone, and with it the reader.
-        move |done| drop(output.send(Message::Reply { id, done }))
+        move |done| drop(output.send(ActorMessage::Reply { id, done }))
     };
     let ids = match &job {
-        Job::Listen(Listen { bind, .. }) => bind.ids,
-        Job::Relay(relay) => relay.bind.ids,
-        Job::Dial(dial) => dial.ids,
-        Job::Query(query) => query.ids,
-        Job::Close(opened) => {
+        ActorJob::Listen(Listen { bind, .. }) => bind.ids,
+        ActorJob::Relay(relay) => relay.bind.ids,
+        ActorJob::Dial(dial) => dial.ids,
+        ActorJob::Query(query) => query.ids,
+        ActorJob::Close(opened) => {
             let known = pool.close(*opened);
             reply(if known {
                 Done::Closed
@@ -59,13 +59,13 @@ fn start(pool: &mut WorkerPool, privileged: &Privileged, output: &Output, id: u6
         }
     };
     let result = match job {
-        Job::Dial(dial) => pool.member(ids).map(|member| {
+        ActorJob::Dial(dial) => pool.member(ids).map(|member| {
             member.run(async move || reply(Done::Dialled(dial::dial(dial).await)));
         }),
-        Job::Query(query) => pool.member(ids).map(|member| {
+        ActorJob::Query(query) => pool.member(ids).map(|member| {
             member.run(async move || reply(Done::Queried(query::query(query).await)));
         }),
-        Job::Listen(listen) => pool.member(ids).map(|member| {
+        ActorJob::Listen(listen) => pool.member(ids).map(|member| {
             let privileged = privileged.clone();
             let stop = member.run_until_closed(async move || {
                 let failed = reply.clone();
@@ -80,15 +80,15 @@ fn start(pool: &mut WorkerPool, privileged: &Privileged, output: &Output, id: u6
             });
             pool.opened(id, vec![stop]);
         }),
-        Job::Relay(relay) => relay::open(pool, privileged, relay, id, &output, reply.clone()),
-        Job::Close(_) => unreachable!("answered above"),
+        ActorJob::Relay(relay) => relay::open(pool, privileged, relay, id, &output, reply.clone()),
+        ActorJob::Close(_) => unreachable!("answered above"),
     };
     if let Err(error) = result {
-        drop(output.send(Message::Reply { id, done: Done::Failed(format!("{error:#}")) }));
+        drop(output.send(ActorMessage::Reply { id, done: Done::Failed(format!("{error:#}")) }));
     }
 }
 
-fn write(messages: &mpsc::Receiver<Message>) -> Result<()> {
+fn write(messages: &mpsc::Receiver<ActorMessage>) -> Result<()> {
     let mut output = BufWriter::new(std::io::stdout().lock());
     while let Ok(first) = messages.recv() {
         let mut next = Some(first);

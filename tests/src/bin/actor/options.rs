@@ -9,15 +9,15 @@ use anyhow::{Context, Result, anyhow};
 use socket2::{Domain, Protocol, Socket, Type};
 use tests::actor::{Bind, OriginalDst, Transport};
 
-type Job = Box<dyn FnOnce() + Send>;
+type PrivilegedJob = Box<dyn FnOnce() + Send>;
 
 /// A thread that stays root and sets on others' sockets what only root may.
 #[derive(Clone)]
-pub(crate) struct Privileged(mpsc::Sender<Job>);
+pub(crate) struct Privileged(mpsc::Sender<PrivilegedJob>);
 
 impl Privileged {
     pub(crate) fn start() -> Self {
-        let (jobs, inbox) = mpsc::channel::<Job>();
+        let (jobs, inbox) = mpsc::channel::<PrivilegedJob>();
         std::thread::spawn(move || inbox.into_iter().for_each(|job| job()));
         Self(jobs)
     }

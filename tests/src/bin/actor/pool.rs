@@ -8,28 +8,28 @@ use rustix::thread::{set_thread_groups, set_thread_res_gid, set_thread_res_uid};
 use tests::testbed::Ids;
 use tokio::sync::{mpsc, oneshot};
 
-type Task = Box<dyn FnOnce() -> Pin<Box<dyn Future<Output = ()>>> + Send>;
+type MemberTask = Box<dyn FnOnce() -> Pin<Box<dyn Future<Output = ()>>> + Send>;
 
 /// The threads, and what they keep open.
 #[derive(Default)]
-pub(crate) struct WorkerPool {
+pub(crate) struct MemberPool {
     members: HashMap<Ids, Member>,
-    open: HashMap<u64, Vec<Stop>>,
+    open: HashMap<u64, Vec<StopHandle>>,
 }
 
 /// A thread that runs tasks as one user.
 #[derive(Clone)]
 pub(crate) struct Member {
-    tasks: mpsc::UnboundedSender<Task>,
+    tasks: mpsc::UnboundedSender<MemberTask>,
 }
 
 /// Ends a task of [`Member::run_until_closed`].
-pub(crate) struct Stop {
+pub(crate) struct StopHandle {
     ask: oneshot::Sender<()>,
     ended: std::sync::mpsc::Receiver<()>,
 }
 
-impl WorkerPool {
+impl MemberPool {
     /// The thread of this user.
     pub(crate) fn member(&mut self, ids: Ids) -> Result<Member> {
         if let Some(member) = self.members.get(&ids) {
@@ -42,7 +42,7 @@ impl WorkerPool {
 
     /// Another thread of this user.
     pub(crate) fn hire(ids: Ids) -> Result<Member> {
-        let (tasks, mut inbox) = mpsc::unbounded_channel::<Task>();
+        let (tasks, mut inbox) = mpsc::unbounded_channel::<MemberTask>();
         let (ready, is_ready) = std::sync::mpsc::channel();
         std::thread::spawn(move || {
             let became = become_user(ids);
@@ -64,7 +64,7 @@ impl WorkerPool {
     }
 
     /// Notes what to stop when the request `id` is to be closed.
-    pub(crate) fn opened(&mut self, id: u64, stops: Vec<Stop>) {
+    pub(crate) fn opened(&mut self, id: u64, stops: Vec<StopHandle>) {
         self.open.insert(id, stops);
     }
 
@@ -83,7 +83,7 @@ impl WorkerPool {
 impl Member {
     /// Runs a task to its end.
     pub(crate) fn run<F: Future<Output = ()> + 'static>(&self, task: impl FnOnce() -> F + Send + 'static) {
-        let task: Task = Box::new(move || Box::pin(task()));
+        let task: MemberTask = Box::new(move || Box::pin(task()));
         assert!(self.tasks.send(task).is_ok(), "the threads of a crew run as long as the process");
     }
 
@@ -91,7 +91,7 @@ impl Member {
     pub(crate) fn run_until_closed<F: Future<Output = ()> + 'static>(
         &self,
         task: impl FnOnce() -> F + Send + 'static,
-    ) -> Stop {
+    ) -> StopHandle {
         let (ask, asked) = oneshot::channel();
         let (end, ended) = std::sync::mpsc::channel::<()>();
         self.run(async move || {
@@ -101,7 +101,7 @@ impl Member {
             }
             drop(end);
         });
-        Stop { ask, ended }
+        StopHandle { ask, ended }
     }
 }
 

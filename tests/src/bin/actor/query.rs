@@ -4,7 +4,7 @@ use std::io;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::fd::AsFd;
 
-use tests::actor::{Answer, Queried, Query, QueryReply, Sending, Stage};
+use tests::actor::{Answer, FlowStage, Queried, Query, QueryReply, Sending};
 use tests::datagram;
 use tokio::net::UdpSocket;
 use tokio::time::{Instant, timeout_at};
@@ -28,7 +28,11 @@ pub(crate) async fn query(query: Query) -> Queried {
     seen
 }
 
-async fn exchange(query: &Query, to: &[SocketAddr], seen: &mut Queried) -> Result<(), (Stage, io::Error)> {
+async fn exchange(
+    query: &Query,
+    to: &[SocketAddr],
+    seen: &mut Queried,
+) -> Result<(), (FlowStage, io::Error)> {
     let at = |stage| move |error| (stage, error);
     let v6 = to.first().is_some_and(SocketAddr::is_ipv6);
     let from = match query.from {
@@ -37,23 +41,23 @@ async fn exchange(query: &Query, to: &[SocketAddr], seen: &mut Queried) -> Resul
         None if v6 => Ipv6Addr::UNSPECIFIED.into(),
         None => Ipv4Addr::UNSPECIFIED.into(),
     };
-    let socket = UdpSocket::bind(SocketAddr::new(from, 0)).await.map_err(at(Stage::Bind))?;
+    let socket = UdpSocket::bind(SocketAddr::new(from, 0)).await.map_err(at(FlowStage::Bind))?;
     let content = |i: usize| (i as u64).to_be_bytes().to_vec();
     match query.sending {
         Sending::To => {
             for (i, to) in to.iter().enumerate() {
-                socket.send_to(&content(i), to).await.map_err(at(Stage::Send))?;
+                socket.send_to(&content(i), to).await.map_err(at(FlowStage::Send))?;
             }
         }
         Sending::Connected => {
             for (i, to) in to.iter().enumerate() {
-                socket.connect(to).await.map_err(at(Stage::Connect))?;
-                socket.send(&content(i)).await.map_err(at(Stage::Send))?;
+                socket.connect(to).await.map_err(at(FlowStage::Connect))?;
+                socket.send(&content(i)).await.map_err(at(FlowStage::Send))?;
             }
         }
         Sending::Many => {
             let all: Vec<_> = to.iter().enumerate().map(|(i, to)| (content(i), *to)).collect();
-            datagram::send_many(socket.as_fd(), &all).map_err(at(Stage::Send))?;
+            datagram::send_many(socket.as_fd(), &all).map_err(at(FlowStage::Send))?;
         }
     }
     seen.sockname = socket.local_addr().ok();
@@ -62,7 +66,7 @@ async fn exchange(query: &Query, to: &[SocketAddr], seen: &mut Queried) -> Resul
     let mut buffer = [0; 2048];
     for _ in to {
         let Ok(received) = timeout_at(deadline, socket.recv_from(&mut buffer)).await else { break };
-        let (length, from) = received.map_err(at(Stage::Read))?;
+        let (length, from) = received.map_err(at(FlowStage::Read))?;
         let Ok(answer) = serde_json::from_slice::<Answer>(&buffer[..length]) else { continue };
         if let Some(reply) = usize::try_from(answer.nonce).ok().and_then(|i| seen.replies.get_mut(i)) {
             *reply = QueryReply::Answered { from, answer };

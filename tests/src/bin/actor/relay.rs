@@ -7,21 +7,21 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use socket2::{Domain, Protocol, Socket, Type};
-use tests::actor::protocol::{Done, Message};
-use tests::actor::{Direction, OriginalDst, Relay, Relayed};
+use tests::actor::protocol::{ActorMessage, Done};
+use tests::actor::{OriginalDst, Relay, RelayDirection, Relayed};
 use tokio::io::copy_bidirectional_with_sizes;
 use tokio::net::{TcpListener, TcpSocket, TcpStream};
 
 use crate::Output;
 use crate::listen::listener;
 use crate::options::{Privileged, original_dst, set_transparent};
-use crate::pool::{Member, WorkerPool};
+use crate::pool::{Member, MemberPool};
 
 const BUFFER: usize = 64 * 1024;
 
 /// Opens a relay on as many threads as it asks for, all accepting from one socket.
 pub(crate) fn open(
-    pool: &mut WorkerPool,
+    pool: &mut MemberPool,
     privileged: &Privileged,
     relay: Relay,
     id: u64,
@@ -30,7 +30,7 @@ pub(crate) fn open(
 ) -> Result<()> {
     let mut members = vec![pool.member(relay.bind.ids)?];
     for _ in 1..relay.workers {
-        members.push(WorkerPool::hire(relay.bind.ids)?);
+        members.push(MemberPool::hire(relay.bind.ids)?);
     }
     // The socket is made by a thread of its owner, then shared out.
     let (made, socket) = std::sync::mpsc::channel();
@@ -62,7 +62,7 @@ fn accept_on(
     relay: Relay,
     privileged: Privileged,
     output: Output,
-) -> crate::pool::Stop {
+) -> crate::pool::StopHandle {
     member.run_until_closed(async move || {
         let listener = TcpListener::from_std(listener).expect("the socket does not block");
         let shared = Rc::new((relay, privileged, output));
@@ -98,7 +98,7 @@ async fn pass_on(
         let error = server.as_ref().err().map(|error| format!("{error:#}"));
         let told = Relayed { relay: relay.name.clone(), original_dst, local, peer, error };
         // An error means that the writer is gone, and with it the reader.
-        drop(output.send(Message::Relayed(told)));
+        drop(output.send(ActorMessage::Relayed(told)));
     }
     if let Ok(mut server) = server {
         // Either side may have been reset; the other then learns it by the drop.
@@ -134,8 +134,8 @@ async fn connect_onwards(
     let v6 = to.is_ipv6();
     let socket = Socket::new(Domain::for_address(to), Type::STREAM.nonblocking(), Some(Protocol::TCP))?;
     match relay.direction {
-        Direction::Outbound => {}
-        Direction::Inbound => {
+        RelayDirection::Outbound => {}
+        RelayDirection::Inbound => {
             let from: SocketAddr = if v6 {
                 // ::6 is an address of lo only where somebody added it.
                 socket.set_freebind_v6(true)?;
@@ -145,7 +145,7 @@ async fn connect_onwards(
             };
             socket.bind(&from.into()).with_context(|| format!("binding {from}"))?;
         }
-        Direction::InboundTransparent { mark } => {
+        RelayDirection::InboundTransparent { mark } => {
             set_transparent(&socket, v6, privileged)?;
             privileged.set(&socket, move |socket| socket.set_mark(mark)).context("marking a connection")?;
             // Another port than the client's: addresses and ports of the two connections would be the same.

@@ -10,14 +10,14 @@ use anyhow::{Context, Result};
 use nix::sys::socket::{ControlMessage, MsgFlags, SockaddrStorage, sendmsg};
 use socket2::{Domain, Protocol, SockAddr, Socket, Type};
 use tests::actor::{Answer, OriginalDst};
-use tests::steps::{Kind, Outcome, Step, shown};
+use tests::steps::{SocketKind, Step, StepOutcome, shown};
 
 const PATIENCE: Duration = Duration::from_secs(2);
 
 fn main() -> Result<()> {
     let steps: Vec<Step> = serde_json::from_str(&std::env::args().nth(1).context("no steps were given")?)?;
     let mut sockets = Sockets { open: Vec::new(), at: 0 };
-    let outcomes: Vec<Outcome> =
+    let outcomes: Vec<StepOutcome> =
         steps.iter().map(|step| sockets.step(step).unwrap_or_else(|error| error_name(&error))).collect();
     println!("{}", serde_json::to_string(&outcomes)?);
     Ok(())
@@ -33,7 +33,7 @@ impl Sockets {
         self.open.get(self.at).and_then(Option::as_ref).ok_or_else(|| io::Error::other("no such socket"))
     }
 
-    fn step(&mut self, step: &Step) -> io::Result<Outcome> {
+    fn step(&mut self, step: &Step) -> io::Result<StepOutcome> {
         let done = Ok("ok".to_owned());
         match step {
             Step::Open(kind) => {
@@ -85,13 +85,13 @@ impl Sockets {
     }
 }
 
-fn open(kind: Kind) -> io::Result<Socket> {
+fn open(kind: SocketKind) -> io::Result<Socket> {
     let (domain, kind, protocol) = match kind {
-        Kind::Tcp4 => (Domain::IPV4, Type::STREAM, Protocol::TCP),
-        Kind::Tcp6 => (Domain::IPV6, Type::STREAM, Protocol::TCP),
-        Kind::Udp4 => (Domain::IPV4, Type::DGRAM, Protocol::UDP),
-        Kind::Udp6 => (Domain::IPV6, Type::DGRAM, Protocol::UDP),
-        Kind::Mptcp4 => (Domain::IPV4, Type::STREAM, Protocol::MPTCP),
+        SocketKind::Tcp4 => (Domain::IPV4, Type::STREAM, Protocol::TCP),
+        SocketKind::Tcp6 => (Domain::IPV6, Type::STREAM, Protocol::TCP),
+        SocketKind::Udp4 => (Domain::IPV4, Type::DGRAM, Protocol::UDP),
+        SocketKind::Udp6 => (Domain::IPV6, Type::DGRAM, Protocol::UDP),
+        SocketKind::Mptcp4 => (Domain::IPV4, Type::STREAM, Protocol::MPTCP),
     };
     let socket = Socket::new(domain, kind, Some(protocol))?;
     socket.set_read_timeout(Some(PATIENCE))?;
@@ -108,7 +108,7 @@ fn interface(name: &str) -> io::Result<u32> {
     Ok(nix::net::if_::if_nametoindex(name)?)
 }
 
-fn name(addr: SockAddr) -> io::Result<Outcome> {
+fn name(addr: SockAddr) -> io::Result<StepOutcome> {
     addr.as_socket().map(shown).ok_or_else(|| io::Error::other("no address"))
 }
 
@@ -127,7 +127,7 @@ fn set_option(socket: &Socket, level: i32, name: i32, value: &[u8]) -> io::Resul
     if done == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
-fn read(socket: &Socket) -> io::Result<Outcome> {
+fn read(socket: &Socket) -> io::Result<StepOutcome> {
     let mut line = String::new();
     BufReader::new(TcpStream::from(socket.try_clone()?)).read_line(&mut line)?;
     let answer: Answer = serde_json::from_str(&line).map_err(io::Error::other)?;
@@ -141,7 +141,7 @@ fn read(socket: &Socket) -> io::Result<Outcome> {
     Ok(format!("{}{original} from {}", answer.server, shown(answer.peer)))
 }
 
-fn receive(socket: &Socket) -> io::Result<Outcome> {
+fn receive(socket: &Socket) -> io::Result<StepOutcome> {
     let mut buffer = [MaybeUninit::<u8>::uninit(); 2048];
     let (length, from) = socket.recv_from(&mut buffer)?;
     // SAFETY: the kernel has filled so many.
@@ -175,7 +175,7 @@ fn ask_by(socket: &Socket, to: SocketAddr, index: u32) -> io::Result<()> {
     Ok(())
 }
 
-fn error_name(error: &io::Error) -> Outcome {
+fn error_name(error: &io::Error) -> StepOutcome {
     match error.raw_os_error() {
         Some(number) => format!("{:?}", nix::errno::Errno::from_raw(number)),
         None => error.to_string(),

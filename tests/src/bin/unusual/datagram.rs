@@ -50,11 +50,11 @@ pub(crate) fn ask(unusual: &UnusualSocket, socket: &UdpSocket) -> UnusualOutcome
     outcome
 }
 
-trait Add {
+trait AddAnswer {
     fn add(&mut self, answer: Answer, from: SocketAddr);
 }
 
-impl Add for UnusualOutcome {
+impl AddAnswer for UnusualOutcome {
     fn add(&mut self, answer: Answer, from: SocketAddr) {
         self.servers.push(Ok(answer.server));
         self.peers.push(from);

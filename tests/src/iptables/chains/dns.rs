@@ -3,29 +3,33 @@
 use std::net::IpAddr;
 
 use super::{Builder, DNS_PORT, host};
-use crate::iptables::rule::{Chain, Family, Match, Protocol, Table, Target};
+use crate::iptables::rule::{Chain, IpFamily, IptablesTable, Match, Protocol, RuleTarget};
 
 impl Builder<'_> {
     pub(super) fn dns(&mut self) {
         let Some(dns) = self.options.dns_in_force() else { return };
         let family = self.family;
-        let servers: Vec<IpAddr> =
-            dns.servers.iter().copied().filter(|server| server.is_ipv6() == (family == Family::V6)).collect();
-        let to_agent = Target::Redirect(DNS_PORT);
-        self.append(Table::Raw, Chain::Output, [], Target::Jump(Chain::IstioOutputDns));
+        let servers: Vec<IpAddr> = dns
+            .servers
+            .iter()
+            .copied()
+            .filter(|server| server.is_ipv6() == (family == IpFamily::V6))
+            .collect();
+        let to_agent = RuleTarget::Redirect(DNS_PORT);
+        self.append(IptablesTable::Raw, Chain::Output, [], RuleTarget::Jump(Chain::IstioOutputDns));
         if dns.all || !servers.is_empty() {
-            self.output([], Target::Jump(Chain::IstioOutputDns));
+            self.output([], RuleTarget::Jump(Chain::IstioOutputDns));
         }
         for protocol in [Protocol::Tcp, Protocol::Udp] {
             let dns_port = [Match::Protocol(protocol), Match::Port(53)];
             if dns.all {
-                self.append(Table::Nat, Chain::IstioOutputDns, dns_port, to_agent);
+                self.append(IptablesTable::Nat, Chain::IstioOutputDns, dns_port, to_agent);
                 continue;
             }
             for &server in &servers {
                 let [proto, port] = dns_port.clone();
                 let matches = [proto, port, Match::Destination(host(server))];
-                self.append(Table::Nat, Chain::IstioOutputDns, matches, to_agent);
+                self.append(IptablesTable::Nat, Chain::IstioOutputDns, matches, to_agent);
             }
         }
         self.zones(dns.all, &servers);
@@ -38,24 +42,34 @@ impl Builder<'_> {
         let owners = owners.chain(self.options.proxy_gids.iter().map(|&group| Match::Group(group)));
         for owner in owners {
             let question = [udp(), Match::Port(53), owner.clone()];
-            self.append(Table::Raw, Chain::IstioOutputDns, question, Target::Zone(1));
+            self.append(IptablesTable::Raw, Chain::IstioOutputDns, question, RuleTarget::Zone(1));
             let answer = [udp(), Match::SourcePort(DNS_PORT), owner];
-            self.append(Table::Raw, Chain::IstioOutputDns, answer, Target::Zone(2));
+            self.append(IptablesTable::Raw, Chain::IstioOutputDns, answer, RuleTarget::Zone(2));
         }
         if all {
-            self.append(Table::Raw, Chain::Prerouting, [], Target::Jump(Chain::IstioInbound));
-            self.append(Table::Raw, Chain::IstioOutputDns, [udp(), Match::Port(53)], Target::Zone(2));
-            self.append(Table::Raw, Chain::IstioInbound, [udp(), Match::SourcePort(53)], Target::Zone(1));
+            self.append(IptablesTable::Raw, Chain::Prerouting, [], RuleTarget::Jump(Chain::IstioInbound));
+            self.append(
+                IptablesTable::Raw,
+                Chain::IstioOutputDns,
+                [udp(), Match::Port(53)],
+                RuleTarget::Zone(2),
+            );
+            self.append(
+                IptablesTable::Raw,
+                Chain::IstioInbound,
+                [udp(), Match::SourcePort(53)],
+                RuleTarget::Zone(1),
+            );
             return;
         }
         if !servers.is_empty() {
-            self.append(Table::Raw, Chain::Prerouting, [], Target::Jump(Chain::IstioInbound));
+            self.append(IptablesTable::Raw, Chain::Prerouting, [], RuleTarget::Jump(Chain::IstioInbound));
         }
         for &server in servers {
             let question = [udp(), Match::Port(53), Match::Destination(host(server))];
-            self.append(Table::Raw, Chain::IstioOutputDns, question, Target::Zone(2));
+            self.append(IptablesTable::Raw, Chain::IstioOutputDns, question, RuleTarget::Zone(2));
             let answer = [udp(), Match::SourcePort(53), Match::Source(host(server))];
-            self.append(Table::Raw, Chain::IstioInbound, answer, Target::Zone(1));
+            self.append(IptablesTable::Raw, Chain::IstioInbound, answer, RuleTarget::Zone(1));
         }
     }
 }

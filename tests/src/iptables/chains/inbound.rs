@@ -1,58 +1,78 @@
 //! Connections from outside: REDIRECT in nat, or TPROXY in mangle.
 
 use super::{Builder, OUTBOUND_MARK, captures_inbound, lo_out};
-use crate::iptables::options::Ports;
-use crate::iptables::rule::{Chain, Match, Protocol, Table, Target};
+use crate::iptables::options::IptablesPorts;
+use crate::iptables::rule::{Chain, IptablesTable, Match, Protocol, RuleTarget};
 
 impl Builder<'_> {
     pub(super) fn inbound(&mut self) {
         let options = self.options;
         self.append(
-            Table::Nat,
+            IptablesTable::Nat,
             Chain::IstioInbound,
             [tcp(), Match::Port(options.tunnel_port)],
-            Target::Return,
+            RuleTarget::Return,
         );
-        self.append(Table::Nat, Chain::IstioRedirect, [tcp()], Target::Redirect(options.envoy_port));
-        self.append(Table::Nat, Chain::IstioInRedirect, [tcp()], Target::Redirect(options.inbound_port));
+        self.append(
+            IptablesTable::Nat,
+            Chain::IstioRedirect,
+            [tcp()],
+            RuleTarget::Redirect(options.envoy_port),
+        );
+        self.append(
+            IptablesTable::Nat,
+            Chain::IstioInRedirect,
+            [tcp()],
+            RuleTarget::Redirect(options.inbound_port),
+        );
         if !captures_inbound(options) {
             return;
         }
-        let table = if options.tproxy.is_some() { Table::Mangle } else { Table::Nat };
+        let table = if options.tproxy.is_some() { IptablesTable::Mangle } else { IptablesTable::Nat };
         if let Some(tproxy) = options.tproxy {
-            self.append(Table::Mangle, Chain::IstioDivert, [], Target::SetMark(tproxy.mark));
-            self.append(Table::Mangle, Chain::IstioDivert, [], Target::Accept);
+            self.append(IptablesTable::Mangle, Chain::IstioDivert, [], RuleTarget::SetMark(tproxy.mark));
+            self.append(IptablesTable::Mangle, Chain::IstioDivert, [], RuleTarget::Accept);
             self.append(
-                Table::Mangle,
+                IptablesTable::Mangle,
                 Chain::IstioTproxy,
                 [Match::NotDestination(self.localhost), tcp()],
-                Target::Tproxy { mark: tproxy.mark, port: options.inbound_port },
+                RuleTarget::Tproxy { mark: tproxy.mark, port: options.inbound_port },
             );
         }
-        self.append(table, Chain::Prerouting, [tcp()], Target::Jump(Chain::IstioInbound));
+        self.append(table, Chain::Prerouting, [tcp()], RuleTarget::Jump(Chain::IstioInbound));
         match &options.inbound_ports {
-            Ports::All => {
+            IptablesPorts::All => {
                 for &port in &options.exclude_inbound_ports {
-                    self.append(table, Chain::IstioInbound, [tcp(), Match::Port(port)], Target::Return);
+                    self.append(table, Chain::IstioInbound, [tcp(), Match::Port(port)], RuleTarget::Return);
                 }
-                if table == Table::Mangle {
+                if table == IptablesTable::Mangle {
                     let established = [tcp(), Match::Established];
-                    self.append(table, Chain::IstioInbound, established, Target::Jump(Chain::IstioDivert));
-                    self.append(table, Chain::IstioInbound, [tcp()], Target::Jump(Chain::IstioTproxy));
+                    self.append(
+                        table,
+                        Chain::IstioInbound,
+                        established,
+                        RuleTarget::Jump(Chain::IstioDivert),
+                    );
+                    self.append(table, Chain::IstioInbound, [tcp()], RuleTarget::Jump(Chain::IstioTproxy));
                 } else {
-                    self.append(table, Chain::IstioInbound, [tcp()], Target::Jump(Chain::IstioInRedirect));
+                    self.append(
+                        table,
+                        Chain::IstioInbound,
+                        [tcp()],
+                        RuleTarget::Jump(Chain::IstioInRedirect),
+                    );
                 }
             }
-            Ports::List(ports) => {
+            IptablesPorts::List(ports) => {
                 for &port in ports {
                     let at = [tcp(), Match::Port(port)];
-                    if table == Table::Mangle {
+                    if table == IptablesTable::Mangle {
                         let established = [tcp(), Match::Port(port), Match::Established];
-                        let divert = Target::Jump(Chain::IstioDivert);
+                        let divert = RuleTarget::Jump(Chain::IstioDivert);
                         self.append(table, Chain::IstioInbound, established, divert);
-                        self.append(table, Chain::IstioInbound, at, Target::Jump(Chain::IstioTproxy));
+                        self.append(table, Chain::IstioInbound, at, RuleTarget::Jump(Chain::IstioTproxy));
                     } else {
-                        self.append(table, Chain::IstioInbound, at, Target::Jump(Chain::IstioInRedirect));
+                        self.append(table, Chain::IstioInbound, at, RuleTarget::Jump(Chain::IstioInRedirect));
                     }
                 }
             }
@@ -66,22 +86,27 @@ impl Builder<'_> {
         let Some(tproxy) = options.tproxy else { return };
         let (localhost, passthrough) = (self.localhost, self.passthrough);
         let marked = Match::Mark(tproxy.mark);
-        self.append(Table::Mangle, Chain::Prerouting, [tcp(), marked.clone()], Target::SaveMark);
-        self.append(Table::Mangle, Chain::Output, [tcp(), lo_out(), marked.clone()], Target::Return);
+        self.append(IptablesTable::Mangle, Chain::Prerouting, [tcp(), marked.clone()], RuleTarget::SaveMark);
+        self.append(
+            IptablesTable::Mangle,
+            Chain::Output,
+            [tcp(), lo_out(), marked.clone()],
+            RuleTarget::Return,
+        );
         let owners = options.proxy_uids.iter().map(|&user| Match::User(user));
         let owners = owners.chain(options.proxy_gids.iter().map(|&group| Match::Group(group)));
         for owner in owners {
             let to_pod = [Match::NotDestination(localhost), tcp(), lo_out(), owner];
-            self.append(Table::Mangle, Chain::Output, to_pod, Target::SetMark(OUTBOUND_MARK));
+            self.append(IptablesTable::Mangle, Chain::Output, to_pod, RuleTarget::SetMark(OUTBOUND_MARK));
         }
         let onwards = [tcp(), Match::Connmark(tproxy.mark)];
-        self.append(Table::Mangle, Chain::Output, onwards, Target::RestoreMark);
-        self.insert(Table::Mangle, Chain::IstioInbound, 1, [tcp(), marked], Target::Return);
+        self.append(IptablesTable::Mangle, Chain::Output, onwards, RuleTarget::RestoreMark);
+        self.insert(IptablesTable::Mangle, Chain::IstioInbound, 1, [tcp(), marked], RuleTarget::Return);
         let lo_in = || Match::In("lo".into());
         let from_passthrough = [tcp(), Match::Source(passthrough), lo_in()];
-        self.insert(Table::Mangle, Chain::IstioInbound, 2, from_passthrough, Target::Return);
+        self.insert(IptablesTable::Mangle, Chain::IstioInbound, 2, from_passthrough, RuleTarget::Return);
         let not_proxy = [tcp(), lo_in(), Match::NotMark(OUTBOUND_MARK)];
-        self.insert(Table::Mangle, Chain::IstioInbound, 3, not_proxy, Target::Return);
+        self.insert(IptablesTable::Mangle, Chain::IstioInbound, 3, not_proxy, RuleTarget::Return);
     }
 }
 

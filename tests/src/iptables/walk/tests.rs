@@ -1,7 +1,7 @@
 //! Expectations written down from the rules' meaning, not from the interpreter.
 
 use super::*;
-use crate::iptables::options::{Cidrs, Dns, Groups, Ports, Tproxy};
+use crate::iptables::options::{Groups, IptablesCidrs, IptablesDns, IptablesPorts, Tproxy};
 
 const APP: Ids = Ids { uid: 1000, gid: 1000 };
 const PROXY: Ids = Ids { uid: 1337, gid: 1337 };
@@ -9,18 +9,23 @@ const PROXY: Ids = Ids { uid: 1337, gid: 1337 };
 fn from_here(owner: Ids, out: &str, from: &str, to: &str) -> Packet {
     let from = SocketAddr::new(from.parse().expect("an address"), 40000);
     let to = to.parse().expect("an address");
-    Packet { protocol: Protocol::Tcp, from, to, origin: Origin::Here { out: out.into(), owner, mark: 0 } }
+    Packet {
+        protocol: Protocol::Tcp,
+        from,
+        to,
+        origin: PacketOrigin::Here { out: out.into(), owner, mark: 0 },
+    }
 }
 
 fn from_outside(on: &str, to: &str) -> Packet {
     let from = "198.51.100.9:40000".parse().expect("an address");
     let to = to.parse().expect("an address");
-    Packet { protocol: Protocol::Tcp, from, to, origin: Origin::Outside { on: on.into() } }
+    Packet { protocol: Protocol::Tcp, from, to, origin: PacketOrigin::Outside { on: on.into() } }
 }
 
 #[test]
 fn injected() {
-    let walker = Walker::new(&Options::injected());
+    let walker = Walker::new(&IptablesOptions::injected());
     for (packet, verdict) in [
         (from_here(APP, "eth0", "10.66.0.2", "198.51.100.7:80"), IptablesVerdict::Redirect(15001)),
         (from_here(PROXY, "eth0", "10.66.0.2", "198.51.100.7:80"), IptablesVerdict::Pass),
@@ -43,13 +48,13 @@ fn injected() {
 
 #[test]
 fn a_virtual_interface_comes_before_an_excluded_one() {
-    let options = Options {
+    let options = IptablesOptions {
         virtual_interfaces: vec!["eth1".into()],
         exclude_interfaces: vec!["eth1".into(), "eth2".into()],
-        include_cidrs: Cidrs::List(vec!["10.67.0.0/24".parse().expect("a network")]),
+        include_cidrs: IptablesCidrs::List(vec!["10.67.0.0/24".parse().expect("a network")]),
         exclude_cidrs: vec!["10.67.0.2/32".parse().expect("a network")],
-        inbound_ports: Ports::All,
-        ..Options::default()
+        inbound_ports: IptablesPorts::All,
+        ..IptablesOptions::default()
     };
     let walker = Walker::new(&options);
     assert_eq!(walker.walk(&from_outside("eth1", "10.67.0.2:80")), IptablesVerdict::Redirect(15001));
@@ -60,7 +65,8 @@ fn a_virtual_interface_comes_before_an_excluded_one() {
 
 #[test]
 fn tproxy_takes_the_proxys_connections_to_the_pod() {
-    let options = Options { tproxy: Some(Tproxy { mark: 1337, table: 133 }), ..Options::injected() };
+    let options =
+        IptablesOptions { tproxy: Some(Tproxy { mark: 1337, table: 133 }), ..IptablesOptions::injected() };
     let walker = Walker::new(&options);
     let group_only = Ids { uid: 0, gid: 1337 };
     assert_eq!(walker.walk(&from_outside("eth0", "10.66.0.2:15008")), IptablesVerdict::Tproxy(15006));
@@ -78,8 +84,12 @@ fn tproxy_takes_the_proxys_connections_to_the_pod() {
 
 #[test]
 fn dns_goes_to_the_agent() {
-    let dns = Dns { all: false, servers: vec!["10.96.0.10".parse().expect("an address")] };
-    let options = Options { dns: Some(dns), owner_groups: Groups::Except(vec![77]), ..Options::injected() };
+    let dns = IptablesDns { all: false, servers: vec!["10.96.0.10".parse().expect("an address")] };
+    let options = IptablesOptions {
+        dns: Some(dns),
+        owner_groups: Groups::Except(vec![77]),
+        ..IptablesOptions::injected()
+    };
     let walker = Walker::new(&options);
     let datagram =
         |owner, to| Packet { protocol: Protocol::Udp, ..from_here(owner, "eth0", "10.66.0.2", to) };

@@ -2,23 +2,23 @@
 
 use std::net::{IpAddr, SocketAddr};
 
-use crate::actor::{Answer, Dialled, OriginalDst, Outcome, Queried, QueryReply, Stage};
+use crate::actor::{Answer, DialOutcome, Dialled, FlowStage, OriginalDst, Queried, QueryReply};
 
 /// What came of a flow.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Seen {
+pub enum Observed {
     /// A server answered a connection.
     Connection(Connection),
     /// A server answered a datagram.
-    Datagram(Datagram),
+    Datagram(ObservedDatagram),
     /// Refused.
     Refused,
     /// Cut off.
-    Dropped(Stage),
+    Dropped(FlowStage),
     /// No answer.
-    TimedOut(Stage),
+    TimedOut(FlowStage),
     /// Another error.
-    Failed(Stage, i32),
+    Failed(FlowStage, i32),
     /// An answer that is none.
     Garbled(String),
 }
@@ -47,7 +47,7 @@ pub struct Connection {
 /// Both ends of a datagram. Whom the DNS proxy sees as the client is not compared: nothing depends on it, and a
 /// source cannot be bound at sendto.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Datagram {
+pub struct ObservedDatagram {
     /// Who answered.
     pub server: String,
     /// The source of the answer.
@@ -61,7 +61,7 @@ pub struct Datagram {
 /// The listeners that ask for the original destination.
 const PROXY_STATE: [&str; 2] = ["outbound", "inbound"];
 
-impl Seen {
+impl Observed {
     /// Who answered, if anybody.
     pub fn server(&self) -> Option<&str> {
         match self {
@@ -72,23 +72,23 @@ impl Seen {
     }
 }
 
-impl From<Dialled> for Seen {
+impl From<Dialled> for Observed {
     fn from(dialled: Dialled) -> Self {
         match dialled.outcome {
-            Outcome::Answered(ref answer) => Self::Connection(connection(answer, &dialled)),
-            Outcome::Garbled(text) => Self::Garbled(text),
-            Outcome::Refused => Self::Refused,
-            Outcome::Dropped(stage) => Self::Dropped(stage),
-            Outcome::TimedOut(stage) => Self::TimedOut(stage),
-            Outcome::Failed { stage, errno } => Self::Failed(stage, errno),
+            DialOutcome::Answered(ref answer) => Self::Connection(connection(answer, &dialled)),
+            DialOutcome::Garbled(text) => Self::Garbled(text),
+            DialOutcome::Refused => Self::Refused,
+            DialOutcome::Dropped(stage) => Self::Dropped(stage),
+            DialOutcome::TimedOut(stage) => Self::TimedOut(stage),
+            DialOutcome::Failed { stage, errno } => Self::Failed(stage, errno),
         }
     }
 }
 
-impl From<Queried> for Seen {
+impl From<Queried> for Observed {
     fn from(mut queried: Queried) -> Self {
         match queried.replies.pop() {
-            Some(QueryReply::Answered { from, answer }) => Self::Datagram(Datagram {
+            Some(QueryReply::Answered { from, answer }) => Self::Datagram(ObservedDatagram {
                 server: answer.server,
                 from,
                 sockname: queried.sockname.map(|name| name.ip()),
@@ -96,7 +96,7 @@ impl From<Queried> for Seen {
             }),
             Some(QueryReply::Failed { errno: libc::ECONNREFUSED, .. }) => Self::Refused,
             Some(QueryReply::Failed { stage, errno }) => Self::Failed(stage, errno),
-            Some(QueryReply::TimedOut) | None => Self::TimedOut(Stage::Read),
+            Some(QueryReply::TimedOut) | None => Self::TimedOut(FlowStage::Read),
         }
     }
 }
