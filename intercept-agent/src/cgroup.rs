@@ -219,64 +219,9 @@ fn hint(mounts: &[PathBuf]) -> String {
 }
 
 #[cfg(test)]
-pub(crate) mod tests {
-    use std::process::{Child, Command, Stdio};
-    use std::sync::atomic::{AtomicU32, Ordering};
-
+mod tests {
     use super::*;
-
-    /// A cgroup of its own, gone with its processes at the end of the test.
-    pub(crate) struct TestCgroup {
-        pub(crate) cgroup: CgroupDir,
-        children: Vec<Child>,
-    }
-
-    impl TestCgroup {
-        pub(crate) fn new() -> Self {
-            static NEXT: AtomicU32 = AtomicU32::new(0);
-            let mount = mounts().into_iter().next().expect("cgroup2 is mounted");
-            let number = NEXT.fetch_add(1, Ordering::Relaxed);
-            let path = mount.join(format!("intercept-unit-{}-{number}", std::process::id()));
-            fs::create_dir(&path).expect("root creates cgroups");
-            Self { cgroup: CgroupDir::open(path).expect("a fresh cgroup"), children: Vec::new() }
-        }
-
-        /// Starts `command` and moves it into the folder `below` of the cgroup.
-        pub(crate) fn spawn(&mut self, below: &str, command: &mut Command) -> Pid {
-            let folder = self.cgroup.path().join(below);
-            fs::create_dir_all(&folder).expect("a cgroup below");
-            let child = command.stdin(Stdio::null()).spawn().expect("the command starts");
-            let pid = Pid::from_child(&child);
-            self.children.push(child);
-            fs::write(folder.join("cgroup.procs"), pid.to_string()).expect("moving a process");
-            pid
-        }
-
-        /// A process that does nothing.
-        pub(crate) fn idle(&mut self, below: &str) -> Pid {
-            self.spawn(below, Command::new("sleep").arg("600"))
-        }
-
-        pub(crate) fn kill_all(&mut self) {
-            for mut child in self.children.drain(..) {
-                _ = child.kill();
-                _ = child.wait();
-            }
-        }
-    }
-
-    impl Drop for TestCgroup {
-        fn drop(&mut self) {
-            self.kill_all();
-            for entry in fs::read_dir(self.cgroup.path()).into_iter().flatten().flatten() {
-                _ = fs::remove_dir(entry.path());
-            }
-            let removed = fs::remove_dir(self.cgroup.path());
-            if !std::thread::panicking() {
-                removed.expect("the test left nothing in its cgroup");
-            }
-        }
-    }
+    use crate::testing::TestCgroup;
 
     fn text(error: &CgroupError) -> String {
         error.to_string()

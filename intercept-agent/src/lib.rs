@@ -21,6 +21,8 @@ pub mod routes;
 pub mod store;
 pub mod support;
 pub mod sys;
+#[cfg(test)]
+mod testing;
 pub mod trace;
 pub mod userns;
 pub mod validation;

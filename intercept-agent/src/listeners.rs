@@ -309,15 +309,14 @@ mod tests {
     use rustix::net::{SocketFlags, SocketType, ipproto, socket_with};
 
     use super::*;
-    use crate::cgroup::tests::TestCgroup;
-    use crate::netns::tests::fresh;
+    use crate::testing::{TestCgroup, new_netns};
 
     const PROXY: u16 = 15001;
     const INBOUND: u16 = 15006;
 
     /// A namespace with the loopback interface up.
     fn network() -> Netns {
-        let netns = fresh();
+        let netns = new_netns();
         let up = || Command::new("ip").args(["link", "set", "lo", "up"]).status().unwrap();
         assert!(netns.run(up).unwrap().success());
         netns

@@ -400,4 +400,4 @@ fn list(found: &[(u64, Pid)]) -> String {
 }
 
 #[cfg(test)]
-pub(crate) mod tests;
+mod tests;

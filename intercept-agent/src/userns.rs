@@ -222,7 +222,7 @@ mod tests {
     use std::time::{Duration, Instant};
 
     use super::*;
-    use crate::cgroup::tests::TestCgroup;
+    use crate::testing::TestCgroup;
 
     #[test]
     fn ids_translate_by_the_extent_that_holds_them() {
@@ -294,7 +294,7 @@ mod tests {
     #[test]
     fn a_network_namespace_of_the_nodes_users_leaves_ids_what_they_are() {
         let test = TestCgroup::new();
-        assert_eq!(IdMaps::of_pod(&crate::netns::tests::fresh(), &test.cgroup).unwrap(), IdMaps::identity());
+        assert_eq!(IdMaps::of_pod(&crate::testing::new_netns(), &test.cgroup).unwrap(), IdMaps::identity());
     }
 
     #[test]

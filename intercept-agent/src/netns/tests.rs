@@ -1,12 +1,7 @@
 use std::process::Command;
 
 use super::*;
-use crate::cgroup::tests::TestCgroup;
-
-/// A new network namespace.
-pub(crate) fn fresh() -> Netns {
-    Netns::fresh().expect("root makes namespaces")
-}
+use crate::testing::{TestCgroup, new_netns};
 
 /// Starts a process in `netns` and in the cgroup.
 fn idle(netns: &Netns, cgroup: &mut TestCgroup, below: &str) -> Pid {
@@ -38,7 +33,7 @@ fn the_nodes_own_namespace_is_refused() {
 
 #[test]
 fn an_own_namespace_apart_from_the_nodes_is_accepted_where_asked_for() {
-    let netns = fresh();
+    let netns = new_netns();
     let inside = netns.run(|| (Netns::own(), Netns::open("/proc/thread-self/ns/net"))).unwrap();
     assert_eq!(inside.0.unwrap().inode(), netns.inode());
     assert!(matches!(inside.1, Err(NetnsError::Host { whose: Whose::Own, .. })), "{:?}", inside.1);
@@ -46,7 +41,7 @@ fn an_own_namespace_apart_from_the_nodes_is_accepted_where_asked_for() {
 
 #[test]
 fn work_runs_inside_and_the_caller_stays_outside() {
-    let netns = fresh();
+    let netns = new_netns();
     let inode = || fs::metadata("/proc/thread-self/ns/net").unwrap().ino();
     let before = inode();
     assert_eq!(netns.run(inode).unwrap(), netns.inode());
@@ -56,7 +51,7 @@ fn work_runs_inside_and_the_caller_stays_outside() {
 
 #[test]
 fn work_inside_stays_on_its_thread_in_the_same_namespace_only() {
-    let (one, other) = (fresh(), fresh());
+    let (one, other) = (new_netns(), new_netns());
     let inode = || fs::metadata("/proc/thread-self/ns/net").unwrap().ino();
     let here = || (thread::current().id(), inode());
     let (outer, same, elsewhere, after) =
@@ -69,7 +64,7 @@ fn work_inside_stays_on_its_thread_in_the_same_namespace_only() {
 
 #[test]
 fn cookies_tell_namespaces_apart() {
-    let (one, other) = (fresh(), fresh());
+    let (one, other) = (new_netns(), new_netns());
     assert_ne!(one.cookie(), other.cookie());
     assert_ne!(one.cookie(), cookie().unwrap());
     assert_eq!(one.run(cookie).unwrap().unwrap(), one.cookie());
@@ -78,12 +73,12 @@ fn cookies_tell_namespaces_apart() {
 #[test]
 #[should_panic(expected = "from inside")]
 fn a_panic_inside_reaches_the_caller() {
-    _ = fresh().run(|| panic!("from inside"));
+    _ = new_netns().run(|| panic!("from inside"));
 }
 
 #[test]
 fn a_cgroup_leads_to_the_namespace_of_its_processes() {
-    let (mut test, netns) = (TestCgroup::new(), fresh());
+    let (mut test, netns) = (TestCgroup::new(), new_netns());
     let error = Netns::of_cgroup(&test.cgroup).unwrap_err();
     assert!(matches!(error, NetnsError::NoProcess { .. }), "{error:?}");
     assert!(error.to_string().contains("--netns"), "{error}");
@@ -95,7 +90,7 @@ fn a_cgroup_leads_to_the_namespace_of_its_processes() {
     assert!(netns.holds(pid));
     assert_eq!(Netns::of_process(pid).unwrap().inode(), netns.inode());
 
-    let other = fresh();
+    let other = new_netns();
     let elsewhere = idle(&other, &mut test, "app");
     assert!(!netns.holds(elsewhere));
     let error = Netns::of_cgroup(&test.cgroup).unwrap_err();
@@ -105,7 +100,7 @@ fn a_cgroup_leads_to_the_namespace_of_its_processes() {
 
 #[test]
 fn what_a_process_unshares_is_not_the_pods() {
-    let (mut test, sandbox, other) = (TestCgroup::new(), fresh(), fresh());
+    let (mut test, sandbox, other) = (TestCgroup::new(), new_netns(), new_netns());
     idle(&sandbox, &mut test, "sandbox");
     // Start times have a resolution of a hundredth of a second.
     let first = started(test.cgroup.processes().unwrap()[0]).unwrap();

@@ -9,9 +9,9 @@ use std::{
 use super::*;
 use crate::{
     compile::compile,
-    netns::tests::fresh,
     options::{Cidrs, InterfacePattern},
     routes::Reach,
+    testing::new_netns,
 };
 
 const PLAIN: &[&str] = &["link set lo up"];
@@ -30,7 +30,7 @@ const LINK_LOCAL_V6: &[&str] =
     &["-6 addr add fe80::5/64 dev eth0 nodad", "-6 route add default via fe80::1 dev eth0"];
 
 fn namespace(lines: &[&[&str]]) -> Netns {
-    let netns = fresh();
+    let netns = new_netns();
     let run = || {
         for line in lines.iter().copied().flatten() {
             let output = Command::new("ip").args(line.split(' ')).output().expect("iproute2 is installed");

@@ -5,7 +5,7 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use super::*;
-use crate::netns::tests::fresh;
+use crate::testing::new_netns;
 
 /// Runs `ip` with each of the lines inside `netns`.
 fn ip(netns: &Netns, lines: &[&str]) {
@@ -20,7 +20,7 @@ fn ip(netns: &Netns, lines: &[&str]) {
 
 /// A pod with two dual-stack interfaces and default routes through the first.
 fn pod() -> Netns {
-    let netns = fresh();
+    let netns = new_netns();
     ip(
         &netns,
         &[
@@ -187,7 +187,7 @@ fn names_that_are_not_text_do_no_harm() {
 
 #[test]
 fn an_empty_namespace_has_no_routes() {
-    let snapshot = RouteSnapshot::snapshot(&fresh()).unwrap();
+    let snapshot = RouteSnapshot::snapshot(&new_netns()).unwrap();
     assert_eq!(snapshot.routes, []);
     assert_eq!(way(&snapshot, "127.0.0.1"), None);
 }
@@ -314,7 +314,7 @@ fn what_is_gone_or_down_is_not_routed() {
 
 #[test]
 fn a_link_local_source_is_the_source_where_there_is_no_other() {
-    let netns = fresh();
+    let netns = new_netns();
     ip(
         &netns,
         &[

@@ -5,8 +5,7 @@ use std::process::Command;
 use std::time::Instant;
 
 use super::*;
-use crate::cgroup::tests::TestCgroup;
-use crate::netns::tests::fresh;
+use crate::testing::{TestCgroup, new_netns};
 
 const PROBE: Probe = Probe {
     proxy_port: 15001,
@@ -31,7 +30,7 @@ fn run(netns: &Netns, lines: &[&str]) {
 
 /// A dual-stack namespace, as it is once interception is set up.
 fn network() -> Netns {
-    let netns = fresh();
+    let netns = new_netns();
     run(&netns, &["ip link set lo up", "ip -6 addr add ::6/128 dev lo"]);
     netns
 }
@@ -52,7 +51,7 @@ fn without_interception_it_fails_and_says_what_was_seen() {
 
 #[test]
 fn without_a_loopback_interface_it_fails() {
-    let (netns, test) = (fresh(), TestCgroup::new());
+    let (netns, test) = (new_netns(), TestCgroup::new());
     let error = validate(&netns, &test.cgroup, &PROBE).unwrap_err();
     assert!(matches!(error, ValidationError::Failed { seen: ListenerFate::Refused(_), .. }), "{error:?}");
 }
