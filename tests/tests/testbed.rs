@@ -2,11 +2,13 @@
 
 use std::io::{Read, Write};
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
+use std::os::unix::fs::MetadataExt;
 use std::os::unix::process::ExitStatusExt;
+use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
-use tests::testbed::{Ids, Pod, PodSpec, cgroup, sweep};
+use tests::testbed::{Ids, Namespace, Pod, PodSpec, cgroup, sweep};
 
 /// Connects from the pod to an address that exists nowhere; the neighbour answers.
 #[test]
@@ -97,4 +99,32 @@ fn what_a_killed_run_left_is_swept() {
     // Another test's sweep may come first; what counts is that afterwards nothing is left.
     sweep::sweep().expect("swept");
     assert_eq!(sweep::leftovers(pid).expect("listed"), Vec::<std::path::PathBuf>::new());
+}
+
+/// The test runs again in a mount namespace whose /run is empty, as on a machine that has just started.
+#[test]
+fn a_foreign_ip_netns_add_leaves_namespaces_usable() {
+    const AGAIN: &str = "WITH_AN_EMPTY_RUN";
+    if std::env::var_os(AGAIN).is_some() {
+        let namespace = Namespace::new("foreign").expect("a namespace");
+        let inode = |path: &Path| std::fs::metadata(path).expect("it is there").ino();
+        let before = inode(namespace.path());
+        let added =
+            Command::new("ip").args(["netns", "add", "other"]).status().expect("iproute2 is installed");
+        assert!(added.success());
+        assert_eq!(inode(namespace.path()), before);
+        let path = namespace.path().to_owned();
+        drop(namespace);
+        assert!(!path.exists());
+        return;
+    }
+    let script = "mount -t tmpfs tmpfs /run && exec \"$0\" \"$@\"";
+    let output = Command::new("unshare")
+        .args(["--mount", "--propagation", "private", "sh", "-c", script])
+        .arg(std::env::current_exe().expect("this binary"))
+        .args(["--exact", "a_foreign_ip_netns_add_leaves_namespaces_usable", "--nocapture"])
+        .env(AGAIN, "1")
+        .output()
+        .expect("started");
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
 }

@@ -5,7 +5,10 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, anyhow};
-use rustix::mount::{UnmountFlags, mount_bind, unmount};
+use rustix::fs::{FlockOperation, flock};
+use rustix::mount::{
+    MountPropagationFlags, UnmountFlags, mount_bind, mount_bind_recursive, mount_change, unmount,
+};
 use rustix::thread::{LinkNameSpaceType, UnshareFlags, move_into_link_name_space, unshare_unsafe};
 
 use super::{complain, name};
@@ -27,7 +30,7 @@ impl Namespace {
     pub fn new(label: &str) -> Result<Self> {
         let name = name::fresh(label);
         let path = Path::new(FOLDER).join(&name);
-        fs::create_dir_all(FOLDER).with_context(|| format!("making {FOLDER}"))?;
+        prepare_folder().with_context(|| format!("preparing {FOLDER}"))?;
         File::create_new(&path).with_context(|| format!("making {}", path.display()))?;
         let made = std::thread::scope(|scope| {
             scope
@@ -108,6 +111,27 @@ impl Drop for Namespace {
             complain(&format_args!("removing the namespace {}: {error}", self.path.display()));
         }
     }
+}
+
+/// Makes [`FOLDER`] a shared mount, as `ip netns add` does.
+///
+/// Otherwise the next `ip netns add` would mount the folder over itself, with copies of the namespaces' mounts.
+/// Removing a namespace would then undo the copy only, and its file could not be removed.
+fn prepare_folder() -> std::io::Result<()> {
+    fs::create_dir_all(FOLDER)?;
+    // iproute2 takes the same lock, so that the folder is mounted only once. Closing the file releases it.
+    let folder = File::open(FOLDER)?;
+    flock(&folder, FlockOperation::LockExclusive)?;
+    let share = || mount_change(FOLDER, MountPropagationFlags::SHARED | MountPropagationFlags::REC);
+    match share() {
+        // Not a mount point yet.
+        Err(rustix::io::Errno::INVAL) => {
+            mount_bind_recursive(FOLDER, FOLDER)?;
+            share()?;
+        }
+        result => result?,
+    }
+    Ok(())
 }
 
 /// Undoes the bind mount and removes its file.
