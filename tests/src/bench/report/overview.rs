@@ -7,9 +7,12 @@ use crate::bench::mode::{CaptureMode, Cell, Lists, Path};
 use crate::bench::statistics::Quartiles;
 use crate::bench::summary::{Base, Ratio, Summary};
 
+/// Takes one of the two figures of a ratio.
+type FigureOf = fn(&Ratio) -> Quartiles;
+
 /// Names and contents of the files. A report without the modes that are compared has none.
 pub fn plots(report: &BenchReport) -> Vec<(&'static str, String)> {
-    let figures: [(&str, &str, fn(&Ratio) -> Quartiles); 2] = [
+    let figures: [(&str, &str, FigureOf); 2] = [
         ("rate.svg", "rate over iptables-nft: right is better", |ratio| ratio.rate),
         ("cpu.svg", "CPU time over iptables-nft: left is better", |ratio| ratio.cpu),
     ];
@@ -20,7 +23,7 @@ pub fn plots(report: &BenchReport) -> Vec<(&'static str, String)> {
         .collect()
 }
 
-fn lines(report: &BenchReport, figure: fn(&Ratio) -> Quartiles) -> Vec<PlotLine> {
+fn lines(report: &BenchReport, figure: FigureOf) -> Vec<PlotLine> {
     let line = |summary: &Summary| {
         let Cell { mode, path: Path::Both, lists: Lists::Injected, proxy } = summary.cell else {
             return None;
