@@ -13,6 +13,7 @@ use netlink_sys::protocols::NETLINK_ROUTE;
 use serde::{Deserialize, Serialize};
 
 mod change;
+mod confined;
 mod localhost;
 
 use change::{ACCEPT_MARK, NetnsChange, PASSTHROUGH_V6, make, present, unmake};
@@ -21,7 +22,7 @@ use crate::{
     netlink::Questions,
     netns::{Netns, NetnsError},
     options::{Config, Dns, InboundMode},
-    routes::RouteSnapshot,
+    routes::{Reach, Route, RouteSnapshot},
 };
 
 /// Changes made in a namespace, in order.
@@ -52,6 +53,9 @@ pub struct NetnsState {
     v6: bool,
     /// The loopback interface is up: IPv6 takes no route by one that is not, and none outlives its going down.
     loopback_up: bool,
+    /// The stand-in addresses that are local by a route of their own alone, which the loopback interface loses when it is
+    /// taken down.
+    confined: Vec<IpNet>,
     /// What [`NetnsChange::AcceptMark`] would change.
     accept_mark: String,
     /// What the options ask for and exists, made by the agent or not.
@@ -123,7 +127,9 @@ pub fn find(netns: &Netns, config: &Config, snapshot: &RouteSnapshot) -> Result<
             }
         };
         let loopback_up = snapshot.interfaces.iter().any(|interface| interface.loopback && interface.up);
-        Ok(NetnsState { v6: has_v6(), loopback_up, accept_mark, present: Vec::new() })
+        let v6 = has_v6();
+        let confined = local_prefixes(v6).filter(|net| !is_inside_local(snapshot, net)).collect();
+        Ok(NetnsState { v6, loopback_up, confined, accept_mark, present: Vec::new() })
     })??;
     let is_local =
         |change: &NetnsChange| matches!(change, NetnsChange::LocalPrefix { net } if snapshot.is_local(net));
@@ -214,6 +220,12 @@ fn guest_table(config: &Config) -> u32 {
     if config.tproxy_table == 15001 { 15002 } else { 15001 }
 }
 
+/// Whether a prefix is part of a larger local one, such as 127.0.0.0/8.
+fn is_inside_local(snapshot: &RouteSnapshot, net: &IpNet) -> bool {
+    let around = |route: &&Route| route.prefix != *net && route.prefix.contains(net);
+    snapshot.routes.iter().filter(around).any(|route| route.reach == Reach::Local)
+}
+
 /// What redirected connections dial and queries come from.
 fn local_prefixes(v6: bool) -> impl Iterator<Item = IpNet> {
     let (net, len) = Addr::STAND_IN_PREFIX_V6;
@@ -230,6 +242,7 @@ fn wanted(config: &Config, interfaces: &[&str], found: &NetnsState) -> Vec<Netns
         changes.push(NetnsChange::PassthroughAddress);
     }
     if found.loopback_up {
+        changes.extend(found.confined.iter().map(|&net| NetnsChange::Confined { net }));
         changes.extend(local_prefixes(v6).map(|net| NetnsChange::LocalPrefix { net }));
     }
     if config.dns != Dns::Off && found.loopback_up {

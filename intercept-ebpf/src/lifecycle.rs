@@ -13,9 +13,10 @@ use aya_ebpf::{
     },
     programs::{SockContext, SockOpsContext},
 };
+use bytemuck::Zeroable as _;
 use intercept_common::{
     failure::{Failure, OnFailure},
-    layout::{ConnKey, OrigDst, end, socket},
+    layout::{ConnKey, OrigDst, SocketState, end, socket},
 };
 
 use crate::{
@@ -186,13 +187,37 @@ fn state(ctx: &SockOpsContext) {
     }
     let netns = maps::netns_cookie(ctx);
     let ends = context::callback_ends(ctx.ops);
-    if release(&client_key(netns, &ends), end::CLIENT) || release(&proxy_key(netns, &ends), end::PROXY) {
+    let key = client_key(netns, &ends);
+    if load!(load_u32, bpf_sock_ops, ctx.ops, __bindgen_anon_1, 0) == BPF_TCP_SYN_SENT {
+        return refused(ctx, &key);
+    }
+    if release(&key, end::CLIENT) || release(&proxy_key(netns, &ends), end::PROXY) {
         return;
     }
     if let Some(sk) = Sock::of_callback(ctx)
         && let Some(key) = handshake::key(sk, netns, &ends)
     {
         release(&key, end::PROXY);
+    }
+}
+
+/// A client's connection was refused. A non-blocking socket keeps its name until the next `connect()`.
+#[inline(always)]
+fn refused(ctx: &SockOpsContext, key: &ConnKey) {
+    let Some(entry) = maps::orig_dst(key) else { return };
+    // SAFETY: as in `hold`; a removed element is freed after a grace period.
+    let (source, before) =
+        unsafe { ((*entry).source, atomic::fetch_and(&raw mut (*entry).port_and_ends, !end::CLIENT)) };
+    // The proxy's end exists before the client's only with data in the SYN.
+    if before & end::PROXY == 0 && maps::remove_orig_dst(key) {
+        add_connections(OrigDst::slot(before), -1);
+    }
+    if !source.is_unspecified()
+        && let Some(sk) = Sock::of_callback(ctx)
+    {
+        // Out of memory, getsockname() returns the source of the default route.
+        let _kept =
+            StoredSocket::set(sk, SocketState { kind: socket::FAILED, source, ..SocketState::zeroed() });
     }
 }
 

@@ -173,13 +173,22 @@ pub(crate) fn getpeername<F: AddressFamily>(ctx: &SockAddrContext) {
 #[inline(always)]
 pub(crate) fn getsockname<F: AddressFamily>(ctx: &SockAddrContext) {
     let name = F::named(ctx);
-    if context::protocol(ctx) == UDP {
-        return datagram_name::<F>(ctx, name);
-    }
-    if !name.is_loopback() && !name.is_stand_in() {
+    let is_datagram = context::protocol(ctx) == UDP;
+    if !is_datagram && !name.is_loopback() && !name.is_stand_in() {
         return;
     }
     let sk = Sock::of_call(ctx);
+    if let Some(state) = StoredSocket::of(sk) {
+        if is_datagram {
+            return datagram_name::<F>(ctx, sk, name, state);
+        }
+        if state.kind() == socket::FAILED {
+            return F::rename(ctx, state.source());
+        }
+    }
+    if is_datagram {
+        return;
+    }
     let netns = maps::netns_cookie(ctx);
     let ends = sk.ends();
     if name.is_stand_in() {
@@ -213,11 +222,9 @@ fn source_of_closed(sk: Sock, netns: u64, ends: &Ends) -> Addr {
 /// A datagram socket's own name: its source where it could not be bound to it; and none where it was, and is connected
 /// no more.
 #[inline(always)]
-fn datagram_name<F: AddressFamily>(ctx: &SockAddrContext, name: Addr) {
-    let sk = Sock::of_call(ctx);
-    let Some(state) = StoredSocket::of(sk) else { return };
+fn datagram_name<F: AddressFamily>(ctx: &SockAddrContext, sk: Sock, name: Addr, state: StoredSocket) {
     if state.bound() != 0 && !sk.is_connected() {
-        F::rename(ctx, if name.is_v4() { Addr::UNSPECIFIED_V4 } else { Addr::UNSPECIFIED });
+        F::rename(ctx, Addr::UNSPECIFIED);
     } else if !state.source().is_unspecified() && name.is_loopback() {
         F::rename(ctx, state.source());
     }

@@ -1,5 +1,8 @@
 //! Envoy as a pod's sidecar: Istio's two listeners in both families, which go on to the original destination.
 
+pub mod generations;
+pub mod loaded;
+
 use std::{
     fs,
     os::unix::fs::PermissionsExt as _,
@@ -55,23 +58,7 @@ impl Sidecar {
         let folder = name::scratch("envoy").context("making a folder")?;
         fs::set_permissions(folder.path(), fs::Permissions::from_mode(0o777))?;
         let log = folder.path().join("access.log");
-        let (mut listeners, mut clusters) = (Vec::new(), Vec::new());
-        // IPv4's inbound one comes last: that is the one waited for.
-        for (v6, any, passthrough) in [(true, "::", "::6"), (false, "0.0.0.0", "127.0.0.6")] {
-            for (name, port) in [("outbound", 15001), ("inbound", 15006)] {
-                let cluster = format!("{name}-{}", if v6 { 6 } else { 4 });
-                listeners.push(listener(name, any, port, &filter(speaks, &cluster, name, &log)));
-                let mut upstream = json!({
-                    "name": cluster, "connect_timeout": "5s",
-                    "type": "ORIGINAL_DST", "lb_policy": "CLUSTER_PROVIDED",
-                });
-                if name == "inbound" {
-                    let source = json!({"address": passthrough, "port_value": 0});
-                    upstream["upstream_bind_config"] = json!({"source_address": source});
-                }
-                clusters.push(upstream);
-            }
-        }
+        let Parts { listeners, clusters } = Parts::of_sidecar(speaks, &log);
         let more = ["--file-flush-interval-msec", "50"];
         let envoy = Envoy::start(program.path(), sandbox, Ids::PROXY, &listeners, &clusters, 15006, &more)?;
         Ok(Self { envoy, log, _folder: folder })
@@ -145,6 +132,35 @@ pub fn program() -> Result<PathBuf> {
         let found = cache.or_else(home).map(|cache| cache.join("envoy/envoy"));
         found.filter(|path| path.is_file()).ok_or(error)
     })
+}
+
+/// What Envoy's configuration has.
+struct Parts {
+    listeners: Vec<Value>,
+    clusters: Vec<Value>,
+}
+
+impl Parts {
+    fn of_sidecar(speaks: Speaks, log: &Path) -> Self {
+        let (mut listeners, mut clusters) = (Vec::new(), Vec::new());
+        // IPv4's inbound one comes last: that is the one waited for.
+        for (v6, any, passthrough) in [(true, "::", "::6"), (false, "0.0.0.0", "127.0.0.6")] {
+            for (name, port) in [("outbound", 15001), ("inbound", 15006)] {
+                let cluster = format!("{name}-{}", if v6 { 6 } else { 4 });
+                listeners.push(listener(name, any, port, &filter(speaks, &cluster, name, log)));
+                let mut upstream = json!({
+                    "name": cluster, "connect_timeout": "5s",
+                    "type": "ORIGINAL_DST", "lb_policy": "CLUSTER_PROVIDED",
+                });
+                if name == "inbound" {
+                    let source = json!({"address": passthrough, "port_value": 0});
+                    upstream["upstream_bind_config"] = json!({"source_address": source});
+                }
+                clusters.push(upstream);
+            }
+        }
+        Self { listeners, clusters }
+    }
 }
 
 fn listener(name: &str, any: &str, port: u16, filter: &Value) -> Value {

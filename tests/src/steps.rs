@@ -1,6 +1,8 @@
 //! A program of socket calls, made one after the other by one process of a pod: this package's binary `steps`. What each
 //! call gave is compared between ways of capturing.
 
+pub mod compared;
+
 use std::net::{IpAddr, SocketAddr};
 use std::process::Stdio;
 
@@ -39,6 +41,12 @@ pub enum Step {
     Connect(SocketAddr),
     /// connect(AF_UNSPEC).
     Disconnect,
+    /// O_NONBLOCK.
+    Nonblocking,
+    /// Waits for the connection that a non-blocking connect() began; SO_ERROR. The socket blocks again then.
+    AwaitConnection,
+    /// sendto() with MSG_FASTOPEN.
+    FastOpen(SocketAddr),
     /// getsockname().
     Name,
     /// getpeername().
@@ -49,7 +57,11 @@ pub enum Step {
     Ask,
     /// A question by sendto(), and the answer.
     AskAt(SocketAddr),
-    /// The same with the interface in IP_PKTINFO or IPV6_PKTINFO.
+    /// A question by sendto(): the source that the server saw.
+    AskFor(SocketAddr),
+    /// Questions to each of these by one sendmmsg(), and all answers, sorted.
+    AskAll(Vec<SocketAddr>),
+    /// The same as [`Step::AskAt`] with the interface in IP_PKTINFO or IPV6_PKTINFO.
     AskBy(SocketAddr, String),
     /// Shuts the sending side down.
     Shutdown,

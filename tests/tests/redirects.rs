@@ -163,6 +163,45 @@ fn a_loopback_that_was_down_is_as_good() {
     }
 }
 
+/// Nobody follows the namespace: what dials a stand-in address that is not local any more does not leave by the default
+/// route, and the next attach repairs it.
+#[test]
+fn nothing_leaves_by_a_stand_in_address_that_is_not_local() {
+    for net in ["127.0.0.1/8", "127.0.0.1/32"] {
+        let fixture = RedirectsFixture::new("stand-in", WILDCARD);
+        fixture.command(&format!(
+            "ip addr flush dev lo scope host && ip addr add {net} dev lo && ip -6 addr add ::1/128 dev lo"
+        ));
+        // The world takes what leaves.
+        let world = Actor::start(fixture.pod.neighbour()).expect("an actor");
+        for at in WILDCARD {
+            let bind = Bind::new(Ids::ROOT, SocketAddr::new(at.parse().expect("an address"), 15001));
+            let listen = Listen { name: "world".into(), transport: Transport::Tcp, bind };
+            world.listen(listen).expect("a listener");
+        }
+        fixture.pod.neighbour().netns.sysctl("net/ipv4/conf/all/route_localnet", "1").expect("set");
+        fixture.agent.attach(&fixture.pod, &INIT_FLAGS).expect("attached");
+        fixture.command(
+            "ip link set lo down && ip link set lo up && ip -6 route replace default via fd66::1 dev eth0",
+        );
+        let leaves = |to: &str, from: Option<IpAddr>| {
+            let dial = Dial { from, ..Dial::new(Ids::APP, to.parse().expect("an address")) };
+            let outcome = fixture.inside.dial(dial).expect("dialled").outcome;
+            matches!(&outcome, DialOutcome::Answered(answer) if answer.server == "world")
+                || matches!(outcome, DialOutcome::TimedOut(_))
+        };
+        for to in SERVICES {
+            assert!(!leaves(to, None), "{to}, {net}");
+            assert!(!leaves(to, Some(fixture.pod.address(to.starts_with('[')))), "{to}, {net}, bound");
+        }
+        fixture.agent.attach(&fixture.pod, &INIT_FLAGS).expect("attached");
+        for to in SERVICES {
+            assert_eq!(fixture.original(to), Ok(to.parse().expect("an address")), "{net}");
+        }
+        fixture.agent.detach(&fixture.pod).expect("detached");
+    }
+}
+
 /// A program above the pod that sets the callbacks of sockets without keeping others'.
 #[test]
 fn entries_go_with_their_connections_whatever_other_programs_do() {

@@ -1,111 +1,18 @@
 //! Sockets as programs really use them: each sequence of calls under iptables and under the agent, call by call.
 
-use std::net::{IpAddr, SocketAddr};
-
-use tests::actor::{Actor, Bind, Listen, Transport};
 use tests::differential::Capture;
-use tests::iptables::{Backend, IptablesCidrs, IptablesDns, IptablesOptions, Tproxy};
-use tests::steps::{self, SocketKind, Step, StepOutcome};
-use tests::testbed::{Ids, Pod, PodSpec};
+use tests::iptables::{Backend, IptablesCidrs, IptablesOptions};
+use tests::steps::compared::{
+    ProxyBind, SocketsFixture, as_iptables, at, dns, same, tproxy, under, with_dns,
+};
+use tests::steps::{self, SocketKind, Step};
+use tests::testbed::Ids;
 
 use SocketKind::{Mptcp4, Tcp4, Tcp6, Udp4, Udp6};
 use Step::{
-    Ask, AskAt, AskBy, Bind as BindTo, Close, Connect, Disconnect, Name, Open, Peer, Read, ReuseAddress,
-    Shutdown, UnicastInterface, Use,
+    Ask, AskAt, AskBy, AskFor, Bind as BindTo, Close, Connect, Disconnect, Name, Open, Peer, Read,
+    ReuseAddress, Shutdown, UnicastInterface, Use,
 };
-
-/// Where the proxy listens.
-#[derive(Clone, Copy)]
-enum ProxyBind {
-    Wildcard,
-    Localhost,
-}
-
-/// A pod with two interfaces in which the proxy, applications and a name server answer, and the world does.
-struct SocketsFixture {
-    inside: Actor,
-    _world: Actor,
-    pod: Pod,
-}
-
-impl SocketsFixture {
-    fn new(label: &str, proxy: ProxyBind) -> Self {
-        let pod = Pod::new(PodSpec::new(label).with_eth1()).expect("a pod");
-        let inside = Actor::start(&pod).expect("an actor");
-        let world = Actor::start(pod.neighbour()).expect("an actor");
-        for (any, localhost) in [("0.0.0.0", "127.0.0.1"), ("::", "::1")] {
-            let at = if matches!(proxy, ProxyBind::Wildcard) { any } else { localhost };
-            for (name, port) in [("outbound", 15001), ("inbound", 15006), ("dns", 15053)] {
-                listen(&inside, name, Transport::Tcp, Ids::PROXY, at, port);
-            }
-            listen(&inside, "dns", Transport::Udp, Ids::PROXY, localhost, 15053);
-            listen(&inside, "app", Transport::Tcp, Ids::APP, any, 8080);
-            listen(&inside, "app", Transport::Udp, Ids::APP, any, 53);
-            listen(&inside, "app", Transport::Udp, Ids::APP, any, 7777);
-            for port in [80, 443, 3306] {
-                listen(&world, "world", Transport::Tcp, Ids::ROOT, any, port);
-            }
-            for port in [53, 7777] {
-                listen(&world, "world", Transport::Udp, Ids::ROOT, any, port);
-            }
-        }
-        Self { inside, _world: world, pod }
-    }
-}
-
-fn listen(actor: &Actor, name: &str, transport: Transport, ids: Ids, at: &str, port: u16) {
-    let at: IpAddr = at.parse().expect("an address");
-    let bind = Bind::new(ids, SocketAddr::new(at, port));
-    actor.listen(Listen { name: name.into(), transport, bind }).expect("a listener");
-}
-
-fn under(
-    capture: &Capture,
-    options: &IptablesOptions,
-    proxy: ProxyBind,
-    ids: Ids,
-    steps: &[Step],
-) -> Vec<StepOutcome> {
-    let fixture = SocketsFixture::new("sockets", proxy);
-    let captured = capture.start(options, &fixture.pod).expect("captured");
-    let outcomes = steps::run(&fixture.pod, ids, steps).expect("run");
-    drop(fixture.inside);
-    captured.stop().expect("stopped");
-    outcomes
-}
-
-/// The same, call by call, as under iptables; and what that is, so that two that fail alike are seen.
-fn same(options: &IptablesOptions, proxy: ProxyBind, ids: Ids, steps: &[Step], expected: &[&str]) {
-    let agent = Capture::agent().expect("the agent");
-    for capture in [&Capture::Iptables(Backend::Nft), &agent] {
-        let outcomes = under(capture, options, proxy, ids, steps);
-        let pairs: Vec<_> = steps.iter().zip(&outcomes).collect();
-        assert_eq!(outcomes, expected, "{capture:?}: {pairs:#?}");
-    }
-}
-
-fn as_iptables(steps: &[Step], expected: &[&str]) {
-    same(&IptablesOptions::injected(), ProxyBind::Wildcard, Ids::APP, steps, expected);
-}
-
-fn with_dns(steps: &[Step], expected: &[&str]) {
-    same(&dns(), ProxyBind::Wildcard, Ids::APP, steps, expected);
-}
-
-fn dns() -> IptablesOptions {
-    IptablesOptions {
-        dns: Some(IptablesDns { all: true, servers: Vec::new() }),
-        ..IptablesOptions::injected()
-    }
-}
-
-fn tproxy() -> IptablesOptions {
-    IptablesOptions { tproxy: Some(Tproxy { mark: 1337, table: 133 }), ..IptablesOptions::injected() }
-}
-
-fn at(text: &str) -> SocketAddr {
-    text.parse().unwrap_or_else(|_| panic!("{text} is not an address with port"))
-}
 
 /// 0.0.0.0 is the bound source, or 127.0.0.1; `::` is ::1. The kernel says so after the hook has decided.
 #[test]
@@ -346,6 +253,34 @@ fn a_datagram_socket_is_free_once_it_is_disconnected() {
         &[Open(Udp4), Connect(at("10.96.0.10:53")), Disconnect, AskAt(at("10.96.0.12:53"))],
         &["ok", "ok", "ok", "dns by 10.96.0.12:53"],
     );
+}
+
+/// What no hook can undo: sendmsg() may not bind, so that a socket which connect() has bound stays so until the next
+/// connect().
+#[test]
+fn a_disconnected_datagram_socket_keeps_its_source_until_it_connects() {
+    let options = IptablesOptions { exclude_interfaces: vec!["eth1".into()], ..dns() };
+    let agent = Capture::agent().expect("the agent");
+    let give =
+        |capture: &Capture, steps: &[Step]| under(capture, &options, ProxyBind::Wildcard, Ids::APP, steps);
+    let over_eth1 = [Open(Udp4), Connect(at("10.96.0.10:53")), Disconnect, AskFor(at("172.20.0.5:7777"))];
+    let mapped = [Open(Udp6), Connect(at("[fd96::10]:53")), Disconnect, AskAt(at("[::ffff:10.66.0.1]:7777"))];
+    let iptables = Capture::Iptables(Backend::Nft);
+    assert_eq!(give(&iptables, &over_eth1)[3], "world saw 10.67.0.2:*");
+    assert_eq!(give(&agent, &over_eth1)[3], "world saw 10.66.0.2:*");
+    assert_eq!(give(&iptables, &mapped)[3], "world by [::ffff:10.66.0.1]:7777");
+    assert_eq!(give(&agent, &mapped)[3], "ENETUNREACH");
+    let connects = [
+        Open(Udp4),
+        Connect(at("10.96.0.10:53")),
+        Disconnect,
+        Connect(at("172.20.0.5:7777")),
+        Name,
+        Disconnect,
+        AskFor(at("172.20.0.5:7777")),
+    ];
+    let expected = ["ok", "ok", "ok", "ok", "10.67.0.2:*", "ok", "world saw 10.67.0.2:*"];
+    same(&options, ProxyBind::Wildcard, Ids::APP, &connects, &expected);
 }
 
 /// As systemd-resolved asks. A query that is redirected has its interface by then.

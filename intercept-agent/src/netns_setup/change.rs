@@ -20,6 +20,7 @@ use crate::netlink::Questions;
 
 use super::{
     NetnsSetupError,
+    confined::{confine, confining, is_confining},
     localhost::{add_local_prefix, add_localhost_by, index_of, local_prefix_route, localhost_route},
 };
 
@@ -35,6 +36,8 @@ pub(super) enum NetnsChange {
     /// These addresses are local, with 127.0.0.1 or ::1 as their source: what redirected connections dial
     /// ([`intercept_common::StandIn`]), and sources of queries.
     LocalPrefix { net: IpNet },
+    /// These addresses lead nowhere while they are not local: no connection of the pod to them leaves it.
+    Confined { net: IpNet },
     /// 127.0.0.1 or ::1 is reached by a socket that has chosen this interface.
     LocalhostBy { v6: bool, interface: String },
     /// Everything is local in this table.
@@ -73,6 +76,9 @@ pub(super) fn present(
             }
             NetnsChange::GuestRule { v6, interface, table } => {
                 state.rules(questions, *v6)?.iter().any(|rule| is_guest_rule(rule, interface, *table))
+            }
+            NetnsChange::Confined { net } => {
+                state.rules(questions, net.addr().is_ipv6())?.iter().any(|rule| is_confining(rule, *net))
             }
             NetnsChange::AcceptMark { before } => before == "1",
             // Told by the routes, or by adding it.
@@ -143,6 +149,7 @@ pub(super) fn make(
             add(questions, message, "adding ::6/128 to the loopback interface")?
         }
         NetnsChange::LocalPrefix { net } => add_local_prefix(questions, *net)?,
+        NetnsChange::Confined { net } => confine(questions, *net)?,
         NetnsChange::LocalhostBy { v6, interface } => add_localhost_by(questions, *v6, interface)?,
         NetnsChange::GuestRoute { net, table } => {
             let route = RouteNetlinkMessage::NewRoute(local_route(*net, *table, LOOPBACK));
@@ -179,6 +186,7 @@ pub(super) fn unmake(questions: &mut Questions, change: &NetnsChange) -> Result<
         NetnsChange::LocalPrefix { net } => {
             remove(questions, RouteNetlinkMessage::DelRoute(local_prefix_route(*net, LOOPBACK)))
         }
+        NetnsChange::Confined { net } => remove(questions, RouteNetlinkMessage::DelRule(confining(*net))),
         NetnsChange::LocalhostBy { v6, interface } => match index_of(interface) {
             Ok(Some(index)) => remove(questions, RouteNetlinkMessage::DelRoute(localhost_route(*v6, index))),
             // Its routes went with it.
@@ -306,7 +314,7 @@ fn local_routes(questions: &mut Questions, v6: bool) -> Result<Vec<(IpNet, u32)>
     Ok(found.into_iter().filter_map(key).collect())
 }
 
-fn family(v6: bool) -> AddressFamily {
+pub(super) fn family(v6: bool) -> AddressFamily {
     if v6 { AddressFamily::Inet6 } else { AddressFamily::Inet }
 }
 
@@ -354,10 +362,16 @@ fn mark_rule(v6: bool, mark: u32, table: u32) -> RuleMessage {
     rule
 }
 
-fn rules(questions: &mut Questions, v6: bool) -> Result<Vec<RuleMessage>, NetnsSetupError> {
+/// The rules of a family; none in a kernel without them (CONFIG_IP_MULTIPLE_TABLES).
+pub(super) fn rules(questions: &mut Questions, v6: bool) -> Result<Vec<RuleMessage>, NetnsSetupError> {
     let mut question = RuleMessage::default();
     question.header.family = family(v6);
-    let found = list(questions, RouteNetlinkMessage::GetRule(question), "reading the rules")?;
+    let found = match list(questions, RouteNetlinkMessage::GetRule(question), "reading the rules") {
+        Err(NetnsSetupError::Netlink { source, .. }) if source.raw_os_error() == Some(libc::EOPNOTSUPP) => {
+            return Ok(Vec::new());
+        }
+        found => found?,
+    };
     let rule = |message| match message {
         RouteNetlinkMessage::NewRule(rule) => Some(rule),
         _ => None,

@@ -49,7 +49,7 @@ pub(super) fn add_local_prefix(questions: &mut Questions, net: IpNet) -> Result<
     add_if_up(questions, route, "adding a local IPv4 prefix to dial the proxy by")
 }
 
-const TABLE_LOCAL: u32 = 255;
+pub(super) const TABLE_LOCAL: u32 = 255;
 
 pub(super) fn local_prefix_route(net: IpNet, lo: u32) -> RouteMessage {
     let mut route = local_route(net, TABLE_LOCAL, lo);

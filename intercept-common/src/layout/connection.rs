@@ -107,6 +107,8 @@ pub mod socket {
     pub const IDLE: u16 = 5;
     /// The proxy's end of a connection whose client address was rewritten by NAT.
     pub const TRANSLATED: u16 = 6;
+    /// TCP whose redirected connection was refused; only [`super::SocketState::source`] is valid.
+    pub const FAILED: u16 = 7;
 }
 
 /// Value of HANDSHAKES: a redirected connection during its handshake, indexed by the sequence number of its SYN, which NAT

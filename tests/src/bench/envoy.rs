@@ -79,31 +79,58 @@ impl Envoy {
         port: u16,
         more: &[&str],
     ) -> Result<Self> {
+        let base = base_id().to_string();
+        let alone = ["--concurrency", "1", "--disable-hot-restart", "--base-id", &base];
+        let mut envoy = Self::launch(program, sandbox, ids, listeners, clusters, &[&alone, more].concat())?;
+        envoy.wait_until_it_listens(port)?;
+        Ok(envoy)
+    }
+
+    /// Starts it with these parts and arguments, and does not wait.
+    pub(crate) fn launch(
+        program: &Path,
+        sandbox: &Sandbox,
+        ids: Ids,
+        listeners: &[Value],
+        clusters: &[Value],
+        arguments: &[&str],
+    ) -> Result<Self> {
         let folder = name::scratch("envoy").context("making a folder")?;
         fs::set_permissions(folder.path(), fs::Permissions::from_mode(0o755))?;
         let path = folder.path().join("envoy.json");
         let config = json!({"static_resources": {"listeners": listeners, "clusters": clusters}});
         fs::write(&path, config.to_string()).with_context(|| format!("writing {}", path.display()))?;
-        let base = std::process::id() % 100_000 * 100 + BASE_ID.fetch_add(1, Ordering::Relaxed) % 100;
         let child = sandbox
             .command_as(program, ids)?
             .arg("--config-path")
             .arg(&path)
-            .args(["--concurrency", "1", "--log-level", "error", "--disable-hot-restart"])
-            .args(["--base-id", &base.to_string()])
-            .args(more)
+            .args(["--log-level", "error"])
+            .args(arguments)
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(Stdio::piped())
             .spawn()
             .with_context(|| format!("starting {}", program.display()))?;
-        let mut envoy = Self { child, _folder: folder };
-        envoy.wait_until_it_listens(port)?;
-        Ok(envoy)
+        Ok(Self { child, _folder: folder })
+    }
+
+    /// Fails if it has ended.
+    pub(crate) fn check(&mut self) -> Result<()> {
+        let Some(status) = self.child.try_wait()? else { return Ok(()) };
+        let mut said = String::new();
+        if let Some(output) = &mut self.child.stderr {
+            output.read_to_string(&mut said)?;
+        }
+        bail!("Envoy ended ({status}): {said}")
+    }
+
+    /// Whether it has ended.
+    pub(crate) fn has_ended(&mut self) -> Result<bool> {
+        Ok(self.child.try_wait()?.is_some())
     }
 
     /// Looks at the table of sockets: a connection would be one more that the proxy has to deal with.
-    fn wait_until_it_listens(&mut self, port: u16) -> Result<()> {
+    pub(crate) fn wait_until_it_listens(&mut self, port: u16) -> Result<()> {
         let deadline = Instant::now() + PATIENCE;
         let table = format!("/proc/{}/net/tcp", self.child.id());
         // "SL LOCAL:PORT REMOTE:PORT STATE ...", in hexadecimal; 0A is LISTEN.
@@ -115,13 +142,7 @@ impl Envoy {
             if sockets.any(|words| words.get(1) == Some(&&*local) && words.get(3) == Some(&"0A")) {
                 return Ok(());
             }
-            if let Some(status) = self.child.try_wait()? {
-                let mut said = String::new();
-                if let Some(output) = &mut self.child.stderr {
-                    output.read_to_string(&mut said)?;
-                }
-                bail!("Envoy ended ({status}): {said}");
-            }
+            self.check()?;
             ensure!(Instant::now() < deadline, "Envoy does not listen on port {port} after {PATIENCE:?}");
             std::thread::yield_now();
         }
@@ -133,6 +154,11 @@ impl Drop for Envoy {
         drop(self.child.kill());
         drop(self.child.wait());
     }
+}
+
+/// A number for `--base-id`.
+pub(crate) fn base_id() -> u32 {
+    std::process::id() % 100_000 * 100 + BASE_ID.fetch_add(1, Ordering::Relaxed) % 100
 }
 
 /// Where Envoy was installed.

@@ -7,7 +7,8 @@ use std::os::fd::{AsFd as _, AsRawFd as _};
 use std::time::Duration;
 
 use anyhow::{Context, Result};
-use nix::sys::socket::{ControlMessage, MsgFlags, SockaddrStorage, sendmsg};
+use nix::poll::{PollFd, PollFlags, poll};
+use nix::sys::socket::{ControlMessage, MsgFlags, MultiHeaders, SockaddrStorage, sendmmsg, sendmsg};
 use socket2::{Domain, Protocol, SockAddr, Socket, Type};
 use tests::actor::{Answer, OriginalDst};
 use tests::steps::{SocketKind, Step, StepOutcome, shown};
@@ -63,6 +64,11 @@ impl Sockets {
             Step::Bind(addr) => socket.bind(&SockAddr::from(*addr))?,
             Step::Connect(addr) => socket.connect(&SockAddr::from(*addr))?,
             Step::Disconnect => disconnect(socket)?,
+            Step::Nonblocking => socket.set_nonblocking(true)?,
+            Step::AwaitConnection => await_connection(socket)?,
+            Step::FastOpen(addr) => {
+                _ = socket.send_to_with_flags(b"!", &SockAddr::from(*addr), libc::MSG_FASTOPEN)?
+            }
             Step::Name => return name(socket.local_addr()?),
             Step::Peer => return name(socket.peer_addr()?),
             Step::Read => return read(socket),
@@ -74,6 +80,12 @@ impl Sockets {
                 socket.send_to(&0u64.to_be_bytes(), &SockAddr::from(*addr))?;
                 return receive(socket);
             }
+            Step::AskFor(addr) => {
+                socket.send_to(&0u64.to_be_bytes(), &SockAddr::from(*addr))?;
+                let (answer, _) = answer(socket)?;
+                return Ok(format!("{} saw {}", answer.server, shown(answer.peer)));
+            }
+            Step::AskAll(addrs) => return ask_all(socket, addrs),
             Step::AskBy(addr, device) => {
                 ask_by(socket, *addr, interface(device)?)?;
                 return receive(socket);
@@ -120,6 +132,29 @@ fn disconnect(socket: &Socket) -> io::Result<()> {
     if done == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
+fn await_connection(socket: &Socket) -> io::Result<()> {
+    let mut polled = [PollFd::new(socket.as_fd(), PollFlags::POLLOUT)];
+    let patience = u16::try_from(PATIENCE.as_millis()).map_err(io::Error::other)?;
+    if poll(&mut polled, patience)? == 0 {
+        return Err(nix::errno::Errno::ETIMEDOUT.into());
+    }
+    socket.set_nonblocking(false)?;
+    socket.take_error()?.map_or(Ok(()), Err)
+}
+
+fn ask_all(socket: &Socket, addrs: &[SocketAddr]) -> io::Result<StepOutcome> {
+    let question = 0u64.to_be_bytes();
+    let questions = vec![[IoSlice::new(&question)]; addrs.len()];
+    let to: Vec<_> = addrs.iter().map(|addr| Some(SockaddrStorage::from(*addr))).collect();
+    let mut headers = MultiHeaders::preallocate(addrs.len(), None);
+    let none: [ControlMessage<'_>; 0] = [];
+    let fd = socket.as_fd().as_raw_fd();
+    let sent = sendmmsg(fd, &mut headers, &questions, &to, none, MsgFlags::empty())?.count();
+    let mut answers = (0..sent).map(|_| receive(socket)).collect::<io::Result<Vec<_>>>()?;
+    answers.sort();
+    Ok(answers.join(", "))
+}
+
 fn set_option(socket: &Socket, level: i32, name: i32, value: &[u8]) -> io::Result<()> {
     let size = libc::socklen_t::try_from(value.len()).map_err(io::Error::other)?;
     // SAFETY: the value is of the size given.
@@ -142,13 +177,17 @@ fn read(socket: &Socket) -> io::Result<StepOutcome> {
 }
 
 fn receive(socket: &Socket) -> io::Result<StepOutcome> {
+    let (answer, from) = answer(socket)?;
+    Ok(format!("{} by {from}", answer.server))
+}
+
+fn answer(socket: &Socket) -> io::Result<(Answer, StepOutcome)> {
     let mut buffer = [MaybeUninit::<u8>::uninit(); 2048];
     let (length, from) = socket.recv_from(&mut buffer)?;
     // SAFETY: the kernel has filled so many.
     let bytes = unsafe { std::slice::from_raw_parts(buffer.as_ptr().cast::<u8>(), length) };
     let answer: Answer = serde_json::from_slice(bytes).map_err(io::Error::other)?;
-    let from = from.as_socket().map(shown).unwrap_or_default();
-    Ok(format!("{} by {from}", answer.server))
+    Ok((answer, from.as_socket().map(shown).unwrap_or_default()))
 }
 
 fn ask_by(socket: &Socket, to: SocketAddr, index: u32) -> io::Result<()> {

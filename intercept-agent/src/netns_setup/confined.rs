@@ -1,0 +1,67 @@
+//! Rules that keep what dials a stand-in address inside. Its local route goes with the loopback interface, and is not seen
+//! by a socket that is bound to another interface; the default route would take such a connection out of the pod.
+
+use ipnet::IpNet;
+use netlink_packet_route::{
+    RouteNetlinkMessage,
+    rule::{RuleAction, RuleAttribute, RuleHeader, RuleMessage},
+};
+
+use crate::netlink::Questions;
+
+use super::{
+    NetnsSetupError,
+    change::{add, family, rules},
+    localhost::TABLE_LOCAL,
+};
+
+/// Adds the rule right after that of the local table. False if it exists, or the kernel has no rules: the local table
+/// comes first then, and nothing can be put behind it.
+pub(super) fn confine(questions: &mut Questions, net: IpNet) -> Result<bool, NetnsSetupError> {
+    let found = rules(questions, net.addr().is_ipv6())?;
+    let Some(local) = found.iter().find(|rule| table(rule) == TABLE_LOCAL) else { return Ok(false) };
+    // The kernel takes the same rule again, at another priority.
+    if found.iter().any(|rule| is_confining(rule, net)) {
+        return Ok(false);
+    }
+    let mut rule = confining(net);
+    rule.attributes.push(RuleAttribute::Priority(priority(local).saturating_add(1)));
+    add(questions, RouteNetlinkMessage::NewRule(rule), "adding a rule that keeps stand-in addresses inside")
+}
+
+/// Whether a rule is that of [`confine`].
+pub(super) fn is_confining(rule: &RuleMessage, net: IpNet) -> bool {
+    rule.header.action == RuleAction::Unreachable
+        && rule.header.dst_len == net.prefix_len()
+        && rule.attributes.contains(&RuleAttribute::Destination(net.network()))
+}
+
+/// The rule, wherever it is among the others.
+pub(super) fn confining(net: IpNet) -> RuleMessage {
+    let mut rule = RuleMessage::default();
+    rule.header = RuleHeader {
+        family: family(net.addr().is_ipv6()),
+        dst_len: net.prefix_len(),
+        action: RuleAction::Unreachable,
+        ..RuleHeader::default()
+    };
+    rule.attributes.push(RuleAttribute::Destination(net.network()));
+    rule
+}
+
+fn table(rule: &RuleMessage) -> u32 {
+    let number = |attribute: &RuleAttribute| match attribute {
+        RuleAttribute::Table(number) => Some(*number),
+        _ => None,
+    };
+    rule.attributes.iter().find_map(number).unwrap_or(rule.header.table.into())
+}
+
+/// The kernel does not tell a priority of 0.
+fn priority(rule: &RuleMessage) -> u32 {
+    let number = |attribute: &RuleAttribute| match attribute {
+        RuleAttribute::Priority(number) => Some(*number),
+        _ => None,
+    };
+    rule.attributes.iter().find_map(number).unwrap_or_default()
+}
