@@ -53,8 +53,8 @@ fn values_of_the_daemon_that_do_not_hold() {
     for (options, words) in [
         (&["--mesh", "istoi"][..], &["istoi", "linkerd", "kuma", "consul"][..]),
         (&["--ipv6", "no"], &["no", "as-istio", "always"]),
-        (&["--api-wait", "1s"], &["1s", "seconds, 0 to 10"]),
-        (&["--api-wait", "60"], &["60", "seconds, 0 to 10"]),
+        (&["--api-wait", "1s"], &["1s", "seconds from 0 to 10"]),
+        (&["--api-wait", "60"], &["60", "seconds from 0 to 10"]),
         (&["--exclude-namespaces", "kube-system,Shop"], &["Shop", "lower-case"]),
     ] {
         let mut command = agent.command("daemon");
