@@ -1,9 +1,10 @@
-//! What is changed in a pod's namespace itself, as istio-iptables changes it: an address that the proxy's inbound
-//! passthrough binds, in TPROXY mode the rules and routes that bring marked packets to the loopback interface, and for
-//! the interfaces of -k those that keep what arrives there for elsewhere in the pod.
+//! Changes in a pod's namespace like those of istio-iptables: an address that the proxy's inbound passthrough binds; in
+//! TPROXY mode, rules and routes that lead marked packets to the loopback interface; and for the interfaces of -k,
+//! rules and routes that deliver their traffic for other destinations in the pod. Also the addresses that redirected
+//! connections use.
 //!
-//! What was there already is left alone, when installing and when removing. Three steps: [`plan`] decides without
-//! changing anything, [`add`] comes before a policy is active, [`remove`] after another has replaced it.
+//! Existing addresses, rules and routes are neither replaced nor removed. [`plan`] decides without a change, [`add`]
+//! runs before a policy is activated, and [`remove`] after another has replaced it.
 
 use std::{fs, io};
 
@@ -25,44 +26,45 @@ use crate::{
     routes::{Reach, Route, RouteSnapshot},
 };
 
-/// Changes made in a namespace, in order.
+/// Changes that the agent has made in a namespace, in order.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct NetnsChanges(Vec<NetnsChange>);
 
-/// Why the namespace could not be prepared.
+/// Why a namespace cannot be changed.
 #[derive(Debug, thiserror::Error)]
 #[expect(missing_docs, reason = "each is its text")]
 pub enum NetnsSetupError {
     #[error(transparent)]
     Netns(#[from] NetnsError),
-    #[error("opening netlink in it")]
+    #[error("opening a netlink socket in the pod's namespace")]
     Open(#[source] io::Error),
-    #[error("{action} (needs CAP_NET_ADMIN in it)")]
+    #[error("{action} (needs CAP_NET_ADMIN in the pod's namespace)")]
     Netlink { action: &'static str, source: io::Error },
-    #[error("setting {path} in it")]
+    #[error("setting {path} in the pod's namespace")]
     Sysctl { path: &'static str, source: io::Error },
 }
 
 const DISABLE_V6: &str = "/proc/sys/net/ipv6/conf/lo/disable_ipv6";
 
-/// What a namespace is like, as far as that decides what is to be changed in it.
+/// The state of a namespace that determines its changes.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct NetnsState {
-    /// IPv6 is on.
+    /// Whether IPv6 is enabled.
     v6: bool,
-    /// The loopback interface is up: IPv6 takes no route by one that is not, and none outlives its going down.
+    /// Whether the loopback interface is up. IPv6 routes through an interface that is down are refused, and routes are
+    /// removed when it goes down.
     loopback_up: bool,
-    /// The stand-in addresses that are local by a route of their own alone, which the loopback interface loses when it is
-    /// taken down.
+    /// The stand-in prefixes whose only local route is their own. The route is removed when the loopback interface is
+    /// set down.
     confined: Vec<IpNet>,
-    /// What [`NetnsChange::AcceptMark`] would change.
+    /// Value of the setting that [`NetnsChange::AcceptMark`] changes.
     accept_mark: String,
-    /// What the options ask for and exists, made by the agent or not.
+    /// The desired changes that already exist, made by the agent or not.
     present: Vec<NetnsChange>,
 }
 
-/// What is to be changed in a namespace: decided before anything is.
+/// The changes to make in a namespace, decided before the first one.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct NetnsPlan {
     kept: Vec<NetnsChange>,
@@ -71,30 +73,30 @@ pub struct NetnsPlan {
 }
 
 impl NetnsPlan {
-    /// Whether nothing is to be changed.
+    /// Whether there is nothing to change.
     pub fn is_empty(&self) -> bool {
         self.added.is_empty() && self.dropped.is_empty()
     }
 
-    /// What will be the agent's own once everything is added and what is not asked for any more is removed.
+    /// Returns the agent's changes after all additions and removals.
     pub fn result(&self) -> NetnsChanges {
         NetnsChanges(self.kept.iter().chain(&self.added).cloned().collect())
     }
 
-    /// What is to be added.
+    /// Returns the changes to add.
     pub fn additions(&self) -> NetnsChanges {
         NetnsChanges(self.added.clone())
     }
 
-    /// What is to be removed once the policy that needed it is replaced.
+    /// Returns the changes to remove after the policy that needed them has been replaced.
     pub fn removals(&self) -> NetnsChanges {
         NetnsChanges(self.dropped.clone())
     }
 
-    /// The namespace's routes as they will be once everything is added.
+    /// Returns the namespace's routes after all additions.
     pub fn expected(&self, snapshot: RouteSnapshot) -> RouteSnapshot {
-        // Routes in the tables of -r and -k are for marked and for arriving packets: no output route changes.
-        // Nor does a second route to localhost, which comes after the first.
+        // Routes in the tables of -r and -k are for marked or arriving packets, so output routes do not change. A
+        // second route to localhost has no effect either, because it comes after the first.
         self.added.iter().fold(snapshot, |snapshot, change| match change {
             NetnsChange::PassthroughAddress => snapshot.with_loopback_address(PASSTHROUGH_V6.into()),
             NetnsChange::LocalPrefix { net } => snapshot.with_local_prefix(*net),
@@ -104,19 +106,19 @@ impl NetnsPlan {
 }
 
 impl NetnsChanges {
-    /// What of it is not in `other`.
+    /// Returns the changes that are not in `other`.
     pub fn without(&self, other: &Self) -> Self {
         let only = |change: &&NetnsChange| !other.0.iter().any(|o| o.same(change));
         Self(self.0.iter().filter(only).cloned().collect())
     }
 
-    /// Whether there is nothing of the agent's own.
+    /// Whether the agent has made no changes.
     pub fn is_empty(&self) -> bool {
         self.0.is_empty()
     }
 }
 
-/// Looks at the namespace, whose routes and interfaces are in `snapshot`; changes nothing.
+/// Reads the state of a namespace with the interfaces and routes of `snapshot`.
 pub fn find(netns: &Netns, config: &Config, snapshot: &RouteSnapshot) -> Result<NetnsState, NetnsSetupError> {
     let mut found = netns.run(|| -> Result<NetnsState, NetnsSetupError> {
         let accept_mark = match config.mode {
@@ -140,7 +142,7 @@ pub fn find(netns: &Netns, config: &Config, snapshot: &RouteSnapshot) -> Result<
     Ok(found)
 }
 
-/// What is to be done for these options; changes nothing.
+/// Returns the changes for these options, without making them. `before` are the agent's earlier changes.
 pub fn plan(config: &Config, interfaces: &[&str], found: &NetnsState, before: &NetnsChanges) -> NetnsPlan {
     let wanted = wanted(config, interfaces, found);
     let (kept, dropped): (Vec<NetnsChange>, Vec<NetnsChange>) =
@@ -152,8 +154,8 @@ pub fn plan(config: &Config, interfaces: &[&str], found: &NetnsState, before: &N
     NetnsPlan { kept, added, dropped }
 }
 
-/// Adds what is planned. `made` is what it added, also after a failure, when the caller removes it: less than planned if
-/// another process made it since.
+/// Makes the changes of a plan. `made` receives those that were made, even after a failure, so that the caller can
+/// remove them. They are fewer than planned if another process has made some since.
 pub fn add(netns: &Netns, additions: &NetnsChanges, made: &mut NetnsChanges) -> Result<(), NetnsSetupError> {
     if additions.is_empty() {
         return Ok(());
@@ -167,8 +169,10 @@ pub fn add(netns: &Netns, additions: &NetnsChanges, made: &mut NetnsChanges) -> 
     })?
 }
 
-/// Removes all of it. A failure is logged and the rest is removed all the same; it is an error only if a later call may
-/// succeed, because memory was short or netlink was interrupted.
+/// Removes all changes. A failure is logged and the remaining changes are still removed.
+///
+/// # Errors
+/// Only failures that a later call may not have: lack of memory or descriptors, and interrupted calls.
 pub fn remove(netns: &Netns, netns_setup: &NetnsChanges) -> Result<(), NetnsSetupError> {
     let changes = netns_setup.0.clone();
     if changes.is_empty() {
@@ -188,7 +192,7 @@ pub fn remove(netns: &Netns, netns_setup: &NetnsChanges) -> Result<(), NetnsSetu
 }
 
 impl NetnsSetupError {
-    /// Whether it is about a shortage or an interrupted call, so that a later call may succeed.
+    /// Whether a later call may succeed: lack of memory or descriptors, or an interrupted call.
     fn may_pass(&self) -> bool {
         let code = match self {
             Self::Netns(_) => None,
@@ -215,18 +219,18 @@ fn has_v6() -> bool {
     fs::read_to_string(DISABLE_V6).is_ok_and(|value| value.trim() == "0")
 }
 
-/// The table of -k: any that is neither the kernel's nor that of -r.
+/// Returns the table for -k, which is neither one of the kernel's nor that of -r.
 fn guest_table(config: &Config) -> u32 {
     if config.tproxy_table == 15001 { 15002 } else { 15001 }
 }
 
-/// Whether a prefix is part of a larger local one, such as 127.0.0.0/8.
+/// Whether a prefix is inside a larger local one, such as 127.0.0.0/8.
 fn is_inside_local(snapshot: &RouteSnapshot, net: &IpNet) -> bool {
     let around = |route: &&Route| route.prefix != *net && route.prefix.contains(net);
     snapshot.routes.iter().filter(around).any(|route| route.reach == Reach::Local)
 }
 
-/// What redirected connections dial and queries come from.
+/// Returns the prefixes to which redirected connections connect and from which queries are sent.
 fn local_prefixes(v6: bool) -> impl Iterator<Item = IpNet> {
     let (net, len) = Addr::STAND_IN_PREFIX_V6;
     let of_v6 = v6.then(|| IpNet::V6(Ipv6Net::new_assert(net, len)));
@@ -234,7 +238,7 @@ fn local_prefixes(v6: bool) -> impl Iterator<Item = IpNet> {
     of_v6.into_iter().chain(of_v4.map(|(net, len)| Ipv4Net::new_assert(net, len).into()))
 }
 
-/// What the options ask for.
+/// Returns the changes that the options need.
 fn wanted(config: &Config, interfaces: &[&str], found: &NetnsState) -> Vec<NetnsChange> {
     let mut changes = Vec::new();
     let v6 = found.v6;
@@ -264,8 +268,8 @@ fn wanted(config: &Config, interfaces: &[&str], found: &NetnsState) -> Vec<Netns
     changes
 }
 
-/// netfilter rewrites what arrives on an interface of -k to an address of the pod. Here it keeps its destination, so
-/// the pod must take that for its own, on these interfaces only.
+/// Returns the changes for guests. netfilter rewrites the destination of packets that arrive on an interface of -k to
+/// an address of the pod. Here the destination stays, so it must be local in the pod, only for these interfaces.
 fn guests(config: &Config, interfaces: &[&str], v6: bool) -> Vec<NetnsChange> {
     let table = guest_table(config);
     let is_named = |name: &&&str| config.virt_interfaces.iter().any(|named| named.matches(name));

@@ -1,4 +1,4 @@
-//! One change in a namespace: whether it is made already, making it, and taking it back.
+//! A single change in a namespace: whether it exists, making it, and removing it.
 
 use std::{
     fs, io,
@@ -24,42 +24,42 @@ use super::{
     localhost::{add_local_prefix, add_localhost_by, index_of, local_prefix_route, localhost_route},
 };
 
-/// The setting of the namespace that [`NetnsChange::AcceptMark`] changes.
+/// The setting that [`NetnsChange::AcceptMark`] changes.
 pub(super) const ACCEPT_MARK: &str = "/proc/sys/net/ipv4/tcp_fwmark_accept";
 
-/// What may be made in a namespace.
+/// A change in a namespace.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub(super) enum NetnsChange {
-    /// `::6/128` on the loopback interface; IPv4 has 127.0.0.6 without being told.
+    /// `::6/128` on the loopback interface. 127.0.0.6 is local anyway.
     PassthroughAddress,
-    /// These addresses are local, with 127.0.0.1 or ::1 as their source: what redirected connections dial
-    /// ([`intercept_common::StandIn`]), and sources of queries.
+    /// These addresses are local, with 127.0.0.1 or ::1 as their source. Redirected connections connect to them
+    /// ([`intercept_common::StandIn`]), and queries are sent from them.
     LocalPrefix { net: IpNet },
-    /// These addresses lead nowhere while they are not local: no connection of the pod to them leaves it.
+    /// These addresses are unreachable while they are not local, so that no connection to them leaves the pod.
     Confined { net: IpNet },
-    /// 127.0.0.1 or ::1 is reached by a socket that has chosen this interface.
+    /// 127.0.0.1 or ::1 is reachable for a socket that has selected this interface.
     LocalhostBy { v6: bool, interface: String },
-    /// Everything is local in this table.
+    /// Every address is local in this table.
     LocalTable { v6: bool, table: u32 },
-    /// Packets with this mark are routed by this table.
+    /// Packets with this mark use this table.
     MarkRule { v6: bool, mark: u32, table: u32 },
     /// These destinations are local in this table.
     GuestRoute { net: IpNet, table: u32 },
-    /// TCP that arrives on this interface is routed by this table, if that has a route.
+    /// TCP packets that arrive on this interface use this table if it has a route.
     GuestRule { v6: bool, interface: String, table: u32 },
-    /// What accepts a marked connection answers with the mark. Holds what was set before.
+    /// Sockets that accept a marked connection answer with its mark. Contains the previous value.
     AcceptMark { before: String },
 }
 
 impl NetnsChange {
-    /// Whether two are the same change, whatever was before it.
+    /// Whether two changes are equal, apart from the previous value.
     pub(super) fn same(&self, other: &Self) -> bool {
         matches!((self, other), (Self::AcceptMark { .. }, Self::AcceptMark { .. })) || self == other
     }
 }
 
-/// Those of the changes that are made already.
+/// Returns those changes that already exist.
 pub(super) fn present(
     questions: &mut Questions,
     changes: Vec<NetnsChange>,
@@ -81,7 +81,7 @@ pub(super) fn present(
                 state.rules(questions, net.addr().is_ipv6())?.iter().any(|rule| is_confining(rule, *net))
             }
             NetnsChange::AcceptMark { before } => before == "1",
-            // Told by the routes, or by adding it.
+            // Found by the routes, or when it is added.
             NetnsChange::LocalPrefix { .. } | NetnsChange::LocalhostBy { .. } => false,
         };
         if there {
@@ -91,7 +91,7 @@ pub(super) fn present(
     Ok(found)
 }
 
-/// What netlink lists, each read once and only if it is asked for.
+/// Lists of netlink, each read at most once and only if it is needed.
 struct Present {
     addresses: Option<bool>,
     rules: [Option<Vec<RuleMessage>>; 2],
@@ -138,7 +138,7 @@ impl Present {
     }
 }
 
-/// Make a change. None if it exists already.
+/// Makes a change. `None` if it already exists.
 pub(super) fn make(
     questions: &mut Questions,
     change: NetnsChange,
@@ -175,7 +175,7 @@ pub(super) fn make(
     Ok(made.then_some(change))
 }
 
-/// Unmake a change. What is gone already is no failure; any other is logged.
+/// Reverts a change. If it no longer exists, that is not an error. Other failures are logged.
 pub(super) fn unmake(questions: &mut Questions, change: &NetnsChange) -> Result<(), NetnsSetupError> {
     let result = match change {
         NetnsChange::PassthroughAddress => remove(questions, RouteNetlinkMessage::DelAddress(passthrough())),
@@ -189,7 +189,7 @@ pub(super) fn unmake(questions: &mut Questions, change: &NetnsChange) -> Result<
         NetnsChange::Confined { net } => remove(questions, RouteNetlinkMessage::DelRule(confining(*net))),
         NetnsChange::LocalhostBy { v6, interface } => match index_of(interface) {
             Ok(Some(index)) => remove(questions, RouteNetlinkMessage::DelRoute(localhost_route(*v6, index))),
-            // Its routes went with it.
+            // Its routes were removed with it.
             Ok(None) => Ok(()),
             Err(error) => Err(error),
         },
@@ -212,7 +212,7 @@ pub(super) fn unmake(questions: &mut Questions, change: &NetnsChange) -> Result<
             tracing::warn!(
                 ?change,
                 error = &error as &dyn std::error::Error,
-                "undoing a change of the namespace"
+                "reverting a change in the namespace"
             );
             Err(error)
         }
@@ -220,7 +220,7 @@ pub(super) fn unmake(questions: &mut Questions, change: &NetnsChange) -> Result<
     }
 }
 
-/// Write a setting of the calling thread's namespace. Containers have /proc/sys mounted read only.
+/// Writes a setting of the calling thread's namespace. In containers /proc/sys is read-only.
 fn set(path: &str, value: &str) -> io::Result<()> {
     match fs::write(path, value) {
         Err(error) if error.kind() == io::ErrorKind::ReadOnlyFilesystem => set_in_own_mount(path, value),
@@ -228,7 +228,7 @@ fn set(path: &str, value: &str) -> io::Result<()> {
     }
 }
 
-/// Through a procfs that is mounted nowhere, and for this alone.
+/// Writes a setting through a procfs that is not attached to any path.
 fn set_in_own_mount(path: &str, value: &str) -> io::Result<()> {
     use rustix::{
         fs::{Mode, OFlags, openat},
@@ -242,7 +242,7 @@ fn set_in_own_mount(path: &str, value: &str) -> io::Result<()> {
     io::Write::write_all(&mut fs::File::from(file), value.as_bytes())
 }
 
-/// Adds something. False if it exists already.
+/// Adds an address, rule or route. False if it already exists.
 pub(super) fn add(
     questions: &mut Questions,
     message: RouteNetlinkMessage,
@@ -257,7 +257,8 @@ pub(super) fn add(
 
 fn remove(questions: &mut Questions, message: RouteNetlinkMessage) -> Result<(), NetnsSetupError> {
     let removed = questions.change(message, 0);
-    removed.map_err(|source| NetnsSetupError::Netlink { action: "removing it", source })
+    removed
+        .map_err(|source| NetnsSetupError::Netlink { action: "removing a change of the namespace", source })
 }
 
 fn list(
@@ -269,7 +270,7 @@ fn list(
     found.map(|(found, _)| found).map_err(|source| NetnsSetupError::Netlink { action, source })
 }
 
-/// Whether what was to be removed is not there, or the interface that it was for.
+/// Whether the object to remove, or its interface, does not exist.
 fn is_absent(error: &NetnsSetupError) -> bool {
     let NetnsSetupError::Netlink { source, .. } = error else { return false };
     let absent = [libc::ENOENT, libc::ESRCH, libc::EADDRNOTAVAIL, libc::ENODEV];
@@ -278,7 +279,7 @@ fn is_absent(error: &NetnsSetupError) -> bool {
 
 pub(super) const PASSTHROUGH_V6: Ipv6Addr = Ipv6Addr::new(0, 0, 0, 0, 0, 0, 0, 6);
 
-/// The loopback interface has this index in every namespace (`LOOPBACK_IFINDEX` of the kernel).
+/// Index of the loopback interface in every namespace (`LOOPBACK_IFINDEX` of the kernel).
 pub(super) const LOOPBACK: u32 = 1;
 
 fn passthrough() -> AddressMessage {
@@ -290,7 +291,7 @@ fn passthrough() -> AddressMessage {
     message
 }
 
-/// Prefix and table of the local routes of a family.
+/// Returns prefix and table of the local routes of a family.
 fn local_routes(questions: &mut Questions, v6: bool) -> Result<Vec<(IpNet, u32)>, NetnsSetupError> {
     let mut question = RouteMessage::default();
     question.header.address_family = family(v6);
@@ -362,7 +363,7 @@ fn mark_rule(v6: bool, mark: u32, table: u32) -> RuleMessage {
     rule
 }
 
-/// The rules of a family; none in a kernel without them (CONFIG_IP_MULTIPLE_TABLES).
+/// Returns the rules of a family; empty on a kernel without rules (CONFIG_IP_MULTIPLE_TABLES).
 pub(super) fn rules(questions: &mut Questions, v6: bool) -> Result<Vec<RuleMessage>, NetnsSetupError> {
     let mut question = RuleMessage::default();
     question.header.family = family(v6);

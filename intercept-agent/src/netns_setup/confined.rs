@@ -1,5 +1,6 @@
-//! Rules that keep what dials a stand-in address inside. Its local route goes with the loopback interface, and is not seen
-//! by a socket that is bound to another interface; the default route would take such a connection out of the pod.
+//! Rules that keep connections to stand-in addresses in the pod. Their local route is removed when the loopback
+//! interface goes down, and does not apply to sockets that are bound to another interface. The default route would then
+//! lead such a connection out of the pod.
 
 use ipnet::IpNet;
 use netlink_packet_route::{
@@ -15,12 +16,12 @@ use super::{
     localhost::TABLE_LOCAL,
 };
 
-/// Adds the rule right after that of the local table. False if it exists, or the kernel has no rules: the local table
-/// comes first then, and nothing can be put behind it.
+/// Adds the rule right after that of the local table. False if it exists, or if the kernel has no rules: then the local
+/// table is searched first, and nothing can be added after it.
 pub(super) fn confine(questions: &mut Questions, net: IpNet) -> Result<bool, NetnsSetupError> {
     let found = rules(questions, net.addr().is_ipv6())?;
     let Some(local) = found.iter().find(|rule| table(rule) == TABLE_LOCAL) else { return Ok(false) };
-    // The kernel takes the same rule again, at another priority.
+    // The kernel would accept the same rule again with another priority.
     if found.iter().any(|rule| is_confining(rule, net)) {
         return Ok(false);
     }
@@ -29,14 +30,14 @@ pub(super) fn confine(questions: &mut Questions, net: IpNet) -> Result<bool, Net
     add(questions, RouteNetlinkMessage::NewRule(rule), "adding a rule that keeps stand-in addresses inside")
 }
 
-/// Whether a rule is that of [`confine`].
+/// Whether a rule is one of [`confine`].
 pub(super) fn is_confining(rule: &RuleMessage, net: IpNet) -> bool {
     rule.header.action == RuleAction::Unreachable
         && rule.header.dst_len == net.prefix_len()
         && rule.attributes.contains(&RuleAttribute::Destination(net.network()))
 }
 
-/// The rule, wherever it is among the others.
+/// Returns the rule without a priority.
 pub(super) fn confining(net: IpNet) -> RuleMessage {
     let mut rule = RuleMessage::default();
     rule.header = RuleHeader {
@@ -57,7 +58,7 @@ fn table(rule: &RuleMessage) -> u32 {
     rule.attributes.iter().find_map(number).unwrap_or(rule.header.table.into())
 }
 
-/// The kernel does not tell a priority of 0.
+/// Returns the priority. The kernel omits the attribute for 0.
 fn priority(rule: &RuleMessage) -> u32 {
     let number = |attribute: &RuleAttribute| match attribute {
         RuleAttribute::Priority(number) => Some(*number),

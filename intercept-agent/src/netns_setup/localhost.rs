@@ -15,8 +15,9 @@ use super::{
     change::{LOOPBACK, add, local_route},
 };
 
-/// IPv6 takes no route by an interface that is down. Without these, 127.0.0.1 and ::1 themselves are dialled; once the
-/// interface is up, whoever follows the namespace adds them.
+/// Adds a route. False if it exists, or if the interface is down, through which IPv6 accepts no routes. Without the
+/// route, 127.0.0.1 and ::1 themselves are the destination. When the interface goes up, the follower of the namespace
+/// adds the route.
 fn add_if_up(
     questions: &mut Questions,
     route: RouteMessage,
@@ -30,23 +31,24 @@ fn add_if_up(
     }
 }
 
-/// IPv4 has its prefixes as a part of 127/8, unless the loopback interface has less of that.
+/// Makes a prefix local. False if it is local already, as the IPv4 prefixes are in 127.0.0.0/8 unless the loopback
+/// interface has a shorter range.
 pub(super) fn add_local_prefix(questions: &mut Questions, net: IpNet) -> Result<bool, NetnsSetupError> {
     let addr = match net.network() {
         IpAddr::V4(addr) => addr,
         IpAddr::V6(_) => {
             let route = local_prefix_route(net, LOOPBACK);
-            return add_if_up(questions, route, "adding a local IPv6 prefix to dial the proxy by");
+            return add_if_up(questions, route, "adding a local IPv6 prefix for connections to the proxy");
         }
     };
-    // A local address can be bound.
+    // Only a local address can be bound.
     let last = Ipv4Addr::from_bits(addr.to_bits() | (u32::MAX >> net.prefix_len()));
     if [addr, Ipv4Addr::from_bits(last.to_bits() - 1)].iter().all(|addr| UdpSocket::bind((*addr, 0)).is_ok())
     {
         return Ok(false);
     }
     let route = local_prefix_route(net, LOOPBACK);
-    add_if_up(questions, route, "adding a local IPv4 prefix to dial the proxy by")
+    add_if_up(questions, route, "adding a local IPv4 prefix for connections to the proxy")
 }
 
 pub(super) const TABLE_LOCAL: u32 = 255;
@@ -55,23 +57,24 @@ pub(super) fn local_prefix_route(net: IpNet, lo: u32) -> RouteMessage {
     let mut route = local_route(net, TABLE_LOCAL, lo);
     let source = match net {
         IpNet::V4(_) => RouteAddress::Inet(Ipv4Addr::LOCALHOST),
-        // Without it the kernel may take ::6.
+        // Otherwise the kernel may select ::6.
         IpNet::V6(_) => RouteAddress::Inet6(Ipv6Addr::LOCALHOST),
     };
     route.attributes.push(RouteAttribute::PrefSource(source));
     route
 }
 
-/// A query that is redirected to 127.0.0.1 has its interface by then, if the socket or the message chose one
-/// (IP_UNICAST_IF, IP_PKTINFO), and the route of 127.0.0.1 is by another. A second local route by that interface is found
-/// where it was chosen, and only there: for other lookups it comes after the kernel's own.
+/// Makes localhost reachable for sockets that have selected an interface. A query that is redirected to 127.0.0.1 is
+/// already restricted to the interface that the socket or the message has selected (IP_UNICAST_IF, IP_PKTINFO), and the
+/// route of 127.0.0.1 uses another. A second local route through that interface is found only by such lookups: for
+/// others it comes after the kernel's own.
 pub(super) fn add_localhost_by(
     questions: &mut Questions,
     v6: bool,
     interface: &str,
 ) -> Result<bool, NetnsSetupError> {
     let Some(index) = index_of(interface)? else { return Ok(false) };
-    add_if_up(questions, localhost_route(v6, index), "adding a local route to localhost by an interface")
+    add_if_up(questions, localhost_route(v6, index), "adding a local route to localhost through an interface")
 }
 
 pub(super) fn localhost_route(v6: bool, index: u32) -> RouteMessage {
@@ -81,12 +84,12 @@ pub(super) fn localhost_route(v6: bool, index: u32) -> RouteMessage {
         IpAddr::from(Ipv4Addr::LOCALHOST).into()
     };
     let mut route = local_route(net, TABLE_LOCAL, index);
-    // After the kernel's own, whose is 0.
+    // After the kernel's own route, whose priority is 0.
     route.attributes.push(RouteAttribute::Priority(1024));
     route
 }
 
-/// The index of an interface of the calling thread's namespace; none if there is no such interface.
+/// Returns the index of an interface in the calling thread's namespace. `None` if it does not exist.
 pub(super) fn index_of(interface: &str) -> Result<Option<u32>, NetnsSetupError> {
     match nix::net::if_::if_nametoindex(interface) {
         Ok(index) => Ok(Some(index)),

@@ -1,4 +1,4 @@
-//! In namespaces of their own, set up with iproute2.
+//! Namespaces that are set up with iproute2.
 
 use std::{
     net::IpAddr,
@@ -25,7 +25,7 @@ const PAIR: &[&str] = &[
 ];
 const GLOBAL_V6: &[&str] =
     &["addr add fd00:244::5/64 dev eth0 nodad", "-6 route add default via fd00:244::1"];
-/// IPv6 is routed, from a link-local address alone.
+/// IPv6 has a route and only a link-local address.
 const LINK_LOCAL_V6: &[&str] =
     &["-6 addr add fe80::5/64 dev eth0 nodad", "-6 route add default via fe80::1 dev eth0"];
 
@@ -64,7 +64,7 @@ fn planned(netns: &Netns, config: &Config, before: &NetnsChanges) -> (NetnsPlan,
     (plan(config, &snapshot.interface_names(), &found, before), snapshot)
 }
 
-/// Reads the namespace until it is as it must become: the kernel leaves addresses to a worker.
+/// Reads the namespace until it has the expected state. The kernel adds addresses from a work queue.
 #[track_caller]
 fn eventually(netns: &Netns, mut is_it: impl FnMut(&RouteSnapshot) -> bool) {
     let deadline = Instant::now() + Duration::from_secs(10);
@@ -78,7 +78,7 @@ fn eventually(netns: &Netns, mut is_it: impl FnMut(&RouteSnapshot) -> bool) {
     }
 }
 
-/// A policy is compiled before the namespace is changed, and must be the one for the changed namespace.
+/// A policy is compiled before the namespace is changed, and must be that of the changed namespace.
 #[test]
 fn what_is_expected_of_the_routes_comes_about() {
     for lines in [&[PLAIN][..], &[PAIR], &[PAIR, GLOBAL_V6], &[PAIR, LINK_LOCAL_V6]] {
@@ -94,7 +94,7 @@ fn what_is_expected_of_the_routes_comes_about() {
             let expected = compile(&config, &plan.expected(snapshot));
             assert_eq!(added(&netns, &plan.additions()), plan.additions());
             eventually(&netns, |snapshot| compile(&config, snapshot) == expected);
-            // And nothing is to be done any more.
+            // There is nothing left to change.
             assert!(planned(&netns, &config, &plan.result()).0.is_empty(), "{config:?}");
             remove(&netns, &plan.result()).expect("removed");
             assert_eq!(planned(&netns, &config, &NetnsChanges::default()).0, plan, "{config:?}");
@@ -111,7 +111,7 @@ fn what_another_process_made_is_neither_planned_nor_removed() {
         let (plan, _) = planned(&netns, &config, &NetnsChanges::default());
         assert!(plan.is_empty() && plan.result().is_empty(), "{plan:?}");
     }
-    // Nor is what another process made since the plan.
+    // The same for a change that another process has made since the plan.
     let netns = namespace(&[PAIR, GLOBAL_V6]);
     let (plan, _) = planned(&netns, &Config::default(), &NetnsChanges::default());
     assert_eq!(added(&netns, &plan.additions()), plan.additions());
@@ -127,5 +127,5 @@ fn what_is_asked_for_no_more_is_planned_to_go() {
     let (second, _) = planned(&netns, &redirect, &first.result());
     assert!(second.additions().is_empty());
     assert_eq!(second.removals(), first.result().without(&second.result()));
-    assert!(second.result().0.contains(&NetnsChange::PassthroughAddress), "which both need");
+    assert!(second.result().0.contains(&NetnsChange::PassthroughAddress), "both plans need it");
 }
