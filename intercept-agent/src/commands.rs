@@ -24,7 +24,7 @@ pub(crate) enum Failed {
     #[error(transparent)]
     Usage(#[from] OptionError),
     /// The CNI plugin failed. Its error has already been printed in the specification's format.
-    #[error("the runtime was told")]
+    #[error("the CNI plugin has failed")]
     Told,
     /// Redirection is active and does not work.
     #[error(transparent)]

@@ -155,7 +155,7 @@ impl Missing {
             return lost.to_owned();
         }
         if self.feature == Feature::NetnsCookie {
-            return "pods cannot be told apart".to_owned();
+            return "pods cannot be distinguished".to_owned();
         }
         let mut said = BTreeSet::new();
         let lost: Vec<_> = self
