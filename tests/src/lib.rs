@@ -24,6 +24,7 @@ pub mod missing_hook;
 pub mod model;
 pub mod plugin;
 pub mod snapshot;
+pub mod soak;
 pub mod steps;
 pub mod testbed;
 pub mod unusual;

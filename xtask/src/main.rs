@@ -22,6 +22,7 @@ mod parts;
 mod release;
 mod run;
 mod setup;
+mod soak;
 mod sweep;
 mod test;
 mod tidy;
@@ -60,6 +61,8 @@ enum Task {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         options: Vec<OsString>,
     },
+    /// Disturb a node in every way at once, and check every connection of its well-behaved pods meanwhile
+    Soak(soak::Arguments),
     /// Fuzz the option parser, and decide beside the rules
     Fuzz(fuzz::Arguments),
     /// Run the demo and the cases that need no tools under other kernels, in virtual machines
@@ -120,6 +123,7 @@ fn perform(task: Task) -> Result<()> {
             build::and_run("bench", &options)
         }
         Task::Test(arguments) => test::test(&arguments),
+        Task::Soak(arguments) => soak::soak(&arguments),
         Task::Fuzz(arguments) => fuzz::fuzz(&arguments),
         Task::Vm(arguments) => vm::vm(&arguments),
         Task::Image(arguments) => image::make(&arguments),

@@ -1,0 +1,37 @@
+//! Builds everything and soaks; see `tests/src/soak.rs`.
+
+use std::ffi::OsString;
+
+use anyhow::Result;
+use clap::Args;
+
+use crate::{
+    build,
+    setup::{self, Group},
+    sweep,
+};
+
+#[derive(Args)]
+pub(crate) struct Arguments {
+    /// For how long
+    #[arg(long, value_name = "N")]
+    minutes: Option<f64>,
+    /// Decides every choice [default: the time]
+    #[arg(long)]
+    seed: Option<u64>,
+}
+
+/// Soaks; fails with the seed and what went wrong, or if anything is left on the machine.
+pub(crate) fn soak(arguments: &Arguments) -> Result<()> {
+    setup::setup(&[Group::Base, Group::Test])?;
+    let before = sweep::present();
+    let options = [
+        arguments.minutes.map(|minutes| format!("--minutes={minutes}")),
+        arguments.seed.map(|seed| format!("--seed={seed}")),
+    ];
+    let options: Vec<_> = options.into_iter().flatten().map(OsString::from).collect();
+    let soaked = build::and_run("soak", &options);
+    let left = sweep::nothing_new(&before);
+    soaked?;
+    left
+}
