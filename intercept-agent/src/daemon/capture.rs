@@ -8,6 +8,7 @@ use std::{
 };
 
 use procfs::{net::TcpState, process::Process};
+use rustix::time::{ClockId, clock_gettime};
 use tokio::runtime::Handle;
 
 use super::{
@@ -192,6 +193,10 @@ pub struct Captured {
     pub preexisting_connections: usize,
     /// How long it took, without the wait for the worker.
     pub took: Duration,
+    /// What of that was processor time of the worker.
+    pub cost: Duration,
+    /// Nothing ran in the pod when its user namespace was looked at.
+    pub idle: bool,
 }
 
 /// What was observed of a pod, ready to be attached.
@@ -201,6 +206,7 @@ pub struct Prepared {
     observed: Observation,
     follower: Option<Follower>,
     connections: Option<usize>,
+    idle: bool,
 }
 
 /// Observe a desired pod. Runs on a thread of its own, so that a slow pod delays no other. `before` is what is attached
@@ -222,6 +228,8 @@ pub fn prepare(
         None => Netns::of_sandbox(&cgroup, before.map(|applied| applied.netns_inode))?,
     };
     let cookie = netns.cookie();
+    // Before the observation: what starts meanwhile is looked at again.
+    let idle = cgroup.processes().is_ok_and(|processes| processes.is_empty());
     let target = Target { cgroup, netns, netns_path: desired.netns.clone(), origin: desired.origin.clone() };
     target
         .netns
@@ -244,7 +252,14 @@ pub fn prepare(
             let connections = if is_new { established(&target.netns).ok() } else { None };
             Ok::<_, CaptureError>((observed, follower, connections))
         })?
-        .map(|(observed, follower, connections)| Prepared { target, config, observed, follower, connections })
+        .map(|(observed, follower, connections)| Prepared {
+            target,
+            config,
+            observed,
+            follower,
+            connections,
+            idle,
+        })
 }
 
 /// Attach a pod as it was prepared. `before` is what is attached for it.
@@ -253,8 +268,8 @@ pub fn capture(
     prepared: Prepared,
     before: Option<&AppliedPod>,
 ) -> Result<Captured, CaptureError> {
-    let started = Instant::now();
-    let Prepared { target, config, mut observed, mut follower, connections } = prepared;
+    let (started, before_cost) = (Instant::now(), processor_time());
+    let Prepared { target, config, mut observed, mut follower, connections, idle } = prepared;
     let cookie = target.netns.cookie();
     let done = access.with(|node| {
         if let Some(before) = before.filter(|applied| applied.cookie != cookie) {
@@ -278,7 +293,13 @@ pub fn capture(
         netns_path: target.netns_path.clone(),
     };
     let preexisting_connections = connections.unwrap_or_default();
-    Ok(Captured { done, applied, follower, preexisting_connections, took: started.elapsed() })
+    let cost = processor_time().saturating_sub(before_cost);
+    Ok(Captured { done, applied, follower, preexisting_connections, took: started.elapsed(), cost, idle })
+}
+
+/// Of the calling thread. Unlike time, it does not grow while other agents hold the store's lock.
+fn processor_time() -> Duration {
+    clock_gettime(ClockId::ThreadCPUTime).try_into().unwrap_or_default()
 }
 
 /// The TCP connections in a namespace, both ends counted where both are in it.

@@ -43,6 +43,8 @@ const RESYNC_INTERVAL: Duration = Duration::from_secs(10);
 
 /// A failure that passes by itself within this time gets no event on the pod.
 const EVENT_AFTER: Duration = Duration::from_secs(5);
+/// How many looks at a pod with processes confirm its ids, if it had none when it was attached.
+const CONFIRMATIONS: u8 = 2;
 /// How often at least a pod is tried whose first process is awaited.
 const START_RETRY: Duration = Duration::from_millis(500);
 
@@ -162,12 +164,10 @@ impl Reconciler {
             Message::Collect(valid, reply) => drop(reply.send(self.collect(&valid))),
             Message::Leave(reply) => self.uninstall(reply),
             Message::Changed(key, cookie) => {
-                if self
-                    .pods
-                    .get(&key)
-                    .and_then(|pod| pod.applied.as_ref())
-                    .is_some_and(|h| h.cookie == cookie)
-                {
+                let pod = self.pods.get_mut(&key);
+                let of_it =
+                    |pod: &&mut Pod| pod.applied.as_ref().is_some_and(|applied| applied.cookie == cookie);
+                if pod.filter(of_it).is_some_and(Pod::changed) {
                     self.reconcile(&key);
                 }
             }
@@ -358,7 +358,11 @@ impl Reconciler {
             JobOutcome::Alive(Ok(false)) => self.on_gone(key),
             JobOutcome::Alive(Err(error)) => tracing::warn!(pod = %key, "{}", error.text()),
         }
-        if again {
+        let changed = self
+            .pods
+            .get_mut(key)
+            .is_some_and(|pod| std::mem::take(&mut pod.changed_in_flight) && pod.changed());
+        if again || changed {
             self.reconcile(key);
         }
     }
@@ -366,7 +370,7 @@ impl Reconciler {
     /// `latest` unless something else is wanted by now.
     fn captured(&mut self, key: &Key, captured: Captured, latest: bool) {
         let Some(pod) = self.pods.get_mut(key) else { return };
-        let Captured { done, applied, follower, preexisting_connections, took } = captured;
+        let Captured { done, applied, follower, preexisting_connections, took, cost, idle } = captured;
         self.metrics.captured(done, took);
         if done != Attached::Unchanged {
             tracing::info!(
@@ -399,6 +403,10 @@ impl Reconciler {
                 }
             });
             pod.follow = Some((applied.cookie, task));
+        }
+        pod.rest_until = Some(Instant::now() + retry::rest(cost));
+        if idle {
+            pod.ids_to_confirm = CONFIRMATIONS;
         }
         pod.applied = Some(applied);
         pod.last_verified = Some(Instant::now());

@@ -95,6 +95,13 @@ pub(super) struct Pod {
     pub(super) failing_since: Option<Instant>,
     /// Not to be tried before.
     pub(super) retry_at: Option<Instant>,
+    /// Its namespace changed while the worker had a job for it.
+    pub(super) changed_in_flight: bool,
+    /// Changes of its namespace are not applied before.
+    pub(super) rest_until: Option<Instant>,
+    /// How often it is looked at again because nothing ran in it when its user namespace was looked at: the first process
+    /// may still be outside of that.
+    pub(super) ids_to_confirm: u8,
     /// The worker has a job for it.
     pub(super) in_flight: bool,
     /// Something changed meanwhile.
@@ -121,6 +128,29 @@ impl Pod {
             (Some(_), _, None) => PodState::Pending,
             (None, _, None) => PodState::Releasing,
         }
+    }
+
+    /// Note a change of its namespace. True if it is to be applied at once.
+    pub(super) fn changed(&mut self) -> bool {
+        if self.in_flight {
+            self.changed_in_flight = true;
+            return false;
+        }
+        match self.rest_until.filter(|until| *until > Instant::now()) {
+            Some(until) => {
+                self.retry_at = Some(self.retry_at.map_or(until, |at| at.max(until)));
+                false
+            }
+            None => true,
+        }
+    }
+
+    /// Whether its ids are to be looked at again, because something runs in it now.
+    pub(super) fn confirms_ids(&mut self) -> bool {
+        let confirms =
+            self.ids_to_confirm > 0 && self.applied.as_ref().is_some_and(AppliedPod::has_processes);
+        self.ids_to_confirm -= u8::from(confirms);
+        confirms
     }
 
     /// Let go of its namespace.

@@ -23,7 +23,7 @@ impl Reconciler {
         let mut unsure = Vec::new();
         let mut due = Vec::new();
         let now = Instant::now();
-        for (key, pod) in &self.pods {
+        for (key, pod) in &mut self.pods {
             if pod.in_flight {
                 continue;
             }
@@ -35,6 +35,7 @@ impl Reconciler {
                 Some(Liveness::Alive) if pod.follow.is_none() && pod.failure.is_none() => {
                     due.push(key.clone())
                 }
+                Some(Liveness::Alive) if pod.confirms_ids() => due.push(key.clone()),
                 _ => {}
             }
             if pod.retry_at.is_some_and(|due| due <= now) {
