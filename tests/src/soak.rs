@@ -29,7 +29,7 @@ use self::{
     growth::Growth,
     held::Held,
     ledger::{Kind, Ledger},
-    node::Node,
+    node::SoakNode,
     residue::{Process, Residue},
     steady::{SteadyPod, World},
 };
@@ -81,7 +81,7 @@ pub fn soak(options: Options) -> Result<()> {
 
 fn perform(agent: &Agent, options: Options, admissions: &Admissions, ledger: &Ledger) -> Result<()> {
     let world = World::new()?;
-    let node = Node::new(agent)?;
+    let node = SoakNode::new(agent)?;
     let object = node.api_pod("by-api", "00000000-0000-4000-8000-000000000001".into())?;
     let folder = SteadyPod::new("by-folder", &world, None)?;
     let api = SteadyPod::new("by-api", &world, Some(&object))?;
@@ -149,7 +149,7 @@ fn connect(pod: &SteadyPod, world: &World, dice: &mut Dice, ledger: &Ledger) -> 
 }
 
 /// Whether the kubelet would leave the daemon alone.
-fn probe(node: &Node<'_>, ledger: &Ledger) -> Result<()> {
+fn probe(node: &SoakNode<'_>, ledger: &Ledger) -> Result<()> {
     while !ledger.stopped() {
         let before = node.absences();
         let started = Instant::now();
@@ -163,7 +163,7 @@ fn probe(node: &Node<'_>, ledger: &Ledger) -> Result<()> {
     Ok(())
 }
 
-fn healthz(node: &Node<'_>) -> Result<()> {
+fn healthz(node: &SoakNode<'_>) -> Result<()> {
     let mut stream = TcpStream::connect(node.metrics())?;
     stream.set_read_timeout(Some(PROBE * 10))?;
     stream.write_all(b"GET /healthz HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n")?;
@@ -174,7 +174,13 @@ fn healthz(node: &Node<'_>) -> Result<()> {
 }
 
 /// Prints progress, and samples the daemon in the second half of the run, until that ends.
-fn watch(node: &Node<'_>, options: Options, admissions: &Admissions, growth: &mut Growth, ledger: &Ledger) {
+fn watch(
+    node: &SoakNode<'_>,
+    options: Options,
+    admissions: &Admissions,
+    growth: &mut Growth,
+    ledger: &Ledger,
+) {
     let mut next = PROGRESS;
     while ledger.elapsed() < options.duration && !ledger.stopped() {
         ledger.pause(SAMPLE.min(options.duration.saturating_sub(ledger.elapsed())));
@@ -201,7 +207,7 @@ fn watch(node: &Node<'_>, options: Options, admissions: &Admissions, growth: &mu
 }
 
 /// Waits until there is as much of everything as at the beginning.
-fn settle(node: &Node<'_>, world: &World, baseline: &Residue, ledger: &Ledger) -> Result<()> {
+fn settle(node: &SoakNode<'_>, world: &World, baseline: &Residue, ledger: &Ledger) -> Result<()> {
     let deadline = Instant::now() + SETTLED;
     loop {
         // Between two looks something may go.
@@ -221,7 +227,7 @@ fn settle(node: &Node<'_>, world: &World, baseline: &Residue, ledger: &Ledger) -
 
 /// Compares the daemon with a fresh one, then has all released and compares the pods with what they were.
 fn finish(
-    node: &Node<'_>,
+    node: &SoakNode<'_>,
     steady: &Steady<'_>,
     held: &Held,
     pods: &[&Pod],

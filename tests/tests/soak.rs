@@ -8,7 +8,7 @@ use tests::{
     soak::{
         dice::Dice,
         faults::OPTIONS,
-        ledger::{Expected, Kind, Ledger, Proxy},
+        ledger::{Expected, Kind, Ledger, SeenProxy},
         steady::{SteadyPod, World},
     },
     testbed::sweep::leftovers,
@@ -63,9 +63,9 @@ fn only_a_restart_of_the_proxy_excuses_a_refusal() {
     let to = SocketAddr::from(([10, 0, 0, 1], 80));
     let refused = Dialled { outcome: Refused, sockname: None, peername: None, peername_after: None };
     let ledger = Ledger::new();
-    ledger.judge("pod", Expected::Proxy(to), Proxy::Restarted, &refused);
+    ledger.judge("pod", Expected::SeenProxy(to), SeenProxy::Restarted, &refused);
     assert_eq!(ledger.count(Kind::Lost), 0);
-    ledger.judge("pod", Expected::Proxy(to), Proxy::Listening, &refused);
+    ledger.judge("pod", Expected::SeenProxy(to), SeenProxy::Listening, &refused);
     assert_eq!(ledger.count(Kind::Lost), 1);
 }
 

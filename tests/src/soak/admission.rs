@@ -12,7 +12,7 @@ use super::{
     PRIORITY,
     dice::Dice,
     ledger::{Kind, Ledger},
-    node::Node,
+    node::SoakNode,
 };
 use crate::testbed::Sandbox;
 
@@ -42,7 +42,7 @@ pub struct Percentiles {
 
 impl Admissions {
     /// Adds and deletes pods until the run ends.
-    pub fn measure(&self, node: &Node<'_>, mut dice: Dice, ledger: &Ledger) -> Result<()> {
+    pub fn measure(&self, node: &SoakNode<'_>, mut dice: Dice, ledger: &Ledger) -> Result<()> {
         // Of this thread alone, and of the plugin that it starts.
         setpriority_process(None, PRIORITY).context("raising the runtime's priority")?;
         let mut number = 0_u32;

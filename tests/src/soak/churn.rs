@@ -9,7 +9,7 @@ use rustix::process::{Pid, Signal, kill_process};
 use super::{
     dice::Dice,
     ledger::{Kind, Ledger},
-    node::{ApiPod, EXCLUDED, Node},
+    node::{ApiPod, EXCLUDED, SoakNode},
     steady::{SteadyPod, World},
 };
 use crate::agent::finish;
@@ -36,7 +36,7 @@ enum Source {
 
 /// How a pod goes.
 #[derive(Clone, Copy)]
-enum End {
+enum PodEnd {
     /// As its source says it.
     Told,
     /// Its processes and namespace go first, and its source is told afterwards.
@@ -46,7 +46,7 @@ enum End {
 }
 
 /// Makes pods, changes and ends them until the run ends. Several threads may; each has its own number.
-pub fn churn(node: &Node<'_>, world: &World, thread: u32, mut dice: Dice, ledger: &Ledger) -> Result<()> {
+pub fn churn(node: &SoakNode<'_>, world: &World, thread: u32, mut dice: Dice, ledger: &Ledger) -> Result<()> {
     let mut alive: Vec<Passing> = Vec::new();
     let mut made = thread * 1_000_000;
     while !ledger.stopped() {
@@ -75,7 +75,7 @@ pub fn churn(node: &Node<'_>, world: &World, thread: u32, mut dice: Dice, ledger
 }
 
 impl Passing {
-    fn new(node: &Node<'_>, world: &World, dice: &mut Dice, number: u32) -> Result<Self> {
+    fn new(node: &SoakNode<'_>, world: &World, dice: &mut Dice, number: u32) -> Result<Self> {
         let name = format!("passing-{number}");
         let source = match dice.number(0..4) {
             0 => Source::Folder,
@@ -93,7 +93,7 @@ impl Passing {
         Ok(Self { name, source, pod })
     }
 
-    fn begin(&self, node: &Node<'_>, ledger: &Ledger) -> Result<()> {
+    fn begin(&self, node: &SoakNode<'_>, ledger: &Ledger) -> Result<()> {
         match &self.source {
             Source::Folder => {
                 ledger.act("files put");
@@ -111,7 +111,7 @@ impl Passing {
         Ok(())
     }
 
-    fn attach(&self, node: &Node<'_>, more: &[&str], ledger: &Ledger) -> Result<()> {
+    fn attach(&self, node: &SoakNode<'_>, more: &[&str], ledger: &Ledger) -> Result<()> {
         ledger.act("attaches");
         let output = finish(&mut node.agent().for_pod("attach", self.pod.pod(), &[&OPTIONS, more].concat()))?;
         if !output.status.success() {
@@ -122,7 +122,7 @@ impl Passing {
     }
 
     /// Waits for what the daemon does by itself; a finding if it does not.
-    fn is_captured(&self, node: &Node<'_>, ledger: &Ledger) -> Result<bool> {
+    fn is_captured(&self, node: &SoakNode<'_>, ledger: &Ledger) -> Result<bool> {
         if !matches!(self.source, Source::Folder) {
             return Ok(true);
         }
@@ -145,7 +145,7 @@ impl Passing {
         }
     }
 
-    fn change(&mut self, node: &Node<'_>, dice: &mut Dice, ledger: &Ledger) -> Result<()> {
+    fn change(&mut self, node: &SoakNode<'_>, dice: &mut Dice, ledger: &Ledger) -> Result<()> {
         ledger.act("replacements");
         let port = dice.number(20_000..30_000).to_string();
         match &mut self.source {
@@ -161,16 +161,16 @@ impl Passing {
         Ok(())
     }
 
-    fn end(self, node: &Node<'_>, dice: &mut Dice, ledger: &Ledger) -> Result<()> {
+    fn end(self, node: &SoakNode<'_>, dice: &mut Dice, ledger: &Ledger) -> Result<()> {
         let Self { name, source, pod } = self;
-        match dice.one_of(&[End::Told, End::Told, End::Vanished, End::Unplugged]) {
-            End::Told => {
+        match dice.one_of(&[PodEnd::Told, PodEnd::Told, PodEnd::Vanished, PodEnd::Unplugged]) {
+            PodEnd::Told => {
                 ledger.act("pods ended");
                 source.forget(node, &name, Some(&pod), ledger)
             }
             end => {
                 ledger.act("pods vanished");
-                if matches!(end, End::Unplugged) {
+                if matches!(end, PodEnd::Unplugged) {
                     let mut ip = pod.pod().command("ip")?;
                     finish(ip.args(["link", "delete", "eth0"]))?;
                 }
@@ -187,7 +187,7 @@ impl Passing {
 
 impl Source {
     /// Takes the pod's claim away.
-    fn forget(self, node: &Node<'_>, name: &str, pod: Option<&SteadyPod>, ledger: &Ledger) -> Result<()> {
+    fn forget(self, node: &SoakNode<'_>, name: &str, pod: Option<&SteadyPod>, ledger: &Ledger) -> Result<()> {
         match self {
             Self::Folder => node.daemon().remove(name)?,
             Self::Api(api) => {

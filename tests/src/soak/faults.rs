@@ -8,7 +8,7 @@ use intercept_agent::daemon::reconcile::PodState;
 use super::{
     dice::Dice,
     ledger::{Kind, Ledger},
-    node::{ApiPod, EXCLUDED, Node},
+    node::{ApiPod, EXCLUDED, SoakNode},
     steady::SteadyPod,
 };
 use crate::{agent::finish, daemon::get, testbed::Sandbox};
@@ -36,7 +36,7 @@ pub struct Steady<'a> {
 
 impl Steady<'_> {
     /// Captures all three.
-    pub fn capture(&self, node: &Node<'_>) -> Result<()> {
+    pub fn capture(&self, node: &SoakNode<'_>) -> Result<()> {
         node.daemon().put(FILE, self.folder.pod(), &OPTIONS)?;
         node.daemon().wait_for(FILE, PodState::Captured)?;
         node.tell("ADDED", &self.object);
@@ -46,7 +46,7 @@ impl Steady<'_> {
     }
 
     /// Replaces the options of all three by the first ones.
-    pub fn restore(&mut self, node: &Node<'_>) -> Result<()> {
+    pub fn restore(&mut self, node: &SoakNode<'_>) -> Result<()> {
         self.object.annotate(EXCLUDED, "15020");
         node.tell("MODIFIED", &self.object);
         node.daemon().put(FILE, self.folder.pod(), &OPTIONS)?;
@@ -55,7 +55,7 @@ impl Steady<'_> {
     }
 
     /// Has the daemon do once what it does now and then, so that it has open what it keeps open.
-    pub fn exercise(&self, node: &Node<'_>) -> Result<()> {
+    pub fn exercise(&self, node: &SoakNode<'_>) -> Result<()> {
         let pod = self.folder.pod();
         for (options, named) in [([&OPTIONS[..], &["-o", MARK]].concat(), true), (OPTIONS.to_vec(), false)] {
             node.daemon().put(FILE, pod, &options)?;
@@ -74,7 +74,7 @@ impl Steady<'_> {
         Ok(())
     }
 
-    fn replace(&mut self, node: &Node<'_>, dice: &mut Dice) -> Result<()> {
+    fn replace(&mut self, node: &SoakNode<'_>, dice: &mut Dice) -> Result<()> {
         let port = dice.number(20_000..30_000).to_string();
         let options = [&OPTIONS[..], &["-o", &port]].concat();
         match dice.number(0..3) {
@@ -91,7 +91,7 @@ impl Steady<'_> {
 
 /// Disturbs until the run ends. The daemon is killed in the first half only, so that growth shows in the second.
 pub fn disturb(
-    node: &Node<'_>,
+    node: &SoakNode<'_>,
     steady: &mut Steady<'_>,
     mut dice: Dice,
     half: Duration,
@@ -130,7 +130,7 @@ pub fn disturb(
 }
 
 /// Commands that only read must succeed whatever others do.
-fn read(node: &Node<'_>, dice: &mut Dice, ledger: &Ledger) -> Result<()> {
+fn read(node: &SoakNode<'_>, dice: &mut Dice, ledger: &Ledger) -> Result<()> {
     ledger.act("status and check");
     let mut command = node.agent().command(dice.one_of(&["status", "status", "check"]));
     let output = finish(&mut command)?;
@@ -142,7 +142,7 @@ fn read(node: &Node<'_>, dice: &mut Dice, ledger: &Ledger) -> Result<()> {
 }
 
 /// Kills an attach, a replacement or a detach at some moment; then the pod is attached and detached, or vanishes as it is.
-fn kill_commands(node: &Node<'_>, dice: &mut Dice, ledger: &Ledger) -> Result<()> {
+fn kill_commands(node: &SoakNode<'_>, dice: &mut Dice, ledger: &Ledger) -> Result<()> {
     let place = Sandbox::new("killed")?;
     for _ in 0..dice.number(1..4) {
         ledger.act("commands killed");

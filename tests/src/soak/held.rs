@@ -8,7 +8,7 @@ use intercept_agent::daemon::reconcile::PodState;
 use super::{
     faults::OPTIONS,
     ledger::{Kind, Ledger},
-    node::Node,
+    node::SoakNode,
     steady::World,
 };
 use crate::{
@@ -33,7 +33,7 @@ pub struct Held {
 
 impl Held {
     /// A captured pod whose connections are open.
-    pub fn new(node: &Node<'_>, world: &World) -> Result<Self> {
+    pub fn new(node: &SoakNode<'_>, world: &World) -> Result<Self> {
         let program = load::program()?;
         let pod = world.pod(FILE)?;
         let addr = SocketAddr::from(([0, 0, 0, 0], 15001));
@@ -68,7 +68,7 @@ impl Held {
     }
 
     /// Takes its file away.
-    pub fn release(&self, node: &Node<'_>) -> Result<()> {
+    pub fn release(&self, node: &SoakNode<'_>) -> Result<()> {
         node.daemon().remove(FILE)
     }
 }

@@ -16,11 +16,11 @@ use anyhow::{Context as _, Result};
 use rustix::fs::{CWD, FileType, Mode, mknodat};
 use serde_json::json;
 
-use self::process::{Process, Program};
+use self::process::{HostileProcess, Program};
 use super::{
     dice::Dice,
     ledger::{Kind, Ledger},
-    node::{EXCLUDED, Node},
+    node::{EXCLUDED, SoakNode},
     steady::World,
 };
 use crate::{
@@ -70,7 +70,7 @@ const ACTS: [Act; 14] = [
 
 /// One after the other until the run ends.
 struct Hostile<'a, 'b> {
-    node: &'a Node<'b>,
+    node: &'a SoakNode<'b>,
     world: &'a World,
     ledger: &'a Ledger,
     dice: Dice,
@@ -82,7 +82,7 @@ struct Hostile<'a, 'b> {
 
 /// Does harm until the run ends. Several threads may; each has its own number.
 pub fn harm(
-    node: &Node<'_>,
+    node: &SoakNode<'_>,
     world: &World,
     thread: u32,
     mut dice: Dice,
@@ -251,11 +251,11 @@ impl Hostile<'_, '_> {
         for _ in 0..4 {
             let mut unshare = pod.command_as("unshare", Ids::APP)?;
             unshare.args(["--user", "--net", "--map-root-user", "sh", "-c", "echo ready; exec sleep 600"]);
-            others.push(Process::start(&mut unshare)?);
+            others.push(HostileProcess::start(&mut unshare)?);
         }
         let mut plain = pod.command_as("sh", Ids::APP)?;
-        others.push(Process::start(plain.args(["-c", "echo ready; exec sleep 600"]))?);
-        api.take(&others.iter().map(Process::pid).collect::<Vec<_>>())?;
+        others.push(HostileProcess::start(plain.args(["-c", "echo ready; exec sleep 600"]))?);
+        api.take(&others.iter().map(HostileProcess::pid).collect::<Vec<_>>())?;
         self.node.tell("ADDED", &api);
         if let Err(said) = self.node.call_until_done("ADD", &api, &pod)? {
             self.ledger.find(Kind::Refused, &format_args!("ADD of a pod with user namespaces: {said}"));
@@ -294,7 +294,7 @@ impl Hostile<'_, '_> {
         let mut bash = pod.command_as("/bin/bash", Ids::APP)?;
         bash.args(["-c", line]).stderr(Stdio::null());
         self.claimed(&pod, &[], |this| {
-            let _flood = Process::start(&mut bash)?;
+            let _flood = HostileProcess::start(&mut bash)?;
             this.wait();
             Ok(())
         })

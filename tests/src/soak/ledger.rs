@@ -61,14 +61,14 @@ struct State {
 #[derive(Debug, Clone, Copy)]
 pub enum Expected {
     /// The pod's proxy, which is told the destination.
-    Proxy(SocketAddr),
+    SeenProxy(SocketAddr),
     /// This server, without redirection.
     Direct(&'static str, SocketAddr),
 }
 
 /// Whether the proxy listened all the while.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Proxy {
+pub enum SeenProxy {
     /// It did.
     Listening,
     /// It was restarted: a connection may be refused or cut off, and nothing else.
@@ -88,24 +88,24 @@ impl Ledger {
     }
 
     /// Judges a connection by what both its ends saw.
-    pub fn judge(&self, who: &str, expected: Expected, proxy: Proxy, dialled: &Dialled) {
-        let (Expected::Proxy(to) | Expected::Direct(_, to)) = expected;
+    pub fn judge(&self, who: &str, expected: Expected, proxy: SeenProxy, dialled: &Dialled) {
+        let (Expected::SeenProxy(to) | Expected::Direct(_, to)) = expected;
         let answer = match &dialled.outcome {
             DialOutcome::Answered(answer) => answer,
-            DialOutcome::Refused | DialOutcome::Dropped(_) if proxy == Proxy::Restarted => {
+            DialOutcome::Refused | DialOutcome::Dropped(_) if proxy == SeenProxy::Restarted => {
                 self.without_proxy.fetch_add(1, Ordering::Relaxed);
                 return;
             }
             other => return self.find(Kind::Lost, &format_args!("{who}: {to}: {other:?}")),
         };
         match expected {
-            Expected::Proxy(_) if answer.server != "proxy" => {
+            Expected::SeenProxy(_) if answer.server != "proxy" => {
                 self.find(Kind::Bypassed, &format_args!("{who}: {to}: reached {}", answer.server));
             }
             Expected::Direct(server, _) if answer.server != server => {
                 self.find(Kind::Misled, &format_args!("{who}: {to}: reached {}", answer.server));
             }
-            Expected::Proxy(_) if answer.original_dst != Some(OriginalDst::Addr(to)) => {
+            Expected::SeenProxy(_) if answer.original_dst != Some(OriginalDst::Addr(to)) => {
                 self.find(Kind::Misled, &format_args!("{who}: {to}: told {:?}", answer.original_dst));
             }
             _ if [dialled.peername, dialled.peername_after] != [Some(to); 2] => {

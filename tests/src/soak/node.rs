@@ -33,7 +33,7 @@ const PATIENCE: Duration = Duration::from_secs(30);
 
 /// A node.
 #[derive(Debug)]
-pub struct Node<'a> {
+pub struct SoakNode<'a> {
     agent: &'a Agent,
     daemon: RwLock<Daemon<'a>>,
     /// Odd while the daemon is gone or has not yet taken over.
@@ -53,7 +53,7 @@ pub struct ApiPod {
     cgroup: PathBuf,
 }
 
-impl<'a> Node<'a> {
+impl<'a> SoakNode<'a> {
     /// A node whose daemon runs.
     pub fn new(agent: &'a Agent) -> Result<Self> {
         let api = Api::start(Vec::new());

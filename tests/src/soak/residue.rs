@@ -5,7 +5,7 @@ use std::{collections::BTreeMap, fs, path::Path};
 use anyhow::{Context as _, Result};
 use intercept_agent::maps::Maps;
 
-use super::{node::Node, steady::World};
+use super::{node::SoakNode, steady::World};
 use crate::{agent::succeed, snapshot::tree};
 
 /// How many there are of each thing.
@@ -23,7 +23,7 @@ pub struct Process {
 
 impl Residue {
     /// Of a node at this moment.
-    pub fn of(node: &Node<'_>, world: &World) -> Result<Self> {
+    pub fn of(node: &SoakNode<'_>, world: &World) -> Result<Self> {
         let mut counts = BTreeMap::new();
         let store = node.agent().store();
         let root = node.agent().bpffs();
@@ -66,7 +66,7 @@ impl Residue {
 
 impl Process {
     /// Of the daemon.
-    pub fn of(node: &Node<'_>) -> Result<Self> {
+    pub fn of(node: &SoakNode<'_>) -> Result<Self> {
         let pid = node.daemon().pid().context("the daemon does not run")?;
         let status = fs::read_to_string(format!("/proc/{pid}/status"))?;
         let rss = status.lines().find_map(|line| line.strip_prefix("VmRSS:")?.trim().strip_suffix(" kB"));

@@ -13,7 +13,7 @@ use anyhow::Result;
 
 use super::{
     dice::Dice,
-    ledger::{Expected, Ledger, Proxy},
+    ledger::{Expected, Ledger, SeenProxy},
     node::ApiPod,
 };
 use crate::{
@@ -136,15 +136,15 @@ impl SteadyPod {
         let outside = SocketAddr::new(outside, port);
         let inward = SocketAddr::new(self.pod.address(six), APP);
         let (what, actor, ids, expected) = match dice.number(0..8) {
-            0..4 => ("outbound", &self.inside, Ids::APP, Expected::Proxy(outside)),
-            4..7 => ("inbound", &world.actor, Ids::APP, Expected::Proxy(inward)),
+            0..4 => ("outbound", &self.inside, Ids::APP, Expected::SeenProxy(outside)),
+            4..7 => ("inbound", &world.actor, Ids::APP, Expected::SeenProxy(inward)),
             _ => ("the proxy's own", &self.inside, Ids::PROXY, Expected::Direct("world", outside)),
         };
-        let (Expected::Proxy(to) | Expected::Direct(_, to)) = expected;
+        let (Expected::SeenProxy(to) | Expected::Direct(_, to)) = expected;
         let before = self.restarts.load(Ordering::SeqCst);
         let dialled = actor.dial(Dial { timeout: PATIENCE, ..Dial::new(ids, to) })?;
         let undisturbed = before.is_multiple_of(2) && self.restarts.load(Ordering::SeqCst) == before;
-        let proxy = if undisturbed { Proxy::Listening } else { Proxy::Restarted };
+        let proxy = if undisturbed { SeenProxy::Listening } else { SeenProxy::Restarted };
         ledger.judge(&format!("{} {what}", self.label), expected, proxy, &dialled);
         Ok(())
     }

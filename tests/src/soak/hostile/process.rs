@@ -50,11 +50,11 @@ pub enum Program {
 
 /// A running process. Dropping it kills it.
 #[derive(Debug)]
-pub struct Process(Child);
+pub struct HostileProcess(Child);
 
 impl Program {
     /// Starts it in a place, and waits until it has done what it does.
-    pub fn start(self, place: &Sandbox) -> Result<Process> {
+    pub fn start(self, place: &Sandbox) -> Result<HostileProcess> {
         let soak = binary::locate("soak", VARIABLE)?;
         let mut command = match self {
             Self::Fuse => {
@@ -65,7 +65,7 @@ impl Program {
             Self::Descriptors | Self::HalfOpen => place.command(soak)?,
         };
         let name = self.to_possible_value().context("a name")?.get_name().to_owned();
-        Process::start(command.args(["hostile", &name]))
+        HostileProcess::start(command.args(["hostile", &name]))
     }
 
     /// Does it, for ever.
@@ -84,7 +84,7 @@ impl Program {
     }
 }
 
-impl Process {
+impl HostileProcess {
     /// Starts a command that prints a line when it has done its work.
     pub fn start(command: &mut Command) -> Result<Self> {
         let child = command.stdin(Stdio::null()).stdout(Stdio::piped()).spawn();
@@ -104,7 +104,7 @@ impl Process {
     }
 }
 
-impl Drop for Process {
+impl Drop for HostileProcess {
     fn drop(&mut self) {
         drop(self.0.kill());
         drop(self.0.wait());
