@@ -4,7 +4,7 @@
 //! the flows in a fresh pod captured one way or another and returns what each end [`Observed`]; [`oracle`] says what
 //! the rules mean; [`compare`] tells the differences.
 
-pub mod bed;
+pub mod run;
 pub mod capture;
 pub mod case;
 pub mod compare;
@@ -14,7 +14,7 @@ pub mod observed;
 pub mod oracle;
 pub mod random;
 
-pub use bed::observe;
+pub use run::observe;
 pub use capture::Capture;
 pub use case::{Case, End, Flow, FlowKind};
 pub use observed::Observed;
