@@ -1,10 +1,10 @@
-//! Cases that need no tools: `cargo xtask test` runs them here (`tests/cases.rs`), `cargo xtask vm` under other kernels and
-//! on other architectures, where there is nothing but this package's programs and a shell.
+//! Cases that need no tools. `cargo xtask test` runs them on this machine (`tests/cases.rs`). `cargo xtask vm` runs them under
+//! other kernels and on other architectures, where only the programs of this package and a shell exist.
 //!
-//! To add one, write a function in a file below `src/cases` and name it in [`CASES`]. It may start the workspace's
-//! programs (`actor`, `unusual`, the agent that it is given, or one of its own if it changes the node), and fails by an error or a panic. It must not start anything of the system's
-//! (`ip`, `bash`, iptables), and clean up by the guards of [`crate::testbed`]. One of them is run by
-//! `cargo xtask demo --cases NAME`.
+//! To add a case, write a function in a file below `src/cases` and list it in [`CASES`]. A case fails by an error or a
+//! panic. It may start programs of the workspace: `actor`, `unusual`, and the agent that it is given (or its own, if it
+//! changes the node). It must not start programs of the system (`ip`, `bash`, iptables). It cleans up with the guards of
+//! [`crate::testbed`]. `cargo xtask demo --cases NAME` runs one case.
 
 mod dns;
 mod hooks;
@@ -25,21 +25,21 @@ use crate::{
 
 pub use hooks::refused_as_checked;
 
-/// One of them.
+/// A case.
 pub struct KernelCase {
-    /// What it shows; a part of it selects it.
+    /// What the case shows. A part of the name selects the case.
     pub name: &'static str,
     run: CaseFn,
 }
 
-/// Is given an agent that all cases share: loading the programs takes seconds in an emulator.
+/// Takes the agent that all cases share, because loading the programs takes seconds in an emulator.
 type CaseFn = fn(&Agent) -> Result<()>;
 
 const fn case(name: &'static str, run: CaseFn) -> KernelCase {
     KernelCase { name, run }
 }
 
-/// All of them.
+/// All cases.
 pub const CASES: [KernelCase; 11] = [
     case("a connection by io_uring is captured", sockets::io_uring),
     case("TCP Fast Open is captured", sockets::fast_open),
@@ -55,7 +55,7 @@ pub const CASES: [KernelCase; 11] = [
 ];
 
 impl KernelCase {
-    /// Run it; a panic becomes an error.
+    /// Runs the case. A panic becomes an error.
     fn run(&self, agent: &Agent) -> Result<()> {
         catch_unwind(AssertUnwindSafe(|| (self.run)(agent)))
             .unwrap_or_else(|panic| Err(anyhow!("{}", text(&*panic))))
@@ -67,7 +67,7 @@ fn text(panic: &(dyn Any + Send)) -> &str {
     formatted.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("a panic without a message")
 }
 
-/// Run those whose names contain a text, and print what comes of each; returns how many failed.
+/// Runs the cases whose name contains a text and prints the result of each. Returns how many failed.
 pub fn run(filter: &str) -> Result<usize> {
     let agent = Agent::new("cases")?;
     let selected: Vec<_> = CASES.iter().filter(|case| case.name.contains(filter)).collect();
@@ -85,7 +85,7 @@ pub fn run(filter: &str) -> Result<usize> {
     Ok(failed)
 }
 
-/// A pod with servers that is captured with Istio's own flags and these.
+/// A pod with servers, captured with Istio's flags and additional ones.
 fn captured(agent: &Agent, label: &str, flags: &[&str]) -> Result<UnusualFixture> {
     let fixture = UnusualFixture::new(label)?;
     agent.attach(&fixture.pod, &[&INIT_FLAGS[..], flags].concat())?;

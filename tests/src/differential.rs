@@ -1,10 +1,9 @@
-//! The same flows under the real iptables, under the agent, and by the walk of the rules, compared.
+//! Compares the same flows under real iptables, under the agent, and as interpreted rules.
 //!
-//! A [`Case`] is a configuration and a list of flows, both drawn from a seed or written down. [`observe`] makes
-//! the flows in a fresh pod captured one way or another and returns what each end [`Observed`]; [`oracle`] says what
-//! the rules mean; [`compare`] tells the differences.
+//! A [`Case`] is a configuration and a list of flows, drawn from a seed or written by hand. [`observe`] makes the flows
+//! in a new pod with either capture and returns what both ends [`Observed`]. [`oracle`] predicts the result from the rules,
+//! and [`compare`] describes the differences.
 
-pub mod run;
 pub mod capture;
 pub mod case;
 pub mod compare;
@@ -13,8 +12,9 @@ pub mod layout;
 pub mod observed;
 pub mod oracle;
 pub mod random;
+pub mod run;
 
-pub use run::observe;
 pub use capture::Capture;
 pub use case::{Case, End, Flow, FlowKind};
 pub use observed::Observed;
+pub use run::observe;

@@ -1,8 +1,10 @@
-//! The testbed: pods made of a network namespace, a cgroup and a veth pair to the outside world, an actor that
-//! makes and answers flows in them, istio-iptables' rules as data, and the comparison between the two.
+//! Fixtures of the integration tests, and the benchmark.
 //!
-//! Everything here works by system calls and rtnetlink alone, so that it also runs in a virtual machine that
-//! holds nothing but these binaries. The only exception is [`iptables`], which needs iptables-restore.
+//! [`testbed`] makes pods, [`actor`] makes and answers flows in them, [`iptables`] has the rules of istio-iptables as
+//! data, and [`differential`] compares the two ways of capturing. README.md shows how to run the tests.
+//!
+//! [`testbed`], [`actor`], [`agent`] and [`cases`] use only system calls and rtnetlink, so that they also run in a virtual
+//! machine that has nothing but these binaries.
 
 pub mod actor;
 pub mod agent;

@@ -1,8 +1,8 @@
-//! Two witnesses of a decision that know nothing of each other: the project's own, from the command line by way of
-//! the compiled entries to `decide`, and the walk of the rules that istio-iptables would install.
+//! Two independent models of a decision. [`AgentModel`] parses and compiles the command line and calls `decide`.
+//! [`IptablesModel`] interprets the rules that istio-iptables would install.
 //!
-//! [`Situation`] is a configuration in a made-up namespace, [`Flow`] something that happens there, both drawn from a
-//! seed; [`Ours`] and [`Rules`] are the witnesses, and [`Fate`] is what either says.
+//! [`Situation`] is a configuration in an artificial namespace, and [`ModelFlow`] is a flow in it. Both are drawn from a
+//! seed. [`ModelVerdict`] is the answer of a model.
 
 mod agent;
 mod draw;
@@ -14,15 +14,15 @@ pub use draw::{ModelFlow, Situation};
 pub use iptables::IptablesModel;
 pub use netns::{ModelLink, ModelNetns};
 
-/// What becomes of a flow.
+/// The verdict on a flow.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum ModelVerdict {
     /// The kernel does not send it.
     Unroutable,
-    /// It goes where it was going.
+    /// It goes to its destination.
     Passed,
-    /// This port of the pod has it.
+    /// It goes to this port of the pod.
     To(u16),
-    /// It is lost.
+    /// It is dropped.
     Dropped,
 }

@@ -1,7 +1,7 @@
-//! Guards for the kernel objects a test needs; each removes what it made when dropped.
+//! Guards for the kernel objects that a test needs. Dropping a guard removes its object.
 //!
-//! Names carry the maker's pid, so that what a killed run left behind is recognised and removed by
-//! [`sweep::sweep`]. Needs CAP_SYS_ADMIN, CAP_NET_ADMIN and a cgroup2 mount; without them making a guard fails.
+//! Names contain the pid of the process that made them, so that [`sweep::sweep`] can remove what a killed run left. The
+//! guards need CAP_SYS_ADMIN, CAP_NET_ADMIN and a cgroup2 mount, and fail without them.
 
 pub mod bpffs;
 pub mod cgroup;
@@ -18,7 +18,7 @@ pub use namespace::Namespace;
 pub use pod::{Neighbour, Pod, PodInterface, PodSpec};
 pub use sandbox::{Ids, Sandbox};
 
-/// Reports what a guard could not undo: by panicking, unless a panic is what drops the guard.
+/// Reports that a guard could not remove its object. Panics, unless the thread is already panicking.
 fn complain(what: &std::fmt::Arguments<'_>) {
     if std::thread::panicking() {
         eprintln!("{what}");

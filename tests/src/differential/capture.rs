@@ -1,4 +1,4 @@
-//! The ways in which a pod can be captured.
+//! The ways to capture a pod.
 
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -10,26 +10,26 @@ use crate::actor::binary;
 use crate::iptables::{self, Backend, IptablesOptions};
 use crate::testbed::Pod;
 
-/// The variable that says where the agent is.
+/// The variable with the path of the agent.
 pub const AGENT: &str = "INTERCEPT_AGENT";
 
-/// Who captures.
+/// What captures a pod.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Capture {
-    /// The real iptables.
+    /// Real iptables.
     Iptables(Backend),
     /// This agent.
     Agent(PathBuf),
 }
 
-/// Undoes the capture of a pod.
+/// An active capture.
 #[derive(Debug)]
 pub struct ActiveCapture<'a> {
     agent: Option<(&'a Path, PathBuf)>,
 }
 
 impl Capture {
-    /// The agent: named by [`AGENT`], or beside the running executable or one folder above it, where cargo puts it.
+    /// The agent at the path in [`AGENT`], else where [`binary::locate`] finds it.
     pub fn agent() -> Result<Self> {
         binary::locate("intercept-agent", AGENT).map(Self::Agent)
     }
@@ -56,7 +56,7 @@ impl Capture {
 }
 
 impl ActiveCapture<'_> {
-    /// Ends the capture. iptables' ends with the namespace.
+    /// Ends the capture. The rules of iptables go with the namespace.
     pub fn stop(mut self) -> Result<()> {
         self.detach()
     }

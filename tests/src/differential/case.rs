@@ -1,4 +1,4 @@
-//! A configuration and flows to be made under it.
+//! A configuration, and the flows to make under it.
 
 use std::fmt;
 use std::net::{IpAddr, SocketAddr};
@@ -9,44 +9,44 @@ use crate::actor::Sending;
 use crate::iptables::IptablesOptions;
 use crate::testbed::Ids;
 
-/// What is compared.
+/// A configuration and its flows.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Case {
-    /// What it was drawn from, to draw it again; a name for those written down.
+    /// The seed, or the name of a case written by hand.
     pub origin: String,
     /// The configuration.
     pub options: IptablesOptions,
-    /// The proxy's listeners take both families by one socket each.
+    /// Whether each listener of the proxy is one socket for both families.
     pub dual_stack_proxy: bool,
-    /// The proxy listens before capture begins.
+    /// Whether the proxy listens before capture begins.
     pub listening_first: bool,
-    /// The flows, made at the same time.
+    /// The flows, made concurrently.
     pub flows: Vec<Flow>,
 }
 
 /// One flow.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Flow {
-    /// Where it begins.
+    /// The end that starts it.
     pub end: End,
-    /// Who makes it.
+    /// The user that makes it.
     pub ids: Ids,
-    /// Connection or datagram.
+    /// A connection or a datagram.
     pub kind: FlowKind,
-    /// Where to.
+    /// The destination.
     pub to: SocketAddr,
-    /// A source address bound first.
+    /// The source address to bind.
     pub from: Option<IpAddr>,
-    /// IPv4 by an IPv6 socket.
+    /// Whether an IPv6 socket makes the IPv4 flow.
     pub mapped: bool,
 }
 
-/// Where a flow begins.
+/// The end that starts a flow.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub enum End {
-    /// In the pod.
+    /// The pod.
     Pod,
-    /// In the outside world.
+    /// The outside world.
     World,
 }
 
@@ -55,7 +55,7 @@ pub enum End {
 pub enum FlowKind {
     /// A connection.
     Tcp,
-    /// A datagram, sent one way or another.
+    /// A datagram.
     Udp(DatagramMethod),
 }
 

@@ -1,4 +1,4 @@
-//! Differences between what was seen and what should have been, made readable.
+//! Describes how results differ from each other or from the prediction.
 
 use std::collections::BTreeMap;
 use std::fmt::Write;
@@ -8,18 +8,18 @@ use super::case::{Case, End, Flow};
 use super::observed::{Connection, Observed};
 use super::oracle::{self, ExpectedFlow};
 
-/// How many of the flows that differ in the same way are written out.
+/// How many flows are printed for each kind of difference.
 const SHOWN: usize = 3;
 
 /// A flow that differs.
 struct Differing {
-    /// In what way; flows that differ alike are counted together.
+    /// The kind of difference, by which flows are grouped.
     how: String,
-    /// The flow and what came of it.
+    /// The flow and its results.
     story: String,
 }
 
-/// What real iptables did otherwise than the walk of its rules says; none if nothing.
+/// How real iptables differs from the interpreted rules. `None` if it does not.
 pub fn with_oracle(case: &Case, seen: &[Observed]) -> Option<String> {
     let expected = oracle::predict(case);
     let all = case.flows.iter().zip(&expected).zip(seen);
@@ -30,7 +30,7 @@ pub fn with_oracle(case: &Case, seen: &[Observed]) -> Option<String> {
     report(case, found.collect())
 }
 
-/// What the agent did otherwise than iptables; none if nothing.
+/// How the agent differs from iptables. `None` if it does not.
 pub fn with_iptables(case: &Case, iptables: &[Observed], agent: &[Observed]) -> Option<String> {
     let expected = oracle::predict(case);
     let all = case.flows.iter().zip(&expected).zip(iptables.iter().zip(agent));
@@ -42,8 +42,8 @@ pub fn with_iptables(case: &Case, iptables: &[Observed], agent: &[Observed]) -> 
     report(case, found.collect())
 }
 
-/// The flows in which the server sees another port than the client has; none if none. Connection tracking may
-/// change it when it clashes with another flow's; nothing else may.
+/// The flows in which the server sees another client port than the client has. `None` if there are none. Only connection
+/// tracking may change a port, when it clashes with that of another flow.
 pub fn changed_ports(case: &Case, agent: &[Observed]) -> Option<String> {
     let expected = oracle::predict(case);
     let all = case.flows.iter().zip(&expected).zip(agent);
@@ -54,7 +54,7 @@ pub fn changed_ports(case: &Case, agent: &[Observed]) -> Option<String> {
     report(case, found.collect())
 }
 
-/// In what the agent's result differs from iptables', one line each.
+/// The differences between the agent's result and that of iptables, one line each.
 fn differences(iptables: &Observed, agent: &Observed) -> Vec<String> {
     let (Observed::Connection(iptables), Observed::Connection(agent)) = (iptables, agent) else {
         if iptables == agent {
@@ -63,7 +63,7 @@ fn differences(iptables: &Observed, agent: &Observed) -> Vec<String> {
         return vec!["the results differ".into()];
     };
     let mut lines = Vec::new();
-    // Destructured, so that a new field is not forgotten.
+    // Destructured, so that the compiler points out a new field.
     let Connection {
         server,
         original_dst,
@@ -121,7 +121,7 @@ fn report(case: &Case, differing: Vec<Differing>) -> Option<String> {
     Some(text)
 }
 
-/// How to get the case again, and what it is.
+/// How to repeat the case, and its configuration.
 pub fn describe(case: &Case) -> String {
     let mut text = format!("case {}\n  ", case.origin);
     for (name, value) in case.options.environment() {

@@ -1,10 +1,10 @@
-//! Configurations worth having by name.
+//! Configurations that tests use by name.
 
 use ipnet::IpNet;
 
 use crate::iptables::{Groups, IptablesCidrs, IptablesDns, IptablesOptions, IptablesPorts, Tproxy};
 
-/// Istio's own, and one for each group of options.
+/// The one of Istio's injector, and one for each group of options.
 pub fn fixed() -> Vec<(&'static str, IptablesOptions)> {
     let injected = IptablesOptions::injected;
     let tproxy = Some(Tproxy { mark: 1337, table: 133 });

@@ -1,4 +1,4 @@
-//! The pod of a comparison: its addresses, its routes, and who listens where.
+//! The pod of a comparison: its addresses, routes and listeners.
 
 use std::collections::BTreeSet;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
@@ -9,17 +9,17 @@ use crate::iptables::IptablesOptions;
 use crate::iptables::chains::{DNS_PORT, PASSTHROUGH_V6};
 use crate::testbed::PodSpec;
 
-/// Where applications, and the outside world, answer connections.
+/// The ports on which applications and the outside world accept connections.
 const APP_PORTS: [u16; 11] = [22, 53, 80, 443, 3306, 8080, 9090, 15000, 15002, 15020, 15090];
-/// Where applications, and the outside world, answer datagrams.
+/// The ports on which applications and the outside world answer datagrams.
 const APP_UDP_PORTS: [u16; 2] = [53, 5353];
 
-/// The pod: two interfaces, and a second address of each family on the first.
+/// A pod with two interfaces, of which the first has two addresses of each family.
 pub fn spec(label: &str) -> PodSpec {
     PodSpec::new(label).with_eth1().with_address(0, "10.66.0.3/24").with_address(0, "fd66::3/64")
 }
 
-/// Who listens on a port in the pod; every listener is a wildcard one.
+/// The name of the listener on a port in the pod. All listeners are wildcard listeners.
 pub fn listener(options: &IptablesOptions, tcp: bool, port: u16) -> Option<&'static str> {
     if port == DNS_PORT {
         return Some("dns");
@@ -38,7 +38,7 @@ pub fn listener(options: &IptablesOptions, tcp: bool, port: u16) -> Option<&'sta
     }
 }
 
-/// The ports on which something listens in the pod; the outside world listens on the same ones.
+/// The ports with a listener in the pod. The outside world listens on the same ports.
 pub fn ports(options: &IptablesOptions, tcp: bool) -> BTreeSet<u16> {
     let special: &[u16] = &[options.envoy_port, options.inbound_port, options.tunnel_port, DNS_PORT];
     if tcp {
@@ -48,7 +48,7 @@ pub fn ports(options: &IptablesOptions, tcp: bool) -> BTreeSet<u16> {
     }
 }
 
-/// Whether an address belongs to the pod, ::6 included: istio-iptables adds it.
+/// Whether an address belongs to the pod, including ::6, which istio-iptables adds.
 pub fn is_own(spec: &PodSpec, addr: IpAddr) -> bool {
     addr.is_loopback()
         || addr == IpAddr::V6(PASSTHROUGH_V6)
@@ -81,7 +81,7 @@ pub fn ingress(spec: &PodSpec, addr: IpAddr) -> &str {
 pub fn source(spec: &PodSpec, addr: IpAddr) -> IpAddr {
     match addr {
         IpAddr::V4(addr) if addr.is_loopback() => Ipv4Addr::LOCALHOST.into(),
-        // RFC 6724 rule 1: to oneself from oneself. IPv4 takes the interface's primary address instead.
+        // RFC 6724 rule 1: an address of the host is its own source. IPv4 uses the primary address of the interface.
         IpAddr::V6(_) if is_own(spec, addr) => addr,
         _ => {
             let name = if is_own(spec, addr) { ingress(spec, addr) } else { egress(spec, addr) };

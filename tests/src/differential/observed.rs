@@ -1,10 +1,10 @@
-//! What both ends of a flow saw, freed of what differs from run to run.
+//! What both ends of a flow saw, without what differs from run to run.
 
 use std::net::{IpAddr, SocketAddr};
 
 use crate::actor::{Answer, DialOutcome, Dialled, FlowStage, OriginalDst, Queried, QueryReply};
 
-/// What came of a flow.
+/// The result of a flow.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Observed {
     /// A server answered a connection.
@@ -13,56 +13,56 @@ pub enum Observed {
     Datagram(ObservedDatagram),
     /// Refused.
     Refused,
-    /// Cut off.
+    /// Reset or closed before an answer.
     Dropped(FlowStage),
     /// No answer.
     TimedOut(FlowStage),
     /// Another error.
     Failed(FlowStage, i32),
-    /// An answer that is none.
+    /// Something that is not an answer of the actor.
     Garbled(String),
 }
 
 /// Both ends of a connection.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Connection {
-    /// Who answered.
+    /// The server that answered.
     pub server: String,
-    /// SO_ORIGINAL_DST, of the proxy's listeners only: no other asks.
+    /// SO_ORIGINAL_DST, only from the proxy's listeners.
     pub original_dst: Option<OriginalDst>,
     /// The client as the server sees it.
     pub peer: IpAddr,
-    /// The client's port is the same at both ends. (Connection tracking changes it when it clashes.)
+    /// Whether both ends see the same client port. (Connection tracking changes it when it clashes.)
     pub same_port: bool,
-    /// The server's getpeername agrees with accept.
+    /// Whether getpeername and accept of the server agree.
     pub same_peername: bool,
-    /// The client's own address.
+    /// getsockname of the client.
     pub sockname: Option<IpAddr>,
-    /// The client's getpeername, once connected.
+    /// getpeername of the client after connect().
     pub peername: Option<SocketAddr>,
-    /// The client's getpeername, after the answer.
+    /// getpeername of the client after the answer.
     pub peername_after: Option<SocketAddr>,
 }
 
-/// Both ends of a datagram. Whom the DNS proxy sees as the client is not compared: nothing depends on it, and a
-/// source cannot be bound at sendto.
+/// Both ends of a datagram. The client as seen by the DNS proxy is not compared: nothing depends on it, and sendto()
+/// cannot bind a source.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ObservedDatagram {
-    /// Who answered.
+    /// The server that answered.
     pub server: String,
     /// The source of the answer.
     pub from: SocketAddr,
-    /// The client's own address.
+    /// getsockname of the client.
     pub sockname: Option<IpAddr>,
-    /// The client's getpeername, if connected.
+    /// getpeername of the client, if connected.
     pub peername: Option<SocketAddr>,
 }
 
-/// The listeners that ask for the original destination.
+/// The listeners that read the original destination.
 const PROXY_STATE: [&str; 2] = ["outbound", "inbound"];
 
 impl Observed {
-    /// Who answered, if anybody.
+    /// The server that answered.
     pub fn server(&self) -> Option<&str> {
         match self {
             Self::Connection(connection) => Some(&connection.server),

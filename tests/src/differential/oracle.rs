@@ -1,4 +1,4 @@
-//! What the rules say should come of a flow.
+//! Predicts the result of a flow from the rules.
 
 use std::net::{IpAddr, SocketAddr};
 
@@ -10,16 +10,16 @@ use crate::iptables::chains::PASSTHROUGH_V6;
 use crate::iptables::{IptablesVerdict, Packet, PacketOrigin, Protocol, Walker};
 use crate::testbed::PodSpec;
 
-/// What is expected of a flow.
+/// The prediction for a flow.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ExpectedFlow {
-    /// What becomes of its first packet.
+    /// The verdict on its first packet.
     pub verdict: IptablesVerdict,
-    /// Who answers, if anybody.
+    /// The server that answers.
     pub server: Option<&'static str>,
 }
 
-/// What the rules say of every flow of a case.
+/// Predicts the results of all flows of a case.
 pub fn predict(case: &Case) -> Vec<ExpectedFlow> {
     let walker = Walker::new(&case.options);
     let spec = layout::spec("compared");
@@ -39,7 +39,7 @@ fn expect(case: &Case, walker: &Walker, spec: &PodSpec, flow: &Flow) -> Expected
     let packet = Packet { protocol, from: SocketAddr::new(from, 40000), to: flow.to, origin };
     let verdict = walker.walk(&packet);
     let inside = |port| layout::listener(&case.options, tcp, port);
-    // The kernel finds no route from 127/8 to outside (EINVAL), and asks no rule.
+    // The kernel finds no route from 127/8 to the outside (EINVAL) and evaluates no rule.
     let no_route = flow.end == End::Pod && egress != "lo" && from.is_ipv4() && from.is_loopback();
     let server = match verdict {
         _ if no_route => None,
@@ -54,12 +54,12 @@ fn expect(case: &Case, walker: &Walker, spec: &PodSpec, flow: &Flow) -> Expected
     ExpectedFlow { verdict, server }
 }
 
-/// Nobody outside answers to the pod's own loopback addresses.
+/// The world outside has no listener on loopback addresses.
 fn is_routable(from: IpAddr) -> bool {
     !from.is_loopback() && from != IpAddr::V6(PASSTHROUGH_V6)
 }
 
-/// What of `seen` is not as expected, one line each.
+/// The differences between `seen` and the prediction, one line each.
 pub fn unexpected(flow: &Flow, expected: &ExpectedFlow, seen: &Observed) -> Vec<String> {
     let mut lines = Vec::new();
     if seen.server() != expected.server {

@@ -38,7 +38,7 @@ const OWN_V4: [&str; 8] =
 const OWN_V6: [&str; 6] = ["::1", "::1", "::6", "fd66::2", "fd66::3", "fd67::2"];
 const SOURCES_V4: [&str; 5] = ["127.0.0.1", "127.0.0.6", "10.66.0.2", "10.66.0.3", "10.67.0.2"];
 const SOURCES_V6: [&str; 4] = ["::1", "::6", "fd66::2", "fd67::2"];
-/// One of them, 81, has no listener anywhere.
+/// 81 has no listener anywhere.
 const PORTS: [u16; 16] =
     [22, 53, 53, 80, 80, 81, 443, 3306, 8080, 15000, 15001, 15002, 15006, 15008, 15020, 15090];
 const INTERFACES: [&str; 3] = ["eth0", "eth1", "eth9"];
@@ -60,7 +60,7 @@ const NETS: [&str; 14] = [
 ];
 const LOOPBACK_NETS: [&str; 4] = ["127.0.0.0/8", "127.0.0.2/32", "::1/128", "127.0.0.1/32"];
 
-/// The case of a seed, with so many flows.
+/// Draws a case with `flows` flows from a seed.
 pub fn case(seed: u64, flows: usize) -> Case {
     let mut rng = StdRng::seed_from_u64(seed);
     let options = options(&mut rng);
@@ -73,7 +73,7 @@ pub fn case(seed: u64, flows: usize) -> Case {
     }
 }
 
-/// Flows of a seed under a configuration written down.
+/// Draws flows from a seed for a given configuration.
 pub fn case_of(name: &str, options: IptablesOptions, seed: u64, flows: usize) -> Case {
     let mut rng = StdRng::seed_from_u64(seed);
     Case {
@@ -177,7 +177,7 @@ fn flow(rng: &mut StdRng, options: &IptablesOptions) -> Flow {
     Flow { end, ids, kind, to: SocketAddr::new(to, port), from, mapped }
 }
 
-/// One of the usual values with this probability, else one of the others.
+/// One of the usual values with the given probability, else one of the others.
 fn some<T: Clone>(rng: &mut StdRng, probability: f64, usual: &[T], others: &[T]) -> T {
     let from = if rng.random_bool(probability) { usual } else { others };
     from.choose(rng).expect("not empty").clone()

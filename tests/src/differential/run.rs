@@ -1,4 +1,4 @@
-//! Making the flows of a case in a fresh pod.
+//! Makes the flows of a case in a new pod.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::time::Duration;
@@ -16,12 +16,12 @@ use crate::testbed::{Ids, Pod};
 
 /// Long enough for two lost SYNs to be sent again (after one and three seconds).
 const TIMEOUT: Duration = Duration::from_secs(5);
-/// For flows that nobody should answer: whoever does so wrongly does it at once.
+/// The timeout of flows that should get no answer. A wrong answer would arrive at once.
 const SILENCE: Duration = Duration::from_millis(300);
-/// Flows under way at the same time, from each end.
+/// The number of concurrent flows from each end.
 const WINDOW: usize = 400;
 
-/// Makes the flows of a case in a pod of its own, captured as told; returns what came of each.
+/// Makes the flows of a case in a new pod with this capture. Returns the result of each flow.
 pub fn observe(case: &Case, capture: &Capture) -> Result<Vec<Observed>> {
     let pod = Pod::new(layout::spec("compared")).context("making a pod")?;
     let world = Actor::start(pod.neighbour())?;
@@ -48,7 +48,7 @@ pub fn observe(case: &Case, capture: &Capture) -> Result<Vec<Observed>> {
     Ok(seen)
 }
 
-/// Makes flows at the same time.
+/// Makes flows concurrently.
 fn make(flows: &[(Flow, Duration)], inside: &Actor, world: &Actor) -> Result<Vec<Observed>> {
     let mut seen: Vec<Option<Observed>> = vec![None; flows.len()];
     std::thread::scope(|scope| {
@@ -132,7 +132,7 @@ fn serve_inside(inside: &Actor, case: &Case) -> Result<()> {
     Ok(())
 }
 
-/// Whom the proxy runs as: its answers to DNS must be recognised as its own.
+/// The user and group of the proxy, by which its DNS queries are recognised.
 fn proxy_ids(options: &IptablesOptions) -> Ids {
     let uid = options.proxy_uids.first().copied().unwrap_or(Ids::PROXY.uid);
     let gid = options.proxy_gids.first().copied().unwrap_or(Ids::PROXY.gid);

@@ -1,5 +1,5 @@
-//! The project's own witness: the command line, read, validated and compiled, and `decide` over the entries as they
-//! would stand in the maps.
+//! The model of the agent: parses, validates and compiles the command line, and calls `decide` with the entries that
+//! would be in the maps.
 
 use std::collections::HashMap;
 use std::io;
@@ -31,7 +31,7 @@ struct ModelArgs {
     raw: RawOptions,
 }
 
-/// A pod without users, whose servers are those of the options.
+/// A pod without users, whose name servers are those of the options.
 struct CompiledPod(String);
 
 impl NameSource for CompiledPod {
@@ -46,7 +46,7 @@ impl NameSource for CompiledPod {
     }
 }
 
-/// The entries in place of the maps; `marked` is what the connection hook left for the connection.
+/// The entries instead of the maps. `marked` and `bypass` are what the connect hook stored for the connection.
 struct InMemory<'a> {
     entries: &'a Entries,
     marked: bool,
@@ -91,7 +91,7 @@ fn bytes(addr: Addr) -> [u8; 16] {
 }
 
 impl AgentModel {
-    /// As `attach` would make it of the options' command line and environment.
+    /// Compiles the options as `attach` would.
     pub fn new(options: &IptablesOptions, netns: &ModelNetns) -> Result<Self> {
         let arguments = options.arguments(Path::new(""));
         let environment: HashMap<_, _> = options.environment().into_iter().collect();
@@ -103,7 +103,7 @@ impl AgentModel {
         Ok(Self(compile(&config, &netns.snapshot())))
     }
 
-    /// What becomes of a flow, and the row that said so.
+    /// The verdict on a flow, and the row that decides it.
     pub fn verdict(&self, netns: &ModelNetns, flow: &ModelFlow) -> (ModelVerdict, Reason) {
         let decision = match flow {
             ModelFlow::Made { .. } => self.made(netns, flow),
@@ -123,10 +123,10 @@ impl AgentModel {
         }
     }
 
-    /// What the connect hook decides, and then, for what it leaves on loopback, sk_lookup.
+    /// The decision of the connect hook, or that of sk_lookup where the connection passes over lo.
     fn made(&self, netns: &ModelNetns, flow: &ModelFlow) -> Decision {
         let ModelFlow::Made { udp, from, to, owner, mark } = flow else {
-            unreachable!("asked for these only")
+            unreachable!("only called for these")
         };
         let asked = OutboundFlow {
             protocol: if *udp { 17 } else { 6 },
@@ -144,7 +144,7 @@ impl AgentModel {
             assert!(!decided.mark, "marked, and never looked up: {decided:?}");
             return decided.decision;
         }
-        // The source of such a connection is one of the pod's own, whichever; but the proxy goes on from anybody's.
+        // The source is any address of the pod; the proxy may also connect from the address of a client.
         let from = from.map_or(decided.source, Addr::from);
         let from = if from.is_unspecified() { asked.dst } else { from };
         let from = if decided.bypass { somebody(*to) } else { from };
@@ -162,7 +162,7 @@ impl AgentModel {
     }
 }
 
-/// An address that no namespace here has.
+/// An address that is in no namespace.
 fn somebody(of: SocketAddr) -> Addr {
     let addr: IpAddr = match of {
         SocketAddr::V4(_) => Ipv4Addr::new(240, 0, 0, 1).into(),

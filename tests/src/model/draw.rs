@@ -1,5 +1,5 @@
-//! Configurations, namespaces and flows drawn from a seed, wider than what can be built of real interfaces. Nets,
-//! routes and flows share a small pool of addresses and ports, so that they meet, and flows prefer the edges of nets.
+//! Draws configurations, namespaces and flows from a seed, with more variety than real interfaces allow. Networks, routes
+//! and flows share a small pool of addresses and ports, so that they match often. Flows prefer the edges of networks.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
@@ -27,42 +27,42 @@ pub struct Situation<R = StdRng> {
     rng: R,
 }
 
-/// Something that happens in a namespace.
+/// A flow in a namespace.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum ModelFlow {
-    /// By a socket of it.
+    /// A flow from a socket in the namespace.
     Made {
-        /// A datagram rather than a connection.
+        /// Whether it is a datagram.
         udp: bool,
-        /// What the socket is bound to.
+        /// The address that the socket is bound to.
         from: Option<IpAddr>,
-        /// What is dialled.
+        /// The destination.
         to: SocketAddr,
-        /// Who made the socket.
+        /// The owner of the socket.
         owner: Ids,
-        /// Its SO_MARK; that of TPROXY only for what leaves by lo anyway, as all so marked would.
+        /// Its SO_MARK. The mark of TPROXY is only drawn for flows over lo, because it routes all flows there.
         mark: u32,
     },
-    /// A connection from elsewhere.
+    /// A connection from outside.
     Arriving {
-        /// On this interface, by its place in [`Place::links`].
+        /// The ingress interface, as a position in [`ModelNetns::links`].
         link: usize,
-        /// From this address, which is none of the namespace's own.
+        /// The source, which is not local.
         from: IpAddr,
-        /// To this address, which is not a loopback one; the namespace's own or not.
+        /// The destination, which is not a loopback address. It need not be local.
         to: SocketAddr,
     },
 }
 
 impl Situation {
-    /// The situation of a seed.
+    /// Draws a situation from a seed.
     pub fn new(seed: u64) -> Self {
         Self::drawn(StdRng::seed_from_u64(seed))
     }
 }
 
 impl<R: Rng> Situation<R> {
-    /// The situation that this draws, and later its flows.
+    /// Draws a situation with this generator, which later draws its flows.
     pub fn drawn(mut rng: R) -> Self {
         let addresses = addresses(&mut rng);
         let ports: Vec<u16> = std::iter::repeat_with(|| rng.random_range(1..=u16::MAX)).take(8).collect();
@@ -80,7 +80,7 @@ impl<R: Rng> Situation<R> {
         Self { netns, options, addresses, nets, ports, ids, rng }
     }
 
-    /// The next flow.
+    /// Draws the next flow.
     pub fn flow(&mut self) -> ModelFlow {
         loop {
             let to = SocketAddr::new(self.address(), self.port());
@@ -124,7 +124,7 @@ impl<R: Rng> Situation<R> {
         }
     }
 
-    /// An address of the namespace's own, to bind to; none if the one drawn is of the other family.
+    /// Draws a local address to bind. `None` if its family does not match.
     fn source(&mut self, v6: bool) -> Option<IpAddr> {
         let routes = self.netns.routes.iter();
         let own = routes.filter(|(_, way)| matches!(way, ModelLink::Own { .. })).map(|(net, _)| net.addr());
@@ -158,7 +158,7 @@ impl<R: Rng> Situation<R> {
     }
 }
 
-/// None of 127/8, where the kernel knows better than any route.
+/// A prefix outside 127/8, which the kernel handles without routes.
 fn random_address(rng: &mut impl Rng) -> IpAddr {
     if rng.random_bool(0.5) {
         let first = [rng.random_range(1..127), rng.random_range(128..224)];
@@ -169,7 +169,7 @@ fn random_address(rng: &mut impl Rng) -> IpAddr {
     }
 }
 
-/// Some addresses, several of which are near one another.
+/// Draws addresses, several of them close to each other.
 fn addresses(rng: &mut impl Rng) -> Vec<IpAddr> {
     let mut addresses = Vec::new();
     for _ in 0..5 {
@@ -308,7 +308,7 @@ fn nets(rng: &mut impl Rng, addresses: &[IpAddr], most: usize) -> Vec<IpNet> {
     (0..rng.random_range(0..=most)).map(|_| net(rng, addresses)).collect()
 }
 
-/// The address before or after; the same at either end of all.
+/// The previous or next address, saturating at both ends.
 fn step(addr: IpAddr, by: i8) -> IpAddr {
     match addr {
         IpAddr::V4(addr) => Ipv4Addr::from_bits(addr.to_bits().saturating_add_signed(by.into())).into(),

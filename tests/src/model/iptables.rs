@@ -1,31 +1,31 @@
-//! The witness for iptables: the walk of its rules. It must not know of `decide`.
+//! The model of iptables: interprets its rules. It must not use `decide`.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use super::{ModelFlow, ModelNetns, ModelVerdict};
 use crate::iptables::{IptablesOptions, IptablesVerdict, Packet, PacketOrigin, Protocol, Walker};
 
-/// The chains of a configuration.
+/// The rules of a configuration.
 #[derive(Debug)]
 pub struct IptablesModel(Walker);
 
 impl IptablesModel {
-    /// Of these options.
+    /// The rules for these options.
     pub fn new(options: &IptablesOptions) -> Self {
         Self(Walker::new(options))
     }
 
-    /// What becomes of a flow.
+    /// The verdict on a flow.
     pub fn verdict(&self, netns: &ModelNetns, flow: &ModelFlow) -> ModelVerdict {
         let packet = match flow {
             ModelFlow::Made { udp, from, to, owner, mark } => {
                 let Some((out, source)) = netns.egress(to.ip()) else { return ModelVerdict::Unroutable };
                 let from = from.or(source).unwrap_or(unspecified(to.ip()));
-                // The kernel finds no route from 127/8 to outside (EINVAL), and asks no rule.
+                // The kernel finds no route from 127/8 to the outside (EINVAL) and evaluates no rule.
                 if out != "lo" && from.is_ipv4() && from.is_loopback() {
                     return ModelVerdict::Unroutable;
                 }
-                // TCP to more than one host is refused before any rule (ENETUNREACH).
+                // The kernel refuses TCP to a multicast or broadcast address before any rule (ENETUNREACH).
                 let host = to.ip().to_canonical();
                 let is_group = host.is_multicast() || host == IpAddr::V4(Ipv4Addr::BROADCAST);
                 if !*udp && is_group {

@@ -1,4 +1,4 @@
-//! A made-up namespace: interfaces, addresses and routes, looked up naively.
+//! An artificial namespace: interfaces, addresses and routes, with a naive lookup.
 
 use std::net::IpAddr;
 
@@ -8,40 +8,39 @@ use ipnet::IpNet;
 /// A namespace.
 #[derive(Debug, Clone)]
 pub struct ModelNetns {
-    /// Names of the interfaces; the index of each is its place here plus one, and `lo` is the first.
+    /// Names of the interfaces, `lo` first. The ifindex is the position plus one.
     pub links: Vec<String>,
-    /// Each prefix once.
+    /// Routes with distinct prefixes.
     pub routes: Vec<(IpNet, ModelLink)>,
 }
 
-/// What a route does.
+/// The target of a route.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ModelLink {
-    /// The addresses are the namespace's own.
+    /// The addresses are local.
     Own {
-        /// The source of unbound sockets.
+        /// The source address of unbound sockets.
         source: Option<IpAddr>,
     },
-    /// Out by this interface, by its place in [`Place::links`].
+    /// An interface, as a position in [`ModelNetns::links`].
     Out {
-        /// The interface.
+        /// The position.
         link: usize,
-        /// The source of unbound sockets.
+        /// The source address of unbound sockets.
         source: Option<IpAddr>,
     },
-    /// Nowhere: unreachable.
+    /// Unreachable.
     Nowhere,
 }
 
 impl ModelNetns {
-    /// The longest route that covers an address.
+    /// The most specific route to an address.
     pub fn way(&self, addr: IpAddr) -> Option<ModelLink> {
         let covering = self.routes.iter().filter(|(net, _)| net.contains(&addr));
         covering.max_by_key(|(net, _)| net.prefix_len()).map(|(_, way)| *way)
     }
 
-    /// The interface by which packets to an address leave, and the source that unbound sockets get; none if they do
-    /// not leave at all.
+    /// The egress interface for an address and the source address of unbound sockets. `None` without a route.
     pub fn egress(&self, addr: IpAddr) -> Option<(&str, Option<IpAddr>)> {
         match self.way(addr)? {
             ModelLink::Own { source } => Some(("lo", source)),
@@ -50,7 +49,7 @@ impl ModelNetns {
         }
     }
 
-    /// What the agent would have read from netlink.
+    /// The snapshot that the agent would read from netlink.
     pub fn snapshot(&self) -> RouteSnapshot {
         let interfaces = self.links.iter().zip(1..).map(|(name, index)| Interface {
             index,

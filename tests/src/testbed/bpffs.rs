@@ -1,4 +1,4 @@
-//! A bpffs that lives as long as its guard: what is pinned there goes with it.
+//! A bpffs that is mounted as long as its guard lives. Unmounting it removes its pins.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -8,17 +8,17 @@ use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 
 use super::{complain, name};
 
-/// bpffs itself takes no names with dots, so the mounts are elsewhere.
+/// Where the mounts are. Not below a bpffs: names there may not contain dots.
 pub const FOLDER: &str = "/run";
 
-/// A bpffs of its owner's alone.
+/// A mounted bpffs, or the folder for one.
 #[derive(Debug)]
 pub struct BpffsMount {
     path: PathBuf,
 }
 
 impl BpffsMount {
-    /// A new, empty one.
+    /// Mounts a new bpffs.
     pub fn new(label: &str) -> Result<Self> {
         let bpffs = Self::folder(label)?;
         mount("bpf", &bpffs.path, "bpf", MountFlags::empty(), Some(c"mode=0700"))
@@ -26,14 +26,14 @@ impl BpffsMount {
         Ok(bpffs)
     }
 
-    /// Only the folder, for the agent to mount one on.
+    /// Creates only the folder, on which the agent mounts a bpffs.
     pub fn folder(label: &str) -> Result<Self> {
         let path = Path::new(FOLDER).join(name::fresh(&format!("{label}-bpf")));
         fs::create_dir(&path).with_context(|| format!("making {}", path.display()))?;
         Ok(Self { path })
     }
 
-    /// Where it is mounted, as `--bpffs` takes it.
+    /// The mount point, for `--bpffs`.
     pub fn path(&self) -> &Path {
         &self.path
     }
@@ -47,12 +47,13 @@ impl Drop for BpffsMount {
     }
 }
 
-/// Unmounts what is mounted there, and removes the folder. A process that outlived the mount may have written into it.
+/// Unmounts everything at `path` and removes the folder, which may contain files: a process that outlived the mount
+/// can have written them.
 pub(super) fn remove(path: &Path) -> std::io::Result<()> {
     loop {
         match unmount(path, UnmountFlags::DETACH) {
             Ok(()) => {}
-            // Not a mount point, or not any more.
+            // Nothing is mounted here (any more).
             Err(rustix::io::Errno::INVAL) => return fs::remove_dir_all(path),
             Err(error) => return Err(error.into()),
         }

@@ -1,4 +1,4 @@
-//! A cgroup that lives as long as its guard, and takes the processes in it along.
+//! A cgroup that lives as long as its guard. Dropping the guard kills the processes in it.
 
 use std::fs;
 use std::io::{self, ErrorKind, Write as _};
@@ -33,7 +33,7 @@ impl Cgroup {
         }
     }
 
-    /// Its folder, as `--cgroup-path` takes it.
+    /// The folder, for `--cgroup-path`.
     pub fn path(&self) -> &Path {
         &self.path
     }
@@ -56,7 +56,7 @@ impl Drop for Cgroup {
             complain(&format_args!("removing the cgroup {}: {error}", self.path.display()));
         }
         if let Some(parent) = self.path.parent() {
-            // The last one out; the others get "directory not empty".
+            // Only the last guard succeeds; the others get "directory not empty".
             drop(fs::remove_dir(parent));
         }
     }
@@ -77,7 +77,7 @@ pub fn mount_point() -> Result<PathBuf> {
     bail!("no cgroup2 mount in /proc/self/mountinfo; mount one with: mount -t cgroup2 none /sys/fs/cgroup");
 }
 
-/// Kills what runs in `path` and below, and removes the folders.
+/// Kills the processes in `path` and below, and removes the folders.
 pub(super) fn remove(path: &Path) -> io::Result<()> {
     kill(path)?;
     let deadline = Instant::now() + Duration::from_secs(5);
@@ -99,14 +99,14 @@ pub(super) fn remove(path: &Path) -> io::Result<()> {
 }
 
 fn kill(path: &Path) -> io::Result<()> {
-    // Not made if it is not there: the kernel answers that with EACCES.
+    // Without O_CREAT: cgroupfs would answer EACCES where the file is missing.
     let file = fs::OpenOptions::new().write(true).open(path.join("cgroup.kill"));
     match file.and_then(|mut file| file.write_all(b"1")) {
         // Before Linux 5.14 there is no cgroup.kill.
         Err(error) if error.kind() == ErrorKind::NotFound => {
             for pid in processes(path)? {
                 if let Some(pid) = i32::try_from(pid).ok().and_then(rustix::process::Pid::from_raw) {
-                    // It may have ended by itself.
+                    // The process may have exited.
                     let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
                 }
             }

@@ -1,16 +1,16 @@
-//! The names of everything the testbed makes: `intercept-test.PID.N.LABEL`.
+//! Names of the objects that the testbed makes: `intercept-test.PID.N.LABEL`.
 
 use std::io;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use tempfile::TempDir;
 
-/// What every name made here starts with.
+/// The prefix of these names.
 pub const PREFIX: &str = "intercept-test.";
 
 static NEXT: AtomicU32 = AtomicU32::new(0);
 
-/// A name nobody else uses, from a readable label (the test's name, or a part of it).
+/// A unique name with a readable label, such as a part of the test's name.
 pub fn fresh(label: &str) -> String {
     let n = NEXT.fetch_add(1, Ordering::Relaxed);
     let label: String =
@@ -18,12 +18,12 @@ pub fn fresh(label: &str) -> String {
     format!("{PREFIX}{}.{n}.{label}", std::process::id())
 }
 
-/// A folder of such a name below the system's one for temporary files. Its owner alone may look into it.
+/// A temporary folder with such a name, with mode 0700.
 pub fn scratch(label: &str) -> io::Result<TempDir> {
     tempfile::Builder::new().prefix(&format!("{}.", fresh(label))).tempdir()
 }
 
-/// The process that made `name`, if it is one of ours.
+/// The pid in `name`, if the testbed made it.
 pub fn owner(name: &str) -> Option<u32> {
     let rest = name.strip_prefix(PREFIX)?;
     rest.split('.').next()?.parse().ok()

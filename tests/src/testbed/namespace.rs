@@ -13,10 +13,10 @@ use rustix::thread::{LinkNameSpaceType, UnshareFlags, move_into_link_name_space,
 
 use super::{complain, name};
 
-/// Where namespaces are kept by bind mounts, as iproute2 does.
+/// Where namespaces are bind-mounted, as by iproute2.
 pub const FOLDER: &str = "/run/netns";
 
-/// A network namespace, kept at [`Namespace::path`] by a bind mount.
+/// A network namespace, bind-mounted at [`Namespace::path`].
 #[derive(Debug)]
 pub struct Namespace {
     name: String,
@@ -25,8 +25,8 @@ pub struct Namespace {
 }
 
 impl Namespace {
-    /// A new namespace with lo up, no duplicate address detection, no source validation, and all ports open to
-    /// every user.
+    /// A new namespace with lo up, without duplicate address detection and reverse path filter, in which every user may
+    /// bind every port.
     pub fn new(label: &str) -> Result<Self> {
         let name = name::fresh(label);
         let path = Path::new(FOLDER).join(&name);
@@ -35,8 +35,7 @@ impl Namespace {
         let made = std::thread::scope(|scope| {
             scope
                 .spawn(|| -> Result<OwnedFd> {
-                    // SAFETY: of what unshare can part a thread from, only the network namespace is asked for:
-                    // memory and descriptors stay shared.
+                    // SAFETY: only the network namespace is unshared; memory and descriptors stay shared.
                     unsafe { unshare_unsafe(UnshareFlags::NEWNET) }
                         .context("making a network namespace (needs CAP_SYS_ADMIN)")?;
                     mount_bind("/proc/thread-self/ns/net", &path)
@@ -72,7 +71,7 @@ impl Namespace {
         &self.name
     }
 
-    /// The file that stands for the namespace, as `--netns` takes it.
+    /// The path of the namespace, for `--netns`.
     pub fn path(&self) -> &Path {
         &self.path
     }
@@ -137,7 +136,7 @@ fn prepare_folder() -> std::io::Result<()> {
 /// Undoes the bind mount and removes its file.
 pub(super) fn remove(path: &Path) -> std::io::Result<()> {
     match unmount(path, UnmountFlags::DETACH) {
-        // Not a mount point: its maker died between the file and the mount.
+        // Not a mount point: the process that made it died before the mount.
         Ok(()) | Err(rustix::io::Errno::INVAL) => fs::remove_file(path),
         Err(error) => Err(error.into()),
     }

@@ -1,4 +1,4 @@
-//! Interfaces, addresses, routes and rules of a namespace, by rtnetlink.
+//! Interfaces, addresses, routes and rules of a namespace, over rtnetlink.
 
 use std::future::Future;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
@@ -16,23 +16,23 @@ use rtnetlink::{Handle, LinkDummy, LinkUnspec, LinkVeth, RouteMessageBuilder};
 
 use super::Namespace;
 
-/// The kernel's own table of local addresses, looked at before all others.
+/// The kernel's table of local addresses, which has precedence over all others.
 pub const TABLE_LOCAL: u32 = 255;
 /// The table of ordinary routes.
 pub const TABLE_MAIN: u32 = 254;
 
-/// A route to be added.
+/// A route.
 #[derive(Debug, Clone, Copy)]
 pub struct RouteSpec<'a> {
     /// Destinations.
     pub to: IpNet,
-    /// The next hop; none means that destinations are on the link.
+    /// The next hop. `None`: the destinations are on the link.
     pub via: Option<IpAddr>,
-    /// The interface; may be left out when there is a next hop.
+    /// The interface. Optional with a next hop.
     pub dev: Option<&'a str>,
     /// The routing table.
     pub table: u32,
-    /// The destinations are this host's own.
+    /// The destinations are local addresses (type `local`).
     pub local: bool,
 }
 
@@ -54,10 +54,10 @@ impl Namespace {
         .with_context(|| format!("configuring {}", self.name()))
     }
 
-    /// Joins this namespace to `other` by a pair of interfaces, both up.
+    /// Connects this namespace to `other` by a veth pair, both ends up.
     pub fn veth(&self, name: &str, other: &Self, other_name: &str) -> Result<()> {
         self.netlink(async |handle| {
-            // Both ends may be called eth0, so the far end is born there, under its own name.
+            // Both ends may have the same name, so the peer is created in its own namespace.
             let peer = LinkUnspec::new_with_name(other_name).setns_by_fd(other.as_fd().as_raw_fd()).build();
             let mut link = LinkVeth::new(name, other_name).build();
             replace_peer(&mut link, peer);
@@ -68,7 +68,7 @@ impl Namespace {
                 .await
                 .with_context(|| format!("making the interfaces {name} and {other_name}"))
         })?;
-        // Not at creation: an end without its peer cannot be up (ENOTCONN).
+        // After creation: an end without its peer cannot be up (ENOTCONN).
         self.link_up(name)?;
         other.link_up(other_name)
     }
@@ -121,7 +121,7 @@ impl Namespace {
         self.netlink(async |handle| index(&handle, name).await)
     }
 
-    /// Adds an address, usable at once (no duplicate address detection).
+    /// Adds an address without duplicate address detection, so that it is usable at once.
     pub fn add_address(&self, dev: &str, address: IpNet) -> Result<()> {
         self.netlink(async |handle| {
             let index = index(&handle, dev).await?;
@@ -201,7 +201,7 @@ impl Namespace {
         })
     }
 
-    /// Packets with this mark are routed by `table` (`ip rule add fwmark MARK lookup TABLE`), both families.
+    /// Routes packets with this mark by `table` (`ip rule add fwmark MARK lookup TABLE`), for both families.
     pub fn add_mark_rule(&self, mark: u32, table: u32) -> Result<()> {
         self.netlink(async |handle| {
             let rule = || handle.rule().add().fw_mark(mark).table_id(table).action(RuleAction::ToTable);
@@ -211,7 +211,7 @@ impl Namespace {
     }
 }
 
-/// rtnetlink makes the message for the peer from its name alone: put the whole message in its place.
+/// Replaces the message for the peer, which rtnetlink makes of its name only.
 fn replace_peer(link: &mut LinkMessage, peer: LinkMessage) {
     use netlink_packet_route::link::{InfoData, InfoVeth, LinkInfo};
     for attribute in &mut link.attributes {

@@ -1,4 +1,4 @@
-//! Pods and the outside world they talk to.
+//! Pods, and the namespace that stands for the world outside.
 
 use std::net::IpAddr;
 use std::ops::Deref;
@@ -11,37 +11,37 @@ use ipnet::IpNet;
 use super::Sandbox;
 use super::netlink::{RouteSpec, TABLE_LOCAL, TABLE_MAIN};
 
-/// The outside world: a namespace that takes every address outside the pods' own networks for its own, so that
-/// a wildcard listener in it answers whatever is dialled.
+/// The outside world: a namespace in which every address except those of the pods' networks is local, so that a
+/// wildcard listener accepts connections to any of them.
 #[derive(Debug)]
 pub struct Neighbour {
     sandbox: Sandbox,
     pods: AtomicU32,
 }
 
-/// One interface of a pod, with the outside world at its other end.
+/// An interface of a pod, connected to the outside world.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PodInterface {
-    /// Its name in the pod.
+    /// Its name.
     pub name: String,
-    /// The pod's addresses on it, with the prefix of the link. The first of a family is the primary one.
+    /// The pod's addresses with the prefix length of the link. The first of each family is the primary one.
     pub pod: Vec<IpNet>,
-    /// The neighbour's addresses on it, one of each family.
+    /// The neighbour's addresses, one of each family.
     pub neighbour: Vec<IpNet>,
     /// Destinations routed over it.
     pub routes: Vec<IpNet>,
 }
 
-/// What a pod looks like.
+/// The configuration of a pod.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PodSpec {
-    /// Becomes part of the names of the pod's namespace and cgroup.
+    /// A part of the names of the pod's namespace and cgroup.
     pub label: String,
-    /// Its interfaces; eth0 first.
+    /// The interfaces, eth0 first.
     pub interfaces: Vec<PodInterface>,
 }
 
-/// A pod: namespace, cgroup, and links to its neighbour.
+/// A pod: a namespace, a cgroup, and links to its neighbour.
 #[derive(Debug)]
 pub struct Pod {
     sandbox: Sandbox,
@@ -50,7 +50,7 @@ pub struct Pod {
 }
 
 impl PodSpec {
-    /// eth0 with 10.66.0.2/24 and fd66::2/64, and everything routed over it via .1 and ::1.
+    /// eth0 with 10.66.0.2/24 and fd66::2/64, and default routes over it via .1 and ::1.
     pub fn new(label: &str) -> Self {
         let eth0 = PodInterface {
             name: "eth0".into(),
@@ -73,7 +73,7 @@ impl PodSpec {
         self
     }
 
-    /// Adds another address of the pod's own to an interface.
+    /// Adds another address of the pod to an interface.
     #[must_use]
     pub fn with_address(mut self, interface: usize, address: &str) -> Self {
         self.interfaces[interface].pod.extend(nets(&[address]));
@@ -82,29 +82,29 @@ impl PodSpec {
 }
 
 impl Neighbour {
-    /// A new outside world, without pods.
+    /// A new outside world without pods.
     pub fn new(label: &str) -> Result<Arc<Self>> {
         let sandbox = Sandbox::new(&format!("{label}-world"))?;
         for everything in nets(&["0.0.0.0/0", "::/0"]) {
-            // In the local table, because that is where the kernel asks whether it may answer from an address.
+            // In the local table, where the kernel looks up whether an address is its own.
             let route =
                 RouteSpec { to: everything, via: None, dev: Some("lo"), table: TABLE_LOCAL, local: true };
             sandbox.netns.add_route(route)?;
         }
-        // For sources of choice IPv4 takes the local route for leave; IPv6 must be told.
+        // The local route allows to bind any IPv4 address; IPv6 also needs this setting.
         sandbox.netns.sysctl("net/ipv6/ip_nonlocal_bind", "1")?;
         Ok(Arc::new(Self { sandbox, pods: AtomicU32::new(0) }))
     }
 }
 
 impl Pod {
-    /// A pod with an outside world of its own.
+    /// A pod with a new outside world.
     pub fn new(spec: PodSpec) -> Result<Self> {
         let neighbour = Neighbour::new(&spec.label)?;
         Self::join(spec, neighbour)
     }
 
-    /// A pod joined to an outside world that may have other pods, of other addresses.
+    /// A pod connected to an existing outside world, which may have other pods with other addresses.
     pub fn join(spec: PodSpec, neighbour: Arc<Neighbour>) -> Result<Self> {
         let sandbox = Sandbox::new(&spec.label)?;
         let n = neighbour.pods.fetch_add(1, Ordering::Relaxed);
@@ -121,7 +121,7 @@ impl Pod {
         &self.neighbour
     }
 
-    /// What it was made from.
+    /// Its configuration.
     pub fn spec(&self) -> &PodSpec {
         &self.spec
     }
@@ -154,7 +154,7 @@ fn connect(pod: &Sandbox, interface: &PodInterface, world: &Sandbox, far: &str) 
     pod.netns.veth(&interface.name, &world.netns, far)?;
     for address in &interface.neighbour {
         world.netns.add_address(far, *address)?;
-        // More specific than "everything is local", so that the pod itself is not.
+        // More specific than the local default route, so that the pod's networks are not local here.
         let link =
             RouteSpec { to: address.trunc(), via: None, dev: Some(far), table: TABLE_LOCAL, local: false };
         world.netns.add_route(link)?;

@@ -1,4 +1,4 @@
-//! A namespace with a cgroup: where processes of a test run.
+//! A namespace with a cgroup, in which processes of a test run.
 
 use std::ffi::OsStr;
 use std::fs::File;
@@ -11,12 +11,12 @@ use serde::{Deserialize, Serialize};
 
 use super::{Cgroup, Namespace};
 
-/// The user and group that something runs as; no supplementary groups.
+/// A user and a group, without supplementary groups.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct Ids {
-    /// Real, effective and saved user.
+    /// The real, effective and saved user id.
     pub uid: u32,
-    /// Real, effective and saved group.
+    /// The real, effective and saved group id.
     pub gid: u32,
 }
 
@@ -32,25 +32,25 @@ impl Ids {
 /// A network namespace and the cgroup of the processes in it.
 #[derive(Debug)]
 pub struct Sandbox {
-    /// The cgroup; first, so that processes are gone before the namespace.
+    /// The cgroup. Before the namespace, so that it is dropped first and the processes are gone by then.
     pub cgroup: Cgroup,
     /// The network namespace.
     pub netns: Namespace,
 }
 
 impl Sandbox {
-    /// A new, unconnected namespace with a cgroup of the same label.
+    /// A new namespace without links, and a cgroup with the same label.
     pub fn new(label: &str) -> Result<Self> {
         Ok(Self { netns: Namespace::new(label)?, cgroup: Cgroup::new(label)? })
     }
 
-    /// A command that will run here as root. Only the namespace of the network is entered: mounts and cgroups
-    /// stay visible.
+    /// A command that runs here as root. It enters only the network namespace, so that mounts and cgroups stay
+    /// visible.
     pub fn command(&self, program: impl AsRef<OsStr>) -> Result<Command> {
         self.command_as(program, Ids::ROOT)
     }
 
-    /// A command that will run here as another user, who must be allowed to reach and execute the program.
+    /// A command that runs here as another user, which needs the right to execute the program.
     pub fn command_as(&self, program: impl AsRef<OsStr>, ids: Ids) -> Result<Command> {
         let procs = self.cgroup.path().join("cgroup.procs");
         let procs: OwnedFd = File::options()

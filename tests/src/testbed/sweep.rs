@@ -1,4 +1,4 @@
-//! What earlier runs left behind because they were killed.
+//! Removal of what killed runs left.
 
 use std::fs;
 use std::path::PathBuf;
@@ -7,7 +7,7 @@ use anyhow::{Context, Result};
 
 use super::{bpffs, cgroup, name, namespace};
 
-/// Removes the namespaces, cgroups and bpffs mounts whose maker is dead; returns what it removed.
+/// Removes the namespaces, cgroups and bpffs mounts of processes that are dead. Returns their paths.
 pub fn sweep() -> Result<Vec<PathBuf>> {
     let mut removed = Vec::new();
     for (path, owner) in ours()? {
@@ -26,7 +26,7 @@ pub fn sweep() -> Result<Vec<PathBuf>> {
     Ok(removed)
 }
 
-/// The namespaces, cgroups and bpffs mounts that the process `owner` has made and not removed.
+/// The namespaces, cgroups and bpffs mounts that process `owner` made and has not removed.
 pub fn leftovers(owner: u32) -> Result<Vec<PathBuf>> {
     Ok(ours()?.into_iter().filter(|(_, pid)| *pid == owner).map(|(path, _)| path).collect())
 }
