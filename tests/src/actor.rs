@@ -1,7 +1,7 @@
-//! The actor: one process inside a pod or its neighbour that makes and answers thousands of flows, as any user.
+//! The actor: a process in a pod or its neighbour that makes and answers thousands of flows as any user.
 //!
-//! The process is this package's binary `actor`; it is driven by lines of JSON, [`protocol`], and ends when its
-//! input does. [`Actor`] starts one and speaks with it.
+//! The process is the binary `actor` of this package. It reads and writes lines of JSON (see [`protocol`]) and ends when
+//! its input ends. [`Actor`] starts the process and talks to it.
 
 pub mod binary;
 mod client;

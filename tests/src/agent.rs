@@ -1,4 +1,4 @@
-//! The agent under test, with a bpffs of its own: neither an installed agent nor another test is touched.
+//! The agent under test, on a bpffs that no other agent or test uses.
 
 use std::ffi::OsStr;
 use std::fs;
@@ -17,10 +17,10 @@ use serde_json::Value;
 use crate::actor::binary;
 use crate::testbed::{BpffsMount, Sandbox};
 
-/// The variable that says where the agent is.
+/// The variable with the path of the agent.
 pub const VARIABLE: &str = "INTERCEPT_AGENT";
 
-/// The flags of Istio's own init container.
+/// The flags of Istio's init container.
 pub const INIT_FLAGS: [&str; 16] = [
     "-p",
     "15001",
@@ -40,16 +40,16 @@ pub const INIT_FLAGS: [&str; 16] = [
     "15090,15020",
 ];
 
-/// The agent and its bpffs. Dropping it unmounts that, and with it goes every link that is pinned there.
+/// The agent and its bpffs. Dropping it unmounts the bpffs, which detaches every link that is pinned there.
 #[derive(Debug)]
 pub struct Agent {
     program: PathBuf,
     bpffs: BpffsMount,
-    // What the commands are started by, if anything.
+    // The command that starts the agent's commands, if any.
     starter: Vec<String>,
 }
 
-/// The capabilities that the agent's container adds to none, in a file of deploy/: the manifests, or the chart's.
+/// The capabilities that a manifest or template in deploy/ gives the agent's container.
 pub fn deployed_capabilities(file: &str) -> Result<Vec<String>> {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../deploy").join(file);
     let text = fs::read_to_string(&path).with_context(|| format!("reading {}", path.display()))?;
@@ -78,8 +78,8 @@ impl Agent {
         Ok(Self { program: binary::locate("intercept-agent", VARIABLE)?, bpffs, starter: Vec::new() })
     }
 
-    /// From now on every command has these capabilities and can get no others, as in a container of
-    /// Kubernetes that drops all and adds these. Named as there: NET_ADMIN.
+    /// Restricts further commands to these capabilities, as a Kubernetes container that drops all and adds these. The
+    /// names are those of Kubernetes, such as NET_ADMIN.
     pub fn confine(&mut self, capabilities: &[String]) {
         let added = capabilities.iter().map(|name| format!(",+{}", name.to_lowercase()));
         let bounding = format!("--bounding-set=-all{}", added.collect::<String>());
@@ -87,7 +87,7 @@ impl Agent {
         self.starter.extend(confined.map(str::to_owned));
     }
 
-    /// From now on every command is started by this one, which is given the program and its arguments.
+    /// Starts further commands by this one, which gets the program and its arguments.
     pub fn start_by(&mut self, starter: Vec<String>) {
         self.starter = starter;
     }
@@ -97,16 +97,16 @@ impl Agent {
         &self.program
     }
 
-    /// Where everything of the agent's is pinned.
+    /// The bpffs with the agent's pins.
     pub fn bpffs(&self) -> &Path {
         self.bpffs.path()
     }
 
-    /// A subcommand on this bpffs; everything else is to be added.
+    /// A subcommand on this bpffs, without further arguments.
     pub fn command(&self, subcommand: &str) -> Command {
         let mut command = self.start(&self.program);
         command.arg(subcommand).arg("--bpffs").arg(self.bpffs());
-        // Those of the caller are not the test's.
+        // Variables of the caller must not change the test.
         for (name, _) in std::env::vars_os() {
             let name = name.to_string_lossy().into_owned();
             if name != VARIABLE && (name.starts_with("INTERCEPT_") || name.starts_with("ISTIO_")) {
@@ -117,7 +117,7 @@ impl Agent {
         command
     }
 
-    /// A program, started as the agent's commands are; everything else is to be added.
+    /// A program, started as the agent's commands are, without arguments.
     pub fn start(&self, program: &Path) -> Command {
         let Some((starter, arguments)) = self.starter.split_first() else { return Command::new(program) };
         let mut command = Command::new(starter);
@@ -125,7 +125,7 @@ impl Agent {
         command
     }
 
-    /// A subcommand for one pod, whose namespace is named.
+    /// A subcommand for a pod, with its cgroup and its namespace.
     pub fn for_pod(&self, subcommand: &str, pod: &Sandbox, flags: &[&str]) -> Command {
         let mut command = self.command(subcommand);
         command.arg("--cgroup-path").arg(pod.cgroup.path());
@@ -136,7 +136,7 @@ impl Agent {
         command
     }
 
-    /// Attaches a pod; the answer's first word says what was done.
+    /// Attaches a pod. The first word of the output says what was done.
     pub fn attach(&self, pod: &Sandbox, flags: &[&str]) -> Result<String> {
         succeed(self.for_pod("attach", pod, flags))
     }
@@ -146,21 +146,21 @@ impl Agent {
         succeed(self.for_pod("detach", pod, &[]))
     }
 
-    /// Detaches all pods, and takes out the programs.
+    /// Detaches all pods and removes the programs.
     pub fn detach_all(&self) -> Result<String> {
         let mut command = self.command("detach");
         command.arg("--all");
         succeed(command)
     }
 
-    /// What `status --json` says of all pods.
+    /// The output of `status --json`.
     pub fn status(&self) -> Result<Value> {
         let mut command = self.command("status");
         command.arg("--json");
         Ok(serde_json::from_str(&succeed(command)?)?)
     }
 
-    /// Starts `run` and waits until it is in force; also gives the line that it says then.
+    /// Starts `run` and waits until the capture is active. Also returns the line that it prints then.
     pub fn run(&self, pod: &Sandbox, flags: &[&str]) -> Result<(RunningAgent, String)> {
         let mut child = self
             .for_pod("run", pod, flags)
@@ -180,7 +180,7 @@ impl Agent {
         Ok((running, said))
     }
 
-    /// How many original destinations are remembered, of whichever namespace.
+    /// The number of entries in ORIG_DST, of all namespaces.
     pub fn remembered(&self) -> Result<usize> {
         let path = self.store().join("maps").join(names::ORIG_DST);
         let data = MapData::from_pin(&path).with_context(|| format!("opening {}", path.display()))?;
@@ -196,14 +196,14 @@ impl Agent {
         Ok(map.get(&0, 0)? != 0)
     }
 
-    /// The folder of this build's layout.
+    /// The folder of the current layout in bpffs.
     pub fn store(&self) -> PathBuf {
         self.bpffs().join("intercept").join(format!("v{}", layout::VERSION))
     }
 }
 
 impl RunningAgent {
-    /// Ends it as systemd and the kubelet do; its status and what it logged.
+    /// Sends SIGTERM, as systemd and the kubelet do. Returns the exit status and the log.
     pub fn terminate(mut self) -> Result<(ExitStatus, String)> {
         kill_process(Pid::from_child(&self.child), Signal::TERM).context("signalling the agent")?;
         let mut log = String::new();
@@ -221,7 +221,7 @@ impl Drop for RunningAgent {
     }
 }
 
-/// Runs a command, which must succeed, and gives what it prints.
+/// Runs a command that must succeed. Returns its output.
 pub fn succeed(mut command: Command) -> Result<String> {
     let output = finish(&mut command)?;
     let error = String::from_utf8_lossy(&output.stderr);
@@ -229,7 +229,7 @@ pub fn succeed(mut command: Command) -> Result<String> {
     Ok(String::from_utf8(output.stdout)?)
 }
 
-/// Runs a command to its end.
+/// Runs a command until it ends.
 pub fn finish(command: &mut Command) -> Result<Output> {
     let program: &OsStr = command.get_program();
     let what = format!("starting {}", program.display());

@@ -1,4 +1,4 @@
-//! The daemon under test, with a folder of pods and a socket of its own.
+//! The daemon under test, with a folder of pods and a socket.
 
 use std::{
     fs,
@@ -26,10 +26,10 @@ use crate::{
     testbed::{Ids, Pod, Sandbox, cgroup, name},
 };
 
-/// How long anything may take that is not measured.
+/// The timeout of everything that is not measured.
 const PATIENCE: Duration = Duration::from_secs(20);
 
-/// A daemon, running or not. Killed when it is dropped; what it put in force goes with the [`Agent`].
+/// A daemon, which may be stopped. Dropping it kills the process. Captures stay until the [`Agent`] is dropped.
 #[derive(Debug)]
 pub struct Daemon<'a> {
     agent: &'a Agent,
@@ -40,12 +40,12 @@ pub struct Daemon<'a> {
 }
 
 impl<'a> Daemon<'a> {
-    /// Start one, and wait until it answers.
+    /// Starts a daemon and waits until it answers.
     pub fn start(agent: &'a Agent, arguments: &[&str]) -> Result<Self> {
         Self::start_with(agent, arguments, &[])
     }
 
-    /// The same with variables of the environment.
+    /// As [`Daemon::start`], with environment variables.
     pub fn start_with(agent: &'a Agent, arguments: &[&str], variables: &[(&str, &str)]) -> Result<Self> {
         let folder = name::scratch("daemon")?;
         fs::create_dir(folder.path().join("pods"))?;
@@ -56,7 +56,7 @@ impl<'a> Daemon<'a> {
         Ok(daemon)
     }
 
-    /// Start it again; says how long it took to take over what is in force.
+    /// Starts it again. Returns how long it took to take over the active captures.
     pub fn restart(&mut self) -> Result<Duration> {
         ensure!(self.child.is_none(), "it runs");
         let started = Instant::now();
@@ -73,7 +73,7 @@ impl<'a> Daemon<'a> {
         Ok(started.elapsed())
     }
 
-    /// Kill it as the kernel does when memory is short.
+    /// Sends SIGKILL, as the kernel does when memory is short.
     pub fn kill(&mut self) -> Result<()> {
         let mut child = self.child.take().context("it does not run")?;
         child.kill()?;
@@ -81,14 +81,14 @@ impl<'a> Daemon<'a> {
         Ok(())
     }
 
-    /// End it as the kubelet does.
+    /// Sends SIGTERM, as the kubelet does.
     pub fn terminate(&mut self) -> Result<ExitStatus> {
         let mut child = self.child.take().context("it does not run")?;
         kill_process(Pid::from_child(&child), Signal::TERM).context("signalling the daemon")?;
         Ok(child.wait()?)
     }
 
-    /// Its process.
+    /// The process id.
     pub fn pid(&self) -> Option<u32> {
         self.child.as_ref().map(Child::id)
     }
@@ -103,36 +103,36 @@ impl<'a> Daemon<'a> {
         self.folder.path().join("agent.sock")
     }
 
-    /// A folder for whatever else.
+    /// A scratch folder.
     pub fn folder(&self) -> &Path {
         self.folder.path()
     }
 
-    /// Put a pod into the folder, or change it there.
+    /// Writes the file of a pod into the folder.
     pub fn put(&self, name: &str, sandbox: &Sandbox, arguments: &[&str]) -> Result<()> {
         let text =
             json!({ "cgroup": sandbox.cgroup.path(), "netns": sandbox.netns.path(), "arguments": arguments });
         self.put_text(name, &text.to_string())
     }
 
-    /// Put any text into the folder.
+    /// Writes any text into the folder.
     pub fn put_text(&self, name: &str, text: &str) -> Result<()> {
         let beside = self.pods_dir().join(format!(".{name}"));
         fs::write(&beside, text)?;
         Ok(fs::rename(beside, self.pods_dir().join(format!("{name}.json")))?)
     }
 
-    /// Take a pod out of the folder.
+    /// Removes the file of a pod from the folder.
     pub fn remove(&self, name: &str) -> Result<()> {
         Ok(fs::remove_file(self.pods_dir().join(format!("{name}.json")))?)
     }
 
-    /// Ask on the socket.
+    /// Sends a request to the socket.
     pub fn ask(&self, request: &DaemonRequest) -> Result<Response> {
         Ok(socket::request(&self.socket(), request)?)
     }
 
-    /// What it knows of every pod.
+    /// The reports on all pods.
     pub fn reports(&self) -> Result<Vec<PodReport>> {
         match self.ask(&DaemonRequest::Report)? {
             Response::Pods(reports) => Ok(reports),
@@ -140,13 +140,13 @@ impl<'a> Daemon<'a> {
         }
     }
 
-    /// What it knows of one pod of the folder.
+    /// The report on a pod of the folder.
     pub fn report(&self, name: &str) -> Result<Option<PodReport>> {
         let key = format!("file/{name}.json");
         Ok(self.reports()?.into_iter().find(|report| report.pod == key))
     }
 
-    /// Wait until a pod of the folder is in a state.
+    /// Waits until a pod of the folder has a state.
     pub fn wait_for(&self, name: &str, state: PodState) -> Result<PodReport> {
         self.wait(&format!("{name} is {state:?}"), |daemon| {
             daemon.report(name).is_ok_and(|report| report.is_some_and(|report| report.state == state))
@@ -154,7 +154,7 @@ impl<'a> Daemon<'a> {
         self.report(name)?.context("it is gone again")
     }
 
-    /// Wait until something is so.
+    /// Waits until a condition holds.
     pub fn wait(&self, what: &str, so: impl Fn(&Self) -> bool) -> Result<()> {
         let deadline = Instant::now() + PATIENCE;
         while !so(self) {
@@ -176,7 +176,7 @@ impl Drop for Daemon<'_> {
     }
 }
 
-/// What the CNI plugin asks for a pod, which is to be captured by these options of the command line.
+/// The request of the CNI plugin for a new pod, with capture options.
 pub fn add(sandbox: &Sandbox, uid: &str, arguments: Vec<String>) -> Result<DaemonRequest> {
     let relative = sandbox.cgroup.path().strip_prefix(cgroup::mount_point()?)?;
     Ok(DaemonRequest::Add(Box::new(Add {
@@ -190,7 +190,7 @@ pub fn add(sandbox: &Sandbox, uid: &str, arguments: Vec<String>) -> Result<Daemo
     })))
 }
 
-/// And when it is gone.
+/// The request of the CNI plugin for a removed pod.
 pub fn delete(uid: &str) -> DaemonRequest {
     DaemonRequest::Delete(sandbox_info(uid))
 }
@@ -199,15 +199,15 @@ fn sandbox_info(uid: &str) -> SandboxInfo {
     SandboxInfo { sandbox: uid.into(), uid: Some(uid.into()), ..SandboxInfo::default() }
 }
 
-/// Everything outbound to the proxy.
+/// Captures all outbound connections.
 pub const OUTBOUND: [&str; 4] = ["-i", "*", "-u", "1337"];
 
-/// A service that is nowhere.
+/// The address of a service without endpoints.
 pub fn service() -> SocketAddr {
     SocketAddr::from(([10, 96, 0, 10], 80))
 }
 
-/// An actor in the pod that plays the proxy on 15001.
+/// Starts an actor in the pod that plays the proxy on 15001.
 pub fn proxy(pod: &Pod) -> Actor {
     let actor = Actor::start(pod).expect("an actor");
     let bind = Bind::new(Ids::PROXY, SocketAddr::new(IpAddr::from([0, 0, 0, 0]), 15001));
@@ -215,7 +215,7 @@ pub fn proxy(pod: &Pod) -> Actor {
     actor
 }
 
-/// Who answers the app; none if nobody does.
+/// The server that answers the application, if any.
 pub fn answers(actor: &Actor, to: SocketAddr) -> Option<String> {
     match actor.dial(Dial::new(Ids::APP, to)).expect("dialled").outcome {
         DialOutcome::Answered(answer) => Some(answer.server),
@@ -223,7 +223,7 @@ pub fn answers(actor: &Actor, to: SocketAddr) -> Option<String> {
     }
 }
 
-/// GET; the status and all that was answered.
+/// Sends GET. Returns the status and the whole response.
 pub fn get(address: SocketAddr, path: &str) -> (u16, String) {
     let mut stream = TcpStream::connect(address).expect("connected");
     write!(stream, "GET {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n").expect("written");
@@ -233,7 +233,7 @@ pub fn get(address: SocketAddr, path: &str) -> (u16, String) {
     (status, text)
 }
 
-/// An address on which nothing listens yet.
+/// An address without a listener.
 pub fn free_address() -> SocketAddr {
     TcpListener::bind("127.0.0.1:0").and_then(|socket| socket.local_addr()).expect("a port")
 }

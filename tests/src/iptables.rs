@@ -1,9 +1,8 @@
 //! The rules that istio-iptables installs, as data.
 //!
-//! [`IptablesOptions`] and [`rules`](chains::rules) follow istio's own program (tools/istio-iptables/pkg/capture/run.go,
-//! 1.2x), rule by rule and in its order. There are two consumers: [`apply`](install::apply) gives them to the
-//! real iptables inside a namespace, and [`Walker`] is a naive interpreter of the same chains. Nothing here
-//! knows of the project's own decision; that is the point.
+//! [`IptablesOptions`] and [`rules`](chains::rules) follow Istio's program (tools/istio-iptables/pkg/capture/run.go, 1.2x) rule
+//! by rule and in the same order. The rules are used twice: [`apply`](install::apply) installs them with real iptables in
+//! a namespace, and [`Walker`] interprets them. Nothing here may use `decide`, which is checked against these rules.
 
 pub mod arguments;
 pub mod chains;

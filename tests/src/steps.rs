@@ -1,5 +1,5 @@
-//! A program of socket calls, made one after the other by one process of a pod: this package's binary `steps`. What each
-//! call gave is compared between ways of capturing.
+//! A list of socket calls that the binary `steps` of this package makes one after another in a pod. Tests compare the
+//! result of each call between ways to capture.
 
 pub mod compared;
 
@@ -12,28 +12,28 @@ use serde::{Deserialize, Serialize};
 use crate::actor::binary::{ReadableCopy, locate};
 use crate::testbed::{Ids, Sandbox};
 
-/// The variable that says where the executable is.
+/// The variable with the path of the executable.
 pub const VARIABLE: &str = "INTERCEPT_STEPS";
 
-/// A call, on the socket that the last [`Step::Open`] made or [`Step::Use`] chose.
+/// A call on the current socket: the one of the last [`Step::Open`] or [`Step::Use`].
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Step {
     /// socket(); sockets are numbered from 0.
     Open(SocketKind),
-    /// Choose a socket by its number.
+    /// Selects a socket by its number.
     Use(usize),
     /// SO_REUSEADDR.
     ReuseAddress,
-    /// An option whose value is these bytes.
+    /// setsockopt() with these bytes as the value.
     Option {
         /// `SOL_*`.
         level: i32,
-        /// Number of the option.
+        /// The number of the option.
         name: i32,
-        /// Its value.
+        /// The value.
         value: Vec<u8>,
     },
-    /// IP_UNICAST_IF or IPV6_UNICAST_IF, by the name of the interface.
+    /// IP_UNICAST_IF or IPV6_UNICAST_IF with the name of an interface.
     UnicastInterface(String),
     /// bind().
     Bind(SocketAddr),
@@ -51,11 +51,11 @@ pub enum Step {
     Name,
     /// getpeername().
     Peer,
-    /// The [`crate::actor::Answer`] of a connection.
+    /// Reads the [`crate::actor::Answer`] of a connection.
     Read,
-    /// A question to the peer of a connected datagram socket, and the answer.
+    /// Sends a query on a connected datagram socket and reads the answer.
     Ask,
-    /// A question by sendto(), and the answer.
+    /// Sends a query by sendto() and reads the answer.
     AskAt(SocketAddr),
     /// A question by sendto(): the source that the server saw.
     AskFor(SocketAddr),
@@ -63,34 +63,34 @@ pub enum Step {
     AskAll(Vec<SocketAddr>),
     /// The same as [`Step::AskAt`] with the interface in IP_PKTINFO or IPV6_PKTINFO.
     AskBy(SocketAddr, String),
-    /// Shuts the sending side down.
+    /// shutdown() of the sending side.
     Shutdown,
     /// close().
     Close,
 }
 
-/// What a socket is.
+/// A kind of socket.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum SocketKind {
     /// TCP over IPv4.
     Tcp4,
-    /// TCP over IPv6, or IPv4 by mapped addresses.
+    /// TCP over IPv6, also with IPv4-mapped addresses.
     Tcp6,
     /// UDP over IPv4.
     Udp4,
-    /// UDP over IPv6, or IPv4 by mapped addresses.
+    /// UDP over IPv6, also with IPv4-mapped addresses.
     Udp6,
     /// MPTCP over IPv4.
     Mptcp4,
 }
 
-/// What a step gave, for people: ports that the kernel chose are `*`.
+/// The result of a step as text. Ports that the kernel chose are `*`.
 pub type StepOutcome = String;
 
-/// Runs steps in a place, as a user.
+/// Runs steps in a sandbox as a user.
 ///
 /// # Errors
-/// If the process cannot be started, or does not come to its end.
+/// If the process cannot be started or fails.
 pub fn run(sandbox: &Sandbox, ids: Ids, steps: &[Step]) -> Result<Vec<StepOutcome>> {
     let program = ReadableCopy::of(&locate("steps", VARIABLE)?)?;
     let output = sandbox
@@ -104,12 +104,12 @@ pub fn run(sandbox: &Sandbox, ids: Ids, steps: &[Step]) -> Result<Vec<StepOutcom
     serde_json::from_slice(&output.stdout).context("understanding steps")
 }
 
-/// An address without the port, if the kernel chose it.
+/// An address, with `*` for a port that the kernel chose.
 pub fn shown(addr: SocketAddr) -> StepOutcome {
     let ip = match addr.ip() {
         IpAddr::V6(ip) => format!("[{ip}]"),
         ip @ IpAddr::V4(_) => ip.to_string(),
     };
-    // The range that the kernel chooses from begins here.
+    // The kernel chooses ports from here on.
     if addr.port() >= 32768 { format!("{ip}:*") } else { format!("{ip}:{}", addr.port()) }
 }

@@ -1,6 +1,6 @@
-//! One flow made in an unusual way, by a process of its own: this package's binary `unusual`.
+//! A flow that is not a plain connect() or sendto(), made by the binary `unusual` of this package.
 //!
-//! The socket is made first and used only when told to, so that anything may happen in between.
+//! The process makes the socket, and uses it later on command, so that a test can capture the pod in between.
 
 pub mod fixture;
 
@@ -14,74 +14,74 @@ use serde::{Deserialize, Serialize};
 use crate::actor::binary::{ReadableCopy, locate};
 use crate::testbed::{Ids, Sandbox};
 
-/// The variable that says where the executable is.
+/// The variable with the path of the executable.
 pub const VARIABLE: &str = "INTERCEPT_UNUSUAL";
 
-/// What is to be done.
+/// The flow to make.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct UnusualSocket {
-    /// How.
+    /// The method.
     pub method: Method,
-    /// Who makes the socket. In a user namespace of its own these are ids inside.
+    /// The user that makes the socket. With a user namespace, ids inside it.
     pub made_by: Ids,
-    /// Who uses it.
+    /// The user that uses the socket.
     pub used_by: Ids,
-    /// Where to; datagrams go to all of them.
+    /// The destinations. Connections use the first, datagrams all.
     pub to: Vec<SocketAddr>,
-    /// Run in a user namespace in which these ids outside are 0 and what follows it.
+    /// Run in a user namespace in which ids from 0 are these ids outside.
     pub user_namespace: Option<u32>,
 }
 
-/// How a flow is made.
+/// A method to make a flow.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Method {
     /// connect().
     Plain,
-    /// The socket goes to another process by SCM_RIGHTS, which connects it.
+    /// Another process receives the socket by SCM_RIGHTS and connects it.
     Passed,
-    /// The socket is made and connected by a program with the set-user-ID and set-group-ID bits of `made_by`, started
-    /// by `used_by`.
+    /// A program with the set-user-ID and set-group-ID bits of `made_by`, started by `used_by`, makes and connects the
+    /// socket.
     SetUserId,
-    /// By an io_uring.
+    /// connect() by io_uring.
     IoUring,
     /// sendto(MSG_FASTOPEN).
     FastOpenSend,
     /// TCP_FASTOPEN_CONNECT.
     FastOpenConnect,
-    /// A socket of MPTCP.
+    /// An MPTCP socket.
     Multipath,
     /// SO_MARK.
     Mark(u32),
     /// SO_BINDTODEVICE.
     Device(String),
-    /// A datagram by a raw socket, from this address, with the UDP header made by hand.
+    /// A datagram from this address by a raw socket, with a UDP header that the program writes.
     Raw(IpAddr),
-    /// Datagrams from one socket, each sent when the one before has been answered.
+    /// Datagrams from one socket, each sent after the previous answer.
     InTurn,
     /// Datagrams from one socket, all sent before the first answer is read.
     AtOnce,
 }
 
-/// What came of it.
+/// The result of a flow.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct UnusualOutcome {
-    /// For each destination (of connections: the one) who answered, or what failed.
+    /// For each destination, the server that answered or the error.
     pub servers: Vec<std::result::Result<String, String>>,
-    /// Whom the client sees: getpeername, or the sources of the answers.
+    /// The peers that the client sees: getpeername, or the sources of the answers.
     pub peers: Vec<SocketAddr>,
-    /// The client's own address.
+    /// getsockname of the client.
     pub own: Option<SocketAddr>,
 }
 
 impl UnusualSocket {
-    /// A connection, made and used by the application.
+    /// A connection that the application makes and uses.
     pub fn new(method: Method, to: SocketAddr) -> Self {
         Self { method, made_by: Ids::APP, used_by: Ids::APP, to: vec![to], user_namespace: None }
     }
 }
 
 impl UnusualOutcome {
-    /// Who answered the first, or what failed.
+    /// The server that answered first, or the error.
     pub fn server(&self) -> &str {
         match self.servers.first() {
             Some(Ok(text) | Err(text)) => text,
@@ -90,18 +90,18 @@ impl UnusualOutcome {
     }
 }
 
-/// A process that has made its socket and waits.
+/// A process that has made its socket and waits for the command to use it.
 #[derive(Debug)]
 pub struct UnusualProcess {
     child: Child,
     input: ChildStdin,
     output: BufReader<ChildStdout>,
-    // The file must be there until the process is done: it starts itself again.
+    // The process starts itself again, so the file must exist until it ends.
     _program: ReadableCopy,
 }
 
 impl UnusualProcess {
-    /// Starts it in a place.
+    /// Starts the process in a sandbox.
     pub fn start(sandbox: &Sandbox, unusual: &UnusualSocket) -> Result<Self> {
         let program = ReadableCopy::of(&locate("unusual", VARIABLE)?)?;
         let mut child = sandbox
@@ -111,23 +111,23 @@ impl UnusualProcess {
             .stdout(Stdio::piped())
             .spawn()
             .context("starting the process")?;
-        let input = child.stdin.take().context("slip has no standard input")?;
-        let output = BufReader::new(child.stdout.take().context("slip has no standard output")?);
+        let input = child.stdin.take().context("the process has no standard input")?;
+        let output = BufReader::new(child.stdout.take().context("the process has no standard output")?);
         let mut process = Self { child, input, output, _program: program };
         let line = process.line()?;
-        ensure!(line == "ready\n", "slip is not ready for {unusual:?}: {line:?}; see its standard error");
+        ensure!(line == "ready\n", "the process is not ready for {unusual:?}: {line:?}; see its standard error");
         Ok(process)
     }
 
-    /// Tells it to go, and what came of it.
+    /// Uses the socket, and returns the result.
     pub fn go(mut self) -> Result<UnusualOutcome> {
         self.input.write_all(b"\n").context("telling it to go")?;
-        serde_json::from_str(&self.line()?).context("understanding slip; see its standard error")
+        serde_json::from_str(&self.line()?).context("reading the result; see the standard error of the process")
     }
 
     fn line(&mut self) -> Result<String> {
         let mut line = String::new();
-        self.output.read_line(&mut line).context("reading what slip says")?;
+        self.output.read_line(&mut line).context("reading the output of the process")?;
         Ok(line)
     }
 }

@@ -1,4 +1,4 @@
-//! Where the executables are that the testbed starts.
+//! Finds the executables that the testbed starts.
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
@@ -9,8 +9,8 @@ use tempfile::TempDir;
 
 use crate::testbed::name;
 
-/// Finds a binary of this workspace: where the environment variable says, or beside the running executable or one
-/// folder above it, which is where cargo puts it.
+/// Finds a binary of this workspace: at the path in the environment variable, else in the folder of the running
+/// executable or in its parent, where cargo puts it.
 pub fn locate(name: &str, variable: &str) -> Result<PathBuf> {
     if let Some(path) = std::env::var_os(variable) {
         return Ok(path.into());
@@ -25,7 +25,7 @@ pub fn locate(name: &str, variable: &str) -> Result<PathBuf> {
     bail!("no {name} near {}: build it, or set {variable}", here.display());
 }
 
-/// A copy of an executable that every user may run; a checkout in root's home is closed to others.
+/// A copy of an executable that every user may run. Other users have no access to a checkout in root's home.
 #[derive(Debug)]
 pub struct ReadableCopy {
     path: PathBuf,
@@ -33,7 +33,7 @@ pub struct ReadableCopy {
 }
 
 impl ReadableCopy {
-    /// Copies `original` into a new folder below the system's one for temporary files.
+    /// Copies `original` into a new temporary folder.
     pub fn of(original: &Path) -> Result<Self> {
         let folder = name::scratch("copy").context("making a folder")?;
         fs::set_permissions(folder.path(), fs::Permissions::from_mode(0o755))?;

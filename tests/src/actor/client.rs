@@ -1,4 +1,4 @@
-//! Starting an actor and speaking with it.
+//! Starts an actor and talks to it.
 
 use std::collections::HashMap;
 use std::io::{BufRead, BufReader, Write};
@@ -18,9 +18,9 @@ use super::protocol::{
 };
 use crate::testbed::Sandbox;
 
-/// The variable that says where the actor's executable is.
+/// The variable with the path of the actor's executable.
 pub const BINARY: &str = "INTERCEPT_ACTOR";
-/// How much longer than asked for an answer may take before the actor counts as stuck.
+/// How much longer than its timeout a request may take before the actor counts as stuck.
 const GRACE: Duration = Duration::from_secs(20);
 
 /// A running actor. Dropping it ends the process.
@@ -33,7 +33,7 @@ pub struct Actor {
     reader: Option<JoinHandle<()>>,
 }
 
-/// Where the reading thread puts what the actor says.
+/// The replies that the reading thread has received.
 #[derive(Debug, Default)]
 struct Inbox {
     waiting: Mutex<HashMap<u64, Sender<Done>>>,
@@ -45,13 +45,13 @@ struct Inbox {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Listening {
     id: u64,
-    /// Where it listens.
+    /// The address of the listener.
     pub addr: SocketAddr,
 }
 
 impl Actor {
-    /// Starts the actor, found by [`binary::locate`] and [`BINARY`], in a pod or its neighbour, as root; it changes its ids as
-    /// each request says.
+    /// Starts the actor that [`binary::locate`] finds with [`BINARY`] as root in a pod or its neighbour. Each request
+    /// names the user to run as.
     pub fn start(sandbox: &Sandbox) -> Result<Self> {
         let program = binary::locate("actor", BINARY)?;
         let mut child = sandbox
@@ -109,9 +109,9 @@ impl Actor {
         Ok(self.dial_all(vec![dial])?.remove(0))
     }
 
-    /// Makes connections at the same time; the results are in the order of `dials`.
+    /// Makes connections concurrently. The results are in the order of `dials`.
     pub fn dial_all(&self, dials: Vec<Dial>) -> Result<Vec<Dialled>> {
-        // Twice: once to connect, once to be answered.
+        // The timeout applies twice: to the connection and to the answer.
         let pending =
             dials.into_iter().map(|dial| Ok((dial.timeout * 2, self.send(ActorJob::Dial(dial))?.1)));
         let pending = pending.collect::<Result<Vec<_>>>()?;
@@ -127,7 +127,7 @@ impl Actor {
         Ok(self.query_all(vec![query])?.remove(0))
     }
 
-    /// Sends datagrams from several sockets at the same time; the results are in the order of `queries`.
+    /// Sends datagrams from several sockets concurrently. The results are in the order of `queries`.
     pub fn query_all(&self, queries: Vec<Query>) -> Result<Vec<Queried>> {
         let pending =
             queries.into_iter().map(|query| Ok((query.timeout, self.send(ActorJob::Query(query))?.1)));
@@ -139,8 +139,8 @@ impl Actor {
         results.collect()
     }
 
-    /// Takes what the relays have told since the last call, waiting until there are `at_least` so many or
-    /// `timeout` has passed.
+    /// Takes the reports of the relays since the last call. Waits until there are `at_least` so many, or for
+    /// `timeout`.
     pub fn relayed(&self, at_least: usize, timeout: Duration) -> Vec<Relayed> {
         let deadline = Instant::now() + timeout;
         let mut relayed = self.inbox.relayed.lock().unwrap_or_else(PoisonError::into_inner);
@@ -162,7 +162,7 @@ impl Actor {
         line.push(b'\n');
         let mut input = self.input.lock().unwrap_or_else(PoisonError::into_inner);
         let input = input.as_mut().context("the actor has no standard input")?;
-        input.write_all(&line).context("writing to the actor; has it died?")?;
+        input.write_all(&line).context("writing to the actor, which may have died")?;
         Ok((id, receiver))
     }
 
@@ -183,7 +183,7 @@ impl Inbox {
                 Ok(ActorMessage::Reply { id, done }) => {
                     let sender = self.waiting.lock().unwrap_or_else(PoisonError::into_inner).remove(&id);
                     if let Some(sender) = sender {
-                        // Nobody waits any more for an answer that came too late.
+                        // The receiver is gone if the request has timed out.
                         drop(sender.send(done));
                     }
                 }
@@ -194,14 +194,14 @@ impl Inbox {
                 Err(error) => eprintln!("the actor said {line:?}: {error}"),
             }
         }
-        // The actor is gone: whoever waits learns it by the closed channel.
+        // The actor is gone. Closing the channels wakes the waiting requests.
         self.waiting.lock().unwrap_or_else(PoisonError::into_inner).clear();
     }
 }
 
 impl Drop for Actor {
     fn drop(&mut self) {
-        // The end of its input ends it; if it is stuck, so does the signal.
+        // The end of its input ends the actor. The signal ends it if it is stuck.
         self.input.lock().unwrap_or_else(PoisonError::into_inner).take();
         drop(self.child.kill());
         drop(self.child.wait());

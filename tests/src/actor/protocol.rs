@@ -1,4 +1,4 @@
-//! What the actor is told and what it tells; one JSON document a line.
+//! The messages to and from the actor, one JSON document per line.
 
 use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
@@ -10,18 +10,18 @@ use crate::testbed::Ids;
 /// A line to the actor.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Request {
-    /// Comes back in the reply.
+    /// Identifies the reply.
     pub id: u64,
-    /// What to do.
+    /// The job to do.
     pub job: ActorJob,
 }
 
-/// What the actor can do.
+/// A job of the actor.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub enum ActorJob {
-    /// Answer connections or datagrams until told to close.
+    /// Answer connections or datagrams until closed.
     Listen(Listen),
-    /// Pass connections on until told to close.
+    /// Relay connections until closed.
     Relay(Relay),
     /// Close the listener or relay that the request of this id opened.
     Close(u64),
@@ -36,130 +36,130 @@ pub enum ActorJob {
 pub enum ActorMessage {
     /// The answer to a request.
     Reply {
-        /// The request's.
+        /// The id of the request.
         id: u64,
-        /// What came of it.
+        /// The result.
         done: Done,
     },
-    /// What a relay did with one connection, told when it had connected onwards or failed to.
+    /// A relay has connected one connection onwards, or failed to.
     Relayed(Relayed),
 }
 
-/// What came of a request.
+/// The result of a request.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub enum Done {
     /// A listener or relay is ready at this address.
     Ready(SocketAddr),
-    /// A listener or relay takes no more connections.
+    /// A listener or relay is closed.
     Closed,
-    /// Of [`ActorJob::Dial`].
+    /// The result of [`ActorJob::Dial`].
     Dialled(Dialled),
-    /// Of [`ActorJob::Query`].
+    /// The result of [`ActorJob::Query`].
     Queried(Queried),
-    /// It could not be tried at all.
+    /// The job could not be started.
     Failed(String),
 }
 
-/// How a listening socket is made.
+/// The options of a listening socket.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Bind {
-    /// Whose socket it is.
+    /// The owner of the socket.
     pub ids: Ids,
-    /// Where it is bound.
+    /// The address to bind.
     pub addr: SocketAddr,
-    /// An IPv6 socket does not take IPv4 as well.
+    /// IPV6_V6ONLY.
     pub v6only: bool,
     /// SO_REUSEPORT.
     pub reuseport: bool,
-    /// IP_TRANSPARENT, as TPROXY needs it.
+    /// IP_TRANSPARENT, which TPROXY needs.
     pub transparent: bool,
 }
 
 impl Bind {
-    /// An ordinary socket, for IPv4 or IPv6 alone.
+    /// An ordinary socket for one family.
     pub fn new(ids: Ids, addr: SocketAddr) -> Self {
         Self { ids, addr, v6only: true, reuseport: false, transparent: false }
     }
 }
 
-/// The kind of socket.
+/// The transport protocol of a server.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub enum Transport {
-    /// Connections: each gets one [`Answer`] as a line of JSON.
+    /// The server answers each connection with one [`Answer`] as a line of JSON.
     Tcp,
-    /// Datagrams: each gets one [`Answer`], from the address it was sent to.
+    /// The server answers each datagram with one [`Answer`], from the address that it was sent to.
     Udp,
 }
 
-/// A server that says who it is and what it sees.
+/// A server that reports its name and what it sees.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Listen {
-    /// How it introduces itself.
+    /// The name of the server.
     pub name: String,
-    /// Connections or datagrams.
+    /// The transport protocol.
     pub transport: Transport,
-    /// Its socket.
+    /// The listening socket.
     pub bind: Bind,
 }
 
 /// What a server saw of a connection or datagram.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Answer {
-    /// The server's name.
+    /// The name of the server.
     pub server: String,
-    /// SO_ORIGINAL_DST of the connection; none for datagrams.
+    /// SO_ORIGINAL_DST of the connection. `None` for datagrams.
     pub original_dst: Option<OriginalDst>,
-    /// Its own address: getsockname, or where the datagram was sent.
+    /// The server's address: getsockname, or the destination of the datagram.
     pub local: SocketAddr,
-    /// The client's, from accept or recvmsg.
+    /// The client's address, from accept or recvmsg.
     pub peer: SocketAddr,
-    /// The client's, from getpeername; none for datagrams.
+    /// The client's address, from getpeername. `None` for datagrams.
     pub peername: Option<SocketAddr>,
-    /// What the client wrote in front of the datagram; 0 for connections.
+    /// The number at the beginning of the datagram. 0 for connections.
     pub nonce: u64,
 }
 
-/// What SO_ORIGINAL_DST (IP6T_SO_ORIGINAL_DST for IPv6) answered.
+/// The result of SO_ORIGINAL_DST (IP6T_SO_ORIGINAL_DST for IPv6).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum OriginalDst {
     /// An address.
     Addr(SocketAddr),
-    /// An error, for instance 2 (ENOENT) or 92 (ENOPROTOOPT).
+    /// An errno, such as 2 (ENOENT) or 92 (ENOPROTOOPT).
     Errno(i32),
 }
 
-/// One connection to be made.
+/// A connection to make.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Dial {
-    /// Who makes it.
+    /// The user that connects.
     pub ids: Ids,
-    /// Where to.
+    /// The destination.
     pub to: SocketAddr,
-    /// A source address to bind first.
+    /// The source address to bind.
     pub from: Option<IpAddr>,
-    /// Make an IPv4 connection by an IPv6 socket.
+    /// Whether an IPv6 socket makes the IPv4 connection.
     pub mapped: bool,
-    /// How long to wait for a connection, and then for the answer.
+    /// How long to wait for the connection, and again for the answer.
     pub timeout: Duration,
 }
 
 impl Dial {
-    /// A plain connection, given three seconds.
+    /// A plain connection with a timeout of three seconds.
     pub fn new(ids: Ids, to: SocketAddr) -> Self {
         Self { ids, to, from: None, mapped: false, timeout: Duration::from_secs(3) }
     }
 }
 
-/// What a client saw. The addresses are as the system calls gave them; IPv4 on an IPv6 socket is ::ffff:a.b.c.d.
+/// What a client saw. The addresses are those of the system calls: IPv4 on an IPv6 socket is ::ffff:a.b.c.d.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Dialled {
-    /// How it ended.
+    /// The result.
     pub outcome: DialOutcome,
-    /// Its own address once connected.
+    /// getsockname after connect().
     pub sockname: Option<SocketAddr>,
-    /// getpeername once connected.
+    /// getpeername after connect().
     pub peername: Option<SocketAddr>,
-    /// getpeername when the answer had come.
+    /// getpeername after the answer.
     pub peername_after: Option<SocketAddr>,
 }
 
@@ -168,33 +168,33 @@ pub struct Dialled {
 pub enum DialOutcome {
     /// A server answered.
     Answered(Answer),
-    /// Something answered, but not with an [`Answer`].
+    /// The answer was not an [`Answer`].
     Garbled(String),
     /// ECONNREFUSED.
     Refused,
-    /// ECONNRESET, or the end of the stream before an answer.
+    /// ECONNRESET, or the end of the stream before the answer.
     Dropped(FlowStage),
-    /// Nothing came in time.
+    /// The timeout passed.
     TimedOut(FlowStage),
     /// Another error.
     Failed {
-        /// What was being done.
+        /// The failed step.
         stage: FlowStage,
-        /// The error's number.
+        /// The errno.
         errno: i32,
     },
 }
 
-/// What a client was doing.
+/// A step of a client.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum FlowStage {
-    /// socket() and its options.
+    /// socket() and setsockopt().
     Socket,
     /// bind().
     Bind,
     /// connect().
     Connect,
-    /// sendto() and the like.
+    /// sendto(), send() or sendmmsg().
     Send,
     /// Waiting for the answer.
     Read,
@@ -203,98 +203,98 @@ pub enum FlowStage {
 /// How datagrams are sent.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Sending {
-    /// sendto on an unconnected socket.
+    /// sendto() on an unconnected socket.
     To,
-    /// connect, then send; for a single destination.
+    /// connect() and send(), for a single destination.
     Connected,
-    /// One sendmmsg for all destinations.
+    /// One sendmmsg() for all destinations.
     Many,
 }
 
-/// Datagrams to be sent from one socket, one for each destination.
+/// Datagrams to send from one socket, one for each destination.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Query {
-    /// Who sends.
+    /// The user that sends.
     pub ids: Ids,
-    /// Where to.
+    /// The destination.
     pub to: Vec<SocketAddr>,
-    /// A source address to bind first.
+    /// The source address to bind.
     pub from: Option<IpAddr>,
-    /// Send IPv4 by an IPv6 socket.
+    /// Whether an IPv6 socket sends to IPv4 addresses.
     pub mapped: bool,
-    /// By which calls.
+    /// The system calls to use.
     pub sending: Sending,
     /// How long to wait for the answers.
     pub timeout: Duration,
 }
 
 impl Query {
-    /// One datagram by sendto, given a second.
+    /// One datagram by sendto() with a timeout of one second.
     pub fn new(ids: Ids, to: SocketAddr) -> Self {
         let timeout = Duration::from_secs(1);
         Self { ids, to: vec![to], from: None, mapped: false, sending: Sending::To, timeout }
     }
 }
 
-/// What a sender of datagrams saw.
+/// What the sender of datagrams saw.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Queried {
-    /// For each destination, what came back.
+    /// The reply of each destination.
     pub replies: Vec<QueryReply>,
-    /// Its own address after sending.
+    /// getsockname after sending.
     pub sockname: Option<SocketAddr>,
-    /// getpeername, on a connected socket.
+    /// getpeername of a connected socket.
     pub peername: Option<SocketAddr>,
 }
 
-/// What came back for one datagram.
+/// The reply to one datagram.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum QueryReply {
     /// An answer.
     Answered {
-        /// The source of the answer, from recvfrom.
+        /// The source address of the answer, from recvfrom().
         from: SocketAddr,
-        /// Its content.
+        /// The content of the answer.
         answer: Answer,
     },
-    /// Nothing in time.
+    /// The timeout passed.
     TimedOut,
-    /// An error, ECONNREFUSED included.
+    /// An error, also ECONNREFUSED.
     Failed {
-        /// What was being done.
+        /// The failed step.
         stage: FlowStage,
-        /// The error's number.
+        /// The errno.
         errno: i32,
     },
 }
 
-/// A proxy that passes connections on to where they were going.
+/// A proxy that relays connections to their original destination.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Relay {
-    /// Its name in [`Relayed`].
+    /// The name in [`Relayed`].
     pub name: String,
-    /// Its socket.
+    /// The listening socket.
     pub bind: Bind,
-    /// Which side of the sidecar it plays.
+    /// The side of the sidecar that it plays.
     pub direction: RelayDirection,
-    /// Tell of each connection; to be left out when measuring.
+    /// Whether to report each connection. Off in measurements.
     pub report: bool,
-    /// Close both connections by a reset, leaving nothing in TIME_WAIT.
+    /// Whether to close both connections by a reset, so that none stays in TIME_WAIT.
     pub reset: bool,
-    /// How many threads accept.
+    /// The number of accepting threads.
     pub workers: usize,
 }
 
-/// Which side of the sidecar a relay plays.
+/// The side of the sidecar that a relay plays.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum RelayDirection {
-    /// Connects onwards as it is.
+    /// Connects onwards without binding a source.
     Outbound,
     /// Connects onwards from 127.0.0.6 or ::6.
     Inbound,
     /// Connects onwards from the client's own address, with this mark (TPROXY).
     InboundTransparent {
-        /// SO_MARK of the connection onwards.
+        /// SO_MARK of the onward connection.
         mark: u32,
     },
 }
@@ -302,14 +302,14 @@ pub enum RelayDirection {
 /// What a relay did with one connection.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Relayed {
-    /// The relay.
+    /// The name of the relay.
     pub relay: String,
-    /// What it was told was the original destination.
+    /// SO_ORIGINAL_DST of the client's connection.
     pub original_dst: OriginalDst,
-    /// Its own address on the client's connection.
+    /// getsockname of the client's connection.
     pub local: SocketAddr,
     /// The client's address, from accept.
     pub peer: SocketAddr,
-    /// Why the connection was not passed on; none if it was.
+    /// Why the connection was not relayed. `None` if it was.
     pub error: Option<String>,
 }

@@ -1,4 +1,4 @@
-//! The same configuration as a command line and environment.
+//! A configuration as a command line and environment.
 
 use std::fmt::Write;
 use std::path::Path;
@@ -6,14 +6,14 @@ use std::path::Path;
 use super::options::{Groups, IptablesCidrs, IptablesOptions, IptablesPorts};
 
 impl IptablesOptions {
-    /// The arguments, without the program's name. `resolv_conf` is where [`IptablesOptions::resolv_conf`] was written.
+    /// The arguments without the program's name. `resolv_conf` is the file with [`IptablesOptions::resolv_conf`].
     pub fn arguments(&self, resolv_conf: &Path) -> Vec<String> {
         let mut arguments: Vec<String> = Vec::new();
         let mut option = |name: &str, value: String| arguments.extend([name.to_owned(), value]);
         option("-p", self.envoy_port.to_string());
         option("-z", self.inbound_port.to_string());
         option("-e", self.tunnel_port.to_string());
-        // An empty argument is none; a list of empty items is an empty list.
+        // An empty argument counts as absent; a list of empty items is an empty list.
         option("-u", if self.proxy_uids.is_empty() { ",".into() } else { join(&self.proxy_uids) });
         option("-g", join(&self.proxy_gids));
         match self.tproxy {
@@ -54,7 +54,7 @@ impl IptablesOptions {
         arguments
     }
 
-    /// What has no option and is told by the environment.
+    /// The environment variables, for what has no option.
     pub fn environment(&self) -> Vec<(&'static str, String)> {
         let groups = match &self.owner_groups {
             Groups::Only(groups) => ("ISTIO_OUTBOUND_OWNER_GROUPS", join(groups)),
@@ -63,7 +63,7 @@ impl IptablesOptions {
         vec![groups, ("ISTIO_OUTBOUND_IPV4_LOOPBACK_CIDR", self.loopback_cidr.to_string())]
     }
 
-    /// The resolv.conf that names the DNS servers.
+    /// The content of a resolv.conf with the DNS servers.
     pub fn resolv_conf(&self) -> String {
         let servers = self.dns.iter().flat_map(|dns| &dns.servers);
         servers.fold(String::new(), |mut text, server| {

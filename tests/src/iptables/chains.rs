@@ -1,4 +1,4 @@
-//! From a configuration to the rules, in the order in which istio-iptables makes them.
+//! The rules of a configuration, in the order in which istio-iptables makes them.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
@@ -10,13 +10,13 @@ use super::rule::{Chain, IpFamily, IptablesTable, Match, Protocol, Rule, RuleTar
 mod dns;
 mod inbound;
 
-/// What the source of the proxy's inbound passthrough is bound to.
+/// The source of the proxy's inbound passthrough.
 pub const PASSTHROUGH_V4: Ipv4Addr = Ipv4Addr::new(127, 0, 0, 6);
-/// The same for IPv6; an address of lo only because istio-iptables adds it.
+/// The same for IPv6. istio-iptables adds this address to lo.
 pub const PASSTHROUGH_V6: Ipv6Addr = Ipv6Addr::new(0, 0, 0, 0, 0, 0, 0, 6);
-/// The mark of the proxy's own connections over lo, in TPROXY mode.
+/// The mark of the proxy's connections over lo, in TPROXY mode.
 pub const OUTBOUND_MARK: u32 = 1338;
-/// Where the agent answers DNS.
+/// The port on which Istio's agent answers DNS.
 pub const DNS_PORT: u16 = 15053;
 
 /// All rules of a configuration for one family.
@@ -37,7 +37,7 @@ pub fn rules(options: &IptablesOptions, family: IpFamily) -> Vec<Rule> {
 struct Builder<'a> {
     options: &'a IptablesOptions,
     family: IpFamily,
-    /// What counts as "localhost".
+    /// The network that counts as "localhost".
     localhost: IpNet,
     passthrough: IpNet,
     rules: Vec<Rule>,
@@ -74,7 +74,7 @@ impl<'a> Builder<'a> {
         self.rules.push(Rule { table, chain, position: Some(position), matches: matches.into(), target });
     }
 
-    /// Appends to nat's ISTIO_OUTPUT.
+    /// Appends to ISTIO_OUTPUT of table nat.
     fn output<const N: usize>(&mut self, matches: [Match; N], target: RuleTarget) {
         self.append(IptablesTable::Nat, Chain::IstioOutput, matches, target);
     }
@@ -166,7 +166,7 @@ impl<'a> Builder<'a> {
     fn proxy_groups(&mut self) {
         let tunnel = self.options.tunnel_port;
         for &group in &self.options.proxy_gids {
-            // Unlike for users, port 53 is not excepted when DNS is captured.
+            // With DNS capture, port 53 is excepted for users, but not for groups.
             self.output(
                 [
                     lo_out(),
@@ -182,7 +182,7 @@ impl<'a> Builder<'a> {
         }
     }
 
-    /// Others' connections to the pod itself are left alone, unless loopback is among the captured networks.
+    /// Connections of applications to the pod itself are not captured, unless the captured networks contain loopback.
     fn self_calls(&mut self, others: Match) {
         if let IptablesCidrs::List(cidrs) = &self.options.include_cidrs
             && cidrs.iter().any(|cidr| cidr.addr().is_loopback())
@@ -257,7 +257,7 @@ fn host(addr: IpAddr) -> IpNet {
     addr.into()
 }
 
-/// Whether any inbound port is captured.
+/// Whether inbound ports are captured.
 fn captures_inbound(options: &IptablesOptions) -> bool {
     options.inbound_ports != IptablesPorts::List(Vec::new())
 }

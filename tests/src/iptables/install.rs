@@ -1,4 +1,4 @@
-//! Giving the rules to the real iptables.
+//! Installs the rules with real iptables.
 
 use std::io::Write;
 use std::process::Stdio;
@@ -13,16 +13,16 @@ use super::rule::IpFamily;
 use crate::testbed::Sandbox;
 use crate::testbed::netlink::RouteSpec;
 
-/// Which of the two iptables.
+/// An implementation of iptables.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Backend {
-    /// iptables-nft, what iptables is by default nowadays.
+    /// iptables-nft, today's default.
     Nft,
     /// iptables-legacy.
     Legacy,
 }
 
-/// Does to a pod what istio-iptables does: rules of both families, ::6 on lo, and the routes of TPROXY mode.
+/// Changes a pod as istio-iptables does: rules of both families, ::6 on lo, and the routes of TPROXY mode.
 pub fn apply(options: &IptablesOptions, sandbox: &Sandbox, backend: Backend) -> Result<()> {
     let name = if backend == Backend::Nft { "nft" } else { "legacy" };
     for (program, family) in [("iptables", IpFamily::V4), ("ip6tables", IpFamily::V6)] {

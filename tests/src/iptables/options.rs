@@ -1,40 +1,40 @@
-//! What istio-iptables can be told, as values.
+//! The options of istio-iptables as values.
 
 use std::net::{IpAddr, Ipv4Addr};
 
 use ipnet::{IpNet, Ipv4Net};
 use serde::{Deserialize, Serialize};
 
-/// One configuration; the letters are istio-iptables' own options.
+/// A configuration. The letters are the options of istio-iptables.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct IptablesOptions {
-    /// -p: where outbound connections go.
+    /// -p: the port of outbound connections.
     pub envoy_port: u16,
-    /// -z: where inbound connections go.
+    /// -z: the port of inbound connections.
     pub inbound_port: u16,
-    /// -e: the tunnel's own port.
+    /// -e: the tunnel's port.
     pub tunnel_port: u16,
     /// -u: the proxy's users.
     pub proxy_uids: Vec<u32>,
     /// -g: the proxy's groups.
     pub proxy_gids: Vec<u32>,
-    /// -m TPROXY, with -t and -r; none is REDIRECT.
+    /// -m TPROXY with -t and -r. `None` is REDIRECT.
     pub tproxy: Option<Tproxy>,
-    /// -b: inbound ports that are captured.
+    /// -b: captured inbound ports.
     pub inbound_ports: IptablesPorts,
-    /// -d: inbound ports that are not, when -b is `*`.
+    /// -d: excluded inbound ports, if -b is `*`.
     pub exclude_inbound_ports: Vec<u16>,
-    /// -c: interfaces left alone.
+    /// -c: excluded interfaces.
     pub exclude_interfaces: Vec<String>,
-    /// -i: outbound destinations that are captured.
+    /// -i: captured outbound destinations.
     pub include_cidrs: IptablesCidrs,
-    /// -x: outbound destinations that are not.
+    /// -x: excluded outbound destinations.
     pub exclude_cidrs: Vec<IpNet>,
-    /// -q: outbound ports captured besides.
+    /// -q: additional captured outbound ports.
     pub include_outbound_ports: Vec<u16>,
-    /// -o: outbound ports left alone.
+    /// -o: excluded outbound ports.
     pub exclude_outbound_ports: Vec<u16>,
-    /// -k: interfaces whose arrivals count as outbound.
+    /// -k: interfaces whose inbound traffic counts as outbound.
     pub virtual_interfaces: Vec<String>,
     /// --redirect-dns.
     pub dns: Option<IptablesDns>,
@@ -44,7 +44,7 @@ pub struct IptablesOptions {
     pub loopback_cidr: Ipv4Net,
     /// --drop-invalid.
     pub drop_invalid: bool,
-    /// There are rules for IPv6: with --dual-stack, or if the pod's first address is of IPv6.
+    /// Whether there are rules for IPv6: with --dual-stack, or if the pod's first address is IPv6.
     pub ipv6: bool,
 }
 
@@ -57,21 +57,21 @@ pub struct Tproxy {
     pub table: u32,
 }
 
-/// A list of ports, or all.
+/// All ports, or a list.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum IptablesPorts {
     /// `*`.
     All,
-    /// These; none if empty.
+    /// These ports. No ports if empty.
     List(Vec<u16>),
 }
 
-/// A list of networks, or all.
+/// All networks, or a list.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum IptablesCidrs {
     /// `*`.
     All,
-    /// These, as written (host bits are kept); none if empty.
+    /// These networks, as written (with host bits). No networks if empty.
     List(Vec<IpNet>),
 }
 
@@ -84,17 +84,17 @@ pub struct IptablesDns {
     pub servers: Vec<IpAddr>,
 }
 
-/// Which groups' traffic is captured.
+/// The groups whose traffic is captured.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Groups {
-    /// Only these.
+    /// Only these groups.
     Only(Vec<u32>),
-    /// All but these.
+    /// All groups but these.
     Except(Vec<u32>),
 }
 
 impl Default for IptablesOptions {
-    /// istio-iptables without options: the proxy's ids, and nothing captured.
+    /// istio-iptables without options: the ids of the proxy, and no capture.
     fn default() -> Self {
         Self {
             envoy_port: 15001,
@@ -121,7 +121,7 @@ impl Default for IptablesOptions {
 }
 
 impl IptablesOptions {
-    /// What Istio's injector asks for: `-p 15001 -z 15006 -u 1337 -m REDIRECT -i '*' -x "" -b '*' -d 15090,15020`.
+    /// The options of Istio's injector: `-p 15001 -z 15006 -u 1337 -m REDIRECT -i '*' -x "" -b '*' -d 15090,15020`.
     pub fn injected() -> Self {
         Self {
             inbound_ports: IptablesPorts::All,
@@ -131,7 +131,7 @@ impl IptablesOptions {
         }
     }
 
-    /// DNS capture, if it is in force: without a server and without --capture-all-dns it is not.
+    /// DNS capture, if it is active. It is not without a server and without --capture-all-dns.
     pub(super) fn dns_in_force(&self) -> Option<&IptablesDns> {
         self.dns.as_ref().filter(|dns| dns.all || !dns.servers.is_empty())
     }

@@ -5,7 +5,7 @@ use std::fmt::Write;
 
 use super::rule::{IptablesTable, Match, Protocol, Rule, RuleTarget};
 
-/// The text for `iptables-restore --noflush` (or ip6tables-restore: the rules know their family).
+/// The input of `iptables-restore --noflush`, or of ip6tables-restore for rules of IPv6.
 pub fn restore_input(rules: &[Rule]) -> String {
     let mut text = String::new();
     for table in [IptablesTable::Raw, IptablesTable::Mangle, IptablesTable::Nat] {

@@ -1,10 +1,10 @@
-//! What a rule is made of: only the tables, chains, matches and targets that istio-iptables uses.
+//! Tables, chains, matches and targets, as far as istio-iptables uses them.
 
 use std::net::{Ipv4Addr, Ipv6Addr};
 
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 
-/// iptables or ip6tables.
+/// A family, and the program for its rules.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum IpFamily {
     /// iptables.
@@ -13,14 +13,14 @@ pub enum IpFamily {
     V6,
 }
 
-/// A table; the order is that in which a packet passes them within a hook.
+/// A table, in the order in which a packet passes them within a hook.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum IptablesTable {
     /// Before connection tracking.
     Raw,
     /// Marks and TPROXY.
     Mangle,
-    /// Seen by the first packet of a connection only.
+    /// Evaluated for the first packet of a connection only.
     Nat,
 }
 
@@ -40,7 +40,7 @@ pub enum Chain {
     IstioDrop,
 }
 
-/// The transport protocols that rules tell apart.
+/// A transport protocol.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Protocol {
     /// `-p tcp`.
@@ -49,7 +49,7 @@ pub enum Protocol {
     Udp,
 }
 
-/// One condition of a rule; all must hold.
+/// A condition of a rule. All conditions must hold.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Match {
     /// `-i`.
@@ -92,16 +92,16 @@ pub enum Match {
     Invalid,
 }
 
-/// What a rule does with packets that match.
+/// What a rule does with matching packets.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum RuleTarget {
-    /// Back to the calling chain; at the end of a built-in one, accept.
+    /// Return to the calling chain. In a built-in chain: accept.
     Return,
-    /// Done with this table.
+    /// `ACCEPT`: end of this table.
     Accept,
-    /// Gone.
+    /// `DROP`.
     Drop,
-    /// Into another chain of the table.
+    /// Jump to another chain of the table.
     Jump(Chain),
     /// `REDIRECT --to-ports`.
     Redirect(u16),
@@ -113,37 +113,37 @@ pub enum RuleTarget {
     RestoreMark,
     /// `TPROXY --tproxy-mark MARK/0xffffffff --on-port`.
     Tproxy {
-        /// The mark the packet gets.
+        /// The mark that the packet gets.
         mark: u32,
-        /// The listener's port.
+        /// The port of the listener.
         port: u16,
     },
     /// `CT --zone`.
     Zone(u16),
 }
 
-/// A rule and where it goes.
+/// A rule and its position.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Rule {
-    /// Its table.
+    /// The table.
     pub table: IptablesTable,
-    /// Its chain.
+    /// The chain.
     pub chain: Chain,
-    /// Inserted at this position, counted from 1; appended if none.
+    /// The position to insert at, from 1. `None`: append.
     pub position: Option<usize>,
-    /// Its conditions.
+    /// The conditions.
     pub matches: Vec<Match>,
-    /// What it does.
+    /// The target.
     pub target: RuleTarget,
 }
 
 impl IpFamily {
-    /// Whether an address or network is of this family.
+    /// Whether the family of an address or network is this one.
     pub fn is_of(self, net: &IpNet) -> bool {
         net.addr().is_ipv6() == (self == Self::V6)
     }
 
-    /// The network of one address each.
+    /// The length of the prefix of a single address.
     pub(super) fn host(self, v4: Ipv4Addr, v6: Ipv6Addr) -> IpNet {
         match self {
             Self::V4 => Ipv4Net::from(v4).into(),
@@ -153,7 +153,7 @@ impl IpFamily {
 }
 
 impl Chain {
-    /// Its name in iptables.
+    /// The name in iptables.
     pub fn name(self) -> &'static str {
         match self {
             Self::Prerouting => "PREROUTING",
@@ -169,14 +169,14 @@ impl Chain {
         }
     }
 
-    /// Whether the kernel has it without being told.
+    /// Whether the chain is built in.
     pub fn is_built_in(self) -> bool {
         matches!(self, Self::Prerouting | Self::Output)
     }
 }
 
 impl IptablesTable {
-    /// Its name in iptables.
+    /// The name in iptables.
     pub fn name(self) -> &'static str {
         match self {
             Self::Raw => "raw",

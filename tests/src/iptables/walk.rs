@@ -1,4 +1,4 @@
-//! A naive interpreter of the chains: what becomes of the first packet of a connection, or of a datagram.
+//! A naive interpreter of the chains: the verdict on the first packet of a connection, or on a datagram.
 
 use std::collections::HashMap;
 use std::net::SocketAddr;
@@ -8,48 +8,48 @@ use super::options::IptablesOptions;
 use super::rule::{Chain, IpFamily, IptablesTable, Match, Protocol, Rule, RuleTarget};
 use crate::testbed::Ids;
 
-/// A packet that begins something.
+/// The first packet of a connection, or a datagram.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Packet {
-    /// Connection or datagram.
+    /// The protocol.
     pub protocol: Protocol,
-    /// Source.
+    /// The source.
     pub from: SocketAddr,
-    /// Destination.
+    /// The destination.
     pub to: SocketAddr,
-    /// Where it comes from.
+    /// The origin.
     pub origin: PacketOrigin,
 }
 
-/// Where a packet comes from.
+/// The origin of a packet.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum PacketOrigin {
     /// A socket of this pod.
     Here {
-        /// The interface by which the route to the destination leaves.
+        /// The egress interface.
         out: String,
         /// The owner of the socket.
         owner: Ids,
-        /// Its SO_MARK.
+        /// SO_MARK of the socket.
         mark: u32,
     },
     /// Outside.
     Outside {
-        /// The interface on which it arrives.
+        /// The ingress interface.
         on: String,
     },
 }
 
-/// What becomes of a packet.
+/// The verdict on a packet.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum IptablesVerdict {
-    /// It goes where it was going.
+    /// Its destination stays.
     Pass,
-    /// Its destination becomes this port of this host.
+    /// Its destination becomes this port of the host.
     Redirect(u16),
-    /// It is given to the listener on this port with its destination unchanged.
+    /// It goes to the listener on this port with its destination unchanged.
     Tproxy(u16),
-    /// It is lost.
+    /// It is dropped.
     Drop,
 }
 
@@ -62,34 +62,34 @@ pub struct Walker {
 
 type Chains = HashMap<(IptablesTable, Chain), Vec<Rule>>;
 
-/// What a chain said.
+/// The result of a chain.
 enum ChainEnd {
-    /// Nothing final: on with the calling chain.
+    /// No verdict: the calling chain continues.
     Fell,
-    /// No more rules of this table.
+    /// The rules of this table end.
     Accepted,
     Final(IptablesVerdict),
 }
 
-/// What rules of one hook see and change.
+/// The state that the rules of a hook read and change.
 struct WalkState<'a> {
     packet: &'a Packet,
     input: &'a str,
     output: &'a str,
     owner: Option<Ids>,
-    /// The packet's mark; it survives the way over lo.
+    /// The mark of the packet, which stays on the way over lo.
     mark: u32,
-    /// The connection's mark.
+    /// The mark of the connection.
     connmark: u32,
 }
 
 impl Walker {
-    /// The chains of `options`, inserted rules in their places.
+    /// The chains of `options`, with inserted rules at their positions.
     pub fn new(options: &IptablesOptions) -> Self {
         Self { v4: chains(rules(options, IpFamily::V4)), v6: chains(rules(options, IpFamily::V6)) }
     }
 
-    /// What becomes of `packet`.
+    /// The verdict on `packet`.
     pub fn walk(&self, packet: &Packet) -> IptablesVerdict {
         let chains = if packet.to.is_ipv6() { &self.v6 } else { &self.v4 };
         match &packet.origin {
@@ -121,8 +121,8 @@ impl Walker {
     }
 }
 
-/// What left by lo, or was redirected there, arrives on lo. nat is not asked again: its answer belongs to the
-/// connection.
+/// A packet that leaves by lo, or is redirected, arrives on lo. Table nat is not evaluated again, because its verdict
+/// belongs to the connection.
 fn again_over_lo(chains: &Chains, sent: &WalkState<'_>, verdict: IptablesVerdict) -> IptablesVerdict {
     let mut packet = sent.packet.clone();
     if let IptablesVerdict::Redirect(port) = verdict {
@@ -132,7 +132,7 @@ fn again_over_lo(chains: &Chains, sent: &WalkState<'_>, verdict: IptablesVerdict
         };
         packet.to = SocketAddr::new(localhost, port);
     }
-    // The socket goes with the packet, but owner has no meaning outside OUTPUT.
+    // The packet keeps its socket, but the match `owner` has no meaning outside OUTPUT.
     let mut state = WalkState {
         packet: &packet,
         input: "lo",
@@ -175,7 +175,7 @@ fn chain(chains: &Chains, table: IptablesTable, name: Chain, state: &mut WalkSta
             RuleTarget::SetMark(mark) => state.mark = mark,
             RuleTarget::SaveMark => state.connmark = state.mark,
             RuleTarget::RestoreMark => state.mark = state.connmark,
-            // Zones keep two conversations of the same addresses apart; one alone does not notice.
+            // Zones only matter where two connections have the same addresses.
             RuleTarget::Zone(_) => {}
             RuleTarget::Jump(to) => match chain(chains, table, to, state) {
                 ChainEnd::Fell => {}
@@ -208,14 +208,14 @@ fn holds(condition: &Match, state: &WalkState<'_>) -> bool {
         Match::Mark(mark) => state.mark == *mark,
         Match::NotMark(mark) => state.mark != *mark,
         Match::Connmark(mark) => state.connmark == *mark,
-        // The first packet of a connection is neither.
+        // A first packet is neither established nor invalid.
         Match::Established | Match::Invalid => false,
     }
 }
 
-/// Whether `-i` or `-o` with this argument means an interface; `eth+` is all that begin with eth.
+/// Whether `-i` or `-o` with this argument matches an interface. `eth+` matches all names that begin with eth.
 fn is_called(name: &str, argument: &str) -> bool {
-    // No interface at all is no interface of any name.
+    // A packet without an interface matches no name.
     match argument.strip_suffix('+') {
         Some(start) => !name.is_empty() && name.starts_with(start),
         None => name == argument,

@@ -1,4 +1,4 @@
-//! The pod in which unusual flows are made, captured one way or the other.
+//! The pod in which unusual flows are made.
 
 use std::net::{IpAddr, SocketAddr};
 
@@ -10,14 +10,14 @@ use crate::differential::Capture;
 use crate::iptables::IptablesOptions;
 use crate::testbed::{Cgroup, Ids, Pod, PodSpec};
 
-/// A pod with the proxy's listeners, an application on 8080, and the world on 80 and 53.
+/// A pod with the listeners of a proxy, an application on 8080, and the world on 80 and 53.
 #[derive(Debug)]
 pub struct UnusualFixture {
-    // In this order: processes are gone before their cgroup, and that before the namespaces.
+    // Dropped in this order: processes, their cgroup, the namespaces.
     inside: Actor,
     world: Actor,
     _elsewhere: Cgroup,
-    /// The pod; none of the processes that listen is in its cgroup.
+    /// The pod. The listening processes are outside its cgroup.
     pub pod: Pod,
 }
 
@@ -47,27 +47,27 @@ impl UnusualFixture {
         Ok(Self { inside, world, _elsewhere: elsewhere, pod })
     }
 
-    /// The process that plays the proxy and the application.
+    /// The actor that plays the proxy and the application.
     pub fn inside(&self) -> &Actor {
         &self.inside
     }
 
-    /// The process outside.
+    /// The actor in the outside world.
     pub fn world(&self) -> &Actor {
         &self.world
     }
 }
 
-/// When a socket is made.
+/// When the socket is made.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Made {
-    /// Before capture begins.
+    /// Before the capture.
     Before,
-    /// When it is in force.
+    /// After the capture.
     After,
 }
 
-/// What comes of a flow in a fresh pod captured so.
+/// Makes a flow in a new pod with this capture, and returns its result.
 pub fn under(
     capture: &Capture,
     options: &IptablesOptions,

@@ -26,7 +26,7 @@ const SET_USER_ID: &str = "set-user-id";
 fn main() -> Result<()> {
     let mut arguments = std::env::args().skip(1);
     let unusual: UnusualSocket =
-        serde_json::from_str(&arguments.next().context("slip needs to be told what to do")?)?;
+        serde_json::from_str(&arguments.next().context("the flow to make is missing")?)?;
     match arguments.next().as_deref() {
         Some(RECEIVER) => return say(&connect::connected(&unusual, hand_over::receive()?)),
         Some(SET_USER_ID) => return say(&connect::connected(&unusual, connect::socket(&unusual)?)),

@@ -35,8 +35,8 @@ impl Builder<'_> {
         self.zones(dns.all, &servers);
     }
 
-    /// The agent's questions to the real servers are tracked in zone 1, the application's to the agent in zone 2:
-    /// both may have the same addresses and ports. The first zone a packet is given stays.
+    /// Queries of Istio's agent to the real servers are tracked in zone 1, and those of applications to the agent in zone
+    /// 2, because both may have the same addresses and ports. A packet keeps the first zone that it gets.
     fn zones(&mut self, all: bool, servers: &[IpAddr]) {
         let owners = self.options.proxy_uids.iter().map(|&user| Match::User(user));
         let owners = owners.chain(self.options.proxy_gids.iter().map(|&group| Match::Group(group)));

@@ -79,8 +79,8 @@ impl Builder<'_> {
         }
     }
 
-    /// Tells apart, in TPROXY mode, the proxy's connections to the pod (captured), the proxy's onward connections
-    /// that carry the client's address (not), and the application's own over lo (not).
+    /// In TPROXY mode, distinguishes the proxy's connections to the pod (captured) from its onward connections with the
+    /// client's address and the application's connections over lo (both not captured).
     pub(super) fn tproxy_marks(&mut self) {
         let options = self.options;
         let Some(tproxy) = options.tproxy else { return };

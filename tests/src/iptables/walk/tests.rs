@@ -1,4 +1,4 @@
-//! Expectations written down from the rules' meaning, not from the interpreter.
+//! Expectations that follow from the meaning of the rules, not from the interpreter.
 
 use super::*;
 use crate::iptables::options::{Groups, IptablesCidrs, IptablesDns, IptablesPorts, Tproxy};
