@@ -115,14 +115,18 @@ impl UnusualProcess {
         let output = BufReader::new(child.stdout.take().context("the process has no standard output")?);
         let mut process = Self { child, input, output, _program: program };
         let line = process.line()?;
-        ensure!(line == "ready\n", "the process is not ready for {unusual:?}: {line:?}; see its standard error");
+        ensure!(
+            line == "ready\n",
+            "the process is not ready for {unusual:?}: {line:?}; see its standard error"
+        );
         Ok(process)
     }
 
     /// Uses the socket, and returns the result.
     pub fn go(mut self) -> Result<UnusualOutcome> {
         self.input.write_all(b"\n").context("telling it to go")?;
-        serde_json::from_str(&self.line()?).context("reading the result; see the standard error of the process")
+        serde_json::from_str(&self.line()?)
+            .context("reading the result; see the standard error of the process")
     }
 
     fn line(&mut self) -> Result<String> {

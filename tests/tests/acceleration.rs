@@ -1,5 +1,5 @@
-//! The self-test of joined connections: it runs everything, says what it found in one way, and `--accelerate` goes by
-//! what it found of a proxy.
+//! The self-test of joined connections: it runs every check, reports the results, and `--accelerate` depends on the
+//! results for proxies.
 
 use std::process::{Command, Output};
 
@@ -10,7 +10,7 @@ use tests::{
     testbed::Sandbox,
 };
 
-/// Those that scripts may look for: of a proxy, which have to pass, and of applications.
+/// The names of the checks, which are stable: those for proxies, which must pass, and those for applications.
 const PROXY: [&str; 13] = [
     "epoll-edge",
     "order",
@@ -37,7 +37,7 @@ const APPLICATION: [&str; 8] = [
     "pending-bytes-by-tcp",
 ];
 
-/// What `check --accelerate --json` found, with its exit code and what it said of failures.
+/// The findings of `check --accelerate --json`, its exit code and its standard error.
 struct SelfTestOutput {
     findings: Vec<Value>,
     code: Option<i32>,
@@ -87,7 +87,7 @@ fn every_check_runs_and_passes_on_plain_connections() {
 fn it_says_a_line_for_each_and_needs_nothing_of_the_namespace_it_is_started_in() {
     let (agent, sandbox) =
         (Agent::new("inside").expect("the agent"), Sandbox::new("inside").expect("a namespace"));
-    // Connections in this one would fail.
+    // Connections in this namespace would fail.
     sandbox.netns.link_down("lo").expect("set down");
     let inner = agent.command("check");
     let mut command = sandbox.command(inner.get_program()).expect("a command");
@@ -117,14 +117,14 @@ fn where_it_cannot_be_tried_out_it_is_refused_and_nothing_is_left() {
     let (mut agent, pod) =
         (Agent::new("refused").expect("the agent"), Sandbox::new("refused").expect("a pod"));
     let before = Snapshot::of(&pod).expect("looked at");
-    // Wrong usage is told first.
+    // Wrong usage is reported first.
     for wrong in
         [&["-p", "0", "--accelerate"][..], &["--accelerate", "--accelerate-proxies", "/usr/bin/envoy"]]
     {
         let (code, text) = code_and_text(&mut agent.for_pod("attach", &pod, wrong));
         assert_eq!(code, Some(2), "{text}");
     }
-    // No more namespaces for this process: the self-test has nowhere to go.
+    // This process can make no more namespaces, so the self-test cannot run.
     agent.start_by(["unshare", "--user", "--map-root-user", "--"].map(str::to_owned).to_vec());
     let (code, text) = code_and_text(&mut agent.for_pod("attach", &pod, &["-i", "*", "--accelerate"]));
     assert_eq!(code, Some(1), "{text}");
@@ -132,7 +132,7 @@ fn where_it_cannot_be_tried_out_it_is_refused_and_nothing_is_left() {
     assert!(!agent.bpffs().join("intercept").exists());
 }
 
-/// A switch without anything to switch.
+/// Nothing can be switched without an accelerated pod.
 #[test]
 fn the_switch_of_a_node_needs_an_accelerated_pod() {
     let agent = Agent::new("no-switch").expect("the agent");

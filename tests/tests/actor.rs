@@ -1,4 +1,4 @@
-//! The actor: what it reports is what happened.
+//! The actor reports what happened.
 
 use std::net::{IpAddr, SocketAddr};
 use std::time::{Duration, Instant};
@@ -83,9 +83,9 @@ fn a_closed_server_refuses() {
     assert!(app.listen(listen).is_err(), "two servers on one port");
 }
 
-/// Sockets belong to the asked user and group: the kernel shows it in the socket's owner and in who may bind.
+/// Sockets belong to the requested user and group, as the kernel shows by their owner and by the right to bind.
 #[test]
-fn flows_are_made_as_whom_they_should() {
+fn flows_have_the_requested_user_and_group() {
     let ActorFixture { app, world: _world, pod } = fixture("owners");
     let ids = Ids { uid: 4321, gid: 1234 };
     let bind = Bind::new(ids, addr("0.0.0.0:8080"));
@@ -94,7 +94,7 @@ fn flows_are_made_as_whom_they_should() {
     let table = table.expect("read");
     let line = table.lines().find(|line| line.contains(":1F90 ")).expect("the listener");
     assert_eq!(line.split_whitespace().nth(7), Some("4321"), "{table}");
-    // Its group shows in what it may read: one thread's status of the process.
+    // The group of the thread is in its status file.
     let threads = std::fs::read_dir(format!("/proc/{}/task", app.pid())).expect("threads");
     let groups: Vec<String> = threads
         .filter_map(|thread| std::fs::read_to_string(thread.ok()?.path().join("status")).ok())
@@ -136,9 +136,10 @@ fn datagrams_are_answered_from_where_they_were_sent() {
     assert!(matches!(refused, QueryReply::Failed { errno: libc::ECONNREFUSED, .. }), "{refused:?}");
 }
 
-/// Without interception a connection to a relay was going to the relay: it must say so, and not loop.
+/// Without interception the relay is the original destination of a connection to it. It must report so, and must not
+/// connect to itself.
 #[test]
-fn a_relay_tells_what_it_was_asked() {
+fn a_relay_reports_the_original_destination() {
     let ActorFixture { app, world: _world, pod: _pod } = fixture("relay-alone");
     let relay = Relay {
         name: "outbound".into(),

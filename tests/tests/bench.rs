@@ -1,4 +1,4 @@
-//! The benchmark as a program: it measures, its regression check holds, and it leaves nothing behind.
+//! The benchmark as a program: it measures, its regression check passes, and it removes what it made.
 
 use std::path::Path;
 use std::process::{Command, Stdio};

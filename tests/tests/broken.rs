@@ -1,4 +1,4 @@
-//! What of the agent's state cannot be read stops nothing else.
+//! State of the agent that cannot be read does not affect other pods.
 
 use std::{fs, os::fd::AsFd as _};
 
@@ -10,7 +10,7 @@ use tests::{
     testbed::{Pod, PodSpec},
 };
 
-/// Puts something else in place of a pod's record.
+/// Overwrites a pod's record.
 fn damage(agent: &Agent, cookie: u64) {
     let pod = agent.store().join("pods").join(cookie.to_string());
     let entries = fs::read_dir(pod).expect("a folder").map(|entry| entry.expect("an entry").path());
@@ -52,7 +52,7 @@ fn a_record_that_cannot_be_read_stops_no_command() {
         );
         let text = succeed(agent.command("status")).expect("a status");
         assert!(text.contains("broken"), "{text}");
-        // Nothing of the data path has changed.
+        // The data path has not changed.
         assert_eq!(answers(&inside, service()).as_deref(), Some("proxy"), "{repair}");
         match repair {
             "attach" => {
@@ -97,7 +97,7 @@ fn a_daemon_starts_beside_a_broken_pod() {
     for actor in [&inside, &beside] {
         assert_eq!(answers(actor, service()).as_deref(), Some("proxy"));
     }
-    // Who asks for the pod again repairs it.
+    // Capturing the pod again repairs it.
     daemon.put("broken", &pod, &OUTBOUND).expect("put");
     daemon.wait_for("broken", intercept_agent::daemon::reconcile::PodState::Captured).expect("captured");
     let status = agent.status().expect("a status");
@@ -106,7 +106,7 @@ fn a_daemon_starts_beside_a_broken_pod() {
 }
 
 #[test]
-fn a_map_that_is_gone_is_told_and_everything_can_be_removed() {
+fn a_missing_map_is_reported_and_everything_can_be_removed() {
     let agent = Agent::new("no-map").expect("the agent");
     let pod = Pod::new(PodSpec::new("no-map")).expect("a pod");
     let inside = proxy(&pod);

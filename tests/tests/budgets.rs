@@ -1,4 +1,4 @@
-//! What one pod may have of what all share: refused with the figure and the limit before anything is written.
+//! The budget of a pod in each shared map. More is refused with the figure and the limit before anything is written.
 
 use std::{
     fmt::Write as _,
@@ -69,7 +69,7 @@ fn more_ports_than_a_pod_may_have_are_refused() {
     let (pod, other) = (Sandbox::new("too-many").expect("a place"), Sandbox::new("beside").expect("a place"));
     agent.attach(&other, &["-i", "*", "-o", "22"]).expect("attached");
     let (pins, before) = (tree(agent.bpffs()).expect("a tree"), Snapshot::of(&pod).expect("a snapshot"));
-    // No two of them have one prefix; one more is there for the agent's own use.
+    // No two of them share a prefix. The agent uses one more itself.
     let list = |count: u32| (0..count).map(|n| (2 * n + 1).to_string()).collect::<Vec<_>>().join(",");
     let error = refused(&agent, &pod, &["-i", "*", "-o", &list(budget::PORTS)]);
     let figure = format!(
@@ -80,12 +80,12 @@ fn more_ports_than_a_pod_may_have_are_refused() {
     assert!(error.contains(&figure), "{error}");
     assert_eq!(tree(agent.bpffs()).expect("a tree"), pins);
     assert_eq!(before.difference(&Snapshot::of(&pod).expect("a snapshot")), [""; 0]);
-    // As many as it may have.
+    // Exactly the budget.
     agent.attach(&pod, &["-i", "*", "-o", &list(budget::PORTS - 1)]).expect("attached");
     agent.detach(&pod).expect("detached");
 }
 
-/// Routes that lead where all others lead take no room; more than are read are refused, and cost the agent little.
+/// Routes to the same target as a wider route need no entries. Too many routes are refused, at little cost.
 #[test]
 fn a_quarter_of_a_million_routes_are_refused_with_the_figure() {
     let agent = Agent::new("routes").expect("the agent");

@@ -1,7 +1,7 @@
-//! Pods of a real container runtime: containerd runs them, and the image of the agent as deploy/ says; its CNI plugins and
-//! ours make their network.
+//! Pods of a real container runtime: containerd runs them, and the agent's image as deploy/ describes. Their network is made
+//! by CNI plugins, of which the agent's is one.
 //!
-//! `cargo xtask cri` gets containerd, makes the image and runs this.
+//! `cargo xtask cri` downloads containerd, makes the image and runs these tests.
 
 use std::{
     env, fs,
@@ -24,10 +24,10 @@ const STATUS: (&str, &str) = (
 );
 const LEFT_ALONE: (&str, &str) = ("traffic.sidecar.istio.io/excludeOutboundPorts", "81");
 const TPROXY: (&str, &str) = ("sidecar.istio.io/interceptionMode", "TPROXY");
-/// An address of the node's, where a connection arrives that is not captured.
+/// An address of the node, which connections reach that are not captured.
 const SERVICE: &str = "10.96.0.10";
 
-/// What answers as the sidecar: it says where the connection was going, and from where it came.
+/// The sidecar: it answers with the original destination and the source of the connection.
 const PROXY: &str = r#"
 import selectors, socket, struct
 waiting = selectors.DefaultSelector()
@@ -71,7 +71,7 @@ impl CriFixture<'_> {
     }
 }
 
-/// Answers what arrives at the node itself, for as long as this process runs.
+/// Answers connections to the node while this process runs.
 fn answer_on(node: &CriNode) {
     let mut ip = node.command("ip").expect("a command");
     ip.args(["address", "add", "10.96.0.10/32", "dev", "lo"]);
@@ -107,7 +107,7 @@ fn the_daemonsets_pod_captures_pods_before_their_first_connection() {
     let fixture = CriFixture { node: &node, client: &client };
     let in_force = || agent.status().expect("status").as_array().map_or(0, Vec::len);
 
-    // It is in force when RunPodSandbox returns: nothing listens, so the first connection is refused.
+    // The capture is active when RunPodSandbox returns: nothing listens, so the first connection is refused.
     let pod = fixture.run("captured", &[STATUS, LEFT_ALONE]);
     assert_eq!(in_force(), 1);
     let (code, said) = fixture.dial(&pod, "first", 80);
@@ -125,7 +125,7 @@ fn the_daemonsets_pod_captures_pods_before_their_first_connection() {
         Ok(answer.0 == 0)
     })
     .expect("the proxy answers");
-    // What arrives goes to the proxy as well, whatever its port.
+    // Inbound connections to any port go to the proxy, too.
     let to: SocketAddr = format!("{address}:8080").parse().expect("an address");
     let mut stream =
         node.sandbox().netns.run(|| TcpStream::connect(to)).expect("entered").expect("connected");
@@ -133,7 +133,7 @@ fn the_daemonsets_pod_captures_pods_before_their_first_connection() {
     stream.read_to_string(&mut said).expect("read");
     assert_eq!(said, format!("{to} from 10.88.0.1\n"));
 
-    // One without a sidecar is left alone, and one in TPROXY mode has its namespace changed.
+    // A pod without a sidecar is ignored. The namespace of a pod in TPROXY mode is changed.
     let plain = fixture.run("plain", &[]);
     assert_eq!(fixture.dial(&plain, "app", 80), (0, "the node\n".to_owned()));
     assert_eq!(in_force(), 1);
@@ -142,7 +142,7 @@ fn the_daemonsets_pod_captures_pods_before_their_first_connection() {
     fixture.end("tproxy", &tproxy);
     assert_eq!(in_force(), 1);
 
-    // Without the daemon, what is captured stays so. A pod with a sidecar does not start, and one without does.
+    // Without the daemon, captures stay. A pod with a sidecar does not start, and one without does.
     let stopped_later = fixture.run("meanwhile", &[STATUS]);
     daemon.kill().expect("killed");
     assert_eq!(fixture.dial(&pod, "without-daemon", 80), proxied);
@@ -150,7 +150,7 @@ fn the_daemonsets_pod_captures_pods_before_their_first_connection() {
     assert!(refused.to_string().contains("that `intercept-agent daemon` is running"), "{refused:#}");
     let unharmed = fixture.run("unharmed", &[]);
     assert_eq!(fixture.dial(&unharmed, "app", 80), (0, "the node\n".to_owned()));
-    // And one that is captured can go.
+    // A captured pod can be deleted.
     fixture.end("meanwhile", &stopped_later);
     daemon.restart().expect("started");
     let back = Instant::now();

@@ -1,4 +1,4 @@
-//! The daemon with real pods: what its folder and its socket ask for is in force, and nothing else.
+//! The daemon with real pods: it applies what its folder and its socket ask for, and nothing else.
 
 use std::{
     fs,
@@ -33,7 +33,7 @@ fn pods_of_the_folder_are_captured_changed_and_released() {
     daemon.wait_for("a", PodState::Captured).expect("captured");
     assert_eq!(answers(&actor, service()).as_deref(), Some("proxy"));
 
-    // A wrong change leaves in force what was.
+    // After a wrong change the old policy stays active.
     daemon.put("a", &pod, &["-i", "nonsense"]).expect("put");
     let report = daemon.wait_for("a", PodState::Failed).expect("failed");
     let problem = report.failure.expect("a problem");
@@ -85,7 +85,7 @@ fn a_broken_pod_harms_no_other_and_heals() {
 }
 
 #[test]
-fn a_pod_that_is_gone_is_gone_within_a_second() {
+fn a_removed_pod_is_released_within_a_second() {
     let agent = Agent::new("d-gone").expect("the agent");
     let mut daemon = Daemon::start(&agent, &[]).expect("a daemon");
     let sandbox = Sandbox::new("gone").expect("a place");
@@ -112,7 +112,7 @@ fn a_pod_that_is_gone_is_gone_within_a_second() {
     daemon.kill().expect("killed");
     drop(sandbox);
     daemon.restart().expect("started");
-    // Not at once: the kernel lets go of a cgroup's links some time after the cgroup is gone.
+    // The kernel releases the links of a cgroup some time after the cgroup is removed.
     emptied(&daemon);
 }
 
@@ -154,7 +154,7 @@ fn killed_under_load_no_connection_fails_or_passes_by() {
         }
     });
     assert!(dialled.load(Ordering::Relaxed) > 20, "too few connections to tell");
-    // What went from the folder while nobody looked.
+    // The file was removed while no daemon ran.
     daemon.wait("b is released", |d| d.report("b").is_ok_and(|report| report.is_none())).expect("released");
     let pods = agent.status().expect("status");
     assert_eq!(pods.as_array().map(Vec::len), Some(1), "{pods}");
@@ -185,7 +185,7 @@ fn ended_by_sigterm_pods_stay_captured() {
 }
 
 #[test]
-fn a_release_that_failed_is_done_when_it_can_be() {
+fn a_failed_release_is_retried() {
     use rustix::mount::{MountFlags, mount_remount};
     let agent = Agent::new("d-release").expect("the agent");
     let daemon = Daemon::start(&agent, &[]).expect("a daemon");
@@ -213,7 +213,7 @@ fn one_daemon_keeps_a_store() {
     let sandbox = Sandbox::new("one").expect("a place");
     daemon.put("a", &sandbox, &OUTBOUND).expect("put");
     daemon.wait_for("a", PodState::Captured).expect("captured");
-    // With a socket of its own, so that it is not that which keeps it from starting.
+    // With its own socket, so that only the store can prevent the start.
     let other = |arguments: &[&str]| {
         let mut other = agent.command("daemon");
         other.arg("--socket").arg(daemon.folder().join("other.sock")).args(arguments);
@@ -223,7 +223,7 @@ fn one_daemon_keeps_a_store() {
     let said = String::from_utf8_lossy(&output.stderr).into_owned();
     assert!(!output.status.success() && said.contains("another daemon keeps the pods of"), "{said}");
     assert_eq!(agent.status().expect("status").as_array().map(Vec::len), Some(1), "it released nothing");
-    // Commands may work beside it, and the next daemon after it.
+    // Commands work beside the daemon, and the next daemon after it.
     agent.attach(&Sandbox::new("one-more").expect("a place"), &OUTBOUND).expect("attached");
     daemon.kill().expect("killed");
     daemon.restart().expect("started");
@@ -269,7 +269,7 @@ fn folders_that_others_can_change_are_refused_at_the_start() {
     assert!(said.contains("open: its mode 0777 lets others"), "{said}");
     let said = refused(&[&safe.join("a.sock"), "--pods-dir".as_ref(), &open]);
     assert!(said.contains("open: its mode 0777 lets others"), "{said}");
-    // A link in the place of the lock is neither followed nor emptied.
+    // A symbolic link instead of the lock file is neither followed nor truncated.
     let target = folder.path().join("target");
     fs::write(&target, "precious").expect("written");
     std::os::unix::fs::symlink(&target, safe.join("b.lock")).expect("linked");
@@ -315,7 +315,7 @@ fn add(sandbox: &Sandbox, id: &str) -> Add {
 }
 
 #[test]
-fn a_pod_of_the_socket_is_in_force_when_it_answers() {
+fn a_pod_of_the_socket_is_captured_before_the_answer() {
     let agent = Agent::new("d-socket").expect("the agent");
     let mut daemon = Daemon::start(&agent, &[]).expect("a daemon");
     let pod = Pod::new(PodSpec::new("socket")).expect("a pod");
@@ -326,12 +326,12 @@ fn a_pod_of_the_socket_is_in_force_when_it_answers() {
     assert_eq!(ask(&daemon, DaemonRequest::Add(Box::new(add(&pod, "s1")))), done("captured"));
     assert_eq!(answers(&actor, service()).as_deref(), Some("proxy"));
     assert_eq!(ask(&daemon, DaemonRequest::Check(sandbox.clone())), done("captured"));
-    // A late DEL of a sandbox that it had before, and one of what never was.
+    // A late DEL of an earlier sandbox, and a DEL of an unknown one.
     let before = SandboxInfo { sandbox: "s0".into(), ..sandbox.clone() };
     assert_eq!(ask(&daemon, DaemonRequest::Delete(before)), done("absent"));
     assert_eq!(answers(&actor, service()).as_deref(), Some("proxy"));
 
-    // The next daemon knows whose it is.
+    // The next daemon knows its origin.
     daemon.kill().expect("killed");
     daemon.restart().expect("started");
     assert_eq!(daemon.reports().expect("reports")[0].name, "shop/cart");
@@ -364,7 +364,7 @@ fn a_pod_of_the_socket_is_in_force_when_it_answers() {
 }
 
 #[test]
-fn the_plugin_captures_a_pod_and_lets_it_go() {
+fn the_plugin_captures_and_releases_a_pod() {
     let agent = Agent::new("d-plugin").expect("the agent");
     let probes = free_address();
     let daemon = Daemon::start(&agent, &["--metrics-address", &probes.to_string()]).expect("a daemon");
@@ -384,7 +384,7 @@ fn the_plugin_captures_a_pod_and_lets_it_go() {
     let installed: Value =
         serde_json::from_str(&fs::read_to_string(conf.join("10-net.conflist")).expect("read")).expect("JSON");
 
-    // As a runtime calls it: its entry, with what belongs to the list.
+    // The configuration that a runtime passes: the entry, with the fields of the list.
     let mut config = installed["plugins"][1].clone();
     let previous =
         json!({"cniVersion": "1.0.0", "interfaces": [], "ips": [{"address": "10.1.0.5/24"}], "dns": {}});
@@ -419,7 +419,7 @@ fn the_plugin_captures_a_pod_and_lets_it_go() {
     let error: Value = serde_json::from_str(&printed).expect("JSON");
     assert!(!ok && error["code"] == 100, "{printed}");
 
-    // Everything goes, also what is in force.
+    // Everything is removed, including captures.
     assert!(call("ADD").0);
     let mut cleanup = agent.command("cleanup");
     cleanup
@@ -450,7 +450,7 @@ fn the_socket_is_roots_alone() {
     let daemon = Daemon::start(&agent, &[]).expect("a daemon");
     let mode = |path: &std::path::Path| fs::metadata(path).expect("there").permissions().mode() & 0o777;
     assert_eq!(mode(&daemon.socket()), 0o600);
-    // The mode is not all that keeps others out.
+    // Other users are refused even if the mode of the socket allows them.
     for (path, bits) in [(daemon.folder().to_owned(), 0o755), (daemon.socket(), 0o666)] {
         fs::set_permissions(path, fs::Permissions::from_mode(bits)).expect("opened");
     }

@@ -1,4 +1,4 @@
-//! The capabilities that deploy/ gives the agent: enough for all it does, and none too many.
+//! The capabilities that deploy/ gives the agent: each is needed, and they are enough.
 
 use std::{
     collections::BTreeSet,
@@ -45,7 +45,7 @@ fn bit(name: &str) -> CapabilitySet {
     }
 }
 
-/// A pod, all of whose processes are the proxy's user, and which listened before anybody captured it.
+/// A pod whose processes all run as the proxy's user, with a listener from before the capture.
 struct ProxyPod {
     pod: Pod,
     listener: TcpListener,
@@ -56,7 +56,7 @@ impl ProxyPod {
     fn new(label: &str) -> Self {
         let pod = Pod::new(PodSpec::new(label)).expect("a pod");
         let listener = pod.netns.run(|| TcpListener::bind("0.0.0.0:15006")).expect("entered").expect("bound");
-        // We hold it as well, but from outside, where nobody looks for it.
+        // This process holds the listener, too, but outside the pod, where the agent does not search.
         let held: OwnedFd = listener.try_clone().expect("a copy").into();
         let mut holder = pod.command_as("sleep", Ids::PROXY).expect("a command");
         let proxy = holder.arg("600").stdin(Stdio::from(held)).spawn().expect("started");
@@ -141,7 +141,7 @@ fn with_just_these_every_way_captures() {
     assert!(!by_plugin.captured());
 }
 
-/// The plugin put into a node's configuration: its entry as a runtime passes it on, and the program.
+/// Installs the plugin into a node's configuration. Returns its entry as a runtime passes it on, and the program.
 fn install(agent: &Agent, daemon: &Daemon<'_>) -> (serde_json::Value, PathBuf) {
     let (conf, bin) = (daemon.folder().join("net.d"), daemon.folder().join("bin"));
     fs::create_dir(&conf).expect("made");
@@ -202,7 +202,7 @@ struct AttachArguments {
     options: RawOptions,
 }
 
-/// What `attach` does, but for asking first whether it may.
+/// Attaches as `attach` does, without its check of capabilities.
 fn attach_unasked(bpffs: &Path, cgroup: &Path) -> anyhow::Result<()> {
     let cgroup = CgroupDir::open(cgroup)?;
     let netns = Netns::of_cgroup(&cgroup)?;
@@ -225,7 +225,7 @@ fn none_of_them_is_superfluous() {
         let have = missing.map_or(whole, |name| whole - bit(name));
         let attached = std::thread::scope(|scope| {
             let confined = scope.spawn(|| {
-                // Of this thread and those that it starts.
+                // For this thread and those that it starts.
                 let inheritable = CapabilitySet::empty();
                 let sets = CapabilitySets { effective: have, permitted: have, inheritable };
                 set_capabilities(None, sets).expect("set");

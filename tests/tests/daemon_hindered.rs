@@ -1,4 +1,4 @@
-//! What keeps the daemon from capturing until somebody does something about it: it says what, and goes on by itself.
+//! Obstacles that an administrator has to remove: the daemon reports them and continues by itself.
 
 use std::{
     fs,
@@ -21,11 +21,11 @@ use tests::{
     testbed::{Pod, PodSpec, Sandbox},
 };
 
-/// How many prefixes of ports the lists of all pods may have together. Each pod has one more than ports, of which no two
-/// here have one prefix.
+/// The capacity of the map of ports. Each pod uses one entry more than it has ports, because no two ports here share a
+/// prefix.
 const ROOM: u32 = 10;
 
-/// Make the map of ports, which the programs are then loaded over, smaller than they would.
+/// Creates the map of ports with a small capacity, before the agent would create it.
 fn with_little_room(agent: &Agent) {
     let maps = agent.store().join("maps");
     fs::create_dir_all(&maps).expect("made");
@@ -35,7 +35,7 @@ fn with_little_room(agent: &Agent) {
     sys::pin(map.fd().as_fd(), &maps.join(names::PORTS)).expect("pinned");
 }
 
-/// How many entries the map of ports has.
+/// The number of entries in the map of ports.
 fn ports_in_use(agent: &Agent) -> usize {
     let maps = agent.store().join("maps");
     let fill = Maps::open(&maps).and_then(|tables| tables.fill(&maps)).expect("read");
@@ -43,7 +43,7 @@ fn ports_in_use(agent: &Agent) -> usize {
 }
 
 #[test]
-fn a_full_map_is_told_to_the_pod_that_does_not_fit_and_harms_no_other() {
+fn a_full_map_fails_only_the_pod_that_does_not_fit() {
     let agent = Agent::new("d-room").expect("the agent");
     with_little_room(&agent);
     let daemon = Daemon::start(&agent, &[]).expect("a daemon");
@@ -66,8 +66,8 @@ fn a_full_map_is_told_to_the_pod_that_does_not_fit_and_harms_no_other() {
     let tried = |d: &Daemon<'_>| d.report("large").is_ok_and(|r| r.is_some_and(|r| r.failures > 2));
     daemon.wait("it is tried again", tried).expect("retried");
 
-    // Nor does one that is in force and is to have more. Nothing of what did not fit stays in the map, also before
-    // another pod's failure would sweep it.
+    // The same for an active pod whose list grows. No entry of a refused list stays in the map, even before the failure
+    // of another pod would remove it.
     daemon.remove("large").expect("removed");
     daemon.wait("it is forgotten", |daemon| daemon.report("large").is_ok_and(|r| r.is_none())).expect("gone");
     let before = ports_in_use(&agent);
@@ -87,7 +87,7 @@ fn a_full_map_is_told_to_the_pod_that_does_not_fit_and_harms_no_other() {
     daemon.wait_for("large", PodState::Captured).expect("captured when there is room");
 }
 
-/// A pod as an agent with another layout has left it.
+/// A pod that an agent with another layout has captured.
 fn pod_of_another_layout(agent: &Agent) -> PathBuf {
     let version = agent.bpffs().join("intercept").join(format!("v{}", layout::VERSION + 1));
     fs::create_dir_all(version.join("pods/77")).expect("made");
@@ -97,7 +97,7 @@ fn pod_of_another_layout(agent: &Agent) -> PathBuf {
 }
 
 #[test]
-fn pods_of_another_layout_are_left_alone_until_they_are_taken_away() {
+fn pods_of_another_layout_are_ignored_until_they_are_removed() {
     let agent = Agent::new("d-layout").expect("the agent");
     let other = pod_of_another_layout(&agent);
     let probes = free_address();
@@ -114,7 +114,7 @@ fn pods_of_another_layout_are_left_alone_until_they_are_taken_away() {
     let (status, text) = get(probes, "/readyz");
     assert_eq!(status, 503);
     tells(&text, &other);
-    // Being started anew would not help.
+    // A restart would not help.
     assert_eq!(get(probes, "/healthz").0, 200);
     assert!(other.join("pods/77/record-1").exists() && !agent.store().exists());
 

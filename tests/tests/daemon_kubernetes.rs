@@ -1,4 +1,4 @@
-//! The daemon beside an API server that gives recorded answers.
+//! The daemon with an API server that gives recorded answers.
 
 use std::fs;
 
@@ -37,7 +37,7 @@ fn pods_of_the_api_are_captured_followed_and_released() {
         fs::write(cgroup.join("cgroup.procs"), pid.to_string()).expect("moved");
     }
 
-    // A native sidecar with a user of its own.
+    // A native sidecar with its own user.
     let sidecar = json!({ "name": "istio-proxy", "restartPolicy": "Always", "args": ["proxy", "sidecar"],
                           "securityContext": { "runAsUser": 1337, "runAsGroup": 1337 } });
     let spec = json!({ "containers": [{ "name": "app" }], "initContainers": [sidecar] });
@@ -97,7 +97,7 @@ fn pods_of_the_api_are_captured_followed_and_released() {
 
     daemon.wait("settled", |daemon| is(daemon, "cart", PodState::Captured)).expect("settled");
 
-    // Without an answer of the API what is in force stays; neither is it needed to start.
+    // Captures stay while the API does not answer, and the daemon starts without it.
     daemon.kill().expect("killed");
     api.cut();
     api.shared().pods.clear();
@@ -108,14 +108,14 @@ fn pods_of_the_api_are_captured_followed_and_released() {
     daemon.wait("taken over", |daemon| is(daemon, "cart", PodState::Captured)).expect("taken over");
     assert_eq!(answers(&actor, service()).as_deref(), Some("proxy"));
 
-    // Gone from the API meanwhile.
+    // Deleted from the API meanwhile.
     daemon.kill().expect("killed");
     fs::write(&kubeconfig, config).expect("written");
     daemon.restart().expect("started");
     daemon.wait("released", |daemon| report(daemon, "cart").is_none()).expect("released");
     assert_eq!(agent.status().expect("status"), json!([]));
 
-    // It comes, and goes, by events.
+    // Created and deleted by events.
     daemon.wait("it watches", |_| !api.shared().watchers.is_empty()).expect("it watches");
     api.event("ADDED", pod("cart", UID, &spec, &none));
     daemon.wait("captured", |daemon| is(daemon, "cart", PodState::Captured)).expect("captured");
@@ -123,7 +123,7 @@ fn pods_of_the_api_are_captured_followed_and_released() {
     daemon.wait("released", |daemon| report(daemon, "cart").is_none()).expect("released");
     assert_eq!(agent.status().expect("status"), json!([]));
 
-    // Where the runtime asked, it alone says when the pod goes: a list may be older.
+    // A pod that the runtime announced ends when the runtime says so, because a list may be older.
     let info = SandboxInfo {
         sandbox: "s".into(),
         uid: Some(UID.into()),

@@ -1,4 +1,4 @@
-//! What is seen of the daemon and of decisions from outside: metrics, probes, trace.
+//! What the daemon shows to the outside: metrics, probes, trace.
 
 use std::{
     fs,
@@ -17,7 +17,7 @@ use tests::{
 };
 
 #[test]
-fn metrics_tell_decisions_states_and_errors() {
+fn metrics_show_decisions_states_and_errors() {
     let agent = Agent::new("d-metrics").expect("the agent");
     let free = free_address();
     let daemon = Daemon::start(&agent, &["--metrics-address", &free.to_string()]).expect("a daemon");
@@ -87,7 +87,7 @@ fn trace_shows_decisions_while_it_runs_only() {
     let actor = proxy(&pod);
     daemon.put("a", &pod, &OUTBOUND).expect("put");
     daemon.wait_for("a", PodState::Captured).expect("captured");
-    // Nobody listened to this one.
+    // No reader was connected.
     assert_eq!(answers(&actor, SocketAddr::from(([10, 96, 0, 99], 80))).as_deref(), Some("proxy"));
     let mut trace = agent.command("trace");
     trace.arg("--json").arg("--cgroup-path").arg(pod.cgroup.path());
@@ -114,7 +114,7 @@ fn trace_shows_decisions_while_it_runs_only() {
         (&line["pod"], &line["process"], &line["uid"], &line["reason"]),
         (&json!("a.json"), &json!("actor"), &json!(1000), &json!("included_cidr"))
     );
-    // One reader at a time.
+    // Only one reader at a time.
     let second = agent.command("trace").output().expect("started");
     assert!(!second.status.success());
     assert!(String::from_utf8_lossy(&second.stderr).contains("one reader at a time"));
@@ -135,7 +135,7 @@ fn trace_shows_decisions_while_it_runs_only() {
     rustix::process::kill_process(pid, rustix::process::Signal::TERM).expect("signalled");
     assert!(killed.wait().expect("ended").success());
     assert!(!agent.tracing().expect("the switch"), "left on by SIGTERM");
-    // Switched off: the next one sees what happens from then on.
+    // Tracing is off again. The next reader sees only later events.
     assert_eq!(answers(&actor, service()).as_deref(), Some("proxy"));
     let mut next = agent.command("trace");
     let mut next = next.args(["--count", "1"]).stdout(Stdio::piped()).spawn().expect("started");
@@ -176,7 +176,7 @@ fn status_says_when_the_daemon_last_saw_a_pod_in_place() {
     let text = status(&[]);
     assert!(text.contains("a.json is captured, links verified"), "{text}");
     assert!(text.contains("b.json is failed, links never verified"), "{text}");
-    // Without a daemon there is what the kernel knows.
+    // Without a daemon, status shows what the kernel knows.
     let pods = agent.status().expect("a status");
     assert!(pods[0]["daemon"].is_null() && pods[0]["state"] == "attached", "{pods}");
 }

@@ -1,4 +1,4 @@
-//! The CNI plugin as a runtime calls it, and the daemon that keeps it in the node's configuration.
+//! The CNI plugin, called as by a runtime, and the daemon that keeps it in the node's configuration.
 
 use std::{
     fs,
@@ -15,7 +15,7 @@ use tests::{
     testbed::{Pod, PodSpec, Sandbox, cgroup, name},
 };
 
-/// The configuration of the cluster's network, as its plugin writes it whenever it starts.
+/// The configuration of the cluster's network, which its agent writes at every start.
 fn primary() -> Value {
     json!({"cniVersion": "1.1.0", "name": "net", "plugins": [{"type": "bridge"}, {"type": "portmap"}]})
 }
@@ -65,7 +65,7 @@ impl NodeFolders {
         plugins.iter().find(|plugin| plugin["type"] == "intercept-cni").cloned()
     }
 
-    /// Calls the plugin for a sandbox; its exit and what it printed.
+    /// Calls the plugin for a sandbox. Returns its exit status and output.
     fn call(&self, command: &str, config: &Value, sandbox: &Sandbox, id: &str) -> (bool, Value) {
         let mut child = Command::new(self.binaries.join("intercept-cni"))
             .env("CNI_COMMAND", command)
@@ -84,7 +84,7 @@ impl NodeFolders {
     }
 }
 
-/// The configuration that a runtime makes of an entry.
+/// The configuration that a runtime makes from an entry.
 fn config(entry: &Value, sandbox: &Sandbox, more: &Value) -> Value {
     let mut config = entry.clone();
     let cgroup =
@@ -121,7 +121,7 @@ fn the_daemon_keeps_the_plugin_in_the_nodes_configuration() {
     let mut daemon = Daemon::start(&agent, &arguments).expect("a daemon");
     let ready = || get(probes, "/readyz");
 
-    // Before the cluster's network is there.
+    // Before the cluster's network is configured.
     daemon.wait("it has looked", |_| ready().1.contains("the CNI plugin is not in the node")).expect("told");
     let (status, text) = ready();
     assert!(status == 503 && text.contains("there is no usable configuration yet"), "{text}");
@@ -130,7 +130,7 @@ fn the_daemon_keeps_the_plugin_in_the_nodes_configuration() {
     daemon.wait("it is installed", |_| node.entry().is_some() && ready().0 == 200).expect("installed");
     assert_eq!(metric(probes, "intercept_plugin_installed").as_deref(), Some("1"));
 
-    // The cluster's network restarts, while the daemon runs and while it does not.
+    // The cluster's network restarts, with and without a running daemon.
     let before = node.read();
     node.write_primary();
     within_a_second("the plugin is put back", || node.read() == before);
@@ -151,7 +151,7 @@ fn the_daemon_keeps_the_plugin_in_the_nodes_configuration() {
     node.write_primary();
     daemon.wait("it is installed", |_| ready().0 == 200).expect("installed");
 
-    // Ended, it leaves the plugin where it is: pods that start meanwhile wait for the next daemon.
+    // When the daemon ends, the plugin stays: pods that start then wait for the next daemon.
     assert!(daemon.terminate().expect("ended").success());
     assert_eq!(node.read(), before);
     daemon.restart().expect("started");

@@ -1,7 +1,7 @@
-//! A node of many pods: what the daemon takes of memory and time, and that nothing is left of pods that came and went.
+//! A node with many pods: memory and CPU time of the daemon, and no remains of deleted pods.
 //!
-//! `INTERCEPT_TEST_PODS` says how many there are at a time (40; 250 is what is promised), `INTERCEPT_TEST_STARTS` how
-//! many come and go (1000; 10,000 is what is promised).
+//! `INTERCEPT_TEST_PODS` is the number of concurrent pods (default 40; 250 are supported), and `INTERCEPT_TEST_STARTS` the
+//! number of pods that start and end (default 1000; 10,000 are supported).
 
 use std::{
     fs,
@@ -98,7 +98,7 @@ fn a_full_node_is_cheap() {
     let pid = daemon.pid().expect("it runs");
     let (rss, before) = usage(pid);
     let idle = Duration::from_secs(5);
-    // This measures what happens while nothing does.
+    // The cost of an idle node.
     std::thread::sleep(idle);
     let (_, after) = usage(pid);
     let share = (after - before).as_secs_f64() / idle.as_secs_f64();
@@ -139,11 +139,11 @@ fn pods_that_come_and_go_leave_nothing() {
         pins(agent.bpffs(), &mut found);
         (found, descriptors(pid))
     };
-    // Buffers grow to their size first.
+    // After buffers have reached their size.
     (0..20).for_each(round);
     let (before, (rss, _)) = (state(), usage(pid));
     (20..20 + starts).for_each(round);
-    // Not more, rather than as many: a connection of the last round may have been open when they were counted first.
+    // At most as many: a connection of the last round may have been open at the first count.
     let is_left = || {
         let (pins, open) = state();
         pins != before.0 || open > before.1

@@ -1,4 +1,4 @@
-//! Pods of which the API and the real plugin both tell: what becomes of one does not depend on which of them is first.
+//! Pods that both the API and the CNI plugin announce. The result does not depend on the order.
 
 use std::{
     fs,
@@ -24,7 +24,7 @@ const EXCLUDED: &str = "traffic.sidecar.istio.io/excludeOutboundPorts";
 
 const PATIENT: [&str; 2] = ["--api-wait", "10"];
 
-/// A node with an API, a kubelet's cgroups, and the daemon.
+/// A node with an API, cgroups as of a kubelet, and the daemon.
 struct SourceNode<'a> {
     agent: &'a Agent,
     api: Api,
@@ -58,14 +58,14 @@ impl<'a> SourceNode<'a> {
     }
 }
 
-/// A pod on the node: its object, and what the kubelet and the runtime have made of it.
+/// A pod on the node: its object, cgroup and namespace.
 struct SourcePod<'a> {
     node: &'a SourceNode<'a>,
     object: Value,
     uid: String,
     actor: Actor,
     sandbox: Pod,
-    /// The first that the plugins before ours have given it.
+    /// The first address from the earlier plugins of the chain.
     first_address: &'static str,
 }
 
@@ -84,7 +84,7 @@ impl<'a> SourcePod<'a> {
         Self { node, object, uid, actor, sandbox, first_address: "10.66.0.2/24" }
     }
 
-    /// Call the plugin as a runtime does; its error, if it has one.
+    /// Calls the plugin as a runtime does.
     fn call(&self, command: &str) -> Result<(), String> {
         let sandbox = CniSandbox {
             object: &self.object,
@@ -99,7 +99,7 @@ impl<'a> SourcePod<'a> {
         self.node.api.event(kind, self.object.clone());
     }
 
-    /// Its arguments, if it is captured.
+    /// The arguments of the capture. `None` if there is none.
     fn arguments(&self) -> Option<String> {
         let pods = self.node.agent.status().expect("status");
         let name = format!("pod{}", self.uid);
@@ -119,7 +119,7 @@ impl<'a> SourcePod<'a> {
         )
     }
 
-    /// Whether it is as it should be, as the kernel and a connection have it.
+    /// Whether the kernel's state and a connection are as expected.
     fn is(&self, expected: &ExpectedState) -> bool {
         let proxied = answers(&self.actor, service()).as_deref() == Some("proxy");
         match (self.arguments(), expected) {
@@ -144,7 +144,7 @@ impl<'a> SourcePod<'a> {
         );
     }
 
-    /// ADD's answer is what it should be, and the pod is so when it answers.
+    /// The answer to ADD is as expected, and so is the pod at that time.
     fn assert_added(&self, answer: &Result<(), String>, expected: &ExpectedState, what: &str) {
         match (answer, expected) {
             (Err(error), ExpectedState::Refused(text)) => assert!(error.contains(text), "{what}: {error}"),
@@ -254,17 +254,17 @@ fn kinds() -> Vec<PodKind> {
     ]
 }
 
-/// A UID of a pod for each turn.
+/// A UID for each pod.
 fn uid(order: u32, kind: usize) -> String {
     format!("00000000-0000-4000-8000-{order:06}{kind:06}")
 }
 
 #[test]
-fn the_api_decides_whoever_speaks_first() {
+fn the_api_decides_in_either_order() {
     let agent = Agent::new("d-sources").expect("the agent");
     let node = SourceNode::new(&agent, &PATIENT);
     for (at, kind) in kinds().iter().enumerate() {
-        // The API first: it captures as soon as there is a process, and ADD changes nothing but the sandbox.
+        // The API first: the pod is captured as soon as it has a process, and ADD only adds the sandbox.
         let what = format!("{}, the API first", kind.what);
         let running = SourcePod::new(&node, kind, uid(1, at));
         running.tell("ADDED");
@@ -275,7 +275,7 @@ fn the_api_decides_whoever_speaks_first() {
         running.assert_added(&running.call("ADD"), &kind.by_api, &what);
         running.end(&what);
 
-        // The plugin first: it waits for the API's word, unless that is known.
+        // The plugin first: it waits for the API, unless the object is known already.
         let what = format!("{}, the plugin first", kind.what);
         let running = SourcePod::new(&node, kind, uid(2, at));
         let answer = thread::scope(|scope| {
@@ -291,7 +291,7 @@ fn the_api_decides_whoever_speaks_first() {
 }
 
 #[test]
-fn with_a_silent_api_annotations_decide_until_it_speaks() {
+fn annotations_decide_until_the_api_answers() {
     let agent = Agent::new("d-silent-api").expect("the agent");
     let node = SourceNode::new(&agent, &["--api-wait", "0.05"]);
     for (at, kind) in kinds().iter().enumerate() {
@@ -305,7 +305,7 @@ fn with_a_silent_api_annotations_decide_until_it_speaks() {
 }
 
 #[test]
-fn no_object_of_the_api_speaks_for_another() {
+fn an_object_of_the_api_only_affects_its_own_pod() {
     let agent = Agent::new("d-identity").expect("the agent");
     let node = SourceNode::new(&agent, &PATIENT);
     let kind = &kinds()[0];
@@ -314,7 +314,7 @@ fn no_object_of_the_api_speaks_for_another() {
     assert_eq!(victim.call("ADD"), Ok(()));
     let before = victim.arguments().expect("captured");
 
-    // As anybody may create it who can create pods, with whatever is not checked by the API.
+    // Any user who can create pods can create this one: the API does not check these annotations.
     let mut evil = pod("evil", &uid(4, 1), &kind.object["spec"], &json!({ EXCLUDED: "1:65535" }));
     evil["metadata"]["namespace"] = json!("evil");
     evil["metadata"]["annotations"]["kubernetes.io/config.mirror"] = json!(victim.uid);
@@ -327,7 +327,7 @@ fn no_object_of_the_api_speaks_for_another() {
     node.wait("it is gone", || node.report(&uid(4, 1)).is_none());
     victim.assert_is(&kind.by_api, "the other object is gone");
 
-    // A static pod, which the kubelet and the runtime know by the hash of its manifest.
+    // A static pod, whose UID is the hash of its manifest for the kubelet and the runtime.
     let hash = "0123456789abcdef0123456789abcdef";
     let running = SourcePod::new(&node, kind, hash.to_owned());
     let mut mirror = running.object.clone();
@@ -350,7 +350,7 @@ fn no_object_of_the_api_speaks_for_another() {
     victim.end("at last");
 }
 
-/// The kubelet makes a pod's cgroup, and then waits for its volumes.
+/// The kubelet makes the pod's cgroup and then waits for its volumes.
 #[test]
 fn a_pod_without_a_process_yet_has_no_event() {
     let agent = Agent::new("d-early").expect("the agent");
@@ -366,7 +366,7 @@ fn a_pod_without_a_process_yet_has_no_event() {
     node.wait("it is tried", || node.report(&uid).is_some_and(|report| report.failures > 2));
     let report = node.report(&uid).expect("known");
     assert_eq!((report.state, report.failure), (PodState::Pending, None));
-    // Its runtime's process is in the cgroup before it is in the namespace of its own.
+    // The runtime's process enters the cgroup before it enters its namespace.
     let mut early = Command::new("sleep").arg("600").spawn().expect("started");
     fs::write(cgroup.join("cgroup.procs"), early.id().to_string()).expect("moved");
     let tried = report.failures;
@@ -379,7 +379,7 @@ fn a_pod_without_a_process_yet_has_no_event() {
     node.wait("released", || running.arguments().is_none());
 }
 
-/// As under Istio, a proxy that does not listen for IPv6 gets none, unless it is said to be of both families.
+/// As in Istio, IPv6 is not captured for a proxy without IPv6 listeners, unless the pod is declared dual-stack.
 #[test]
 fn ipv6_is_captured_as_under_istio_or_always() {
     let sidecar = |env: &Value| {
@@ -398,7 +398,7 @@ fn ipv6_is_captured_as_under_istio_or_always() {
         }
     };
     let dual = json!([{ "name": "ISTIO_DUAL_STACK", "value": "true" }]);
-    // Whether the pod's first address is of IPv6; whether IPv6 is captured.
+    // Whether the pod's first address is IPv6, and whether IPv6 is captured.
     for (at, (flags, env, first, captured)) in [
         (&PATIENT[..], json!([]), "10.66.0.2/24", false),
         (&PATIENT[..], dual, "10.66.0.2/24", true),
@@ -435,10 +435,10 @@ fn ipv6_is_captured_as_under_istio_or_always() {
         assert_eq!(dialled(&running.actor, outside), uncaptured("the world"), "{what}");
         let inside = SocketAddr::new(running.sandbox.address(true), 8080);
         assert_eq!(dialled(&world, inside), uncaptured("app"), "{what}");
-        // IPv4 is in any case; nothing listens on 15006.
+        // IPv4 always is. Nothing listens on 15006.
         assert_eq!(dialled(&running.actor, service()).as_deref(), Some("proxy"), "{what}");
         assert_eq!(dialled(&world, SocketAddr::new(running.sandbox.address(false), 8080)), None, "{what}");
-        // The API tells of the address later, and changes nothing.
+        // The API reports the address later, which changes nothing.
         let address = first.split('/').next().expect("an address");
         running.object["status"]["podIPs"] = json!([{ "ip": address }]);
         running.tell("MODIFIED");

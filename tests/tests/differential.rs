@@ -1,4 +1,4 @@
-//! Real iptables beside the walk of its rules, and beside the agent where there is one.
+//! Compares real iptables with the interpreted rules and with the agent.
 
 use std::collections::BTreeMap;
 use std::time::Instant;
@@ -9,7 +9,7 @@ use tests::iptables::{Backend, IptablesOptions, IptablesVerdict};
 const NFT: Capture = Capture::Iptables(Backend::Nft);
 const LEGACY: Capture = Capture::Iptables(Backend::Legacy);
 
-/// A number from the environment, to run longer or again.
+/// A number from the environment, to run longer or to repeat a run.
 fn number(name: &str, default: u64) -> u64 {
     std::env::var(name).map_or(default, |text| text.parse().expect("a number"))
 }
@@ -80,9 +80,9 @@ fn random_configurations_under_the_agent_as_under_iptables() {
     agent_against_iptables(&random_cases(400));
 }
 
-/// Two captures that work alike show no difference however closely they are compared, and one that does not does.
+/// Equal captures show no difference in the closest comparison, and different ones do.
 #[test]
-fn the_close_comparison_is_right() {
+fn the_closest_comparison_has_no_false_results() {
     for case in random_cases(400).into_iter().take(3) {
         let nft = observe(&case, &NFT).expect("observed");
         let legacy = observe(&case, &LEGACY).expect("observed");
@@ -98,9 +98,9 @@ fn the_close_comparison_is_right() {
     assert!(report.contains("who answered differs"), "{report}");
 }
 
-/// The seeds draw flows of every fate.
+/// The seeds draw flows with every verdict.
 #[test]
-fn random_cases_leave_nothing_out() {
+fn random_cases_have_every_verdict() {
     let mut fates = BTreeMap::new();
     for seed in 0..100 {
         let case = random::case(seed, 400);
@@ -129,9 +129,9 @@ fn random_cases_leave_nothing_out() {
     }
 }
 
-/// The comparison notices when the rules in force are not those that were walked.
+/// The comparison fails if the installed rules differ from the interpreted ones.
 #[test]
-fn a_wrong_rule_is_noticed() {
+fn a_wrong_rule_is_found() {
     let mut case = random::case_of("wrong", IptablesOptions::injected(), 1, 200);
     let seen = observe(&case, &NFT).expect("observed");
     assert_eq!(compare::with_oracle(&case, &seen), None);

@@ -1,4 +1,4 @@
-//! DNS capture with real clients and servers: dig, glibc's resolver, dnsmasq; and sockets that ask several servers.
+//! DNS capture with real clients and servers (dig, glibc's resolver, dnsmasq), and sockets that query several servers.
 
 use std::io::Write;
 use std::net::SocketAddr;
@@ -12,14 +12,14 @@ use tests::unusual::{Method, UnusualOutcome, UnusualProcess, UnusualSocket};
 /// The servers of the pod's resolv.conf.
 const RESOLV_CONF: &str = "nameserver 10.96.0.10\nnameserver fd96::10\n";
 
-/// Where the world's server listens: those two and two others.
+/// The addresses of the world's server: those two and two others.
 const DNS_SERVERS: [&str; 4] = ["10.96.0.10", "10.96.0.11", "fd96::10", "fd96::11"];
 
-/// Answers every name with one address; dropping it ends it.
+/// A server that answers every name with one address. Dropping it ends the process.
 struct Dnsmasq(Child);
 
 impl Dnsmasq {
-    /// `answer` tells it apart from the others.
+    /// `answer` identifies the server.
     fn start(sandbox: &Sandbox, port: u16, answer: &str, ids: Ids) -> Self {
         let mut command = sandbox.command_as("dnsmasq", ids).expect("a command");
         command.args([
@@ -30,8 +30,8 @@ impl Dnsmasq {
             "--pid-file=",
         ]);
         command.arg(format!("--port={port}")).arg(format!("--address=/#/{answer}"));
-        // In the world, whose addresses are on no interface: of others it closes what comes by TCP. There it would
-        // also change to a user of its own.
+        // In the world no interface has these addresses, and dnsmasq would close TCP connections to them and change its
+        // user.
         if ids == Ids::ROOT {
             command.arg("--bind-interfaces");
             command.args(DNS_SERVERS.map(|server| format!("--listen-address={server}")));
@@ -89,7 +89,7 @@ impl DnsFixture {
         }
     }
 
-    /// What dig prints: the address, or what went wrong. It refuses answers of another than it asked.
+    /// The output of dig: the address or the error. dig refuses answers from an address that it did not query.
     fn dig(&self, ids: Ids, arguments: &[&str]) -> String {
         let mut dig = self.pod.command_as("dig", ids).expect("a command");
         dig.args(["+short", "+tries=1", "+time=2", "-r"]).args(arguments).args(["service.test", "A"]);
@@ -97,7 +97,7 @@ impl DnsFixture {
         String::from_utf8_lossy(&output.stdout).trim().to_owned()
     }
 
-    /// What glibc's resolver makes of a name, by the pod's resolv.conf and /etc/hosts of nobody.
+    /// The result of glibc's resolver with the pod's resolv.conf and an empty /etc/hosts.
     fn getent(&self) -> String {
         let script = format!(
             "mount --bind {} /etc/resolv.conf && exec getent ahostsv4 service.test",
@@ -118,13 +118,13 @@ fn queries_to_the_servers_of_resolv_conf_go_to_the_proxy() {
             [("@10.96.0.10", PROXY), ("@fd96::10", PROXY), ("@10.96.0.11", WORLD), ("@fd96::11", WORLD)]
         {
             let said = fixture.dig(Ids::APP, &[server, transport]);
-            // To others TCP goes to the proxy's outbound listener as everything does, and there is none here.
+            // TCP to other servers goes to the proxy's outbound listener, which does not exist here.
             let answer = if answer == WORLD && transport == "+tcp" { None } else { Some(answer) };
             match answer {
                 Some(answer) => assert_eq!(said, answer, "{server} {transport}"),
                 None => assert_ne!(said, PROXY, "{server} {transport}"),
             }
-            // The proxy's own queries are left alone.
+            // Queries of the proxy are not captured.
             assert_eq!(fixture.dig(Ids::PROXY, &[server, transport]), WORLD, "{server} {transport}");
         }
     }
@@ -143,7 +143,7 @@ fn all_queries_go_to_the_proxy_if_asked_for() {
     assert_eq!(fixture.getent(), PROXY);
 }
 
-/// The actor answers here, because it says which question an answer is to.
+/// The actor is the server here, because its answers name the query.
 fn ask(method: Method, to: &[SocketAddr]) -> UnusualOutcome {
     let fixture = tests::unusual::fixture::UnusualFixture::new("dns").expect("a pod");
     let agent = Agent::new("dns").expect("a bpffs");

@@ -1,4 +1,4 @@
-//! One datagram socket that asks several DNS servers, each answer attributed to the right one.
+//! A datagram socket that queries several DNS servers: each answer has the address of the right server.
 
 use std::net::{IpAddr, SocketAddr};
 
@@ -9,7 +9,7 @@ use tests::{
     testbed::{Ids, Pod, PodSpec},
 };
 
-/// A pod with a server of datagrams in place of the proxy, by which answers are told apart.
+/// A pod with datagram servers instead of a proxy.
 fn answering(label: &str, listen: [&str; 2]) -> (Actor, Pod) {
     let pod = Pod::new(PodSpec::new(label)).expect("a pod");
     let inside = Actor::start(&pod).expect("an actor");
@@ -55,7 +55,7 @@ fn each_answer_has_its_server(inside: &Actor) {
     for sending in [Sending::To, Sending::Many] {
         for (first, mapped) in [("10.96.0.10", false), ("10.96.0.10", true), ("fd96::10", false)] {
             let mut servers = servers(first, 5);
-            // Asked again, a server keeps what tells it apart.
+            // A repeated query keeps the entry of its server.
             servers.extend_from_within(..3);
             let query = Query { mapped, ..to_all(&servers, sending) };
             let expected: Vec<_> = servers.iter().copied().map(Some).collect();
@@ -85,8 +85,8 @@ fn one_socket_asks_several_servers_under_iptables() {
     each_answer_has_its_server(&inside);
 }
 
-/// One socket has room for nine servers with answers outstanding. Of more, the answers of the oldest come from an
-/// address that is no server's: never from another server.
+/// A socket has room for nine servers with pending answers. With more, answers of the oldest have an address that belongs
+/// to no server, but never that of another server.
 #[test]
 fn too_many_servers_are_never_confused() {
     let agent = Agent::new("dns").expect("the agent");
@@ -104,8 +104,8 @@ fn too_many_servers_are_never_confused() {
     }
 }
 
-/// Documented: a socket that is bound to an address can be answered at that address only, so there all answers are
-/// those of the server asked last.
+/// Documented: a socket that is bound to an address receives answers at that address only, so all answers are attributed
+/// to the last server.
 #[test]
 fn a_bound_socket_knows_the_server_asked_last() {
     let agent = Agent::new("dns").expect("the agent");

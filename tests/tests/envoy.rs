@@ -1,4 +1,4 @@
-//! The real Envoy as the sidecar of a captured pod: requests both ways, and what its access log says of them.
+//! Envoy as the sidecar of a captured pod: requests in both directions, and the entries in its access log.
 
 use std::{
     collections::BTreeMap,
@@ -11,7 +11,7 @@ use tests::{
     envoy::loaded::{EnvoyFixture, lost_in_the_gap_alone},
 };
 
-/// Requests of each kind and family; over fresh and kept connections of both families that is 1,000 a direction.
+/// Requests of each kind and family: 1,000 per direction over new and kept connections of both families.
 const REQUESTS: usize = 250;
 
 #[test]
@@ -30,7 +30,7 @@ fn requests_both_ways_pass_envoy_and_none_is_lost() {
     for line in envoy.logged(expected.values().sum(), Duration::from_secs(10)).expect("a log") {
         let client: SocketAddr = line.client.parse().expect("an address");
         let v6 = client.is_ipv6();
-        // The pod itself going out; the neighbour, by its address on the link, coming in.
+        // The pod for outbound, and the neighbour's address on the link for inbound connections.
         let world = if v6 { "fd66::1" } else { "10.66.0.1" }.parse().expect("an address");
         let who = if line.listener == "outbound" { fixture.pod.address(v6) } else { world };
         assert_eq!(client.ip(), who, "{line:?}");

@@ -1,4 +1,4 @@
-//! The files in examples/ and the flags in docs/other-meshes.md: real pods are captured with them.
+//! Captures real pods with the files in examples/ and the flags in docs/other-meshes.md.
 
 use std::{
     fs,

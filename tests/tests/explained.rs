@@ -1,4 +1,4 @@
-//! What `explain` says of a flow is what the kernel did with it: the counter of that row has moved, and no other's.
+//! `explain` agrees with the kernel: a flow increments the counter of the row that `explain` names, and no other.
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
@@ -14,7 +14,7 @@ use tests::differential::{Case, End, Flow, FlowKind, configurations, layout, ran
 use tests::iptables::IptablesOptions;
 use tests::testbed::Pod;
 
-/// Connections to nobody are refused; only those that leave need not be answered.
+/// Connections without a listener are refused. Only those that leave the pod may get no answer.
 const TIMEOUT: Duration = Duration::from_millis(300);
 
 struct ExplainedFixture {
@@ -92,7 +92,7 @@ impl ExplainedFixture {
         reason(explain)
     }
 
-    /// Whom the pod sees as the client of an unbound connection from the world.
+    /// The source of an unbound connection from the world.
     fn neighbour(&self, to: IpAddr) -> IpAddr {
         let spec = self.pod.spec();
         let name = layout::ingress(spec, to);
@@ -108,7 +108,7 @@ fn reason(explain: Command) -> String {
     answer["reason"].as_str().expect("a word").to_owned()
 }
 
-/// Whether a decision is made of it at all: of datagrams only outbound queries are looked at.
+/// Whether the flow is decided at all. Of datagrams, only outbound queries are.
 fn is_decided(case: &Case, flow: &Flow) -> bool {
     let dns = case.options.dns.as_ref().is_some_and(|dns| dns.all || !dns.servers.is_empty());
     flow.kind == FlowKind::Tcp || (flow.end == End::Pod && dns && flow.to.port() == 53)
@@ -124,8 +124,8 @@ fn rows(words: impl Iterator<Item = String>, direction: &str) -> Vec<String> {
 #[test]
 fn the_row_that_explain_names_is_the_row_that_counted() {
     let mut named = BTreeMap::new();
-    // Real rules know no original destination of IPv6 then, because nothing has connections tracked: it is not among
-    // those that are compared with them.
+    // Not compared with real rules, which have no original destination for IPv6 here, because nothing enables connection
+    // tracking.
     let without_ipv6 = IptablesOptions { ipv6: false, ..IptablesOptions::injected() };
     let configurations = configurations::fixed().into_iter().chain([("without IPv6", without_ipv6)]);
     for (seed, (name, options)) in (1..).zip(configurations) {

@@ -1,5 +1,5 @@
-//! What fails on the way leaves nothing behind: for attach, replace and detach a failure is put into every system call
-//! that changes or asks something, one at a time, and the whole state is compared with what it was.
+//! A failure leaves the state unchanged. In attach, replace and detach, each system call that changes or reads the kernel's
+//! state is made to fail, one at a time, and the whole state is compared with the state before.
 
 use std::{
     fs,
@@ -22,14 +22,14 @@ use tests::{
     testbed::{Ids, Pod, PodSpec},
 };
 
-/// Two policies that have something in every map and change something else of the namespace each.
+/// Two policies with entries in every map, which change the namespace in different ways.
 const ONE: [&str; 10] = ["-u", "1337", "-m", "REDIRECT", "-i", "*", "-b", "80,81", "-o", "22"];
 const OTHER: [&str; 12] =
     ["-u", "1337", "-m", "TPROXY", "-i", "10.0.0.0/8", "-x", "10.1.0.0/16", "-b", "*", "-d", "82"];
-/// With which the kernel is asked or changed: maps, links and pins; netlink; folders of pins.
+/// System calls that read or change state: maps, links and pins; netlink; folders of pins.
 const CALLS: [&str; 3] = ["bpf", "sendto", "mkdir"];
 
-/// The agent with a pod beside the one that is tried, so that the programs stay.
+/// The agent with the tested pod and a second one, so that the programs stay loaded.
 struct FaultsFixture {
     agent: Agent,
     pod: Pod,
@@ -38,7 +38,7 @@ struct FaultsFixture {
     trace: TempDir,
 }
 
-/// Everything that is pinned, in maps or in the pod's namespace.
+/// Everything that is pinned, in maps, or in the pod's namespace.
 #[derive(PartialEq)]
 struct KernelState {
     namespace: Snapshot,
@@ -99,7 +99,7 @@ impl KernelState {
         assert!(*self == *before, "{when}: lists or proxies differ");
     }
 
-    /// The same without what differs from one attach to the next: ids of policies, and so names of records.
+    /// The state without what differs from one attach to the next: ids of policies and names of records.
     fn shape(&self) -> (&Snapshot, usize, Vec<u32>, usize, usize) {
         let flags = self.policies.iter().map(|(_, policy)| policy.flags).collect();
         (&self.namespace, self.pins.len(), flags, self.lists.len(), self.listeners.len())
@@ -121,7 +121,7 @@ impl FaultsFixture {
         Self { agent, pod, _inside: inside, _beside: beside, trace: TempDir::new().expect("a folder") }
     }
 
-    /// Runs a command with something done to the call of this number on every thread.
+    /// Runs a command under strace, which injects something into the call with this number on every thread.
     fn inject(
         &mut self,
         (call, what): (&str, &str),
@@ -131,7 +131,7 @@ impl FaultsFixture {
         let trace = self.trace.path().join("trace");
         let arguments =
             ["strace", "--follow-forks", "--quiet=all", "--output", trace.to_str().expect("text")];
-        // Quicker, but then strace delivers no signals.
+        // --seccomp-bpf is quicker, but strace then delivers no signals.
         let filter = what.starts_with("error").then(|| "--seccomp-bpf".to_owned());
         let inject = format!("--inject={call}:{what}:when={number}");
         let starter = arguments.iter().map(|text| (*text).to_owned());
@@ -141,7 +141,7 @@ impl FaultsFixture {
         output
     }
 
-    /// Runs a command with a failure in the call of this number on every thread. None if there was none to fail.
+    /// Runs a command with a failure in the call with this number on every thread. `None` if there are fewer calls.
     fn fail(&mut self, call: &str, number: usize, subcommand: &str, flags: &[&str]) -> Option<Output> {
         let output = self.inject((call, "error=ENOMEM"), number, (subcommand, flags));
         let trace = self.trace.path().join("trace");
@@ -151,8 +151,7 @@ impl FaultsFixture {
         injected.then_some(output)
     }
 
-    /// Tries every call of a command. `reset` brings about the state that it starts from, `check` looks at what became of
-    /// it.
+    /// Makes each call of a command fail in turn. `reset` establishes the initial state, and `check` examines the result.
     fn try_all(
         &mut self,
         (subcommand, flags): (&str, &[&str]),
@@ -180,7 +179,7 @@ impl FaultsFixture {
         self.agent.attach(&self.pod, flags).expect("attached")
     }
 
-    /// Detaches, also what is detached.
+    /// Detaches the pod if it is attached.
     fn detach(&self) {
         let output = finish(&mut self.agent.for_pod("detach", &self.pod, &[])).expect("started");
         let error = String::from_utf8_lossy(&output.stderr);
@@ -189,14 +188,14 @@ impl FaultsFixture {
 }
 
 #[test]
-fn a_failed_attach_leaves_what_was_there() {
+fn a_failed_attach_changes_nothing() {
     let mut fixture = FaultsFixture::new("attach");
     let clean = KernelState::of(&fixture);
     fixture.attach(&ONE);
     let attached = KernelState::of(&fixture);
     fixture.try_all(("attach", &ONE), FaultsFixture::detach, |fixture, before, output, when| {
         if output.status.success() {
-            // All of it was made, or is by the next call.
+            // The attach is complete, or the next one completes it.
             let again = fixture.attach(&ONE);
             assert!(again.starts_with("unchanged"), "{when}: {again}");
             assert_eq!(KernelState::of(fixture).shape(), attached.shape(), "{when}");
@@ -208,7 +207,7 @@ fn a_failed_attach_leaves_what_was_there() {
 }
 
 #[test]
-fn a_failed_replacement_leaves_the_old_one_in_force() {
+fn a_failed_replacement_keeps_the_old_policy() {
     let mut fixture = FaultsFixture::new("replace");
     fixture.attach(&ONE);
     fixture.attach(&OTHER);
@@ -218,7 +217,7 @@ fn a_failed_replacement_leaves_the_old_one_in_force() {
         |fixture| _ = fixture.attach(&ONE),
         |fixture, before, output, when| {
             if output.status.success() {
-                // What is not finished is by the next call.
+                // The next call completes what is missing.
                 let again = fixture.attach(&OTHER);
                 assert!(again.starts_with("unchanged"), "{when}: {again}");
                 assert_eq!(KernelState::of(fixture).shape(), replaced.shape(), "{when}");
@@ -244,9 +243,9 @@ fn a_failed_detach_is_finished_by_the_next() {
     );
 }
 
-/// Wherever an agent is killed, `status` works on what it leaves, and the next attach or detach cleans up.
+/// Wherever an agent is killed, `status` works afterwards, and the next attach or detach cleans up.
 #[test]
-fn an_agent_that_is_killed_hinders_no_other() {
+fn a_killed_agent_does_not_affect_the_next() {
     let mut fixture = FaultsFixture::new("kill");
     let clean = KernelState::of(&fixture);
     for flags in [&ONE[..], &OTHER] {
@@ -266,9 +265,9 @@ fn an_agent_that_is_killed_hinders_no_other() {
     }
 }
 
-/// The same for the first agent of a node, which loads the programs.
+/// As above, for the first agent of a node, which loads the programs.
 #[test]
-fn an_agent_that_is_killed_in_the_first_load_hinders_no_other() {
+fn an_agent_killed_in_the_first_load_does_not_affect_the_next() {
     let mut fixture = FaultsFixture::new("first");
     fixture.agent.detach_all().expect("detached");
     let clean = tree(fixture.agent.bpffs()).expect("a tree");

@@ -1,5 +1,5 @@
-//! `run` follows the namespace's addresses and routes and takes the capture away when it is ended; the validation
-//! says whether redirection works.
+//! `run` follows the addresses and routes of the namespace and detaches when it ends. Validation reports whether redirection
+//! works.
 
 use std::{
     net::{IpAddr, Ipv4Addr, SocketAddr},
@@ -13,14 +13,14 @@ use tests::{
     testbed::{Ids, Pod, PodSpec, netlink::RouteSpec, netlink::TABLE_MAIN},
 };
 
-/// How soon a change has to be in force.
+/// The time until a change must be applied.
 const SOON: Duration = Duration::from_millis(500);
 
 fn addr(text: &str) -> SocketAddr {
     text.parse().unwrap_or_else(|_| panic!("{text} is not an address"))
 }
 
-/// The agent in the foreground; killed if it is dropped.
+/// Starts the agent in the foreground. Dropping it kills the process.
 fn run(fixture: &FollowFixture, flags: &[&str]) -> RunningAgent {
     let (running, said) = fixture.agent.run(&fixture.pod, flags).expect("in force");
     assert!(said.starts_with("attached cgroup "), "{said}");
@@ -32,7 +32,7 @@ fn end(running: RunningAgent) {
     assert!(status.success(), "{status}: {log}");
 }
 
-/// A pod with a proxy and an app, and the world at its other end.
+/// A pod with a proxy and an application, connected to the world.
 struct FollowFixture {
     agent: Agent,
     inside: Actor,
@@ -67,7 +67,7 @@ impl FollowFixture {
         }
     }
 
-    /// Who answers must become `server` soon after `since`, and no other than that or `before` may answer meanwhile.
+    /// Waits until `server` answers. Only `before` may answer until then, and only for a short time after `since`.
     fn becomes(&self, to: SocketAddr, before: &str, server: &str, since: Instant) {
         loop {
             let started = since.elapsed();
@@ -94,7 +94,7 @@ fn new_addresses_are_followed() {
         fixture.pod.netns.add_address("eth0", net).expect("added");
         fixture.becomes(to, "proxy", "app", Instant::now());
         fixture.pod.netns.delete_address("eth0", net).expect("removed");
-        // The packets are routed by the new state at once, and the world takes every address for its own.
+        // The kernel uses the new routes at once, and the world answers on every address.
         fixture.becomes(to, "world", "proxy", Instant::now());
     }
     end(running);
@@ -126,7 +126,7 @@ fn moved_routes_are_followed() {
 }
 
 #[test]
-fn its_end_is_the_end_of_the_capture() {
+fn the_end_of_run_ends_the_capture() {
     let fixture = FollowFixture::new("run-end");
     let to = SocketAddr::from((Ipv4Addr::new(198, 51, 100, 7), 80));
     for _ in 0..2 {
@@ -140,7 +140,7 @@ fn its_end_is_the_end_of_the_capture() {
 }
 
 #[test]
-fn killed_it_leaves_the_capture_in_force() {
+fn a_killed_run_keeps_the_capture() {
     let fixture = FollowFixture::new("run-killed");
     let to = SocketAddr::from((Ipv4Addr::new(198, 51, 100, 7), 80));
     drop(run(&fixture, &INIT_FLAGS));
@@ -150,7 +150,7 @@ fn killed_it_leaves_the_capture_in_force() {
     assert!(!fixture.agent.bpffs().join("intercept").exists());
 }
 
-/// Runs attach; its exit code and all it said.
+/// Runs attach. Returns its exit code and its output.
 fn attach(agent: &Agent, pod: &Pod, args: &[&str]) -> (Option<i32>, String) {
     let args = [&INIT_FLAGS[..], args].concat();
     let Output { status, stdout, stderr } =
@@ -159,7 +159,7 @@ fn attach(agent: &Agent, pod: &Pod, args: &[&str]) -> (Option<i32>, String) {
 }
 
 #[test]
-fn validation_tells_whether_redirection_works() {
+fn validation_reports_whether_redirection_works() {
     let agent = Agent::new("follow").expect("the agent");
     let pod = Pod::new(PodSpec::new("validation")).expect("a pod");
     let (code, said) = attach(&agent, &pod, &["--skip-rule-apply", "--run-validation"]);
@@ -173,7 +173,7 @@ fn validation_tells_whether_redirection_works() {
     let (code, said) = attach(&agent, &pod, &["--skip-rule-apply", "--run-validation"]);
     assert_eq!(code, Some(0), "{said}");
 
-    // With the proxy there the ports are taken, and the check says so in place of guessing.
+    // The proxy occupies the ports of the probe, and the check reports that.
     let inside = Actor::start(&pod).expect("an actor");
     for port in [15001, 15006] {
         let bind = Bind::new(Ids::PROXY, SocketAddr::from((Ipv4Addr::UNSPECIFIED, port)));

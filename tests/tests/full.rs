@@ -1,4 +1,4 @@
-//! What happens when a pod, or the node, has no room for another original destination.
+//! A pod or a node without room for another original destination.
 
 use std::{
     io::{BufRead as _, BufReader, Write as _},
@@ -14,7 +14,7 @@ use tests::{
     testbed::{Ids, Pod, PodSpec},
 };
 
-/// Of the node, of which a pod may have a quarter.
+/// The capacity of the node. A pod may use a quarter.
 const ROOM: usize = 16;
 const EACH: usize = ROOM / 4;
 const TO: SocketAddr = SocketAddr::new(IpAddr::V4(std::net::Ipv4Addr::new(10, 96, 0, 10)), 80);
@@ -47,13 +47,13 @@ impl FullFixture {
         }
     }
 
-    /// How the connect() of one more ends.
+    /// The result of another connect().
     fn one_more(&self) -> String {
         let steps = [Step::Open(SocketKind::Tcp4), Step::Connect(TO)];
         steps::run(&self.pod, Ids::APP, &steps).expect("run").remove(1)
     }
 
-    /// Connections that stay open at the client's end.
+    /// Opens connections that the client does not close.
     fn hold(&self, count: usize) -> ConnectionHolder {
         let line =
             format!("for i in $(seq {count}); do exec {{fd}}<>/dev/tcp/10.96.0.10/80; done; echo open; read");
@@ -93,8 +93,7 @@ fn comes_back(fixture: &FullFixture) {
     }
 }
 
-/// The policy for a pod that has all that it may have: its next connect() fails with an error, is counted, and nobody else
-/// notices.
+/// The next connect() of a pod that has used its share fails and is counted. Other pods are not affected.
 #[test]
 fn a_pod_has_its_share_and_no_more() {
     let agent = Agent::new("share").expect("the agent");
@@ -115,8 +114,8 @@ fn a_pod_has_its_share_and_no_more() {
     comes_back(&greedy);
 }
 
-/// All pods together may have more than the node has room for: then the connect() fails, too, and no SYN leaves with an
-/// original destination that nobody knows.
+/// The shares of all pods can exceed the capacity of the node. connect() then fails as well, and no SYN leaves without an
+/// entry for its original destination.
 #[test]
 fn a_full_map_refuses_the_connect() {
     let agent = Agent::new("full").expect("the agent");

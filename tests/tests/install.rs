@@ -1,4 +1,4 @@
-//! Attach, replace, detach: idempotent, in one step, without a trace afterwards.
+//! Attach, replace and detach: idempotent, atomic, and without remains.
 
 use std::{
     net::{IpAddr, Ipv6Addr, SocketAddr, UdpSocket},
@@ -16,7 +16,7 @@ use tests::{
 };
 
 const SERVICE: SocketAddr = SocketAddr::new(IpAddr::V4(std::net::Ipv4Addr::new(10, 96, 0, 10)), 80);
-/// Leaves [`SERVICE`] alone.
+/// Excludes [`SERVICE`].
 const OTHER: [&str; 6] = ["-u", "1337", "-i", "*", "-x", "10.96.0.0/16"];
 
 fn listen(actor: &Actor, name: &str, ids: Ids, port: u16) {
@@ -34,7 +34,7 @@ fn pod(label: &str) -> (Pod, Actor, Actor) {
     (pod, inside, world)
 }
 
-/// Who answers for the service, and the original destination if it was the proxy.
+/// The server that answers for the service, and the original destination if it is the proxy.
 fn answers(inside: &Actor) -> (String, Option<OriginalDst>) {
     match inside.dial(Dial::new(Ids::APP, SERVICE)).expect("dialled").outcome {
         DialOutcome::Answered(answer) if answer.server == "outbound" => (answer.server, answer.original_dst),
@@ -54,7 +54,7 @@ fn passthrough_v6(sandbox: &Sandbox) -> bool {
         .expect("in the namespace")
 }
 
-/// How many programs run for the cgroup at these hooks (BPF_PROG_QUERY).
+/// The number of programs on the cgroup at each hook (BPF_PROG_QUERY).
 fn programs_on(sandbox: &Sandbox) -> usize {
     const HOOKS: [u32; 12] = [3, 10, 11, 14, 15, 19, 20, 21, 29, 30, 31, 32];
     let dir = std::fs::File::open(sandbox.cgroup.path()).expect("the cgroup");
@@ -68,7 +68,7 @@ fn the_same_again_changes_nothing_and_other_options_replace() {
     assert_eq!(answers(&inside).0, "world");
     assert!(!passthrough_v6(&pod));
     assert!(agent.attach(&pod, &INIT_FLAGS).expect("attached").starts_with("attached"));
-    // The agent is gone, the capture is not.
+    // The agent has exited, and the capture stays.
     assert_eq!(answers(&inside), captured());
     assert!(passthrough_v6(&pod));
     assert_eq!(programs_on(&pod), 12);
@@ -123,14 +123,14 @@ fn replacing_under_load_loses_no_connection() {
 }
 
 #[test]
-fn killed_at_any_moment_it_leaves_the_old_state_or_the_new() {
+fn a_kill_at_any_moment_leaves_the_old_or_the_new_state() {
     let agent = Agent::new("killed").expect("the agent");
     let (pod, inside, _world) = pod("killed");
     let seed = std::env::var("INTERCEPT_SEED").map_or(1, |text| text.parse().expect("a number"));
     println!("seed {seed}");
     let mut random = StdRng::seed_from_u64(seed);
     for round in 0..60 {
-        // From nothing, and from another policy; the first of a kind also loads the programs.
+        // From nothing and from another policy. The first attach also loads the programs.
         let fresh = round % 3 == 0;
         let old = if fresh {
             if agent.status().expect("status")[0].is_object() {
@@ -153,7 +153,7 @@ fn killed_at_any_moment_it_leaves_the_old_state_or_the_new() {
         let got = answers(&inside);
         assert!(got == captured() || got.0 == old, "round {round}, killed after {wait:?}: {got:?}");
     }
-    // Whatever was left is made up for.
+    // The next attach repairs the state.
     agent.attach(&pod, &INIT_FLAGS).expect("attached");
     assert_eq!(answers(&inside), captured());
     assert_eq!(programs_on(&pod), 12);
@@ -168,7 +168,7 @@ fn one_more_pod_on_a_node_with_many_takes_at_most_60_ms() {
     const MANY: usize = 60;
     let agent = Agent::new("many").expect("the agent");
     let places: Vec<Sandbox> = (0..MANY).map(|_| Sandbox::new("many").expect("a pod")).collect();
-    // Processor time as well as the clock, which on a busy machine says more about its other work.
+    // CPU time as well, because wall time depends on other work of the machine.
     let mut took: Vec<(Duration, Duration)> = places
         .iter()
         .map(|sandbox| {
@@ -193,16 +193,16 @@ fn one_more_pod_on_a_node_with_many_takes_at_most_60_ms() {
         .collect();
     kernel.sort_unstable();
     println!("maps and links took {kernel:?}");
-    // The quickest: other work of the machine only adds.
+    // The minimum, because other work of the machine only adds time.
     assert!(kernel[0] <= Duration::from_millis(5), "{kernel:?}");
     assert_eq!(agent.status().expect("status").as_array().map(Vec::len), Some(MANY));
-    // Those whose namespace or cgroup is gone are swept by the next call.
+    // The next call removes pods whose namespace or cgroup is gone.
     drop(places);
     agent.attach(&one, &INIT_FLAGS).expect("attached");
     assert_eq!(agent.status().expect("status").as_array().map(Vec::len), Some(1));
 }
 
-/// Attaches; how long the part of it took that changes the kernel, as the agent logs them.
+/// Attaches. Returns the time of the steps that change the kernel, from the agent's log.
 fn in_the_kernel(agent: &Agent, sandbox: &Sandbox) -> Duration {
     let mut attach = agent.for_pod("attach", sandbox, &INIT_FLAGS);
     let output =

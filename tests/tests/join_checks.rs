@@ -1,4 +1,4 @@
-//! What must hold at the message for it to go past TCP; each is taken away once while all others hold.
+//! The conditions for a message to bypass TCP. Each test violates one condition while all others hold.
 
 use std::{
     fs,
@@ -36,7 +36,7 @@ impl JoinChecksFixture {
         leg
     }
 
-    /// Connections of this pod that went back to TCP for this reason.
+    /// The number of connections of this pod that returned to TCP for a reason.
     fn back(&self, pod: &Sandbox, why: &str) -> u64 {
         let pods = self.agent.status().expect("status");
         let path = pod.cgroup.path().display().to_string();
@@ -51,7 +51,7 @@ fn is_past(leg: &Leg) -> bool {
     goes_past(&leg.dialled, &leg.accepted).expect("passed")
 }
 
-/// Sends until there is no more room; how many bytes that took.
+/// Sends until the socket would block. Returns the number of bytes.
 fn fill(mut end: &TcpStream, piece: &[u8], most: usize) -> usize {
     let mut sent = 0;
     while sent < most {
@@ -93,7 +93,7 @@ fn a_reader_that_blocks_is_served_by_tcp() {
     assert_eq!(fixture.back(&fixture.pods.dialler, "reader_blocks"), 1);
     leg.accepted.set_nonblocking(true).expect("set");
     assert!(is_past(&leg));
-    // Not accepted by anybody yet: whether it will block is not known.
+    // Not accepted yet, so whether the reader blocks is unknown.
     let dialled = socket(&fixture.pods.dialler, false, Ids::PROXY, None).expect("a socket");
     dialled.connect(&PodPair::app(false).into()).expect("connected");
     let dialled = TcpStream::from(dialled);
@@ -127,7 +127,7 @@ fn an_end_that_is_shut_is_told_so_by_tcp() {
     // The other direction is open.
     assert!(goes_past(&leg.accepted, &leg.dialled).expect("passed"));
 
-    // A reader that takes no more: what TCP does with the bytes is TCP's affair.
+    // The reader has shut its receiving side: TCP decides what happens to the bytes.
     let leg = fixture.joined();
     leg.accepted.shutdown(Shutdown::Read).expect("shut down");
     let before = given_to_tcp(&leg.dialled).expect("a count");
@@ -141,7 +141,7 @@ fn unread_bytes_stop_the_sender() {
     const MOST: usize = 2 << 20;
     let fixture = JoinChecksFixture::new("cond-bytes");
     let leg = fixture.joined();
-    // As TCP would have stopped it.
+    // As with TCP.
     set_int(&leg.dialled, libc::SOL_SOCKET, libc::SO_SNDBUF, 128 << 10).expect("set");
     set_int(&leg.accepted, libc::SOL_SOCKET, libc::SO_RCVBUF, 128 << 10).expect("set");
     for piece in [100, 16 << 10, 512 << 10] {
@@ -151,7 +151,7 @@ fn unread_bytes_stop_the_sender() {
         let past = sent - usize::try_from(by_tcp).expect("fits");
         assert!(past > 0 && past <= 1 << 20, "{past} bytes past TCP in pieces of {piece}");
         assert!(sent <= MOST, "{sent} bytes in pieces of {piece}");
-        // It goes on when it is read.
+        // It continues when the reader reads.
         receive(&leg.accepted, sent).expect("received");
         wait(&leg.dialled, PollFlags::OUT).expect("room");
         // After EAGAIN the kernel keeps the last verdict, which was TCP's, for one message more.
@@ -180,7 +180,7 @@ fn unread_messages_are_bounded_as_well() {
     }
     assert!(fixture.back(&fixture.pods.dialler, "unread_messages") >= 3);
 
-    // A reader that is always a hundred messages late is no reason to stop.
+    // A reader that is always a hundred messages behind does not stop the sender.
     let mut late = 0;
     let before = given_to_tcp(&leg.dialled).expect("a count");
     for _ in 0..5_000 {
@@ -194,7 +194,7 @@ fn unread_messages_are_bounded_as_well() {
     assert_eq!(given_to_tcp(&leg.dialled).expect("a count"), before, "it went back to TCP");
 }
 
-/// Of version 1, because that is where the memory controller is on this machine.
+/// A cgroup of version 1, which has the memory controller on this machine.
 struct MemoryCgroup(PathBuf);
 
 impl MemoryCgroup {

@@ -1,4 +1,4 @@
-//! Connections that are joined past TCP: which ones, what is never joined, and that nothing of the stream changes.
+//! Joined connections: which are joined, which never are, and that the stream does not change.
 
 use std::{
     io::{ErrorKind, Read as _},
@@ -63,7 +63,7 @@ fn proxies_of_one_node_are_joined_in_both_families() {
     leg.greet().expect("greeted");
     assert!(is_joined(&leg));
     drop(four);
-    // Of one listener of IPv6 for both.
+    // One IPv6 listener for both families.
     let both = pods.listen(true).expect("a listener");
     for v6 in [false, true] {
         let leg = pods.connect(&both, PodPair::app(v6)).expect("a connection");
@@ -92,7 +92,7 @@ fn a_listener_that_was_there_before_is_known() {
     let leg = pods.connect(&listener, PodPair::app(false)).expect("a connection");
     leg.greet().expect("greeted");
     assert!(is_joined(&leg));
-    // One that is not the proxy's own is not, nor one of an executable that nobody vouches for.
+    // A listener of another user is not joined, nor one of an executable that is not in the list.
     drop((leg, listener, holder));
     let own = own_name().expect("a name");
     for (ids, names) in [(Ids::APP, &names), (Ids::PROXY, &own)] {
@@ -107,7 +107,7 @@ fn a_listener_that_was_there_before_is_known() {
     }
 }
 
-/// A listener that a process of the accepting pod has as well, and that process.
+/// A listener that is shared with a process of the accepting pod, and that process.
 fn held(pods: &PodPair, ids: Ids) -> (Socket, Holder) {
     let listener = listen(&pods.acceptor, false, ids).expect("a listener");
     let also = OwnedFd::from(listener.try_clone().expect("a copy"));
@@ -140,21 +140,21 @@ fn applications_and_unknown_proxies_are_not_joined() {
     let leg = Leg::of(app, &listener, PodPair::app(false)).expect("a connection");
     leg.greet().expect("greeted");
     assert!(!is_joined(&leg), "an application's socket was joined");
-    // An executable that nobody vouches for.
+    // An executable that is not in the list.
     let known: Vec<_> = INIT_FLAGS.into_iter().chain(["--accelerate"]).collect();
     agent.attach(&pods.dialler, &known).expect("attached");
     let leg = pods.connect(&listener, PodPair::app(false)).expect("a connection");
     leg.greet().expect("greeted");
     assert!(!is_joined(&leg), "an unknown executable was joined");
     assert_eq!(count(&agent, &pods.dialler, "connections", "refused_proxy"), 1);
-    // A listener that is not the proxy's.
+    // A listener of another user.
     agent.attach(&pods.dialler, &straight).expect("attached");
     drop(listener);
     let others = listen(&pods.acceptor, false, Ids::APP).expect("a listener");
     let leg = pods.connect(&others, PodPair::app(false)).expect("a connection");
     leg.greet().expect("greeted");
     assert!(!is_joined(&leg), "an application's listener was joined");
-    // A pod that did not ask for it.
+    // A pod without --accelerate.
     drop(others);
     let listener = pods.listen(false).expect("a listener");
     agent.attach(&pods.acceptor, &INIT_FLAGS).expect("attached");
@@ -229,7 +229,7 @@ fn pods_with_equal_addresses_and_ports_are_never_crossed() {
     }
 }
 
-/// Data in the SYN moves the sequence numbers: such a connection stays TCP.
+/// Data in the SYN shifts the sequence numbers, so such a connection stays with TCP.
 #[test]
 fn fast_open_with_data_stays_tcp() {
     let (_agent, pods) = fixture("join-tfo");
@@ -256,8 +256,8 @@ fn fast_open_with_data_stays_tcp() {
     assert!(is_joined(&leg));
 }
 
-/// Odd sizes both ways, with a reader that stops and goes on, so that the connection leaves and joins again: every byte
-/// comes once and in order.
+/// Odd sizes in both directions, with a reader that pauses, so that the connection switches to TCP and back: every byte
+/// arrives once and in order.
 #[test]
 fn nothing_is_lost_doubled_or_out_of_order() {
     const EACH: usize = 24 << 20;
@@ -369,7 +369,7 @@ fn closing_is_seen_as_by_tcp() {
 }
 
 #[test]
-fn the_switches_count_at_the_next_message() {
+fn a_switch_takes_effect_at_the_next_message() {
     let (agent, pods) = fixture("join-switch");
     let leg = joined_leg(&pods, false);
     let switch = |to: &str| {
@@ -406,7 +406,7 @@ fn the_switches_count_at_the_next_message() {
 }
 
 #[test]
-fn what_is_in_force_is_told_and_goes() {
+fn status_shows_the_active_acceleration_until_it_ends() {
     let (agent, pods) = fixture("join-told");
     let name = own_name().expect("a name");
     let flags: Vec<_> =

@@ -1,4 +1,4 @@
-//! Real Envoys in two pods of one node, the way between them joined: what applications send through both arrives.
+//! Envoys in two pods of one node, with joined connections between them: what applications send arrives.
 
 use std::{
     io::{BufRead as _, BufReader, ErrorKind, Read as _},
@@ -82,7 +82,7 @@ impl JoinedEnvoyFixture {
     }
 }
 
-/// A byte of a stream: what is lost, doubled or moved shows.
+/// The byte at a position of a stream, so that lost, doubled or moved bytes are found.
 fn stream(seed: u64, from: usize, length: usize) -> Vec<u8> {
     let byte = |at: usize| {
         let word = (at as u64 / 8 + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15).wrapping_add(seed);
@@ -91,7 +91,7 @@ fn stream(seed: u64, from: usize, length: usize) -> Vec<u8> {
     (from..from + length).map(byte).collect()
 }
 
-/// One direction, in odd pieces, with a reader that pauses now and then; then the end of the stream.
+/// Transfers one direction in odd pieces, with a reader that pauses sometimes, and then closes it.
 fn one_way(from: &TcpStream, to: &TcpStream, seed: u64, length: usize) {
     std::thread::scope(|scope| {
         scope.spawn(move || {

@@ -1,6 +1,6 @@
-//! The daemon's watch of the real API: kube-apiserver decides what the agent's account may do and tells of pods.
+//! The daemon with a real API: kube-apiserver checks the rights of the agent's account and reports pods.
 //!
-//! `cargo xtask kube` builds kube-apiserver and runs this. Native sidecars are not among it, see [`tests::kube`].
+//! `cargo xtask kube` builds kube-apiserver and runs these tests. Native sidecars are missing, see [`tests::kube`].
 
 use std::{
     fs,
@@ -27,7 +27,7 @@ const EXCLUDED: &str = "traffic.sidecar.istio.io/excludeOutboundPorts";
 const INBOUND: &str = "traffic.sidecar.istio.io/includeInboundPorts";
 const METRICS: &str = "127.0.0.1:15099";
 
-/// What the kubelet and the runtime give the agent's container of the API, and nothing else that could lead to it.
+/// Starts the agent with only the access to the API that its container gets from the kubelet and the runtime.
 const CONTAINER: &str = r#"
 set -e
 folder=$1 bpffs=$2
@@ -81,7 +81,7 @@ impl AgentNode {
         fs::read_to_string(self.folder.path().join("log")).unwrap_or_default()
     }
 
-    /// Wait until something is so; if it never is, the log says why.
+    /// Waits until a condition holds. A timeout shows the log.
     fn wait(&self, daemon: &Daemon<'_>, what: &str, so: impl Fn(&Daemon<'_>) -> bool) {
         daemon.wait(what, so).unwrap_or_else(|error| panic!("{error:#}\n{}", self.log()));
     }
@@ -97,7 +97,7 @@ impl AgentNode {
         self.wait(daemon, &format!("the log has {text:?}"), |_| self.log().contains(text));
     }
 
-    /// The cgroups that are captured, as the kernel has it.
+    /// The captured cgroups in the kernel's state.
     fn in_force(&self) -> Vec<PathBuf> {
         let status = self.agent.status().unwrap_or_else(|error| panic!("{error:#}\n{}", self.log()));
         let pods = status.as_array().expect("a list").iter();
@@ -113,7 +113,7 @@ fn with_sidecar(name: &str, annotations: &Value) -> Value {
     object(name, &WITH_SIDECAR, annotations)
 }
 
-/// Who answers the pod's app at a service.
+/// The server that answers the pod's application at a service.
 fn at(pod: &RunningPod, port: u16) -> Option<String> {
     answers(&pod.actor, SocketAddr::from(([10, 96, 0, 10], port)))
 }
@@ -122,7 +122,7 @@ fn is_captured(pod: &RunningPod) -> bool {
     at(pod, 80).as_deref() == Some("proxy")
 }
 
-fn is_left_alone(pod: &RunningPod) -> bool {
+fn is_ignored(pod: &RunningPod) -> bool {
     at(pod, 80).as_deref() == Some("the world")
 }
 
@@ -159,12 +159,12 @@ fn pods_of_the_real_api_are_captured_followed_and_released() {
     assert!(cgroup.ends_with(format!("kubepods/burstable/pod{}", early.uid())), "{}", cgroup.display());
     assert_eq!(node.in_force(), std::slice::from_ref(&cgroup));
 
-    // What is not ours is left alone, and what is but has no sidecar or no network is counted.
+    // Pods of other nodes are ignored. Pods of this node without a sidecar or without a network are counted.
     for (name, why) in [("plain", "no_sidecar"), ("host", "host_network")] {
         let report = node.wait_for(&daemon, name, PodState::Ignored);
         assert_eq!(report.left_alone.as_deref(), Some(why));
     }
-    assert!(is_left_alone(&plain) && is_left_alone(&host) && is_left_alone(&elsewhere));
+    assert!(is_ignored(&plain) && is_ignored(&host) && is_ignored(&elsewhere));
     assert_eq!(report(&daemon, "elsewhere"), None);
     node.wait(&daemon, "they are counted", |_| {
         let (_, text) = server
@@ -177,7 +177,7 @@ fn pods_of_the_real_api_are_captured_followed_and_released() {
             .all(|why| text.contains(&format!("intercept_pods_left_alone{{why=\"{why}\"}} 1\n")))
     });
 
-    // One that cannot be understood has an event that says why.
+    // A pod with a wrong annotation gets an event with the cause.
     let problem = node.wait_for(&daemon, "wrong", PodState::Failed).failure.expect("a problem");
     assert!(problem.text.contains(INBOUND), "{problem:?}");
     let like =
@@ -193,8 +193,8 @@ fn pods_of_the_real_api_are_captured_followed_and_released() {
     assert_eq!(event["regarding"]["name"], "wrong");
     assert_eq!(event["regarding"]["uid"], wrong.uid());
     assert_eq!(event["reportingInstance"], NODE);
-    assert!(is_left_alone(&wrong));
-    // Corrected, it is captured; wrong again, its event is counted, and what is in force stays.
+    assert!(is_ignored(&wrong));
+    // Corrected, it is captured. Wrong again, its event is counted, and the capture stays.
     annotate(&client, &wrong, INBOUND, &json!("8080"));
     node.wait_for(&daemon, "wrong", PodState::Captured);
     assert!(is_captured(&wrong));
@@ -221,7 +221,7 @@ fn pods_of_the_real_api_are_captured_followed_and_released() {
     assert_eq!(node.wait_for(&daemon, "early", PodState::Captured).netns_cookie, first.netns_cookie);
     assert!(!node.log().contains("released"), "{}", node.log());
 
-    // What is to end stays captured until it has.
+    // A terminating pod stays captured until it ends.
     client.delete(&late.object, false).expect("deleted");
     annotate(&client, &early, EXCLUDED, &json!("81"));
     node.wait(&daemon, "later news", |_| at(&early, 81).as_deref() == Some("the world"));
@@ -257,7 +257,7 @@ fn capture_outlives_the_real_api() {
 
     let over = AtomicBool::new(false);
     thread::scope(|scope| {
-        // Whatever happens below, its capture has no gap.
+        // This capture has no gap during the following steps.
         let dialled = scope.spawn(|| {
             let mut dialled = 0;
             while !over.load(Ordering::Relaxed) {
@@ -275,7 +275,7 @@ fn capture_outlives_the_real_api() {
             node.wait_for(&daemon, "after", PodState::Captured);
             assert!(is_captured(&after) && is_captured(&ended));
 
-            // The daemon misses an end and a beginning, and the API does not know any more what came in between.
+            // The daemon misses a deletion and a creation, and the API has compacted the events between.
             let process = daemon.pid().and_then(|pid| Pid::from_raw(pid.cast_signed())).expect("it runs");
             kill_process(process, Signal::STOP).expect("stopped");
             let unheard =
@@ -288,7 +288,7 @@ fn capture_outlives_the_real_api() {
             kill_process(process, Signal::CONT).expect("continued");
             node.wait_for(&daemon, "missed", PodState::Captured);
             node.wait(&daemon, "released", |daemon| report(daemon, "ended").is_none());
-            assert!(is_captured(&missed) && is_captured(&after) && is_left_alone(&ended));
+            assert!(is_captured(&missed) && is_captured(&after) && is_ignored(&ended));
             let log = node.log();
             assert!(log.contains("too old resource version"), "{log}");
         };
@@ -315,13 +315,13 @@ fn a_right_that_is_missing_is_named_and_waited_for() {
     };
     let run = |name: &str, annotations| pods.run(&with_sidecar(name, &annotations)).expect("it runs");
 
-    // "get" is of no use, but a rule must have a verb.
+    // A rule must have a verb; the agent does not use "get".
     allow(&["get"]);
     let first = run("first", json!({}));
     run("wrong", json!({ INBOUND: "http" }));
     let daemon = node.daemon(&pods);
     node.wait_for_log(&daemon, "listing: the API refuses: pods is forbidden");
-    assert!(is_left_alone(&first));
+    assert!(is_ignored(&first));
 
     allow(&["list"]);
     node.wait_for(&daemon, "first", PodState::Captured);
@@ -333,7 +333,7 @@ fn a_right_that_is_missing_is_named_and_waited_for() {
     allow(&["list", "watch"]);
     node.wait_for(&daemon, "second", PodState::Captured);
     assert!(is_captured(&first) && is_captured(&second));
-    // It says who may not do what, and says it once.
+    // The log names the account and the missing right, once.
     let refused = "system:serviceaccount:intercept-system:intercept\\\" cannot watch resource \\\"pods";
     let log = node.log();
     let attempts = log.matches("starting to watch").count();
@@ -396,7 +396,7 @@ fn the_real_api_decides_what_the_real_plugin_adds() {
     };
     assert!(arguments(&kinds[1].0).contains("1444"), "{}", arguments(&kinds[1].0));
 
-    // The API takes an object that says it mirrors another; it speaks for itself.
+    // The API accepts an object that claims to mirror another. It only affects its own pod.
     let before = arguments(&kinds[0].0);
     let mut evil = with_sidecar("evil", &json!({ MODE: "REDIRECT", EXCLUDED: "1:65535" }));
     evil["metadata"]["annotations"]["kubernetes.io/config.mirror"] = json!(kinds[0].0.uid());

@@ -1,5 +1,5 @@
-//! The proxy's listening sockets: however many, in whichever order they come and go, inbound connections reach one that
-//! is open.
+//! The proxy's listening sockets: inbound connections reach an open one, whatever the number and order of opening and
+//! closing.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::fd::OwnedFd;
@@ -75,7 +75,7 @@ fn listeners_may_come_and_go_in_any_number() {
                     "{old} and then {new}, attached first: {attached_first}"
                 );
             }
-            // The other way round: the newest go, and older ones stay.
+            // The newest are closed, and older ones stay.
             let third = fixture.open("newest", old);
             fixture.close(third);
             for _ in 0..4 {
@@ -90,7 +90,7 @@ fn listeners_may_come_and_go_in_any_number() {
     }
 }
 
-/// Sockets that come and go do not use up the room for those that stay.
+/// Sockets that are opened and closed do not use up the slots.
 #[test]
 fn a_listener_that_is_opened_again_and_again_takes_no_more_room() {
     let fixture = ListenersFixture::new("flapping");
@@ -110,13 +110,13 @@ fn mptcp(at: SocketAddr) -> std::io::Result<OwnedFd> {
     Ok(socket.into())
 }
 
-/// A listener of MPTCP that was there before: the attach goes on and says what it means.
+/// With an existing MPTCP listener, attach succeeds and prints a warning.
 #[test]
 fn an_mptcp_listener_does_not_keep_a_pod_from_being_attached() {
     let fixture = ListenersFixture::new("mptcp");
     let at = SocketAddr::new(Ipv6Addr::UNSPECIFIED.into(), 15006);
     let listener = fixture.pod.netns.run(|| mptcp(at)).expect("entered").expect("a listener of MPTCP");
-    // A process of the pod's namespace that has it.
+    // A process in the pod's namespace that holds the listener.
     let mut holder = std::process::Command::new("sleep").arg("60").stdin(listener).spawn().expect("sleep");
     fixture.pod.cgroup.add(holder.id()).expect("added");
     let mut attach = fixture.agent.for_pod("attach", &fixture.pod, &INIT_FLAGS);
@@ -129,7 +129,7 @@ fn an_mptcp_listener_does_not_keep_a_pod_from_being_attached() {
     assert_eq!(status[0]["mptcp_listeners"][0]["port"], 15006, "{status:#}");
     holder.kill().expect("killed");
     holder.wait().expect("gone");
-    // It comes back, and gets TCP: what a runtime falls back to.
+    // The restarted proxy falls back to TCP, as runtimes do.
     let _tcp = fixture.open("again", 1);
     assert_eq!(fixture.answer(false), "again");
     fixture.agent.detach(&fixture.pod).expect("detached");
@@ -151,7 +151,7 @@ fn the_proxy_is_refused_mptcp_and_nobody_else() {
     assert_eq!(open(Ids::PROXY), ["ok"]);
 }
 
-/// A proxy on 127.0.0.1 and ::1 takes what is redirected to it, and nothing from outside.
+/// A proxy on 127.0.0.1 and ::1 accepts redirected connections, but none from outside.
 #[test]
 fn a_proxy_on_localhost_gets_nothing_from_outside() {
     let fixture = ListenersFixture::new("localhost");
@@ -174,7 +174,7 @@ fn a_proxy_on_localhost_gets_nothing_from_outside() {
         assert_eq!(answer.peer.ip(), fixture.pod.address(v6));
         assert!(answer.local.ip().is_loopback(), "{answer:?}");
     }
-    // The addresses that stand in for the proxy's own lead nowhere from outside.
+    // The stand-in addresses are not reachable from outside.
     for to in ["[fd69:6e74::1]:15001", "[fd69:6e74::8000:0:0:1]:15001", "[fd69:6e74::1]:8080"] {
         let mut dial = Dial::new(Ids::ROOT, to.parse().expect("an address"));
         dial.timeout = std::time::Duration::from_millis(300);
