@@ -1,4 +1,4 @@
-//! An API server that gives recorded answers, for what the real one is too slow or too old to do.
+//! An API server with recorded answers, for what the real one is too slow or too old.
 
 use std::{
     fs,
@@ -11,29 +11,29 @@ use std::{
 
 use serde_json::{Value, json};
 
-/// Answers a list with the pods that are there, then streams events to all who watch.
+/// Answers a list with the current pods, and streams events to all watchers.
 #[derive(Debug)]
 pub struct Api {
     address: SocketAddr,
     state: Arc<Mutex<Shared>>,
 }
 
-/// What it answers with, and what it was asked.
+/// The state of the server, and the requests that it got.
 #[derive(Debug, Default)]
 pub struct Shared {
     /// The list of pods.
     pub pods: Vec<Value>,
-    /// Those who watch.
+    /// The connections of watchers.
     pub watchers: Vec<TcpStream>,
     /// The first lines of all requests.
     pub asked: Vec<String>,
-    /// What was posted.
+    /// The bodies of POST requests.
     pub posted: Vec<Value>,
     version: u64,
 }
 
 impl Api {
-    /// Start one with these pods. It ends with the process.
+    /// Starts a server with these pods. It runs until the process ends.
     pub fn start(pods: Vec<Value>) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
         let address = listener.local_addr().expect("an address");
@@ -48,12 +48,12 @@ impl Api {
         Self { address, state }
     }
 
-    /// Its address.
+    /// The address of the server.
     pub fn address(&self) -> SocketAddr {
         self.address
     }
 
-    /// Write a file that leads to it.
+    /// Writes a kubeconfig for the server.
     pub fn write_kubeconfig(&self, path: &Path) -> io::Result<()> {
         let config = json!({
             "apiVersion": "v1", "kind": "Config", "current-context": "c",
@@ -64,12 +64,12 @@ impl Api {
         fs::write(path, config.to_string())
     }
 
-    /// Its state.
+    /// The state of the server.
     pub fn shared(&self) -> std::sync::MutexGuard<'_, Shared> {
         self.state.lock().expect("whole")
     }
 
-    /// Send an event to all who watch.
+    /// Sends an event to all watchers.
     pub fn event(&self, kind: &str, mut pod: Value) {
         let mut shared = self.shared();
         shared.version += 1;
@@ -78,7 +78,7 @@ impl Api {
         shared.watchers.retain_mut(|watcher| watcher.write_all(line.as_bytes()).is_ok());
     }
 
-    /// Cut off all who watch.
+    /// Closes the connections of all watchers.
     pub fn cut(&self) {
         self.shared().watchers.drain(..).for_each(|w| drop(w.shutdown(std::net::Shutdown::Both)));
     }
@@ -119,10 +119,10 @@ fn answer(mut stream: TcpStream, shared: &Mutex<Shared>) {
     sent.expect("sent");
 }
 
-/// What the injector writes into a pod with a sidecar that others capture.
+/// The injector's status annotation of a pod whose sidecar does not capture by itself.
 pub const INJECTED: &str = r#"{"initContainers":["istio-validation"],"containers":["istio-proxy"]}"#;
 
-/// An injected pod in the namespace `shop` that runs.
+/// A running injected pod in the namespace `shop`.
 pub fn pod(name: &str, uid: &str, spec: &Value, annotations: &Value) -> Value {
     let mut annotations = annotations.clone();
     annotations["sidecar.istio.io/status"] = json!(INJECTED);

@@ -1,4 +1,4 @@
-//! What is attached to a cgroup, and what a program makes of a made-up context: asked of the kernel directly.
+//! Raw bpf() calls: the programs attached to a cgroup, and runs of a program with an artificial context.
 
 use std::{
     io,
@@ -19,7 +19,7 @@ struct ProgQueryAttr {
     rest: [u64; 4],
 }
 
-/// How many programs are attached to the cgroup itself at a hook (a `BPF_CGROUP_*` of linux/bpf.h).
+/// The number of programs attached to the cgroup itself at a hook (a `BPF_CGROUP_*` of linux/bpf.h).
 pub fn attached(cgroup: i32, hook: u32) -> io::Result<usize> {
     const BPF_PROG_QUERY: libc::c_long = 16;
     let mut query =
@@ -74,8 +74,8 @@ struct SkLookupContext {
     ingress_ifindex: u32,
 }
 
-/// Has a program of `sk_lookup` look at a TCP connection: its answer (0 is drop, 1 pass), and the cookie of the socket that
-/// it chose; 0 for none.
+/// Runs an `sk_lookup` program for a TCP connection. Returns its verdict (0: drop, 1: pass) and the cookie of the socket
+/// that it chose, or 0.
 pub fn look_up(program: i32, remote: SocketAddrV4, local: SocketAddrV4) -> io::Result<(u32, u64)> {
     const BPF_PROG_TEST_RUN: libc::c_long = 10;
     let mut context = SkLookupContext {
@@ -122,14 +122,14 @@ struct ProgLoadAttr {
     name: [u8; 16],
 }
 
-/// A program of `sock_ops` that returns at once.
+/// Loads a `sock_ops` program that returns at once.
 pub fn load_empty() -> io::Result<OwnedFd> {
     // r0 = 1; exit
     load_sock_ops("empty", &[[0xb7, 0, 0, 0, 1, 0, 0, 0], [0x95, 0, 0, 0, 0, 0, 0, 0]])
 }
 
-/// A program of `sock_ops` that at every callback sets the socket's callbacks to one of its own alone
-/// (`BPF_SOCK_OPS_RETRANS_CB_FLAG`), as if no other program had any.
+/// Loads a `sock_ops` program that overwrites the socket's callback flags with `BPF_SOCK_OPS_RETRANS_CB_FLAG` in every
+/// callback, which disables the callbacks of other programs.
 pub fn load_overruling() -> io::Result<OwnedFd> {
     // r2 = 2; call bpf_sock_ops_cb_flags_set; r0 = 1; exit. The context is in r1.
     let call = [0x85, 0, 0, 0, 59, 0, 0, 0];

@@ -1,4 +1,4 @@
-//! Envoy as a pod's sidecar: Istio's two listeners in both families, which go on to the original destination.
+//! Envoy as a pod's sidecar: Istio's two listeners in both families, which connect to the original destination.
 
 pub mod generations;
 pub mod loaded;
@@ -21,16 +21,16 @@ use crate::{
     testbed::{Ids, Sandbox, name},
 };
 
-/// What Envoy passes on.
+/// What Envoy relays.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Speaks {
-    /// Connections; the log has a line for each that has ended.
+    /// Connections. The log has a line for each ended one.
     Tcp,
-    /// Requests; the log has a line for each.
+    /// Requests. The log has a line for each.
     Http,
 }
 
-/// Envoy as user 1337 of a pod, ended when dropped.
+/// Envoy as user 1337 of a pod. Dropping it ends the process.
 #[derive(Debug)]
 pub struct Sidecar {
     envoy: Envoy,
@@ -38,7 +38,7 @@ pub struct Sidecar {
     _folder: TempDir,
 }
 
-/// A line of the access log; addresses with ports.
+/// A line of the access log. Addresses include ports.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 pub struct Logged {
     /// `outbound` or `inbound`.
@@ -47,13 +47,13 @@ pub struct Logged {
     pub original: String,
     /// %DOWNSTREAM_REMOTE_ADDRESS%: the client.
     pub client: String,
-    /// %UPSTREAM_HOST%: where it went on to.
+    /// %UPSTREAM_HOST%: the destination of the onward connection.
     pub upstream: String,
 }
 
 impl Sidecar {
-    /// Starts this Envoy in a pod; returns when it listens on 15001 and 15006. The copy has to live on: one that is
-    /// made while other processes are started cannot be executed as long as one of them holds it open for writing.
+    /// Starts Envoy in a pod. Returns when it listens on 15001 and 15006. Callers make the copy once: a copy that is made
+    /// while other processes start cannot be executed while one of them has it open for writing (ETXTBSY).
     pub fn start(program: &ReadableCopy, sandbox: &Sandbox, speaks: Speaks) -> Result<Self> {
         let folder = name::scratch("envoy").context("making a folder")?;
         fs::set_permissions(folder.path(), fs::Permissions::from_mode(0o777))?;
@@ -69,7 +69,7 @@ impl Sidecar {
         self.envoy.pid()
     }
 
-    /// Waits until the access log has so many lines, and reads it.
+    /// Waits until the access log has this number of lines, and reads it.
     pub fn logged(&self, lines: usize, patience: Duration) -> Result<Vec<Logged>> {
         let deadline = Instant::now() + patience;
         loop {
@@ -86,9 +86,9 @@ impl Sidecar {
     }
 }
 
-/// Envoy as Istio's inbound proxy in TPROXY mode: it takes connections to any address and goes on to the original
-/// destination from the client's own address, with the mark. As root of the proxy's group, which Istio gives it then:
-/// both need CAP_NET_ADMIN.
+/// Envoy as Istio's inbound proxy in TPROXY mode: accepts connections to any address and connects to the original
+/// destination from the client's address, with the mark. Runs as root with the proxy's group, as in Istio, because both
+/// need CAP_NET_ADMIN.
 pub fn transparent(program: &Path, sandbox: &Sandbox, mark: u32) -> Result<Envoy> {
     let kind = |name: &str| format!("type.googleapis.com/envoy.extensions.filters.{name}");
     let original_dst = named(
@@ -102,7 +102,7 @@ pub fn transparent(program: &Path, sandbox: &Sandbox, mark: u32) -> Result<Envoy
         json!({"mark": mark}),
     );
     let (mut listeners, mut clusters) = (Vec::new(), Vec::new());
-    // IPv4's comes last: that is the one waited for.
+    // The IPv4 listener is the last, so wait for it.
     for any in ["::", "0.0.0.0"] {
         let filter = named(
             "envoy.filters.network.tcp_proxy",
@@ -124,7 +124,7 @@ pub fn transparent(program: &Path, sandbox: &Sandbox, mark: u32) -> Result<Envoy
     Envoy::start(program, sandbox, root, &listeners, &clusters, 15006, &[])
 }
 
-/// Envoy's binary: where the variable says, or where `cargo xtask setup` puts it.
+/// Envoy's binary: the path in the variable, or the one of `cargo xtask setup`.
 pub fn program() -> Result<PathBuf> {
     envoy::program().or_else(|error| {
         let cache = std::env::var_os("INTERCEPT_CACHE").map(PathBuf::from);

@@ -1,4 +1,4 @@
-//! Which programs the kernel has attached, asked of the kernel itself rather than of whoever attached them.
+//! The attached programs, queried from the kernel instead of from the agent.
 
 use std::fs::File;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
@@ -27,13 +27,13 @@ struct EffectiveQueryAttr {
     revision: u64,
 }
 
-/// How many programs run for the processes of a cgroup, those of the cgroups around it included, and for the look-up
-/// of sockets in its namespace. Names of hooks with a number, where there is any.
+/// The number of programs at each hook that has any: those that run for processes of a cgroup, including those of its
+/// ancestors, and sk_lookup in its namespace.
 pub fn attached(sandbox: &Sandbox) -> Result<Vec<(String, u32)>> {
     let mut found = Vec::new();
     let cgroup = File::open(sandbox.cgroup.path()).context("opening the cgroup")?;
     for hook in HOOKS {
-        // The effective ones of a namespace are those that are attached to it.
+        // A namespace has no ancestors, so its own programs are the effective ones.
         let (target, flags) = match hook {
             bpf_attach_type::BPF_SK_LOOKUP => (sandbox.netns.as_fd(), 0),
             _ => (cgroup.as_fd(), BPF_F_QUERY_EFFECTIVE),
@@ -46,7 +46,7 @@ pub fn attached(sandbox: &Sandbox) -> Result<Vec<(String, u32)>> {
     Ok(found)
 }
 
-/// All that the agent might use, and more.
+/// All hooks that the agent might use, and more.
 const HOOKS: [bpf_attach_type; 19] = [
     bpf_attach_type::BPF_CGROUP_INET_INGRESS,
     bpf_attach_type::BPF_CGROUP_INET_EGRESS,
@@ -76,7 +76,7 @@ fn query(target: BorrowedFd<'_>, hook: bpf_attach_type, flags: u32) -> std::io::
         query_flags: flags,
         ..EffectiveQueryAttr::default()
     };
-    // SAFETY: the kernel writes to the query alone, whose size it is told: without room for ids it gives their number.
+    // SAFETY: the kernel writes only to the query, whose size it gets. Without room for ids it writes their number.
     let result = unsafe {
         libc::syscall(
             libc::SYS_bpf,

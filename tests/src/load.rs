@@ -1,7 +1,7 @@
-//! Connections by the ten thousand, each of which says where it was dialled, so that the far end can tell whether its
-//! original destination is right.
+//! Tens of thousands of connections. Each client sends the destination that it dialled, so that the proxy can check the
+//! original destination.
 //!
-//! The processes are this package's binary `load`. Unlike an actor's, their connections are told of in sums only.
+//! The processes are the binary `load` of this package. Unlike an actor, they report only totals.
 
 use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader, Write};
@@ -14,76 +14,75 @@ use serde::{Deserialize, Serialize};
 use crate::actor::binary::{ReadableCopy, locate};
 use crate::testbed::{Ids, Sandbox};
 
-/// The variable that says where the executable is.
+/// The variable with the path of the executable.
 pub const VARIABLE: &str = "INTERCEPT_LOAD";
 
-/// What a process is.
+/// The role of a process.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub enum LoadRole {
-    /// A proxy that accepts and compares, until its input ends.
+    /// A proxy that accepts and checks until its input ends.
     Accept(Accept),
-    /// Clients, until their work is done; then the connections that are held stay until the input ends.
+    /// Clients. After their work, held connections stay open until the input ends.
     Dial(LoadDial),
 }
 
-/// A proxy that goes no further.
+/// A proxy that does not connect onwards.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Accept {
-    /// Where it listens; with SO_REUSEPORT, since a process may not have descriptors for all.
+    /// The addresses to listen on, with SO_REUSEPORT, because one process may not have enough descriptors.
     pub addr: SocketAddr,
-    /// How many connections the kernel takes before they are accepted.
+    /// The backlog of listen().
     pub backlog: i32,
-    /// Keeps connections open until the client closes, rather than closing first.
+    /// Whether connections stay open until the client closes.
     pub keep: bool,
-    /// Accepts only when told to go.
+    /// Whether to accept only on command.
     pub paused: bool,
 }
 
 /// Clients.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct LoadDial {
-    /// Where to, in turn.
+    /// The destinations, in turn.
     pub to: Vec<SocketAddr>,
-    /// The source of the first; the port counts up.
+    /// The source of the first connection. The port increases.
     pub from: Option<SocketAddr>,
-    /// How many connections.
+    /// The number of connections.
     pub count: u32,
-    /// How many at the same time.
+    /// The number of threads.
     pub threads: u32,
-    /// What happens on each.
+    /// What each connection does.
     pub method: LoadMethod,
 }
 
-/// What happens on a connection.
+/// What a connection does.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum LoadMethod {
-    /// It says where it was dialled and waits for the verdict; then the proxy closes, and the client asks who its peer
-    /// was.
+    /// Sends its destination and waits for the answer. The proxy then closes, and the client calls getpeername().
     Answered,
     /// The same with the first bytes in the SYN, by `sendto(MSG_FASTOPEN)`.
     FastOpenSend,
     /// The same with the first bytes in the SYN, by TCP_FASTOPEN_CONNECT.
     FastOpenConnect,
-    /// It says where it was dialled and closes at once.
+    /// Sends its destination and closes at once.
     Early,
     /// The same with the first bytes in the SYN.
     EarlyFastOpen,
-    /// It is reset at once, or given up when it is not even established.
+    /// Resets at once, or gives up if it is not established.
     Abandoned,
-    /// Nothing listens.
+    /// Expects a refusal.
     Refused,
-    /// As answered, and then kept.
+    /// As `Answered`, and stays open.
     Held,
 }
 
-/// What a process tells.
+/// The totals of a process.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct LoadTally {
-    /// Connections on which all was as it must be.
+    /// Connections without an error.
     pub right: u32,
-    /// Accepted, and closed by the client before it said anything.
+    /// Connections that the client closed before it sent anything.
     pub silent: u32,
-    /// What was not as it must be, and how often.
+    /// Errors, with their number.
     pub wrong: BTreeMap<String, u32>,
 }
 
@@ -95,13 +94,13 @@ pub struct LoadProcess {
     output: BufReader<ChildStdout>,
 }
 
-/// Where the executable is for every user.
+/// A copy of the executable that every user may run.
 pub fn program() -> Result<ReadableCopy> {
     ReadableCopy::of(&locate("load", VARIABLE)?)
 }
 
 impl LoadProcess {
-    /// Starts one. A proxy listens when this returns.
+    /// Starts a process. A proxy listens when this returns.
     pub fn start(program: &ReadableCopy, sandbox: &Sandbox, ids: Ids, role: &LoadRole) -> Result<Self> {
         let mut child = sandbox
             .command_as(program.path(), ids)?
@@ -112,19 +111,19 @@ impl LoadProcess {
             .with_context(|| format!("starting a load process in {}", sandbox.netns.name()))?;
         let input = child.stdin.take();
         let output = child.stdout.take().context("a load process has no standard output")?;
-        let mut swarm = Self { child, input, output: BufReader::new(output) };
+        let mut process = Self { child, input, output: BufReader::new(output) };
         if matches!(role, LoadRole::Accept(_)) {
-            swarm.line()?;
+            process.line()?;
         }
-        Ok(swarm)
+        Ok(process)
     }
 
-    /// Makes connections in a process of their own, and waits for what comes of them.
+    /// Makes connections in a new process and waits for the totals.
     pub fn dial(program: &ReadableCopy, sandbox: &Sandbox, ids: Ids, dial: LoadDial) -> Result<LoadTally> {
         Self::start(program, sandbox, ids, &LoadRole::Dial(dial))?.tally()
     }
 
-    /// Waits for clients that have done their work.
+    /// Waits until clients have finished.
     pub fn tally(&mut self) -> Result<LoadTally> {
         let line = self.line()?;
         serde_json::from_str(&line).with_context(|| format!("understanding {line:?}"))
@@ -135,17 +134,17 @@ impl LoadProcess {
         self.tell("go").map(drop)
     }
 
-    /// Keeps a proxy from accepting.
+    /// Stops a proxy from accepting.
     pub fn pause(&mut self) -> Result<()> {
         self.tell("pause").map(drop)
     }
 
-    /// Has a proxy ask anew on all connections that it keeps.
+    /// Makes a proxy check all open connections again.
     pub fn again(&mut self) -> Result<()> {
         self.tell("again").map(drop)
     }
 
-    /// What a proxy has seen since it was asked last.
+    /// The totals of a proxy since the last call.
     pub fn seen(&mut self) -> Result<LoadTally> {
         Ok(serde_json::from_str(&self.tell("tally")?)?)
     }
@@ -174,7 +173,7 @@ impl Drop for LoadProcess {
 }
 
 impl LoadTally {
-    /// Adds another to it.
+    /// Adds other totals.
     #[must_use]
     pub fn and(mut self, other: Self) -> Self {
         self.right += other.right;
@@ -185,13 +184,13 @@ impl LoadTally {
         self
     }
 
-    /// Counts one that went wrong.
+    /// Counts an error.
     pub fn complain(&mut self, what: String) {
         *self.wrong.entry(what).or_default() += 1;
     }
 }
 
-/// What a client says first: where it was dialled.
+/// The first message of a client: its destination.
 pub fn spell(dialled: SocketAddr) -> [u8; 18] {
     let ip = match dialled.ip() {
         std::net::IpAddr::V4(v4) => v4.to_ipv6_mapped(),

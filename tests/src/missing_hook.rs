@@ -1,4 +1,4 @@
-//! A kernel that lacks a hook: this one, with a supervisor that answers `bpf()` as one without would.
+//! Simulates a kernel without a hook: a seccomp supervisor answers `bpf()` as that kernel would.
 
 use std::{
     io,
@@ -18,8 +18,7 @@ const SEND: libc::Ioctl = 0xc018_2101_u32 as libc::Ioctl;
 /// `SECCOMP_USER_NOTIF_FLAG_CONTINUE`: the kernel does the call.
 const CONTINUE: u32 = 1;
 
-/// Runs something on a thread for which, and for whatever it starts, no program of this hook can be loaded
-/// (a `BPF_*` of linux/bpf.h).
+/// Runs a closure on a thread that, like its children, cannot load programs for this hook (a `BPF_*` of linux/bpf.h).
 pub fn with_kernel_without(attach_type: u32, run: impl FnOnce() -> Result<()> + Send) -> Result<()> {
     thread::scope(|scope| {
         let (sender, listener) = std::sync::mpsc::sync_channel(1);
@@ -35,7 +34,7 @@ pub fn with_kernel_without(attach_type: u32, run: impl FnOnce() -> Result<()> + 
     })
 }
 
-/// Has this thread's calls of `bpf()`, and those of its children, wait for an answer by the listener.
+/// Makes calls of `bpf()` by this thread and its children wait for an answer of the listener.
 fn watch_bpf() -> io::Result<OwnedFd> {
     let statement = |code: u32, k: u32| {
         let code = u16::try_from(code).expect("codes have 16 bits");
@@ -67,7 +66,7 @@ fn watch_bpf() -> io::Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(listener) })
 }
 
-/// Answers every call until nothing is left that could make one.
+/// Answers every call until no process is left that could make one.
 fn supervise(listener: &OwnedFd, attach_type: u32) -> Result<()> {
     loop {
         let mut waiting = [PollFd::from_borrowed_fd(listener.as_fd(), PollFlags::IN)];
@@ -79,7 +78,7 @@ fn supervise(listener: &OwnedFd, attach_type: u32) -> Result<()> {
         let mut call: libc::seccomp_notif = unsafe { std::mem::zeroed() };
         // SAFETY: the kernel writes a structure of this size, which is in the number of the request.
         if unsafe { libc::ioctl(listener.as_raw_fd(), RECEIVE, &raw mut call) } < 0 {
-            // Its maker was killed meanwhile.
+            // The caller was killed meanwhile.
             continue;
         }
         let is_refused = is_of(&call, attach_type);
@@ -89,7 +88,7 @@ fn supervise(listener: &OwnedFd, attach_type: u32) -> Result<()> {
             error: if is_refused { -libc::EINVAL } else { 0 },
             flags: if is_refused { 0 } else { CONTINUE },
         };
-        // SAFETY: as above. It fails if the maker was killed meanwhile.
+        // SAFETY: as above. It fails if the caller was killed meanwhile.
         let _gone = unsafe { libc::ioctl(listener.as_raw_fd(), SEND, &raw mut answer) };
     }
 }

@@ -1,4 +1,4 @@
-//! The CNI plugin, called as a runtime calls it.
+//! The CNI plugin, called as by a runtime.
 
 use std::{
     io::Write as _,
@@ -18,12 +18,12 @@ pub struct RuntimePlugin {
     socket: PathBuf,
 }
 
-/// What a runtime says of a pod.
+/// What a runtime passes for a pod.
 #[derive(Debug)]
 pub struct CniSandbox<'a> {
     /// The pod's object.
     pub object: &'a Value,
-    /// The pod's UID, which is not the object's if the pod is a static one.
+    /// The pod's UID, which differs from that of the object for a static pod.
     pub uid: &'a str,
     /// The pod's network namespace.
     pub netns: &'a Path,
@@ -32,12 +32,12 @@ pub struct CniSandbox<'a> {
 }
 
 impl RuntimePlugin {
-    /// The one that asks this daemon.
+    /// The plugin with this daemon's socket.
     pub fn new(agent: &Agent, daemon: &Daemon<'_>) -> Self {
         Self { program: agent.program().to_owned(), socket: daemon.socket() }
     }
 
-    /// Call it; what it prints if it fails is the inner error.
+    /// Calls the plugin. The inner error is its output if it fails.
     pub fn call(&self, command: &str, sandbox: &CniSandbox<'_>) -> Result<Result<(), String>> {
         let metadata = &sandbox.object["metadata"];
         let config = json!({

@@ -1,4 +1,4 @@
-//! Everything that an agent could have changed for a pod, to be compared with what it was before.
+//! Everything that the agent can change for a pod, to compare the state before and after.
 
 use std::fmt;
 use std::fs;
@@ -11,7 +11,7 @@ use crate::agent::succeed;
 use crate::kernel::attached;
 use crate::testbed::Sandbox;
 
-/// Settings of a namespace that matter to the ways of its packets.
+/// Settings of a namespace that affect its packets.
 const SETTINGS: [&str; 10] = [
     "net/ipv4/tcp_fwmark_accept",
     "net/ipv4/fwmark_reflect",
@@ -25,12 +25,12 @@ const SETTINGS: [&str; 10] = [
     "net/ipv6/conf/all/forwarding",
 ];
 
-/// One pod at one time, as lines of text, so that a difference can be read.
+/// The state of a pod as lines of text, so that differences are readable.
 #[derive(Clone, PartialEq, Eq)]
 pub struct Snapshot(Vec<String>);
 
 impl Snapshot {
-    /// Of a pod.
+    /// Reads the state of a pod.
     pub fn of(sandbox: &Sandbox) -> Result<Self> {
         let mut lines = Vec::new();
         for (hook, count) in attached(sandbox)? {
@@ -47,7 +47,7 @@ impl Snapshot {
             let mut ip = sandbox.command("ip")?;
             ip.args(arguments);
             let said = succeed(ip)?;
-            // Lifetimes count down, and the order of equals is not told.
+            // Lifetimes change, and the order is not defined.
             let mut said: Vec<_> =
                 said.lines().map(|line| format!("ip {}: {}", arguments[0], line.trim())).collect();
             said.sort();
@@ -70,7 +70,7 @@ impl Snapshot {
         Ok(Self(lines))
     }
 
-    /// What the one has and the other has not, as a patch shows it.
+    /// The lines that only one of two snapshots has, as in a patch.
     pub fn difference(&self, after: &Self) -> Vec<String> {
         let gone = self.0.iter().filter(|line| !after.0.contains(line)).map(|line| format!("- {line}"));
         let new = after.0.iter().filter(|line| !self.0.contains(line)).map(|line| format!("+ {line}"));
@@ -84,7 +84,7 @@ impl fmt::Debug for Snapshot {
     }
 }
 
-/// The files below a folder with their inodes: a pin that was made anew has another.
+/// The files below a folder with their inodes, because a new pin has a new inode.
 pub fn tree(folder: &Path) -> Result<Vec<(PathBuf, u64)>> {
     let mut found = Vec::new();
     let mut folders = vec![folder.to_owned()];

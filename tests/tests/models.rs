@@ -1,4 +1,4 @@
-//! `decide` beside the walk of istio-iptables' rules, on a million flows and more (a quarter of that in a debug build).
+//! Compares `decide` with the interpreted rules of istio-iptables on a million flows (a quarter in a debug build).
 
 use std::collections::BTreeMap;
 use std::sync::Mutex;
@@ -7,14 +7,14 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use intercept_common::Reason;
 use tests::model::{AgentModel, IptablesModel, ModelVerdict, Situation};
 
-/// Flows drawn for each configuration.
+/// The number of flows for each configuration.
 const FLOWS: u64 = 100;
 
 fn number(name: &str, default: u64) -> u64 {
     std::env::var(name).map_or(default, |text| text.parse().expect("a number"))
 }
 
-/// Flows by what the rules do and by the row that we name, and what differs.
+/// The number of flows by verdict and row, and the differences.
 #[derive(Default)]
 struct FlowTally {
     rows: BTreeMap<&'static str, u64>,
@@ -42,12 +42,12 @@ fn examine(seed: u64, tally: &mut FlowTally) {
     }
 }
 
-/// Reproduce with INTERCEPT_SEED=SEED INTERCEPT_CONFIGURATIONS=1.
+/// Repeat with INTERCEPT_SEED=SEED INTERCEPT_CONFIGURATIONS=1.
 #[test]
 fn decide_agrees_with_the_rules() {
     let clock = SystemTime::now().duration_since(UNIX_EPOCH).expect("after 1970").as_secs() << 24;
     let first = number("INTERCEPT_SEED", clock);
-    // A million flows and more; without optimisation they would take a minute, so a quarter of them.
+    // A million flows. Without optimisation they would take a minute, so a quarter of them.
     let count = number("INTERCEPT_CONFIGURATIONS", if cfg!(debug_assertions) { 3_000 } else { 12_000 });
     println!("{count} configurations from seed {first}, {FLOWS} flows each");
     let total = Mutex::new(FlowTally::default());
@@ -72,7 +72,7 @@ fn decide_agrees_with_the_rules() {
     println!("{rows:#?}");
     assert!(differing.is_empty(), "{}", differing.join("\n"));
     if count >= 1000 {
-        // What sk_lookup leaves alone as made here is named by the row that the connect hook met before.
+        // If sk_lookup passes a local flow, the row is the one of the connect hook.
         for reason in Reason::ALL.iter().filter(|reason| **reason != Reason::LocalSource) {
             assert!(rows.contains_key(reason.as_str()), "no flow met {}: {rows:?}", reason.as_str());
         }

@@ -1,4 +1,4 @@
-//! A pod whose proxy is gone: refused, or, where that is asked for, as if it were not captured.
+//! A pod without its proxy: connections are refused, or pass as if the pod were not captured if that is requested.
 
 use std::net::{IpAddr, SocketAddr};
 
@@ -19,7 +19,7 @@ fn listen(actor: &Actor, name: &str, ids: Ids, transport: Transport, port: u16) 
     }
 }
 
-/// Who answers: a connection out, a query, a connection in, of both families.
+/// The servers that answer an outbound connection, a query and an inbound connection, of both families.
 fn answers(pod: &Pod, inside: &Actor, world: &Actor) -> Vec<String> {
     let who = |outcome: DialOutcome| match outcome {
         DialOutcome::Answered(answer) => answer.server,
@@ -42,7 +42,7 @@ fn answers(pod: &Pod, inside: &Actor, world: &Actor) -> Vec<String> {
 }
 
 #[test]
-fn an_open_pod_goes_on_without_its_proxy_and_no_other() {
+fn only_an_open_pod_works_without_its_proxy() {
     let agent = Agent::new("open").expect("the agent");
     let pod = Pod::new(PodSpec::new("open")).expect("a pod");
     let (inside, world) =
@@ -77,7 +77,7 @@ fn an_open_pod_goes_on_without_its_proxy_and_no_other() {
         ["proxy", &dns[0].1, "proxy", "proxy", &dns[1].1, "proxy"],
         "open, with the proxy"
     );
-    // And open again once it is gone.
+    // Open again after the proxy has ended.
     drop(proxy);
     assert_eq!(answers(&pod, &inside, &world)[0], "world");
     agent.detach(&pod).expect("detached");

@@ -1,4 +1,4 @@
-//! Who made a socket counts, not who connects it: as under iptables, whose owner match looks at the socket.
+//! The user that made a socket counts, not the user that connects it, as with the owner match of iptables.
 
 use tests::differential::Capture;
 use tests::iptables::{Backend, IptablesOptions};
@@ -8,7 +8,7 @@ use tests::unusual::{Method, UnusualSocket};
 
 const IPTABLES: Capture = Capture::Iptables(Backend::Nft);
 
-/// Both ways of capture, and who answers what is captured and what is not.
+/// Both captures, and the servers that answer captured and other flows.
 fn expect(method: Method, made_by: Ids, used_by: Ids, server: &str) {
     let to = "198.51.100.7:80".parse().expect("an address");
     let unusual = UnusualSocket { made_by, used_by, ..UnusualSocket::new(method, to) };
@@ -23,7 +23,7 @@ fn expect(method: Method, made_by: Ids, used_by: Ids, server: &str) {
 fn setresuid_after_socket_changes_nothing() {
     expect(Method::Plain, Ids::APP, Ids::PROXY, "outbound");
     expect(Method::Plain, Ids::PROXY, Ids::APP, "world");
-    // The group alone.
+    // Only the group.
     let group = Ids { uid: 1000, gid: 1337 };
     expect(Method::Plain, group, Ids::APP, "world");
 }
@@ -40,7 +40,7 @@ fn a_setuid_program_counts_as_its_owner() {
     expect(Method::SetUserId, Ids::APP, Ids::PROXY, "outbound");
 }
 
-/// The options mean the ids inside the pod's user namespace.
+/// The options contain ids of the pod's user namespace.
 #[test]
 fn ids_are_those_inside_a_user_namespace() {
     let agent = Capture::agent().expect("the agent");

@@ -1,5 +1,5 @@
-//! Redirected connections where something else in the namespace has a say: NAT, addresses of the loopback interface, other
-//! programs on the same sockets.
+//! Redirected connections in the presence of NAT, of unusual addresses on the loopback interface, and of other programs on
+//! the same sockets.
 
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::AsFd as _;
@@ -33,7 +33,7 @@ impl RedirectsFixture {
         Self { inside, agent, pod }
     }
 
-    /// What the proxy is told of a connection to `to`.
+    /// The original destination that the proxy gets for a connection to `to`.
     fn original(&self, to: &str) -> Result<SocketAddr, String> {
         let dial = Dial::new(Ids::APP, to.parse().expect("an address"));
         match self.inside.dial(dial).expect("dialled").outcome {
@@ -95,7 +95,7 @@ fn nat_in_the_pod_changes_nothing() {
     }
 }
 
-/// Docker's own rule, in a pod that runs one.
+/// Docker's rule, in a pod that runs Docker.
 #[test]
 fn nat_for_nested_containers_changes_nothing() {
     let fixture = RedirectsFixture::new("docker", WILDCARD);
@@ -125,7 +125,7 @@ fn forgotten(fixture: &RedirectsFixture) {
     assert_eq!(status[0]["connections"], 0, "{status:#}");
 }
 
-/// Less of 127/8 on the loopback interface than usual.
+/// The loopback interface has a longer prefix than 127/8.
 #[test]
 fn a_narrow_loopback_is_as_good() {
     for net in ["127.0.0.1/8", "127.0.0.1/16", "127.0.0.1/32", "127.0.0.1/9"] {
@@ -148,7 +148,7 @@ fn a_narrow_loopback_is_as_good() {
     }
 }
 
-/// The loopback interface loses its IPv6 routes when it is taken down, and does not get ours back by itself.
+/// The loopback interface loses its IPv6 routes when it goes down, and the agent's routes do not return by themselves.
 #[test]
 fn a_loopback_that_was_down_is_as_good() {
     let fixture = RedirectsFixture::new("down", WILDCARD);
@@ -219,7 +219,7 @@ fn entries_go_with_their_connections_whatever_other_programs_do() {
         }
     }
     forgotten(&fixture);
-    // Refused ones, too.
+    // Also refused connections.
     fixture.agent.attach(&fixture.pod, &["-p", "15009", "-u", "1337", "-i", "*"]).expect("attached");
     for _ in 0..100 {
         for to in SERVICES {
@@ -231,7 +231,7 @@ fn entries_go_with_their_connections_whatever_other_programs_do() {
     fixture.agent.detach(&fixture.pod).expect("detached");
 }
 
-/// Whoever closes first, and to whichever port of the proxy: no socket stays in a state that only a timeout ends.
+/// Whichever end closes first, no socket stays in a state that only a timeout ends, on any port of the proxy.
 #[test]
 fn nothing_lingers_whoever_closes_first() {
     for at in [WILDCARD, LOCALHOST] {

@@ -1,4 +1,4 @@
-//! Wrong input is refused before anything changes, with the exit code and the words that help.
+//! Wrong input is refused before anything changes, with an exit code and a helpful message.
 
 use std::{path::Path, process::Command, thread};
 
@@ -7,7 +7,7 @@ use tests::{
     testbed::{BpffsMount, Sandbox, cgroup},
 };
 
-/// Runs `attach` and checks that it is refused as said and that nothing has changed.
+/// Runs `attach` and checks that it is refused with this exit code and message, and that nothing has changed.
 fn refused(agent: &Agent, args: &[&str], code: i32, words: &[&str]) {
     let mut command = agent.command("attach");
     command.args(args);
@@ -99,7 +99,7 @@ fn namespaces_that_are_none() {
         (&["--netns", "/proc/self/ns/mnt"], &["/proc/self/ns/mnt", "network"]),
         (&["--netns", "/no/such/path"], &["/no/such/path"]),
         (&["--netns", "/proc/self/ns/net"], &["/proc/self/ns/net"]),
-        // Nothing runs in the cgroup that could tell.
+        // The cgroup has no process whose namespace could be used.
         (&[], &["--netns"]),
     ] {
         refused(&agent, &[&["--cgroup-path", cgroup, "-i", "*"], args].concat(), 1, words);
@@ -111,7 +111,7 @@ fn without_privileges() {
     let (agent, pod) =
         (Agent::new("unprivileged").expect("the agent"), Sandbox::new("unprivileged").expect("a pod"));
     let inner = agent.for_pod("attach", &pod, &["-i", "*"]);
-    // Root without CAP_NET_ADMIN, by the tool that is everywhere.
+    // Root without CAP_NET_ADMIN. setpriv is on every system.
     let mut command = Command::new("setpriv");
     command
         .args(["--bounding-set", "-net_admin", "--inh-caps", "-all"])
@@ -124,7 +124,7 @@ fn without_privileges() {
 fn without_a_bpffs() {
     let agent = Agent::on(BpffsMount::folder("unmounted").expect("a folder")).expect("the agent");
     let pod = Sandbox::new("unmounted").expect("a pod");
-    // A thread that may not mount, as containers may not by default; what it starts may not either.
+    // A thread and its children without the right to mount, as in a container by default.
     thread::scope(|scope| {
         let forbidden = scope.spawn(|| {
             forbid(libc::SYS_mount);
@@ -133,7 +133,7 @@ fn without_a_bpffs() {
         });
         forbidden.join().expect("refused");
     });
-    // Whoever may mounts it.
+    // With the right to mount, the agent mounts it.
     agent.attach(&pod, &["-i", "*"]).expect("attached");
     assert!(agent.bpffs().join("intercept").is_dir());
     agent.detach(&pod).expect("detached");
@@ -145,7 +145,7 @@ fn without_a_bpffs() {
     check_refused(&agent, &mut attach, 1, &[file.path().to_str().expect("text")]);
 }
 
-/// Has a system call fail with EPERM from now on, for this thread and its children.
+/// Makes a system call fail with EPERM for this thread and its children.
 fn forbid(call: libc::c_long) {
     use seccompiler::{SeccompAction, SeccompFilter, TargetArch};
     let denied = SeccompAction::Errno(libc::EPERM.cast_unsigned());

@@ -1,4 +1,5 @@
-//! The relay as a sidecar's proxy, under real iptables: what it recovers, where it connects, what the ends see.
+//! The relay as the proxy of a sidecar, under real iptables: the original destinations that it reads, its onward
+//! connections, and what both ends see.
 
 use std::net::SocketAddr;
 use std::time::Duration;
@@ -20,7 +21,7 @@ struct RelayFixture {
     _pod: Pod,
 }
 
-/// A pod with an application on 8080 and a relay on each side, and the world on 80.
+/// A pod with an application on 8080 and an outbound and inbound relay, and the world on 80.
 fn fixture(label: &str, options: &IptablesOptions, proxy: Ids, inbound: RelayDirection) -> RelayFixture {
     let pod = Pod::new(PodSpec::new(label)).expect("a pod");
     apply(options, &pod, Backend::Nft).expect("rules");
@@ -89,7 +90,7 @@ fn under_redirect() {
     }
 }
 
-/// Under TPROXY Istio's proxy has a user of its own group only: connections onwards are told by their mark.
+/// Under TPROXY Istio's proxy is recognised by its group. Its onward connections have a mark.
 #[test]
 fn under_tproxy() {
     let tproxy = Tproxy { mark: 1337, table: 133 };

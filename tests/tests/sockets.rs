@@ -1,4 +1,4 @@
-//! Sockets as programs really use them: each sequence of calls under iptables and under the agent, call by call.
+//! Sockets as real programs use them: compares each sequence of calls under iptables and under the agent, call by call.
 
 use tests::differential::Capture;
 use tests::iptables::{Backend, IptablesCidrs, IptablesOptions};
@@ -52,7 +52,7 @@ fn an_unspecified_destination_is_what_the_kernel_makes_of_it() {
 
 #[test]
 fn an_unspecified_destination_is_decided_by_lists_too() {
-    // Captured though it is local, because -q and -i name it.
+    // Captured although it is local, because -q and -i name it.
     let options = IptablesOptions {
         include_cidrs: IptablesCidrs::List(vec![
             "127.0.0.0/8".parse().expect("a network"),
@@ -67,7 +67,7 @@ fn an_unspecified_destination_is_decided_by_lists_too() {
         IptablesOptions { exclude_cidrs: vec!["10.66.0.2/32".parse().expect("a network")], ..options };
     let expected = ["ok", "ok", "ok", "10.66.0.2:8080", "app from 10.66.0.2:*"];
     same(&excluded, ProxyBind::Wildcard, Ids::APP, &steps, &expected);
-    // The proxy that dials its own pod is sent to the inbound port, whatever it calls the address.
+    // A connection of the proxy to its own pod goes to the inbound port, also with an unspecified address.
     let expected = ["ok", "ok", "ok", "10.66.0.2:8080", "inbound for 10.66.0.2:8080 from 10.66.0.2:*"];
     same(&IptablesOptions::injected(), ProxyBind::Wildcard, Ids::PROXY, &steps, &expected);
 }
@@ -92,8 +92,8 @@ fn queries_to_an_unspecified_server_are_answered_by_localhost() {
     );
 }
 
-/// One source port to two destinations, by sockets of whichever binding. iptables connects them as well, but shows the
-/// proxy another port for the second.
+/// One source port with two destinations, with every kind of bind. iptables connects both as well, but the proxy sees
+/// another port for the second.
 #[test]
 fn a_source_port_serves_for_several_destinations() {
     for (kind, own, first, second, shown) in [
@@ -127,7 +127,7 @@ fn a_source_port_serves_for_several_destinations() {
     }
 }
 
-/// What an earlier connect() was about is gone, whatever comes next.
+/// No state of an earlier connect() stays, whatever the next call is.
 #[test]
 fn every_connect_begins_from_nothing() {
     with_dns(
@@ -138,7 +138,7 @@ fn every_connect_begins_from_nothing() {
         &[Open(Udp6), Connect(at("[fd96::10]:53")), Connect(at("[fd66::1]:7777")), Peer, Ask],
         &["ok", "ok", "ok", "[fd66::1]:7777", "world by [fd66::1]:7777"],
     );
-    // Nothing listens there, so that the first connect() fails after the hook.
+    // Without a listener the first connect() fails after the hook.
     let options = IptablesOptions { envoy_port: 15009, ..IptablesOptions::injected() };
     for (kind, first, second, own) in [
         (Tcp4, "10.96.0.10:80", "127.0.0.1:8080", "127.0.0.1:*"),
@@ -156,7 +156,7 @@ fn every_connect_begins_from_nothing() {
     }
 }
 
-/// A socket that was redirected is as it was, once it is disconnected or has failed to connect.
+/// A redirected socket has its old state after a disconnect or a failed connect().
 #[test]
 fn nothing_of_a_redirect_stays_on_a_socket() {
     as_iptables(
@@ -199,7 +199,7 @@ fn a_datagram_socket_is_free_once_it_is_disconnected() {
     let options = IptablesOptions { exclude_interfaces: vec!["eth1".into()], ..dns() };
     let check =
         |steps: &[Step], expected: &[&str]| same(&options, ProxyBind::Wildcard, Ids::APP, steps, expected);
-    // To a server that is not captured, over another interface, and from there back.
+    // To a server that is not captured, over another interface, and back.
     check(
         &[
             Open(Udp4),
@@ -301,7 +301,7 @@ fn a_query_may_choose_its_interface() {
     );
     with_dns(&[Open(Udp4), AskBy(at("10.96.0.10:53"), eth0())], &["ok", "dns by 10.96.0.10:53"]);
     with_dns(&[Open(Udp6), AskBy(at("[fd96::10]:53"), eth0())], &["ok", "dns by [fd96::10]:53"]);
-    // And what is not captured goes by it as ever.
+    // A query that is not captured leaves by the chosen interface.
     as_iptables(&[Open(Udp4), AskBy(at("10.96.0.10:53"), "eth0".into())], &["ok", "world by 10.96.0.10:53"]);
 }
 
@@ -318,9 +318,9 @@ fn tcp_has_no_connections_to_groups() {
     }
 }
 
-/// A name is also told when the connection is over.
+/// getpeername and getsockname also work after the connection has ended.
 #[test]
-fn a_closed_connection_still_has_its_name() {
+fn a_closed_connection_keeps_its_names() {
     as_iptables(
         &[Open(Tcp4), Connect(at("10.96.0.10:80")), Read, Shutdown, Name],
         &["ok", "ok", "outbound for 10.96.0.10:80 from 10.66.0.2:*", "ok", "10.66.0.2:*"],
@@ -328,7 +328,7 @@ fn a_closed_connection_still_has_its_name() {
 }
 
 #[test]
-fn clients_of_mptcp_are_told_right() {
+fn mptcp_clients_get_the_right_names() {
     as_iptables(
         &[Open(Mptcp4), Connect(at("10.96.0.10:80")), Name, Peer, Read, Close, Use(0)],
         &[
@@ -343,8 +343,8 @@ fn clients_of_mptcp_are_told_right() {
     );
 }
 
-/// Of two routes of equal cost one leads out by an interface of -c. iptables decides by the hash of each connection; the
-/// agent has no connection go around the proxy.
+/// One of two equal-cost routes leads to an interface of -c. iptables decides by the hash of each connection; the agent
+/// captures all of them.
 #[test]
 fn a_route_that_leaves_by_an_excluded_interface_too_is_captured() {
     let fixture = SocketsFixture::new("ecmp", ProxyBind::Wildcard);
@@ -368,7 +368,7 @@ fn a_route_that_leaves_by_an_excluded_interface_too_is_captured() {
     captured.stop().expect("stopped");
 }
 
-/// The source is the one that the kernel would choose for this destination (RFC 6724), not for its route.
+/// The source is the one that the kernel chooses for the destination (RFC 6724), not for the route.
 #[test]
 fn of_several_ipv6_addresses_the_closest_is_the_source() {
     let agent = Capture::agent().expect("the agent");
@@ -392,8 +392,8 @@ fn of_several_ipv6_addresses_the_closest_is_the_source() {
     }
 }
 
-/// A destination on the link, by its interface. Under iptables nobody is reached: the socket is bound to the interface by
-/// its destination.
+/// A link-local destination. Under iptables the connection fails, because the destination binds the socket to its
+/// interface.
 #[test]
 fn the_source_of_a_link_local_destination_is_on_its_link() {
     let fixture = SocketsFixture::new("link-local", ProxyBind::Wildcard);

@@ -1,4 +1,4 @@
-//! The two halves of sk_lookup: a pod's stub, and the program that decides for all.
+//! The two parts of sk_lookup: the stub of a pod, and the program that decides for all pods.
 
 use std::{
     net::{IpAddr, Ipv4Addr, SocketAddr, SocketAddrV4},
@@ -43,7 +43,7 @@ fn answer(pod: &Pod, world: &Actor) -> String {
     }
 }
 
-/// The policy for a program that is not there: refused and counted, or let through where that is asked for.
+/// Without the shared program, connections are refused and counted, or pass if that is requested.
 #[test]
 fn without_the_shared_half_inbound_is_refused() {
     let agent = Agent::new("half").expect("the agent");
@@ -68,9 +68,9 @@ fn without_the_shared_half_inbound_is_refused() {
     agent.detach(&pod).expect("detached");
 }
 
-/// A look-up that a packet interrupts must not take the packet's pod for its own.
+/// A lookup that a packet interrupts must not use the cookie of the packet's pod.
 #[test]
-fn the_note_of_another_look_up_is_not_believed() {
+fn the_cookie_of_another_lookup_is_not_used() {
     let agent = Agent::new("note").expect("the agent");
     let pod = Pod::new(PodSpec::new("note")).expect("a pod");
     let inside = Actor::start(&pod).expect("an actor");

@@ -1,4 +1,4 @@
-//! The switches of istio-iptables that are no policy: each acts, or is answered by a note that says why not.
+//! The switches of istio-iptables that are not part of the policy: each has an effect, or a note says why not.
 
 use std::process::Output;
 
@@ -12,7 +12,7 @@ fn fixture(label: &str) -> (Agent, Pod) {
     (Agent::new("switches").expect("the agent"), Pod::new(PodSpec::new(label)).expect("a pod"))
 }
 
-/// An attach with these flags besides the usual ones; what it said, and what it logged.
+/// Attaches with additional flags. Returns the output and the log.
 fn attach(agent: &Agent, pod: &Pod, more: &[&str]) -> (String, String) {
     let mut command = agent.for_pod("attach", pod, &FLAGS);
     let Output { status, stdout, stderr } = finish(command.args(more)).expect("started");
@@ -39,7 +39,7 @@ fn a_dry_run_prints_the_policy_and_changes_nothing() {
 }
 
 #[test]
-fn cleanup_only_takes_away_what_there_is() {
+fn cleanup_only_removes_the_capture() {
     let (agent, pod) = fixture("cleanup");
     attach(&agent, &pod, &["--cleanup-only"]);
     attach(&agent, &pod, &[]);
@@ -74,16 +74,16 @@ fn force_apply_writes_everything_anew() {
 #[test]
 fn the_network_namespace_may_be_named_the_istio_way() {
     let (agent, pod) = fixture("netns");
-    // Nothing runs in the cgroup, from which it could be known.
+    // The cgroup has no process whose namespace could be used.
     let mut attach = agent.command("attach");
     attach.arg("--cgroup-path").arg(pod.cgroup.path()).args(FLAGS);
     attach.arg("--network-namespace").arg(pod.netns.path());
     assert!(succeed(attach).expect("attached").starts_with("attached"));
 }
 
-/// What needs no doing here is said to need none, by its name; without the switch nothing is said of it.
+/// A switch without effect is named in a note. Without the switch there is no note.
 #[test]
-fn the_rest_is_answered_by_a_note() {
+fn the_others_give_a_note() {
     let (agent, pod) = fixture("notes");
     let (_, quiet) = attach(&agent, &pod, &[]);
     for switch in [

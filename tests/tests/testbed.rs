@@ -1,4 +1,4 @@
-//! The testbed itself: what it makes works, and nothing is left behind.
+//! The testbed: what it makes works, and nothing is left.
 
 use std::io::{Read, Write};
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use tests::testbed::{Ids, Namespace, Pod, PodSpec, cgroup, sweep};
 
-/// Connects from the pod to an address that exists nowhere; the neighbour answers.
+/// The neighbour answers connections to any address.
 #[test]
 fn the_outside_world_answers_on_any_address() {
     let pod = Pod::new(PodSpec::new("any-address").with_eth1()).expect("a pod");
@@ -45,7 +45,7 @@ fn the_outside_world_answers_on_any_address() {
 }
 
 #[test]
-fn commands_run_in_the_pod_as_whom_they_should() {
+fn commands_run_in_the_pod_with_the_requested_ids() {
     let pod = Pod::new(PodSpec::new("commands")).expect("a pod");
     let output = pod
         .command_as("/bin/sh", Ids::PROXY)
@@ -78,7 +78,7 @@ fn guards_leave_nothing_behind() {
     assert!(!status.success(), "the sleeper was not killed: {status}");
 }
 
-/// Runs this test binary again as a process that makes a pod and dies without unwinding.
+/// The test runs again in a process that makes a pod and aborts.
 #[test]
 fn what_a_killed_run_left_is_swept() {
     if std::env::var_os("DIE_WITH_A_POD").is_some() {
@@ -94,9 +94,9 @@ fn what_a_killed_run_left_is_swept() {
         .spawn()
         .expect("started");
     let pid = run.id();
-    // Aborted, not failed: it had made its pod.
+    // Aborted rather than failed, so it had made its pod.
     assert_eq!(run.wait().expect("waited").signal(), Some(libc::SIGABRT));
-    // Another test's sweep may come first; what counts is that afterwards nothing is left.
+    // The sweep of another test may come first; afterwards nothing may be left.
     sweep::sweep().expect("swept");
     assert_eq!(sweep::leftovers(pid).expect("listed"), Vec::<std::path::PathBuf>::new());
 }

@@ -1,5 +1,5 @@
-//! TPROXY with the real Envoy: the client's address is kept end to end, as under iptables, and what was made in the
-//! namespace for it is taken away again.
+//! TPROXY with Envoy: the server sees the client's address, as under iptables, and the changes of the namespace are undone
+//! afterwards.
 
 use std::net::SocketAddr;
 
@@ -20,7 +20,7 @@ fn listen(actor: &Actor, name: &str, ids: Ids, port: u16) {
     }
 }
 
-/// What the app sees of clients in the world when a transparent Envoy is between them.
+/// Asserts that the application sees the addresses of clients in the world through a transparent Envoy.
 fn client_is_kept(label: &str, capture: impl FnOnce(&Pod)) -> Pod {
     let pod = Pod::new(PodSpec::new(label)).expect("a pod");
     let (inside, world) =
@@ -41,7 +41,7 @@ fn client_is_kept(label: &str, capture: impl FnOnce(&Pod)) -> Pod {
         }
     }
     drop(envoy);
-    // Without the proxy nothing gets around it. The agent refuses; TPROXY without a listener is silent.
+    // Without the proxy no connection passes. The agent refuses them; TPROXY without a listener drops them.
     let seen =
         world.dial(Dial::new(Ids::ROOT, "10.66.0.2:8080".parse().expect("an address"))).expect("dialled");
     assert!(!matches!(seen.outcome, DialOutcome::Answered(_)), "{:?}", seen.outcome);

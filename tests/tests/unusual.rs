@@ -1,5 +1,5 @@
-//! What slips through elsewhere: every way of making a flow that is not a plain connect(), under iptables and under the
-//! agent. What the agent does not capture is in README, section Limits.
+//! Flows that are not made by a plain connect(), under iptables and under the agent. The section Limits of the README lists
+//! what the agent does not capture.
 
 use tests::differential::Capture;
 use tests::iptables::{Backend, IptablesDns, IptablesOptions};
@@ -16,10 +16,10 @@ fn unusual(method: Method, to: &str) -> UnusualSocket {
 }
 
 fn by(capture: &Capture, unusual: &UnusualSocket, made: Made) -> UnusualOutcome {
-    under(capture, &IptablesOptions::injected(), unusual, made).expect("slipped")
+    under(capture, &IptablesOptions::injected(), unusual, made).expect("a result")
 }
 
-/// Captured as by iptables, and the client sees whom it dialled.
+/// Captured as by iptables, and the client sees the destination as its peer.
 fn captured(method: &Method, made: Made) {
     for to in [V4, V6] {
         let unusual = unusual(method.clone(), to);
@@ -51,7 +51,7 @@ fn mptcp_is_captured() {
 }
 
 #[test]
-fn a_mark_is_no_way_out() {
+fn a_mark_does_not_avoid_capture() {
     captured(&Method::Mark(1337), Made::After);
 }
 
@@ -60,9 +60,9 @@ fn a_socket_made_before_capture_is_captured_when_it_connects() {
     captured(&Method::Plain, Made::Before);
 }
 
-/// What is redirected stays in the pod, which a socket bound to eth0 does not reach: under iptables neither.
+/// A redirected connection stays in the pod, which a socket bound to eth0 cannot reach, as under iptables.
 #[test]
-fn a_socket_bound_to_a_device_reaches_nobody() {
+fn a_socket_bound_to_a_device_cannot_connect() {
     let unusual = unusual(Method::Device("eth0".into()), V4);
     let (iptables, agent) = (
         by(&IPTABLES, &unusual, Made::After),
@@ -70,19 +70,19 @@ fn a_socket_bound_to_a_device_reaches_nobody() {
     );
     assert_eq!(iptables, agent);
     assert!(agent.servers[0].is_err(), "{agent:?}");
-    // The proxy's own is not redirected.
+    // Connections of the proxy are not redirected.
     let unusual = UnusualSocket { made_by: Ids::PROXY, used_by: Ids::PROXY, ..unusual };
     assert_eq!(by(&Capture::agent().expect("the agent"), &unusual, Made::After).server(), "world");
 }
 
-/// Not captured, as README says: a raw socket needs CAP_NET_RAW, and calls no hook that could redirect it.
+/// Not captured, as the README says: a raw socket needs CAP_NET_RAW, and no hook could redirect it.
 #[test]
 fn a_raw_socket_is_not_captured() {
     let source = "10.66.0.2".parse().expect("an address");
     let unusual = unusual(Method::Raw(source), "10.96.0.10:53");
     let dns = Some(IptablesDns { all: true, servers: Vec::new() });
     let options = IptablesOptions { dns, ..IptablesOptions::injected() };
-    let by = |capture| under(&capture, &options, &unusual, Made::After).expect("slipped");
+    let by = |capture| under(&capture, &options, &unusual, Made::After).expect("a result");
     assert_eq!(by(IPTABLES).server(), "dns");
     assert_eq!(by(Capture::agent().expect("the agent")).server(), "world");
 }

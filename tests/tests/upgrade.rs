@@ -1,4 +1,4 @@
-//! A new build of the agent puts its programs under the pods that are attached, without a gap.
+//! A new build of the agent replaces the programs of attached pods without a gap.
 
 use std::{
     fs,
@@ -51,7 +51,7 @@ fn programs_are_replaced_without_a_gap() {
     let back = Dial::new(Ids::ROOT, SocketAddr::new(pod.address(false), 8080));
     let (stop, dialled) = (AtomicBool::new(false), AtomicUsize::new(0));
     std::thread::scope(|scope| {
-        // Every connection reaches the proxy and knows where it was going, whatever happens meanwhile.
+        // Every connection reaches the proxy with its original destination during the upgrade.
         let client = scope.spawn(|| {
             while !stop.load(Ordering::Relaxed) {
                 for (actor, dial, proxy) in [(&inside, &out, "outbound"), (&world, &back, "inbound")] {
@@ -65,14 +65,14 @@ fn programs_are_replaced_without_a_gap() {
         });
         let replaced = catch_unwind(AssertUnwindSafe(|| {
             for other in ["programs-0000000000000001", "programs-0000000000000002"] {
-                // As another build would have left them.
+                // As another build would leave them.
                 let version = version(agent.bpffs());
                 fs::rename(version.join(&own[0]), version.join(other)).expect("renamed");
                 assert!(attach().starts_with("unchanged"));
                 assert_eq!(programs(agent.bpffs()), own, "the other build's are gone");
             }
         }));
-        // Also after a failure, or the client would go on for ever.
+        // Also after a failure, because the client would not end otherwise.
         stop.store(true, Ordering::Relaxed);
         for result in [replaced, client.join()] {
             result.unwrap_or_else(|panic| resume_unwind(panic));
@@ -84,7 +84,7 @@ fn programs_are_replaced_without_a_gap() {
 }
 
 #[test]
-fn what_another_layout_left_without_pods_goes() {
+fn another_layout_without_pods_is_removed() {
     let agent = Agent::new("idle").expect("the agent");
     let pod = Pod::new(PodSpec::new("idle")).expect("a pod");
     let idle = agent.bpffs().join("intercept/v1");

@@ -1,4 +1,4 @@
-//! `-k`: what arrives on a guest's interface for addresses that are not the pod's goes to the outbound listener.
+//! `-k`: connections that arrive on a guest's interface for addresses outside the pod go to the outbound listener.
 
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
@@ -11,13 +11,13 @@ use tests::iptables::{Backend, IptablesCidrs, IptablesOptions, apply};
 use tests::testbed::netlink::{RouteSpec, TABLE_LOCAL};
 use tests::testbed::{Ids, Pod, PodSpec, Sandbox};
 
-/// What guests dial: in -i, and not.
+/// Destinations of guests: one in -i, and one that is not.
 const CAPTURED: [&str; 2] = ["203.0.113.80:80", "[2001:db8:9::80]:80"];
 const OTHER: [&str; 2] = ["203.0.114.80:80", "[2001:db8:a::80]:80"];
 const FROM: [&str; 2] = ["198.51.100.9", "2001:db8::9"];
 const FLAGS: [&str; 6] = ["-u", "1337", "-k", "eth1", "-i", "203.0.113.0/24,2001:db8:9::/48"];
 
-/// The pod, with the world routing the guests' destinations by way of its eth1.
+/// The pod. The world routes the guests' destinations over its eth1.
 fn pod(label: &str) -> (Pod, Actor, Actor) {
     let pod = Pod::new(PodSpec::new(label).with_eth1()).expect("a pod");
     let by_eth1 = [
@@ -28,7 +28,7 @@ fn pod(label: &str) -> (Pod, Actor, Actor) {
     ];
     for (to, via) in by_eth1 {
         let (to, via) = (to.parse().expect("a net"), via.parse().ok());
-        // In the local table, where this world says that everything is its own.
+        // In the local table, because in the world every address is local by default.
         let route = RouteSpec { to, via, dev: Some("pod0-1"), table: TABLE_LOCAL, local: false };
         pod.neighbour().netns.add_route(route).expect("a route");
     }
@@ -99,8 +99,8 @@ fn guests_are_captured_under_iptables() {
     guests_are_captured(&world);
 }
 
-/// Documented: a listener that comes after the attach and is not IP_TRANSPARENT by itself cannot answer for IPv4
-/// addresses that are not the pod's; nothing gets around it. Attaching again makes it so.
+/// Documented: a listener that starts after the attach without IP_TRANSPARENT cannot answer for IPv4 addresses outside the
+/// pod, and no connection passes. The next attach sets the option.
 #[test]
 fn a_later_listener_serves_guests_once_attached_again() {
     let agent = Agent::new("virt").expect("the agent");
@@ -114,7 +114,7 @@ fn a_later_listener_serves_guests_once_attached_again() {
     guests_are_captured(&world);
 }
 
-/// Whoever stays with the pod makes it so within a second, and leaves it as it was.
+/// `run` and the daemon set the option within a second, and reset it at the end.
 #[test]
 fn a_later_listener_serves_guests_where_the_agent_stays() {
     let agent = Agent::new("virt").expect("the agent");
@@ -133,7 +133,7 @@ fn a_later_listener_serves_guests_where_the_agent_stays() {
     assert!(!transparent(&pod).contains(&true));
 }
 
-/// Of the listeners of 15001.
+/// IP_TRANSPARENT of each listener on 15001.
 fn transparent(pod: &Pod) -> Vec<bool> {
     let find = || intercept_agent::listeners::find(&netns_of(pod), &cgroup_of(pod), &[15001]).expect("found");
     find()
@@ -151,9 +151,9 @@ fn cgroup_of(pod: &Pod) -> intercept_agent::cgroup::CgroupDir {
     intercept_agent::cgroup::CgroupDir::open(pod.cgroup.path()).expect("opened")
 }
 
-/// Only what arrives on these interfaces is kept: the pod's own connections to the same destinations leave it.
+/// Only connections that arrive on these interfaces are captured. The pod's connections to the same destinations leave it.
 #[test]
-fn the_pods_own_connections_still_leave() {
+fn connections_of_the_pod_still_leave() {
     let agent = Agent::new("virt").expect("the agent");
     let (pod, inside, world) = pod("virt-own");
     listen(&inside);

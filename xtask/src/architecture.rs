@@ -2,7 +2,7 @@
 
 use clap::ValueEnum;
 
-/// An architecture, by the name that Debian and container images give it.
+/// An architecture, with its name in Debian and in container images.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, ValueEnum)]
 pub(crate) enum Architecture {
     /// x86-64
@@ -17,7 +17,7 @@ impl Architecture {
     /// The architecture of this machine.
     pub(crate) const HOST: Self = if cfg!(target_arch = "aarch64") { Self::Arm64 } else { Self::Amd64 };
 
-    /// Its name in Debian and in container images.
+    /// The name in Debian and in container images.
     pub(crate) fn as_str(self) -> &'static str {
         match self {
             Self::Amd64 => "amd64",
@@ -25,7 +25,7 @@ impl Architecture {
         }
     }
 
-    /// Rust's target. glibc can be linked statically for it.
+    /// The Rust target, for which glibc can be linked statically.
     pub(crate) fn target(self) -> &'static str {
         match self {
             Self::Amd64 => "x86_64-unknown-linux-gnu",
@@ -41,7 +41,7 @@ impl Architecture {
         }
     }
 
-    /// Whether this machine's own compilers build for it.
+    /// Whether this machine's compilers build for it.
     pub(crate) fn is_host(self) -> bool {
         self == Self::HOST
     }

@@ -16,7 +16,7 @@ const AGENT: &str = "intercept-agent";
 /// The programs of the package `tests` that are not tests.
 const PROGRAMS: &str = "tests/src/bin";
 
-/// Builds the agent, optimised; returns where it is.
+/// Builds the agent in release mode. Returns its path.
 pub(crate) fn agent() -> Result<PathBuf> {
     run::shown(run::cargo("build").args(["--release", "--package", AGENT]))?;
     Ok(workspace::target().join("release").join(AGENT))
@@ -31,14 +31,14 @@ pub(crate) fn and_run(name: &str, options: &[OsString]) -> Result<()> {
     run::shown(with_parts(program.args(options), &folder.join(AGENT))?)
 }
 
-/// Builds them for the virtual machine, where there are no libraries; returns the folder they are in.
+/// Builds static programs for the virtual machine, which has no libraries. Returns their folder.
 pub(crate) fn linked_statically(name: &str, architecture: Architecture) -> Result<PathBuf> {
     exists(name)?;
-    // What runs there is seconds long, and building it minutes.
+    // A debug build: the programs run for seconds, and an optimised build takes minutes.
     statically(everything().env("CARGO_PROFILE_RELEASE_OPT_LEVEL", "1"), "static", architecture)
 }
 
-/// Builds the agent for the image, optimised; returns where it is.
+/// Builds the static agent for the image in release mode. Returns its path.
 pub(crate) fn static_agent(architecture: Architecture) -> Result<PathBuf> {
     let mut cargo = run::cargo("build");
     let folder = statically(cargo.args(["--release", "--package", AGENT]), "image", architecture)?;
@@ -48,7 +48,7 @@ pub(crate) fn static_agent(architecture: Architecture) -> Result<PathBuf> {
     Ok(agent)
 }
 
-/// In a folder of its own, so that the usual build is not done anew after this one.
+/// In a separate target folder, so that the usual build stays up to date.
 fn statically(cargo: &mut Command, folder: &str, architecture: Architecture) -> Result<PathBuf> {
     let target = workspace::target().join(folder);
     cross::statically(cargo, architecture)?;
@@ -62,7 +62,7 @@ fn statically(cargo: &mut Command, folder: &str, architecture: Architecture) -> 
     Ok(target.join(architecture.target()).join("release"))
 }
 
-/// Whether an ELF file of 64 bits names an interpreter, as those do that need libraries.
+/// Whether a 64-bit ELF file names an interpreter, as files that need libraries do.
 pub(crate) fn needs_libraries(elf: &[u8]) -> bool {
     const PT_INTERP: u32 = 3;
     let number = |at: usize, bytes: usize| {
@@ -75,14 +75,14 @@ pub(crate) fn needs_libraries(elf: &[u8]) -> bool {
     (0..count).any(|index| number(table.saturating_add(index * size), 4) == PT_INTERP as usize)
 }
 
-/// All of them, because the programs of `tests` start one another.
+/// Builds all programs, because those of `tests` start each other.
 fn everything() -> Command {
     let mut cargo = run::cargo("build");
     cargo.args(["--release", "--package", AGENT, "--package", "tests", "--bins"]);
     cargo
 }
 
-/// Tells a program where the parts are that set-up and the build have made.
+/// Sets the variables with the paths of what set-up and the build have made.
 pub(crate) fn with_parts<'a>(program: &'a mut Command, agent: &Path) -> Result<&'a mut Command> {
     program.env("INTERCEPT_AGENT", agent);
     let envoy = workspace::envoy()?;

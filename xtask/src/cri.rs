@@ -1,5 +1,5 @@
-//! Pods of a real container runtime: containerd, runc and the CNI plugins of Debian, which are unpacked into the cache
-//! and not installed.
+//! Tests with a real container runtime: Debian's containerd, runc and CNI plugins, unpacked into the cache without being
+//! installed.
 
 use std::{fs, path::Path};
 
@@ -10,12 +10,12 @@ use crate::{
     test, workspace,
 };
 
-/// Debian's packages of what runs pods; their libraries (libc6, libseccomp2) are on every system with systemd.
+/// The Debian packages. Their libraries (libc6, libseccomp2) are on every system with systemd.
 const PACKAGES: [&str; 3] = ["containerd", "runc", "containernetworking-plugins"];
-/// What is run from them, and must start here.
+/// The programs in them that must start on this machine.
 const PROGRAMS: [&str; 2] = ["usr/bin/containerd", "usr/sbin/runc"];
 
-/// Runs the tests that need containerd, in namespaces and cgroups of their own.
+/// Runs the tests that need containerd, in their own namespaces and cgroups.
 pub(crate) fn cri(arguments: &parts::Arguments) -> Result<()> {
     let folder = workspace::cache()?.join("cri");
     if arguments.leave_out(&folder, "pods of containerd", "`cargo xtask cri` gets it") {
@@ -40,7 +40,7 @@ fn fetch(folder: &Path) -> Result<()> {
     drop(fs::remove_dir_all(&unpacked));
     fs::create_dir_all(&unpacked).with_context(|| format!("making {}", unpacked.display()))?;
     let lists = PackageLists::default();
-    // Without lists of packages, or with old ones, it finds none.
+    // apt finds no package without up-to-date lists.
     if lists.unpack(&PACKAGES, &unpacked).is_err() {
         run::quietly("updating the lists of packages", &mut setup::apt("update"))?;
         lists.unpack(&PACKAGES, &unpacked)?;

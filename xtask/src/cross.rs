@@ -1,5 +1,5 @@
-//! Building for another architecture than this machine's: the standard library of Rust, and what else of Debian is needed
-//! there. Kept in the cache; nothing is installed but C's compiler and library.
+//! Building for another architecture: Rust's standard library and other Debian packages, which are kept in the cache. Only
+//! the C compiler and library are installed.
 
 use std::{
     ffi::OsString,
@@ -12,20 +12,20 @@ use anyhow::{Context as _, Result};
 
 use crate::{architecture::Architecture, debian::PackageLists, run, workspace};
 
-/// Debian's compiler, which finds the standard library of another architecture when it is told where.
+/// Debian's compiler, which takes the path of another architecture's standard library.
 const DEBIAN_RUSTC: &str = "/usr/bin/rustc";
-/// Its standard library, and a shell with tools for the virtual machine.
+/// The standard library, and a shell with tools for the virtual machine.
 const PACKAGES: [&str; 2] = ["libstd-rust-web-dev", "busybox-static"];
 
-/// Where the standard library of another architecture comes from.
+/// The source of another architecture's standard library.
 enum Library {
-    /// It is one of this compiler's targets (`rustup target add`).
+    /// An installed target of this compiler (`rustup target add`).
     Target,
     /// Debian's, unpacked below this folder, for Debian's compiler.
     Unpacked(PathBuf),
 }
 
-/// Has a cargo command build static programs for an architecture.
+/// Configures a cargo command to build static programs for an architecture.
 pub(crate) fn statically(cargo: &mut Command, architecture: Architecture) -> Result<()> {
     let target = architecture.target();
     let mut flags = vec![OsString::from("-Ctarget-feature=+crt-static")];
@@ -41,7 +41,7 @@ pub(crate) fn statically(cargo: &mut Command, architecture: Architecture) -> Res
         }
     }
     cargo.env("CARGO_ENCODED_RUSTFLAGS", flags.join::<&std::ffi::OsStr>("\u{1f}".as_ref()));
-    // Named, so that the flags are not used for build scripts and macros, which cannot be static.
+    // With an explicit target the flags do not apply to build scripts and macros, which cannot be static.
     cargo.args(["--target", target]);
     Ok(())
 }
@@ -55,7 +55,7 @@ pub(crate) fn parts(architecture: Architecture) -> Result<PathBuf> {
     Ok(folder)
 }
 
-/// Where they are kept.
+/// The folder in the cache.
 pub(crate) fn folder(architecture: Architecture) -> Result<PathBuf> {
     Ok(workspace::cache()?.join(architecture.as_str()))
 }

@@ -1,4 +1,4 @@
-//! Packages of Debian that are unpacked rather than installed.
+//! Debian packages that are unpacked without being installed.
 
 use std::{
     fs,
@@ -10,15 +10,14 @@ use anyhow::{Context, Result, ensure};
 
 use crate::{architecture::Architecture, run};
 
-/// Where lists of packages are: the machine's, or our own beside them.
+/// Lists of packages: those of the machine, or separate ones.
 #[derive(Default)]
 pub(crate) struct PackageLists {
     options: Vec<String>,
 }
 
 impl PackageLists {
-    /// Our own in this folder, which know these sources of the archive that this machine gets Debian from:
-    /// "deb bookworm main".
+    /// Separate lists in this folder, for these sources (`deb bookworm main`) of the Debian archive that this machine uses.
     pub(crate) fn own(
         folder: &Path,
         sources: &[&str],
@@ -31,7 +30,7 @@ impl PackageLists {
         Self::update(folder, &lines, architecture, heading)
     }
 
-    /// Our own in this folder, of the releases of Debian that this machine uses, but of another architecture.
+    /// Separate lists in this folder, for this machine's Debian releases on another architecture.
     pub(crate) fn of_machine(folder: &Path, architecture: Architecture, heading: &str) -> Result<Self> {
         Self::update(folder, &machine_sources()?, architecture, heading)
     }
@@ -51,7 +50,7 @@ impl PackageLists {
             "Dir::Etc::sourceparts=-".to_owned(),
             format!("Dir::State::lists={folder}/lists"),
             format!("Dir::Cache={folder}"),
-            // Packages are all that is asked for.
+            // Only packages are needed.
             "Acquire::Languages=none".to_owned(),
             "Acquire::IndexTargets::deb::DEP-11::DefaultEnabled=false".to_owned(),
         ];
@@ -61,15 +60,15 @@ impl PackageLists {
         Ok(lists)
     }
 
-    /// A program of apt's that uses them.
+    /// A program of apt that uses these lists.
     pub(crate) fn command(&self, program: &str) -> Command {
         let mut command = Command::new(program);
-        // The user that apt would become cannot write to a cache in root's home.
+        // apt's sandbox user cannot write to a cache in root's home.
         command.args(&self.options).args(["-q", "-o", "APT::Sandbox::User=root", "-o", "Acquire::Retries=3"]);
         command
     }
 
-    /// Downloads packages and unpacks them into a folder, which is there.
+    /// Downloads packages and unpacks them into an existing folder.
     pub(crate) fn unpack(&self, packages: &[&str], folder: &Path) -> Result<()> {
         let heading = format!("downloading {}", packages.join(", "));
         let mut download = self.command("apt-get");
@@ -81,7 +80,7 @@ impl PackageLists {
         Ok(())
     }
 
-    /// Downloads the source of a package and unpacks it, with Debian's patches, as a folder that is not there yet.
+    /// Downloads the source of a package and unpacks it with Debian's patches into a new folder.
     pub(crate) fn unpack_source(&self, package: &str, folder: &Path) -> Result<()> {
         let parent = folder.parent().context("a folder to unpack into has no parent")?;
         fs::create_dir_all(parent).with_context(|| format!("making {}", parent.display()))?;
@@ -91,20 +90,20 @@ impl PackageLists {
         let description = with_ending(parent, "dsc")?;
         let description =
             description.first().with_context(|| format!("there is no .dsc in {}", parent.display()))?;
-        // apt has compared it with the signed list.
+        // apt has checked it against the signed list.
         let mut unpack = Command::new("dpkg-source");
         run::output(unpack.args(["--no-check", "--extract"]).arg(description).arg(folder)).map(drop)
     }
 }
 
-/// Those files of a folder.
+/// The files of a folder with this extension.
 fn with_ending(folder: &Path, ending: &str) -> Result<Vec<PathBuf>> {
     let entries = fs::read_dir(folder).with_context(|| format!("reading {}", folder.display()))?;
     let paths = entries.flatten().map(|entry| entry.path());
     Ok(paths.filter(|path| path.extension().is_some_and(|found| found == ending)).collect())
 }
 
-/// The archive that this machine gets Debian from.
+/// The Debian archive that this machine uses.
 fn archive() -> Result<String> {
     let archives = index_targets("$(REPO_URI)")?;
     let debian = archives.lines().find(|uri| uri.trim_end_matches('/').ends_with("/debian"));
@@ -113,7 +112,7 @@ fn archive() -> Result<String> {
         .context("no archive of Debian among apt's sources; these packages come from there")
 }
 
-/// What this machine gets Debian from, security updates included: lines of a sources.list.
+/// The Debian sources of this machine, including security updates, as lines of a sources.list.
 fn machine_sources() -> Result<Vec<String>> {
     let targets = index_targets("$(REPO_URI) $(RELEASE) $(COMPONENT)")?;
     let sources: Vec<String> =

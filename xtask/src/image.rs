@@ -1,8 +1,8 @@
-//! The container image, made without docker from deploy/Dockerfile: the agent as one static file, and nothing else.
+//! The container image, made from deploy/Dockerfile without docker: the agent as one static file.
 //!
-//! The agent is content with glibc linked statically: users and groups it reads from the pods' own files, and the
-//! API's address is a number (KUBERNETES_SERVICE_HOST). Names of hosts, which a kubeconfig may have, are looked up as
-//! well: files and dns are built into glibc since 2.34; other services of nsswitch.conf are not there.
+//! A statically linked glibc is enough: the agent reads users and groups from the pods' files, and the API's address is
+//! numeric (KUBERNETES_SERVICE_HOST). Host names in a kubeconfig are resolved by files and dns, which glibc has built in
+//! since 2.34. Other services of nsswitch.conf are missing.
 
 use std::{
     fs,
@@ -17,17 +17,17 @@ use crate::{architecture::Architecture, build, setup, setup::Group, workspace};
 
 mod archive;
 
-/// What deploy/ calls it.
+/// The name in deploy/.
 pub(crate) const NAME: &str = concat!("intercept-agent:", env!("CARGO_PKG_VERSION"));
 
 #[derive(Args)]
 pub(crate) struct Arguments {
-    /// Architectures that the image is for, all in one archive
+    /// The architectures of the image, all in one archive
     #[arg(long, value_enum, value_delimiter = ',', default_values_t = [Architecture::HOST])]
     arch: Vec<Architecture>,
 }
 
-/// Makes the image and prints where the archive is.
+/// Makes the image and prints the path of the archive.
 pub(crate) fn make(arguments: &Arguments) -> Result<()> {
     setup::setup(&[Group::Base])?;
     let image = named(NAME, &arguments.arch)?;
@@ -38,15 +38,15 @@ pub(crate) fn make(arguments: &Arguments) -> Result<()> {
 
 /// An image in an archive.
 pub(crate) struct Image {
-    /// Where the archive is.
+    /// The path of the archive.
     pub(crate) archive: PathBuf,
-    /// What registries know it by.
+    /// The digest, as in registries.
     pub(crate) digest: String,
     /// The agent in it, by architecture.
     pub(crate) agents: Vec<(Architecture, PathBuf)>,
 }
 
-/// Makes the image that deploy/ names; returns where the archive is.
+/// Makes the image with the name in deploy/. Returns the path of the archive.
 pub(crate) fn image(architectures: &[Architecture]) -> Result<PathBuf> {
     Ok(named(NAME, architectures)?.archive)
 }
@@ -82,10 +82,10 @@ fn root(recipe: &Recipe, architecture: Architecture) -> Result<PathBuf> {
     Ok(root)
 }
 
-/// What stands in the Dockerfile for the architecture's name.
+/// The variable of the architecture in the Dockerfile.
 const ARCHITECTURE: &str = "${TARGETARCH}";
 
-/// What is in the Dockerfile, which has the few instructions that are understood here.
+/// The content of the Dockerfile, of which only a few instructions are supported.
 #[derive(Debug, Default, PartialEq)]
 struct Recipe {
     binary: String,
@@ -111,7 +111,7 @@ impl Recipe {
                 }
                 "ENTRYPOINT" => recipe.entrypoint = list()?,
                 "CMD" => recipe.command = list()?,
-                _ => bail!("{line:?} is not understood by `cargo xtask image`: teach it, too"),
+                _ => bail!("`cargo xtask image` does not support {line:?}"),
             }
         }
         ensure!(

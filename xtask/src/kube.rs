@@ -1,5 +1,5 @@
-//! The API of Kubernetes itself: its server, built from Debian's source, and Debian's etcd, of which the cache keeps
-//! nothing but the two programs.
+//! Tests with a real API server: kube-apiserver, built from Debian's source, and Debian's etcd. The cache only keeps the two
+//! programs.
 
 use std::{
     collections::BTreeSet,
@@ -14,21 +14,21 @@ use crate::{
     architecture::Architecture, debian::PackageLists, parts, run, setup, setup::Group, test, workspace,
 };
 
-/// The release of Debian that has the source, vendored, and compilers that know it.
+/// The Debian release with the vendored source and a matching compiler.
 const SOURCES: [&str; 2] = ["deb bookworm main", "deb-src bookworm main"];
 const SOURCE: &str = "kubernetes";
-/// What its server says it is, and is but for Debian's patches.
+/// The version that the server reports; Debian adds patches.
 const VERSION: &str = "v1.20.2";
 const PACKAGES: [&str; 3] = ["etcd-server", "golang-1.19-go", "golang-1.19-src"];
 const GO_ROOT: &str = "usr/lib/go-1.19";
-/// Where Go looks for it without modules: its own modules' file is older than what is vendored.
+/// The path for Go without modules, because go.mod is older than the vendored packages.
 const PACKAGE: &str = "k8s.io/kubernetes";
-/// What is kept.
+/// The programs that are kept.
 const PROGRAMS: [&str; 2] = ["etcd", "kube-apiserver"];
-/// Examples, of which the server has none.
+/// Example packages, which the server does not contain.
 const EXAMPLES: [&str; 3] = ["/code-generator/", "/sample-apiserver/", "/example"];
 
-/// Runs the tests that need a server of the API, in namespaces and cgroups of their own.
+/// Runs the tests that need an API server, in their own namespaces and cgroups.
 pub(crate) fn kube(arguments: &parts::Arguments) -> Result<()> {
     let folder = workspace::cache()?.join("kube");
     if arguments.leave_out(&folder, "the watch of a real kube-apiserver", "`cargo xtask kube` builds it") {
@@ -39,7 +39,7 @@ pub(crate) fn kube(arguments: &parts::Arguments) -> Result<()> {
         let scratch = folder.with_extension("part");
         drop(fs::remove_dir_all(&scratch));
         let built = build(&scratch, &folder);
-        // Two gigabytes that nothing needs any more.
+        // Two gigabytes that are no longer needed.
         let removed = fs::remove_dir_all(&scratch);
         built.with_context(|| format!("building kube-apiserver in {}", scratch.display()))?;
         removed.with_context(|| format!("removing {}", scratch.display()))?;
@@ -48,7 +48,7 @@ pub(crate) fn kube(arguments: &parts::Arguments) -> Result<()> {
     test::needing("kube", &[("INTERCEPT_KUBE", &folder)])
 }
 
-/// Makes the folder, whole or not at all.
+/// Makes the folder atomically.
 fn build(scratch: &Path, folder: &Path) -> Result<()> {
     let (root, kept) = (scratch.join("root"), scratch.join("kept"));
     for made in [&root, &kept] {
@@ -68,7 +68,7 @@ fn build(scratch: &Path, folder: &Path) -> Result<()> {
     let package = format!("{PACKAGE}/vendor/k8s.io/kube-openapi/cmd/openapi-gen");
     run::quietly("building openapi-gen", go.build(&generator).arg(package))?;
     let mut describe = go.command(&generator);
-    // As its Makefile does, which needs a repository.
+    // As the Makefile does, which needs a git repository.
     describe.arg("--logtostderr").arg("--input-dirs").arg(described(&go.source())?);
     describe.args(["--output-package", &format!("{PACKAGE}/pkg/generated/openapi")]);
     describe.args(["--output-file-base", "zz_generated.openapi", "--report-filename", "/dev/null"]);
@@ -83,7 +83,7 @@ fn build(scratch: &Path, folder: &Path) -> Result<()> {
     fs::rename(&kept, folder).with_context(|| format!("keeping {}", folder.display()))
 }
 
-/// The packages whose types the API has, by the names that they have within the server.
+/// The packages with types of the API, by their names within the server.
 fn described(source: &Path) -> Result<String> {
     let mut grep = Command::new("grep");
     grep.args(["-rlF", "--include=*.go", "+k8s:openapi-gen=", "pkg", "staging/src"]).current_dir(source);
@@ -102,7 +102,7 @@ fn packages(files: &str) -> BTreeSet<String> {
         .collect()
 }
 
-/// The compiler, which writes nothing outside its folder and downloads nothing.
+/// The Go compiler, configured to write only inside its folder and to download nothing.
 struct Go {
     root: PathBuf,
     scratch: PathBuf,

@@ -1,4 +1,4 @@
-//! The project's own commands: `cargo xtask COMMAND`. Each does the set-up it needs.
+//! The commands of the project: `cargo xtask COMMAND`. Each installs what it needs.
 
 use std::{ffi::OsString, process::ExitCode};
 
@@ -43,19 +43,19 @@ struct Arguments {
 
 #[derive(Subcommand)]
 enum Task {
-    /// Get what building, testing or measuring needs, as far as it is not there
+    /// Install what building, testing or measuring needs and what is missing
     Setup(setup::Arguments),
-    /// Build the agent with its eBPF programs, optimised
+    /// Build the agent with its eBPF programs, in release mode
     Build,
-    /// Show a captured pod at work; takes the demo's own options
+    /// Show a captured pod at work; takes the options of the demo
     #[command(disable_help_flag = true)]
     Demo {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         options: Vec<OsString>,
     },
-    /// Check formatting, lints, structure and behaviour; with a filter, only the tests it matches
+    /// Check formatting, lints, structure and behaviour; with a filter, run only the tests that match
     Test(test::Arguments),
-    /// Measure against iptables; takes the benchmark's own options
+    /// Compare with iptables; takes the options of the benchmark
     #[command(disable_help_flag = true)]
     Bench {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
@@ -65,25 +65,25 @@ enum Task {
     Soak(soak::Arguments),
     /// Fuzz the option parser, and decide beside the rules
     Fuzz(fuzz::Arguments),
-    /// Run the demo and the cases that need no tools under other kernels, in virtual machines
+    /// Run the demo and the cases that need no tools under other kernels in virtual machines
     Vm(vm::Arguments),
-    /// Make the container image; prints where its archive is, for `ctr images import` or `docker load`
+    /// Make the container image and print the path of its archive, for `ctr images import` or `docker load`
     Image(image::Arguments),
-    /// Run the image as the DaemonSet's pod in containerd, beside pods that it captures
+    /// Run the DaemonSet's pod and pods that it captures in containerd
     Cri(parts::Arguments),
-    /// Have the daemon watch a real kube-apiserver
+    /// Run the daemon with a real kube-apiserver
     Kube(parts::Arguments),
     /// Check the chart and the manifests in deploy/ without a cluster
     Manifests(manifests::Arguments),
-    /// Make everything that a release consists of, in target/release-files
+    /// Make all files of a release in target/release-files
     Release(release::Arguments),
-    /// Check licences, sources and doubles of the dependencies
+    /// Check licences, sources and duplicates of the dependencies
     Deny(deny::Arguments),
     /// Make the tables in docs/ that are made from the sources
     Docs,
     /// Make docs/architecture.svg from docs/architecture.dot
     Drawing,
-    /// Check the rules of the project that the compiler does not
+    /// Check the rules of the project that the compiler does not check
     Tidy,
     /// Remove what killed runs left: namespaces, cgroups, pins, processes, temporary folders
     Clean,

@@ -1,5 +1,5 @@
-//! Checks what is in deploy/ without a cluster: helm reads the chart, what it gives is compared with the schemas of
-//! Kubernetes' API, and Prometheus' own tool reads and tries the alerts.
+//! Checks deploy/ without a cluster: helm renders the chart, the schemas of the Kubernetes API validate the result, and
+//! promtool checks and tests the alerts.
 
 use std::{fs, path::Path};
 
@@ -13,7 +13,7 @@ use crate::{
 
 mod alerts;
 
-/// Settings under which other parts of the chart appear, and the Kubernetes that they are rendered for.
+/// Settings that enable parts of the chart, and the version of Kubernetes to render for.
 const VARIANTS: [(&[&str], Option<&str>); 6] = [
     (&[], None),
     (&["cni.options={-m,TPROXY}"], None),
@@ -34,11 +34,11 @@ const VARIANTS: [(&[&str], Option<&str>); 6] = [
         ],
         None,
     ),
-    // The oldest that the chart admits, where AppArmor is set by annotation.
+    // The oldest supported version, where AppArmor is an annotation.
     (&[], Some("1.25")),
 ];
 
-/// Values that are refused, and what the refusal names.
+/// Values that are refused, and a part of the message.
 const REFUSED: [(&str, &str); 13] = [
     ("cni.confdir=/etc/cni/net.d", "confdir"),
     ("metric.port=15099", "metric"),
@@ -55,7 +55,7 @@ const REFUSED: [(&str, &str); 13] = [
     ("resources.limits.memory=128MB", "/resources/limits/memory"),
 ];
 
-/// What is in the manifests under a value: each must be there, or must not.
+/// Texts that must or must not be in the manifests with a value.
 const EFFECTS: [(&[&str], Option<&str>, &str, bool); 12] = [
     (&[], None, "appArmorProfile: { type: Unconfined }", true),
     (&[], Some("1.29"), "appArmorProfile", false),
@@ -76,7 +76,7 @@ const EFFECTS: [(&[&str], Option<&str>, &str, bool); 12] = [
     (&["metrics.address=0.0.0.0"], None, "host: 127.0.0.1", true),
 ];
 
-/// Kinds that are not of Kubernetes itself, and have no schema here.
+/// Kinds outside Kubernetes, which have no schema.
 const CUSTOM: [&str; 3] = [
     "apiVersion: k8s.cni.cncf.io/",
     "apiVersion: monitoring.coreos.com/",
@@ -96,7 +96,7 @@ metadata:
 
 #[derive(Args)]
 pub(crate) struct Arguments {
-    /// Write deploy/intercept.yaml anew from the chart
+    /// Write deploy/intercept.yaml from the chart
     #[arg(long)]
     write: bool,
 }
@@ -119,7 +119,7 @@ pub(crate) fn manifests(arguments: &Arguments) -> Result<()> {
     alerts::check()?;
 
     let expected = plain(&Values::default())?;
-    // The one that `cargo xtask image` makes.
+    // The image of `cargo xtask image`.
     ensure!(
         expected.contains(&format!("image: {:?}", image::NAME)),
         "deploy/chart does not run {}: is its appVersion the workspace's version?",
@@ -136,14 +136,14 @@ pub(crate) fn manifests(arguments: &Arguments) -> Result<()> {
     Ok(())
 }
 
-/// The manifests for those without helm, with a namespace of their own.
+/// The manifests for use without helm, with their own namespace.
 pub(crate) fn plain(values: &Values) -> Result<String> {
     let text = helm::rendered(values)?;
     let lines = text.lines().filter(|line| !line.starts_with("# Source"));
     Ok(HEAD.lines().chain(lines).map(|line| format!("{line}\n")).collect())
 }
 
-/// The files of values for distributions, by name.
+/// The names of the files of values for distributions.
 pub(crate) fn platforms() -> Result<Vec<String>> {
     let folder = helm::platforms();
     let entries = fs::read_dir(&folder).with_context(|| format!("listing {}", folder.display()))?;
@@ -163,7 +163,7 @@ fn conforms(values: &Values) -> Result<()> {
     helm::validate(&file, values.kubernetes).with_context(|| format!("rendering the chart with {what:?}"))
 }
 
-/// Whether helm refuses a value, by its schema, with a text that names it.
+/// Checks that helm refuses a value by its schema, with a message that names it.
 fn is_refused(setting: &str, named: &str) -> Result<()> {
     let output = helm::template(&Values::set(&[setting]))?.output().context("starting helm")?;
     let errors = String::from_utf8_lossy(&output.stderr);
@@ -174,7 +174,7 @@ fn is_refused(setting: &str, named: &str) -> Result<()> {
     Ok(())
 }
 
-/// Writes what the chart gives with these settings.
+/// Writes the chart rendered with these settings.
 pub(crate) fn write(settings: &[&str], to: &Path) -> Result<()> {
     fs::write(to, helm::rendered(&Values::set(settings))?)
         .with_context(|| format!("writing {}", to.display()))

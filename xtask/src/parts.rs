@@ -1,4 +1,5 @@
-//! Parts that no set-up gets, because they are large or slow to make: the commands that need them keep them in the cache.
+//! Parts that `setup` does not install, because they are large or slow to build. The commands that need them keep them in the
+//! cache.
 
 use std::{path::Path, process::Command};
 
@@ -9,13 +10,13 @@ use crate::run;
 
 #[derive(Args)]
 pub(crate) struct Arguments {
-    /// Do nothing, and say so, where the parts are not in the cache
+    /// Print a note and do nothing if the parts are not in the cache
     #[arg(long)]
     if_cached: bool,
 }
 
 impl Arguments {
-    /// Whether nothing is to be done; `what` is not, and `remedy` gets the parts.
+    /// Whether to skip `what`, because its parts are not cached. Prints so, with the command that fetches them.
     pub(crate) fn leave_out(&self, folder: &Path, what: &str, remedy: &str) -> bool {
         let left_out = self.if_cached && !folder.is_dir();
         if left_out {
@@ -25,7 +26,7 @@ impl Arguments {
     }
 }
 
-/// Whether programs in the cache start here.
+/// Checks that programs in the cache start on this machine.
 pub(crate) fn try_programs(folder: &Path, programs: &[&str]) -> Result<()> {
     for program in programs {
         run::output(Command::new(folder.join(program)).arg("--version"))

@@ -1,4 +1,4 @@
-//! What a release consists of, made in one folder: RELEASING.md lists the files.
+//! Makes all files of a release in one folder. RELEASING.md lists them.
 
 use std::{
     fs,
@@ -18,22 +18,22 @@ use crate::{
 };
 
 const VERSION: &str = env!("CARGO_PKG_VERSION");
-/// Lists what a binary is built from.
+/// The tool that writes a bill of materials.
 const SBOM: &str = "cargo-cyclonedx@0.5.9";
-/// The packages that are released, and the one whose programs are inside the other.
+/// The released package, and the package of the programs inside it.
 const RELEASED: [&str; 2] = ["intercept-agent", "intercept-ebpf"];
-/// More than the agent has when it is stripped.
+/// The maximum size of the stripped agent.
 const MOST_BYTES: u64 = 24 << 20;
 
 #[derive(Args)]
 pub(crate) struct Arguments {
-    /// The tag that is released: it must be `v` and the version
+    /// The released tag, which must be `v` and the version
     #[arg(long)]
     tag: Option<String>,
-    /// Architectures that are released
+    /// The released architectures
     #[arg(long, value_enum, value_delimiter = ',', default_values_t = [Architecture::HOST])]
     arch: Vec<Architecture>,
-    /// Where the image will be: the chart and the manifests then name it by its digest
+    /// The repository of the image: the chart and the manifests then contain its digest
     #[arg(long, value_name = "REGISTRY/NAME")]
     repository: Option<String>,
 }
@@ -57,7 +57,7 @@ pub(crate) fn release(arguments: &Arguments) -> Result<()> {
     copy(&image.archive, &folder.join(format!("intercept-agent-{VERSION}.oci.tar")))?;
     write(&folder.join("DIGEST"), &format!("{}  {repository}:{VERSION}\n", image.digest))?;
 
-    // A digest is known to registries; an archive that is loaded on nodes has a name alone.
+    // Only registries know digests; an archive that is loaded on nodes has a name.
     let digest = arguments.repository.as_ref().map(|_| image.digest.as_str());
     package_chart(repository, digest, &folder)?;
     let mut settings = vec![format!("image.repository={repository}")];
@@ -77,7 +77,7 @@ pub(crate) fn release(arguments: &Arguments) -> Result<()> {
     Ok(())
 }
 
-/// The workspace, the chart, the changelog and the tag speak of one version.
+/// Checks that the workspace, the chart, the changelog and the tag have the same version.
 fn versions_agree(tag: Option<&str>) -> Result<()> {
     let read = |path: &str| {
         let path = workspace::root().join(path);
@@ -106,7 +106,7 @@ fn check_versions(chart: &str, changelog: &str, tag: Option<&str>) -> Result<()>
     Ok(())
 }
 
-/// The chart, whose values name this image.
+/// Packs the chart with values that name this image.
 fn package_chart(repository: &str, digest: Option<&str>, folder: &Path) -> Result<()> {
     let copy = workspace::target().join("release-chart");
     drop(fs::remove_dir_all(&copy));
@@ -132,7 +132,7 @@ fn naming(values: &str, repository: &str, digest: Option<&str>) -> Result<String
     Ok(text)
 }
 
-/// Of the agent, and of the programs, which are built apart from it.
+/// Writes bills of materials for the agent and for the programs, which are built separately.
 fn bills_of_materials(folder: &Path) -> Result<()> {
     const NAME: &str = "bill-of-materials";
     let tool = workspace::cache()?.join("cargo-cyclonedx");
@@ -145,7 +145,7 @@ fn bills_of_materials(folder: &Path) -> Result<()> {
     list.args(["cyclonedx", "--format", "json", "--spec-version", "1.5", "--quiet"]);
     list.args(["--override-filename", NAME]).env("SOURCE_DATE_EPOCH", "0");
     let listed = run::output(list.current_dir(workspace::root()));
-    // It writes one beside the manifest of every package.
+    // The tool writes one next to the manifest of every package.
     for path in members()? {
         let written = path.join(format!("{NAME}.json"));
         let name = path.file_name().unwrap_or_default().to_string_lossy();

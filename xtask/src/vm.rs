@@ -1,4 +1,4 @@
-//! The demo and the cases under other kernels: Debian's, booted in an emulator that needs no help from this machine's.
+//! Runs the demo and the cases under other kernels of Debian, in an emulator that does not need KVM.
 
 use std::{
     fs,
@@ -21,11 +21,10 @@ use initramfs::Initramfs;
 use kernel::{Kernel, Kernels, Wish};
 use machine::VmStep;
 
-/// What the demo and the agent need that is not built into Debian's kernels: links between namespaces, and
-/// listing sockets.
+/// Modules that the demo and the agent need: links between namespaces, and listing sockets.
 const MODULES: [&str; 4] = ["veth", "inet_diag", "tcp_diag", "udp_diag"];
 
-/// The demo, and what it starts.
+/// The demo and the programs that it starts.
 const PROGRAMS: [&str; 5] = ["demo", "actor", "unusual", "steps", "intercept-agent"];
 
 /// Kernels that are too old: `check` says what they lack, and `attach` refuses in the same words.
@@ -33,23 +32,22 @@ const TOO_OLD: [&str; 1] = ["5.10"];
 
 #[derive(Args)]
 pub(crate) struct Arguments {
-    /// Kernels, each by the first two numbers of its version, or `newest`: Debian has 5.10, 6.1, 6.12 and those in
-    /// backports
+    /// Kernels by the first two numbers of the version, or `newest`. Debian has 5.10, 6.1, 6.12 and those in backports
     #[arg(long, value_delimiter = ',', default_values = ["5.10", "6.1", "6.12", "6.18", "newest"])]
     kernel: Vec<Wish>,
     /// The architecture of the machines
     #[arg(long, value_enum, default_value_t = Architecture::HOST)]
     arch: Architecture,
-    /// Leave out, and say so, what is not in the cache
+    /// Print a note and skip kernels that are not in the cache
     #[arg(long)]
     if_cached: bool,
-    /// Only boot, and print the kernel's version
+    /// Only boot and print the kernel's version
     #[arg(long)]
     boot_only: bool,
-    /// Instead of the demo, try the agent under AppArmor: confined as by a runtime's default profile, then unconfined
+    /// Test the agent under AppArmor instead: confined by a runtime's default profile, then unconfined
     #[arg(long, conflicts_with = "boot_only")]
     apparmor: bool,
-    /// Seconds until a machine is stopped
+    /// Seconds until a virtual machine is stopped
     #[arg(long, default_value_t = 600)]
     timeout: u64,
     /// Options for the demo
@@ -57,7 +55,7 @@ pub(crate) struct Arguments {
     options: Vec<String>,
 }
 
-/// Runs the demo and the cases under each of the kernels.
+/// Runs the demo and the cases under each kernel.
 pub(crate) fn vm(arguments: &Arguments) -> Result<()> {
     let kernels = kernels(arguments)?;
     if kernels.is_empty() {
@@ -95,7 +93,7 @@ pub(crate) fn vm(arguments: &Arguments) -> Result<()> {
     Ok(())
 }
 
-/// The kernels that are asked for, or why one cannot be had; what is not to be got is left out.
+/// The requested kernels, or the errors. Kernels that are not cached are left out if only cached ones are requested.
 fn kernels(arguments: &Arguments) -> Result<Vec<(&Wish, Result<Kernel>)>> {
     let kernels = Kernels::of(arguments.arch)?;
     if !arguments.if_cached {
@@ -139,7 +137,7 @@ fn boot(kernel: &Kernel, programs: Option<&Path>, arguments: &Arguments) -> Resu
     machine::run(kernel, &image, parameters, &file("log"), Duration::from_secs(arguments.timeout))
 }
 
-/// What the machine does.
+/// The script that the machine runs.
 fn script(has_programs: bool, options: &[String]) -> String {
     let mut script = "step kernel uname -r\n".to_owned();
     if has_programs {
@@ -152,7 +150,7 @@ fn script(has_programs: bool, options: &[String]) -> String {
     script
 }
 
-/// Whether all went as it must, in a few words.
+/// Checks the steps and summarises them.
 fn judge(kernel: &Kernel, steps: &[VmStep]) -> Result<String> {
     let too_old = TOO_OLD.contains(&kernel.series.to_string().as_str());
     let unmet: Vec<&str> = steps
@@ -162,7 +160,7 @@ fn judge(kernel: &Kernel, steps: &[VmStep]) -> Result<String> {
         .collect();
     ensure!(unmet.is_empty(), "under Linux {}: failed: {}", kernel.series, unmet.join(", "));
     if too_old && !steps.iter().any(|step| step.name == "refusal" || steps.len() == 1) {
-        bail!("Linux {} is captured under, which was too old: take it off the list", kernel.series);
+        bail!("Linux {} supports capture; remove it from the list of unsupported kernels", kernel.series);
     }
     Ok(steps.iter().map(|step| step.last.as_str()).collect::<Vec<_>>().join("; "))
 }

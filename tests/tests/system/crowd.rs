@@ -1,4 +1,4 @@
-//! How many connections one pod can have at the same time.
+//! The number of concurrent connections of one pod.
 
 use std::time::{Duration, Instant};
 
@@ -8,11 +8,11 @@ use tests::testbed::{Ids, Pod, PodSpec};
 
 use crate::fixture::{addr, eventually};
 
-/// Each end takes a descriptor, of which a process here may have 20,000.
+/// Each end needs a descriptor, and a process may have 20,000 here.
 const PROCESSES: u32 = 4;
 const EACH: u32 = 15_000;
 
-/// 28,232 local ports would be the end if all dialled the same address of the proxy.
+/// With a single address of the proxy the limit would be 28,232 local ports.
 #[test]
 fn sixty_thousand_connections_to_three_destinations() {
     hold("0.0.0.0:15001", ["10.96.0.1:80", "10.96.0.2:80", "198.51.100.3:443"]);
@@ -41,7 +41,7 @@ fn every_destination_has_the_whole_range_of_ports() {
         let mut running =
             LoadProcess::start(&program, &pod, Ids::PROXY, &LoadRole::Accept(accept)).expect("a proxy");
         let to = (1..=20).map(|n| addr(&to.replace("{}", &n.to_string()))).collect();
-        // Ten for each of twenty, but for ports that the kernel gives out in pairs.
+        // Ten for each of twenty, less the ports that the kernel only assigns in pairs.
         let dial = LoadDial { to, from: None, count: 100, threads: 1, method: LoadMethod::Held };
         let mut clients =
             LoadProcess::start(&program, &pod, Ids::APP, &LoadRole::Dial(dial)).expect("clients");
@@ -74,7 +74,7 @@ fn hold(proxy: &str, to: [&str; 3]) {
     assert_eq!(all(&mut proxies, |swarm| swarm.seen().expect("a tally")), right);
     assert_eq!(agent.remembered().expect("the map"), (PROCESSES * EACH) as usize);
 
-    // With all of them there, each is still told right.
+    // Each original destination is still right with all connections open.
     all(&mut proxies, |swarm| swarm.again().map(|()| LoadTally::default()).expect("asked"));
     assert_eq!(all(&mut proxies, |swarm| swarm.seen().expect("a tally")), right);
     drop((clients, proxies));

@@ -6,15 +6,15 @@ use std::time::{Duration, Instant};
 use tests::actor::{Actor, Bind, Dial, DialOutcome, Dialled, Listen, Transport};
 use tests::testbed::{Ids, Pod, PodSpec};
 
-/// What answers where: the proxy on its two ports, the application on 8080, the world on [`WORLD`].
+/// The proxy listens on its two ports, the application on 8080, and the world on [`WORLD`].
 pub(crate) struct SystemFixture {
     pub(crate) inside: Actor,
     pub(crate) world: Actor,
-    // Last, so that the processes are gone before the namespaces.
+    // Last, so that processes end before the namespaces are removed.
     pub(crate) pod: Pod,
 }
 
-/// Ports on which the world answers.
+/// The ports of the world.
 pub(crate) const WORLD: [u16; 3] = [80, 81, 82];
 
 impl SystemFixture {
@@ -35,12 +35,12 @@ impl SystemFixture {
         fixture
     }
 
-    /// Who answers the application.
+    /// The server that answers the application.
     pub(crate) fn outbound(&self, to: &str) -> String {
         who(&self.inside.dial(Dial::new(Ids::APP, addr(to))).expect("dialled"))
     }
 
-    /// Who answers a client in the world.
+    /// The server that answers a client in the world.
     pub(crate) fn inbound(&self, to: &str) -> String {
         who(&self.world.dial(Dial::new(Ids::ROOT, addr(to))).expect("dialled"))
     }
@@ -51,7 +51,7 @@ pub(crate) fn listen(actor: &Actor, name: &str, ids: Ids, at: SocketAddr) {
     actor.listen(Listen { name: name.into(), transport: Transport::Tcp, bind }).expect("a listener");
 }
 
-/// The server that answered, or why none did.
+/// The server that answered, or the error.
 pub(crate) fn who(dialled: &Dialled) -> String {
     match &dialled.outcome {
         DialOutcome::Answered(answer) => answer.server.clone(),
@@ -63,7 +63,7 @@ pub(crate) fn addr(text: &str) -> SocketAddr {
     text.parse().unwrap_or_else(|_| panic!("{text} is not an address with port"))
 }
 
-/// Waits until something is as it must be, and says what it was when it does not become so.
+/// Waits until a value is as expected, and panics with the last value after a timeout.
 pub(crate) fn eventually<T: PartialEq + std::fmt::Debug>(
     what: &str,
     limit: Duration,

@@ -9,7 +9,7 @@ use tests::testbed::{Ids, Pod, PodSpec};
 
 use crate::fixture::{SystemFixture, addr};
 
-/// Two policies that tell each flow of the hammer apart, in mode and lists.
+/// Two policies that differ in mode and lists for each flow of the load.
 pub(crate) const ONE: [&str; 14] =
     ["-m", "REDIRECT", "-i", "*", "-b", "*", "-d", "8081", "-o", "81", "-u", "1337", "-g", "1337"];
 pub(crate) const OTHER: [&str; 16] = [
@@ -41,7 +41,7 @@ fn the_same_again_changes_nothing() {
     assert_eq!(before.1[0]["decisions"].as_array().map(Vec::len), Some(1), "{:#}", before.1);
     let snapshot = Snapshot::of(&fixture.pod).expect("a snapshot");
     assert!(agent.attach(&fixture.pod, &INIT_FLAGS).expect("attached").starts_with("unchanged"));
-    // The same in other words.
+    // The same options, written differently.
     let words = [
         "--envoy-port=15001",
         "--inbound-capture-port=15006",
@@ -51,13 +51,13 @@ fn the_same_again_changes_nothing() {
         "--proxy-uid=1337",
     ];
     assert!(agent.attach(&fixture.pod, &words).expect("attached").starts_with("unchanged"));
-    // Policy, links and counters: a pin that was made anew has another inode.
+    // Policy, links and counters. A new pin has a new inode.
     assert_eq!((tree(agent.bpffs()).expect("a tree"), agent.status().expect("a status")), before);
     assert_eq!(snapshot.difference(&Snapshot::of(&fixture.pod).expect("a snapshot")), [""; 0]);
     agent.detach(&fixture.pod).expect("detached");
 }
 
-/// Whatever the moment, a connection is decided by the one policy or the other.
+/// At any moment a connection is decided by one of the two policies.
 #[test]
 fn other_options_replace_it_without_a_gap() {
     let agent = Agent::new("replace").expect("the agent");
@@ -99,7 +99,7 @@ fn other_options_replace_it_without_a_gap() {
             let flags: &[&str] = if round % 2 == 0 { &OTHER } else { &ONE };
             assert!(agent.attach(&fixture.pod, flags).expect("attached").starts_with("replaced"));
             let (direct, captured) = if round % 2 == 0 { (82, 81) } else { (81, 82) };
-            // In force once the agent has said so.
+            // Active when the agent has printed so.
             assert_eq!(fixture.outbound(&format!("10.96.0.10:{direct}")), "world", "round {round}");
             assert_eq!(fixture.outbound(&format!("10.96.0.10:{captured}")), "outbound", "round {round}");
         }
@@ -127,7 +127,7 @@ fn detach_leaves_everything_as_it_was() {
         let pins = tree(agent.bpffs()).expect("a tree");
         agent.attach(&fixture.pod, flags).expect("attached");
         let attached = before.difference(&Snapshot::of(&fixture.pod).expect("a snapshot"));
-        // So that the comparison below is one.
+        // Makes the comparison below exact.
         for changed in ["CONNECT", "SK_LOOKUP", "::6/128"] {
             assert!(attached.iter().any(|line| line.contains(changed)), "{changed}: {attached:#?}");
         }
@@ -140,13 +140,13 @@ fn detach_leaves_everything_as_it_was() {
         assert_eq!(tree(agent.bpffs()).expect("a tree"), pins, "{label}");
         assert_eq!(fixture.outbound("10.96.0.10:80"), "world");
         assert_eq!(fixture.inbound("10.66.0.2:8080"), "app");
-        // What is not attached cannot be detached, and that is said.
+        // Detaching a pod that is not attached is an error.
         let error = agent.detach(&fixture.pod).expect_err("nothing is attached").to_string();
         assert!(error.contains("not attached"), "{error}");
     }
 }
 
-/// What somebody else put into the namespace is not the agent's to take away.
+/// The agent does not remove what others have added to the namespace.
 #[test]
 fn what_was_there_before_stays() {
     let agent = Agent::new("before").expect("the agent");

@@ -1,4 +1,4 @@
-//! The agent as a whole: its commands on pods of the testbed, with real connections.
+//! The agent's commands on pods of the testbed, with real connections.
 
 mod crowd;
 mod fixture;

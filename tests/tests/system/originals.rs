@@ -1,4 +1,4 @@
-//! Original destinations: right for everybody who asks, and forgotten when their connection is gone.
+//! Original destinations: right for every reader, and removed with their connection.
 
 use std::net::SocketAddr;
 use std::time::Duration;
@@ -20,13 +20,13 @@ fn accept(at: &str) -> Accept {
     Accept { addr: addr(at), backlog: 4096, keep: false, paused: false }
 }
 
-/// Services at which nothing listens: only the proxy can answer.
+/// Services without listeners, so that only the proxy can answer.
 fn services(v6: bool) -> Vec<SocketAddr> {
     let service = |n| if v6 { format!("[fd96::{n}]:80") } else { format!("10.96.0.{n}:80") };
     (1..=10).map(|n| addr(&service(n))).collect()
 }
 
-/// What a proxy sees until it has seen so many.
+/// The result of a proxy after this number of connections.
 fn seen(proxy: &mut LoadProcess, count: u32) -> LoadTally {
     let mut sum = LoadTally::default();
     eventually("connections that the proxy has seen", LIMIT, &true, || {
@@ -41,7 +41,7 @@ fn all_right(count: u32) -> LoadTally {
 }
 
 fn fast_opens(pod: &Pod) -> u64 {
-    // Two lines for each group: names, then values.
+    // Two lines for each group: the names and the values.
     let read = || std::fs::read_to_string("/proc/thread-self/net/netstat");
     let text = pod.netns.run(read).expect("entered").expect("netstat");
     let mut lines = text.lines().filter(|line| line.starts_with("TcpExt:"));
@@ -51,7 +51,7 @@ fn fast_opens(pod: &Pod) -> u64 {
     value.parse().expect("a number")
 }
 
-/// A hundred thousand connections, one way and the other; then nothing is remembered.
+/// After a hundred thousand connections of every kind, no entry is left.
 #[test]
 fn they_are_forgotten_with_their_connections() {
     let agent = Agent::new("originals").expect("the agent");
@@ -65,14 +65,14 @@ fn they_are_forgotten_with_their_connections() {
         let tally = LoadProcess::dial(&program, &pod, Ids::APP, dial).expect("dialled");
         assert_eq!(tally, all_right(count), "{method:?}");
     };
-    // Phase by phase, so that what leaks is known.
+    // By phase, so that a leak can be attributed.
     let forgotten = |what: &str| {
         eventually(what, LIMIT, &0, || agent.remembered().expect("the map"));
     };
     let mut total = 0;
     for (v6, at, share) in [(false, "0.0.0.0:15001", 4), (true, "[::]:15001", 1)] {
         let to = services(v6);
-        // Before anything listens.
+        // Without a listener.
         dial(&to, 2_000 * share, LoadMethod::Refused);
         forgotten("refused");
 
@@ -87,7 +87,7 @@ fn they_are_forgotten_with_their_connections() {
         assert!(fast_opens(&pod) - before >= u64::from(1_500 * share), "no data went with the SYN");
         forgotten("opened fast");
 
-        // The client is gone before the proxy accepts, and the proxy is still told.
+        // The client closes before the proxy accepts, and the proxy still gets the destination.
         for method in [LoadMethod::Early, LoadMethod::EarlyFastOpen] {
             for _ in 0..share {
                 running.pause().expect("paused");
@@ -98,7 +98,7 @@ fn they_are_forgotten_with_their_connections() {
             }
         }
 
-        // More than the kernel takes without the proxy: some are reset, some are not even established.
+        // More than the backlog: some connections are reset, and some are not even established.
         running.pause().expect("paused");
         dial(&to, 2_500 * share, LoadMethod::Abandoned);
         running.go().expect("going");
@@ -110,7 +110,7 @@ fn they_are_forgotten_with_their_connections() {
     agent.detach(&pod).expect("detached");
 }
 
-/// The same addresses and the same ports at both ends, at the same time.
+/// The same addresses and ports at both ends, at the same time.
 #[test]
 fn pods_of_equal_addresses_are_kept_apart() {
     const COUNT: u32 = 500;
@@ -121,7 +121,7 @@ fn pods_of_equal_addresses_are_kept_apart() {
     let mut running = Vec::new();
     for (pod, service) in pods.iter().zip(["192.0.2.1:80", "192.0.2.2:443"]) {
         agent.attach(pod, &INIT_FLAGS).expect("attached");
-        // Not on all addresses, so that the proxy's end is the same whatever is dialled.
+        // One address, so that the proxy's end is the same for all destinations.
         let mut proxy = proxy(&program, pod, Accept { keep: true, ..accept("127.0.0.1:15001") });
         let from = Some(SocketAddr::new(pod.address(false), 20_000));
         let dial =
@@ -137,7 +137,7 @@ fn pods_of_equal_addresses_are_kept_apart() {
         proxy.again().expect("asked");
         assert_eq!(proxy.seen().expect("a tally"), all_right(COUNT));
     }
-    // The one pod's connections go, the other's stay.
+    // Connections of one pod end, and those of the other stay.
     drop(running.remove(0));
     eventually("original destinations", LIMIT, &(COUNT as usize), || agent.remembered().expect("the map"));
     let (proxy, _clients) = &mut running[0];

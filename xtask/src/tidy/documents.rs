@@ -12,16 +12,15 @@ const README: &str = "README.md";
 const DRAWN: &str = "docs/architecture.dot";
 const DRAWING: &str = "docs/architecture.svg";
 
-/// How many lines a reader sees without scrolling.
+/// The number of lines that a reader sees without scrolling.
 const FIRST_SCREEN: usize = 40;
 
-/// What is written between backquotes and ends like this is a path.
+/// Text between backquotes with such an ending is a path.
 const ENDINGS: [&str; 7] = [".rs", ".md", ".toml", ".sh", ".yaml", ".conf", "/"];
 
-/// Every path that is mentioned exists, and every module at the top of a crate is mentioned.
+/// Every path in ARCHITECTURE.md exists, and every top-level module of a crate is mentioned.
 ///
-/// A path is written from the root of the workspace, or, below a heading that names a crate, from that crate's
-/// folder or its `src`.
+/// A path is relative to the workspace or, below a heading with the name of a crate, to the crate's folder or its `src`.
 pub(super) fn architecture_is_true(tree: &Tree) -> Vec<String> {
     let Some(text) = tree.text(ARCHITECTURE) else {
         return vec![format!("{ARCHITECTURE}: there is no such file")];
@@ -51,7 +50,7 @@ pub(super) fn architecture_is_true(tree: &Tree) -> Vec<String> {
     complaints
 }
 
-/// Whether the path is `CRATE/src/MODULE.rs`; a crate's root itself says nothing.
+/// Whether the path is `CRATE/src/MODULE.rs`, except the root of a crate.
 fn is_top_module(path: &Path) -> bool {
     let parts: Vec<_> = path.iter().collect();
     matches!(parts[..], [_, src, file] if src == "src" && file != "main.rs" && file != "lib.rs")
@@ -61,12 +60,12 @@ fn paths(line: &str) -> impl Iterator<Item = &str> {
     let quoted = line.split('`').skip(1).step_by(2);
     quoted.filter(|text| {
         let plain = text.chars().all(|c| c.is_ascii_alphanumeric() || "._-/".contains(c));
-        // What begins with a slash is of the machine, not of the workspace.
+        // Absolute paths are not in the workspace.
         plain && !text.starts_with('/') && ENDINGS.iter().any(|ending| text.ends_with(ending))
     })
 }
 
-/// Every label of the drawing's text is in the drawing.
+/// Every label of the text is in the drawing.
 pub(super) fn drawing_is_of_its_text(tree: &Tree) -> Vec<String> {
     let (Some(text), Some(drawing)) = (tree.text(DRAWN), tree.text(DRAWING)) else {
         return vec![format!("{DRAWN} or {DRAWING}: there is no such file")];
@@ -80,7 +79,7 @@ pub(super) fn drawing_is_of_its_text(tree: &Tree) -> Vec<String> {
         .collect()
 }
 
-/// A link in a document to a file of the project leads to one that is there.
+/// Links between documents lead to existing files.
 pub(super) fn links_lead_somewhere(tree: &Tree) -> Vec<String> {
     let mut complaints = Vec::new();
     for (path, text) in tree.with_extension("md") {
@@ -98,7 +97,7 @@ pub(super) fn links_lead_somewhere(tree: &Tree) -> Vec<String> {
     complaints
 }
 
-/// Without `..`, as it stands in the list of files.
+/// The path without `..`, as in the list of files.
 fn resolved(path: &Path) -> PathBuf {
     let mut resolved = PathBuf::new();
     for part in path.components() {
@@ -111,7 +110,7 @@ fn resolved(path: &Path) -> PathBuf {
     resolved
 }
 
-/// Two commands, which do everything, before anything else is asked of the reader.
+/// The README begins with two commands, and requires nothing else before them.
 pub(super) fn readme_opens_with_two_commands(tree: &Tree) -> Vec<String> {
     let Some(text) = tree.text(README) else { return vec![format!("{README}: there is no such file")] };
     let mut commands = Vec::new();

@@ -24,7 +24,7 @@ const SCHEMA: &str = "deploy/chart/values.schema.json";
 const ALERTS: &str = "deploy/chart/files/alerts.yaml";
 const DASHBOARD: &str = "deploy/chart/files/dashboard.json";
 
-/// What the samples of one metric are called besides its name.
+/// Suffixes of the samples of a metric.
 const SAMPLES: [&str; 4] = ["_total", "_bucket", "_sum", "_count"];
 
 /// The first column of the table below this heading names exactly these.
@@ -134,7 +134,7 @@ pub(super) fn values_have_a_schema(tree: &Tree) -> Vec<String> {
     compared().unwrap_or_else(|error: String| vec![error])
 }
 
-/// Whatever is called `intercept_...` in a dashboard or an alert is a metric.
+/// Every name `intercept_...` in a dashboard or an alert is a metric.
 pub(super) fn dashboards_and_alerts_use_metrics(tree: &Tree) -> Vec<String> {
     let compared = || {
         let metrics = metrics(tree)?;

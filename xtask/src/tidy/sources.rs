@@ -4,13 +4,13 @@ use std::path::Path;
 
 use super::Tree;
 
-/// How long a file may be: one idea, read in one sitting.
+/// The maximum length of a file.
 const LINES: usize = 500;
 
-/// Files that are longer, and why.
+/// Longer files, with the reason.
 const LONG: [(&str, &str); 0] = [];
 
-/// Files that may say `unsafe`: context reads, map access, raw system calls.
+/// Files that may use `unsafe`: context reads, map access, raw system calls.
 const UNSAFE: [&str; 37] = [
     "intercept-agent/src/acceleration/self_test/queue.rs",
     "intercept-agent/src/commands/run.rs",
@@ -51,10 +51,10 @@ const UNSAFE: [&str; 37] = [
     "tests/src/testbed/sandbox.rs",
 ];
 
-/// Where the names of maps and programs are.
+/// The file with the names of maps and programs.
 const NAMES: &str = "intercept-common/src/names.rs";
 
-/// What the kernel keeps of a name (`BPF_OBJ_NAME_LEN` less the end).
+/// The length of a name in the kernel (`BPF_OBJ_NAME_LEN` without the terminating zero).
 const NAME_BYTES: usize = 15;
 
 pub(super) fn manifests_inherit_lints(tree: &Tree) -> Vec<String> {
@@ -114,7 +114,7 @@ pub(super) fn unsafe_is_where_it_may_be(tree: &Tree) -> Vec<String> {
     complaints
 }
 
-/// The first line of code that opens something unsafe. Attributes do not count: they tell the linker something.
+/// The first line with unsafe code. Attributes do not count, because they only concern the linker.
 fn says_unsafe(text: &str) -> Option<usize> {
     let what = ["{", "fn ", "impl ", "extern ", "trait "].map(|what| format!("{} {what}", "unsafe"));
     let found = text.lines().position(|line| {

@@ -84,7 +84,7 @@ impl Member {
     /// Runs a task to its end.
     pub(crate) fn run<F: Future<Output = ()> + 'static>(&self, task: impl FnOnce() -> F + Send + 'static) {
         let task: MemberTask = Box::new(move || Box::pin(task()));
-        assert!(self.tasks.send(task).is_ok(), "the threads of a crew run as long as the process");
+        assert!(self.tasks.send(task).is_ok(), "the threads of the pool run as long as the process");
     }
 
     /// Runs a task to its end or until told to stop, when it is dropped.
