@@ -24,6 +24,8 @@ pub const MAX_PODS: u32 = 1024;
 /// open. The newest is nearly always open, and a new listener replaces a closed newest one. The search fails only if more
 /// listeners than this were open at once, and all of them were closed while an older one stayed open.
 pub const LISTENER_SEARCH: u32 = 256;
+/// Most open listening sockets of a (pod, port, family, scope). A further one receives no connections.
+pub const LISTENER_SLOTS: u32 = 512;
 /// Concurrent handshakes that can be told apart when NAT rewrites the client's address. A power of two.
 pub const HANDSHAKES: u32 = 1 << 14;
 

@@ -6,7 +6,9 @@ use aya_ebpf::{
 };
 use intercept_common::{
     failure::Failure,
-    layout::{LISTENER_SEARCH, ListenerKey, LookupScratch, PodPolicy, Proxy, bound, scope},
+    layout::{
+        LISTENER_SEARCH, LISTENER_SLOTS, ListenerKey, LookupScratch, PodPolicy, Proxy, Ring, bound, scope,
+    },
 };
 
 use crate::{
@@ -78,19 +80,19 @@ fn set_bound(pod: &PodPolicy, proxy: ProxyState, port: u16, v6: bool, bound: u16
 /// slot.
 #[inline(always)]
 fn register(ops: *mut bpf_sock_ops, mut key: ListenerKey, ring: ListenerRing) -> Result<(), i32> {
-    /// Most listeners that start at the same time.
-    const RIVALS: u32 = 4;
+    /// Open listeners that are passed over to find a free slot. Those ahead are the oldest, of which few are open.
+    const TRIES: u32 = 8;
     let top = ring.top();
     if top != 0 {
-        key.slot = (top - 1) as u32;
+        key.slot = Ring::slot(top - 1);
         match maps::add_listener(ops, key) {
             Err(error) if error == -EEXIST => {}
             done => return done,
         }
     }
     let mut result = Err(-EEXIST);
-    for _ in 0..RIVALS {
-        key.slot = ring.take() as u32;
+    for _ in 0..TRIES {
+        key.slot = Ring::slot(ring.take());
         result = maps::add_listener(ops, key);
         match result {
             Err(error) if error == -EEXIST => {}
@@ -123,12 +125,13 @@ fn assign_from(ctx: &SkLookupContext, mut key: ListenerKey, ring: ListenerRing) 
     if maps::assign_listener(ctx, &key).is_ok() {
         return true;
     }
-    key.slot = top as u32;
+    let mut number = top as u32;
     for _ in 0..LISTENER_SEARCH {
-        if key.slot == 0 {
+        if number == 0 {
             break;
         }
-        key.slot -= 1;
+        number -= 1;
+        key.slot = number % LISTENER_SLOTS;
         if maps::assign_listener(ctx, &key).is_ok() {
             ring.set_hint(key.slot.into());
             return true;

@@ -33,7 +33,7 @@ static GROUPS: HashMap<MemberKey, u32> =
 static INTERFACES: HashMap<MemberKey, u32> =
     HashMap::with_max_entries(budget::for_all_pods(budget::INTERFACES), BPF_F_NO_PREALLOC);
 #[map]
-static LISTENERS: SockHash<ListenerKey> = SockHash::with_max_entries(1 << 15, 0);
+static LISTENERS: SockHash<ListenerKey> = SockHash::with_max_entries(1 << 17, 0);
 #[map]
 static ORIG_DST: HashMap<ConnKey, OrigDst> = HashMap::with_max_entries(MANY, BPF_F_NO_PREALLOC);
 #[map]

@@ -95,14 +95,14 @@ impl ProxyState {
 }
 
 impl ListenerRing {
-    /// One above the highest slot ever used.
+    /// How many slots were taken so far.
     #[inline(always)]
     pub(crate) fn top(self) -> u64 {
         // SAFETY: see `ProxyState::connections`.
         unsafe { (&raw const (*self.0).top).read_volatile() }
     }
 
-    /// Takes the next slot.
+    /// Takes the next number, whose slot is [`Ring::slot`].
     #[inline(always)]
     pub(crate) fn take(self) -> u64 {
         // SAFETY: see `ProxyState::connections`.

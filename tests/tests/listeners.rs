@@ -103,6 +103,30 @@ fn a_listener_that_is_opened_again_and_again_takes_no_more_room() {
     fixture.agent.detach(&fixture.pod).expect("detached");
 }
 
+/// One pod cannot fill the map of all pods' listeners: beyond its budget a listener is counted, and the others serve.
+#[test]
+fn a_pod_with_too_many_listeners_is_limited_to_its_own() {
+    for attached_first in [true, false] {
+        let fixture = ListenersFixture::new("many");
+        let attach = || fixture.agent.attach(&fixture.pod, &INIT_FLAGS).expect("attached");
+        if attached_first {
+            attach();
+        }
+        let many = fixture.open("many", 600);
+        if !attached_first {
+            attach();
+        }
+        assert_eq!(fixture.answer(false), "many");
+        let status = fixture.agent.status().expect("a status");
+        let listed = status[0]["listeners"].as_array().map_or(0, Vec::len);
+        assert_eq!(listed, 512, "attached first: {attached_first}");
+        fixture.close(many);
+        let _again = fixture.open("again", 1);
+        assert_eq!(fixture.answer(false), "again");
+        fixture.agent.detach(&fixture.pod).expect("detached");
+    }
+}
+
 fn mptcp(at: SocketAddr) -> std::io::Result<OwnedFd> {
     let socket = Socket::new(Domain::for_address(at), Type::STREAM, Some(Protocol::MPTCP))?;
     socket.bind(&at.into())?;

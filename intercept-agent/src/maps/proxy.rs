@@ -10,7 +10,7 @@ use std::{
 
 use aya::maps::{Array, IterableMap as _, MapData, MapError};
 use intercept_common::{
-    layout::{ListenerKey, MAX_PODS, PodPolicy, Proxy, ProxyPort, Ring, scope},
+    layout::{LISTENER_SLOTS, ListenerKey, MAX_PODS, PodPolicy, Proxy, ProxyPort, Ring, scope},
     names,
 };
 
@@ -24,6 +24,8 @@ pub enum Registered {
     Yes,
     /// It is an MPTCP socket, which no map of sockets accepts.
     Mptcp,
+    /// Its port has [`LISTENER_SLOTS`] open listeners: it receives no connections, the others do.
+    TooMany,
 }
 
 pub(super) fn open(dir: &Path) -> Result<SharedArray<Proxy>, MapsError> {
@@ -51,9 +53,8 @@ impl Maps {
         ) else {
             return Ok(Registered::Yes);
         };
-        loop {
-            let next = top.fetch_add(1, Ordering::Relaxed);
-            let key = ListenerKey { slot: u32::try_from(next).unwrap_or(u32::MAX), ..key };
+        for _ in 0..LISTENER_SLOTS {
+            let key = ListenerKey { slot: Ring::slot(top.fetch_add(1, Ordering::Relaxed)), ..key };
             match self.listeners.insert(Plain(key), socket.as_raw_fd(), BPF_NOEXIST) {
                 Ok(()) => {
                     mptcp.fetch_and(!(1 << index), Ordering::Relaxed);
@@ -65,12 +66,13 @@ impl Maps {
                     mptcp.fetch_or(1 << index, Ordering::Relaxed);
                     return Ok(Registered::Mptcp);
                 }
-                // A program has used this slot to replace a closed newest listener.
+                // Another listener is open in this slot.
                 Err(MapError::SyscallError(error)) if error.io_error.raw_os_error() == Some(libc::EEXIST) => {
                 }
                 Err(error) => return Err(failed("registering a listener in", names::LISTENERS)(error)),
             }
         }
+        Ok(Registered::TooMany)
     }
 
     /// Reads the registered listeners of a namespace.

@@ -2,7 +2,7 @@
 
 use std::{collections::BTreeSet, io};
 
-use intercept_common::layout::{ListenerKey, PodPolicy, ProxyPort, bound, scope};
+use intercept_common::layout::{LISTENER_SLOTS, ListenerKey, PodPolicy, ProxyPort, bound, scope};
 use nix::sys::socket::{getsockopt, setsockopt, sockopt};
 
 use super::{Node, NodeError, Target};
@@ -102,7 +102,7 @@ impl Node {
         let scope = if listener.is_localhost() {
             scope::LOCALHOST
         } else if listener.addr.is_loopback() {
-            // Gets nothing from a REDIRECT either.
+            // It receives nothing from the REDIRECT target either.
             self.set_bound(policy, listener, bound::ONE);
             return Ok(());
         } else {
@@ -120,8 +120,16 @@ impl Node {
             tracing::warn!(
                 cgroup = %target.cgroup.path().display(),
                 port = listener.port,
-                "the proxy listens by MPTCP, which the kernel lets nobody hand connections to: inbound connections are \
-                 refused until it is restarted, when it gets TCP"
+                "the proxy's listener is an MPTCP socket, to which the kernel lets no program assign connections: inbound \
+                 connections are refused until the proxy is restarted, when it gets TCP"
+            );
+        }
+        if registered == Registered::TooMany {
+            tracing::warn!(
+                cgroup = %target.cgroup.path().display(),
+                port = listener.port,
+                limit = LISTENER_SLOTS,
+                "the proxy has more listeners on this port than can be registered: the others receive its connections"
             );
         }
         let bound = match (scope, registered) {
@@ -133,7 +141,7 @@ impl Node {
         Ok(())
     }
 
-    /// For all ports of the proxy that have this number.
+    /// Sets how the listener is bound, for every role that has its port.
     fn set_bound(&self, policy: &PodPolicy, listener: &Listener, bound: u16) {
         for role in policy.proxy_ports(listener.port).into_iter().flatten() {
             self.maps.set_bound(policy.slot, role, listener.family == 6, bound);

@@ -2,7 +2,7 @@
 
 use bytemuck::{Pod, Zeroable};
 
-use super::PodPolicy;
+use super::{LISTENER_SLOTS, PodPolicy};
 
 /// Values of [`Proxy::bound`]: how the proxy's listener of a port and family is bound.
 pub mod bound {
@@ -77,10 +77,18 @@ pub enum ProxyPort {
 #[derive(Clone, Copy, Pod, Zeroable, PartialEq, Eq, Debug)]
 #[repr(C)]
 pub struct Ring {
-    /// One above the highest slot ever used.
+    /// How many slots were taken so far. The newest listener has the slot [`Ring::slot`] of one less.
     pub top: u64,
     /// Slot in which the last lookup found an open socket.
     pub hint: u64,
+}
+
+impl Ring {
+    /// The slot of the listener that was counted with this number.
+    #[inline(always)]
+    pub const fn slot(number: u64) -> u32 {
+        (number % LISTENER_SLOTS as u64) as u32
+    }
 }
 
 impl ProxyPort {
