@@ -86,6 +86,7 @@ pub struct Ring {
 impl Ring {
     /// The slot of the listener that was counted with this number.
     #[inline(always)]
+    #[expect(clippy::cast_possible_truncation, reason = "less than the number of slots")]
     pub const fn slot(number: u64) -> u32 {
         (number % LISTENER_SLOTS as u64) as u32
     }
