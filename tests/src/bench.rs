@@ -1,4 +1,4 @@
-//! The benchmark: the same work through pods that are captured in different ways, interleaved.
+//! The benchmark: the same work through pods with different modes of capture, interleaved.
 
 pub mod agent;
 pub mod capture;

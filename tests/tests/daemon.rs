@@ -172,7 +172,7 @@ fn ended_by_sigterm_pods_stay_captured() {
     let before = agent.status().expect("status");
     assert!(daemon.terminate().expect("ended").success());
     assert_eq!(answers(&actor, service()).as_deref(), Some("proxy"));
-    // Its programs are not anybody's whom a command may take for gone.
+    // A command must not take its programs for leftovers.
     let other = Sandbox::new("term-other").expect("a place");
     agent.attach(&other, &OUTBOUND).expect("attached");
     agent.detach(&other).expect("detached");

@@ -1,5 +1,4 @@
-//! The agent that is measured, with a bpffs of its own, so that neither an agent installed here nor another run is
-//! touched.
+//! The measured agent, on a bpffs that neither an installed agent nor another run uses.
 
 use std::ffi::OsStr;
 use std::fs;
@@ -11,10 +10,10 @@ use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 
 use crate::testbed::{Sandbox, name};
 
-/// The variable that says where the agent is.
+/// The variable with the path of the agent.
 pub const VARIABLE: &str = "INTERCEPT_AGENT";
 
-/// bpffs itself takes no names with dots, so the mount is elsewhere.
+/// Where the mount is. Not below a bpffs: names there may not contain dots.
 const FOLDER: &str = "/run";
 
 /// The agent and its bpffs. Dropping it unmounts that, and with it goes every link that is still pinned there.
@@ -70,7 +69,7 @@ impl BenchAgent {
         Ok(found)
     }
 
-    /// Why it does not join the sockets of a node; none if it does. Tried out on a pod.
+    /// Why the agent cannot join connections. `None` if it can. Tested with a pod.
     pub fn refuses_to_accelerate(&self) -> Result<Option<String>> {
         let pod = Sandbox::new("accelerate")?;
         let run = |subcommand: &str, options: &[&OsStr]| {
@@ -103,7 +102,7 @@ impl Drop for BenchAgent {
     }
 }
 
-/// Where the agent is: where [`VARIABLE`] says, or beside the running executable.
+/// The path of the agent: that in [`VARIABLE`], or next to the running executable.
 fn locate() -> Result<PathBuf> {
     if let Some(path) = std::env::var_os(VARIABLE) {
         return Ok(path.into());
@@ -131,7 +130,7 @@ fn sweep() -> Result<()> {
 
 fn remove(path: &Path) -> std::io::Result<()> {
     match unmount(path, UnmountFlags::DETACH) {
-        // Its maker ended before it was mounted.
+        // The process that made the folder ended before the mount.
         Ok(()) | Err(rustix::io::Errno::INVAL) => fs::remove_dir(path),
         Err(error) => Err(error.into()),
     }

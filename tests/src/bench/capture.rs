@@ -1,4 +1,4 @@
-//! Putting a pod in force and taking it out again, in each mode.
+//! Captures and releases a pod in each mode.
 
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -13,11 +13,10 @@ use super::pool::WorkerPool;
 use crate::iptables::{IpFamily, IptablesOptions, chains::rules, restore::restore_input};
 use crate::testbed::Sandbox;
 
-/// Empties the one table that REDIRECT mode uses. Quicker than what istio-iptables does, rule by rule.
+/// Empties the only table that REDIRECT mode uses. Quicker than removing rule by rule, as istio-iptables does.
 const EMPTY: &str = "*nat\n:PREROUTING ACCEPT\n:OUTPUT ACCEPT\nCOMMIT\n";
 
-/// What captures one pod: prepared first, so that only the programs themselves are timed. Dropping it takes the
-/// pod out of force.
+/// The capture of a pod, prepared first, so that only the programs are timed. Dropping it releases the pod.
 #[derive(Debug)]
 pub struct TimedCapture<'a> {
     sandbox: &'a Sandbox,
@@ -26,18 +25,18 @@ pub struct TimedCapture<'a> {
     in_force: bool,
 }
 
-/// A program, its arguments and its input.
+/// A program with its arguments and input.
 #[derive(Debug)]
 struct CaptureCommand {
     program: PathBuf,
     arguments: Vec<String>,
     input: String,
-    /// The program is to run in the pod's namespace, rather than to be told of it.
+    /// Whether the program runs in the pod's namespace.
     inside: bool,
 }
 
 impl<'a> TimedCapture<'a> {
-    /// Of a pod, by flags. Modes without capture have nothing to do.
+    /// Prepares the capture of a pod with these options. Modes without capture have no commands.
     pub fn prepare(
         mode: CaptureMode,
         options: &IptablesOptions,
@@ -62,7 +61,7 @@ impl<'a> TimedCapture<'a> {
                 let install =
                     both.map(|family| restore(backend, family, restore_input(&rules(options, family))));
                 let remove = both.map(|family| CaptureCommand {
-                    // Without --noflush the chains and rules that are not named go.
+                    // Without --noflush, other chains and rules are removed.
                     arguments: Vec::new(),
                     ..restore(backend, family, EMPTY.into())
                 });
@@ -79,10 +78,10 @@ impl<'a> TimedCapture<'a> {
                 attach.extend(cgroup.clone());
                 attach.extend(["--netns".to_owned(), utf8(sandbox.netns.path())?]);
                 if mode == CaptureMode::Accelerated {
-                    // This very program plays the proxy where it is not Envoy.
+                    // This program is the proxy if Envoy is not.
                     attach.extend(["--accelerate", "--accelerate-proxies", "bench,envoy"].map(str::to_owned));
                 }
-                // There is no DNS capture, which is what the file would be for.
+                // The file is only used for DNS capture.
                 attach.extend(options.arguments(Path::new("/dev/null")));
                 let mut detach = agent.arguments("detach");
                 detach.extend(cgroup);
@@ -98,13 +97,13 @@ impl<'a> TimedCapture<'a> {
         Ok(Self { sandbox, install, remove, in_force: false })
     }
 
-    /// Puts the pod in force; returns how long that took.
+    /// Captures the pod. Returns how long that took.
     pub fn install(&mut self) -> Result<Duration> {
         self.in_force = true;
         perform(&self.install, self.sandbox)
     }
 
-    /// Takes the pod out of force; returns how long that took.
+    /// Releases the pod. Returns how long that took.
     pub fn remove(&mut self) -> Result<Duration> {
         self.in_force = false;
         perform(&self.remove, self.sandbox)
@@ -116,7 +115,7 @@ impl Drop for TimedCapture<'_> {
         if self.in_force
             && let Err(error) = self.remove()
         {
-            eprintln!("taking {} out of force: {error:#}", self.sandbox.netns.name());
+            eprintln!("releasing {}: {error:#}", self.sandbox.netns.name());
         }
     }
 }
@@ -138,7 +137,7 @@ fn perform(steps: &[CaptureCommand], sandbox: &Sandbox) -> Result<Duration> {
         let name = step.program.display();
         let mut child =
             command.spawn().with_context(|| format!("starting {name}; is its package installed?"))?;
-        // A program that refuses at once does not read all of it; what it says is better than that.
+        // A program that fails at once may not read all input. Its own error is more useful than this one.
         let written = child.stdin.take().context("no standard input")?.write_all(step.input.as_bytes());
         let output = child.wait_with_output()?;
         if !output.status.success() {

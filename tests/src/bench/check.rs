@@ -1,4 +1,4 @@
-//! The regression check: figures that are quiet enough to have limits.
+//! The regression check: figures with little enough noise to have limits.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -18,10 +18,10 @@ use super::work::Work;
 use super::worker::Timing;
 use super::{programs, rounds};
 
-/// The limits; the file says how they are changed.
+/// The limits. The file says how to change them.
 const LIMITS: &str = include_str!("../../bench-limits.json");
 
-/// For so many connections the maps' memory is read.
+/// The number of connections for which the memory of the maps is read.
 const CONNECTIONS: usize = 2000;
 
 #[derive(Debug, Deserialize)]
@@ -29,27 +29,27 @@ const CONNECTIONS: usize = 2000;
 struct BenchLimits {
     #[expect(dead_code, reason = "it is for people")]
     about: Vec<String>,
-    /// At most so many instructions seen by the verifier, by program.
+    /// The maximum number of verified instructions by program.
     verified_instructions: BTreeMap<String, u32>,
-    /// At most so many bytes of the agent's maps for one redirected connection.
+    /// The maximum bytes of the agent's maps for each redirected connection.
     map_bytes_per_connection: f64,
-    /// Of medians in one run.
+    /// Limits of ratios between modes, of medians in one run.
     ratios: Vec<RatioLimit>,
 }
 
-/// A limit of the agent beside another mode.
+/// A limit of the agent relative to another mode.
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct RatioLimit {
     work: Work,
     over: Base,
-    /// Rates are at least this.
+    /// The minimum ratio of rates.
     rate_at_least: f64,
-    /// CPU time for a unit is at most this.
+    /// The maximum ratio of CPU time for a unit.
     cpu_at_most: f64,
 }
 
-/// Measures what has limits and prints it beside them; an error if one is exceeded.
+/// Measures the figures and prints them with their limits. Exceeding a limit is an error.
 pub fn run(pool: &WorkerPool) -> Result<()> {
     let limits: BenchLimits = serde_json::from_str(LIMITS).context("reading bench-limits.json")?;
     let mut exceeded = Vec::new();

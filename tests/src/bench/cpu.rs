@@ -1,9 +1,9 @@
-//! CPU time that went into traffic.
+//! CPU time of traffic.
 //!
-//! Counted is what the pods' cgroups used, which on kernels without IRQ_TIME_ACCOUNTING includes the network's
-//! soft interrupts, because veth and lo do their work in the context of whoever sends; and the time of ksoftirqd,
-//! which takes over when that gets long. With IRQ_TIME_ACCOUNTING soft interrupts are in nobody's time, and
-//! those of the machine are added. What others use on the machine is not counted, but told.
+//! This is the time of the pods' cgroups and of ksoftirqd. Without IRQ_TIME_ACCOUNTING the cgroups' time includes the soft
+//! interrupts of the network, because veth and lo work in the context of the sender. With IRQ_TIME_ACCOUNTING soft
+//! interrupts belong to no process, and those of the machine are added. The time of other work on the machine is not
+//! counted, but reported.
 
 use std::fs;
 use std::path::PathBuf;

@@ -1,4 +1,4 @@
-//! How long it takes to put one more pod in force, and to take it out.
+//! Measures the time to capture one more pod, and to release it.
 
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -17,36 +17,36 @@ use crate::agent::Agent;
 use crate::daemon::{Daemon, add, delete};
 use crate::testbed::Sandbox;
 
-/// How a pod is put in force.
+/// How a pod is captured.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Way {
-    /// By programs that are started for it.
+    /// By starting the programs.
     #[default]
     Command,
-    /// By asking the agent's daemon on its socket, as the CNI plugin does.
+    /// By a request to the agent's daemon, as from the CNI plugin.
     Daemon,
 }
 
-/// One pod put in force and taken out.
+/// The times to capture and release a pod.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct InstallTiming {
-    /// Together with the others of the round.
+    /// The round.
     pub round: usize,
-    /// By what.
+    /// The mode.
     pub mode: CaptureMode,
-    /// With which flags.
+    /// The flags.
     pub lists: Lists,
-    /// How it was asked for.
+    /// The way.
     #[serde(default)]
     pub way: Way,
-    /// From the start of the first program to the end of the last, or from question to answer.
+    /// The time to capture: from the start of the first program to the end of the last, or from request to response.
     pub install: Duration,
-    /// The same for taking it out.
+    /// The time to release.
     pub remove: Duration,
 }
 
-/// Puts fresh pods in force in random order. Another pod stays in force meanwhile, as on a node that is in use.
+/// Captures new pods in random order while another pod stays captured, as on a node in use.
 pub fn run(
     modes: &[CaptureMode],
     rounds: usize,
@@ -99,11 +99,11 @@ pub fn run(
 }
 
 fn arguments(lists: Lists) -> Vec<String> {
-    // There is no DNS capture, which is what the file would be for.
+    // The file is only used for DNS capture.
     lists.options().arguments(Path::new("/dev/null"))
 }
 
-/// How long the answer took.
+/// Sends a request and returns the time until the response.
 fn ask(daemon: &Daemon<'_>, question: &DaemonRequest) -> Result<Duration> {
     let begun = Instant::now();
     match daemon.ask(question)? {

@@ -1,4 +1,4 @@
-//! Ending early but orderly: a signal sets a flag, which whoever waits looks at, and the guards then do their work.
+//! An orderly early end: a signal sets a flag that waiting code checks, and guards then clean up.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -7,7 +7,7 @@ use tokio::signal::unix::{SignalKind, signal};
 
 static ASKED: AtomicBool = AtomicBool::new(false);
 
-/// From now on SIGINT and SIGTERM set the flag instead of ending the process; the second one ends it.
+/// Makes SIGINT and SIGTERM set the flag. A second signal ends the process.
 pub fn watch() -> Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let inside = runtime.enter();
@@ -32,12 +32,12 @@ pub fn watch() -> Result<()> {
     Ok(())
 }
 
-/// Whether the benchmark is to end.
+/// Whether the benchmark must end.
 pub fn asked() -> bool {
     ASKED.load(Ordering::Relaxed)
 }
 
-/// An error if the benchmark is to end.
+/// Returns an error if the benchmark must end.
 pub fn check() -> Result<()> {
     ensure!(!asked(), "interrupted");
     Ok(())

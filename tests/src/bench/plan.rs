@@ -27,7 +27,7 @@ pub enum Section {
     EnvoyTcp,
     /// Envoy instead of the relay, understanding HTTP
     EnvoyHttp,
-    /// Time to put a pod in force and to take it out
+    /// Time to capture a pod and to release it
     Install,
     /// Time and runs of each BPF program
     Programs,

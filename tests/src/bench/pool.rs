@@ -1,4 +1,4 @@
-//! Starting workers and speaking with them.
+//! Starts workers and talks to them.
 
 use std::cell::OnceCell;
 use std::io::{BufRead, BufReader, Write};

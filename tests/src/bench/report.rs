@@ -34,7 +34,7 @@ pub struct BenchReport {
     pub notes: Vec<String>,
     /// Rounds, summed up.
     pub summaries: Vec<Summary>,
-    /// Pods put in force and taken out.
+    /// The times to capture and release pods.
     pub installed: Vec<InstallTiming>,
     /// The agent's programs.
     #[serde(default)]
@@ -56,13 +56,13 @@ pub struct InstallTimes {
     pub way: Way,
     /// With which flags.
     pub lists: Lists,
-    /// Milliseconds to put a pod in force.
+    /// Milliseconds to capture a pod.
     pub install: Quartiles,
-    /// Milliseconds to take it out.
+    /// Milliseconds to release it.
     pub remove: Quartiles,
-    /// Beside iptables-nft with the same flags in the same round: putting in force.
+    /// The ratio to iptables-nft with the same flags in the same round, for capturing.
     pub install_ratio: Option<Quartiles>,
-    /// The same for taking out.
+    /// The same ratio for releasing.
     pub remove_ratio: Option<Quartiles>,
 }
 
@@ -109,7 +109,7 @@ impl BenchReport {
         files.into_iter().map(write).collect()
     }
 
-    /// Times to put a pod in force, by flags and mode.
+    /// The times to capture a pod, by flags and mode.
     pub fn install_times(&self) -> Vec<InstallTimes> {
         let mut keys: Vec<(Lists, CaptureMode, Way)> =
             self.installed.iter().map(|one| (one.lists, one.mode, one.way)).collect();

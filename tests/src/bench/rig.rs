@@ -55,8 +55,7 @@ pub struct RigPods {
     server: Sandbox,
 }
 
-/// The pods at work. Dropping it ends the processes and takes the pods out of force; the pods themselves go with
-/// [`RigPods`].
+/// Captured pods with their processes. Dropping it ends the processes and releases the pods, which [`RigPods`] removes.
 #[derive(Debug)]
 pub struct Rig<'a> {
     cell: Cell,
@@ -133,7 +132,7 @@ fn servers(port: u16) -> Vec<SocketAddr> {
 }
 
 impl<'a> Rig<'a> {
-    /// Puts the pods in force, then starts the processes: the order of an init container.
+    /// Captures the pods and then starts the processes, in the order of an init container.
     pub fn build(cell: Cell, size: Size, pods: &'a RigPods, pool: &WorkerPool) -> Result<Self> {
         let here = || format!("setting up {} ({}, {}, {})", cell.mode, cell.path, cell.lists, cell.proxy);
         Self::try_build(cell, size, pods, pool).with_context(here)

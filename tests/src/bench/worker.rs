@@ -44,7 +44,7 @@ pub fn run(role: &Role) -> Result<()> {
     }
 }
 
-/// As many descriptors as this process may have without asking anybody.
+/// Raises the limit of descriptors to the hard limit.
 fn raise_descriptor_limit() -> Result<()> {
     let Rlimit { maximum, .. } = getrlimit(Resource::Nofile);
     setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum })
@@ -60,7 +60,7 @@ fn say(line: &str) -> Result<()> {
     writeln!(output, "{line}").and_then(|()| output.flush()).context("answering")
 }
 
-/// The end of the input is the end of whoever started this process, however it came about.
+/// Ends when the input ends, which happens whenever the parent process ends.
 fn wait_for_end() -> Result<()> {
     for line in std::io::stdin().lock().lines() {
         line.context("reading the input")?;
@@ -68,7 +68,7 @@ fn wait_for_end() -> Result<()> {
     Ok(())
 }
 
-/// A server or relay that stops ends the process, so that the measurement fails at once rather than by time.
+/// A server or relay that stops ends the process, so that the measurement fails at once instead of by timeout.
 fn end_with(result: Result<()>) {
     if let Err(error) = result {
         eprintln!("{error:#}");

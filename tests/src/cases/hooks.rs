@@ -36,12 +36,12 @@ pub(super) fn of_one_option(_: &Agent) -> Result<()> {
         ensure!(!refused.status.success() && error(&refused).contains(words), "attach: {refused:?}");
         Ok(())
     })?;
-    // The first capture is in force as it was.
+    // The first capture is still active.
     let unusual = UnusualSocket::new(Method::Plain, "198.51.100.7:80".parse()?);
     let outcome = UnusualProcess::start(&fixture.pod, &unusual)?.go()?;
     ensure!(outcome.server() == "outbound", "{outcome:?}");
     // Again the same, by an agent that finds the programs as they were loaded.
-    ensure!(agent.attach(&fixture.pod, &INIT_FLAGS)?.starts_with("unchanged"), "it was in force");
+    ensure!(agent.attach(&fixture.pod, &INIT_FLAGS)?.starts_with("unchanged"), "it was active");
     agent.detach(&fixture.pod).map(drop)
 }
 

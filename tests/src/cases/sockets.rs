@@ -39,7 +39,7 @@ fn reaches_the_proxy(agent: &Agent, manner: &Method) -> Result<()> {
     Ok(())
 }
 
-/// The proxy answered, and the client sees whom it dialled.
+/// The proxy answered, and the client sees its destination as the peer.
 fn is_of_the_proxy(unusual: &UnusualSocket, outcome: &UnusualOutcome) -> Result<()> {
     ensure!(outcome.server() == "outbound" && outcome.peers == unusual.to, "{unusual:?}: {outcome:?}");
     Ok(())

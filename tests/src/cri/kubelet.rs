@@ -1,6 +1,6 @@
-//! The pod of deploy/'s DaemonSet, run as a kubelet has a runtime run it.
+//! Runs the pod of deploy/'s DaemonSet in a runtime, as a kubelet does.
 //!
-//! Left out is what this machine cannot do or nobody answers: resources, and the API, which refuses connections.
+//! Resources are left out, and so is the API, to which connections are refused.
 
 use std::{
     fs,
@@ -44,7 +44,7 @@ const NODE_NAME: &str = "node-1";
 const API: [(&str, &str); 2] =
     [("KUBERNETES_SERVICE_HOST", "127.0.0.1"), ("KUBERNETES_SERVICE_PORT", "6443")];
 const ACCOUNT: &str = "/var/run/secrets/kubernetes.io/serviceaccount";
-/// A certificate whose key nobody has.
+/// A certificate without a key.
 const CA: &str = include_str!("ca.crt");
 
 /// The pod, with its one container running or not.

@@ -1,4 +1,4 @@
-//! Asking the API, as its admin; and the agent's own account.
+//! Requests to the API as its admin, and the agent's account.
 
 use std::{
     fs,
@@ -97,7 +97,7 @@ impl<'a> KubeClient<'a> {
         self.wait(async { api.patch_status(name, &parameters, &change).await }).map(drop)
     }
 
-    /// Deletes an object, at once or when whoever it belongs to is done with it.
+    /// Deletes an object, at once or after its owner has finished.
     pub fn delete(&self, object: &Value, at_once: bool) -> Result<()> {
         let (api, name) = (self.api(object)?, name(object)?);
         let grace_period_seconds = at_once.then_some(0);

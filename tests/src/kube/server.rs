@@ -82,7 +82,7 @@ impl KubeServer {
             "--anonymous-auth=false".to_owned(),
             "--service-account-issuer=https://kubernetes.default.svc".to_owned(),
             "--service-cluster-ip-range=10.96.0.0/16".to_owned(),
-            // Endpoints are nobody's business here, and may not be on the loopback interface.
+            // Endpoints are not needed here, and may not be on the loopback interface.
             "--advertise-address=192.0.2.1".to_owned(),
             "--endpoint-reconciler-type=none".to_owned(),
             // The accounts of the pods are made by another program.

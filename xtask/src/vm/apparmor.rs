@@ -14,7 +14,7 @@ use anyhow::{Context, Result};
 use super::initramfs::Initramfs;
 use crate::{debian::PackageLists, run, setup, workspace};
 
-/// What the kernel is told.
+/// Parameters of the kernel.
 pub(super) const PARAMETERS: &str = "apparmor=1 security=apparmor";
 
 /// The rules that containerd and docker give a container that asks for nothing else.

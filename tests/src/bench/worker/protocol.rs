@@ -1,4 +1,4 @@
-//! What workers are told and what they tell; one JSON document a line.
+//! The messages to and from workers, one JSON document per line.
 
 use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
@@ -14,7 +14,7 @@ pub const READY: &str = "\"ready\"";
 /// The length of a request that the server takes as "everything, and do not answer".
 pub const ENDLESS: u32 = u32::MAX;
 
-/// What a worker is.
+/// The role of a worker.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub enum Role {
     /// Answers: a connection begins with the lengths of requests and responses, 4 bytes each in network order.
@@ -24,7 +24,7 @@ pub enum Role {
     },
     /// The pod's proxy.
     Relay(RelayRole),
-    /// Makes connections when it is told to.
+    /// Makes connections on command.
     Client {
         /// The cgroups whose CPU time counts.
         pods: Vec<PathBuf>,

@@ -89,13 +89,13 @@ impl Poller {
         Ok(Self { epoll, events: Vec::with_capacity(EVENTS) })
     }
 
-    /// A listener: told as long as there are connections to accept.
+    /// Registers a listener, level-triggered: events as long as connections wait.
     pub(super) fn add_listener(&self, listener: &OwnedFd, token: u64) -> Result<()> {
         epoll::add(&self.epoll, listener, EventData::new_u64(token), EventFlags::IN)
             .context("watching a listener")
     }
 
-    /// A connection: told once whenever something changes.
+    /// Registers a connection, edge-triggered: one event for each change.
     pub(super) fn add(&self, socket: impl AsFd, token: u64) -> Result<()> {
         let flags = EventFlags::IN | EventFlags::OUT | EventFlags::RDHUP | EventFlags::ET;
         epoll::add(&self.epoll, socket, EventData::new_u64(token), flags).context("watching a connection")
@@ -138,7 +138,7 @@ pub(super) enum IoStep {
     Later,
     /// The other end sends no more.
     End,
-    /// The connection failed or was reset; the error is told only once.
+    /// The connection failed or was reset. The kernel reports the error only once.
     Broken(Errno),
 }
 

@@ -137,7 +137,7 @@ async fn connect_onwards(
         RelayDirection::Outbound => {}
         RelayDirection::Inbound => {
             let from: SocketAddr = if v6 {
-                // ::6 is an address of lo only where somebody added it.
+                // lo has ::6 only if it was added.
                 socket.set_freebind_v6(true)?;
                 (Ipv6Addr::new(0, 0, 0, 0, 0, 0, 0, 6), 0).into()
             } else {

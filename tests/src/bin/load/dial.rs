@@ -47,7 +47,7 @@ pub(crate) fn dial(dial: LoadDial) -> Result<()> {
     let mut output = stdout().lock();
     writeln!(output, "{}", serde_json::to_string(&tally)?)?;
     output.flush()?;
-    // What is held stays open until nobody wants it any more.
+    // Held connections stay open until the input ends.
     std::io::copy(&mut stdin().lock(), &mut std::io::sink())?;
     Ok(())
 }

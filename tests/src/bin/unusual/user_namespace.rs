@@ -7,8 +7,8 @@ use anyhow::{Context, Result, ensure};
 use nix::sched::{CloneFlags, unshare};
 use nix::unistd::{ForkResult, Gid, Uid, fork, setresgid, setresuid};
 
-/// Goes on as the superuser of a new user namespace, in a child; this process ends as soon as it can, because whoever
-/// looks at the processes here is to see the namespace.
+/// Continues in a child as the superuser of a new user namespace. This process ends as soon as it can, so that only
+/// processes in the namespace are visible.
 pub(crate) fn enter(first: u32) -> Result<()> {
     let (mut unshared, mut tell_unshared) = std::io::pipe()?;
     let (mut mapped, mut tell_mapped) = std::io::pipe()?;
