@@ -6,7 +6,11 @@ use anyhow::{Context as _, Result, bail};
 
 use crate::{tidy::Tree, workspace};
 
+mod decision;
 mod flags;
+mod metrics;
+
+pub(crate) use metrics::names as metric_names;
 
 /// A table in a document, between two comments that name it.
 struct Part {
@@ -15,9 +19,13 @@ struct Part {
     make: fn(&Tree) -> Result<String>,
 }
 
-const PARTS: [Part; 2] = [
+const PARTS: [Part; 6] = [
     Part { document: "docs/reference.md", name: "capture options", make: flags::flags },
     Part { document: "docs/reference.md", name: "variables without a flag", make: flags::variables },
+    Part { document: "docs/decision.md", name: "outbound rows", make: decision::outbound },
+    Part { document: "docs/decision.md", name: "inbound rows", make: decision::inbound },
+    Part { document: "docs/decision.md", name: "failures", make: decision::failures },
+    Part { document: "docs/operations.md", name: "metrics", make: metrics::metrics },
 ];
 
 /// Makes every part anew; `cargo xtask tidy` compares.

@@ -11,11 +11,12 @@ use std::{
 };
 
 use prometheus_client::{
-    encoding::{EncodeLabelSet, text},
+    encoding::text,
     metrics::{counter::Counter, family::Family, gauge::Gauge, histogram::Histogram},
     registry::Registry,
 };
 
+use self::table::{Cause, Decision, Failed, Named, Of, PodMap, Result, State, Why};
 use super::plugin::PluginState;
 use crate::{
     maps::{Maps, PolicyUsage},
@@ -23,29 +24,10 @@ use crate::{
     store::Store,
 };
 
+mod table;
+
 /// Seconds. The promise is 5 ms, and 20 ms for one in a hundred.
 const LATENCIES: [f64; 12] = [0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.02, 0.05, 0.1, 0.5, 1.0, 5.0];
-
-macro_rules! labels {
-    ($($name:ident { $($field:ident: $kind:ty),+ })+) => {
-        $(
-            #[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
-            struct $name { $($field: $kind),+ }
-        )+
-    };
-}
-
-labels! {
-    Cause { cause: String }
-    Result { result: String }
-    State { state: String }
-    Why { why: String }
-    Decision { pod: String, reason: String }
-    Failed { pod: String, failure: String }
-    Named { pod: String }
-    Of { map: String }
-    PodMap { pod: String, map: String }
-}
 
 /// Shared by all parts of the daemon.
 #[derive(Clone)]
@@ -74,13 +56,9 @@ struct PluginMetrics {
 
 impl PluginMetrics {
     fn new() -> Self {
-        let mut registry = Registry::with_prefix("intercept");
-        let installed = Gauge::default();
-        let help = "Whether the node's CNI configuration has the plugin";
-        registry.register("plugin_installed", help, installed.clone());
-        let writes = Counter::default();
-        let help = "Times that the plugin was put into the node's CNI configuration";
-        registry.register("plugin_writes", help, writes.clone());
+        let mut registry = table::registry();
+        let installed = table::PLUGIN_INSTALLED.register(&mut registry);
+        let writes = table::PLUGIN_WRITES.register(&mut registry);
         Self { registry, installed, writes }
     }
 }
@@ -88,23 +66,13 @@ impl PluginMetrics {
 impl Metrics {
     /// Nothing counted.
     pub fn new() -> Self {
-        let mut registry = Registry::with_prefix("intercept");
-        let attaches = Family::default();
-        registry.register("attaches", "Pods put in force, by what had to be done", attaches.clone());
-        let latency = Histogram::new(LATENCIES);
-        registry.register("attach_seconds", "Time to put a pod in force", latency.clone());
-        let errors = Family::default();
-        registry.register("errors", "Attempts on a pod that failed, by cause", errors.clone());
-        let pods = Family::default();
-        registry.register("pods", "Pods by state", pods.clone());
-        let left_alone = Family::default();
-        registry.register("pods_left_alone", "Pods that are not to be captured, by why", left_alone.clone());
-        let preexisting_connections = Gauge::default();
-        registry.register(
-            "pods_with_earlier_connections",
-            "Captured pods that had connections before they were captured",
-            preexisting_connections.clone(),
-        );
+        let mut registry = table::registry();
+        let attaches = table::ATTACHES.register(&mut registry);
+        let latency = table::ATTACH_SECONDS.register_as(&mut registry, Histogram::new(LATENCIES));
+        let errors = table::ERRORS.register(&mut registry);
+        let pods = table::PODS.register(&mut registry);
+        let left_alone = table::PODS_LEFT_ALONE.register(&mut registry);
+        let preexisting_connections = table::PREEXISTING_CONNECTIONS.register(&mut registry);
         let beat = AtomicU64::new(0);
         let started = Instant::now();
         Self(Arc::new(Inner {
@@ -191,7 +159,7 @@ impl Metrics {
         if let Some(plugin) = self.0.plugin.get() {
             written = written.and(text::encode_registry(&mut text, &plugin.registry));
         }
-        let mut node = Registry::with_prefix("intercept");
+        let mut node = table::registry();
         if let Err(error) = read_node(&mut node, bpffs, names) {
             self.error("metrics");
             tracing::error!(error = &error as &dyn std::error::Error, "reading the counters of the programs");
@@ -213,25 +181,13 @@ fn read_node(
     bpffs: &Path,
     names: &HashMap<u64, String>,
 ) -> std::result::Result<(), NodeError> {
-    let decisions = Family::<Decision, Counter>::default();
-    registry.register("decisions", "Decisions on flows, by pod and reason", decisions.clone());
-    let failures = Family::<Failed, Counter>::default();
-    registry.register("failures", "Failures inside the programs, by pod", failures.clone());
-    let connections = Family::<Named, Gauge>::default();
-    registry.register("connections", "Redirected connections that are open, by pod", connections.clone());
-    let entries = Family::<Of, Gauge>::default();
-    registry.register("map_entries", "Entries in use, by map", entries.clone());
-    let capacity = Family::<Of, Gauge>::default();
-    registry.register("map_max_entries", "Entries that a map has room for", capacity.clone());
-
-    let used = Family::<PodMap, Gauge>::default();
-    registry.register("pod_map_entries", "Entries that a pod has in a map of lists", used.clone());
-    let budgets = Family::<Of, Gauge>::default();
-    registry.register(
-        "pod_map_max_entries",
-        "Entries that one pod may have in a map of lists",
-        budgets.clone(),
-    );
+    let decisions = table::DECISIONS.register(registry);
+    let failures = table::FAILURES.register(registry);
+    let connections = table::CONNECTIONS.register(registry);
+    let entries = table::MAP_ENTRIES.register(registry);
+    let capacity = table::MAP_MAX_ENTRIES.register(registry);
+    let used = table::POD_MAP_ENTRIES.register(registry);
+    let budgets = table::POD_MAP_MAX_ENTRIES.register(registry);
 
     // Without the lock: reading disturbs nobody, and must not wait for an attach.
     let Some(store) = Store::find(bpffs) else { return Ok(()) };

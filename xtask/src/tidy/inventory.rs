@@ -3,12 +3,7 @@
 use std::collections::BTreeSet;
 
 use serde_json::Value;
-use syn::{
-    Attribute, Expr, ExprCall, ExprMethodCall, Field, Ident, ImplItemFn, ItemFn, Lit, LitStr, Macro, Token,
-    parse::{Parse, ParseStream},
-    punctuated::Punctuated,
-    visit::Visit,
-};
+use syn::{Attribute, Expr, ExprCall, ExprMethodCall, Field, ImplItemFn, ItemFn, Lit, LitStr, visit::Visit};
 
 /// Names, in order.
 pub(super) type Names = BTreeSet<String>;
@@ -59,42 +54,6 @@ fn text(expression: &Expr) -> Option<String> {
         },
         _ => None,
     }
-}
-
-/// A row of the macro `failures!` and its like: `Name = "word", ...;`.
-struct Word(String);
-
-impl Parse for Word {
-    fn parse(input: ParseStream<'_>) -> syn::Result<Self> {
-        input.call(Attribute::parse_outer)?;
-        input.parse::<Ident>()?;
-        input.parse::<Token![=]>()?;
-        let word = input.parse::<LitStr>()?.value();
-        while !input.peek(Token![;]) && !input.is_empty() {
-            input.parse::<Token![,]>()?;
-            input.parse::<Expr>()?;
-        }
-        Ok(Self(word))
-    }
-}
-
-/// The words of a table that is the body of this macro.
-pub(super) fn words(source: &str, name: &str) -> syn::Result<Names> {
-    let file = syn::parse_file(source)?;
-    let mut words = Names::new();
-    for table in macros(&file, name) {
-        let rows = table.parse_body_with(Punctuated::<Word, Token![;]>::parse_terminated)?;
-        words.extend(rows.into_iter().map(|row| row.0));
-    }
-    Ok(words)
-}
-
-fn macros<'a>(file: &'a syn::File, name: &str) -> Vec<&'a Macro> {
-    let used = file.items.iter().filter_map(|item| match item {
-        syn::Item::Macro(item) if item.mac.path.is_ident(name) => Some(&item.mac),
-        _ => None,
-    });
-    used.collect()
 }
 
 /// The text that calls of a function or method have first, as in `register("attaches", ...)`.
@@ -208,16 +167,6 @@ mod tests {
         let expected = [("--cgroup-path", Some("A_PATH")), ("--other", None), ("--select", None)];
         let expected = expected.map(|(flag, variable)| (flag.to_owned(), variable.map(str::to_owned)));
         assert_eq!(command_flags(source).expect("read"), expected);
-    }
-
-    #[test]
-    fn words_are_read_from_their_tables() {
-        let source = r#"failures! {
-            /// Text
-            A = "no_a", Closed;
-            B = "no_b", Open;
-        }"#;
-        assert_eq!(words(source, "failures").expect("read"), names(&["no_a", "no_b"]));
     }
 
     #[test]

@@ -3,12 +3,14 @@
 
 use std::collections::BTreeMap;
 
+use intercept_common::failure::Failure;
 use serde_json::Value;
 
 use super::{
     Tree,
     inventory::{self, Names},
 };
+use crate::docs;
 
 const REFERENCE: &str = "docs/reference.md";
 const OPERATIONS: &str = "docs/operations.md";
@@ -62,25 +64,18 @@ fn tables(tree: &Tree) -> Result<Vec<DocumentTable>, String> {
     for file in [METRICS, RECONCILER] {
         causes.extend(read(tree, file, |text| inventory::first_arguments(text, "error"))?);
     }
-    let failures = read(tree, FAILURES, |text| inventory::words(text, "failures"))?;
+    let failures = Failure::ALL.iter().map(|failure| failure.as_str().to_owned()).collect();
     let ignored = read(tree, SIDECAR, |text| inventory::texts_of(text, "as_str"))?;
     let values = inventory::properties(&json(tree, SCHEMA)?);
     let alerts = text(tree, ALERTS)?.lines().filter_map(|line| line.trim().strip_prefix("- alert: "));
     Ok(vec![
         DocumentTable { document: REFERENCE, heading: "Command flags", source: COMMANDS, names: commands },
         table(REFERENCE, "Chart values", SCHEMA, values),
-        table(OPERATIONS, "Metrics", METRICS, metrics(tree)?),
         table(OPERATIONS, "Causes of errors", CAUSES, causes),
         table(OPERATIONS, "Failures inside the programs", FAILURES, failures),
         table(OPERATIONS, "Why a pod is ignored", SIDECAR, ignored),
         table(OPERATIONS, "Alerts", ALERTS, alerts.map(str::to_owned).collect()),
     ])
-}
-
-/// With the prefix of all, and without what is put behind them when they are shown.
-fn metrics(tree: &Tree) -> Result<Names, String> {
-    let names = read(tree, METRICS, |text| inventory::first_arguments(text, "register"))?;
-    Ok(names.iter().map(|name| format!("intercept_{name}")).collect())
 }
 
 fn compare(tree: &Tree, table: &DocumentTable) -> Vec<String> {
@@ -137,7 +132,7 @@ pub(super) fn values_have_a_schema(tree: &Tree) -> Vec<String> {
 /// Every name `intercept_...` in a dashboard or an alert is a metric.
 pub(super) fn dashboards_and_alerts_use_metrics(tree: &Tree) -> Vec<String> {
     let compared = || {
-        let metrics = metrics(tree)?;
+        let metrics = docs::metric_names(tree).map_err(|error| format!("{error:#}"))?;
         let mut complaints = Vec::new();
         for file in [ALERTS, DASHBOARD] {
             let words = text(tree, file)?.split(|c: char| !c.is_ascii_alphanumeric() && c != '_');
@@ -199,7 +194,10 @@ mod tests {
     #[test]
     fn a_metric_that_is_not_there_is_found() {
         let tree = Tree::of(&[
-            (METRICS, r#"fn a() { r.register("pods", "", p); r.register("attach_seconds", "", p); }"#),
+            (
+                "intercept-agent/src/daemon/metrics/table.rs",
+                r#"labels! { } metrics! { A: Gauge = "pods", ""; B: Histogram = "attach_seconds", ""; }"#,
+            ),
             (ALERTS, "intercept_pods > 0 and intercept_attach_seconds_bucket > intercept_pod"),
             (DASHBOARD, "{}"),
         ]);
