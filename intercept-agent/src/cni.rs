@@ -23,15 +23,13 @@ pub use config::{PLUGIN, PluginConfig};
 
 use crate::daemon::{
     protocol::{Add, DaemonRequest, Response, SandboxInfo, Select},
-    socket,
+    sidecar, socket,
 };
 
 /// The supported versions, oldest first.
 pub const VERSIONS: [&str; 5] = ["0.3.0", "0.3.1", "0.4.0", "1.0.0", "1.1.0"];
 /// More than any configuration has. Kubernetes allows 256 KiB of annotations.
 const MAX_STDIN: u64 = 4 << 20;
-/// The annotation of injected pods.
-const STATUS: &str = "sidecar.istio.io/status";
 
 /// An error in the specification's format. The specification defines the codes below 100.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -251,7 +249,11 @@ fn collect(config: &PluginConfig) -> Result<(), CniError> {
 
 fn is_plain(config: &PluginConfig) -> bool {
     config.select == Select::Sidecar
-        && config.runtime.annotations.as_ref().is_none_or(|annotations| !annotations.contains_key(STATUS))
+        && config
+            .runtime
+            .annotations
+            .as_ref()
+            .is_none_or(|annotations| !annotations.contains_key(sidecar::STATUS))
 }
 
 fn refused(what: &str, response: &Response) -> CniError {

@@ -25,6 +25,7 @@ pub use config::{
     OwnerGroups, RunOptions,
 };
 pub use error::{OptionError, OptionProblem};
+pub(crate) use go_syntax::parse_bool;
 pub use interface::InterfacePattern;
 pub use names::{EtcFiles, NameSource};
 pub use ports::Ports;

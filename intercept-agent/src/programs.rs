@@ -20,7 +20,7 @@ use aya_obj::{
     Object,
     generated::{bpf_attach_type, bpf_insn, bpf_prog_type},
 };
-use intercept_common::names;
+use intercept_common::{layout::COOKIE_PLACEHOLDER, names};
 
 use crate::{
     btf_offsets,
@@ -30,9 +30,6 @@ use crate::{
 
 /// The compiled capture programs, an ELF object.
 pub static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/intercept.o"));
-
-/// The constant that stands in the object for the cookie of the pod's namespace.
-const COOKIE_PLACEHOLDER: u64 = 0x696e_7465_7263_6570;
 
 /// Why programs cannot be loaded.
 #[derive(Debug, thiserror::Error)]

@@ -25,7 +25,14 @@ fn own_netns() -> u64 {
     {
         let cookie: u64;
         // SAFETY: loads a constant.
-        unsafe { core::arch::asm!("{0} = 0x696e746572636570 ll", out(reg) cookie, options(pure, nomem)) };
+        unsafe {
+            core::arch::asm!(
+                "{0} = {1} ll",
+                out(reg) cookie,
+                const intercept_common::layout::COOKIE_PLACEHOLDER,
+                options(pure, nomem),
+            );
+        }
         cookie
     }
     #[cfg(not(target_arch = "bpf"))]

@@ -8,6 +8,7 @@ use serde_json::Value;
 use crate::daemon::{
     desired::CaptureArgs,
     protocol::{DEFAULT_SOCKET, Select},
+    sidecar,
 };
 
 /// The plugin's type, which is also the name of its binary.
@@ -61,18 +62,9 @@ pub struct RuntimeConfig {
     pub cgroup_path: Option<String>,
 }
 
-/// Domains of the annotations that affect how a pod is captured.
-const DOMAINS: [&str; 5] = ["istio.io", "linkerd.io", "kuma.io", "consul.hashicorp.com", "intercept"];
-
 /// Returns the annotations that the daemon reads. A pod may have 256 KiB of others.
 pub(super) fn relevant(annotations: &BTreeMap<String, String>) -> BTreeMap<String, String> {
-    let is_read = |name: &str| {
-        let domain = name.split_once('/').map_or("", |(domain, _)| domain);
-        DOMAINS
-            .iter()
-            .any(|read| domain.strip_suffix(read).is_some_and(|sub| sub.is_empty() || sub.ends_with('.')))
-    };
-    let kept = annotations.iter().filter(|(name, _)| is_read(name));
+    let kept = annotations.iter().filter(|(name, _)| sidecar::reads(name));
     kept.map(|(name, value)| (name.clone(), value.clone())).collect()
 }
 

@@ -12,6 +12,7 @@ use super::{
     mesh::{self, Mesh},
     view::Certainty,
 };
+use crate::options::parse_bool;
 
 /// Name of the proxy's container.
 const PROXY: &str = "istio-proxy";
@@ -20,7 +21,7 @@ const INIT: &str = "istio-init";
 /// Name of the init container that validates a capture. Only the sidecar template has it.
 const VALIDATION: &str = "istio-validation";
 /// The annotation that the injector adds to every pod, with any template.
-const STATUS: &str = "sidecar.istio.io/status";
+pub(crate) const STATUS: &str = "sidecar.istio.io/status";
 /// The annotation that only the sidecar template adds, always if an agent captures the pods.
 const MODE: &str = "sidecar.istio.io/interceptionMode";
 /// The annotation with the proxy's options in YAML, including environment variables.
@@ -105,7 +106,7 @@ pub struct Container {
 impl Container {
     /// Whether an environment variable is true.
     fn is_set(&self, variable: &str) -> bool {
-        self.environment.get(variable).and_then(|value| truth(value)) == Some(true)
+        self.environment.get(variable).and_then(|value| parse_bool(value)) == Some(true)
     }
 }
 
@@ -263,7 +264,7 @@ fn ignore_reason(pod: &PodMetadata) -> Option<IgnoreReason> {
         return Some(IgnoreReason::CapturesItself);
     }
     let inject = pod.inject_label.as_ref().or_else(|| pod.annotations.get(INJECT));
-    if inject.and_then(|value| truth(value)) == Some(false) {
+    if inject.and_then(|value| parse_bool(value)) == Some(false) {
         return Some(IgnoreReason::InjectDisabled);
     }
     if proxy.is_set("DISABLE_ENVOY") {
@@ -312,7 +313,7 @@ pub fn decide_by_annotations(
         ignore(IgnoreReason::CapturesItself)
     } else if injected.is_without(PROXY) {
         ignore(IgnoreReason::NoSidecar)
-    } else if inject.and_then(|value| truth(value)) == Some(false) {
+    } else if inject.and_then(|value| parse_bool(value)) == Some(false) {
         ignore(IgnoreReason::InjectDisabled)
     } else if has_mode_none(annotations) {
         ignore(IgnoreReason::ModeNone)
@@ -387,7 +388,7 @@ fn capture(
     }
     if let Some(value) = annotations.get(OPEN) {
         let problem = || format!("`{value}` is neither true nor false; give true or false");
-        let open = truth(value.trim());
+        let open = parse_bool(value.trim());
         let open = open.ok_or_else(|| AnnotationError::new(OPEN, problem()))?;
         arguments.push(format!("--open-without-proxy={open}"));
     }
@@ -416,15 +417,6 @@ fn annotated(annotations: &BTreeMap<String, String>) -> Result<Vec<(&'static str
         flags.push(("-d", ports.collect::<Vec<_>>().join(",")));
     }
     Ok(flags)
-}
-
-/// Parses a boolean as Go's `strconv.ParseBool` does.
-fn truth(text: &str) -> Option<bool> {
-    match text {
-        "1" | "t" | "T" | "true" | "TRUE" | "True" => Some(true),
-        "0" | "f" | "F" | "false" | "FALSE" | "False" => Some(false),
-        _ => None,
-    }
 }
 
 #[cfg(test)]

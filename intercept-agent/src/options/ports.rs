@@ -19,19 +19,9 @@ impl Ports {
         self.ranges.is_empty()
     }
 
-    /// How many ports are in the set.
-    pub fn len(&self) -> usize {
-        self.ranges.iter().map(ExactSizeIterator::len).sum()
-    }
-
     /// Whether `port` is in the set.
     pub fn contains(&self, port: u16) -> bool {
         self.ranges.iter().any(|range| range.contains(&port))
-    }
-
-    /// Every port, ascending.
-    pub fn iter(&self) -> impl Iterator<Item = u16> + '_ {
-        self.ranges.iter().cloned().flatten()
     }
 
     /// The ranges, ascending; a single port is a range of one.
@@ -149,8 +139,8 @@ mod tests {
             (&["65535", "1"], "1,65535", 2),
         ] {
             let set = ports(items);
-            assert_eq!((set.to_string().as_str(), set.len()), (shown, len), "{items:?}");
-            assert_eq!(set.iter().count(), len, "{items:?}");
+            let contained = (0..=u16::MAX).filter(|port| set.contains(*port)).count();
+            assert_eq!((set.to_string().as_str(), contained), (shown, len), "{items:?}");
             assert_eq!(set.is_empty(), len == 0, "{items:?}");
         }
     }
@@ -159,8 +149,7 @@ mod tests {
     fn contains_exactly_its_ports() {
         let set = ports(&["80", "8000:8010"]);
         let inside: Vec<u16> = (0..=u16::MAX).filter(|port| set.contains(*port)).collect();
-        assert_eq!(inside, set.iter().collect::<Vec<_>>());
-        assert_eq!(inside.len(), 12);
+        assert_eq!(inside, [vec![80], (8000..=8010).collect()].concat());
     }
 
     #[test]
