@@ -16,7 +16,7 @@ const PACKAGES: [&str; 3] = ["containerd", "runc", "containernetworking-plugins"
 const PROGRAMS: [&str; 2] = ["usr/bin/containerd", "usr/sbin/runc"];
 
 /// Runs the tests that need containerd, in their own namespaces and cgroups.
-pub(crate) fn cri(arguments: &parts::Arguments) -> Result<()> {
+pub(crate) fn cri(arguments: &parts::PartsArgs) -> Result<()> {
     let folder = workspace::cache()?.join("cri");
     if arguments.leave_out(&folder, "pods of containerd", "`cargo xtask cri` gets it") {
         return Ok(());

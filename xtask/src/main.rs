@@ -36,7 +36,7 @@ use setup::Group;
 /// Set up, build, show, test and measure intercept.
 #[derive(Parser)]
 #[command(bin_name = "cargo xtask")]
-struct Arguments {
+struct XtaskArgs {
     #[command(subcommand)]
     command: Task,
 }
@@ -44,7 +44,7 @@ struct Arguments {
 #[derive(Subcommand)]
 enum Task {
     /// Install what building, testing or measuring needs and what is missing
-    Setup(setup::Arguments),
+    Setup(setup::SetupArgs),
     /// Build the agent with its eBPF programs, in release mode
     Build,
     /// Show a captured pod at work; takes the options of the demo
@@ -54,7 +54,7 @@ enum Task {
         options: Vec<OsString>,
     },
     /// Check formatting, lints, structure and behaviour; with a filter, run only the tests that match
-    Test(test::Arguments),
+    Test(test::TestArgs),
     /// Compare with iptables; takes the options of the benchmark
     #[command(disable_help_flag = true)]
     Bench {
@@ -62,23 +62,23 @@ enum Task {
         options: Vec<OsString>,
     },
     /// Disturb a node in every way at once, and check every connection of its well-behaved pods meanwhile
-    Soak(soak::Arguments),
+    Soak(soak::SoakArgs),
     /// Fuzz the option parser, and decide beside the rules
-    Fuzz(fuzz::Arguments),
+    Fuzz(fuzz::FuzzArgs),
     /// Run the demo and the cases that need no tools under other kernels in virtual machines
-    Vm(vm::Arguments),
+    Vm(vm::VmArgs),
     /// Make the container image and print the path of its archive, for `ctr images import` or `docker load`
-    Image(image::Arguments),
+    Image(image::ImageArgs),
     /// Run the DaemonSet's pod and pods that it captures in containerd
-    Cri(parts::Arguments),
+    Cri(parts::PartsArgs),
     /// Run the daemon with a real kube-apiserver
-    Kube(parts::Arguments),
+    Kube(parts::PartsArgs),
     /// Check the chart and the manifests in deploy/ without a cluster
-    Manifests(manifests::Arguments),
+    Manifests(manifests::ManifestsArgs),
     /// Make all files of a release in target/release-files
-    Release(release::Arguments),
+    Release(release::ReleaseArgs),
     /// Check licences, sources and duplicates of the dependencies
-    Deny(deny::Arguments),
+    Deny(deny::DenyArgs),
     /// Make the tables in docs/ that are made from the sources
     Docs,
     /// Make docs/architecture.svg from docs/architecture.dot
@@ -90,7 +90,7 @@ enum Task {
 }
 
 fn main() -> ExitCode {
-    match perform(Arguments::parse().command) {
+    match perform(XtaskArgs::parse().command) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("error: {error:#}");

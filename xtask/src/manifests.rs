@@ -95,13 +95,13 @@ metadata:
 ";
 
 #[derive(Args)]
-pub(crate) struct Arguments {
+pub(crate) struct ManifestsArgs {
     /// Write deploy/intercept.yaml from the chart
     #[arg(long)]
     write: bool,
 }
 
-pub(crate) fn manifests(arguments: &Arguments) -> Result<()> {
+pub(crate) fn manifests(arguments: &ManifestsArgs) -> Result<()> {
     run::shown(helm::helm()?.args(["lint", "--strict", "--quiet"]).arg(helm::chart()))?;
     for (settings, kubernetes) in VARIANTS {
         conforms(&Values { kubernetes, ..Values::set(settings) })?;

@@ -9,13 +9,13 @@ use clap::Args;
 use crate::run;
 
 #[derive(Args)]
-pub(crate) struct Arguments {
+pub(crate) struct PartsArgs {
     /// Print a note and do nothing if the parts are not in the cache
     #[arg(long)]
     if_cached: bool,
 }
 
-impl Arguments {
+impl PartsArgs {
     /// Whether to skip `what`, because its parts are not cached. Prints so, with the command that fetches them.
     pub(crate) fn leave_out(&self, folder: &Path, what: &str, remedy: &str) -> bool {
         let left_out = self.if_cached && !folder.is_dir();

@@ -26,7 +26,7 @@ const RELEASED: [&str; 2] = ["intercept-agent", "intercept-ebpf"];
 const MOST_BYTES: u64 = 24 << 20;
 
 #[derive(Args)]
-pub(crate) struct Arguments {
+pub(crate) struct ReleaseArgs {
     /// The released tag, which must be `v` and the version
     #[arg(long)]
     tag: Option<String>,
@@ -39,7 +39,7 @@ pub(crate) struct Arguments {
 }
 
 /// Makes target/release-files.
-pub(crate) fn release(arguments: &Arguments) -> Result<()> {
+pub(crate) fn release(arguments: &ReleaseArgs) -> Result<()> {
     versions_agree(arguments.tag.as_deref())?;
     setup::setup(&[Group::Base])?;
     let folder = workspace::target().join("release-files");

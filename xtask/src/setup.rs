@@ -18,7 +18,7 @@ const LINKER: &str = "bpf-linker@0.10.1";
 const COMPILER: [&str; 2] = ["rustc-web", "libstd-rust-web-dev-bpf"];
 
 #[derive(Args)]
-pub(crate) struct Arguments {
+pub(crate) struct SetupArgs {
     /// What to install [default: what `cargo xtask test` needs]
     #[arg(value_enum)]
     groups: Vec<Group>,
@@ -27,7 +27,7 @@ pub(crate) struct Arguments {
     all: bool,
 }
 
-impl Arguments {
+impl SetupArgs {
     pub(crate) fn groups(&self) -> &[Group] {
         match self {
             Self { all: true, .. } => &Group::ALL,

@@ -12,7 +12,7 @@ use crate::{
 };
 
 #[derive(Args)]
-pub(crate) struct Arguments {
+pub(crate) struct SoakArgs {
     /// For how long
     #[arg(long, value_name = "N")]
     minutes: Option<f64>,
@@ -22,7 +22,7 @@ pub(crate) struct Arguments {
 }
 
 /// Soaks; fails with the seed and what went wrong, or if anything is left on the machine.
-pub(crate) fn soak(arguments: &Arguments) -> Result<()> {
+pub(crate) fn soak(arguments: &SoakArgs) -> Result<()> {
     setup::setup(&[Group::Base, Group::Test])?;
     let before = sweep::present();
     let options = [

@@ -13,7 +13,7 @@ use clap::Args;
 use crate::{build, run, setup, setup::Group, sweep, tidy};
 
 #[derive(Args)]
-pub(crate) struct Arguments {
+pub(crate) struct TestArgs {
     /// Run only tests whose name contains this
     filter: Option<String>,
     /// Run only the integration tests in this file of tests/tests (without .rs)
@@ -37,7 +37,7 @@ struct TestTally {
 }
 
 /// Performs the checks. With a filter or a file, only the tests.
-pub(crate) fn test(arguments: &Arguments) -> Result<()> {
+pub(crate) fn test(arguments: &TestArgs) -> Result<()> {
     setup::setup(&Group::FOR_TESTS)?;
     let agent = build::agent()?;
     let before = sweep::present();
@@ -107,7 +107,7 @@ impl TestReport {
 /// Runs `cargo test`, prints its output, and counts tests.
 fn cargo_test(
     agent: &Path,
-    arguments: &Arguments,
+    arguments: &TestArgs,
     selection: &[&str],
     options: &[&str],
     tally: &mut TestTally,

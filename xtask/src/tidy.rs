@@ -14,6 +14,7 @@ use crate::{docs, run, workspace};
 mod documents;
 mod inventory;
 mod names;
+mod offsets;
 mod reference;
 mod sources;
 
@@ -31,6 +32,7 @@ pub(crate) fn tidy() -> Result<()> {
         documents::readme_opens_with_two_commands(&tree),
         documents::links_lead_somewhere(&tree),
         documents::drawing_is_of_its_text(&tree),
+        offsets::every_global_is_filled_in(&tree),
         docs::stale(&tree),
         reference::tables_list_what_there_is(&tree),
         reference::values_have_a_schema(&tree),

@@ -31,7 +31,7 @@ const PROGRAMS: [&str; 5] = ["demo", "actor", "unusual", "steps", "intercept-age
 const TOO_OLD: [&str; 1] = ["5.10"];
 
 #[derive(Args)]
-pub(crate) struct Arguments {
+pub(crate) struct VmArgs {
     /// Kernels by the first two numbers of the version, or `newest`. Debian has 5.10, 6.1, 6.12 and those in backports
     #[arg(long, value_delimiter = ',', default_values = ["5.10", "6.1", "6.12", "6.18", "newest"])]
     kernel: Vec<Wish>,
@@ -56,7 +56,7 @@ pub(crate) struct Arguments {
 }
 
 /// Runs the demo and the cases under each kernel.
-pub(crate) fn vm(arguments: &Arguments) -> Result<()> {
+pub(crate) fn vm(arguments: &VmArgs) -> Result<()> {
     let kernels = kernels(arguments)?;
     if kernels.is_empty() {
         return Ok(());
@@ -94,7 +94,7 @@ pub(crate) fn vm(arguments: &Arguments) -> Result<()> {
 }
 
 /// The requested kernels, or the errors. Kernels that are not cached are left out if only cached ones are requested.
-fn kernels(arguments: &Arguments) -> Result<Vec<(&Wish, Result<Kernel>)>> {
+fn kernels(arguments: &VmArgs) -> Result<Vec<(&Wish, Result<Kernel>)>> {
     let kernels = Kernels::of(arguments.arch)?;
     if !arguments.if_cached {
         setup::setup(&[Group::Vm])?;
@@ -116,7 +116,7 @@ fn kernels(arguments: &Arguments) -> Result<Vec<(&Wish, Result<Kernel>)>> {
     Ok(found)
 }
 
-fn boot(kernel: &Kernel, programs: Option<&Path>, arguments: &Arguments) -> Result<Vec<VmStep>> {
+fn boot(kernel: &Kernel, programs: Option<&Path>, arguments: &VmArgs) -> Result<Vec<VmStep>> {
     let folder = workspace::target().join("vm");
     fs::create_dir_all(&folder).with_context(|| format!("making {}", folder.display()))?;
     let mut initramfs = Initramfs::new(kernel, &MODULES)?;

@@ -3,7 +3,7 @@
 /// A field with a value of its own: read by a function from text, written where it differs from the default.
 macro_rules! value {
     (config.$field:ident, $parse:expr) => {
-        Binding {
+        FieldBinding {
             read: |reader, setting, options| {
                 options.config.$field = reader.value(setting, $parse)?;
                 Ok(())
@@ -12,7 +12,7 @@ macro_rules! value {
         }
     };
     (run.$field:ident, $parse:expr) => {
-        Binding {
+        FieldBinding {
             read: |reader, setting, options| {
                 options.run.$field = reader.value(setting, $parse)?;
                 Ok(())
@@ -25,7 +25,7 @@ macro_rules! value {
 /// A boolean field: false unless it is asked for.
 macro_rules! switch {
     (config.$field:ident) => {
-        Binding {
+        FieldBinding {
             read: |reader, setting, options| {
                 options.config.$field = reader.switch(setting)?;
                 Ok(())
@@ -34,7 +34,7 @@ macro_rules! switch {
         }
     };
     (run.$field:ident) => {
-        Binding {
+        FieldBinding {
             read: |reader, setting, options| {
                 options.run.$field = reader.switch(setting)?;
                 Ok(())
@@ -44,11 +44,11 @@ macro_rules! switch {
     };
 }
 
-/// A field that is empty unless it is given: read by a method of [`Reader`](super::reader::Reader), written by a
+/// A field that is empty unless it is given: read by a method of [`OptionReader`](super::reader::OptionReader), written by a
 /// function to text.
 macro_rules! list {
     (config.$field:ident, $read:expr, $write:expr) => {
-        Binding {
+        FieldBinding {
             read: |reader, setting, options| {
                 options.config.$field = $read(reader, setting)?;
                 Ok(())
@@ -61,7 +61,7 @@ macro_rules! list {
 /// Text that is only looked at where it is used; `None` unless it is given.
 macro_rules! text {
     (run.$field:ident) => {
-        Binding {
+        FieldBinding {
             read: |reader, setting, options| {
                 options.run.$field = reader.noted_text(setting).map(Into::into);
                 Ok(())

@@ -35,7 +35,7 @@ impl RawOptions {
     /// `names`. Of several options at fault, the first in the order of the help is the error; nothing is changed
     /// anywhere.
     pub fn validate(&self, names: &dyn NameSource) -> Result<(Config, RunOptions, Vec<Note>), OptionError> {
-        let mut reader = Reader { raw: self, names, notes: Vec::new() };
+        let mut reader = OptionReader { raw: self, names, notes: Vec::new() };
         let mut options = ReadOptions { config: Config::unread(), run: RunOptions::unread() };
         for setting in table::ALL {
             (setting.binding.read)(&mut reader, setting, &mut options)?;
@@ -51,13 +51,13 @@ pub(super) struct ReadOptions {
 }
 
 /// Reads settings for the rows of the table.
-pub(super) struct Reader<'a> {
+pub(super) struct OptionReader<'a> {
     raw: &'a RawOptions,
     names: &'a dyn NameSource,
     notes: Vec<Note>,
 }
 
-impl<'a> Reader<'a> {
+impl<'a> OptionReader<'a> {
     pub(super) fn proxy_uids(&mut self, config: &mut Config) -> Result<(), OptionError> {
         config.proxy_uids = match self.text(&table::PROXY_UID) {
             Some((origin, list)) => self.proxy_id_list(origin, list, Self::user)?,

@@ -2,7 +2,7 @@
 
 use std::fmt::{self, Display};
 
-use super::reader::{ReadOptions, Reader};
+use super::reader::{OptionReader, ReadOptions};
 use super::render::joined;
 use super::{Config, OptionError};
 
@@ -23,19 +23,19 @@ pub struct Setting {
     /// What whoever gives it is told, because it does not do here what it does in istio-iptables.
     pub(super) note: Option<&'static str>,
     /// The field that it is for.
-    pub(super) binding: Binding,
+    pub(super) binding: FieldBinding,
 }
 
 /// The two ways between a setting and the field that it is for.
 #[derive(Clone, Copy)]
-pub(super) struct Binding {
+pub(super) struct FieldBinding {
     /// Sets the field from what was given, or to the default.
-    pub(super) read: fn(&mut Reader<'_>, &'static Setting, &mut ReadOptions) -> Result<(), OptionError>,
+    pub(super) read: fn(&mut OptionReader<'_>, &'static Setting, &mut ReadOptions) -> Result<(), OptionError>,
     /// What gives the field its value, from a policy and the default one.
     pub(super) write: fn(&Config, &Config) -> Written,
 }
 
-impl Binding {
+impl FieldBinding {
     /// Of a setting that another one's row looks at. It is not written either.
     pub(super) const READ_BY_ANOTHER: Self = Self { read: |_, _, _| Ok(()), write: |_, _| Written::Nothing };
 }
@@ -95,7 +95,7 @@ const UNNAMED: Setting = Setting {
     default: "none",
     help: "",
     note: None,
-    binding: Binding::READ_BY_ANOTHER,
+    binding: FieldBinding::READ_BY_ANOTHER,
 };
 
 impl UnboundSetting {
@@ -123,7 +123,7 @@ impl UnboundSetting {
         Self(Setting { note: Some(note), ..self.0 })
     }
 
-    pub(super) const fn bound(self, binding: Binding) -> Setting {
+    pub(super) const fn bound(self, binding: FieldBinding) -> Setting {
         Setting { binding, ..self.0 }
     }
 }

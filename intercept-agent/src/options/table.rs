@@ -8,9 +8,9 @@
 
 use super::binding::{list, switch, text, value};
 use super::ports::parse_port;
-use super::reader::Reader;
+use super::reader::OptionReader;
 use super::render::joined;
-use super::setting::{Binding, Setting, Written, flag, switch_flag, variable};
+use super::setting::{FieldBinding, Setting, Written, flag, switch_flag, variable};
 use super::values::{parse_loopback, parse_mark, parse_mode, parse_table, parse_timeout};
 use super::{Cidrs, Dns, InboundPorts, OwnerGroups, Ports};
 
@@ -41,7 +41,7 @@ settings! {
     PROXY_UID = flag("proxy-uid").letter('u').variables(&["PROXY_UID"]).takes("USERS")
         .default("the uid of $ENVOY_USER, else 1337")
         .help("Users whose traffic is the proxy's own and is not captured, ids or names")
-        .bound(Binding {
+        .bound(FieldBinding {
             read: |reader, _, options| reader.proxy_uids(&mut options.config),
             write: |config, _| Written::of_ids(&config.proxy_uids),
         });
@@ -49,7 +49,7 @@ settings! {
     PROXY_GID = flag("proxy-gid").letter('g').variables(&["PROXY_GID"]).takes("GROUPS")
         .default("the value of -u")
         .help("Groups whose traffic is the proxy's own and is not captured, ids or names")
-        .bound(Binding {
+        .bound(FieldBinding {
             read: |reader, _, options| reader.proxy_gids(&mut options.config),
             write: |config, _| Written::of_ids(&config.proxy_gids),
         });
@@ -71,12 +71,12 @@ settings! {
 
     INBOUND_PORTS = flag("istio-inbound-ports").letter('b').variables(&["ISTIO_INBOUND_PORTS"]).takes("PORTS")
         .help("Inbound ports to capture, a list of ports and low:high ranges, or * for all")
-        .bound(list!(config.inbound_ports, Reader::inbound_ports, InboundPorts::to_string));
+        .bound(list!(config.inbound_ports, OptionReader::inbound_ports, InboundPorts::to_string));
 
     LOCAL_EXCLUDE_PORTS = flag("istio-local-exclude-ports").letter('d').variables(&["ISTIO_LOCAL_EXCLUDE_PORTS"])
         .takes("PORTS")
         .help("Inbound ports left alone; only with -b '*'")
-        .bound(Binding {
+        .bound(FieldBinding {
             read: |reader, setting, options| reader.inbound_exclude(setting, &mut options.config),
             write: |config, _| Written::unless_empty(config.inbound_exclude.to_string()),
         });
@@ -84,32 +84,32 @@ settings! {
     EXCLUDE_INTERFACES = flag("istio-exclude-interfaces").letter('c').variables(&["ISTIO_EXCLUDE_INTERFACES"])
         .takes("NAMES")
         .help("Interfaces on which neither direction is captured; eth+ is every name that begins with eth")
-        .bound(list!(config.exclude_interfaces, Reader::interfaces, joined));
+        .bound(list!(config.exclude_interfaces, OptionReader::interfaces, joined));
 
     VIRT_INTERFACES = flag("kube-virt-interfaces").letter('k').variables(&["KUBE_VIRT_INTERFACES"])
         .takes("NAMES")
         .help("Interfaces whose arriving traffic is treated as outbound")
         .note("IPv4 for addresses that are not the pod's is answered by a listener of -p that is IP_TRANSPARENT: \
                one that listens already is made so, for one that comes later attach again (or let it set the option)")
-        .bound(list!(config.virt_interfaces, Reader::interfaces, joined));
+        .bound(list!(config.virt_interfaces, OptionReader::interfaces, joined));
 
     SERVICE_CIDR = flag("istio-service-cidr").letter('i').variables(&["ISTIO_SERVICE_CIDR"]).takes("RANGES")
         .help("Outbound destinations to capture, a list of address ranges, or * for all")
-        .bound(list!(config.include, Reader::include, Cidrs::to_string));
+        .bound(list!(config.include, OptionReader::include, Cidrs::to_string));
 
     SERVICE_EXCLUDE_CIDR = flag("istio-service-exclude-cidr").letter('x')
         .variables(&["ISTIO_SERVICE_EXCLUDE_CIDR"]).takes("RANGES")
         .help("Outbound destinations left alone")
-        .bound(list!(config.exclude, Reader::exclude, joined));
+        .bound(list!(config.exclude, OptionReader::exclude, joined));
 
     OUTBOUND_PORTS = flag("istio-outbound-ports").letter('q').variables(&["ISTIO_OUTBOUND_PORTS"]).takes("PORTS")
         .help("Outbound ports to capture in addition to -i")
-        .bound(list!(config.outbound_ports, Reader::ports, Ports::to_string));
+        .bound(list!(config.outbound_ports, OptionReader::ports, Ports::to_string));
 
     OUTBOUND_PORTS_EXCLUDE = flag("istio-local-outbound-ports-exclude").letter('o')
         .variables(&["ISTIO_LOCAL_OUTBOUND_PORTS_EXCLUDE"]).takes("PORTS")
         .help("Outbound ports left alone, for TCP and UDP")
-        .bound(list!(config.outbound_exclude_ports, Reader::ports, Ports::to_string));
+        .bound(list!(config.outbound_exclude_ports, OptionReader::ports, Ports::to_string));
 
     DRY_RUN = switch_flag("dry-run").letter('n').variables(&["DRY_RUN"])
         .help("Print what would be done and change nothing")
@@ -133,22 +133,22 @@ settings! {
 
     REDIRECT_DNS = switch_flag("redirect-dns").variables(&["ISTIO_META_DNS_CAPTURE", "REDIRECT_DNS"])
         .help("Capture DNS to the servers in resolv.conf")
-        .bound(Binding {
+        .bound(FieldBinding {
             read: |reader, setting, options| reader.dns(setting, &mut options.config),
             write: |config, _| Written::switch(config.dns != Dns::Off),
         });
 
     CAPTURE_ALL_DNS = switch_flag("capture-all-dns").variables(&["CAPTURE_ALL_DNS"])
         .help("Capture everything to port 53; only with --redirect-dns")
-        .bound(Binding {
+        .bound(FieldBinding {
             write: |config, _| Written::switch(config.dns == Dns::All),
-            ..Binding::READ_BY_ANOTHER
+            ..FieldBinding::READ_BY_ANOTHER
         });
 
     RESOLV_CONF = flag("resolv-conf").variables(&["RESOLV_CONF"]).takes("PATH")
         .default("the pod's /etc/resolv.conf")
         .help("The file that lists the servers for --redirect-dns")
-        .bound(Binding::READ_BY_ANOTHER);
+        .bound(FieldBinding::READ_BY_ANOTHER);
 
     OPEN_WITHOUT_PROXY = switch_flag("open-without-proxy").variables(&["OPEN_WITHOUT_PROXY"])
         .help("Not one of istio-iptables: where nothing listens, let traffic go on uncaptured instead of refusing it")
@@ -160,7 +160,7 @@ settings! {
 
     ACCELERATE = switch_flag("accelerate").variables(&["ACCELERATE"])
         .help("Not one of istio-iptables: join the proxy's connections with proxies of this node past TCP")
-        .bound(Binding {
+        .bound(FieldBinding {
             read: |reader, setting, options| reader.accelerate(setting, &mut options.config),
             write: |config, _| Written::switch(!config.accelerate.is_empty()),
         });
@@ -168,12 +168,12 @@ settings! {
     ACCELERATE_PROXIES = flag("accelerate-proxies").variables(&["ACCELERATE_PROXIES"]).takes("NAMES")
         .default("envoy")
         .help("Executables that --accelerate is for; to name another is to vouch for it")
-        .bound(Binding {
+        .bound(FieldBinding {
             write: |config, _| match joined(&config.accelerate) {
                 names if names == ACCELERATE_PROXIES.default => Written::Nothing,
                 names => Written::unless_empty(names),
             },
-            ..Binding::READ_BY_ANOTHER
+            ..FieldBinding::READ_BY_ANOTHER
         });
 
     DROP_INVALID = switch_flag("drop-invalid").variables(&["INVALID_DROP", "DROP_INVALID"])
@@ -231,7 +231,7 @@ settings! {
 
     OWNER_GROUPS = variable(&["ISTIO_OUTBOUND_OWNER_GROUPS"]).takes("GROUPS").default("*")
         .help("Capture the outbound traffic of these groups only, ids or names, at most 64")
-        .bound(Binding {
+        .bound(FieldBinding {
             read: |reader, _, options| reader.owner_groups(&mut options.config),
             write: |config, _| match &config.owner_groups {
                 OwnerGroups::Only(groups) => Written::of_ids(groups),
@@ -241,12 +241,12 @@ settings! {
 
     OWNER_GROUPS_EXCLUDE = variable(&["ISTIO_OUTBOUND_OWNER_GROUPS_EXCLUDE"]).takes("GROUPS")
         .help("Never capture the outbound traffic of these groups; only without the above")
-        .bound(Binding {
+        .bound(FieldBinding {
             write: |config, _| match &config.owner_groups {
                 OwnerGroups::Except(groups) => Written::of_ids(groups),
                 OwnerGroups::All | OwnerGroups::Only(_) => Written::Nothing,
             },
-            ..Binding::READ_BY_ANOTHER
+            ..FieldBinding::READ_BY_ANOTHER
         });
 
     LOOPBACK_CIDR = variable(&["ISTIO_OUTBOUND_IPV4_LOOPBACK_CIDR"]).takes("RANGE").default("127.0.0.1/32")
@@ -255,5 +255,5 @@ settings! {
 
     ENVOY_USER = variable(&["ENVOY_USER"]).takes("USER").default("istio-proxy")
         .help("The user whose id is the default of -u")
-        .bound(Binding::READ_BY_ANOTHER);
+        .bound(FieldBinding::READ_BY_ANOTHER);
 }

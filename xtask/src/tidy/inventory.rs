@@ -46,7 +46,8 @@ fn long_and_variable(attribute: &Attribute, field: String) -> (Option<String>, O
     (long, variable)
 }
 
-fn text(expression: &Expr) -> Option<String> {
+/// The value of a literal text.
+pub(super) fn text(expression: &Expr) -> Option<String> {
     match expression {
         Expr::Lit(literal) => match &literal.lit {
             Lit::Str(text) => Some(text.value()),

@@ -13,7 +13,7 @@ use syn::{
 use super::Tree;
 
 /// Names that several types still share. The list only gets shorter.
-const SHARED: [&str; 6] = ["Arguments", "Binding", "Ends", "Found", "Pod", "Reader"];
+const SHARED: [&str; 3] = ["Ends", "Found", "Pod"];
 
 /// Each name is declared by one type, so that a reader who searches for it finds that type.
 ///
