@@ -4,12 +4,11 @@ use std::collections::HashSet;
 
 use tokio::sync::oneshot;
 
-use super::{Message, PodFailure, PodResult, Reconciler};
+use super::{Message, PodFailure, PodResult, Reconciler, machine::MachineEvent, pod::Pod};
 use crate::daemon::{
-    desired::{DesiredPod, Key},
-    view::{self, ApiWait, Certainty, ObjectUid, PodView, Resolution, SandboxClaim},
+    desired::Key,
+    view::{ApiWait, Certainty, ObjectUid, PodView, SandboxClaim},
 };
-use crate::escape::OneLine;
 
 impl Reconciler {
     /// Note what a source says of a pod.
@@ -82,9 +81,9 @@ impl Reconciler {
     }
 
     /// The runtime takes the sandbox down after a failed ADD, and asks again with another.
-    pub(super) fn add_failed(&mut self, key: &Key) {
+    pub(super) fn end_failed_add(&mut self, key: &Key) {
         let Some(pod) = self.pods.get_mut(key) else { return };
-        if pod.applied.is_none() && matches!(key, Key::Pod(_)) {
+        if pod.applied().is_none() && matches!(key, Key::Pod(_)) {
             pod.view.on_gone();
             self.resolve_claims(key);
         }
@@ -94,13 +93,13 @@ impl Reconciler {
         if let Some(pod) = self.pods.get_mut(key)
             && pod.view.end_sandbox(sandbox)
         {
-            if pod.applied.is_some() || pod.in_flight {
+            if pod.applied().is_some() || pod.machine.phase.is_in_flight() {
                 pod.releasing.push(reply);
             } else {
                 drop(reply.send(Ok("absent")));
             }
             // Whatever the other sources say, what is applied was of this sandbox.
-            pod.clear_desired();
+            self.on(key, MachineEvent::SandboxEnded);
             self.resolve_claims(key);
         } else {
             // DEL may be repeated, and may come for what never was: both are fine by the specification.
@@ -108,7 +107,30 @@ impl Reconciler {
         }
     }
 
-    /// Compare what the sources say with what is to be applied, and have it applied.
+    /// Release pods whose sandbox is gone without a word. One that is asked for now may be newer than the list.
+    pub(super) fn collect(&mut self, valid: &HashSet<String>) -> usize {
+        let is_gone = |pod: &Pod| {
+            let sandbox = pod.view.sandbox_id();
+            sandbox.is_some_and(|sandbox| !valid.contains(sandbox))
+                && !pod.machine.phase.is_in_flight()
+                && pod.waiting.is_empty()
+        };
+        let gone: Vec<Key> =
+            self.pods.iter().filter(|(_, pod)| is_gone(pod)).map(|(key, _)| key.clone()).collect();
+        for key in &gone {
+            tracing::info!(pod = %key, "the runtime has its sandbox no more");
+            if let Some(pod) = self.pods.get_mut(key)
+                && let Some(sandbox) = pod.view.sandbox_id().map(str::to_owned)
+            {
+                pod.view.end_sandbox(&sandbox);
+                self.on(key, MachineEvent::SandboxEnded);
+                self.resolve_claims(key);
+            }
+        }
+        gone.len()
+    }
+
+    /// Merge what the sources say, and have the pod go on from there.
     pub(super) fn resolve_claims(&mut self, key: &Key) {
         let Some(pod) = self.pods.get_mut(key) else { return };
         let uid = match key {
@@ -120,68 +142,7 @@ impl Reconciler {
         } else if let (Key::File(file), true) = (key, pod.name.is_empty()) {
             pod.name.clone_from(file);
         }
-        pod.awaiting_decision = false;
-        match pod.view.resolve(uid) {
-            Resolution::Capture(desired) => self.set_desired(key, *desired),
-            Resolution::Ignore(why) => {
-                let why = why.as_str();
-                if pod.ignored != Some(why) {
-                    tracing::debug!(pod = %key, name = pod.name, why, "left alone");
-                }
-                pod.clear_desired();
-                pod.ignored = Some(why);
-                self.reconcile(key);
-            }
-            Resolution::Refuse(problem) => self.refuse(key, problem),
-            Resolution::AwaitApi => pod.awaiting_decision = true,
-            Resolution::Unplaced => {
-                pod.clear_desired();
-                pod.awaiting_decision = true;
-                self.reconcile(key);
-            }
-            Resolution::Absent => {
-                pod.clear_desired();
-                self.reconcile(key);
-            }
-        }
-    }
-
-    fn set_desired(&mut self, key: &Key, desired: DesiredPod) {
-        let Some(pod) = self.pods.get_mut(key) else { return };
-        if pod.waiting.is_empty() && pod.desired.as_ref() == Some(&desired) && pod.failure.is_none() {
-            return;
-        }
-        pod.set_desired(desired);
-        self.reconcile(key);
-    }
-
-    fn refuse(&mut self, key: &Key, problem: view::ClaimError) {
-        let Some(pod) = self.pods.get_mut(key) else { return };
-        let (cause, text) = match problem {
-            view::ClaimError::Options(text) => ("options", text),
-            view::ClaimError::Cgroup(text) => ("cgroup", text),
-        };
-        let problem = PodFailure { cause: cause.to_owned(), text: OneLine(text).to_string() };
-        let asked = pod.answer(&Err(problem.clone()));
-        pod.ignored = None;
-        if pod.applied.is_none() {
-            // What is applied stays; what is not yet does not begin.
-            pod.desired = None;
-            pod.retry_at = None;
-        }
-        if pod.failure.as_ref() != Some(&problem) {
-            self.metrics.error(cause);
-            tracing::error!(pod = %key, name = pod.name, cause, "{}", problem.text);
-            pod.failures += 1;
-            pod.failure = Some(problem);
-        }
-        self.publish_event(key);
-        if asked {
-            self.add_failed(key);
-        }
-        // Goes on to release what was of an earlier sandbox.
-        if self.pods.get(key).is_some_and(|pod| pod.desired.is_none()) {
-            self.reconcile(key);
-        }
+        let resolution = pod.view.resolve(uid);
+        self.on(key, MachineEvent::Resolved(resolution));
     }
 }

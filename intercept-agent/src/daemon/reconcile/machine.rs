@@ -1,0 +1,467 @@
+//! The state machine of one pod: what it is to be (intent) and what is there (phase).
+//!
+//! [`PodMachine::on`] takes an event to the next state and says what the loop has to do for it. It is pure: time, chance
+//! and who waits come in with [`MachineContext`], and everything that acts is a [`MachineCommand`].
+
+mod event;
+
+use std::{mem, time::Instant};
+
+use super::{EVENT_AFTER, PodFailure, PodState, START_RETRY};
+use crate::daemon::{
+    capture::AppliedPod, desired::DesiredPod, sidecar::IgnoreReason, view::Resolution, worker::Priority,
+};
+
+pub(super) use event::{Aftermath, FailedAttempt, FailureKind, MachineCommand, MachineContext, MachineEvent};
+
+/// What a pod is to be, by what its sources say.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub(super) enum Intent {
+    /// No source asks for it.
+    #[default]
+    Absent,
+    /// It has no place yet, or waits for the API.
+    Awaiting,
+    /// It is not to be captured.
+    Ignored(IgnoreReason),
+    /// It is to be captured.
+    Desired(Box<DesiredPod>, SyncProgress),
+}
+
+/// How far a desired pod is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum SyncProgress {
+    /// Something else may be applied.
+    Outdated,
+    /// If something is applied, it is what is desired.
+    UpToDate,
+}
+
+/// What is applied for a pod, and what the worker does for it.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(super) enum Phase {
+    /// Nothing is applied.
+    #[default]
+    Unapplied,
+    /// This is applied.
+    Applied(AppliedPod),
+    /// A capture is in flight.
+    Capturing { before: Option<AppliedPod>, change: PodChange },
+    /// A release is in flight.
+    Releasing { applied: AppliedPod, change: PodChange },
+    /// The kernel is asked whether the pod is there.
+    Checking { applied: AppliedPod, change: PodChange },
+}
+
+/// Whether something changed while a job was in flight, so that its result is not the last word.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum PodChange {
+    Clean,
+    /// Its namespace changed, which may have to wait.
+    Namespace,
+    Dirty,
+}
+
+/// When a pod that failed is tried again.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(super) struct Backoff {
+    /// Attempts that failed in a row.
+    pub(super) failures: u32,
+    /// When the first of them did.
+    since: Option<Instant>,
+    /// Not to be tried before.
+    retry_at: Option<Instant>,
+    /// Whether a release failed and none has succeeded since.
+    release: ReleaseHealth,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+enum ReleaseHealth {
+    #[default]
+    Fine,
+    Failed,
+}
+
+/// One pod.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub(super) struct PodMachine {
+    pub(super) intent: Intent,
+    pub(super) phase: Phase,
+    /// Why the last attempt failed.
+    pub(super) failure: Option<PodFailure>,
+    pub(super) backoff: Backoff,
+    /// Changes of its namespace are not applied before.
+    rest_until: Option<Instant>,
+    /// Text of the event that was published last, until the pod is captured.
+    published: Option<String>,
+}
+
+impl Phase {
+    /// What is applied.
+    pub(super) fn applied(&self) -> Option<&AppliedPod> {
+        match self {
+            Self::Unapplied => None,
+            Self::Capturing { before, .. } => before.as_ref(),
+            Self::Applied(applied) | Self::Releasing { applied, .. } | Self::Checking { applied, .. } => {
+                Some(applied)
+            }
+        }
+    }
+
+    /// Whether the worker has a job for the pod.
+    pub(super) fn is_in_flight(&self) -> bool {
+        !matches!(self, Self::Unapplied | Self::Applied(_))
+    }
+
+    fn change(&mut self) -> Option<&mut PodChange> {
+        match self {
+            Self::Unapplied | Self::Applied(_) => None,
+            Self::Capturing { change, .. }
+            | Self::Releasing { change, .. }
+            | Self::Checking { change, .. } => Some(change),
+        }
+    }
+
+    /// The job is done: what was applied before it is again. Says whether something changed meanwhile.
+    fn settle(&mut self) -> PodChange {
+        let change = self.change().copied().unwrap_or(PodChange::Clean);
+        *self = self.applied().cloned().map_or(Self::Unapplied, Self::Applied);
+        change
+    }
+
+    fn adopt(&mut self, adopted: AppliedPod) {
+        match self {
+            Self::Capturing { before, .. } => *before = Some(adopted),
+            Self::Releasing { applied, .. } | Self::Checking { applied, .. } => *applied = adopted,
+            Self::Unapplied | Self::Applied(_) => *self = Self::Applied(adopted),
+        }
+    }
+}
+
+impl PodMachine {
+    /// The state as metrics and `status` name it.
+    pub(super) fn state(&self) -> PodState {
+        match (&self.intent, self.phase.applied(), &self.failure) {
+            (Intent::Ignored(_), ..) => PodState::Ignored,
+            (_, _, Some(_)) => PodState::Failed,
+            (Intent::Desired(_, SyncProgress::UpToDate), Some(_), None) => PodState::Captured,
+            (Intent::Desired(..), ..) | (Intent::Awaiting, None, None) => PodState::Pending,
+            (Intent::Awaiting | Intent::Absent, ..) => PodState::Releasing,
+        }
+    }
+
+    /// Why it is ignored, if it is.
+    pub(super) fn ignored(&self) -> Option<IgnoreReason> {
+        match self.intent {
+            Intent::Ignored(why) => Some(why),
+            _ => None,
+        }
+    }
+
+    /// Whether it is to be tried again by `now`.
+    pub(super) fn is_retry_due(&self, now: Instant) -> bool {
+        self.backoff.retry_at.is_some_and(|retry_at| retry_at <= now)
+    }
+
+    /// The next state, and what is to be done for it, in this order.
+    pub(super) fn on(&mut self, event: MachineEvent, context: &MachineContext) -> Vec<MachineCommand> {
+        match event {
+            MachineEvent::Resolved(resolution) => self.resolved(resolution, context),
+            MachineEvent::SandboxEnded => {
+                self.clear();
+                Vec::new()
+            }
+            MachineEvent::Adopted(applied) => {
+                self.phase.adopt(applied);
+                Vec::new()
+            }
+            MachineEvent::Recheck => self.reconcile(context),
+            MachineEvent::NamespaceChanged => self.namespace_changed(context),
+            MachineEvent::Rest(rest) => {
+                self.rest_until = Some(context.now + rest);
+                Vec::new()
+            }
+            MachineEvent::RetryDue => {
+                self.backoff.retry_at = None;
+                self.reconcile(context)
+            }
+            MachineEvent::Unreachable => self.check(),
+            MachineEvent::Gone(aftermath) => self.gone(aftermath, context),
+            MachineEvent::Captured(applied) => self.captured(applied, context),
+            MachineEvent::Detached => {
+                if matches!(self.intent, Intent::Desired(..)) {
+                    self.intent = Intent::Absent;
+                }
+                self.phase = Phase::Unapplied;
+                self.reconcile(context)
+            }
+            MachineEvent::CaptureFailed(failed) => self.failed(failed, context),
+            MachineEvent::ReleaseFailed(failed) => {
+                self.backoff.release = ReleaseHealth::Failed;
+                self.failed(failed, context)
+            }
+            MachineEvent::Released => self.released(context),
+            MachineEvent::StillThere => match self.phase.settle() {
+                PodChange::Clean => Vec::new(),
+                PodChange::Namespace => self.namespace_changed(context),
+                PodChange::Dirty => self.reconcile(context),
+            },
+        }
+    }
+
+    fn resolved(&mut self, resolution: Resolution, context: &MachineContext) -> Vec<MachineCommand> {
+        match resolution {
+            Resolution::Capture(desired) => return self.desire(desired, context),
+            Resolution::Refuse(error) => return self.refuse(error.into(), context),
+            Resolution::AwaitApi => {
+                // What is applied or ignored stays so until then.
+                if self.intent == Intent::Absent {
+                    self.intent = Intent::Awaiting;
+                }
+                return Vec::new();
+            }
+            Resolution::Ignore(why) => {
+                let mut commands = Vec::new();
+                if self.ignored() != Some(why) {
+                    commands.push(MachineCommand::LogIgnored(why));
+                }
+                self.clear();
+                self.intent = Intent::Ignored(why);
+                commands.extend(self.reconcile(context));
+                return commands;
+            }
+            Resolution::Unplaced => {
+                self.clear();
+                self.intent = Intent::Awaiting;
+            }
+            Resolution::Absent => {
+                self.clear();
+                self.intent = Intent::Absent;
+            }
+        }
+        self.reconcile(context)
+    }
+
+    fn desire(&mut self, desired: Box<DesiredPod>, context: &MachineContext) -> Vec<MachineCommand> {
+        let is_same = matches!(&self.intent, Intent::Desired(before, _) if *before == desired);
+        if is_same && !context.add_waits && self.failure.is_none() {
+            return Vec::new();
+        }
+        self.intent = Intent::Desired(desired, SyncProgress::Outdated);
+        self.failure = None;
+        self.backoff = Backoff { since: self.backoff.since, ..Backoff::default() };
+        self.reconcile(context)
+    }
+
+    fn refuse(&mut self, failure: PodFailure, context: &MachineContext) -> Vec<MachineCommand> {
+        let mut commands = vec![MachineCommand::Answer(Err(failure.clone()))];
+        match (&self.intent, self.phase.applied()) {
+            // What is applied stays.
+            (Intent::Desired(..), Some(_)) => {}
+            (_, Some(_)) => self.intent = Intent::Absent,
+            // What is not applied yet does not begin.
+            (_, None) => {
+                self.intent = Intent::Absent;
+                self.backoff.retry_at = None;
+            }
+        }
+        if self.failure.as_ref() != Some(&failure) {
+            commands.extend([
+                MachineCommand::CountFailure(failure.clone()),
+                MachineCommand::LogRefused(failure.clone()),
+            ]);
+            self.backoff.failures = self.backoff.failures.saturating_add(1);
+            self.failure = Some(failure);
+        }
+        commands.extend(self.publish());
+        if !matches!(self.intent, Intent::Desired(..)) {
+            // Goes on to release what was of an earlier sandbox. The ADD is answered by then.
+            commands.extend(self.reconcile(&MachineContext { add_waits: false, ..*context }));
+        }
+        if context.add_waits {
+            commands.push(MachineCommand::EndFailedAdd);
+        }
+        commands
+    }
+
+    /// Nothing is asked for it.
+    fn clear(&mut self) {
+        if self.intent != Intent::Awaiting {
+            self.intent = Intent::Absent;
+        }
+        self.failure = None;
+        self.backoff.since = None;
+        self.backoff.retry_at = None;
+    }
+
+    /// Apply a change of the namespace: at once, or when the pod has rested.
+    fn namespace_changed(&mut self, context: &MachineContext) -> Vec<MachineCommand> {
+        if let Some(change) = self.phase.change() {
+            if *change == PodChange::Clean {
+                *change = PodChange::Namespace;
+            }
+            return Vec::new();
+        }
+        match self.rest_until.filter(|until| *until > context.now) {
+            Some(until) => {
+                let retry_at = self.backoff.retry_at.map_or(until, |retry_at| retry_at.max(until));
+                self.backoff.retry_at = Some(retry_at);
+                Vec::new()
+            }
+            None => self.reconcile(context),
+        }
+    }
+
+    /// Begin what leads from the phase to the intent, unless a job is in flight or the time has not come.
+    fn reconcile(&mut self, context: &MachineContext) -> Vec<MachineCommand> {
+        if let Some(change) = self.phase.change() {
+            *change = PodChange::Dirty;
+            return Vec::new();
+        }
+        if self.backoff.retry_at.is_some_and(|retry_at| retry_at > context.now) {
+            return Vec::new();
+        }
+        let priority = context.priority();
+        match (&self.intent, self.phase.applied().cloned()) {
+            (Intent::Desired(desired, _), before) => {
+                let desired = desired.clone();
+                self.phase = Phase::Capturing { before: before.clone(), change: PodChange::Clean };
+                vec![MachineCommand::Capture { desired, before, priority }]
+            }
+            (_, Some(applied)) => self.release(applied, priority),
+            (intent, None) => {
+                let mut commands = vec![MachineCommand::StopFollowing];
+                if let Intent::Ignored(why) = intent {
+                    commands.push(MachineCommand::Answer(Ok(why.as_str())));
+                }
+                commands.extend([
+                    MachineCommand::AnswerReleased(Ok("released")),
+                    MachineCommand::ForgetIfUnclaimed,
+                ]);
+                commands
+            }
+        }
+    }
+
+    fn release(&mut self, applied: AppliedPod, priority: Priority) -> Vec<MachineCommand> {
+        self.phase = Phase::Releasing { applied: applied.clone(), change: PodChange::Clean };
+        vec![MachineCommand::StopFollowing, MachineCommand::Release { applied, priority }]
+    }
+
+    /// Nothing leads to the namespace: let go of it, and ask the kernel whether it is there without us.
+    fn check(&mut self) -> Vec<MachineCommand> {
+        let mut commands = vec![MachineCommand::StopFollowing];
+        if let Some(applied) = self.phase.applied().cloned() {
+            self.phase = Phase::Checking { applied: applied.clone(), change: PodChange::Clean };
+            commands.push(MachineCommand::Check(applied));
+        }
+        commands
+    }
+
+    fn gone(&mut self, aftermath: Aftermath, context: &MachineContext) -> Vec<MachineCommand> {
+        let change = self.phase.settle();
+        let Some(applied) = self.phase.applied().cloned() else { return vec![MachineCommand::StopFollowing] };
+        match aftermath {
+            // No source will say that the pod is not desired any more.
+            Aftermath::Over => self.clear(),
+            Aftermath::MayReturn => {
+                self.backoff.failures = 1;
+                self.backoff.retry_at = Some(context.now + (context.delay)(1));
+            }
+        }
+        let commands = self.release(applied.clone(), Priority::Normal);
+        self.phase = Phase::Releasing { applied, change };
+        commands
+    }
+
+    fn captured(&mut self, applied: AppliedPod, context: &MachineContext) -> Vec<MachineCommand> {
+        let change = self.phase.settle();
+        self.phase = Phase::Applied(applied);
+        if change == PodChange::Dirty {
+            return self.reconcile(context);
+        }
+        if let Intent::Desired(_, progress) = &mut self.intent {
+            *progress = SyncProgress::UpToDate;
+        }
+        self.failure = None;
+        self.published = None;
+        self.backoff = Backoff { release: self.backoff.release, ..Backoff::default() };
+        let mut commands =
+            vec![MachineCommand::Answer(Ok("captured")), MachineCommand::AnswerReleased(Ok("released"))];
+        if change == PodChange::Namespace {
+            commands.extend(self.namespace_changed(context));
+        }
+        commands
+    }
+
+    fn released(&mut self, context: &MachineContext) -> Vec<MachineCommand> {
+        self.phase = Phase::Unapplied;
+        let release = mem::take(&mut self.backoff.release);
+        if release == ReleaseHealth::Failed || !matches!(self.intent, Intent::Desired(..)) {
+            // Of an attempt to release it.
+            self.failure = None;
+            self.backoff.failures = 0;
+            self.backoff.retry_at = None;
+        }
+        self.reconcile(context)
+    }
+
+    fn failed(
+        &mut self,
+        FailedAttempt { failure, kind }: FailedAttempt,
+        context: &MachineContext,
+    ) -> Vec<MachineCommand> {
+        let change = self.phase.settle();
+        if change == PodChange::Dirty {
+            let mut commands = vec![MachineCommand::CountFailure(failure)];
+            commands.extend(self.reconcile(context));
+            return commands;
+        }
+        self.backoff.failures = self.backoff.failures.saturating_add(1);
+        let retry_in = (context.delay)(self.backoff.failures);
+        let since = *self.backoff.since.get_or_insert(context.now);
+        let age = context.now.saturating_duration_since(since);
+        let is_starting = kind == FailureKind::Starting && context.is_starting(age);
+        let wait = if is_starting { retry_in.min(START_RETRY) } else { retry_in };
+        self.backoff.retry_at = Some(context.now + wait);
+        let mut commands = Vec::new();
+        if change == PodChange::Namespace {
+            commands = self.namespace_changed(context);
+        }
+        if is_starting {
+            commands.push(MachineCommand::LogStarting(failure));
+            return commands;
+        }
+        commands.push(MachineCommand::CountFailure(failure.clone()));
+        // The same again and again is said once.
+        if self.failure.as_ref() != Some(&failure) {
+            let failures = self.backoff.failures;
+            commands.push(MachineCommand::LogFailed { failure: failure.clone(), failures, retry_in });
+        }
+        commands.extend([
+            MachineCommand::AnswerReleased(Err(failure.clone())),
+            MachineCommand::Answer(Err(failure.clone())),
+        ]);
+        self.failure = Some(failure);
+        if context.add_waits || kind == FailureKind::Options || age >= EVENT_AFTER {
+            commands.extend(self.publish());
+        }
+        if context.add_waits {
+            commands.push(MachineCommand::EndFailedAdd);
+        }
+        commands
+    }
+
+    /// An event, once for failures of one kind in a row, which may be many.
+    fn publish(&mut self) -> Option<MachineCommand> {
+        let text = &self.failure.as_ref()?.text;
+        if self.published.as_ref() == Some(text) {
+            return None;
+        }
+        self.published = Some(text.clone());
+        Some(MachineCommand::Publish(text.clone()))
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,191 @@
+//! Carrying out what the machine of a pod commands, and telling the machine how it went.
+
+use super::{
+    CONFIRMATIONS, Message, Reconciler,
+    machine::{FailedAttempt, MachineCommand, MachineEvent},
+    message::JobOutcome,
+};
+use crate::{
+    daemon::{
+        capture::{self, AppliedPod, CaptureError, Captured},
+        desired::{DesiredPod, Key},
+        events::PodEvent,
+        retry,
+        worker::{Access, Priority, WorkerFailed},
+    },
+    node::Attached,
+    routes::Follower,
+};
+
+impl Reconciler {
+    /// Take an event to the machine of a pod, and do what it commands.
+    pub(super) fn on(&mut self, key: &Key, event: MachineEvent) {
+        let Some(pod) = self.pods.get_mut(key) else { return };
+        for command in pod.on(event) {
+            self.perform(key, command);
+        }
+    }
+
+    fn perform(&mut self, key: &Key, command: MachineCommand) {
+        let Some(pod) = self.pods.get_mut(key) else { return };
+        let name = &pod.name;
+        match command {
+            MachineCommand::Capture { desired, before, priority } => {
+                self.capture(key, *desired, before, priority)
+            }
+            MachineCommand::Release { applied, priority } => {
+                self.spawn(key, priority, JobOutcome::Released, move |access| {
+                    Ok(capture::release(access, &applied)?)
+                });
+            }
+            MachineCommand::Check(AppliedPod { cookie, .. }) => {
+                self.spawn(key, Priority::Normal, JobOutcome::Alive, move |access| {
+                    Ok(capture::is_alive(access, cookie)?)
+                });
+            }
+            MachineCommand::StopFollowing => pod.stop_following(),
+            MachineCommand::Answer(answer) => pod.answer(&answer),
+            MachineCommand::AnswerReleased(answer) => pod.answer_released(&answer),
+            MachineCommand::CountFailure(failure) => self.metrics.error(&failure.cause),
+            MachineCommand::LogIgnored(why) => {
+                tracing::debug!(pod = %key, name, why = why.as_str(), "left alone");
+            }
+            MachineCommand::LogStarting(failure) => {
+                tracing::debug!(pod = %key, name, "waiting for its first process: {}", failure.text);
+            }
+            MachineCommand::LogFailed { failure, failures, retry_in } => tracing::error!(
+                pod = %key, name, cause = failure.cause, failures, retry_in = ?retry_in, "{}", failure.text
+            ),
+            MachineCommand::LogRefused(failure) => {
+                tracing::error!(pod = %key, name, cause = failure.cause, "{}", failure.text);
+            }
+            MachineCommand::Publish(text) => self.publish(key, text),
+            MachineCommand::EndFailedAdd => self.end_failed_add(key),
+            MachineCommand::ForgetIfUnclaimed => {
+                if pod.view.is_empty() {
+                    self.pods.remove(key);
+                }
+            }
+        }
+    }
+
+    fn publish(&self, key: &Key, text: String) {
+        if let (Some(events), Key::Pod(uid), Some(pod)) = (&self.events, key, self.pods.get(key)) {
+            // The object of a static pod has another UID than the pod.
+            let uid = pod.view.speaker().map_or(uid, |object| &object.id.uid.0).clone();
+            drop(events.send(PodEvent { uid, name: pod.name.clone(), text }));
+        }
+    }
+
+    /// Observe a pod on a thread of its own, then attach it on the worker.
+    fn capture(&self, key: &Key, desired: DesiredPod, before: Option<AppliedPod>, priority: Priority) {
+        let followed = self.pods.get(key).and_then(|pod| pod.follow.as_ref()).map(|(cookie, _)| *cookie);
+        let runtime = self.runtime.clone();
+        let observed = before.clone();
+        let prepare = move || capture::prepare(&runtime, &desired, observed.as_ref(), followed);
+        let (worker, messages, key) = (self.worker.clone(), self.messages.clone(), key.clone());
+        tokio::spawn(async move {
+            let result = match tokio::task::spawn_blocking(prepare).await {
+                Ok(Ok(prepared)) => worker
+                    .run(priority, move |access| capture::capture(access, prepared, before.as_ref()))
+                    .await
+                    .unwrap_or_else(|failed| Err(failed.into())),
+                Ok(Err(error)) => Err(error),
+                // It panicked, which its log says.
+                Err(_) => Err(WorkerFailed.into()),
+            };
+            // The loop is gone when the daemon ends.
+            drop(messages.send(Message::Done(key, Box::new(JobOutcome::Captured(result)))));
+        });
+    }
+
+    fn spawn<T: Send + 'static>(
+        &self,
+        key: &Key,
+        priority: Priority,
+        outcome: fn(Result<T, CaptureError>) -> JobOutcome,
+        work: impl FnOnce(&mut Access) -> Result<T, CaptureError> + Send + 'static,
+    ) {
+        let (worker, messages, key) = (self.worker.clone(), self.messages.clone(), key.clone());
+        tokio::spawn(async move {
+            let result = worker.run(priority, work).await.unwrap_or_else(|failed| Err(failed.into()));
+            // The loop is gone when the daemon ends.
+            drop(messages.send(Message::Done(key, Box::new(outcome(result)))));
+        });
+    }
+
+    /// The worker is done with a pod.
+    pub(super) fn done(&mut self, key: &Key, outcome: JobOutcome) {
+        let Some(pod) = self.pods.get_mut(key) else { return };
+        let event = match outcome {
+            JobOutcome::Captured(Ok(captured)) => return self.captured(key, captured),
+            JobOutcome::Captured(Err(CaptureError::Detached)) => {
+                pod.view.forget_applied_before();
+                MachineEvent::Detached
+            }
+            JobOutcome::Captured(Err(error)) => MachineEvent::CaptureFailed(FailedAttempt::from(&error)),
+            JobOutcome::Released(Err(error)) => MachineEvent::ReleaseFailed(FailedAttempt::from(&error)),
+            JobOutcome::Released(Ok(())) => {
+                tracing::info!(pod = %key, name = pod.name, "released");
+                MachineEvent::Released
+            }
+            JobOutcome::Alive(Ok(true)) => MachineEvent::StillThere,
+            JobOutcome::Alive(Ok(false)) => return self.on_gone(key),
+            JobOutcome::Alive(Err(error)) => {
+                tracing::warn!(pod = %key, "{}", error.text());
+                MachineEvent::StillThere
+            }
+        };
+        self.on(key, event);
+    }
+
+    fn captured(&mut self, key: &Key, captured: Captured) {
+        let Some(pod) = self.pods.get_mut(key) else { return };
+        let Captured { done, applied, follower, preexisting_connections, took, cost, idle } = captured;
+        self.metrics.captured(done, took);
+        if done != Attached::Unchanged {
+            tracing::info!(
+                pod = %key, name = pod.name, cookie = applied.cookie, cgroup = %applied.cgroup.display(),
+                took = ?took, "{}", done.as_str()
+            );
+        }
+        if done == Attached::New {
+            pod.preexisting_connections = preexisting_connections;
+            if preexisting_connections > 0 {
+                tracing::warn!(
+                    pod = %key, name = pod.name, connections = preexisting_connections,
+                    "the pod had connections before it was captured: they go on past the proxy until they are closed"
+                );
+            }
+        }
+        if idle {
+            pod.ids_to_confirm = CONFIRMATIONS;
+        }
+        pod.last_verified = Some(std::time::Instant::now());
+        if let Some(follower) = follower {
+            self.follow(key, applied.cookie, follower);
+        }
+        self.on(key, MachineEvent::Rest(retry::rest(cost)));
+        self.on(key, MachineEvent::Captured(applied));
+    }
+
+    /// Say when the namespace of a pod changes.
+    fn follow(&mut self, key: &Key, cookie: u64, mut follower: Follower) {
+        let Some(pod) = self.pods.get_mut(key) else { return };
+        pod.stop_following();
+        let (messages, key) = (self.messages.clone(), key.clone());
+        let task = tokio::spawn(async move {
+            loop {
+                if let Err(error) = follower.changed().await {
+                    tracing::warn!(pod = %key, error = &error as &dyn std::error::Error, "following the namespace");
+                    // The next call reads the state anew, at once.
+                    tokio::time::sleep(retry::delay(4)).await;
+                }
+                if messages.send(Message::Changed(key.clone(), cookie)).is_err() {
+                    return;
+                }
+            }
+        });
+        pod.follow = Some((cookie, task));
+    }
+}
