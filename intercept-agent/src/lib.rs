@@ -17,6 +17,7 @@ pub mod node;
 pub mod options;
 pub mod ownership;
 pub mod programs;
+pub mod record;
 pub mod routes;
 pub mod store;
 pub mod support;

@@ -19,7 +19,7 @@ use intercept_agent::{
     node::{Node, Observation, Rewrite, Target},
     options::{EtcFiles, RawOptions},
     programs::DEFAULT_MAX_CONNECTIONS,
-    store::Origin,
+    record::RecordOrigin,
 };
 use rustix::thread::{CapabilitySet, CapabilitySets, set_capabilities};
 use serde_json::json;
@@ -208,7 +208,7 @@ fn attach_unasked(bpffs: &Path, cgroup: &Path) -> anyhow::Result<()> {
     let netns = Netns::of_cgroup(&cgroup)?;
     let line = AttachArguments::parse_from([&["attach"][..], &FLAGS].concat());
     let (config, ..) = line.options.validate(&EtcFiles::below("/"))?;
-    let target = Target { cgroup, netns, netns_path: None, origin: Origin::Command };
+    let target = Target { cgroup, netns, netns_path: None, origin: RecordOrigin::Command };
     let mut observed = Observation::of(&target, &config, None)?;
     let mut node = Node::open(bpffs, DEFAULT_MAX_CONNECTIONS)?;
     node.attach(&target, &config, &mut observed, Rewrite::IfChanged)?;

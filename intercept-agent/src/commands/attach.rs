@@ -11,8 +11,8 @@ use intercept_agent::{
     netns::Netns,
     node::{Attached, Node, Observation, Rewrite, Target},
     options::{Config, EtcFiles, Note, RawOptions, RunOptions},
+    record::RecordOrigin,
     routes::Follower,
-    store::Origin,
     userns::{IdMap, IdMaps},
     validation::{self, Probe, Validated},
 };
@@ -39,7 +39,7 @@ impl AttachRequest {
             None => Netns::of_cgroup(&cgroup)?,
         };
         Ok(Self {
-            target: Target { cgroup, netns, netns_path, origin: Origin::Command },
+            target: Target { cgroup, netns, netns_path, origin: RecordOrigin::Command },
             config: options.config,
             switches: options.switches,
             bpffs: args.bpffs.bpffs,
@@ -83,7 +83,7 @@ pub(super) fn istio_iptables(args: IstioArgs) -> Result<()> {
         None => Netns::own()?,
     };
     apply(AttachRequest {
-        target: Target { cgroup, netns, netns_path, origin: Origin::Command },
+        target: Target { cgroup, netns, netns_path, origin: RecordOrigin::Command },
         config: options.config,
         switches: options.switches,
         bpffs: args.bpffs.bpffs,

@@ -6,7 +6,8 @@ use anyhow::{Context as _, Result};
 use intercept_agent::{
     cgroup::CgroupDir,
     node::{Node, NodeError},
-    store::{Record, Store},
+    record::Record,
+    store::Store,
 };
 
 use super::say;

@@ -11,7 +11,7 @@ use intercept_agent::{
     escape::{self, OneLine},
     maps::PolicyUsage,
     node::{BrokenPod, Node},
-    store::Record,
+    record::Record,
 };
 use intercept_common::layout::PodPolicy;
 use serde::Serialize;

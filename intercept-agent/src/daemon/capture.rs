@@ -22,8 +22,9 @@ use crate::{
     netns::{Netns, NetnsError},
     node::{Attached, Node, NodeError, Observation, PodRecords, Rewrite, Target},
     options::{Config, OptionError},
+    record::{Record, RecordOrigin},
     routes::{Follower, RoutesError},
-    store::{Origin, Record, StoreError},
+    store::StoreError,
 };
 
 /// Why a pod is not captured as it is wanted.
@@ -277,7 +278,7 @@ pub fn capture(
             node.detach(before.cookie, None)?;
         }
         let active = node.maps().policy(cookie).map_err(NodeError::from)?.is_some();
-        if target.origin == Origin::Command && !active {
+        if target.origin == RecordOrigin::Command && !active {
             return Err(CaptureError::Detached);
         }
         Ok(node.attach(&target, &config, &mut observed, Rewrite::IfChanged)?)

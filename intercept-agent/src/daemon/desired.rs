@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use crate::{
     cgroup::CgroupDir,
     options::{Config, EtcFiles, OptionError, RawOptions},
-    store::{Origin, Record},
+    record::{Record, RecordOrigin},
 };
 
 /// A pod's identity, the same for all sources that speak of it.
@@ -26,9 +26,9 @@ impl Key {
     /// The identity of an attached pod.
     pub fn of_record(record: &Record) -> Self {
         match &record.origin {
-            Origin::Command => Self::Command(record.cookie),
-            Origin::File { name } => Self::File(name.clone()),
-            Origin::Pod { uid, .. } => Self::Pod(uid.clone()),
+            RecordOrigin::Command => Self::Command(record.cookie),
+            RecordOrigin::File { name } => Self::File(name.clone()),
+            RecordOrigin::Pod { uid, .. } => Self::Pod(uid.clone()),
         }
     }
 }
@@ -47,7 +47,7 @@ impl fmt::Display for Key {
 #[derive(Clone, Debug, PartialEq)]
 pub struct DesiredPod {
     /// Who asks.
-    pub origin: Origin,
+    pub origin: RecordOrigin,
     /// Where its processes are.
     pub cgroup: PathBuf,
     /// Its namespace; by default that of its processes.

@@ -31,7 +31,7 @@ use super::{
 use crate::{
     options::Config,
     ownership::{OwnedFolder, OwnershipError},
-    store::Origin,
+    record::RecordOrigin,
 };
 
 /// Most bytes of a file.
@@ -209,7 +209,7 @@ fn read(folder: &OwnedFolder, name: &str) -> Result<DesiredPod, FileError> {
         Some(config) => CaptureOptions::Config(config),
         None => CaptureOptions::Args(given),
     };
-    let origin = Origin::File { name: name.to_owned() };
+    let origin = RecordOrigin::File { name: name.to_owned() };
     Ok(DesiredPod { origin, cgroup: file.cgroup, netns: file.netns, options })
 }
 

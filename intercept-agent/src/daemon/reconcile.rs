@@ -36,7 +36,7 @@ use super::{
     view::PodView,
     worker::{Priority, Worker},
 };
-use crate::{node::NodeError, store::Record};
+use crate::{node::NodeError, record::Record};
 
 /// How often pods are looked at: a pod that is gone is to be gone within a second.
 const POLL_INTERVAL: Duration = Duration::from_millis(400);

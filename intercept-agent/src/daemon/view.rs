@@ -24,7 +24,7 @@ use super::{
     desired::{CaptureOptions, DesiredPod},
     sidecar::{AnnotationError, IgnoreReason, PodVerdict},
 };
-use crate::store::Origin;
+use crate::record::RecordOrigin;
 
 /// UID of an API object. The API assigns it, and it is unique.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -237,7 +237,7 @@ impl PodView {
     /// The pod's cgroup or namespace is gone. False if a source outlives it and may request the same place again.
     pub fn on_gone(&mut self) -> bool {
         let is_over = self.runtime().is_some()
-            || matches!(&self.applied_before, Some(DesiredPod { origin: Origin::Command, .. }));
+            || matches!(&self.applied_before, Some(DesiredPod { origin: RecordOrigin::Command, .. }));
         if is_over {
             self.drop_sandbox();
         }
@@ -291,7 +291,11 @@ impl PodView {
     }
 
     fn drop_applied_by_api(&mut self) {
-        if self.applied_before.as_ref().is_some_and(|before| matches!(before.origin, Origin::Pod { .. })) {
+        if self
+            .applied_before
+            .as_ref()
+            .is_some_and(|before| matches!(before.origin, RecordOrigin::Pod { .. }))
+        {
             self.applied_before = None;
         }
     }
@@ -314,7 +318,7 @@ impl PodView {
     fn is_bound(&self, id: &ObjectId) -> bool {
         let named = match (&self.sandbox, &self.applied_before) {
             (Some(sandbox), _) => Some((&sandbox.namespace, &sandbox.name)),
-            (None, Some(DesiredPod { origin: Origin::Pod { namespace, name, .. }, .. })) => {
+            (None, Some(DesiredPod { origin: RecordOrigin::Pod { namespace, name, .. }, .. })) => {
                 Some((namespace, name))
             }
             _ => None,
@@ -331,7 +335,7 @@ impl PodView {
         }
         match &self.applied_before {
             Some(DesiredPod {
-                origin: Origin::Pod { namespace, name, sandbox: Some(id), .. },
+                origin: RecordOrigin::Pod { namespace, name, sandbox: Some(id), .. },
                 cgroup,
                 netns,
                 ..
@@ -378,7 +382,7 @@ impl PodView {
     }
 
     fn place(&self, uid: &str, options: &CaptureOptions) -> Resolution {
-        let pod = |namespace: &str, name: &str, sandbox: Option<&str>| Origin::Pod {
+        let pod = |namespace: &str, name: &str, sandbox: Option<&str>| RecordOrigin::Pod {
             uid: uid.to_owned(),
             namespace: namespace.to_owned(),
             name: name.to_owned(),

@@ -1,23 +1,143 @@
-//! Carrying out a plan: add, switch, remove.
+//! Attaching a pod: settle what an agent that crashed left, plan, and carry the plan out: add, switch, remove.
 //!
 //! What is added affects no connection before the switch, and what the active policy needs is removed only after another
 //! has replaced it. The record is written first and removed last, and lists every change of the namespace, so the same
 //! functions clean up after a failure, a crash and a detach.
 
-use std::{collections::BTreeSet, os::fd::AsFd as _, time::Instant};
-
-use intercept_common::names;
-
-use super::{Attached, Node, NodeError, Target, plan::PolicyChange};
-use crate::{
-    netns::Netns,
-    netns_setup::{self, NetnsChanges, NetnsSetupError},
-    sys,
+use std::{
+    collections::BTreeSet,
+    time::{Instant, SystemTime, UNIX_EPOCH},
 };
 
+use super::{
+    Living, Node, NodeError, Observation, Rewrite, Target,
+    collect::changing,
+    plan::{AttachPlan, PlanInput, PolicyChange, plan},
+};
+use crate::{
+    compile::{compile, outside},
+    netns_setup::{self, NetnsChanges},
+    options::Config,
+    record::Record,
+};
+
+/// What `attach` did.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Attached {
+    /// The same was in force.
+    Unchanged,
+    /// The pod was not attached before.
+    New,
+    /// Another policy was in force.
+    Replaced,
+}
+
+impl Attached {
+    /// The word for it.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Unchanged => "unchanged",
+            Self::New => "attached",
+            Self::Replaced => "replaced",
+        }
+    }
+}
+
 impl Node {
+    /// Attach a pod, or replace its policy. `config` has the ids as the pod sees them. `observed` was taken shortly before;
+    /// after the call it has the routes as the attach changes them.
+    pub fn attach(
+        &mut self,
+        target: &Target,
+        config: &Config,
+        observed: &mut Observation,
+        rewrite: Rewrite,
+    ) -> Result<Attached, NodeError> {
+        self.refuse_unsupported(config)?;
+        let leftovers = self.has_leftovers(target.netns.cookie())?;
+        let living = self.living()?;
+        // Half of the steps are taken inside the namespace, which is entered once.
+        target.netns.run(|| {
+            let record = self.settle(target)?;
+            if leftovers {
+                // What was observed has been undone since.
+                *observed = Observation::of(target, config, None)?;
+            }
+            self.plan_and_apply(target, config, observed, rewrite, (record, &living))
+        })?
+    }
+
+    /// Whether a pod has something besides its active policy: an agent crashed, or could not finish.
+    fn has_leftovers(&self, cookie: u64) -> Result<bool, NodeError> {
+        let active = self.maps.policy(cookie)?.map(|policy| policy.id);
+        Ok(self.store.policies_of(cookie)?.into_iter().any(|id| Some(id) != active))
+    }
+
+    fn plan_and_apply(
+        &mut self,
+        target: &Target,
+        config: &Config,
+        observed: &mut Observation,
+        rewrite: Rewrite,
+        (record, living): (Option<Record>, &Living),
+    ) -> Result<Attached, NodeError> {
+        let policies = self.maps.policies()?;
+        let made = record.as_ref().map(|record| record.netns_setup.clone()).unwrap_or_default();
+        let interfaces = observed.snapshot.interface_names();
+        let namespace = netns_setup::plan(config, &interfaces, &observed.found, &made);
+        let expected = namespace.expected(observed.snapshot.clone());
+        let (outside_config, unmapped) = outside(config, &observed.ids);
+        if !unmapped.is_empty() {
+            let cgroup = target.cgroup.path().display();
+            tracing::warn!(%cgroup, ids = ?unmapped, "ids that the pod's user namespace does not map match nobody");
+        }
+        let input = PlanInput {
+            target,
+            config,
+            policies: &policies,
+            record: record.as_ref(),
+            living,
+            lineage: &target.cgroup.lineage()?,
+            links_intact: self.links_intact(target.netns.cookie(), target)?,
+            namespace,
+            max_connections: self.maps.max_connections_per_pod(),
+            compiled: compile(&outside_config, &expected),
+            now: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |t| t.as_secs()),
+        };
+        let done = match plan(input, rewrite, random)? {
+            AttachPlan::Unchanged(policy) => {
+                // A proxy may have started to listen while another capture held its socket.
+                self.register_unknown(target, config, &policy)?;
+                self.accelerate(target, config, &policy);
+                Attached::Unchanged
+            }
+            AttachPlan::PolicyChange(plan) => self.apply(target, &plan)?,
+        };
+        observed.snapshot = expected;
+        Ok(done)
+    }
+
+    /// The record of the pod's active policy, if it can be read. Removes what an agent that crashed left beside it.
+    fn settle(&mut self, target: &Target) -> Result<Option<Record>, NodeError> {
+        let cookie = target.netns.cookie();
+        let Some(policy) = self.maps.policy(cookie)? else {
+            if self.store.pods()?.binary_search(&cookie).is_ok() {
+                self.remove_pod(cookie, Some(&target.netns))?;
+            }
+            return Ok(None);
+        };
+        self.remove_leftovers(cookie, policy.id, &target.netns)?;
+        match self.store.read_record(cookie, policy.id) {
+            Err(error) if !error.may_pass() => {
+                tracing::warn!(error = &error as &dyn std::error::Error, "replacing the pod's record");
+                Ok(None)
+            }
+            read => Ok(read?),
+        }
+    }
+
     /// Carry out a plan. After a failure the state is what it was before.
-    pub(super) fn apply(&mut self, target: &Target, plan: &PolicyChange) -> Result<Attached, NodeError> {
+    fn apply(&mut self, target: &Target, plan: &PolicyChange) -> Result<Attached, NodeError> {
         let cookie = plan.record.cookie;
         let (mut made, mut registered) = (NetnsChanges::default(), BTreeSet::new());
         let switched = self
@@ -64,11 +184,11 @@ impl Node {
             cookie = record.cookie,
             "wrote maps and made links"
         );
-        netns_setup::add(&target.netns, &plan.additions, made).map_err(preparing(&target.netns))?;
+        netns_setup::add(&target.netns, &plan.additions, made).map_err(changing(&target.netns))?;
         if *made != plan.additions {
             // Made by another process since the plan: not ours to remove.
             let netns_setup = record.netns_setup.without(&plan.additions.without(made));
-            self.store.rewrite_record(&crate::store::Record { netns_setup, ..record.clone() })?;
+            self.store.rewrite_record(&Record { netns_setup, ..record.clone() })?;
         }
         match plan.before {
             None => self.register_listeners(target, &record.config, &plan.policy, registered),
@@ -79,9 +199,9 @@ impl Node {
     /// Undo [`Node::add`]. What cannot be undone affects no connection and is left to the next call.
     fn undo(&mut self, target: &Target, plan: &PolicyChange, made: &NetnsChanges) {
         let cookie = plan.record.cookie;
-        let restored = netns_setup::remove(&target.netns, made).map_err(preparing(&target.netns));
+        let restored = netns_setup::remove(&target.netns, made).map_err(changing(&target.netns));
         let undone = restored.and_then(|()| match plan.before {
-            None => self.take_out(cookie, None),
+            None => self.remove_pod(cookie, None),
             Some(before) => {
                 self.maps.remove_lists(&[plan.policy.id])?;
                 Ok(self.store.drop_other_records(cookie, before.id)?)
@@ -91,100 +211,10 @@ impl Node {
             tracing::warn!(error = &error as &dyn std::error::Error, "undoing an attach that failed");
         }
     }
-
-    /// Remove what belongs to a pod's other policies: the replaced one, or one that a crashed agent did not activate.
-    pub(super) fn remove_leftovers(
-        &mut self,
-        cookie: u64,
-        active: u32,
-        netns: &Netns,
-    ) -> Result<(), NodeError> {
-        let mut needed = NetnsChanges::default();
-        let mut others = Vec::new();
-        for (id, record) in self.store.records(cookie)? {
-            match record {
-                Ok(record) if id == active => needed = record.netns_setup,
-                Ok(record) => others.push((id, record.netns_setup)),
-                Err(error) if error.may_pass() => return Err(error.into()),
-                // Its changes are not known, so nothing can be undone.
-                Err(_) if id != active => others.push((id, NetnsChanges::default())),
-                Err(_) => {}
-            }
-        }
-        for (_, changes) in &others {
-            netns_setup::remove(netns, &changes.without(&needed)).map_err(preparing(netns))?;
-        }
-        if !others.is_empty() {
-            self.maps.remove_lists(&others.iter().map(|(id, _)| *id).collect::<Vec<_>>())?;
-            // Last, so that the next call repeats all of this if it fails before.
-            self.store.drop_other_records(cookie, active)?;
-        }
-        Ok(())
-    }
-
-    /// Deactivate a pod and remove everything of it, including the changes of its namespace if that is given. After a
-    /// failure, call it again.
-    pub(super) fn take_out(&mut self, cookie: u64, netns: Option<&Netns>) -> Result<(), NodeError> {
-        let policy = self.maps.policy(cookie)?;
-        if let Some(policy) = &policy
-            && let Err(error) = self.stop_accelerating(cookie, policy.slot)
-        {
-            tracing::warn!(
-                cookie,
-                error = &error as &dyn std::error::Error,
-                "joined connections stay joined"
-            );
-        }
-        self.maps.deactivate(cookie)?;
-        if let Some(netns) = netns {
-            if let Some(policy) = &policy
-                && let Ok(Some(record)) = self.store.read_record(cookie, policy.id)
-            {
-                self.restore_listeners(&record, policy, netns);
-            }
-            self.restore(cookie, netns)?;
-        }
-        for program in names::CGROUP_PROGRAMS.iter().chain([&names::SK_LOOKUP]) {
-            // Detach now; if that fails, removing the pin still detaches it later.
-            let link = sys::open_pin(&self.store.pod(cookie).join(program));
-            let _goes_with_its_pin = link.and_then(|link| sys::link_detach(link.as_fd()));
-        }
-        // Every list was written after its record.
-        let records = self.store.records(cookie)?;
-        let ids: Vec<u32> = records.iter().map(|(id, _)| *id).chain(policy.map(|policy| policy.id)).collect();
-        self.maps.remove_lists(&ids)?;
-        self.maps.purge_connections(|netns| netns != cookie)?;
-        let others = self.maps.policies()?;
-        let slots = records.iter().filter_map(|(_, record)| record.as_ref().ok()).map(|record| record.slot);
-        for slot in slots.chain(policy.map(|policy| policy.slot)) {
-            // Another pod may have the slot of a policy that was not active any more.
-            if others.iter().all(|(_, other)| other.slot != slot) {
-                self.maps.reset_slot(slot)?;
-            }
-        }
-        // Last, so that the next call repeats all of this if it fails before.
-        Ok(self.store.remove(&self.store.pod(cookie))?)
-    }
-
-    /// Undo what all records of a pod say that was changed in its namespace.
-    fn restore(&self, cookie: u64, netns: &Netns) -> Result<(), NodeError> {
-        for (policy, record) in self.store.records(cookie)? {
-            match record {
-                Ok(record) => netns_setup::remove(netns, &record.netns_setup).map_err(preparing(netns))?,
-                Err(error) if error.may_pass() => return Err(error.into()),
-                Err(error) => tracing::warn!(
-                    cookie,
-                    policy,
-                    error = &error as &dyn std::error::Error,
-                    "what was changed in the namespace is not known, and stays"
-                ),
-            }
-        }
-        Ok(())
-    }
 }
 
-fn preparing(netns: &Netns) -> impl FnOnce(NetnsSetupError) -> NodeError + use<> {
-    let netns = netns.name().to_owned();
-    move |source| NodeError::NetnsChanges { netns, source }
+/// Hashing a constant with fresh keys is all the chance that is needed.
+fn random() -> u32 {
+    use std::hash::{BuildHasher as _, RandomState};
+    (RandomState::new().hash_one(0) & 0xffff_ffff) as u32
 }

@@ -9,7 +9,7 @@ use crate::{
     compile::{Compiled, Entries},
     netns_setup::{self, NetnsChanges},
     options::Config,
-    store::Record,
+    record::Record,
 };
 
 /// What the plan is made from: all that was looked at.

@@ -12,7 +12,7 @@ use crate::{
     maps::Registered,
     netns::Netns,
     options::Config,
-    store::Record,
+    record::Record,
 };
 
 impl Node {
@@ -28,7 +28,7 @@ impl Node {
     }
 
     /// The same but for those that are known to be registered.
-    pub(super) fn register_listeners_but(
+    fn register_listeners_but(
         &mut self,
         target: &Target,
         config: &Config,
@@ -56,6 +56,22 @@ impl Node {
             }
         }
         Ok(())
+    }
+
+    /// Register listeners of an attached pod that the programs did not: those of ports for which none is registered.
+    /// Another capture may have had them, or the options name another port now.
+    pub(super) fn register_unknown(
+        &mut self,
+        target: &Target,
+        config: &Config,
+        policy: &PodPolicy,
+    ) -> Result<(), NodeError> {
+        let cookie = target.netns.cookie();
+        let known: BTreeSet<(u16, u8)> =
+            self.maps.listeners(cookie)?.iter().map(|key| (key.port, key.family)).collect();
+        self.register_listeners_but(target, config, policy, |listener| {
+            known.contains(&(listener.port, listener.family))
+        })
     }
 
     fn make_transparent(&self, slot: u32, listener: &Listener) -> Result<(), NodeError> {

@@ -12,7 +12,7 @@ use crate::{
         view::{ObjectClaim, ObjectId, ObjectUid, SandboxClaim},
     },
     node::NodeError,
-    store::Record,
+    record::Record,
 };
 
 /// What happened. What sources say is kept by source ([`crate::daemon::view`]): none undoes what another has said.

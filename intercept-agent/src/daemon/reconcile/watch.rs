@@ -16,7 +16,7 @@ use crate::{
         desired::Key,
         worker::Priority,
     },
-    store::Record,
+    record::Record,
 };
 
 impl Reconciler {

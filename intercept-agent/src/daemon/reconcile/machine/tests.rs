@@ -9,7 +9,7 @@ use crate::{
         reconcile::PodResult,
         view::{ClaimError, Stage},
     },
-    store::Origin,
+    record::RecordOrigin,
 };
 
 /// One step: what happens, what is commanded for it, and what the pod is then.
@@ -17,7 +17,7 @@ type TableStep = (MachineEvent, &'static str, &'static str);
 
 fn desired(cgroup: &str) -> MachineEvent {
     MachineEvent::Resolved(Resolution::Capture(Box::new(DesiredPod {
-        origin: Origin::Command,
+        origin: RecordOrigin::Command,
         cgroup: cgroup.into(),
         netns: None,
         options: CaptureOptions::Args(crate::daemon::desired::CaptureArgs::default()),

@@ -1,0 +1,136 @@
+//! Taking descriptors of listening sockets from the processes that have them.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fs, io,
+    net::SocketAddr,
+    ops::{ControlFlow, Range},
+    time::{Duration, Instant},
+};
+
+use rustix::{
+    net::AddressFamily,
+    process::{Pid, PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open},
+};
+
+use super::{Found, Listener, Missed};
+use crate::netns::Netns;
+
+/// How many descriptors of a process are looked at before those of the next.
+const FEW: usize = 128;
+pub(super) const TOO_MANY: &str = "the processes have more descriptors than are looked through in 20 ms";
+
+/// Takes `wanted` (inode and address) from the processes of `first`, then from all others in the namespace.
+pub(super) fn take(netns: &Netns, first: Vec<Pid>, wanted: BTreeMap<u64, SocketAddr>) -> Found {
+    let mut seen = BTreeSet::new();
+    let others = std::iter::once_with(|| everyone().into_iter().filter(|&pid| netns.holds(pid))).flatten();
+    let mut walk = Walk::start(wanted);
+    let mut long = Vec::new();
+    for pid in first.into_iter().chain(others) {
+        if walk.is_done() {
+            break;
+        }
+        if seen.insert(pid.as_raw_nonzero()) && walk.take(pid, 0..FEW).is_break() {
+            long.push(pid);
+        }
+    }
+    // What listens was mostly opened early: processes with many descriptors come last with the rest of theirs.
+    for pid in long {
+        if !walk.is_done() {
+            _ = walk.take(pid, FEW..usize::MAX);
+        }
+    }
+    walk.end()
+}
+
+/// Looking through descriptors, of which a pod may have millions.
+struct Walk {
+    left: u32,
+    until: Instant,
+    /// Sockets that are not found yet.
+    wanted: BTreeMap<u64, SocketAddr>,
+    /// Why a socket that was found could not be taken.
+    causes: BTreeMap<u64, io::Error>,
+    listeners: Vec<Listener>,
+}
+
+impl Walk {
+    /// However slow the machine is, so many are looked at.
+    const LEAST: u32 = 4096;
+    const TIME: Duration = Duration::from_millis(20);
+
+    fn start(wanted: BTreeMap<u64, SocketAddr>) -> Self {
+        let until = Instant::now() + Self::TIME;
+        Self { left: Self::LEAST, until, wanted, causes: BTreeMap::new(), listeners: Vec::new() }
+    }
+
+    fn is_over(&self) -> bool {
+        self.left == 0 && Instant::now() >= self.until
+    }
+
+    fn is_done(&self) -> bool {
+        self.wanted.is_empty() || self.is_over()
+    }
+
+    /// Takes those of the wanted sockets that the process has among these of its descriptors. Breaks where it has more.
+    fn take(&mut self, pid: Pid, range: Range<usize>) -> ControlFlow<()> {
+        // A process that is gone, or that may not be looked at, has nothing for us.
+        let Ok(entries) = fs::read_dir(format!("/proc/{pid}/fd")) else { return ControlFlow::Continue(()) };
+        for (number, entry) in entries.flatten().enumerate().skip(range.start) {
+            if number >= range.end || self.is_over() {
+                return ControlFlow::Break(());
+            }
+            self.left = self.left.saturating_sub(1);
+            let Some(number) = entry.file_name().to_str().and_then(|name| name.parse().ok()) else {
+                continue;
+            };
+            let Some(inode) = fs::read_link(entry.path()).ok().and_then(|link| socket_inode(link.to_str()?))
+            else {
+                continue;
+            };
+            let Some(&address) = self.wanted.get(&inode) else { continue };
+            match duplicate(pid, number, inode, address) {
+                Ok(Some(listener)) => {
+                    self.wanted.remove(&inode);
+                    self.listeners.push(listener);
+                }
+                // Closed or replaced meanwhile.
+                Ok(None) => {}
+                Err(error) => _ = self.causes.insert(inode, error),
+            }
+        }
+        ControlFlow::Continue(())
+    }
+
+    fn end(mut self) -> Found {
+        let gave_up = self.is_over();
+        let missed = |(inode, address)| {
+            let too_many = || io::Error::new(io::ErrorKind::TimedOut, TOO_MANY);
+            Missed { address, cause: self.causes.remove(&inode).or_else(|| gave_up.then(too_many)) }
+        };
+        Found { missed: self.wanted.into_iter().map(missed).collect(), listeners: self.listeners }
+    }
+}
+
+fn duplicate(pid: Pid, number: i32, inode: u64, address: SocketAddr) -> io::Result<Option<Listener>> {
+    let process = pidfd_open(pid, PidfdFlags::empty())?;
+    let fd = pidfd_getfd(&process, number, PidfdGetfdFlags::empty())?;
+    if rustix::fs::fstat(&fd)?.st_ino != inode {
+        return Ok(None);
+    }
+    let of_6 = rustix::net::sockopt::socket_domain(&fd)? == AddressFamily::INET6;
+    let v6only = of_6 && rustix::net::sockopt::ipv6_v6only(&fd)?;
+    let family = if of_6 { 6 } else { 4 };
+    Ok(Some(Listener { family, addr: address.ip(), port: address.port(), v6only, inode, pid, fd }))
+}
+
+/// The inode in `socket:[INODE]`.
+fn socket_inode(link: &str) -> Option<u64> {
+    link.strip_prefix("socket:[")?.strip_suffix(']')?.parse().ok()
+}
+
+/// All processes that can be seen.
+fn everyone() -> Vec<Pid> {
+    let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
+    entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok().and_then(Pid::from_raw)).collect()
+}

@@ -1,0 +1,200 @@
+//! Taking away: a pod that is detached, what the policies of a pod left that are not active, and what dead pods and dead
+//! agents left.
+
+use std::os::fd::AsFd as _;
+
+use intercept_common::{layout::PodPolicy, names};
+
+use super::{Living, LivingPod, Node, NodeError};
+use crate::{
+    cgroup::CgroupDir,
+    netns::Netns,
+    netns_setup::{self, NetnsChanges, NetnsSetupError},
+    sys,
+};
+
+impl Node {
+    /// Take a pod out of force and leave nothing of it. `netns` is its namespace, if it still can be reached.
+    pub fn detach(&mut self, cookie: u64, netns: Option<&Netns>) -> Result<(), NodeError> {
+        match netns {
+            Some(netns) => self.remove_pod(cookie, Some(netns)),
+            None => self.remove_unreachable(cookie),
+        }
+    }
+
+    /// Remove programs and maps if no pod uses them and no daemon keeps them.
+    pub fn remove_if_unused(self) -> Result<(), NodeError> {
+        if self.store.pods()?.is_empty() && !self.store.is_kept() {
+            self.switch_joining_off();
+            self.store.remove_all()?;
+        }
+        Ok(())
+    }
+
+    /// Remove programs, maps and all pods that are left.
+    pub fn remove_everything(self) -> Result<(), NodeError> {
+        self.switch_joining_off();
+        Ok(self.store.remove_all()?)
+    }
+
+    /// Take away what dead pods and dead agents left: folders without a policy in force, pods whose cgroup or
+    /// namespace is gone. Says which pods live, by cookie and cgroup.
+    pub fn sweep(&mut self) -> Result<Living, NodeError> {
+        let in_force = self.maps.policies()?;
+        let mut living = Living::new();
+        for cookie in self.store.pods()? {
+            let policy = in_force.iter().find(|(netns, _)| *netns == cookie).map(|(_, policy)| policy);
+            let pod = match policy {
+                Some(policy) => self.living_pod(cookie, policy)?,
+                None => None,
+            };
+            match pod {
+                Some(pod) => _ = living.insert(cookie, pod),
+                None => self.remove_unreachable(cookie)?,
+            }
+        }
+        self.living = Some(living.clone());
+        Ok(living)
+    }
+
+    /// The pods that are there. Who stays sweeps now and then, and looks in between only at pods that others added: a pod
+    /// that died since is in nobody's way, because nothing else ever has its cookie or the id of its cgroup.
+    pub(super) fn living(&mut self) -> Result<Living, NodeError> {
+        let Some(mut living) = self.living.take() else { return self.sweep() };
+        let listed = self.store.pods()?;
+        living.retain(|cookie, _| listed.binary_search(cookie).is_ok());
+        for cookie in listed {
+            if !living.contains_key(&cookie)
+                && let Some(policy) = self.maps.policy(cookie)?
+                && let Some(pod) = self.living_pod(cookie, &policy)?
+            {
+                living.insert(cookie, pod);
+            }
+        }
+        self.living = Some(living.clone());
+        Ok(living)
+    }
+
+    /// A pod, if it is there.
+    fn living_pod(&self, cookie: u64, policy: &PodPolicy) -> Result<Option<LivingPod>, NodeError> {
+        let Some((cgroup, netns_inode)) = self.place_of(cookie)? else { return Ok(None) };
+        let record = self.store.read_record(cookie, policy.id).ok().flatten();
+        let cgroup_path = record.map(|record| record.cgroup);
+        let opened = cgroup_path.as_ref().and_then(|path| CgroupDir::open(path).ok());
+        let lineage = opened.filter(|dir| dir.id() == cgroup).and_then(|dir| dir.lineage().ok());
+        Ok(Some(LivingPod { cgroup, cgroup_path, lineage: lineage.unwrap_or_default(), netns_inode }))
+    }
+
+    /// Take out a pod whose namespace the caller does not have. If it still exists and the agent changed something in it,
+    /// the record leads to it.
+    fn remove_unreachable(&mut self, cookie: u64) -> Result<(), NodeError> {
+        let mut netns = None;
+        if self.may_have_netns(cookie)? {
+            for (_, record) in self.store.records(cookie)? {
+                match record {
+                    Ok(record) if netns.is_none() && !record.netns_setup.is_empty() => netns = record.netns(),
+                    Err(error) if error.may_pass() => return Err(error.into()),
+                    _ => {}
+                }
+            }
+        }
+        self.remove_pod(cookie, netns.as_ref())
+    }
+
+    /// Remove what belongs to a pod's other policies: the replaced one, or one that a crashed agent did not activate.
+    pub(super) fn remove_leftovers(
+        &mut self,
+        cookie: u64,
+        active: u32,
+        netns: &Netns,
+    ) -> Result<(), NodeError> {
+        let mut needed = NetnsChanges::default();
+        let mut others = Vec::new();
+        for (id, record) in self.store.records(cookie)? {
+            match record {
+                Ok(record) if id == active => needed = record.netns_setup,
+                Ok(record) => others.push((id, record.netns_setup)),
+                Err(error) if error.may_pass() => return Err(error.into()),
+                // Its changes are not known, so nothing can be undone.
+                Err(_) if id != active => others.push((id, NetnsChanges::default())),
+                Err(_) => {}
+            }
+        }
+        for (_, changes) in &others {
+            netns_setup::remove(netns, &changes.without(&needed)).map_err(changing(netns))?;
+        }
+        if !others.is_empty() {
+            self.maps.remove_lists(&others.iter().map(|(id, _)| *id).collect::<Vec<_>>())?;
+            // Last, so that the next call repeats all of this if it fails before.
+            self.store.drop_other_records(cookie, active)?;
+        }
+        Ok(())
+    }
+
+    /// Deactivate a pod and remove everything of it, including the changes of its namespace if that is given. After a
+    /// failure, call it again.
+    pub(super) fn remove_pod(&mut self, cookie: u64, netns: Option<&Netns>) -> Result<(), NodeError> {
+        let policy = self.maps.policy(cookie)?;
+        if let Some(policy) = &policy
+            && let Err(error) = self.stop_accelerating(cookie, policy.slot)
+        {
+            tracing::warn!(
+                cookie,
+                error = &error as &dyn std::error::Error,
+                "joined connections stay joined"
+            );
+        }
+        self.maps.deactivate(cookie)?;
+        if let Some(netns) = netns {
+            if let Some(policy) = &policy
+                && let Ok(Some(record)) = self.store.read_record(cookie, policy.id)
+            {
+                self.restore_listeners(&record, policy, netns);
+            }
+            self.restore(cookie, netns)?;
+        }
+        for program in names::CGROUP_PROGRAMS.iter().chain([&names::SK_LOOKUP]) {
+            // Detach now; if that fails, removing the pin still detaches it later.
+            let link = sys::open_pin(&self.store.pod(cookie).join(program));
+            let _goes_with_its_pin = link.and_then(|link| sys::link_detach(link.as_fd()));
+        }
+        // Every list was written after its record.
+        let records = self.store.records(cookie)?;
+        let ids: Vec<u32> = records.iter().map(|(id, _)| *id).chain(policy.map(|policy| policy.id)).collect();
+        self.maps.remove_lists(&ids)?;
+        self.maps.purge_connections(|netns| netns != cookie)?;
+        let others = self.maps.policies()?;
+        let slots = records.iter().filter_map(|(_, record)| record.as_ref().ok()).map(|record| record.slot);
+        for slot in slots.chain(policy.map(|policy| policy.slot)) {
+            // Another pod may have the slot of a policy that was not active any more.
+            if others.iter().all(|(_, other)| other.slot != slot) {
+                self.maps.reset_slot(slot)?;
+            }
+        }
+        // Last, so that the next call repeats all of this if it fails before.
+        Ok(self.store.remove(&self.store.pod(cookie))?)
+    }
+
+    /// Undo what all records of a pod say that was changed in its namespace.
+    fn restore(&self, cookie: u64, netns: &Netns) -> Result<(), NodeError> {
+        for (policy, record) in self.store.records(cookie)? {
+            match record {
+                Ok(record) => netns_setup::remove(netns, &record.netns_setup).map_err(changing(netns))?,
+                Err(error) if error.may_pass() => return Err(error.into()),
+                Err(error) => tracing::warn!(
+                    cookie,
+                    policy,
+                    error = &error as &dyn std::error::Error,
+                    "what was changed in the namespace is not known, and stays"
+                ),
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The error of a change of a namespace.
+pub(super) fn changing(netns: &Netns) -> impl FnOnce(NetnsSetupError) -> NodeError + use<> {
+    let netns = netns.name().to_owned();
+    move |source| NodeError::NetnsChanges { netns, source }
+}

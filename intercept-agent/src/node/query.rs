@@ -1,0 +1,85 @@
+//! What there is on a node: programs, maps, and the attached pods with their records.
+
+use aya::programs::ProgramInfo;
+use aya_log::EbpfLogger;
+use intercept_common::{layout::PodPolicy, names};
+
+use super::{Node, NodeError};
+use crate::{maps::Maps, record::Record, store::Store};
+
+/// The attached pods.
+#[derive(Debug, Default)]
+pub struct PodRecords {
+    /// Each with its policy, the oldest first.
+    pub readable: Vec<(Record, PodPolicy)>,
+    /// Those whose record cannot be read.
+    pub broken: Vec<BrokenPod>,
+}
+
+/// A pod whose record cannot be read: written by another version, or damaged. It stays captured as it is; it can be
+/// detached, and attached again.
+#[derive(Debug)]
+pub struct BrokenPod {
+    /// Cookie of its namespace.
+    pub cookie: u64,
+    /// Its policy.
+    pub policy: PodPolicy,
+    /// What is wrong.
+    pub error: NodeError,
+}
+
+impl Node {
+    /// What reads the log lines of this build's programs.
+    pub fn log_reader(&self) -> Result<EbpfLogger<&'static dyn log::Log>, NodeError> {
+        let failed = |source: Box<dyn std::error::Error + Send + Sync>| NodeError::Logs { source };
+        let program = ProgramInfo::from_pin(self.store.programs().join(names::SOCK_OPS))
+            .map_err(|e| failed(e.into()))?;
+        EbpfLogger::init_from_id(program.id()).map_err(|e| failed(e.into()))
+    }
+
+    /// The store.
+    pub fn store(&self) -> &Store {
+        &self.store
+    }
+
+    /// The maps.
+    pub fn maps(&self) -> &Maps {
+        &self.maps
+    }
+
+    /// The attached pods.
+    pub fn pods(&self) -> Result<PodRecords, NodeError> {
+        let mut pods = PodRecords::default();
+        for (cookie, policy) in self.maps.policies()? {
+            match self.store.read_record(cookie, policy.id) {
+                Ok(Some(record)) => pods.readable.push((record, policy)),
+                Ok(None) => {
+                    pods.broken.push(BrokenPod { cookie, policy, error: NodeError::NoRecord(cookie) })
+                }
+                Err(error) => pods.broken.push(BrokenPod { cookie, policy, error: error.into() }),
+            }
+        }
+        pods.readable.sort_by_key(|(record, _)| record.since);
+        pods.broken.sort_by_key(|pod| pod.cookie);
+        Ok(pods)
+    }
+
+    /// The pod that is attached to this cgroup, by the cookie of its namespace. The links tell; its record is not read.
+    pub fn pod_of_cgroup(&self, cgroup_id: u64) -> Result<Option<(u64, PodPolicy)>, NodeError> {
+        for (cookie, policy) in self.maps.policies()? {
+            if self.cgroup_of(cookie)? == Some(cgroup_id) {
+                return Ok(Some((cookie, policy)));
+            }
+        }
+        Ok(None)
+    }
+
+    /// The record of a namespace's active policy, if it can be read.
+    pub fn record_of(&self, cookie: u64) -> Result<Option<Record>, NodeError> {
+        let Some(policy) = self.maps.policy(cookie)? else { return Ok(None) };
+        match self.store.read_record(cookie, policy.id) {
+            Err(error) if error.may_pass() => Err(error.into()),
+            read => Ok(read.ok().flatten()),
+        }
+    }
+}
