@@ -21,5 +21,6 @@ pub mod retry;
 pub mod serve;
 pub mod sidecar;
 pub mod socket;
+pub mod source;
 pub mod view;
 pub mod worker;

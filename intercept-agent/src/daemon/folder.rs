@@ -20,6 +20,7 @@ use std::{
     time::Duration,
 };
 
+use futures_util::{FutureExt as _, future::BoxFuture};
 use serde::Deserialize;
 use tokio::sync::mpsc::UnboundedSender;
 
@@ -27,6 +28,7 @@ use super::{
     desired::{CaptureArgs, CaptureOptions, DesiredPod, Key},
     inotify::{Changed, FolderWatch},
     reconcile::Message,
+    source::{PodSource, SourceContext},
 };
 use crate::{
     options::Config,
@@ -104,7 +106,7 @@ impl Folder {
     }
 
     /// Reports every file, and then every change, forever.
-    pub async fn follow(mut self, messages: UnboundedSender<Message>) {
+    async fn follow(mut self, messages: UnboundedSender<Message>) {
         self.tell(Files::All, &messages).await;
         loop {
             match self.watch.changed().await {
@@ -157,6 +159,16 @@ impl Folder {
             ),
             Err(error) => tracing::error!(%error, "reading the folder of pods"),
         }
+    }
+}
+
+impl PodSource for Folder {
+    fn name(&self) -> &'static str {
+        "folder"
+    }
+
+    fn run(self: Box<Self>, context: SourceContext) -> BoxFuture<'static, ()> {
+        self.follow(context.messages).boxed()
     }
 }
 

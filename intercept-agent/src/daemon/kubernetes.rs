@@ -11,7 +11,7 @@ use std::{
     time::Duration,
 };
 
-use futures_util::StreamExt as _;
+use futures_util::{FutureExt as _, StreamExt as _, future::BoxFuture};
 use k8s_openapi::api::core::v1::{Container as ApiContainer, Pod};
 use kube::{
     Api, Client,
@@ -28,6 +28,7 @@ use super::{
     placement::Placement,
     reconcile::Message,
     sidecar::{self, Container, INJECT, PodMetadata, PodVerdict, Selection},
+    source::{PodSource, SourceContext},
     view::{Binding, ObjectClaim, ObjectId, ObjectPlace, ObjectUid, Stage},
 };
 
@@ -51,7 +52,9 @@ pub struct Kubernetes {
     client: Client,
     pods: Api<Pod>,
     node: String,
-    watch: PodWatch,
+    placement: Placement,
+    selection: Selection,
+    defaults: CaptureArgs,
 }
 
 /// Converts API objects to claims.
@@ -77,11 +80,9 @@ impl Kubernetes {
         selection: Selection,
         defaults: CaptureArgs,
         placement: Placement,
-        messages: UnboundedSender<Message>,
     ) -> Result<Self, KubernetesError> {
         let client = Client::try_default().await.map_err(KubernetesError)?;
-        let watch = PodWatch { placement, selection, defaults, messages, unplaced: BTreeMap::new() };
-        Ok(Self { pods: Api::all(client.clone()), client, node, watch })
+        Ok(Self { pods: Api::all(client.clone()), client, node, placement, selection, defaults })
     }
 
     /// Returns a sender for events of pods that cannot be captured.
@@ -90,8 +91,9 @@ impl Kubernetes {
     }
 
     /// Reports every pod, and then every change, forever.
-    pub async fn follow(self) {
-        let Self { pods, node, mut watch, .. } = self;
+    async fn follow(self, messages: UnboundedSender<Message>) {
+        let Self { pods, node, placement, selection, defaults, .. } = self;
+        let mut watch = PodWatch { placement, selection, defaults, messages, unplaced: BTreeMap::new() };
         let config = watcher::Config::default().fields(&format!("spec.nodeName={node}"));
         let mut events = pin!(watcher::watcher(pods, config).default_backoff());
         let mut retry = tokio::time::interval(RETRY_INTERVAL);
@@ -116,6 +118,16 @@ impl Kubernetes {
                 return;
             }
         }
+    }
+}
+
+impl PodSource for Kubernetes {
+    fn name(&self) -> &'static str {
+        "kubernetes"
+    }
+
+    fn run(self: Box<Self>, context: SourceContext) -> BoxFuture<'static, ()> {
+        self.follow(context.messages).boxed()
     }
 }
 

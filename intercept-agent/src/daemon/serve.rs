@@ -27,6 +27,7 @@ use super::{
     reconcile::{Message, PodReport, Reconciler},
     sidecar::Selection,
     socket::{Server, SocketError},
+    source::{PodSource, SourceContext},
     worker::{Priority, Worker},
 };
 use crate::{cgroup, cni::install::Plugin, node::NodeError};
@@ -98,28 +99,7 @@ pub async fn serve(settings: Settings, shutdown: impl Future<Output = ()>) -> Re
         Worker::start(settings.bpffs.clone(), settings.max_connections).map_err(ServeError::Thread)?;
     let metrics = Metrics::new();
     let (mut reconciler, messages) = Reconciler::new(worker.clone(), metrics.clone());
-    settings.defaults.check().map_err(ServeError::Defaults)?;
-    let mounts = settings.cgroup_root.map_or_else(cgroup::mounts, |root| vec![root]);
-    // First, because it also says whether another daemon runs.
-    let server = Server::open(
-        &settings.socket,
-        messages.clone(),
-        Placement::below(mounts.clone()),
-        settings.selection.clone(),
-    )?;
-    let kubernetes = match settings.node {
-        Some(node) => {
-            let placement = Placement::below(mounts);
-            let kubernetes =
-                Kubernetes::open(node, settings.selection, settings.defaults, placement, messages.clone())
-                    .await?;
-            reconciler.publish_events_to(kubernetes.events());
-            reconciler.await_api(settings.api_wait);
-            Some(kubernetes)
-        }
-        None => None,
-    };
-    let folder = settings.pods_dir.map(Folder::open).transpose()?;
+    let sources = open_sources(&settings, &mut reconciler).await?;
     let (installer, handle) = settings.plugin.map(|plugin| Installer::new(plugin, metrics.clone())).unzip();
     let adopted = Arc::new(AtomicBool::new(false));
     let readiness = Readiness { worker, adopted: Arc::clone(&adopted), installer: handle };
@@ -149,13 +129,11 @@ pub async fn serve(settings: Settings, shutdown: impl Future<Output = ()>) -> Re
     }
     adopted.store(true, Ordering::Release);
     // Only now, when what is in force is known, may a source say what is not wanted any more.
-    if let Some(folder) = folder {
-        tokio::spawn(folder.follow(messages.clone()));
+    let context = SourceContext { messages, readiness };
+    for source in sources {
+        tracing::debug!(source = source.name(), "starting");
+        tokio::spawn(source.run(context.clone()));
     }
-    if let Some(kubernetes) = kubernetes {
-        tokio::spawn(kubernetes.follow());
-    }
-    tokio::spawn(server.serve(readiness));
     // Only now, when there is something for the plugin to ask.
     if let Some(installer) = installer {
         tokio::spawn(installer.run());
@@ -165,6 +143,37 @@ pub async fn serve(settings: Settings, shutdown: impl Future<Output = ()>) -> Re
         () = shutdown => tracing::info!("ending; what is in force stays in force"),
     }
     Ok(())
+}
+
+/// The sources that the settings name, in the order in which they are started.
+async fn open_sources(
+    settings: &Settings,
+    reconciler: &mut Reconciler,
+) -> Result<Vec<Box<dyn PodSource>>, ServeError> {
+    settings.defaults.check().map_err(ServeError::Defaults)?;
+    let mounts = settings.cgroup_root.clone().map_or_else(cgroup::mounts, |root| vec![root]);
+    let placement = || Placement::below(mounts.clone());
+    let mut sources: Vec<Box<dyn PodSource>> = Vec::new();
+    // First, because it also says whether another daemon runs.
+    let socket = Server::open(&settings.socket, placement(), settings.selection.clone())?;
+    let kubernetes = match settings.node.clone() {
+        Some(node) => {
+            let (selection, defaults) = (settings.selection.clone(), settings.defaults.clone());
+            let kubernetes = Kubernetes::open(node, selection, defaults, placement()).await?;
+            reconciler.publish_events_to(kubernetes.events());
+            reconciler.await_api(settings.api_wait);
+            Some(kubernetes)
+        }
+        None => None,
+    };
+    if let Some(path) = settings.pods_dir.clone() {
+        sources.push(Box::new(Folder::open(path)?));
+    }
+    if let Some(kubernetes) = kubernetes {
+        sources.push(Box::new(kubernetes));
+    }
+    sources.push(Box::new(socket));
+    Ok(sources)
 }
 
 fn router(probes: Probes) -> Router {

@@ -2,6 +2,7 @@
 
 use std::{fs, io, os::unix::fs::PermissionsExt as _, path::Path, sync::Arc};
 
+use futures_util::{FutureExt as _, future::BoxFuture};
 use rustix::fs::FlockOperation;
 use tokio::{
     io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, BufReader},
@@ -17,6 +18,7 @@ use super::{
     ready::Readiness,
     reconcile::{Message, PodFailure, PodResult},
     sidecar::{self, Ipv6, PodVerdict, Selection, SidecarArgs},
+    source::{PodSource, SourceContext},
     view::{Certainty, SandboxClaim},
 };
 use crate::ownership::{OwnedFolder, OwnershipError};
@@ -49,7 +51,6 @@ fn at(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> SocketErro
 pub struct Server {
     listener: UnixListener,
     _lock: fs::File,
-    messages: UnboundedSender<Message>,
     placement: Placement,
     selection: Selection,
 }
@@ -64,12 +65,7 @@ struct Context {
 impl Server {
     /// Listens on the socket. The folder is created if it does not exist, and must belong to root. The socket of an
     /// earlier daemon is replaced.
-    pub fn open(
-        path: &Path,
-        messages: UnboundedSender<Message>,
-        placement: Placement,
-        selection: Selection,
-    ) -> Result<Self, SocketError> {
+    pub fn open(path: &Path, placement: Placement, selection: Selection) -> Result<Self, SocketError> {
         let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty());
         let folder = OwnedFolder::create(parent.unwrap_or(Path::new(".")))?;
         let locked = path.with_extension("lock");
@@ -87,12 +83,12 @@ impl Server {
         // Other users who connect before this are refused by the check of the peer's credentials.
         fs::set_permissions(path, fs::Permissions::from_mode(0o600))
             .map_err(at("restricting to root", path))?;
-        Ok(Self { listener, _lock: lock, messages, placement, selection })
+        Ok(Self { listener, _lock: lock, placement, selection })
     }
 
     /// Serves requests forever.
-    pub async fn serve(self, readiness: Readiness) {
-        let Self { listener, _lock, messages, placement, selection } = self;
+    async fn serve(self, SourceContext { messages, readiness }: SourceContext) {
+        let Self { listener, _lock, placement, selection } = self;
         let context = Arc::new(Context { messages, placement, selection, readiness });
         loop {
             match listener.accept().await {
@@ -111,6 +107,16 @@ impl Server {
                 }
             }
         }
+    }
+}
+
+impl PodSource for Server {
+    fn name(&self) -> &'static str {
+        "socket"
+    }
+
+    fn run(self: Box<Self>, context: SourceContext) -> BoxFuture<'static, ()> {
+        self.serve(context).boxed()
     }
 }
 
