@@ -1,7 +1,7 @@
-//! Where it is said which pods are desired.
+//! The sources of desired pods.
 //!
-//! A source tells the reconciler of its claims by messages, and of nothing else. What several sources say of one pod is
-//! merged below them, in [`super::view`]. To add one: implement [`PodSource`], give its claim a [`Message`] and a field
+//! A source sends its claims to the reconciler in messages, and nothing else. [`super::view`] merges the claims of several
+//! sources on one pod. To add one: implement [`PodSource`], give its claim a [`Message`] and a field
 //! of [`super::view::PodView`], and open it in [`super::serve`].
 
 use futures_util::future::BoxFuture;
@@ -9,21 +9,21 @@ use tokio::sync::mpsc::UnboundedSender;
 
 use super::{ready::Readiness, reconcile::Message};
 
-/// What a source has to do with.
+/// What a source is given.
 #[derive(Clone)]
 pub struct SourceContext {
-    /// The way to the reconciler.
+    /// The reconciler's inbox.
     pub messages: UnboundedSender<Message>,
-    /// Whether this daemon could capture a pod.
+    /// Whether this daemon could capture a pod now.
     pub readiness: Readiness,
 }
 
-/// A source of pods. It is opened by its own constructor, which may fail, and run once what is applied is known: only
-/// then may it say what is not desired any more.
+/// A source of pods. Its constructor opens it and may fail. It runs once the applied pods are known, because only then may it
+/// end claims.
 pub trait PodSource: Send {
     /// Its name in logs.
     fn name(&self) -> &'static str;
 
-    /// Tell of every pod, then of every change, until the reconciler is gone.
+    /// Sends a claim for every pod, then every change, until the reconciler ends.
     fn run(self: Box<Self>, context: SourceContext) -> BoxFuture<'static, ()>;
 }
