@@ -34,8 +34,11 @@ folder=$1 bpffs=$2
 shift 2
 mkdir -p "$folder/bpffs"
 mount --bind "$bpffs" "$folder/bpffs"
+mkdir -p "$folder/netns"
+mount --bind /run/netns "$folder/netns"
 mount -t tmpfs none /run
-mkdir -p /run/secrets "$bpffs"
+mkdir -p /run/secrets /run/netns "$bpffs"
+mount --bind "$folder/netns" /run/netns
 ln -s "$folder/kubernetes.io" /run/secrets/
 mount --bind "$folder/bpffs" "$bpffs"
 unset KUBECONFIG HOME
@@ -320,13 +323,13 @@ fn a_right_that_is_missing_is_named_and_waited_for() {
     let first = run("first", json!({}));
     run("wrong", json!({ INBOUND: "http" }));
     let daemon = node.daemon(&pods);
-    node.wait_for_log(&daemon, "listing: the API refuses: pods is forbidden");
+    node.wait_for_log(&daemon, "listing: the API refused the request: pods is forbidden");
     assert!(is_ignored(&first));
 
     allow(&["list"]);
     node.wait_for(&daemon, "first", PodState::Captured);
     assert!(is_captured(&first));
-    node.wait_for_log(&daemon, "starting to watch: the API refuses: pods is forbidden");
+    node.wait_for_log(&daemon, "starting to watch: the API refused the request: pods is forbidden");
     node.wait_for_log(&daemon, "cannot create resource \"events\"");
     let second = run("second", json!({}));
 
