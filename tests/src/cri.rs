@@ -9,5 +9,6 @@ mod messages;
 mod node;
 
 pub use client::{CriClient, PodConfig, PodSandbox, log, uid, wait};
+pub use image::{busybox, make_archive};
 pub use kubelet::DaemonPod;
-pub use node::{CriNode, IMAGE, VARIABLE};
+pub use node::{CriNode, IMAGE, PODS, PodNetwork, VARIABLE};

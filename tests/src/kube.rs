@@ -10,4 +10,4 @@ mod server;
 
 pub use client::{Deployed, KubeClient};
 pub use pods::{KubePods, NODE, RunningPod, object};
-pub use server::{KubeServer, VARIABLE};
+pub use server::{KubeServer, ServerSpec, VARIABLE};

@@ -12,6 +12,7 @@ pub mod api;
 pub mod bench;
 pub mod bpf;
 pub mod cases;
+pub mod cluster;
 pub mod cri;
 pub mod daemon;
 pub mod datagram;

@@ -14,7 +14,7 @@ use std::{
 use serde_json::Value;
 use tests::{
     agent::{Agent, succeed},
-    cri::{CriClient, CriNode, DaemonPod, IMAGE, PodConfig, PodSandbox, uid, wait},
+    cri::{CriClient, CriNode, DaemonPod, IMAGE, PodConfig, PodNetwork, PodSandbox, uid, wait},
     testbed::Ids,
 };
 
@@ -91,14 +91,14 @@ fn answer_on(node: &CriNode) {
 #[ignore = "needs containerd: `cargo xtask cri` gets it and runs this"]
 fn the_daemonsets_pod_captures_pods_before_their_first_connection() {
     let mut agent = Agent::new("cri").expect("the agent");
-    let node = CriNode::new(agent.bpffs()).expect("a node");
+    let node = CriNode::new(agent.bpffs(), PodNetwork::Bridged).expect("a node");
     let client = CriClient::connect(&node.socket()).expect("connected");
     client.wait_for_image(IMAGE).expect("imported");
     answer_on(&node);
     let mut starter = vec!["nsenter".to_owned()];
     starter.extend(node.entry());
     agent.start_by(starter);
-    let configuration = || fs::read_to_string(node.cni_conf().join("10-bridged.conflist")).expect("read");
+    let configuration = || fs::read_to_string(node.cni_file()).expect("read");
     let (before, plugins) = (configuration(), fs::read_dir(node.cni_bin()).expect("listed").count());
 
     let manifest = Path::new(env!("CARGO_MANIFEST_DIR")).join("../deploy/intercept.yaml");

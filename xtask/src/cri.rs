@@ -1,7 +1,10 @@
 //! Tests with a real container runtime: Debian's containerd, runc and CNI plugins, unpacked into the cache without being
 //! installed.
 
-use std::{fs, path::Path};
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
 
 use anyhow::{Context, Result};
 
@@ -17,15 +20,11 @@ const PROGRAMS: [&str; 2] = ["usr/bin/containerd", "usr/sbin/runc"];
 
 /// Runs the tests that need containerd, in their own namespaces and cgroups.
 pub(crate) fn cri(arguments: &parts::PartsArgs) -> Result<()> {
-    let folder = workspace::cache()?.join("cri");
-    if arguments.leave_out(&folder, "pods of containerd", "`cargo xtask cri` gets it") {
+    if arguments.leave_out(&missing()?, "pods of containerd", "`cargo xtask cri` gets it") {
         return Ok(());
     }
     setup::setup(&[Group::Base, Group::Cri])?;
-    if !folder.is_dir() {
-        fetch(&folder).with_context(|| format!("getting {}", PACKAGES.join(", ")))?;
-    }
-    parts::try_programs(&folder, &PROGRAMS)?;
+    let folder = get()?;
     let image = image::image(&[Architecture::HOST])?;
     let uninstall = workspace::target().join("image/uninstall.yaml");
     manifests::write(&["cleanUpOnExit=true"], &uninstall)?;
@@ -33,6 +32,26 @@ pub(crate) fn cri(arguments: &parts::PartsArgs) -> Result<()> {
         "cri",
         &[("INTERCEPT_CRI", &folder), ("INTERCEPT_IMAGE", &image), ("INTERCEPT_UNINSTALL", &uninstall)],
     )
+}
+
+/// The folder of its parts, if that is not there.
+pub(crate) fn missing() -> Result<Vec<PathBuf>> {
+    let folder = folder()?;
+    Ok(if folder.is_dir() { Vec::new() } else { vec![folder] })
+}
+
+/// Gets what is not there; returns the folder.
+pub(crate) fn get() -> Result<PathBuf> {
+    let folder = folder()?;
+    if !folder.is_dir() {
+        fetch(&folder).with_context(|| format!("getting {}", PACKAGES.join(", ")))?;
+    }
+    parts::try_programs(&folder, &PROGRAMS)?;
+    Ok(folder)
+}
+
+fn folder() -> Result<PathBuf> {
+    Ok(workspace::cache()?.join("cri"))
 }
 
 fn fetch(folder: &Path) -> Result<()> {

@@ -65,7 +65,22 @@ pub(crate) fn platforms() -> PathBuf {
 
 /// The command.
 pub(crate) fn helm() -> Result<Command> {
-    Ok(Command::new(tools()?.join("helm")))
+    Ok(Command::new(program()?))
+}
+
+/// Where the command is; gets it.
+pub(crate) fn program() -> Result<PathBuf> {
+    Ok(tools()?.join("helm"))
+}
+
+/// The command, if it is not there.
+pub(crate) fn missing() -> Result<Vec<PathBuf>> {
+    let helm = folder()?.join("helm");
+    Ok(if helm.exists() { Vec::new() } else { vec![helm] })
+}
+
+fn folder() -> Result<PathBuf> {
+    Ok(workspace::cache()?.join("manifests"))
 }
 
 /// Checks the manifests in a file against the schemas of the Kubernetes API.
@@ -80,7 +95,7 @@ pub(crate) fn validate(file: &Path, kubernetes: Option<&str>) -> Result<()> {
 
 /// A folder with `helm` and `bin/kubernetes-validate`.
 fn tools() -> Result<PathBuf> {
-    let folder = workspace::cache()?.join("manifests");
+    let folder = folder()?;
     if folder.join("helm").exists() && folder.join("bin/kubernetes-validate").exists() {
         return Ok(folder);
     }

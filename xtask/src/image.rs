@@ -17,6 +17,8 @@ use crate::{architecture::Architecture, build, setup, setup::Group, workspace};
 
 mod archive;
 
+use archive::GzipLevel;
+
 /// The name in deploy/.
 pub(crate) const NAME: &str = concat!("intercept-agent:", env!("CARGO_PKG_VERSION"));
 
@@ -63,7 +65,7 @@ pub(crate) fn named(name: &str, architectures: &[Architecture]) -> Result<Image>
     let platforms: Vec<_> =
         roots.iter().map(|(name, root)| archive::Platform { architecture: name, root }).collect();
     let archive = workspace::target().join("image/intercept-agent.tar");
-    let digest = archive::write(&platforms, &recipe.config(), name, &archive)?;
+    let digest = archive::write(&platforms, &recipe.config(), name, GzipLevel(9), &archive)?;
     let agents = roots.iter().map(|(_, root)| root.join(&recipe.destination));
     let agents = architectures.iter().copied().zip(agents).collect();
     Ok(Image { archive, digest, agents })
@@ -148,7 +150,8 @@ mod tests {
         let write = |to: &str| {
             let to = folder.join(to);
             let platforms = [platform("amd64"), platform("arm64")];
-            let digest = archive::write(&platforms, &json!({ "Cmd": ["/agent"] }), "a:1", &to);
+            let config = json!({ "Cmd": ["/agent"] });
+            let digest = archive::write(&platforms, &config, "a:1", GzipLevel(9), &to);
             (digest.expect("written"), fs::read(to).expect("read"))
         };
         let (one, two) = (write("one.tar"), write("two.tar"));

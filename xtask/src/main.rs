@@ -7,6 +7,7 @@ use clap::{Parser, Subcommand};
 
 mod architecture;
 mod build;
+mod cluster;
 mod cri;
 mod cross;
 mod debian;
@@ -73,6 +74,8 @@ enum Task {
     Cri(parts::PartsArgs),
     /// Run the daemon with a real kube-apiserver
     Kube(parts::PartsArgs),
+    /// Install the chart in a cluster of one node, with an application whose sidecars are Envoy
+    Cluster(parts::PartsArgs),
     /// Check the chart and the manifests in deploy/ without a cluster
     Manifests(manifests::ManifestsArgs),
     /// Make all files of a release in target/release-files
@@ -129,6 +132,7 @@ fn perform(task: Task) -> Result<()> {
         Task::Image(arguments) => image::make(&arguments),
         Task::Cri(arguments) => cri::cri(&arguments),
         Task::Kube(arguments) => kube::kube(&arguments),
+        Task::Cluster(arguments) => cluster::cluster(&arguments),
         Task::Manifests(arguments) => manifests::manifests(&arguments),
         Task::Release(arguments) => release::release(&arguments),
         Task::Deny(arguments) => deny::deny(&arguments),

@@ -1,7 +1,10 @@
 //! Parts that `setup` does not install, because they are large or slow to build. The commands that need them keep them in the
 //! cache.
 
-use std::{path::Path, process::Command};
+use std::{
+    path::{Path, PathBuf},
+    process::Command,
+};
 
 use anyhow::{Context as _, Result};
 use clap::Args;
@@ -16,13 +19,11 @@ pub(crate) struct PartsArgs {
 }
 
 impl PartsArgs {
-    /// Whether to skip `what`, because its parts are not cached. Prints so, with the command that fetches them.
-    pub(crate) fn leave_out(&self, folder: &Path, what: &str, remedy: &str) -> bool {
-        let left_out = self.if_cached && !folder.is_dir();
-        if left_out {
-            println!("left out: {what}, which is not in {} ({remedy})", folder.display());
-        }
-        left_out
+    /// Whether to skip `what`, because parts are missing. Prints so, with the command that gets them.
+    pub(crate) fn leave_out(&self, missing: &[PathBuf], what: &str, remedy: &str) -> bool {
+        let Some(first) = missing.first().filter(|_| self.if_cached) else { return false };
+        println!("left out: {what}, for which there is no {} ({remedy})", first.display());
+        true
     }
 }
 

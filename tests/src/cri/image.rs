@@ -1,4 +1,4 @@
-//! An image with nothing but busybox, made here so that nothing is pulled.
+//! Images with busybox and little else, made here so that nothing is pulled.
 
 use std::{
     fs,
@@ -13,11 +13,17 @@ use serde_json::json;
 mod archive;
 
 /// What is linked to busybox.
-const PROGRAMS: [&str; 3] = ["sh", "nc", "sleep"];
+const PROGRAMS: [&str; 5] = ["sh", "nc", "sleep", "timeout", "wget"];
 
-/// Make the archive in a folder.
+/// Make the archive of an image with nothing else in a folder.
 pub(super) fn make(folder: &Path, name: &str) -> Result<PathBuf> {
-    let root = folder.join("root");
+    let root = folder.join("busybox");
+    busybox(&root)?;
+    make_archive(&root, &["/bin/sleep", "3600"], name, &folder.join("busybox.tar"))
+}
+
+/// Make the files of an image with busybox. Returns the folder of its programs.
+pub fn busybox(root: &Path) -> Result<PathBuf> {
     for path in ["bin", "etc", "usr", "lib", "lib64", "proc", "sys", "dev", "tmp"] {
         fs::create_dir_all(root.join(path))?;
     }
@@ -27,9 +33,14 @@ pub(super) fn make(folder: &Path, name: &str) -> Result<PathBuf> {
     for program in PROGRAMS {
         symlink("busybox", root.join("bin").join(program))?;
     }
-    let archive = folder.join("image.tar");
-    let config = json!({ "Cmd": ["/bin/sleep", "3600"], "Env": ["PATH=/bin:/usr/bin"] });
+    Ok(root.join("bin"))
+}
+
+/// Make the archive of an image of these files; a pod may have its own arguments for its program.
+pub fn make_archive(root: &Path, program: &[&str], name: &str, to: &Path) -> Result<PathBuf> {
+    let config = json!({ "Entrypoint": program, "Env": ["PATH=/bin:/usr/bin:/usr/local/bin"] });
     let architecture = if cfg!(target_arch = "aarch64") { "arm64" } else { "amd64" };
-    drop(archive::write(&[archive::Platform { architecture, root: &root }], &config, name, &archive)?);
-    Ok(archive)
+    let platform = archive::Platform { architecture, root };
+    drop(archive::write(&[platform], &config, name, archive::GzipLevel(1), to)?);
+    Ok(to.to_owned())
 }

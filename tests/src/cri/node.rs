@@ -8,10 +8,11 @@ use std::{
     os::unix::fs::{PermissionsExt as _, symlink},
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
+    sync::Arc,
 };
 
 use anyhow::{Context as _, Result, bail};
-use serde_json::json;
+use serde_json::{Value, json};
 use tempfile::TempDir;
 
 use super::{client::wait, image};
@@ -24,8 +25,13 @@ use crate::{
 pub const VARIABLE: &str = "INTERCEPT_CRI";
 /// The variable that says where the archive of the agent's image is.
 const AGENT_IMAGE: &str = "INTERCEPT_IMAGE";
+/// The addresses of pods.
+pub const PODS: &str = "10.88.0.0/24";
 /// The image of all pods but the agent's.
 pub const IMAGE: &str = "intercept.test/busybox:1";
+
+/// What makes containers' files from images: their folders are layers, not copies.
+const SNAPSHOTTER: &str = "overlayfs";
 
 /// Everything that the programs write to by name becomes the node's own; bpffs and the scratch folder stay.
 const SET_UP: &str = r#"
@@ -76,7 +82,7 @@ disabled_plugins = ["io.containerd.internal.v1.opt"]
   restrict_oom_score_adj = true
   disable_apparmor = true
   [plugins."io.containerd.grpc.v1.cri".containerd]
-    snapshotter = "native"
+    snapshotter = "@SNAPSHOTTER@"
     [plugins."io.containerd.grpc.v1.cri".containerd.runtimes.runc]
       runtime_type = "io.containerd.runc.v2"
       [plugins."io.containerd.grpc.v1.cri".containerd.runtimes.runc.options]
@@ -86,21 +92,48 @@ disabled_plugins = ["io.containerd.internal.v1.opt"]
     conf_dir = "@SCRATCH@/cni/net.d"
 "#;
 
+/// How pods are connected.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PodNetwork {
+    /// By a bridge.
+    Bridged,
+    /// Each by a link to the node, which sees what pods send each other: rules for services are its rules.
+    Routed,
+}
+
+impl PodNetwork {
+    /// The file of its configuration.
+    pub fn file(self) -> &'static str {
+        match self {
+            Self::Bridged => "10-bridged.conflist",
+            Self::Routed => "10-routed.conflist",
+        }
+    }
+
+    fn plugin(self) -> Value {
+        match self {
+            Self::Bridged => json!({ "type": "bridge", "bridge": "cni0", "isGateway": true }),
+            Self::Routed => json!({ "type": "ptp" }),
+        }
+    }
+}
+
 /// A node with containerd. Dropping it kills everything on it.
 #[derive(Debug)]
 pub struct CriNode {
-    sandbox: Sandbox,
+    sandbox: Arc<Sandbox>,
+    network: PodNetwork,
     scratch: TempDir,
     first: Child,
     containerd: Option<Child>,
 }
 
 impl CriNode {
-    /// A node whose bpffs is this one, with containerd, the images and a network of bridges.
-    pub fn new(bpffs: &Path) -> Result<Self> {
+    /// A node whose bpffs is this one, with containerd, the images and a network.
+    pub fn new(bpffs: &Path, network: PodNetwork) -> Result<Self> {
         let parts = env::var_os(VARIABLE).map(PathBuf::from);
         let parts = parts.with_context(|| format!("{VARIABLE} is not set: run `cargo xtask cri`"))?;
-        let sandbox = Sandbox::new("cri-node")?;
+        let sandbox = Arc::new(Sandbox::new("cri-node")?);
         let scratch = name::scratch("cri")?;
         let mut unshare = sandbox.command("unshare")?;
         unshare.args(["--mount", "--cgroup", "sh", "-c", SET_UP, "sh"]).arg(bpffs).arg(scratch.path());
@@ -108,7 +141,7 @@ impl CriNode {
             unshare.stdin(Stdio::null()).stdout(Stdio::piped()).spawn().context("starting a node")?;
         let mut said = String::new();
         BufReader::new(first.stdout.take().context("piped")?).read_line(&mut said)?;
-        let mut node = Self { sandbox, scratch, first, containerd: None };
+        let mut node = Self { sandbox, network, scratch, first, containerd: None };
         if said != "ready\n" {
             bail!("making the node's mounts failed: see above");
         }
@@ -122,6 +155,7 @@ impl CriNode {
         let fill = |text: &str| {
             text.replace("@SCRATCH@", &scratch.display().to_string())
                 .replace("@IMAGE@", IMAGE)
+                .replace("@SNAPSHOTTER@", SNAPSHOTTER)
                 .replace("@RUNC@", &parts.join("usr/sbin/runc").display().to_string())
         };
         fs::write(scratch.join("containerd.toml"), fill(CONTAINERD))?;
@@ -130,21 +164,17 @@ impl CriNode {
         for folder in [self.cni_bin(), self.cni_conf(), self.logs()] {
             fs::create_dir_all(folder)?;
         }
-        for plugin in ["bridge", "host-local", "loopback"] {
+        for plugin in ["bridge", "host-local", "loopback", "ptp"] {
             symlink(parts.join("usr/lib/cni").join(plugin), self.cni_bin().join(plugin))?;
         }
-        let bridge = json!({
-            "type": "bridge",
-            "bridge": "cni0",
-            "isGateway": true,
-            "ipam": {
-                "type": "host-local",
-                "ranges": [[{ "subnet": "10.88.0.0/24" }]],
-                "routes": [{ "dst": "0.0.0.0/0" }],
-            },
+        let mut plugin = self.network.plugin();
+        plugin["ipam"] = json!({
+            "type": "host-local",
+            "ranges": [[{ "subnet": PODS }]],
+            "routes": [{ "dst": "0.0.0.0/0" }],
         });
-        let list = json!({ "cniVersion": "1.0.0", "name": "bridged", "plugins": [bridge] });
-        Ok(fs::write(self.cni_conf().join("10-bridged.conflist"), list.to_string())?)
+        let list = json!({ "cniVersion": "1.0.0", "name": "pods", "plugins": [plugin] });
+        Ok(fs::write(self.cni_conf().join(self.network.file()), list.to_string())?)
     }
 
     fn start_containerd(&mut self, parts: &Path) -> Result<()> {
@@ -160,13 +190,17 @@ impl CriNode {
         wait("containerd", || Ok(std::os::unix::net::UnixStream::connect(&socket).is_ok()))
             .with_context(|| self.log())?;
         let agent = env::var_os(AGENT_IMAGE).with_context(|| format!("{AGENT_IMAGE} is not set"))?;
-        for archive in [image::make(self.scratch.path(), IMAGE)?, agent.into()] {
-            let mut import = self.command(bin.join("ctr"))?;
-            import.arg("--address").arg(&socket).args(["--namespace", "k8s.io", "images", "import"]);
-            import.args(["--snapshotter", "native"]).arg(archive);
-            succeed(import).with_context(|| self.log())?;
-        }
-        Ok(())
+        self.import(&image::make(self.scratch.path(), IMAGE)?)?;
+        self.import(Path::new(&agent))
+    }
+
+    /// Have containerd know the image in an archive.
+    pub fn import(&self, archive: &Path) -> Result<()> {
+        let parts = env::var_os(VARIABLE).map(PathBuf::from).unwrap_or_default();
+        let mut import = self.command(parts.join("usr/bin/ctr"))?;
+        import.arg("--address").arg(self.socket()).args(["--namespace", "k8s.io", "images", "import"]);
+        import.args(["--snapshotter", SNAPSHOTTER]).arg(archive);
+        succeed(import).map(drop).with_context(|| self.log())
     }
 
     /// A program on the node.
@@ -188,7 +222,7 @@ impl CriNode {
     }
 
     /// Its network namespace and its cgroup.
-    pub fn sandbox(&self) -> &Sandbox {
+    pub fn sandbox(&self) -> &Arc<Sandbox> {
         &self.sandbox
     }
 
@@ -228,6 +262,16 @@ impl CriNode {
     /// The folder of CNI configurations.
     pub fn cni_conf(&self) -> PathBuf {
         self.scratch.path().join("cni/net.d")
+    }
+
+    /// The file that says how pods are connected.
+    pub fn cni_file(&self) -> PathBuf {
+        self.cni_conf().join(self.network.file())
+    }
+
+    /// A folder for what is written on this node.
+    pub fn scratch(&self) -> &Path {
+        self.scratch.path()
     }
 
     /// The folder of the containers' logs.

@@ -19,10 +19,7 @@ use kube::{
 use serde_json::{Value, json};
 use tokio::runtime::Runtime;
 
-use super::{
-    KubeServer,
-    server::{ADMIN, API},
-};
+use super::KubeServer;
 
 /// A client with all rights.
 pub struct KubeClient<'a> {
@@ -34,13 +31,7 @@ pub struct KubeClient<'a> {
 impl<'a> KubeClient<'a> {
     /// One that knows the server's certificate, which must be there. Asks nothing yet.
     pub fn connect(server: &'a KubeServer) -> Result<Self> {
-        let config = json!({
-            "apiVersion": "v1", "kind": "Config", "current-context": "c",
-            "clusters": [{ "name": "c", "cluster": { "server": format!("https://{API}"), "certificate-authority": server.authority() } }],
-            "users": [{ "name": "u", "user": { "token": ADMIN } }],
-            "contexts": [{ "name": "c", "context": { "cluster": "c", "user": "u" } }],
-        });
-        let config: Kubeconfig = serde_json::from_value(config)?;
+        let config: Kubeconfig = serde_json::from_value(server.kubeconfig())?;
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         let client = runtime.block_on(async {
             let config = Config::from_custom_kubeconfig(config, &KubeConfigOptions::default()).await?;

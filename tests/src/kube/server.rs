@@ -6,11 +6,12 @@ use std::{
     net::{Ipv4Addr, SocketAddr},
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
-    sync::Mutex,
+    sync::{Arc, Mutex},
     time::{Duration, Instant},
 };
 
 use anyhow::{Context as _, Result, ensure};
+use serde_json::{Value, json};
 use tempfile::TempDir;
 
 use crate::{agent::succeed, testbed::Sandbox};
@@ -21,22 +22,44 @@ pub const VARIABLE: &str = "INTERCEPT_KUBE";
 /// Nobody else is in this namespace, so ports can be chosen.
 const ETCD: SocketAddr = at(2379);
 const PEERS: SocketAddr = at(2380);
-/// Where the API is.
-pub(super) const API: SocketAddr = at(6443);
 /// Whose token this is may do everything.
-pub(super) const ADMIN: &str = "the-admin-of-this-test";
+const ADMIN: &str = "the-admin-of-this-test";
 
-/// On a busy machine with two cores it takes ten seconds.
-const PATIENCE: Duration = Duration::from_secs(60);
+/// On two cores it takes ten seconds, and minutes if others use them.
+const PATIENCE: Duration = Duration::from_secs(300);
 
 const fn at(port: u16) -> SocketAddr {
     SocketAddr::new(std::net::IpAddr::V4(Ipv4Addr::LOCALHOST), port)
 }
 
-/// A running API. Dropping it ends everything in its cgroup.
+/// What the API is for.
+#[derive(Clone, Copy, Debug)]
+pub struct ServerSpec {
+    /// Where it listens.
+    pub address: SocketAddr,
+    /// Its other arguments.
+    pub arguments: &'static [&'static str],
+}
+
+impl ServerSpec {
+    /// An API without a cluster, at which a test plays the kubelet.
+    const ALONE: Self = Self {
+        address: at(6443),
+        arguments: &[
+            // Endpoints are nobody's business here, and may not be on the loopback interface.
+            "--advertise-address=192.0.2.1",
+            "--endpoint-reconciler-type=none",
+            // The accounts of the pods are made by another program.
+            "--disable-admission-plugins=ServiceAccount",
+        ],
+    };
+}
+
+/// A running API. Dropping it ends both programs.
 #[derive(Debug)]
 pub struct KubeServer {
-    sandbox: Sandbox,
+    sandbox: Arc<Sandbox>,
+    spec: ServerSpec,
     folder: TempDir,
     parts: PathBuf,
     etcd: Child,
@@ -44,11 +67,15 @@ pub struct KubeServer {
 }
 
 impl KubeServer {
-    /// Starts both; returns when the API is ready.
+    /// Starts both on a node of their own; returns when the API is ready.
     pub fn start() -> Result<Self> {
+        Self::start_on(Arc::new(Sandbox::new("kube")?), ServerSpec::ALONE)
+    }
+
+    /// Starts both on this node; returns when the API is ready.
+    pub fn start_on(sandbox: Arc<Sandbox>, spec: ServerSpec) -> Result<Self> {
         let parts = env::var_os(VARIABLE).map(PathBuf::from);
         let parts = parts.with_context(|| format!("{VARIABLE} is not set: run `cargo xtask kube`"))?;
-        let sandbox = Sandbox::new("kube")?;
         let folder = TempDir::with_prefix("intercept-test-kube")?;
         let mut key = Command::new("openssl");
         key.args(["ecparam", "-name", "prime256v1", "-genkey", "-noout", "-out"]);
@@ -64,7 +91,7 @@ impl KubeServer {
         ]);
         etcd.arg(format!("--listen-peer-urls=http://{PEERS}"));
         let etcd = start(&mut etcd, &folder.path().join("etcd.log")).context("starting etcd")?;
-        let server = Self { sandbox, folder, parts, etcd, api: Mutex::default() };
+        let server = Self { sandbox, spec, folder, parts, etcd, api: Mutex::default() };
         server.resume()?;
         Ok(server)
     }
@@ -76,18 +103,14 @@ impl KubeServer {
         let mut api = self.sandbox.command(self.parts.join("kube-apiserver"))?;
         api.args([
             format!("--etcd-servers=http://{ETCD}"),
-            format!("--bind-address={}", API.ip()),
-            format!("--secure-port={}", API.port()),
+            format!("--bind-address={}", self.spec.address.ip()),
+            format!("--secure-port={}", self.spec.address.port()),
             "--authorization-mode=RBAC".to_owned(),
             "--anonymous-auth=false".to_owned(),
             "--service-account-issuer=https://kubernetes.default.svc".to_owned(),
             "--service-cluster-ip-range=10.96.0.0/16".to_owned(),
-            // Endpoints are not needed here, and may not be on the loopback interface.
-            "--advertise-address=192.0.2.1".to_owned(),
-            "--endpoint-reconciler-type=none".to_owned(),
-            // The accounts of the pods are made by another program.
-            "--disable-admission-plugins=ServiceAccount".to_owned(),
         ]);
+        api.args(self.spec.arguments);
         let file = |flag: &str, name: &str| format!("--{flag}={}", self.folder.path().join(name).display());
         api.args([
             file("cert-dir", "tls"),
@@ -124,9 +147,30 @@ impl KubeServer {
         &self.sandbox
     }
 
+    /// What leads an admin to it.
+    pub fn kubeconfig(&self) -> Value {
+        let server = format!("https://{}", self.spec.address);
+        json!({
+            "apiVersion": "v1", "kind": "Config", "current-context": "c",
+            "clusters": [{ "name": "c", "cluster": { "server": server, "certificate-authority": self.authority() } }],
+            "users": [{ "name": "u", "user": { "token": ADMIN } }],
+            "contexts": [{ "name": "c", "context": { "cluster": "c", "user": "u" } }],
+        })
+    }
+
     /// What vouches for the API's certificate.
-    pub(super) fn authority(&self) -> PathBuf {
+    pub fn authority(&self) -> PathBuf {
         self.folder.path().join("tls/apiserver.crt")
+    }
+
+    /// The key that signs the tokens of accounts.
+    pub fn accounts_key(&self) -> PathBuf {
+        self.folder.path().join("accounts.key")
+    }
+
+    /// The folder with the programs.
+    pub fn parts(&self) -> &Path {
+        &self.parts
     }
 
     fn log_file(&self) -> PathBuf {

@@ -24,13 +24,23 @@ pub(crate) struct Platform<'a> {
     pub(crate) root: &'a Path,
 }
 
+/// How the layer is compressed: 9 for what is sent often, 1 for what is read once.
+#[derive(Clone, Copy)]
+pub(crate) struct GzipLevel(pub(crate) u8);
+
 /// Write the image of this name; `config` is what Dockerfiles set. Returns its digest, by which registries know it. The
 /// same files give the same image.
-pub(crate) fn write(platforms: &[Platform<'_>], config: &Value, name: &str, to: &Path) -> Result<String> {
+pub(crate) fn write(
+    platforms: &[Platform<'_>],
+    config: &Value,
+    name: &str,
+    level: GzipLevel,
+    to: &Path,
+) -> Result<String> {
     let parts = to.with_extension("parts");
     // Of a run that was killed.
     drop(fs::remove_dir_all(&parts));
-    let layout = Layout { folder: &parts };
+    let layout = Layout { folder: &parts, level };
     fs::create_dir_all(parts.join("blobs/sha256")).with_context(|| format!("making {}", parts.display()))?;
 
     let mut manifests = Vec::new();
@@ -69,6 +79,7 @@ pub(crate) fn write(platforms: &[Platform<'_>], config: &Value, name: &str, to: 
 /// A folder with blobs by digest.
 struct Layout<'a> {
     folder: &'a Path,
+    level: GzipLevel,
 }
 
 impl Layout<'_> {
@@ -77,7 +88,8 @@ impl Layout<'_> {
         let layer = self.folder.join("layer");
         tar(root, &layer)?;
         let contents = digest(&layer)?;
-        output(Command::new("gzip").args(["-n", "-9", "--suffix", ".gz"]).arg(&layer))?;
+        let level = format!("-{}", self.level.0);
+        output(Command::new("gzip").args(["-n", &level, "--suffix", ".gz"]).arg(&layer))?;
         Ok((self.blob(LAYER, &layer.with_extension("gz"))?, contents))
     }
 

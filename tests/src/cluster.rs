@@ -1,0 +1,14 @@
+//! A cluster of one node: Kubernetes' own programs and containerd in a node of namespaces, the agent as helm installs it
+//! from the chart, and pods with Envoy as their sidecar.
+//!
+//! `cargo xtask cluster` gets the parts. They are of 1.20, which drops a `restartPolicy` of a container: in place of a
+//! native sidecar, a pod has its proxy first and the others wait for it, as `holdApplicationUntilProxyStarts` has it.
+
+mod app;
+mod image;
+mod node;
+mod proxy;
+
+pub use app::{App, NAMESPACE, SERVICE, clients, servers};
+pub use node::{ADDRESS, Cluster, NODE};
+pub use proxy::AccessLine;

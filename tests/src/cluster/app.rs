@@ -1,0 +1,234 @@
+//! The application: objects as their author writes them, and what Istio's injector makes of their pods.
+
+use serde_json::{Value, json};
+
+use super::{image, proxy};
+
+/// Where the application is.
+pub const NAMESPACE: &str = "shop";
+/// The address of the service of the backend, whose pods have sidecars.
+pub const SERVICE: &str = "10.96.0.80";
+/// The address of a service whose pod has none.
+const PLAIN_SERVICE: &str = "10.96.0.81";
+/// Where servers listen.
+const PORT: u16 = 8080;
+
+/// Dials a service for as long as it runs (wget's own timeout crashes Debian's static busybox): says which requests were answered and which were not. Each has a path of its
+/// own, which starts with the pod's name.
+const CLIENT: &str = r#"
+$WAIT
+n=0
+while [ $n -lt $COUNT ]; do
+    n=$((n + 1))
+    if timeout 5 wget -q -O /dev/null "http://$SERVICE/$HOSTNAME/$n"; then echo "answered /$HOSTNAME/$n"
+    else echo "failed /$HOSTNAME/$n"; fi
+    sleep $PAUSE
+done
+$END
+"#;
+/// As applications wait that start beside their proxy.
+const PROXY_IS_READY: &str =
+    "until timeout 1 wget -q -O /dev/null http://127.0.0.1:15021/; do sleep 0.1; done";
+/// As Jobs end their proxy.
+const END_PROXY: &str = "wget -q -O /dev/null --post-data= http://127.0.0.1:15000/quitquitquit";
+
+/// What the injector makes of a pod.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Template {
+    /// A sidecar, started beside the others.
+    Sidecar,
+    /// A sidecar that the others wait for.
+    SidecarFirst,
+    /// A gateway: its one container is the proxy.
+    Gateway,
+}
+
+/// The pods of the application, by the label `app`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum App {
+    /// A Deployment that answers, with a sidecar.
+    Backend,
+    /// A Deployment that dials it, with a sidecar.
+    Frontend,
+    /// A Deployment that dials it from the first moment; its sidecar is started first.
+    Held,
+    /// A Job that dials it, with a sidecar.
+    Job,
+    /// A Deployment that passes requests on to it.
+    Gateway,
+    /// A Deployment without a sidecar, which dials another.
+    Plain,
+    /// That other, without a sidecar too.
+    PlainServer,
+}
+
+impl App {
+    /// The value of the label.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Backend => "backend",
+            Self::Frontend => "frontend",
+            Self::Held => "held",
+            Self::Job => "job",
+            Self::Gateway => "gateway",
+            Self::Plain => "plain",
+            Self::PlainServer => "plain-server",
+        }
+    }
+}
+
+/// What answers.
+pub fn servers() -> Value {
+    list(&json!([
+        { "apiVersion": "v1", "kind": "Namespace", "metadata": { "name": NAMESPACE } },
+        service(App::Backend, SERVICE),
+        service(App::PlainServer, PLAIN_SERVICE),
+        deployment(App::Backend, injected(&server(), Template::Sidecar)),
+        deployment(App::PlainServer, pod(&server())),
+        deployment(App::Gateway, injected(&json!([]), Template::Gateway)),
+    ]))
+}
+
+/// What dials them.
+pub fn clients() -> Value {
+    let client = |service: &str, wait: &str| client(service, wait, 1_000_000, "0.2", "");
+    list(&json!([
+        deployment(App::Frontend, injected(&client(SERVICE, PROXY_IS_READY), Template::Sidecar)),
+        deployment(App::Held, injected(&client(SERVICE, ""), Template::SidecarFirst)),
+        deployment(App::Plain, pod(&client(PLAIN_SERVICE, ""))),
+        job(&self::client(SERVICE, PROXY_IS_READY, 20, "0.1", END_PROXY)),
+    ]))
+}
+
+fn list(items: &Value) -> Value {
+    json!({ "apiVersion": "v1", "kind": "List", "items": items })
+}
+
+fn client(service: &str, wait: &str, count: u32, pause: &str, end: &str) -> Value {
+    let script = CLIENT
+        .replace("$WAIT", wait)
+        .replace("$SERVICE", service)
+        .replace("$COUNT", &count.to_string())
+        .replace("$PAUSE", pause)
+        .replace("$END", end);
+    json!([{ "name": "app", "image": image::APP, "command": ["/bin/sh", "-c", script] }])
+}
+
+fn server() -> Value {
+    json!([{
+        "name": "app", "image": image::APP,
+        "command": ["/usr/local/bin/http", "serve", format!("0.0.0.0:{PORT}")],
+        // Istio would have its own agent answer; unchanged, the kubelet's probes pass the proxy.
+        "readinessProbe": { "httpGet": { "path": "/probe", "port": PORT }, "periodSeconds": 1 },
+    }])
+}
+
+fn service(app: App, address: &str) -> Value {
+    json!({
+        "apiVersion": "v1", "kind": "Service",
+        "metadata": { "name": app.as_str(), "namespace": NAMESPACE },
+        "spec": {
+            "clusterIP": address,
+            "selector": { "app": app.as_str() },
+            "ports": [{ "port": 80, "targetPort": PORT }],
+        },
+    })
+}
+
+fn deployment(app: App, mut template: Value) -> Value {
+    template["metadata"]["labels"] = json!({ "app": app.as_str() });
+    json!({
+        "apiVersion": "apps/v1", "kind": "Deployment",
+        "metadata": { "name": app.as_str(), "namespace": NAMESPACE },
+        "spec": { "selector": { "matchLabels": { "app": app.as_str() } }, "template": template },
+    })
+}
+
+fn job(containers: &Value) -> Value {
+    let mut template = injected(containers, Template::Sidecar);
+    template["metadata"]["labels"] = json!({ "app": App::Job.as_str() });
+    template["spec"]["restartPolicy"] = json!("Never");
+    json!({
+        "apiVersion": "batch/v1", "kind": "Job",
+        "metadata": { "name": App::Job.as_str(), "namespace": NAMESPACE },
+        "spec": { "backoffLimit": 0, "template": template },
+    })
+}
+
+fn pod(containers: &Value) -> Value {
+    json!({ "metadata": {}, "spec": {
+        "containers": containers,
+        // The client's shell does not wait to be killed.
+        "terminationGracePeriodSeconds": 1,
+    } })
+}
+
+/// As the webhook of Istio with `pilot.cni.enabled` leaves a pod.
+fn injected(containers: &Value, template: Template) -> Value {
+    let mut injected = pod(containers);
+    let mut proxy = proxy_container(template);
+    let mut containers = containers.as_array().cloned().unwrap_or_default();
+    let mut annotations = json!({ "istio.io/rev": "default", "prometheus.io/scrape": "true" });
+    let status = |init: Value| {
+        json!({ "initContainers": init, "containers": ["istio-proxy"], "revision": "default" }).to_string()
+    };
+    if template == Template::Gateway {
+        annotations["inject.istio.io/templates"] = json!("gateway");
+        annotations["sidecar.istio.io/status"] = json!(status(Value::Null));
+    } else {
+        annotations["sidecar.istio.io/interceptionMode"] = json!("REDIRECT");
+        annotations["sidecar.istio.io/status"] = json!(status(json!(["istio-validation"])));
+        for (name, value) in [
+            ("includeOutboundIPRanges", "*"),
+            ("excludeOutboundIPRanges", ""),
+            ("includeInboundPorts", "*"),
+            ("excludeInboundPorts", "15020,15021,15090"),
+        ] {
+            annotations[format!("traffic.sidecar.istio.io/{name}")] = json!(value);
+        }
+        injected["spec"]["initContainers"] = json!([validation()]);
+    }
+    if template == Template::SidecarFirst {
+        proxy["lifecycle"] = json!({ "postStart": { "exec": { "command": ["pilot-agent", "wait"] } } });
+        containers.insert(0, proxy);
+    } else {
+        containers.push(proxy);
+    }
+    injected["metadata"]["annotations"] = annotations;
+    injected["spec"]["containers"] = json!(containers);
+    injected
+}
+
+/// As whom the proxy and its probe run.
+fn security() -> Value {
+    json!({
+        "allowPrivilegeEscalation": false, "capabilities": { "drop": ["ALL"] }, "privileged": false,
+        "readOnlyRootFilesystem": true, "runAsGroup": 1337, "runAsNonRoot": true, "runAsUser": 1337,
+    })
+}
+
+fn validation() -> Value {
+    json!({
+        "name": "istio-validation", "image": image::PROXY,
+        "args": [
+            "istio-iptables", "-p", "15001", "-z", "15006", "-u", "1337", "-m", "REDIRECT", "-i", "*", "-x", "",
+            "-b", "*", "-d", "15090,15021,15020", "--log_output_level=default:info", "--run-validation",
+            "--skip-rule-apply",
+        ],
+        "securityContext": security(),
+    })
+}
+
+fn proxy_container(template: Template) -> Value {
+    let kind = if template == Template::Gateway { "router" } else { "sidecar" };
+    json!({
+        "name": "istio-proxy", "image": image::PROXY,
+        "args": ["proxy", kind, "--domain", "shop.svc.cluster.local", "--proxyLogLevel=warning"],
+        "ports": [{ "containerPort": 15090, "protocol": "TCP", "name": "http-envoy-prom" }],
+        "readinessProbe": {
+            "httpGet": { "path": "/healthz/ready", "port": proxy::READY },
+            "periodSeconds": 1, "timeoutSeconds": 3, "failureThreshold": 30,
+        },
+        "securityContext": security(),
+    })
+}

@@ -1,0 +1,101 @@
+//! Envoy's configurations, as a sidecar's and a gateway's, and what it logs.
+
+use serde::Deserialize;
+use serde_json::{Value, json};
+
+use super::app;
+use crate::bench::envoy::{http, named};
+
+/// What Envoy itself answers on, in every pod.
+const ADMIN: u16 = 15000;
+/// Where it says that it is ready.
+pub(super) const READY: u16 = 15021;
+/// Where a gateway listens.
+pub(super) const GATEWAY: u16 = 8080;
+
+/// A line of the access log.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+pub struct AccessLine {
+    /// `outbound`, `inbound` or `gateway`.
+    pub listener: String,
+    /// What was asked for: by this, requests are told apart.
+    pub path: String,
+    /// The original destination.
+    pub original: String,
+    /// The client.
+    pub client: String,
+    /// The answer's status.
+    pub status: u16,
+}
+
+/// Istio's two listeners, which go on to the original destination.
+pub(super) fn sidecar() -> Value {
+    let (mut listeners, mut clusters) = (vec![ready()], Vec::new());
+    for (name, port) in [("outbound", 15001), ("inbound", 15006)] {
+        let mut listener = listener(name, port, name);
+        listener["listener_filters"] = json!([named(
+            "envoy.filters.listener.original_dst",
+            "type.googleapis.com/envoy.extensions.filters.listener.original_dst.v3.OriginalDst",
+            json!({}),
+        )]);
+        listeners.push(listener);
+        let mut cluster = json!({
+            "name": name, "connect_timeout": "5s", "type": "ORIGINAL_DST", "lb_policy": "CLUSTER_PROVIDED",
+        });
+        if name == "inbound" {
+            let source = json!({ "address": "127.0.0.6", "port_value": 0 });
+            cluster["upstream_bind_config"] = json!({ "source_address": source });
+        }
+        clusters.push(cluster);
+    }
+    configuration(&listeners, &clusters)
+}
+
+/// A gateway, which passes everything on to the service.
+pub(super) fn gateway() -> Value {
+    let address = json!({ "address": app::SERVICE, "port_value": 80 });
+    let endpoint = json!({ "endpoint": { "address": { "socket_address": address } } });
+    let cluster = json!({
+        "name": "gateway", "connect_timeout": "5s", "type": "STATIC",
+        "load_assignment": { "cluster_name": "gateway", "endpoints": [{ "lb_endpoints": [endpoint] }] },
+    });
+    configuration(&[ready(), listener("gateway", GATEWAY, "gateway")], &[cluster])
+}
+
+fn configuration(listeners: &[Value], clusters: &[Value]) -> Value {
+    let admin = json!({ "address": "127.0.0.1", "port_value": ADMIN });
+    json!({
+        "admin": { "address": { "socket_address": admin } },
+        "static_resources": { "listeners": listeners, "clusters": clusters },
+    })
+}
+
+fn listener(name: &str, port: u16, cluster: &str) -> Value {
+    let log = named(
+        "envoy.access_loggers.stdout",
+        "type.googleapis.com/envoy.extensions.access_loggers.stream.v3.StdoutAccessLog",
+        json!({ "log_format": { "json_format": {
+            "listener": name,
+            "path": "%REQ(:PATH)%",
+            "original": "%DOWNSTREAM_LOCAL_ADDRESS%",
+            "client": "%DOWNSTREAM_REMOTE_ADDRESS%",
+            "status": "%RESPONSE_CODE%",
+        } } }),
+    );
+    let mut filter = http(json!({ "cluster": cluster }), "route");
+    filter["typed_config"]["access_log"] = json!([log]);
+    on(name, port, &filter)
+}
+
+fn ready() -> Value {
+    let answer = json!({ "status": 200, "body": { "inline_string": "ready\n" } });
+    on("ready", READY, &http(answer, "direct_response"))
+}
+
+fn on(name: &str, port: u16, filter: &Value) -> Value {
+    json!({
+        "name": name,
+        "address": { "socket_address": { "address": "0.0.0.0", "port_value": port } },
+        "filter_chains": [{ "filters": [filter] }],
+    })
+}
