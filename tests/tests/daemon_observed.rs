@@ -117,7 +117,7 @@ fn trace_shows_decisions_while_it_runs_only() {
     // Only one reader at a time.
     let second = agent.command("trace").output().expect("started");
     assert!(!second.status.success());
-    assert!(String::from_utf8_lossy(&second.stderr).contains("one reader at a time"));
+    assert!(String::from_utf8_lossy(&second.stderr).contains("only one reader"));
     let pid = rustix::process::Pid::from_child(&trace);
     rustix::process::kill_process(pid, rustix::process::Signal::INT).expect("signalled");
     assert!(trace.wait().expect("ended").success());

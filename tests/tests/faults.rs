@@ -6,6 +6,7 @@ use std::{
     os::fd::AsFd as _,
     path::{Path, PathBuf},
     process::Output,
+    time::{Duration, Instant},
 };
 
 use aya::maps::MapData;
@@ -83,6 +84,19 @@ impl KernelState {
             lists,
             listeners,
             proxies: entries::<u32, Proxy>(&maps, names::PROXY_STATE),
+        }
+    }
+
+    /// The state once it is `expected`, or after five seconds. If detaching a link fails and its pin is removed, the kernel
+    /// frees it after an RCU grace period.
+    fn awaited(fixture: &FaultsFixture, expected: &Self) -> Self {
+        let deadline = Instant::now() + Duration::from_secs(5);
+        loop {
+            let state = Self::of(fixture);
+            if state == *expected || Instant::now() > deadline {
+                return state;
+            }
+            std::thread::yield_now();
         }
     }
 
@@ -237,7 +251,7 @@ fn a_failed_detach_is_finished_by_the_next() {
         |fixture| _ = fixture.attach(&OTHER),
         |fixture, _, _, when| {
             fixture.detach();
-            KernelState::of(fixture).assert_is(&clean, when);
+            KernelState::awaited(fixture, &clean).assert_is(&clean, when);
             fixture.attach(&OTHER);
         },
     );
