@@ -1,6 +1,9 @@
 //! The proxy's sockets that listen when a pod is attached.
 
-use std::{collections::BTreeSet, io};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    io,
+};
 
 use intercept_common::layout::{LISTENER_SLOTS, ListenerKey, PodPolicy, ProxyPort, bound, scope};
 use nix::sys::socket::{getsockopt, setsockopt, sockopt};
@@ -45,13 +48,21 @@ impl Node {
                 "no process was found that has this listener: what arrives for it is refused until it is opened again"
             );
         }
+        let mut counts: BTreeMap<_, u32> = BTreeMap::new();
         for listener in &found.listeners {
             let Some(port) = policy.proxy_port(listener.port) else { continue };
             if port == ProxyPort::Outbound && !config.virt_interfaces.is_empty() {
                 // So that it can speak for the guests' addresses; what it accepts inherits it.
                 self.make_transparent(policy.slot, listener)?;
             }
-            if !is_known(listener) {
+            if is_known(listener) {
+                continue;
+            }
+            // Beyond the budget, each listener would be tried in every slot, and a pod may have any number of them.
+            let count =
+                counts.entry((listener.port, listener.family, listener.addr.is_loopback())).or_default();
+            *count += 1;
+            if *count <= LISTENER_SLOTS + 1 {
                 self.register_listener(target, policy, port, listener)?;
             }
         }
