@@ -197,16 +197,16 @@ settings! {
         .bound(switch!(run.cni_mode));
 
     RECONCILE = switch_flag("reconcile").variables(&["RECONCILE"])
-        .help("Replace what is in force and differs")
-        .note("nothing to do, because what is in force and differs is always replaced, in one step")
+        .help("Replace an active capture that differs")
+        .note("nothing to do, because an active capture that differs is always replaced, in one step")
         .bound(switch!(run.reconcile));
 
     CLEANUP_ONLY = switch_flag("cleanup-only").variables(&["CLEANUP_ONLY"])
-        .help("Remove what is in force and attach nothing")
+        .help("Remove the active capture and attach nothing")
         .bound(switch!(run.cleanup_only));
 
     FORCE_APPLY = switch_flag("force-apply").variables(&["FORCE_APPLY"])
-        .help("Apply again even if the same is in force")
+        .help("Apply again even if the same capture is active")
         .bound(switch!(run.force_apply));
 
     NATIVE_NFTABLES = switch_flag("native-nftables").variables(&["NATIVE_NFTABLES"])
