@@ -27,7 +27,7 @@ use self::{
     dice::Dice,
     faults::Steady,
     growth::Growth,
-    held::Held,
+    held::HeldPod,
     ledger::{Kind, Ledger},
     node::SoakNode,
     residue::{Process, Residue},
@@ -90,7 +90,7 @@ fn perform(agent: &Agent, options: Options, admissions: &Admissions, ledger: &Le
     let pods = [folder.pod(), api.pod(), command.pod()];
     let before = snapshots(&pods)?;
     steady.capture(&node)?;
-    let mut held = Held::new(&node, &world)?;
+    let mut held = HeldPod::new(&node, &world)?;
     let baseline = Residue::of(&node, &world)?;
     let mut growth = Growth::default();
     let victim = steady.object.uid().to_owned();
@@ -229,7 +229,7 @@ fn settle(node: &SoakNode<'_>, world: &World, baseline: &Residue, ledger: &Ledge
 fn finish(
     node: &SoakNode<'_>,
     steady: &Steady<'_>,
-    held: &Held,
+    held: &HeldPod,
     pods: &[&Pod],
     before: &[Snapshot],
     ledger: &Ledger,

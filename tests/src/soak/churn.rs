@@ -38,7 +38,7 @@ enum Source {
 #[derive(Clone, Copy)]
 enum PodEnd {
     /// As its source says it.
-    Told,
+    Announced,
     /// Its processes and namespace go first, and its source is told afterwards.
     Vanished,
     /// The same, and its interface went before.
@@ -163,8 +163,8 @@ impl Passing {
 
     fn end(self, node: &SoakNode<'_>, dice: &mut Dice, ledger: &Ledger) -> Result<()> {
         let Self { name, source, pod } = self;
-        match dice.one_of(&[PodEnd::Told, PodEnd::Told, PodEnd::Vanished, PodEnd::Unplugged]) {
-            PodEnd::Told => {
+        match dice.one_of(&[PodEnd::Announced, PodEnd::Announced, PodEnd::Vanished, PodEnd::Unplugged]) {
+            PodEnd::Announced => {
                 ledger.act("pods ended");
                 source.forget(node, &name, Some(&pod), ledger)
             }

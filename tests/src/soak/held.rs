@@ -23,7 +23,7 @@ const FILE: &str = "held";
 
 /// A pod with connections that stay, and others beside them.
 #[derive(Debug)]
-pub struct Held {
+pub struct HeldPod {
     // Processes before the pod that they run in.
     proxy: LoadProcess,
     _clients: LoadProcess,
@@ -31,7 +31,7 @@ pub struct Held {
     pod: Pod,
 }
 
-impl Held {
+impl HeldPod {
     /// A captured pod whose connections are open.
     pub fn new(node: &SoakNode<'_>, world: &World) -> Result<Self> {
         let program = load::program()?;
