@@ -58,6 +58,24 @@ fn a_short_run_reports_ratios_of_every_mode() {
 }
 
 #[test]
+fn joined_connections_are_compared_with_the_agent_without_them() {
+    let folder = tempfile::tempdir().expect("a folder is made");
+    let out = folder.path().to_str().expect("it is UTF-8");
+    let arguments =
+        ["--quick", "--rounds", "1", "--work", "acceleration", "--modes", "agent,accelerated", "--out", out];
+    let output = bench(&arguments).env_remove("INTERCEPT_ENVOY").output().expect("it ends");
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let document = read(&folder.path().join("report.md"));
+    // Eight works of the relay in three topologies; those of Envoy are left out by name.
+    for title in ["two pods of a node |", "to a pod that is not captured", "two pods on one veth |"] {
+        assert!(document.contains(&format!("| {title}")), "{title}\n{document}");
+    }
+    let goals = document.lines().filter(|line| line.contains("reached") || line.contains("missed")).count();
+    assert_eq!(goals, 8, "{document}");
+    assert!(document.contains("envoy-tcp and envoy-http: left out"), "{document}");
+}
+
+#[test]
 fn an_interrupted_run_cleans_up() {
     let mut child = bench(&["--quick", "--work", "connect", "--modes", "explicit,agent"])
         .args([

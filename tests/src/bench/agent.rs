@@ -94,6 +94,24 @@ impl BenchAgent {
     }
 }
 
+impl BenchAgent {
+    /// Counted ends of joined connections in a captured pod.
+    pub fn joined(&self, pod: &Sandbox) -> Result<u64> {
+        let output = Command::new(&self.program)
+            .args(self.arguments("status"))
+            .args(["--json".as_ref(), "--cgroup-path".as_ref(), pod.cgroup.path().as_os_str()])
+            .output()
+            .with_context(|| format!("starting {}", self.program.display()))?;
+        let said = String::from_utf8_lossy(&output.stderr);
+        ensure!(output.status.success(), "status: {said}");
+        let pods: serde_json::Value = serde_json::from_slice(&output.stdout).context("reading status")?;
+        let counts = pods[0]["acceleration"]["connections"].as_array();
+        let counts = counts.with_context(|| format!("status has no joined connections: {pods}"))?;
+        let joined = counts.iter().find(|count| count["reason"] == "joined");
+        Ok(joined.and_then(|joined| joined["count"].as_u64()).unwrap_or(0))
+    }
+}
+
 impl Drop for BenchAgent {
     fn drop(&mut self) {
         if let Err(error) = remove(&self.bpffs) {

@@ -14,6 +14,7 @@ use super::plan::Suite;
 use super::pool::WorkerPool;
 use super::progress::Progress;
 use super::summary::{Base, summarize};
+use super::topology::Topology;
 use super::work::Work;
 use super::worker::Timing;
 use super::{programs, rounds};
@@ -77,6 +78,7 @@ pub fn run(pool: &WorkerPool) -> Result<()> {
     judge("bytes of maps for a connection".into(), bytes, bytes <= limit, format!("at most {limit}"));
     let suite = Suite {
         title: "check",
+        topology: Topology::Veth,
         cells: [CaptureMode::Explicit, CaptureMode::IptablesNft, CaptureMode::Agent].map(Cell::plain).into(),
         works: limits.ratios.iter().map(|limit| limit.work).collect(),
         rounds: 9,

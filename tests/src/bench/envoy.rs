@@ -37,9 +37,13 @@ pub struct Envoy {
 impl Envoy {
     /// A pod's proxy: as the relay is, with Envoy's own means. The program must be one that every user may run.
     pub fn sidecar(program: &Path, sandbox: &Sandbox, relay: &RelayRole, kind: ProxyKind) -> Result<Self> {
-        let cluster = cluster(relay);
+        let mut cluster = cluster(relay);
+        // The proxy that dials the other proxy has no source of its own.
+        if kind == ProxyKind::EnvoyHttp2 && relay.source.is_none() {
+            cluster["typed_extension_protocol_options"] = http2();
+        }
         let filter = match kind {
-            ProxyKind::EnvoyHttp => http(json!({"cluster": "upstream"}), "route"),
+            ProxyKind::EnvoyHttp | ProxyKind::EnvoyHttp2 => http(json!({"cluster": "upstream"}), "route"),
             ProxyKind::EnvoyTcp | ProxyKind::Relay => named(
                 "envoy.filters.network.tcp_proxy",
                 "type.googleapis.com/envoy.extensions.filters.network.tcp_proxy.v3.TcpProxy",
@@ -198,6 +202,16 @@ pub(crate) fn http(action: Value, kind: &str) -> Value {
             "route_config": {"virtual_hosts": [{"name": "all", "domains": ["*"], "routes": [route]}]},
         }),
     )
+}
+
+/// Options of a cluster that is spoken to in HTTP/2.
+fn http2() -> Value {
+    json!({
+        "envoy.extensions.upstreams.http.v3.HttpProtocolOptions": {
+            "@type": "type.googleapis.com/envoy.extensions.upstreams.http.v3.HttpProtocolOptions",
+            "explicit_http_config": {"http2_protocol_options": {}},
+        }
+    })
 }
 
 fn cluster(relay: &RelayRole) -> Value {

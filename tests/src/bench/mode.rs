@@ -75,6 +75,15 @@ pub enum ProxyKind {
     EnvoyTcp,
     /// Envoy, which understands HTTP.
     EnvoyHttp,
+    /// The same, with HTTP/2 between the two proxies.
+    EnvoyHttp2,
+}
+
+impl ProxyKind {
+    /// Whether it understands HTTP, so that client and server have to speak it.
+    pub fn is_http(self) -> bool {
+        matches!(self, Self::EnvoyHttp | Self::EnvoyHttp2)
+    }
 }
 
 /// One thing that is measured: a pair of pods.

@@ -5,9 +5,14 @@ use std::time::Duration;
 use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 
+use super::goals;
 use super::mode::{CaptureMode, Cell, Lists, Path, ProxyKind};
+use super::topology::Topology;
 use super::work::Work;
 use super::worker::Timing;
+
+/// wrk counts in whole seconds.
+const WRK_MEASURES: Duration = Duration::from_secs(1);
 
 /// A part of the benchmark.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, ValueEnum, Serialize, Deserialize)]
@@ -27,6 +32,8 @@ pub enum Section {
     EnvoyTcp,
     /// Envoy instead of the relay, understanding HTTP
     EnvoyHttp,
+    /// Joined connections between proxies, beside the agent without them
+    Acceleration,
     /// Time to capture a pod and to release it
     Install,
     /// Time and runs of each BPF program
@@ -42,6 +49,8 @@ pub enum Section {
 pub struct Suite {
     /// What it is called.
     pub title: &'static str,
+    /// What is between the pods.
+    pub topology: Topology,
     /// Compared with each other.
     pub cells: Vec<Cell>,
     /// What each of them does.
@@ -61,6 +70,8 @@ pub struct Plan {
     pub sections: Vec<Section>,
     /// A smaller choice, for three minutes.
     pub quick: bool,
+    /// Envoy is not there.
+    pub without_envoy: bool,
     /// Overrides how often everything is measured.
     pub rounds: Option<usize>,
 }
@@ -120,7 +131,11 @@ impl Plan {
     /// The parts that consist of rounds.
     pub fn suites(&self) -> Vec<Suite> {
         let suites = [self.plain(), self.paths(), self.lists(), self.envoy_tcp(), self.envoy_http()];
-        suites.into_iter().filter(|suite| !suite.cells.is_empty() && !suite.works.is_empty()).collect()
+        suites
+            .into_iter()
+            .chain(self.acceleration())
+            .filter(|suite| !suite.cells.is_empty() && !suite.works.is_empty())
+            .collect()
     }
 
     fn plain(&self) -> Suite {
@@ -139,7 +154,7 @@ impl Plan {
             works.push(Work::Stream);
         }
         let cells = self.modes.iter().map(|&mode| Cell::plain(mode)).collect();
-        Suite { title: "both pods captured", cells, works, rounds: self.rounds(5, 11), timing: self.timing() }
+        Suite { title: "both pods captured", cells, works, rounds: self.rounds(5, 11), ..self.empty() }
     }
 
     fn paths(&self) -> Suite {
@@ -191,8 +206,7 @@ impl Plan {
 
     fn envoy_http(&self) -> Suite {
         let mut suite = Suite { title: "Envoy, HTTP", rounds: self.rounds(3, 7), ..self.empty() };
-        // wrk counts in whole seconds.
-        suite.timing.measure = Duration::from_secs(1);
+        suite.timing.measure = WRK_MEASURES;
         if self.has(Section::EnvoyHttp) {
             suite.works = vec![Work::Http { connections: 16 }];
             suite.cells = self
@@ -204,8 +218,41 @@ impl Plan {
         suite
     }
 
+    /// The works that have goals, in all modes that matter to them.
+    fn acceleration(&self) -> Vec<Suite> {
+        let mut suites: Vec<Suite> = Vec::new();
+        if !self.has(Section::Acceleration) {
+            return suites;
+        }
+        let modes = self.among(&[CaptureMode::IptablesNft, CaptureMode::Agent, CaptureMode::Accelerated]);
+        let wanted = |goal: &goals::Goal| goal.suite.proxy == ProxyKind::Relay || !self.without_envoy;
+        for goal in goals::ALL.into_iter().filter(wanted) {
+            if let Some(suite) = suites.iter_mut().find(|suite| suite.title == goal.suite.title) {
+                suite.works.push(goal.work);
+                continue;
+            }
+            let goals::GoalSuite { title, topology, path, proxy } = goal.suite;
+            let cells = modes.iter().map(|&mode| Cell { path, proxy, ..Cell::plain(mode) }).collect();
+            let works = vec![goal.work];
+            let mut suite =
+                Suite { title, topology, cells, works, rounds: self.rounds(3, 20), ..self.empty() };
+            if proxy.is_http() {
+                suite.timing.measure = WRK_MEASURES;
+            }
+            suites.push(suite);
+        }
+        suites
+    }
+
     fn empty(&self) -> Suite {
-        Suite { title: "", cells: Vec::new(), works: Vec::new(), rounds: 0, timing: self.timing() }
+        Suite {
+            title: "",
+            topology: Topology::Veth,
+            cells: Vec::new(),
+            works: Vec::new(),
+            rounds: 0,
+            timing: self.timing(),
+        }
     }
 }
 

@@ -1,6 +1,7 @@
 //! All that a run has found, and its forms: a table, JSON, a page, and a chapter for the documentation.
 
 pub mod document;
+pub mod goals;
 pub mod overview;
 pub mod page;
 pub mod plot;

@@ -6,13 +6,13 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
-use ipnet::{IpNet, Ipv4Net};
 
 use super::capture::TimedCapture;
 use super::envoy::Envoy;
 use super::interrupt;
 use super::mode::{CaptureMode, Cell, Path, ProxyKind};
 use super::pool::{WorkerPool, WorkerProcess};
+use super::topology::{self, Topology};
 use super::worker::protocol::RelayRole;
 use super::worker::{Measured, Role, Timing, Upstream, WorkerAnswer, WorkerJob};
 use crate::testbed::{Ids, Sandbox};
@@ -53,6 +53,7 @@ impl Size {
 pub struct RigPods {
     pub(super) client: Sandbox,
     server: Sandbox,
+    _node: Option<Sandbox>,
 }
 
 /// Captured pods with their processes. Dropping it ends the processes and releases the pods, which [`RigPods`] removes.
@@ -68,16 +69,19 @@ pub struct Rig<'a> {
 }
 
 impl RigPods {
-    /// Two new pods, joined.
+    /// Two new pods, connected by a veth pair.
     pub fn new(label: &str) -> Result<Self> {
+        Self::connected(label, Topology::Veth)
+    }
+
+    /// Two new pods, connected.
+    pub fn connected(label: &str, topology: Topology) -> Result<Self> {
         let client = Sandbox::new(&format!("{label}-client"))?;
         let server = Sandbox::new(&format!("{label}-server"))?;
-        client.netns.veth("eth0", &server.netns, "eth0")?;
-        for n in 0..ADDRESSES {
-            client.netns.add_address("eth0", net(client_address(n)))?;
-            server.netns.add_address("eth0", net(server_address(n)))?;
-        }
-        Ok(Self { client, server })
+        let [clients, servers] = [client_address, server_address].map(|address| (0..ADDRESSES).map(address));
+        let (clients, servers): (Vec<_>, Vec<_>) = (clients.collect(), servers.collect());
+        let node = topology::connect(topology, (&client.netns, &clients), (&server.netns, &servers))?;
+        Ok(Self { client, server, _node: node })
     }
 
     /// The client's pod.
@@ -102,10 +106,6 @@ fn client_address(n: u8) -> Ipv4Addr {
 
 fn server_address(n: u8) -> Ipv4Addr {
     Ipv4Addr::new(10, 66, 0, 102 + n)
-}
-
-fn net(address: Ipv4Addr) -> IpNet {
-    Ipv4Net::new_assert(address, 24).into()
 }
 
 /// How many sockets processes have.
@@ -153,7 +153,7 @@ impl<'a> Rig<'a> {
         let mut workers = Vec::new();
         let mut passed = Vec::new();
         let mut envoys = Vec::new();
-        if cell.proxy == ProxyKind::EnvoyHttp {
+        if cell.proxy.is_http() {
             envoys.push(Envoy::server(pool.envoy()?, &pods.server, SERVER_PORT)?);
         } else {
             let server = Role::Server { ports: vec![SERVER_PORT] };
@@ -195,16 +195,15 @@ impl<'a> Rig<'a> {
         let clients =
             (0..size.clients).map(|_| pool.start(&pods.client, Ids::APP, &role)).collect::<Result<_>>()?;
         let mut rig = Self { cell, clients, _workers: workers, _envoys: envoys, _captures: captures, pods };
-        rig.prove(&passed)?;
+        rig.prove(&passed, pool)?;
         Ok(rig)
     }
 
     /// Makes sure that a connection passes the proxies of each pod that is to be captured: a way around them
     /// would look fast.
-    fn prove(&mut self, proxies: &[Vec<u32>]) -> Result<()> {
+    fn prove(&mut self, proxies: &[Vec<u32>], pool: &WorkerPool) -> Result<()> {
         let before = proxies.iter().map(|pod| sockets(pod)).collect::<Result<Vec<_>>>()?;
-        let say =
-            if self.cell.proxy == ProxyKind::EnvoyHttp { "GET / HTTP/1.1\r\nHost: pod\r\n\r\n" } else { "" };
+        let say = if self.cell.proxy.is_http() { "GET / HTTP/1.1\r\nHost: pod\r\n\r\n" } else { "" };
         let to = self.destinations()[0];
         let client = &mut self.clients[0];
         client.ask(&WorkerJob::Probe { to, say: say.into() }, PATIENCE)?;
@@ -221,6 +220,25 @@ impl<'a> Rig<'a> {
             }
         }
         client.ask(&WorkerJob::Release, PATIENCE)?;
+        if self.cell.mode == CaptureMode::Accelerated { self.prove_joined(pool) } else { Ok(()) }
+    }
+
+    /// Makes sure that the connection between two captured pods was joined, and that no other was.
+    fn prove_joined(&self, pool: &WorkerPool) -> Result<()> {
+        let agent = pool.agent()?;
+        let mut joined = 0;
+        if self.cell.path != Path::Inbound {
+            joined += agent.joined(&self.pods.client)?;
+        }
+        if self.cell.path != Path::Outbound {
+            joined += agent.joined(&self.pods.server)?;
+        }
+        let both = self.cell.path == Path::Both;
+        ensure!(
+            (joined > 0) == both,
+            "{joined} ends were joined, with these pods captured: {}",
+            self.cell.path
+        );
         Ok(())
     }
 

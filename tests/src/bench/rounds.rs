@@ -34,7 +34,7 @@ pub struct RoundRow {
 /// A suite that takes this many times what was planned stops early.
 const OVERDUE: f64 = 2.5;
 
-/// Runs a suite. If it takes much too long, the rounds that are complete are what there is.
+/// Runs a suite. If it takes much too long, the rounds that are complete, at least one, are what there is.
 pub fn run(
     suite: &Suite,
     pool: &WorkerPool,
@@ -45,7 +45,7 @@ pub fn run(
     let begun = Instant::now();
     let limit = Duration::from_secs_f64(suite.seconds() * OVERDUE + 10.0);
     let labels = suite.cells.iter().map(|cell| cell.mode.to_string());
-    let pods = labels.map(|label| RigPods::new(&label)).collect::<Result<Vec<_>>>()?;
+    let pods = labels.map(|label| RigPods::connected(&label, suite.topology)).collect::<Result<Vec<_>>>()?;
     let rigs = suite.cells.iter().zip(&pods).map(|(&cell, pods)| {
         interrupt::check()?;
         Rig::build(cell, Size::ONE, pods, pool)
@@ -54,7 +54,7 @@ pub fn run(
     let mut rows = Vec::new();
     let share = suite.seconds() / (suite.rounds * suite.works.len() * suite.cells.len()) as f64;
     for round in 0..suite.rounds {
-        if begun.elapsed() > limit {
+        if round > 0 && begun.elapsed() > limit {
             eprintln!(
                 "\n{}: this takes too long; stopped after {round} of {} rounds",
                 suite.title, suite.rounds

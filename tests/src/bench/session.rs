@@ -166,8 +166,11 @@ fn adapt(plan: &mut Plan, pool: &WorkerPool, notes: &mut Vec<String>) -> Result<
         plan.modes.retain(|mode| *mode != CaptureMode::Accelerated);
         notes.push(format!("accelerated: left out. {why}"));
     }
-    let wants_envoy = [Section::EnvoyTcp, Section::EnvoyHttp].into_iter().any(|section| plan.has(section));
+    let wants_envoy = [Section::EnvoyTcp, Section::EnvoyHttp, Section::Acceleration]
+        .into_iter()
+        .any(|section| plan.has(section));
     if wants_envoy && let Err(error) = envoy::program() {
+        plan.without_envoy = true;
         plan.sections.retain(|section| !matches!(section, Section::EnvoyTcp | Section::EnvoyHttp));
         notes.push(format!("{} and {}: left out. {error}", ProxyKind::EnvoyTcp, ProxyKind::EnvoyHttp));
     }

@@ -57,11 +57,14 @@ pub enum Base {
     NoLists,
     /// The same with the other build of the agent.
     Baseline,
+    /// The same without joined connections.
+    Agent,
 }
 
 impl Base {
     /// All of them.
-    pub const ALL: [Self; 4] = [Self::IptablesNft, Self::Explicit, Self::NoLists, Self::Baseline];
+    pub const ALL: [Self; 5] =
+        [Self::IptablesNft, Self::Explicit, Self::NoLists, Self::Baseline, Self::Agent];
 
     fn of(self, cell: Cell) -> Option<Cell> {
         let base = match self {
@@ -71,6 +74,8 @@ impl Base {
             Self::NoLists => return None,
             Self::Baseline if cell.mode == CaptureMode::Agent => cell.by(CaptureMode::Baseline),
             Self::Baseline => return None,
+            Self::Agent if cell.mode == CaptureMode::Accelerated => cell.by(CaptureMode::Agent),
+            Self::Agent => return None,
         };
         Some(base)
     }

@@ -25,7 +25,7 @@ struct BenchArguments {
     /// Only these modes [default: all]
     #[arg(long, value_enum, value_delimiter = ',')]
     modes: Vec<CaptureMode>,
-    /// Only these parts [default: all; with --quick all but reach]
+    /// Only these parts [default: all; with --quick all but reach and acceleration]
     #[arg(long, value_enum, value_delimiter = ',')]
     work: Vec<Section>,
     /// How often everything is measured [default: 3 to 20, by part]
@@ -88,8 +88,14 @@ fn run() -> Result<()> {
 
 fn measure(arguments: BenchArguments, pool: &WorkerPool) -> Result<()> {
     let quick = arguments.quick;
-    let all = |section: &Section| !quick || *section != Section::Reach;
-    let mut plan = Plan { modes: arguments.modes, sections: arguments.work, quick, rounds: arguments.rounds };
+    let all = |section: &Section| !quick || !matches!(section, Section::Reach | Section::Acceleration);
+    let mut plan = Plan {
+        modes: arguments.modes,
+        sections: arguments.work,
+        quick,
+        without_envoy: false,
+        rounds: arguments.rounds,
+    };
     if plan.modes.is_empty() {
         plan.modes = CaptureMode::value_variants().to_vec();
         plan.modes.retain(|mode| *mode != CaptureMode::Baseline || arguments.baseline.is_some());

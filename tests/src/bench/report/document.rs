@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 use std::fmt::Write;
 
+use super::goals::goals;
 use super::{BenchReport, table};
 use crate::bench::mode::CaptureMode;
 use crate::bench::statistics::Quartiles;
@@ -39,6 +40,10 @@ fn write_document(report: &BenchReport, text: &mut String) -> std::fmt::Result {
                 report.summaries.iter().filter(|other| other.suite == summary.suite).collect();
             suite(&of_suite, text)?;
         }
+    }
+    let goals = goals(report);
+    if !goals.is_empty() {
+        writeln!(text, "\n### Joined connections\n\nRatios to the agent without them.\n\n{goals}")?;
     }
     install(report, text)?;
     programs(report, text)?;

@@ -3,6 +3,7 @@
 use std::fmt::Write;
 
 use super::BenchReport;
+use super::goals::goals;
 use crate::bench::memory::Crowd;
 use crate::bench::mode::Cell;
 use crate::bench::mode::{Lists, Path};
@@ -28,6 +29,10 @@ fn write_all(report: &BenchReport, text: &mut String) -> std::fmt::Result {
         writeln!(text, "note: {note}")?;
     }
     rounds(&report.summaries, text)?;
+    let goals = goals(report);
+    if !goals.is_empty() {
+        writeln!(text, "\njoined connections: ratios to the agent without them\n{goals}")?;
+    }
     install(report, text)?;
     programs(report, text)?;
     memory(report, text)?;
