@@ -16,6 +16,7 @@ use aya::{
 };
 use aya_obj::generated::bpf_attach_type;
 use intercept_common::{
+    Slot,
     acceleration::{JOIN_COUNTER_COUNT, JoinCount, JoinCounters, JoinSocket, PodCell, ProxyName, TcpReason},
     names,
 };
@@ -166,20 +167,24 @@ impl Acceleration {
             return Ok(());
         }
         self.reset_counters(pod.slot)?;
-        self.pods.set(pod.slot, pod.netns, 0).map_err(map_failed("switching on a pod in", names::JOIN_PODS))
+        self.pods
+            .set(pod.slot.0, pod.netns.0, 0)
+            .map_err(map_failed("switching on a pod in", names::JOIN_PODS))
     }
 
     /// Stops joining a pod's messages, from the next one on. Its joined connections continue by TCP.
     pub fn revoke(&mut self, pod: PodCell) -> Result<(), AccelerationError> {
         if self.is_on(pod) {
-            self.pods.set(pod.slot, 0, 0).map_err(map_failed("switching off a pod in", names::JOIN_PODS))?;
+            self.pods
+                .set(pod.slot.0, 0, 0)
+                .map_err(map_failed("switching off a pod in", names::JOIN_PODS))?;
         }
         self.forget_proxies(|name| name.netns == pod.netns)
     }
 
     /// Whether joining is switched on for this pod. The node's switch is separate.
     pub fn is_on(&self, pod: PodCell) -> bool {
-        self.pods.get(&pod.slot, 0).is_ok_and(|netns| netns == pod.netns)
+        self.pods.get(&pod.slot.0, 0).is_ok_and(|netns| netns == pod.netns.0)
     }
 
     /// Whether joining is switched on for this node.
@@ -200,7 +205,7 @@ impl Acceleration {
 
     /// Reads the counters of a pod.
     pub fn counted(&self, pod: PodCell) -> Result<Counted, AccelerationError> {
-        let cpus = self.counters.get(&pod.slot, 0).map_err(map_failed("reading", names::JOIN_COUNTERS))?;
+        let cpus = self.counters.get(&pod.slot.0, 0).map_err(map_failed("reading", names::JOIN_COUNTERS))?;
         let mut sum = [0; JOIN_COUNTER_COUNT];
         for cpu in cpus.iter() {
             sum.iter_mut().zip(cpu.0.counts).for_each(|(total, count)| *total += count);
@@ -215,13 +220,13 @@ impl Acceleration {
         })
     }
 
-    fn reset_counters(&mut self, slot: u32) -> Result<(), AccelerationError> {
+    fn reset_counters(&mut self, slot: Slot) -> Result<(), AccelerationError> {
         let failed = map_failed("writing to", names::JOIN_COUNTERS);
         let mut zero = || {
             let cpus = aya::util::nr_cpus().map_err(|(_, error)| MapError::IoError(error))?;
             let zero = Plain(JoinCounters { counts: [0; JOIN_COUNTER_COUNT] });
             let zeros = aya::maps::PerCpuValues::try_from(vec![zero; cpus]).map_err(MapError::IoError)?;
-            self.counters.set(slot, zeros, 0)
+            self.counters.set(slot.0, zeros, 0)
         };
         zero().map_err(failed)
     }

@@ -22,7 +22,7 @@ use serde_json::{Value, json};
 pub use config::{PLUGIN, PluginConfig};
 
 use crate::daemon::{
-    protocol::{Add, DaemonRequest, Response, SandboxInfo, Select},
+    protocol::{Add, DaemonRequest, Refusal, Response, SandboxInfo, Select},
     sidecar, socket,
 };
 
@@ -258,7 +258,7 @@ fn is_plain(config: &PluginConfig) -> bool {
 
 fn refused(what: &str, response: &Response) -> CniError {
     match response {
-        Response::Failed(problem) if problem.cause == "ending" => {
+        Response::Failed(problem) if problem.is(Refusal::Ending) => {
             CniError::new(CniError::TRY_AGAIN, format!("{what}: the daemon is shutting down"), &problem.text)
         }
         Response::Failed(problem) => {

@@ -10,7 +10,7 @@ use std::{
 };
 
 use intercept_common::{
-    Addr,
+    Addr, PolicyId, Slot,
     layout::{Destination, MAX_OWNERS, PodPolicy, destination, interface, policy, port},
 };
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
@@ -102,8 +102,8 @@ pub fn compile(config: &Config, snapshot: &RouteSnapshot) -> Compiled {
     let (uids, uid_count) = owners(&config.proxy_uids);
     let (gids, gid_count) = owners(&config.proxy_gids);
     let policy = PodPolicy {
-        id: 0,
-        slot: 0,
+        id: PolicyId(0),
+        slot: Slot(0),
         flags: flags(config) | local_prefixes(snapshot),
         outbound_port: config.proxy_port,
         inbound_port: config.inbound_port,

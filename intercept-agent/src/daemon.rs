@@ -4,6 +4,7 @@
 //! alone compares them with what is in force, and has the [`worker`] change it. Nothing else calls the node.
 
 pub mod capture;
+pub mod cause;
 pub mod desired;
 pub mod events;
 pub mod folder;

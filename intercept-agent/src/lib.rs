@@ -8,6 +8,7 @@ pub mod compile;
 pub mod confinement;
 pub mod daemon;
 pub mod escape;
+pub mod ids;
 pub mod listeners;
 pub mod maps;
 mod netlink;

@@ -21,6 +21,7 @@ use intercept_common::{
 
 use crate::{
     compile::Entries,
+    ids::{NetnsCookie, PolicyId, Slot},
     sys::{self, Plain, SharedArray},
 };
 
@@ -33,7 +34,7 @@ type Hash<K, V> = HashMap<MapData, Plain<K>, Plain<V>>;
 /// The maps, opened from their pins.
 pub struct Maps {
     /// Policies by netns cookie.
-    pub pods: HashMap<MapData, u64, Plain<PodPolicy>>,
+    pub pods: HashMap<MapData, Plain<NetnsCookie>, Plain<PodPolicy>>,
     destinations: LpmTrie<MapData, Plain<DestinationKey>, Plain<Destination>>,
     ports: LpmTrie<MapData, Plain<PortKey>, Plain<u32>>,
     groups: Hash<MemberKey, u32>,
@@ -64,14 +65,14 @@ struct PortPrefixKey {
 impl PrefixKey {
     /// The first key of a policy in the trie's order. It is written first and removed last, so that the others can be
     /// enumerated from it.
-    fn first(policy: u32) -> Self {
+    fn first(policy: PolicyId) -> Self {
         Self { prefix_len: 160, key: DestinationKey { policy, addr: Addr::UNSPECIFIED } }
     }
 }
 
 impl PortPrefixKey {
     /// As [`PrefixKey::first`]. No flow has port 0.
-    fn first(policy: u32) -> Self {
+    fn first(policy: PolicyId) -> Self {
         Self { prefix_len: PortKey::BITS, key: PortKey::new(policy, 0) }
     }
 }
@@ -90,7 +91,7 @@ pub struct PolicyUsage {
 }
 
 /// [`PolicyUsage`] by policy id.
-pub type UsageOf = std::collections::HashMap<u32, PolicyUsage>;
+pub type UsageOf = std::collections::HashMap<PolicyId, PolicyUsage>;
 
 impl PolicyUsage {
     /// Returns the name of each map, its entries in use, and the budget of a pod.
@@ -193,13 +194,13 @@ impl Maps {
     }
 
     /// Reads the active policies with their netns cookies.
-    pub fn policies(&self) -> Result<Vec<(u64, PodPolicy)>, MapsError> {
+    pub fn policies(&self) -> Result<Vec<(NetnsCookie, PodPolicy)>, MapsError> {
         entries(self.pods.map(), names::POLICIES)
     }
 
     /// Reads the policy of a namespace.
-    pub fn policy(&self, cookie: u64) -> Result<Option<PodPolicy>, MapsError> {
-        match self.pods.get(&cookie, 0) {
+    pub fn policy(&self, cookie: NetnsCookie) -> Result<Option<PodPolicy>, MapsError> {
+        match self.pods.get(&Plain(cookie), 0) {
             Ok(policy) => Ok(Some(policy.0)),
             Err(MapError::KeyNotFound) => Ok(None),
             Err(error) => Err(failed("reading", names::POLICIES)(error)),
@@ -207,18 +208,21 @@ impl Maps {
     }
 
     /// Activates a policy or replaces the active one. The replacement is atomic for connections.
-    pub fn activate(&mut self, cookie: u64, policy: &PodPolicy) -> Result<(), MapsError> {
-        self.pods.insert(cookie, Plain(*policy), 0).map_err(failed("adding a policy to", names::POLICIES))
+    pub fn activate(&mut self, cookie: NetnsCookie, policy: &PodPolicy) -> Result<(), MapsError> {
+        self.pods
+            .insert(Plain(cookie), Plain(*policy), 0)
+            .map_err(failed("adding a policy to", names::POLICIES))
     }
 
     /// Removes the policy of a namespace. Its connections are no longer captured.
-    pub fn deactivate(&mut self, cookie: u64) -> Result<(), MapsError> {
-        gone_is_fine(self.pods.remove(&cookie)).map_err(failed("removing a policy from", names::POLICIES))
+    pub fn deactivate(&mut self, cookie: NetnsCookie) -> Result<(), MapsError> {
+        gone_is_fine(self.pods.remove(&Plain(cookie)))
+            .map_err(failed("removing a policy from", names::POLICIES))
     }
 
     /// Writes the entries of a policy that is not active yet. After a failure it removes them, because a part of them
     /// would use up other pods' space.
-    pub fn write(&mut self, id: u32, entries: &Entries) -> Result<(), MapsError> {
+    pub fn write(&mut self, id: PolicyId, entries: &Entries) -> Result<(), MapsError> {
         let written = self.write_all(id, entries);
         if written.is_err() {
             self.remove_lists(&[id])?;
@@ -226,7 +230,7 @@ impl Maps {
         written
     }
 
-    fn write_all(&mut self, id: u32, entries: &Entries) -> Result<(), MapsError> {
+    fn write_all(&mut self, id: PolicyId, entries: &Entries) -> Result<(), MapsError> {
         let is_first = |(len, addr, _): &&(u32, Addr, Destination)| *len == 128 && addr.is_unspecified();
         let first = entries.destinations.iter().find(is_first);
         for (prefix_len, addr, destination) in first.into_iter().chain(&entries.destinations) {
@@ -252,7 +256,7 @@ impl Maps {
     }
 
     /// Removes the entries of these policies. Entries of other pods are not read in the large maps.
-    pub fn remove_lists(&mut self, ids: &[u32]) -> Result<(), MapsError> {
+    pub fn remove_lists(&mut self, ids: &[PolicyId]) -> Result<(), MapsError> {
         for &id in ids {
             for key in self.destinations_of(id)? {
                 gone_is_fine(self.destinations.remove(&Key::new(key.prefix_len, Plain(key.key))))
@@ -274,7 +278,7 @@ impl Maps {
     }
 
     /// Returns the keys of a policy in DESTINATIONS, the first one last.
-    fn destinations_of(&self, id: u32) -> Result<Vec<PrefixKey>, MapsError> {
+    fn destinations_of(&self, id: PolicyId) -> Result<Vec<PrefixKey>, MapsError> {
         let first = PrefixKey::first(id);
         let found = self.destinations.get(&Key::new(first.prefix_len, Plain(first.key)), 0);
         if !is_there(found).map_err(failed("reading", names::DESTINATIONS))? {
@@ -288,7 +292,7 @@ impl Maps {
     }
 
     /// Returns the keys of a policy in PORTS, the first one last.
-    fn ports_of(&self, id: u32) -> Result<Vec<PortPrefixKey>, MapsError> {
+    fn ports_of(&self, id: PolicyId) -> Result<Vec<PortPrefixKey>, MapsError> {
         let first = PortPrefixKey::first(id);
         let found = self.ports.get(&Key::new(first.prefix_len, Plain(first.key)), 0);
         if !is_there(found).map_err(failed("reading", names::PORTS))? {
@@ -326,7 +330,7 @@ impl Maps {
     }
 
     /// Removes the connections and listeners of all namespaces for which `keep` is false. Returns their number.
-    pub fn purge_connections(&mut self, keep: impl Fn(u64) -> bool) -> Result<usize, MapsError> {
+    pub fn purge_connections(&mut self, keep: impl Fn(NetnsCookie) -> bool) -> Result<usize, MapsError> {
         let mut purged = 0;
         for (key, _) in self.originals()? {
             if !keep(key.netns) {
@@ -378,8 +382,8 @@ impl Maps {
     }
 
     /// Reads the counters of a slot, summed over all CPUs.
-    pub fn counters(&self, slot: u32) -> Result<ReasonCounters, MapsError> {
-        let values = self.decisions.get(&slot, 0).map_err(failed("reading", names::COUNTERS))?;
+    pub fn counters(&self, slot: Slot) -> Result<ReasonCounters, MapsError> {
+        let values = self.decisions.get(&slot.0, 0).map_err(failed("reading", names::COUNTERS))?;
         let mut sum: ReasonCounters = bytemuck::Zeroable::zeroed();
         for cpu in values.iter() {
             sum.add(&cpu.0);
@@ -388,35 +392,35 @@ impl Maps {
     }
 
     /// Clears the counters and the proxy's state in a slot that is given to a pod.
-    pub fn reset_slot(&mut self, slot: u32) -> Result<(), MapsError> {
+    pub fn reset_slot(&mut self, slot: Slot) -> Result<(), MapsError> {
         self.reset_proxy(slot);
         let cpus = aya::util::nr_cpus()
             .map_err(|(_, e)| failed("counting CPUs for", names::COUNTERS)(MapError::IoError(e)))?;
         let zero = Plain(bytemuck::Zeroable::zeroed());
         let values = PerCpuValues::try_from(vec![zero; cpus])
             .map_err(|e| failed("writing to", names::COUNTERS)(MapError::IoError(e)))?;
-        self.decisions.set(slot, values, 0).map_err(failed("writing to", names::COUNTERS))
+        self.decisions.set(slot.0, values, 0).map_err(failed("writing to", names::COUNTERS))
     }
 
     /// Looks up an address as the programs do.
-    pub fn destination(&self, policy: u32, addr: Addr) -> Option<Destination> {
+    pub fn destination(&self, policy: PolicyId, addr: Addr) -> Option<Destination> {
         self.destinations.get(&Key::new(160, Plain(DestinationKey { policy, addr })), 0).ok().map(|d| d.0)
     }
 
     /// Looks up a port as the programs do. Bits of `layout::port`.
-    pub fn port(&self, policy: u32, port: u16) -> u32 {
+    pub fn port(&self, policy: PolicyId, port: u16) -> u32 {
         self.ports
             .get(&Key::new(PortKey::BITS, Plain(PortKey::new(policy, port))), 0)
             .map_or(0, |bits| bits.0)
     }
 
     /// Looks up a group as the programs do.
-    pub fn group(&self, policy: u32, gid: u32) -> bool {
+    pub fn group(&self, policy: PolicyId, gid: u32) -> bool {
         self.groups.get(&Plain(MemberKey { policy, member: gid }), 0).is_ok()
     }
 
     /// Looks up an interface as the programs do. Bits of `layout::interface`.
-    pub fn interface(&self, policy: u32, ifindex: u32) -> u32 {
+    pub fn interface(&self, policy: PolicyId, ifindex: u32) -> u32 {
         self.interfaces.get(&Plain(MemberKey { policy, member: ifindex }), 0).map_or(0, |bits| bits.0)
     }
 }

@@ -17,6 +17,7 @@ use rustix::process::Pid;
 use rustix::thread::{LinkNameSpaceType, UnshareFlags, move_into_link_name_space, unshare_unsafe};
 
 use crate::cgroup::{CgroupDir, CgroupError};
+use crate::ids::NetnsCookie;
 use crate::support::{self, Lacking};
 
 /// `NSFS_MAGIC` of linux/magic.h.
@@ -25,7 +26,7 @@ const NSFS_MAGIC: u64 = 0x6e73_6673;
 /// such a low number.
 const FIRST_INODE: u64 = 0xeffffff9;
 /// The cookie of the initial network namespace before Linux 6.18. Later kernels give it to none.
-const FIRST_COOKIE: u64 = 1;
+const FIRST_COOKIE: NetnsCookie = NetnsCookie(1);
 
 /// A network namespace other than the node's own. The open file keeps it alive.
 #[derive(Debug)]
@@ -33,7 +34,7 @@ pub struct Netns {
     file: File,
     name: String,
     inode: u64,
-    cookie: u64,
+    cookie: NetnsCookie,
 }
 
 /// Why a network namespace is refused or cannot be entered.
@@ -138,7 +139,14 @@ impl fmt::Display for Whose {
 
 thread_local! {
     /// Netns cookie of the namespace that `Netns::run` has moved this thread into.
-    static INSIDE: Cell<Option<u64>> = const { Cell::new(None) };
+    static INSIDE: Cell<Option<NetnsCookie>> = const { Cell::new(None) };
+}
+
+/// Whether the namespace that this process is in may be opened.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum OwnNetns {
+    Refuse,
+    Allow,
 }
 
 impl Netns {
@@ -147,7 +155,7 @@ impl Netns {
     /// # Errors
     /// [`NetnsError::Host`] if it is the node's own or that of this process.
     pub fn open(path: impl AsRef<Path>) -> Result<Self, NetnsError> {
-        Self::admit(path.as_ref(), true)
+        Self::admit(path.as_ref(), OwnNetns::Refuse)
     }
 
     /// Opens the namespace of process `pid`, as [`Netns::open`] does.
@@ -158,7 +166,7 @@ impl Netns {
     /// Opens the namespace of this process, for an init container, which runs inside the pod. Only the node's own is
     /// refused.
     pub fn own() -> Result<Self, NetnsError> {
-        Self::admit(Path::new("/proc/thread-self/ns/net"), false)
+        Self::admit(Path::new("/proc/thread-self/ns/net"), OwnNetns::Allow)
     }
 
     /// Opens the namespace that every process of `cgroup` is in, as [`Netns::open`] does.
@@ -224,7 +232,7 @@ impl Netns {
         Self::open(format!("/proc/self/fd/{}", file.as_raw_fd()))
     }
 
-    fn admit(path: &Path, refuse_own: bool) -> Result<Self, NetnsError> {
+    fn admit(path: &Path, own_netns: OwnNetns) -> Result<Self, NetnsError> {
         let name = path.display().to_string();
         // O_NONBLOCK, so that opening a FIFO returns at once. It is refused below.
         let flags = (OFlags::NONBLOCK | OFlags::CLOEXEC).bits().cast_signed();
@@ -242,14 +250,15 @@ impl Netns {
                 .is_ok_and(|other| (other.dev(), other.ino()) == (metadata.dev(), metadata.ino()))
         };
         let own = is("/proc/thread-self/ns/net") || is("/proc/self/ns/net");
-        if metadata.ino() == FIRST_INODE || (is("/proc/1/ns/net") && (refuse_own || !own)) {
+        if metadata.ino() == FIRST_INODE || (is("/proc/1/ns/net") && (own_netns == OwnNetns::Refuse || !own))
+        {
             return Err(NetnsError::Host { name, whose: Whose::Node });
         }
-        if refuse_own && own {
+        if own_netns == OwnNetns::Refuse && own {
             return Err(NetnsError::Host { name, whose: Whose::Own });
         }
 
-        let mut netns = Self { file, name, inode: metadata.ino(), cookie: 0 };
+        let mut netns = Self { file, name, inode: metadata.ino(), cookie: NetnsCookie::default() };
         netns.cookie = match netns.run(cookie) {
             Ok(Ok(cookie)) => cookie,
             Ok(Err(source)) => return Err(without_cookie(netns.name, source)),
@@ -271,7 +280,7 @@ impl Netns {
     }
 
     /// Returns the netns cookie (`bpf_get_netns_cookie`), which the kernel does not reuse until it reboots.
-    pub fn cookie(&self) -> u64 {
+    pub fn cookie(&self) -> NetnsCookie {
         self.cookie
     }
 
@@ -349,7 +358,7 @@ fn path_of(pid: Pid) -> PathBuf {
 }
 
 /// Returns the cookie of the calling thread's network namespace.
-fn cookie() -> io::Result<u64> {
+fn cookie() -> io::Result<NetnsCookie> {
     /// From asm-generic/socket.h; the libc crate lacks it for some targets.
     const SO_NETNS_COOKIE: libc::c_int = 71;
     // Any socket has the option, and an unbound IPv4 one can always be created.
@@ -366,7 +375,7 @@ fn cookie() -> io::Result<u64> {
             &raw mut length,
         )
     };
-    if result == 0 { Ok(cookie) } else { Err(io::Error::last_os_error()) }
+    if result == 0 { Ok(NetnsCookie(cookie)) } else { Err(io::Error::last_os_error()) }
 }
 
 /// Whether the kernel has SO_NETNS_COOKIE (Linux 5.14).

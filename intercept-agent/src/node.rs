@@ -20,6 +20,7 @@ use std::{cell::OnceCell, collections::BTreeMap, path::PathBuf};
 
 use crate::{
     cgroup::CgroupDir,
+    ids::NetnsCookie,
     maps::Maps,
     netns::Netns,
     programs::Lookup,
@@ -56,4 +57,4 @@ pub struct Node {
 }
 
 /// The pods that are there, by netns cookie.
-pub type Living = BTreeMap<u64, LivingPod>;
+pub type Living = BTreeMap<NetnsCookie, LivingPod>;

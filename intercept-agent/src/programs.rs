@@ -24,6 +24,7 @@ use intercept_common::{layout::COOKIE_PLACEHOLDER, names};
 
 use crate::{
     btf_offsets,
+    ids::NetnsCookie,
     support::{self, Lacking, Missing, Need},
     sys::{self, ProgramKind},
 };
@@ -303,9 +304,9 @@ impl Lookup {
     }
 
     /// Loads an instance for the namespace with this cookie.
-    pub fn load(&self, netns_cookie: u64) -> Result<OwnedFd, ProgramError> {
+    pub fn load(&self, cookie: NetnsCookie) -> Result<OwnedFd, ProgramError> {
         let mut instructions = self.instructions.clone();
-        if !write_cookie(&mut instructions, netns_cookie) {
+        if !write_cookie(&mut instructions, cookie) {
             let why = "the placeholder of the netns cookie is not in the program";
             return Err(ProgramError::Instance(why.into()));
         }
@@ -314,11 +315,11 @@ impl Lookup {
 }
 
 /// Replaces the placeholder. A 64-bit constant is two instructions, each with one half. False if it is not found.
-fn write_cookie(instructions: &mut [bpf_insn], cookie: u64) -> bool {
+fn write_cookie(instructions: &mut [bpf_insn], cookie: NetnsCookie) -> bool {
     const LD_IMM64: u8 = 0x18;
     let halves = |value: u64| ((value & 0xffff_ffff) as u32, (value >> 32) as u32);
     let (low, high) = halves(COOKIE_PLACEHOLDER);
-    let (new_low, new_high) = halves(cookie);
+    let (new_low, new_high) = halves(cookie.0);
     let mut written = false;
     for at in 1..instructions.len() {
         let [first, second] = &mut instructions[at - 1..=at] else { continue };

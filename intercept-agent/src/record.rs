@@ -4,7 +4,12 @@ use std::{fs, os::unix::fs::MetadataExt as _, path::PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use crate::{netns::Netns, netns_setup::NetnsChanges, options::Config};
+use crate::{
+    ids::{CookieNumber, NetnsCookie, PodUid, PolicyId, PolicyNumber, Slot, SlotNumber},
+    netns::Netns,
+    netns_setup::NetnsChanges,
+    options::Config,
+};
 
 /// Who asked for a pod. It may then be taken away when the same no longer asks.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -21,7 +26,7 @@ pub enum RecordOrigin {
     /// Kubernetes, or a container runtime through the CNI plugin.
     Pod {
         /// The pod's UID; without Kubernetes, the id of its sandbox.
-        uid: String,
+        uid: PodUid,
         /// Its namespace; may be empty.
         namespace: String,
         /// Its name; may be empty.
@@ -38,7 +43,7 @@ impl RecordOrigin {
             Self::Command => None,
             Self::File { name } => Some(name.clone()),
             Self::Pod { uid, namespace, name, .. } => Some(match (namespace.as_str(), name.as_str()) {
-                ("", "") => uid.clone(),
+                ("", "") => uid.0.clone(),
                 (namespace, "") => format!("{namespace}/{uid}"),
                 (namespace, name) => format!("{namespace}/{name}"),
             }),
@@ -50,11 +55,14 @@ impl RecordOrigin {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Record {
     /// Netns cookie.
-    pub cookie: u64,
+    #[serde(with = "CookieNumber")]
+    pub cookie: NetnsCookie,
     /// [`intercept_common::layout::PodPolicy::id`] of the policy that this record describes.
-    pub policy: u32,
+    #[serde(with = "PolicyNumber")]
+    pub policy: PolicyId,
     /// Index of its counters.
-    pub slot: u32,
+    #[serde(with = "SlotNumber")]
+    pub slot: Slot,
     /// The cgroup, as it was named.
     pub cgroup: PathBuf,
     /// Its id, which a cgroup of the same name made later does not have.

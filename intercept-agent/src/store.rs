@@ -21,6 +21,7 @@ use std::{
 };
 
 use crate::{
+    ids::{NetnsCookie, PolicyId},
     ownership::{OwnedFolder, OwnershipError},
     record::Record,
     sys,
@@ -106,7 +107,7 @@ pub struct Store {
 pub struct Lock(#[expect(dead_code, reason = "the lock goes with the descriptor")] File);
 
 /// The records of a pod by the id of their policy, each as far as it can be read.
-pub type Records = Vec<(u32, Result<Record, StoreError>)>;
+pub type Records = Vec<(PolicyId, Result<Record, StoreError>)>;
 
 impl Store {
     /// The store in this bpffs, which is mounted if it is not.
@@ -246,15 +247,15 @@ impl Store {
     }
 
     /// Folder of a pod.
-    pub fn pod(&self, cookie: u64) -> PathBuf {
+    pub fn pod(&self, cookie: NetnsCookie) -> PathBuf {
         self.version().join("pods").join(cookie.to_string())
     }
 
     /// Cookies of all pods that have a folder, in force or not.
-    pub fn pods(&self) -> Result<Vec<u64>, StoreError> {
-        let mut cookies: Vec<u64> = list(&self.version().join("pods"))?
+    pub fn pods(&self) -> Result<Vec<NetnsCookie>, StoreError> {
+        let mut cookies: Vec<NetnsCookie> = list(&self.version().join("pods"))?
             .iter()
-            .filter_map(|path| file_name(path).parse().ok())
+            .filter_map(|path| file_name(path).parse().ok().map(NetnsCookie))
             .collect();
         cookies.sort_unstable();
         Ok(cookies)
@@ -279,20 +280,20 @@ impl Store {
     }
 
     /// The ids of the policies of which a pod has a record, active or not.
-    pub fn policies_of(&self, cookie: u64) -> Result<Vec<u32>, StoreError> {
-        let id = |path: &PathBuf| file_name(path).strip_prefix("record-")?.parse::<u32>().ok();
+    pub fn policies_of(&self, cookie: NetnsCookie) -> Result<Vec<PolicyId>, StoreError> {
+        let id = |path: &PathBuf| file_name(path).strip_prefix("record-")?.parse().ok().map(PolicyId);
         Ok(list(&self.pod(cookie))?.iter().filter_map(id).collect())
     }
 
     /// All records of a pod by the ids of their policies, active or not. Each may be unreadable by itself.
-    pub fn records(&self, cookie: u64) -> Result<Records, StoreError> {
+    pub fn records(&self, cookie: NetnsCookie) -> Result<Records, StoreError> {
         let ids = self.policies_of(cookie)?;
         let read = |id| Some((id, self.read_record(cookie, id).transpose()?));
         Ok(ids.into_iter().filter_map(read).collect())
     }
 
     /// The record of a policy, if there is one.
-    pub fn read_record(&self, cookie: u64, policy: u32) -> Result<Option<Record>, StoreError> {
+    pub fn read_record(&self, cookie: NetnsCookie, policy: PolicyId) -> Result<Option<Record>, StoreError> {
         let path = self.record_path(cookie, policy);
         if !path.exists() {
             return Ok(None);
@@ -309,7 +310,7 @@ impl Store {
     }
 
     /// Take out all records of a pod but that of one policy.
-    pub fn drop_other_records(&self, cookie: u64, keep: u32) -> Result<(), StoreError> {
+    pub fn drop_other_records(&self, cookie: NetnsCookie, keep: PolicyId) -> Result<(), StoreError> {
         let keep = self.record_path(cookie, keep);
         for path in list(&self.pod(cookie))? {
             if path != keep && ["record-", "next-"].iter().any(|kind| file_name(&path).starts_with(kind)) {
@@ -319,7 +320,7 @@ impl Store {
         Ok(())
     }
 
-    fn record_path(&self, cookie: u64, policy: u32) -> PathBuf {
+    fn record_path(&self, cookie: NetnsCookie, policy: PolicyId) -> PathBuf {
         self.pod(cookie).join(format!("record-{policy}"))
     }
 

@@ -13,6 +13,7 @@ use tokio::io::{Interest, unix::AsyncFd};
 
 use crate::{
     escape::OneLine,
+    ids::{CookieNumber, NetnsCookie},
     node::NodeError,
     store::{Lock, Store, StoreError},
 };
@@ -125,7 +126,8 @@ pub fn switch_off_if_unread(store: &Store) -> Result<(), StoreError> {
 pub struct Line {
     /// Seconds since the epoch.
     pub time: f64,
-    pub netns_cookie: u64,
+    #[serde(with = "CookieNumber")]
+    pub netns_cookie: NetnsCookie,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub pod: Option<String>,
     pub direction: &'static str,
@@ -248,7 +250,7 @@ mod tests {
         comm[..4].copy_from_slice(b"curl");
         Event {
             time: 1_500_000_000,
-            netns: 42,
+            netns: NetnsCookie(42),
             dst: addr("10.96.0.1"),
             src: addr("0.0.0.0"),
             dst_port: 80,

@@ -3,6 +3,8 @@
 
 use bytemuck::{Pod, Zeroable};
 
+use crate::{NetnsCookie, Slot};
+
 /// Longest name of an executable in bytes, including the terminating NUL.
 pub const NAME_LENGTH: usize = 32;
 /// Unread bytes of a joined connection beyond which messages go by TCP.
@@ -30,9 +32,9 @@ pub mod kind {
 #[repr(C)]
 pub struct PodCell {
     /// Netns cookie.
-    pub netns: u64,
+    pub netns: NetnsCookie,
     /// Index into `JOIN_PODS` and `JOIN_COUNTERS`.
-    pub slot: u32,
+    pub slot: Slot,
     /// Zero.
     pub reserved: u32,
 }
@@ -103,14 +105,14 @@ impl JoinSocket {
 #[repr(C)]
 pub struct ProxyName {
     /// Netns cookie of the pod.
-    pub netns: u64,
+    pub netns: NetnsCookie,
     /// Last component of the executable's path, padded with NUL.
     pub name: [u8; NAME_LENGTH],
 }
 
 impl ProxyName {
     /// `None` if the name is empty, too long or a path.
-    pub fn new(netns: u64, name: &str) -> Option<Self> {
+    pub fn new(netns: NetnsCookie, name: &str) -> Option<Self> {
         let mut padded = [0; NAME_LENGTH];
         let fits = !name.is_empty() && name.len() < NAME_LENGTH && !name.contains(['/', '\0']);
         padded.get_mut(..name.len()).filter(|_| fits)?.copy_from_slice(name.as_bytes());

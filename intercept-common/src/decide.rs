@@ -2,7 +2,7 @@
 //! nowhere else; the rows are numbered as in [`crate::Reason::row`].
 
 use crate::{
-    Addr, Decision, Reason, Verdict,
+    Addr, Decision, PolicyId, Reason, Verdict,
     layout::{Destination, MAX_OWNERS, PodPolicy, destination, interface, policy, port},
 };
 
@@ -12,13 +12,13 @@ const TCP: u8 = 6;
 /// A decision calls each at most once (`destination` once per address), and only when a row needs it.
 pub trait PolicyLookup {
     /// The entry of the longest prefix that covers an address; all zero if there is none.
-    fn destination(&self, policy: u32, addr: Addr) -> Destination;
+    fn destination(&self, policy: PolicyId, addr: Addr) -> Destination;
     /// Bits of [`port`].
-    fn port(&self, policy: u32, port: u16) -> u32;
+    fn port(&self, policy: PolicyId, port: u16) -> u32;
     /// Whether a gid is in the pod's list of owner groups.
-    fn group(&self, policy: u32, gid: u32) -> bool;
+    fn group(&self, policy: PolicyId, gid: u32) -> bool;
     /// Bits of [`interface`].
-    fn interface(&self, policy: u32, ifindex: u32) -> u32;
+    fn interface(&self, policy: PolicyId, ifindex: u32) -> u32;
     /// TPROXY only: whether the connect hook marked this connection for the inbound listener.
     fn is_marked(&self) -> bool;
     /// TPROXY only: whether the proxy opened this connection with the mark of `-t`.

@@ -5,7 +5,7 @@
 
 use bytemuck::{Pod, Zeroable};
 
-use crate::{Addr, Reason, failure::Failure};
+use crate::{Addr, NetnsCookie, PolicyId, Reason, Slot, failure::Failure};
 
 mod connection;
 mod proxy;
@@ -139,9 +139,9 @@ pub mod interface {
 #[repr(C)]
 pub struct PodPolicy {
     /// First field of the keys in DESTINATIONS, PORTS, GROUPS and INTERFACES. Never 0.
-    pub id: u32,
+    pub id: PolicyId,
     /// Index into PROXY_STATE and COUNTERS.
-    pub slot: u32,
+    pub slot: Slot,
     /// Bits of [`policy`].
     pub flags: u32,
     /// The proxy's port for outbound TCP, `-p`. Ports are in host order.
@@ -171,7 +171,7 @@ pub struct PodPolicy {
 #[repr(C)]
 pub struct DestinationKey {
     /// [`PodPolicy::id`].
-    pub policy: u32,
+    pub policy: PolicyId,
     /// Network order; IPv4 mapped, so that its prefix length is 96 more.
     pub addr: Addr,
 }
@@ -192,7 +192,7 @@ pub struct Destination {
 #[repr(C)]
 pub struct PortKey {
     /// [`PodPolicy::id`].
-    policy: u32,
+    policy: PolicyId,
     /// Network order, so that the bits of a prefix come first in memory.
     port: u16,
     /// Zero.
@@ -205,12 +205,12 @@ impl PortKey {
 
     /// The key of a port, or of the first port of a prefix; host order.
     #[inline(always)]
-    pub const fn new(policy: u32, port: u16) -> Self {
+    pub const fn new(policy: PolicyId, port: u16) -> Self {
         Self { policy, port: port.to_be(), reserved: 0 }
     }
 
     /// [`PodPolicy::id`].
-    pub const fn policy(&self) -> u32 {
+    pub const fn policy(&self) -> PolicyId {
         self.policy
     }
 }
@@ -220,7 +220,7 @@ impl PortKey {
 #[repr(C)]
 pub struct MemberKey {
     /// [`PodPolicy::id`].
-    pub policy: u32,
+    pub policy: PolicyId,
     /// A gid or an interface index.
     pub member: u32,
 }
@@ -290,7 +290,7 @@ pub const COOKIE_PLACEHOLDER: u64 = 0x696e_7465_7263_6570;
 #[repr(C)]
 pub struct LookupScratch {
     /// Netns cookie.
-    pub netns: u64,
+    pub netns: NetnsCookie,
     /// Ports, and the remote address of an IPv4 lookup, so that the cookie of another lookup is not mistaken for its own.
     pub tag: u64,
     /// After the decision, the listeners to search: their port (host order) from bit 16, and [`Proxy::index`] for IPv4 in
@@ -335,7 +335,7 @@ pub struct Event {
     /// Nanoseconds of `CLOCK_MONOTONIC`.
     pub time: u64,
     /// Netns cookie.
-    pub netns: u64,
+    pub netns: NetnsCookie,
     /// Destination address.
     pub dst: Addr,
     /// The address that the socket is bound to (outbound), or the remote client (inbound).

@@ -11,10 +11,12 @@ pub mod acceleration;
 pub mod addr;
 pub mod decide;
 pub mod failure;
+pub mod ids;
 pub mod layout;
 pub mod names;
 pub mod reason;
 
 pub use addr::{Addr, StandIn};
 pub use decide::{InboundFlow, OutboundFlow, PolicyLookup, decide_inbound, decide_outbound};
+pub use ids::{NetnsCookie, PolicyId, Slot};
 pub use reason::{Decision, ProxyListener, Reason, Verdict};

@@ -7,7 +7,7 @@
 
 use aya_ebpf::programs::SockAddrContext;
 use intercept_common::{
-    Addr, ProxyListener, StandIn, Verdict,
+    Addr, NetnsCookie, ProxyListener, StandIn, Verdict,
     decide::{OutboundFlow, decide_outbound},
     failure::{Failure, OnFailure},
     layout::{PodPolicy, ProxyPort, SocketState, bound, policy, socket},
@@ -69,7 +69,7 @@ pub(crate) fn connect<F: AddressFamily>(ctx: &SockAddrContext) -> SyscallVerdict
         source: if flow.src.is_unspecified() { decided.source } else { Addr::UNSPECIFIED },
         port: flow.dst_port,
         kind: socket::REDIRECTED,
-        slot: pod.slot as u16,
+        slot: pod.slot.0 as u16,
         bound: 0,
         proxy_port: 0,
         proxy_role: 0,
@@ -91,7 +91,7 @@ pub(crate) fn connect<F: AddressFamily>(ctx: &SockAddrContext) -> SyscallVerdict
 #[inline(always)]
 fn stream<F: AddressFamily>(
     ctx: &SockAddrContext,
-    netns: u64,
+    netns: NetnsCookie,
     pod: &PodPolicy,
     state: SocketState,
     target: ProxyListener,
@@ -117,7 +117,7 @@ fn stream<F: AddressFamily>(
 #[inline(always)]
 fn datagram<F: AddressFamily>(
     ctx: &SockAddrContext,
-    netns: u64,
+    netns: NetnsCookie,
     pod: &PodPolicy,
     mut state: SocketState,
     target: ProxyListener,
@@ -169,7 +169,12 @@ fn release_datagram<F: AddressFamily>(ctx: &SockAddrContext, sk: Sock) {
 
 /// TPROXY: stores the state of a socket until its SYN is sent. Its destination is not changed.
 #[inline(always)]
-fn remember(ctx: &SockAddrContext, netns: u64, pod: &PodPolicy, state: SocketState) -> SyscallVerdict {
+fn remember(
+    ctx: &SockAddrContext,
+    netns: NetnsCookie,
+    pod: &PodPolicy,
+    state: SocketState,
+) -> SyscallVerdict {
     if has_too_many(pod) {
         return refusal::connect(pod, Failure::TooManyConnections, SyscallVerdict::Proceed);
     }
@@ -180,7 +185,7 @@ fn remember(ctx: &SockAddrContext, netns: u64, pod: &PodPolicy, state: SocketSta
 }
 
 #[inline(always)]
-fn no_storage(ctx: &SockAddrContext, netns: u64, pod: &PodPolicy) -> SyscallVerdict {
+fn no_storage(ctx: &SockAddrContext, netns: NetnsCookie, pod: &PodPolicy) -> SyscallVerdict {
     observe::line!(
         ctx,
         netns,

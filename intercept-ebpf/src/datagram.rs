@@ -99,7 +99,7 @@ fn remember(sk: Sock, pod: &PodPolicy, flow: &OutboundFlow, source: Addr) -> Opt
         source: Addr::UNSPECIFIED,
         port: flow.dst_port,
         kind: socket::DATAGRAM,
-        slot: pod.slot as u16,
+        slot: pod.slot.0 as u16,
         bound,
         proxy_port: pod.dns_port,
         proxy_role: 0,

@@ -5,7 +5,7 @@
 use aya_ebpf::{bindings::bpf_sock_ops, helpers::generated::bpf_skc_to_tcp_sock, programs::SockOpsContext};
 use bytemuck::Zeroable as _;
 use intercept_common::{
-    Addr,
+    Addr, NetnsCookie,
     layout::{ConnKey, Handshake, SocketState, socket},
 };
 
@@ -51,7 +51,7 @@ fn isn(sk: Sock) -> Option<u32> {
 
 /// The key of the connection that the proxy has just accepted, by the sequence number that it had.
 #[inline(always)]
-pub(crate) fn find(ctx: &SockOpsContext, netns: u64, ends: &Ends) -> Option<ConnKey> {
+pub(crate) fn find(ctx: &SockOpsContext, netns: NetnsCookie, ends: &Ends) -> Option<ConnKey> {
     let isn = load!(load_u32, bpf_sock_ops, ctx.ops, rcv_nxt).wrapping_sub(1);
     // SAFETY: as in `note`.
     let note = unsafe { maps::handshake(isn)?.read() };
@@ -76,7 +76,7 @@ pub(crate) fn remember(sk: Sock, key: &ConnKey) -> Option<()> {
 
 /// The key of a connection by the proxy's socket, `ends` being the proxy's.
 #[inline(always)]
-pub(crate) fn key(sk: Sock, netns: u64, ends: &Ends) -> Option<ConnKey> {
+pub(crate) fn key(sk: Sock, netns: NetnsCookie, ends: &Ends) -> Option<ConnKey> {
     let state = StoredSocket::of(sk)?;
     if state.kind() != socket::TRANSLATED {
         return None;

@@ -3,7 +3,7 @@
 
 use aya_ebpf::{bindings::bpf_sk_lookup, programs::SkLookupContext};
 use intercept_common::{
-    Addr, PolicyLookup as _, ProxyListener, StandIn, Verdict,
+    Addr, NetnsCookie, PolicyLookup as _, ProxyListener, StandIn, Verdict,
     decide::{InboundFlow, decide_inbound},
     failure::Failure,
     layout::{LookupScratch, PodPolicy, Proxy, destination, policy, scope},
@@ -20,7 +20,7 @@ use crate::{
 /// The cookie of the namespace that this instance is attached to, because the hook has no helper for it. The agent patches
 /// the instruction that loads the constant.
 #[inline(always)]
-fn own_netns() -> u64 {
+fn own_netns() -> NetnsCookie {
     #[cfg(target_arch = "bpf")]
     {
         let cookie: u64;
@@ -33,7 +33,7 @@ fn own_netns() -> u64 {
                 options(pure, nomem),
             );
         }
-        cookie
+        NetnsCookie(cookie)
     }
     #[cfg(not(target_arch = "bpf"))]
     unreachable!("runs in the kernel only")
@@ -126,7 +126,7 @@ pub(crate) fn steer(ctx: &SkLookupContext) -> Steer {
 
 /// Port and scope of the listeners that a connection is assigned to. `None` if it passes.
 #[inline(always)]
-fn target(ctx: &SkLookupContext, netns: u64, pod: &PodPolicy) -> Option<(u16, u8)> {
+fn target(ctx: &SkLookupContext, netns: NetnsCookie, pod: &PodPolicy) -> Option<(u16, u8)> {
     let ends = context::lookup_ends(ctx.lookup);
     if ends.local.stand_in_range() == Some(StandIn::Steered) && is_own(pod, ends.remote) {
         // A redirected connection to a proxy on 127.0.0.1 or ::1.

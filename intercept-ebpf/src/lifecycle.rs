@@ -15,6 +15,7 @@ use aya_ebpf::{
 };
 use bytemuck::Zeroable as _;
 use intercept_common::{
+    Slot,
     failure::{Failure, OnFailure},
     layout::{ConnKey, OrigDst, SocketState, end, socket},
 };
@@ -59,7 +60,7 @@ fn dial(ctx: &SockOpsContext) {
     let value = OrigDst::new(state.addr, state.source, state.port, ends, state.slot);
     StoredSocket::delete(sk);
     match maps::add_orig_dst(&key, &value) {
-        Ok(true) => add_connections(state.slot.into(), 1),
+        Ok(true) => add_connections(Slot(state.slot.into()), 1),
         // Its last connection had the same ends, and was not seen to end.
         Ok(false) => {}
         Err(_) => {
@@ -138,7 +139,7 @@ fn check_callbacks(ctx: &SockOpsContext) {
 }
 
 #[inline(always)]
-fn is_overruled(slot: u32) -> bool {
+fn is_overruled(slot: Slot) -> bool {
     ProxyState::of(slot).is_some_and(ProxyState::is_overruled)
 }
 
@@ -173,7 +174,7 @@ pub(crate) fn closed(ctx: &SockContext) {
 }
 
 #[inline(always)]
-fn add_connections(slot: u32, more: i64) {
+fn add_connections(slot: Slot, more: i64) {
     if let Some(proxy) = ProxyState::of(slot) {
         proxy.add_connections(more);
     }

@@ -1,7 +1,7 @@
 //! The lookups of a decision, implemented with the maps.
 
 use intercept_common::{
-    Addr, PolicyLookup,
+    Addr, PolicyId, PolicyLookup,
     layout::{ConnKey, Destination, MemberKey, PortKey, end},
 };
 
@@ -15,7 +15,7 @@ pub(crate) struct PolicyMaps<'a> {
 
 impl PolicyLookup for PolicyMaps<'_> {
     #[inline(always)]
-    fn destination(&self, policy: u32, addr: Addr) -> Destination {
+    fn destination(&self, policy: PolicyId, addr: Addr) -> Destination {
         match maps::destination(policy, addr) {
             Some(destination) => *destination,
             None => Destination { flags: 0, source: Addr::UNSPECIFIED },
@@ -23,17 +23,17 @@ impl PolicyLookup for PolicyMaps<'_> {
     }
 
     #[inline(always)]
-    fn port(&self, policy: u32, port: u16) -> u32 {
+    fn port(&self, policy: PolicyId, port: u16) -> u32 {
         maps::port(PortKey::new(policy, port))
     }
 
     #[inline(always)]
-    fn group(&self, policy: u32, gid: u32) -> bool {
+    fn group(&self, policy: PolicyId, gid: u32) -> bool {
         maps::group(MemberKey { policy, member: gid })
     }
 
     #[inline(always)]
-    fn interface(&self, policy: u32, ifindex: u32) -> u32 {
+    fn interface(&self, policy: PolicyId, ifindex: u32) -> u32 {
         maps::interface(MemberKey { policy, member: ifindex })
     }
 

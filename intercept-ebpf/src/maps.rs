@@ -9,7 +9,7 @@ use aya_ebpf::{
     programs::SkLookupContext,
 };
 use intercept_common::{
-    Addr,
+    Addr, NetnsCookie, PolicyId, Slot,
     layout::{
         ConnKey, Destination, DestinationKey, HANDSHAKES as HANDSHAKE_COUNT, Handshake, ListenerKey,
         LookupScratch, MAX_PODS, MemberKey, OrigDst, PodPolicy, PortKey, Proxy, ReasonCounters, budget,
@@ -20,7 +20,7 @@ use intercept_common::{
 const MANY: u32 = 1 << 20;
 
 #[map]
-static POLICIES: HashMap<u64, PodPolicy> = HashMap::with_max_entries(MAX_PODS, BPF_F_NO_PREALLOC);
+static POLICIES: HashMap<NetnsCookie, PodPolicy> = HashMap::with_max_entries(MAX_PODS, BPF_F_NO_PREALLOC);
 #[map]
 static DESTINATIONS: LpmTrie<DestinationKey, Destination> =
     LpmTrie::with_max_entries(budget::for_all_pods(budget::DESTINATIONS), 0);
@@ -54,21 +54,21 @@ static TRACING: Array<u32> = Array::with_max_entries(1, 0);
 
 /// The cookie of the socket's network namespace.
 #[inline(always)]
-pub(crate) fn netns_cookie(ctx: &impl EbpfContext) -> u64 {
+pub(crate) fn netns_cookie(ctx: &impl EbpfContext) -> NetnsCookie {
     // SAFETY: the context is that of the running program.
-    unsafe { bpf_get_netns_cookie(ctx.as_ptr()) }
+    NetnsCookie(unsafe { bpf_get_netns_cookie(ctx.as_ptr()) })
 }
 
 /// The policy of a namespace. `None` if it is not captured.
 #[inline(always)]
-pub(crate) fn pod(netns: u64) -> Option<&'static PodPolicy> {
+pub(crate) fn pod(netns: NetnsCookie) -> Option<&'static PodPolicy> {
     // SAFETY: the agent replaces values as a whole; a removed element is freed after a grace period.
     unsafe { POLICIES.get(netns) }
 }
 
 /// The entry of the longest prefix that covers an address.
 #[inline(always)]
-pub(crate) fn destination(policy: u32, addr: Addr) -> Option<&'static Destination> {
+pub(crate) fn destination(policy: PolicyId, addr: Addr) -> Option<&'static Destination> {
     DESTINATIONS.get(Key::new(160, DestinationKey { policy, addr }))
 }
 
@@ -151,14 +151,14 @@ pub(crate) fn handshake(isn: u32) -> Option<*mut Handshake> {
 
 /// The state of a pod's proxy.
 #[inline(always)]
-pub(crate) fn proxy(slot: u32) -> Option<*mut Proxy> {
-    PROXY_STATE.get_ptr_mut(slot)
+pub(crate) fn proxy(slot: Slot) -> Option<*mut Proxy> {
+    PROXY_STATE.get_ptr_mut(slot.0)
 }
 
 /// This CPU's counters of a pod.
 #[inline(always)]
-pub(crate) fn counters(slot: u32) -> Option<*mut ReasonCounters> {
-    COUNTERS.get_ptr_mut(slot)
+pub(crate) fn counters(slot: Slot) -> Option<*mut ReasonCounters> {
+    COUNTERS.get_ptr_mut(slot.0)
 }
 
 /// Whether `trace` runs.

@@ -2,7 +2,7 @@
 
 use aya_ebpf::helpers::{bpf_get_current_comm, bpf_get_current_pid_tgid, generated::bpf_ktime_get_ns};
 use intercept_common::{
-    Reason,
+    NetnsCookie, Reason, Slot,
     decide::{InboundFlow, OutboundFlow, Owner},
     failure::Failure,
     layout::{Event, PodPolicy},
@@ -11,7 +11,7 @@ use intercept_common::{
 use crate::{context::TCP, maps};
 
 #[inline(always)]
-fn decision(slot: u32, reason: Reason) {
+fn decision(slot: Slot, reason: Reason) {
     if let Some(counters) = maps::counters(slot) {
         // SAFETY: this CPU's own value. A program that interrupts this one can lose a count, nothing more.
         unsafe {
@@ -49,7 +49,7 @@ pub(crate) use failure_line;
 macro_rules! line {
     ($ctx:expr, $netns:expr, $line:literal) => {{
         #[cfg(target_arch = "bpf")]
-        aya_log_ebpf::warn!($ctx, $line, $netns);
+        aya_log_ebpf::warn!($ctx, $line, $netns.0);
         #[cfg(not(target_arch = "bpf"))]
         let _ = ($ctx, $netns);
     }};
@@ -58,7 +58,7 @@ pub(crate) use line;
 
 /// Counts and traces an outbound decision.
 #[inline(always)]
-pub(crate) fn outbound(netns: u64, pod: &PodPolicy, flow: &OutboundFlow, reason: Reason) {
+pub(crate) fn outbound(netns: NetnsCookie, pod: &PodPolicy, flow: &OutboundFlow, reason: Reason) {
     decision(pod.slot, reason);
     if maps::tracing() {
         let comm = bpf_get_current_comm().unwrap_or([0; 16]);
@@ -84,7 +84,13 @@ pub(crate) fn outbound(netns: u64, pod: &PodPolicy, flow: &OutboundFlow, reason:
 
 /// Counts and traces an inbound decision.
 #[inline(always)]
-pub(crate) fn inbound(netns: u64, pod: &PodPolicy, flow: &InboundFlow, src_port: u16, reason: Reason) {
+pub(crate) fn inbound(
+    netns: NetnsCookie,
+    pod: &PodPolicy,
+    flow: &InboundFlow,
+    src_port: u16,
+    reason: Reason,
+) {
     decision(pod.slot, reason);
     if maps::tracing() {
         emit(&Event {

@@ -6,7 +6,7 @@ use aya_ebpf::{
     programs::{SockAddrContext, SockoptContext},
 };
 use intercept_common::{
-    Addr,
+    Addr, NetnsCookie,
     layout::{ConnKey, OrigDst, socket},
 };
 
@@ -23,7 +23,7 @@ const ORIGINAL_DST: i32 = 80;
 
 /// The connection as its client sees it, `ends` being the client's.
 #[inline(always)]
-pub(crate) fn client_key(netns: u64, ends: &Ends) -> ConnKey {
+pub(crate) fn client_key(netns: NetnsCookie, ends: &Ends) -> ConnKey {
     ConnKey {
         netns,
         client: ends.local,
@@ -36,7 +36,7 @@ pub(crate) fn client_key(netns: u64, ends: &Ends) -> ConnKey {
 
 /// The same connection, `ends` being the proxy's.
 #[inline(always)]
-pub(crate) fn proxy_key(netns: u64, ends: &Ends) -> ConnKey {
+pub(crate) fn proxy_key(netns: NetnsCookie, ends: &Ends) -> ConnKey {
     ConnKey {
         netns,
         client: ends.remote,
@@ -121,7 +121,7 @@ fn answer(sockopt: *mut bpf_sockopt, addr: Addr, port: u16) -> bool {
 
 /// The entry of a connection by the proxy's socket.
 #[inline(always)]
-fn by_proxy(sk: Sock, netns: u64, ends: &Ends) -> Option<*mut OrigDst> {
+fn by_proxy(sk: Sock, netns: NetnsCookie, ends: &Ends) -> Option<*mut OrigDst> {
     match maps::orig_dst(&proxy_key(netns, ends)) {
         None => maps::orig_dst(&handshake::key(sk, netns, ends)?),
         found => found,
@@ -210,7 +210,7 @@ pub(crate) fn getsockname<F: AddressFamily>(ctx: &SockAddrContext) {
 
 /// The source of a socket whose connection is over, and the entry with it: that of the default route.
 #[inline(always)]
-fn source_of_closed(sk: Sock, netns: u64, ends: &Ends) -> Addr {
+fn source_of_closed(sk: Sock, netns: NetnsCookie, ends: &Ends) -> Addr {
     if !ends.remote.is_stand_in() || sk.tcp_state() != BPF_TCP_CLOSE {
         return Addr::UNSPECIFIED;
     }

@@ -1,7 +1,10 @@
 //! The state of a pod's proxy: its element of PROXY_STATE, behind accessors. Other CPUs and the agent change it at the same
 //! time, so every field is read and written as a whole.
 
-use intercept_common::layout::{Proxy, ProxyPort, Ring, scope};
+use intercept_common::{
+    Slot,
+    layout::{Proxy, ProxyPort, Ring, scope},
+};
 
 use crate::{atomic, maps};
 
@@ -16,7 +19,7 @@ pub(crate) struct ListenerRing(*mut Ring);
 impl ProxyState {
     /// The proxy of the pod with this slot.
     #[inline(always)]
-    pub(crate) fn of(slot: u32) -> Option<Self> {
+    pub(crate) fn of(slot: Slot) -> Option<Self> {
         maps::proxy(slot).map(Self)
     }
 

@@ -11,7 +11,7 @@ use aya::{
     programs::loaded_programs,
 };
 use intercept_agent::sys::Plain;
-use intercept_common::{layout::LookupScratch, names};
+use intercept_common::{NetnsCookie, layout::LookupScratch, names};
 use tests::{
     actor::{Actor, Bind, Dial, DialOutcome, Listen, Transport},
     agent::Agent,
@@ -96,7 +96,8 @@ fn the_cookie_of_another_lookup_is_not_used() {
     let local = SocketAddrV4::new(Ipv4Addr::new(10, 1, 2, 3), 8080);
     let mut look_up = |ports: u64| {
         let address = u64::from(remote.ip().to_bits().to_be());
-        let note = Plain(LookupScratch { netns, tag: address << 32 | ports, listeners: 0 });
+        let note =
+            Plain(LookupScratch { netns: NetnsCookie(netns), tag: address << 32 | ports, listeners: 0 });
         notes.set(0, PerCpuValues::try_from(vec![note; cpus]).expect("one a CPU"), 0).expect("noted");
         bpf::look_up(program.as_fd().as_raw_fd(), remote, local).expect("run")
     };

@@ -115,7 +115,7 @@ fn apply(request: AttachRequest) -> Result<()> {
         return Ok(());
     }
     if switches.cleanup_only {
-        return detach::detach_cgroup(&bpffs, target.cgroup.path(), true);
+        return detach::detach_cgroup(&bpffs, target.cgroup.path(), detach::Absent::IsFine);
     }
     super::check::require_privileges()?;
     super::accelerate::admit(&bpffs, &config)?;

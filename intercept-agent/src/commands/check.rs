@@ -6,6 +6,7 @@ use anyhow::{Result, bail};
 use intercept_agent::{
     btf_offsets, cgroup,
     confinement::explained,
+    ids::NetnsCookie,
     programs,
     store::Store,
     support::{self, Lacking, Missing, Need},
@@ -28,6 +29,14 @@ struct CheckFinding {
 impl CheckFinding {
     fn new(what: &str, ok: bool, detail: String) -> Self {
         Self { what: what.to_owned(), ok, only: None, detail }
+    }
+
+    fn met(what: &str, detail: String) -> Self {
+        Self::new(what, true, detail)
+    }
+
+    fn unmet(what: &str, detail: String) -> Self {
+        Self::new(what, false, detail)
     }
 
     fn of(missing: &Missing) -> Self {
@@ -123,7 +132,7 @@ fn findings(bpffs: &Path, missing: &Result<Vec<Missing>, support::ProbeError>) -
     let mounts = cgroup::mounts();
     let offsets = btf_offsets::find();
     let mut findings = vec![
-        CheckFinding::new("kernel", true, release.trim().to_owned()),
+        CheckFinding::met("kernel", release.trim().to_owned()),
         CheckFinding::new(
             "capabilities",
             capabilities.is_empty(),
@@ -151,7 +160,7 @@ fn findings(bpffs: &Path, missing: &Result<Vec<Missing>, support::ProbeError>) -
         Err(error) => {
             let cause =
                 std::error::Error::source(error).map_or_else(String::new, |cause| format!(": {cause}"));
-            findings.push(CheckFinding::new("hooks and helpers", false, format!("{error}{cause}")));
+            findings.push(CheckFinding::unmet("hooks and helpers", format!("{error}{cause}")));
         }
     }
     // Programs that cannot be loaded then are not a separate finding.
@@ -176,16 +185,15 @@ fn programs(bpffs: &Path) -> CheckFinding {
                     programs::DEFAULT_MAX_CONNECTIONS,
                 )?)
             })
-            .and_then(|()| Ok(programs::Lookup::prepare(&store.maps())?.load(1).map(drop)?));
+            .and_then(|()| Ok(programs::Lookup::prepare(&store.maps())?.load(NetnsCookie(1)).map(drop)?));
         store.remove_all()?;
         loaded
     };
     match load() {
-        Ok(()) => CheckFinding::new(
+        Ok(()) => CheckFinding::met(
             "programs",
-            true,
             "the verifier accepts every program that this kernel supports".to_owned(),
         ),
-        Err(error) => CheckFinding::new("programs", false, explained(error.as_ref())),
+        Err(error) => CheckFinding::unmet("programs", explained(error.as_ref())),
     }
 }

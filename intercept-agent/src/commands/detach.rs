@@ -15,16 +15,23 @@ use crate::cli::DetachArgs;
 
 pub(super) fn detach(args: &DetachArgs) -> Result<()> {
     match &args.which.cgroup_path {
-        Some(path) => detach_cgroup(&args.bpffs.bpffs, path, false),
+        Some(path) => detach_cgroup(&args.bpffs.bpffs, path, Absent::IsAnError),
         None => detach_all(&args.bpffs.bpffs),
     }
 }
 
+/// What it means that a cgroup is not attached.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Absent {
+    IsFine,
+    IsAnError,
+}
+
 /// Detaches the pod of a cgroup, which may be gone.
-pub(super) fn detach_cgroup(bpffs: &Path, cgroup: &Path, absent_is_fine: bool) -> Result<()> {
-    let absent = || NodeError::NotAttached(format!("cgroup {}", cgroup.display()));
+pub(super) fn detach_cgroup(bpffs: &Path, cgroup: &Path, absent: Absent) -> Result<()> {
+    let not_attached = || NodeError::NotAttached(format!("cgroup {}", cgroup.display()));
     let Some(mut node) = Node::find(bpffs)? else {
-        return if absent_is_fine { Ok(()) } else { Err(absent().into()) };
+        return if absent == Absent::IsFine { Ok(()) } else { Err(not_attached().into()) };
     };
     let found = match CgroupDir::open(cgroup) {
         Ok(cgroup) => node.pod_of_cgroup(cgroup.id())?.map(|(cookie, _)| cookie),
@@ -42,8 +49,8 @@ pub(super) fn detach_cgroup(bpffs: &Path, cgroup: &Path, absent_is_fine: bool) -
     // Also remove what an earlier detach could not.
     node.sweep()?;
     node.remove_if_unused()?;
-    if found.is_none() && !absent_is_fine {
-        return Err(absent().into());
+    if found.is_none() && absent == Absent::IsAnError {
+        return Err(not_attached().into());
     }
     Ok(())
 }

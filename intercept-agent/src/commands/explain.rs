@@ -1,6 +1,7 @@
 //! `explain`: decides for a flow with the same function and the same map entries as the kernel.
 
 use anyhow::{Result, bail};
+use intercept_agent::ids::PolicyId;
 use intercept_agent::{cgroup::CgroupDir, maps::Maps, node::Node};
 use intercept_common::{
     Addr, Decision, InboundFlow, OutboundFlow, PolicyLookup, ProxyListener, Reason, Verdict,
@@ -26,16 +27,16 @@ struct Explanation {
 struct FromMaps<'a>(&'a Maps);
 
 impl PolicyLookup for FromMaps<'_> {
-    fn destination(&self, policy: u32, addr: Addr) -> Destination {
+    fn destination(&self, policy: PolicyId, addr: Addr) -> Destination {
         self.0.destination(policy, addr).unwrap_or(Destination { flags: 0, source: Addr::UNSPECIFIED })
     }
-    fn port(&self, policy: u32, port: u16) -> u32 {
+    fn port(&self, policy: PolicyId, port: u16) -> u32 {
         self.0.port(policy, port)
     }
-    fn group(&self, policy: u32, gid: u32) -> bool {
+    fn group(&self, policy: PolicyId, gid: u32) -> bool {
         self.0.group(policy, gid)
     }
-    fn interface(&self, policy: u32, ifindex: u32) -> u32 {
+    fn interface(&self, policy: PolicyId, ifindex: u32) -> u32 {
         self.0.interface(policy, ifindex)
     }
     fn is_marked(&self) -> bool {

@@ -9,6 +9,7 @@ use intercept_agent::{
         socket,
     },
     escape::{self, OneLine},
+    ids::{CookieNumber, NetnsCookie, PolicyId, PolicyNumber},
     maps::PolicyUsage,
     node::{BrokenPod, Node},
     record::Record,
@@ -24,12 +25,14 @@ use crate::cli::StatusArgs;
 struct PodStatus {
     cgroup: std::path::PathBuf,
     netns_inode: u64,
-    netns_cookie: u64,
+    #[serde(with = "CookieNumber")]
+    netns_cookie: NetnsCookie,
     state: &'static str,
     since: u64,
     arguments: Vec<String>,
     environment: Vec<(&'static str, String)>,
-    policy: u32,
+    #[serde(with = "PolicyNumber")]
+    policy: PolicyId,
     connections: u64,
     max_connections: u32,
     /// Use of the pod's budget in each map.
@@ -47,10 +50,12 @@ struct PodStatus {
 /// An attached pod whose record cannot be read.
 #[derive(Serialize)]
 struct BrokenStatus {
-    netns_cookie: u64,
+    #[serde(with = "CookieNumber")]
+    netns_cookie: NetnsCookie,
     cgroup_id: Option<u64>,
     state: &'static str,
-    policy: u32,
+    #[serde(with = "PolicyNumber")]
+    policy: PolicyId,
     problem: String,
 }
 
@@ -119,7 +124,7 @@ pub(super) fn status(args: &StatusArgs) -> Result<()> {
         broken.retain(|pod| only.is_none() || pod.cgroup_id == only);
         for (record, policy) in found.readable {
             if only.is_none_or(|id| id == record.cgroup_id) {
-                let its = reports.iter().position(|report| report.netns_cookie == Some(record.cookie));
+                let its = reports.iter().position(|report| report.netns_cookie == Some(record.cookie.0));
                 let daemon = its.map(|at| reports.swap_remove(at));
                 let room = BudgetUsage::of(&usage.get(&policy.id).copied().unwrap_or_default());
                 pods.push(PodStatus { daemon, room, ..pod(&node, &record, &policy)? });

@@ -6,6 +6,7 @@ use anyhow::{Context as _, Result, bail};
 use intercept_agent::{
     cgroup::CgroupDir,
     escape,
+    ids::NetnsCookie,
     node::Node,
     store::Store,
     trace::{Printer, Trace},
@@ -27,7 +28,7 @@ pub(super) fn trace(args: &TraceArgs) -> Result<()> {
             .with_context(|| format!("tracing: {} is not attached", path.display()))?;
         only = Some(cookie);
     }
-    let names: HashMap<u64, String> =
+    let names: HashMap<NetnsCookie, String> =
         node.pods()?.readable.into_iter().map(|(record, _)| (record.cookie, record.name())).collect();
     // Releases the node's lock while events are read.
     drop(node);
@@ -39,8 +40,8 @@ pub(super) fn trace(args: &TraceArgs) -> Result<()> {
 async fn read(
     args: &TraceArgs,
     store: &Store,
-    only: Option<u64>,
-    names: &HashMap<u64, String>,
+    only: Option<NetnsCookie>,
+    names: &HashMap<NetnsCookie, String>,
 ) -> Result<()> {
     // Before the events are switched on, so that they are switched off after a signal.
     let mut interrupt = signal(SignalKind::interrupt()).context("listening for SIGINT")?;

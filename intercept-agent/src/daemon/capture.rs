@@ -12,6 +12,7 @@ use rustix::time::{ClockId, clock_gettime};
 use tokio::runtime::Handle;
 
 use super::{
+    cause::Cause,
     desired::{CaptureArgsError, CaptureOptions, DesiredPod},
     worker::{Access, WorkerFailed},
 };
@@ -19,6 +20,7 @@ use crate::{
     cgroup::{CgroupDir, CgroupError},
     confinement::explained,
     escape::OneLine,
+    ids::NetnsCookie,
     netns::{Netns, NetnsError},
     node::{Attached, Node, NodeError, Observation, PodRecords, Rewrite, Target},
     options::{Config, OptionError},
@@ -46,26 +48,23 @@ pub enum CaptureError {
     /// It was attached by command, and is detached: that is not undone.
     #[error("it was detached by command")]
     Detached,
-    /// What a source says of the pod cannot be understood.
-    #[error("{0}")]
-    Source(String),
 }
 
 impl CaptureError {
-    /// One word for the cause, for metrics. Stable.
-    pub fn cause(&self) -> &'static str {
+    /// Its cause, for metrics.
+    pub fn cause(&self) -> Cause {
         match self {
-            Self::Options(_) | Self::Source(_) => "options",
-            Self::Cgroup(_) => "cgroup",
-            Self::Netns(NetnsError::Host { .. }) => "host_network",
-            Self::Netns(NetnsError::NoProcess { .. }) => "no_process",
-            Self::Netns(_) | Self::Node(NodeError::Netns(_)) => "netns",
-            Self::Node(NodeError::Table(error)) if error.is_full() => "map_full",
-            Self::Node(NodeError::TooManyPods(_)) => "map_full",
-            Self::Node(NodeError::OverBudget { .. }) => "over_budget",
+            Self::Options(_) => Cause::Options,
+            Self::Cgroup(_) => Cause::Cgroup,
+            Self::Netns(NetnsError::Host { .. }) => Cause::HostNetwork,
+            Self::Netns(NetnsError::NoProcess { .. }) => Cause::NoProcess,
+            Self::Netns(_) | Self::Node(NodeError::Netns(_)) => Cause::Netns,
+            Self::Node(NodeError::Table(error)) if error.is_full() => Cause::MapFull,
+            Self::Node(NodeError::TooManyPods(_)) => Cause::MapFull,
+            Self::Node(NodeError::OverBudget { .. }) => Cause::OverBudget,
             Self::Node(
                 NodeError::NetnsTaken { .. } | NodeError::CgroupTaken { .. } | NodeError::Nested { .. },
-            ) => "conflict",
+            ) => Cause::Conflict,
             Self::Node(
                 NodeError::Store(
                     StoreError::Mount { .. }
@@ -75,12 +74,12 @@ impl CaptureError {
                 )
                 | NodeError::OtherLayout(_)
                 | NodeError::Incomplete(_),
-            ) => "store",
-            Self::Node(NodeError::Left) => "leaving",
-            Self::Node(NodeError::RouteSnapshot { .. }) | Self::Follow(_) => "routes",
-            Self::Node(_) => "kernel",
-            Self::Worker(_) => "internal",
-            Self::Detached => "detached",
+            ) => Cause::Store,
+            Self::Node(NodeError::Left) => Cause::Leaving,
+            Self::Node(NodeError::RouteSnapshot { .. }) | Self::Follow(_) => Cause::Routes,
+            Self::Node(_) => Cause::Kernel,
+            Self::Worker(_) => Cause::Internal,
+            Self::Detached => Cause::Detached,
         }
     }
 
@@ -97,11 +96,6 @@ impl CaptureError {
             Self::Netns(NetnsError::NoProcess { .. } | NetnsError::Host { .. } | NetnsError::Several { .. })
         )
     }
-
-    /// Whether it is the pod's description that is wrong, so that only another one helps.
-    pub fn is_about_options(&self) -> bool {
-        self.cause() == "options"
-    }
 }
 
 impl From<OptionError> for CaptureError {
@@ -114,7 +108,7 @@ impl From<OptionError> for CaptureError {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct AppliedPod {
     /// Cookie of its namespace.
-    pub cookie: u64,
+    pub cookie: NetnsCookie,
     /// Its cgroup.
     pub cgroup: PathBuf,
     /// Id of the cgroup, which one of the same name made later does not have.
@@ -217,7 +211,7 @@ pub fn prepare(
     runtime: &Handle,
     desired: &DesiredPod,
     before: Option<&AppliedPod>,
-    followed: Option<u64>,
+    followed: Option<NetnsCookie>,
 ) -> Result<Prepared, CaptureError> {
     let cgroup = CgroupDir::open(&desired.cgroup)?;
     let config = match &desired.options {
@@ -339,7 +333,7 @@ pub fn release(access: &mut Access, applied: &AppliedPod) -> Result<(), NodeErro
 }
 
 /// Whether cgroup and namespace of a pod are still there.
-pub fn is_alive(access: &mut Access, cookie: u64) -> Result<bool, NodeError> {
+pub fn is_alive(access: &mut Access, cookie: NetnsCookie) -> Result<bool, NodeError> {
     access.with(|node| Ok(node.cgroup_of(cookie)?.is_some()))
 }
 
@@ -357,11 +351,15 @@ pub fn sweep(access: &mut Access) -> Result<Vec<Record>, NodeError> {
 }
 
 /// Cookies of what is in force, after taking away what is dead.
-pub fn resync(access: &mut Access, known: &[u64]) -> Result<(Vec<u64>, Vec<Record>), NodeError> {
+pub fn resync(
+    access: &mut Access,
+    known: &[NetnsCookie],
+) -> Result<(Vec<NetnsCookie>, Vec<Record>), NodeError> {
     access.with(|node| {
         node.sweep()?;
         stop_unread_trace(node)?;
-        let active: Vec<u64> = node.maps().policies()?.into_iter().map(|(cookie, _)| cookie).collect();
+        let active: Vec<NetnsCookie> =
+            node.maps().policies()?.into_iter().map(|(cookie, _)| cookie).collect();
         let unknown = active.iter().any(|cookie| !known.contains(cookie));
         let records = if unknown { readable(node.pods()?) } else { Vec::new() };
         let new = records.into_iter().filter(|record| !known.contains(&record.cookie)).collect();
@@ -372,7 +370,11 @@ pub fn resync(access: &mut Access, known: &[u64]) -> Result<(Vec<u64>, Vec<Recor
 /// The records. A pod whose record cannot be read stays attached as it is until its source asks for it again.
 fn readable(pods: PodRecords) -> Vec<Record> {
     for pod in pods.broken {
-        tracing::error!(cookie = pod.cookie, error = &pod.error as &dyn std::error::Error, "a pod is broken");
+        tracing::error!(
+            cookie = pod.cookie.0,
+            error = &pod.error as &dyn std::error::Error,
+            "a pod is broken"
+        );
     }
     pods.readable.into_iter().map(|(record, _)| record).collect()
 }

@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     cgroup::CgroupDir,
+    ids::{NetnsCookie, PodUid},
     options::{Config, EtcFiles, OptionError, RawOptions},
     record::{Record, RecordOrigin},
 };
@@ -17,9 +18,9 @@ pub enum Key {
     /// A file of the folder.
     File(String),
     /// A pod by its UID, or a sandbox by its id.
-    Pod(String),
+    Pod(PodUid),
     /// One that was attached by command, by the cookie of its namespace.
-    Command(u64),
+    Command(NetnsCookie),
 }
 
 impl Key {

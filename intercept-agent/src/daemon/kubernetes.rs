@@ -31,6 +31,7 @@ use super::{
     source::{PodSource, SourceContext},
     view::{Binding, ObjectClaim, ObjectId, ObjectPlace, ObjectUid, Stage},
 };
+use crate::ids::PodUid;
 
 /// Interval between searches for the missing cgroups of pods.
 const RETRY_INTERVAL: Duration = Duration::from_millis(500);
@@ -175,7 +176,7 @@ impl PodWatch {
 
     fn place(&self, key: &Key, stage: Stage) -> ObjectPlace {
         let Key::Pod(uid) = key else { return ObjectPlace::Pending };
-        match self.placement.of_pod(uid) {
+        match self.placement.of_pod(&uid.0) {
             Ok(cgroup) => ObjectPlace::Cgroup(cgroup),
             Err(error) if stage == Stage::Running => ObjectPlace::Missing(error.to_string()),
             Err(_) => ObjectPlace::Pending,
@@ -246,8 +247,8 @@ fn identify(pod: &Pod) -> Option<(Key, ObjectId)> {
     let hash = metadata.annotations.as_ref().and_then(|annotations| annotations.get(MIRROR));
     let hash = hash.filter(|hash| owned_by_node && is_hash(hash));
     let (key, binding) = match hash {
-        Some(hash) => (Key::Pod(hash.clone()), Binding::Mirror),
-        None => (Key::Pod(uid.clone()), Binding::Own),
+        Some(hash) => (Key::Pod(PodUid(hash.clone())), Binding::Mirror),
+        None => (Key::Pod(PodUid(uid.clone())), Binding::Own),
     };
     let namespace = metadata.namespace.clone().unwrap_or_default();
     let name = metadata.name.clone().unwrap_or_default();
@@ -279,8 +280,9 @@ fn metadata(pod: &Pod) -> PodMetadata {
     let pods_own = (security.and_then(|s| s.run_as_user), security.and_then(|s| s.run_as_group));
     let inits = spec.and_then(|spec| spec.init_containers.as_ref()).into_iter().flatten();
     // A native sidecar is declared as an init container, but keeps running.
-    let inits = inits.map(|c| container(c, c.restart_policy.as_deref() != Some("Always"), pods_own));
-    let others = spec.into_iter().flat_map(|spec| &spec.containers).map(|c| container(c, false, pods_own));
+    let inits = inits
+        .map(|c| Container { init: c.restart_policy.as_deref() != Some("Always"), ..container(c, pods_own) });
+    let others = spec.into_iter().flat_map(|spec| &spec.containers).map(|c| container(c, pods_own));
     PodMetadata {
         namespace: pod.metadata.namespace.clone().unwrap_or_default(),
         annotations: pod.metadata.annotations.clone().unwrap_or_default(),
@@ -290,12 +292,12 @@ fn metadata(pod: &Pod) -> PodMetadata {
     }
 }
 
-fn container(container: &ApiContainer, init: bool, pods_own: (Option<i64>, Option<i64>)) -> Container {
+fn container(container: &ApiContainer, pods_own: (Option<i64>, Option<i64>)) -> Container {
     let security = container.security_context.as_ref();
     let environment = container.env.iter().flatten();
     Container {
         name: container.name.clone(),
-        init,
+        init: false,
         uid: security.and_then(|s| s.run_as_user).or(pods_own.0),
         gid: security.and_then(|s| s.run_as_group).or(pods_own.1),
         environment: environment.filter_map(|v| Some((v.name.clone(), v.value.clone()?))).collect(),

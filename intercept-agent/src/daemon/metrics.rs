@@ -16,9 +16,10 @@ use prometheus_client::{
     registry::Registry,
 };
 
-use self::table::{Cause, Decision, Failed, Named, Of, PodMap, Result, State, Why};
-use super::plugin::PluginState;
+use self::table::{CauseLabel, Decision, Failed, Named, Of, PodMap, Result, State, Why};
+use super::{cause::Cause, plugin::PluginState};
 use crate::{
+    ids::NetnsCookie,
     maps::{Maps, PolicyUsage},
     node::{Attached, NodeError},
     store::Store,
@@ -37,7 +38,7 @@ struct Inner {
     registry: Registry,
     attaches: Family<Result, Counter>,
     latency: Histogram,
-    errors: Family<Cause, Counter>,
+    errors: Family<CauseLabel, Counter>,
     pods: Family<State, Gauge>,
     left_alone: Family<Why, Gauge>,
     preexisting_connections: Gauge,
@@ -98,8 +99,8 @@ impl Metrics {
     }
 
     /// An attempt failed.
-    pub fn error(&self, cause: &str) {
-        self.0.errors.get_or_create(&Cause { cause: cause.to_owned() }).inc();
+    pub fn error(&self, cause: Cause) {
+        self.0.errors.get_or_create(&CauseLabel { cause: cause.as_str().to_owned() }).inc();
     }
 
     /// How many pods are in each state.
@@ -153,7 +154,7 @@ impl Metrics {
 
     /// Everything as text, with the programs' own counters read now from this bpffs. `names` are the pods' by the
     /// cookies of their namespaces.
-    pub fn text(&self, bpffs: &Path, names: &HashMap<u64, String>) -> String {
+    pub fn text(&self, bpffs: &Path, names: &HashMap<NetnsCookie, String>) -> String {
         let mut text = String::new();
         let mut written = text::encode_registry(&mut text, &self.0.registry);
         if let Some(plugin) = self.0.plugin.get() {
@@ -161,7 +162,7 @@ impl Metrics {
         }
         let mut node = table::registry();
         if let Err(error) = read_node(&mut node, bpffs, names) {
-            self.error("metrics");
+            self.error(Cause::Metrics);
             tracing::error!(error = &error as &dyn std::error::Error, "reading the counters of the programs");
         }
         let written = written.and(text::encode_registry(&mut text, &node)).and(text::encode_eof(&mut text));
@@ -179,7 +180,7 @@ impl Default for Metrics {
 fn read_node(
     registry: &mut Registry,
     bpffs: &Path,
-    names: &HashMap<u64, String>,
+    names: &HashMap<NetnsCookie, String>,
 ) -> std::result::Result<(), NodeError> {
     let decisions = table::DECISIONS.register(registry);
     let failures = table::FAILURES.register(registry);
@@ -192,7 +193,7 @@ fn read_node(
     // Without the lock: reading disturbs nobody, and must not wait for an attach.
     let Some(store) = Store::find(bpffs) else { return Ok(()) };
     let maps = Maps::open(&store.maps())?;
-    let name = |cookie: u64| names.get(&cookie).cloned().unwrap_or_else(|| format!("netns:{cookie}"));
+    let name = |cookie: NetnsCookie| names.get(&cookie).cloned().unwrap_or_else(|| format!("netns:{cookie}"));
     let fill = maps.fill(&store.maps())?;
     for (cookie, policy) in maps.policies()? {
         let pod = name(cookie);

@@ -114,6 +114,43 @@ pub enum Select {
     All,
 }
 
+/// Why the daemon refuses a request that it has not attempted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Refusal {
+    /// The request cannot be parsed.
+    Request,
+    /// The client is not root.
+    Forbidden,
+    /// A pod that starts now would not be captured.
+    NotReady,
+    /// The daemon is shutting down.
+    Ending,
+    /// The agent is being removed from the node.
+    Leaving,
+    /// Another sandbox was added for the pod.
+    Superseded,
+    /// The pod is not captured.
+    Absent,
+    /// The daemon failed.
+    Internal,
+}
+
+impl Refusal {
+    /// The word in answers, stable.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Request => "request",
+            Self::Forbidden => "forbidden",
+            Self::NotReady => "not_ready",
+            Self::Ending => "ending",
+            Self::Leaving => "leaving",
+            Self::Superseded => "superseded",
+            Self::Absent => "absent",
+            Self::Internal => "internal",
+        }
+    }
+}
+
 /// An answer.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]

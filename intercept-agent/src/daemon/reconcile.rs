@@ -33,6 +33,7 @@ use super::{
     desired::{DesiredPod, Key},
     events::PodEvent,
     metrics::Metrics,
+    protocol::Refusal,
     view::PodView,
     worker::{Priority, Worker},
 };
@@ -166,7 +167,7 @@ impl Reconciler {
     }
 
     fn check(&self, key: &Key) -> PodResult {
-        let absent = PodFailure { cause: "absent".into(), text: "the pod is not captured".into() };
+        let absent = PodFailure::refusal(Refusal::Absent, "the pod is not captured");
         let Some(pod) = self.pods.get(key) else { return Err(absent) };
         match (&pod.machine.intent, &pod.machine.failure, pod.applied()) {
             (Intent::Ignored(_), ..) => Ok("left_alone"),
@@ -191,7 +192,7 @@ impl Reconciler {
                     // What stays is removed below; only the namespace's own settings may be left as they are.
                     if let Err(error) = capture::release(access, &applied) {
                         tracing::warn!(
-                            cookie = applied.cookie,
+                            cookie = applied.cookie.0,
                             error = &error as &dyn std::error::Error,
                             "detaching"
                         );

@@ -30,7 +30,7 @@ use super::{
     source::{PodSource, SourceContext},
     worker::{Priority, Worker},
 };
-use crate::{cgroup, cni::install::Plugin, node::NodeError};
+use crate::{cgroup, cni::install::Plugin, ids::NetnsCookie, node::NodeError};
 
 /// The loop looks at its pods more often than twice a second; a worker that takes longer than this is stuck.
 const STUCK: Duration = Duration::from_secs(15);
@@ -194,7 +194,10 @@ async fn metrics(
     State(probes): State<Probes>,
 ) -> Result<([(&'static str, &'static str); 1], String), StatusCode> {
     let reports = reports(&probes).await.ok_or(StatusCode::SERVICE_UNAVAILABLE)?;
-    let names = reports.into_iter().filter_map(|report| Some((report.netns_cookie?, report.name))).collect();
+    let names = reports
+        .into_iter()
+        .filter_map(|report| Some((NetnsCookie(report.netns_cookie?), report.name)))
+        .collect();
     let Probes { metrics, bpffs, scraping, .. } = probes;
     // AppliedPod until the work is done, also when its client has gone away meanwhile.
     let one_at_a_time = scraping.lock_owned().await;

@@ -14,14 +14,17 @@ use tokio::{
 use super::{
     desired::Key,
     placement::Placement,
-    protocol::{Add, DaemonRequest, MAX_LINE, PATIENCE, Response, SandboxInfo, Select},
+    protocol::{Add, DaemonRequest, MAX_LINE, PATIENCE, Refusal, Response, SandboxInfo, Select},
     ready::Readiness,
     reconcile::{Message, PodFailure, PodResult},
     sidecar::{self, Ipv6, PodVerdict, Selection, SidecarArgs},
     source::{PodSource, SourceContext},
     view::{Certainty, SandboxClaim},
 };
-use crate::ownership::{OwnedFolder, OwnershipError};
+use crate::{
+    ids::PodUid,
+    ownership::{OwnedFolder, OwnershipError},
+};
 
 /// Why the socket cannot be opened.
 #[derive(Debug, thiserror::Error)]
@@ -135,11 +138,11 @@ impl Context {
         let response = if peer.uid() == 0 {
             match serde_json::from_str(&line) {
                 Ok(request) => self.perform(request).await,
-                Err(error) => failed("request", format!("reading the request: {error}")),
+                Err(error) => failed(Refusal::Request, format!("reading the request: {error}")),
             }
         } else {
             tracing::warn!(uid = peer.uid(), "refused a user other than root on the socket");
-            failed("forbidden", "only root may use this socket".to_owned())
+            failed(Refusal::Forbidden, "only root may use this socket".to_owned())
         };
         let mut text = serde_json::to_string(&response)?;
         text.push('\n');
@@ -151,7 +154,7 @@ impl Context {
         if let Some(sandbox) = request.sandbox()
             && !sandbox.is_printable()
         {
-            return failed("request", "the names of the pod contain control characters".to_owned());
+            return failed(Refusal::Request, "the names of the pod contain control characters".to_owned());
         }
         match request {
             DaemonRequest::Add(add) => self.add(*add).await,
@@ -166,7 +169,7 @@ impl Context {
             },
             DaemonRequest::Ready => match self.readiness.of_daemon().await {
                 Ok(()) => Response::Done("ready".to_owned()),
-                Err(problem) => failed("not_ready", problem),
+                Err(problem) => failed(Refusal::NotReady, problem),
             },
             DaemonRequest::Collect { valid } => {
                 let valid = valid.into_iter().collect();
@@ -183,7 +186,9 @@ impl Context {
             }
             DaemonRequest::Leave => match self.tell(Message::Leave).await {
                 Some(Ok(())) => Response::Done("left".to_owned()),
-                Some(Err(error)) => failed("internal", super::capture::CaptureError::from(error).text()),
+                Some(Err(error)) => {
+                    failed(Refusal::Internal, super::capture::CaptureError::from(error).text())
+                }
                 None => ending(),
             },
         }
@@ -245,12 +250,12 @@ impl Context {
     }
 }
 
-fn failed(cause: &str, text: String) -> Response {
-    Response::Failed(PodFailure { cause: cause.to_owned(), text })
+fn failed(why: Refusal, text: String) -> Response {
+    Response::Failed(PodFailure::refusal(why, text))
 }
 
 fn ending() -> Response {
-    failed("ending", "the daemon is shutting down; try again".to_owned())
+    failed(Refusal::Ending, "the daemon is shutting down; try again".to_owned())
 }
 
 fn uid(sandbox: &SandboxInfo) -> &str {
@@ -258,7 +263,7 @@ fn uid(sandbox: &SandboxInfo) -> &str {
 }
 
 fn key(sandbox: &SandboxInfo) -> Key {
-    Key::Pod(uid(sandbox).to_owned())
+    Key::Pod(PodUid(uid(sandbox).to_owned()))
 }
 
 /// Sends a request to the daemon from another process and waits for the answer.

@@ -21,10 +21,11 @@ use std::{
 };
 
 use super::{
+    cause::Cause,
     desired::{CaptureOptions, DesiredPod},
     sidecar::{AnnotationError, IgnoreReason, PodVerdict},
 };
-use crate::record::RecordOrigin;
+use crate::{ids::PodUid, record::RecordOrigin};
 
 /// UID of an API object. The API assigns it, and it is unique.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -169,6 +170,16 @@ pub enum ClaimError {
     Options(String),
     /// The cgroup is unknown.
     Cgroup(String),
+}
+
+impl ClaimError {
+    /// Its cause, for metrics.
+    pub fn cause(&self) -> Cause {
+        match self {
+            Self::Options(_) => Cause::Options,
+            Self::Cgroup(_) => Cause::Cgroup,
+        }
+    }
 }
 
 /// Where the runtime has placed a pod.
@@ -345,7 +356,7 @@ impl PodView {
     }
 
     /// Merges the claims on the pod with this UID or sandbox id.
-    pub fn resolve(&self, uid: &str) -> Resolution {
+    pub fn resolve(&self, uid: &PodUid) -> Resolution {
         let before = self.applied_before.as_ref();
         let verdict = match (&self.file, self.speaker(), &self.sandbox) {
             (Some(Ok(desired)), ..) => return Resolution::Capture(Box::new(desired.clone())),
@@ -381,9 +392,9 @@ impl PodView {
         }
     }
 
-    fn place(&self, uid: &str, options: &CaptureOptions) -> Resolution {
+    fn place(&self, uid: &PodUid, options: &CaptureOptions) -> Resolution {
         let pod = |namespace: &str, name: &str, sandbox: Option<&str>| RecordOrigin::Pod {
-            uid: uid.to_owned(),
+            uid: uid.clone(),
             namespace: namespace.to_owned(),
             name: name.to_owned(),
             sandbox: sandbox.map(str::to_owned),

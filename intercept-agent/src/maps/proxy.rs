@@ -15,7 +15,10 @@ use intercept_common::{
 };
 
 use super::{Maps, MapsError, failed};
-use crate::sys::{Plain, SharedArray};
+use crate::{
+    ids::{NetnsCookie, Slot},
+    sys::{Plain, SharedArray},
+};
 
 /// Whether a socket was registered.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -39,7 +42,7 @@ impl Maps {
     /// Selects the slot of the key.
     pub fn register_listener(
         &mut self,
-        slot: u32,
+        slot: Slot,
         port: ProxyPort,
         key: ListenerKey,
         socket: &impl std::os::fd::AsRawFd,
@@ -47,10 +50,9 @@ impl Maps {
         const BPF_NOEXIST: u64 = 1;
         let index = Proxy::index(port, key.family == 6, key.scope);
         let top = offset_of!(Proxy, rings) + index * size_of::<Ring>() + offset_of!(Ring, top);
-        let (Some(top), Some(mptcp)) = (
-            self.proxies.word(slot as usize, top),
-            self.proxies.word(slot as usize, offset_of!(Proxy, mptcp)),
-        ) else {
+        let (Some(top), Some(mptcp)) =
+            (self.proxies.word(slot.index(), top), self.proxies.word(slot.index(), offset_of!(Proxy, mptcp)))
+        else {
             return Ok(Registered::Yes);
         };
         for _ in 0..LISTENER_SLOTS {
@@ -76,7 +78,7 @@ impl Maps {
     }
 
     /// Reads the registered listeners of a namespace.
-    pub fn listeners(&self, cookie: u64) -> Result<Vec<ListenerKey>, MapsError> {
+    pub fn listeners(&self, cookie: NetnsCookie) -> Result<Vec<ListenerKey>, MapsError> {
         let mut found = Vec::new();
         for key in self.listeners.keys() {
             let key = key.map_err(failed("reading", names::LISTENERS))?.0;
@@ -88,14 +90,14 @@ impl Maps {
     }
 
     /// Returns a word of the proxy's state in a slot.
-    pub(super) fn proxy(&self, slot: u32, offset: usize) -> Option<&AtomicU64> {
-        self.proxies.word(slot as usize, offset)
+    pub(super) fn proxy(&self, slot: Slot, offset: usize) -> Option<&AtomicU64> {
+        self.proxies.word(slot.index(), offset)
     }
 
     /// Stores how the proxy's listener of a port and family is bound; `bound` is a value of `layout::bound`.
-    pub fn set_bound(&self, slot: u32, port: ProxyPort, v6: bool, bound: u16) {
+    pub fn set_bound(&self, slot: Slot, port: ProxyPort, v6: bool, bound: u16) {
         let cell = |index: usize| {
-            self.proxies.half_word(slot as usize, offset_of!(Proxy, bound) + index * size_of::<u16>())
+            self.proxies.half_word(slot.index(), offset_of!(Proxy, bound) + index * size_of::<u16>())
         };
         let v4_seen = cell(Proxy::v4_seen(port)).is_some_and(|seen| seen.load(Ordering::Relaxed) != 0);
         for (index, value) in Proxy::bind(port, v6, bound, v4_seen) {
@@ -106,24 +108,24 @@ impl Maps {
     }
 
     /// Clears the proxy's state in a slot that is given to a pod. No policy uses the slot yet.
-    pub fn reset_proxy(&self, slot: u32) {
-        self.proxies.clear(slot as usize);
+    pub fn reset_proxy(&self, slot: Slot) {
+        self.proxies.clear(slot.index());
     }
 
     /// Stores that listeners of the pod's proxy were made IP_TRANSPARENT.
-    pub fn set_transparent(&self, slot: u32) {
+    pub fn set_transparent(&self, slot: Slot) {
         if let Some(cell) = self.proxy(slot, offset_of!(Proxy, transparent)) {
             cell.store(1, Ordering::Relaxed);
         }
     }
 
     /// Whether listeners of the pod's proxy were made IP_TRANSPARENT.
-    pub fn is_transparent(&self, slot: u32) -> bool {
+    pub fn is_transparent(&self, slot: Slot) -> bool {
         self.proxy(slot, offset_of!(Proxy, transparent)).is_some_and(|cell| cell.load(Ordering::Relaxed) != 0)
     }
 
     /// Returns the number of the pod's redirected connections.
-    pub fn connections(&self, slot: u32) -> u64 {
+    pub fn connections(&self, slot: Slot) -> u64 {
         self.proxy(slot, offset_of!(Proxy, connections)).map_or(0, |count| count.load(Ordering::Relaxed))
     }
 

@@ -7,6 +7,7 @@ use intercept_common::{acceleration::PodCell, layout::PodPolicy, names};
 use super::{Node, Target, links::replace_pin};
 use crate::{
     acceleration::{Acceleration, AccelerationError, Owners},
+    ids::{NetnsCookie, Slot},
     listeners,
     options::Config,
     programs,
@@ -14,7 +15,7 @@ use crate::{
 };
 
 /// The cell of a pod.
-fn cell(netns: u64, slot: u32) -> PodCell {
+fn cell(netns: NetnsCookie, slot: Slot) -> PodCell {
     PodCell { netns, slot, reserved: 0 }
 }
 
@@ -29,7 +30,7 @@ impl Node {
         };
         if let Err(error) = done {
             tracing::warn!(
-                cookie,
+                cookie = cookie.0,
                 error = &error as &dyn std::error::Error,
                 "the pod is captured, but its connections are not joined"
             );
@@ -73,7 +74,7 @@ impl Node {
     }
 
     /// From the next message on; connections that are joined go on by TCP.
-    pub(super) fn stop_accelerating(&self, cookie: u64, slot: u32) -> Result<(), AccelerationError> {
+    pub(super) fn stop_accelerating(&self, cookie: NetnsCookie, slot: Slot) -> Result<(), AccelerationError> {
         let Some(mut acceleration) = Acceleration::find(&self.store)? else { return Ok(()) };
         acceleration.revoke(cell(cookie, slot))?;
         let path = self.store.pod(cookie).join(names::JOIN_OPS);
@@ -91,7 +92,7 @@ impl Node {
 
     /// Put this build's programs under the link of an accelerated pod. One that cannot be loaded is not accelerated any
     /// more.
-    pub(super) fn replace_join(&self, cookie: u64) {
+    pub(super) fn replace_join(&self, cookie: NetnsCookie) {
         let name = names::JOIN_OPS;
         let Ok(link) = sys::open_pin(&self.store.pod(cookie).join(name)) else { return };
         let replaced = Acceleration::load(&self.store).and_then(|_loaded| {
@@ -101,7 +102,7 @@ impl Node {
         });
         if let Err(error) = replaced {
             tracing::warn!(
-                cookie,
+                cookie = cookie.0,
                 error = &error as &dyn std::error::Error,
                 "connections are not joined any more"
             );
@@ -128,8 +129,8 @@ impl Node {
     /// The maps of joined connections, and a pod's cell in them.
     pub fn acceleration(
         &self,
-        cookie: u64,
-        slot: u32,
+        cookie: NetnsCookie,
+        slot: Slot,
     ) -> Result<Option<(Acceleration, PodCell)>, AccelerationError> {
         Ok(Acceleration::find(&self.store)?.map(|found| (found, cell(cookie, slot))))
     }

@@ -16,6 +16,7 @@ use super::{
 };
 use crate::{
     compile::{compile, outside},
+    ids::NetnsCookie,
     netns_setup::{self, NetnsChanges},
     options::Config,
     record::Record,
@@ -68,7 +69,7 @@ impl Node {
     }
 
     /// Whether a pod has something besides its active policy: an agent crashed, or could not finish.
-    fn has_leftovers(&self, cookie: u64) -> Result<bool, NodeError> {
+    fn has_leftovers(&self, cookie: NetnsCookie) -> Result<bool, NodeError> {
         let active = self.maps.policy(cookie)?.map(|policy| policy.id);
         Ok(self.store.policies_of(cookie)?.into_iter().any(|id| Some(id) != active))
     }
@@ -157,7 +158,11 @@ impl Node {
         self.accelerate(target, config, policy);
         let removed = self.remove_leftovers(cookie, plan.policy.id, &target.netns);
         for error in [registered, removed].into_iter().filter_map(Result::err) {
-            tracing::warn!(cookie, error = &error as &dyn std::error::Error, "finishing an attach");
+            tracing::warn!(
+                cookie = cookie.0,
+                error = &error as &dyn std::error::Error,
+                "finishing an attach"
+            );
         }
         Ok(if plan.before.is_some() { Attached::Replaced } else { Attached::New })
     }
@@ -181,7 +186,7 @@ impl Node {
         self.maps.write(plan.policy.id, &plan.entries)?;
         tracing::debug!(
             seconds = start.elapsed().as_secs_f64(),
-            cookie = record.cookie,
+            cookie = record.cookie.0,
             "wrote maps and made links"
         );
         netns_setup::add(&target.netns, &plan.additions, made).map_err(changing(&target.netns))?;

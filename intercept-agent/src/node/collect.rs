@@ -8,6 +8,7 @@ use intercept_common::{layout::PodPolicy, names};
 use super::{Living, LivingPod, Node, NodeError};
 use crate::{
     cgroup::CgroupDir,
+    ids::{NetnsCookie, PolicyId},
     netns::Netns,
     netns_setup::{self, NetnsChanges, NetnsSetupError},
     sys,
@@ -15,7 +16,7 @@ use crate::{
 
 impl Node {
     /// Take a pod out of force and leave nothing of it. `netns` is its namespace, if it still can be reached.
-    pub fn detach(&mut self, cookie: u64, netns: Option<&Netns>) -> Result<(), NodeError> {
+    pub fn detach(&mut self, cookie: NetnsCookie, netns: Option<&Netns>) -> Result<(), NodeError> {
         match netns {
             Some(netns) => self.remove_pod(cookie, Some(netns)),
             None => self.remove_unreachable(cookie),
@@ -76,7 +77,7 @@ impl Node {
     }
 
     /// A pod, if it is there.
-    fn living_pod(&self, cookie: u64, policy: &PodPolicy) -> Result<Option<LivingPod>, NodeError> {
+    fn living_pod(&self, cookie: NetnsCookie, policy: &PodPolicy) -> Result<Option<LivingPod>, NodeError> {
         let Some((cgroup, netns_inode)) = self.place_of(cookie)? else { return Ok(None) };
         let record = self.store.read_record(cookie, policy.id).ok().flatten();
         let cgroup_path = record.map(|record| record.cgroup);
@@ -87,7 +88,7 @@ impl Node {
 
     /// Take out a pod whose namespace the caller does not have. If it still exists and the agent changed something in it,
     /// the record leads to it.
-    fn remove_unreachable(&mut self, cookie: u64) -> Result<(), NodeError> {
+    fn remove_unreachable(&mut self, cookie: NetnsCookie) -> Result<(), NodeError> {
         let mut netns = None;
         if self.may_have_netns(cookie)? {
             for (_, record) in self.store.records(cookie)? {
@@ -104,8 +105,8 @@ impl Node {
     /// Remove what belongs to a pod's other policies: the replaced one, or one that a crashed agent did not activate.
     pub(super) fn remove_leftovers(
         &mut self,
-        cookie: u64,
-        active: u32,
+        cookie: NetnsCookie,
+        active: PolicyId,
         netns: &Netns,
     ) -> Result<(), NodeError> {
         let mut needed = NetnsChanges::default();
@@ -133,13 +134,13 @@ impl Node {
 
     /// Deactivate a pod and remove everything of it, including the changes of its namespace if that is given. After a
     /// failure, call it again.
-    pub(super) fn remove_pod(&mut self, cookie: u64, netns: Option<&Netns>) -> Result<(), NodeError> {
+    pub(super) fn remove_pod(&mut self, cookie: NetnsCookie, netns: Option<&Netns>) -> Result<(), NodeError> {
         let policy = self.maps.policy(cookie)?;
         if let Some(policy) = &policy
             && let Err(error) = self.stop_accelerating(cookie, policy.slot)
         {
             tracing::warn!(
-                cookie,
+                cookie = cookie.0,
                 error = &error as &dyn std::error::Error,
                 "joined connections stay joined"
             );
@@ -160,7 +161,8 @@ impl Node {
         }
         // Every list was written after its record.
         let records = self.store.records(cookie)?;
-        let ids: Vec<u32> = records.iter().map(|(id, _)| *id).chain(policy.map(|policy| policy.id)).collect();
+        let ids: Vec<PolicyId> =
+            records.iter().map(|(id, _)| *id).chain(policy.map(|policy| policy.id)).collect();
         self.maps.remove_lists(&ids)?;
         self.maps.purge_connections(|netns| netns != cookie)?;
         let others = self.maps.policies()?;
@@ -176,14 +178,14 @@ impl Node {
     }
 
     /// Undo what all records of a pod say that was changed in its namespace.
-    fn restore(&self, cookie: u64, netns: &Netns) -> Result<(), NodeError> {
+    fn restore(&self, cookie: NetnsCookie, netns: &Netns) -> Result<(), NodeError> {
         for (policy, record) in self.store.records(cookie)? {
             match record {
                 Ok(record) => netns_setup::remove(netns, &record.netns_setup).map_err(changing(netns))?,
                 Err(error) if error.may_pass() => return Err(error.into()),
                 Err(error) => tracing::warn!(
-                    cookie,
-                    policy,
+                    cookie = cookie.0,
+                    policy = policy.0,
                     error = &error as &dyn std::error::Error,
                     "what was changed in the namespace is not known, and stays"
                 ),

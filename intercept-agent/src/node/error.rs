@@ -4,6 +4,7 @@ use std::io;
 
 use crate::{
     cgroup::CgroupError,
+    ids::NetnsCookie,
     listeners::ListenersError,
     maps::MapsError,
     netns::NetnsError,
@@ -53,7 +54,7 @@ pub enum NodeError {
     #[error("asking the kernel what link {path} is attached to")]
     Link { path: String, source: io::Error },
     #[error("replacing {program} of pod {cookie}")]
-    Replace { program: &'static str, cookie: u64, source: io::Error },
+    Replace { program: &'static str, cookie: NetnsCookie, source: io::Error },
     #[error(
         "{netns} is captured through cgroup {cgroup} already: a namespace has one capture; \
          detach that one first (`intercept-agent detach --cgroup-path {cgroup}`)"
@@ -84,7 +85,7 @@ pub enum NodeError {
     )]
     OtherLayout(String),
     #[error("pod {0} has no record of its policy; attach it again, or detach it")]
-    NoRecord(u64),
+    NoRecord(NetnsCookie),
     #[error("reading the log lines of the programs")]
     Logs { source: Box<dyn std::error::Error + Send + Sync> },
     #[error(

@@ -10,6 +10,7 @@ use intercept_common::names;
 
 use super::{Node, NodeError, Target};
 use crate::{
+    ids::NetnsCookie,
     options::Config,
     programs,
     support::{self, Lacking, Need},
@@ -78,7 +79,7 @@ impl Node {
         Ok(link_target(path)? == Some(target))
     }
 
-    pub(super) fn links_intact(&self, cookie: u64, target: &Target) -> Result<bool, NodeError> {
+    pub(super) fn links_intact(&self, cookie: NetnsCookie, target: &Target) -> Result<bool, NodeError> {
         let dir = self.store.pod(cookie);
         let cgroup = LinkTarget::Cgroup(Some(target.cgroup.id()));
         for name in self.loaded_programs() {
@@ -90,13 +91,13 @@ impl Node {
     }
 
     /// The cgroup of a pod if that and its namespace are still there.
-    pub fn cgroup_of(&self, cookie: u64) -> Result<Option<u64>, NodeError> {
+    pub fn cgroup_of(&self, cookie: NetnsCookie) -> Result<Option<u64>, NodeError> {
         Ok(self.place_of(cookie)?.map(|(cgroup, _)| cgroup))
     }
 
     /// The cgroup's id and the namespace's inode of a pod if both are still there. The links tell: they outlive both
     /// and then name neither. A pod whose links cannot be looked at just now is not one that is gone.
-    pub(super) fn place_of(&self, cookie: u64) -> Result<Option<(u64, u64)>, NodeError> {
+    pub(super) fn place_of(&self, cookie: NetnsCookie) -> Result<Option<(u64, u64)>, NodeError> {
         let dir = self.store.pod(cookie);
         Ok(match (link_target(&dir.join(names::SOCK_OPS))?, link_target(&dir.join(names::SK_LOOKUP))?) {
             (Some(LinkTarget::Cgroup(Some(cgroup))), Some(LinkTarget::Netns(Some(netns)))) => {
@@ -107,13 +108,13 @@ impl Node {
     }
 
     /// Whether a pod's namespace may still be there: its link says so, or there is none.
-    pub(super) fn may_have_netns(&self, cookie: u64) -> Result<bool, NodeError> {
+    pub(super) fn may_have_netns(&self, cookie: NetnsCookie) -> Result<bool, NodeError> {
         let link = link_target(&self.store.pod(cookie).join(names::SK_LOOKUP))?;
         Ok(link != Some(LinkTarget::Netns(None)))
     }
 
     /// Put this build's programs under the links of a pod.
-    pub(super) fn replace_programs(&self, cookie: u64) -> Result<(), NodeError> {
+    pub(super) fn replace_programs(&self, cookie: NetnsCookie) -> Result<(), NodeError> {
         let dir = self.store.pod(cookie);
         for program in self.loaded_programs() {
             let update = || {

@@ -59,7 +59,7 @@ impl Node {
             if let Err(error) = self.replace_programs(cookie) {
                 failed = true;
                 tracing::error!(
-                    cookie,
+                    cookie = cookie.0,
                     error = &error as &dyn std::error::Error,
                     "this pod keeps the programs that it has"
                 );

@@ -7,6 +7,7 @@ use intercept_common::layout::{self, PodPolicy, budget};
 use super::{Living, NodeError, Target};
 use crate::{
     compile::{Compiled, Entries},
+    ids::{NetnsCookie, PolicyId, Slot},
     netns_setup::{self, NetnsChanges},
     options::Config,
     record::Record,
@@ -18,7 +19,7 @@ pub(super) struct PlanInput<'a> {
     /// As the pod sees its ids.
     pub(super) config: &'a Config,
     /// The policies of all pods by netns cookie.
-    pub(super) policies: &'a [(u64, PodPolicy)],
+    pub(super) policies: &'a [(NetnsCookie, PodPolicy)],
     /// The record of the pod's own policy, if it has one that can be read.
     pub(super) record: Option<&'a Record>,
     /// The pods that are there.
@@ -163,17 +164,19 @@ fn refuse_conflicts(target: &Target, lineage: &[u64], living: &Living) -> Result
 
 /// The slot of the policy that is replaced, or a free one; and an unused id.
 fn free(
-    policies: &[(u64, PodPolicy)],
+    policies: &[(NetnsCookie, PodPolicy)],
     before: Option<&PodPolicy>,
     draw: impl FnMut() -> u32,
-) -> Result<(u32, u32), NodeError> {
-    let is_free = |slot: &u32| policies.iter().all(|(_, policy)| policy.slot != *slot);
+) -> Result<(Slot, PolicyId), NodeError> {
+    let is_free = |slot: &Slot| policies.iter().all(|(_, policy)| policy.slot != *slot);
     let slot = match before {
         Some(policy) => policy.slot,
-        None => (0..layout::MAX_PODS).find(is_free).ok_or(NodeError::TooManyPods(policies.len()))?,
+        None => {
+            (0..layout::MAX_PODS).map(Slot).find(is_free).ok_or(NodeError::TooManyPods(policies.len()))?
+        }
     };
-    let is_new = |id: &u32| *id != 0 && policies.iter().all(|(_, policy)| policy.id != *id);
-    Ok((slot, std::iter::repeat_with(draw).find(is_new).unwrap_or(1)))
+    let is_new = |id: &PolicyId| id.0 != 0 && policies.iter().all(|(_, policy)| policy.id != *id);
+    Ok((slot, std::iter::repeat_with(draw).map(PolicyId).find(is_new).unwrap_or(PolicyId(1))))
 }
 
 /// A pod that is there.

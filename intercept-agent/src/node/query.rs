@@ -5,7 +5,7 @@ use aya_log::EbpfLogger;
 use intercept_common::{layout::PodPolicy, names};
 
 use super::{Node, NodeError};
-use crate::{maps::Maps, record::Record, store::Store};
+use crate::{ids::NetnsCookie, maps::Maps, record::Record, store::Store};
 
 /// The attached pods.
 #[derive(Debug, Default)]
@@ -21,7 +21,7 @@ pub struct PodRecords {
 #[derive(Debug)]
 pub struct BrokenPod {
     /// Cookie of its namespace.
-    pub cookie: u64,
+    pub cookie: NetnsCookie,
     /// Its policy.
     pub policy: PodPolicy,
     /// What is wrong.
@@ -65,7 +65,7 @@ impl Node {
     }
 
     /// The pod that is attached to this cgroup, by the cookie of its namespace. The links tell; its record is not read.
-    pub fn pod_of_cgroup(&self, cgroup_id: u64) -> Result<Option<(u64, PodPolicy)>, NodeError> {
+    pub fn pod_of_cgroup(&self, cgroup_id: u64) -> Result<Option<(NetnsCookie, PodPolicy)>, NodeError> {
         for (cookie, policy) in self.maps.policies()? {
             if self.cgroup_of(cookie)? == Some(cgroup_id) {
                 return Ok(Some((cookie, policy)));
@@ -75,7 +75,7 @@ impl Node {
     }
 
     /// The record of a namespace's active policy, if it can be read.
-    pub fn record_of(&self, cookie: u64) -> Result<Option<Record>, NodeError> {
+    pub fn record_of(&self, cookie: NetnsCookie) -> Result<Option<Record>, NodeError> {
         let Some(policy) = self.maps.policy(cookie)? else { return Ok(None) };
         match self.store.read_record(cookie, policy.id) {
             Err(error) if error.may_pass() => Err(error.into()),

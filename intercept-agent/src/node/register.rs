@@ -11,6 +11,7 @@ use nix::sys::socket::{getsockopt, setsockopt, sockopt};
 use super::{Node, NodeError, Target};
 use crate::{
     cgroup::CgroupDir,
+    ids::Slot,
     listeners::{self, Listener},
     maps::Registered,
     netns::Netns,
@@ -85,7 +86,7 @@ impl Node {
         })
     }
 
-    fn make_transparent(&self, slot: u32, listener: &Listener) -> Result<(), NodeError> {
+    fn make_transparent(&self, slot: Slot, listener: &Listener) -> Result<(), NodeError> {
         // A proxy may have made it so itself, which then stays.
         if getsockopt(&listener.fd, sockopt::IpTransparent) == Ok(true) {
             return Ok(());
@@ -111,7 +112,7 @@ impl Node {
         };
         if let Err(error) = restore() {
             tracing::warn!(
-                cookie = record.cookie,
+                cookie = record.cookie.0,
                 error = &*error,
                 "a listener of the proxy stays IP_TRANSPARENT"
             );

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::fmt;
 use std::io;
 
-use intercept_common::acceleration::ProxyName;
+use intercept_common::{NetnsCookie, acceleration::ProxyName};
 use ipnet::IpNet;
 
 use super::setting::{Setting, SettingOrigin};
@@ -215,7 +215,7 @@ impl<'a> OptionReader<'a> {
     ) -> Result<(), OptionError> {
         let given = self.text(&table::ACCELERATE_PROXIES);
         let (origin, list) = given.unwrap_or_else(|| default(&table::ACCELERATE_PROXIES));
-        let names = items(list).map(|name| match ProxyName::new(0, name) {
+        let names = items(list).map(|name| match ProxyName::new(NetnsCookie::default(), name) {
             Some(_) => Ok(name.to_owned()),
             None => Err(refuse(origin, name, OptionProblem::Executable)),
         });

@@ -3,14 +3,14 @@
 use bytemuck::{Pod, Zeroable};
 
 use super::MAX_PODS;
-use crate::Addr;
+use crate::{Addr, NetnsCookie, Slot};
 
 /// Key of ORIG_DST: the 4-tuple of the redirected connection, in its namespace.
 #[derive(Clone, Copy, Pod, Zeroable, PartialEq, Eq, Hash, Debug)]
 #[repr(C)]
 pub struct ConnKey {
     /// Netns cookie: two pods may have the same addresses and ports.
-    pub netns: u64,
+    pub netns: NetnsCookie,
     /// Address of the end that called connect().
     pub client: Addr,
     /// Address of the proxy's end.
@@ -45,8 +45,8 @@ impl OrigDst {
 
     /// [`super::PodPolicy::slot`] of the pod, from the word that holds it.
     #[inline(always)]
-    pub const fn slot(port_and_ends: u64) -> u32 {
-        (port_and_ends >> 48) as u32
+    pub const fn slot(port_and_ends: u64) -> Slot {
+        Slot((port_and_ends >> 48) as u32)
     }
 
     /// The original port, in host order.
@@ -117,7 +117,7 @@ pub mod socket {
 #[repr(C)]
 pub struct Handshake {
     /// Netns cookie.
-    pub netns: u64,
+    pub netns: NetnsCookie,
     /// The client's address before NAT.
     pub client: Addr,
     /// Initial sequence number of the client.

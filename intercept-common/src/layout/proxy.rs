@@ -3,6 +3,7 @@
 use bytemuck::{Pod, Zeroable};
 
 use super::{LISTENER_SLOTS, PodPolicy};
+use crate::NetnsCookie;
 
 /// Values of [`Proxy::bound`]: how the proxy's listener of a port and family is bound.
 pub mod bound {
@@ -22,7 +23,7 @@ pub mod bound {
 #[repr(C)]
 pub struct ListenerKey {
     /// Netns cookie.
-    pub netns: u64,
+    pub netns: NetnsCookie,
     /// Port, in host order.
     pub port: u16,
     /// Family of the socket, 4 or 6. An IPv6 socket may accept IPv4 as well.

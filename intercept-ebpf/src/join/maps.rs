@@ -16,6 +16,7 @@ use aya_ebpf::{
     programs::{SkMsgContext, SockOpsContext},
 };
 use intercept_common::{
+    NetnsCookie,
     acceleration::{
         HINTS, JoinCount, JoinCounters, JoinOffer, JoinSocket, PodCell, ProxyName, SequenceKey, TcpReason,
     },
@@ -28,7 +29,7 @@ const MANY: u32 = 1 << 16;
 const FEW: u32 = 1 << 13;
 
 #[map]
-static POLICIES: HashMap<u64, PodPolicy> = HashMap::with_max_entries(MAX_PODS, BPF_F_NO_PREALLOC);
+static POLICIES: HashMap<NetnsCookie, PodPolicy> = HashMap::with_max_entries(MAX_PODS, BPF_F_NO_PREALLOC);
 #[btf_map]
 static JOIN_SOCKETS: InheritedStorage<JoinSocket> = InheritedStorage::new();
 #[map]
@@ -38,7 +39,7 @@ static JOIN_OFFERS: HashMap<SequenceKey, JoinOffer> = HashMap::with_max_entries(
 #[map]
 static JOIN_HINTS: Array<u64> = Array::with_max_entries(HINTS, 0);
 #[map]
-static JOIN_PODS: Array<u64> = Array::with_max_entries(MAX_PODS, 0);
+static JOIN_PODS: Array<NetnsCookie> = Array::with_max_entries(MAX_PODS, 0);
 #[map]
 static JOIN_PROXIES: HashMap<ProxyName, u32> = HashMap::with_max_entries(FEW, BPF_F_NO_PREALLOC);
 #[map]
@@ -73,16 +74,16 @@ fn sockets() -> *mut c_void {
 
 /// The policy of a namespace, if it is captured.
 #[inline(always)]
-pub(crate) fn policy(netns: u64) -> Option<&'static PodPolicy> {
+pub(crate) fn policy(netns: NetnsCookie) -> Option<&'static PodPolicy> {
     // SAFETY: the agent replaces values as a whole; a removed element is freed after a grace period.
     unsafe { POLICIES.get(netns) }
 }
 
 /// The cookie of the socket's network namespace.
 #[inline(always)]
-pub(crate) fn netns_cookie(ctx: &impl EbpfContext) -> u64 {
+pub(crate) fn netns_cookie(ctx: &impl EbpfContext) -> NetnsCookie {
     // SAFETY: the context is that of the running program.
-    unsafe { bpf_get_netns_cookie(ctx.as_ptr()) }
+    NetnsCookie(unsafe { bpf_get_netns_cookie(ctx.as_ptr()) })
 }
 
 /// The cookie of the socket of a callback.
@@ -173,7 +174,7 @@ pub(crate) fn hint(hash: u64) -> Option<*mut u64> {
 /// Whether the pod is accelerated now.
 #[inline(always)]
 pub(crate) fn is_on(pod: &PodCell) -> bool {
-    JOIN_PODS.get(pod.slot).is_some_and(|netns| *netns == pod.netns)
+    JOIN_PODS.get(pod.slot.0).is_some_and(|netns| *netns == pod.netns)
 }
 
 /// Whether joining is switched off on this node.
@@ -203,7 +204,7 @@ pub(crate) fn count_pass(pod: &PodCell, why: TcpReason) {
 
 #[inline(always)]
 fn add(pod: &PodCell, index: usize) {
-    if let Some(counters) = JOIN_COUNTERS.get_ptr_mut(pod.slot) {
+    if let Some(counters) = JOIN_COUNTERS.get_ptr_mut(pod.slot.0) {
         // SAFETY: this CPU's own value. A program that interrupts this one can lose a count, nothing more.
         unsafe {
             if let Some(cell) = (*counters).counts.get_mut(index) {

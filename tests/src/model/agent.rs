@@ -13,8 +13,8 @@ use intercept_agent::options::{NameSource, RawOptions};
 use intercept_common::decide::Owner;
 use intercept_common::layout::Destination;
 use intercept_common::{
-    Addr, Decision, InboundFlow, OutboundFlow, PolicyLookup, ProxyListener, Reason, Verdict, decide_inbound,
-    decide_outbound,
+    Addr, Decision, InboundFlow, OutboundFlow, PolicyId, PolicyLookup, ProxyListener, Reason, Verdict,
+    decide_inbound, decide_outbound,
 };
 
 use super::{ModelFlow, ModelNetns, ModelVerdict};
@@ -54,18 +54,18 @@ struct InMemory<'a> {
 }
 
 impl PolicyLookup for InMemory<'_> {
-    fn destination(&self, _: u32, addr: Addr) -> Destination {
+    fn destination(&self, _: PolicyId, addr: Addr) -> Destination {
         let covering = self.entries.destinations.iter().filter(|(len, net, _)| covers(*len, *net, addr));
         let longest = covering.max_by_key(|(len, ..)| *len);
         longest.map_or(Destination { flags: 0, source: Addr::UNSPECIFIED }, |(_, _, value)| *value)
     }
-    fn port(&self, _: u32, port: u16) -> u32 {
+    fn port(&self, _: PolicyId, port: u16) -> u32 {
         self.entries.ports.iter().find(|p| p.contains(port)).map_or(0, |p| p.bits)
     }
-    fn group(&self, _: u32, gid: u32) -> bool {
+    fn group(&self, _: PolicyId, gid: u32) -> bool {
         self.entries.groups.contains_key(&gid)
     }
-    fn interface(&self, _: u32, ifindex: u32) -> u32 {
+    fn interface(&self, _: PolicyId, ifindex: u32) -> u32 {
         self.entries.interfaces.get(&ifindex).copied().unwrap_or(0)
     }
     fn is_marked(&self) -> bool {

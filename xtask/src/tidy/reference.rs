@@ -16,9 +16,7 @@ const REFERENCE: &str = "docs/reference.md";
 const OPERATIONS: &str = "docs/operations.md";
 
 const COMMANDS: &str = "intercept-agent/src/cli.rs";
-const METRICS: &str = "intercept-agent/src/daemon/metrics.rs";
-const CAUSES: &str = "intercept-agent/src/daemon/capture.rs";
-const RECONCILER: &str = "intercept-agent/src/daemon/reconcile.rs";
+const CAUSES: &str = "intercept-agent/src/daemon/cause.rs";
 const SIDECAR: &str = "intercept-agent/src/daemon/sidecar.rs";
 const FAILURES: &str = "intercept-common/src/failure.rs";
 const VALUES: &str = "deploy/chart/values.yaml";
@@ -60,10 +58,7 @@ fn tables(tree: &Tree) -> Result<Vec<DocumentTable>, String> {
     for (flag, variable) in flags {
         commands.entry(flag).or_default().extend(variable);
     }
-    let mut causes = read(tree, CAUSES, |text| inventory::texts_of(text, "cause"))?;
-    for file in [METRICS, RECONCILER] {
-        causes.extend(read(tree, file, |text| inventory::first_arguments(text, "error"))?);
-    }
+    let causes = read(tree, CAUSES, |text| inventory::texts_of(text, "as_str"))?;
     let failures = Failure::ALL.iter().map(|failure| failure.as_str().to_owned()).collect();
     let ignored = read(tree, SIDECAR, |text| inventory::texts_of(text, "as_str"))?;
     let values = inventory::properties(&json(tree, SCHEMA)?);

@@ -53,7 +53,7 @@ macro_rules! labels {
 }
 
 labels! {
-    Cause { cause: String }
+    CauseLabel { cause: String }
     Result { result: String }
     State { state: String }
     Why { why: String }
@@ -83,7 +83,7 @@ metrics! {
     /// time to capture a pod that was not captured
     ATTACH_SECONDS: Histogram = "attach_seconds", "Time to put a pod in force";
     /// failed attempts, by cause (below)
-    ERRORS: Family<Cause, Counter> = "errors", "Attempts on a pod that failed, by cause";
+    ERRORS: Family<CauseLabel, Counter> = "errors", "Attempts on a pod that failed, by cause";
     /// flows, by the reason of the decision ([decision.md](decision.md)); `explain` prints the same word and its row
     DECISIONS: Family<Decision, Counter> = "decisions", "Decisions on flows, by pod and reason";
     /// failures inside the programs

@@ -7,8 +7,10 @@ use tokio::sync::oneshot;
 use super::{Message, PodFailure, PodResult, Reconciler, machine::MachineEvent, pod::Pod};
 use crate::daemon::{
     desired::Key,
+    protocol::Refusal,
     view::{ApiWait, Certainty, ObjectUid, PodView, SandboxClaim},
 };
+use crate::ids::PodUid;
 
 impl Reconciler {
     /// Note what a source says of a pod.
@@ -47,7 +49,7 @@ impl Reconciler {
     pub(super) fn add(&mut self, key: &Key, claim: SandboxClaim, reply: oneshot::Sender<PodResult>) {
         if self.uninstalling {
             let text = "the agent is being removed from this node".to_owned();
-            drop(reply.send(Err(PodFailure { cause: "leaving".into(), text })));
+            drop(reply.send(Err(PodFailure::refusal(Refusal::Leaving, text))));
             return;
         }
         let pod = self.pods.entry(key.clone()).or_default();
@@ -134,15 +136,15 @@ impl Reconciler {
     pub(super) fn resolve_claims(&mut self, key: &Key) {
         let Some(pod) = self.pods.get_mut(key) else { return };
         let uid = match key {
-            Key::Pod(uid) => uid.as_str(),
-            Key::File(_) | Key::Command(_) => "",
+            Key::Pod(uid) => uid.clone(),
+            Key::File(_) | Key::Command(_) => PodUid::default(),
         };
         if let Some(name) = pod.view.name() {
             pod.name = name;
         } else if let (Key::File(file), true) = (key, pod.name.is_empty()) {
             pod.name.clone_from(file);
         }
-        let resolution = pod.view.resolve(uid);
+        let resolution = pod.view.resolve(&uid);
         self.on(key, MachineEvent::Resolved(resolution));
     }
 }

@@ -9,10 +9,17 @@ use std::{mem, time::Instant};
 
 use super::{EVENT_AFTER, PodFailure, PodState, START_RETRY};
 use crate::daemon::{
-    capture::AppliedPod, desired::DesiredPod, sidecar::IgnoreReason, view::Resolution, worker::Priority,
+    capture::AppliedPod,
+    cause::Cause,
+    desired::DesiredPod,
+    sidecar::IgnoreReason,
+    view::{ClaimError, Resolution},
+    worker::Priority,
 };
 
-pub(super) use event::{Aftermath, FailedAttempt, FailureKind, MachineCommand, MachineContext, MachineEvent};
+pub(super) use event::{
+    Aftermath, AttemptStage, FailedAttempt, MachineCommand, MachineContext, MachineEvent,
+};
 
 /// What a pod is to be, by what its sources say.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -212,7 +219,7 @@ impl PodMachine {
     fn resolved(&mut self, resolution: Resolution, context: &MachineContext) -> Vec<MachineCommand> {
         match resolution {
             Resolution::Capture(desired) => return self.desire(desired, context),
-            Resolution::Refuse(error) => return self.refuse(error.into(), context),
+            Resolution::Refuse(error) => return self.refuse(error, context),
             Resolution::AwaitApi => {
                 // What is applied or ignored stays so until then.
                 if self.intent == Intent::Absent {
@@ -253,7 +260,9 @@ impl PodMachine {
         self.reconcile(context)
     }
 
-    fn refuse(&mut self, failure: PodFailure, context: &MachineContext) -> Vec<MachineCommand> {
+    fn refuse(&mut self, error: ClaimError, context: &MachineContext) -> Vec<MachineCommand> {
+        let cause = error.cause();
+        let failure = PodFailure::from(error);
         let mut commands = vec![MachineCommand::Answer(Err(failure.clone()))];
         match (&self.intent, self.phase.applied()) {
             // What is applied stays.
@@ -266,10 +275,8 @@ impl PodMachine {
             }
         }
         if self.failure.as_ref() != Some(&failure) {
-            commands.extend([
-                MachineCommand::CountFailure(failure.clone()),
-                MachineCommand::LogRefused(failure.clone()),
-            ]);
+            commands
+                .extend([MachineCommand::CountFailure(cause), MachineCommand::LogRefused(failure.clone())]);
             self.backoff.failures = self.backoff.failures.saturating_add(1);
             self.failure = Some(failure);
         }
@@ -408,12 +415,12 @@ impl PodMachine {
 
     fn failed(
         &mut self,
-        FailedAttempt { failure, kind }: FailedAttempt,
+        FailedAttempt { cause, failure, stage }: FailedAttempt,
         context: &MachineContext,
     ) -> Vec<MachineCommand> {
         let change = self.phase.settle();
         if change == PodChange::Dirty {
-            let mut commands = vec![MachineCommand::CountFailure(failure)];
+            let mut commands = vec![MachineCommand::CountFailure(cause)];
             commands.extend(self.reconcile(context));
             return commands;
         }
@@ -421,7 +428,7 @@ impl PodMachine {
         let retry_in = (context.delay)(self.backoff.failures);
         let since = *self.backoff.since.get_or_insert(context.now);
         let age = context.now.saturating_duration_since(since);
-        let is_starting = kind == FailureKind::Starting && context.is_starting(age);
+        let is_starting = stage == AttemptStage::MayBeStarting && context.is_starting(age);
         let wait = if is_starting { retry_in.min(START_RETRY) } else { retry_in };
         self.backoff.retry_at = Some(context.now + wait);
         let mut commands = Vec::new();
@@ -432,7 +439,7 @@ impl PodMachine {
             commands.push(MachineCommand::LogStarting(failure));
             return commands;
         }
-        commands.push(MachineCommand::CountFailure(failure.clone()));
+        commands.push(MachineCommand::CountFailure(cause));
         // The same again and again is said once.
         if self.failure.as_ref() != Some(&failure) {
             let failures = self.backoff.failures;
@@ -443,7 +450,7 @@ impl PodMachine {
             MachineCommand::Answer(Err(failure.clone())),
         ]);
         self.failure = Some(failure);
-        if context.add_waits || kind == FailureKind::Options || age >= EVENT_AFTER {
+        if context.add_waits || cause == Cause::Options || age >= EVENT_AFTER {
             commands.extend(self.publish());
         }
         if context.add_waits {

@@ -11,6 +11,7 @@ use crate::{
         desired::{DesiredPod, Key},
         view::{ObjectClaim, ObjectId, ObjectUid, SandboxClaim},
     },
+    ids::NetnsCookie,
     node::NodeError,
     record::Record,
 };
@@ -51,11 +52,11 @@ pub enum Message {
     /// Take everything away, and stay away.
     Leave(oneshot::Sender<Result<(), NodeError>>),
     /// The namespace of a pod changed.
-    Changed(Key, u64),
+    Changed(Key, NetnsCookie),
     /// The worker is done with a pod.
     Done(Key, Box<JobOutcome>),
     /// What is in force, and what of it was not known.
-    Resynced(Vec<u64>, Vec<Record>),
+    Resynced(Vec<NetnsCookie>, Vec<Record>),
 }
 
 /// How a job ended.

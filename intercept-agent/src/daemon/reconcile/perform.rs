@@ -13,6 +13,7 @@ use crate::{
         retry,
         worker::{Access, Priority, WorkerFailed},
     },
+    ids::NetnsCookie,
     node::Attached,
     routes::Follower,
 };
@@ -46,7 +47,7 @@ impl Reconciler {
             MachineCommand::StopFollowing => pod.stop_following(),
             MachineCommand::Answer(answer) => pod.answer(&answer),
             MachineCommand::AnswerReleased(answer) => pod.answer_released(&answer),
-            MachineCommand::CountFailure(failure) => self.metrics.error(&failure.cause),
+            MachineCommand::CountFailure(cause) => self.metrics.error(cause),
             MachineCommand::LogIgnored(why) => {
                 tracing::debug!(pod = %key, name, why = why.as_str(), "left alone");
             }
@@ -72,7 +73,7 @@ impl Reconciler {
     fn publish(&self, key: &Key, text: String) {
         if let (Some(events), Key::Pod(uid), Some(pod)) = (&self.events, key, self.pods.get(key)) {
             // The object of a static pod has another UID than the pod.
-            let uid = pod.view.speaker().map_or(uid, |object| &object.id.uid.0).clone();
+            let uid = pod.view.speaker().map_or(&uid.0, |object| &object.id.uid.0).clone();
             drop(events.send(PodEvent { uid, name: pod.name.clone(), text }));
         }
     }
@@ -145,7 +146,7 @@ impl Reconciler {
         self.metrics.captured(done, took);
         if done != Attached::Unchanged {
             tracing::info!(
-                pod = %key, name = pod.name, cookie = applied.cookie, cgroup = %applied.cgroup.display(),
+                pod = %key, name = pod.name, cookie = applied.cookie.0, cgroup = %applied.cgroup.display(),
                 took = ?took, "{}", done.as_str()
             );
         }
@@ -170,7 +171,7 @@ impl Reconciler {
     }
 
     /// Say when the namespace of a pod changes.
-    fn follow(&mut self, key: &Key, cookie: u64, mut follower: Follower) {
+    fn follow(&mut self, key: &Key, cookie: NetnsCookie, mut follower: Follower) {
         let Some(pod) = self.pods.get_mut(key) else { return };
         pod.stop_following();
         let (messages, key) = (self.messages.clone(), key.clone());

@@ -10,10 +10,12 @@ use crate::{
     daemon::{
         capture::{AppliedPod, CaptureError},
         desired::Key,
+        protocol::Refusal,
         retry,
         view::{ClaimError, PodView},
     },
     escape::OneLine,
+    ids::NetnsCookie,
 };
 
 /// What is told to whoever asked for a pod, with the text of the error.
@@ -28,19 +30,29 @@ pub struct PodFailure {
     pub text: String,
 }
 
+impl PodFailure {
+    /// A refusal, without an attempt.
+    pub fn refusal(why: Refusal, text: impl Into<String>) -> Self {
+        Self { cause: why.as_str().to_owned(), text: text.into() }
+    }
+
+    /// Whether the request was refused for this reason.
+    pub fn is(&self, why: Refusal) -> bool {
+        self.cause == why.as_str()
+    }
+}
+
 impl From<&CaptureError> for PodFailure {
     fn from(error: &CaptureError) -> Self {
-        Self { cause: error.cause().to_owned(), text: error.text() }
+        Self { cause: error.cause().as_str().to_owned(), text: error.text() }
     }
 }
 
 impl From<ClaimError> for PodFailure {
     fn from(error: ClaimError) -> Self {
-        let (cause, text) = match error {
-            ClaimError::Options(text) => ("options", text),
-            ClaimError::Cgroup(text) => ("cgroup", text),
-        };
-        Self { cause: cause.to_owned(), text: OneLine(text).to_string() }
+        let cause = error.cause().as_str().to_owned();
+        let (ClaimError::Options(text) | ClaimError::Cgroup(text)) = error;
+        Self { cause, text: OneLine(text).to_string() }
     }
 }
 
@@ -86,7 +98,7 @@ pub(super) struct Pod {
     /// What it is to be, and what is there.
     pub(super) machine: PodMachine,
     /// Follows the namespace of this cookie.
-    pub(super) follow: Option<(u64, JoinHandle<()>)>,
+    pub(super) follow: Option<(NetnsCookie, JoinHandle<()>)>,
     /// How often it is looked at again because nothing ran in it when its user namespace was looked at: the first process
     /// may still be outside of that.
     pub(super) ids_to_confirm: u8,
@@ -137,7 +149,7 @@ impl Pod {
     /// Answer `reply` once the pod is captured, or ignored. An earlier ADD is of another sandbox.
     pub(super) fn wait_for_capture(&mut self, reply: oneshot::Sender<PodResult>) {
         let text = "another sandbox was added for this pod since".to_owned();
-        self.answer(&Err(PodFailure { cause: "superseded".into(), text }));
+        self.answer(&Err(PodFailure::refusal(Refusal::Superseded, text)));
         self.waiting.push(reply);
     }
 
@@ -192,7 +204,7 @@ impl PodReport {
             failure: pod.machine.failure.clone(),
             failures: pod.machine.backoff.failures,
             left_alone: pod.machine.ignored().map(|why| why.as_str().to_owned()),
-            netns_cookie: applied.map(|applied| applied.cookie),
+            netns_cookie: applied.map(|applied| applied.cookie.0),
             cgroup: applied.map(|applied| &applied.cgroup).or(desired).cloned(),
             followed: pod.follow.is_some(),
             earlier_connections: pod.preexisting_connections,

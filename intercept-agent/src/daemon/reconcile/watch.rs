@@ -16,6 +16,7 @@ use crate::{
         desired::Key,
         worker::Priority,
     },
+    ids::NetnsCookie,
     record::Record,
 };
 
@@ -76,7 +77,7 @@ impl Reconciler {
         self.on(key, MachineEvent::Gone(if is_over { Aftermath::Over } else { Aftermath::MayReturn }));
     }
 
-    fn applied_cookies(&self) -> impl Iterator<Item = u64> {
+    fn applied_cookies(&self) -> impl Iterator<Item = NetnsCookie> {
         self.pods.values().filter_map(Pod::applied).map(|applied| applied.cookie)
     }
 
@@ -84,7 +85,7 @@ impl Reconciler {
         if self.uninstalling {
             return;
         }
-        let known: Vec<u64> = self.applied_cookies().collect();
+        let known: Vec<NetnsCookie> = self.applied_cookies().collect();
         let (worker, messages) = (self.worker.clone(), self.messages.clone());
         tokio::spawn(async move {
             match worker.run(Priority::Normal, move |access| capture::resync(access, &known)).await {
@@ -100,11 +101,11 @@ impl Reconciler {
         });
     }
 
-    pub(super) fn resynced(&mut self, active: &[u64], new: &[Record]) {
+    pub(super) fn resynced(&mut self, active: &[NetnsCookie], new: &[Record]) {
         if self.uninstalling {
             return;
         }
-        let known: HashSet<u64> = self.applied_cookies().collect();
+        let known: HashSet<NetnsCookie> = self.applied_cookies().collect();
         for record in new.iter().filter(|record| !known.contains(&record.cookie)) {
             let key = Key::of_record(record);
             if !self.pods.get(&key).is_some_and(|pod| pod.machine.phase.is_in_flight()) {

@@ -14,6 +14,10 @@ const HASH: &str = "0123456789abcdef0123456789abcdef";
 const STATUS: &str = r#"{"initContainers":["istio-validation"],"containers":["istio-proxy"]}"#;
 const OTHER_TEMPLATE: &str = r#"{"initContainers":null,"containers":["istio-proxy"]}"#;
 
+fn pod_uid(uid: &str) -> PodUid {
+    PodUid(uid.to_owned())
+}
+
 /// A pod as an API object.
 fn pod(annotations: &Value, proxy: &Value) -> Value {
     let mut proxy = proxy.clone();
@@ -153,7 +157,7 @@ fn the_order_of_sources_decides_nothing() {
     let adopt: ViewStep = |view, kind| {
         let mut alone = PodView::default();
         alone.set_sandbox(sandbox(&kind.pod, "s"), ApiWait::Over);
-        if let Resolution::Capture(desired) = alone.resolve(UID) {
+        if let Resolution::Capture(desired) = alone.resolve(&pod_uid(UID)) {
             view.set_applied_before(*desired);
         } else {
             view.set_sandbox(sandbox(&kind.pod, "s"), ApiWait::Over);
@@ -165,7 +169,7 @@ fn the_order_of_sources_decides_nothing() {
         let resolve = |steps: &[ViewStep]| {
             let mut view = PodView::default();
             steps.iter().for_each(|step| step(&mut view, &kind));
-            as_str(&view.resolve(UID))
+            as_str(&view.resolve(&pod_uid(UID)))
         };
         let placed = |word: &str, netns: &str| {
             if word.starts_with("captured") { format!("{word} netns={netns}") } else { word.to_owned() }
@@ -202,23 +206,26 @@ fn the_runtime_alone_ends_a_sandbox() {
     view.set_sandbox(sandbox(&kind.pod, "s2"), ApiWait::Over);
     assert!(!view.end_sandbox("s1"), "an earlier sandbox");
     view.set_object(ObjectClaim { stage: Stage::Finished, ..claim.clone() });
-    assert!(matches!(view.resolve(UID), Resolution::Capture(_)), "though the API says it has ended");
+    assert!(
+        matches!(view.resolve(&pod_uid(UID)), Resolution::Capture(_)),
+        "though the API says it has ended"
+    );
     view.remove_object(&claim.id);
-    assert!(matches!(view.resolve(UID), Resolution::Capture(_)));
+    assert!(matches!(view.resolve(&pod_uid(UID)), Resolution::Capture(_)));
     assert!(view.end_sandbox("s2"));
-    assert_eq!(view.resolve(UID), Resolution::Absent);
+    assert_eq!(view.resolve(&pod_uid(UID)), Resolution::Absent);
     assert!(view.is_empty());
 
     // Without the plugin the API reports the end.
     view.set_object(ObjectClaim { stage: Stage::Finished, ..claim.clone() });
-    assert_eq!(view.resolve(UID), Resolution::Ignore(IgnoreReason::Finished));
+    assert_eq!(view.resolve(&pod_uid(UID)), Resolution::Ignore(IgnoreReason::Finished));
     view.set_object(claim.clone());
     view.set_object(ObjectClaim {
         stage: Stage::Terminating,
         verdict: Ok(PodVerdict::Ignore(IgnoreReason::NoSidecar)),
         ..claim.clone()
     });
-    assert!(matches!(view.resolve(UID), Resolution::Capture(_)), "an applied capture stays");
+    assert!(matches!(view.resolve(&pod_uid(UID)), Resolution::Capture(_)), "an applied capture stays");
     view.remove_object(&claim.id);
     assert!(view.is_empty());
 }
@@ -231,9 +238,9 @@ fn after_a_sandbox_the_api_alone_does_not_begin_again_until_it_has_news() {
     view.set_object(object(&kind.pod));
     view.set_sandbox(sandbox(&kind.pod, "s"), ApiWait::Over);
     assert!(view.end_sandbox("s"));
-    assert_eq!(view.resolve(UID), Resolution::Unplaced);
+    assert_eq!(view.resolve(&pod_uid(UID)), Resolution::Unplaced);
     view.set_object(object(&kind.pod));
-    assert!(matches!(view.resolve(UID), Resolution::Capture(_)));
+    assert!(matches!(view.resolve(&pod_uid(UID)), Resolution::Capture(_)));
 }
 
 #[test]
@@ -252,7 +259,7 @@ fn a_mirror_pod_of_another_name_neither_changes_nor_releases_a_static_pod() {
         let pod = serde_json::from_value(pod).expect("a pod");
         let (key, claim) =
             kubernetes::claim(&pod, &Selection::default(), &CaptureArgs::default()).expect("a claim");
-        assert_eq!(key, Key::Pod(HASH.into()));
+        assert_eq!(key, Key::Pod(pod_uid(HASH)));
         ObjectClaim { place: ObjectPlace::Cgroup("/kubepods/static".into()), ..claim }
     };
     let real = mirror("u-real", "kube-shop", "2026-01-01T00:00:00Z", "1");
@@ -265,7 +272,7 @@ fn a_mirror_pod_of_another_name_neither_changes_nor_releases_a_static_pod() {
     let mut alone = PodView::default();
     alone.set_sandbox(sandbox.clone(), ApiWait::Running);
     alone.set_object(real.clone());
-    let expected = alone.resolve(HASH);
+    let expected = alone.resolve(&pod_uid(HASH));
     assert!(matches!(expected, Resolution::Capture(_)), "{expected:?}");
 
     // The runtime identifies the pod, whichever object the daemon learns of first.
@@ -274,15 +281,15 @@ fn a_mirror_pod_of_another_name_neither_changes_nor_releases_a_static_pod() {
         view.set_object(claims[0].clone());
         view.set_sandbox(sandbox.clone(), ApiWait::Running);
         view.set_object(claims[1].clone());
-        assert_eq!(view.resolve(HASH), expected);
+        assert_eq!(view.resolve(&pod_uid(HASH)), expected);
         view.remove_object(&evil.id);
-        assert_eq!(view.resolve(HASH), expected, "it released nothing");
+        assert_eq!(view.resolve(&pod_uid(HASH)), expected, "it released nothing");
     }
     let mut view = PodView::default();
     view.set_object(evil.clone());
-    assert_eq!(view.resolve(HASH), Resolution::Unplaced, "it has no effect by itself");
+    assert_eq!(view.resolve(&pod_uid(HASH)), Resolution::Unplaced, "it has no effect by itself");
     view.set_sandbox(sandbox, ApiWait::Running);
-    assert_eq!(view.resolve(HASH), Resolution::AwaitApi, "nor in place of the real one");
+    assert_eq!(view.resolve(&pod_uid(HASH)), Resolution::AwaitApi, "nor in place of the real one");
 
     // The kubelet recreates the real one after a deletion.
     let mut view = alone;
@@ -297,9 +304,9 @@ fn a_mirror_pod_of_another_name_neither_changes_nor_releases_a_static_pod() {
     view.set_applied_before(*applied.clone());
     view.set_object(evil.clone());
     view.remove_object(&evil.id);
-    assert_eq!(view.resolve(HASH), Resolution::Capture(applied.clone()));
+    assert_eq!(view.resolve(&pod_uid(HASH)), Resolution::Capture(applied.clone()));
     view.retain_objects(&HashSet::from([evil.id.uid.clone()]));
-    assert_eq!(view.resolve(HASH), Resolution::Capture(applied), "the runtime has not ended it");
+    assert_eq!(view.resolve(&pod_uid(HASH)), Resolution::Capture(applied), "the runtime has not ended it");
     assert!(view.end_sandbox("s"));
-    assert_eq!(view.resolve(HASH), Resolution::Absent);
+    assert_eq!(view.resolve(&pod_uid(HASH)), Resolution::Absent);
 }

@@ -4,6 +4,7 @@ use std::time::{Duration, Instant};
 
 use crate::daemon::{
     capture::{AppliedPod, CaptureError},
+    cause::Cause,
     desired::DesiredPod,
     reconcile::{PodFailure, PodResult},
     sidecar::IgnoreReason,
@@ -73,29 +74,23 @@ pub(in crate::daemon::reconcile) enum Aftermath {
 /// An attempt that failed.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(in crate::daemon::reconcile) struct FailedAttempt {
+    pub(super) cause: Cause,
     pub(super) failure: PodFailure,
-    pub(super) kind: FailureKind,
+    pub(super) stage: AttemptStage,
 }
 
+/// What the failure says of the pod's start.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(in crate::daemon::reconcile) enum FailureKind {
-    /// The pod looks like this while its sandbox is being made.
-    Starting,
-    /// Only another description helps.
-    Options,
-    Other,
+pub(in crate::daemon::reconcile) enum AttemptStage {
+    /// The pod looks like this while its sandbox is being created.
+    MayBeStarting,
+    Started,
 }
 
 impl From<&CaptureError> for FailedAttempt {
     fn from(error: &CaptureError) -> Self {
-        let kind = if error.is_of_a_start() {
-            FailureKind::Starting
-        } else if error.is_about_options() {
-            FailureKind::Options
-        } else {
-            FailureKind::Other
-        };
-        Self { failure: PodFailure::from(error), kind }
+        let stage = if error.is_of_a_start() { AttemptStage::MayBeStarting } else { AttemptStage::Started };
+        Self { cause: error.cause(), failure: PodFailure::from(error), stage }
     }
 }
 
@@ -115,7 +110,7 @@ pub(in crate::daemon::reconcile) enum MachineCommand {
     /// Answer the DELs that wait for it.
     AnswerReleased(PodResult),
     /// Count a failure.
-    CountFailure(PodFailure),
+    CountFailure(Cause),
     /// Log that it is ignored.
     LogIgnored(IgnoreReason),
     /// Log that its first process is awaited.

@@ -9,6 +9,7 @@ use crate::{
         reconcile::PodResult,
         view::{ClaimError, Stage},
     },
+    ids::NetnsCookie,
     record::RecordOrigin,
 };
 
@@ -25,11 +26,18 @@ fn desired(cgroup: &str) -> MachineEvent {
 }
 
 fn applied(cookie: u64) -> AppliedPod {
-    AppliedPod { cookie, cgroup: "/c".into(), cgroup_id: 1, netns_inode: 2, netns_path: None }
+    AppliedPod {
+        cookie: NetnsCookie(cookie),
+        cgroup: "/c".into(),
+        cgroup_id: 1,
+        netns_inode: 2,
+        netns_path: None,
+    }
 }
 
-fn failed(kind: FailureKind, text: &str) -> FailedAttempt {
-    FailedAttempt { failure: PodFailure { cause: "kernel".into(), text: text.into() }, kind }
+fn failed(cause: Cause, text: &str) -> FailedAttempt {
+    let stage = if cause == Cause::NoProcess { AttemptStage::MayBeStarting } else { AttemptStage::Started };
+    FailedAttempt { cause, failure: PodFailure { cause: cause.as_str().into(), text: text.into() }, stage }
 }
 
 fn refused(text: &str) -> MachineEvent {
@@ -171,7 +179,7 @@ fn what_changes_in_flight_is_looked_at_when_the_job_is_done() {
             (MachineEvent::SandboxEnded, "", "leaving capturing"),
             (MachineEvent::Resolved(Resolution::Absent), "", "leaving capturing*"),
             (
-                MachineEvent::CaptureFailed(failed(FailureKind::Other, "x")),
+                MachineEvent::CaptureFailed(failed(Cause::Kernel, "x")),
                 "count unfollow del:released forget",
                 "leaving unapplied",
             ),
@@ -191,7 +199,7 @@ fn what_changes_in_flight_is_looked_at_when_the_job_is_done() {
 
 #[test]
 fn failures_are_tried_again_later_and_said_once() {
-    let fail = || MachineEvent::CaptureFailed(failed(FailureKind::Other, "x"));
+    let fail = || MachineEvent::CaptureFailed(failed(Cause::Kernel, "x"));
     let machine = run(
         "the same failure twice, then another, then success",
         &quiet(),
@@ -232,7 +240,7 @@ fn failures_are_tried_again_later_and_said_once() {
             (MachineEvent::Adopted(applied(7)), "", "leaving applied(7)"),
             (MachineEvent::Resolved(Resolution::Absent), "unfollow release(7)", "leaving releasing"),
             (
-                MachineEvent::ReleaseFailed(failed(FailureKind::Other, "x")),
+                MachineEvent::ReleaseFailed(failed(Cause::Kernel, "x")),
                 "count log(1) del:fail(x) add:fail(x)",
                 "failed applied(7) later",
             ),
@@ -244,7 +252,7 @@ fn failures_are_tried_again_later_and_said_once() {
 
 #[test]
 fn an_event_is_published_once_for_each_failure() {
-    let options = || MachineEvent::CaptureFailed(failed(FailureKind::Options, "o"));
+    let options = || MachineEvent::CaptureFailed(failed(Cause::Options, "o"));
     run(
         "options that do not hold are published at once",
         &quiet(),
@@ -262,7 +270,7 @@ fn an_event_is_published_once_for_each_failure() {
         vec![
             (desired("/a"), "capture(-)", "pending capturing"),
             (
-                MachineEvent::CaptureFailed(failed(FailureKind::Other, "x")),
+                MachineEvent::CaptureFailed(failed(Cause::Kernel, "x")),
                 "count log(1) del:fail(x) add:fail(x)",
                 "failed unapplied later",
             ),
@@ -270,7 +278,7 @@ fn an_event_is_published_once_for_each_failure() {
         ],
     );
     let later = MachineContext { now: context.now + EVENT_AFTER, ..context };
-    let commands = machine.on(MachineEvent::CaptureFailed(failed(FailureKind::Other, "x")), &later);
+    let commands = machine.on(MachineEvent::CaptureFailed(failed(Cause::Kernel, "x")), &later);
     assert!(commands.contains(&MachineCommand::Publish("x".into())), "{commands:?}");
 }
 
@@ -283,7 +291,7 @@ fn a_failed_add_is_answered_and_ended() {
         vec![
             (desired("/a"), "capture(-)!", "pending capturing"),
             (
-                MachineEvent::CaptureFailed(failed(FailureKind::Other, "x")),
+                MachineEvent::CaptureFailed(failed(Cause::Kernel, "x")),
                 "count log(1) del:fail(x) add:fail(x) publish(x) end-add",
                 "failed unapplied later",
             ),
@@ -327,7 +335,7 @@ fn a_claim_that_cannot_be_followed_changes_nothing_that_is_applied() {
 
 #[test]
 fn a_pod_may_be_without_a_process_while_it_starts() {
-    let starting = || MachineEvent::CaptureFailed(failed(FailureKind::Starting, "s"));
+    let starting = || MachineEvent::CaptureFailed(failed(Cause::NoProcess, "s"));
     let context = MachineContext { stage: Some(Stage::Running), ..quiet() };
     let mut machine = run(
         "the API says that it runs",
