@@ -12,6 +12,7 @@ use std::{
 use aya::maps::MapData;
 use intercept_agent::{maps::Maps, sys};
 use intercept_common::{
+    NetnsCookie,
     layout::{ListenerKey, MemberKey, PodPolicy, Proxy},
     names,
 };
@@ -44,7 +45,7 @@ struct FaultsFixture {
 struct KernelState {
     namespace: Snapshot,
     pins: Vec<(PathBuf, u64)>,
-    policies: Vec<(u64, PodPolicy)>,
+    policies: Vec<(NetnsCookie, PodPolicy)>,
     lists: Vec<(Vec<u8>, Vec<u8>)>,
     listeners: Vec<ListenerKey>,
     proxies: Vec<(u32, Proxy)>,
