@@ -33,6 +33,16 @@ const MEMBERS: [OffsetStep; 5] = [
     step("TCP_WRITE_SEQ_OFF", "tcp_sock", "write_seq"),
 ];
 
+/// The path from a socket to the cgroup that it was created in, and from there to the cgroups around it.
+const CGROUP: [OffsetStep; 6] = [
+    optional("SOCK_CGROUP_OFF", "sock", "sk_cgrp_data.cgroup"),
+    optional("CGROUP_LEVEL_OFF", "cgroup", "level"),
+    optional("CGROUP_KN_OFF", "cgroup", "kn"),
+    optional("KERNFS_ID_OFF", "kernfs_node", "id"),
+    optional("CGROUP_PARENT_OFF", "cgroup", "self.parent"),
+    optional("CSS_CGROUP_OFF", "cgroup_subsys_state", "cgroup"),
+];
+
 /// The global that is set to 1 if the kernel has a helper, and the helper.
 const HELPER: (&str, &str) = ("HAS_SET_RETVAL", "BPF_FUNC_set_retval");
 
@@ -86,7 +96,7 @@ pub enum OffsetError {
 /// Looks up the offsets for the capture programs. It takes tens of milliseconds, and runs only when they are loaded.
 pub fn find() -> Result<Offsets, OffsetError> {
     let btf = Btf::from_file(VMLINUX_BTF).map_err(OffsetError::Read)?;
-    let mut offsets = look_up(&btf, MEMBERS.iter())?;
+    let mut offsets = look_up(&btf, MEMBERS.iter().chain(&CGROUP))?;
     offsets.push((HELPER.0, has_helper(&btf, HELPER.1).into()));
     Ok(offsets)
 }
@@ -94,7 +104,7 @@ pub fn find() -> Result<Offsets, OffsetError> {
 /// Looks up the offsets for the programs of joined connections.
 pub fn find_for_joining() -> Result<Offsets, OffsetError> {
     let btf = Btf::from_file(VMLINUX_BTF).map_err(OffsetError::Read)?;
-    look_up(&btf, MEMBERS[..SHARED].iter().chain(&JOIN))
+    look_up(&btf, MEMBERS[..SHARED].iter().chain(&CGROUP).chain(&JOIN))
 }
 
 fn has_helper(btf: &Btf, helper: &str) -> bool {
@@ -155,7 +165,9 @@ mod tests {
     #[test]
     fn this_kernel_tells_where_credentials_are() {
         let offsets = super::find().expect("offsets");
-        assert!(offsets.iter().all(|(name, offset)| !name.is_empty() && *offset > 0), "{offsets:?}");
+        // The first member of its struct.
+        let is_known = |(name, offset): &(&str, u32)| *offset > 0 || *name == "CSS_CGROUP_OFF";
+        assert!(offsets.iter().all(is_known), "{offsets:?}");
     }
 
     #[test]

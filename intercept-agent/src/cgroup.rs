@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::fs::{self, File, OpenOptions};
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
@@ -65,6 +65,16 @@ pub enum CgroupError {
     #[error("{} is the root cgroup, which would capture the whole node; give the pod's own cgroup", path.display())]
     Root {
         /// As passed to [`CgroupDir::open`].
+        path: PathBuf,
+    },
+    /// The hierarchy is mounted in a cgroup namespace, so that its levels are not those of the kernel.
+    #[error(
+        "the root of the hierarchy of cgroup {} is not visible from here, so that its level is not known; start with the \
+         node's /sys/fs/cgroup",
+        path.display()
+    )]
+    HiddenRoot {
+        /// The cgroup.
         path: PathBuf,
     },
     /// A file or directory in the cgroup cannot be read.
@@ -131,20 +141,41 @@ impl CgroupDir {
 
     /// Returns the ids of the ancestors, nearest first. They are constant because a cgroup never moves.
     pub fn lineage(&self) -> Result<Vec<u64>, CgroupError> {
+        self.walk_up().map(|(lineage, _)| lineage)
+    }
+
+    /// Returns how deep the cgroup is in the hierarchy, whose root has level 0.
+    ///
+    /// # Errors
+    /// [`CgroupError::HiddenRoot`], if the root is not visible in this mount.
+    pub fn level(&self) -> Result<u32, CgroupError> {
+        use rustix::fs::{AtFlags, statat};
+        let (lineage, top) = self.walk_up()?;
+        match statat(&top, NOT_IN_ROOT, AtFlags::empty()) {
+            Err(rustix::io::Errno::NOENT) => Ok(u32::try_from(lineage.len()).unwrap_or(u32::MAX)),
+            Err(error) => Err(CgroupError::Read { path: self.path.join(".."), source: error.into() }),
+            Ok(_) => Err(CgroupError::HiddenRoot { path: self.path.clone() }),
+        }
+    }
+
+    /// The ids of the ancestors, nearest first, and the last of them that is visible.
+    fn walk_up(&self) -> Result<(Vec<u64>, OwnedFd), CgroupError> {
         use rustix::fs::{Mode, fstat, openat};
         let read =
             |error: rustix::io::Errno| CgroupError::Read { path: self.path.join(".."), source: error.into() };
         let device = fstat(&self.dir).map_err(read)?.st_dev;
         let mut lineage = Vec::new();
-        let mut at = openat(&self.dir, "..", OFlags::PATH | OFlags::CLOEXEC, Mode::empty()).map_err(read)?;
+        let mut top = self.dir.try_clone().map(OwnedFd::from);
         loop {
+            let own = top.map_err(|source| CgroupError::Read { path: self.path.clone(), source })?;
+            let at = openat(&own, "..", OFlags::PATH | OFlags::CLOEXEC, Mode::empty()).map_err(read)?;
             let found = fstat(&at).map_err(read)?;
             // Above the root of the hierarchy is another filesystem. The root of all filesystems is its own parent.
             if found.st_dev != device || lineage.last() == Some(&found.st_ino) {
-                return Ok(lineage);
+                return Ok((lineage, own));
             }
             lineage.push(found.st_ino);
-            at = openat(&at, "..", OFlags::PATH | OFlags::CLOEXEC, Mode::empty()).map_err(read)?;
+            top = Ok(at);
         }
     }
 
@@ -275,6 +306,8 @@ mod tests {
         fs::create_dir(&inner).unwrap();
         let root = fs::metadata(&mounts()[0]).unwrap().ino();
         assert_eq!(test.cgroup.lineage().unwrap(), [root]);
+        assert_eq!(test.cgroup.level().unwrap(), 1);
+        assert_eq!(CgroupDir::open(&inner).unwrap().level().unwrap(), 2);
         assert_eq!(CgroupDir::open(&inner).unwrap().lineage().unwrap(), [test.cgroup.id(), root]);
     }
 

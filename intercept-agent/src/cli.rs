@@ -350,6 +350,14 @@ pub(crate) enum Direction {
     Inbound,
 }
 
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum FlowContainer {
+    /// That of --proxy-cgroup
+    Proxy,
+    /// One of --exempt-cgroup
+    Exempt,
+}
+
 #[derive(Args)]
 pub(crate) struct ExplainArgs {
     /// Direction of the flow
@@ -376,6 +384,9 @@ pub(crate) struct ExplainArgs {
     /// Outbound: SO_MARK of the socket
     #[arg(long, default_value_t = 0)]
     pub(crate) mark: u32,
+    /// Outbound, with --proxy-cgroup or --exempt-cgroup: the container that the process runs in [default: another one]
+    #[arg(long, value_enum)]
+    pub(crate) container: Option<FlowContainer>,
     /// UDP instead of TCP
     #[arg(long)]
     pub(crate) udp: bool,

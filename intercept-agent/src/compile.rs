@@ -11,7 +11,7 @@ use std::{
 
 use intercept_common::{
     Addr, PolicyId, Slot,
-    layout::{Destination, MAX_OWNERS, PodPolicy, destination, interface, policy, port},
+    layout::{Destination, MAX_CONTAINERS, MAX_OWNERS, PodPolicy, destination, interface, policy, port},
 };
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 
@@ -115,6 +115,11 @@ pub fn compile(config: &Config, snapshot: &RouteSnapshot) -> Compiled {
         gid_count,
         uids,
         gids,
+        // Entered from the cgroups that are there (`containers`).
+        cgroup_level: 0,
+        zero: 0,
+        cgroup_ids: [0; MAX_CONTAINERS],
+        cgroup_kinds: [0; MAX_CONTAINERS],
     };
     Compiled { policy, entries }
 }
@@ -174,6 +179,8 @@ fn flags(config: &Config) -> u32 {
     set(config.include.loopback, policy::INCLUDES_LOOPBACK);
     set(config.open_without_proxy, policy::OPEN_WITHOUT_PROXY);
     set(config.without_ipv6, policy::WITHOUT_IPV6);
+    set(!config.proxy_cgroups.is_empty() || !config.exempt_cgroups.is_empty(), policy::CONTAINERS);
+    set(!config.proxy_cgroups.is_empty(), policy::PROXY_CONTAINER);
     set(config.dns != Dns::Off, policy::DNS);
     set(config.dns == Dns::All, policy::DNS_ALL);
     set(matches!(config.owner_groups, OwnerGroups::Only(_)), policy::GROUPS_ONLY);

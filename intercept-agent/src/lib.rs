@@ -6,6 +6,7 @@ pub mod cgroup;
 pub mod cni;
 pub mod compile;
 pub mod confinement;
+pub mod containers;
 pub mod daemon;
 pub mod escape;
 pub mod ids;

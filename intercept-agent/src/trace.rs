@@ -7,7 +7,11 @@ use std::{
 };
 
 use aya::maps::{Array, Map, MapData, MapError, RingBuf};
-use intercept_common::{ProxyListener, Reason, Verdict, layout::Event, names};
+use intercept_common::{
+    ProxyListener, Reason, Verdict,
+    layout::{Event, container},
+    names,
+};
 use serde::Serialize;
 use tokio::io::{Interest, unix::AsyncFd};
 
@@ -144,6 +148,8 @@ pub struct Line {
     pub uid: Option<u32>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub gid: Option<u32>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub container: Option<&'static str>,
     pub verdict: &'static str,
     pub reason: &'static str,
 }
@@ -188,6 +194,7 @@ impl Printer {
             process: (!inbound).then(|| process(event)),
             uid: owned(event.uid),
             gid: owned(event.gid),
+            container: container_kind(event.container),
             verdict: match reason.map(Reason::verdict) {
                 None => "unknown",
                 Some(Verdict::Pass) => "leave",
@@ -203,6 +210,15 @@ impl Printer {
 impl Default for Printer {
     fn default() -> Self {
         Self::new()
+    }
+}
+
+/// Which container of the options a process runs in. `None` if in neither, or if the options name none.
+fn container_kind(bits: u8) -> Option<&'static str> {
+    match u32::from(bits) {
+        bits if bits & container::EXEMPT != 0 => Some("exempt"),
+        bits if bits & container::PROXY != 0 => Some("proxy"),
+        _ => None,
     }
 }
 
@@ -228,6 +244,9 @@ impl fmt::Display for Line {
         match (&self.process, self.pid, self.uid, self.gid) {
             (Some(process), Some(pid), Some(uid), Some(gid)) => {
                 write!(f, "{}[{pid}] {uid}:{gid} ", OneLine(process))?;
+                if let Some(container) = self.container {
+                    write!(f, "in the {container} container ")?;
+                }
             }
             _ => write!(f, "{} ", end(&self.source, self.source_port))?,
         }
@@ -262,7 +281,7 @@ mod tests {
             reason: Reason::IncludedCidr as u8,
             protocol: 6,
             inbound: 0,
-            reserved: 0,
+            container: 0,
             comm,
             reserved2: 0,
         }
@@ -276,6 +295,19 @@ mod tests {
             line.to_string(),
             "1001.500000 default/app outbound tcp curl[4294967295] 1000:1000 -> 10.96.0.1:80 outbound_port (included_cidr)"
         );
+    }
+
+    #[test]
+    fn the_container_of_a_process_is_named_where_it_counts() {
+        let printer = Printer { boot: Duration::ZERO };
+        for (bits, text) in [(container::PROXY, "proxy"), (container::EXEMPT, "exempt")] {
+            let event = Event { container: u8::try_from(bits).expect("few bits"), ..event() };
+            let line = printer.line(&event, None);
+            assert!(line.to_string().contains(&format!("1000:1000 in the {text} container -> ")), "{line}");
+            assert_eq!(serde_json::to_value(&line).expect("json")["container"], text);
+        }
+        let json = serde_json::to_value(printer.line(&event(), None)).expect("json");
+        assert!(json.get("container").is_none(), "{json}");
     }
 
     #[test]

@@ -3,7 +3,7 @@
 
 use crate::{
     Addr, Decision, PolicyId, Reason, Verdict,
-    layout::{Destination, MAX_OWNERS, PodPolicy, destination, interface, policy, port},
+    layout::{Destination, MAX_OWNERS, PodPolicy, container, destination, interface, policy, port},
 };
 
 const TCP: u8 = 6;
@@ -55,6 +55,8 @@ pub struct OutboundFlow {
     pub owner: Owner,
     /// SO_MARK of the socket.
     pub mark: u32,
+    /// Bits of [`container`]: the container that the process runs in. Only looked up where the policy asks for it.
+    pub container: u32,
 }
 
 /// A TCP connection that arrives in the namespace.
@@ -119,8 +121,12 @@ fn is_marked(
     flow.protocol == TCP
         && dst.flags & (destination::LO | destination::LOCALHOST) == destination::LO
         && matches!(reason.verdict(), Verdict::Pass)
-        && !matches!(reason, Reason::NoRoute | Reason::ExcludedEgress | Reason::OutboundIpv6)
+        && !matches!(
+            reason,
+            Reason::NoRoute | Reason::ExcludedEgress | Reason::OutboundIpv6 | Reason::ExemptContainer
+        )
         && !src.is_passthrough()
+        && pod.may_be_proxy(flow.container)
         && pod.is_proxy(flow.owner.uid, flow.owner.gid)
         && matches!(inbound_port_reason(pod, flow.dst_port, lookup).verdict(), Verdict::Redirect(_))
 }
@@ -155,6 +161,27 @@ impl PodPolicy {
     pub fn is_proxy(&self, uid: u32, gid: u32) -> bool {
         owned_by(&self.uids, self.uid_count, uid) || owned_by(&self.gids, self.gid_count, gid)
     }
+
+    /// Whether a process with these bits of [`container`] is the proxy if it has the proxy's ids.
+    #[inline(always)]
+    pub fn may_be_proxy(&self, container: u32) -> bool {
+        self.flags & policy::PROXY_CONTAINER == 0 || container & container::PROXY != 0
+    }
+
+    /// The bits of [`container`] of a process whose ancestor at [`PodPolicy::cgroup_level`] is this cgroup.
+    ///
+    /// Without a branch, for the reason of `owned_by`.
+    #[inline(always)]
+    pub fn container_of(&self, cgroup: u64) -> u32 {
+        let mut found = self.zero;
+        for (id, kind) in self.cgroup_ids.iter().zip(&self.cgroup_kinds) {
+            let differs = id ^ cgroup;
+            // 1 unless the two are equal; less 1, it is a mask of all bits or of none.
+            let one = (differs | differs.wrapping_neg()) >> 63;
+            found |= kind & (one as u32).wrapping_sub(1);
+        }
+        found
+    }
 }
 
 #[inline(always)]
@@ -184,6 +211,10 @@ fn outbound_reason(
     if has(policy::WITHOUT_IPV6) && !flow.dst.is_v4() {
         return Reason::OutboundIpv6;
     }
+    // Not a row of istio-iptables: what these containers send is as if the pod were not captured.
+    if flow.container & container::EXEMPT != 0 {
+        return Reason::ExemptContainer;
+    }
     // 1
     if is(destination::EXCLUDED_EGRESS) {
         return Reason::ExcludedEgress;
@@ -200,8 +231,9 @@ fn outbound_reason(
     // 4 and 5. Row b of the first id ends the walk for all that come later, so the order of -u counts.
     let loops_back = lo && !localhost && tcp && flow.dst_port != pod.tunnel_port;
     let leaves_lo = lo && !has(policy::INCLUDES_LOOPBACK) && (!dns || (tcp && !to_53));
+    let may_be_proxy = pod.may_be_proxy(flow.container);
     let is_proxy = |ids: &[u32; MAX_OWNERS], count: u16, id: u32| {
-        if leaves_lo { count != 0 && ids[0] == id } else { owned_by(ids, count, id) }
+        may_be_proxy && (if leaves_lo { count != 0 && ids[0] == id } else { owned_by(ids, count, id) })
     };
     if is_proxy(&pod.uids, pod.uid_count, flow.owner.uid) {
         return if loops_back && !to_53 { Reason::ProxyUidToPod } else { Reason::ProxyUid };

@@ -59,4 +59,6 @@ failures! {
     MptcpListener = "mptcp_listener", Closed;
     /// the proxy was refused a socket of MPTCP (EPROTONOSUPPORT), so that it listens by TCP
     MptcpRefused = "mptcp_refused", Closed;
+    /// a process outside of the proxy's container listens on the proxy's port: it gets no inbound connections
+    ForeignListener = "foreign_listener", Closed;
 }

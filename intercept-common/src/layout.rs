@@ -14,10 +14,12 @@ pub use connection::{ConnKey, Handshake, OrigDst, SocketState, end, socket};
 pub use proxy::{ListenerKey, Proxy, ProxyPort, Ring, bound, scope};
 
 /// Version of the layouts in this file and its folder, part of the pin path. Any change of a layout raises it.
-pub const VERSION: u32 = 5;
+pub const VERSION: u32 = 6;
 
 /// Most users and most groups that `-u` and `-g` may name.
 pub const MAX_OWNERS: usize = 16;
+/// Most cgroups of containers in a policy: the proxy's, and those that are exempt.
+pub const MAX_CONTAINERS: usize = 8;
 /// Most pods on one node: the number of slots for counters.
 pub const MAX_PODS: u32 = 1024;
 /// How many slots below the newest listening socket of a (pod, port, family, scope) are searched for one that is still
@@ -91,6 +93,18 @@ pub mod policy {
     pub const NUMBERED_V4: u32 = 1 << 13;
     /// IPv6 is not captured.
     pub const WITHOUT_IPV6: u32 = 1 << 14;
+    /// The container of a process counts: outbound flows need the cgroup of the running task.
+    pub const CONTAINERS: u32 = 1 << 15;
+    /// Only processes of the proxy's container are the proxy; only with [`CONTAINERS`].
+    pub const PROXY_CONTAINER: u32 = 1 << 16;
+}
+
+/// What a container is, in [`PodPolicy::cgroup_kinds`].
+pub mod container {
+    /// The proxy's.
+    pub const PROXY: u32 = 1 << 0;
+    /// One whose outbound flows are not captured.
+    pub const EXEMPT: u32 = 1 << 1;
 }
 
 /// Bits of [`Destination::flags`].
@@ -164,6 +178,14 @@ pub struct PodPolicy {
     pub uids: [u32; MAX_OWNERS],
     /// `-g`, in order; as `uids`.
     pub gids: [u32; MAX_OWNERS],
+    /// The level in the cgroup hierarchy of all cgroups in `cgroup_ids`; the root has level 0.
+    pub cgroup_level: u32,
+    /// Zero. The programs read it where they need a zero that the verifier does not know.
+    pub zero: u32,
+    /// Ids of the cgroups of containers; 0 for unused elements.
+    pub cgroup_ids: [u64; MAX_CONTAINERS],
+    /// Bits of [`container`] for each of `cgroup_ids`.
+    pub cgroup_kinds: [u32; MAX_CONTAINERS],
 }
 
 /// Key of DESTINATIONS after its prefix length (in bits, 32 of them for the policy).
@@ -356,8 +378,8 @@ pub struct Event {
     pub protocol: u8,
     /// 1 for an inbound flow.
     pub inbound: u8,
-    /// Zero.
-    pub reserved: u8,
+    /// Bits of [`container`].
+    pub container: u8,
     /// Name of the task, padded with NUL; empty for inbound flows.
     pub comm: [u8; 16],
     /// Zero.
@@ -365,7 +387,7 @@ pub struct Event {
 }
 
 const _: () = {
-    assert!(size_of::<PodPolicy>() == 32 + 8 * MAX_OWNERS);
+    assert!(size_of::<PodPolicy>() == 40 + 8 * MAX_OWNERS + 12 * MAX_CONTAINERS);
     assert!(size_of::<DestinationKey>() == 20);
     assert!(size_of::<Destination>() == 20);
     assert!(size_of::<MemberKey>() == 8);

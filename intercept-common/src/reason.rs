@@ -180,6 +180,9 @@ reasons! {
     /// arrived over IPv6, of which nothing is captured (--without-ipv6)
     InboundIpv6 = "inbound_ipv6", "inbound 0", PASS, "PREROUTING",
         "(ip6tables has no rules)";
+    /// made in a container that is exempt (--exempt-cgroup)
+    ExemptContainer = "exempt_container", "outbound 0", PASS, "OUTPUT",
+        "(iptables knows no containers)";
 }
 
 #[cfg(test)]

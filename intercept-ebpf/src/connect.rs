@@ -14,6 +14,7 @@ use intercept_common::{
 };
 
 use crate::{
+    container,
     context::{self, AddressFamily, Sock, TCP, UDP},
     lookup::PolicyMaps,
     maps, observe, open, owner,
@@ -61,6 +62,7 @@ pub(crate) fn connect<F: AddressFamily>(ctx: &SockAddrContext) -> SyscallVerdict
         src,
         owner: owner::of(sk.as_ptr(), protocol),
         mark: sk.mark(),
+        container: container::of_current(pod),
     };
     let decided = decide_outbound(pod, &flow, &PolicyMaps { conn: None });
     observe::outbound(netns, pod, &flow, decided.decision.reason);

@@ -16,6 +16,7 @@ use intercept_common::{
 
 use crate::{
     connect::{SyscallVerdict, target_port, wants_datagram},
+    container,
     context::{self, AddressFamily, Sock, UDP},
     lookup::PolicyMaps,
     maps, observe, open, owner, refusal,
@@ -45,6 +46,7 @@ pub(crate) fn sendmsg<F: AddressFamily>(ctx: &SockAddrContext) -> SyscallVerdict
         owner: owner::of(sk.as_ptr(), UDP),
         // Only connections are matched by mark.
         mark: 0,
+        container: container::of_current(pod),
     };
     let decided = decide_outbound(pod, &flow, &PolicyMaps { conn: None });
     observe::outbound(netns, pod, &flow, decided.decision.reason);

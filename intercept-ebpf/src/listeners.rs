@@ -12,7 +12,8 @@ use intercept_common::{
 };
 
 use crate::{
-    context::{self, AF_INET6, load},
+    container,
+    context::{self, AF_INET6, Sock, load},
     maps, observe,
     proxy::{ListenerRing, ProxyState},
 };
@@ -28,6 +29,16 @@ pub(crate) fn listen(ctx: &SockOpsContext) {
     let port = load!(load_u32, bpf_sock_ops, ctx.ops, local_port) as u16;
     let Some(role) = pod.proxy_port(port) else { return };
     let Some(proxy) = ProxyState::of(pod.slot) else { return };
+    if Sock::of_callback(ctx).is_some_and(|sk| !container::made_socket(pod, sk.as_ptr())) {
+        observe::failure_line!(
+            ctx,
+            netns,
+            pod,
+            Failure::ForeignListener,
+            "a process outside of the proxy's container listens on its port in netns {}: it will get no inbound connections"
+        );
+        return;
+    }
     let local = context::callback_local(ctx.ops);
     let v6 = load!(load_u32, bpf_sock_ops, ctx.ops, family) == AF_INET6;
     // A listener on another loopback address receives no redirected connections under iptables either.

@@ -5,6 +5,7 @@
 
 mod atomic;
 mod connect;
+mod container;
 mod context;
 mod datagram;
 mod entry;

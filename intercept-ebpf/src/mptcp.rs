@@ -6,6 +6,7 @@ use intercept_common::failure::Failure;
 
 use crate::{
     connect::SyscallVerdict,
+    container,
     context::{MPTCP, load},
     maps, refusal,
 };
@@ -18,7 +19,7 @@ pub(crate) fn create(ctx: &SockContext) -> SyscallVerdict {
     }
     let Some(pod) = maps::pod(maps::netns_cookie(ctx)) else { return SyscallVerdict::Proceed };
     let ids = bpf_get_current_uid_gid();
-    if !pod.is_proxy(ids as u32, (ids >> 32) as u32) {
+    if !pod.is_proxy(ids as u32, (ids >> 32) as u32) || !pod.may_be_proxy(container::of_current(pod)) {
         return SyscallVerdict::Proceed;
     }
     refusal::connect(pod, Failure::MptcpRefused, SyscallVerdict::Proceed)

@@ -75,7 +75,7 @@ pub(crate) fn outbound(netns: NetnsCookie, pod: &PodPolicy, flow: &OutboundFlow,
             reason: reason as u8,
             protocol: flow.protocol,
             inbound: 0,
-            reserved: 0,
+            container: flow.container as u8,
             comm,
             reserved2: 0,
         });
@@ -106,7 +106,7 @@ pub(crate) fn inbound(
             reason: reason as u8,
             protocol: TCP as u8,
             inbound: 1,
-            reserved: 0,
+            container: 0,
             comm: [0; 16],
             reserved2: 0,
         });

@@ -80,14 +80,14 @@ fn at<T>(base: *const u8, offset: usize) -> T {
 /// A socket's address as a number. The verifier forbids arithmetic on the pointer ("R3 pointer arithmetic on sock
 /// prohibited"), but allows reading it from the stack.
 #[inline(always)]
-fn address(sk: *mut bpf_sock) -> u64 {
+pub(crate) fn address(sk: *mut bpf_sock) -> u64 {
     let pointer = sk;
     follow((&raw const pointer) as u64, 0)
 }
 
 /// Eight bytes at an offset from a kernel address. 0 for a null pointer or unreadable memory.
 #[inline(always)]
-fn follow(base: u64, offset: usize) -> u64 {
+pub(crate) fn follow(base: u64, offset: usize) -> u64 {
     let mut value = 0u64;
     if base != 0 {
         // SAFETY: the helper checks the address that it reads from and fills `value`.

@@ -7,12 +7,12 @@ use intercept_common::{
     Addr, Decision, InboundFlow, OutboundFlow, PolicyLookup, ProxyListener, Reason, Verdict,
     decide::Owner,
     decide_inbound, decide_outbound,
-    layout::{Destination, PodPolicy},
+    layout::{Destination, PodPolicy, container},
 };
 use serde::Serialize;
 
 use super::say;
-use crate::cli::{Direction, ExplainArgs};
+use crate::cli::{Direction, ExplainArgs, FlowContainer};
 
 /// The output of `--json`. Its names are stable.
 #[derive(Serialize)]
@@ -75,6 +75,15 @@ pub(super) fn explain(args: &ExplainArgs) -> Result<()> {
     Ok(())
 }
 
+impl FlowContainer {
+    fn bits(self) -> u32 {
+        match self {
+            Self::Proxy => container::PROXY,
+            Self::Exempt => container::EXEMPT,
+        }
+    }
+}
+
 fn decide(args: &ExplainArgs, policy: &PodPolicy, lookup: &impl PolicyLookup) -> Decision {
     let src = args.src.map_or(Addr::UNSPECIFIED, Addr::from);
     let dst = Addr::from(args.dst);
@@ -87,6 +96,7 @@ fn decide(args: &ExplainArgs, policy: &PodPolicy, lookup: &impl PolicyLookup) ->
                 src,
                 owner: Owner { uid: args.uid, gid: args.gid },
                 mark: args.mark,
+                container: args.container.map_or(0, FlowContainer::bits),
             };
             let decided = decide_outbound(policy, &flow, lookup);
             // The connect hook passes it, and sk_lookup steers it when it arrives on loopback.

@@ -88,6 +88,8 @@ impl Node {
         let namespace = netns_setup::plan(config, &interfaces, &observed.found, &made);
         let expected = namespace.expected(observed.snapshot.clone());
         let (outside_config, unmapped) = outside(config, &observed.ids);
+        let mut compiled = compile(&outside_config, &expected);
+        observed.containers.write(&mut compiled.policy);
         if !unmapped.is_empty() {
             let cgroup = target.cgroup.path().display();
             tracing::warn!(%cgroup, ids = ?unmapped, "ids that the pod's user namespace does not map match nobody");
@@ -102,7 +104,7 @@ impl Node {
             links_intact: self.links_intact(target.netns.cookie(), target)?,
             namespace,
             max_connections: self.maps.max_connections_per_pod(),
-            compiled: compile(&outside_config, &expected),
+            compiled,
             now: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |t| t.as_secs()),
         };
         let done = match plan(input, rewrite, random)? {

@@ -4,6 +4,7 @@ use std::io;
 
 use crate::{
     cgroup::CgroupError,
+    containers::ContainerError,
     ids::NetnsCookie,
     listeners::ListenersError,
     maps::MapsError,
@@ -39,6 +40,8 @@ pub enum NodeError {
     Netns(#[from] NetnsError),
     #[error(transparent)]
     Cgroup(#[from] CgroupError),
+    #[error("looking for the cgroups of the pod's containers")]
+    Containers(#[from] ContainerError),
     #[error("mirroring the routes of {netns}")]
     RouteSnapshot { netns: String, source: RoutesError },
     #[error("looking for listeners of the proxy in {netns}")]

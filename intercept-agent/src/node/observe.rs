@@ -3,6 +3,7 @@
 
 use super::{NodeError, Target};
 use crate::{
+    containers::ContainerCgroups,
     netns_setup,
     options::Config,
     routes::{Follower, RouteSnapshot},
@@ -15,6 +16,7 @@ pub struct Observation {
     pub(super) snapshot: RouteSnapshot,
     pub(super) found: netns_setup::NetnsState,
     pub(super) ids: IdMaps,
+    pub(super) containers: ContainerCgroups,
 }
 
 impl Observation {
@@ -32,7 +34,8 @@ impl Observation {
             let cgroup = target.cgroup.path().display().to_string();
             let ids = IdMaps::of_pod(&target.netns, &target.cgroup)
                 .map_err(|source| NodeError::UserNs { cgroup, source })?;
-            Ok(Self { snapshot, found, ids })
+            let containers = ContainerCgroups::find(config, &target.cgroup)?;
+            Ok(Self { snapshot, found, ids, containers })
         })?
     }
 

@@ -51,7 +51,7 @@ pub enum Rewrite {
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub(super) enum AttachPlan {
     /// The same policy is active.
-    Unchanged(PodPolicy),
+    Unchanged(Box<PodPolicy>),
     /// There is something to do.
     PolicyChange(Box<PolicyChange>),
 }
@@ -91,7 +91,7 @@ pub(super) fn plan(
         && input.links_intact
         && namespace.is_empty()
     {
-        return Ok(AttachPlan::Unchanged(*policy));
+        return Ok(AttachPlan::Unchanged(Box::new(*policy)));
     }
     let (slot, id) = free(policies, before.as_ref(), draw)?;
     let record = Record {

@@ -11,6 +11,7 @@ use nix::sys::socket::{getsockopt, setsockopt, sockopt};
 use super::{Node, NodeError, Target};
 use crate::{
     cgroup::CgroupDir,
+    containers,
     ids::Slot,
     listeners::{self, Listener},
     maps::Registered,
@@ -49,9 +50,19 @@ impl Node {
                 "no process was found that has this listener: what arrives for it is refused until it is opened again"
             );
         }
+        let proxies = containers::proxy_processes(config)?;
         let mut counts: BTreeMap<_, u32> = BTreeMap::new();
         for listener in &found.listeners {
             let Some(port) = policy.proxy_port(listener.port) else { continue };
+            if proxies.as_ref().is_some_and(|proxies| !proxies.contains(&listener.pid)) {
+                tracing::warn!(
+                    cgroup = %target.cgroup.path().display(),
+                    port = listener.port,
+                    pid = listener.pid.as_raw_nonzero(),
+                    "a process outside of the proxy's container listens on its port: it gets no inbound connections"
+                );
+                continue;
+            }
             if port == ProxyPort::Outbound && !config.virt_interfaces.is_empty() {
                 // So that it can speak for the guests' addresses; what it accepts inherits it.
                 self.make_transparent(policy.slot, listener)?;

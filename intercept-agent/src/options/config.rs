@@ -10,6 +10,7 @@ use std::time::Duration;
 use ipnet::{IpNet, Ipv4Net};
 use serde::{Deserialize, Serialize};
 
+use super::render::joined_paths;
 use super::{InterfacePattern, NameSource, Ports, RawOptions};
 
 /// Where captured DNS goes; not an option in istio-iptables either.
@@ -75,6 +76,12 @@ pub struct Config {
     /// Executables of the proxy whose connections within the node are joined past TCP; none when empty. Sorted.
     #[serde(default)]
     pub accelerate: Vec<String>,
+    /// Cgroups of the proxy's container: only a process in one of them can be the proxy. Any can when empty. Sorted.
+    #[serde(default)]
+    pub proxy_cgroups: Vec<PathBuf>,
+    /// Cgroups of containers whose outbound traffic is left alone. Sorted.
+    #[serde(default)]
+    pub exempt_cgroups: Vec<PathBuf>,
 }
 
 /// How inbound connections reach the proxy.
@@ -198,6 +205,8 @@ impl Config {
             open_without_proxy: false,
             without_ipv6: false,
             accelerate: Vec::new(),
+            proxy_cgroups: Vec::new(),
+            exempt_cgroups: Vec::new(),
         }
     }
 }
@@ -279,6 +288,12 @@ impl fmt::Display for Config {
         line("tunnel port", self.tunnel_port.to_string())?;
         line("proxy users", or_none(listed(&self.proxy_uids)))?;
         line("proxy groups", or_none(listed(&self.proxy_gids)))?;
+        if !self.proxy_cgroups.is_empty() {
+            line("proxy only in", joined_paths(&self.proxy_cgroups))?;
+        }
+        if !self.exempt_cgroups.is_empty() {
+            line("containers left alone", joined_paths(&self.exempt_cgroups))?;
+        }
         line(
             "inbound mode",
             match self.mode {

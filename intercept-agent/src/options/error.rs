@@ -75,6 +75,9 @@ pub enum OptionProblem {
         "is not the name of an executable; give the last part of its path, of 31 bytes at most, as in envoy"
     )]
     Executable,
+    /// Not an absolute path.
+    #[error("is not an absolute path; give the cgroup of a container, below the pod's")]
+    CgroupPath,
     /// A range of ids.
     #[error("is a range of ids, which is not supported; list the ids one by one")]
     IdRange,

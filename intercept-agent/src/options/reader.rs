@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 use std::fmt;
 use std::io;
+use std::path::{Path, PathBuf};
 
 use intercept_common::{NetnsCookie, acceleration::ProxyName};
 use ipnet::IpNet;
@@ -157,6 +158,16 @@ impl<'a> OptionReader<'a> {
             self.note_use(setting);
         }
         Ok(interfaces)
+    }
+
+    pub(super) fn cgroups(&mut self, setting: &'static Setting) -> Result<Vec<PathBuf>, OptionError> {
+        let mut paths = self.list(setting, |item| match Path::new(item) {
+            path if path.is_absolute() => Ok(path.to_owned()),
+            _ => Err(OptionProblem::CgroupPath),
+        })?;
+        paths.sort_unstable();
+        paths.dedup();
+        Ok(paths)
     }
 
     pub(super) fn include(&mut self, setting: &'static Setting) -> Result<Cidrs, OptionError> {

@@ -2,6 +2,7 @@
 
 use std::fmt::{self, Display};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::path::PathBuf;
 
 use ipnet::IpNet;
 
@@ -52,6 +53,11 @@ fn flag(setting: &Setting) -> Option<String> {
 /// As the value of a list.
 pub(super) fn joined<T: Display>(items: &[T]) -> String {
     items.iter().map(T::to_string).collect::<Vec<_>>().join(",")
+}
+
+/// As the value of a list; an option that was parsed is UTF-8.
+pub(super) fn joined_paths(paths: &[PathBuf]) -> String {
+    paths.iter().map(|path| path.display().to_string()).collect::<Vec<_>>().join(",")
 }
 
 impl fmt::Display for InboundMode {

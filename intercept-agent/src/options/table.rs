@@ -9,7 +9,7 @@
 use super::binding::{list, switch, text, value};
 use super::ports::parse_port;
 use super::reader::OptionReader;
-use super::render::joined;
+use super::render::{joined, joined_paths};
 use super::setting::{FieldBinding, Setting, Written, flag, switch_flag, variable};
 use super::values::{parse_loopback, parse_mark, parse_mode, parse_table, parse_timeout};
 use super::{Cidrs, Dns, InboundPorts, OwnerGroups, Ports};
@@ -157,6 +157,16 @@ settings! {
     WITHOUT_IPV6 = switch_flag("without-ipv6").variables(&["WITHOUT_IPV6"])
         .help("Not one of istio-iptables: leave IPv6 alone, as istio-iptables does in a pod whose first address is IPv4")
         .bound(switch!(config.without_ipv6));
+
+    PROXY_CGROUP = flag("proxy-cgroup").variables(&["PROXY_CGROUP"]).takes("PATHS")
+        .help("Not one of istio-iptables: the cgroup of the proxy's container, a list for several; a process elsewhere is \
+               captured even with an id of -u or -g")
+        .bound(list!(config.proxy_cgroups, OptionReader::cgroups, joined_paths));
+
+    EXEMPT_CGROUP = flag("exempt-cgroup").variables(&["EXEMPT_CGROUP"]).takes("PATHS")
+        .help("Not one of istio-iptables: cgroups of containers whose outbound traffic is left alone, such as init \
+               containers that need the network before the proxy runs")
+        .bound(list!(config.exempt_cgroups, OptionReader::cgroups, joined_paths));
 
     ACCELERATE = switch_flag("accelerate").variables(&["ACCELERATE"])
         .help("Not one of istio-iptables: join the proxy's connections with proxies of this node past TCP")

@@ -20,6 +20,8 @@ fn refusals() {
             "`a-name-that-is-too-long-for-the-map`",
             "31 bytes",
         ),
+        ("--proxy-cgroup", "/cg/proxy,cg/other", "`cg/other`", "below the pod's"),
+        ("--exempt-cgroup", "init", "`init`", "absolute path"),
         ("--envoy-port", "70000", "`70000`", "from 1 to 65535"),
         ("--envoy-port", "", "``", "from 1 to 65535"),
         ("--envoy-port", "http", "`http`", "from 1 to 65535"),

@@ -190,6 +190,8 @@ fn json_and_text_of_a_policy() {
         open_without_proxy: true,
         without_ipv6: true,
         accelerate: vec!["envoy".to_owned(), "other".to_owned()],
+        proxy_cgroups: vec!["/cg/proxy".into()],
+        exempt_cgroups: vec!["/cg/init".into(), "/cg/other".into()],
         ..Config::default()
     };
     let json = serde_json::json!({
@@ -204,6 +206,7 @@ fn json_and_text_of_a_policy() {
         "owner_groups": {"except": [202]}, "loopback_v4": "127.0.0.1/32",
         "dns": {"resolvers": ["10.96.0.10"]}, "open_without_proxy": true, "without_ipv6": true,
         "accelerate": ["envoy", "other"],
+        "proxy_cgroups": ["/cg/proxy"], "exempt_cgroups": ["/cg/init", "/cg/other"],
     });
     assert_eq!(serde_json::to_value(&config).expect("serialises"), json);
     let text = "\
@@ -212,6 +215,8 @@ inbound TCP goes to       15006
 tunnel port               15008
 proxy users               1337, 7
 proxy groups              1337
+proxy only in             /cg/proxy
+containers left alone     /cg/init,/cg/other
 inbound mode              TPROXY, mark 1337, table 133
 inbound ports             all but 15020:15021,15090
 interfaces left alone     net+

@@ -120,6 +120,12 @@ fn every_setting_by_flag_and_variable() {
         ("", "--accelerate", "ACCELERATE", "true", |c, _| c.accelerate = vec!["envoy".into()]),
         ("", "--open-without-proxy", "OPEN_WITHOUT_PROXY", "true", |c, _| c.open_without_proxy = true),
         ("", "--without-ipv6", "WITHOUT_IPV6", "true", |c, _| c.without_ipv6 = true),
+        ("", "--proxy-cgroup", "PROXY_CGROUP", "/cg/proxy", |c, _| {
+            c.proxy_cgroups = vec!["/cg/proxy".into()]
+        }),
+        ("", "--exempt-cgroup", "EXEMPT_CGROUP", "/cg/b, /cg/a,/cg/b", |c, _| {
+            c.exempt_cgroups = vec!["/cg/a".into(), "/cg/b".into()];
+        }),
         ("", "--network-namespace", "NETWORK_NAMESPACE", "/run/netns/a", |_, s| {
             s.network_namespace = Some("/run/netns/a".into());
         }),

@@ -5,6 +5,9 @@
 #![expect(clippy::cast_possible_truncation, reason = "the contexts hold ports in words")]
 #![cfg_attr(target_arch = "bpf", no_std, no_main, feature(asm_experimental_arch))]
 
+#[path = "../container.rs"]
+#[expect(dead_code, reason = "the other object uses the rest")]
+mod container;
 #[path = "../context.rs"]
 #[expect(dead_code, unused_imports, reason = "the other object uses the rest")]
 mod context;

@@ -1,4 +1,5 @@
-//! Whether a socket belongs to an accepted proxy: created by an owner of `-u` or `-g`, with an executable of the pod's list.
+//! Whether a socket belongs to an accepted proxy: created by an owner of `-u` or `-g`, in the proxy's container where that
+//! counts, with an executable of the pod's list.
 //! Called in the system calls connect() and listen(), where the running task is the proxy.
 
 use aya_ebpf::{bindings::bpf_sock, programs::SockOpsContext};
@@ -7,7 +8,7 @@ use intercept_common::{
     layout::{MAX_OWNERS, PodPolicy},
 };
 
-use crate::{context::TCP, kernel, maps, owner};
+use crate::{container, context::TCP, kernel, maps, owner};
 
 /// The pod of a callback, if it is accelerated.
 #[inline(always)]
@@ -25,6 +26,9 @@ pub(crate) fn made(sk: *mut bpf_sock, pod: &PodCell, policy: &PodPolicy) -> bool
     if !is_listed(&policy.uids, policy.uid_count, owner.uid)
         && !is_listed(&policy.gids, policy.gid_count, owner.gid)
     {
+        return false;
+    }
+    if !container::made_socket(policy, sk) {
         return false;
     }
     let name = ProxyName { netns: pod.netns, name: kernel::executable() };

@@ -135,6 +135,7 @@ impl AgentModel {
             src: from.map_or(Addr::UNSPECIFIED, Addr::from),
             owner: Owner { uid: owner.uid, gid: owner.gid },
             mark: *mark,
+            container: 0,
         };
         let lookup = InMemory { entries: &self.0.entries, marked: false, bypass: false };
         let decided = decide_outbound(&self.0.policy, &asked, &lookup);
