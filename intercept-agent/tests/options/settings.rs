@@ -393,7 +393,7 @@ fn help_is_complete() {
     }
     let command = CaptureCli::command();
     let flags: Vec<_> = command.get_arguments().filter(|arg| arg.get_id() != "help").collect();
-    assert_eq!(flags.len(), 39);
+    assert_eq!(flags.len(), 41);
     for flag in flags {
         let text = flag.get_help().expect("help").to_string();
         let long = flag.get_long().expect("a long flag");
