@@ -29,6 +29,7 @@ use crate::{
 };
 
 pub use apply::Attached;
+pub use collect::DetachedPod;
 pub use error::NodeError;
 pub use observe::Observation;
 pub use paused::Paused;

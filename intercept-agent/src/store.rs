@@ -100,6 +100,8 @@ fn at<'a>(action: &'static str, path: &'a Path) -> impl FnOnce(io::Error) -> Sto
 #[derive(Clone, Debug)]
 pub struct Store {
     root: PathBuf,
+    /// Folder of the layout.
+    version: PathBuf,
     digest: String,
 }
 
@@ -131,27 +133,32 @@ impl Store {
         }
     }
 
-    /// Take out whatever is in the folder, whichever version wrote it. False if there is none.
-    pub fn remove_any(bpffs: &Path) -> Result<bool, StoreError> {
+    /// The store in this bpffs, whichever layouts it has. None if there is no folder.
+    pub fn find_any(bpffs: &Path) -> Option<Self> {
         let store = Self::at(bpffs);
-        if !is_bpffs(bpffs) || !store.root.is_dir() {
-            return Ok(false);
-        }
-        let _lock = store.lock()?;
-        store.remove_all()?;
-        Ok(true)
+        (is_bpffs(bpffs) && store.root.is_dir()).then_some(store)
+    }
+
+    /// The same store, once for each layout that it has.
+    pub fn layouts(&self) -> Result<Vec<Self>, StoreError> {
+        Ok(list(&self.root)?.into_iter().map(|version| Self { version, ..self.clone() }).collect())
     }
 
     /// A store of this process's own beside the real one, to try things in; its user removes it.
     pub fn scratch(bpffs: &Path) -> Result<Self, StoreError> {
         ensure_bpffs(bpffs)?;
         let root = bpffs.join(format!("intercept-check-{}", std::process::id()));
-        Ok(Self { root, ..Self::at(bpffs) })
+        Ok(Self::with_root(root))
     }
 
     fn at(bpffs: &Path) -> Self {
+        Self::with_root(bpffs.join("intercept"))
+    }
+
+    fn with_root(root: PathBuf) -> Self {
         Self {
-            root: bpffs.join("intercept"),
+            version: root.join(format!("v{}", layout::VERSION)),
+            root,
             digest: digest(&[crate::programs::OBJECT, crate::acceleration::OBJECT]),
         }
     }
@@ -167,7 +174,7 @@ impl Store {
     pub fn keep(&self) -> Result<Lock, StoreError> {
         self.lock_version(FlockOperation::NonBlockingLockExclusive).map_err(|error| match error {
             StoreError::Path { source, .. } if source.kind() == io::ErrorKind::WouldBlock => {
-                StoreError::OtherDaemon { path: self.version().display().to_string() }
+                StoreError::OtherDaemon { path: self.version.display().to_string() }
             }
             error => error,
         })
@@ -175,7 +182,7 @@ impl Store {
 
     /// Whether somebody has programs and maps stay.
     pub fn is_kept(&self) -> bool {
-        self.version().is_dir() && self.lock_version(FlockOperation::NonBlockingLockExclusive).is_err()
+        self.version.is_dir() && self.lock_version(FlockOperation::NonBlockingLockExclusive).is_err()
     }
 
     /// Be the one reader of the events of `trace`; an error when somebody else is.
@@ -184,8 +191,8 @@ impl Store {
     }
 
     fn lock_version(&self, operation: FlockOperation) -> Result<Lock, StoreError> {
-        self.create(&self.version())?;
-        lock_dir(&self.version(), operation)
+        self.create(&self.version)?;
+        lock_dir(&self.version, operation)
     }
 
     /// A map that is not there, if any: of a store whose first agent died while it made them.
@@ -198,24 +205,20 @@ impl Store {
         fs::metadata(self.maps()).ok().map(|folder| folder.ino())
     }
 
-    fn version(&self) -> PathBuf {
-        self.root.join(format!("v{}", layout::VERSION))
-    }
-
     /// Folder of the maps.
     pub fn maps(&self) -> PathBuf {
-        self.version().join("maps")
+        self.version.join("maps")
     }
 
     /// Folder of the programs of this very build.
     pub fn programs(&self) -> PathBuf {
-        self.version().join(format!("programs-{}", self.digest))
+        self.version.join(format!("programs-{}", self.digest))
     }
 
     /// Folders of the programs of other builds.
     pub fn other_programs(&self) -> Result<Vec<PathBuf>, StoreError> {
         let own = self.programs();
-        Ok(list(&self.version())?
+        Ok(list(&self.version)?
             .into_iter()
             .filter(|path| *path != own && file_name(path).starts_with("programs-"))
             .collect())
@@ -223,9 +226,9 @@ impl Store {
 
     /// The folder of another layout version that holds pods, if there is one.
     pub fn other_layout(&self) -> Result<Option<PathBuf>, StoreError> {
-        let own = self.version();
+        let own = &self.version;
         for version in list(&self.root)? {
-            if version != own && !list(&version.join("pods"))?.is_empty() {
+            if version != *own && !list(&version.join("pods"))?.is_empty() {
                 return Ok(Some(version));
             }
         }
@@ -234,9 +237,9 @@ impl Store {
 
     /// Take out maps and programs of other layout versions that no pod uses and no daemon keeps.
     pub fn remove_other_layouts(&self) -> Result<(), StoreError> {
-        let own = self.version();
+        let own = &self.version;
         for version in list(&self.root)? {
-            if version != own
+            if version != *own
                 && list(&version.join("pods"))?.is_empty()
                 && let Ok(_unkept) = lock_dir(&version, FlockOperation::NonBlockingLockExclusive)
             {
@@ -248,12 +251,12 @@ impl Store {
 
     /// Folder of a pod.
     pub fn pod(&self, cookie: NetnsCookie) -> PathBuf {
-        self.version().join("pods").join(cookie.to_string())
+        self.version.join("pods").join(cookie.to_string())
     }
 
     /// Cookies of all pods that have a folder, in force or not.
     pub fn pods(&self) -> Result<Vec<NetnsCookie>, StoreError> {
-        let mut cookies: Vec<NetnsCookie> = list(&self.version().join("pods"))?
+        let mut cookies: Vec<NetnsCookie> = list(&self.version.join("pods"))?
             .iter()
             .filter_map(|path| file_name(path).parse().ok().map(NetnsCookie))
             .collect();

@@ -280,6 +280,27 @@ fn a_killed_agent_does_not_affect_the_next() {
     }
 }
 
+/// Wherever a detach is killed, `detach --all` finishes it.
+#[test]
+fn a_killed_detach_is_finished_by_detach_all() {
+    let mut fixture = FaultsFixture::new("half");
+    let clean = Snapshot::of(&fixture.pod).expect("a snapshot");
+    for call in ["bpf", "sendto"] {
+        let mut number = 1;
+        fixture.attach(&OTHER);
+        while !fixture.inject((call, "signal=KILL"), number, ("detach", &[])).status.success() {
+            let when = format!("detach killed at {call} {number}");
+            fixture.agent.detach_all().expect("detached");
+            let after = Snapshot::of(&fixture.pod).expect("a snapshot");
+            assert_eq!(clean.difference(&after), [""; 0], "{when}");
+            assert!(!fixture.agent.bpffs().join("intercept").exists(), "{when}: the store is left");
+            number += 5;
+            fixture.attach(&OTHER);
+        }
+        assert!(number > 5, "no call of {call}");
+    }
+}
+
 /// As above, for the first agent of a node, which loads the programs.
 #[test]
 fn an_agent_killed_in_the_first_load_does_not_affect_the_next() {

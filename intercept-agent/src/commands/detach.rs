@@ -5,9 +5,7 @@ use std::path::Path;
 use anyhow::{Context as _, Result};
 use intercept_agent::{
     cgroup::CgroupDir,
-    node::{Node, NodeError},
-    record::Record,
-    store::Store,
+    node::{DetachedPod, Node, NodeError},
 };
 
 use super::say;
@@ -62,7 +60,7 @@ pub(super) fn detach_all(bpffs: &Path) -> Result<()> {
         None
     });
     let Some(mut node) = found else {
-        if Store::remove_any(bpffs)? {
+        if Node::remove_unreadable(bpffs)? {
             say!("removed state of another version of the agent, or of one that crashed");
         } else {
             say!("nothing is attached");
@@ -70,12 +68,9 @@ pub(super) fn detach_all(bpffs: &Path) -> Result<()> {
         return Ok(());
     };
     let mut failed = None;
-    for cookie in node.maps().policies()?.into_iter().map(|(cookie, _)| cookie) {
-        let record = node.record_of(cookie)?;
-        let netns = record.as_ref().and_then(Record::netns);
-        let cgroup = record.map_or("(unknown)".to_owned(), |r| r.cgroup.display().to_string());
-        // Detach as much as possible and report the failures.
-        match node.detach(cookie, netns.as_ref()) {
+    for DetachedPod { cookie, cgroup, result } in node.detach_all()? {
+        let cgroup = cgroup.map_or("(unknown)".to_owned(), |path| path.display().to_string());
+        match result {
             Ok(()) => say!("detached cgroup {cgroup} (cookie {cookie})"),
             Err(error) => {
                 tracing::error!(cgroup, error = &error as &dyn std::error::Error, "detaching");
@@ -87,6 +82,6 @@ pub(super) fn detach_all(bpffs: &Path) -> Result<()> {
         return Err(error)
             .context("detaching all pods: the programs stay for the pods that are still attached");
     }
-    node.remove_everything()?;
+    node.remove_programs()?;
     Ok(())
 }

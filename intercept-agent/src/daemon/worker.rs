@@ -13,7 +13,7 @@ use tokio::sync::oneshot;
 
 use crate::{
     node::{Node, NodeError, Paused},
-    store::{Lock, Store},
+    store::Lock,
 };
 
 type Job = Box<dyn FnOnce(&mut Access) + Send>;
@@ -169,7 +169,7 @@ impl Access {
         match Node::find(&self.bpffs) {
             Ok(Some(node)) => node.remove_everything(),
             // What cannot be read can be removed.
-            Ok(None) | Err(_) => Ok(Store::remove_any(&self.bpffs).map(drop)?),
+            Ok(None) | Err(_) => Node::remove_unreadable(&self.bpffs).map(drop),
         }
     }
 }

@@ -1,7 +1,11 @@
 //! Taking away: a pod that is detached, what the policies of a pod left that are not active, and what dead pods and dead
 //! agents left.
 
-use std::os::fd::AsFd as _;
+use std::{
+    collections::BTreeSet,
+    os::fd::AsFd as _,
+    path::{Path, PathBuf},
+};
 
 use intercept_common::{layout::PodPolicy, names};
 
@@ -11,8 +15,21 @@ use crate::{
     ids::{NetnsCookie, PolicyId},
     netns::Netns,
     netns_setup::{self, NetnsChanges, NetnsSetupError},
+    record::Record,
+    store::Store,
     sys,
 };
+
+/// A pod of [`Node::detach_all`].
+#[derive(Debug)]
+pub struct DetachedPod {
+    /// Cookie of its namespace.
+    pub cookie: NetnsCookie,
+    /// Its cgroup, if the record of its active policy can be read.
+    pub cgroup: Option<PathBuf>,
+    /// Whether it was detached.
+    pub result: Result<(), NodeError>,
+}
 
 impl Node {
     /// Take a pod out of force and leave nothing of it. `netns` is its namespace, if it still can be reached.
@@ -32,10 +49,50 @@ impl Node {
         Ok(())
     }
 
-    /// Remove programs, maps and all pods that are left.
-    pub fn remove_everything(self) -> Result<(), NodeError> {
+    /// Detaches every pod, active or not: a detach that was killed leaves a pod that is not. Returns each with the name
+    /// of its cgroup, which is unknown if its record cannot be read.
+    pub fn detach_all(&mut self) -> Result<Vec<DetachedPod>, NodeError> {
+        let active = self.maps.policies()?.into_iter().map(|(cookie, _)| cookie);
+        let cookies: BTreeSet<NetnsCookie> = active.chain(self.store.pods()?).collect();
+        let mut pods = Vec::new();
+        for cookie in cookies {
+            let record = self.record_of(cookie)?;
+            let netns = record.as_ref().and_then(Record::netns);
+            let cgroup = record.map(|record| record.cgroup);
+            pods.push(DetachedPod { cookie, cgroup, result: self.detach(cookie, netns.as_ref()) });
+        }
+        Ok(pods)
+    }
+
+    /// Detaches every pod and removes programs and maps, also if a pod cannot be detached.
+    pub fn remove_everything(mut self) -> Result<(), NodeError> {
+        for pod in self.detach_all()? {
+            if let Err(error) = pod.result {
+                let cookie = pod.cookie;
+                tracing::warn!(%cookie, error = &error as &dyn std::error::Error, "detaching");
+            }
+        }
+        self.remove_programs()
+    }
+
+    /// Removes programs and maps, and what is left of pods.
+    pub fn remove_programs(self) -> Result<(), NodeError> {
         self.switch_joining_off();
         Ok(self.store.remove_all()?)
+    }
+
+    /// Removes the state of every layout in this bpffs, which [`Node::find`] cannot open. What was changed in the pods'
+    /// namespaces is undone as far as their records can be read. False if there is no state.
+    pub fn remove_unreadable(bpffs: &Path) -> Result<bool, NodeError> {
+        let Some(store) = Store::find_any(bpffs) else { return Ok(false) };
+        let _lock = store.lock()?;
+        for layout in store.layouts()? {
+            for cookie in layout.pods()? {
+                restore_unreadable(&layout, cookie);
+            }
+        }
+        store.remove_all()?;
+        Ok(true)
     }
 
     /// Take away what dead pods and dead agents left: folders without a policy in force, pods whose cgroup or
@@ -192,6 +249,23 @@ impl Node {
             }
         }
         Ok(())
+    }
+}
+
+/// Undoes the changes of a pod's namespace. There is no next call, so a failure is only logged.
+fn restore_unreadable(store: &Store, cookie: NetnsCookie) {
+    let undo = || -> Result<(), NodeError> {
+        for (_, record) in store.records(cookie)? {
+            let record = record?;
+            if let Some(netns) = record.netns() {
+                netns_setup::remove(&netns, &record.netns_setup).map_err(changing(&netns))?;
+            }
+        }
+        Ok(())
+    };
+    if let Err(error) = undo() {
+        let error = &error as &dyn std::error::Error;
+        tracing::warn!(%cookie, error, "what was changed in the namespace of this pod stays");
     }
 }
 
