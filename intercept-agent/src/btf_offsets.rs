@@ -1,7 +1,9 @@
 //! Offsets of the kernel's struct members that the programs read, and whether an optional helper exists, from the BTF
 //! of the running kernel.
 
-use btf_rs::{Btf, Member, Type};
+use std::{io, path::Path};
+
+use crate::btf::Btf;
 
 /// Offsets in bytes, with the names of the programs' globals.
 pub type Offsets = Vec<(&'static str, u32)>;
@@ -82,7 +84,7 @@ pub const VMLINUX_BTF: &str = "/sys/kernel/btf/vmlinux";
 pub enum OffsetError {
     /// The kernel has no BTF, or it is not readable.
     #[error("reading the kernel's types from {VMLINUX_BTF} (CONFIG_DEBUG_INFO_BTF)")]
-    Read(#[source] btf_rs::Error),
+    Read(#[source] io::Error),
     /// The kernel's struct has no such member.
     #[error("looking for {member} in the kernel's struct {name}")]
     Missing {
@@ -93,71 +95,27 @@ pub enum OffsetError {
     },
 }
 
-/// Looks up the offsets for the capture programs. It takes tens of milliseconds, and runs only when they are loaded.
+/// Looks up the offsets for the capture programs. It takes some milliseconds, and runs only when they are loaded.
 pub fn find() -> Result<Offsets, OffsetError> {
-    let btf = Btf::from_file(VMLINUX_BTF).map_err(OffsetError::Read)?;
+    let btf = Btf::read(Path::new(VMLINUX_BTF)).map_err(OffsetError::Read)?;
     let mut offsets = look_up(&btf, MEMBERS.iter().chain(&CGROUP))?;
-    offsets.push((HELPER.0, has_helper(&btf, HELPER.1).into()));
+    offsets.push((HELPER.0, btf.has_enumerator("bpf_func_id", HELPER.1).into()));
     Ok(offsets)
 }
 
 /// Looks up the offsets for the programs of joined connections.
 pub fn find_for_joining() -> Result<Offsets, OffsetError> {
-    let btf = Btf::from_file(VMLINUX_BTF).map_err(OffsetError::Read)?;
+    let btf = Btf::read(Path::new(VMLINUX_BTF)).map_err(OffsetError::Read)?;
     look_up(&btf, MEMBERS[..SHARED].iter().chain(&CGROUP).chain(&JOIN))
-}
-
-fn has_helper(btf: &Btf, helper: &str) -> bool {
-    let types = btf.resolve_types_by_name("bpf_func_id").unwrap_or_default();
-    types.iter().any(|ty| match ty {
-        Type::Enum(helpers) => {
-            helpers.members.iter().any(|member| btf.resolve_name(member).is_ok_and(|name| name == helper))
-        }
-        _ => false,
-    })
 }
 
 fn look_up(btf: &Btf, steps: impl Iterator<Item = &'static OffsetStep>) -> Result<Offsets, OffsetError> {
     steps
         .map(|&OffsetStep { global, name, member, optional }| {
-            let found = offset(btf, name, member).or(optional.then_some(0));
+            let found = btf.offset_of(name, member).or(optional.then_some(0));
             found.map(|offset| (global, offset)).ok_or(OffsetError::Missing { name, member })
         })
         .collect()
-}
-
-fn offset(btf: &Btf, name: &str, path: &str) -> Option<u32> {
-    btf.resolve_types_by_name(name).ok()?.into_iter().find_map(|ty| offset_in(btf, &ty, path))
-}
-
-/// Returns an offset in bytes. Anonymous structs and unions are searched too.
-fn offset_in(btf: &Btf, ty: &Type, path: &str) -> Option<u32> {
-    let (Type::Struct(ty) | Type::Union(ty)) = ty else { return None };
-    let (member, rest) = path.split_once('.').map_or((path, None), |(member, rest)| (member, Some(rest)));
-    ty.members.iter().find_map(|found| {
-        let name = btf.resolve_name(found).unwrap_or_default();
-        let inside = match rest {
-            None if name == member => Some(0),
-            Some(rest) if name == member => offset_in(btf, &plain_type(btf, found)?, rest),
-            _ if name.is_empty() => offset_in(btf, &plain_type(btf, found)?, path),
-            _ => None,
-        };
-        inside.map(|inside| inside + found.bit_offset() / 8)
-    })
-}
-
-/// Returns the type of a member without typedefs and qualifiers.
-fn plain_type(btf: &Btf, member: &Member) -> Option<Type> {
-    let mut ty = btf.resolve_chained_type(member).ok()?;
-    loop {
-        let next = match &ty {
-            Type::Typedef(inner) => btf.resolve_chained_type(inner),
-            Type::Const(inner) => btf.resolve_chained_type(inner),
-            Type::Volatile(inner) => btf.resolve_chained_type(inner),
-            _ => return Some(ty),
-        };
-        ty = next.ok()?;
-    }
 }
 
 #[cfg(test)]

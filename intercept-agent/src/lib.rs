@@ -1,6 +1,7 @@
 //! The agent as a library, so that tests can use its parts. The binary is a command line around it.
 
 pub mod acceleration;
+mod btf;
 pub mod btf_offsets;
 pub mod cgroup;
 pub mod cni;
