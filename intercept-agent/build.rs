@@ -88,6 +88,8 @@ fn cargo(toolchain: &Toolchain) -> Result<Command, String> {
         "-Cdebuginfo=2",
         "-Cstrip=none",
         "-Clink-arg=--btf",
+        // Otherwise LLVM clears memory with calls of memset, byte by byte.
+        "-Clink-arg=--disable-expand-memcpy-in-order",
         // 32-bit instructions (Linux 5.1). Programs with atomic operations that return the old value need 5.12.
         "-Ctarget-cpu=v3",
         &format!("-Clinker={}", toolchain.linker.display()),
