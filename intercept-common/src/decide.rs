@@ -6,7 +6,7 @@ use crate::{
     layout::{Destination, MAX_OWNERS, PodPolicy, container, destination, interface, policy, port},
 };
 
-const TCP: u8 = 6;
+const TCP: u16 = 6;
 
 /// The lookups of a decision. The programs implement them with the maps, `explain` with the same entries in user space.
 /// A decision calls each at most once (`destination` once per address), and only when a row needs it.
@@ -19,6 +19,11 @@ pub trait PolicyLookup {
     fn group(&self, policy: PolicyId, gid: u32) -> bool;
     /// Bits of [`interface`].
     fn interface(&self, policy: PolicyId, ifindex: u32) -> u32;
+    /// Bits of [`owner_match`].
+    #[inline(always)]
+    fn owner(&self, pod: &PodPolicy, owner: Owner) -> u32 {
+        pod.match_owner(owner)
+    }
     /// TPROXY only: whether the connect hook marked this connection for the inbound listener.
     fn is_marked(&self) -> bool;
     /// TPROXY only: whether the proxy opened this connection with the mark of `-t`.
@@ -28,6 +33,7 @@ pub trait PolicyLookup {
 /// The creator of a socket, with ids of the initial user namespace. A socket without a file has no owner and matches
 /// every "owner is not" row.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[repr(C)]
 pub struct Owner {
     /// fsuid at creation.
     pub uid: u32,
@@ -40,15 +46,12 @@ impl Owner {
     pub const NONE: Self = Self { uid: u32::MAX, gid: u32::MAX };
 }
 
-/// A flow started by a process of the pod.
+/// A flow started by a process of the pod. Without padding, because the programs pass it to functions by reference.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[repr(C)]
 pub struct OutboundFlow {
-    /// IPPROTO_TCP (6) or IPPROTO_UDP (17).
-    pub protocol: u8,
     /// The destination; for an unspecified one, the address that the kernel uses instead ([`Addr::effective`]).
     pub dst: Addr,
-    /// Host order.
-    pub dst_port: u16,
     /// The address that the socket is bound to, or unspecified.
     pub src: Addr,
     /// The creator of the socket.
@@ -57,6 +60,10 @@ pub struct OutboundFlow {
     pub mark: u32,
     /// Bits of [`container`]: the container that the process runs in. Only looked up where the policy asks for it.
     pub container: u32,
+    /// Host order.
+    pub dst_port: u16,
+    /// IPPROTO_TCP (6) or IPPROTO_UDP (17).
+    pub protocol: u16,
 }
 
 /// A TCP connection that arrives in the namespace.
@@ -80,71 +87,115 @@ pub struct OutboundDecision {
     pub decision: Decision,
     /// The source address that the route selects; unspecified if it is not known.
     pub source: Addr,
-    /// TPROXY: sk_lookup hands this connection to the inbound listener (the rules of the mangle table mark it).
-    pub mark: bool,
-    /// TPROXY: sk_lookup passes this connection, whatever its source: the proxy's own connection to the application (the
-    /// mark of `-t`).
-    pub bypass: bool,
+    /// TPROXY: what the mangle table does with it.
+    pub mark: TproxyMark,
 }
 
-/// Decides for a flow started by a process of the pod.
+/// What the mangle table of TPROXY does with a connection, besides the nat table.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[repr(u8)]
+pub enum TproxyMark {
+    /// Nothing.
+    None,
+    /// It is marked, and goes to the inbound port when it arrives over loopback.
+    Steered,
+    /// As [`TproxyMark::Steered`], to a destination that sk_lookup passes: the connect hook redirects it.
+    Redirected,
+    /// The proxy has set the mark of `-t` itself: it passes.
+    Bypass,
+}
+
+impl TproxyMark {
+    /// The mark with this discriminant.
+    #[inline(always)]
+    pub const fn of(discriminant: u8) -> Self {
+        match discriminant {
+            1 => Self::Steered,
+            2 => Self::Redirected,
+            3 => Self::Bypass,
+            _ => Self::None,
+        }
+    }
+}
+
+/// Decides for a flow started by a process of the pod. The programs take the same steps one by one.
 #[inline(always)]
 pub fn decide_outbound(pod: &PodPolicy, flow: &OutboundFlow, lookup: &impl PolicyLookup) -> OutboundDecision {
     let dst = lookup.destination(pod.id, flow.dst);
-    let src = if flow.src.is_unspecified() { dst.source } else { flow.src };
-    let mut reason = outbound_reason(pod, flow, src, &dst, lookup);
-    let mut mark = false;
-    let tproxy = pod.flags & policy::TPROXY != 0;
-    let bypass = tproxy && flow.protocol == TCP && flow.mark == pod.tproxy_mark;
-    if tproxy && !bypass && is_marked(pod, flow, src, &dst, reason, lookup) {
-        // sk_lookup passes destinations on loopback, so the connect hook redirects them.
-        if flow.dst.is_loopback() {
-            reason = Reason::MarkedLoopback;
-        } else {
-            mark = true;
-        }
+    let reason = outbound_reason(pod, flow, &dst, lookup);
+    let mark = if pod.flags & policy::TPROXY == 0 {
+        TproxyMark::None
+    } else {
+        tproxy_mark(pod, flow, &dst, reason.keeps_mark(), lookup)
+    };
+    OutboundDecision {
+        decision: if mark == TproxyMark::Redirected { Reason::MarkedLoopback } else { reason }.into(),
+        source: dst.source,
+        mark,
     }
-    OutboundDecision { decision: reason.into(), source: dst.source, mark, bypass }
+}
+
+/// The source address of a flow: that of the socket, or that of the route.
+#[inline(always)]
+fn source(flow: &OutboundFlow, dst: &Destination) -> Addr {
+    if flow.src.is_unspecified() { dst.source } else { flow.src }
 }
 
 /// TPROXY: the mangle table marks what the proxy sends over loopback, independently of the nat table, and delivers it to
-/// the inbound port when it arrives.
+/// the inbound port when it arrives. `keeps_mark` is what the row of the nat table says ([`Reason::keeps_mark`]).
 #[inline(always)]
-fn is_marked(
+pub fn tproxy_mark(
     pod: &PodPolicy,
     flow: &OutboundFlow,
-    src: Addr,
     dst: &Destination,
-    reason: Reason,
+    keeps_mark: bool,
     lookup: &impl PolicyLookup,
-) -> bool {
-    flow.protocol == TCP
+) -> TproxyMark {
+    if flow.protocol != TCP {
+        return TproxyMark::None;
+    }
+    if flow.mark == pod.tproxy_mark {
+        return TproxyMark::Bypass;
+    }
+    let is_marked = keeps_mark
         && dst.flags & (destination::LO | destination::LOCALHOST) == destination::LO
-        && matches!(reason.verdict(), Verdict::Pass)
-        && !matches!(
-            reason,
-            Reason::NoRoute | Reason::ExcludedEgress | Reason::OutboundIpv6 | Reason::ExemptContainer
-        )
-        && !src.is_passthrough()
+        && !source(flow, dst).is_passthrough()
         && pod.may_be_proxy(flow.container)
-        && pod.is_proxy(flow.owner.uid, flow.owner.gid)
-        && matches!(inbound_port_reason(pod, flow.dst_port, lookup).verdict(), Verdict::Redirect(_))
+        && lookup.owner(pod, flow.owner) != 0
+        && matches!(inbound_port_reason(pod, flow.dst_port, lookup).verdict(), Verdict::Redirect(_));
+    match (is_marked, flow.dst.is_loopback()) {
+        (false, _) => TproxyMark::None,
+        (true, false) => TproxyMark::Steered,
+        (true, true) => TproxyMark::Redirected,
+    }
 }
 
-/// Whether an id is in a list of owners, whose unused places repeat the first one.
+/// Bits of [`PodPolicy::match_owner`].
+pub mod owner_match {
+    /// The first of `-u`.
+    pub const FIRST_UID: u32 = 1 << 0;
+    /// One of `-u`.
+    pub const UID: u32 = 1 << 1;
+    /// The first of `-g`.
+    pub const FIRST_GID: u32 = 1 << 2;
+    /// One of `-g`.
+    pub const GID: u32 = 1 << 3;
+}
+
+/// Whether an id is the first of a list of owners and whether it is in the list, whose unused places repeat the first one.
 ///
 /// Nearly always there is one. The others are compared without a branch, because the verifier follows every branch of
 /// every turn of a loop on its own.
 #[inline(always)]
-fn owned_by(ids: &[u32; MAX_OWNERS], count: u16, id: u32) -> bool {
+fn match_ids(ids: &[u32; MAX_OWNERS], count: u16, id: u32, (first, any): (u32, u32)) -> u32 {
     if count == 0 {
-        return false;
+        return 0;
     }
     if ids[0] == id {
-        return true;
+        return first | any;
     }
     if count == 1 {
-        return false;
+        return 0;
     }
     let mut all_differ = u32::MAX;
     for owner in ids {
@@ -152,14 +203,22 @@ fn owned_by(ids: &[u32; MAX_OWNERS], count: u16, id: u32) -> bool {
         // The top bit is set unless the two are equal.
         all_differ &= differs | differs.wrapping_neg();
     }
-    all_differ >> 31 == 0
+    if all_differ >> 31 == 0 { any } else { 0 }
 }
 
 impl PodPolicy {
+    /// Whether the ids are the proxy's: bits of [`owner_match`].
+    #[inline(always)]
+    pub fn match_owner(&self, owner: Owner) -> u32 {
+        use owner_match::{FIRST_GID, FIRST_UID, GID, UID};
+        match_ids(&self.uids, self.uid_count, owner.uid, (FIRST_UID, UID))
+            | match_ids(&self.gids, self.gid_count, owner.gid, (FIRST_GID, GID))
+    }
+
     /// Whether one of the ids is the proxy's.
     #[inline(always)]
     pub fn is_proxy(&self, uid: u32, gid: u32) -> bool {
-        owned_by(&self.uids, self.uid_count, uid) || owned_by(&self.gids, self.gid_count, gid)
+        self.match_owner(Owner { uid, gid }) != 0
     }
 
     /// Whether a process with these bits of [`container`] is the proxy if it has the proxy's ids.
@@ -170,7 +229,7 @@ impl PodPolicy {
 
     /// The bits of [`container`] of a process whose ancestor at [`PodPolicy::cgroup_level`] is this cgroup.
     ///
-    /// Without a branch, for the reason of `owned_by`.
+    /// Without a branch, for the reason of `match_ids`.
     #[inline(always)]
     pub fn container_of(&self, cgroup: u64) -> u32 {
         let mut found = self.zero;
@@ -184,14 +243,15 @@ impl PodPolicy {
     }
 }
 
+/// The first row that a flow meets.
 #[inline(always)]
-fn outbound_reason(
+pub fn outbound_reason(
     pod: &PodPolicy,
     flow: &OutboundFlow,
-    src: Addr,
     dst: &Destination,
     lookup: &impl PolicyLookup,
 ) -> Reason {
+    let src = source(flow, dst);
     let is = |bit: u32| dst.flags & bit != 0;
     let has = |bit: u32| pod.flags & bit != 0;
     let tcp = flow.protocol == TCP;
@@ -231,17 +291,19 @@ fn outbound_reason(
     // 4 and 5. Row b of the first id ends the walk for all that come later, so the order of -u counts.
     let loops_back = lo && !localhost && tcp && flow.dst_port != pod.tunnel_port;
     let leaves_lo = lo && !has(policy::INCLUDES_LOOPBACK) && (!dns || (tcp && !to_53));
-    let may_be_proxy = pod.may_be_proxy(flow.container);
-    let is_proxy = |ids: &[u32; MAX_OWNERS], count: u16, id: u32| {
-        may_be_proxy && (if leaves_lo { count != 0 && ids[0] == id } else { owned_by(ids, count, id) })
+    let owner = if pod.may_be_proxy(flow.container) { lookup.owner(pod, flow.owner) } else { 0 };
+    let (uid, gid) = if leaves_lo {
+        (owner_match::FIRST_UID, owner_match::FIRST_GID)
+    } else {
+        (owner_match::UID, owner_match::GID)
     };
-    if is_proxy(&pod.uids, pod.uid_count, flow.owner.uid) {
+    if owner & uid != 0 {
         return if loops_back && !to_53 { Reason::ProxyUidToPod } else { Reason::ProxyUid };
     }
     if leaves_lo && pod.uid_count != 0 {
         return Reason::LoopbackNotProxyUid;
     }
-    if is_proxy(&pod.gids, pod.gid_count, flow.owner.gid) {
+    if owner & gid != 0 {
         return if loops_back { Reason::ProxyGidToPod } else { Reason::ProxyGid };
     }
     if leaves_lo && pod.gid_count != 0 {

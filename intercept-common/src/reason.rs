@@ -84,6 +84,18 @@ macro_rules! reasons {
     };
 }
 
+impl Reason {
+    /// TPROXY: whether a connection with this row of the nat table keeps the mark of the mangle table.
+    #[inline(always)]
+    pub const fn keeps_mark(self) -> bool {
+        matches!(self.verdict(), Verdict::Pass)
+            && !matches!(
+                self,
+                Self::NoRoute | Self::ExcludedEgress | Self::OutboundIpv6 | Self::ExemptContainer
+            )
+    }
+}
+
 const PASS: Verdict = Verdict::Pass;
 const OUTBOUND: Verdict = Verdict::Redirect(ProxyListener::Outbound);
 const INBOUND: Verdict = Verdict::Redirect(ProxyListener::Inbound);

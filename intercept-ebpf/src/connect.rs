@@ -8,7 +8,7 @@
 use aya_ebpf::programs::SockAddrContext;
 use intercept_common::{
     Addr, NetnsCookie, ProxyListener, StandIn, Verdict,
-    decide::{OutboundFlow, decide_outbound},
+    decide::{OutboundFlow, TproxyMark},
     failure::{Failure, OnFailure},
     layout::{PodPolicy, ProxyPort, SocketState, bound, policy, socket},
 };
@@ -16,11 +16,11 @@ use intercept_common::{
 use crate::{
     container,
     context::{self, AddressFamily, Sock, TCP, UDP},
-    lookup::PolicyMaps,
     maps, observe, open, owner,
     proxy::ProxyState,
     refusal,
     storage::{StoredServers, StoredSocket},
+    verdict,
 };
 
 /// What the kernel does with the system call.
@@ -56,7 +56,7 @@ pub(crate) fn connect<F: AddressFamily>(ctx: &SockAddrContext) -> SyscallVerdict
     let src = F::bound(sk);
     context::name_own_host::<F>(ctx, src);
     let flow = OutboundFlow {
-        protocol: protocol as u8,
+        protocol: protocol as u16,
         dst: F::named(ctx),
         dst_port: context::named_port(ctx),
         src,
@@ -64,8 +64,8 @@ pub(crate) fn connect<F: AddressFamily>(ctx: &SockAddrContext) -> SyscallVerdict
         mark: sk.mark(),
         container: container::of_current(pod),
     };
-    let decided = decide_outbound(pod, &flow, &PolicyMaps { conn: None });
-    observe::outbound(netns, pod, &flow, decided.decision.reason);
+    let decided = verdict::outbound(pod, &flow);
+    observe::outbound(netns, pod, &flow, decided.reason);
     let state = SocketState {
         addr: flow.dst,
         source: if flow.src.is_unspecified() { decided.source } else { Addr::UNSPECIFIED },
@@ -76,13 +76,13 @@ pub(crate) fn connect<F: AddressFamily>(ctx: &SockAddrContext) -> SyscallVerdict
         proxy_port: 0,
         proxy_role: 0,
     };
-    match decided.decision.verdict {
+    match decided.reason.verdict() {
         Verdict::Redirect(target) if protocol == TCP => stream::<F>(ctx, netns, pod, state, target),
         Verdict::Redirect(target) => datagram::<F>(ctx, netns, pod, state, target),
-        Verdict::Pass if decided.mark => {
+        Verdict::Pass if matches!(decided.mark, TproxyMark::Steered) => {
             remember(ctx, netns, pod, SocketState { kind: socket::STEERED, ..state })
         }
-        Verdict::Pass if decided.bypass => {
+        Verdict::Pass if matches!(decided.mark, TproxyMark::Bypass) => {
             remember(ctx, netns, pod, SocketState { kind: socket::BYPASS, ..state })
         }
         Verdict::Pass => SyscallVerdict::Proceed,

@@ -9,7 +9,7 @@
 use aya_ebpf::programs::SockAddrContext;
 use intercept_common::{
     Addr, Verdict,
-    decide::{OutboundFlow, decide_outbound},
+    decide::OutboundFlow,
     failure::Failure,
     layout::{PodPolicy, SocketState, policy, socket},
 };
@@ -18,9 +18,9 @@ use crate::{
     connect::{SyscallVerdict, target_port, wants_datagram},
     container,
     context::{self, AddressFamily, Sock, UDP},
-    lookup::PolicyMaps,
     maps, observe, open, owner, refusal,
     storage::{StoredServers, StoredSocket},
+    verdict,
 };
 
 /// Runs in `sendmsg()` with an address.
@@ -39,7 +39,7 @@ pub(crate) fn sendmsg<F: AddressFamily>(ctx: &SockAddrContext) -> SyscallVerdict
     let src = if asked.is_unspecified() { bound } else { asked };
     context::name_own_host::<F>(ctx, src);
     let flow = OutboundFlow {
-        protocol: UDP as u8,
+        protocol: UDP as u16,
         dst: F::named(ctx),
         dst_port,
         src,
@@ -48,9 +48,9 @@ pub(crate) fn sendmsg<F: AddressFamily>(ctx: &SockAddrContext) -> SyscallVerdict
         mark: 0,
         container: container::of_current(pod),
     };
-    let decided = decide_outbound(pod, &flow, &PolicyMaps { conn: None });
-    observe::outbound(netns, pod, &flow, decided.decision.reason);
-    let target = match decided.decision.verdict {
+    let decided = verdict::outbound(pod, &flow);
+    observe::outbound(netns, pod, &flow, decided.reason);
+    let target = match decided.reason.verdict() {
         Verdict::Pass => return SyscallVerdict::Proceed,
         Verdict::Redirect(target) => target,
     };

@@ -12,6 +12,7 @@ use crate::{
     datagram,
     inbound::{self, Steer},
     lifecycle, mptcp, original,
+    verifier::constant,
 };
 
 /// The system call goes on.
@@ -32,8 +33,8 @@ fn connect6(ctx: SockAddrContext) -> i32 {
 #[inline(always)]
 fn connect_verdict(outcome: connect::SyscallVerdict) -> i32 {
     match outcome {
-        connect::SyscallVerdict::Proceed => ALLOW,
-        connect::SyscallVerdict::Refuse => DENY,
+        connect::SyscallVerdict::Proceed => constant::<ALLOW>(),
+        connect::SyscallVerdict::Refuse => constant::<DENY>(),
     }
 }
 

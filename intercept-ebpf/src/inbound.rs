@@ -4,7 +4,6 @@
 use aya_ebpf::{bindings::bpf_sk_lookup, programs::SkLookupContext};
 use intercept_common::{
     Addr, NetnsCookie, PolicyLookup as _, ProxyListener, StandIn, Verdict,
-    decide::{InboundFlow, decide_inbound},
     failure::Failure,
     layout::{LookupScratch, PodPolicy, Proxy, destination, policy, scope},
 };
@@ -15,6 +14,7 @@ use crate::{
     lookup::PolicyMaps,
     maps, observe,
     original::proxy_key,
+    verdict,
 };
 
 /// The cookie of the namespace that this instance is attached to, because the hook has no helper for it. The agent patches
@@ -132,16 +132,11 @@ fn target(ctx: &SkLookupContext, netns: NetnsCookie, pod: &PodPolicy) -> Option<
         // A redirected connection to a proxy on 127.0.0.1 or ::1.
         return Some((ends.local_port, scope::LOCALHOST));
     }
-    let flow = InboundFlow {
-        dst: ends.local,
-        dst_port: ends.local_port,
-        src: ends.remote,
-        ifindex: load!(load_u32, bpf_sk_lookup, ctx.lookup, ingress_ifindex),
-    };
     let conn = proxy_key(netns, &ends);
-    let decision = decide_inbound(pod, &flow, &PolicyMaps { conn: Some(&conn) });
-    observe::inbound(netns, pod, &flow, ends.remote_port, decision.reason);
-    match decision.verdict {
+    let ifindex = load!(load_u32, bpf_sk_lookup, ctx.lookup, ingress_ifindex);
+    let reason = verdict::inbound(pod, &conn, ifindex);
+    observe::inbound(pod, &conn, reason);
+    match reason.verdict() {
         Verdict::Pass => None,
         Verdict::Redirect(ProxyListener::Outbound) => Some((pod.outbound_port, scope::ANY)),
         Verdict::Redirect(_) => Some((pod.inbound_port, scope::ANY)),

@@ -16,6 +16,7 @@ use crate::{
     context::{self, AF_INET6, Sock, load},
     maps, observe,
     proxy::{ListenerRing, ProxyState},
+    verifier::opaque,
 };
 
 const EEXIST: i32 = 17;
@@ -136,17 +137,32 @@ fn assign_from(ctx: &SkLookupContext, mut key: ListenerKey, ring: ListenerRing) 
     if maps::assign_listener(ctx, &key).is_ok() {
         return true;
     }
-    let mut number = top as u32;
+    let found = opaque(search_listeners(ctx.lookup, &raw const key, top as u32));
+    if found == 0 {
+        return false;
+    }
+    ring.set_hint(found - 1);
+    true
+}
+
+/// Assigns a connection to the newest listener below the number `top` that is open. Returns its slot plus 1, or 0 if there is
+/// none. A function of its own, so that the verifier walks the loop once (see `verdict.rs`).
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn search_listeners(lookup: *mut bpf_sk_lookup, key: *const ListenerKey, top: u32) -> u64 {
+    // SAFETY: the verifier checks the size of what a caller passes; a null pointer is none.
+    let Some(&(mut key)) = (unsafe { key.as_ref() }) else { return 0 };
+    let ctx = SkLookupContext { lookup };
+    let mut number = top;
     for _ in 0..LISTENER_SEARCH {
         if number == 0 {
             break;
         }
         number -= 1;
         key.slot = number % LISTENER_SLOTS;
-        if maps::assign_listener(ctx, &key).is_ok() {
-            ring.set_hint(key.slot.into());
-            return true;
+        if maps::assign_listener(&ctx, &key).is_ok() {
+            return u64::from(key.slot) + 1;
         }
     }
-    false
+    0
 }

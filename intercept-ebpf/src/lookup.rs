@@ -2,10 +2,11 @@
 
 use intercept_common::{
     Addr, PolicyId, PolicyLookup,
-    layout::{ConnKey, Destination, MemberKey, PortKey, end},
+    decide::Owner,
+    layout::{ConnKey, Destination, MemberKey, PodPolicy, PortKey, end},
 };
 
-use crate::maps;
+use crate::{maps, verdict};
 
 /// The maps, and for an arriving connection the key under which the connect hook may have marked it.
 pub(crate) struct PolicyMaps<'a> {
@@ -38,6 +39,11 @@ impl PolicyLookup for PolicyMaps<'_> {
     }
 
     #[inline(always)]
+    fn owner(&self, pod: &PodPolicy, owner: Owner) -> u32 {
+        verdict::owner(pod, owner)
+    }
+
+    #[inline(always)]
     fn is_marked(&self) -> bool {
         self.has(end::STEERED)
     }
@@ -52,8 +58,9 @@ impl PolicyMaps<'_> {
     /// Whether the client's connect hook set this bit.
     #[inline(always)]
     fn has(&self, bit: u64) -> bool {
-        let Some(conn) = self.conn else { return false };
-        match maps::orig_dst(conn) {
+        // A copy, because Linux 6.1 takes no argument of a global function as the key of a map.
+        let Some(&conn) = self.conn else { return false };
+        match maps::orig_dst(&conn) {
             // SAFETY: the map holds OrigDst; a removed element is freed after a grace period.
             Some(entry) => unsafe { (*entry).port_and_ends & bit != 0 },
             None => false,

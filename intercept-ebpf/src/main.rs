@@ -25,6 +25,8 @@ mod owner;
 mod proxy;
 mod refusal;
 mod storage;
+mod verdict;
+mod verifier;
 
 #[cfg(not(target_arch = "bpf"))]
 fn main() {}

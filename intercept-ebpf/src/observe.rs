@@ -2,20 +2,20 @@
 
 use aya_ebpf::helpers::{bpf_get_current_comm, bpf_get_current_pid_tgid, generated::bpf_ktime_get_ns};
 use intercept_common::{
-    NetnsCookie, Reason, Slot,
-    decide::{InboundFlow, OutboundFlow, Owner},
+    NetnsCookie, Slot,
+    decide::{OutboundFlow, Owner},
     failure::Failure,
-    layout::{Event, PodPolicy},
+    layout::{ConnKey, Event, PodPolicy},
 };
 
-use crate::{context::TCP, maps};
+use crate::{context::TCP, maps, verdict::PackedReason};
 
 #[inline(always)]
-fn decision(slot: Slot, reason: Reason) {
+fn decision(slot: Slot, reason: PackedReason) {
     if let Some(counters) = maps::counters(slot) {
         // SAFETY: this CPU's own value. A program that interrupts this one can lose a count, nothing more.
         unsafe {
-            if let Some(cell) = (*counters).decisions.get_mut(reason as usize) {
+            if let Some(cell) = (*counters).decisions.get_mut(usize::from(reason.number())) {
                 *cell += 1;
             }
         }
@@ -58,7 +58,7 @@ pub(crate) use line;
 
 /// Counts and traces an outbound decision.
 #[inline(always)]
-pub(crate) fn outbound(netns: NetnsCookie, pod: &PodPolicy, flow: &OutboundFlow, reason: Reason) {
+pub(crate) fn outbound(netns: NetnsCookie, pod: &PodPolicy, flow: &OutboundFlow, reason: PackedReason) {
     decision(pod.slot, reason);
     if maps::tracing() {
         let comm = bpf_get_current_comm().unwrap_or([0; 16]);
@@ -72,8 +72,8 @@ pub(crate) fn outbound(netns: NetnsCookie, pod: &PodPolicy, flow: &OutboundFlow,
             pid: (bpf_get_current_pid_tgid() >> 32) as u32,
             uid: flow.owner.uid,
             gid: flow.owner.gid,
-            reason: reason as u8,
-            protocol: flow.protocol,
+            reason: reason.number(),
+            protocol: flow.protocol as u8,
             inbound: 0,
             container: flow.container as u8,
             comm,
@@ -84,26 +84,20 @@ pub(crate) fn outbound(netns: NetnsCookie, pod: &PodPolicy, flow: &OutboundFlow,
 
 /// Counts and traces an inbound decision.
 #[inline(always)]
-pub(crate) fn inbound(
-    netns: NetnsCookie,
-    pod: &PodPolicy,
-    flow: &InboundFlow,
-    src_port: u16,
-    reason: Reason,
-) {
+pub(crate) fn inbound(pod: &PodPolicy, conn: &ConnKey, reason: PackedReason) {
     decision(pod.slot, reason);
     if maps::tracing() {
         emit(&Event {
             time: now(),
-            netns,
-            dst: flow.dst,
-            src: flow.src,
-            dst_port: flow.dst_port,
-            src_port,
+            netns: conn.netns,
+            dst: conn.proxy,
+            src: conn.client,
+            dst_port: conn.proxy_port,
+            src_port: conn.client_port,
             pid: 0,
             uid: Owner::NONE.uid,
             gid: Owner::NONE.gid,
-            reason: reason as u8,
+            reason: reason.number(),
             protocol: TCP as u8,
             inbound: 1,
             container: 0,

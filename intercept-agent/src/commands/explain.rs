@@ -6,6 +6,7 @@ use intercept_agent::{cgroup::CgroupDir, maps::Maps, node::Node};
 use intercept_common::{
     Addr, Decision, InboundFlow, OutboundFlow, PolicyLookup, ProxyListener, Reason, Verdict,
     decide::Owner,
+    decide::TproxyMark,
     decide_inbound, decide_outbound,
     layout::{Destination, PodPolicy, container},
 };
@@ -100,7 +101,10 @@ fn decide(args: &ExplainArgs, policy: &PodPolicy, lookup: &impl PolicyLookup) ->
             };
             let decided = decide_outbound(policy, &flow, lookup);
             // The connect hook passes it, and sk_lookup steers it when it arrives on loopback.
-            if decided.mark { Reason::MarkedLoopback.into() } else { decided.decision }
+            match decided.mark {
+                TproxyMark::Steered => Reason::MarkedLoopback.into(),
+                _ => decided.decision,
+            }
         }
         Direction::Inbound => decide_inbound(
             policy,

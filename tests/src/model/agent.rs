@@ -14,7 +14,7 @@ use intercept_common::decide::Owner;
 use intercept_common::layout::Destination;
 use intercept_common::{
     Addr, Decision, InboundFlow, OutboundFlow, PolicyId, PolicyLookup, ProxyListener, Reason, Verdict,
-    decide_inbound, decide_outbound,
+    decide::TproxyMark, decide_inbound, decide_outbound,
 };
 
 use super::{ModelFlow, ModelNetns, ModelVerdict};
@@ -142,14 +142,15 @@ impl AgentModel {
         let left = decided.decision.verdict == Verdict::Pass && decided.decision.reason != Reason::NoRoute;
         let over_lo = netns.egress(to.ip()).is_some_and(|(out, _)| out == "lo");
         if !left || !over_lo || *udp || to.ip().is_loopback() {
-            assert!(!decided.mark, "marked, and never looked up: {decided:?}");
+            assert_ne!(decided.mark, TproxyMark::Steered, "marked, and never looked up: {decided:?}");
             return decided.decision;
         }
         // The source is any address of the pod; the proxy may also connect from the address of a client.
         let from = from.map_or(decided.source, Addr::from);
         let from = if from.is_unspecified() { asked.dst } else { from };
-        let from = if decided.bypass { somebody(*to) } else { from };
-        let arrived = self.arriving(0, from, *to, decided.mark, decided.bypass);
+        let (marked, bypass) = (decided.mark == TproxyMark::Steered, decided.mark == TproxyMark::Bypass);
+        let from = if bypass { somebody(*to) } else { from };
+        let arrived = self.arriving(0, from, *to, marked, bypass);
         match arrived.verdict {
             Verdict::Pass => decided.decision,
             Verdict::Redirect(_) => arrived,
