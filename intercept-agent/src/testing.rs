@@ -1,7 +1,8 @@
 //! Fixtures of the unit tests: cgroups and network namespaces. They need root.
 
 use std::{
-    fs,
+    fs, io,
+    path::Path,
     process::{Child, Command, Stdio},
     sync::atomic::{AtomicU32, Ordering},
 };
@@ -62,12 +63,17 @@ impl TestCgroup {
 impl Drop for TestCgroup {
     fn drop(&mut self) {
         self.kill_all();
-        for entry in fs::read_dir(self.cgroup.path()).into_iter().flatten().flatten() {
-            _ = fs::remove_dir(entry.path());
-        }
-        let removed = fs::remove_dir(self.cgroup.path());
+        let removed = remove(self.cgroup.path());
         if !std::thread::panicking() {
             removed.expect("the test left nothing in its cgroup");
         }
     }
+}
+
+/// Removes a cgroup with those below it.
+fn remove(cgroup: &Path) -> io::Result<()> {
+    for entry in fs::read_dir(cgroup)?.flatten().filter(|entry| entry.path().is_dir()) {
+        remove(&entry.path())?;
+    }
+    fs::remove_dir(cgroup)
 }

@@ -25,7 +25,8 @@ use crate::{
 };
 
 /// The names of the helpers that programs may use. The kernel knows helpers by number.
-const HELPERS: [BpfHelper; 31] = [
+const HELPERS: [BpfHelper; 32] = [
+    BpfHelper::BPF_FUNC_get_current_ancestor_cgroup_id,
     BpfHelper::BPF_FUNC_map_lookup_elem,
     BpfHelper::BPF_FUNC_map_update_elem,
     BpfHelper::BPF_FUNC_map_delete_elem,
