@@ -1,12 +1,18 @@
 //! The command line and logging.
 
-use std::{io::IsTerminal as _, net::IpAddr, path::PathBuf, time::Duration};
+use std::{
+    ffi::OsString,
+    io::IsTerminal as _,
+    net::IpAddr,
+    path::{Path, PathBuf},
+    time::Duration,
+};
 
-use clap::{ArgGroup, Args, Parser, Subcommand, ValueEnum};
-use intercept_agent::{
-    daemon::protocol::DEFAULT_SOCKET, options::RawOptions, programs::DEFAULT_MAX_CONNECTIONS,
+use crate::{
+    cni, daemon::protocol::DEFAULT_SOCKET, options::RawOptions, programs::DEFAULT_MAX_CONNECTIONS,
     store::DEFAULT_BPFFS,
 };
+use clap::{ArgGroup, Args, Parser, Subcommand, ValueEnum};
 
 /// Takes a pod's traffic through its sidecar proxy with eBPF, as istio-iptables does with netfilter.
 #[derive(Parser)]
@@ -16,6 +22,24 @@ pub(crate) struct Cli {
     pub(crate) logging: Logging,
     #[command(subcommand)]
     pub(crate) command: Command,
+}
+
+impl Cli {
+    /// Parses the arguments of this process, and exits if they are wrong.
+    pub(crate) fn of_process() -> Self {
+        Self::parse_from(arguments(std::env::args_os()))
+    }
+}
+
+/// Returns the arguments. If the binary is called by the name of a subcommand (istio-iptables, the CNI plugin), that
+/// subcommand is inserted.
+fn arguments(mut args: impl Iterator<Item = OsString>) -> Vec<OsString> {
+    const NAMES: [(&str, &str); 2] = [("istio-iptables", "istio-iptables"), (cni::PLUGIN, "cni")];
+    let Some(own) = args.next() else { return Vec::new() };
+    let called = Path::new(&own).file_name();
+    let subcommand = NAMES.iter().find(|(name, _)| called.is_some_and(|called| called == *name));
+    let subcommand = subcommand.map(|(_, subcommand)| OsString::from(subcommand));
+    std::iter::once(own).chain(subcommand).chain(args).collect()
 }
 
 /// How to log. Results go to standard output, logs to standard error.

@@ -1,4 +1,4 @@
-//! Executes the commands and determines exit codes.
+//! Executes the commands and determines exit codes: 0 done, 1 failed, 2 wrong usage, 126 validation failed.
 
 mod accelerate;
 mod attach;
@@ -12,10 +12,16 @@ mod run;
 mod status;
 mod trace;
 
-use anyhow::Result;
-use intercept_agent::options::OptionError;
+use std::process::ExitCode;
 
-use crate::cli::{Cli, Command};
+use anyhow::Result;
+
+use crate::{
+    cli::{self, Cli, Command},
+    confinement::explained,
+    escape::Lines,
+    options::OptionError,
+};
 
 /// A failure with an exit code other than 1.
 #[derive(Debug, thiserror::Error)]
@@ -25,17 +31,17 @@ pub(crate) enum Failed {
     Usage(#[from] OptionError),
     /// The CNI plugin failed. Its error has already been printed in the specification's format.
     #[error("the CNI plugin has failed")]
-    Told,
+    Reported,
     /// Redirection is active and does not work.
     #[error(transparent)]
-    Validation(intercept_agent::validation::ValidationError),
+    Validation(crate::validation::ValidationError),
 }
 
 impl Failed {
     pub(crate) fn exit_code(&self) -> u8 {
         match self {
             Self::Usage(_) => OptionError::EXIT_CODE,
-            Self::Told => 1,
+            Self::Reported => 1,
             Self::Validation(_) => 126,
         }
     }
@@ -43,17 +49,33 @@ impl Failed {
 
 /// Prints a result, with control characters escaped. A closed standard output is ignored, because the command itself
 /// has succeeded.
-macro_rules! say {
+macro_rules! print_line {
     ($($what:tt)*) => {
         drop(std::io::Write::write_fmt(
             &mut std::io::stdout(),
-            format_args!("{}\n", intercept_agent::escape::Lines(format_args!($($what)*))),
+            format_args!("{}\n", crate::escape::Lines(format_args!($($what)*))),
         ))
     };
 }
-use say;
+use print_line;
 
-pub(crate) fn run(cli: Cli) -> Result<()> {
+/// Executes the command line of this process.
+#[must_use]
+pub fn main() -> ExitCode {
+    let cli = Cli::of_process();
+    cli::start_logging(&cli.logging);
+    match run(cli) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            let code = error.downcast_ref::<Failed>().map_or(1, |failed| failed.exit_code());
+            // The chain of causes, separated by colons.
+            eprintln!("error: {}", Lines(explained(error.as_ref())));
+            ExitCode::from(code)
+        }
+    }
+}
+
+fn run(cli: Cli) -> Result<()> {
     match cli.command {
         Command::Attach(args) => attach::attach(args),
         Command::Detach(args) => detach::detach(&args),

@@ -1,32 +1,41 @@
-//! The agent as a library, so that tests can use its parts. The binary is a command line around it.
+//! The agent. The binary is [`main`]; tests use [`facade`].
+#![expect(
+    unreachable_pub,
+    reason = "an item is pub where other modules use it; facade.rs says what leaves the crate"
+)]
 
-pub mod acceleration;
+mod acceleration;
 mod btf;
-pub mod btf_offsets;
-pub mod cgroup;
-pub mod cni;
-pub mod compile;
-pub mod confinement;
-pub mod containers;
-pub mod daemon;
-pub mod escape;
-pub mod ids;
-pub mod listeners;
-pub mod maps;
+mod btf_offsets;
+mod cgroup;
+mod cli;
+mod cni;
+mod commands;
+mod compile;
+mod confinement;
+mod containers;
+mod daemon;
+mod escape;
+pub mod facade;
+mod ids;
+mod listeners;
+mod maps;
 mod netlink;
-pub mod netns;
-pub mod netns_setup;
-pub mod node;
-pub mod options;
-pub mod ownership;
-pub mod programs;
-pub mod record;
-pub mod routes;
-pub mod store;
-pub mod support;
-pub mod sys;
+mod netns;
+mod netns_setup;
+mod node;
+mod options;
+mod ownership;
+mod programs;
+mod record;
+mod routes;
+mod store;
+mod support;
+mod sys;
 #[cfg(test)]
 mod testing;
-pub mod trace;
-pub mod userns;
-pub mod validation;
+mod trace;
+mod userns;
+mod validation;
+
+pub use commands::main;

@@ -30,8 +30,6 @@ pub struct Listener {
     pub addr: IpAddr,
     /// Host order.
     pub port: u16,
-    /// Of family 6, and does not take IPv4.
-    pub v6only: bool,
     /// Names the socket among all that are open.
     pub inode: u64,
     /// The process that has it, as this one sees it.
@@ -58,7 +56,7 @@ pub struct Missed {
 
 /// All that listens on the ports asked for.
 #[derive(Debug, Default)]
-pub struct Found {
+pub struct FoundListeners {
     /// By inode, all of a group that shares a port by SO_REUSEPORT among them.
     pub listeners: Vec<Listener>,
     /// Worth a warning: what comes in for these ports will not reach them.
@@ -87,10 +85,10 @@ pub enum ListenersError {
 
 /// Finds what listens on `ports` in `netns`. The processes of `cgroup` are asked first, then all others that are in
 /// the namespace.
-pub fn find(netns: &Netns, cgroup: &CgroupDir, ports: &[u16]) -> Result<Found, ListenersError> {
+pub fn find(netns: &Netns, cgroup: &CgroupDir, ports: &[u16]) -> Result<FoundListeners, ListenersError> {
     let wanted = diag::listening(netns, ports)?;
     if wanted.is_empty() {
-        return Ok(Found::default());
+        return Ok(FoundListeners::default());
     }
     let pods = match cgroup.processes() {
         Ok(pods) => pods,

@@ -33,7 +33,6 @@ pub struct NetnsChanges(Vec<NetnsChange>);
 
 /// Why a namespace cannot be changed.
 #[derive(Debug, thiserror::Error)]
-#[expect(missing_docs, reason = "each is its text")]
 pub enum NetnsSetupError {
     #[error(transparent)]
     Netns(#[from] NetnsError),

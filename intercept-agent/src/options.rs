@@ -31,4 +31,3 @@ pub use names::{EtcFiles, NameSource};
 pub use ports::Ports;
 pub use raw::RawOptions;
 pub use reader::Note;
-pub use setting::{Setting, SettingOrigin};

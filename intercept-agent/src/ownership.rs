@@ -122,11 +122,6 @@ impl OwnedFolder {
         &self.path
     }
 
-    /// Returns the open folder.
-    pub fn file(&self) -> &File {
-        &self.file
-    }
-
     /// Opens a file for locking, and creates it with mode 0600 if it does not exist. Symbolic links are refused.
     pub fn lock_file(&self, name: &Path) -> Result<File, OwnershipError> {
         self.open_file(name, OFlags::RDWR | OFlags::CREATE)

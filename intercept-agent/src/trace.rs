@@ -24,7 +24,6 @@ use crate::{
 
 /// Why decisions cannot be traced.
 #[derive(Debug, thiserror::Error)]
-#[expect(missing_docs, reason = "each is its text")]
 pub enum TraceError {
     #[error(transparent)]
     Store(#[from] StoreError),
@@ -126,7 +125,6 @@ pub fn switch_off_if_unread(store: &Store) -> Result<(), StoreError> {
 
 /// An event as it is printed. Its names are stable.
 #[derive(Clone, Debug, PartialEq, Serialize)]
-#[expect(missing_docs, reason = "the names are the documentation")]
 pub struct Line {
     /// Seconds since the epoch.
     pub time: f64,

@@ -34,15 +34,6 @@ struct Extent {
     count: u32,
 }
 
-/// The result of [`IdMap::translate`].
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Translated {
-    /// The ids in the initial user namespace, in the order of the input.
-    pub ids: Vec<u32>,
-    /// The ids without a mapping, as in the input. They match no socket, which is worth a note.
-    pub unmapped: Vec<u32>,
-}
-
 /// Why the id maps of a pod cannot be read.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -156,18 +147,6 @@ impl IdMap {
         })
     }
 
-    /// Translates `ids` to the initial user namespace.
-    pub fn translate(&self, ids: &[u32]) -> Translated {
-        let mut translated = Translated::default();
-        for &id in ids {
-            match self.outside(id) {
-                Some(outside) => translated.ids.push(outside),
-                None => translated.unmapped.push(id),
-            }
-        }
-        translated
-    }
-
     fn size(&self) -> u64 {
         self.0.iter().map(|extent| u64::from(extent.count)).sum()
     }
@@ -241,10 +220,6 @@ mod tests {
         ] {
             assert_eq!(map.outside(inside), outside, "{inside}");
         }
-        assert_eq!(
-            map.translate(&[1337, 65_536, 0]),
-            Translated { ids: vec![101_337, 100_000], unmapped: vec![65_536] }
-        );
     }
 
     #[test]

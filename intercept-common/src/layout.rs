@@ -258,19 +258,24 @@ pub struct DnsServers {
     pub addrs: [Addr; MAX_SERVERS],
 }
 
+/// Access to the fields of [`DnsServers`]: in the programs through a pointer to the map's value. Numbers are derived here.
 #[expect(clippy::cast_possible_truncation, reason = "only the low half of `next` is used")]
-impl DnsServers {
+pub trait ServerNumbers {
+    /// [`DnsServers::next`].
+    fn next(&self) -> u32;
+    /// Sets [`DnsServers::next`].
+    fn set_next(&mut self, next: u32);
+    /// Element `slot` of [`DnsServers::addrs`]; `slot` is below [`MAX_SERVERS`].
+    fn addr(&self, slot: usize) -> Addr;
+    /// Sets element `slot` of [`DnsServers::addrs`].
+    fn set_addr(&mut self, slot: usize, addr: Addr);
+
     /// The number of a server. `None` if it is not remembered.
     #[inline(always)]
-    pub fn number_of(&self, server: Addr) -> Option<u16> {
-        Self::number_among(self.next, server, |slot| self.addrs[slot])
-    }
-
-    /// As [`DnsServers::number_of`], with the fields given.
-    #[inline(always)]
-    pub fn number_among(next: u32, server: Addr, addr: impl Fn(usize) -> Addr) -> Option<u16> {
+    fn number_of(&self, server: Addr) -> Option<u16> {
+        let next = self.next();
         for slot in 0..MAX_SERVERS {
-            if addr(slot) == server {
+            if self.addr(slot) == server {
                 // The last number before `next` that leads to this slot.
                 let age = (next as usize).wrapping_sub(1).wrapping_sub(slot) % MAX_SERVERS;
                 return Some((next as u16).wrapping_sub(1).wrapping_sub(age as u16));
@@ -279,26 +284,20 @@ impl DnsServers {
         None
     }
 
-    /// Remembers a server and returns its number.
+    /// Remembers a server and returns its number. Of two threads that add one at the same time, one server may be lost.
     #[inline(always)]
-    pub fn add(&mut self, addr: Addr) -> u16 {
-        let number = self.next as u16;
-        self.addrs[number as usize % MAX_SERVERS] = addr;
-        self.next = self.next.wrapping_add(1);
-        number
+    fn add(&mut self, server: Addr) -> u16 {
+        let number = self.next();
+        self.set_addr(number as usize % MAX_SERVERS, server);
+        self.set_next(number.wrapping_add(1));
+        number as u16
     }
 
     /// The server with this number. `None` if another has replaced it.
     #[inline(always)]
-    pub fn server(&self, number: u16) -> Option<Addr> {
-        Self::server_among(self.next, number, |slot| self.addrs[slot])
-    }
-
-    /// As [`DnsServers::server`], with the fields given.
-    #[inline(always)]
-    pub fn server_among(next: u32, number: u16, addr: impl Fn(usize) -> Addr) -> Option<Addr> {
-        let age = (next as u16).wrapping_sub(number);
-        let addr = addr(number as usize % MAX_SERVERS);
+    fn server(&self, number: u16) -> Option<Addr> {
+        let age = (self.next() as u16).wrapping_sub(number);
+        let addr = self.addr(number as usize % MAX_SERVERS);
         if age == 0 || age as usize > MAX_SERVERS || addr.is_unspecified() { None } else { Some(addr) }
     }
 }
@@ -401,11 +400,26 @@ const _: () = {
 mod tests {
     use super::*;
 
+    impl ServerNumbers for DnsServers {
+        fn next(&self) -> u32 {
+            self.next
+        }
+        fn set_next(&mut self, next: u32) {
+            self.next = next;
+        }
+        fn addr(&self, slot: usize) -> Addr {
+            self.addrs[slot]
+        }
+        fn set_addr(&mut self, slot: usize, addr: Addr) {
+            self.addrs[slot] = addr;
+        }
+    }
+
     #[test]
     fn servers_are_found_by_number_until_they_give_way() {
         let mut servers = DnsServers { next: 0xfffa, ..DnsServers::zeroed() };
         let addr = |n: u32| Addr::from_v4((0x0a00_0000 + n).to_be());
-        assert_eq!(servers.server(0xfff9), None, "nobody has been asked");
+        assert_eq!(servers.server(0xfff9), None, "no server has been asked");
         let mut numbers = [0; MAX_SERVERS + 2];
         for (n, number) in (0..).zip(&mut numbers) {
             *number = servers.add(addr(n));

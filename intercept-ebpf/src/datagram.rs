@@ -11,7 +11,7 @@ use intercept_common::{
     Addr, Verdict,
     decide::OutboundFlow,
     failure::Failure,
-    layout::{PodPolicy, SocketState, policy, socket},
+    layout::{PodPolicy, ServerNumbers as _, SocketState, policy, socket},
 };
 
 use crate::{
@@ -88,7 +88,7 @@ fn remember(sk: Sock, pod: &PodPolicy, flow: &OutboundFlow, source: Addr) -> Opt
         // A socket bound to an address receives answers only there, so the server asked last wins. A connected socket must
         // not receive another server's answer, and a numbered source keeps it away.
         if can_number && (flow.src.is_unspecified() || sk.is_connected()) {
-            let servers = StoredServers::create(sk)?;
+            let mut servers = StoredServers::create(sk)?;
             let number = match servers.number_of(flow.dst) {
                 Some(number) => number,
                 None => servers.add(flow.dst),

@@ -12,7 +12,7 @@ use aya_ebpf::{
 };
 use intercept_common::{
     Addr,
-    layout::{ConnKey, DnsServers, MAX_SERVERS, SocketState, socket},
+    layout::{ConnKey, DnsServers, MAX_SERVERS, ServerNumbers, SocketState, socket},
 };
 
 use crate::context::Sock;
@@ -154,41 +154,31 @@ impl StoredServers {
         // SAFETY: the map is a socket storage. No entry is no error.
         unsafe { bpf_sk_storage_delete(storage!(DNS_SERVERS), sk.as_ptr().cast()) };
     }
+}
 
-    /// [`DnsServers::number_of`].
+impl ServerNumbers for StoredServers {
     #[inline(always)]
-    pub(crate) fn number_of(self, server: Addr) -> Option<u16> {
-        DnsServers::number_among(self.next(), server, |slot| self.addr(slot))
-    }
-
-    /// [`DnsServers::server`].
-    #[inline(always)]
-    pub(crate) fn server(self, number: u16) -> Option<Addr> {
-        DnsServers::server_among(self.next(), number, |slot| self.addr(slot))
-    }
-
-    /// Adds a server and returns its number. Of two threads that add one at the same time, one server may be lost.
-    #[inline(always)]
-    pub(crate) fn add(self, server: Addr) -> u16 {
-        let number = self.next();
-        // SAFETY: see `StoredSocket::read`; the array has this many elements.
-        unsafe {
-            (&raw mut (*self.0).addrs).cast::<Addr>().add(number as usize % MAX_SERVERS).write(server);
-            (&raw mut (*self.0).next).write_volatile(number.wrapping_add(1));
-        }
-        number as u16
-    }
-
-    #[inline(always)]
-    fn next(self) -> u32 {
+    fn next(&self) -> u32 {
         // SAFETY: see `StoredSocket::read`.
         unsafe { (&raw const (*self.0).next).read_volatile() }
     }
 
     #[inline(always)]
-    fn addr(self, slot: usize) -> Addr {
+    fn set_next(&mut self, next: u32) {
+        // SAFETY: see `StoredSocket::read`.
+        unsafe { (&raw mut (*self.0).next).write_volatile(next) };
+    }
+
+    #[inline(always)]
+    fn addr(&self, slot: usize) -> Addr {
         // SAFETY: see `StoredSocket::read`; the array has this many elements.
         unsafe { (&raw const (*self.0).addrs).cast::<Addr>().add(slot % MAX_SERVERS).read() }
+    }
+
+    #[inline(always)]
+    fn set_addr(&mut self, slot: usize, addr: Addr) {
+        // SAFETY: see `StoredSocket::read`; the array has this many elements.
+        unsafe { (&raw mut (*self.0).addrs).cast::<Addr>().add(slot % MAX_SERVERS).write(addr) };
     }
 }
 

@@ -8,7 +8,7 @@ use std::process::{Child, Command, ExitStatus, Output, Stdio};
 
 use anyhow::{Context, Result, ensure};
 use aya::maps::{Array, HashMap, Map, MapData};
-use intercept_agent::sys::Plain;
+use intercept_agent::facade::sys::Plain;
 use intercept_common::layout::{self, ConnKey, OrigDst};
 use intercept_common::names;
 use rustix::process::{Pid, Signal, kill_process};

@@ -10,11 +10,8 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, bail, ensure};
-use intercept_agent::daemon::{
-    desired::CaptureArgs,
-    protocol::{Add, DaemonRequest, Response, SandboxInfo, Select},
-    reconcile::{PodReport, PodState},
-    socket,
+use intercept_agent::facade::daemon::{
+    Add, CaptureArgs, DaemonRequest, PodReport, PodState, Response, SandboxInfo, Select, socket,
 };
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::json;

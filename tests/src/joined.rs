@@ -17,7 +17,7 @@ use std::{
 
 use anyhow::{Context as _, Result, bail, ensure};
 use aya::maps::{Map, MapData, SkStorage};
-use intercept_agent::sys::Plain;
+use intercept_agent::facade::sys::Plain;
 use intercept_common::{
     acceleration::{self, TcpReason},
     names,

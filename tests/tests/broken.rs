@@ -2,7 +2,7 @@
 
 use std::{fs, os::fd::AsFd as _};
 
-use intercept_agent::sys;
+use intercept_agent::facade::sys;
 use tests::{
     agent::{Agent, finish, succeed},
     daemon::{Daemon, OUTBOUND, answers, proxy, service},
@@ -93,13 +93,13 @@ fn a_daemon_starts_beside_a_broken_pod() {
     damage(&agent, cookie_of(&agent, 0));
     let daemon = Daemon::start(&agent, &[]).expect("a daemon");
     daemon.put("whole", &other, &OUTBOUND).expect("put");
-    daemon.wait_for("whole", intercept_agent::daemon::reconcile::PodState::Captured).expect("captured");
+    daemon.wait_for("whole", intercept_agent::facade::daemon::PodState::Captured).expect("captured");
     for actor in [&inside, &beside] {
         assert_eq!(answers(actor, service()).as_deref(), Some("proxy"));
     }
     // Capturing the pod again repairs it.
     daemon.put("broken", &pod, &OUTBOUND).expect("put");
-    daemon.wait_for("broken", intercept_agent::daemon::reconcile::PodState::Captured).expect("captured");
+    daemon.wait_for("broken", intercept_agent::facade::daemon::PodState::Captured).expect("captured");
     let status = agent.status().expect("a status");
     let states: Vec<_> = status.as_array().expect("a list").iter().map(|pod| pod["state"].as_str()).collect();
     assert_eq!(states, [Some("attached"); 2], "{status}");

@@ -9,7 +9,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use intercept_agent::{maps::Maps, routes::MAX_ENTRIES};
+use intercept_agent::facade::{maps::Maps, routes::MAX_ENTRIES};
 use intercept_common::layout::budget;
 use tests::{
     agent::{Agent, finish, succeed},

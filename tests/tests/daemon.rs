@@ -10,10 +10,8 @@ use std::{
     time::{Duration, Instant},
 };
 
-use intercept_agent::daemon::{
-    desired::CaptureArgs,
-    protocol::{Add, DaemonRequest, Response, SandboxInfo, Select},
-    reconcile::PodState,
+use intercept_agent::facade::daemon::{
+    Add, CaptureArgs, DaemonRequest, PodState, Response, SandboxInfo, Select,
 };
 use serde_json::{Value, json};
 use tests::{

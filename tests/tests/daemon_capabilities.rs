@@ -12,9 +12,9 @@ use std::{
 };
 
 use clap::Parser;
-use intercept_agent::{
+use intercept_agent::facade::{
     cgroup::CgroupDir,
-    daemon::reconcile::PodState,
+    daemon::PodState,
     netns::Netns,
     node::{Node, Observation, Rewrite, Target},
     options::{EtcFiles, RawOptions},

@@ -8,8 +8,8 @@ use std::{
 
 use aya::maps::MapData;
 use aya_obj::Object;
-use intercept_agent::{
-    daemon::reconcile::{PodReport, PodState},
+use intercept_agent::facade::{
+    daemon::{PodReport, PodState},
     maps::Maps,
     programs::OBJECT,
     sys,

@@ -2,10 +2,8 @@
 
 use std::fs;
 
-use intercept_agent::daemon::{
-    desired::CaptureArgs,
-    protocol::{Add, DaemonRequest, Response, SandboxInfo, Select},
-    reconcile::{PodReport, PodState},
+use intercept_agent::facade::daemon::{
+    Add, CaptureArgs, DaemonRequest, PodReport, PodState, Response, SandboxInfo, Select,
 };
 use serde_json::json;
 use tests::{

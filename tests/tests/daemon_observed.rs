@@ -8,7 +8,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use intercept_agent::daemon::reconcile::PodState;
+use intercept_agent::facade::daemon::PodState;
 use serde_json::{Value, json};
 use tests::{
     agent::Agent,

@@ -9,10 +9,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use intercept_agent::daemon::{
-    protocol::{DaemonRequest, Response},
-    reconcile::PodState,
-};
+use intercept_agent::facade::daemon::{DaemonRequest, PodState, Response};
 use tests::{
     agent::Agent,
     daemon::{self, Daemon},

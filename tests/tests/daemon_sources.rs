@@ -7,7 +7,7 @@ use std::{
     thread,
 };
 
-use intercept_agent::daemon::reconcile::{PodReport, PodState};
+use intercept_agent::facade::daemon::{PodReport, PodState};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 use tests::{

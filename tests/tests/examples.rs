@@ -6,9 +6,9 @@ use std::{
     process::Command,
 };
 
-use intercept_agent::{
+use intercept_agent::facade::{
     cni::install::{Folders, Mode, Plugin, entry},
-    daemon::{protocol::DEFAULT_SOCKET, reconcile::PodState},
+    daemon::{DEFAULT_SOCKET, PodState},
 };
 use serde_json::{Value, json};
 use tests::{

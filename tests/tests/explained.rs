@@ -5,8 +5,8 @@ use std::net::IpAddr;
 use std::process::Command;
 use std::time::Duration;
 
-use intercept_agent::netns::Netns;
-use intercept_agent::routes::RouteSnapshot;
+use intercept_agent::facade::netns::Netns;
+use intercept_agent::facade::routes::RouteSnapshot;
 use intercept_common::Reason;
 use tests::actor::{Actor, Dial, Query};
 use tests::agent::{Agent, succeed};

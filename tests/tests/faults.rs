@@ -10,7 +10,7 @@ use std::{
 };
 
 use aya::maps::MapData;
-use intercept_agent::{maps::Maps, sys};
+use intercept_agent::facade::{maps::Maps, sys};
 use intercept_common::{
     NetnsCookie,
     layout::{ListenerKey, MemberKey, PodPolicy, Proxy},

@@ -11,7 +11,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use intercept_agent::daemon::reconcile::{PodReport, PodState};
+use intercept_agent::facade::daemon::{PodReport, PodState};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
 use tempfile::TempDir;

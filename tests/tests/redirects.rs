@@ -210,8 +210,8 @@ fn entries_go_with_their_connections_whatever_other_programs_do() {
     let program = bpf::load_overruling().expect("loaded");
     let folder = std::fs::File::open(&above).expect("opened");
     let attach_type = aya_obj::generated::bpf_attach_type::BPF_CGROUP_SOCK_OPS;
-    let link =
-        intercept_agent::sys::link_create(program.as_fd(), folder.as_fd(), attach_type).expect("attached");
+    let link = intercept_agent::facade::sys::link_create(program.as_fd(), folder.as_fd(), attach_type)
+        .expect("attached");
     fixture.agent.attach(&fixture.pod, &INIT_FLAGS).expect("attached");
     for _ in 0..100 {
         for to in SERVICES {

@@ -10,7 +10,7 @@ use aya::{
     maps::{Map, MapData, MapInfo, PerCpuArray, PerCpuValues, ProgramArray},
     programs::loaded_programs,
 };
-use intercept_agent::sys::Plain;
+use intercept_agent::facade::sys::Plain;
 use intercept_common::{NetnsCookie, layout::LookupScratch, names};
 use tests::{
     actor::{Actor, Bind, Dial, DialOutcome, Listen, Transport},

@@ -9,7 +9,7 @@ use std::{
     sync::atomic::{AtomicBool, AtomicUsize, Ordering},
 };
 
-use intercept_agent::sys;
+use intercept_agent::facade::sys;
 use tests::{
     actor::{Actor, Bind, Dial, DialOutcome, Listen, Transport},
     agent::Agent,

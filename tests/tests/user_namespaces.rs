@@ -2,7 +2,7 @@
 
 use std::{fs, path::PathBuf};
 
-use intercept_agent::{daemon::reconcile::PodState, maps::Maps};
+use intercept_agent::facade::{daemon::PodState, maps::Maps};
 use tests::{
     agent::Agent,
     daemon::{Daemon, OUTBOUND},

@@ -135,7 +135,9 @@ fn a_later_listener_serves_guests_where_the_agent_stays() {
 
 /// IP_TRANSPARENT of each listener on 15001.
 fn transparent(pod: &Pod) -> Vec<bool> {
-    let find = || intercept_agent::listeners::find(&netns_of(pod), &cgroup_of(pod), &[15001]).expect("found");
+    let find = || {
+        intercept_agent::facade::listeners::find(&netns_of(pod), &cgroup_of(pod), &[15001]).expect("found")
+    };
     find()
         .listeners
         .iter()
@@ -143,12 +145,12 @@ fn transparent(pod: &Pod) -> Vec<bool> {
         .collect()
 }
 
-fn netns_of(pod: &Pod) -> intercept_agent::netns::Netns {
-    intercept_agent::netns::Netns::open(pod.netns.path()).expect("opened")
+fn netns_of(pod: &Pod) -> intercept_agent::facade::netns::Netns {
+    intercept_agent::facade::netns::Netns::open(pod.netns.path()).expect("opened")
 }
 
-fn cgroup_of(pod: &Pod) -> intercept_agent::cgroup::CgroupDir {
-    intercept_agent::cgroup::CgroupDir::open(pod.cgroup.path()).expect("opened")
+fn cgroup_of(pod: &Pod) -> intercept_agent::facade::cgroup::CgroupDir {
+    intercept_agent::facade::cgroup::CgroupDir::open(pod.cgroup.path()).expect("opened")
 }
 
 /// Only connections that arrive on these interfaces are captured. The pod's connections to the same destinations leave it.

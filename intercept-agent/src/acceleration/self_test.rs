@@ -25,7 +25,7 @@ use rtnetlink::LinkUnspec;
 use serde::Serialize;
 
 use self::{
-    ends::{Descriptors, Ends, Seen},
+    ends::{Descriptors, Seen, SocketPair},
     trial::Joiner,
 };
 use crate::netns::{Netns, NetnsError};
@@ -114,16 +114,16 @@ pub enum SelfTestError {
 struct Check {
     name: &'static str,
     user: User,
-    run: fn(Ends) -> Seen,
+    run: fn(SocketPair) -> Seen,
     /// Number of connections, one after the other. A race may need several to show.
     times: usize,
 }
 
-const fn proxy(name: &'static str, times: usize, run: fn(Ends) -> Seen) -> Check {
+const fn proxy(name: &'static str, times: usize, run: fn(SocketPair) -> Seen) -> Check {
     Check { name, user: User::Proxy, run, times }
 }
 
-const fn application(name: &'static str, times: usize, run: fn(Ends) -> Seen) -> Check {
+const fn application(name: &'static str, times: usize, run: fn(SocketPair) -> Seen) -> Check {
     Check { name, user: User::Application, run, times }
 }
 
@@ -212,7 +212,7 @@ impl Check {
     /// Returns the observation on the last connection, or the first failure.
     fn repeat(
         &self,
-        mut prepare: impl FnMut(&mut Ends) -> Result<(), JoinError>,
+        mut prepare: impl FnMut(&mut SocketPair) -> Result<(), JoinError>,
     ) -> Result<Seen, SelfTestError> {
         let descriptors = match self.user {
             User::Proxy => Descriptors::NonBlocking,
@@ -220,7 +220,7 @@ impl Check {
         };
         let mut turn = 0;
         loop {
-            let mut ends = Ends::connect(descriptors)
+            let mut ends = SocketPair::connect(descriptors)
                 .map_err(|source| SelfTestError::Connect { check: self.name, source })?;
             prepare(&mut ends)?;
             let seen = (self.run)(ends);

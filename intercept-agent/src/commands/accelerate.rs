@@ -1,7 +1,6 @@
 //! `accelerate`, `check --accelerate`, and the self-test before an attach with `--accelerate`.
 
-use anyhow::{Context as _, Result, bail};
-use intercept_agent::{
+use crate::{
     acceleration::{
         Acceleration,
         self_test::{self, Finding, User},
@@ -10,8 +9,9 @@ use intercept_agent::{
     options::Config,
     store::Store,
 };
+use anyhow::{Context as _, Result, bail};
 
-use super::say;
+use super::print_line;
 use crate::cli::{AccelerateArgs, OnOff};
 
 /// The end of every refusal.
@@ -22,11 +22,11 @@ pub(super) fn check(json: bool) -> Result<()> {
     let findings = self_test::find_out(&[User::Proxy, User::Application])
         .context("running the self-test of joined connections")?;
     if json {
-        say!("{}", serde_json::to_string_pretty(&findings)?);
+        print_line!("{}", serde_json::to_string_pretty(&findings)?);
     } else {
-        say!("Proxies, which sleep only in epoll; all of these checks must pass:");
+        print_line!("Proxies, which sleep only in epoll; all of these checks must pass:");
         findings.iter().filter(|finding| finding.user == User::Proxy).for_each(print);
-        say!("Applications; these checks show why their own connections are never joined:");
+        print_line!("Applications; these checks show why their own connections are never joined:");
         findings.iter().filter(|finding| finding.user == User::Application).for_each(print);
     }
     let needed: Vec<_> = findings.iter().filter(|finding| finding.user == User::Proxy).collect();
@@ -41,7 +41,7 @@ fn print(finding: &Finding) {
     let Finding { what, ok, plain_ok, joined, plain, .. } = finding;
     let word = if *ok { "ok    " } else { "FAILED" };
     let fault = if *plain_ok { "" } else { ", so the check itself is at fault" };
-    say!("{word} {what}: {joined} (plain TCP: {plain}{fault})");
+    print_line!("{word} {what}: {joined} (plain TCP: {plain}{fault})");
 }
 
 /// Refuses `--accelerate`, before anything is changed, if joined connections do not behave like TCP on this kernel.
@@ -62,7 +62,7 @@ pub(super) fn accelerate(args: &AccelerateArgs) -> Result<()> {
         OnOff::On => acceleration.activate()?,
         OnOff::Off => acceleration.deactivate()?,
     }
-    say!(
+    print_line!(
         "connections between proxies of this node are {}",
         match args.switch {
             OnOff::On => "joined if both pods are attached with --accelerate",

@@ -5,8 +5,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use anyhow::{Context as _, Result, bail};
-use intercept_agent::{
+use crate::{
     cgroup::CgroupDir,
     netns::Netns,
     node::{Attached, Node, Observation, Rewrite, Target},
@@ -16,8 +15,9 @@ use intercept_agent::{
     userns::{IdMap, IdMaps},
     validation::{self, Probe, Validated},
 };
+use anyhow::{Context as _, Result, bail};
 
-use super::{Failed, detach, say};
+use super::{Failed, detach, print_line};
 use crate::cli::{AttachArgs, IstioArgs};
 
 /// A pod and its validated options. Nothing has been changed yet.
@@ -96,7 +96,7 @@ fn around_own_cgroup() -> Result<PathBuf> {
     let own = fs::read_to_string("/proc/self/cgroup").context("reading /proc/self/cgroup")?;
     let path = own.lines().find_map(|line| line.strip_prefix("0::")).unwrap_or("/");
     let parent = Path::new(path).parent().filter(|parent| *parent != Path::new("/") && !path.contains(".."));
-    let mount = intercept_agent::cgroup::mounts().into_iter().next();
+    let mount = crate::cgroup::mounts().into_iter().next();
     match (parent, mount) {
         (Some(parent), Some(mount)) => Ok(mount.join(parent.strip_prefix("/").unwrap_or(parent))),
         _ => bail!(
@@ -110,8 +110,8 @@ fn around_own_cgroup() -> Result<PathBuf> {
 fn apply(request: AttachRequest) -> Result<()> {
     let AttachRequest { target, config, switches, bpffs, max_connections } = request;
     if switches.dry_run {
-        say!("{config}");
-        say!("{}", serde_json::to_string_pretty(&config)?);
+        print_line!("{config}");
+        print_line!("{}", serde_json::to_string_pretty(&config)?);
         return Ok(());
     }
     if switches.cleanup_only {
@@ -122,7 +122,7 @@ fn apply(request: AttachRequest) -> Result<()> {
     if !switches.skip_rule_apply {
         let rewrite = if switches.force_apply { Rewrite::Always } else { Rewrite::IfChanged };
         let done = put_in_force(&bpffs, max_connections, (&target, &config), rewrite, None)?;
-        say!(
+        print_line!(
             "{} cgroup {} in namespace {} (cookie {})",
             done.as_str(),
             target.cgroup.path().display(),
@@ -176,6 +176,6 @@ pub(super) fn validate(target: &Target, config: &Config, switches: &RunOptions) 
         validation::validate(&target.netns, &target.cgroup, &probe).map_err(Failed::Validation)?;
     let v6 =
         v6.map_or("the namespace has no IPv6 to check".to_owned(), |port| format!("IPv6 at port {port}"));
-    say!("validated: IPv4 arrives at port {v4}, {v6}");
+    print_line!("validated: IPv4 arrives at port {v4}, {v6}");
     Ok(())
 }

@@ -2,8 +2,7 @@
 
 use std::{collections::BTreeSet, fs, path::Path};
 
-use anyhow::{Result, bail};
-use intercept_agent::{
+use crate::{
     btf_offsets, cgroup,
     confinement::explained,
     ids::NetnsCookie,
@@ -11,9 +10,10 @@ use intercept_agent::{
     store::Store,
     support::{self, Lacking, Missing, Need},
 };
+use anyhow::{Result, bail};
 use serde::Serialize;
 
-use super::{accelerate, say};
+use super::{accelerate, print_line};
 use crate::cli::CheckArgs;
 
 #[derive(Serialize)]
@@ -102,10 +102,10 @@ pub(super) fn check(args: &CheckArgs) -> Result<()> {
     let missing = support::missing();
     let findings = findings(&args.bpffs.bpffs, &missing);
     if args.json {
-        say!("{}", serde_json::to_string_pretty(&findings)?);
+        print_line!("{}", serde_json::to_string_pretty(&findings)?);
     } else {
         for finding in &findings {
-            say!("{}", finding.line());
+            print_line!("{}", finding.line());
         }
     }
     if let Some(lacking) = missing.ok().and_then(|missing| Lacking::for_any(&missing)) {
@@ -119,8 +119,8 @@ pub(super) fn check(args: &CheckArgs) -> Result<()> {
         let options: BTreeSet<_> = findings.iter().filter_map(|finding| finding.only).collect();
         let options: Vec<_> = options.into_iter().collect();
         match options.as_slice() {
-            [] => say!("captures, with every option"),
-            options => say!("captures, except: {}", options.join(", ")),
+            [] => print_line!("captures, with every option"),
+            options => print_line!("captures, except: {}", options.join(", ")),
         }
     }
     Ok(())

@@ -1,15 +1,15 @@
 //! `cleanup`: removes everything from the node.
 
-use anyhow::{Result, bail};
-use intercept_agent::{
+use crate::{
     cni::install::{self, Folders},
     daemon::{
         protocol::{DaemonRequest, Response},
         socket,
     },
 };
+use anyhow::{Result, bail};
 
-use super::{detach, say};
+use super::{detach, print_line};
 use crate::cli::CleanupArgs;
 
 pub(super) fn cleanup(args: &CleanupArgs) -> Result<()> {
@@ -21,10 +21,10 @@ pub(super) fn cleanup(args: &CleanupArgs) -> Result<()> {
     };
     let uninstalled = install::uninstall(&folders);
     for path in uninstalled.as_deref().unwrap_or_default() {
-        say!("removed the plugin from {}", path.display());
+        print_line!("removed the plugin from {}", path.display());
     }
     match socket::request(&args.socket.socket, &DaemonRequest::Leave) {
-        Ok(Response::Done(_)) => say!("the daemon released all pods"),
+        Ok(Response::Done(_)) => print_line!("the daemon released all pods"),
         Ok(other) => bail!("asking the daemon to release all pods: {other:?}"),
         // No daemon is running.
         Err(_) => {}

@@ -2,16 +2,16 @@
 
 use std::path::Path;
 
-use anyhow::{Context as _, Result};
-use intercept_agent::{
+use crate::{
     cni::{
         Call,
         install::{self, Folders, Installed, Mode, Plugin},
     },
     escape,
 };
+use anyhow::{Context as _, Result};
 
-use super::{Failed, say};
+use super::{Failed, print_line};
 use crate::cli::{CniArgs, CniCommand, CniFolders, CniPlugin, SelectPods};
 
 pub(super) fn cni(args: CniArgs) -> Result<()> {
@@ -19,18 +19,18 @@ pub(super) fn cni(args: CniArgs) -> Result<()> {
         None => plugin(),
         Some(CniCommand::Install { plugin, socket, options }) => {
             match in_place(plugin, &socket.socket, &options).install()? {
-                Installed { path, changed: true } => say!("added the plugin to {}", path.display()),
-                Installed { changed: false, .. } => say!("unchanged"),
+                Installed { path, changed: true } => print_line!("added the plugin to {}", path.display()),
+                Installed { changed: false, .. } => print_line!("unchanged"),
             }
             Ok(())
         }
         Some(CniCommand::Uninstall { folders }) => {
             let changed = install::uninstall(&in_folders(folders))?;
             for path in &changed {
-                say!("removed the plugin from {}", path.display());
+                print_line!("removed the plugin from {}", path.display());
             }
             if changed.is_empty() {
-                say!("unchanged");
+                print_line!("unchanged");
             }
             Ok(())
         }
@@ -63,12 +63,12 @@ fn plugin() -> Result<()> {
     match Call::read().context("reading the configuration from standard input")?.perform() {
         Ok(None) => Ok(()),
         Ok(Some(result)) => {
-            say!("{}", escape::json(&result)?);
+            print_line!("{}", escape::json(&result)?);
             Ok(())
         }
         Err(error) => {
-            say!("{}", escape::json(&error)?);
-            Err(Failed::Told.into())
+            print_line!("{}", escape::json(&error)?);
+            Err(Failed::Reported.into())
         }
     }
 }

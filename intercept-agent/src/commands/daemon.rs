@@ -1,12 +1,12 @@
 //! `daemon`.
 
-use anyhow::{Context as _, Result};
-use intercept_agent::daemon::{
+use crate::daemon::{
     desired::CaptureArgs,
     mesh::Mesh,
     serve::{Settings, serve},
     sidecar::{Ipv6, Selection},
 };
+use anyhow::{Context as _, Result};
 use tokio::signal::unix::{SignalKind, signal};
 
 use crate::cli::{CaptureIpv6, DaemonArgs, SidecarMesh};

@@ -2,13 +2,13 @@
 
 use std::path::Path;
 
-use anyhow::{Context as _, Result};
-use intercept_agent::{
+use crate::{
     cgroup::CgroupDir,
     node::{DetachedPod, Node, NodeError},
 };
+use anyhow::{Context as _, Result};
 
-use super::say;
+use super::print_line;
 use crate::cli::DetachArgs;
 
 pub(super) fn detach(args: &DetachArgs) -> Result<()> {
@@ -42,7 +42,7 @@ pub(super) fn detach_cgroup(bpffs: &Path, cgroup: &Path, absent: Absent) -> Resu
         let netns = node.record_of(cookie)?.and_then(|record| record.netns());
         node.detach(cookie, netns.as_ref())
             .with_context(|| format!("detaching cgroup {}", cgroup.display()))?;
-        say!("detached cgroup {} (cookie {cookie})", cgroup.display());
+        print_line!("detached cgroup {} (cookie {cookie})", cgroup.display());
     }
     // Also remove what an earlier detach could not.
     node.sweep()?;
@@ -61,9 +61,9 @@ pub(super) fn detach_all(bpffs: &Path) -> Result<()> {
     });
     let Some(mut node) = found else {
         if Node::remove_unreadable(bpffs)? {
-            say!("removed state of another version of the agent, or of one that crashed");
+            print_line!("removed state of another version of the agent, or of one that crashed");
         } else {
-            say!("nothing is attached");
+            print_line!("nothing is attached");
         }
         return Ok(());
     };
@@ -71,7 +71,7 @@ pub(super) fn detach_all(bpffs: &Path) -> Result<()> {
     for DetachedPod { cookie, cgroup, result } in node.detach_all()? {
         let cgroup = cgroup.map_or("(unknown)".to_owned(), |path| path.display().to_string());
         match result {
-            Ok(()) => say!("detached cgroup {cgroup} (cookie {cookie})"),
+            Ok(()) => print_line!("detached cgroup {cgroup} (cookie {cookie})"),
             Err(error) => {
                 tracing::error!(cgroup, error = &error as &dyn std::error::Error, "detaching");
                 failed = Some(error);

@@ -1,8 +1,8 @@
 //! `explain`: decides for a flow with the same function and the same map entries as the kernel.
 
+use crate::ids::PolicyId;
+use crate::{cgroup::CgroupDir, maps::Maps, node::Node};
 use anyhow::{Result, bail};
-use intercept_agent::ids::PolicyId;
-use intercept_agent::{cgroup::CgroupDir, maps::Maps, node::Node};
 use intercept_common::{
     Addr, Decision, InboundFlow, OutboundFlow, PolicyLookup, ProxyListener, Reason, Verdict,
     decide::Owner,
@@ -12,7 +12,7 @@ use intercept_common::{
 };
 use serde::Serialize;
 
-use super::say;
+use super::print_line;
 use crate::cli::{Direction, ExplainArgs, FlowContainer};
 
 /// The output of `--json`. Its names are stable.
@@ -64,13 +64,18 @@ pub(super) fn explain(args: &ExplainArgs) -> Result<()> {
     let decision = decide(args, &policy, &FromMaps(node.maps()));
     let answer = answer(decision, &policy);
     if args.json {
-        say!("{}", serde_json::to_string_pretty(&answer)?);
+        print_line!("{}", serde_json::to_string_pretty(&answer)?);
     } else {
         match answer.port {
             Some(port) => {
-                say!("to the proxy on {port}: {} ({}, row {})", answer.because, answer.reason, answer.row)
+                print_line!(
+                    "to the proxy on {port}: {} ({}, row {})",
+                    answer.because,
+                    answer.reason,
+                    answer.row
+                )
             }
-            None => say!("not captured: {} ({}, row {})", answer.because, answer.reason, answer.row),
+            None => print_line!("not captured: {} ({}, row {})", answer.because, answer.reason, answer.row),
         }
     }
     Ok(())

@@ -2,13 +2,13 @@
 
 use std::path::Path;
 
-use anyhow::{Context as _, Result};
-use aya_log::EbpfLogger;
-use intercept_agent::{
+use crate::{
     netns::Netns,
     node::{Attached, Node, Rewrite},
     routes::Follower,
 };
+use anyhow::{Context as _, Result};
+use aya_log::EbpfLogger;
 use tokio::{
     io::{Interest, unix::AsyncFd},
     signal::unix::{SignalKind, signal},
@@ -16,7 +16,7 @@ use tokio::{
 
 use super::{
     attach::{self, AttachRequest, put_in_force},
-    say,
+    print_line,
 };
 use crate::cli::AttachArgs;
 
@@ -42,7 +42,12 @@ async fn follow(request: AttachRequest) -> Result<()> {
     }
     let done =
         put_in_force(&bpffs, max_connections, (&target, &config), Rewrite::IfChanged, Some(&mut changes))?;
-    say!("{} cgroup {} in namespace {}", done.as_str(), target.cgroup.path().display(), target.netns.name());
+    print_line!(
+        "{} cgroup {} in namespace {}",
+        done.as_str(),
+        target.cgroup.path().display(),
+        target.netns.name()
+    );
     if switches.run_validation {
         attach::validate(&target, &config, &switches)?;
     }
@@ -69,7 +74,7 @@ async fn follow(request: AttachRequest) -> Result<()> {
         }
     }
     take_out(&bpffs, &target.netns).context("detaching")?;
-    say!("detached cgroup {}", target.cgroup.path().display());
+    print_line!("detached cgroup {}", target.cgroup.path().display());
     Ok(())
 }
 

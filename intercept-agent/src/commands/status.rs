@@ -1,7 +1,6 @@
 //! `status`: attached pods and their counters.
 
-use anyhow::Result;
-use intercept_agent::{
+use crate::{
     cgroup::CgroupDir,
     daemon::{
         protocol::{DaemonRequest, Response},
@@ -14,10 +13,11 @@ use intercept_agent::{
     node::{BrokenPod, Node},
     record::Record,
 };
+use anyhow::Result;
 use intercept_common::layout::PodPolicy;
 use serde::Serialize;
 
-use super::say;
+use super::print_line;
 use crate::cli::StatusArgs;
 
 /// A pod in the output of `--json`. Its names are stable.
@@ -137,15 +137,15 @@ pub(super) fn status(args: &StatusArgs) -> Result<()> {
             .map(|pod| Listed::PodStatus(Box::new(pod)))
             .chain(broken.into_iter().map(Listed::BrokenStatus))
             .collect();
-        say!("{}", escape::pretty_json(&all)?);
+        print_line!("{}", escape::pretty_json(&all)?);
         return Ok(());
     }
     if pods.is_empty() && broken.is_empty() {
-        say!("nothing is attached");
+        print_line!("nothing is attached");
     } else {
         pods.iter().for_each(print);
         for pod in &broken {
-            say!("cookie {} (broken): {}", pod.netns_cookie, pod.problem);
+            print_line!("cookie {} (broken): {}", pod.netns_cookie, pod.problem);
         }
     }
     if only.is_none() {
@@ -215,23 +215,23 @@ fn acceleration(node: &Node, record: &Record, policy: &PodPolicy) -> Result<Opti
 }
 
 fn print(pod: &PodStatus) {
-    say!("{} ({}, cookie {})", OneLine(pod.cgroup.display()), pod.state, pod.netns_cookie);
-    say!("  options      {}", OneLine(pod.arguments.join(" ")));
+    print_line!("{} ({}, cookie {})", OneLine(pod.cgroup.display()), pod.state, pod.netns_cookie);
+    print_line!("  options      {}", OneLine(pod.arguments.join(" ")));
     for (name, value) in &pod.environment {
-        say!("               {name}={}", OneLine(value));
+        print_line!("               {name}={}", OneLine(value));
     }
     pod.daemon.iter().for_each(print_daemon);
-    say!("  connections  {} redirected, of {} at most", pod.connections, pod.max_connections);
+    print_line!("  connections  {} redirected, of {} at most", pod.connections, pod.max_connections);
     let room: Vec<String> = pod.room.iter().map(|r| format!("{} {} of {}", r.map, r.used, r.limit)).collect();
-    say!("  room         {}", room.join(", "));
+    print_line!("  room         {}", room.join(", "));
     let mut ports: Vec<String> =
         pod.listeners.iter().map(|l| format!("{} (IPv{})", l.port, l.family)).collect();
     ports.sort();
     ports.dedup();
     let none = "none: inbound connections are refused".to_owned();
-    say!("  listeners    {}", if ports.is_empty() { none } else { ports.join(", ") });
+    print_line!("  listeners    {}", if ports.is_empty() { none } else { ports.join(", ") });
     for listener in &pod.mptcp_listeners {
-        say!(
+        print_line!(
             "               {} (IPv{}) listens with MPTCP and gets no inbound connections: restart the proxy, which then listens with \
              TCP (or set GODEBUG=multipathtcp=0 for it)",
             listener.port,
@@ -239,19 +239,19 @@ fn print(pod: &PodStatus) {
         );
     }
     if let Some(AccelerationStatus { state, connections, back_to_tcp }) = &pod.acceleration {
-        say!("  acceleration {state}");
+        print_line!("  acceleration {state}");
         for ReasonCount { reason, count } in connections {
-            say!("  {count:>12}  {reason}");
+            print_line!("  {count:>12}  {reason}");
         }
         for ReasonCount { reason, count } in back_to_tcp {
-            say!("  {count:>12}  back to TCP: {reason}");
+            print_line!("  {count:>12}  back to TCP: {reason}");
         }
     }
     for ReasonCount { reason, count } in &pod.decisions {
-        say!("  {count:>12}  {reason}");
+        print_line!("  {count:>12}  {reason}");
     }
     for ReasonCount { reason, count } in &pod.failures {
-        say!("  {count:>12}  FAILED {reason}");
+        print_line!("  {count:>12}  FAILED {reason}");
     }
 }
 
@@ -260,8 +260,8 @@ fn print_daemon(report: &PodReport) {
         Some(seconds) => format!("links verified {seconds} s ago"),
         None => "links never verified".to_owned(),
     };
-    say!("  daemon       {} is {}, {proven}", OneLine(&report.name), report.state.as_str());
+    print_line!("  daemon       {} is {}, {proven}", OneLine(&report.name), report.state.as_str());
     if let Some(problem) = &report.failure {
-        say!("               {} ({} attempts failed)", OneLine(&problem.text), report.failures);
+        print_line!("               {} ({} attempts failed)", OneLine(&problem.text), report.failures);
     }
 }

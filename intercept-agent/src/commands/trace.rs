@@ -2,8 +2,7 @@
 
 use std::{collections::HashMap, io::Write as _};
 
-use anyhow::{Context as _, Result, bail};
-use intercept_agent::{
+use crate::{
     cgroup::CgroupDir,
     escape,
     ids::NetnsCookie,
@@ -11,6 +10,7 @@ use intercept_agent::{
     store::Store,
     trace::{Printer, Trace},
 };
+use anyhow::{Context as _, Result, bail};
 use tokio::signal::unix::{SignalKind, signal};
 
 use crate::cli::TraceArgs;

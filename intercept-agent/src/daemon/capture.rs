@@ -31,7 +31,6 @@ use crate::{
 
 /// Why a pod is not captured as it is wanted.
 #[derive(Debug, thiserror::Error)]
-#[expect(missing_docs, reason = "each is its text")]
 pub enum CaptureError {
     #[error(transparent)]
     Options(#[from] CaptureArgsError),

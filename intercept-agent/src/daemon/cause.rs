@@ -2,7 +2,6 @@
 
 /// The cause of a failure: the label `cause` of `intercept_errors_total`, and the same word in reports and logs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-#[expect(missing_docs, reason = "docs/operations.md describes each")]
 pub enum Cause {
     Options,
     Cgroup,

@@ -53,11 +53,12 @@ fn shown(roots: &[PathBuf]) -> String {
 /// Finds the cgroups of pods.
 pub struct Placement {
     mounts: Vec<PathBuf>,
-    found: Mutex<Found>,
+    found: Mutex<SearchRoots>,
 }
 
+/// The folders of pods' cgroups, as last searched.
 #[derive(Default)]
-struct Found {
+struct SearchRoots {
     roots: Vec<PathBuf>,
     looked: Option<Instant>,
 }

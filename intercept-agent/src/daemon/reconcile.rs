@@ -21,12 +21,12 @@ use tokio::{
     sync::{mpsc, oneshot},
 };
 
-pub use message::{JobOutcome, Message};
+pub use message::Message;
 pub use pod::{PodFailure, PodReport, PodResult, PodState};
 
 use self::{
     machine::{Intent, MachineEvent},
-    pod::Pod,
+    pod::TrackedPod,
 };
 use super::{
     capture::{self, AppliedPod, CaptureError, Liveness},
@@ -53,7 +53,7 @@ const START_RETRY: Duration = Duration::from_millis(500);
 
 /// The loop.
 pub struct Reconciler {
-    pods: BTreeMap<Key, Pod>,
+    pods: BTreeMap<Key, TrackedPod>,
     worker: Worker,
     metrics: Metrics,
     messages: mpsc::UnboundedSender<Message>,
@@ -156,7 +156,7 @@ impl Reconciler {
             Message::Collect(valid, reply) => drop(reply.send(self.collect(&valid))),
             Message::Leave(reply) => self.uninstall(reply),
             Message::Changed(key, cookie) => {
-                let applied = self.pods.get(&key).and_then(Pod::applied);
+                let applied = self.pods.get(&key).and_then(TrackedPod::applied);
                 if applied.is_some_and(|applied| applied.cookie == cookie) {
                     self.on(&key, MachineEvent::NamespaceChanged);
                 }

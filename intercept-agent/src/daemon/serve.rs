@@ -64,7 +64,6 @@ pub struct Settings {
 
 /// Why the daemon cannot start.
 #[derive(Debug, thiserror::Error)]
-#[expect(missing_docs, reason = "each is its text")]
 pub enum ServeError {
     #[error(transparent)]
     Kubernetes(#[from] KubernetesError),

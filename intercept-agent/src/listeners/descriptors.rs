@@ -13,7 +13,7 @@ use rustix::{
     process::{Pid, PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open},
 };
 
-use super::{Found, Listener, Missed};
+use super::{FoundListeners, Listener, Missed};
 use crate::netns::Netns;
 
 /// How many descriptors of a process are looked at before those of the next.
@@ -21,7 +21,7 @@ const FEW: usize = 128;
 pub(super) const TOO_MANY: &str = "the processes have more descriptors than are looked through in 20 ms";
 
 /// Takes `wanted` (inode and address) from the processes of `first`, then from all others in the namespace.
-pub(super) fn take(netns: &Netns, first: Vec<Pid>, wanted: BTreeMap<u64, SocketAddr>) -> Found {
+pub(super) fn take(netns: &Netns, first: Vec<Pid>, wanted: BTreeMap<u64, SocketAddr>) -> FoundListeners {
     let mut seen = BTreeSet::new();
     let others = std::iter::once_with(|| everyone().into_iter().filter(|&pid| netns.holds(pid))).flatten();
     let mut walk = Walk::start(wanted);
@@ -102,13 +102,13 @@ impl Walk {
         ControlFlow::Continue(())
     }
 
-    fn end(mut self) -> Found {
+    fn end(mut self) -> FoundListeners {
         let gave_up = self.is_over();
         let missed = |(inode, address)| {
             let too_many = || io::Error::new(io::ErrorKind::TimedOut, TOO_MANY);
             Missed { address, cause: self.causes.remove(&inode).or_else(|| gave_up.then(too_many)) }
         };
-        Found { missed: self.wanted.into_iter().map(missed).collect(), listeners: self.listeners }
+        FoundListeners { missed: self.wanted.into_iter().map(missed).collect(), listeners: self.listeners }
     }
 }
 
@@ -118,10 +118,9 @@ fn duplicate(pid: Pid, number: i32, inode: u64, address: SocketAddr) -> io::Resu
     if rustix::fs::fstat(&fd)?.st_ino != inode {
         return Ok(None);
     }
-    let of_6 = rustix::net::sockopt::socket_domain(&fd)? == AddressFamily::INET6;
-    let v6only = of_6 && rustix::net::sockopt::ipv6_v6only(&fd)?;
-    let family = if of_6 { 6 } else { 4 };
-    Ok(Some(Listener { family, addr: address.ip(), port: address.port(), v6only, inode, pid, fd }))
+    let is_v6 = rustix::net::sockopt::socket_domain(&fd)? == AddressFamily::INET6;
+    let family = if is_v6 { 6 } else { 4 };
+    Ok(Some(Listener { family, addr: address.ip(), port: address.port(), inode, pid, fd }))
 }
 
 /// The inode in `socket:[INODE]`.

@@ -19,7 +19,6 @@ use crate::{
 
 /// Why a pod could not be attached, detached or read.
 #[derive(Debug, thiserror::Error)]
-#[expect(missing_docs, reason = "each is its text")]
 pub enum NodeError {
     #[error(transparent)]
     Store(#[from] StoreError),

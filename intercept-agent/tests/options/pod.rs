@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::io;
 
 use clap::Parser;
-use intercept_agent::options::{Config, NameSource, Note, OptionError, RawOptions, RunOptions};
+use intercept_agent::facade::options::{Config, NameSource, Note, OptionError, RawOptions, RunOptions};
 
 #[derive(Debug, Parser)]
 #[command(name = "istio-iptables")]

@@ -1,6 +1,6 @@
 //! What is refused, and how the refusal reads.
 
-use intercept_agent::options::OptionError;
+use intercept_agent::facade::options::OptionError;
 
 use crate::pod::{NamesOfPod, outcome};
 

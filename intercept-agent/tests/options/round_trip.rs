@@ -6,7 +6,7 @@ use std::net::{IpAddr, Ipv4Addr};
 use std::ops::RangeInclusive;
 
 use clap::Parser;
-use intercept_agent::options::{
+use intercept_agent::facade::options::{
     Cidrs, Config, Dns, InboundMode, InboundPorts, InterfacePattern, NameSource, OwnerGroups, Ports,
 };
 use ipnet::{IpNet, Ipv4Net};

@@ -1,7 +1,7 @@
 //! Every setting by flag and by variable, which source wins, and what depends on what.
 
 use clap::CommandFactory;
-use intercept_agent::options::{
+use intercept_agent::facade::options::{
     Cidrs, Config, Dns, InboundMode, InboundPorts, Note, OwnerGroups, Ports, RunOptions,
 };
 

@@ -8,7 +8,7 @@
 use std::{collections::HashMap, io};
 
 use clap::Parser;
-use intercept_agent::options::{Config, NameSource, RawOptions};
+use intercept_agent::facade::options::{Config, NameSource, RawOptions};
 use libfuzzer_sys::fuzz_target;
 
 #[derive(Parser)]

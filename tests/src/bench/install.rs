@@ -4,7 +4,7 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, bail};
-use intercept_agent::daemon::protocol::{DaemonRequest, Response};
+use intercept_agent::facade::daemon::{DaemonRequest, Response};
 use rand::rngs::StdRng;
 use rand::seq::SliceRandom;
 use serde::{Deserialize, Serialize};

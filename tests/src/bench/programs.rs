@@ -8,7 +8,7 @@ use anyhow::{Context, Result, ensure};
 use aya::programs::{ProgramInfo, loaded_programs};
 use aya::sys::{Stats, enable_stats};
 use aya_obj::generated::bpf_attach_type;
-use intercept_agent::sys;
+use intercept_agent::facade::sys;
 use serde::{Deserialize, Serialize};
 
 use super::mode::{CaptureMode, Cell};

@@ -3,7 +3,7 @@
 use std::{path::Path, process::Output};
 
 use anyhow::{Context, Result, ensure};
-use intercept_agent::programs::attach_type;
+use intercept_agent::facade::programs::attach_type;
 use intercept_common::names;
 
 use crate::{

@@ -8,8 +8,8 @@ use std::path::Path;
 
 use anyhow::{Context, Result};
 use clap::Parser;
-use intercept_agent::compile::{Compiled, Entries, compile};
-use intercept_agent::options::{NameSource, RawOptions};
+use intercept_agent::facade::compile::{Compiled, Entries, compile};
+use intercept_agent::facade::options::{NameSource, RawOptions};
 use intercept_common::decide::Owner;
 use intercept_common::layout::Destination;
 use intercept_common::{

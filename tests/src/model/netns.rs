@@ -2,7 +2,7 @@
 
 use std::net::IpAddr;
 
-use intercept_agent::routes::{Interface, Reach, Route, RouteSnapshot};
+use intercept_agent::facade::routes::{Interface, Reach, Route, RouteSnapshot};
 use ipnet::IpNet;
 
 /// A namespace.

@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use anyhow::Result;
-use intercept_agent::daemon::reconcile::PodState;
+use intercept_agent::facade::daemon::PodState;
 use rustix::process::{Pid, Signal, kill_process};
 
 use super::{

@@ -3,7 +3,7 @@
 use std::{process::Stdio, time::Duration};
 
 use anyhow::{Result, ensure};
-use intercept_agent::daemon::reconcile::PodState;
+use intercept_agent::facade::daemon::PodState;
 
 use super::{
     dice::Dice,

@@ -3,7 +3,7 @@
 use std::{collections::BTreeMap, fs, path::Path};
 
 use anyhow::{Context as _, Result};
-use intercept_agent::maps::Maps;
+use intercept_agent::facade::maps::Maps;
 
 use super::{node::SoakNode, steady::World};
 use crate::{agent::succeed, snapshot::tree};

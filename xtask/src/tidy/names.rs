@@ -12,17 +12,14 @@ use syn::{
 
 use super::Tree;
 
-/// Names that several types still share. The list only gets shorter.
-const SHARED: [&str; 3] = ["Ends", "Found", "Pod"];
-
 /// Each name is declared by one type, so that a reader who searches for it finds that type.
 ///
 /// Associated types are named by their trait and do not count.
 pub(super) fn types_have_names_of_their_own(tree: &Tree) -> Vec<String> {
-    check(tree, &SHARED)
+    check(tree)
 }
 
-fn check(tree: &Tree, shared: &[&str]) -> Vec<String> {
+fn check(tree: &Tree) -> Vec<String> {
     let mut complaints = Vec::new();
     let mut types: BTreeMap<String, Vec<&Path>> = BTreeMap::new();
     for (path, text) in tree.with_extension("rs") {
@@ -38,15 +35,11 @@ fn check(tree: &Tree, shared: &[&str]) -> Vec<String> {
         }
     }
     types.retain(|_, paths| paths.len() > 1);
-    for (name, paths) in types.iter().filter(|(name, _)| !shared.contains(&name.as_str())) {
+    for (name, paths) in &types {
         let paths: BTreeSet<String> = paths.iter().map(|path| path.display().to_string()).collect();
         let paths: Vec<String> = paths.into_iter().collect();
         complaints.push(format!("{}: several types are called {name}", paths.join(", ")));
     }
-    let unique = shared.iter().filter(|name| !types.contains_key(**name));
-    complaints.extend(unique.map(|name| {
-        format!("xtask/src/tidy/names.rs: no two types are called {name} any more; take it off the list")
-    }));
     complaints
 }
 
@@ -100,22 +93,12 @@ mod tests {
         ]);
         let expected =
             ["a.rs, c.rs: several types are called Node", "a.rs, b.rs: several types are called Step"];
-        assert_eq!(check(&tree, &[]), expected);
-        assert_eq!(check(&tree, &["Node", "Step"]), [""; 0]);
+        assert_eq!(check(&tree), expected);
     }
 
     #[test]
     fn associated_types_do_not_count() {
         let text = "impl Deref for A { type Target = u8; }\nimpl Deref for B { type Target = u8; }";
-        assert_eq!(check(&Tree::of(&[("a.rs", text)]), &[]), [""; 0]);
-    }
-
-    #[test]
-    fn a_name_that_is_no_longer_shared_is_found() {
-        let complaints = check(&Tree::of(&[("a.rs", "struct Node;")]), &["Node"]);
-        assert_eq!(
-            complaints,
-            ["xtask/src/tidy/names.rs: no two types are called Node any more; take it off the list"]
-        );
+        assert_eq!(check(&Tree::of(&[("a.rs", text)])), [""; 0]);
     }
 }

@@ -59,7 +59,7 @@ pub(super) fn expect(holds: bool, otherwise: impl FnOnce() -> String) -> Result<
 }
 
 /// Both ends of a TCP connection over the loopback interface of the thread's namespace.
-pub(super) struct Ends {
+pub(super) struct SocketPair {
     pub(super) client: TcpStream,
     pub(super) server: TcpStream,
     /// Sends the following messages by TCP although the connection is joined, or joins them again. No effect on a plain
@@ -67,7 +67,7 @@ pub(super) struct Ends {
     pub(super) latch: Latch,
 }
 
-/// The type of [`Ends::latch`].
+/// The type of [`SocketPair::latch`].
 #[derive(Clone, Default)]
 pub(super) struct Latch(pub(super) Option<Arc<Mutex<Array<MapData, u32>>>>);
 
@@ -88,7 +88,7 @@ pub(super) enum Descriptors {
     Blocking,
 }
 
-impl Ends {
+impl SocketPair {
     /// Opens a connection. Both ends time out after [`PATIENCE`].
     pub(super) fn connect(descriptors: Descriptors) -> io::Result<Self> {
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;

@@ -5,14 +5,14 @@ use std::time::Duration;
 use rustix::event::{PollFlags, Timespec, epoll};
 
 use super::ends::{
-    Ends, Fault, PATIENCE, Seen, call, compare, expect, read, read_exact, ready, stream, write_all,
+    Fault, PATIENCE, Seen, SocketPair, call, compare, expect, read, read_exact, ready, stream, write_all,
 };
 
 const ROUNDS: usize = 100;
 const PIECE: usize = 3001;
 
 /// Joined messages and those sent by TCP arrive in the order in which they were sent.
-pub(super) fn there_and_back(ends: Ends) -> Seen {
+pub(super) fn there_and_back(ends: SocketPair) -> Seen {
     let (mut at, mut got) = (0, vec![0; 2 * PIECE]);
     for round in 0..ROUNDS {
         // Like the programs: a message is joined only when everything sent by TCP has been read.
@@ -34,7 +34,7 @@ pub(super) fn there_and_back(ends: Ends) -> Seen {
 }
 
 /// A reader in edge-triggered `epoll_wait` is woken by a message sent by TCP on a joined connection.
-pub(super) fn edges(ends: Ends) -> Seen {
+pub(super) fn edges(ends: SocketPair) -> Seen {
     let epoll = call("creating an epoll instance", || epoll::create(epoll::CreateFlags::CLOEXEC))?;
     let interest = epoll::EventFlags::IN | epoll::EventFlags::ET;
     call("adding to the epoll instance", || {
@@ -72,7 +72,7 @@ fn wait(epoll: impl std::os::fd::AsFd) -> Result<(), Fault> {
 /// FIONREAD on a joined connection counts bytes sent by TCP. It does not in Linux 6.6.128, 6.12.75, 6.18.14, 6.19.4 and
 /// later, until a change of July 2026. nginx and the runtimes of Java and .NET take a count of 0 for the end of the
 /// stream.
-pub(super) fn pending_bytes(ends: Ends) -> Seen {
+pub(super) fn pending_bytes(ends: SocketPair) -> Seen {
     call("sending", || write_all(&ends.client, &[1; 10]))?;
     call("receiving", || read_exact(&ends.server, &mut [0; 10]))?;
     ends.latch.by_tcp(true)?;

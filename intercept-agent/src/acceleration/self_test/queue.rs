@@ -10,7 +10,7 @@ use std::{
 use rustix::event::PollFlags;
 
 use super::ends::{
-    Ends, Fault, PATIENCE, PIECE, Seen, both, call, compare, expect, read, read_exact, ready, stream,
+    Fault, PATIENCE, PIECE, Seen, SocketPair, both, call, compare, expect, read, read_exact, ready, stream,
     write_all,
 };
 
@@ -18,7 +18,7 @@ use super::ends::{
 const LIMIT: usize = 16 << 20;
 
 /// A sender without a reader must stop, and continue when the reader does.
-pub(super) fn slow_reader(ends: Ends) -> Seen {
+pub(super) fn slow_reader(ends: SocketPair) -> Seen {
     /// A socket that accepts no bytes for this long has stopped.
     const STOPPED: Duration = Duration::from_millis(300);
     call("setting the socket non-blocking", || ends.client.set_nonblocking(true))?;
@@ -68,7 +68,7 @@ fn mib(bytes: usize) -> String {
 }
 
 /// A reader with SO_RCVLOWAT is not woken by fewer bytes.
-pub(super) fn low_water(ends: Ends) -> Seen {
+pub(super) fn low_water(ends: SocketPair) -> Seen {
     const WANTED: i32 = 1000;
     call("setting SO_RCVLOWAT", || set_low_water(&ends.server, WANTED))?;
     call("sending", || write_all(&ends.client, &[1; 100]))?;
@@ -84,7 +84,7 @@ pub(super) fn low_water(ends: Ends) -> Seen {
 }
 
 /// FIONREAD returns the number of unread bytes.
-pub(super) fn pending_bytes(ends: Ends) -> Seen {
+pub(super) fn pending_bytes(ends: SocketPair) -> Seen {
     for sent in [1_u64, 1000] {
         call("sending", || write_all(&ends.client, &vec![1; usize::try_from(sent).unwrap_or_default()]))?;
     }
@@ -99,7 +99,7 @@ pub(super) fn pending_bytes(ends: Ends) -> Seen {
 
 /// Joined messages are charged to the reader's socket, which the programs rely on for their limits. Linux 6.1.122,
 /// 6.6.66, 6.12.2, 6.13 and later do so.
-pub(super) fn charged(ends: Ends) -> Seen {
+pub(super) fn charged(ends: SocketPair) -> Seen {
     const SENT: u32 = 3000;
     call("sending", || write_all(&ends.client, &[1; SENT as usize]))?;
     arrived(&ends.server, SENT as usize)?;

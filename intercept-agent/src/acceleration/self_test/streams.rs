@@ -14,8 +14,8 @@ use rustix::{
 };
 
 use super::ends::{
-    Ends, Fault, PATIENCE, PIECE, Seen, both, by_descriptor, call, compare, ended, expect, odd_sizes, read,
-    read_exact, ready, receive, send, stream, write_all,
+    Fault, PATIENCE, PIECE, Seen, SocketPair, both, by_descriptor, call, compare, ended, expect, odd_sizes,
+    read, read_exact, ready, receive, send, stream, write_all,
 };
 
 /// Bytes in one direction, in odd pieces.
@@ -26,7 +26,7 @@ const SUMMED: usize = 4 << 20;
 const OTHERWISE: usize = 1 << 20;
 
 /// One direction. The lengths of writes and reads are odd and unrelated.
-pub(super) fn order(ends: Ends) -> Seen {
+pub(super) fn order(ends: SocketPair) -> Seen {
     both(
         || send(&ends.client, 3, ORDERED, odd_sizes()),
         || receive(&ends.server, 3, ORDERED, odd_sizes().skip(17)),
@@ -35,7 +35,7 @@ pub(super) fn order(ends: Ends) -> Seen {
 }
 
 /// Both directions at the same time, in large pieces. Checksums of sent and received bytes are compared.
-pub(super) fn checksums(ends: Ends) -> Seen {
+pub(super) fn checksums(ends: SocketPair) -> Seen {
     let way = |from: &TcpStream, to: &TcpStream, seed: u64| {
         let (mut sent, mut received) = (0, 0);
         both(
@@ -82,7 +82,7 @@ fn summed_receive(end: &TcpStream) -> Result<u64, Fault> {
 }
 
 /// Splices from the socket into a pipe, only while the socket is readable.
-pub(super) fn splice_out(ends: Ends) -> Seen {
+pub(super) fn splice_out(ends: SocketPair) -> Seen {
     let (out, into) = call("creating a pipe", || pipe_with(PipeFlags::CLOEXEC))?;
     let mut out = std::fs::File::from(out);
     let reader = || {
@@ -108,7 +108,7 @@ pub(super) fn splice_out(ends: Ends) -> Seen {
 }
 
 /// Sends a file.
-pub(super) fn sendfile_in(ends: Ends) -> Seen {
+pub(super) fn sendfile_in(ends: SocketPair) -> Seen {
     let file: OwnedFd = call("creating a memory file", || memfd_create("self-test", MemfdFlags::CLOEXEC))?;
     let mut file = std::fs::File::from(file);
     call("writing the file", || file.write_all(&stream(7, 0, OTHERWISE)))?;
@@ -134,7 +134,7 @@ pub(super) fn sendfile_in(ends: Ends) -> Seen {
 }
 
 /// Bytes that were peeked at are read next.
-pub(super) fn peek(ends: Ends) -> Seen {
+pub(super) fn peek(ends: SocketPair) -> Seen {
     const GREETING: usize = 3000;
     let half = GREETING / 2;
     for round in 0..20 {

@@ -13,7 +13,7 @@ use aya::{
 };
 use intercept_common::names;
 
-use super::ends::{Ends, Latch};
+use super::ends::{Latch, SocketPair};
 
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/trial.o"));
 
@@ -70,7 +70,7 @@ impl Joiner {
     }
 
     /// Joins a connection on which nothing has been sent. It leaves the map when it is closed.
-    pub(super) fn join(&mut self, ends: &mut Ends) -> Result<(), JoinError> {
+    pub(super) fn join(&mut self, ends: &mut SocketPair) -> Result<(), JoinError> {
         let map = self.ebpf.map_mut(names::PEERS).ok_or(JoinError::Absent(names::PEERS))?;
         let mut map = SockHash::<_, u64>::try_from(map)?;
         for end in [&ends.client, &ends.server] {

@@ -9,8 +9,8 @@ use std::{
 use rustix::event::{Timespec, epoll};
 
 use super::ends::{
-    Ends, Fault, PATIENCE, PIECE, Seen, Sleeper, both, call, ended, expect, read, read_exact, receive, send,
-    write_all,
+    Fault, PATIENCE, PIECE, Seen, Sleeper, SocketPair, both, call, ended, expect, read, read_exact, receive,
+    send, write_all,
 };
 
 /// Enough rounds for a race to be lost at least once.
@@ -20,7 +20,7 @@ const ROUNDS: usize = 100;
 const SOME: usize = 512 << 10;
 
 /// Sends a byte and a reply, each to a reader in `recv`.
-pub(super) fn blocking_receive(ends: Ends) -> Seen {
+pub(super) fn blocking_receive(ends: SocketPair) -> Seen {
     let sleeper = Sleeper::default();
     let exchange = |end: &TcpStream, first: bool| {
         for round in 0..ROUNDS {
@@ -43,7 +43,7 @@ pub(super) fn blocking_receive(ends: Ends) -> Seen {
 }
 
 /// The same with a reader in edge-triggered `epoll_wait` that reads until EAGAIN.
-pub(super) fn epoll_edge(ends: Ends) -> Seen {
+pub(super) fn epoll_edge(ends: SocketPair) -> Seen {
     let sleeper = Sleeper::default();
     call("setting the socket non-blocking", || ends.server.set_nonblocking(true))?;
     let waker = || {
@@ -106,7 +106,7 @@ fn drain(mut end: &TcpStream) -> Result<Option<usize>, Fault> {
 }
 
 /// One end shuts down its direction. The other direction still works.
-pub(super) fn half_close(ends: Ends) -> Seen {
+pub(super) fn half_close(ends: SocketPair) -> Seen {
     let sizes = || std::iter::repeat(PIECE);
     let client = || {
         send(&ends.client, 1, SOME, sizes())?;
@@ -125,8 +125,8 @@ pub(super) fn half_close(ends: Ends) -> Seen {
 }
 
 /// One end is closed while the other sleeps in `recv`.
-pub(super) fn end_of_stream(ends: Ends) -> Seen {
-    let Ends { client, server, .. } = ends;
+pub(super) fn end_of_stream(ends: SocketPair) -> Seen {
+    let SocketPair { client, server, .. } = ends;
     let sleeper = Sleeper::default();
     let reader = || {
         call("receiving", || read_exact(&client, &mut [0; 8]))?;
@@ -144,10 +144,10 @@ pub(super) fn end_of_stream(ends: Ends) -> Seen {
 }
 
 /// A thread sleeps in `recv` while another shuts down the sending direction. The reply arrives afterwards.
-pub(super) fn shutdown_elsewhere(ends: Ends) -> Seen {
+pub(super) fn shutdown_elsewhere(ends: SocketPair) -> Seen {
     /// Time for a reader that is woken wrongly to return.
     const STILL: Duration = Duration::from_millis(200);
-    let Ends { client, server, .. } = &ends;
+    let SocketPair { client, server, .. } = &ends;
     let sleeper = &Sleeper::default();
     let (woken, wait) = std::sync::mpsc::sync_channel(1);
     let reader = move || {
@@ -176,8 +176,8 @@ pub(super) fn shutdown_elsewhere(ends: Ends) -> Seen {
 }
 
 /// One end is closed with a reset while the other sleeps in `recv`.
-pub(super) fn reset(ends: Ends) -> Seen {
-    let Ends { client, server, .. } = ends;
+pub(super) fn reset(ends: SocketPair) -> Seen {
+    let SocketPair { client, server, .. } = ends;
     let sleeper = Sleeper::default();
     let reader = || {
         call("receiving", || read_exact(&client, &mut [0; 8]))?;
@@ -201,8 +201,8 @@ pub(super) fn reset(ends: Ends) -> Seen {
 
 /// One end is closed with unread bytes. The other must learn of it by a reset, as with TCP, or by the end of the
 /// stream.
-pub(super) fn close_unread(ends: Ends) -> Seen {
-    let Ends { client, server, .. } = ends;
+pub(super) fn close_unread(ends: SocketPair) -> Seen {
+    let SocketPair { client, server, .. } = ends;
     call("sending", || write_all(&client, &[1; 100]))?;
     let pending = rustix::event::PollFlags::IN;
     expect(super::ends::ready(&server, pending, PATIENCE)?, || "100 bytes did not arrive".to_owned())?;

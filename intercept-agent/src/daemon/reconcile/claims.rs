@@ -4,7 +4,7 @@ use std::collections::HashSet;
 
 use tokio::sync::oneshot;
 
-use super::{Message, PodFailure, PodResult, Reconciler, machine::MachineEvent, pod::Pod};
+use super::{Message, PodFailure, PodResult, Reconciler, machine::MachineEvent, pod::TrackedPod};
 use crate::daemon::{
     desired::Key,
     protocol::Refusal,
@@ -111,7 +111,7 @@ impl Reconciler {
 
     /// Release pods whose sandbox is gone without a word. One that is asked for now may be newer than the list.
     pub(super) fn collect(&mut self, valid: &HashSet<String>) -> usize {
-        let is_gone = |pod: &Pod| {
+        let is_gone = |pod: &TrackedPod| {
             let sandbox = pod.view.sandbox_id();
             sandbox.is_some_and(|sandbox| !valid.contains(sandbox))
                 && !pod.machine.phase.is_in_flight()

@@ -92,7 +92,7 @@ impl PodState {
 
 /// A pod: its machine, what the sources say, and who waits for it.
 #[derive(Default)]
-pub(super) struct Pod {
+pub(super) struct TrackedPod {
     /// What the sources say.
     pub(super) view: PodView,
     /// What it is to be, and what is there.
@@ -114,7 +114,7 @@ pub(super) struct Pod {
     pub(super) name: String,
 }
 
-impl Pod {
+impl TrackedPod {
     /// What is applied.
     pub(super) fn applied(&self) -> Option<&AppliedPod> {
         self.machine.phase.applied()
@@ -191,7 +191,7 @@ pub struct PodReport {
 }
 
 impl PodReport {
-    pub(super) fn of(key: &Key, pod: &Pod) -> Self {
+    pub(super) fn of(key: &Key, pod: &TrackedPod) -> Self {
         let applied = pod.applied();
         let desired = match &pod.machine.intent {
             Intent::Desired(desired, _) => Some(&desired.cgroup),

@@ -8,7 +8,7 @@ use std::{
 use super::{
     Message, PodState, Reconciler,
     machine::{Aftermath, MachineEvent},
-    pod::Pod,
+    pod::TrackedPod,
 };
 use crate::{
     daemon::{
@@ -65,7 +65,7 @@ impl Reconciler {
             *reasons.entry(why.as_str()).or_default() += 1;
         }
         self.metrics.left_alone(&reasons);
-        let had_connections = |pod: &&Pod| pod.applied().is_some() && pod.preexisting_connections > 0;
+        let had_connections = |pod: &&TrackedPod| pod.applied().is_some() && pod.preexisting_connections > 0;
         self.metrics.preexisting_connections(self.pods.values().filter(had_connections).count());
         self.metrics.heartbeat();
     }
@@ -78,7 +78,7 @@ impl Reconciler {
     }
 
     fn applied_cookies(&self) -> impl Iterator<Item = NetnsCookie> {
-        self.pods.values().filter_map(Pod::applied).map(|applied| applied.cookie)
+        self.pods.values().filter_map(TrackedPod::applied).map(|applied| applied.cookie)
     }
 
     pub(super) fn start_resync(&self) {
