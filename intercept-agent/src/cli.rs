@@ -12,6 +12,7 @@ use crate::{
     cni, daemon::protocol::DEFAULT_SOCKET, options::RawOptions, programs::DEFAULT_MAX_CONNECTIONS,
     store::DEFAULT_BPFFS,
 };
+
 use clap::{ArgGroup, Args, Parser, Subcommand, ValueEnum};
 
 /// Takes a pod's traffic through its sidecar proxy with eBPF, as istio-iptables does with netfilter.

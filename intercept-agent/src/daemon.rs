@@ -1,7 +1,7 @@
-//! Every pod of a node, kept captured.
+//! Keeps all pods of a node captured.
 //!
-//! Sources say which pods are wanted ([`folder`], the CNI plugin through [`socket`]); [`reconcile`]
-//! alone compares them with what is in force, and has the [`worker`] change it. Nothing else calls the node.
+//! The sources ([`source`]) say which pods are desired. [`reconcile`] compares them with the applied ones and has the
+//! [`worker`] change those. Nothing else changes the node.
 
 pub mod capture;
 pub mod cause;

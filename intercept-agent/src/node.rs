@@ -1,8 +1,8 @@
 //! The node's programs and maps, and the pods they are attached to.
 //!
-//! One write to POLICIES activates a policy. An attach first makes a plan ([`plan`]); then it adds, makes that one write, and
-//! removes ([`apply`]). What it adds affects no connection, so an agent that crashes leaves the old policy active. What it
-//! did not get to remove, the next call removes ([`collect`]).
+//! One write to POLICIES activates a policy. An attach first makes a plan ([`plan`]); then it adds, makes that one
+//! write, and removes ([`apply`]). What it adds affects no connection, so an agent that crashes leaves the old policy
+//! active. What it did not get to remove, the next call removes ([`collect`]).
 
 mod accelerate;
 mod apply;
@@ -36,7 +36,7 @@ pub use paused::Paused;
 pub use plan::{LivingPod, Rewrite};
 pub use query::{BrokenPod, PodRecords};
 
-/// What a pod is made of.
+/// The cgroup and the network namespace to attach to.
 pub struct Target {
     /// Its cgroup.
     pub cgroup: CgroupDir,
@@ -44,7 +44,7 @@ pub struct Target {
     pub netns: Netns,
     /// A path that leads to the namespace, if one was given.
     pub netns_path: Option<PathBuf>,
-    /// Who asks.
+    /// The source that asks for it.
     pub origin: RecordOrigin,
 }
 

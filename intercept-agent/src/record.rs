@@ -1,4 +1,4 @@
-//! What is remembered of an attached pod: its policy, what was changed for it, and who asked for it.
+//! The record of an attached pod: its policy, the changes made for it, and the source that asked for it.
 
 use std::{fs, os::unix::fs::MetadataExt as _, path::PathBuf};
 
@@ -11,11 +11,11 @@ use crate::{
     options::Config,
 };
 
-/// Who asked for a pod. It may then be taken away when the same no longer asks.
+/// The source that asked for a pod, which may also end the capture.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum RecordOrigin {
-    /// `attach` or `run`: only `detach` takes it away.
+    /// `attach` or `run`. Only `detach` ends it.
     #[default]
     Command,
     /// A file of the daemon's folder of pods.
@@ -31,13 +31,13 @@ pub enum RecordOrigin {
         namespace: String,
         /// Its name; may be empty.
         name: String,
-        /// The sandbox that the plugin was called for, if it was.
+        /// The sandbox for which the CNI plugin was called, if it was.
         sandbox: Option<String>,
     },
 }
 
 impl RecordOrigin {
-    /// A name for people, where it has one.
+    /// Its name for logs, if it has one.
     pub fn name(&self) -> Option<String> {
         match self {
             Self::Command => None,
@@ -51,7 +51,7 @@ impl RecordOrigin {
     }
 }
 
-/// What is remembered of an attached pod, beside its links.
+/// The record of an attached pod.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Record {
     /// Netns cookie.
@@ -63,34 +63,34 @@ pub struct Record {
     /// Index of its counters.
     #[serde(with = "SlotNumber")]
     pub slot: Slot,
-    /// The cgroup, as it was named.
+    /// Path of the cgroup, as it was given.
     pub cgroup: PathBuf,
-    /// Its id, which a cgroup of the same name made later does not have.
+    /// Id of the cgroup. A later cgroup of the same name has another.
     pub cgroup_id: u64,
     /// Inode of the network namespace.
     pub netns_inode: u64,
     /// A path that leads to the namespace, if one was given.
     pub netns_path: Option<PathBuf>,
-    /// What is captured; ids as seen inside the pod.
+    /// The options, with ids as the pod sees them.
     pub config: Config,
-    /// Tells the compiled policy apart from another.
+    /// Digest of the compiled policy.
     pub digest: u64,
-    /// What was changed in the namespace.
+    /// The changes of the namespace.
     pub netns_setup: NetnsChanges,
-    /// Who asked for it.
+    /// The source that asked for it.
     #[serde(default)]
     pub origin: RecordOrigin,
-    /// Seconds since 1970 when this policy was put in force.
+    /// When this policy was activated, in seconds since 1970.
     pub since: u64,
 }
 
 impl Record {
-    /// A name for people: `namespace/name` of a pod, or what there is.
+    /// Its name for logs: `namespace/name` of a pod, or the path of the cgroup.
     pub fn name(&self) -> String {
         self.origin.name().unwrap_or_else(|| self.cgroup.display().to_string())
     }
 
-    /// Its namespace, by the path it was given by or by a process that is in it. None if it is gone.
+    /// Opens its namespace, by its path or by a process in it. `None` if it is gone.
     pub fn netns(&self) -> Option<Netns> {
         let is_it = |netns: &Netns| netns.cookie() == self.cookie;
         let by_path = self.netns_path.as_ref().and_then(|path| Netns::open(path).ok()).filter(is_it);

@@ -7,8 +7,8 @@
 //! BPFFS/intercept/v<layout>/pods/<cookie>/record-<policy id>
 //! ```
 //!
-//! A pod is in force when POLICIES has its cookie; the record in force is the one that is named by that policy's id. All
-//! else is on its way in or out, and may be swept.
+//! A pod is active if POLICIES has its cookie. Its active record is named by that policy's id. Everything else is being
+//! added or removed, and may be swept.
 
 use std::{
     fs::{self, DirBuilder, File},
@@ -29,20 +29,20 @@ use crate::{
 use intercept_common::{layout, names};
 use rustix::fs::FlockOperation;
 
-/// Where bpffs is mounted unless `--bpffs` says otherwise.
+/// Default of `--bpffs`.
 pub const DEFAULT_BPFFS: &str = "/sys/fs/bpf";
 
-/// A step on the store failed.
+/// Why an operation on the store failed.
 #[derive(Debug, thiserror::Error)]
 pub enum StoreError {
-    /// The folder is there but is no bpffs, and nothing can be mounted on it.
+    /// The folder exists but is no bpffs, and none can be mounted on it.
     #[error(
         "mounting bpffs on {path}: run as root with CAP_SYS_ADMIN, or mount it with `mount -t bpf bpf {path}`"
     )]
     Mount {
         /// The folder.
         path: String,
-        /// The kernel's word.
+        /// The error from the kernel.
         #[source]
         source: io::Error,
     },
@@ -51,9 +51,9 @@ pub enum StoreError {
     Path {
         /// What was attempted.
         action: &'static str,
-        /// On what.
+        /// The path.
         path: String,
-        /// The kernel's word.
+        /// The error from the kernel.
         #[source]
         source: io::Error,
     },
@@ -68,10 +68,10 @@ pub enum StoreError {
         /// The folder that it has locked.
         path: String,
     },
-    /// A record does not read.
+    /// A record cannot be parsed.
     #[error("reading record {path}, of another version or damaged: attach the pod again, or detach it")]
     Record {
-        /// The pin.
+        /// Its path.
         path: String,
         /// What is wrong with it.
         #[source]
@@ -83,7 +83,7 @@ impl StoreError {
     /// Whether it is about a shortage of memory or descriptors, so that a later call may succeed.
     pub fn may_pass(&self) -> bool {
         let Self::Path { source, .. } = self else { return false };
-        // aya's errors hold the kernel's word further down.
+        // aya wraps the error of the kernel.
         let mut errors =
             std::iter::successors(Some(source as &dyn std::error::Error), |error| error.source());
         let code = errors.find_map(|error| error.downcast_ref::<io::Error>()?.raw_os_error());
@@ -105,20 +105,20 @@ pub struct Store {
     digest: String,
 }
 
-/// Held while the store is changed: one agent at a time. Or by the daemon, while its programs are to stay.
+/// A lock on the store: of the one agent that changes it, or of the daemon that keeps its programs.
 pub struct Lock(#[expect(dead_code, reason = "the lock goes with the descriptor")] File);
 
-/// The records of a pod by the id of their policy, each as far as it can be read.
+/// The records of a pod by the id of their policy, each with its own result.
 pub type Records = Vec<(PolicyId, Result<Record, StoreError>)>;
 
 impl Store {
-    /// The store in this bpffs, which is mounted if it is not.
+    /// Opens the store in this bpffs, which is mounted if necessary.
     pub fn open(bpffs: &Path) -> Result<Self, StoreError> {
         ensure_bpffs(bpffs)?;
         Ok(Self::at(bpffs))
     }
 
-    /// The store in this bpffs if it is mounted there: for those who only look.
+    /// Opens the store in this bpffs if it exists, to read it.
     pub fn find(bpffs: &Path) -> Option<Self> {
         let store = Self::at(bpffs);
         if !is_bpffs(bpffs) || !store.maps().is_dir() {
@@ -144,7 +144,7 @@ impl Store {
         Ok(list(&self.root)?.into_iter().map(|version| Self { version, ..self.clone() }).collect())
     }
 
-    /// A store of this process's own beside the real one, to try things in; its user removes it.
+    /// Creates a store of this process beside the real one, for trials. The caller removes it.
     pub fn scratch(bpffs: &Path) -> Result<Self, StoreError> {
         ensure_bpffs(bpffs)?;
         let root = bpffs.join(format!("intercept-check-{}", std::process::id()));
@@ -163,14 +163,14 @@ impl Store {
         }
     }
 
-    /// Wait for the store to be ours.
+    /// Waits for the lock of the store.
     pub fn lock(&self) -> Result<Lock, StoreError> {
         OwnedFolder::create(&self.root)?;
         lock_dir(&self.root, FlockOperation::LockExclusive)
     }
 
-    /// Have programs and maps stay while this is held, also when no pod uses them, and be the one daemon that keeps the
-    /// pods of this store. Does not wait.
+    /// Keeps programs and maps while the lock is held, even without pods, as the only daemon of this store. Does not
+    /// wait.
     pub fn keep(&self) -> Result<Lock, StoreError> {
         self.lock_version(FlockOperation::NonBlockingLockExclusive).map_err(|error| match error {
             StoreError::Path { source, .. } if source.kind() == io::ErrorKind::WouldBlock => {
@@ -180,12 +180,12 @@ impl Store {
         })
     }
 
-    /// Whether somebody has programs and maps stay.
+    /// Whether a daemon keeps programs and maps.
     pub fn is_kept(&self) -> bool {
         self.version.is_dir() && self.lock_version(FlockOperation::NonBlockingLockExclusive).is_err()
     }
 
-    /// Be the one reader of the events of `trace`; an error when somebody else is.
+    /// Becomes the only reader of the events of `trace`. Fails if there is another reader.
     pub fn lock_events(&self) -> Result<Lock, StoreError> {
         lock_dir(&self.maps(), FlockOperation::NonBlockingLockExclusive)
     }
@@ -195,12 +195,12 @@ impl Store {
         lock_dir(&self.version, operation)
     }
 
-    /// A map that is not there, if any: of a store whose first agent died while it made them.
+    /// Returns a missing map, if any: the first agent of the store may have crashed while it created them.
     pub fn missing_map(&self) -> Option<&'static str> {
         names::MAPS.into_iter().find(|name| !self.maps().join(name).exists())
     }
 
-    /// The inode of the folder of maps: it tells whether the maps are still the ones that were opened.
+    /// The inode of the folder of maps, which shows whether the maps are still those that were opened.
     pub fn generation(&self) -> Option<u64> {
         fs::metadata(self.maps()).ok().map(|folder| folder.ino())
     }
@@ -210,7 +210,7 @@ impl Store {
         self.version.join("maps")
     }
 
-    /// Folder of the programs of this very build.
+    /// Folder of the programs of this build.
     pub fn programs(&self) -> PathBuf {
         self.version.join(format!("programs-{}", self.digest))
     }
@@ -224,7 +224,7 @@ impl Store {
             .collect())
     }
 
-    /// The folder of another layout version that holds pods, if there is one.
+    /// The folder of another layout version that has pods, if there is one.
     pub fn other_layout(&self) -> Result<Option<PathBuf>, StoreError> {
         let own = &self.version;
         for version in list(&self.root)? {
@@ -235,7 +235,7 @@ impl Store {
         Ok(None)
     }
 
-    /// Take out maps and programs of other layout versions that no pod uses and no daemon keeps.
+    /// Removes maps and programs of other layout versions that no pod uses and no daemon keeps.
     pub fn remove_other_layouts(&self) -> Result<(), StoreError> {
         let own = &self.version;
         for version in list(&self.root)? {
@@ -254,7 +254,7 @@ impl Store {
         self.version.join("pods").join(cookie.to_string())
     }
 
-    /// Cookies of all pods that have a folder, in force or not.
+    /// Cookies of all pods that have a folder, active or not.
     pub fn pods(&self) -> Result<Vec<NetnsCookie>, StoreError> {
         let mut cookies: Vec<NetnsCookie> = list(&self.version.join("pods"))?
             .iter()
@@ -264,7 +264,7 @@ impl Store {
         Ok(cookies)
     }
 
-    /// Write a record; it counts once its policy is in force.
+    /// Writes a record, which is active once its policy is.
     pub fn write_record(&self, record: &Record) -> Result<(), StoreError> {
         let path = self.record_path(record.cookie, record.policy);
         let json = serde_json::to_vec(record).expect("a record has string keys only");
@@ -273,7 +273,7 @@ impl Store {
             .map_err(at("writing record", &path))
     }
 
-    /// Write a record in place of the one of the same policy.
+    /// Replaces the record of the same policy.
     pub fn rewrite_record(&self, record: &Record) -> Result<(), StoreError> {
         let path = self.record_path(record.cookie, record.policy);
         let next = path.with_file_name(format!("next-{}", record.policy));
@@ -312,7 +312,7 @@ impl Store {
             .map_err(|source| StoreError::Record { path: path.display().to_string(), source })
     }
 
-    /// Take out all records of a pod but that of one policy.
+    /// Removes all records of a pod except that of one policy.
     pub fn drop_other_records(&self, cookie: NetnsCookie, keep: PolicyId) -> Result<(), StoreError> {
         let keep = self.record_path(cookie, keep);
         for path in list(&self.pod(cookie))? {
@@ -327,7 +327,7 @@ impl Store {
         self.pod(cookie).join(format!("record-{policy}"))
     }
 
-    /// Take out a folder with what is pinned in it.
+    /// Removes a folder with what is pinned in it.
     pub fn remove(&self, path: &Path) -> Result<(), StoreError> {
         match fs::remove_dir_all(path) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => Err(at("removing", path)(error)),
@@ -335,12 +335,12 @@ impl Store {
         }
     }
 
-    /// Take out everything.
+    /// Removes everything.
     pub fn remove_all(&self) -> Result<(), StoreError> {
         self.remove(&self.root)
     }
 
-    /// Make a folder.
+    /// Creates a folder.
     pub fn create(&self, path: &Path) -> Result<(), StoreError> {
         DirBuilder::new().recursive(true).mode(0o700).create(path).map_err(at("creating", path))
     }
@@ -382,7 +382,8 @@ fn ensure_bpffs(path: &Path) -> Result<(), StoreError> {
     Ok(())
 }
 
-/// Names an object in a path (bpffs allows no dots). Tells builds apart; guards against nothing.
+/// A digest of an object for a path, without dots, which bpffs does not allow. It distinguishes builds and is no
+/// protection.
 fn digest(objects: &[&[u8]]) -> String {
     use std::hash::{Hash as _, Hasher as _};
     let mut hasher = std::hash::DefaultHasher::new();

@@ -1,6 +1,6 @@
-//! Real pods: containerd with its runtime and its network plugins, on a node that is only namespaces.
+//! Real pods: containerd with its runtime and network plugins, on a node made of namespaces.
 //!
-//! `cargo xtask cri` gets the parts, and makes the image of the agent.
+//! `cargo xtask cri` downloads the parts and builds the image of the agent.
 
 mod client;
 mod image;

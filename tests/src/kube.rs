@@ -1,8 +1,8 @@
-//! The real API of Kubernetes: etcd and kube-apiserver on a node that is a namespace, the daemon with a service account
-//! as deploy/intercept.yaml gives it one, and pods as the kubelet lays them out.
+//! The real API of Kubernetes: etcd and kube-apiserver on a node that is a namespace, the daemon with the service
+//! account of deploy/intercept.yaml, and pods as the kubelet starts them.
 //!
-//! `cargo xtask kube` builds the parts. They are of 1.20, which drops a `restartPolicy` of a container: native sidecars
-//! are left to the recorded answers.
+//! `cargo xtask kube` builds the parts. Their version is 1.20, which drops the `restartPolicy` of a container. Native
+//! sidecars are tested with recorded answers only.
 
 mod client;
 mod pods;

@@ -194,10 +194,10 @@ fn status_says_whether_a_pod_would_be_captured() {
     assert_eq!(call("STATUS", &config(&socket, "")).perform(), Ok(None));
     assert_eq!(daemon.join().expect("answered"), DaemonRequest::Ready);
     std::fs::remove_file(&socket).expect("removed");
-    let problem = PodFailure { cause: "not_ready".into(), text: "taking over what is in force".into() };
+    let problem = PodFailure { cause: "not_ready".into(), text: "reading the applied pods".into() };
     let (socket, daemon) = answering(folder.path(), Response::Failed(problem));
     let (code, msg) = error(call("STATUS", &config(&socket, "")).perform());
-    assert!(code == 50 && msg.ends_with("taking over what is in force"), "{code} {msg}");
+    assert!(code == 50 && msg.ends_with("reading the applied pods"), "{code} {msg}");
     daemon.join().expect("answered");
     let (code, msg) = error(call("STATUS", &config(Path::new("/nonexistent/agent.sock"), "")).perform());
     assert!(code == 50 && msg.contains("that `intercept-agent daemon` is running"), "{code} {msg}");

@@ -1,18 +1,18 @@
 //! `accelerate`, `check --accelerate`, and the self-test before an attach with `--accelerate`.
 
+use anyhow::{Context as _, Result, bail};
+
+use super::print_line;
 use crate::{
     acceleration::{
         Acceleration,
         self_test::{self, Finding, User},
     },
+    cli::{AccelerateArgs, OnOff},
     node::Node,
     options::Config,
     store::Store,
 };
-use anyhow::{Context as _, Result, bail};
-
-use super::print_line;
-use crate::cli::{AccelerateArgs, OnOff};
 
 /// The end of every refusal.
 const WITHOUT: &str = "without --accelerate, connections use plain TCP";

@@ -5,8 +5,12 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use anyhow::{Context as _, Result, bail};
+
+use super::{Failed, detach, print_line};
 use crate::{
     cgroup::CgroupDir,
+    cli::{AttachArgs, IstioArgs},
     netns::Netns,
     node::{Attached, Node, Observation, Rewrite, Target},
     options::{Config, EtcFiles, Note, RawOptions, RunOptions},
@@ -15,10 +19,6 @@ use crate::{
     userns::{IdMap, IdMaps},
     validation::{self, Probe, Validated},
 };
-use anyhow::{Context as _, Result, bail};
-
-use super::{Failed, detach, print_line};
-use crate::cli::{AttachArgs, IstioArgs};
 
 /// A pod and its validated options. Nothing has been changed yet.
 pub(super) struct AttachRequest {
@@ -121,7 +121,7 @@ fn apply(request: AttachRequest) -> Result<()> {
     super::accelerate::admit(&bpffs, &config)?;
     if !switches.skip_rule_apply {
         let rewrite = if switches.force_apply { Rewrite::Always } else { Rewrite::IfChanged };
-        let done = put_in_force(&bpffs, max_connections, (&target, &config), rewrite, None)?;
+        let done = apply_capture(&bpffs, max_connections, (&target, &config), rewrite, None)?;
         print_line!(
             "{} cgroup {} in namespace {} (cookie {})",
             done.as_str(),
@@ -137,7 +137,7 @@ fn apply(request: AttachRequest) -> Result<()> {
 }
 
 /// Reads the pod's routes and attaches it. A follower of its namespace is given the expected state.
-pub(super) fn put_in_force(
+pub(super) fn apply_capture(
     bpffs: &Path,
     max_connections: u32,
     (target, config): (&Target, &Config),

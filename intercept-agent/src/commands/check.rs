@@ -2,19 +2,19 @@
 
 use std::{collections::BTreeSet, fs, path::Path};
 
+use anyhow::{Result, bail};
+use serde::Serialize;
+
+use super::{accelerate, print_line};
 use crate::{
     btf_offsets, cgroup,
+    cli::CheckArgs,
     confinement::explained,
     ids::NetnsCookie,
     programs,
     store::Store,
     support::{self, Lacking, Missing, Need},
 };
-use anyhow::{Result, bail};
-use serde::Serialize;
-
-use super::{accelerate, print_line};
-use crate::cli::CheckArgs;
 
 #[derive(Serialize)]
 struct CheckFinding {

@@ -1,16 +1,16 @@
 //! `cleanup`: removes everything from the node.
 
+use anyhow::{Result, bail};
+
+use super::{detach, print_line};
 use crate::{
+    cli::CleanupArgs,
     cni::install::{self, Folders},
     daemon::{
         protocol::{DaemonRequest, Response},
         socket,
     },
 };
-use anyhow::{Result, bail};
-
-use super::{detach, print_line};
-use crate::cli::CleanupArgs;
 
 pub(super) fn cleanup(args: &CleanupArgs) -> Result<()> {
     // The plugin comes first, so that it cannot request new pods meanwhile. A running daemon would install it again.

@@ -2,17 +2,17 @@
 
 use std::path::Path;
 
+use anyhow::{Context as _, Result};
+
+use super::{Failed, print_line};
 use crate::{
+    cli::{CniArgs, CniCommand, CniFolders, CniPlugin, SelectPods},
     cni::{
         Call,
         install::{self, Folders, Installed, Mode, Plugin},
     },
     escape,
 };
-use anyhow::{Context as _, Result};
-
-use super::{Failed, print_line};
-use crate::cli::{CniArgs, CniCommand, CniFolders, CniPlugin, SelectPods};
 
 pub(super) fn cni(args: CniArgs) -> Result<()> {
     match args.command {

@@ -1,15 +1,17 @@
 //! `daemon`.
 
-use crate::daemon::{
-    desired::CaptureArgs,
-    mesh::Mesh,
-    serve::{Settings, serve},
-    sidecar::{Ipv6, Selection},
-};
 use anyhow::{Context as _, Result};
 use tokio::signal::unix::{SignalKind, signal};
 
-use crate::cli::{CaptureIpv6, DaemonArgs, SidecarMesh};
+use crate::{
+    cli::{CaptureIpv6, DaemonArgs, SidecarMesh},
+    daemon::{
+        desired::CaptureArgs,
+        mesh::Mesh,
+        serve::{Settings, serve},
+        sidecar::{Ipv6, Selection},
+    },
+};
 
 pub(super) fn daemon(args: DaemonArgs) -> Result<()> {
     super::check::require_privileges()?;

@@ -2,14 +2,14 @@
 
 use std::path::Path;
 
-use crate::{
-    cgroup::CgroupDir,
-    node::{DetachedPod, Node, NodeError},
-};
 use anyhow::{Context as _, Result};
 
 use super::print_line;
-use crate::cli::DetachArgs;
+use crate::{
+    cgroup::CgroupDir,
+    cli::DetachArgs,
+    node::{DetachedPod, Node, NodeError},
+};
 
 pub(super) fn detach(args: &DetachArgs) -> Result<()> {
     match &args.which.cgroup_path {

@@ -1,7 +1,5 @@
 //! `explain`: decides for a flow with the same function and the same map entries as the kernel.
 
-use crate::ids::PolicyId;
-use crate::{cgroup::CgroupDir, maps::Maps, node::Node};
 use anyhow::{Result, bail};
 use intercept_common::{
     Addr, Decision, InboundFlow, OutboundFlow, PolicyLookup, ProxyListener, Reason, Verdict,
@@ -13,7 +11,13 @@ use intercept_common::{
 use serde::Serialize;
 
 use super::print_line;
-use crate::cli::{Direction, ExplainArgs, FlowContainer};
+use crate::{
+    cgroup::CgroupDir,
+    cli::{Direction, ExplainArgs, FlowContainer},
+    ids::PolicyId,
+    maps::Maps,
+    node::Node,
+};
 
 /// The output of `--json`. Its names are stable.
 #[derive(Serialize)]

@@ -2,11 +2,6 @@
 
 use std::path::Path;
 
-use crate::{
-    netns::Netns,
-    node::{Attached, Node, Rewrite},
-    routes::Follower,
-};
 use anyhow::{Context as _, Result};
 use aya_log::EbpfLogger;
 use tokio::{
@@ -15,10 +10,15 @@ use tokio::{
 };
 
 use super::{
-    attach::{self, AttachRequest, put_in_force},
+    attach::{self, AttachRequest, apply_capture},
     print_line,
 };
-use crate::cli::AttachArgs;
+use crate::{
+    cli::AttachArgs,
+    netns::Netns,
+    node::{Attached, Node, Rewrite},
+    routes::Follower,
+};
 
 pub(super) fn run(args: AttachArgs) -> Result<()> {
     let request = AttachRequest::of(args)?;
@@ -41,7 +41,7 @@ async fn follow(request: AttachRequest) -> Result<()> {
         changes.watch_listeners(&target.netns, config.proxy_port)?;
     }
     let done =
-        put_in_force(&bpffs, max_connections, (&target, &config), Rewrite::IfChanged, Some(&mut changes))?;
+        apply_capture(&bpffs, max_connections, (&target, &config), Rewrite::IfChanged, Some(&mut changes))?;
     print_line!(
         "{} cgroup {} in namespace {}",
         done.as_str(),
@@ -65,7 +65,7 @@ async fn follow(request: AttachRequest) -> Result<()> {
                 if let Err(error) = change {
                     tracing::warn!(error = &error as &dyn std::error::Error, "following the namespace: reading it again");
                 }
-                match put_in_force(&bpffs, max_connections, (&target, &config), Rewrite::IfChanged, None) {
+                match apply_capture(&bpffs, max_connections, (&target, &config), Rewrite::IfChanged, None) {
                     Ok(Attached::Unchanged) => {}
                     Ok(_) => tracing::info!(netns = target.netns.name(), "applied a change of addresses or routes"),
                     Err(error) => tracing::error!("{error:#}: the previous policy stays active"),

@@ -1,7 +1,13 @@
 //! `status`: attached pods and their counters.
 
+use anyhow::Result;
+use intercept_common::layout::PodPolicy;
+use serde::Serialize;
+
+use super::print_line;
 use crate::{
     cgroup::CgroupDir,
+    cli::StatusArgs,
     daemon::{
         protocol::{DaemonRequest, Response},
         reconcile::PodReport,
@@ -13,12 +19,6 @@ use crate::{
     node::{BrokenPod, Node},
     record::Record,
 };
-use anyhow::Result;
-use intercept_common::layout::PodPolicy;
-use serde::Serialize;
-
-use super::print_line;
-use crate::cli::StatusArgs;
 
 /// A pod in the output of `--json`. Its names are stable.
 #[derive(Serialize)]

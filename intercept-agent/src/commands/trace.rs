@@ -2,18 +2,18 @@
 
 use std::{collections::HashMap, io::Write as _};
 
+use anyhow::{Context as _, Result, bail};
+use tokio::signal::unix::{SignalKind, signal};
+
 use crate::{
     cgroup::CgroupDir,
+    cli::TraceArgs,
     escape,
     ids::NetnsCookie,
     node::Node,
     store::Store,
     trace::{Printer, Trace},
 };
-use anyhow::{Context as _, Result, bail};
-use tokio::signal::unix::{SignalKind, signal};
-
-use crate::cli::TraceArgs;
 
 pub(super) fn trace(args: &TraceArgs) -> Result<()> {
     let bpffs = &args.bpffs.bpffs;

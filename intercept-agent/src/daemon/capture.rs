@@ -1,4 +1,4 @@
-//! What the worker does for one pod.
+//! Captures and releases one pod: the jobs of the worker.
 
 use std::{
     fs,
@@ -29,7 +29,7 @@ use crate::{
     store::StoreError,
 };
 
-/// Why a pod is not captured as it is wanted.
+/// Why a pod is not captured as desired.
 #[derive(Debug, thiserror::Error)]
 pub enum CaptureError {
     #[error(transparent)]
@@ -44,7 +44,7 @@ pub enum CaptureError {
     Follow(#[from] RoutesError),
     #[error(transparent)]
     Worker(#[from] WorkerFailed),
-    /// It was attached by command, and is detached: that is not undone.
+    /// It was attached by a command and has been detached, which the daemon does not undo.
     #[error("it was detached by command")]
     Detached,
 }
@@ -82,13 +82,13 @@ impl CaptureError {
         }
     }
 
-    /// The error with its causes, each after a colon, on one line: values that a pod chose are in it.
+    /// The error with its causes, separated by colons. On one line, because it may contain values that a pod chose.
     pub fn text(&self) -> String {
         OneLine(explained(self)).to_string()
     }
 
-    /// Whether the pod's cgroup looks like this while its sandbox is being made: empty, or with a process that is not in
-    /// its namespace yet.
+    /// Whether the pod's cgroup looks like this while its sandbox is being made: empty, or with a process that is not
+    /// in its namespace yet.
     pub fn is_of_a_start(&self) -> bool {
         matches!(
             self,
@@ -103,7 +103,7 @@ impl From<OptionError> for CaptureError {
     }
 }
 
-/// A pod that is in force.
+/// An applied pod.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct AppliedPod {
     /// Cookie of its namespace.
@@ -114,23 +114,23 @@ pub struct AppliedPod {
     pub cgroup_id: u64,
     /// Inode of its namespace.
     pub netns_inode: u64,
-    /// The path it was opened by; none when its processes led to it.
+    /// The path by which it was opened. `None` if it was found through the pod's processes.
     pub netns_path: Option<PathBuf>,
 }
 
-/// Whether a pod is still there, as far as can be told without a descriptor that would keep it there.
+/// Whether a pod still exists, checked without a descriptor that would keep it alive.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Liveness {
-    /// It is.
+    /// It exists.
     Alive,
-    /// What leads to its namespace is gone: it may be gone itself, and must not be held.
+    /// Nothing leads to its namespace any more, which must not be kept alive.
     Unknown,
     /// Its cgroup is gone.
     Gone,
 }
 
 impl AppliedPod {
-    /// What a record says.
+    /// The applied pod that a record describes.
     pub fn of_record(record: &Record) -> Self {
         Self {
             cookie: record.cookie,
@@ -141,7 +141,7 @@ impl AppliedPod {
         }
     }
 
-    /// Look: two system calls, or four for a pod whose namespace has no path.
+    /// Checks it, with two system calls, or four if its namespace has no path.
     pub fn liveness(&self) -> Liveness {
         if inode(&self.cgroup) != Some(self.cgroup_id) {
             return Liveness::Gone;
@@ -153,7 +153,7 @@ impl AppliedPod {
         if leads { Liveness::Alive } else { Liveness::Unknown }
     }
 
-    /// Whether anything runs in the cgroup.
+    /// Whether the cgroup has a process.
     pub fn has_processes(&self) -> bool {
         let events = fs::read_to_string(self.cgroup.join("cgroup.events"));
         events.is_ok_and(|text| text.lines().any(|line| line == "populated 1"))
@@ -175,21 +175,21 @@ fn inode(path: &Path) -> Option<u64> {
     fs::metadata(path).ok().map(|found| found.ino())
 }
 
-/// A pod that was put in force, or was already.
+/// The result of a capture.
 pub struct Captured {
-    /// What was done.
+    /// What the attach did.
     pub done: Attached,
     /// The pod.
     pub applied: AppliedPod,
-    /// Follows its namespace, unless that was followed before.
+    /// Follows its namespace, unless it is already followed.
     pub follower: Option<Follower>,
-    /// Connections that its processes had before it was captured, which go on as they are.
+    /// Number of connections from before the capture, which continue past the proxy.
     pub preexisting_connections: usize,
-    /// How long it took, without the wait for the worker.
+    /// Duration, without the wait for the worker.
     pub took: Duration,
-    /// What of that was processor time of the worker.
+    /// Processor time of the worker.
     pub cost: Duration,
-    /// Nothing ran in the pod when its user namespace was looked at.
+    /// The pod had no process when its user namespace was read.
     pub idle: bool,
 }
 
@@ -203,9 +203,8 @@ pub struct Prepared {
     idle: bool,
 }
 
-/// Observe a desired pod. Runs on a thread of its own, so that a slow pod delays no other. `before` is what is attached
-/// for it, `followed` the cookie of the namespace that is followed. `runtime` is the one that the follower will
-/// live in.
+/// Observes a desired pod, on a thread of its own, so that a slow pod delays no other. `before` is the applied pod,
+/// `followed` the cookie of the followed namespace, and `runtime` the one in which a new follower runs.
 pub fn prepare(
     runtime: &Handle,
     desired: &DesiredPod,
@@ -222,7 +221,7 @@ pub fn prepare(
         None => Netns::of_sandbox(&cgroup, before.map(|applied| applied.netns_inode))?,
     };
     let cookie = netns.cookie();
-    // Before the observation: what starts meanwhile is looked at again.
+    // Before the observation, so that a process that starts meanwhile causes another one.
     let idle = cgroup.processes().is_ok_and(|processes| processes.is_empty());
     let target = Target { cgroup, netns, netns_path: desired.netns.clone(), origin: desired.origin.clone() };
     target
@@ -256,7 +255,7 @@ pub fn prepare(
         })
 }
 
-/// Attach a pod as it was prepared. `before` is what is attached for it.
+/// Attaches a prepared pod. `before` is the applied pod.
 pub fn capture(
     access: &mut Access,
     prepared: Prepared,
@@ -291,7 +290,7 @@ pub fn capture(
     Ok(Captured { done, applied, follower, preexisting_connections, took: started.elapsed(), cost, idle })
 }
 
-/// Of the calling thread. Unlike time, it does not grow while other agents hold the store's lock.
+/// Processor time of the calling thread, which does not grow while another agent has the store's lock.
 fn processor_time() -> Duration {
     clock_gettime(ClockId::ThreadCPUTime).try_into().unwrap_or_default()
 }
@@ -299,7 +298,7 @@ fn processor_time() -> Duration {
 /// The TCP connections in a namespace, both ends counted where both are in it.
 fn established(netns: &Netns) -> Result<usize, NetnsError> {
     let count = || {
-        // A new pod has none, and the whole table of connections need not be read.
+        // A new pod has none. The table of connections need not be read.
         if has_no_tcp_sockets() {
             return Some(0);
         }
@@ -319,24 +318,24 @@ fn has_no_tcp_sockets() -> bool {
             Ok(text) => text.lines().filter(|line| line.starts_with("TCP")).all(|line| {
                 line.split_once(": inuse ").is_some_and(|(_, rest)| rest.split(' ').next() == Some("0"))
             }),
-            // Without IPv6.
+            // The kernel has no IPv6.
             Err(error) => error.kind() == std::io::ErrorKind::NotFound,
         }
     })
 }
 
-/// Take a pod out of force.
+/// Releases a pod.
 pub fn release(access: &mut Access, applied: &AppliedPod) -> Result<(), NodeError> {
     let netns = applied.netns();
     access.with(|node| node.detach(applied.cookie, netns.as_ref()))
 }
 
-/// Whether cgroup and namespace of a pod are still there.
+/// Whether cgroup and namespace of a pod still exist.
 pub fn is_alive(access: &mut Access, cookie: NetnsCookie) -> Result<bool, NodeError> {
     access.with(|node| Ok(node.cgroup_of(cookie)?.is_some()))
 }
 
-/// Take away what is dead, and say what is in force.
+/// Removes the state of pods that are gone, and returns the records of the others.
 pub fn sweep(access: &mut Access) -> Result<Vec<Record>, NodeError> {
     access.with(|node| {
         let before = node.store().pods()?.len();
@@ -349,7 +348,7 @@ pub fn sweep(access: &mut Access) -> Result<Vec<Record>, NodeError> {
     })
 }
 
-/// Cookies of what is in force, after taking away what is dead.
+/// As [`sweep`]. Returns the cookies of all applied pods and the records of those that are not in `known`.
 pub fn resync(
     access: &mut Access,
     known: &[NetnsCookie],
@@ -366,7 +365,7 @@ pub fn resync(
     })
 }
 
-/// The records. A pod whose record cannot be read stays attached as it is until its source asks for it again.
+/// The readable records. Other pods stay attached until their source asks for them again.
 fn readable(pods: PodRecords) -> Vec<Record> {
     for pod in pods.broken {
         tracing::error!(
@@ -378,7 +377,7 @@ fn readable(pods: PodRecords) -> Vec<Record> {
     pods.readable.into_iter().map(|(record, _)| record).collect()
 }
 
-/// A reader of events that was killed left them switched on.
+/// Switches events off if their reader was killed.
 fn stop_unread_trace(node: &Node) -> Result<(), NodeError> {
     crate::trace::switch_off_if_unread(node.store()).map_err(NodeError::from)
 }

@@ -1,4 +1,4 @@
-//! What a source asks for one pod.
+//! What a source desires for one pod.
 
 use std::{collections::BTreeMap, fmt, path::PathBuf};
 
@@ -12,14 +12,14 @@ use crate::{
     record::{Record, RecordOrigin},
 };
 
-/// A pod's identity, the same for all sources that speak of it.
+/// The identity of a pod, the same for all sources.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Key {
     /// A file of the folder.
     File(String),
     /// A pod by its UID, or a sandbox by its id.
     Pod(PodUid),
-    /// One that was attached by command, by the cookie of its namespace.
+    /// A pod that was attached by a command, by the cookie of its namespace.
     Command(NetnsCookie),
 }
 
@@ -44,12 +44,12 @@ impl fmt::Display for Key {
     }
 }
 
-/// A pod that is to be captured.
+/// A pod to capture.
 #[derive(Clone, Debug, PartialEq)]
 pub struct DesiredPod {
-    /// Who asks.
+    /// The source that asks for it.
     pub origin: RecordOrigin,
-    /// Where its processes are.
+    /// Its cgroup.
     pub cgroup: PathBuf,
     /// Its namespace; by default that of its processes.
     pub netns: Option<PathBuf>,
@@ -57,12 +57,12 @@ pub struct DesiredPod {
     pub options: CaptureOptions,
 }
 
-/// What to capture, as a source has it.
+/// The options of a capture.
 #[derive(Clone, Debug, PartialEq)]
 pub enum CaptureOptions {
     /// The options of `attach`.
     Args(CaptureArgs),
-    /// Validated before.
+    /// Already validated.
     Config(Box<Config>),
 }
 
@@ -78,7 +78,7 @@ pub struct CaptureArgs {
     pub environment: BTreeMap<String, String>,
 }
 
-/// Options that do not hold.
+/// Why options are refused.
 #[derive(Debug, thiserror::Error)]
 pub enum CaptureArgsError {
     /// Not flags of `attach`.
@@ -87,14 +87,14 @@ pub enum CaptureArgsError {
     /// A value is wrong.
     #[error(transparent)]
     Value(#[from] OptionError),
-    /// What is no policy, but something to do.
+    /// An option that is an action rather than part of a policy.
     #[error(
         "option {0} is for one run of the command line: a pod of the daemon takes options of what to capture alone"
     )]
     Switch(&'static str),
 }
 
-/// clap's errors go on with how to use a command, which here is none.
+/// Without the usage that clap appends, because there is no command here.
 fn first_line(error: &clap::Error) -> String {
     let text = error.to_string();
     let line = text.lines().next().unwrap_or_default();
@@ -102,12 +102,12 @@ fn first_line(error: &clap::Error) -> String {
 }
 
 impl CaptureArgs {
-    /// Validate, with the users, groups and resolvers of the pod if anything runs in it yet.
+    /// Validates the options, with the users, groups and resolvers of the pod if it has a process.
     pub fn validate(&self, cgroup: &CgroupDir) -> Result<Config, CaptureArgsError> {
         self.validate_with(&EtcFiles::of_pod(cgroup))
     }
 
-    /// Validate with the names of this machine: for options that name nobody.
+    /// Validates options that name no user or group.
     pub fn check(&self) -> Result<Config, CaptureArgsError> {
         self.validate_with(&EtcFiles::below("/"))
     }
@@ -136,7 +136,7 @@ impl CaptureArgs {
 }
 
 impl DesiredPod {
-    /// What is in force, asked for again.
+    /// The desired pod that a record describes.
     pub fn of_record(record: &Record) -> Self {
         Self {
             origin: record.origin.clone(),
@@ -146,7 +146,7 @@ impl DesiredPod {
         }
     }
 
-    /// A name for people: `namespace/name` of a pod, or what there is.
+    /// Its name for logs: `namespace/name`, if it has these.
     pub fn name(&self) -> String {
         self.origin.name().unwrap_or_else(|| self.cgroup.display().to_string())
     }

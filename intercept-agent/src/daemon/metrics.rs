@@ -1,4 +1,4 @@
-//! What the daemon counts of itself, and what the programs count of the pods, for Prometheus.
+//! Metrics for Prometheus: counted by the daemon, or read from the programs' counters.
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -27,7 +27,7 @@ use crate::{
 
 mod table;
 
-/// Seconds. The promise is 5 ms, and 20 ms for one in a hundred.
+/// Bounds in seconds. An attach takes at most 5 ms, and 20 ms in one of a hundred cases.
 const LATENCIES: [f64; 12] = [0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.02, 0.05, 0.1, 0.5, 1.0, 5.0];
 
 /// Shared by all parts of the daemon.
@@ -44,11 +44,11 @@ struct Inner {
     preexisting_connections: Gauge,
     plugin: OnceLock<PluginMetrics>,
     started: Instant,
-    /// Milliseconds after `started` when the loop looked at its pods last.
+    /// When the reconciler last checked its pods, in milliseconds after `started`.
     beat: AtomicU64,
 }
 
-/// Only where the daemon keeps the CNI plugin installed: elsewhere it says nothing of it.
+/// Only if the daemon keeps the CNI plugin installed.
 struct PluginMetrics {
     registry: Registry,
     installed: Gauge,
@@ -65,7 +65,7 @@ impl PluginMetrics {
 }
 
 impl Metrics {
-    /// Nothing counted.
+    /// Creates metrics that have counted nothing.
     pub fn new() -> Self {
         let mut registry = table::registry();
         let attaches = table::ATTACHES.register(&mut registry);
@@ -90,7 +90,7 @@ impl Metrics {
         }))
     }
 
-    /// A pod was put in force.
+    /// Counts a captured pod.
     pub fn captured(&self, done: Attached, took: Duration) {
         self.0.attaches.get_or_create(&Result { result: done.as_str().to_owned() }).inc();
         if done == Attached::New {
@@ -98,12 +98,12 @@ impl Metrics {
         }
     }
 
-    /// An attempt failed.
+    /// Counts a failed attempt.
     pub fn error(&self, cause: Cause) {
         self.0.errors.get_or_create(&CauseLabel { cause: cause.as_str().to_owned() }).inc();
     }
 
-    /// How many pods are in each state.
+    /// Sets the number of pods in each state.
     pub fn pods(&self, counts: impl IntoIterator<Item = (&'static str, usize)>) {
         for (state, count) in counts {
             self.0
@@ -113,7 +113,7 @@ impl Metrics {
         }
     }
 
-    /// How many are left alone, by why.
+    /// Sets the number of ignored pods by reason.
     pub fn left_alone(&self, counts: &BTreeMap<&'static str, usize>) {
         self.0.left_alone.clear();
         for (why, count) in counts {
@@ -122,17 +122,17 @@ impl Metrics {
         }
     }
 
-    /// How many captured pods had connections before.
+    /// Sets the number of captured pods with connections from before the capture.
     pub fn preexisting_connections(&self, pods: usize) {
         self.0.preexisting_connections.set(pods.try_into().unwrap_or(i64::MAX));
     }
 
-    /// Whether the CNI plugin is installed.
+    /// Sets whether the CNI plugin is installed.
     pub fn plugin(&self, state: &PluginState) {
         self.plugin_metrics().installed.set(i64::from(state.problem().is_none()));
     }
 
-    /// The CNI plugin was put into the configuration.
+    /// Counts a write of the CNI plugin into the configuration.
     pub fn plugin_written(&self) {
         self.plugin_metrics().writes.inc();
     }
@@ -141,19 +141,19 @@ impl Metrics {
         self.0.plugin.get_or_init(PluginMetrics::new)
     }
 
-    /// The loop is alive.
+    /// Stores that the reconciler is alive.
     pub fn heartbeat(&self) {
         let now = u64::try_from(self.0.started.elapsed().as_millis()).unwrap_or(u64::MAX);
         self.0.beat.store(now, Ordering::Relaxed);
     }
 
-    /// How long ago the loop was alive.
+    /// How long ago the reconciler was alive.
     pub fn since_beat(&self) -> Duration {
         self.0.started.elapsed().saturating_sub(Duration::from_millis(self.0.beat.load(Ordering::Relaxed)))
     }
 
-    /// Everything as text, with the programs' own counters read now from this bpffs. `names` are the pods' by the
-    /// cookies of their namespaces.
+    /// Returns all metrics as text, with the programs' counters as they are in this bpffs now. `names` has the names of
+    /// pods by the cookies of their namespaces.
     pub fn text(&self, bpffs: &Path, names: &HashMap<NetnsCookie, String>) -> String {
         let mut text = String::new();
         let mut written = text::encode_registry(&mut text, &self.0.registry);
@@ -190,7 +190,7 @@ fn read_node(
     let used = table::POD_MAP_ENTRIES.register(registry);
     let budgets = table::POD_MAP_MAX_ENTRIES.register(registry);
 
-    // Without the lock: reading disturbs nobody, and must not wait for an attach.
+    // Without the lock, because reading must not wait for an attach.
     let Some(store) = Store::find(bpffs) else { return Ok(()) };
     let maps = Maps::open(&store.maps())?;
     let name = |cookie: NetnsCookie| names.get(&cookie).cloned().unwrap_or_else(|| format!("netns:{cookie}"));

@@ -1,8 +1,8 @@
-//! The one place where what is wanted meets what is in force.
+//! Compares the desired pods with the applied ones, and changes the latter.
 //!
 //! Each pod has a state machine ([`machine`]), which is pure: an event leads to the next state and to commands, which
-//! the loop carries out ([`perform`]). A pod has at most one job with the worker. What happens to it meanwhile is noted
-//! and looked at when the job is done. A pod that fails is tried again later and later; none waits for another.
+//! the reconciler carries out ([`perform`]). A pod has at most one job in flight. Events that arrive meanwhile are
+//! handled when the job is done. A pod that fails is retried with a growing delay, and delays no other.
 
 mod claims;
 mod machine;
@@ -39,19 +39,19 @@ use super::{
 };
 use crate::{node::NodeError, record::Record};
 
-/// How often pods are looked at: a pod that is gone is to be gone within a second.
+/// How often pods are checked. The state of a pod that is gone is removed within a second.
 const POLL_INTERVAL: Duration = Duration::from_millis(400);
-/// How often the whole state is compared with what should be in force.
+/// How often all applied pods are compared with the maps.
 const RESYNC_INTERVAL: Duration = Duration::from_secs(10);
 
-/// A failure that passes by itself within this time gets no event on the pod.
+/// A failure that lasts no longer than this gets no event on the pod.
 const EVENT_AFTER: Duration = Duration::from_secs(5);
-/// How many looks at a pod with processes confirm its ids, if it had none when it was attached.
+/// How many checks confirm the ids of a pod that had no process when it was attached.
 const CONFIRMATIONS: u8 = 2;
-/// How often at least a pod is tried whose first process is awaited.
+/// Longest delay between attempts on a pod that has no process yet.
 const START_RETRY: Duration = Duration::from_millis(500);
 
-/// The loop.
+/// The reconciler.
 pub struct Reconciler {
     pods: BTreeMap<Key, TrackedPod>,
     worker: Worker,
@@ -60,13 +60,13 @@ pub struct Reconciler {
     inbox: mpsc::UnboundedReceiver<Message>,
     runtime: Handle,
     events: Option<mpsc::UnboundedSender<PodEvent>>,
-    /// How long a sandbox waits for the API; there is none to wait for if none.
+    /// How long a sandbox waits for the API. `None` if the API is not watched.
     api_wait: Option<Duration>,
     uninstalling: bool,
 }
 
 impl Reconciler {
-    /// A loop without pods, and the way to tell it things. To be called within the runtime.
+    /// Creates one without pods, and the sender of its messages. Must be called within the runtime.
     pub fn new(worker: Worker, metrics: Metrics) -> (Self, mpsc::UnboundedSender<Message>) {
         let (messages, inbox) = mpsc::unbounded_channel();
         let runtime = Handle::current();
@@ -84,17 +84,17 @@ impl Reconciler {
         (reconciler, messages)
     }
 
-    /// Have somebody else told of pods of the API that could not be captured.
+    /// Sends an event for each pod of the API that cannot be captured.
     pub fn publish_events_to(&mut self, events: mpsc::UnboundedSender<PodEvent>) {
         self.events = Some(events);
     }
 
-    /// The API is watched: have a sandbox wait for its word for so long.
+    /// The API is watched: the ADD of a sandbox waits for it at most this long.
     pub fn await_api(&mut self, patience: Duration) {
         self.api_wait = Some(patience);
     }
 
-    /// Take over what is in force, after sweeping what is dead.
+    /// Reads the applied pods, after the state of pods that are gone is removed.
     pub async fn adopt(&mut self) -> Result<usize, CaptureError> {
         let records = self.worker.run(Priority::Urgent, capture::sweep).await??;
         let adopted = records.len();
@@ -116,12 +116,12 @@ impl Reconciler {
         if is_unclaimed {
             self.resolve_claims(&key);
         } else {
-            // Routes may have changed while nobody followed them.
+            // Routes may have changed while no daemon followed them.
             self.on(&key, MachineEvent::Recheck);
         }
     }
 
-    /// Until the last sender of messages is gone.
+    /// Runs until the last sender of messages is gone.
     pub async fn run(mut self) {
         let mut look = tokio::time::interval(POLL_INTERVAL);
         look.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
@@ -189,7 +189,7 @@ impl Reconciler {
         tokio::spawn(async move {
             let removed = worker.run(Priority::Urgent, move |access| {
                 for applied in applied {
-                    // What stays is removed below; only the namespace's own settings may be left as they are.
+                    // The rest is removed below. Only changes of the namespace may stay.
                     if let Err(error) = capture::release(access, &applied) {
                         tracing::warn!(
                             cookie = applied.cookie.0,

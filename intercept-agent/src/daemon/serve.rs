@@ -1,4 +1,4 @@
-//! The daemon as a whole: sources, loop, socket and HTTP in one runtime on one thread, beside the worker's.
+//! Runs the daemon: sources, reconciler, socket and HTTP in a runtime on one thread, beside the worker's.
 
 use std::{
     io,
@@ -32,33 +32,33 @@ use super::{
 };
 use crate::{cgroup, cni::install::Plugin, ids::NetnsCookie, node::NodeError};
 
-/// The loop looks at its pods more often than twice a second; a worker that takes longer than this is stuck.
+/// A worker that takes longer than this for one job is stuck, and so is a reconciler that does not check its pods.
 const STUCK: Duration = Duration::from_secs(15);
 
-/// What the daemon is started with.
+/// The settings of the daemon.
 #[derive(Clone, Debug)]
 pub struct Settings {
-    /// Where bpffs is.
+    /// Mount point of bpffs.
     pub bpffs: PathBuf,
-    /// Most redirected connections that the node remembers.
+    /// Most redirected connections of the node.
     pub max_connections: u32,
     /// A folder of pods.
     pub pods_dir: Option<PathBuf>,
     /// The socket for the CNI plugin.
     pub socket: PathBuf,
-    /// Where metrics and probes are answered; nowhere if none.
+    /// Address that serves metrics and probes.
     pub metrics_address: Option<SocketAddr>,
-    /// Below which folder pods' cgroups are looked for; by default where cgroup2 is mounted.
+    /// Folder in which the pods' cgroups are searched for; by default the mount points of cgroup2.
     pub cgroup_root: Option<PathBuf>,
     /// Watch the Kubernetes API for pods of this node.
     pub node: Option<String>,
-    /// How long a sandbox that is added waits for the API's word on its pod.
+    /// How long the ADD of a sandbox waits until the API reports its pod.
     pub api_wait: Duration,
-    /// Which pods are looked at.
+    /// Which pods are captured.
     pub selection: Selection,
-    /// Options for every pod of the API; annotations are stronger.
+    /// Options for every pod of the API. Annotations override them.
     pub defaults: CaptureArgs,
-    /// The CNI plugin that is to be kept installed, if any.
+    /// The CNI plugin that is kept installed, if any.
     pub plugin: Option<Plugin>,
 }
 
@@ -73,7 +73,7 @@ pub enum ServeError {
     Folder(#[from] FolderError),
     #[error(transparent)]
     Socket(#[from] SocketError),
-    #[error("taking over what is in force on this node")]
+    #[error("reading the applied pods of this node")]
     Adopt(#[source] CaptureError),
     #[error("listening on {address} for metrics")]
     Metrics { address: SocketAddr, source: io::Error },
@@ -81,7 +81,7 @@ pub enum ServeError {
     Thread(#[source] io::Error),
 }
 
-/// What the probes look at.
+/// What the probes check.
 #[derive(Clone)]
 struct Probes {
     metrics: Metrics,
@@ -91,7 +91,7 @@ struct Probes {
     scraping: Arc<Mutex<()>>,
 }
 
-/// Run until `shutdown` is ready. What is in force stays in force.
+/// Runs until `shutdown` is ready. Applied pods stay applied.
 pub async fn serve(settings: Settings, shutdown: impl Future<Output = ()>) -> Result<(), ServeError> {
     raise_file_limit();
     let worker =
@@ -113,38 +113,38 @@ pub async fn serve(settings: Settings, shutdown: impl Future<Output = ()>) -> Re
         let listener = tokio::net::TcpListener::bind(address)
             .await
             .map_err(|source| ServeError::Metrics { address, source })?;
-        tracing::info!(address = %listener.local_addr().unwrap_or(address), "answering for metrics and probes");
+        tracing::info!(address = %listener.local_addr().unwrap_or(address), "serving metrics and probes");
         tokio::spawn(http::serve(listener, router(probes), http::Limits::default()));
     }
 
     let started = std::time::Instant::now();
     match reconciler.adopt().await {
-        Ok(pods) => tracing::info!(pods, took = ?started.elapsed(), "took over what is in force"),
-        // Whoever asks for a pod, or whether we are ready, is told; and all goes well once it is taken away.
+        Ok(pods) => tracing::info!(pods, took = ?started.elapsed(), "read the applied pods"),
+        // Requests and probes report it. It ends when the other agent's state is removed.
         Err(CaptureError::Node(error @ NodeError::OtherLayout(_))) => {
             tracing::error!(error = &error as &dyn std::error::Error, "no pod can be captured");
         }
         Err(error) => return Err(ServeError::Adopt(error)),
     }
     adopted.store(true, Ordering::Release);
-    // Only now, when what is in force is known, may a source say what is not wanted any more.
+    // A source may end claims only now, when the applied pods are known.
     let context = SourceContext { messages, readiness };
     for source in sources {
         tracing::debug!(source = source.name(), "starting");
         tokio::spawn(source.run(context.clone()));
     }
-    // Only now, when there is something for the plugin to ask.
+    // Only now, when the socket answers the plugin.
     if let Some(installer) = installer {
         tokio::spawn(installer.run());
     }
     tokio::select! {
         () = reconciler.run() => {}
-        () = shutdown => tracing::info!("ending; what is in force stays in force"),
+        () = shutdown => tracing::info!("shutting down; captured pods stay captured"),
     }
     Ok(())
 }
 
-/// The sources that the settings name, in the order in which they are started.
+/// The sources of these settings, in the order in which they are started.
 async fn open_sources(
     settings: &Settings,
     reconciler: &mut Reconciler,
@@ -153,7 +153,7 @@ async fn open_sources(
     let mounts = settings.cgroup_root.clone().map_or_else(cgroup::mounts, |root| vec![root]);
     let placement = || Placement::below(mounts.clone());
     let mut sources: Vec<Box<dyn PodSource>> = Vec::new();
-    // First, because it also says whether another daemon runs.
+    // First, because it detects another running daemon.
     let socket = Server::open(&settings.socket, placement(), settings.selection.clone())?;
     let kubernetes = match settings.node.clone() {
         Some(node) => {
@@ -198,9 +198,9 @@ async fn metrics(
         .filter_map(|report| Some((NetnsCookie(report.netns_cookie?), report.name)))
         .collect();
     let Probes { metrics, bpffs, scraping, .. } = probes;
-    // AppliedPod until the work is done, also when its client has gone away meanwhile.
+    // Counted until the work is done, even if the client has gone meanwhile.
     let one_at_a_time = scraping.lock_owned().await;
-    // Walks the maps: not on the thread that everything else runs on.
+    // It reads whole maps, so not on the thread of the runtime.
     let text = tokio::task::spawn_blocking(move || {
         let _one_at_a_time = one_at_a_time;
         metrics.text(&bpffs, &names)
@@ -210,7 +210,7 @@ async fn metrics(
     Ok(([("content-type", "application/openmetrics-text; version=1.0.0; charset=utf-8")], text))
 }
 
-/// Whether restarting would help: the loop turns, and the worker works.
+/// Fails if a restart would help: the reconciler or the worker is stuck.
 async fn healthz(State(probes): State<Probes>) -> (StatusCode, String) {
     let since = probes.metrics.since_beat();
     if since > STUCK {
@@ -225,14 +225,14 @@ async fn healthz(State(probes): State<Probes>) -> (StatusCode, String) {
         Err(_) => (
             StatusCode::SERVICE_UNAVAILABLE,
             format!(
-                "the worker has been at one job for {STUCK:?}; {} wait\n",
+                "the worker has been busy with one job for {STUCK:?}; {} wait\n",
                 probes.readiness.worker.waiting()
             ),
         ),
     }
 }
 
-/// Whether a pod that is started now would be captured.
+/// Whether a pod that starts now would be captured.
 async fn readyz(State(probes): State<Probes>) -> (StatusCode, String) {
     match probes.readiness.of_node().await {
         Ok(()) => (StatusCode::OK, "ok\n".to_owned()),
@@ -240,12 +240,12 @@ async fn readyz(State(probes): State<Probes>) -> (StatusCode, String) {
     }
 }
 
-/// Two descriptors a pod, and a shell's limit is 1024.
+/// Raises the limit of open files: each pod takes two, and a shell's limit is 1024.
 fn raise_file_limit() {
     use rustix::process::{Resource, getrlimit, setrlimit};
     let mut limit = getrlimit(Resource::Nofile);
     limit.current = limit.maximum;
     if let Err(error) = setrlimit(Resource::Nofile, limit) {
-        tracing::warn!(%error, "raising the limit of open files: a node of many pods may run out of them");
+        tracing::warn!(%error, "raising the limit of open files; a node with many pods may run out of them");
     }
 }

@@ -1,15 +1,15 @@
 //! The sources of desired pods.
 //!
-//! A source sends its claims to the reconciler in messages, and nothing else. [`super::view`] merges the claims of several
-//! sources on one pod. To add one: implement [`PodSource`], give its claim a [`Message`] and a field
-//! of [`super::view::PodView`], and open it in [`super::serve`].
+//! A source sends its claims to the reconciler in messages, and nothing else. [`super::view`] merges the claims of
+//! several sources on one pod. To add one: implement [`PodSource`], give its claim a [`Message`] and a field of
+//! [`super::view::PodView`], and open it in [`super::serve`].
 
 use futures_util::future::BoxFuture;
 use tokio::sync::mpsc::UnboundedSender;
 
 use super::{ready::Readiness, reconcile::Message};
 
-/// What a source is given.
+/// What a source works with.
 #[derive(Clone)]
 pub struct SourceContext {
     /// The reconciler's inbox.
@@ -18,8 +18,8 @@ pub struct SourceContext {
     pub readiness: Readiness,
 }
 
-/// A source of pods. Its constructor opens it and may fail. It runs once the applied pods are known, because only then may it
-/// end claims.
+/// A source of pods. Its constructor opens it and may fail. It runs once the applied pods are known, because only
+/// then may it end claims.
 pub trait PodSource: Send {
     /// Its name in logs.
     fn name(&self) -> &'static str;

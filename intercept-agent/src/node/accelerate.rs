@@ -1,4 +1,4 @@
-//! Whether a pod's connections are joined past TCP. That they are not, or cannot be, is never a failure of the capture.
+//! Joins the connections of a pod past TCP. A failure here never fails the capture.
 
 use std::os::fd::AsFd as _;
 
@@ -20,7 +20,7 @@ fn cell(netns: NetnsCookie, slot: Slot) -> PodCell {
 }
 
 impl Node {
-    /// Do as the policy in force says; what is as it should be stays as it is.
+    /// Starts or stops joining as the active policy says. What is already right is left unchanged.
     pub(super) fn accelerate(&mut self, target: &Target, config: &Config, policy: &PodPolicy) {
         let cookie = target.netns.cookie();
         let done = if config.accelerate.is_empty() {
@@ -47,9 +47,9 @@ impl Node {
         let mut acceleration = Acceleration::load(&self.store)?;
         self.link_join(target)?;
         acceleration.allow(pod, config)?;
-        // Listeners that came up before the cell was set were not seen by the callback.
+        // The callback missed listeners that opened before the cell was set.
         let Ok(found) = listeners::find(&target.netns, &target.cgroup, &[config.inbound_port]) else {
-            // The same question was answered a moment ago; those that listen later are seen.
+            // The listeners were just read, and the callback sees later ones.
             return Ok(());
         };
         let owners = Owners {
@@ -73,13 +73,13 @@ impl Node {
             .map_err(|source| AccelerationError::Call { action: "attaching program", name, source })
     }
 
-    /// From the next message on; connections that are joined go on by TCP.
+    /// Stops joining. From the next message on, joined connections use TCP.
     pub(super) fn stop_accelerating(&self, cookie: NetnsCookie, slot: Slot) -> Result<(), AccelerationError> {
         let Some(mut acceleration) = Acceleration::find(&self.store)? else { return Ok(()) };
         acceleration.revoke(cell(cookie, slot))?;
         let path = self.store.pod(cookie).join(names::JOIN_OPS);
         if let Ok(link) = sys::open_pin(&path) {
-            // Without its pin it goes a while later.
+            // Without its pin the kernel frees it a little later.
             let _goes_with_its_pin = sys::link_detach(link.as_fd());
             std::fs::remove_file(&path).map_err(|source| AccelerationError::Call {
                 action: "removing the link of program",
@@ -90,8 +90,8 @@ impl Node {
         Ok(())
     }
 
-    /// Put this build's programs under the link of an accelerated pod. One that cannot be loaded is not accelerated any
-    /// more.
+    /// Replaces the programs of an accelerated pod with this build's. If they cannot be loaded, the pod is no longer
+    /// accelerated.
     pub(super) fn replace_join(&self, cookie: NetnsCookie) {
         let name = names::JOIN_OPS;
         let Ok(link) = sys::open_pin(&self.store.pod(cookie).join(name)) else { return };
@@ -104,7 +104,7 @@ impl Node {
             tracing::warn!(
                 cookie = cookie.0,
                 error = &error as &dyn std::error::Error,
-                "connections are not joined any more"
+                "connections are no longer joined"
             );
             if let Ok(Some(policy)) = self.maps.policy(cookie) {
                 let _reported = self.stop_accelerating(cookie, policy.slot);
@@ -112,7 +112,7 @@ impl Node {
         }
     }
 
-    /// Have every joined connection go on by TCP. Their sockets keep programs and maps alive after the pins have gone.
+    /// Returns every joined connection to TCP. Their sockets keep programs and maps alive after the pins are removed.
     pub(super) fn switch_joining_off(&self) {
         let off = Acceleration::find(&self.store).and_then(|found| match found {
             Some(mut acceleration) => acceleration.deactivate(),

@@ -1,8 +1,8 @@
-//! Attaching a pod: settle what an agent that crashed left, plan, and carry the plan out: add, switch, remove.
+//! Attaches a pod: removes what a crashed agent left, makes a plan, and carries it out: add, switch, remove.
 //!
-//! What is added affects no connection before the switch, and what the active policy needs is removed only after another
-//! has replaced it. The record is written first and removed last, and lists every change of the namespace, so the same
-//! functions clean up after a failure, a crash and a detach.
+//! What is added affects no connection before the switch, and what the active policy needs is removed only after
+//! another has replaced it. The record is written first and removed last, and lists every change of the namespace, so
+//! the same functions clean up after a failure, a crash and a detach.
 
 use std::{
     collections::BTreeSet,
@@ -25,16 +25,16 @@ use crate::{
 /// What `attach` did.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Attached {
-    /// The same was in force.
+    /// The same policy was already active.
     Unchanged,
     /// The pod was not attached before.
     New,
-    /// Another policy was in force.
+    /// The policy replaced another one.
     Replaced,
 }
 
 impl Attached {
-    /// The word for it.
+    /// The word in logs and metrics.
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Unchanged => "unchanged",
@@ -45,8 +45,8 @@ impl Attached {
 }
 
 impl Node {
-    /// Attach a pod, or replace its policy. `config` has the ids as the pod sees them. `observed` was taken shortly before;
-    /// after the call it has the routes as the attach changes them.
+    /// Attaches a pod, or replaces its policy. `config` has the ids as the pod sees them. `observed` was taken
+    /// shortly before; after the call it has the routes as the attach changes them.
     pub fn attach(
         &mut self,
         target: &Target,
@@ -57,18 +57,18 @@ impl Node {
         self.refuse_unsupported(config)?;
         let leftovers = self.has_leftovers(target.netns.cookie())?;
         let living = self.living()?;
-        // Half of the steps are taken inside the namespace, which is entered once.
+        // Half of the steps run inside the namespace, which is entered once.
         target.netns.run(|| {
             let record = self.settle(target)?;
             if leftovers {
-                // What was observed has been undone since.
+                // The cleanup has changed what was observed.
                 *observed = Observation::of(target, config, None)?;
             }
             self.plan_and_apply(target, config, observed, rewrite, (record, &living))
         })?
     }
 
-    /// Whether a pod has something besides its active policy: an agent crashed, or could not finish.
+    /// Whether a pod has state besides its active policy, because an agent crashed or could not finish.
     fn has_leftovers(&self, cookie: NetnsCookie) -> Result<bool, NodeError> {
         let active = self.maps.policy(cookie)?.map(|policy| policy.id);
         Ok(self.store.policies_of(cookie)?.into_iter().any(|id| Some(id) != active))
@@ -109,7 +109,7 @@ impl Node {
         };
         let done = match plan(input, rewrite, random)? {
             AttachPlan::Unchanged(policy) => {
-                // A proxy may have started to listen while another capture held its socket.
+                // A proxy may have started to listen while another capture had its socket.
                 self.register_unknown(target, config, &policy)?;
                 self.accelerate(target, config, &policy);
                 Attached::Unchanged
@@ -139,7 +139,7 @@ impl Node {
         }
     }
 
-    /// Carry out a plan. After a failure the state is what it was before.
+    /// Carries out a plan. A failure leaves the state as it was before.
     fn apply(&mut self, target: &Target, plan: &PolicyChange) -> Result<Attached, NodeError> {
         let cookie = plan.record.cookie;
         let (mut made, mut registered) = (NetnsChanges::default(), BTreeSet::new());
@@ -153,7 +153,7 @@ impl Node {
         // Active from here on: a failure below does not fail the attach, and the next call repeats what is left.
         let (config, policy) = (&plan.record.config, &plan.policy);
         let registered = match plan.before {
-            // A listener that came up since the look before was not seen by the callback, which knew no policy yet.
+            // The callback, which had no policy yet, missed listeners that opened since the first search.
             None => self.register_listeners(target, config, policy, &mut registered),
             Some(_) => self.register_unknown(target, config, policy),
         };
@@ -203,7 +203,7 @@ impl Node {
         }
     }
 
-    /// Undo [`Node::add`]. What cannot be undone affects no connection and is left to the next call.
+    /// Undoes [`Node::add`]. What cannot be undone affects no connection, and the next call removes it.
     fn undo(&mut self, target: &Target, plan: &PolicyChange, made: &NetnsChanges) {
         let cookie = plan.record.cookie;
         let restored = netns_setup::remove(&target.netns, made).map_err(changing(&target.netns));
@@ -220,7 +220,7 @@ impl Node {
     }
 }
 
-/// Hashing a constant with fresh keys is all the chance that is needed.
+/// A random number: the hash of a constant with fresh keys.
 fn random() -> u32 {
     use std::hash::{BuildHasher as _, RandomState};
     (RandomState::new().hash_one(0) & 0xffff_ffff) as u32

@@ -1,5 +1,4 @@
-//! Taking away: a pod that is detached, what the policies of a pod left that are not active, and what dead pods and dead
-//! agents left.
+//! Removes state: of a detached pod, of a pod's inactive policies, of pods that are gone, and of crashed agents.
 
 use std::{
     collections::BTreeSet,
@@ -32,7 +31,7 @@ pub struct DetachedPod {
 }
 
 impl Node {
-    /// Take a pod out of force and leave nothing of it. `netns` is its namespace, if it still can be reached.
+    /// Deactivates a pod and removes everything of it. `netns` is its namespace, if it can still be reached.
     pub fn detach(&mut self, cookie: NetnsCookie, netns: Option<&Netns>) -> Result<(), NodeError> {
         match netns {
             Some(netns) => self.remove_pod(cookie, Some(netns)),
@@ -40,7 +39,7 @@ impl Node {
         }
     }
 
-    /// Remove programs and maps if no pod uses them and no daemon keeps them.
+    /// Removes programs and maps if no pod uses them and no daemon keeps them.
     pub fn remove_if_unused(self) -> Result<(), NodeError> {
         if self.store.pods()?.is_empty() && !self.store.is_kept() {
             self.switch_joining_off();
@@ -95,8 +94,8 @@ impl Node {
         Ok(true)
     }
 
-    /// Take away what dead pods and dead agents left: folders without a policy in force, pods whose cgroup or
-    /// namespace is gone. Says which pods live, by cookie and cgroup.
+    /// Removes what is left of pods and agents that are gone: folders without an active policy, pods whose cgroup or
+    /// namespace is gone. Returns the pods that exist, by cookie.
     pub fn sweep(&mut self) -> Result<Living, NodeError> {
         let in_force = self.maps.policies()?;
         let mut living = Living::new();
@@ -115,8 +114,8 @@ impl Node {
         Ok(living)
     }
 
-    /// The pods that are there. Who stays sweeps now and then, and looks in between only at pods that others added: a pod
-    /// that died since is in nobody's way, because nothing else ever has its cookie or the id of its cgroup.
+    /// Returns the pods that exist. The daemon sweeps now and then, and in between checks only pods that were added.
+    /// A pod that is gone conflicts with none, because the kernel does not reuse its cookie or the id of its cgroup.
     pub(super) fn living(&mut self) -> Result<Living, NodeError> {
         let Some(mut living) = self.living.take() else { return self.sweep() };
         let listed = self.store.pods()?;
@@ -133,7 +132,7 @@ impl Node {
         Ok(living)
     }
 
-    /// A pod, if it is there.
+    /// A pod, if it exists.
     fn living_pod(&self, cookie: NetnsCookie, policy: &PodPolicy) -> Result<Option<LivingPod>, NodeError> {
         let Some((cgroup, netns_inode)) = self.place_of(cookie)? else { return Ok(None) };
         let record = self.store.read_record(cookie, policy.id).ok().flatten();
@@ -143,8 +142,8 @@ impl Node {
         Ok(Some(LivingPod { cgroup, cgroup_path, lineage: lineage.unwrap_or_default(), netns_inode }))
     }
 
-    /// Take out a pod whose namespace the caller does not have. If it still exists and the agent changed something in it,
-    /// the record leads to it.
+    /// Removes a pod whose namespace the caller does not have. If it still exists and the agent changed something in
+    /// it, the record has its path.
     fn remove_unreachable(&mut self, cookie: NetnsCookie) -> Result<(), NodeError> {
         let mut netns = None;
         if self.may_have_netns(cookie)? {
@@ -159,7 +158,7 @@ impl Node {
         self.remove_pod(cookie, netns.as_ref())
     }
 
-    /// Remove what belongs to a pod's other policies: the replaced one, or one that a crashed agent did not activate.
+    /// Removes what belongs to a pod's other policies: the replaced one, or one that a crashed agent did not activate.
     pub(super) fn remove_leftovers(
         &mut self,
         cookie: NetnsCookie,
@@ -189,7 +188,7 @@ impl Node {
         Ok(())
     }
 
-    /// Deactivate a pod and remove everything of it, including the changes of its namespace if that is given. After a
+    /// Deactivates a pod and removes everything of it, including the changes of its namespace if that is given. After a
     /// failure, call it again.
     pub(super) fn remove_pod(&mut self, cookie: NetnsCookie, netns: Option<&Netns>) -> Result<(), NodeError> {
         let policy = self.maps.policy(cookie)?;
@@ -225,7 +224,7 @@ impl Node {
         let others = self.maps.policies()?;
         let slots = records.iter().filter_map(|(_, record)| record.as_ref().ok()).map(|record| record.slot);
         for slot in slots.chain(policy.map(|policy| policy.slot)) {
-            // Another pod may have the slot of a policy that was not active any more.
+            // The slot of an inactive policy may belong to another pod by now.
             if others.iter().all(|(_, other)| other.slot != slot) {
                 self.maps.reset_slot(slot)?;
             }
@@ -234,7 +233,7 @@ impl Node {
         Ok(self.store.remove(&self.store.pod(cookie))?)
     }
 
-    /// Undo what all records of a pod say that was changed in its namespace.
+    /// Undoes the changes of the namespace that the pod's records list.
     fn restore(&self, cookie: NetnsCookie, netns: &Netns) -> Result<(), NodeError> {
         for (policy, record) in self.store.records(cookie)? {
             match record {
@@ -244,7 +243,7 @@ impl Node {
                     cookie = cookie.0,
                     policy = policy.0,
                     error = &error as &dyn std::error::Error,
-                    "what was changed in the namespace is not known, and stays"
+                    "the changes of the namespace are unknown and stay"
                 ),
             }
         }

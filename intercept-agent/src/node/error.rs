@@ -1,4 +1,4 @@
-//! What can go wrong on a node.
+//! Errors of attaching, detaching and reading pods.
 
 use std::io;
 
@@ -28,7 +28,7 @@ pub enum NodeError {
     Program(#[from] ProgramError),
     #[error(transparent)]
     Lacking(#[from] Lacking),
-    #[error("finding out what this kernel lacks")]
+    #[error("checking what this kernel supports")]
     Probe(#[from] ProbeError),
     #[error(
         "programs for an option of this capture were left out when the node's programs were loaded, but this kernel has \
@@ -41,7 +41,7 @@ pub enum NodeError {
     Cgroup(#[from] CgroupError),
     #[error("looking for the cgroups of the pod's containers")]
     Containers(#[from] ContainerError),
-    #[error("mirroring the routes of {netns}")]
+    #[error("reading the routes of {netns}")]
     RouteSnapshot { netns: String, source: RoutesError },
     #[error("looking for listeners of the proxy in {netns}")]
     Listeners { netns: String, source: ListenersError },
@@ -53,7 +53,7 @@ pub enum NodeError {
     UserNs { cgroup: String, source: IdMapError },
     #[error("attaching {program} to {target}")]
     Attach { program: &'static str, target: String, source: io::Error },
-    #[error("asking the kernel what link {path} is attached to")]
+    #[error("reading what link {path} is attached to")]
     Link { path: String, source: io::Error },
     #[error("replacing {program} of pod {cookie}")]
     Replace { program: &'static str, cookie: NetnsCookie, source: io::Error },
@@ -90,9 +90,7 @@ pub enum NodeError {
     NoRecord(NetnsCookie),
     #[error("reading the log lines of the programs")]
     Logs { source: Box<dyn std::error::Error + Send + Sync> },
-    #[error(
-        "everything of the agent's was taken off this node on request; start the daemon again to capture pods"
-    )]
+    #[error("the agent was removed from this node on request; restart the daemon to capture pods")]
     Left,
     #[error("{0} is not attached")]
     NotAttached(String),

@@ -18,7 +18,7 @@ use crate::{
 };
 
 impl Node {
-    /// Make the links of a pod that are not there.
+    /// Creates the missing links of a pod.
     pub(super) fn link(&self, target: &Target) -> Result<(), NodeError> {
         let cookie = target.netns.cookie();
         let cgroup = target.cgroup.path().display().to_string();
@@ -49,8 +49,7 @@ impl Node {
             })
     }
 
-    /// The programs of the cgroup that this kernel has: all but those that serve one option and of which it lacks
-    /// something.
+    /// The cgroup programs that this kernel supports. Only programs that serve a single option may be missing.
     fn loaded_programs(&self) -> impl Iterator<Item = &'static str> + use<'_> {
         let programs = self.store.programs();
         names::CGROUP_PROGRAMS
@@ -58,7 +57,7 @@ impl Node {
             .filter(move |name| support::need(name) == Need::Always || programs.join(name).exists())
     }
 
-    /// Refuse a capture for which this kernel lacks something, in the words of `check`.
+    /// Refuses a capture that needs something this kernel lacks, in the words of `check`.
     pub(super) fn refuse_unsupported(&self, config: &Config) -> Result<(), NodeError> {
         let loaded: Vec<_> = self.loaded_programs().collect();
         let lacks_any = names::CGROUP_PROGRAMS
@@ -69,12 +68,12 @@ impl Node {
         }
         match Lacking::for_config(&support::missing()?, config) {
             Some(lacking) => Err(lacking.into()),
-            // It has come since: with a module, or a change of the kernel's settings.
+            // It has become available, with a module or a setting of the kernel.
             None => Err(NodeError::LeftOut),
         }
     }
 
-    /// Whether a link is pinned there and holds on to that.
+    /// Whether the link that is pinned there is attached to this target.
     pub(super) fn link_is(&self, path: &Path, target: LinkTarget) -> Result<bool, NodeError> {
         Ok(link_target(path)? == Some(target))
     }
@@ -90,13 +89,13 @@ impl Node {
         self.link_is(&dir.join(names::SK_LOOKUP), netns_target(target))
     }
 
-    /// The cgroup of a pod if that and its namespace are still there.
+    /// Returns the id of a pod's cgroup if cgroup and namespace still exist.
     pub fn cgroup_of(&self, cookie: NetnsCookie) -> Result<Option<u64>, NodeError> {
         Ok(self.place_of(cookie)?.map(|(cgroup, _)| cgroup))
     }
 
-    /// The cgroup's id and the namespace's inode of a pod if both are still there. The links tell: they outlive both
-    /// and then name neither. A pod whose links cannot be looked at just now is not one that is gone.
+    /// Returns the id of a pod's cgroup and the inode of its namespace if both still exist. The links outlive both and
+    /// then name neither. An error does not mean that the pod is gone.
     pub(super) fn place_of(&self, cookie: NetnsCookie) -> Result<Option<(u64, u64)>, NodeError> {
         let dir = self.store.pod(cookie);
         Ok(match (link_target(&dir.join(names::SOCK_OPS))?, link_target(&dir.join(names::SK_LOOKUP))?) {
@@ -107,13 +106,13 @@ impl Node {
         })
     }
 
-    /// Whether a pod's namespace may still be there: its link says so, or there is none.
+    /// Whether a pod's namespace may still exist: its link names it, or there is no link.
     pub(super) fn may_have_netns(&self, cookie: NetnsCookie) -> Result<bool, NodeError> {
         let link = link_target(&self.store.pod(cookie).join(names::SK_LOOKUP))?;
         Ok(link != Some(LinkTarget::Netns(None)))
     }
 
-    /// Put this build's programs under the links of a pod.
+    /// Replaces the programs of a pod's links with this build's.
     pub(super) fn replace_programs(&self, cookie: NetnsCookie) -> Result<(), NodeError> {
         let dir = self.store.pod(cookie);
         for program in self.loaded_programs() {
@@ -136,7 +135,7 @@ fn netns_target(target: &Target) -> LinkTarget {
     LinkTarget::Netns(u32::try_from(target.netns.inode()).ok())
 }
 
-/// What the link that is pinned there holds on to; none if nothing is pinned there.
+/// The target of the link that is pinned there. `None` if nothing is pinned.
 fn link_target(path: &Path) -> Result<Option<LinkTarget>, NodeError> {
     let link = match sys::open_pin(path) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
@@ -147,7 +146,7 @@ fn link_target(path: &Path) -> Result<Option<LinkTarget>, NodeError> {
         .map_err(|source| NodeError::Link { path: path.display().to_string(), source })
 }
 
-/// Pin a link in place of what an earlier agent left.
+/// Pins a link, replacing what an earlier agent left.
 pub(super) fn replace_pin(link: &OwnedFd, path: &Path) -> io::Result<()> {
     match std::fs::remove_file(path) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),

@@ -1,5 +1,5 @@
-//! What an attach reads of the pod, before it locks the store. Everything that a pod can make slow is here, where no other
-//! pod waits for it.
+//! What an attach reads of the pod, before it locks the store. Everything that a pod can make slow is here, where no
+//! other pod waits for it.
 
 use super::{NodeError, Target};
 use crate::{
@@ -10,7 +10,7 @@ use crate::{
     userns::IdMaps,
 };
 
-/// What a pod's namespaces are like.
+/// The state of a pod's namespaces.
 #[derive(Debug)]
 pub struct Observation {
     pub(super) snapshot: RouteSnapshot,
@@ -20,7 +20,7 @@ pub struct Observation {
 }
 
 impl Observation {
-    /// Read it. A follower of the namespace reads the routes itself, so that it misses no change after them.
+    /// Reads it. A follower of the namespace reads the routes itself, so that it misses no change after them.
     pub fn of(target: &Target, config: &Config, follower: Option<&mut Follower>) -> Result<Self, NodeError> {
         target.netns.run(|| {
             let netns = || target.netns.name().to_owned();
@@ -39,7 +39,7 @@ impl Observation {
         })?
     }
 
-    /// The routes as they are; after an attach, as that has made them.
+    /// The routes now; after an attach, the routes with its changes.
     pub fn into_routes(self) -> RouteSnapshot {
         self.snapshot
     }

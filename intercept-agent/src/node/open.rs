@@ -1,4 +1,4 @@
-//! Opening a node: lock its store, load its programs, and put them under the links of all pods.
+//! Opens a node: locks its store, loads the programs, and replaces those of all pods' links.
 
 use std::{
     cell::OnceCell,
@@ -16,8 +16,8 @@ use crate::{
 };
 
 impl Node {
-    /// Lock the store; load the programs if this build's are not there, and put them under the links of all pods.
-    /// `max_connections` is the size of ORIG_DST if it is made now.
+    /// Locks the store, loads this build's programs if they are not loaded, and replaces those of all pods' links.
+    /// `max_connections` is the size of ORIG_DST if it is created now.
     pub fn open(bpffs: &Path, max_connections: u32) -> Result<Self, NodeError> {
         let store = Store::open(bpffs)?;
         let lock = store.lock()?;
@@ -27,12 +27,12 @@ impl Node {
         let load = !store.programs().join(names::CONNECT6).exists() || store.missing_map().is_some();
         if load {
             store.remove_other_layouts()?;
-            // What an agent left that died on the way is in the way.
+            // Remove partial state left by an agent that crashed.
             store.remove(&store.programs())?;
             store.create(&store.maps())?;
             store.create(&store.programs())?;
             if let Err(error) = programs::load_shared(&store.maps(), &store.programs(), max_connections) {
-                // Of a node without pods and other agents nothing is left.
+                // Without pods and other agents, remove everything.
                 store.remove(&store.programs())?;
                 if store.pods()?.is_empty() && !store.is_kept() {
                     store.remove_all()?;
@@ -50,9 +50,9 @@ impl Node {
         Ok(node)
     }
 
-    /// Put this build's programs under the links of all pods, and remove those of other builds.
+    /// Replaces the programs of all pods' links with this build's, and removes those of other builds.
     fn replace_all_programs(&mut self, others: &[PathBuf]) -> Result<(), NodeError> {
-        // The links of pods that are gone take no other program.
+        // Links of pods that are gone cannot be updated.
         self.sweep()?;
         let mut failed = false;
         for cookie in self.store.pods()? {
@@ -61,22 +61,22 @@ impl Node {
                 tracing::error!(
                     cookie = cookie.0,
                     error = &error as &dyn std::error::Error,
-                    "this pod keeps the programs that it has"
+                    "this pod keeps its old programs"
                 );
             }
         }
-        // Kept where one failed, so that the next agent tries it again.
+        // Keep the old programs if one link failed, so that the next agent tries again.
         for other in others.iter().filter(|_| !failed) {
             self.store.remove(other)?;
         }
         Ok(())
     }
 
-    /// The store and maps if there are any: for those who only look, and for those who take away.
+    /// Opens an existing store with its maps, to read or to remove.
     pub fn find(bpffs: &Path) -> Result<Option<Self>, NodeError> {
         let Some(store) = Store::find(bpffs) else { return Ok(None) };
         let lock = store.lock()?;
-        // Another agent may have taken it away while we waited, or have died before all of it was there.
+        // Another agent may have removed it during the wait, or crashed before it was complete.
         if let Some(map) = store.missing_map() {
             return if store.pods()?.is_empty() { Ok(None) } else { Err(NodeError::Incomplete(map)) };
         }
@@ -84,7 +84,7 @@ impl Node {
         Ok(Some(Self { maps, lookup: OnceCell::new(), living: None, store, _lock: lock }))
     }
 
-    /// What all instances of the `sk_lookup` program are made of.
+    /// Prepares the `sk_lookup` program, of which each pod has an instance.
     pub(super) fn lookup(&self) -> Result<&Lookup, ProgramError> {
         if let Some(lookup) = self.lookup.get() {
             return Ok(lookup);

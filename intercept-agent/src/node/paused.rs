@@ -1,4 +1,4 @@
-//! A node between two uses by an agent that stays.
+//! A node between two uses by the daemon.
 
 use std::cell::OnceCell;
 
@@ -7,7 +7,7 @@ use intercept_common::names;
 use super::{Living, Node, NodeError};
 use crate::{maps::Maps, programs::Lookup, store::Store};
 
-/// A [`Node`] that others may use meanwhile.
+/// A [`Node`] whose store is unlocked, so that other agents can use it.
 pub struct Paused {
     store: Store,
     maps: Maps,
@@ -17,7 +17,7 @@ pub struct Paused {
 }
 
 impl Node {
-    /// Unlock the store, and keep what is open for the next time.
+    /// Unlocks the store and keeps what is open.
     pub fn pause(self) -> Paused {
         let generation = self.store.generation();
         Paused { store: self.store, maps: self.maps, lookup: self.lookup, living: self.living, generation }
@@ -25,8 +25,8 @@ impl Node {
 }
 
 impl Paused {
-    /// Lock the store again. `None` when what was open is there no more: another agent took it away or put another
-    /// build's programs in place, and the node is to be opened anew.
+    /// Locks the store again. `None` if another agent has removed what was open, or has loaded the programs of another
+    /// build; the node must then be opened anew.
     pub fn resume(self) -> Result<Option<Node>, NodeError> {
         let lock = self.store.lock()?;
         let same = self.generation.is_some()

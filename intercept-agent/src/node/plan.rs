@@ -1,4 +1,4 @@
-//! What an attach will do, decided from what was looked at before anything is changed.
+//! Plans an attach from what was observed, before anything is changed.
 
 use std::path::PathBuf;
 
@@ -13,7 +13,7 @@ use crate::{
     record::Record,
 };
 
-/// What the plan is made from: all that was looked at.
+/// The input of a plan.
 pub(super) struct PlanInput<'a> {
     pub(super) target: &'a Target,
     /// As the pod sees its ids.
@@ -22,13 +22,13 @@ pub(super) struct PlanInput<'a> {
     pub(super) policies: &'a [(NetnsCookie, PodPolicy)],
     /// The record of the pod's own policy, if it has one that can be read.
     pub(super) record: Option<&'a Record>,
-    /// The pods that are there.
+    /// The pods that exist.
     pub(super) living: &'a Living,
     /// The ids of the cgroups around the pod's own.
     pub(super) lineage: &'a [u64],
     /// Whether all links of the pod are in place.
     pub(super) links_intact: bool,
-    /// What is to be changed in the namespace.
+    /// The changes of the namespace.
     pub(super) namespace: netns_setup::NetnsPlan,
     /// [`PodPolicy::max_connections`].
     pub(super) max_connections: u32,
@@ -41,9 +41,9 @@ pub(super) struct PlanInput<'a> {
 /// Whether an unchanged policy is written again.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Rewrite {
-    /// Only if it is another one.
+    /// Only if it differs.
     IfChanged,
-    /// In any case.
+    /// Always.
     Always,
 }
 
@@ -71,7 +71,8 @@ pub(super) struct PolicyChange {
     pub(super) before: Option<PodPolicy>,
 }
 
-/// Makes the plan. `draw` gives random numbers for the policy's id, which must not meet entries left by a crashed agent.
+/// Makes the plan. `draw` gives random numbers for the policy's id, which must not meet entries left by a crashed
+/// agent.
 pub(super) fn plan(
     input: PlanInput<'_>,
     rewrite: Rewrite,
@@ -118,7 +119,7 @@ pub(super) fn plan(
     })))
 }
 
-/// What one pod may have in the maps that all share.
+/// Checks the budget of the pod in the shared maps.
 fn refuse_beyond_budget(entries: &Entries) -> Result<(), NodeError> {
     for (what, needed, limit) in [
         ("prefixes of its CIDR lists and routes", entries.destinations.len(), budget::DESTINATIONS),
@@ -179,14 +180,14 @@ fn free(
     Ok((slot, std::iter::repeat_with(draw).map(PolicyId).find(is_new).unwrap_or(PolicyId(1))))
 }
 
-/// A pod that is there.
+/// A pod that exists.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct LivingPod {
     /// Id of its cgroup.
     pub(super) cgroup: u64,
     /// The cgroup as its record names it, if that can be read.
     pub(super) cgroup_path: Option<PathBuf>,
-    /// The ids of the cgroups around its own, if those can be told.
+    /// The ids of the cgroups around its own, if they can be read.
     pub(super) lineage: Vec<u64>,
     /// Inode of its namespace.
     pub(super) netns_inode: u64,

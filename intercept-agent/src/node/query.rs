@@ -1,4 +1,4 @@
-//! What there is on a node: programs, maps, and the attached pods with their records.
+//! Reads a node: programs, maps, and the attached pods with their records.
 
 use aya::programs::ProgramInfo;
 use aya_log::EbpfLogger;
@@ -16,8 +16,8 @@ pub struct PodRecords {
     pub broken: Vec<BrokenPod>,
 }
 
-/// A pod whose record cannot be read: written by another version, or damaged. It stays captured as it is; it can be
-/// detached, and attached again.
+/// A pod whose record was written by another version or is damaged. It stays captured, and can be detached or attached
+/// again.
 #[derive(Debug)]
 pub struct BrokenPod {
     /// Cookie of its namespace.
@@ -29,7 +29,7 @@ pub struct BrokenPod {
 }
 
 impl Node {
-    /// What reads the log lines of this build's programs.
+    /// Opens the log lines of this build's programs.
     pub fn log_reader(&self) -> Result<EbpfLogger<&'static dyn log::Log>, NodeError> {
         let failed = |source: Box<dyn std::error::Error + Send + Sync>| NodeError::Logs { source };
         let program = ProgramInfo::from_pin(self.store.programs().join(names::SOCK_OPS))
@@ -64,7 +64,7 @@ impl Node {
         Ok(pods)
     }
 
-    /// The pod that is attached to this cgroup, by the cookie of its namespace. The links tell; its record is not read.
+    /// Returns the pod that is attached to this cgroup. Its links say so; its record is not read.
     pub fn pod_of_cgroup(&self, cgroup_id: u64) -> Result<Option<(NetnsCookie, PodPolicy)>, NodeError> {
         for (cookie, policy) in self.maps.policies()? {
             if self.cgroup_of(cookie)? == Some(cgroup_id) {

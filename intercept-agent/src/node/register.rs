@@ -1,4 +1,4 @@
-//! The proxy's sockets that listen when a pod is attached.
+//! Registers sockets of the proxy that listen before a pod is attached.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -21,7 +21,7 @@ use crate::{
 };
 
 impl Node {
-    /// Register the proxy's sockets that listen already and are not in `registered`, by inode; they are added to it.
+    /// Registers the proxy's listening sockets whose inodes are not in `registered`, and adds them to it.
     pub(super) fn register_listeners(
         &mut self,
         target: &Target,
@@ -32,7 +32,7 @@ impl Node {
         self.register_listeners_but(target, config, policy, |listener| !registered.insert(listener.inode))
     }
 
-    /// The same but for those that are known to be registered.
+    /// As `register_listeners`, except for those that are known to be registered.
     fn register_listeners_but(
         &mut self,
         target: &Target,
@@ -47,7 +47,7 @@ impl Node {
             tracing::warn!(
                 address = %missed.address,
                 cause = missed.cause.as_ref().map(tracing::field::display),
-                "no process was found that has this listener: what arrives for it is refused until it is opened again"
+                "no process was found that has this listener; connections to it are refused until it is opened again"
             );
         }
         let proxies = containers::proxy_processes(config)?;
@@ -64,13 +64,13 @@ impl Node {
                 continue;
             }
             if port == ProxyPort::Outbound && !config.virt_interfaces.is_empty() {
-                // So that it can speak for the guests' addresses; what it accepts inherits it.
+                // It can then answer from the guests' addresses. Accepted sockets inherit the option.
                 self.make_transparent(policy.slot, listener)?;
             }
             if is_known(listener) {
                 continue;
             }
-            // Beyond the budget, each listener would be tried in every slot, and a pod may have any number of them.
+            // Each listener beyond the budget would be tried in every slot, and a pod may have any number of them.
             let count =
                 counts.entry((listener.port, listener.family, listener.addr.is_loopback())).or_default();
             *count += 1;
@@ -81,8 +81,8 @@ impl Node {
         Ok(())
     }
 
-    /// Register listeners of an attached pod that the programs did not: those of ports for which none is registered.
-    /// Another capture may have had them, or the options name another port now.
+    /// Registers listeners that the programs missed: those of ports without a registered listener. Another capture may
+    /// have had them, or the options name another port now.
     pub(super) fn register_unknown(
         &mut self,
         target: &Target,
@@ -98,7 +98,7 @@ impl Node {
     }
 
     fn make_transparent(&self, slot: Slot, listener: &Listener) -> Result<(), NodeError> {
-        // A proxy may have made it so itself, which then stays.
+        // If the proxy set the option itself, it stays.
         if getsockopt(&listener.fd, sockopt::IpTransparent) == Ok(true) {
             return Ok(());
         }
@@ -109,7 +109,7 @@ impl Node {
         Ok(())
     }
 
-    /// Undo what was changed of the proxy's own sockets.
+    /// Undoes the changes of the proxy's own sockets.
     pub(super) fn restore_listeners(&self, record: &Record, policy: &PodPolicy, netns: &Netns) {
         if !self.maps.is_transparent(policy.slot) {
             return;
@@ -141,7 +141,7 @@ impl Node {
         let scope = if listener.is_localhost() {
             scope::LOCALHOST
         } else if listener.addr.is_loopback() {
-            // It receives nothing from the REDIRECT target either.
+            // Under the REDIRECT target it receives nothing either.
             self.set_bound(policy, listener, bound::ONE);
             return Ok(());
         } else {
@@ -168,7 +168,7 @@ impl Node {
                 cgroup = %target.cgroup.path().display(),
                 port = listener.port,
                 limit = LISTENER_SLOTS,
-                "the proxy has more listeners on this port than can be registered: the others receive its connections"
+                "the proxy has more listeners on this port than can be registered; the registered ones receive all connections"
             );
         }
         let bound = match (scope, registered) {

@@ -159,7 +159,7 @@ pub struct RunOptions {
     pub cleanup_only: bool,
     /// Replace what differs instead of failing.
     pub reconcile: bool,
-    /// Apply again although the same is in force.
+    /// Apply again even if the same policy is active.
     pub force_apply: bool,
     /// The pod's network namespace, as a path.
     pub network_namespace: Option<PathBuf>,

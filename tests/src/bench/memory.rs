@@ -1,4 +1,4 @@
-//! Many connections: the kernel memory that each mode takes for them, and how many one pod can have.
+//! The kernel memory that each mode takes for many connections, and how many connections one pod can have.
 
 use std::fs;
 use std::net::{IpAddr, SocketAddr};
@@ -17,28 +17,28 @@ use super::rig::{Rig, RigPods, Size, sources};
 use super::worker::protocol::HeldConnections;
 use super::worker::{WorkerAnswer, WorkerJob};
 
-/// Descriptors that a process may use for connections: below every usual hard limit, with some to spare for an
-/// uneven share.
+/// Descriptors that a process may use for connections: below every usual hard limit, with a margin for an uneven
+/// distribution.
 const PER_PROCESS: usize = 16_000;
 
-/// How long the kernel may take to finish what was closed before.
+/// How long the kernel may take to free closed connections.
 const SETTLING: Duration = Duration::from_secs(15);
 
 /// Many connections of one mode.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Crowd {
-    /// Together with the others of the round.
+    /// Measured with the others of this round.
     #[serde(default)]
     pub round: usize,
     /// How they were captured.
     pub mode: CaptureMode,
-    /// So many were asked for.
+    /// Requested number.
     pub wanted: usize,
-    /// What came of it.
+    /// The result.
     pub held: HeldConnections,
-    /// Bytes of kernel memory that came with them: slabs that cannot be reclaimed, vmalloc and per-CPU memory.
+    /// Growth of kernel memory in bytes: slabs that cannot be reclaimed, vmalloc and per-CPU memory.
     pub kernel: i64,
-    /// Bytes of that in connection tracking's own slab, without what hangs on its entries.
+    /// Part of it in connection tracking's own slab, without extensions of its entries.
     pub conntrack: i64,
     /// Entries of connection tracking in the client's pod.
     pub tracked: u64,
@@ -46,7 +46,7 @@ pub struct Crowd {
     pub maps: i64,
 }
 
-/// What is being tried with a crowd.
+/// What a crowd of connections measures.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Trial {
     /// From several sources, so that every mode has enough ports.
@@ -152,7 +152,7 @@ impl Usage {
     }
 }
 
-/// The usage once what was closed before is gone: two looks that agree.
+/// The usage after closed connections are freed: when two readings agree.
 fn settled() -> Result<Usage> {
     let deadline = Instant::now() + SETTLING;
     let mut last = Usage::read()?;
@@ -167,7 +167,7 @@ fn settled() -> Result<Usage> {
     }
 }
 
-/// What the kernel accounts to the maps that the agent's programs use.
+/// The memory that the kernel accounts to the maps that the agent's programs use.
 fn map_bytes(mode: CaptureMode, pool: &WorkerPool) -> Result<i64> {
     if !mode.is_agent() {
         return Ok(0);
@@ -175,7 +175,7 @@ fn map_bytes(mode: CaptureMode, pool: &WorkerPool) -> Result<i64> {
     let ids = maps(pool)?;
     let mut bytes = 0;
     for map in loaded_maps() {
-        // Maps of others may vanish meanwhile.
+        // Maps of other programs may vanish meanwhile.
         let Ok(map) = map else { continue };
         if !ids.contains(&map.id()) {
             continue;

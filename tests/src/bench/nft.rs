@@ -1,7 +1,7 @@
-//! istio-iptables' rules in nftables' own words.
+//! The rules of istio-iptables in the syntax of nftables.
 //!
-//! Rule by rule, except that neighbours which return on one network or port each become one rule with a set: who
-//! writes for nftables would do that, and it is the strongest opponent.
+//! Each rule is translated on its own, except that neighbouring rules which return for one network or port each
+//! become one rule with a set, as an author for nftables would write them. That makes it the strongest competitor.
 
 use std::fmt::Write;
 
@@ -15,7 +15,7 @@ pub fn ruleset(options: &IptablesOptions) -> String {
     for (family, name) in [(IpFamily::V4, "ip"), (IpFamily::V6, "ip6")] {
         let rules = rules(options, family);
         debug_assert!(rules.iter().all(|rule| rule.table == IptablesTable::Nat));
-        writeln!(text, "table {name} istio {{").expect("strings take everything");
+        writeln!(text, "table {name} istio {{").expect("a String takes any text");
         // A chain must be there before a rule jumps to it.
         for chain in [
             Chain::IstioRedirect,
@@ -25,7 +25,7 @@ pub fn ruleset(options: &IptablesOptions) -> String {
             Chain::Prerouting,
             Chain::Output,
         ] {
-            writeln!(text, " chain {} {{", chain.name()).expect("strings take everything");
+            writeln!(text, " chain {} {{", chain.name()).expect("a String takes any text");
             match chain {
                 Chain::Prerouting => text.push_str("  type nat hook prerouting priority -100;\n"),
                 Chain::Output => text.push_str("  type nat hook output priority -100;\n"),
@@ -33,7 +33,7 @@ pub fn ruleset(options: &IptablesOptions) -> String {
             }
             let of_chain: Vec<&Rule> = rules.iter().filter(|rule| rule.chain == chain).collect();
             for line in lines(&of_chain, name) {
-                writeln!(text, "  {line}").expect("strings take everything");
+                writeln!(text, "  {line}").expect("a String takes any text");
             }
             text.push_str(" }\n");
         }
@@ -42,10 +42,10 @@ pub fn ruleset(options: &IptablesOptions) -> String {
     text
 }
 
-/// Takes the rules away.
+/// Removes the rules.
 pub const REMOVAL: &str = "delete table ip istio\ndelete table ip6 istio\n";
 
-/// What a run of rules that only return may look at for its rules to become sets.
+/// What neighbouring rules that only return may match on to become a set.
 #[derive(Debug, PartialEq, Eq, PartialOrd, Ord, Clone, Copy)]
 enum Shape {
     Destination,
@@ -57,7 +57,7 @@ fn lines(rules: &[&Rule], family: &str) -> Vec<String> {
     let mut lines = Vec::new();
     let mut rest = rules;
     while let Some(first) = rest.first() {
-        // All of a run return: in which order they are asked makes no difference.
+        // All of these rules return, so their order makes no difference.
         let run = rest.iter().take_while(|rule| shape(rule).is_some()).count();
         let (now, later) = rest.split_at(run.max(1));
         rest = later;

@@ -1,4 +1,4 @@
-//! What the kernel says of the agent's programs: instructions as verified, runs, and nanoseconds a run.
+//! The kernel's statistics of the agent's programs: verified instructions, runs, and nanoseconds per run.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
@@ -22,13 +22,13 @@ use crate::bpf;
 /// One program, or all instances of one.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Figures {
-    /// As the kernel knows it.
+    /// Its name in the kernel.
     pub name: String,
-    /// Instructions that the verifier has seen; the size of the program's paths rather than of its code.
+    /// Instructions that the verifier has walked: the size of the program's paths rather than of its code.
     pub verified: u32,
     /// Runs for one connection of a client, with both pods captured: three connections in all.
     pub runs: f64,
-    /// Nanoseconds of a run, with the kernel's own measuring.
+    /// Nanoseconds per run, including the kernel's measurement.
     pub nanoseconds: f64,
 }
 
@@ -59,13 +59,13 @@ impl Count {
     }
 }
 
-/// What a run has found.
+/// The results of a run.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct Programs {
-    /// The agent's.
+    /// The agent's programs.
     pub figures: Vec<Figures>,
-    /// Nanoseconds of a run of a program that returns at once, attached beside them: what the kernel's measuring itself
-    /// takes of each of theirs.
+    /// Nanoseconds per run of a program that returns at once, attached beside them: the part of every run that is the
+    /// kernel's measurement.
     pub empty: f64,
 }
 
@@ -75,13 +75,13 @@ impl Programs {
         self.figures.iter().map(Figures::microseconds).sum()
     }
 
-    /// How much of that an empty program would take, run as often.
+    /// The part of it that an empty program would take with as many runs.
     pub fn measuring(&self) -> f64 {
         self.figures.iter().map(|figures| figures.runs * self.empty / 1000.0).sum()
     }
 }
 
-/// Measures fresh connections with the kernel's statistics on, which slows everything: no rates are taken.
+/// Measures new connections with the kernel's statistics on. They slow everything, so rates are not measured.
 pub fn run(timing: Timing, pool: &WorkerPool) -> Result<Programs> {
     let pods = RigPods::new("programs")?;
     let mut rig = Rig::build(Cell::plain(CaptureMode::Agent), Size::ONE, &pods, pool)?;
@@ -89,11 +89,11 @@ pub fn run(timing: Timing, pool: &WorkerPool) -> Result<Programs> {
     let cgroup = File::open(pods.client.cgroup.path()).context("opening the client's cgroup")?;
     let link = sys::link_create(empty.as_fd(), cgroup.as_fd(), bpf_attach_type::BPF_CGROUP_SOCK_OPS)
         .context("attaching an empty program")?;
-    let empty = sys::link_info(link.as_fd()).context("asking for the empty program's id")?.program;
+    let empty = sys::link_info(link.as_fd()).context("reading the empty program's id")?.program;
     let _on = enable_stats(Stats::RunTime).context("turning the kernel's statistics of programs on")?;
     let work = Work::Connect { clients: 8 };
-    // The window does not begin with the statistics: a run for scale, then one for the difference of two counts,
-    // without a warm-up that would be counted in one and not in the other.
+    // The first run gives the scale, the second one the difference of two counts, without a warm-up, which only one of
+    // the counts would include.
     measure(&mut rig, work, timing)?;
     let timing = Timing { warm_up: std::time::Duration::ZERO, ..timing };
     let (before, empty_before) = (counts(pool)?, count_of(empty)?);
@@ -119,7 +119,7 @@ fn count_of(program: u32) -> Result<Count> {
     Ok(count)
 }
 
-/// Instructions of each program, as verified: the same in every run.
+/// Verified instructions of each program, the same in every run.
 pub fn instructions(pool: &WorkerPool) -> Result<BTreeMap<String, u32>> {
     let pods = RigPods::new("programs")?;
     let _rig = Rig::build(Cell::plain(CaptureMode::Agent), Size::ONE, &pods, pool)?;
@@ -136,12 +136,12 @@ fn counts(pool: &WorkerPool) -> Result<BTreeMap<String, Count>> {
     Ok(counts)
 }
 
-/// The agent's programs: those that share a map with the ones that are pinned. A pod's own are not pinned, and
-/// other agents on this machine have maps of their own.
+/// The agent's programs: those that share a map with the pinned ones. The instances of pods are not pinned, and other
+/// agents on this machine have maps of their own.
 fn loaded(pool: &WorkerPool) -> Result<Vec<ProgramInfo>> {
     let maps = maps(pool)?;
     let mut found = Vec::new();
-    // Programs of others may vanish meanwhile.
+    // Programs of other agents may vanish meanwhile.
     for info in loaded_programs().flatten() {
         if info.map_ids().ok().flatten().is_some_and(|ids| ids.iter().any(|id| maps.contains(id))) {
             found.push(info);

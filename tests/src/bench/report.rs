@@ -1,4 +1,4 @@
-//! All that a run has found, and its forms: a table, JSON, a page, and a chapter for the documentation.
+//! The results of a run, and their forms: a table, JSON, a page, and a chapter for the documentation.
 
 pub mod document;
 pub mod goals;
@@ -25,24 +25,24 @@ use super::summary::Summary;
 /// A run.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct BenchReport {
-    /// Where.
+    /// The machine.
     pub machine: Machine,
-    /// What decided the order.
+    /// Seed of the random order.
     pub seed: u64,
-    /// A small choice rather than everything.
+    /// Whether only a selection was measured.
     pub quick: bool,
     /// What was left out, and why.
     pub notes: Vec<String>,
-    /// Rounds, summed up.
+    /// Summaries of the rounds.
     pub summaries: Vec<Summary>,
     /// The times to capture and release pods.
     pub installed: Vec<InstallTiming>,
     /// The agent's programs.
     #[serde(default)]
     pub programs: Programs,
-    /// Connections for which memory was read.
+    /// Memory of connections.
     pub memory: Vec<Crowd>,
-    /// As many connections as one pod could have.
+    /// The largest number of connections of one pod.
     pub reach: Vec<Crowd>,
     /// Every measurement.
     pub rows: Vec<RoundRow>,
@@ -51,24 +51,24 @@ pub struct BenchReport {
 /// Times of one mode with the same flags.
 #[derive(Debug, Clone, Copy)]
 pub struct InstallTimes {
-    /// By what.
+    /// The mode.
     pub mode: CaptureMode,
-    /// How it was asked for.
+    /// The kind of request.
     pub way: Way,
-    /// With which flags.
+    /// The flags.
     pub lists: Lists,
     /// Milliseconds to capture a pod.
     pub install: Quartiles,
     /// Milliseconds to release it.
     pub remove: Quartiles,
-    /// The ratio to iptables-nft with the same flags in the same round, for capturing.
+    /// Ratio of the time to capture to that of iptables-nft, with the same flags in the same round.
     pub install_ratio: Option<Quartiles>,
-    /// The same ratio for releasing.
+    /// The same for the time to release.
     pub remove_ratio: Option<Quartiles>,
 }
 
 impl InstallTimes {
-    /// What tells it from the others.
+    /// Its label among the others.
     fn label(&self) -> String {
         match self.way {
             Way::Command => format!("{}, {}", self.mode, self.lists),
@@ -80,11 +80,11 @@ impl InstallTimes {
 /// Kernel memory of one connection of a client, in one mode.
 #[derive(Debug, Clone, Copy)]
 pub struct MemoryPerConnection {
-    /// How it was captured.
+    /// The mode.
     pub mode: CaptureMode,
     /// Bytes, sockets included.
     pub kernel: f64,
-    /// Bytes more than with explicit proxying in the same round, which has the same sockets.
+    /// Bytes beyond those of explicit proxying in the same round, which has the same sockets.
     pub beyond_explicit: Option<Quartiles>,
     /// Bytes in connection tracking's slab.
     pub conntrack: f64,
@@ -141,7 +141,7 @@ impl BenchReport {
         keys.into_iter().filter_map(times).collect()
     }
 
-    /// Kernel memory by mode: medians of what was read.
+    /// Kernel memory by mode: medians.
     pub fn memory_per_connection(&self) -> Vec<MemoryPerConnection> {
         let bytes = |crowd: &Crowd| each_of(crowd, |crowd| crowd.kernel);
         let median = |mode: CaptureMode, figure| {
@@ -169,7 +169,7 @@ impl BenchReport {
     }
 }
 
-/// A figure of a crowd for one of its connections.
+/// A figure of a crowd, per connection.
 #[expect(clippy::cast_precision_loss, reason = "bytes of a machine's memory fit")]
 fn each_of(crowd: &Crowd, figure: fn(&Crowd) -> i64) -> Option<f64> {
     (crowd.held.open > 0).then(|| figure(crowd) as f64 / crowd.held.open as f64)

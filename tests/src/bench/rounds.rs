@@ -1,4 +1,4 @@
-//! Running a suite: every round has all works, every work all cells, in random order.
+//! Runs a suite: every round has all works, and every work all cells, in random order.
 
 use std::time::{Duration, Instant};
 
@@ -23,18 +23,18 @@ pub struct RoundRow {
     pub suite: String,
     /// Measurements of one suite, work and round belong together.
     pub round: usize,
-    /// What was done.
+    /// The work.
     pub work: Work,
-    /// Through what.
+    /// The cell: mode, path and lists.
     pub cell: Cell,
-    /// How it went.
+    /// The result.
     pub measured: Measured,
 }
 
-/// A suite that takes this many times what was planned stops early.
+/// A suite that takes this many times its planned duration stops early.
 const OVERDUE: f64 = 2.5;
 
-/// Runs a suite. If it takes much too long, the rounds that are complete, at least one, are what there is.
+/// Runs a suite. If it takes much too long, the result is the complete rounds, at least one.
 pub fn run(
     suite: &Suite,
     pool: &WorkerPool,
@@ -85,7 +85,7 @@ pub fn run(
 
 /// One measurement.
 pub fn measure(rig: &mut Rig<'_>, work: Work, timing: Timing) -> Result<Measured> {
-    let to = *rig.destinations().first().context("there is nothing to dial")?;
+    let to = *rig.destinations().first().context("no destination")?;
     match (work.job(to, timing), work) {
         (Some(job), _) => rig.measure(&job, timing),
         (None, Work::Http { connections }) => wrk::measure(rig, to, connections, timing),

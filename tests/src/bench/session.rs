@@ -1,4 +1,4 @@
-//! A whole run: the parts of a plan, one after the other.
+//! Runs the parts of a plan, one after the other.
 
 use std::path::Path;
 use std::time::Duration;
@@ -19,17 +19,17 @@ use super::summary::summarize;
 use super::worker::Timing;
 use super::{envoy, install, interrupt, programs, rounds};
 
-/// How many connections a pod is asked to have to three destinations.
+/// Connections that one pod opens to three destinations.
 const REACH: usize = 80_000;
 
-/// How long it may take, in seconds. The search for a free port alone takes a millisecond when most are taken.
+/// Time limit for them in seconds. The search for a free port takes a millisecond when most are taken.
 const REACH_LIMIT: f64 = 240.0;
 
 /// Planned seconds of parts that do not consist of rounds.
 const INSTALL: f64 = 0.25;
 const PROGRAMS: f64 = 3.0;
 
-/// A run, and whether everything in it worked.
+/// The results of a run, and what failed.
 #[derive(Debug)]
 pub struct SessionOutcome {
     /// What was measured.
@@ -38,9 +38,8 @@ pub struct SessionOutcome {
     pub failures: Vec<anyhow::Error>,
 }
 
-/// Measures everything in the plan. A part that fails does not keep the others from being measured; an
-/// interruption does. The files in `folder` are written after each part, so that whatever ends a long run ends it
-/// with what was found until then.
+/// Measures everything in the plan. After a failed part the others are still measured, but not after an interruption.
+/// The files in `folder` are written after each part, so that a run that ends early leaves its results so far.
 pub fn perform(
     mut plan: Plan,
     connections: usize,
@@ -105,7 +104,7 @@ struct SessionRun<'a> {
 }
 
 impl SessionRun<'_> {
-    /// Does a part, unless the run is to end, and writes down what there is.
+    /// Runs a part, unless the run was interrupted, and writes the results so far.
     fn attempt(&mut self, part: impl FnOnce(&mut Self) -> Result<()>) {
         if interrupt::asked() {
             return;
@@ -124,7 +123,7 @@ impl SessionRun<'_> {
     }
 
     fn install(&mut self, plan: &Plan) -> Result<()> {
-        self.progress.at("putting pods in force");
+        self.progress.at("capturing pods");
         let progress = &mut self.progress;
         let after_each = || progress.advance(INSTALL);
         self.report.installed =
@@ -158,7 +157,7 @@ impl SessionRun<'_> {
     }
 }
 
-/// Leaves out what cannot be measured here, and says so.
+/// Leaves out what cannot be measured here, and reports that.
 fn adapt(plan: &mut Plan, pool: &WorkerPool, notes: &mut Vec<String>) -> Result<()> {
     if plan.modes.contains(&CaptureMode::Accelerated)
         && let Some(why) = pool.agent()?.refuses_to_accelerate()?
@@ -181,7 +180,7 @@ fn memory_rounds(plan: &Plan) -> usize {
     plan.choose(1, 3)
 }
 
-/// Planned seconds for so many connections, with the time to settle.
+/// Planned seconds for a number of connections, with the time to settle.
 #[expect(clippy::cast_precision_loss, reason = "counts of connections fit")]
 fn crowd_seconds(connections: usize) -> f64 {
     3.0 + connections as f64 / 3000.0
@@ -192,7 +191,7 @@ fn planned(plan: &Plan, connections: usize) -> f64 {
     let mut seconds: f64 = plan.suites().iter().map(Suite::seconds).sum();
     if plan.has(Section::Install) {
         let captured = plan.modes.iter().filter(|mode| mode.captures()).count();
-        // The daemon is one more.
+        // One more for the daemon.
         let ways = captured + usize::from(plan.modes.contains(&CaptureMode::Agent));
         seconds += (ways * 2 * plan.rounds(5, 20)) as f64 * INSTALL;
     }

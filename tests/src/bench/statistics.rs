@@ -2,21 +2,21 @@
 
 use serde::{Deserialize, Serialize};
 
-/// The middle of a set of figures, and where its middle half lies.
+/// Median and quartiles of a set of figures.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct Quartiles {
     /// The median.
     pub median: f64,
-    /// A quarter is below.
+    /// First quartile.
     pub low: f64,
-    /// A quarter is above.
+    /// Third quartile.
     pub high: f64,
-    /// How many figures there were.
+    /// Number of figures.
     pub n: usize,
 }
 
 impl Quartiles {
-    /// Of these figures; none of none.
+    /// Of these figures. `None` without figures.
     pub fn of(figures: impl IntoIterator<Item = f64>) -> Option<Self> {
         let mut figures: Vec<f64> = figures.into_iter().collect();
         figures.sort_by(f64::total_cmp);
@@ -24,7 +24,7 @@ impl Quartiles {
             return None;
         }
         let at = |quarter: usize| {
-            // Between the two nearest, in proportion.
+            // Interpolated between the two nearest figures.
             let sandbox = quarter * (figures.len() - 1);
             let (below, part) = (sandbox / 4, sandbox % 4);
             let above = (below + 1).min(figures.len() - 1);

@@ -1,4 +1,4 @@
-//! From measurements to medians, and to ratios of pairs within a round.
+//! Summarises measurements: medians, and ratios of pairs within a round.
 
 use std::collections::BTreeMap;
 
@@ -9,39 +9,39 @@ use super::rounds::RoundRow;
 use super::statistics::Quartiles;
 use super::work::Work;
 
-/// All rounds of one cell at one work.
+/// All rounds of one cell and work.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Summary {
     /// The suite's title.
     pub suite: String,
-    /// What was done.
+    /// The work.
     pub work: Work,
-    /// Through what.
+    /// The cell.
     pub cell: Cell,
-    /// Units of the work a second.
+    /// Units of the work per second.
     pub rate: Quartiles,
-    /// Microseconds of CPU time a unit.
+    /// Microseconds of CPU time per unit.
     pub cpu: Quartiles,
-    /// Microseconds that a unit took: median, 99 and 99.9 of 100.
+    /// Latency of a unit in microseconds: median, 99th and 99.9th percentile.
     pub latency: Option<[Quartiles; 3]>,
-    /// Part of the machine's CPU time that others used meanwhile.
+    /// Share of the machine's CPU time that other processes used meanwhile.
     pub others: f64,
-    /// Beside other cells.
+    /// Ratios to other cells.
     pub ratios: Vec<Ratio>,
 }
 
-/// One cell beside another.
+/// One cell compared with another.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Ratio {
-    /// The other.
+    /// What it is compared with.
     pub base: Base,
-    /// Of rates: more is better.
+    /// Ratio of rates: more is better.
     pub rate: Quartiles,
-    /// Of CPU time for a unit: less is better.
+    /// Ratio of CPU time per unit: less is better.
     pub cpu: Quartiles,
-    /// Of median latencies: less is better.
+    /// Ratio of median latencies: less is better.
     pub p50: Option<Quartiles>,
-    /// Of latencies that 99 of 100 stay below: less is better.
+    /// Ratio of 99th percentiles of latency: less is better.
     pub p99: Option<Quartiles>,
 }
 

@@ -1,8 +1,8 @@
-//! The processes that make the traffic: a client, relays and a server, each of one thread and one epoll, so that
-//! what is measured is the kernel's work on the way rather than theirs.
+//! The processes that generate the traffic: a client, relays and a server, each with one thread and one epoll
+//! instance, so that most of the measured work is the kernel's.
 //!
-//! A worker is the benchmark's own binary; its [`Role`] is its argument. It says [`READY`], answers each line of
-//! its input with a line, and ends when its input does.
+//! A worker is the benchmark's own binary with its [`Role`] as argument. It prints [`READY`], answers each line of its
+//! input with a line, and ends at the end of its input.
 
 mod clients;
 mod exchange;
@@ -20,7 +20,7 @@ use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 pub use protocol::{Measured, READY, Role, Timing, Upstream, WorkerAnswer, WorkerJob};
 
-/// Does what the role says, until the end of the input.
+/// Plays the role until the end of the input.
 pub fn run(role: &Role) -> Result<()> {
     raise_descriptor_limit()?;
     match role {
@@ -60,7 +60,7 @@ fn say(line: &str) -> Result<()> {
     writeln!(output, "{line}").and_then(|()| output.flush()).context("answering")
 }
 
-/// Ends when the input ends, which happens whenever the parent process ends.
+/// Ends the process at the end of the input, also if the parent process dies.
 fn wait_for_end() -> Result<()> {
     for line in std::io::stdin().lock().lines() {
         line.context("reading the input")?;
@@ -68,7 +68,7 @@ fn wait_for_end() -> Result<()> {
     Ok(())
 }
 
-/// A server or relay that stops ends the process, so that the measurement fails at once instead of by timeout.
+/// Ends the process if its server or relay stops, so that the measurement fails at once rather than by timeout.
 fn end_with(result: Result<()>) {
     if let Err(error) = result {
         eprintln!("{error:#}");

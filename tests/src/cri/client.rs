@@ -1,4 +1,4 @@
-//! Asking the runtime as a kubelet does.
+//! Requests to the container runtime, as a kubelet makes them.
 
 use std::{
     fs,
@@ -20,7 +20,7 @@ use tonic_prost::ProstCodec;
 use super::messages as m;
 use crate::testbed::Ids;
 
-/// How long anything may take.
+/// Time limit of a request.
 const PATIENCE: Duration = Duration::from_secs(30);
 const ENDED: i32 = 2;
 
@@ -31,11 +31,11 @@ pub struct CriClient {
     channel: Channel,
 }
 
-/// A pod that is asked for.
+/// The specification of a pod.
 #[derive(Clone, Debug)]
 pub struct PodConfig(m::PodSandboxConfig);
 
-/// A pod that runs.
+/// A running pod.
 #[derive(Clone, Debug)]
 pub struct PodSandbox {
     id: String,
@@ -43,7 +43,7 @@ pub struct PodSandbox {
 }
 
 impl PodConfig {
-    /// Of this name, in a cgroup that is there; its containers' logs go to a folder.
+    /// A pod of this name in an existing cgroup, whose containers log to a folder.
     pub fn new(name: &str, cgroup: &str, logs: &Path, annotations: &[(&str, &str)]) -> Self {
         Self(m::PodSandboxConfig {
             metadata: Some(m::PodSandboxMetadata {
@@ -60,7 +60,7 @@ impl PodConfig {
         })
     }
 
-    /// Have it use namespaces of the node's.
+    /// Lets it use namespaces of the node.
     pub(super) fn share(&mut self, namespaces: m::NamespaceOption) {
         if let Some(linux) = &mut self.0.linux {
             linux.security_context = Some(m::LinuxSandboxSecurityContext { namespaces: Some(namespaces) });
@@ -72,13 +72,13 @@ impl PodConfig {
     }
 }
 
-/// The UID of the pod of this name.
+/// Returns the UID of the pod of this name.
 pub fn uid(name: &str) -> String {
     format!("3e5d2a1c-0c1f-4d53-9f57-{name}")
 }
 
 impl CriClient {
-    /// Connect to the socket, on which something listens.
+    /// Connects to the socket of a running runtime.
     pub fn connect(socket: &Path) -> Result<Self> {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         let endpoint = Endpoint::from_shared(format!("unix://{}", socket.display()))?.timeout(PATIENCE);
@@ -96,12 +96,12 @@ impl CriClient {
             grpc.ready().await.context("waiting for containerd")?;
             let path = PathAndQuery::from_static(method);
             let answer = grpc.unary(Request::new(request), path, ProstCodec::<Q, A>::default()).await;
-            // What containerd says is the text.
+            // The error text is containerd's.
             Ok(answer.map_err(|status| anyhow::anyhow!("{method}: {}", status.message()))?.into_inner())
         })
     }
 
-    /// Wait until the runtime can use an image.
+    /// Waits until the runtime has an image.
     pub fn wait_for_image(&self, image: &str) -> Result<()> {
         wait(&format!("the image {image}"), || {
             let image = Some(m::ImageSpec { image: image.to_owned() });
@@ -130,7 +130,7 @@ impl CriClient {
         self.call::<_, m::Nothing>("/runtime.v1.RuntimeService/RemovePodSandbox", request).map(drop)
     }
 
-    /// The address that the runtime knows for the pod.
+    /// Returns the address of the pod.
     pub fn address(&self, sandbox: &PodSandbox) -> Result<String> {
         let request = m::PodSandboxId { id: sandbox.id.clone() };
         let answer: m::PodSandboxStatusResponse =
@@ -139,7 +139,7 @@ impl CriClient {
         Ok(network.context("the pod has no network")?.ip)
     }
 
-    /// Make and start a container that sees this machine's programs. Returns its id.
+    /// Creates and starts a container that has this machine's programs. Returns its id.
     pub fn start(
         &self,
         sandbox: &PodSandbox,
@@ -172,7 +172,7 @@ impl CriClient {
         self.start_container(sandbox, config)
     }
 
-    /// Make and start any container. Returns its id.
+    /// Creates and starts a container. Returns its id.
     pub(super) fn start_container(&self, sandbox: &PodSandbox, config: m::ContainerConfig) -> Result<String> {
         let request = m::CreateContainerRequest {
             sandbox: sandbox.id.clone(),
@@ -184,7 +184,7 @@ impl CriClient {
         Ok(made.id)
     }
 
-    /// Run a container to its end: its exit code, and what it printed.
+    /// Runs a container to its end. Returns its exit code and output.
     pub fn finish(
         &self,
         sandbox: &PodSandbox,
@@ -198,7 +198,7 @@ impl CriClient {
         Ok((code, log(sandbox, name)?))
     }
 
-    /// Wait until a container has ended; its exit code.
+    /// Waits until a container has ended. Returns its exit code.
     pub(super) fn wait_for_end(&self, id: &str) -> Result<i32> {
         let mut code = 0;
         wait("its end", || {
@@ -212,7 +212,7 @@ impl CriClient {
         Ok(code)
     }
 
-    /// StopContainer: it is killed after this many seconds.
+    /// StopContainer. It is killed after this many seconds.
     pub(super) fn stop_container(&self, id: &str, timeout: i64) -> Result<()> {
         let request = m::StopContainerRequest { id: id.to_owned(), timeout };
         self.call::<_, m::Nothing>("/runtime.v1.RuntimeService/StopContainer", request).map(drop)
@@ -224,7 +224,7 @@ impl CriClient {
         self.call::<_, m::Nothing>("/runtime.v1.RuntimeService/RemoveContainer", request).map(drop)
     }
 
-    /// Run a program in a container to its end: its exit code, and what it printed.
+    /// Runs a program in a container to its end. Returns its exit code and output.
     pub(super) fn exec(&self, id: &str, command: &[String]) -> Result<(i32, String)> {
         let request = m::ExecSyncRequest { id: id.to_owned(), command: command.to_vec(), timeout: 0 };
         let done: m::ExecSyncResponse = self.call("/runtime.v1.RuntimeService/ExecSync", request)?;
@@ -233,7 +233,7 @@ impl CriClient {
     }
 }
 
-/// What a container has printed.
+/// The output of a container.
 pub fn log(sandbox: &PodSandbox, name: &str) -> Result<String> {
     let path = sandbox.config.logs().join(format!("{name}.log"));
     let text = fs::read_to_string(&path).with_context(|| format!("reading {}", path.display()))?;
@@ -241,7 +241,7 @@ pub fn log(sandbox: &PodSandbox, name: &str) -> Result<String> {
     Ok(text.lines().filter_map(|line| line.splitn(4, ' ').nth(3)).map(|line| format!("{line}\n")).collect())
 }
 
-/// Wait until something is so.
+/// Waits until a condition holds.
 pub fn wait(what: &str, mut so: impl FnMut() -> Result<bool>) -> Result<()> {
     let deadline = Instant::now() + PATIENCE;
     while !so()? {

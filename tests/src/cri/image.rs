@@ -1,4 +1,4 @@
-//! Images with busybox and little else, made here so that nothing is pulled.
+//! Images with busybox, built locally so that nothing is pulled.
 
 use std::{
     fs,
@@ -12,17 +12,17 @@ use serde_json::json;
 #[path = "../../../xtask/src/image/archive.rs"]
 mod archive;
 
-/// What is linked to busybox.
+/// Names that link to busybox.
 const PROGRAMS: [&str; 5] = ["sh", "nc", "sleep", "timeout", "wget"];
 
-/// Make the archive of an image with nothing else in a folder.
+/// Creates the archive of an image with busybox only.
 pub(super) fn make(folder: &Path, name: &str) -> Result<PathBuf> {
     let root = folder.join("busybox");
     busybox(&root)?;
     make_archive(&root, &["/bin/sleep", "3600"], name, &folder.join("busybox.tar"))
 }
 
-/// Make the files of an image with busybox. Returns the folder of its programs.
+/// Creates the files of an image with busybox. Returns the folder of its programs.
 pub fn busybox(root: &Path) -> Result<PathBuf> {
     for path in ["bin", "etc", "usr", "lib", "lib64", "proc", "sys", "dev", "tmp"] {
         fs::create_dir_all(root.join(path))?;
@@ -36,7 +36,7 @@ pub fn busybox(root: &Path) -> Result<PathBuf> {
     Ok(root.join("bin"))
 }
 
-/// Make the archive of an image of these files; a pod may have its own arguments for its program.
+/// Creates the archive of an image of these files. A pod may pass its own arguments.
 pub fn make_archive(root: &Path, program: &[&str], name: &str, to: &Path) -> Result<PathBuf> {
     let config = json!({ "Entrypoint": program, "Env": ["PATH=/bin:/usr/bin:/usr/local/bin"] });
     let architecture = if cfg!(target_arch = "aarch64") { "arm64" } else { "amd64" };

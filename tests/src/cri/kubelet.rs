@@ -1,6 +1,6 @@
-//! Runs the pod of deploy/'s DaemonSet in a runtime, as a kubelet does.
+//! Runs the pod of the DaemonSet in deploy/ on a runtime, as a kubelet does.
 //!
-//! Resources are left out, and so is the API, to which connections are refused.
+//! Resource limits are left out. There is no API: connections to it are refused.
 
 use std::{
     fs,
@@ -24,7 +24,7 @@ use super::{
     node::CriNode,
 };
 
-/// What every container gets whose procMount is not Unmasked.
+/// Paths that are masked in every container whose procMount is not Unmasked.
 const MASKED: [&str; 10] = [
     "/proc/asound",
     "/proc/acpi",
@@ -40,14 +40,14 @@ const MASKED: [&str; 10] = [
 const READONLY: [&str; 5] = ["/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger"];
 
 const NODE_NAME: &str = "node-1";
-/// The API's, where nothing listens.
+/// The address of the API, where nothing listens.
 const API: [(&str, &str); 2] =
     [("KUBERNETES_SERVICE_HOST", "127.0.0.1"), ("KUBERNETES_SERVICE_PORT", "6443")];
 const ACCOUNT: &str = "/var/run/secrets/kubernetes.io/serviceaccount";
 /// A certificate without a key.
 const CA: &str = include_str!("ca.crt");
 
-/// The pod, with its one container running or not.
+/// The pod, whose one container may run.
 #[derive(Debug)]
 pub struct DaemonPod<'a> {
     node: &'a CriNode,
@@ -61,7 +61,7 @@ pub struct DaemonPod<'a> {
 }
 
 impl<'a> DaemonPod<'a> {
-    /// Run the DaemonSet in a file: the init containers to their ends, then its container.
+    /// Runs the pod of a DaemonSet in a file: its init containers to their ends, then its container.
     pub fn start(node: &'a CriNode, client: &'a CriClient, manifest: &Path, name: &str) -> Result<Self> {
         let spec = read(manifest)?;
         ensure!(spec.containers.len() == 1, "{} has several containers", manifest.display());
@@ -79,7 +79,7 @@ impl<'a> DaemonPod<'a> {
         Ok(pod)
     }
 
-    /// Start its container, and wait until it is ready.
+    /// Starts its container and waits until it is ready.
     pub fn restart(&mut self) -> Result<()> {
         ensure!(self.running.is_none(), "it runs");
         let container = self.container().clone();
@@ -91,12 +91,12 @@ impl<'a> DaemonPod<'a> {
             .with_context(|| self.log())
     }
 
-    /// As the kernel ends it when memory is short; the kubelet then makes another container.
+    /// Kills the container, as when memory is short. The kubelet then creates another.
     pub fn kill(&mut self) -> Result<()> {
         self.end(0)
     }
 
-    /// What is to be run before it is ended, then the end: the pod is gone.
+    /// Runs the preStop hook, then ends the container and the pod.
     pub fn delete(mut self) -> Result<()> {
         let lifecycle = self.container().lifecycle.clone();
         if let Some(handler) = lifecycle.and_then(|lifecycle| lifecycle.pre_stop) {
@@ -111,7 +111,7 @@ impl<'a> DaemonPod<'a> {
         self.node.remove_pod_cgroup(&uid(&self.name))
     }
 
-    /// What the running container has logged.
+    /// The log of the running container.
     pub fn log(&self) -> String {
         let name = self.running.as_ref().map_or("", |(_, name)| name);
         log(&self.sandbox, name).unwrap_or_else(|error| format!("{error:#}"))
@@ -233,7 +233,7 @@ impl<'a> DaemonPod<'a> {
         Ok(path)
     }
 
-    /// The folder of its service account, with which it finds the API.
+    /// The folder of its service account.
     fn account(&self) -> Result<m::Mount> {
         let folder = self.node.logs().join("account");
         fs::create_dir_all(&folder)?;

@@ -1,4 +1,4 @@
-//! What is used of the CRI's messages (package runtime.v1), by their numbers in its api.proto.
+//! The messages of the CRI that are used (package runtime.v1), with the field numbers of its api.proto.
 
 use std::collections::HashMap;
 
@@ -62,7 +62,7 @@ pub(super) struct RunPodSandboxRequest {
     pub(super) config: Option<PodSandboxConfig>,
 }
 
-/// Of requests and answers that name a pod and nothing else.
+/// Requests and answers with the id of a pod only.
 #[derive(Clone, PartialEq, Message)]
 pub(super) struct PodSandboxId {
     #[prost(string, tag = "1")]
@@ -201,7 +201,7 @@ pub(super) struct LinuxContainerSecurityContext {
     pub(super) seccomp: Option<SecurityProfile>,
 }
 
-/// Which system calls are allowed: the runtime's choice, or all.
+/// The system calls that are allowed: the runtime's default, or all.
 pub(super) const RUNTIME_DEFAULT: i32 = 0;
 pub(super) const UNCONFINED: i32 = 1;
 
@@ -225,7 +225,7 @@ pub(super) struct Int64Value {
     pub(super) value: i64,
 }
 
-/// Of requests and answers that name a container and nothing else.
+/// Requests and answers with the id of a container only.
 #[derive(Clone, PartialEq, Message)]
 pub(super) struct ContainerId {
     #[prost(string, tag = "1")]
@@ -240,7 +240,7 @@ pub(super) struct ContainerStatusResponse {
 
 #[derive(Clone, PartialEq, Message)]
 pub(super) struct ContainerStatus {
-    /// 0 made, 1 running, 2 ended.
+    /// 0 created, 1 running, 2 exited.
     #[prost(int32, tag = "3")]
     pub(super) state: i32,
     #[prost(int32, tag = "7")]

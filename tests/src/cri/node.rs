@@ -21,19 +21,19 @@ use crate::{
     testbed::{Sandbox, name},
 };
 
-/// The variable that says where the parts are unpacked.
+/// Variable with the folder of the unpacked parts.
 pub const VARIABLE: &str = "INTERCEPT_CRI";
-/// The variable that says where the archive of the agent's image is.
+/// Variable with the path of the agent's image archive.
 const AGENT_IMAGE: &str = "INTERCEPT_IMAGE";
 /// The addresses of pods.
 pub const PODS: &str = "10.88.0.0/24";
 /// The image of all pods but the agent's.
 pub const IMAGE: &str = "intercept.test/busybox:1";
 
-/// What makes containers' files from images: their folders are layers, not copies.
+/// The snapshotter, which uses layers instead of copies.
 const SNAPSHOTTER: &str = "overlayfs";
 
-/// Everything that the programs write to by name becomes the node's own; bpffs and the scratch folder stay.
+/// Mounts folders of the node over all paths that the programs write to, except bpffs and the scratch folder.
 const SET_UP: &str = r#"
 set -e
 bpffs=$1 scratch=$2
@@ -53,7 +53,7 @@ echo ready
 exec sleep 3600
 "#;
 
-/// What a machine without CAP_SYS_RESOURCE, and with controllers in the old hierarchies, cannot do.
+/// Settings that fail on a machine without CAP_SYS_RESOURCE and with controllers in the old hierarchies.
 const RUNC: &str = r#"#!/usr/bin/python3
 import json, os, sys
 RUNC = "@RUNC@"
@@ -97,12 +97,12 @@ disabled_plugins = ["io.containerd.internal.v1.opt"]
 pub enum PodNetwork {
     /// By a bridge.
     Bridged,
-    /// Each by a link to the node, which sees what pods send each other: rules for services are its rules.
+    /// Each by a link to the node, which forwards between pods, so that its rules for services apply.
     Routed,
 }
 
 impl PodNetwork {
-    /// The file of its configuration.
+    /// The name of its configuration file.
     pub fn file(self) -> &'static str {
         match self {
             Self::Bridged => "10-bridged.conflist",
@@ -129,7 +129,7 @@ pub struct CriNode {
 }
 
 impl CriNode {
-    /// A node whose bpffs is this one, with containerd, the images and a network.
+    /// Starts a node that shares this bpffs, with containerd, the images and a network.
     pub fn new(bpffs: &Path, network: PodNetwork) -> Result<Self> {
         let parts = env::var_os(VARIABLE).map(PathBuf::from);
         let parts = parts.with_context(|| format!("{VARIABLE} is not set: run `cargo xtask cri`"))?;
@@ -194,7 +194,7 @@ impl CriNode {
         self.import(Path::new(&agent))
     }
 
-    /// Have containerd know the image in an archive.
+    /// Imports the image of an archive into containerd.
     pub fn import(&self, archive: &Path) -> Result<()> {
         let parts = env::var_os(VARIABLE).map(PathBuf::from).unwrap_or_default();
         let mut import = self.command(parts.join("usr/bin/ctr"))?;
@@ -203,14 +203,14 @@ impl CriNode {
         succeed(import).map(drop).with_context(|| self.log())
     }
 
-    /// A program on the node.
+    /// A command that runs on the node.
     pub fn command(&self, program: impl AsRef<OsStr>) -> Result<Command> {
         let mut command = self.sandbox.command("nsenter")?;
         command.args(self.entry()).arg(program);
         Ok(command)
     }
 
-    /// The arguments with which `nsenter` comes to the node's mounts, network and view of cgroups.
+    /// The arguments with which `nsenter` enters the node's mount, network and cgroup namespaces.
     pub fn entry(&self) -> [String; 4] {
         let first = self.first.id();
         [
@@ -226,7 +226,7 @@ impl CriNode {
         &self.sandbox
     }
 
-    /// What the kubelet does before it asks for a pod: its cgroup. Returns what the runtime is told.
+    /// Creates the cgroup of a pod, as the kubelet does first. Returns its path for the runtime.
     pub fn make_pod_cgroup(&self, uid: &str) -> Result<String> {
         let path = format!("kubepods/besteffort/pod{uid}");
         fs::create_dir_all(self.sandbox.cgroup.path().join(&path))
@@ -234,7 +234,7 @@ impl CriNode {
         Ok(format!("/{path}"))
     }
 
-    /// And after.
+    /// Removes the cgroup of a pod.
     pub fn remove_pod_cgroup(&self, uid: &str) -> Result<()> {
         let path = self.sandbox.cgroup.path().join("kubepods/besteffort").join(format!("pod{uid}"));
         fs::remove_dir(&path).with_context(|| format!("removing {}", path.display()))
@@ -245,7 +245,7 @@ impl CriNode {
         self.scratch.path().join("containerd.sock")
     }
 
-    /// Where something is that a pod wants of its node. The machine's own folders of CNI files are not touched.
+    /// The path of a folder of the node for a pod. The machine's own folders of CNI files are not used.
     pub(super) fn host_path(&self, path: &Path) -> PathBuf {
         match path.to_str() {
             Some("/etc/cni/net.d") => self.cni_conf(),
@@ -264,12 +264,12 @@ impl CriNode {
         self.scratch.path().join("cni/net.d")
     }
 
-    /// The file that says how pods are connected.
+    /// The CNI configuration of the pods' network.
     pub fn cni_file(&self) -> PathBuf {
         self.cni_conf().join(self.network.file())
     }
 
-    /// A folder for what is written on this node.
+    /// The scratch folder of this node.
     pub fn scratch(&self) -> &Path {
         self.scratch.path()
     }
@@ -279,7 +279,7 @@ impl CriNode {
         self.scratch.path().join("logs")
     }
 
-    /// The end of what containerd has logged.
+    /// The end of containerd's log.
     pub fn log(&self) -> String {
         let text = fs::read_to_string(self.scratch.path().join("containerd.log")).unwrap_or_default();
         let lines: Vec<_> = text.lines().collect();
@@ -289,7 +289,7 @@ impl CriNode {
 
 impl Drop for CriNode {
     fn drop(&mut self) {
-        // Shims and containers go with the cgroup; these are ours to wait for.
+        // Shims and containers are killed with the cgroup. These children have to be waited for.
         for child in self.containerd.iter_mut().chain([&mut self.first]) {
             drop(child.kill());
             drop(child.wait());

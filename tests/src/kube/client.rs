@@ -1,4 +1,4 @@
-//! Requests to the API as its admin, and the agent's account.
+//! Requests to the API as its administrator, and the account of the agent.
 
 use std::{
     fs,
@@ -29,7 +29,7 @@ pub struct KubeClient<'a> {
 }
 
 impl<'a> KubeClient<'a> {
-    /// One that knows the server's certificate, which must be there. Asks nothing yet.
+    /// Creates one with the server's certificate, which must exist. Sends nothing yet.
     pub fn connect(server: &'a KubeServer) -> Result<Self> {
         let config: Kubeconfig = serde_json::from_value(server.kubeconfig())?;
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
@@ -40,13 +40,13 @@ impl<'a> KubeClient<'a> {
         Ok(Self { server, runtime, client })
     }
 
-    /// Waits for an answer where the API is.
+    /// Waits for an answer in the namespace of the API.
     fn wait<T: Send>(&self, asking: impl Future<Output = kube::Result<T>> + Send) -> Result<T> {
         let answer = self.server.sandbox().netns.run(|| self.runtime.block_on(asking))?;
         answer.with_context(|| "asking the API".to_owned())
     }
 
-    /// GET, as it is.
+    /// GET, with the body as it is.
     pub fn text(&self, path: &str) -> Result<String> {
         let request = Request::new(path).list(&ListParams::default())?;
         self.wait(self.client.request_text(request))
@@ -65,7 +65,7 @@ impl<'a> KubeClient<'a> {
         })
     }
 
-    /// Makes an object; what it became.
+    /// Creates an object and returns it.
     pub fn create(&self, object: &Value) -> Result<Value> {
         let api = self.api(object)?;
         let dynamic: DynamicObject = serde_json::from_value(object.clone())?;
@@ -80,7 +80,7 @@ impl<'a> KubeClient<'a> {
         self.wait(async { api.patch(name, &parameters, &change).await }).map(drop)
     }
 
-    /// The same with its status.
+    /// As `merge`, for its status.
     pub fn patch_status(&self, object: &Value, status: &Value) -> Result<()> {
         let (api, name) = (self.api(object)?, name(object)?);
         let change = Patch::Merge(json!({ "status": status }));
@@ -103,7 +103,7 @@ impl<'a> KubeClient<'a> {
         list.items.into_iter().map(|object| Ok(serde_json::to_value(object)?)).collect()
     }
 
-    /// Makes what deploy/intercept.yaml has of the agent's account and rights, as it stands there.
+    /// Creates the account and rights of the agent from deploy/intercept.yaml.
     pub fn deploy(&self) -> Result<Deployed> {
         let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../deploy/intercept.yaml");
         let text = fs::read_to_string(&path).with_context(|| format!("reading {}", path.display()))?;
@@ -120,11 +120,11 @@ impl<'a> KubeClient<'a> {
         Ok(Deployed { account, role })
     }
 
-    /// Writes what the kubelet gives a container of an account; the folder's name within /run/secrets.
+    /// Writes the folder of an account, as the kubelet mounts it. Returns its name within /run/secrets.
     pub fn write_secrets(&self, account: &Value, folder: &Path) -> Result<PathBuf> {
         let namespace = account["metadata"]["namespace"].as_str().context("an account without namespace")?;
         let accounts: Api<ServiceAccount> = Api::namespaced(self.client.clone(), namespace);
-        // As `projected` volumes have it.
+        // The layout of `projected` volumes.
         let spec = TokenRequestSpec { expiration_seconds: Some(3607), ..TokenRequestSpec::default() };
         let request = TokenRequest { spec, ..TokenRequest::default() };
         let (name, parameters) = (name(account)?, PostParams::default());

@@ -1,4 +1,4 @@
-//! Pods as objects of the API, and as what the kubelet makes of them.
+//! Pods as objects of the API, with the processes that the kubelet would start.
 
 use std::{fs, path::Path};
 
@@ -12,33 +12,33 @@ use crate::{
     testbed::{Cgroup, Ids, Pod, PodSpec},
 };
 
-/// The node that the daemon is of.
+/// The name of the daemon's node.
 pub const NODE: &str = "node-1";
 const NAMESPACE: &str = "shop";
 
-/// Makes pods: the part of the kubelet.
+/// Creates pods, in the role of the kubelet.
 pub struct KubePods<'a> {
     client: &'a KubeClient<'a>,
     root: Cgroup,
 }
 
-/// A pod that runs: an object, and a cgroup with processes in a namespace. Nothing is captured by itself.
+/// A running pod: an object, and a cgroup with processes in a namespace.
 #[derive(Debug)]
 pub struct RunningPod {
-    /// The object as it was made.
+    /// The object as it was created.
     pub object: Value,
     /// Plays the app and, on 15001, the proxy.
     pub actor: Actor,
     _world: Actor,
-    /// Where it is; after the processes in it.
+    /// Its namespaces and cgroup. Dropped after its processes.
     pub sandbox: Pod,
 }
 
-/// What the injector writes into a pod with a sidecar that others capture.
+/// The annotation of a pod whose traffic istio-cni captures.
 const INJECTED: &str =
     r#"{"initContainers":["istio-validation"],"containers":["istio-proxy"],"revision":"default"}"#;
 
-/// A pod to be made. It has a sidecar if it has a container of that name.
+/// The specification of a pod. It has a sidecar if a container has that name.
 pub fn object(name: &str, containers: &[&str], annotations: &Value) -> Value {
     let mut annotations = annotations.clone();
     if containers.contains(&"istio-proxy") {
@@ -59,7 +59,7 @@ pub fn object(name: &str, containers: &[&str], annotations: &Value) -> Value {
 }
 
 impl<'a> KubePods<'a> {
-    /// A namespace for pods, and a cgroup for theirs.
+    /// Creates a namespace and a cgroup for pods.
     pub fn new(client: &'a KubeClient<'a>) -> Result<Self> {
         let namespace = json!({ "apiVersion": "v1", "kind": "Namespace", "metadata": { "name": NAMESPACE } });
         client.create(&namespace)?;
@@ -68,12 +68,12 @@ impl<'a> KubePods<'a> {
         Ok(Self { client, root })
     }
 
-    /// What the daemon takes for the node's hierarchy.
+    /// The folder that the daemon uses as the node's hierarchy.
     pub fn root(&self) -> &Path {
         self.root.path()
     }
 
-    /// Makes a pod and has it run, as the kubelet does once it has heard of it.
+    /// Creates a pod and starts it, as the kubelet does.
     pub fn run(&self, object: &Value) -> Result<RunningPod> {
         let made = self.client.create(object)?;
         let uid = made["metadata"]["uid"].as_str().context("an object without UID")?;

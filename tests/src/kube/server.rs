@@ -16,23 +16,23 @@ use tempfile::TempDir;
 
 use crate::{agent::succeed, testbed::Sandbox};
 
-/// The variable that says where the programs are.
+/// Variable with the folder of the programs.
 pub const VARIABLE: &str = "INTERCEPT_KUBE";
 
-/// Nobody else is in this namespace, so ports can be chosen.
+/// A fixed port: nothing else runs in this namespace.
 const ETCD: SocketAddr = at(2379);
 const PEERS: SocketAddr = at(2380);
-/// Whose token this is may do everything.
+/// The token of the administrator.
 const ADMIN: &str = "the-admin-of-this-test";
 
-/// On two cores it takes ten seconds, and minutes if others use them.
+/// Start takes ten seconds on two cores, and minutes if they are busy.
 const PATIENCE: Duration = Duration::from_secs(300);
 
 const fn at(port: u16) -> SocketAddr {
     SocketAddr::new(std::net::IpAddr::V4(Ipv4Addr::LOCALHOST), port)
 }
 
-/// What the API is for.
+/// The use of the API.
 #[derive(Clone, Copy, Debug)]
 pub struct ServerSpec {
     /// Where it listens.
@@ -46,16 +46,16 @@ impl ServerSpec {
     const ALONE: Self = Self {
         address: at(6443),
         arguments: &[
-            // Endpoints are nobody's business here, and may not be on the loopback interface.
+            // Endpoints are not needed, and must not be on the loopback interface.
             "--advertise-address=192.0.2.1",
             "--endpoint-reconciler-type=none",
-            // The accounts of the pods are made by another program.
+            // No controller creates the accounts of pods.
             "--disable-admission-plugins=ServiceAccount",
         ],
     };
 }
 
-/// A running API. Dropping it ends both programs.
+/// A running API. Dropping it ends both processes.
 #[derive(Debug)]
 pub struct KubeServer {
     sandbox: Arc<Sandbox>,
@@ -67,12 +67,12 @@ pub struct KubeServer {
 }
 
 impl KubeServer {
-    /// Starts both on a node of their own; returns when the API is ready.
+    /// Starts both on a separate node. Returns when the API is ready.
     pub fn start() -> Result<Self> {
         Self::start_on(Arc::new(Sandbox::new("kube")?), ServerSpec::ALONE)
     }
 
-    /// Starts both on this node; returns when the API is ready.
+    /// Starts both on this node. Returns when the API is ready.
     pub fn start_on(sandbox: Arc<Sandbox>, spec: ServerSpec) -> Result<Self> {
         let parts = env::var_os(VARIABLE).map(PathBuf::from);
         let parts = parts.with_context(|| format!("{VARIABLE} is not set: run `cargo xtask kube`"))?;
@@ -96,7 +96,7 @@ impl KubeServer {
         Ok(server)
     }
 
-    /// Starts the API anew, with what etcd remembers; returns when it is ready.
+    /// Restarts the API with the state in etcd. Returns when it is ready.
     pub fn resume(&self) -> Result<()> {
         let mut running = self.api.lock().expect("whole");
         ensure!(running.is_none(), "the API runs");
@@ -129,12 +129,12 @@ impl KubeServer {
     }
 
     fn is_ready(&self) -> bool {
-        // Its certificate is there by then.
+        // Its certificate exists by then.
         let client = super::KubeClient::connect(self);
         client.is_ok_and(|client| client.text("/readyz").is_ok_and(|text| text == "ok"))
     }
 
-    /// Kills the API; etcd goes on.
+    /// Kills the API. etcd keeps running.
     pub fn stop(&self) -> Result<()> {
         let mut api = self.api.lock().expect("whole").take().context("the API does not run")?;
         api.kill()?;
@@ -142,12 +142,12 @@ impl KubeServer {
         Ok(())
     }
 
-    /// Where it runs: its namespace is the node's.
+    /// The node on which it runs.
     pub fn sandbox(&self) -> &Sandbox {
         &self.sandbox
     }
 
-    /// What leads an admin to it.
+    /// The kubeconfig of the administrator.
     pub fn kubeconfig(&self) -> Value {
         let server = format!("https://{}", self.spec.address);
         json!({
@@ -158,7 +158,7 @@ impl KubeServer {
         })
     }
 
-    /// What vouches for the API's certificate.
+    /// The CA of the API's certificate.
     pub fn authority(&self) -> PathBuf {
         self.folder.path().join("tls/apiserver.crt")
     }
@@ -177,7 +177,7 @@ impl KubeServer {
         self.folder.path().join("kube-apiserver.log")
     }
 
-    /// The end of what it has logged.
+    /// The end of its log.
     pub fn log(&self) -> String {
         let text = fs::read_to_string(self.log_file()).unwrap_or_default();
         let lines: Vec<_> = text.lines().collect();

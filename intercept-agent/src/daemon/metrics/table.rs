@@ -74,14 +74,14 @@ metrics! {
     /// pods: `captured`; `pending` and `leaving` for milliseconds; `failed` until an attempt succeeds; `left_alone` (ignored)
     PODS: Family<State, Gauge> = "pods", "Pods by state";
     /// pods that are ignored, by reason (below)
-    PODS_LEFT_ALONE: Family<Why, Gauge> = "pods_left_alone", "Pods that are not to be captured, by why";
+    PODS_LEFT_ALONE: Family<Why, Gauge> = "pods_left_alone", "Pods that are ignored, by reason";
     /// captured pods with connections from before the capture, which bypass the proxy until they close
     PREEXISTING_CONNECTIONS: Gauge = "pods_with_earlier_connections",
-        "Captured pods that had connections before they were captured";
+        "Captured pods with connections from before the capture";
     /// captures that were applied, by what had to be done
-    ATTACHES: Family<Result, Counter> = "attaches", "Pods put in force, by what had to be done";
+    ATTACHES: Family<Result, Counter> = "attaches", "Captures that were applied, by what had to be done";
     /// time to capture a pod that was not captured
-    ATTACH_SECONDS: Histogram = "attach_seconds", "Time to put a pod in force";
+    ATTACH_SECONDS: Histogram = "attach_seconds", "Time to capture a pod";
     /// failed attempts, by cause (below)
     ERRORS: Family<CauseLabel, Counter> = "errors", "Attempts on a pod that failed, by cause";
     /// flows, by the reason of the decision ([decision.md](decision.md)); `explain` prints the same word and its row
@@ -93,11 +93,11 @@ metrics! {
     /// 1 if the node's CNI configuration has the plugin; only with `--cni-keep`
     PLUGIN_INSTALLED: Gauge = "plugin_installed", "Whether the node's CNI configuration has the plugin";
     /// how often the plugin was added to the configuration; if more than once a day, another program removes it
-    PLUGIN_WRITES: Counter = "plugin_writes", "Times that the plugin was put into the node's CNI configuration";
+    PLUGIN_WRITES: Counter = "plugin_writes", "Times that the plugin was added to the node's CNI configuration";
     /// entries in use; new connections or pods are refused when a map is full
     MAP_ENTRIES: Family<Of, Gauge> = "map_entries", "Entries in use, by map";
     /// size of the map
-    MAP_MAX_ENTRIES: Family<Of, Gauge> = "map_max_entries", "Entries that a map has room for";
+    MAP_MAX_ENTRIES: Family<Of, Gauge> = "map_max_entries", "Size of the map";
     /// a pod's entries in a map
     POD_MAP_ENTRIES: Family<PodMap, Gauge> = "pod_map_entries", "Entries that a pod has in a map of lists";
     /// budget of one pod in a map

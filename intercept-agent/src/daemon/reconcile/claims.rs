@@ -1,4 +1,4 @@
-//! What sources say becomes what is to be applied.
+//! Takes the claims of the sources to the machines of their pods.
 
 use std::collections::HashSet;
 
@@ -13,7 +13,7 @@ use crate::daemon::{
 use crate::ids::PodUid;
 
 impl Reconciler {
-    /// Note what a source says of a pod.
+    /// Stores a source's claim on a pod.
     pub(super) fn update(&mut self, key: &Key, change: impl FnOnce(&mut PodView)) {
         if !self.uninstalling {
             change(&mut self.pods.entry(key.clone()).or_default().view);
@@ -21,7 +21,7 @@ impl Reconciler {
         }
     }
 
-    /// The same for a source that has no more to say.
+    /// As above, for a source that ends its claim.
     pub(super) fn update_known(&mut self, key: &Key, change: impl FnOnce(&mut PodView)) {
         if let Some(pod) = self.pods.get_mut(key) {
             change(&mut pod.view);
@@ -45,7 +45,7 @@ impl Reconciler {
         }
     }
 
-    /// The runtime has a sandbox for a pod, and waits until the pod is as it should be.
+    /// The runtime has created a sandbox for a pod and waits until the pod is captured or ignored.
     pub(super) fn add(&mut self, key: &Key, claim: SandboxClaim, reply: oneshot::Sender<PodResult>) {
         if self.uninstalling {
             let text = "the agent is being removed from this node".to_owned();
@@ -76,13 +76,13 @@ impl Reconciler {
         if pod.view.end_api_wait(sandbox) && pod.view.speaker().is_none() {
             tracing::warn!(
                 pod = %key, name = pod.name,
-                "the API has not told of this pod in time: deciding by its annotations until it does"
+                "the API has not reported this pod in time; its annotations decide until it does"
             );
             self.resolve_claims(key);
         }
     }
 
-    /// The runtime takes the sandbox down after a failed ADD, and asks again with another.
+    /// After a failed ADD the runtime removes the sandbox and creates another.
     pub(super) fn end_failed_add(&mut self, key: &Key) {
         let Some(pod) = self.pods.get_mut(key) else { return };
         if pod.applied().is_none() && matches!(key, Key::Pod(_)) {
@@ -100,16 +100,16 @@ impl Reconciler {
             } else {
                 drop(reply.send(Ok("absent")));
             }
-            // Whatever the other sources say, what is applied was of this sandbox.
+            // The applied pod belongs to this sandbox, whatever other sources claim.
             self.on(key, MachineEvent::SandboxEnded);
             self.resolve_claims(key);
         } else {
-            // DEL may be repeated, and may come for what never was: both are fine by the specification.
+            // The specification allows a repeated DEL, and one without an ADD.
             drop(reply.send(Ok("absent")));
         }
     }
 
-    /// Release pods whose sandbox is gone without a word. One that is asked for now may be newer than the list.
+    /// Releases pods whose sandbox is gone without a DEL. A pod with a waiting ADD may be newer than the list.
     pub(super) fn collect(&mut self, valid: &HashSet<String>) -> usize {
         let is_gone = |pod: &TrackedPod| {
             let sandbox = pod.view.sandbox_id();
@@ -120,7 +120,7 @@ impl Reconciler {
         let gone: Vec<Key> =
             self.pods.iter().filter(|(_, pod)| is_gone(pod)).map(|(key, _)| key.clone()).collect();
         for key in &gone {
-            tracing::info!(pod = %key, "the runtime has its sandbox no more");
+            tracing::info!(pod = %key, "its sandbox is gone");
             if let Some(pod) = self.pods.get_mut(key)
                 && let Some(sandbox) = pod.view.sandbox_id().map(str::to_owned)
             {
@@ -132,7 +132,7 @@ impl Reconciler {
         gone.len()
     }
 
-    /// Merge what the sources say, and have the pod go on from there.
+    /// Merges the claims on a pod and passes the result to its machine.
     pub(super) fn resolve_claims(&mut self, key: &Key) {
         let Some(pod) = self.pods.get_mut(key) else { return };
         let uid = match key {

@@ -1,7 +1,7 @@
-//! The state machine of one pod: what it is to be (intent) and what is there (phase).
+//! The state machine of one pod: what is desired (intent) and what is applied (phase).
 //!
-//! [`PodMachine::on`] takes an event to the next state and says what the loop has to do for it. It is pure: time, chance
-//! and who waits come in with [`MachineContext`], and everything that acts is a [`MachineCommand`].
+//! [`PodMachine::on`] goes from an event to the next state and returns the commands to carry out. It is pure: the
+//! time, random delays and waiting requests are in [`MachineContext`], and every action is a [`MachineCommand`].
 
 mod event;
 
@@ -21,13 +21,13 @@ pub(super) use event::{
     Aftermath, AttemptStage, FailedAttempt, MachineCommand, MachineContext, MachineEvent,
 };
 
-/// What a pod is to be, by what its sources say.
+/// What the sources ask for.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub(super) enum Intent {
     /// No source asks for it.
     #[default]
     Absent,
-    /// It has no place yet, or waits for the API.
+    /// Its cgroup is not known yet, or it waits for the API.
     Awaiting,
     /// It is not to be captured.
     Ignored(IgnoreReason),
@@ -35,16 +35,16 @@ pub(super) enum Intent {
     Desired(Box<DesiredPod>, SyncProgress),
 }
 
-/// How far a desired pod is.
+/// Whether a desired pod is applied.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum SyncProgress {
     /// Something else may be applied.
     Outdated,
-    /// If something is applied, it is what is desired.
+    /// What is applied, if anything, is what is desired.
     UpToDate,
 }
 
-/// What is applied for a pod, and what the worker does for it.
+/// What is applied, and which job is in flight.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) enum Phase {
     /// Nothing is applied.
@@ -56,27 +56,27 @@ pub(super) enum Phase {
     Capturing { before: Option<AppliedPod>, change: PodChange },
     /// A release is in flight.
     Releasing { applied: AppliedPod, change: PodChange },
-    /// The kernel is asked whether the pod is there.
+    /// The kernel is asked whether the pod exists.
     Checking { applied: AppliedPod, change: PodChange },
 }
 
-/// Whether something changed while a job was in flight, so that its result is not the last word.
+/// What changed while a job was in flight, which then has to be repeated.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum PodChange {
     Clean,
-    /// Its namespace changed, which may have to wait.
+    /// Its namespace changed. The reaction may be delayed.
     Namespace,
     Dirty,
 }
 
-/// When a pod that failed is tried again.
+/// When a pod that failed is retried.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct Backoff {
     /// Attempts that failed in a row.
     pub(super) failures: u32,
-    /// When the first of them did.
+    /// Time of the first of them.
     since: Option<Instant>,
-    /// Not to be tried before.
+    /// Earliest time of the next attempt.
     retry_at: Option<Instant>,
     /// Whether a release failed and none has succeeded since.
     release: ReleaseHealth,
@@ -97,7 +97,7 @@ pub(super) struct PodMachine {
     /// Why the last attempt failed.
     pub(super) failure: Option<PodFailure>,
     pub(super) backoff: Backoff,
-    /// Changes of its namespace are not applied before.
+    /// Changes of its namespace are not applied before this time.
     rest_until: Option<Instant>,
     /// Text of the event that was published last, until the pod is captured.
     published: Option<String>,
@@ -129,7 +129,7 @@ impl Phase {
         }
     }
 
-    /// The job is done: what was applied before it is again. Says whether something changed meanwhile.
+    /// The job is done without effect: what was applied before it still is. Returns what changed meanwhile.
     fn settle(&mut self) -> PodChange {
         let change = self.change().copied().unwrap_or(PodChange::Clean);
         *self = self.applied().cloned().map_or(Self::Unapplied, Self::Applied);
@@ -165,12 +165,12 @@ impl PodMachine {
         }
     }
 
-    /// Whether it is to be tried again by `now`.
+    /// Whether it is retried by `now`.
     pub(super) fn is_retry_due(&self, now: Instant) -> bool {
         self.backoff.retry_at.is_some_and(|retry_at| retry_at <= now)
     }
 
-    /// The next state, and what is to be done for it, in this order.
+    /// Goes to the next state and returns the commands, in order.
     pub(super) fn on(&mut self, event: MachineEvent, context: &MachineContext) -> Vec<MachineCommand> {
         match event {
             MachineEvent::Resolved(resolution) => self.resolved(resolution, context),
@@ -268,7 +268,7 @@ impl PodMachine {
             // What is applied stays.
             (Intent::Desired(..), Some(_)) => {}
             (_, Some(_)) => self.intent = Intent::Absent,
-            // What is not applied yet does not begin.
+            // A capture that has not begun does not begin.
             (_, None) => {
                 self.intent = Intent::Absent;
                 self.backoff.retry_at = None;
@@ -282,7 +282,7 @@ impl PodMachine {
         }
         commands.extend(self.publish());
         if !matches!(self.intent, Intent::Desired(..)) {
-            // Goes on to release what was of an earlier sandbox. The ADD is answered by then.
+            // Continue with the release of an earlier sandbox's capture. The ADD has been answered.
             commands.extend(self.reconcile(&MachineContext { add_waits: false, ..*context }));
         }
         if context.add_waits {
@@ -291,7 +291,7 @@ impl PodMachine {
         commands
     }
 
-    /// Nothing is asked for it.
+    /// No source asks for it.
     fn clear(&mut self) {
         if self.intent != Intent::Awaiting {
             self.intent = Intent::Absent;
@@ -319,7 +319,7 @@ impl PodMachine {
         }
     }
 
-    /// Begin what leads from the phase to the intent, unless a job is in flight or the time has not come.
+    /// Starts the job that leads from the phase to the intent, unless one is in flight or it is too early.
     fn reconcile(&mut self, context: &MachineContext) -> Vec<MachineCommand> {
         if let Some(change) = self.phase.change() {
             *change = PodChange::Dirty;
@@ -355,7 +355,7 @@ impl PodMachine {
         vec![MachineCommand::StopFollowing, MachineCommand::Release { applied, priority }]
     }
 
-    /// Nothing leads to the namespace: let go of it, and ask the kernel whether it is there without us.
+    /// Nothing leads to the namespace: stop following it, and ask the kernel whether it still exists.
     fn check(&mut self) -> Vec<MachineCommand> {
         let mut commands = vec![MachineCommand::StopFollowing];
         if let Some(applied) = self.phase.applied().cloned() {
@@ -369,7 +369,7 @@ impl PodMachine {
         let change = self.phase.settle();
         let Some(applied) = self.phase.applied().cloned() else { return vec![MachineCommand::StopFollowing] };
         match aftermath {
-            // No source will say that the pod is not desired any more.
+            // No source will end its claim.
             Aftermath::Over => self.clear(),
             Aftermath::MayReturn => {
                 self.backoff.failures = 1;
@@ -440,7 +440,7 @@ impl PodMachine {
             return commands;
         }
         commands.push(MachineCommand::CountFailure(cause));
-        // The same again and again is said once.
+        // A repeated failure is logged once.
         if self.failure.as_ref() != Some(&failure) {
             let failures = self.backoff.failures;
             commands.push(MachineCommand::LogFailed { failure: failure.clone(), failures, retry_in });
@@ -459,7 +459,7 @@ impl PodMachine {
         commands
     }
 
-    /// An event, once for failures of one kind in a row, which may be many.
+    /// Publishes an event, once for a series of equal failures.
     fn publish(&mut self) -> Option<MachineCommand> {
         let text = &self.failure.as_ref()?.text;
         if self.published.as_ref() == Some(text) {

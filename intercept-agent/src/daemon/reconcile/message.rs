@@ -1,4 +1,4 @@
-//! What the loop is told.
+//! Messages to the reconciler.
 
 use std::collections::HashSet;
 
@@ -16,55 +16,55 @@ use crate::{
     record::Record,
 };
 
-/// What happened. What sources say is kept by source ([`crate::daemon::view`]): none undoes what another has said.
+/// A message. Claims are kept by source ([`crate::daemon::view`]), so that no source changes another's.
 pub enum Message {
-    /// A file of the folder describes a pod, or does not read.
+    /// A file of the folder, with its pod or why it cannot be read.
     File(Key, Box<Result<DesiredPod, String>>),
     /// A file of the folder is gone.
     FileRemoved(Key),
-    /// The folder has these files, and no others.
+    /// All files of the folder.
     FilesListed(HashSet<Key>),
-    /// An object of the API speaks for a pod.
+    /// An object of the API, with its claim.
     Object(Key, Box<ObjectClaim>),
     /// An object of the API is gone.
     ObjectDeleted(Key, ObjectId),
-    /// The API has these objects on this node, and no others.
+    /// All objects of the API on this node.
     ObjectsListed(HashSet<ObjectUid>),
-    /// The runtime has a sandbox for a pod, and is told what became of it.
+    /// The runtime has created a sandbox, and waits for the result.
     Sandbox(Key, Box<SandboxClaim>, oneshot::Sender<PodResult>),
-    /// The API has said nothing of the pod of this sandbox for as long as one waits for it.
+    /// The API has not reported the pod of this sandbox within the time limit.
     ApiTimeout(Key, String),
-    /// The sandbox of a pod is going away.
+    /// The sandbox of a pod is being removed.
     Delete {
         /// The pod.
         key: Key,
-        /// Its sandbox: a pod may have another one by now.
+        /// Its sandbox. The pod may have another one by now.
         sandbox: String,
-        /// Told when nothing is in force any more.
+        /// Answered when nothing is applied any more.
         reply: oneshot::Sender<PodResult>,
     },
-    /// Whether a pod is in force.
+    /// Ask whether a pod is captured.
     Check(Key, oneshot::Sender<PodResult>),
-    /// What of a pod is known.
+    /// Report all pods.
     Report(oneshot::Sender<Vec<PodReport>>),
-    /// The runtime has these sandboxes and no others; told how many pods are released for that.
+    /// All sandboxes of the runtime. The answer is the number of pods that are released.
     Collect(HashSet<String>, oneshot::Sender<usize>),
-    /// Take everything away, and stay away.
+    /// Release all pods and refuse new ones.
     Leave(oneshot::Sender<Result<(), NodeError>>),
     /// The namespace of a pod changed.
     Changed(Key, NetnsCookie),
     /// The worker is done with a pod.
     Done(Key, Box<JobOutcome>),
-    /// What is in force, and what of it was not known.
+    /// The cookies of all applied pods, and the records of those that were not known.
     Resynced(Vec<NetnsCookie>, Vec<Record>),
 }
 
 /// How a job ended.
 pub enum JobOutcome {
-    /// It is in force.
+    /// The result of a capture.
     Captured(Result<Captured, CaptureError>),
-    /// It is out of force.
+    /// The result of a release.
     Released(Result<(), CaptureError>),
-    /// Nothing leads to its namespace any more: whether it is there all the same.
+    /// Whether the namespace of a pod exists to which nothing leads any more.
     Alive(Result<bool, CaptureError>),
 }

@@ -1,4 +1,4 @@
-//! Carrying out what the machine of a pod commands, and telling the machine how it went.
+//! Carries out the commands of a pod's machine, and reports the results to it.
 
 use super::{
     CONFIRMATIONS, Message, Reconciler,
@@ -19,7 +19,7 @@ use crate::{
 };
 
 impl Reconciler {
-    /// Take an event to the machine of a pod, and do what it commands.
+    /// Passes an event to the machine of a pod and carries out its commands.
     pub(super) fn on(&mut self, key: &Key, event: MachineEvent) {
         let Some(pod) = self.pods.get_mut(key) else { return };
         for command in pod.on(event) {
@@ -78,7 +78,7 @@ impl Reconciler {
         }
     }
 
-    /// Observe a pod on a thread of its own, then attach it on the worker.
+    /// Observes a pod on a thread of its own, then attaches it on the worker.
     fn capture(&self, key: &Key, desired: DesiredPod, before: Option<AppliedPod>, priority: Priority) {
         let followed = self.pods.get(key).and_then(|pod| pod.follow.as_ref()).map(|(cookie, _)| *cookie);
         let runtime = self.runtime.clone();
@@ -92,10 +92,10 @@ impl Reconciler {
                     .await
                     .unwrap_or_else(|failed| Err(failed.into())),
                 Ok(Err(error)) => Err(error),
-                // It panicked, which its log says.
+                // It panicked, and the panic was logged.
                 Err(_) => Err(WorkerFailed.into()),
             };
-            // The loop is gone when the daemon ends.
+            // The reconciler is gone when the daemon ends.
             drop(messages.send(Message::Done(key, Box::new(JobOutcome::Captured(result)))));
         });
     }
@@ -110,7 +110,7 @@ impl Reconciler {
         let (worker, messages, key) = (self.worker.clone(), self.messages.clone(), key.clone());
         tokio::spawn(async move {
             let result = worker.run(priority, work).await.unwrap_or_else(|failed| Err(failed.into()));
-            // The loop is gone when the daemon ends.
+            // The reconciler is gone when the daemon ends.
             drop(messages.send(Message::Done(key, Box::new(outcome(result)))));
         });
     }
@@ -155,7 +155,7 @@ impl Reconciler {
             if preexisting_connections > 0 {
                 tracing::warn!(
                     pod = %key, name = pod.name, connections = preexisting_connections,
-                    "the pod had connections before it was captured: they go on past the proxy until they are closed"
+                    "the pod has connections from before the capture, which bypass the proxy until they close"
                 );
             }
         }
@@ -170,7 +170,7 @@ impl Reconciler {
         self.on(key, MachineEvent::Captured(applied));
     }
 
-    /// Say when the namespace of a pod changes.
+    /// Sends a message when the namespace of a pod changes.
     fn follow(&mut self, key: &Key, cookie: NetnsCookie, mut follower: Follower) {
         let Some(pod) = self.pods.get_mut(key) else { return };
         pod.stop_following();
@@ -179,7 +179,7 @@ impl Reconciler {
             loop {
                 if let Err(error) = follower.changed().await {
                     tracing::warn!(pod = %key, error = &error as &dyn std::error::Error, "following the namespace");
-                    // The next call reads the state anew, at once.
+                    // The next call reads the whole state again.
                     tokio::time::sleep(retry::delay(4)).await;
                 }
                 if messages.send(Message::Changed(key.clone(), cookie)).is_err() {

@@ -1,4 +1,4 @@
-//! One pod as the daemon sees it.
+//! What the reconciler keeps of one pod.
 
 use std::time::Instant;
 
@@ -18,7 +18,7 @@ use crate::{
     ids::NetnsCookie,
 };
 
-/// What is told to whoever asked for a pod, with the text of the error.
+/// The answer to a request for a pod.
 pub type PodResult = Result<&'static str, PodFailure>;
 
 /// An error on a pod.
@@ -56,20 +56,20 @@ impl From<ClaimError> for PodFailure {
     }
 }
 
-/// The states of a pod, as metrics and `status` name them.
+/// The state of a pod in metrics and `status`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum PodState {
-    /// It is to be captured, and is not yet.
+    /// Desired, and not captured yet.
     Pending,
-    /// In force as wanted.
+    /// Captured as desired.
     Captured,
-    /// The last attempt failed; what was in force before still is. It will be tried again.
+    /// The last attempt failed and is retried. What was applied before still is.
     Failed,
-    /// Being taken out of force.
+    /// Being released.
     #[serde(rename = "leaving")]
     Releasing,
-    /// Not to be captured: no sidecar, or the node's own network.
+    /// Ignored: it has no sidecar, or uses the node's network.
     #[serde(rename = "left_alone")]
     Ignored,
 }
@@ -90,27 +90,27 @@ impl PodState {
     }
 }
 
-/// A pod: its machine, what the sources say, and who waits for it.
+/// A pod: its machine, the claims on it, and the requests that wait for it.
 #[derive(Default)]
 pub(super) struct TrackedPod {
-    /// What the sources say.
+    /// The claims of the sources.
     pub(super) view: PodView,
-    /// What it is to be, and what is there.
+    /// What is desired and what is applied.
     pub(super) machine: PodMachine,
     /// Follows the namespace of this cookie.
     pub(super) follow: Option<(NetnsCookie, JoinHandle<()>)>,
-    /// How often it is looked at again because nothing ran in it when its user namespace was looked at: the first process
-    /// may still be outside of that.
+    /// Remaining checks of its ids, if it had no process when its user namespace was read: the first process may not
+    /// have entered it yet.
     pub(super) ids_to_confirm: u8,
-    /// When the kernel last said that its links are in place.
+    /// When the kernel last reported that its links are in place.
     pub(super) last_verified: Option<Instant>,
-    /// Connections older than the capture.
+    /// Number of connections from before the capture.
     pub(super) preexisting_connections: usize,
-    /// Waiting for it to be captured or ignored.
+    /// Requests that wait until it is captured or ignored.
     pub(super) waiting: Vec<oneshot::Sender<PodResult>>,
-    /// Waiting for it to be released.
+    /// Requests that wait until it is released.
     pub(super) releasing: Vec<oneshot::Sender<PodResult>>,
-    /// Name for people, kept when nothing is wanted any more.
+    /// Its name for logs, kept after the claims have ended.
     pub(super) name: String,
 }
 
@@ -120,7 +120,7 @@ impl TrackedPod {
         self.machine.phase.applied()
     }
 
-    /// Have the machine go on.
+    /// Passes an event to the machine.
     pub(super) fn on(&mut self, event: MachineEvent) -> Vec<MachineCommand> {
         let context = MachineContext {
             now: Instant::now(),
@@ -132,33 +132,33 @@ impl TrackedPod {
         self.machine.on(event, &context)
     }
 
-    /// Whether its ids are to be looked at again, because something runs in it now.
+    /// Whether its ids have to be read again, because it has a process now.
     pub(super) fn confirms_ids(&mut self) -> bool {
         let confirms = self.ids_to_confirm > 0 && self.applied().is_some_and(AppliedPod::has_processes);
         self.ids_to_confirm -= u8::from(confirms);
         confirms
     }
 
-    /// Let go of its namespace.
+    /// Stops following its namespace.
     pub(super) fn stop_following(&mut self) {
         if let Some((_, task)) = self.follow.take() {
             task.abort();
         }
     }
 
-    /// Answer `reply` once the pod is captured, or ignored. An earlier ADD is of another sandbox.
+    /// Answers `reply` once the pod is captured or ignored. An earlier ADD belongs to another sandbox.
     pub(super) fn wait_for_capture(&mut self, reply: oneshot::Sender<PodResult>) {
         let text = "another sandbox was added for this pod since".to_owned();
         self.answer(&Err(PodFailure::refusal(Refusal::Superseded, text)));
         self.waiting.push(reply);
     }
 
-    /// Answer those who asked for the pod.
+    /// Answers the requests for the pod.
     pub(super) fn answer(&mut self, answer: &PodResult) {
         send_all(&mut self.waiting, answer);
     }
 
-    /// Answer those who asked for its release.
+    /// Answers the requests for its release.
     pub(super) fn answer_released(&mut self, answer: &PodResult) {
         send_all(&mut self.releasing, answer);
     }
@@ -166,12 +166,12 @@ impl TrackedPod {
 
 fn send_all(replies: &mut Vec<oneshot::Sender<PodResult>>, answer: &PodResult) {
     for reply in replies.drain(..) {
-        // The other side may be gone.
+        // The client may have gone.
         drop(reply.send(answer.clone()));
     }
 }
 
-/// One pod for `status` and for tests.
+/// The report on a pod, for `status`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[expect(missing_docs, reason = "the names are the documentation")]
 pub struct PodReport {

@@ -1,4 +1,4 @@
-//! Looking at what is in force: is it still there, and is it all?
+//! Checks that the applied pods exist, and compares them with the maps.
 
 use std::{
     collections::{BTreeMap, HashSet},
@@ -21,7 +21,7 @@ use crate::{
 };
 
 impl Reconciler {
-    /// Look at every pod: is it there, and is it to be tried again?
+    /// Checks for each pod whether it exists and whether it is time to retry it.
     pub(super) fn poll(&mut self) {
         let mut gone = Vec::new();
         let mut unreachable = Vec::new();
@@ -34,7 +34,7 @@ impl Reconciler {
             match pod.applied().map(AppliedPod::liveness) {
                 Some(Liveness::Gone) => gone.push(key.clone()),
                 Some(Liveness::Unknown) => unreachable.push(key.clone()),
-                // Processes lead to the namespace again: follow it again.
+                // The pod has processes in the namespace again, so follow it again.
                 Some(Liveness::Alive) if pod.follow.is_none() && pod.machine.failure.is_none() => {
                     due.push(key.clone())
                 }
@@ -91,10 +91,7 @@ impl Reconciler {
             match worker.run(Priority::Normal, move |access| capture::resync(access, &known)).await {
                 Ok(Ok((active, new))) => drop(messages.send(Message::Resynced(active, new))),
                 Ok(Err(error)) => {
-                    tracing::error!(
-                        error = &error as &dyn std::error::Error,
-                        "comparing with what is in force"
-                    );
+                    tracing::error!(error = &error as &dyn std::error::Error, "reading the applied pods");
                 }
                 Err(failed) => tracing::error!("{failed}"),
             }
@@ -123,7 +120,7 @@ impl Reconciler {
         }
         for key in lost {
             if !matches!(key, Key::Command(_)) {
-                tracing::warn!(pod = %key, "somebody took it out of force: putting it back");
+                tracing::warn!(pod = %key, "the pod was detached by another program; capturing it again");
             }
             self.on(&key, MachineEvent::Recheck);
         }

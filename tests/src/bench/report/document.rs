@@ -1,4 +1,4 @@
-//! The report as Markdown, for docs/benchmarks.md: ratios alone, because absolute figures are of one machine.
+//! The report as Markdown, for docs/benchmarks.md. Only ratios, because absolute figures depend on the machine.
 
 use std::collections::BTreeSet;
 use std::fmt::Write;
@@ -12,7 +12,7 @@ use crate::bench::summary::{Base, Ratio, Summary};
 /// All sections.
 pub fn document(report: &BenchReport) -> String {
     let mut text = String::new();
-    write_document(report, &mut text).expect("strings take everything");
+    write_document(report, &mut text).expect("a String takes any text");
     text
 }
 
@@ -105,7 +105,7 @@ fn install(report: &BenchReport, text: &mut String) -> std::fmt::Result {
     }
     writeln!(
         text,
-        "\n### One more pod\n\n| mode and flags | in force / iptables-nft | out / iptables-nft |\n|---|---|---|"
+        "\n### One more pod\n\n| mode and flags | capture / iptables-nft | release / iptables-nft |\n|---|---|---|"
     )?;
     for time in times.iter().filter(|time| time.mode != CaptureMode::IptablesNft) {
         let shown = |ratio: Option<Quartiles>| ratio.map_or(String::new(), table::with_spread);

@@ -1,5 +1,4 @@
-//! What joined connections gain, and what they were to gain, as Markdown: it is printed, and goes into
-//! docs/acceleration.md as it is.
+//! The gain of joined connections beside its goals, as Markdown, printed and for docs/acceleration.md.
 
 use std::fmt::Write;
 
@@ -14,7 +13,7 @@ pub fn goals(report: &BenchReport) -> String {
     for summary in &report.summaries {
         let goal = Goal::of(&summary.suite, summary.work);
         if let (Some(goal), Some(ratio)) = (goal, summary.over(Base::Agent)) {
-            write_row(goal, ratio, &mut text).expect("strings take everything");
+            write_row(goal, ratio, &mut text).expect("a String takes any text");
         }
     }
     if text.is_empty() {
@@ -67,7 +66,7 @@ mod tests {
         let row = |rate, cpu| {
             let ratio = Ratio { base: Base::Agent, rate: even(rate), cpu: even(cpu), p50: None, p99: None };
             let mut text = String::new();
-            write_row(goal, &ratio, &mut text).expect("strings take everything");
+            write_row(goal, &ratio, &mut text).expect("a String takes any text");
             text
         };
         assert!(!row(1.2, 0.8).contains("missed"));

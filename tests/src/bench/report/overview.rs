@@ -1,5 +1,5 @@
-//! What a reader wants to see first, as SVG files for docs/benchmarks.md: the agent and explicit proxying, each beside
-//! iptables-nft, with one line per kind of work.
+//! The overview as SVG files for docs/benchmarks.md: the agent and explicit proxying, each compared with iptables-nft,
+//! with one line per kind of work.
 
 use super::BenchReport;
 use super::plot::{PlotLine, file};
@@ -7,10 +7,10 @@ use crate::bench::mode::{CaptureMode, Cell, Lists, Path};
 use crate::bench::statistics::Quartiles;
 use crate::bench::summary::{Base, Ratio, Summary};
 
-/// Takes one of the two figures of a ratio.
+/// Selects one of the two figures of a ratio.
 type FigureOf = fn(&Ratio) -> Quartiles;
 
-/// Names and contents of the files. A report without the modes that are compared has none.
+/// Names and contents of the files. None if the report lacks a mode that is compared.
 pub fn plots(report: &BenchReport) -> Vec<(&'static str, String)> {
     let figures: [(&str, &str, FigureOf); 2] = [
         ("rate.svg", "rate over iptables-nft: right is better", |ratio| ratio.rate),

@@ -1,4 +1,4 @@
-//! The report as one HTML file that needs no other.
+//! The report as a self-contained HTML file.
 
 use std::fmt::Write;
 
@@ -18,7 +18,7 @@ figure { margin: 0 0 1.5rem; overflow-x: auto; }
 /// The page.
 pub fn page(report: &BenchReport) -> String {
     let mut html = String::new();
-    write_page(report, &mut html).expect("strings take everything");
+    write_page(report, &mut html).expect("a String takes any text");
     html
 }
 
@@ -65,7 +65,7 @@ fn write_page(report: &BenchReport, html: &mut String) -> std::fmt::Result {
     let times: Vec<PlotLine> = times.collect();
     if !times.is_empty() {
         write!(html, "<h2>one more pod</h2>")?;
-        writeln!(html, "<figure>{}</figure>", ratios("time to put it in force, over iptables-nft", &times))?;
+        writeln!(html, "<figure>{}</figure>", ratios("time to capture it, over iptables-nft", &times))?;
     }
     writeln!(html, "<h2>all figures</h2>\n<pre>{}</pre>\n</html>", escape(&table::tables(report)))
 }

@@ -13,15 +13,15 @@ const TOP: f64 = 26.0;
 /// One line of a plot.
 #[derive(Debug, Clone)]
 pub struct PlotLine {
-    /// What it is.
+    /// Its label.
     pub label: String,
-    /// Where it lies.
+    /// Its figures.
     pub spread: Quartiles,
-    /// It is the project's own.
+    /// Whether it is a mode of the agent.
     pub own: bool,
 }
 
-/// The style of plots, for a page or for a file of its own.
+/// The style of plots, in the page or in a separate file.
 pub const STYLE: &str = "
 svg { font: 12px system-ui, sans-serif; fill: currentColor; }
 svg .title { font-weight: 600; }
@@ -32,7 +32,7 @@ svg .own { stroke: #0a7d55; fill: #0a7d55; stroke-width: 2; }
 svg .other { stroke: #8a8f98; fill: #8a8f98; stroke-width: 2; }
 ";
 
-/// The same as a file of its own, readable on a dark page too.
+/// The plot as a separate file, also readable on a dark page.
 pub fn file(title: &str, lines: &[PlotLine]) -> String {
     let svg = ratios(title, lines);
     let opened = svg.replacen("<svg ", "<svg xmlns=\"http://www.w3.org/2000/svg\" color=\"#24292f\" ", 1);
@@ -40,17 +40,17 @@ pub fn file(title: &str, lines: &[PlotLine]) -> String {
     opened.replacen("<title>", &format!("<style>{STYLE}{dark}</style><title>"), 1) + "\n"
 }
 
-/// A plot of ratios around 1, titled.
+/// A titled plot of ratios around 1.
 pub fn ratios(title: &str, lines: &[PlotLine]) -> String {
     let mut svg = String::new();
-    write_ratios(title, lines, &mut svg).expect("strings take everything");
+    write_ratios(title, lines, &mut svg).expect("a String takes any text");
     svg
 }
 
 fn write_ratios(title: &str, lines: &[PlotLine], svg: &mut String) -> std::fmt::Result {
     let low = lines.iter().map(|line| line.spread.low).fold(0.9, f64::min);
     let high = lines.iter().map(|line| line.spread.high).fold(1.1, f64::max);
-    // A ratio and its inverse lie equally far from 1.
+    // A ratio and its inverse have the same distance from 1.
     let position = |ratio: f64| {
         LABELS + 10.0 + (ratio.max(1e-6).ln() - low.ln()) / (high.ln() - low.ln()) * (WIDTH - 20.0)
     };
@@ -100,7 +100,7 @@ fn ticks(low: f64, high: f64) -> Vec<f64> {
         50.0,
     ];
     let inside: Vec<f64> = all.into_iter().filter(|tick| (low..=high).contains(tick)).collect();
-    // So many that their numbers do not touch.
+    // As many as fit without overlapping numbers.
     if inside.len() <= 8 {
         return inside;
     }
@@ -110,7 +110,7 @@ fn ticks(low: f64, high: f64) -> Vec<f64> {
         .collect()
 }
 
-/// Text for between tags.
+/// Escapes text between tags.
 pub(super) fn escape(text: &str) -> String {
     text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;")
 }

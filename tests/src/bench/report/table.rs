@@ -13,7 +13,7 @@ use crate::bench::summary::{Base, Summary};
 /// All tables.
 pub fn tables(report: &BenchReport) -> String {
     let mut text = String::new();
-    write_all(report, &mut text).expect("strings take everything");
+    write_all(report, &mut text).expect("a String takes any text");
     text
 }
 
@@ -97,14 +97,14 @@ fn rounds(summaries: &[Summary], text: &mut String) -> std::fmt::Result {
     Ok(())
 }
 
-/// What tells a cell from the others of its suite.
+/// The label of a cell among the others of its suite.
 pub(super) fn label(cell: Cell) -> String {
     let mut label = cell.mode.to_string();
     if cell.path != Path::Both {
-        write!(label, ", {}", cell.path).expect("strings take everything");
+        write!(label, ", {}", cell.path).expect("a String takes any text");
     }
     if cell.lists != Lists::Injected {
-        write!(label, ", {}", cell.lists).expect("strings take everything");
+        write!(label, ", {}", cell.lists).expect("a String takes any text");
     }
     label
 }

@@ -1,4 +1,4 @@
-//! The client: does one job after the other.
+//! The client: runs one job after the other.
 
 use std::io::{BufRead, Write as _};
 use std::net::SocketAddr;
@@ -15,7 +15,7 @@ use super::socket::{IoStep, Poller, SocketReadiness, dial, read, write};
 use super::{exchange, say, stream};
 use crate::bench::cpu::{Meter, Sample};
 
-/// How long after its time a measurement may still wait for anything.
+/// How long a measurement may still wait after its end.
 pub(super) const PATIENCE: Duration = Duration::from_secs(5);
 
 /// Reads jobs and answers them, until the end of the input.
@@ -61,15 +61,15 @@ fn perform(job: &WorkerJob, meter: &Meter, holding: &mut Holding) -> Result<Work
     }
 }
 
-/// The span that counts: after the warm-up, until the time is over.
+/// The measured time: after the warm-up, until the end.
 pub(super) struct Window<'a> {
     meter: &'a Meter,
     opens: Instant,
     length: Duration,
     started: Option<(Instant, Sample)>,
-    /// What was done within.
+    /// Operations within it.
     pub(super) operations: u64,
-    /// What failed within.
+    /// Failures within it.
     pub(super) failures: u64,
     /// How long each operation took, in nanoseconds.
     pub(super) samples: Vec<u32>,
@@ -82,7 +82,7 @@ impl<'a> Window<'a> {
         Self { meter, opens, length: timing.measure, started: None, operations, failures, samples }
     }
 
-    /// Takes note of the time; false once it is over.
+    /// Updates the time. False once it is over.
     pub(super) fn is_open(&mut self, now: Instant) -> Result<bool> {
         match self.started {
             Some((started, _)) => Ok(now < started + self.length),
@@ -98,12 +98,12 @@ impl<'a> Window<'a> {
         }
     }
 
-    /// When something is to be done even if nothing happens.
+    /// The next time at which to wake up without an event.
     pub(super) fn deadline(&self) -> Instant {
         self.started.as_ref().map_or(self.opens, |(started, _)| *started + self.length)
     }
 
-    /// An operation that was begun then is complete.
+    /// Records an operation that was started at this time.
     pub(super) fn done(&mut self, begun: Instant, now: Instant) {
         self.operations += 1;
         let nanoseconds = now.saturating_duration_since(begun).as_nanos();
@@ -124,7 +124,7 @@ impl<'a> Window<'a> {
     }
 }
 
-/// Connects, or says why not.
+/// Connects.
 pub(super) fn connect(to: SocketAddr, poller: &Poller, token: usize) -> Result<OwnedFd> {
     let socket = dial(to, None).with_context(|| format!("connecting to {to}"))?;
     poller.add(&socket, token as u64)?;
@@ -144,12 +144,12 @@ pub(super) struct RequestProgress {
     received: usize,
 }
 
-/// How far it is.
+/// Its progress.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum RequestState {
     Waiting,
     Answered,
-    /// With the error, unless the other end merely closed.
+    /// With the error, unless the peer just closed.
     Broken(Option<Errno>),
 }
 

@@ -1,4 +1,4 @@
-//! Requests and responses, each on a fresh connection or all on some that are kept.
+//! Requests and responses, on a new connection each, or on connections that are kept.
 
 use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
@@ -11,12 +11,12 @@ use super::protocol::{Measured, Timing};
 use super::socket::{Poller, SocketReadiness};
 use crate::bench::cpu::Meter;
 
-/// What happens to a connection when it was answered.
+/// What happens to a connection after a response.
 #[derive(Debug, Clone, Copy)]
 pub(super) enum ExchangeKind {
-    /// It is reset, and another one made; requests and responses are a byte.
+    /// It is reset and replaced. Requests and responses have one byte.
     Fresh,
-    /// It asks again.
+    /// It sends the next request.
     Kept {
         /// Bytes of a request, and of a response.
         size: u32,
@@ -26,11 +26,11 @@ pub(super) enum ExchangeKind {
 struct Slot {
     socket: OwnedFd,
     progress: RequestProgress,
-    /// The head is still to be sent, with the first request.
+    /// The head has to be sent, with the first request.
     first: bool,
 }
 
-/// Keeps `slots` requests under way.
+/// Keeps `slots` requests in flight.
 pub(super) fn run(
     to: SocketAddr,
     slots: usize,
@@ -70,13 +70,13 @@ pub(super) fn run(
     window.close()
 }
 
-/// A new connection in place of one that is done or broken.
+/// Replaces a connection that is done or failed.
 fn replace(asking: &Asking, poller: &Poller, token: usize, window: &mut Window<'_>) -> Result<Slot> {
     let give_up = Instant::now() + Duration::from_secs(2);
     loop {
         match asking.fresh(poller, token) {
             Ok(slot) => return Ok(slot),
-            // No port is free for a moment; the failure counts.
+            // No port is free at the moment. This counts as a failure.
             Err(error) if Instant::now() > give_up => return Err(error),
             Err(_) => window.failures += 1,
         }
@@ -97,7 +97,7 @@ impl Asking {
         Ok(Slot { socket: connect(self.to, poller, token)?, progress, first: true })
     }
 
-    /// Goes on with a connection; false if another one is to take its place.
+    /// Continues with a connection. False if it has to be replaced.
     fn advance(&self, slot: &mut Slot, window: &mut Window<'_>, buffer: &mut [u8]) -> bool {
         loop {
             let request = if slot.first { &self.request[..] } else { &self.request[8..] };

@@ -11,10 +11,10 @@ use super::clients::{RequestProgress, RequestState, index};
 use super::protocol::HeldConnections;
 use super::socket::{Poller, SocketReadiness, dial};
 
-/// So many are being opened at the same time.
+/// Number of connections that are opened at the same time.
 const UNDER_WAY: usize = 64;
 
-/// So many failures in a row are taken for an answer.
+/// Number of failures in a row after which it gives up.
 const HOPELESS: u64 = 2000;
 
 /// The connections that are kept.
@@ -24,13 +24,13 @@ pub(super) struct Holding {
 }
 
 impl Holding {
-    /// Keeps one more.
+    /// Adds a connection.
     pub(super) fn keep(&mut self, socket: OwnedFd) {
         self.open.push(socket);
     }
 
-    /// Opens connections, each answered a byte, until there are so many or the time is over or nothing works any
-    /// more.
+    /// Opens connections, each with a response of one byte, until the number is reached, the time is over, or every
+    /// attempt fails.
     pub(super) fn open(
         &mut self,
         to: &[SocketAddr],
@@ -61,7 +61,7 @@ impl Holding {
                 }
                 wanted -= 1;
                 let source = (!from.is_empty()).then(|| from[dialled % from.len()]);
-                // Every pair of source and destination gets its share.
+                // Distributed evenly over all pairs of source and destination.
                 let server = to[dialled / from.len().max(1) % to.len()];
                 dialled += 1;
                 match dial(server, source) {

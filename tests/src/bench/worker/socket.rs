@@ -1,4 +1,4 @@
-//! Sockets that do not block, and one epoll over them.
+//! Non-blocking sockets and an epoll instance.
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::os::fd::{AsFd, OwnedFd};
@@ -19,7 +19,7 @@ pub(super) fn listen(port: u16) -> Result<OwnedFd> {
     let make = || -> rustix::io::Result<OwnedFd> {
         let socket = stream()?;
         sockopt::set_socket_reuseaddr(&socket, true)?;
-        // Several processes share the port where one may not have enough descriptors.
+        // Several processes share the port, because one may not have enough descriptors.
         sockopt::set_socket_reuseport(&socket, true)?;
         bind(&socket, &addr)?;
         rustix::net::listen(&socket, BACKLOG)?;
@@ -28,7 +28,7 @@ pub(super) fn listen(port: u16) -> Result<OwnedFd> {
     make().with_context(|| format!("listening on {addr}"))
 }
 
-/// The next connection; none if there is no more now.
+/// Accepts the next connection. `None` if there is none now.
 pub(super) fn accept(listener: &OwnedFd) -> Result<Option<OwnedFd>> {
     match accept_with(listener, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK) {
         Ok(socket) => {
@@ -40,7 +40,7 @@ pub(super) fn accept(listener: &OwnedFd) -> Result<Option<OwnedFd>> {
     }
 }
 
-/// A connection under way.
+/// A connection that is being opened.
 pub(super) fn dial(to: SocketAddr, from: Option<IpAddr>) -> rustix::io::Result<OwnedFd> {
     let socket = stream()?;
     prepare(&socket)?;
@@ -58,13 +58,13 @@ fn stream() -> rustix::io::Result<OwnedFd> {
     socket_with(AddressFamily::INET, SocketType::STREAM, flags, None)
 }
 
-/// Closing resets: what waits in TIME_WAIT would sooner or later leave no ports, and that would be measured.
+/// Closing resets the connection. Sockets in TIME_WAIT would use up the ports, which would distort the measurement.
 fn prepare(socket: &OwnedFd) -> rustix::io::Result<()> {
     sockopt::set_socket_linger(socket, Some(Duration::ZERO))?;
     sockopt::set_tcp_nodelay(socket, true)
 }
 
-/// One epoll, edge-triggered.
+/// An epoll instance, edge-triggered.
 pub(super) struct Poller {
     epoll: OwnedFd,
     events: Vec<Event>,
@@ -73,19 +73,19 @@ pub(super) struct Poller {
 /// What happened to a socket.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct SocketReadiness {
-    /// What the socket was registered with.
+    /// The token of the socket.
     pub(super) token: u64,
-    /// It can be read, or the other end has closed.
+    /// It is readable, or the peer has closed.
     pub(super) readable: bool,
-    /// It can be written.
+    /// It is writable.
     pub(super) writable: bool,
-    /// The other end has closed, or the connection failed.
+    /// The peer has closed, or the connection failed.
     pub(super) closing: bool,
 }
 
 impl Poller {
     pub(super) fn new() -> Result<Self> {
-        let epoll = epoll::create(CreateFlags::CLOEXEC).context("making an epoll")?;
+        let epoll = epoll::create(CreateFlags::CLOEXEC).context("creating an epoll instance")?;
         Ok(Self { epoll, events: Vec::with_capacity(EVENTS) })
     }
 
@@ -101,7 +101,7 @@ impl Poller {
         epoll::add(&self.epoll, socket, EventData::new_u64(token), flags).context("watching a connection")
     }
 
-    /// Waits for events, until the deadline if there is one; then there are none.
+    /// Waits for events. None at the deadline.
     pub(super) fn wait(
         &mut self,
         deadline: Option<Instant>,
@@ -132,11 +132,11 @@ impl Poller {
 /// The result of reading or writing without waiting.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum IoStep {
-    /// So many bytes.
+    /// This many bytes.
     Bytes(usize),
-    /// Not now.
+    /// It would block.
     Later,
-    /// The other end sends no more.
+    /// The peer sends no more.
     End,
     /// The connection failed or was reset. The kernel reports the error only once.
     Broken(Errno),

@@ -1,4 +1,4 @@
-//! As many bytes as go through one connection.
+//! The throughput of one connection.
 
 use std::net::SocketAddr;
 use std::time::Instant;
@@ -12,8 +12,8 @@ use crate::bench::cpu::Meter;
 
 const BLOCK: usize = 64 * 1024;
 
-/// Writes until the time is over. The buffers on the way are full before it counts, so that what is taken is what
-/// comes out at the other end.
+/// Writes until the time is over. The buffers on the way are full before the measurement starts, so that the rate of
+/// writes is that of the receiver.
 pub(super) fn run(to: SocketAddr, timing: Timing, meter: &Meter) -> Result<Measured> {
     let mut poller = Poller::new()?;
     let socket = connect(to, &poller, 0)?;
@@ -25,7 +25,7 @@ pub(super) fn run(to: SocketAddr, timing: Timing, meter: &Meter) -> Result<Measu
         if connected {
             match write(&socket, &block) {
                 IoStep::Bytes(n) => {
-                    // Only the first block has a head, and only its beginning is looked at.
+                    // Only the first block has a head, and the server reads only its beginning.
                     window.operations += n as u64;
                     continue;
                 }

@@ -1,4 +1,4 @@
-//! What the machine of a pod is told, what it has to know, and what it commands.
+//! Events, context and commands of a pod's machine.
 
 use std::time::{Duration, Instant};
 
@@ -12,20 +12,20 @@ use crate::daemon::{
     worker::Priority,
 };
 
-/// How long a pod that the API calls running may have no process.
+/// How long a pod in phase Running may have no process.
 pub(super) const RUNNING_PATIENCE: Duration = Duration::from_secs(30);
 
-/// What the machine has to know besides its own state.
+/// What the machine knows besides its own state.
 #[derive(Clone, Copy)]
 pub(in crate::daemon::reconcile) struct MachineContext {
     pub(in crate::daemon::reconcile) now: Instant,
-    /// How long to wait after so many failures.
+    /// The delay after a number of failures.
     pub(in crate::daemon::reconcile) delay: fn(u32) -> Duration,
     /// Whether an ADD waits for the pod.
     pub(in crate::daemon::reconcile) add_waits: bool,
     /// Whether a DEL waits for the pod.
     pub(in crate::daemon::reconcile) delete_waits: bool,
-    /// Where the object of the API that speaks for the pod is in its life.
+    /// The stage of the pod's API object.
     pub(in crate::daemon::reconcile) stage: Option<Stage>,
 }
 
@@ -42,9 +42,9 @@ pub(in crate::daemon::reconcile) enum MachineEvent {
     Recheck,
     /// Its namespace changed.
     NamespaceChanged,
-    /// The job in flight took so much of the worker that changes of the namespace are not applied for this long.
+    /// The job in flight was so expensive that changes of the namespace are not applied for this long.
     Rest(Duration),
-    /// Its time to be tried again has come.
+    /// The time of the next attempt has come.
     RetryDue,
     /// Nothing leads to its namespace any more.
     Unreachable,
@@ -60,11 +60,11 @@ pub(in crate::daemon::reconcile) enum MachineEvent {
     Released,
     /// The job in flight could not release it.
     ReleaseFailed(FailedAttempt),
-    /// The kernel says that it is still there, or does not say.
+    /// It still exists, or the kernel could not be asked.
     StillThere,
 }
 
-/// Whether a source may want a pod again whose place is gone.
+/// Whether a source may ask again for a pod that is gone.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(in crate::daemon::reconcile) enum Aftermath {
     Over,
@@ -94,16 +94,16 @@ impl From<&CaptureError> for FailedAttempt {
     }
 }
 
-/// What the loop has to do.
+/// What the reconciler has to do.
 #[derive(Clone, Debug, PartialEq)]
 pub(in crate::daemon::reconcile) enum MachineCommand {
-    /// Have the pod captured, and say what became of it.
+    /// Capture the pod and report the result as an event.
     Capture { desired: Box<DesiredPod>, before: Option<AppliedPod>, priority: Priority },
-    /// Have it released, and say what became of it.
+    /// Release it and report the result as an event.
     Release { applied: AppliedPod, priority: Priority },
-    /// Ask the kernel whether it is there.
+    /// Ask the kernel whether it exists.
     Check(AppliedPod),
-    /// Let go of its namespace.
+    /// Stop following its namespace.
     StopFollowing,
     /// Answer the ADD that waits for it.
     Answer(PodResult),
@@ -113,17 +113,17 @@ pub(in crate::daemon::reconcile) enum MachineCommand {
     CountFailure(Cause),
     /// Log that it is ignored.
     LogIgnored(IgnoreReason),
-    /// Log that its first process is awaited.
+    /// Log that it has no process yet.
     LogStarting(PodFailure),
     /// Log that an attempt failed.
     LogFailed { failure: PodFailure, failures: u32, retry_in: Duration },
-    /// Log that a claim cannot be followed.
+    /// Log that a claim is invalid.
     LogRefused(PodFailure),
     /// Publish an event on it.
     Publish(String),
-    /// The ADD for it failed: the runtime takes the sandbox down and asks again with another.
+    /// The ADD failed: the runtime removes the sandbox and creates another.
     EndFailedAdd,
-    /// Forget it, if no source has anything to say of it.
+    /// Forget it if no source has a claim on it.
     ForgetIfUnclaimed,
 }
 
@@ -132,9 +132,9 @@ impl MachineContext {
         if self.add_waits || self.delete_waits { Priority::Urgent } else { Priority::Normal }
     }
 
-    /// Whether a pod that has failed for so long may be without a process of its own yet: the kubelet makes the cgroup,
-    /// then waits for volumes, then has the sandbox made. The API says `Running` when that is over; a sandbox that died
-    /// takes a while to be replaced.
+    /// Whether a pod may still have no process after failing for this long. The kubelet creates the cgroup, waits for
+    /// volumes, and then has the sandbox created. After that the API reports `Running`; a sandbox that died takes a
+    /// while to be replaced.
     pub(super) fn is_starting(&self, age: Duration) -> bool {
         !self.add_waits && self.stage.is_some_and(|stage| stage == Stage::Pending || age < RUNNING_PATIENCE)
     }
