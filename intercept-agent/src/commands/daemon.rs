@@ -11,6 +11,7 @@ use crate::{
         serve::{Settings, serve},
         sidecar::{Ipv6, Selection},
     },
+    sys,
 };
 
 pub(super) fn daemon(args: DaemonArgs) -> Result<()> {
@@ -47,6 +48,8 @@ pub(super) fn daemon(args: DaemonArgs) -> Result<()> {
         selection,
         defaults: CaptureArgs { arguments, ..CaptureArgs::default() },
     };
+    // Before there are threads.
+    sys::bound_arenas();
     let runtime =
         tokio::runtime::Builder::new_current_thread().enable_all().build().context("starting the runtime")?;
     runtime.block_on(async {
