@@ -6,6 +6,7 @@ use anyhow::{Context as _, Result, bail};
 
 use crate::{tidy::Tree, workspace};
 
+mod commands;
 mod decision;
 mod flags;
 mod metrics;
@@ -19,7 +20,8 @@ struct Part {
     make: fn(&Tree) -> Result<String>,
 }
 
-const PARTS: [Part; 6] = [
+const PARTS: [Part; 7] = [
+    Part { document: "docs/reference.md", name: "command flags", make: commands::flags },
     Part { document: "docs/reference.md", name: "capture options", make: flags::flags },
     Part { document: "docs/reference.md", name: "variables without a flag", make: flags::variables },
     Part { document: "docs/decision.md", name: "outbound rows", make: decision::outbound },

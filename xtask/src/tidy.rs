@@ -67,7 +67,7 @@ impl Tree {
         Ok(Self { files })
     }
 
-    fn with_extension<'a>(&'a self, extension: &str) -> impl Iterator<Item = (&'a Path, &'a str)> {
+    pub(crate) fn with_extension<'a>(&'a self, extension: &str) -> impl Iterator<Item = (&'a Path, &'a str)> {
         self.files
             .iter()
             .filter(move |(path, _)| path.extension().is_some_and(|found| found == extension))

@@ -1,50 +1,12 @@
-//! What the sources declare that users see: flags, variables, metrics, and the words of errors.
+//! What the sources declare that users see: the words of causes and reasons, and the values of the chart.
 
 use std::collections::BTreeSet;
 
 use serde_json::Value;
-use syn::{Attribute, Expr, ExprCall, ExprMethodCall, Field, ImplItemFn, ItemFn, Lit, LitStr, visit::Visit};
+use syn::{Expr, ExprCall, ExprMethodCall, ImplItemFn, ItemFn, Lit, LitStr, visit::Visit};
 
 /// Names, in order.
 pub(super) type Names = BTreeSet<String>;
-
-/// The long flags of clap's derived structs, each with its variable if it has one.
-pub(super) fn command_flags(source: &str) -> syn::Result<Vec<(String, Option<String>)>> {
-    let mut flags = FlagVisitor(Vec::new());
-    flags.visit_file(&syn::parse_file(source)?);
-    Ok(flags.0)
-}
-
-struct FlagVisitor(Vec<(String, Option<String>)>);
-
-impl Visit<'_> for FlagVisitor {
-    fn visit_field(&mut self, field: &Field) {
-        let arguments = field.attrs.iter().filter(|attribute| attribute.path().is_ident("arg"));
-        for attribute in arguments {
-            let name = field.ident.as_ref().map(|name| name.to_string().replace('_', "-"));
-            let (long, variable) = long_and_variable(attribute, name.unwrap_or_default());
-            self.0.extend(long.map(|long| (format!("--{long}"), variable)));
-        }
-    }
-}
-
-fn long_and_variable(attribute: &Attribute, field: String) -> (Option<String>, Option<String>) {
-    let (mut long, mut variable) = (None, None);
-    // What has another form is not looked at.
-    drop(attribute.parse_nested_meta(|meta| {
-        let value = match meta.value() {
-            Ok(value) => Some(value.parse::<Expr>()?),
-            Err(_) => None,
-        };
-        if meta.path.is_ident("long") {
-            long = Some(value.as_ref().and_then(text).unwrap_or_else(|| field.clone()));
-        } else if meta.path.is_ident("env") {
-            variable = value.as_ref().and_then(text);
-        }
-        Ok(())
-    }));
-    (long, variable)
-}
 
 /// The value of a literal text.
 pub(super) fn text(expression: &Expr) -> Option<String> {
@@ -147,27 +109,6 @@ mod tests {
 
     fn names(list: &[&str]) -> Names {
         list.iter().map(|&name| name.to_owned()).collect()
-    }
-
-    #[test]
-    fn flags_are_read_with_their_variables() {
-        let source = r#"
-            struct A {
-                /// Text
-                #[arg(long, value_name = "PATH", default_value = "/x", env = "A_PATH")]
-                pub(crate) cgroup_path: PathBuf,
-                #[arg(long = "other", global = true)]
-                b: bool,
-                #[arg(last = true)]
-                c: Vec<String>,
-                #[command(flatten)]
-                d: D,
-            }
-            enum E { F { #[arg(long, value_enum)] select: S } }
-        "#;
-        let expected = [("--cgroup-path", Some("A_PATH")), ("--other", None), ("--select", None)];
-        let expected = expected.map(|(flag, variable)| (flag.to_owned(), variable.map(str::to_owned)));
-        assert_eq!(command_flags(source).expect("read"), expected);
     }
 
     #[test]

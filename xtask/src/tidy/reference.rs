@@ -15,7 +15,6 @@ use crate::docs;
 const REFERENCE: &str = "docs/reference.md";
 const OPERATIONS: &str = "docs/operations.md";
 
-const COMMANDS: &str = "intercept-agent/src/cli.rs";
 const CAUSES: &str = "intercept-agent/src/daemon/cause.rs";
 const SIDECAR: &str = "intercept-agent/src/daemon/sidecar.rs";
 const FAILURES: &str = "intercept-common/src/failure.rs";
@@ -53,18 +52,12 @@ fn tables(tree: &Tree) -> Result<Vec<DocumentTable>, String> {
         source,
         names: names.into_iter().map(|name| (name, Vec::new())).collect(),
     };
-    let flags = read(tree, COMMANDS, inventory::command_flags)?;
-    let mut commands = BTreeMap::<String, Vec<String>>::new();
-    for (flag, variable) in flags {
-        commands.entry(flag).or_default().extend(variable);
-    }
     let causes = read(tree, CAUSES, |text| inventory::texts_of(text, "as_str"))?;
     let failures = Failure::ALL.iter().map(|failure| failure.as_str().to_owned()).collect();
     let ignored = read(tree, SIDECAR, |text| inventory::texts_of(text, "as_str"))?;
     let values = inventory::properties(&json(tree, SCHEMA)?);
     let alerts = text(tree, ALERTS)?.lines().filter_map(|line| line.trim().strip_prefix("- alert: "));
     Ok(vec![
-        DocumentTable { document: REFERENCE, heading: "Command flags", source: COMMANDS, names: commands },
         table(REFERENCE, "Chart values", SCHEMA, values),
         table(OPERATIONS, "Causes of errors", CAUSES, causes),
         table(OPERATIONS, "Failures inside the programs", FAILURES, failures),
