@@ -7,6 +7,8 @@ use std::{
     process::{Command, ExitCode},
 };
 
+use object::build::elf::{Builder, SectionData};
+
 #[path = "build/toolchain.rs"]
 mod toolchain;
 
@@ -46,8 +48,9 @@ fn build() -> Result<(), String> {
         let built = target_dir.join(TARGET).join("release").join(binary);
         let object = out_dir.join(binary).with_extension("o");
         let bytes = fs::read(&built).map_err(|error| format!("reading {}: {error}", built.display()))?;
-        fs::write(&object, plain_names(bytes))
-            .map_err(|error| format!("writing {}: {error}", object.display()))?;
+        let bytes = without_dwarf(&plain_names(bytes))
+            .map_err(|error| format!("removing DWARF from {}: {error}", built.display()))?;
+        fs::write(&object, bytes).map_err(|error| format!("writing {}: {error}", object.display()))?;
     }
     Ok(())
 }
@@ -125,6 +128,24 @@ fn path(variable: &str) -> Result<PathBuf, String> {
     env::var_os(variable)
         .map(PathBuf::from)
         .ok_or_else(|| format!("{variable} is not set: run this through cargo"))
+}
+
+/// Removes the debug information, of which the linker makes the BTF. It is four fifths of an object, and every attach would
+/// read its relocations.
+fn without_dwarf(object: &[u8]) -> Result<Vec<u8>, object::build::Error> {
+    let mut builder = Builder::read(object)?;
+    for section in &mut builder.sections {
+        section.delete = section.name.starts_with(b".debug_") || section.name.starts_with(b".rel.debug_");
+    }
+    // LLVM has the names of sections and symbols in one section, which the builder does not write.
+    let names = builder.sections.add();
+    names.name = b".shstrtab"[..].into();
+    names.sh_type = object::elf::SHT_STRTAB;
+    names.data = SectionData::SectionString;
+    builder.delete_orphans();
+    let mut bytes = Vec::new();
+    builder.write(&mut bytes)?;
+    Ok(bytes)
 }
 
 /// Replaces names of types that are not identifiers. The kernel refuses all types of an object with one ("[128] UNION

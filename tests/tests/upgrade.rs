@@ -7,12 +7,13 @@ use std::{
     panic::{AssertUnwindSafe, catch_unwind, resume_unwind},
     path::{Path, PathBuf},
     sync::atomic::{AtomicBool, AtomicUsize, Ordering},
+    time::{Duration, Instant},
 };
 
 use intercept_agent::facade::sys;
 use tests::{
     actor::{Actor, Bind, Dial, DialOutcome, Listen, Transport},
-    agent::Agent,
+    agent::{Agent, succeed},
     testbed::{Ids, Pod, PodSpec},
 };
 
@@ -32,6 +33,21 @@ fn programs(bpffs: &Path) -> Vec<String> {
     names
 }
 
+/// Waits until the kernel has added the last of a pod's routes, which would replace the policy.
+fn await_link_local_address(pod: &Pod) {
+    let deadline = Instant::now() + Duration::from_secs(10);
+    loop {
+        let mut ip = pod.command("ip").expect("a command");
+        ip.args(["-6", "addr", "show", "scope", "link"]);
+        let addresses = succeed(ip).expect("addresses");
+        if addresses.contains("fe80::") && !addresses.contains("tentative") {
+            return;
+        }
+        assert!(Instant::now() < deadline, "{addresses}");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+}
+
 #[test]
 fn programs_are_replaced_without_a_gap() {
     let agent = Agent::new("upgrade").expect("the agent");
@@ -43,6 +59,7 @@ fn programs_are_replaced_without_a_gap() {
         inside.listen(Listen { name: name.into(), transport: Transport::Tcp, bind }).expect("a proxy");
     }
     let attach = || agent.attach(&pod, &["-i", "*", "-b", "*", "-u", "1337"]).expect("attached");
+    await_link_local_address(&pod);
     assert!(attach().starts_with("attached"));
     let own = programs(agent.bpffs());
     assert_eq!(own.len(), 1, "{own:?}");
@@ -68,7 +85,8 @@ fn programs_are_replaced_without_a_gap() {
                 // As another build would leave them.
                 let version = version(agent.bpffs());
                 fs::rename(version.join(&own[0]), version.join(other)).expect("renamed");
-                assert!(attach().starts_with("unchanged"));
+                let said = attach();
+                assert!(said.starts_with("unchanged"), "{said}");
                 assert_eq!(programs(agent.bpffs()), own, "the other build's are gone");
             }
         }));
