@@ -358,7 +358,20 @@ fn a_pod_of_the_socket_is_captured_before_the_answer() {
         other => panic!("{other:?}"),
     }
     assert_eq!(ask(&daemon, marked(&[status])), done("captured"));
-    assert_eq!(agent.status().expect("status").as_array().map(Vec::len), Some(1));
+    let pods = agent.status().expect("status");
+    assert_eq!((pods.as_array().map(Vec::len), &pods[0]["acceleration"]), (Some(1), &Value::Null));
+
+    // A pod says itself whether its connections are joined, whatever the default of the node is.
+    for (value, default, state) in [("true", None, json!("on")), ("false", Some("--accelerate"), Value::Null)]
+    {
+        let DaemonRequest::Add(mut add) = marked(&[status, ("intercept/accelerate", value)]) else {
+            unreachable!("it is an ADD")
+        };
+        add.given.arguments.extend(default.map(str::to_owned));
+        let answer = ask(&daemon, DaemonRequest::Add(add));
+        assert!(matches!(answer, Response::Done(_)), "{answer:?}");
+        assert_eq!(agent.status().expect("status")[0]["acceleration"]["state"], state, "{value}");
+    }
 }
 
 #[test]

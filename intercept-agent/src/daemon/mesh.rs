@@ -6,7 +6,7 @@ use serde::Deserialize;
 
 use super::{
     desired::CaptureArgs,
-    sidecar::{AnnotationError, IgnoreReason, Ipv6, PodMetadata, PodVerdict, SidecarArgs},
+    sidecar::{self, AnnotationError, IgnoreReason, Ipv6, PodMetadata, PodVerdict, SidecarArgs},
     view::Certainty,
 };
 
@@ -221,6 +221,7 @@ impl MeshTable {
                 arguments.extend([(*flag).to_owned(), format!("{always}{value}")]);
             }
         }
+        arguments.extend(sidecar::switches(annotations)?);
         Ok(captured(arguments, defaults))
     }
 }
@@ -276,6 +277,7 @@ fn consul(
         arguments.extend([flag.to_owned(), value]);
     }
     arguments.extend(defaults.arguments.iter().cloned());
+    arguments.extend(sidecar::switches(annotations)?);
     Ok(captured(arguments, defaults))
 }
 

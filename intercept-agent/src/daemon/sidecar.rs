@@ -49,6 +49,11 @@ const EXCLUDE_INBOUND: &str = "traffic.sidecar.istio.io/excludeInboundPorts";
 /// Whether connections pass while the proxy does not listen. An annotation of this project.
 pub const OPEN: &str = "intercept/open-without-proxy";
 
+/// Whether connections with other proxies of the node are joined. An annotation of this project.
+pub const ACCELERATE: &str = "intercept/accelerate";
+/// The annotations of this project, which are true or false, and their flags.
+const SWITCHES: [(&str, &str); 2] = [(OPEN, "--open-without-proxy"), (ACCELERATE, "--accelerate")];
+
 /// Which pods of the node are considered, and the settings for all of them.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Selection {
@@ -217,7 +222,7 @@ impl AnnotationError {
 
 /// Whether a verdict depends on an annotation. The plugin does not pass on others.
 pub fn reads(annotation: &str) -> bool {
-    [STATUS, PROXY_CONFIG, INJECT, EXCLUDE_INBOUND, OPEN].contains(&annotation)
+    [STATUS, PROXY_CONFIG, INJECT, EXCLUDE_INBOUND, OPEN, ACCELERATE].contains(&annotation)
         || ANNOTATIONS.iter().any(|(name, ..)| *name == annotation)
         || mesh::reads(annotation)
 }
@@ -386,12 +391,7 @@ fn capture(
     for (flag, value) in annotated(annotations)? {
         arguments.extend([flag.to_owned(), value]);
     }
-    if let Some(value) = annotations.get(OPEN) {
-        let problem = || format!("`{value}` is neither true nor false; give true or false");
-        let open = parse_bool(value.trim());
-        let open = open.ok_or_else(|| AnnotationError::new(OPEN, problem()))?;
-        arguments.push(format!("--open-without-proxy={open}"));
-    }
+    arguments.extend(switches(annotations)?);
     if proxy.is_some_and(|proxy| proxy.is_set("ISTIO_META_DNS_CAPTURE")) {
         // All DNS, because the resolvers of a pod that does not run yet are unknown.
         arguments.extend(["--redirect-dns".to_owned(), "--capture-all-dns".to_owned()]);
@@ -400,6 +400,19 @@ fn capture(
     let ipv6 = if dual_stack { Ipv6::Always } else { selection.ipv6 };
     let given = CaptureArgs { arguments, environment: defaults.environment.clone() };
     Ok(PodVerdict::Capture(SidecarArgs { given, ipv6 }))
+}
+
+/// Returns the flags of this project's annotations.
+pub(super) fn switches(annotations: &BTreeMap<String, String>) -> Result<Vec<String>, AnnotationError> {
+    let mut arguments = Vec::new();
+    for (annotation, flag) in SWITCHES {
+        if let Some(value) = annotations.get(annotation) {
+            let problem = || format!("`{value}` is neither true nor false; give true or false");
+            let on = parse_bool(value.trim()).ok_or_else(|| AnnotationError::new(annotation, problem()))?;
+            arguments.push(format!("{flag}={on}"));
+        }
+    }
+    Ok(arguments)
 }
 
 /// Returns flags and values of the pod's annotations, all valid.

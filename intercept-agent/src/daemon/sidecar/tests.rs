@@ -66,12 +66,27 @@ fn each_annotation_is_its_flag() {
         ("istio.io/reroute-virtual-interfaces", "k6t-eth0", "-k k6t-eth0"),
         ("sidecar.istio.io/interceptionMode", "TPROXY", "-m TPROXY"),
         (OPEN, "true", "--open-without-proxy"),
+        (ACCELERATE, "true", "--accelerate"),
     ] {
         let base = "-u 1337 -g 1337 -i * -b * -d 15020,15021,15090 -o 15020";
         let expected = by_flags(&format!("{base} {flags}"));
         let got = config(&pod(&[(annotation, value)], &[proxy()]), &CaptureArgs::default());
         assert_eq!(got, expected, "{annotation}: {value}");
         assert_ne!(got, by_flags(base), "{annotation} changed nothing");
+    }
+}
+
+#[test]
+fn a_pod_can_switch_off_what_the_node_has_on() {
+    for (annotation, flag) in SWITCHES {
+        let defaults = CaptureArgs { arguments: vec![flag.to_owned()], ..CaptureArgs::default() };
+        let on = config(&pod(&[], &[proxy()]), &defaults);
+        let off = config(&pod(&[(annotation, "false")], &[proxy()]), &defaults);
+        assert_ne!(on, off, "{annotation}");
+        assert_eq!(off, config(&pod(&[], &[proxy()]), &CaptureArgs::default()), "{annotation}");
+        let error = decide(&pod(&[(annotation, "maybe")], &[proxy()]), &Selection::default(), &defaults);
+        let text = error.expect_err("neither").to_string();
+        assert!(text.contains(annotation) && text.contains("maybe"), "{text}");
     }
 }
 
