@@ -17,7 +17,10 @@ use aya::{
 use aya_obj::generated::bpf_attach_type;
 use intercept_common::{
     Slot,
-    acceleration::{JOIN_COUNTER_COUNT, JoinCount, JoinCounters, JoinSocket, PodCell, ProxyName, TcpReason},
+    acceleration::{
+        JOIN_COUNTER_COUNT, JoinCount, JoinCounters, JoinOffer, JoinSocket, PodCell, ProxyName, SequenceKey,
+        TcpReason,
+    },
     names,
 };
 
@@ -103,6 +106,7 @@ pub struct Counted {
 pub struct Acceleration {
     pods: Array<MapData, u64>,
     proxies: HashMap<MapData, Plain<ProxyName>, u32>,
+    offers: HashMap<MapData, Plain<SequenceKey>, Plain<JoinOffer>>,
     off: Array<MapData, u32>,
     counters: PerCpuArray<MapData, Plain<JoinCounters>>,
     sockets: SkStorage<MapData, Plain<JoinSocket>>,
@@ -129,6 +133,7 @@ impl Acceleration {
         Ok(Self {
             pods: open(&maps, names::JOIN_PODS, Map::Array)?,
             proxies: open(&maps, names::JOIN_PROXIES, Map::HashMap)?,
+            offers: open(&maps, names::JOIN_OFFERS, Map::HashMap)?,
             off: open(&maps, names::JOIN_OFF, Map::Array)?,
             counters: open(&maps, names::JOIN_COUNTERS, Map::PerCpuArray)?,
             sockets: open(&maps, names::JOIN_SOCKETS, Map::SkStorage)?,
@@ -180,6 +185,24 @@ impl Acceleration {
                 .map_err(map_failed("switching off a pod in", names::JOIN_PODS))?;
         }
         self.forget_proxies(|name| name.netns == pod.netns)
+    }
+
+    /// Removes the offers of a pod's connections. Their sockets do so when they close, but only while the pod's link exists.
+    pub fn withdraw_offers(&mut self, pod: PodCell) -> Result<(), AccelerationError> {
+        let keys: Vec<_> = self
+            .offers
+            .iter()
+            .filter_map(Result::ok)
+            .filter(|(_, offer)| offer.0.dialled.pod.netns == pod.netns)
+            .map(|(key, _)| key)
+            .collect();
+        for key in keys {
+            match self.offers.remove(&key) {
+                Ok(()) | Err(MapError::KeyNotFound) => {}
+                Err(error) => return Err(map_failed("removing an offer from", names::JOIN_OFFERS)(error)),
+            }
+        }
+        Ok(())
     }
 
     /// Whether joining is switched on for this pod. The node's switch is separate.
@@ -244,6 +267,9 @@ impl Acceleration {
     }
 }
 
+/// Maps of the other object that these programs use.
+const SHARED_MAPS: [&str; 3] = [names::POLICIES, names::EVENTS, names::TRACING];
+
 /// Loads the programs with the maps pinned in `maps`, which are created if they are missing, and pins them in
 /// `programs`. The sk_msg program is attached to JOIN_ENDS.
 fn load_programs(maps: &Path, programs: &Path) -> Result<(), AccelerationError> {
@@ -253,7 +279,7 @@ fn load_programs(maps: &Path, programs: &Path) -> Result<(), AccelerationError> 
         loader.override_global(name, offset, true);
     }
     let paths: Vec<_> =
-        names::JOIN_MAPS.iter().chain(&[names::POLICIES]).map(|name| (*name, maps.join(name))).collect();
+        names::JOIN_MAPS.iter().chain(&SHARED_MAPS).map(|name| (*name, maps.join(name))).collect();
     for (name, path) in &paths {
         loader.map_pin_path(name, path.as_path());
     }

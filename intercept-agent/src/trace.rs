@@ -9,6 +9,7 @@ use std::{
 use aya::maps::{Array, Map, MapData, MapError, RingBuf};
 use intercept_common::{
     ProxyListener, Reason, Verdict,
+    acceleration::{JoinCount, TcpReason},
     layout::{Event, container},
     names,
 };
@@ -172,8 +173,9 @@ impl Printer {
     /// Returns the line for an event, with a name for its pod.
     pub fn line(&self, event: &Event, pod: Option<String>) -> Line {
         let inbound = event.inbound != 0;
-        let reason = Reason::ALL.get(usize::from(event.reason)).copied();
-        let owned = |value: u32| (!inbound).then_some(value);
+        let (verdict, reason) = outcome(event);
+        let is_owned = !inbound && event.acceleration == 0;
+        let owned = |value: u32| is_owned.then_some(value);
         Line {
             time: (self.boot + Duration::from_nanos(event.time)).as_secs_f64(),
             netns_cookie: event.netns,
@@ -189,18 +191,15 @@ impl Printer {
             destination: event.dst.into(),
             destination_port: event.dst_port,
             pid: owned(event.pid),
-            process: (!inbound).then(|| process(event)),
+            process: match is_owned {
+                true => Some(process(event)),
+                false => Some(name(event)).filter(|name| !name.is_empty()),
+            },
             uid: owned(event.uid),
             gid: owned(event.gid),
             container: container_kind(event.container),
-            verdict: match reason.map(Reason::verdict) {
-                None => "unknown",
-                Some(Verdict::Pass) => "leave",
-                Some(Verdict::Redirect(ProxyListener::Outbound)) => "outbound_port",
-                Some(Verdict::Redirect(ProxyListener::Inbound)) => "inbound_port",
-                Some(Verdict::Redirect(ProxyListener::Dns)) => "dns_port",
-            },
-            reason: reason.map_or("unknown", Reason::as_str),
+            verdict,
+            reason,
         }
     }
 }
@@ -220,14 +219,36 @@ fn container_kind(bits: u8) -> Option<&'static str> {
     }
 }
 
+/// Verdict and reason of a decision, or what became of a connection between proxies.
+fn outcome(event: &Event) -> (&'static str, &'static str) {
+    let Some(counter) = event.acceleration.checked_sub(1) else {
+        let reason = Reason::ALL.get(usize::from(event.reason)).copied();
+        let verdict = match reason.map(Reason::verdict) {
+            None => "unknown",
+            Some(Verdict::Pass) => "leave",
+            Some(Verdict::Redirect(ProxyListener::Outbound)) => "outbound_port",
+            Some(Verdict::Redirect(ProxyListener::Inbound)) => "inbound_port",
+            Some(Verdict::Redirect(ProxyListener::Dns)) => "dns_port",
+        };
+        return (verdict, reason.map_or("unknown", Reason::as_str));
+    };
+    let verdict = if counter == JoinCount::Joined as u32 { "joined" } else { "tcp" };
+    let connections = JoinCount::ALL.iter().map(|count| count.as_str());
+    let mut words = connections.chain(TcpReason::ALL.iter().map(|reason| reason.as_str()));
+    (verdict, usize::try_from(counter).ok().and_then(|counter| words.nth(counter)).unwrap_or("unknown"))
+}
+
 /// Returns the name of the process, or that of the thread if the process is gone.
 fn process(event: &Event) -> String {
     let name = fs::read_to_string(format!("/proc/{}/comm", event.pid)).ok();
     let name = name.map(|name| name.trim_end().to_owned());
-    name.unwrap_or_else(|| {
-        let end = event.comm.iter().position(|byte| *byte == 0).unwrap_or(event.comm.len());
-        String::from_utf8_lossy(&event.comm[..end]).into_owned()
-    })
+    name.unwrap_or_else(|| self::name(event))
+}
+
+/// Returns the name in the event: of the thread, or the beginning of a refused proxy's executable.
+fn name(event: &Event) -> String {
+    let end = event.comm.iter().position(|byte| *byte == 0).unwrap_or(event.comm.len());
+    String::from_utf8_lossy(&event.comm[..end]).into_owned()
 }
 
 impl fmt::Display for Line {
@@ -245,6 +266,9 @@ impl fmt::Display for Line {
                 if let Some(container) = self.container {
                     write!(f, "in the {container} container ")?;
                 }
+            }
+            (Some(process), ..) => {
+                write!(f, "{} {} ", OneLine(process), end(&self.source, self.source_port))?;
             }
             _ => write!(f, "{} ", end(&self.source, self.source_port))?,
         }
@@ -281,7 +305,7 @@ mod tests {
             inbound: 0,
             container: 0,
             comm,
-            reserved2: 0,
+            acceleration: 0,
         }
     }
 
@@ -306,6 +330,28 @@ mod tests {
         }
         let json = serde_json::to_value(printer.line(&event(), None)).expect("json");
         assert!(json.get("container").is_none(), "{json}");
+    }
+
+    #[test]
+    fn an_event_of_a_connection_between_proxies_says_what_became_of_it() {
+        let printer = Printer { boot: Duration::ZERO };
+        let of = |counter: usize| Event {
+            acceleration: u32::try_from(counter + 1).expect("few"),
+            src: addr("10.71.0.2"),
+            src_port: 5555,
+            pid: 0,
+            comm: [0; 16],
+            ..event()
+        };
+        let line = |event: &Event| printer.line(event, Some("shop/cart".into())).to_string();
+        let begin = "1.500000 shop/cart outbound tcp 10.71.0.2:5555 -> 10.96.0.1:80";
+        assert_eq!(line(&of(JoinCount::Joined as usize)), format!("{begin} joined (joined)"));
+        let latched = of(JoinCount::ALL.len() + TcpReason::Bytes as usize);
+        assert_eq!(line(&latched), format!("{begin} tcp (unread_bytes)"));
+        let mut refused = of(JoinCount::RefusedProxy as usize);
+        refused.comm[..4].copy_from_slice(b"curl");
+        let begin = "1.500000 shop/cart outbound tcp curl 10.71.0.2:5555 -> 10.96.0.1:80";
+        assert_eq!(line(&refused), format!("{begin} tcp (refused_proxy)"));
     }
 
     #[test]

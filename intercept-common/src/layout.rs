@@ -349,6 +349,9 @@ impl ReasonCounters {
     }
 }
 
+/// Bytes of EVENTS.
+pub const EVENTS_SIZE: u32 = 1 << 20;
+
 /// Record of EVENTS.
 #[derive(Clone, Copy, Pod, Zeroable, PartialEq, Eq, Debug)]
 #[repr(C)]
@@ -371,7 +374,7 @@ pub struct Event {
     pub uid: u32,
     /// As `uid`.
     pub gid: u32,
-    /// Discriminant of [`crate::Reason`].
+    /// Discriminant of [`crate::Reason`], for a decision.
     pub reason: u8,
     /// IPPROTO_TCP (6) or IPPROTO_UDP (17).
     pub protocol: u8,
@@ -381,8 +384,9 @@ pub struct Event {
     pub container: u8,
     /// Name of the task, padded with NUL; empty for inbound flows.
     pub comm: [u8; 16],
-    /// Zero.
-    pub reserved2: u32,
+    /// 0 for a decision. Otherwise what became of a connection between proxies: 1 and the index of its counter in
+    /// [`crate::acceleration::JoinCounters`].
+    pub acceleration: u32,
 }
 
 const _: () = {

@@ -11,8 +11,9 @@ use aya_ebpf::{
 use intercept_common::{
     Addr, NetnsCookie, PolicyId, Slot,
     layout::{
-        ConnKey, Destination, DestinationKey, HANDSHAKES as HANDSHAKE_COUNT, Handshake, ListenerKey,
-        LookupScratch, MAX_PODS, MemberKey, OrigDst, PodPolicy, PortKey, Proxy, ReasonCounters, budget,
+        ConnKey, Destination, DestinationKey, EVENTS_SIZE, HANDSHAKES as HANDSHAKE_COUNT, Handshake,
+        ListenerKey, LookupScratch, MAX_PODS, MemberKey, OrigDst, PodPolicy, PortKey, Proxy, ReasonCounters,
+        budget,
     },
 };
 
@@ -48,7 +49,7 @@ static PROXY_STATE: Array<Proxy> = Array::with_max_entries(MAX_PODS, BPF_F_MMAPA
 #[map]
 static COUNTERS: PerCpuArray<ReasonCounters> = PerCpuArray::with_max_entries(MAX_PODS, 0);
 #[map]
-static EVENTS: RingBuf = RingBuf::with_byte_size(1 << 20, 0);
+static EVENTS: RingBuf = RingBuf::with_byte_size(EVENTS_SIZE, 0);
 #[map]
 static TRACING: Array<u32> = Array::with_max_entries(1, 0);
 

@@ -77,7 +77,7 @@ pub(crate) fn outbound(netns: NetnsCookie, pod: &PodPolicy, flow: &OutboundFlow,
             inbound: 0,
             container: flow.container as u8,
             comm,
-            reserved2: 0,
+            acceleration: 0,
         });
     }
 }
@@ -102,7 +102,7 @@ pub(crate) fn inbound(pod: &PodPolicy, conn: &ConnKey, reason: PackedReason) {
             inbound: 1,
             container: 0,
             comm: [0; 16],
-            reserved2: 0,
+            acceleration: 0,
         });
     }
 }

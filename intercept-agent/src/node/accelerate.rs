@@ -87,7 +87,7 @@ impl Node {
                 source,
             })?;
         }
-        Ok(())
+        acceleration.withdraw_offers(cell(cookie, slot))
     }
 
     /// Replaces the programs of an accelerated pod with this build's. If they cannot be loaded, the pod is no longer

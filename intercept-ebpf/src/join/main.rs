@@ -17,6 +17,7 @@ mod message;
 #[path = "../object.rs"]
 #[cfg(target_arch = "bpf")]
 mod object;
+mod observe;
 #[path = "../owner.rs"]
 mod owner;
 mod pair;

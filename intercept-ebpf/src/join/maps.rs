@@ -9,18 +9,16 @@ use aya_ebpf::{
     },
     helpers::{
         bpf_get_netns_cookie,
-        generated::{bpf_get_socket_cookie, bpf_sk_storage_delete, bpf_sk_storage_get},
+        generated::{bpf_get_socket_cookie, bpf_ktime_get_ns, bpf_sk_storage_delete, bpf_sk_storage_get},
     },
     macros::{btf_map, map},
-    maps::{Array, HashMap, PerCpuArray, SockHash},
+    maps::{Array, HashMap, PerCpuArray, RingBuf, SockHash},
     programs::{SkMsgContext, SockOpsContext},
 };
 use intercept_common::{
     NetnsCookie,
-    acceleration::{
-        HINTS, JoinCount, JoinCounters, JoinOffer, JoinSocket, PodCell, ProxyName, SequenceKey, TcpReason,
-    },
-    layout::{MAX_PODS, PodPolicy},
+    acceleration::{HINTS, JoinCounters, JoinOffer, JoinSocket, PodCell, ProxyName, SequenceKey},
+    layout::{EVENTS_SIZE, Event, MAX_PODS, PodPolicy},
 };
 
 /// Most concurrent connections between proxies on the node, and most pending offers.
@@ -44,6 +42,10 @@ static JOIN_PODS: Array<NetnsCookie> = Array::with_max_entries(MAX_PODS, 0);
 static JOIN_PROXIES: HashMap<ProxyName, u32> = HashMap::with_max_entries(FEW, BPF_F_NO_PREALLOC);
 #[map]
 static JOIN_OFF: Array<u32> = Array::with_max_entries(1, 0);
+#[map]
+static EVENTS: RingBuf = RingBuf::with_byte_size(EVENTS_SIZE, 0);
+#[map]
+static TRACING: Array<u32> = Array::with_max_entries(1, 0);
 #[map]
 static JOIN_COUNTERS: PerCpuArray<JoinCounters> = PerCpuArray::with_max_entries(MAX_PODS, 0);
 
@@ -190,20 +192,28 @@ pub(crate) fn is_known(name: &ProxyName) -> bool {
     unsafe { JOIN_PROXIES.get(name) }.is_some()
 }
 
-/// Counts an event of a pod.
+/// Whether `trace` runs.
 #[inline(always)]
-pub(crate) fn count(pod: &PodCell, what: JoinCount) {
-    add(pod, what as usize);
+pub(crate) fn tracing() -> bool {
+    TRACING.get(0).is_some_and(|&on| on != 0)
 }
 
-/// Counts a connection that changes to TCP.
+/// Nanoseconds of `CLOCK_MONOTONIC`.
 #[inline(always)]
-pub(crate) fn count_pass(pod: &PodCell, why: TcpReason) {
-    add(pod, JoinCount::ALL.len() + why as usize);
+pub(crate) fn now() -> u64 {
+    // SAFETY: takes no argument.
+    unsafe { bpf_ktime_get_ns() }
 }
 
+/// Passes an event to `trace`. A slow reader loses events; connections do not wait for it.
 #[inline(always)]
-fn add(pod: &PodCell, index: usize) {
+pub(crate) fn emit(event: &Event) {
+    let _full = EVENTS.output::<Event>(event, 0);
+}
+
+/// Adds one to a counter of a pod.
+#[inline(always)]
+pub(crate) fn count(pod: &PodCell, index: usize) {
     if let Some(counters) = JOIN_COUNTERS.get_ptr_mut(pod.slot.0) {
         // SAFETY: this CPU's own value. A program that interrupts this one can lose a count, nothing more.
         unsafe {

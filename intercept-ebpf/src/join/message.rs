@@ -7,12 +7,15 @@ use aya_ebpf::{
     bindings::{bpf_sock, sk_msg_md},
     programs::SkMsgContext,
 };
-use intercept_common::acceleration::{JoinSocket, MAX_UNREAD_BYTES, MAX_UNREAD_MESSAGES, TcpReason, kind};
+use intercept_common::acceleration::{
+    JoinSocket, MAX_UNREAD_BYTES, MAX_UNREAD_MESSAGES, SequenceKey, TcpReason, kind,
+};
 
 use crate::{
     context::load,
     kernel::{Reader, Sender},
     maps,
+    observe::{self, Side},
 };
 
 /// A process sends; the socket's lock is held.
@@ -23,8 +26,11 @@ pub(crate) fn send(ctx: &SkMsgContext) {
         return;
     }
     let Some(socket) = maps::socket(sk) else { return };
-    if socket.kind != kind::PAIRED && !is_answered(socket) {
-        return;
+    if socket.kind != kind::PAIRED {
+        if !is_answered(socket) {
+            return;
+        }
+        observe::found_peer(ctx, &socket.pod);
     }
     let size = load!(load_u32, sk_msg_md, ctx.msg, size);
     let verdict = match check(sk, socket, size) {
@@ -40,11 +46,17 @@ pub(crate) fn send(ctx: &SkMsgContext) {
         }
         Err(why) => {
             if socket.last == JoinSocket::JOINED {
-                maps::count_pass(&socket.pod, why);
+                observe::changes_to_tcp(ctx, &socket.pod, side(socket), why);
             }
             socket.last = why as u32;
         }
     }
+}
+
+/// Only the connecting end has made an offer.
+#[inline(always)]
+fn side(socket: &JoinSocket) -> Side {
+    if socket.sequence == SequenceKey::default() { Side::Accepted } else { Side::Dialled }
 }
 
 /// Whether the connecting end has a peer: it looks for the answer to its offer here.

@@ -24,7 +24,9 @@ use intercept_common::{
 
 use crate::{
     context::{self, AF_INET6, load},
-    maps, proxy,
+    maps,
+    observe::{self, Side},
+    proxy,
 };
 
 /// Dispatches a callback. The kernel makes many others, which must cost nothing.
@@ -118,7 +120,7 @@ fn dial(ctx: &SockOpsContext) {
     if context::callback_ends(ctx.ops).remote.is_loopback() {
         return;
     }
-    if proxy::made(sk, &pod, policy) {
+    if proxy::made(ctx, sk, &pod, policy, Side::Dialled) {
         let _no_memory =
             maps::new_socket(sk, &mut JoinSocket { kind: kind::DIALLING, pod, ..JoinSocket::default() });
     }
@@ -147,7 +149,7 @@ fn dialled(ctx: &SockOpsContext) {
     let offer = JoinOffer { dialled: end, accepted: JoinEnd::default() };
     // The offer comes last: the peer is established by the ACK that is sent after this callback.
     if !maps::add_end(ctx, end.cookie) || !maps::add_offer(&sequence, &offer) {
-        maps::count(&end.pod, JoinCount::RefusedFull);
+        observe::connection(&end.pod, &ends, Side::Dialled, JoinCount::RefusedFull, observe::NO_NAME);
         return;
     }
     socket.kind = kind::OFFERED;
@@ -176,15 +178,16 @@ fn accepted(ctx: &SockOpsContext) {
         return;
     }
     offer.accepted = JoinEnd { sock: sk as u64, cookie: maps::socket_cookie(ctx), pod: socket.pod };
+    let ends = context::callback_ends(ctx.ops);
     if !maps::add_end(ctx, offer.accepted.cookie) {
-        maps::count(&socket.pod, JoinCount::RefusedFull);
+        observe::connection(&socket.pod, &ends, Side::Accepted, JoinCount::RefusedFull, observe::NO_NAME);
         return;
     }
     if maps::answer_offer(&sequence, &offer) {
         socket.kind = kind::PAIRED;
         socket.peer = offer.dialled;
-        maps::count(&socket.pod, JoinCount::Joined);
-        maps::count(&offer.dialled.pod, JoinCount::Joined);
+        observe::connection(&socket.pod, &ends, Side::Accepted, JoinCount::Joined, observe::NO_NAME);
+        maps::count(&offer.dialled.pod, JoinCount::Joined as usize);
     }
 }
 
@@ -224,7 +227,7 @@ fn listen(ctx: &SockOpsContext) {
     if port != policy.inbound_port {
         return;
     }
-    if proxy::made(sk, &pod, policy) {
+    if proxy::made(ctx, sk, &pod, policy, Side::Accepted) {
         let _no_memory =
             maps::new_socket(sk, &mut JoinSocket { kind: kind::LISTENER, pod, ..JoinSocket::default() });
     } else {

@@ -8,7 +8,13 @@ use intercept_common::{
     layout::{MAX_OWNERS, PodPolicy},
 };
 
-use crate::{container, context::TCP, kernel, maps, owner};
+use crate::{
+    container,
+    context::{self, TCP},
+    kernel, maps,
+    observe::{self, Side},
+    owner,
+};
 
 /// The pod of a callback, if it is accelerated.
 #[inline(always)]
@@ -21,7 +27,13 @@ pub(crate) fn pod(ctx: &SockOpsContext) -> Option<(PodCell, &'static PodPolicy)>
 
 /// Whether the running task is an accepted proxy of the pod and the socket has one of the proxy's owners.
 #[inline(always)]
-pub(crate) fn made(sk: *mut bpf_sock, pod: &PodCell, policy: &PodPolicy) -> bool {
+pub(crate) fn made(
+    ctx: &SockOpsContext,
+    sk: *mut bpf_sock,
+    pod: &PodCell,
+    policy: &PodPolicy,
+    side: Side,
+) -> bool {
     let owner = owner::of(sk, TCP);
     if !is_listed(&policy.uids, policy.uid_count, owner.uid)
         && !is_listed(&policy.gids, policy.gid_count, owner.gid)
@@ -34,7 +46,11 @@ pub(crate) fn made(sk: *mut bpf_sock, pod: &PodCell, policy: &PodPolicy) -> bool
     let name = ProxyName { netns: pod.netns, name: kernel::executable() };
     let known = maps::is_known(&name);
     if !known {
-        maps::count(pod, JoinCount::RefusedProxy);
+        let mut beginning = observe::NO_NAME;
+        let length = beginning.len();
+        beginning.copy_from_slice(&name.name[..length]);
+        let ends = context::callback_ends(ctx.ops);
+        observe::connection(pod, &ends, side, JoinCount::RefusedProxy, beginning);
     }
     known
 }
