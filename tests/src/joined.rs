@@ -1,6 +1,10 @@
 //! Two pods with a node between them, and the sockets of their proxies in the hands of a test: made inside a pod, by its
 //! proxy's user, and then passed on, so that one thread can do with both ends what it likes.
 
+pub mod cases;
+pub mod churn;
+pub mod envoys;
+
 use std::{
     ffi::OsStr,
     fs::File,
@@ -306,6 +310,39 @@ pub fn last(agent: &Agent, end: &TcpStream) -> Result<Option<TcpReason>> {
     let pass = TcpReason::ALL.iter().find(|pass| **pass as u32 == last).copied();
     ensure!(pass.is_some() || last == acceleration::JoinSocket::JOINED, "{last} is not a reason");
     Ok(pass)
+}
+
+/// Bytes that the maps of ends and offers use, as the kernel accounts them: they grow and shrink with their entries.
+pub fn footprint(agent: &Agent) -> Result<[u64; 2]> {
+    let memory = |name: &str| -> Result<u64> {
+        let map = MapData::from_pin(agent.store().join("maps").join(name))?;
+        let info = std::fs::read_to_string(format!("/proc/self/fdinfo/{}", map.fd().as_fd().as_raw_fd()))?;
+        let memory = info.lines().find_map(|line| line.strip_prefix("memlock:"));
+        Ok(memory.with_context(|| format!("no size of map {name}"))?.trim().parse()?)
+    };
+    Ok([memory(names::JOIN_ENDS)?, memory(names::JOIN_OFFERS)?])
+}
+
+/// Memory that the kernel charges to a socket: received, queued to be sent, and reserved.
+pub fn charged(end: &TcpStream) -> Result<u64> {
+    const RMEM_ALLOC: usize = 0;
+    const FWD_ALLOC: usize = 4;
+    const WMEM_QUEUED: usize = 5;
+    const BACKLOG: usize = 7;
+    let mut words = [0_u32; 9];
+    let mut length = libc::socklen_t::try_from(size_of_val(&words))?;
+    // SAFETY: the kernel writes no more than the length says, into an array that outlives the call.
+    let result = unsafe {
+        libc::getsockopt(
+            end.as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_MEMINFO,
+            words.as_mut_ptr().cast(),
+            &raw mut length,
+        )
+    };
+    ensure!(result == 0, "asking for SO_MEMINFO: {}", io::Error::last_os_error());
+    Ok([RMEM_ALLOC, FWD_ALLOC, WMEM_QUEUED, BACKLOG].iter().map(|at| u64::from(words[*at])).sum())
 }
 
 /// An option of a socket that is an int.

@@ -433,3 +433,29 @@ fn status_shows_the_active_acceleration_until_it_ends() {
     agent.detach_all().expect("detached");
     assert!(!agent.bpffs().join("intercept").exists());
 }
+
+#[test]
+fn the_cases_for_other_kernels_hold_here() {
+    let said = joined::cases::run().expect("they hold");
+    assert_eq!(said, "joined, 5 cases");
+}
+
+#[test]
+fn offers_go_with_the_option() {
+    let (agent, pods) = fixture("join-offers");
+    let before = joined::footprint(&agent).expect("the maps");
+    let listener = pods.listen(false).expect("a listener");
+    // The end that dialled learns of the other when it sends, which these do not.
+    let legs: Vec<_> =
+        (0..5).map(|_| pods.connect(&listener, PodPair::app(false)).expect("a connection")).collect();
+    let open = joined::footprint(&agent).expect("the maps");
+    assert!(open[0] > before[0] && open[1] > before[1], "{open:?}, before {before:?}");
+    agent.attach(&pods.dialler, &INIT_FLAGS).expect("attached");
+    drop(legs);
+    let deadline = Instant::now() + joined::PATIENCE;
+    while joined::footprint(&agent).expect("the maps") != before {
+        let now = joined::footprint(&agent).expect("the maps");
+        assert!(Instant::now() < deadline, "{now:?} bytes in the maps, before {before:?}");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}

@@ -19,15 +19,26 @@ pub(crate) struct SoakArgs {
     /// Decides every choice [default: the time]
     #[arg(long)]
     seed: Option<u64>,
+    /// Soak joined connections between proxies instead: many short ones, then Envoys
+    #[arg(long)]
+    accelerate: bool,
+    /// How many short connections --accelerate makes
+    #[arg(long, value_name = "N", requires = "accelerate")]
+    connections: Option<u64>,
 }
 
 /// Soaks; fails with the seed and what went wrong, or if anything is left on the machine.
 pub(crate) fn soak(arguments: &SoakArgs) -> Result<()> {
     setup::setup(&[Group::Base, Group::Test])?;
+    if arguments.accelerate {
+        setup::setup(&[Group::Envoy])?;
+    }
     let before = sweep::present();
     let options = [
         arguments.minutes.map(|minutes| format!("--minutes={minutes}")),
         arguments.seed.map(|seed| format!("--seed={seed}")),
+        arguments.accelerate.then(|| "--accelerate".to_owned()),
+        arguments.connections.map(|connections| format!("--connections={connections}")),
     ];
     let options: Vec<_> = options.into_iter().flatten().map(OsString::from).collect();
     let soaked = build::and_run("soak", &options);

@@ -46,6 +46,9 @@ struct DemoArguments {
     /// Run the cases that need no tools instead, or those whose names contain this
     #[arg(long, num_args = 0..=1, default_missing_value = "", value_name = "NAME")]
     cases: Option<String>,
+    /// Run the cases of joined connections instead, or see that this kernel is refused for them
+    #[arg(long, conflicts_with = "cases")]
+    joined: bool,
     /// See instead that this kernel, which lacks something, is refused as `check` says
     #[arg(long, conflicts_with = "cases")]
     refused: bool,
@@ -66,6 +69,7 @@ fn main() -> ExitCode {
             (cases::run(filter).map(|failed| failed == 0), "a case does not hold")
         }
         DemoArguments { refused: true, .. } => (refused(), ""),
+        DemoArguments { joined: true, .. } => (joined(), ""),
         _ => (demo(&options), "a flow did not go where it must"),
     };
     match done {
@@ -79,6 +83,11 @@ fn main() -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+fn joined() -> Result<bool> {
+    println!("{}", tests::joined::cases::run()?);
+    Ok(true)
 }
 
 fn refused() -> Result<bool> {

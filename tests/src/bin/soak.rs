@@ -2,9 +2,13 @@
 
 use std::{process::ExitCode, time::Duration};
 
-use anyhow::Result;
+use anyhow::{Result, ensure};
 use clap::{Parser, Subcommand};
 use tests::{
+    joined::{
+        churn::{Churned, churn, end::ChurnRole},
+        envoys,
+    },
     soak::{Options, hostile::process::Program, soak},
     testbed::sweep::sweep,
 };
@@ -19,6 +23,12 @@ struct Arguments {
     /// Decides every choice [default: the time]
     #[arg(long)]
     seed: Option<u64>,
+    /// Joined connections between proxies instead: many short ones, then Envoys that are disturbed for the time given
+    #[arg(long)]
+    accelerate: bool,
+    /// How many short connections --accelerate makes
+    #[arg(long, default_value_t = 100_000, requires = "accelerate")]
+    connections: u64,
     #[command(subcommand)]
     command: Option<Internal>,
 }
@@ -30,6 +40,13 @@ enum Internal {
     Hostile {
         /// What it does
         program: Program,
+    },
+    /// An end of short connections
+    #[command(hide = true)]
+    End {
+        /// Which end
+        #[command(subcommand)]
+        role: ChurnRole,
     },
 }
 
@@ -44,13 +61,33 @@ fn main() -> ExitCode {
 }
 
 fn run(arguments: Arguments) -> Result<()> {
-    if let Some(Internal::Hostile { program }) = arguments.command {
-        return program.run();
+    match arguments.command {
+        Some(Internal::Hostile { program }) => return program.run(),
+        Some(Internal::End { role }) => return role.run(),
+        None => {}
     }
     for path in sweep()? {
         println!("removed what a killed run left: {}", path.display());
     }
     let now = std::time::UNIX_EPOCH.elapsed().unwrap_or_default();
     let seed = arguments.seed.unwrap_or(now.as_secs());
-    soak(Options { duration: Duration::try_from_secs_f64(arguments.minutes * 60.0)?, seed })
+    let duration = Duration::try_from_secs_f64(arguments.minutes * 60.0)?;
+    if arguments.accelerate {
+        return soak_joined(arguments.connections, duration, seed);
+    }
+    soak(Options { duration, seed })
+}
+
+/// Short connections, and then Envoys. A number or a time of zero leaves that part out.
+fn soak_joined(connections: u64, duration: Duration, seed: u64) -> Result<()> {
+    println!("soak: seed {seed}, {connections} short connections, then {} s", duration.as_secs());
+    if connections > 0 {
+        let Churned { made, broken, joined } = churn(connections, seed)?;
+        println!("churn: {made} connections made, {joined} of them joined, {broken} broken, none crossed");
+        ensure!(broken * 1000 <= made, "{broken} of {made} connections ended early");
+    }
+    if !duration.is_zero() {
+        println!("soak: {}", envoys::soak(duration, seed));
+    }
+    Ok(())
 }

@@ -14,15 +14,15 @@ const PAGE: &str = "docs/compatibility.md";
 const BEGIN: &str = "<!-- kernels: written by `cargo xtask vm` -->\n";
 const END: &str = "<!-- end of kernels -->\n";
 const HEAD: &str = "\
-| Linux | architecture | release | `check` | demo | cases |
-|---|---|---|---|---|---|
+| Linux | architecture | release | `check` | demo | cases | `--accelerate` |
+|---|---|---|---|---|---|---|
 ";
 
 /// What came of one machine.
 pub(super) struct KernelRow {
     series: Series,
     architecture: Architecture,
-    cells: [String; 4],
+    cells: [String; 5],
 }
 
 impl KernelRow {
@@ -36,7 +36,7 @@ impl KernelRow {
         // What is missing is what is of interest.
         let check = step("check").map_or_else(|| "-".to_owned(), |step| step.last.replace("error: ", ""));
         let demo = if step("refusal").is_some() { cell("refusal") } else { cell("demo") };
-        let cells = [cell("kernel"), check, demo, cell("cases")];
+        let cells = [cell("kernel"), check, demo, cell("cases"), cell("joined")];
         Self { series: kernel.series, architecture: kernel.architecture, cells }
     }
 
@@ -81,7 +81,7 @@ mod tests {
     use super::*;
 
     fn row(series: &str, architecture: Architecture, demo: &str) -> KernelRow {
-        let cells = ["release", "all there", demo, "7 of 7"].map(str::to_owned);
+        let cells = ["release", "all there", demo, "7 of 7", "joined"].map(str::to_owned);
         KernelRow { series: series.parse().expect("a series"), architecture, cells }
     }
 
