@@ -6,7 +6,7 @@ use std::{
         Arc, Mutex, PoisonError,
         atomic::{AtomicU64, Ordering},
     },
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use anyhow::Result;
@@ -149,11 +149,25 @@ impl SteadyPod {
         Ok(())
     }
 
+    /// Waits for the port: a process that has just been forked still has the listener that was closed, until it executes
+    /// its program.
+    fn listen_on(&self, address: SocketAddr) -> Result<Listening> {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            match listen(&self.inside, "proxy", Ids::PROXY, address) {
+                Err(error) if Instant::now() < deadline && format!("{error:#}").contains("in use") => {
+                    std::thread::sleep(Duration::from_millis(10));
+                }
+                listening => return listening,
+            }
+        }
+    }
+
     fn listen(&self) -> Result<Vec<Listening>> {
         let mut all = Vec::new();
         for any in wildcards() {
             for port in [15001, 15006] {
-                all.push(listen(&self.inside, "proxy", Ids::PROXY, SocketAddr::new(any, port))?);
+                all.push(self.listen_on(SocketAddr::new(any, port))?);
             }
         }
         Ok(all)
