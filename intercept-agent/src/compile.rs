@@ -179,8 +179,10 @@ fn flags(config: &Config) -> u32 {
     set(config.include.loopback, policy::INCLUDES_LOOPBACK);
     set(config.open_without_proxy, policy::OPEN_WITHOUT_PROXY);
     set(config.without_ipv6, policy::WITHOUT_IPV6);
-    set(!config.proxy_cgroups.is_empty() || !config.exempt_cgroups.is_empty(), policy::CONTAINERS);
-    set(!config.proxy_cgroups.is_empty(), policy::PROXY_CONTAINER);
+    let tells_proxy = !config.proxy_cgroups.is_empty() || !config.proxy_containers.is_empty();
+    let exempts = !config.exempt_cgroups.is_empty() || !config.exempt_containers.is_empty();
+    set(tells_proxy || exempts, policy::CONTAINERS);
+    set(tells_proxy, policy::PROXY_CONTAINER);
     set(config.dns != Dns::Off, policy::DNS);
     set(config.dns == Dns::All, policy::DNS_ALL);
     set(matches!(config.owner_groups, OwnerGroups::Only(_)), policy::GROUPS_ONLY);

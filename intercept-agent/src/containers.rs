@@ -1,6 +1,12 @@
 //! The containers of a pod that its options name, as cgroups below the pod's.
 
-use std::path::PathBuf;
+mod named;
+
+use std::{
+    fs,
+    os::unix::fs::MetadataExt as _,
+    path::{Path, PathBuf},
+};
 
 use intercept_common::layout::{MAX_CONTAINERS, PodPolicy, container};
 use rustix::process::Pid;
@@ -54,19 +60,18 @@ pub enum ContainerError {
 }
 
 impl ContainerCgroups {
-    /// Opens the cgroups that `config` names, all of which must be below `pod`.
-    pub fn find(config: &Config, pod: &CgroupDir) -> Result<Self, ContainerError> {
-        let proxy = config.proxy_cgroups.iter().map(|path| (path, container::PROXY));
-        let exempt = config.exempt_cgroups.iter().map(|path| (path, container::EXEMPT));
+    /// Opens the cgroups that `config` names by path or container, all of which must be below `pod`. A container that
+    /// does not run has none. `uid` is the pod's, if it is one of Kubernetes.
+    pub fn find(config: &Config, pod: &CgroupDir, uid: Option<&str>) -> Result<Self, ContainerError> {
         let mut found = Self::default();
-        for (path, kind) in proxy.chain(exempt) {
-            let cgroup = CgroupDir::open(path)?;
+        for (path, kind) in paths(config, pod, uid)? {
+            let cgroup = CgroupDir::open(&path)?;
             if !cgroup.lineage()?.contains(&pod.id()) {
-                return Err(ContainerError::Outside { container: path.clone(), pod: pod.path().to_owned() });
+                return Err(ContainerError::Outside { container: path, pod: pod.path().to_owned() });
             }
             let level = cgroup.level()?;
             if !found.members.is_empty() && level != found.level {
-                return Err(ContainerError::Levels { container: path.clone(), level, other: found.level });
+                return Err(ContainerError::Levels { container: path, level, other: found.level });
             }
             found.level = level;
             found.members.push((cgroup.id(), kind));
@@ -87,14 +92,52 @@ impl ContainerCgroups {
     }
 }
 
+/// The cgroups that `config` names, with bits of `layout::container`.
+fn paths(config: &Config, pod: &CgroupDir, uid: Option<&str>) -> Result<Vec<(PathBuf, u32)>, CgroupError> {
+    let of = |paths: &[PathBuf], kind| paths.iter().map(|path| (path.clone(), kind)).collect::<Vec<_>>();
+    let mut paths = of(&config.proxy_cgroups, container::PROXY);
+    paths.extend(of(&config.exempt_cgroups, container::EXEMPT));
+    if config.names_containers() {
+        for child in named::children(pod, uid)? {
+            let is_in = |names: &[String]| child.name.as_ref().is_some_and(|name| names.contains(name));
+            let is_proxy = is_in(&config.proxy_containers);
+            let kind = if is_proxy { container::PROXY } else { container::EXEMPT };
+            if is_proxy || is_in(&config.exempt_containers) {
+                paths.push((child.path, kind));
+            }
+        }
+    }
+    Ok(paths)
+}
+
+/// The cgroups directly below a pod's and their first processes: it changes whenever a container comes or goes.
+pub fn fingerprint(pod: &Path) -> Vec<(u64, String)> {
+    let children = named::folders(pod).unwrap_or_default();
+    let mut found: Vec<_> = children
+        .iter()
+        .filter_map(|path| {
+            let processes = fs::read_to_string(path.join("cgroup.procs")).unwrap_or_default();
+            let first = processes.lines().next().unwrap_or_default().to_owned();
+            Some((fs::metadata(path).ok()?.ino(), first))
+        })
+        .collect();
+    found.sort_unstable();
+    found
+}
+
 /// The processes of the proxy's container. `None` if the options name no such container, so that any process of the pod may
 /// be the proxy.
-pub fn proxy_processes(config: &Config) -> Result<Option<Vec<Pid>>, CgroupError> {
-    if config.proxy_cgroups.is_empty() {
+pub fn proxy_processes(
+    config: &Config,
+    pod: &CgroupDir,
+    uid: Option<&str>,
+) -> Result<Option<Vec<Pid>>, CgroupError> {
+    if config.proxy_cgroups.is_empty() && config.proxy_containers.is_empty() {
         return Ok(None);
     }
     let mut processes = Vec::new();
-    for path in &config.proxy_cgroups {
+    let proxies = paths(config, pod, uid)?.into_iter().filter(|(_, kind)| *kind == container::PROXY);
+    for (path, _) in proxies {
         match CgroupDir::open(path).and_then(|cgroup| cgroup.processes()) {
             Ok(found) => processes.extend(found),
             // The container has ended since the options were validated.
@@ -126,7 +169,7 @@ mod tests {
         };
         let (proxy, init, deep) = (make(&pod, "proxy"), make(&pod, "init"), make(&pod, "init/deep"));
         let find = |proxy: &[PathBuf], exempt: &[PathBuf]| {
-            ContainerCgroups::find(&config(proxy, exempt), &pod.cgroup)
+            ContainerCgroups::find(&config(proxy, exempt), &pod.cgroup, None)
         };
         let id = |path: &PathBuf| CgroupDir::open(path).expect("a cgroup").id();
 

@@ -37,6 +37,14 @@ pub enum RecordOrigin {
 }
 
 impl RecordOrigin {
+    /// The pod's UID, of a pod of Kubernetes.
+    pub fn pod_uid(&self) -> Option<&str> {
+        match self {
+            Self::Pod { uid, .. } => Some(&uid.0),
+            Self::Command | Self::File { .. } => None,
+        }
+    }
+
     /// Its name for logs, if it has one.
     pub fn name(&self) -> Option<String> {
         match self {

@@ -19,6 +19,7 @@ use super::{
 use crate::{
     cgroup::{CgroupDir, CgroupError},
     confinement::explained,
+    containers,
     escape::OneLine,
     ids::NetnsCookie,
     netns::{Netns, NetnsError},
@@ -191,6 +192,8 @@ pub struct Captured {
     pub cost: Duration,
     /// The pod had no process when its user namespace was read.
     pub idle: bool,
+    /// The cgroups of its containers as they were before; `None` if its options name no container.
+    pub containers: Option<Vec<(u64, String)>>,
 }
 
 /// What was observed of a pod, ready to be attached.
@@ -201,6 +204,7 @@ pub struct Prepared {
     follower: Option<Follower>,
     connections: Option<usize>,
     idle: bool,
+    containers: Option<Vec<(u64, String)>>,
 }
 
 /// Observes a desired pod, on a thread of its own, so that a slow pod delays no other. `before` is the applied pod,
@@ -222,6 +226,7 @@ pub fn prepare(
     };
     let cookie = netns.cookie();
     // Before the observation, so that a process that starts meanwhile causes another one.
+    let containers = config.names_containers().then(|| containers::fingerprint(&desired.cgroup));
     let idle = cgroup.processes().is_ok_and(|processes| processes.is_empty());
     let target = Target { cgroup, netns, netns_path: desired.netns.clone(), origin: desired.origin.clone() };
     target
@@ -252,6 +257,7 @@ pub fn prepare(
             follower,
             connections,
             idle,
+            containers,
         })
 }
 
@@ -262,7 +268,7 @@ pub fn capture(
     before: Option<&AppliedPod>,
 ) -> Result<Captured, CaptureError> {
     let (started, before_cost) = (Instant::now(), processor_time());
-    let Prepared { target, config, mut observed, mut follower, connections, idle } = prepared;
+    let Prepared { target, config, mut observed, mut follower, connections, idle, containers } = prepared;
     let cookie = target.netns.cookie();
     let done = access.with(|node| {
         if let Some(before) = before.filter(|applied| applied.cookie != cookie) {
@@ -287,7 +293,16 @@ pub fn capture(
     };
     let preexisting_connections = connections.unwrap_or_default();
     let cost = processor_time().saturating_sub(before_cost);
-    Ok(Captured { done, applied, follower, preexisting_connections, took: started.elapsed(), cost, idle })
+    Ok(Captured {
+        done,
+        applied,
+        follower,
+        preexisting_connections,
+        took: started.elapsed(),
+        cost,
+        idle,
+        containers,
+    })
 }
 
 /// Processor time of the calling thread, which does not grow while another agent has the store's lock.

@@ -54,6 +54,9 @@ pub const ACCELERATE: &str = "intercept/accelerate";
 /// The annotations of this project, which are true or false, and their flags.
 const SWITCHES: [(&str, &str); 2] = [(OPEN, "--open-without-proxy"), (ACCELERATE, "--accelerate")];
 
+/// Containers whose outbound traffic is left alone. An annotation of this project.
+pub const EXEMPT: &str = "intercept/exempt-containers";
+
 /// Which pods of the node are considered, and the settings for all of them.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Selection {
@@ -222,7 +225,7 @@ impl AnnotationError {
 
 /// Whether a verdict depends on an annotation. The plugin does not pass on others.
 pub fn reads(annotation: &str) -> bool {
-    [STATUS, PROXY_CONFIG, INJECT, EXCLUDE_INBOUND, OPEN, ACCELERATE].contains(&annotation)
+    [STATUS, PROXY_CONFIG, INJECT, EXCLUDE_INBOUND, OPEN, ACCELERATE, EXEMPT].contains(&annotation)
         || ANNOTATIONS.iter().any(|(name, ..)| *name == annotation)
         || mesh::reads(annotation)
 }
@@ -428,6 +431,10 @@ fn annotated(annotations: &BTreeMap<String, String>) -> Result<Vec<(&'static str
         AnnotationError::check(EXCLUDE_INBOUND, "-d", value)?;
         let ports = value.split(',').map(str::trim).filter(|port| !port.is_empty()).chain(OWN_PORTS);
         flags.push(("-d", ports.collect::<Vec<_>>().join(",")));
+    }
+    if let Some(value) = annotations.get(EXEMPT) {
+        AnnotationError::check(EXEMPT, "--exempt-containers", value)?;
+        flags.push(("--exempt-containers", value.trim().to_owned()));
     }
     Ok(flags)
 }

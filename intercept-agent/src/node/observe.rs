@@ -34,7 +34,7 @@ impl Observation {
             let cgroup = target.cgroup.path().display().to_string();
             let ids = IdMaps::of_pod(&target.netns, &target.cgroup)
                 .map_err(|source| NodeError::UserNs { cgroup, source })?;
-            let containers = ContainerCgroups::find(config, &target.cgroup)?;
+            let containers = ContainerCgroups::find(config, &target.cgroup, target.origin.pod_uid())?;
             Ok(Self { snapshot, found, ids, containers })
         })?
     }

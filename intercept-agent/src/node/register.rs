@@ -50,7 +50,7 @@ impl Node {
                 "no process was found that has this listener; connections to it are refused until it is opened again"
             );
         }
-        let proxies = containers::proxy_processes(config)?;
+        let proxies = containers::proxy_processes(config, &target.cgroup, target.origin.pod_uid())?;
         let mut counts: BTreeMap<_, u32> = BTreeMap::new();
         for listener in &found.listeners {
             let Some(port) = policy.proxy_port(listener.port) else { continue };

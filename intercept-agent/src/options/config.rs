@@ -82,6 +82,12 @@ pub struct Config {
     /// Cgroups of containers whose outbound traffic is left alone. Sorted.
     #[serde(default)]
     pub exempt_cgroups: Vec<PathBuf>,
+    /// As `proxy_cgroups`, by the names that Kubernetes has for the containers. Sorted.
+    #[serde(default)]
+    pub proxy_containers: Vec<String>,
+    /// As `exempt_cgroups`, by name. Sorted.
+    #[serde(default)]
+    pub exempt_containers: Vec<String>,
 }
 
 /// How inbound connections reach the proxy.
@@ -207,7 +213,14 @@ impl Config {
             accelerate: Vec::new(),
             proxy_cgroups: Vec::new(),
             exempt_cgroups: Vec::new(),
+            proxy_containers: Vec::new(),
+            exempt_containers: Vec::new(),
         }
+    }
+
+    /// Whether containers are named, whose cgroups come and go with them.
+    pub fn names_containers(&self) -> bool {
+        !self.proxy_containers.is_empty() || !self.exempt_containers.is_empty()
     }
 }
 
@@ -293,6 +306,13 @@ impl fmt::Display for Config {
         }
         if !self.exempt_cgroups.is_empty() {
             line("containers left alone", joined_paths(&self.exempt_cgroups))?;
+        }
+        for (what, names) in
+            [("proxy container", &self.proxy_containers), ("exempt containers", &self.exempt_containers)]
+        {
+            if !names.is_empty() {
+                line(what, listed(names))?;
+            }
         }
         line(
             "inbound mode",

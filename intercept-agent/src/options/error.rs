@@ -78,6 +78,11 @@ pub enum OptionProblem {
     /// Not an absolute path.
     #[error("is not an absolute path; give the cgroup of a container, below the pod's")]
     CgroupPath,
+    /// Not the name of a container.
+    #[error(
+        "is not the name of a container; give lower-case letters, digits and `-`, 63 at most, as in istio-proxy"
+    )]
+    ContainerName,
     /// A range of ids.
     #[error("is a range of ids, which is not supported; list the ids one by one")]
     IdRange,

@@ -170,6 +170,17 @@ impl<'a> OptionReader<'a> {
         Ok(paths)
     }
 
+    pub(super) fn containers(&mut self, setting: &'static Setting) -> Result<Vec<String>, OptionError> {
+        let is_sound = |c: u8| c.is_ascii_lowercase() || c.is_ascii_digit() || c == b'-';
+        let mut names = self.list(setting, |item| match item {
+            name if name.len() <= 63 && name.bytes().all(is_sound) => Ok(name.to_owned()),
+            _ => Err(OptionProblem::ContainerName),
+        })?;
+        names.sort_unstable();
+        names.dedup();
+        Ok(names)
+    }
+
     pub(super) fn include(&mut self, setting: &'static Setting) -> Result<Cidrs, OptionError> {
         if let Some((_, "*")) = self.text(setting) {
             return Ok(Cidrs { all: true, ..Cidrs::default() });

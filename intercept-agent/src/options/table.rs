@@ -168,6 +168,15 @@ settings! {
                containers that need the network before the proxy runs")
         .bound(list!(config.exempt_cgroups, OptionReader::cgroups, joined_paths));
 
+    PROXY_CONTAINER = flag("proxy-container").variables(&["PROXY_CONTAINER"]).takes("NAMES")
+        .help("Not one of istio-iptables: as --proxy-cgroup, by the container's name in Kubernetes; the daemon follows it \
+               when it restarts")
+        .bound(list!(config.proxy_containers, OptionReader::containers, joined));
+
+    EXEMPT_CONTAINERS = flag("exempt-containers").variables(&["EXEMPT_CONTAINERS"]).takes("NAMES")
+        .help("Not one of istio-iptables: as --exempt-cgroup, by the containers' names in Kubernetes")
+        .bound(list!(config.exempt_containers, OptionReader::containers, joined));
+
     ACCELERATE = switch_flag("accelerate").variables(&["ACCELERATE"])
         .help("Not one of istio-iptables: join the proxy's connections with proxies of this node past TCP")
         .bound(FieldBinding {

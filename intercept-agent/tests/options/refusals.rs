@@ -21,6 +21,7 @@ fn refusals() {
             "31 bytes",
         ),
         ("--proxy-cgroup", "/cg/proxy,cg/other", "`cg/other`", "below the pod's"),
+        ("--proxy-container", "istio-proxy,Proxy", "`Proxy`", "name of a container"),
         ("--exempt-cgroup", "init", "`init`", "absolute path"),
         ("--envoy-port", "70000", "`70000`", "from 1 to 65535"),
         ("--envoy-port", "", "``", "from 1 to 65535"),

@@ -192,6 +192,8 @@ fn json_and_text_of_a_policy() {
         accelerate: vec!["envoy".to_owned(), "other".to_owned()],
         proxy_cgroups: vec!["/cg/proxy".into()],
         exempt_cgroups: vec!["/cg/init".into(), "/cg/other".into()],
+        proxy_containers: vec!["istio-proxy".to_owned()],
+        exempt_containers: vec!["a".to_owned(), "b".to_owned()],
         ..Config::default()
     };
     let json = serde_json::json!({
@@ -207,6 +209,7 @@ fn json_and_text_of_a_policy() {
         "dns": {"resolvers": ["10.96.0.10"]}, "open_without_proxy": true, "without_ipv6": true,
         "accelerate": ["envoy", "other"],
         "proxy_cgroups": ["/cg/proxy"], "exempt_cgroups": ["/cg/init", "/cg/other"],
+        "proxy_containers": ["istio-proxy"], "exempt_containers": ["a", "b"],
     });
     assert_eq!(serde_json::to_value(&config).expect("serialises"), json);
     let text = "\
@@ -217,6 +220,8 @@ proxy users               1337, 7
 proxy groups              1337
 proxy only in             /cg/proxy
 containers left alone     /cg/init,/cg/other
+proxy container           istio-proxy
+exempt containers         a, b
 inbound mode              TPROXY, mark 1337, table 133
 inbound ports             all but 15020:15021,15090
 interfaces left alone     net+

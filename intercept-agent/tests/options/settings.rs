@@ -126,6 +126,12 @@ fn every_setting_by_flag_and_variable() {
         ("", "--exempt-cgroup", "EXEMPT_CGROUP", "/cg/b, /cg/a,/cg/b", |c, _| {
             c.exempt_cgroups = vec!["/cg/a".into(), "/cg/b".into()];
         }),
+        ("", "--proxy-container", "PROXY_CONTAINER", "istio-proxy", |c, _| {
+            c.proxy_containers = vec!["istio-proxy".into()];
+        }),
+        ("", "--exempt-containers", "EXEMPT_CONTAINERS", "init-b,init-a", |c, _| {
+            c.exempt_containers = vec!["init-a".into(), "init-b".into()];
+        }),
         ("", "--network-namespace", "NETWORK_NAMESPACE", "/run/netns/a", |_, s| {
             s.network_namespace = Some("/run/netns/a".into());
         }),
@@ -393,7 +399,7 @@ fn help_is_complete() {
     }
     let command = CaptureCli::command();
     let flags: Vec<_> = command.get_arguments().filter(|arg| arg.get_id() != "help").collect();
-    assert_eq!(flags.len(), 41);
+    assert_eq!(flags.len(), 43);
     for flag in flags {
         let text = flag.get_help().expect("help").to_string();
         let long = flag.get_long().expect("a long flag");

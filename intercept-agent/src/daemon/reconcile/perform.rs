@@ -142,7 +142,8 @@ impl Reconciler {
 
     fn captured(&mut self, key: &Key, captured: Captured) {
         let Some(pod) = self.pods.get_mut(key) else { return };
-        let Captured { done, applied, follower, preexisting_connections, took, cost, idle } = captured;
+        let Captured { done, applied, follower, preexisting_connections, took, cost, idle, containers } =
+            captured;
         self.metrics.captured(done, took);
         if done != Attached::Unchanged {
             tracing::info!(
@@ -159,6 +160,7 @@ impl Reconciler {
                 );
             }
         }
+        pod.watch_containers(containers);
         if idle {
             pod.ids_to_confirm = CONFIRMATIONS;
         }

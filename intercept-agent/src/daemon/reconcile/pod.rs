@@ -7,6 +7,7 @@ use tokio::{sync::oneshot, task::JoinHandle};
 
 use super::machine::{Intent, MachineCommand, MachineContext, MachineEvent, PodMachine};
 use crate::{
+    containers,
     daemon::{
         capture::{AppliedPod, CaptureError},
         desired::Key,
@@ -17,6 +18,9 @@ use crate::{
     escape::OneLine,
     ids::NetnsCookie,
 };
+
+/// How often a pod is observed after one of its containers has started: for five seconds.
+const CONTAINER_LOOKS: u8 = 12;
 
 /// The answer to a request for a pod.
 pub type PodResult = Result<&'static str, PodFailure>;
@@ -102,6 +106,10 @@ pub(super) struct TrackedPod {
     /// Remaining checks of its ids, if it had no process when its user namespace was read: the first process may not
     /// have entered it yet.
     pub(super) ids_to_confirm: u8,
+    /// The cgroups of its containers when it was captured last; `None` if its options name no container.
+    containers: Option<Vec<(u64, String)>>,
+    /// How often it is still looked at because of a container that has come: its mounts may not have been made yet.
+    containers_to_confirm: u8,
     /// When the kernel last reported that its links are in place.
     pub(super) last_verified: Option<Instant>,
     /// Number of connections from before the capture.
@@ -137,6 +145,24 @@ impl TrackedPod {
         let confirms = self.ids_to_confirm > 0 && self.applied().is_some_and(AppliedPod::has_processes);
         self.ids_to_confirm -= u8::from(confirms);
         confirms
+    }
+
+    /// Remembers which containers there were when it was captured.
+    pub(super) fn watch_containers(&mut self, containers: Option<Vec<(u64, String)>>) {
+        if self.containers != containers {
+            self.containers_to_confirm = CONTAINER_LOOKS;
+        }
+        self.containers = containers;
+    }
+
+    /// Whether a container that the options may name has come or gone, or has come recently.
+    pub(super) fn confirms_containers(&mut self) -> bool {
+        let (Some(before), Some(applied)) = (&self.containers, self.machine.phase.applied()) else {
+            return false;
+        };
+        let confirms = self.containers_to_confirm > 0;
+        self.containers_to_confirm -= u8::from(confirms);
+        confirms || *before != containers::fingerprint(&applied.cgroup)
     }
 
     /// Stops following its namespace.

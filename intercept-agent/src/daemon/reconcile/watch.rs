@@ -38,7 +38,9 @@ impl Reconciler {
                 Some(Liveness::Alive) if pod.follow.is_none() && pod.machine.failure.is_none() => {
                     due.push(key.clone())
                 }
-                Some(Liveness::Alive) if pod.confirms_ids() => due.push(key.clone()),
+                Some(Liveness::Alive) if pod.confirms_ids() || pod.confirms_containers() => {
+                    due.push(key.clone())
+                }
                 _ => {}
             }
             if pod.machine.is_retry_due(now) {

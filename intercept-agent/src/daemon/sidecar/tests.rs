@@ -67,6 +67,7 @@ fn each_annotation_is_its_flag() {
         ("sidecar.istio.io/interceptionMode", "TPROXY", "-m TPROXY"),
         (OPEN, "true", "--open-without-proxy"),
         (ACCELERATE, "true", "--accelerate"),
+        (EXEMPT, "migrate, fetch", "--exempt-containers fetch,migrate"),
     ] {
         let base = "-u 1337 -g 1337 -i * -b * -d 15020,15021,15090 -o 15020";
         let expected = by_flags(&format!("{base} {flags}"));
