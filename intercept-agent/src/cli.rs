@@ -75,6 +75,8 @@ pub(crate) enum Command {
     Status(StatusArgs),
     /// Show how a flow would be decided, and by which row
     Explain(ExplainArgs),
+    /// Report which sockets of a captured pod go around the proxy, and why
+    Audit(AuditArgs),
     /// Check what this kernel supports; loads every program and removes it again
     Check(CheckArgs),
     /// Keep every pod of this node captured
@@ -418,6 +420,18 @@ pub(crate) struct ExplainArgs {
     /// Inbound: index of the interface that the flow arrives on
     #[arg(long, default_value_t = 0, value_name = "INDEX")]
     pub(crate) ifindex: u32,
+    /// Print JSON
+    #[arg(long)]
+    pub(crate) json: bool,
+    #[command(flatten)]
+    pub(crate) bpffs: Bpffs,
+}
+
+#[derive(Args)]
+pub(crate) struct AuditArgs {
+    /// Cgroup of the attached pod
+    #[arg(long, value_name = "PATH")]
+    pub(crate) cgroup_path: PathBuf,
     /// Print JSON
     #[arg(long)]
     pub(crate) json: bool,

@@ -2,6 +2,7 @@
 
 mod accelerate;
 mod attach;
+mod audit;
 mod check;
 mod cleanup;
 mod cni;
@@ -78,6 +79,7 @@ pub fn main() -> ExitCode {
 fn run(cli: Cli) -> Result<()> {
     match cli.command {
         Command::Attach(args) => attach::attach(args),
+        Command::Audit(args) => audit::audit(&args),
         Command::Detach(args) => detach::detach(&args),
         Command::Run(args) => run::run(args),
         Command::Status(args) => status::status(&args),

@@ -5,6 +5,7 @@
 )]
 
 mod acceleration;
+mod audit;
 mod btf;
 mod btf_offsets;
 mod cgroup;

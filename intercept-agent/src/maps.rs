@@ -347,6 +347,11 @@ impl Maps {
         Ok(purged + listeners.len())
     }
 
+    /// Whether the programs redirected this connection, or handed it to a listener.
+    pub fn is_redirected(&self, key: &ConnKey) -> bool {
+        self.orig_dst.get(&Plain(*key), 0).is_ok()
+    }
+
     fn originals(&self) -> Result<Vec<(ConnKey, OrigDst)>, MapsError> {
         entries(self.orig_dst.map(), names::ORIG_DST)
     }

@@ -7,7 +7,7 @@ use std::path::Path;
 use std::process::{Child, Stdio};
 use std::time::Duration;
 
-use intercept_agent::daemon::reconcile::PodState;
+use intercept_agent::facade::daemon::PodState;
 use tempfile::TempDir;
 use tests::actor::{Actor, Bind, Dial, DialOutcome, Listen, Transport};
 use tests::agent::Agent;

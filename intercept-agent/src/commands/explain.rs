@@ -29,7 +29,8 @@ struct Explanation {
     because: &'static str,
 }
 
-struct FromMaps<'a>(&'a Maps);
+/// The lookups of a decision, in the maps.
+pub(super) struct FromMaps<'a>(pub(super) &'a Maps);
 
 impl PolicyLookup for FromMaps<'_> {
     fn destination(&self, policy: PolicyId, addr: Addr) -> Destination {
