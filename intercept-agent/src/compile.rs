@@ -16,7 +16,7 @@ use intercept_common::{
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 
 use crate::{
-    options::{Config, DNS_PORT, Dns, InboundMode, InboundPorts, OwnerGroups, Ports},
+    options::{Config, Dns, InboundMode, InboundPorts, OwnerGroups, Ports},
     routes::{Interface, Reach, Route, RouteSnapshot},
     userns::{IdMap, IdMaps},
 };
@@ -108,7 +108,7 @@ pub fn compile(config: &Config, snapshot: &RouteSnapshot) -> Compiled {
         outbound_port: config.proxy_port,
         inbound_port: config.inbound_port,
         tunnel_port: config.tunnel_port,
-        dns_port: DNS_PORT,
+        dns_port: config.dns_port,
         tproxy_mark: if config.mode == InboundMode::Tproxy { config.tproxy_mark } else { 0 },
         max_connections: 0,
         uid_count,
@@ -183,7 +183,9 @@ fn flags(config: &Config) -> u32 {
     let exempts = !config.exempt_cgroups.is_empty() || !config.exempt_containers.is_empty();
     set(tells_proxy || exempts, policy::CONTAINERS);
     set(tells_proxy, policy::PROXY_CONTAINER);
+    set(config.without_self_capture, policy::WITHOUT_SELF_CAPTURE);
     set(config.dns != Dns::Off, policy::DNS);
+    set(config.dns != Dns::Off && config.dns_over_udp_only, policy::DNS_UDP_ONLY);
     set(config.dns == Dns::All, policy::DNS_ALL);
     set(matches!(config.owner_groups, OwnerGroups::Only(_)), policy::GROUPS_ONLY);
     set(matches!(config.owner_groups, OwnerGroups::Except(_)), policy::GROUPS_EXCEPT);
@@ -276,6 +278,8 @@ fn destinations(config: &Config, snapshot: &RouteSnapshot) -> Vec<(u32, Addr, De
     }
     said.extend(config.include.list.iter().map(|&net| (net, PrefixEffect::Bits(destination::INCLUDED))));
     said.extend(config.exclude.iter().map(|&net| (net, PrefixEffect::Bits(destination::EXCLUDED))));
+    let sources = config.exclude_sources.iter();
+    said.extend(sources.map(|&net| (net, PrefixEffect::Bits(destination::EXCLUDED_SOURCE))));
     said.push((config.loopback_v4.into(), PrefixEffect::Bits(destination::LOCALHOST)));
     said.push((
         IpNet::from(std::net::IpAddr::from(std::net::Ipv6Addr::LOCALHOST)),

@@ -20,8 +20,10 @@ pub mod compile {
 pub mod daemon {
     pub use crate::daemon::{
         desired::CaptureArgs,
+        mesh::Mesh,
         protocol::{Add, DEFAULT_SOCKET, DaemonRequest, Response, SandboxInfo, Select},
         reconcile::{PodFailure, PodReport, PodState},
+        sidecar::{Container, Ipv6, PodMetadata, PodVerdict, Selection, decide},
         socket,
     };
 }

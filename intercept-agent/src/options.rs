@@ -21,7 +21,7 @@ mod table;
 mod values;
 
 pub use config::{
-    Cidrs, Config, DNS_PORT, Dns, InboundMode, InboundPorts, MAX_OWNER_GROUPS, MAX_PROXY_IDS, MAX_RESOLVERS,
+    Cidrs, Config, Dns, InboundMode, InboundPorts, MAX_OWNER_GROUPS, MAX_PROXY_IDS, MAX_RESOLVERS,
     OwnerGroups, RunOptions,
 };
 pub use error::{OptionError, OptionProblem};

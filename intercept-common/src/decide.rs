@@ -161,6 +161,7 @@ pub fn tproxy_mark(
         && dst.flags & (destination::LO | destination::LOCALHOST) == destination::LO
         && !source(flow, dst).is_passthrough()
         && pod.may_be_proxy(flow.container)
+        && pod.flags & policy::WITHOUT_SELF_CAPTURE == 0
         && lookup.owner(pod, flow.owner) != 0
         && matches!(inbound_port_reason(pod, flow.dst_port, lookup).verdict(), Verdict::Redirect(_));
     match (is_marked, flow.dst.is_loopback()) {
@@ -289,7 +290,8 @@ pub fn outbound_reason(
         return Reason::Passthrough;
     }
     // 4 and 5. Row b of the first id ends the walk for all that come later, so the order of -u counts.
-    let loops_back = lo && !localhost && tcp && flow.dst_port != pod.tunnel_port;
+    let loops_back =
+        lo && !localhost && tcp && flow.dst_port != pod.tunnel_port && !has(policy::WITHOUT_SELF_CAPTURE);
     let leaves_lo = lo && !has(policy::INCLUDES_LOOPBACK) && (!dns || (tcp && !to_53));
     let owner = if pod.may_be_proxy(flow.container) { lookup.owner(pod, flow.owner) } else { 0 };
     let (uid, gid) = if leaves_lo {
@@ -298,7 +300,11 @@ pub fn outbound_reason(
         (owner_match::UID, owner_match::GID)
     };
     if owner & uid != 0 {
-        return if loops_back && !to_53 { Reason::ProxyUidToPod } else { Reason::ProxyUid };
+        return if loops_back && (!to_53 || has(policy::DNS_UDP_ONLY)) {
+            Reason::ProxyUidToPod
+        } else {
+            Reason::ProxyUid
+        };
     }
     if leaves_lo && pod.uid_count != 0 {
         return Reason::LoopbackNotProxyUid;
@@ -317,6 +323,9 @@ pub fn outbound_reason(
         }
     }
     // 7
+    if to_53 && tcp && has(policy::DNS_UDP_ONLY) {
+        return Reason::DnsOverTcp;
+    }
     if to_53 && (has(policy::DNS_ALL) || is(destination::RESOLVER)) {
         return Reason::DnsCapture;
     }
@@ -355,7 +364,8 @@ fn inbound_reason(pod: &PodPolicy, flow: &InboundFlow, lookup: &impl PolicyLooku
     }
     // 0: what this namespace sends to itself arrives over lo. sk_lookup cannot tell lo by the interface index (it
     // names the interface of the address), the source can: it is an address of the pod.
-    if flow.src.is_loopback() || lookup.destination(pod.id, flow.src).flags & destination::LO != 0 {
+    let src = lookup.destination(pod.id, flow.src).flags;
+    if flow.src.is_loopback() || src & destination::LO != 0 {
         return if tproxy && lookup.is_marked() { Reason::MarkedLoopback } else { Reason::LocalSource };
     }
     // The proxy, which goes on from its client's address.
@@ -370,6 +380,8 @@ fn inbound_reason(pod: &PodPolicy, flow: &InboundFlow, lookup: &impl PolicyLooku
     } else if interface & interface::EXCLUDED != 0 {
         // 2
         Reason::ExcludedIngress
+    } else if src & destination::EXCLUDED_SOURCE != 0 {
+        Reason::ExcludedSource
     } else if !tproxy && flow.dst_port == pod.tunnel_port {
         // 3: this exception lives in nat only.
         Reason::TunnelPort

@@ -97,6 +97,10 @@ pub mod policy {
     pub const CONTAINERS: u32 = 1 << 15;
     /// Only processes of the proxy's container are the proxy; only with [`CONTAINERS`].
     pub const PROXY_CONTAINER: u32 = 1 << 16;
+    /// DNS over TCP is not captured; only with [`DNS`].
+    pub const DNS_UDP_ONLY: u32 = 1 << 17;
+    /// The proxy's connections to its own pod are not captured: rows 4a and 5a are skipped.
+    pub const WITHOUT_SELF_CAPTURE: u32 = 1 << 18;
 }
 
 /// What a container is, in [`PodPolicy::cgroup_kinds`].
@@ -125,6 +129,8 @@ pub mod destination {
     pub const RESOLVER: u32 = 1 << 6;
     /// A multicast or broadcast address.
     pub const GROUP: u32 = 1 << 7;
+    /// In `--exclude-inbound-cidr`: inbound connections from this address are not captured.
+    pub const EXCLUDED_SOURCE: u32 = 1 << 8;
 }
 
 /// Bits of the value in PORTS.
@@ -164,7 +170,7 @@ pub struct PodPolicy {
     pub inbound_port: u16,
     /// The tunnel port, `-e`.
     pub tunnel_port: u16,
-    /// The proxy's port for DNS, 15053.
+    /// The proxy's port for DNS, `--dns-capture-port`.
     pub dns_port: u16,
     /// `-t`; 0 unless the mode is TPROXY.
     pub tproxy_mark: u32,

@@ -7,7 +7,7 @@ pub enum ProxyListener {
     Outbound,
     /// The proxy's inbound listener, `-z`, 15006.
     Inbound,
-    /// The proxy's DNS listener, 15053.
+    /// The proxy's DNS listener, `--dns-capture-port`, 15053.
     Dns,
 }
 
@@ -195,6 +195,12 @@ reasons! {
     /// made in a container that is exempt (--exempt-cgroup)
     ExemptContainer = "exempt_container", "outbound 0", PASS, "OUTPUT",
         "(iptables knows no containers)";
+    /// DNS over TCP, of which nothing is captured (--dns-over-udp-only)
+    DnsOverTcp = "dns_over_tcp", "outbound 7", PASS, "nat OUTPUT",
+        "(a rule of Kuma)";
+    /// arrived from a source in --exclude-inbound-cidr
+    ExcludedSource = "excluded_source", "inbound 2", PASS, "nat PREROUTING",
+        "(a rule of Linkerd and Kuma)";
 }
 
 #[cfg(test)]

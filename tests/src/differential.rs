@@ -9,6 +9,7 @@ pub mod case;
 pub mod compare;
 pub mod configurations;
 pub mod layout;
+pub mod meshes;
 pub mod observed;
 pub mod oracle;
 pub mod random;

@@ -277,6 +277,10 @@ fn capture_outlives_the_real_api() {
             let after = run("after");
             node.wait_for(&daemon, "after", PodState::Captured);
             assert!(is_captured(&after) && is_captured(&ended));
+            // The outage took seconds and many attempts. Each kind of error is reported once.
+            node.wait_for_log(&daemon, "the API is back");
+            let log = node.log();
+            assert!(log.matches("active captures stay").count() <= 3, "{log}");
 
             // The daemon misses a deletion and a creation, and the API has compacted the events between.
             let process = daemon.pid().and_then(|pid| Pid::from_raw(pid.cast_signed())).expect("it runs");

@@ -70,5 +70,8 @@ fn the_rule_of_every_reason_is_installed() {
         }
     }
     let without = Reason::ALL.iter().filter(|reason| reason.rule().starts_with('(')).count();
-    assert_eq!(without, 7, "the kernel's own, IPv6 left alone, containers, and ends of chains");
+    assert_eq!(
+        without, 9,
+        "the kernel's own, IPv6 left alone, containers, ends of chains, and two of other meshes"
+    );
 }

@@ -7,24 +7,21 @@
 use std::{
     collections::{BTreeMap, HashSet},
     net::IpAddr,
-    pin::pin,
     time::Duration,
 };
 
-use futures_util::{FutureExt as _, StreamExt as _, future::BoxFuture};
+use futures_util::{FutureExt as _, future::BoxFuture};
 use k8s_openapi::api::core::v1::{Container as ApiContainer, Pod};
 use kube::{
     Api, Client,
-    runtime::{
-        WatchStreamExt as _,
-        watcher::{self, Event},
-    },
+    runtime::watcher::{self, Event},
 };
 use tokio::sync::mpsc::UnboundedSender;
 
 use super::{
     desired::{CaptureArgs, Key},
     events::{self, PodEvent},
+    mesh::CONTROL_PLANE,
     placement::Placement,
     reconcile::Message,
     sidecar::{self, Container, INJECT, PodMetadata, PodVerdict, Selection},
@@ -32,6 +29,12 @@ use super::{
     view::{Binding, ObjectClaim, ObjectId, ObjectPlace, ObjectUid, Stage},
 };
 use crate::ids::PodUid;
+
+mod namespaces;
+mod watch;
+
+use namespaces::Namespaces;
+use watch::Watch;
 
 /// Interval between searches for the missing cgroups of pods.
 const RETRY_INTERVAL: Duration = Duration::from_millis(500);
@@ -93,26 +96,35 @@ impl Kubernetes {
 
     /// Reports every pod, and then every change, forever.
     async fn follow(self, messages: UnboundedSender<Message>) {
-        let Self { pods, node, placement, selection, defaults, .. } = self;
+        let Self { client, pods, node, placement, selection, defaults, .. } = self;
         let mut watch = PodWatch { placement, selection, defaults, messages, unplaced: BTreeMap::new() };
         let config = watcher::Config::default().fields(&format!("spec.nodeName={node}"));
-        let mut events = pin!(watcher::watcher(pods, config).default_backoff());
+        let mut pods = Watch::new(pods, config, "pods");
+        let mut namespaces = Namespaces::new(client, watch.selection.mesh);
         let mut retry = tokio::time::interval(RETRY_INTERVAL);
         let mut listed = HashSet::new();
         loop {
             tokio::select! {
-                event = events.next() => match event {
-                    Some(Ok(Event::Init)) => listed.clear(),
-                    Some(Ok(Event::InitApply(pod))) => listed.extend(watch.apply(&pod)),
-                    Some(Ok(Event::InitDone)) => watch.synced(std::mem::take(&mut listed)),
-                    Some(Ok(Event::Apply(pod))) => drop(watch.apply(&pod)),
-                    Some(Ok(Event::Delete(pod))) => watch.delete(&pod),
-                    Some(Err(error)) => tracing::warn!(
-                        node, error = said(&error),
-                        "watching the pods of this node: active captures stay, and the watch is retried"
-                    ),
+                // What a pod inherits must be known before its options are.
+                event = pods.next(), if namespaces.are_known() => match event {
+                    Some(Event::Init) => listed.clear(),
+                    Some(Event::InitApply(pod)) => listed.extend(watch.apply(&namespaces.inherit(pod))),
+                    Some(Event::InitDone) => {
+                        namespaces.retain(&listed);
+                        watch.synced(std::mem::take(&mut listed));
+                    }
+                    Some(Event::Apply(pod)) => drop(watch.apply(&namespaces.inherit(pod))),
+                    Some(Event::Delete(pod)) => {
+                        namespaces.forget(&pod);
+                        watch.delete(&pod);
+                    }
                     None => return,
                 },
+                changed = namespaces.changed() => {
+                    for pod in changed {
+                        watch.apply(&pod);
+                    }
+                }
                 _ = retry.tick(), if !watch.unplaced.is_empty() => watch.place_again(),
             }
             if watch.messages.is_closed() {
@@ -130,26 +142,6 @@ impl PodSource for Kubernetes {
     fn run(self: Box<Self>, context: SourceContext) -> BoxFuture<'static, ()> {
         self.follow(context.messages).boxed()
     }
-}
-
-/// Returns a short text for an error. The errors' own texts repeat their sources and contain all fields of the API's
-/// answer.
-fn said(error: &watcher::Error) -> String {
-    let (what, cause) = match error {
-        watcher::Error::InitialListFailed(cause) => ("listing", cause),
-        watcher::Error::WatchStartFailed(cause) => ("starting to watch", cause),
-        watcher::Error::WatchFailed(cause) => ("watching", cause),
-        watcher::Error::WatchError(status) => {
-            return format!("the API has ended the watch: {}", status.message);
-        }
-        error @ watcher::Error::NoResourceVersion => return error.to_string(),
-    };
-    if let kube::Error::Api(status) = cause {
-        return format!("{what}: the API refused the request: {}", status.message);
-    }
-    // The innermost error comes from the system or the server.
-    let sources = std::iter::successors(Some(cause as &dyn std::error::Error), |error| error.source());
-    format!("{what}: {}", sources.last().map(ToString::to_string).unwrap_or_default())
 }
 
 impl PodWatch {
@@ -287,6 +279,7 @@ fn metadata(pod: &Pod) -> PodMetadata {
         namespace: pod.metadata.namespace.clone().unwrap_or_default(),
         annotations: pod.metadata.annotations.clone().unwrap_or_default(),
         inject_label: pod.metadata.labels.as_ref().and_then(|labels| labels.get(INJECT)).cloned(),
+        control_plane: pod.metadata.labels.as_ref().is_some_and(|labels| labels.contains_key(CONTROL_PLANE)),
         host_network: spec.and_then(|spec| spec.host_network).unwrap_or_default(),
         containers: inits.chain(others).collect(),
     }

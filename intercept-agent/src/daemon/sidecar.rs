@@ -88,6 +88,8 @@ pub struct PodMetadata {
     pub annotations: BTreeMap<String, String>,
     /// Value of the label `sidecar.istio.io/inject`.
     pub inject_label: Option<String>,
+    /// Whether a label says that the pod belongs to Linkerd's control plane.
+    pub control_plane: bool,
     /// Whether the pod uses the node's network.
     pub host_network: bool,
     /// Containers.
@@ -248,7 +250,7 @@ pub fn decide(
         return Ok(PodVerdict::Ignore(why));
     }
     if selection.mesh != Mesh::Istio {
-        return mesh::decide(selection.mesh, pod, defaults);
+        return mesh::decide(pod, selection, defaults);
     }
     match ignore_reason(pod) {
         Some(why) => Ok(PodVerdict::Ignore(why)),
@@ -309,7 +311,7 @@ pub fn decide_by_annotations(
         return (ignore(IgnoreReason::AnnotationsUnknown), Certainty::Provisional);
     };
     if selection.mesh != Mesh::Istio {
-        return mesh::decide_by_annotations(selection.mesh, annotations, defaults);
+        return mesh::decide_by_annotations(annotations, selection, defaults);
     }
     let Some(status) = annotations.get(STATUS) else {
         return (ignore(IgnoreReason::NoSidecar), Certainty::Certain);

@@ -13,8 +13,8 @@ use serde::{Deserialize, Serialize};
 use super::render::joined_paths;
 use super::{InterfacePattern, NameSource, Ports, RawOptions};
 
-/// Where captured DNS goes; not an option in istio-iptables either.
-pub const DNS_PORT: u16 = 15053;
+/// Where captured DNS goes in Istio.
+pub(super) const DEFAULT_DNS_PORT: u16 = 15053;
 /// Most users, and most groups, whose traffic is the proxy's own.
 pub const MAX_PROXY_IDS: usize = 16;
 /// Most groups in either owner-group list; istio's own limit for the list of groups to capture.
@@ -65,8 +65,20 @@ pub struct Config {
     pub owner_groups: OwnerGroups,
     /// What counts as localhost for IPv4; host bits cleared.
     pub loopback_v4: Ipv4Net,
-    /// Which DNS queries go to [`DNS_PORT`].
+    /// Which DNS queries are captured.
     pub dns: Dns,
+    /// Where captured DNS goes.
+    #[serde(default = "default_dns_port")]
+    pub dns_port: u16,
+    /// DNS over TCP is left alone.
+    #[serde(default)]
+    pub dns_over_udp_only: bool,
+    /// Sources whose inbound connections are left alone; host bits cleared, sorted.
+    #[serde(default)]
+    pub exclude_sources: Vec<IpNet>,
+    /// The proxy's connections to its own pod are left alone.
+    #[serde(default)]
+    pub without_self_capture: bool,
     /// What would be refused because the proxy does not listen goes on uncaptured.
     #[serde(default)]
     pub open_without_proxy: bool,
@@ -136,7 +148,7 @@ pub enum OwnerGroups {
     Except(Vec<u32>),
 }
 
-/// Which DNS queries go to [`DNS_PORT`].
+/// Which DNS queries are captured.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Dns {
@@ -146,6 +158,11 @@ pub enum Dns {
     Resolvers(Vec<IpAddr>),
     /// Everything to port 53.
     All,
+}
+
+/// For records of agents that knew no other port.
+fn default_dns_port() -> u16 {
+    DEFAULT_DNS_PORT
 }
 
 /// What this run is asked to do. None of it is policy: it does not decide a flow.
@@ -208,6 +225,10 @@ impl Config {
             owner_groups: OwnerGroups::All,
             loopback_v4: Ipv4Net::default(),
             dns: Dns::Off,
+            dns_port: 0,
+            dns_over_udp_only: false,
+            exclude_sources: Vec::new(),
+            without_self_capture: false,
             open_without_proxy: false,
             without_ipv6: false,
             accelerate: Vec::new(),
@@ -331,6 +352,7 @@ impl fmt::Display for Config {
                 InboundPorts::Only(ports) => or_none(ports.to_string()),
             },
         )?;
+        line("sources left alone", or_none(listed(&self.exclude_sources)))?;
         line("interfaces left alone", or_none(listed(&self.exclude_interfaces)))?;
         line("interfaces of guests", or_none(listed(&self.virt_interfaces)))?;
         let include = if self.include.all { "all".to_owned() } else { or_none(listed(&self.include.list)) };
@@ -349,13 +371,16 @@ impl fmt::Display for Config {
         line("localhost", format!("{}, ::1/128", self.loopback_v4))?;
         line("accelerated", or_none(listed(&self.accelerate)))?;
         line("without the proxy", if self.open_without_proxy { "open" } else { "refused" }.to_owned())?;
+        let to_itself = if self.without_self_capture { "left alone" } else { "captured" };
+        line("the proxy to its own pod", to_itself.to_owned())?;
         line("IPv6", if self.without_ipv6 { "left alone" } else { "as IPv4" }.to_owned())?;
+        let over = if self.dns_over_udp_only { " over UDP" } else { "" };
         line(
             "DNS",
             match &self.dns {
                 Dns::Off => "left alone".to_owned(),
-                Dns::Resolvers(servers) => format!("{} to {DNS_PORT}", listed(servers)),
-                Dns::All => format!("everything to {DNS_PORT}"),
+                Dns::Resolvers(servers) => format!("{}{over} to {}", listed(servers), self.dns_port),
+                Dns::All => format!("everything{over} to {}", self.dns_port),
             },
         )
     }

@@ -42,6 +42,9 @@ pub enum OptionProblem {
     /// Not an address range.
     #[error("is not an address range; write it as 10.0.0.0/8, fd00::/8 or a single address")]
     Cidr,
+    /// Not an address.
+    #[error("is not an address; write it as 10.96.0.10 or fd00::a")]
+    Address,
     /// Not a loopback range.
     #[error(
         "is not a loopback range; give one within 127.0.0.0/8 with a prefix from 8 to 32, as in 127.0.0.1/32"

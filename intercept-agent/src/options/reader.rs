@@ -3,11 +3,14 @@
 use std::collections::BTreeSet;
 use std::fmt;
 use std::io;
+use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 
 use intercept_common::{NetnsCookie, acceleration::ProxyName};
 use ipnet::IpNet;
 
+use super::config::DEFAULT_DNS_PORT;
+use super::ports::parse_port;
 use super::setting::{Setting, SettingOrigin};
 use super::values::parse_id;
 use super::{
@@ -263,7 +266,35 @@ impl<'a> OptionReader<'a> {
         Ok(())
     }
 
+    /// The default without DNS capture, which makes the port meaningless.
+    pub(super) fn dns_port(&self, setting: &'static Setting, config: &mut Config) -> Result<(), OptionError> {
+        let given = self.value(setting, parse_port)?;
+        config.dns_port = if config.dns == Dns::Off { DEFAULT_DNS_PORT } else { given };
+        Ok(())
+    }
+
+    pub(super) fn dns_over_udp_only(
+        &mut self,
+        setting: &'static Setting,
+        config: &mut Config,
+    ) -> Result<(), OptionError> {
+        config.dns_over_udp_only = self.switch(setting)? && config.dns != Dns::Off;
+        Ok(())
+    }
+
     fn resolvers(&mut self) -> Result<Dns, OptionError> {
+        if let Some((origin, list)) = self.text(&table::DNS_SERVERS) {
+            let servers = items(list).map(|item| {
+                let address: Result<IpAddr, _> = item.parse();
+                address.map_err(|_| refuse(origin, item, OptionProblem::Address))
+            });
+            let servers: BTreeSet<IpAddr> = servers.collect::<Result<_, _>>()?;
+            return match servers.len() {
+                0 => Ok(Dns::Off),
+                1..=MAX_RESOLVERS => Ok(Dns::Resolvers(servers.into_iter().collect())),
+                more => Err(refuse(origin, list, OptionProblem::TooManyServers(more))),
+            };
+        }
         let given = self.text(&table::RESOLV_CONF);
         let text = match given {
             Some((_, path)) => names::read_resolv_conf(path),

@@ -145,6 +145,39 @@ settings! {
             ..FieldBinding::READ_BY_ANOTHER
         });
 
+    DNS_SERVERS = flag("dns-servers").variables(&["DNS_SERVERS"]).takes("ADDRESSES")
+        .default("those in --resolv-conf")
+        .help("Not one of istio-iptables: the servers for --redirect-dns, instead of those in a file")
+        .bound(FieldBinding {
+            write: |config, _| match &config.dns {
+                Dns::Resolvers(servers) => Written::unless_empty(joined(servers)),
+                Dns::Off | Dns::All => Written::Nothing,
+            },
+            ..FieldBinding::READ_BY_ANOTHER
+        });
+
+    DNS_CAPTURE_PORT = flag("dns-capture-port").variables(&["DNS_CAPTURE_PORT"]).takes("PORT").default("15053")
+        .help("Not one of istio-iptables: where captured DNS goes")
+        .bound(FieldBinding {
+            read: |reader, setting, options| reader.dns_port(setting, &mut options.config),
+            write: |config, default| Written::differing(&config.dns_port, &default.dns_port),
+        });
+
+    DNS_OVER_UDP_ONLY = switch_flag("dns-over-udp-only").variables(&["DNS_OVER_UDP_ONLY"])
+        .help("Not one of istio-iptables: leave DNS over TCP alone, as Kuma does; only with --redirect-dns")
+        .bound(FieldBinding {
+            read: |reader, setting, options| reader.dns_over_udp_only(setting, &mut options.config),
+            write: |config, _| Written::switch(config.dns_over_udp_only),
+        });
+
+    EXCLUDE_INBOUND_CIDR = flag("exclude-inbound-cidr").variables(&["EXCLUDE_INBOUND_CIDR"]).takes("RANGES")
+        .help("Not one of istio-iptables: sources whose inbound connections are left alone")
+        .bound(list!(config.exclude_sources, OptionReader::exclude, joined));
+
+    WITHOUT_SELF_CAPTURE = switch_flag("without-self-capture").variables(&["WITHOUT_SELF_CAPTURE"])
+        .help("Not one of istio-iptables: leave the proxy's connections to its own pod alone")
+        .bound(switch!(config.without_self_capture));
+
     RESOLV_CONF = flag("resolv-conf").variables(&["RESOLV_CONF"]).takes("PATH")
         .default("the pod's /etc/resolv.conf")
         .help("The file that lists the servers for --redirect-dns")

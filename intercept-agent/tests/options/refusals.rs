@@ -100,6 +100,14 @@ fn refusals() {
             "--resolv-conf",
         ),
     ];
+    for (args, way_out) in [
+        (["--redirect-dns", "--dns-servers", "dns.example"], "write it as 10.96.0.10"),
+        (["--redirect-dns", "--dns-capture-port", "0"], "from 1 to 65535"),
+        (["--redirect-dns", "--exclude-inbound-cidr", "*"], "list the ranges to exclude"),
+    ] {
+        let error = outcome(&args, &[], &NamesOfPod::default()).expect_err(args[1]).to_string();
+        assert!(error.starts_with(args[1]) && error.contains(way_out), "{error}");
+    }
     for (env, at_fault, way_out) in by_variable {
         let error = outcome(&[], env, &NamesOfPod::default()).expect_err(at_fault).to_string();
         for part in [at_fault, way_out] {

@@ -123,15 +123,21 @@ prop_compose! {
     fn config()(proxy in proxy(), only in option::of(ports()), inbound_exclude in ports(),
         exclude_interfaces in interfaces(), virt_interfaces in interfaces(), include in include(),
         exclude in vec(network(), 0..5), outbound_ports in ports(), outbound_exclude_ports in ports(),
-        owner_groups in owner_groups(), loopback in (8..=32_u8, any::<[u8; 3]>()), dns in dns())
+        owner_groups in owner_groups(), loopback in (8..=32_u8, any::<[u8; 3]>()), dns in dns(),
+        (dns_port, dns_over_udp_only, without_self_capture) in (port(), any::<bool>(), any::<bool>()),
+        sources in vec(network(), 0..5))
         -> Config
     {
+        let captured = dns != Dns::Off;
         let (bits, [b, c, d]) = loopback;
         let inbound_exclude = if only.is_none() { inbound_exclude } else { Ports::default() };
         Config {
             inbound_ports: only.map_or(InboundPorts::All, InboundPorts::Only),
             inbound_exclude, exclude_interfaces, virt_interfaces, include, outbound_ports,
-            outbound_exclude_ports, owner_groups, dns,
+            outbound_exclude_ports, owner_groups, dns, without_self_capture,
+            dns_port: if captured { dns_port } else { Config::default().dns_port },
+            dns_over_udp_only: captured && dns_over_udp_only,
+            exclude_sources: sorted(&sources),
             exclude: sorted(&exclude),
             loopback_v4: Ipv4Net::new_assert(Ipv4Addr::new(127, b, c, d), bits).trunc(),
             ..proxy
@@ -187,6 +193,10 @@ fn json_and_text_of_a_policy() {
         outbound_ports: [443].into_iter().collect(),
         owner_groups: OwnerGroups::Except(vec![202]),
         dns: Dns::Resolvers(vec!["10.96.0.10".parse().expect("address")]),
+        dns_port: 8600,
+        dns_over_udp_only: true,
+        exclude_sources: vec!["10.1.0.0/16".parse().expect("range")],
+        without_self_capture: true,
         open_without_proxy: true,
         without_ipv6: true,
         accelerate: vec!["envoy".to_owned(), "other".to_owned()],
@@ -206,7 +216,8 @@ fn json_and_text_of_a_policy() {
         "exclude": ["10.0.0.0/8"],
         "outbound_ports": "443", "outbound_exclude_ports": "",
         "owner_groups": {"except": [202]}, "loopback_v4": "127.0.0.1/32",
-        "dns": {"resolvers": ["10.96.0.10"]}, "open_without_proxy": true, "without_ipv6": true,
+        "dns": {"resolvers": ["10.96.0.10"]}, "dns_port": 8600, "dns_over_udp_only": true,
+        "exclude_sources": ["10.1.0.0/16"], "without_self_capture": true, "open_without_proxy": true, "without_ipv6": true,
         "accelerate": ["envoy", "other"],
         "proxy_cgroups": ["/cg/proxy"], "exempt_cgroups": ["/cg/init", "/cg/other"],
         "proxy_containers": ["istio-proxy"], "exempt_containers": ["a", "b"],
@@ -224,6 +235,7 @@ proxy container           istio-proxy
 exempt containers         a, b
 inbound mode              TPROXY, mark 1337, table 133
 inbound ports             all but 15020:15021,15090
+sources left alone        10.1.0.0/16
 interfaces left alone     net+
 interfaces of guests      none
 outbound destinations     127.0.0.0/8
@@ -234,8 +246,9 @@ owner groups              all but 202
 localhost                 127.0.0.1/32, ::1/128
 accelerated               envoy, other
 without the proxy         open
+the proxy to its own pod  left alone
 IPv6                      left alone
-DNS                       10.96.0.10 to 15053
+DNS                       10.96.0.10 over UDP to 8600
 ";
     assert_eq!(config.to_string(), text);
     assert_eq!(parse_back(&config), config);

@@ -132,6 +132,10 @@ fn every_setting_by_flag_and_variable() {
         ("", "--exempt-containers", "EXEMPT_CONTAINERS", "init-b,init-a", |c, _| {
             c.exempt_containers = vec!["init-a".into(), "init-b".into()];
         }),
+        ("", "--without-self-capture", "WITHOUT_SELF_CAPTURE", "true", |c, _| c.without_self_capture = true),
+        ("", "--exclude-inbound-cidr", "EXCLUDE_INBOUND_CIDR", "10.1.1.1/16,fd00::1", |c, _| {
+            c.exclude_sources = cidrs(&["10.1.0.0/16", "fd00::1/128"]);
+        }),
         ("", "--network-namespace", "NETWORK_NAMESPACE", "/run/netns/a", |_, s| {
             s.network_namespace = Some("/run/netns/a".into());
         }),
@@ -291,6 +295,14 @@ fn dns_capture() {
     assert_eq!(config, Dns::Off);
     assert!(notes.contains("`b.example`") && notes.contains("lists no server"), "{notes}");
 
+    let servers = ["--redirect-dns", "--dns-servers", "fd00::b, 127.0.0.1,fd00::b"];
+    assert_eq!(dns(&servers, None), (resolvers(&["127.0.0.1", "fd00::b"]), String::new()));
+    let captured = ["--redirect-dns", "--dns-capture-port", "8600", "--dns-over-udp-only"];
+    let (config, ..) = valid(&captured, &[]);
+    assert_eq!((config.dns_port, config.dns_over_udp_only), (8600, true));
+    // They mean nothing without DNS capture.
+    assert_eq!(valid(&captured[1..], &[]).0, base());
+
     let file = tempfile::NamedTempFile::new().expect("a file");
     std::fs::write(file.path(), "nameserver 9.9.9.9\n").expect("written");
     let path = file.path().to_str().expect("UTF-8");
@@ -399,7 +411,7 @@ fn help_is_complete() {
     }
     let command = CaptureCli::command();
     let flags: Vec<_> = command.get_arguments().filter(|arg| arg.get_id() != "help").collect();
-    assert_eq!(flags.len(), 43);
+    assert_eq!(flags.len(), 48);
     for flag in flags {
         let text = flag.get_help().expect("help").to_string();
         let long = flag.get_long().expect("a long flag");

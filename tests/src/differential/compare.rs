@@ -55,7 +55,7 @@ pub fn changed_ports(case: &Case, agent: &[Observed]) -> Option<String> {
 }
 
 /// The differences between the agent's result and that of iptables, one line each.
-fn differences(iptables: &Observed, agent: &Observed) -> Vec<String> {
+pub fn differences(iptables: &Observed, agent: &Observed) -> Vec<String> {
     let (Observed::Connection(iptables), Observed::Connection(agent)) = (iptables, agent) else {
         if iptables == agent {
             return Vec::new();

@@ -49,7 +49,7 @@ pub fn observe(case: &Case, capture: &Capture) -> Result<Vec<Observed>> {
 }
 
 /// Makes flows concurrently.
-fn make(flows: &[(Flow, Duration)], inside: &Actor, world: &Actor) -> Result<Vec<Observed>> {
+pub(super) fn make(flows: &[(Flow, Duration)], inside: &Actor, world: &Actor) -> Result<Vec<Observed>> {
     let mut seen: Vec<Option<Observed>> = vec![None; flows.len()];
     std::thread::scope(|scope| {
         let mut makers = Vec::new();

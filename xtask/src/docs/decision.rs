@@ -68,7 +68,7 @@ fn verdict(reason: Reason) -> &'static str {
         Verdict::Pass => "pass",
         Verdict::Redirect(ProxyListener::Outbound) => "to `-p`, 15001",
         Verdict::Redirect(ProxyListener::Inbound) => "to `-z`, 15006",
-        Verdict::Redirect(ProxyListener::Dns) => "to 15053",
+        Verdict::Redirect(ProxyListener::Dns) => "to `--dns-capture-port`, 15053",
     }
 }
 

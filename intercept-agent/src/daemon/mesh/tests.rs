@@ -1,4 +1,4 @@
-use super::*;
+use super::{consul::CONFIG as CONSUL_CONFIG, *};
 use crate::{
     daemon::sidecar::{self, Container, Selection},
     options::Config,
@@ -24,15 +24,15 @@ fn by_flags(flags: &str) -> Config {
 
 fn config(verdict: Result<PodVerdict, AnnotationError>) -> Config {
     let Ok(PodVerdict::Capture(args)) = verdict else { panic!("{verdict:?}") };
-    let config = args.for_address(Some([10, 0, 0, 1].into())).check().expect("sound options");
-    assert!(!config.without_ipv6, "these take IPv6 wherever it is");
-    config
+    args.for_address(Some([10, 0, 0, 1].into())).check().expect("sound options")
 }
 
-const LINKERD_FLAGS: &str =
-    "-p 4140 -z 4143 -u 2102 -g 999999 -e 1 -c lo -i * -b * -d 4190,4191,4567,4568 -o 4567,4568";
-const KUMA_FLAGS: &str =
-    "-p 15001 -z 15006 -u 5678 -g 999999 -e 1 -i * -b * --redirect-dns --capture-all-dns";
+const KUMA_CONFIG: &str = "traffic.kuma.io/transparent-proxy-config";
+const LINKERD_FLAGS: &str = "-p 4140 -z 4143 -u 2102 -g 999999 -e 1 -c lo -i * -b * -d 4190,4191,4567,4568 -o 4567,4568 --without-ipv6";
+const KUMA_FLAGS: &str = "-p 15001 -z 15006 -u 5678 -g 999999 -e 1 -i * -b *";
+const KUMA_DNS: &str = "--redirect-dns --capture-all-dns --dns-over-udp-only";
+const CONSUL_FLAGS: &str = "-p 15001 -z 20000 -u 5995,5996 -g 999999 -e 1 -i 0.0.0.0/0,::/0,127.0.0.0/8 -b * \
+                            --without-self-capture --without-ipv6";
 
 /// A mesh's pod, its annotations, and the resulting flags.
 type MeshCase = (Mesh, &'static str, Vec<(&'static str, &'static str)>, String);
@@ -57,10 +57,39 @@ fn cases() -> Vec<MeshCase> {
                 ("config.linkerd.io/proxy-gid", "3001"),
             ],
             format!(
-                "{LINKERD_FLAGS} -d 4190,4191,25,8100:8102 -o 3306 -x 10.1.0.0/16,192.168.0.0/24 -u 3000 -g 3001"
+                "{LINKERD_FLAGS} -d 4190,4191,25,8100:8102 -o 3306 \
+                 --exclude-inbound-cidr 10.1.0.0/16,192.168.0.0/24 -u 3000 -g 3001"
             ),
         ),
         (Mesh::Kuma, "kuma-sidecar", vec![kuma], KUMA_FLAGS.to_owned()),
+        (
+            Mesh::Kuma,
+            "kuma-sidecar",
+            vec![kuma, ("kuma.io/builtin-dns", "enabled"), ("kuma.io/gateway", "enabled")],
+            format!("{KUMA_FLAGS} -b= {KUMA_DNS}"),
+        ),
+        (
+            Mesh::Kuma,
+            "kuma-sidecar",
+            vec![
+                kuma,
+                (KUMA_CONFIG, "redirect: { dns: { enabled: true }, outbound: { excludePorts: [53, 80] } }"),
+            ],
+            format!("{KUMA_FLAGS} {KUMA_DNS} -o 80"),
+        ),
+        (
+            Mesh::Kuma,
+            "kuma-sidecar",
+            vec![
+                kuma,
+                (
+                    KUMA_CONFIG,
+                    "{kumaDPUser: 5700, ipFamilyMode: ipv4, redirect: {inbound: {enabled: false}, outbound: \
+                     {port: 16001, excludePortsForIPs: [10.0.0.1, 'fd00::/8']}}}",
+                ),
+            ],
+            format!("{KUMA_FLAGS} -u 5700 -b= -p 16001 -x 10.0.0.1,fd00::/8 --without-ipv6"),
+        ),
         (
             Mesh::Kuma,
             "kuma-sidecar",
@@ -70,8 +99,14 @@ fn cases() -> Vec<MeshCase> {
                 ("traffic.kuma.io/exclude-inbound-ports", "1234,1235"),
                 ("traffic.kuma.io/exclude-outbound-ports", "5678-5680"),
                 ("traffic.kuma.io/exclude-outbound-ips", "10.0.0.1,fd00::/8"),
+                ("traffic.kuma.io/exclude-inbound-ips", "10.0.0.2"),
+                ("kuma.io/application-probe-proxy-port", "9001"),
+                ("kuma.io/transparent-proxying-ip-family-mode", "ipv4"),
             ],
-            format!("{KUMA_FLAGS} -u 5700 -d 1234,1235 -o 5678:5680 -x 10.0.0.1,fd00::/8"),
+            format!(
+                "{KUMA_FLAGS} -u 5700 -d 1234,1235,9001 -o 5678:5680 -x 10.0.0.1,fd00::/8 \
+                 --exclude-inbound-cidr 10.0.0.2 --without-ipv6"
+            ),
         ),
         (
             Mesh::Consul,
@@ -80,8 +115,19 @@ fn cases() -> Vec<MeshCase> {
                 ("consul.hashicorp.com/transparent-proxy-status", "enabled"),
                 ("consul.hashicorp.com/redirect-traffic-config", consul),
             ],
-            "-p 15001 -z 20000 -u 5995,5996 -g 999999 -e 1 -c lo -i * -b * -d 20200 -x 10.9.0.0/16"
-                .to_owned(),
+            format!("{CONSUL_FLAGS} -d 20200 -x 10.9.0.0/16"),
+        ),
+        (
+            Mesh::Consul,
+            "consul-dataplane",
+            vec![
+                ("consul.hashicorp.com/transparent-proxy-status", "enabled"),
+                (
+                    "consul.hashicorp.com/redirect-traffic-config",
+                    r#"{"ConsulDNSPort":8600,"ProxyUserID":"5995","ProxyInboundPort":20000,"ExcludeUIDs":["5996"]}"#,
+                ),
+            ],
+            format!("{CONSUL_FLAGS} --redirect-dns --dns-servers 127.0.0.1,::1 --dns-capture-port 8600"),
         ),
     ]
 }
@@ -138,13 +184,31 @@ fn the_proxys_user_is_that_of_its_container_unless_an_annotation_says_otherwise(
 }
 
 #[test]
+fn linkerds_ipv6_and_control_plane_are_as_the_api_says() {
+    let mut linkerd = pod("linkerd-proxy", &[("config.linkerd.io/skip-outbound-ports", "25")]);
+    let decide =
+        |pod: &PodMetadata| config(sidecar::decide(pod, &selection(Mesh::Linkerd), &CaptureArgs::default()));
+    assert!(decide(&linkerd).without_ipv6);
+    let listen = |address: &str| [("LINKERD2_PROXY_INBOUND_LISTEN_ADDR".to_owned(), address.to_owned())];
+    linkerd.containers[1].environment = listen("[::]:4143").into();
+    assert!(!decide(&linkerd).without_ipv6);
+    linkerd.containers[1].environment = listen("0.0.0.0:4143").into();
+    assert!(decide(&linkerd).without_ipv6);
+    assert_eq!(decide(&linkerd).outbound_exclude_ports.to_string(), "25");
+    linkerd.control_plane = true;
+    assert_eq!(decide(&linkerd).outbound_exclude_ports.to_string(), "25,443,6443");
+}
+
+#[test]
 fn pods_that_are_not_to_be_captured_are_ignored() {
     let ignored =
         |mesh, pod: &PodMetadata| match sidecar::decide(pod, &selection(mesh), &CaptureArgs::default()) {
             Ok(PodVerdict::Ignore(why)) => why.as_str(),
             other => panic!("{other:?}"),
         };
-    let (name, text) = cases()[4].2[1];
+    let all = cases();
+    let consul = all.iter().find(|(mesh, ..)| *mesh == Mesh::Consul).expect("a case");
+    let (name, text) = consul.2[1];
     let consul = pod("consul-dataplane", &[(name, text)]);
     assert_eq!(ignored(Mesh::Consul, &consul), "proxy_disabled");
     for (mesh, proxy, init) in
@@ -162,17 +226,33 @@ fn pods_that_are_not_to_be_captured_are_ignored() {
 fn what_no_flag_is_like_is_refused_by_name() {
     for (mesh, proxy, name, value) in [
         (Mesh::Linkerd, "linkerd-proxy", "config.linkerd.io/skip-subnets", "everywhere"),
-        (Mesh::Kuma, "kuma-sidecar", "traffic.kuma.io/exclude-inbound-ips", "10.0.0.1"),
-        (Mesh::Kuma, "kuma-sidecar", "traffic.kuma.io/transparent-proxy-config", "redirect: {}"),
+        (Mesh::Kuma, "kuma-sidecar", "traffic.kuma.io/exclude-outbound-ports-for-uids", "tcp:80:7"),
+        (Mesh::Kuma, "kuma-sidecar", "traffic.kuma.io/exclude-inbound-ips", "everywhere"),
+        (Mesh::Kuma, "kuma-sidecar", "kuma.io/transparent-proxying-ip-family-mode", "ipv6"),
+        (Mesh::Kuma, "kuma-sidecar", KUMA_CONFIG, "redirect: ["),
+        (Mesh::Kuma, "kuma-sidecar", KUMA_CONFIG, "redirect: { inbound: { port: http } }"),
+        (
+            Mesh::Kuma,
+            "kuma-sidecar",
+            KUMA_CONFIG,
+            "redirect: { outbound: { excludePortsForUIDs: ['tcp:80:7'] } }",
+        ),
+        (Mesh::Kuma, "kuma-sidecar", KUMA_CONFIG, "redirect: { vnet: { networks: ['br0:10.0.0.0/8'] } }"),
         (Mesh::Consul, "consul-dataplane", CONSUL_CONFIG, "{}"),
         (
             Mesh::Consul,
             "consul-dataplane",
             CONSUL_CONFIG,
-            r#"{"ConsulDNSIP":"127.0.0.1","ProxyUserID":"5995","ProxyInboundPort":20000}"#,
+            r#"{"ConsulDNSIP":"10.96.0.10","ProxyUserID":"5995","ProxyInboundPort":20000}"#,
+        ),
+        (
+            Mesh::Consul,
+            "consul-dataplane",
+            CONSUL_CONFIG,
+            r#"{"ConsulDNSIP":"10.96.0.10","ConsulDNSPort":8600,"ProxyUserID":"5995","ProxyInboundPort":20000}"#,
         ),
     ] {
-        let pod = pod(proxy, &[(name, value), (CONSUL_STATUS, "enabled")]);
+        let pod = pod(proxy, &[(name, value), (super::consul::STATUS, "enabled")]);
         let error =
             sidecar::decide(&pod, &selection(mesh), &CaptureArgs::default()).expect_err(name).to_string();
         assert!(error.contains(name), "{error}");
