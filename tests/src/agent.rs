@@ -15,6 +15,7 @@ use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 
 use crate::actor::binary;
+use crate::status::{StatusAcceleration, StatusEntry};
 use crate::testbed::{BpffsMount, Sandbox};
 
 /// The variable with the path of the agent.
@@ -158,6 +159,17 @@ impl Agent {
         let mut command = self.command("status");
         command.arg("--json");
         Ok(serde_json::from_str(&succeed(command)?)?)
+    }
+
+    /// The attached pods, as `status` lists them.
+    pub fn pods(&self) -> Result<Vec<StatusEntry>> {
+        Ok(serde_json::from_value(self.status()?)?)
+    }
+
+    /// The joined connections of a pod.
+    pub fn acceleration_of(&self, pod: &Sandbox) -> Result<StatusAcceleration> {
+        let found = self.pods()?.into_iter().find(|found| found.cgroup == pod.cgroup.path());
+        found.and_then(|found| found.acceleration).context("the pod is not accelerated")
     }
 
     /// Starts `run` and waits until the capture is active. Also returns the line that it prints then.

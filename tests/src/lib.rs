@@ -28,6 +28,7 @@ pub mod model;
 pub mod plugin;
 pub mod snapshot;
 pub mod soak;
+pub mod status;
 pub mod steps;
 pub mod testbed;
 pub mod unusual;

@@ -22,7 +22,7 @@ fn damage(agent: &Agent, cookie: u64) {
 }
 
 fn cookie_of(agent: &Agent, at: usize) -> u64 {
-    agent.status().expect("a status")[at]["netns_cookie"].as_u64().expect("a cookie")
+    agent.pods().expect("a status")[at].netns_cookie
 }
 
 #[test]
@@ -38,17 +38,13 @@ fn a_record_that_cannot_be_read_stops_no_command() {
         let cookie = cookie_of(&agent, 0);
         damage(&agent, cookie);
         agent.attach(&other, &OUTBOUND).expect("another pod does not mind");
-        let status = agent.status().expect("a status");
-        assert_eq!(status.as_array().map(Vec::len), Some(2), "{status}");
-        assert_eq!(
-            (&status[0]["state"], &status[1]["state"]),
-            (&"attached".into(), &"broken".into()),
-            "{status}"
-        );
-        assert_eq!(status[1]["netns_cookie"], cookie);
+        let pods = agent.pods().expect("a status");
+        assert_eq!(pods.len(), 2, "{pods:#?}");
+        assert_eq!((pods[0].state.as_str(), pods[1].state.as_str()), ("attached", "broken"), "{pods:#?}");
+        assert_eq!(pods[1].netns_cookie, cookie);
         assert!(
-            status[1]["problem"].as_str().is_some_and(|text| text.contains("attach the pod again")),
-            "{status}"
+            pods[1].problem.as_ref().is_some_and(|text| text.contains("attach the pod again")),
+            "{pods:#?}"
         );
         let text = succeed(agent.command("status")).expect("a status");
         assert!(text.contains("broken"), "{text}");
@@ -57,7 +53,7 @@ fn a_record_that_cannot_be_read_stops_no_command() {
         match repair {
             "attach" => {
                 assert!(agent.attach(&pod, &OUTBOUND).expect("attached").starts_with("replaced"));
-                assert_eq!(agent.status().expect("a status")[1]["state"], "attached");
+                assert_eq!(agent.pods().expect("a status")[1].state, "attached");
                 agent.detach(&pod).expect("detached");
             }
             "detach" => _ = agent.detach(&pod).expect("detached"),
@@ -100,9 +96,9 @@ fn a_daemon_starts_beside_a_broken_pod() {
     // Capturing the pod again repairs it.
     daemon.put("broken", &pod, &OUTBOUND).expect("put");
     daemon.wait_for("broken", intercept_agent::facade::daemon::PodState::Captured).expect("captured");
-    let status = agent.status().expect("a status");
-    let states: Vec<_> = status.as_array().expect("a list").iter().map(|pod| pod["state"].as_str()).collect();
-    assert_eq!(states, [Some("attached"); 2], "{status}");
+    let pods = agent.pods().expect("a status");
+    let states: Vec<_> = pods.iter().map(|pod| pod.state.as_str()).collect();
+    assert_eq!(states, ["attached"; 2], "{pods:#?}");
 }
 
 #[test]

@@ -57,10 +57,10 @@ fn a_range_of_all_ports_costs_no_more_than_its_prefixes() {
     let usage = Maps::open(&maps).and_then(|tables| tables.usage()).expect("read");
     assert_eq!(usage.len(), pods.len());
     assert!(usage.values().all(|usage| (16..64).contains(&usage.ports)), "{usage:?}");
-    let status = agent.status().expect("a status");
-    let room = &status[0]["room"][1];
-    assert_eq!((&room["map"], &room["limit"]), (&"PORTS".into(), &budget::PORTS.into()), "{status}");
-    assert_eq!(room["used"], usage.values().next().expect("one").ports, "{status}");
+    let pods = agent.pods().expect("a status");
+    let room = &pods[0].room[1];
+    assert_eq!((room.map.as_str(), room.limit), ("PORTS", budget::PORTS), "{room:?}");
+    assert_eq!(room.used, usage.values().next().expect("one").ports, "{room:?}");
 }
 
 #[test]

@@ -95,8 +95,8 @@ fn wait_for_more(cluster: &Cluster, app: App, more: usize) {
 
 /// The cgroups that are captured, as the kernel has it, by the UIDs of their pods.
 fn captured(agent: &Agent) -> Vec<String> {
-    let status = agent.status().expect("status");
-    let cgroups = status.as_array().expect("a list").iter().map(|pod| text(pod, "/cgroup").to_owned());
+    let pods = agent.pods().expect("status");
+    let cgroups = pods.iter().map(|pod| pod.cgroup.display().to_string());
     let mut uids: Vec<_> = cgroups
         .map(|path| path.rsplit_once("/pod").map_or(path.clone(), |(_, uid)| uid.to_owned()))
         .collect();

@@ -105,11 +105,11 @@ fn the_daemonsets_pod_captures_pods_before_their_first_connection() {
     let mut daemon = DaemonPod::start(&node, &client, &manifest, "agent")
         .unwrap_or_else(|error| panic!("{error:#}\n{}", node.log()));
     let fixture = CriFixture { node: &node, client: &client };
-    let in_force = || agent.status().expect("status").as_array().map_or(0, Vec::len);
+    let captured = || agent.pods().expect("status").len();
 
     // The capture is active when RunPodSandbox returns: nothing listens, so the first connection is refused.
     let pod = fixture.run("captured", &[STATUS, LEFT_ALONE]);
-    assert_eq!(in_force(), 1);
+    assert_eq!(captured(), 1);
     let (code, said) = fixture.dial(&pod, "first", 80);
     assert!(code == 1 && said.contains("refused"), "{code} {said}");
     assert_eq!(fixture.dial(&pod, "left-alone", 81), (0, "the node\n".to_owned()));
@@ -136,11 +136,11 @@ fn the_daemonsets_pod_captures_pods_before_their_first_connection() {
     // A pod without a sidecar is ignored. The namespace of a pod in TPROXY mode is changed.
     let plain = fixture.run("plain", &[]);
     assert_eq!(fixture.dial(&plain, "app", 80), (0, "the node\n".to_owned()));
-    assert_eq!(in_force(), 1);
+    assert_eq!(captured(), 1);
     let tproxy = fixture.run("tproxy", &[STATUS, TPROXY]);
-    assert_eq!(in_force(), 2);
+    assert_eq!(captured(), 2);
     fixture.end("tproxy", &tproxy);
-    assert_eq!(in_force(), 1);
+    assert_eq!(captured(), 1);
 
     // Without the daemon, captures stay. A pod with a sidecar does not start, and one without does.
     let stopped_later = fixture.run("meanwhile", &[STATUS]);
@@ -154,23 +154,23 @@ fn the_daemonsets_pod_captures_pods_before_their_first_connection() {
     fixture.end("meanwhile", &stopped_later);
     daemon.restart().expect("started");
     let back = Instant::now();
-    wait("its state is gone", || Ok(in_force() == 1)).expect("gone");
+    wait("its state is gone", || Ok(captured() == 1)).expect("gone");
     assert!(back.elapsed() < Duration::from_secs(1), "{:?}", back.elapsed());
     assert_eq!(fixture.dial(&pod, "taken-over", 80), proxied);
     // The runtime tries again, as the kubelet has it do.
     let healed = fixture.run("refused", &[STATUS]);
-    assert_eq!(in_force(), 2);
+    assert_eq!(captured(), 2);
 
     // Gone when StopPodSandbox returns.
     fixture.end("captured", &pod);
-    assert_eq!(in_force(), 1);
+    assert_eq!(captured(), 1);
 
     // Uninstalling: the pod that cleans up takes the place of the other, and ends.
     daemon.delete().expect("ended");
-    assert_eq!(in_force(), 1);
+    assert_eq!(captured(), 1);
     let manifest = env::var_os("INTERCEPT_UNINSTALL").expect("`cargo xtask cri` sets it");
     let last = DaemonPod::start(&node, &client, Path::new(&manifest), "last").expect("started");
-    assert_eq!(in_force(), 1);
+    assert_eq!(captured(), 1);
     last.delete().expect("ended");
     assert!(!agent.bpffs().join("intercept").exists());
     let json = |text: &str| serde_json::from_str::<Value>(text).expect("JSON");

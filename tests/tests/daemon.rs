@@ -44,7 +44,7 @@ fn pods_of_the_folder_are_captured_changed_and_released() {
 
     daemon.remove("a").expect("removed");
     daemon.wait("released", |daemon| daemon.reports().is_ok_and(|all| all.is_empty())).expect("released");
-    assert_eq!(agent.status().expect("status"), json!([]));
+    assert_eq!(agent.pods().expect("status"), []);
     // A command beside the daemon does not take its programs away.
     agent.attach(&pod, &OUTBOUND).expect("attached");
     agent.detach(&pod).expect("detached");
@@ -94,7 +94,7 @@ fn a_removed_pod_is_released_within_a_second() {
     daemon.wait_for("b", PodState::Captured).expect("captured under its other name");
     let emptied = |daemon: &Daemon<'_>| {
         let gone = Instant::now();
-        daemon.wait("no state", |_| agent.status().is_ok_and(|pods| pods == json!([]))).expect("gone");
+        daemon.wait("no state", |_| agent.pods().is_ok_and(|pods| pods.is_empty())).expect("gone");
         let took = gone.elapsed();
         assert!(took < Duration::from_secs(1), "{took:?}");
     };
@@ -154,9 +154,9 @@ fn killed_under_load_no_connection_fails_or_passes_by() {
     assert!(dialled.load(Ordering::Relaxed) > 20, "too few connections to tell");
     // The file was removed while no daemon ran.
     daemon.wait("b is released", |d| d.report("b").is_ok_and(|report| report.is_none())).expect("released");
-    let pods = agent.status().expect("status");
-    assert_eq!(pods.as_array().map(Vec::len), Some(1), "{pods}");
-    assert_eq!(pods[0]["cgroup"], json!(pod.cgroup.path()));
+    let pods = agent.pods().expect("status");
+    assert_eq!(pods.len(), 1, "{pods:#?}");
+    assert_eq!(pods[0].cgroup, pod.cgroup.path());
 }
 
 #[test]
@@ -167,7 +167,7 @@ fn ended_by_sigterm_pods_stay_captured() {
     let actor = proxy(&pod);
     daemon.put("a", &pod, &OUTBOUND).expect("put");
     daemon.wait_for("a", PodState::Captured).expect("captured");
-    let before = agent.status().expect("status");
+    let before = agent.pods().expect("status");
     assert!(daemon.terminate().expect("ended").success());
     assert_eq!(answers(&actor, service()).as_deref(), Some("proxy"));
     // A command must not take its programs for leftovers.
@@ -177,9 +177,8 @@ fn ended_by_sigterm_pods_stay_captured() {
     assert_eq!(answers(&actor, service()).as_deref(), Some("proxy"));
     daemon.restart().expect("started");
     daemon.wait_for("a", PodState::Captured).expect("taken over");
-    let cookie = |status: &Value| status[0]["netns_cookie"].as_u64().expect("a cookie");
-    let after = agent.status().expect("status");
-    assert_eq!((cookie(&after), after.as_array().map(Vec::len)), (cookie(&before), Some(1)), "{after}");
+    let after = agent.pods().expect("status");
+    assert_eq!((after[0].netns_cookie, after.len()), (before[0].netns_cookie, 1), "{after:#?}");
 }
 
 #[test]
@@ -201,7 +200,7 @@ fn a_failed_release_is_retried() {
     daemon
         .wait("it is forgotten", |daemon| daemon.reports().is_ok_and(|all| all.is_empty()))
         .expect("released");
-    assert_eq!(agent.status().expect("status"), json!([]));
+    assert_eq!(agent.pods().expect("status"), []);
 }
 
 #[test]
@@ -220,7 +219,7 @@ fn one_daemon_keeps_a_store() {
     let output = other(&[]);
     let said = String::from_utf8_lossy(&output.stderr).into_owned();
     assert!(!output.status.success() && said.contains("another daemon keeps the pods of"), "{said}");
-    assert_eq!(agent.status().expect("status").as_array().map(Vec::len), Some(1), "it released nothing");
+    assert_eq!(agent.pods().expect("status").len(), 1, "it released nothing");
     // Commands work beside the daemon, and the next daemon after it.
     agent.attach(&Sandbox::new("one-more").expect("a place"), &OUTBOUND).expect("attached");
     daemon.kill().expect("killed");
@@ -334,7 +333,7 @@ fn a_pod_of_the_socket_is_captured_before_the_answer() {
     daemon.restart().expect("started");
     assert_eq!(daemon.reports().expect("reports")[0].name, "shop/cart");
     assert_eq!(ask(&daemon, DaemonRequest::Delete(sandbox.clone())), done("released"));
-    assert_eq!(agent.status().expect("status"), json!([]));
+    assert_eq!(agent.pods().expect("status"), []);
     assert!(
         matches!(ask(&daemon, DaemonRequest::Check(sandbox)), Response::Failed(problem) if problem.cause == "absent")
     );
@@ -358,19 +357,19 @@ fn a_pod_of_the_socket_is_captured_before_the_answer() {
         other => panic!("{other:?}"),
     }
     assert_eq!(ask(&daemon, marked(&[status])), done("captured"));
-    let pods = agent.status().expect("status");
-    assert_eq!((pods.as_array().map(Vec::len), &pods[0]["acceleration"]), (Some(1), &Value::Null));
+    let pods = agent.pods().expect("status");
+    assert_eq!((pods.len(), &pods[0].acceleration), (1, &None));
 
     // A pod says itself whether its connections are joined, whatever the default of the node is.
-    for (value, default, state) in [("true", None, json!("on")), ("false", Some("--accelerate"), Value::Null)]
-    {
+    for (value, default, state) in [("true", None, Some("on")), ("false", Some("--accelerate"), None)] {
         let DaemonRequest::Add(mut add) = marked(&[status, ("intercept/accelerate", value)]) else {
             unreachable!("it is an ADD")
         };
         add.given.arguments.extend(default.map(str::to_owned));
         let answer = ask(&daemon, DaemonRequest::Add(add));
         assert!(matches!(answer, Response::Done(_)), "{answer:?}");
-        assert_eq!(agent.status().expect("status")[0]["acceleration"]["state"], state, "{value}");
+        let pods = agent.pods().expect("status");
+        assert_eq!(pods[0].acceleration.as_ref().map(|found| found.state.as_str()), state, "{value}");
     }
 }
 
@@ -421,10 +420,10 @@ fn the_plugin_captures_and_releases_a_pod() {
     let (ok, printed) = call("ADD");
     assert!(ok, "{printed}");
     assert_eq!(serde_json::from_str::<Value>(&printed).expect("JSON"), previous);
-    assert_eq!(agent.status().expect("status").as_array().map(Vec::len), Some(1));
+    assert_eq!(agent.pods().expect("status").len(), 1);
     assert_eq!(call("CHECK"), (true, String::new()));
     assert_eq!(call("DEL"), (true, String::new()));
-    assert_eq!(agent.status().expect("status"), json!([]));
+    assert_eq!(agent.pods().expect("status"), []);
     assert_eq!(call("DEL"), (true, String::new()), "again");
     let (ok, printed) = call("CHECK");
     let error: Value = serde_json::from_str(&printed).expect("JSON");

@@ -177,6 +177,6 @@ fn status_says_when_the_daemon_last_saw_a_pod_in_place() {
     assert!(text.contains("a.json is captured, links verified"), "{text}");
     assert!(text.contains("b.json is failed, links never verified"), "{text}");
     // Without a daemon, status shows what the kernel knows.
-    let pods = agent.status().expect("a status");
-    assert!(pods[0]["daemon"].is_null() && pods[0]["state"] == "attached", "{pods}");
+    let pods = agent.pods().expect("a status");
+    assert!(pods[0].daemon.is_none() && pods[0].state == "attached", "{pods:#?}");
 }

@@ -204,14 +204,14 @@ fn status_and_gc_are_answered_by_the_daemon() {
         let (done, printed) = node.call("ADD", &config(&entry, sandbox, &previous), sandbox, id);
         assert!(done, "{printed}");
     }
-    let attached = || agent.status().expect("status").as_array().map_or(0, Vec::len);
+    let attached = || agent.pods().expect("status").len();
     assert_eq!(attached(), 2);
     let plain = config(&entry, &kept, &json!({}));
     assert_eq!(node.call("STATUS", &plain, &kept, ""), (true, Value::Null));
     let valid = json!({"cni.dev/valid-attachments": [{"containerID": "kept", "ifname": "eth0"}]});
     assert_eq!(node.call("GC", &config(&entry, &kept, &valid), &kept, ""), (true, Value::Null));
     daemon.wait("the other is released", |_| attached() == 1).expect("released");
-    assert_eq!(agent.status().expect("status")[0]["cgroup"], json!(kept.cgroup.path()));
+    assert_eq!(agent.pods().expect("status")[0].cgroup, kept.cgroup.path());
 
     daemon.kill().expect("killed");
     let (done, printed) = node.call("STATUS", &plain, &kept, "");

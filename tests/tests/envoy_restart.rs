@@ -3,10 +3,12 @@
 
 use std::time::{Duration, Instant};
 
-use serde_json::Value;
-use tests::envoy::{
-    generations::Generations,
-    loaded::{EnvoyFixture, lost_in_the_gap_alone},
+use tests::{
+    envoy::{
+        generations::Generations,
+        loaded::{EnvoyFixture, lost_in_the_gap_alone},
+    },
+    status::{StatusEntry, StatusListener},
 };
 
 const WORKERS: u32 = 16;
@@ -28,9 +30,9 @@ fn hot_restarts_lose_nothing_and_a_replacement_only_what_comes_meanwhile() {
         let lost: Vec<_> = batches.iter().filter_map(|batch| batch.failed.as_ref()).collect();
         assert!(lost.is_empty(), "{way:?}: of {} batches {lost:#?}", batches.len());
     }
-    let status = &fixture.agent.status().expect("a status")[0];
+    let status = &fixture.agent.pods().expect("a status")[0];
     assert_listens(status);
-    assert!(status["failures"].as_array().is_some_and(Vec::is_empty), "{status:#}");
+    assert_eq!(status.failures, [], "{status:#?}");
 
     // Others than before in number, none of which is handed over.
     let mut envoy = Some(envoy);
@@ -45,22 +47,20 @@ fn hot_restarts_lose_nothing_and_a_replacement_only_what_comes_meanwhile() {
         gone..back
     });
     lost_in_the_gap_alone(loads, &gap);
-    let status = &fixture.agent.status().expect("a status")[0];
+    let status = &fixture.agent.pods().expect("a status")[0];
     assert_listens(status);
-    let refused = status["failures"].as_array().expect("failures");
-    assert!(refused.iter().all(|failure| failure["reason"] == "no_listener"), "{status:#}");
+    let refused = &status.failures;
+    assert!(refused.iter().all(|failure| failure.reason == "no_listener"), "{status:#?}");
     drop(envoy);
-    let status = &fixture.agent.status().expect("a status")[0];
-    assert_eq!(status["listeners"], Value::Array(Vec::new()), "{status:#}");
+    let status = &fixture.agent.pods().expect("a status")[0];
+    assert_eq!(status.listeners, [], "{status:#?}");
     fixture.end();
 }
 
 /// Both ports in both families.
-fn assert_listens(status: &Value) {
-    let listeners = status["listeners"].as_array().expect("listeners");
+fn assert_listens(status: &StatusEntry) {
     for (port, family) in [(15001, 4), (15001, 6), (15006, 4), (15006, 6)] {
-        let is_it = |listener: &&Value| listener["port"] == port && listener["family"] == family;
-        assert!(listeners.iter().any(|listener| is_it(&listener)), "{port}: {status:#}");
+        assert!(status.listeners.contains(&StatusListener { port, family }), "{port}: {status:#?}");
     }
-    assert_eq!(status["mptcp_listeners"], Value::Array(Vec::new()));
+    assert_eq!(status.mptcp_listeners, []);
 }

@@ -43,13 +43,8 @@ impl ExplainedFixture {
     }
 
     fn counters(&self) -> BTreeMap<String, u64> {
-        let status = self.agent.status().expect("a status");
-        let counts = status[0]["decisions"].as_array().expect("decisions");
-        let count = |count: &serde_json::Value| {
-            let reason = count["reason"].as_str().expect("a word").to_owned();
-            (reason, count["count"].as_u64().expect("a number"))
-        };
-        counts.iter().map(count).collect()
+        let pods = self.agent.pods().expect("a status");
+        pods[0].decisions.iter().map(|count| (count.reason.clone(), count.count)).collect()
     }
 
     fn make(&self, flow: &Flow) {

@@ -10,6 +10,7 @@ use std::{
 use tests::{
     actor::{Actor, Bind, Dial, DialOutcome, Listen, OriginalDst, Transport},
     agent::{Agent, RunningAgent},
+    status::count_of,
     steps::{self, SocketKind, Step},
     testbed::{Ids, Pod, PodSpec},
 };
@@ -81,9 +82,8 @@ impl Drop for ConnectionHolder {
 }
 
 fn failed(agent: &Agent, reason: &str) -> bool {
-    let status = agent.status().expect("status");
-    let pods = status.as_array().expect("pods").iter();
-    pods.filter_map(|pod| pod["failures"].as_array()).flatten().any(|failure| failure["reason"] == reason)
+    let pods = agent.pods().expect("status");
+    pods.iter().any(|pod| count_of(&pod.failures, reason) > 0)
 }
 
 fn comes_back(fixture: &FullFixture) {
@@ -103,13 +103,13 @@ fn a_pod_has_its_share_and_no_more() {
     assert_eq!(greedy.one_more(), "ENOBUFS");
     assert!(!greedy.is_told_right());
     assert!(other.is_told_right());
-    let status = agent.status().expect("status");
-    let pods = status.as_array().expect("pods");
+    let pods = agent.pods().expect("status");
     assert!(
-        pods.iter().any(|pod| pod["connections"] == EACH && pod["max_connections"] == EACH),
-        "{status:#}"
+        pods.iter().any(|pod| usize::try_from(pod.connections) == Ok(EACH)
+            && usize::try_from(pod.max_connections) == Ok(EACH)),
+        "{pods:#?}"
     );
-    assert!(failed(&agent, "too_many_connections"), "{status:#}");
+    assert!(failed(&agent, "too_many_connections"), "{pods:#?}");
     drop(held);
     comes_back(&greedy);
 }

@@ -12,6 +12,7 @@ use socket2::Socket;
 use tests::{
     agent::Agent,
     joined::{self, Leg, PodPair, given_to_tcp, goes_past, receive, send, set_int, socket, wait},
+    status::count_of,
     testbed::{Ids, Sandbox},
 };
 
@@ -38,12 +39,7 @@ impl JoinChecksFixture {
 
     /// The number of connections of this pod that returned to TCP for a reason.
     fn back(&self, pod: &Sandbox, why: &str) -> u64 {
-        let pods = self.agent.status().expect("status");
-        let path = pod.cgroup.path().display().to_string();
-        let pod = pods.as_array().expect("pods").iter().find(|pod| pod["cgroup"] == path.as_str());
-        let list = pod.expect("attached")["acceleration"]["back_to_tcp"].clone();
-        let found = list.as_array().expect("a list").iter().find(|count| count["reason"] == why).cloned();
-        found.map_or(0, |count| count["count"].as_u64().expect("a count"))
+        count_of(&self.agent.acceleration_of(pod).expect("accelerated").back_to_tcp, why)
     }
 }
 

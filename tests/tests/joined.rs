@@ -11,13 +11,13 @@ use std::{
 use intercept_common::names;
 use rand::{Rng as _, SeedableRng as _, rngs::SmallRng};
 use rustix::event::PollFlags;
-use serde_json::Value;
 use socket2::{SockAddr, Socket};
 use tests::{
     agent::{Agent, INIT_FLAGS, succeed},
     joined::{
         self, APP, Leg, PodPair, given_to_tcp, goes_past, listen, own_name, pass, receive, send, socket, wait,
     },
+    status::count_of,
     testbed::{Ids, Sandbox},
 };
 
@@ -29,15 +29,12 @@ fn fixture(label: &str) -> (Agent, PodPair) {
 
 /// A count of a pod's `acceleration` in `status`.
 fn count(agent: &Agent, pod: &Sandbox, list: &str, what: &str) -> u64 {
-    let pods = agent.status().expect("status");
-    let path = pod.cgroup.path().display().to_string();
-    let found = pods.as_array().expect("pods").iter().find(|found| found["cgroup"] == path.as_str());
-    let list = &found.expect("attached")["acceleration"][list];
-    let counts = list.as_array().expect("counts");
-    counts
-        .iter()
-        .find(|count| count["reason"] == what)
-        .map_or(0, |count| count["count"].as_u64().expect("a count"))
+    let acceleration = agent.acceleration_of(pod).expect("accelerated");
+    match list {
+        "connections" => count_of(&acceleration.connections, what),
+        "back_to_tcp" => count_of(&acceleration.back_to_tcp, what),
+        other => panic!("{other} is no list of counts"),
+    }
 }
 
 fn is_joined(leg: &Leg) -> bool {
@@ -413,23 +410,14 @@ fn status_shows_the_active_acceleration_until_it_ends() {
         INIT_FLAGS.into_iter().chain(["--accelerate", "--accelerate-proxies", &name]).collect();
     let said = agent.attach(&pods.dialler, &flags).expect("attached");
     assert!(said.starts_with("unchanged"), "{said}");
-    let state = |agent: &Agent| agent.status().expect("status")[0]["acceleration"]["state"].clone();
-    assert_eq!(state(&agent), "on");
-    let path = pods.dialler.cgroup.path().display().to_string();
-    let pod = || {
-        let pods = agent.status().expect("status");
-        pods.as_array()
-            .expect("pods")
-            .iter()
-            .find(|pod| pod["cgroup"] == path.as_str())
-            .expect("attached")
-            .clone()
-    };
-    let link = agent.store().join("pods").join(pod()["netns_cookie"].to_string()).join(names::JOIN_OPS);
+    assert_eq!(agent.acceleration_of(&pods.dialler).expect("accelerated").state, "on");
+    let path = pods.dialler.cgroup.path();
+    let pod = || agent.pods().expect("status").into_iter().find(|pod| pod.cgroup == path).expect("attached");
+    let link = agent.store().join("pods").join(pod().netns_cookie.to_string()).join(names::JOIN_OPS);
     assert!(link.exists());
     agent.attach(&pods.dialler, &INIT_FLAGS).expect("attached");
     assert!(!link.exists());
-    assert_eq!(pod()["acceleration"], Value::Null);
+    assert_eq!(pod().acceleration, None);
     agent.detach_all().expect("detached");
     assert!(!agent.bpffs().join("intercept").exists());
 }

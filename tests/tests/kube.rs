@@ -102,9 +102,8 @@ impl AgentNode {
 
     /// The captured cgroups in the kernel's state.
     fn in_force(&self) -> Vec<PathBuf> {
-        let status = self.agent.status().unwrap_or_else(|error| panic!("{error:#}\n{}", self.log()));
-        let pods = status.as_array().expect("a list").iter();
-        pods.map(|pod| pod["cgroup"].as_str().expect("a path").into()).collect()
+        let pods = self.agent.pods().unwrap_or_else(|error| panic!("{error:#}\n{}", self.log()));
+        pods.into_iter().map(|pod| pod.cgroup).collect()
     }
 }
 
@@ -396,10 +395,9 @@ fn the_real_api_decides_what_the_real_plugin_adds() {
         }
     }
     let arguments = |pod: &RunningPod| {
-        let status = node.agent.status().expect("status");
+        let pods = node.agent.pods().expect("status");
         let name = format!("pod{}", pod.uid());
-        let is_it = |pod: &&Value| pod["cgroup"].as_str().is_some_and(|path| path.ends_with(&name));
-        status.as_array().expect("a list").iter().find(is_it).expect("captured")["arguments"].to_string()
+        pods.into_iter().find(|pod| pod.cgroup.ends_with(&name)).expect("captured").arguments.concat()
     };
     assert!(arguments(&kinds[1].0).contains("1444"), "{}", arguments(&kinds[1].0));
 

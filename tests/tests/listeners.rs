@@ -7,6 +7,7 @@ use std::os::fd::OwnedFd;
 use socket2::{Domain, Protocol, Socket, Type};
 use tests::actor::{Actor, Bind, Dial, DialOutcome, Listen, Listening, Transport};
 use tests::agent::{Agent, INIT_FLAGS};
+use tests::status::count_of;
 use tests::steps::{self, SocketKind, Step};
 use tests::testbed::{Ids, Pod, PodSpec};
 
@@ -117,8 +118,8 @@ fn a_pod_with_too_many_listeners_is_limited_to_its_own() {
             attach();
         }
         assert_eq!(fixture.answer(false), "many");
-        let status = fixture.agent.status().expect("a status");
-        let listed = status[0]["listeners"].as_array().map_or(0, Vec::len);
+        let pods = fixture.agent.pods().expect("a status");
+        let listed = pods[0].listeners.len();
         assert_eq!(listed, 512, "attached first: {attached_first}");
         fixture.close(many);
         let _again = fixture.open("again", 1);
@@ -149,8 +150,8 @@ fn an_mptcp_listener_does_not_keep_a_pod_from_being_attached() {
     assert!(output.status.success(), "{log}");
     assert!(log.contains("MPTCP"), "{log}");
     assert_eq!(fixture.answer(false), "Refused");
-    let status = fixture.agent.status().expect("a status");
-    assert_eq!(status[0]["mptcp_listeners"][0]["port"], 15006, "{status:#}");
+    let pods = fixture.agent.pods().expect("a status");
+    assert_eq!(pods[0].mptcp_listeners[0].port, 15006, "{pods:#?}");
     holder.kill().expect("killed");
     holder.wait().expect("gone");
     // The restarted proxy falls back to TCP, as runtimes do.
@@ -168,9 +169,8 @@ fn the_proxy_is_refused_mptcp_and_nobody_else() {
     assert_eq!(open(Ids { uid: 1000, gid: 1337 }), ["EPROTONOSUPPORT"]);
     assert_eq!(open(Ids::APP), ["ok"]);
     assert_eq!(open(Ids::ROOT), ["ok"]);
-    let status = fixture.agent.status().expect("a status");
-    let failures = status[0]["failures"].as_array().expect("failures");
-    assert!(failures.iter().any(|f| f["reason"] == "mptcp_refused" && f["count"] == 2), "{status:#}");
+    let pods = fixture.agent.pods().expect("a status");
+    assert_eq!(count_of(&pods[0].failures, "mptcp_refused"), 2, "{pods:#?}");
     fixture.agent.detach(&fixture.pod).expect("detached");
     assert_eq!(open(Ids::PROXY), ["ok"]);
 }

@@ -121,8 +121,8 @@ fn forgotten(fixture: &RedirectsFixture) {
         assert!(Instant::now() < deadline, "{left} entries are left");
         std::thread::yield_now();
     }
-    let status = fixture.agent.status().expect("a status");
-    assert_eq!(status[0]["connections"], 0, "{status:#}");
+    let pods = fixture.agent.pods().expect("a status");
+    assert_eq!(pods[0].connections, 0, "{pods:#?}");
 }
 
 /// The loopback interface has a longer prefix than 127/8.

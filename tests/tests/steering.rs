@@ -60,8 +60,8 @@ fn without_the_shared_half_inbound_is_refused() {
     programs.clear_index(&0).expect("taken out");
     let refused = answer(&pod, &world);
     assert!(refused != "proxy" && refused != "app", "{refused}");
-    let status = agent.status().expect("status");
-    assert_eq!(status[0]["failures"][0]["reason"], "steer_missing", "{status:?}");
+    let pods = agent.pods().expect("status");
+    assert_eq!(pods[0].failures[0].reason, "steer_missing", "{pods:#?}");
 
     agent.attach(&pod, &[&FLAGS[..], &["--open-without-proxy"]].concat()).expect("attached");
     assert_eq!(answer(&pod, &world), "app");
@@ -90,7 +90,7 @@ fn the_cookie_of_another_lookup_is_not_used() {
     let mut notes: PerCpuArray<_, Plain<LookupScratch>> =
         PerCpuArray::try_from(Map::PerCpuArray(data)).expect("of notes");
     let cpus = aya::util::nr_cpus().expect("a number of CPUs");
-    let netns = agent.status().expect("status")[0]["netns_cookie"].as_u64().expect("a cookie");
+    let netns = agent.pods().expect("status")[0].netns_cookie;
 
     let remote = SocketAddrV4::new(Ipv4Addr::new(192, 0, 2, 7), 40_000);
     let local = SocketAddrV4::new(Ipv4Addr::new(10, 1, 2, 3), 8080);

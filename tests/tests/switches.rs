@@ -22,7 +22,7 @@ fn attach(agent: &Agent, pod: &Pod, more: &[&str]) -> (String, String) {
 }
 
 fn attached(agent: &Agent) -> usize {
-    agent.status().expect("the status").as_array().expect("a list").len()
+    agent.pods().expect("the status").len()
 }
 
 #[test]
@@ -55,14 +55,14 @@ fn skip_rule_apply_changes_nothing() {
     assert!(!agent.store().exists(), "something was loaded");
     attach(&agent, &pod, &[]);
     attach(&agent, &pod, &["--skip-rule-apply", "-q", "3306"]);
-    let status = agent.status().expect("the status");
-    assert!(!status[0]["arguments"].to_string().contains("3306"), "{status}");
+    let pods = agent.pods().expect("the status");
+    assert!(!pods[0].arguments.concat().contains("3306"), "{pods:#?}");
 }
 
 #[test]
 fn force_apply_writes_everything_anew() {
     let (agent, pod) = fixture("force");
-    let policy = || agent.status().expect("the status")[0]["policy"].clone();
+    let policy = || agent.pods().expect("the status")[0].policy;
     assert!(attach(&agent, &pod, &[]).0.starts_with("attached"));
     let first = policy();
     assert!(attach(&agent, &pod, &[]).0.starts_with("unchanged"));

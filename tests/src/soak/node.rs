@@ -221,10 +221,9 @@ impl<'a> SoakNode<'a> {
 
     /// Whether a pod is captured with a port among its options.
     pub fn mentions(&self, place: &Sandbox, port: &str) -> Result<bool> {
-        let status = self.agent.status()?;
-        let pods = status.as_array().context("a list of pods")?;
-        let pod = pods.iter().find(|pod| pod["cgroup"] == json!(place.cgroup.path()));
-        Ok(pod.is_some_and(|pod| pod["arguments"].to_string().contains(port)))
+        let pods = self.agent.pods()?;
+        let pod = pods.iter().find(|pod| pod.cgroup == place.cgroup.path());
+        Ok(pod.is_some_and(|pod| pod.arguments.iter().any(|argument| argument.contains(port))))
     }
 
     /// Opens connections to the probes' address.

@@ -37,8 +37,8 @@ fn the_same_again_changes_nothing() {
     let fixture = SystemFixture::new(PodSpec::new("again"));
     assert!(agent.attach(&fixture.pod, &INIT_FLAGS).expect("attached").starts_with("attached"));
     assert_eq!(fixture.outbound("10.96.0.10:80"), "outbound");
-    let before = (tree(agent.bpffs()).expect("a tree"), agent.status().expect("a status"));
-    assert_eq!(before.1[0]["decisions"].as_array().map(Vec::len), Some(1), "{:#}", before.1);
+    let before = (tree(agent.bpffs()).expect("a tree"), agent.pods().expect("a status"));
+    assert_eq!(before.1[0].decisions.len(), 1, "{:#?}", before.1);
     let snapshot = Snapshot::of(&fixture.pod).expect("a snapshot");
     assert!(agent.attach(&fixture.pod, &INIT_FLAGS).expect("attached").starts_with("unchanged"));
     // The same options, written differently.
@@ -52,7 +52,7 @@ fn the_same_again_changes_nothing() {
     ];
     assert!(agent.attach(&fixture.pod, &words).expect("attached").starts_with("unchanged"));
     // Policy, links and counters. A new pin has a new inode.
-    assert_eq!((tree(agent.bpffs()).expect("a tree"), agent.status().expect("a status")), before);
+    assert_eq!((tree(agent.bpffs()).expect("a tree"), agent.pods().expect("a status")), before);
     assert_eq!(snapshot.difference(&Snapshot::of(&fixture.pod).expect("a snapshot")), [""; 0]);
     agent.detach(&fixture.pod).expect("detached");
 }
@@ -63,7 +63,7 @@ fn other_options_replace_it_without_a_gap() {
     let agent = Agent::new("replace").expect("the agent");
     let fixture = SystemFixture::new(PodSpec::new("replace"));
     agent.attach(&fixture.pod, &ONE).expect("attached");
-    let first = agent.status().expect("a status");
+    let first = agent.pods().expect("a status");
     let (stop, flows) = (AtomicBool::new(false), AtomicUsize::new(0));
     let hammer = |inbound: bool| {
         while !stop.load(Ordering::Relaxed) {
@@ -112,9 +112,9 @@ fn other_options_replace_it_without_a_gap() {
     });
     let flows = flows.into_inner();
     assert!(flows > 1000, "{flows} flows are too few to tell");
-    let last = agent.status().expect("a status");
-    assert_ne!(first[0]["policy"], last[0]["policy"]);
-    assert_eq!(first[0]["netns_cookie"], last[0]["netns_cookie"]);
+    let last = agent.pods().expect("a status");
+    assert_ne!(first[0].policy, last[0].policy);
+    assert_eq!(first[0].netns_cookie, last[0].netns_cookie);
     agent.detach(&fixture.pod).expect("detached");
 }
 
@@ -170,7 +170,7 @@ fn detach_all_takes_out_every_pod_also_those_that_are_gone() {
     for (pod, flags) in pods.iter().zip([&ONE[..], &OTHER[..], &INIT_FLAGS[..], &ONE[..]]) {
         agent.attach(pod, flags).expect("attached");
     }
-    assert_eq!(agent.status().expect("a status").as_array().map(Vec::len), Some(4));
+    assert_eq!(agent.pods().expect("a status").len(), 4);
     let mut pods = pods;
     drop(pods.pop());
     let said = agent.detach_all().expect("detached");
