@@ -191,9 +191,9 @@ impl Printer {
             destination: event.dst.into(),
             destination_port: event.dst_port,
             pid: owned(event.pid),
-            process: match is_owned {
-                true => Some(process(event)),
-                false => Some(name(event)).filter(|name| !name.is_empty()),
+            process: match event.acceleration {
+                0 => is_owned.then(|| process(event)),
+                _ => Some(name(event)).filter(|name| !name.is_empty()),
             },
             uid: owned(event.uid),
             gid: owned(event.gid),
