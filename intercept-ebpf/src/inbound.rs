@@ -146,7 +146,8 @@ fn target(ctx: &SkLookupContext, netns: NetnsCookie, pod: &PodPolicy) -> Option<
 /// Whether a source is an address of the namespace.
 #[inline(always)]
 fn is_own(pod: &PodPolicy, addr: Addr) -> bool {
-    addr.is_loopback() || PolicyMaps { conn: None }.destination(pod.id, addr).flags & destination::LO != 0
+    addr.is_loopback()
+        || PolicyMaps { conn: None, owner: 0 }.destination(pod.id, addr).flags & destination::LO != 0
 }
 
 #[inline(always)]

@@ -6,10 +6,14 @@ use intercept_common::{
     layout::{ConnKey, Destination, MemberKey, PodPolicy, PortKey, end},
 };
 
-use crate::{maps, verdict};
+use crate::maps;
 
-/// The maps, and for an arriving connection the key under which the connect hook may have marked it.
+/// The maps, and what is known of the flow: for an arriving connection the key under which the connect hook may have marked
+/// it, for one of the pod its owner.
 pub(crate) struct PolicyMaps<'a> {
+    /// [`PodPolicy::match_owner`] of the flow. Known before the decision, because Linux before 6.8 counts at least 32 bytes
+    /// of stack for each nested function, and 512 are for all.
+    pub(crate) owner: u32,
     /// TPROXY: the key of the arriving connection.
     pub(crate) conn: Option<&'a ConnKey>,
 }
@@ -39,8 +43,8 @@ impl PolicyLookup for PolicyMaps<'_> {
     }
 
     #[inline(always)]
-    fn owner(&self, pod: &PodPolicy, owner: Owner) -> u32 {
-        verdict::owner(pod, owner)
+    fn owner(&self, _: &PodPolicy, _: Owner) -> u32 {
+        self.owner
     }
 
     #[inline(always)]

@@ -66,10 +66,11 @@ pub(crate) struct Outbound {
 #[inline(always)]
 pub(crate) fn outbound(pod: &PodPolicy, flow: &OutboundFlow) -> Outbound {
     let mut dst = Destination::zeroed();
-    let mut reason = PackedReason(opaque(decide_outbound_reason(pod, flow, &raw mut dst)));
+    let owner = owner(pod, flow.owner);
+    let mut reason = PackedReason(opaque(decide_outbound_reason(pod, flow, &raw mut dst, owner)));
     let mut mark = TproxyMark::None;
     if pod.flags & policy::TPROXY != 0 {
-        let number = opaque(decide_tproxy_mark(pod, flow, &raw const dst, reason.0 & KEEPS_MARK));
+        let number = opaque(decide_tproxy_mark(pod, flow, &raw const dst, reason.0 & KEEPS_MARK, owner));
         mark = TproxyMark::of(number as u8);
         if matches!(mark, TproxyMark::Redirected) {
             reason = PackedReason::new(Reason::MarkedLoopback);
@@ -104,12 +105,13 @@ extern "C" fn decide_outbound_reason(
     pod: *const PodPolicy,
     flow: *const OutboundFlow,
     dst: *mut Destination,
+    owner: u32,
 ) -> u64 {
     // SAFETY: the verifier checks the size of what a caller passes; a null pointer is none.
     let (Some(pod), Some(flow), Some(dst)) = (unsafe { (pod.as_ref(), flow.as_ref(), dst.as_mut()) }) else {
         return 0;
     };
-    let lookup = PolicyMaps { conn: None };
+    let lookup = PolicyMaps { conn: None, owner };
     *dst = lookup.destination(pod.id, flow.dst);
     PackedReason::new(outbound_reason(pod, flow, dst, &lookup)).0
 }
@@ -121,12 +123,13 @@ extern "C" fn decide_tproxy_mark(
     flow: *const OutboundFlow,
     dst: *const Destination,
     keeps_mark: u64,
+    owner: u32,
 ) -> u64 {
     // SAFETY: as above.
     let (Some(pod), Some(flow), Some(dst)) = (unsafe { (pod.as_ref(), flow.as_ref(), dst.as_ref()) }) else {
         return 0;
     };
-    tproxy_mark(pod, flow, dst, keeps_mark != 0, &PolicyMaps { conn: None }) as u64
+    tproxy_mark(pod, flow, dst, keeps_mark != 0, &PolicyMaps { conn: None, owner }) as u64
 }
 
 #[unsafe(no_mangle)]
@@ -135,5 +138,5 @@ extern "C" fn decide_inbound_reason(pod: *const PodPolicy, conn: *const ConnKey,
     // SAFETY: as above.
     let (Some(pod), Some(conn)) = (unsafe { (pod.as_ref(), conn.as_ref()) }) else { return 0 };
     let flow = InboundFlow { dst: conn.proxy, dst_port: conn.proxy_port, src: conn.client, ifindex };
-    PackedReason::new(decide_inbound(pod, &flow, &PolicyMaps { conn: Some(conn) }).reason).0
+    PackedReason::new(decide_inbound(pod, &flow, &PolicyMaps { conn: Some(conn), owner: 0 }).reason).0
 }

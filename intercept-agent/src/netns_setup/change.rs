@@ -9,7 +9,7 @@ use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use netlink_packet_core::{NLM_F_CREATE, NLM_F_DUMP, NLM_F_EXCL, NLM_F_REQUEST};
 use netlink_packet_route::{
     AddressFamily, IpProtocol, RouteNetlinkMessage,
-    address::{AddressAttribute, AddressMessage},
+    address::{AddressAttribute, AddressHeaderFlags, AddressMessage},
     route::{RouteAddress, RouteAttribute, RouteMessage, RouteScope, RouteType},
     rule::{RuleAction, RuleAttribute, RuleHeader, RuleMessage},
 };
@@ -284,6 +284,8 @@ pub(super) const LOOPBACK: u32 = 1;
 
 fn passthrough() -> AddressMessage {
     let mut message = AddressMessage::default();
+    // Otherwise the kernel adds it as tentative, and on a busy machine it can be bound only a while later.
+    message.header.flags = AddressHeaderFlags::Nodad;
     message.header.family = AddressFamily::Inet6;
     message.header.prefix_len = 128;
     message.header.index = LOOPBACK;
