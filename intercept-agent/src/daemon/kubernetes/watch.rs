@@ -1,6 +1,7 @@
 //! A watch that is retried, and reported once when the API is lost and once when it is back.
 //!
-//! The stream of `kube` begins each attempt with an event, so its own backoff starts again with every attempt.
+//! The stream of `kube` begins each attempt with an event, so its own backoff starts again with every attempt. It also goes
+//! on without an event where it can, which says nothing of the API: after an outage the objects are listed again.
 
 use std::{fmt::Debug, time::Duration};
 
@@ -19,11 +20,15 @@ use crate::daemon::retry;
 const STABLE: Duration = Duration::from_secs(2);
 /// The failure from which on the delay no longer grows: after six seconds the API is tried again.
 const LONGEST_DELAY: u32 = 7;
+/// Connections end now and then, at a proxy or when the API is restarted. A second one within this time is an outage.
+const CUT: Duration = Duration::from_secs(60);
 /// Most different errors that are reported in one outage.
 const MAX_REPORTED: usize = 8;
 
 /// A watch on the objects of one kind.
 pub(super) struct Watch<K> {
+    api: Api<K>,
+    config: watcher::Config,
     events: BoxStream<'static, watcher::Result<Event<K>>>,
     objects: &'static str,
     outage: Outage,
@@ -35,6 +40,8 @@ pub(super) struct Watch<K> {
 #[derive(Debug, Default)]
 struct Outage {
     since: Option<Instant>,
+    /// When an established watch was last cut off.
+    cut: Option<Instant>,
     failures: u32,
     reported: Vec<String>,
     /// When the watch counts as restored, if nothing fails until then.
@@ -47,8 +54,8 @@ where
 {
     /// Watches these objects, called `objects` in the log.
     pub(super) fn new(api: Api<K>, config: watcher::Config, objects: &'static str) -> Self {
-        let events = watcher::watcher(api, config).boxed();
-        Self { events, objects, outage: Outage::default(), retry_at: None }
+        let events = watcher::watcher(api.clone(), config.clone()).boxed();
+        Self { api, config, events, objects, outage: Outage::default(), retry_at: None }
     }
 
     /// Returns the next event. Errors are reported and retried. Can be cancelled without losing an event.
@@ -82,6 +89,14 @@ where
     fn failed(&mut self, error: &watcher::Error) {
         let now = Instant::now();
         let text = text(error);
+        if matches!(error, watcher::Error::WatchFailed(_)) && self.outage.is_first_cut(now) {
+            tracing::debug!(objects = self.objects, error = text, "the watch was cut off, and continues");
+            self.retry_at = Some(now + retry::delay(1));
+            return;
+        }
+        if let watcher::Error::WatchStartFailed(_) | watcher::Error::WatchFailed(_) = error {
+            self.events = watcher::watcher(self.api.clone(), self.config.clone()).boxed();
+        }
         if self.outage.failed(&text, now) {
             tracing::warn!(
                 objects = self.objects,
@@ -94,6 +109,12 @@ where
 }
 
 impl Outage {
+    /// Whether an established watch was cut off that had worked for a while.
+    fn is_first_cut(&mut self, now: Instant) -> bool {
+        let before = self.cut.replace(now);
+        self.since.is_none() && before.is_none_or(|before| now - before > CUT)
+    }
+
     /// Counts a failure. Returns whether it is to be reported: the first of each kind is.
     fn failed(&mut self, error: &str, now: Instant) -> bool {
         self.since.get_or_insert(now);
@@ -162,6 +183,18 @@ mod tests {
         assert_eq!(outage.end(at(112)), Some(Duration::from_secs(111)));
         assert_eq!((outage.failures, outage.stable_at), (0, None));
         assert!(outage.failed("refused", at(200)), "the next outage is reported again");
+    }
+
+    #[test]
+    fn a_watch_that_is_cut_off_now_and_then_is_no_outage() {
+        let start = Instant::now();
+        let mut outage = Outage::default();
+        for n in 0..3 {
+            assert!(outage.is_first_cut(start + CUT * (2 * n)), "{n}");
+        }
+        assert!(!outage.is_first_cut(start + CUT * 4 + Duration::from_secs(1)), "it did not work in between");
+        outage.failed("refused", start + CUT * 9);
+        assert!(!outage.is_first_cut(start + CUT * 10), "nothing works");
     }
 
     #[test]
