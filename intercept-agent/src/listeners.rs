@@ -11,7 +11,7 @@ use std::{
     os::fd::OwnedFd,
 };
 
-use intercept_common::Addr;
+use intercept_common::{Addr, Family};
 use rustix::process::Pid;
 
 use crate::{
@@ -24,8 +24,8 @@ pub use watch::PortWatch;
 /// A listening TCP socket, shared with the process that has it.
 #[derive(Debug)]
 pub struct Listener {
-    /// 4 or 6: the family of the socket.
-    pub family: u8,
+    /// Of the socket, which if IPv6 may accept IPv4 as well.
+    pub family: Family,
     /// What it is bound to; unspecified for all addresses.
     pub addr: IpAddr,
     /// Host order.

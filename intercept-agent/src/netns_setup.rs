@@ -8,7 +8,7 @@
 
 use std::{fs, io};
 
-use intercept_common::Addr;
+use intercept_common::{Addr, Family};
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use netlink_sys::protocols::NETLINK_ROUTE;
 use serde::{Deserialize, Serialize};
@@ -50,7 +50,7 @@ const DISABLE_V6: &str = "/proc/sys/net/ipv6/conf/lo/disable_ipv6";
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct NetnsState {
     /// Whether IPv6 is enabled.
-    v6: bool,
+    has_v6: bool,
     /// Whether the loopback interface is up. IPv6 routes through an interface that is down are refused, and routes are
     /// removed when it goes down.
     loopback_up: bool,
@@ -128,9 +128,10 @@ pub fn find(netns: &Netns, config: &Config, snapshot: &RouteSnapshot) -> Result<
             }
         };
         let loopback_up = snapshot.interfaces.iter().any(|interface| interface.loopback && interface.up);
-        let v6 = has_v6();
-        let confined = local_prefixes(v6).filter(|net| !is_inside_local(snapshot, net)).collect();
-        Ok(NetnsState { v6, loopback_up, confined, accept_mark, present: Vec::new() })
+        let has_v6 = has_v6();
+        let confined =
+            local_prefixes(families(has_v6)).filter(|net| !is_inside_local(snapshot, net)).collect();
+        Ok(NetnsState { has_v6, loopback_up, confined, accept_mark, present: Vec::new() })
     })??;
     let is_local =
         |change: &NetnsChange| matches!(change, NetnsChange::LocalPrefix { net } if snapshot.is_local(net));
@@ -229,10 +230,15 @@ fn is_inside_local(snapshot: &RouteSnapshot, net: &IpNet) -> bool {
     snapshot.routes.iter().filter(around).any(|route| route.reach == Reach::Local)
 }
 
+/// The families in which a namespace is captured.
+fn families(has_v6: bool) -> &'static [Family] {
+    if has_v6 { &Family::ALL } else { &[Family::V4] }
+}
+
 /// Returns the prefixes to which redirected connections connect and from which queries are sent.
-fn local_prefixes(v6: bool) -> impl Iterator<Item = IpNet> {
+fn local_prefixes(families: &[Family]) -> impl Iterator<Item = IpNet> {
     let (net, len) = Addr::STAND_IN_PREFIX_V6;
-    let of_v6 = v6.then(|| IpNet::V6(Ipv6Net::new_assert(net, len)));
+    let of_v6 = families.contains(&Family::V6).then(|| IpNet::V6(Ipv6Net::new_assert(net, len)));
     let of_v4 = Addr::STAND_IN_PREFIXES_V4.into_iter().chain([Addr::NUMBERED_PREFIX_V4]);
     of_v6.into_iter().chain(of_v4.map(|(net, len)| Ipv4Net::new_assert(net, len).into()))
 }
@@ -240,36 +246,36 @@ fn local_prefixes(v6: bool) -> impl Iterator<Item = IpNet> {
 /// Returns the changes that the options need.
 fn wanted(config: &Config, interfaces: &[&str], found: &NetnsState) -> Vec<NetnsChange> {
     let mut changes = Vec::new();
-    let v6 = found.v6;
-    if v6 {
+    let families = families(found.has_v6);
+    if found.has_v6 {
         changes.push(NetnsChange::PassthroughAddress);
     }
     if found.loopback_up {
         changes.extend(found.confined.iter().map(|&net| NetnsChange::Confined { net }));
-        changes.extend(local_prefixes(v6).map(|net| NetnsChange::LocalPrefix { net }));
+        changes.extend(local_prefixes(families).map(|net| NetnsChange::LocalPrefix { net }));
     }
     if config.dns != Dns::Off && found.loopback_up {
         for interface in interfaces.iter().filter(|name| **name != "lo") {
-            for v6 in [false, true].into_iter().take(1 + usize::from(v6)) {
-                changes.push(NetnsChange::LocalhostBy { v6, interface: (*interface).to_owned() });
+            for &family in families {
+                changes.push(NetnsChange::LocalhostBy { family, interface: (*interface).to_owned() });
             }
         }
     }
     if config.mode == InboundMode::Tproxy {
         let (mark, table) = (config.tproxy_mark, config.tproxy_table);
-        for v6 in [false, true].into_iter().take(1 + usize::from(v6)) {
-            changes.push(NetnsChange::LocalTable { v6, table });
-            changes.push(NetnsChange::MarkRule { v6, mark, table });
+        for &family in families {
+            changes.push(NetnsChange::LocalTable { family, table });
+            changes.push(NetnsChange::MarkRule { family, mark, table });
         }
         changes.push(NetnsChange::AcceptMark { before: found.accept_mark.clone() });
     }
-    changes.extend(guests(config, interfaces, v6));
+    changes.extend(guests(config, interfaces, families));
     changes
 }
 
 /// Returns the changes for guests. netfilter rewrites the destination of packets that arrive on an interface of -k to
 /// an address of the pod. Here the destination stays, so it must be local in the pod, only for these interfaces.
-fn guests(config: &Config, interfaces: &[&str], v6: bool) -> Vec<NetnsChange> {
+fn guests(config: &Config, interfaces: &[&str], families: &[Family]) -> Vec<NetnsChange> {
     let table = guest_table(config);
     let is_named = |name: &&&str| config.virt_interfaces.iter().any(|named| named.matches(name));
     let interfaces: Vec<&&str> = interfaces.iter().filter(is_named).collect();
@@ -278,11 +284,11 @@ fn guests(config: &Config, interfaces: &[&str], v6: bool) -> Vec<NetnsChange> {
     }
     let everything = [IpNet::V4(Ipv4Net::default()), IpNet::V6(Ipv6Net::default())];
     let nets: &[IpNet] = if config.include.all { &everything } else { &config.include.list };
-    let nets = nets.iter().filter(|net| v6 || net.addr().is_ipv4());
+    let nets = nets.iter().filter(|net| families.contains(&Family::of(&net.addr())));
     let mut changes: Vec<NetnsChange> = nets.map(|&net| NetnsChange::GuestRoute { net, table }).collect();
     for interface in interfaces {
-        for v6 in [false, true].into_iter().take(1 + usize::from(v6)) {
-            changes.push(NetnsChange::GuestRule { v6, interface: (*interface).to_owned(), table });
+        for &family in families {
+            changes.push(NetnsChange::GuestRule { family, interface: (*interface).to_owned(), table });
         }
     }
     changes

@@ -66,6 +66,12 @@ impl Addr {
         self.0[0] | self.0[1] | (self.0[2] ^ V4_MARK) == 0
     }
 
+    /// IPv4 if it is mapped.
+    #[inline(always)]
+    pub const fn family(&self) -> Family {
+        if self.is_v4() { Family::V4 } else { Family::V6 }
+    }
+
     /// `0.0.0.0` or `::`.
     #[inline(always)]
     pub const fn is_unspecified(&self) -> bool {
@@ -202,17 +208,45 @@ impl Addr {
     }
 }
 
+/// The version of IP of an address, socket or route.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[repr(u8)]
+pub enum Family {
+    /// `AF_INET`.
+    V4 = 4,
+    /// `AF_INET6`.
+    V6 = 6,
+}
+
+impl Family {
+    /// Both, IPv4 first.
+    pub const ALL: [Self; 2] = [Self::V4, Self::V6];
+
+    /// That of an address.
+    pub const fn of(addr: &IpAddr) -> Self {
+        match addr {
+            IpAddr::V4(_) => Self::V4,
+            IpAddr::V6(_) => Self::V6,
+        }
+    }
+
+    /// 4 or 6.
+    #[inline(always)]
+    pub const fn version(self) -> u8 {
+        self as u8
+    }
+}
+
 /// Sources that carry a number: `127.53.x.y`, and `100::35:xxyy` of the prefix that is for discarding (RFC 6666).
 impl Addr {
     const NUMBERED_V6: u32 = u32::from_be_bytes([1, 0, 0, 0]).to_be();
 
-    /// The source of this number, of IPv4 or of IPv6.
+    /// The source of this number.
     #[inline(always)]
-    pub const fn numbered(v4: bool, number: u16) -> Self {
-        if v4 {
-            Self::from_v4((0x7f35_0000 | number as u32).to_be())
-        } else {
-            Self([Self::NUMBERED_V6, 0, 0, (0x35_0000 | number as u32).to_be()])
+    pub const fn numbered(family: Family, number: u16) -> Self {
+        match family {
+            Family::V4 => Self::from_v4((0x7f35_0000 | number as u32).to_be()),
+            Family::V6 => Self([Self::NUMBERED_V6, 0, 0, (0x35_0000 | number as u32).to_be()]),
         }
     }
 
@@ -314,13 +348,13 @@ mod tests {
     #[test]
     fn numbers_are_read_back() {
         for number in [0, 1, 255, 256, u16::MAX] {
-            for v4 in [false, true] {
-                let source = Addr::numbered(v4, number);
-                assert_eq!((source.is_v4(), source.number()), (v4, Some(number)));
+            for family in Family::ALL {
+                let source = Addr::numbered(family, number);
+                assert_eq!((source.family(), source.number()), (family, Some(number)));
             }
         }
-        assert_eq!(Addr::numbered(true, 258), addr("127.53.1.2"));
-        assert_eq!(Addr::numbered(false, 258), addr("100::35:102"));
+        assert_eq!(Addr::numbered(Family::V4, 258), addr("127.53.1.2"));
+        assert_eq!(Addr::numbered(Family::V6, 258), addr("100::35:102"));
         for none in ["127.0.0.53", "127.128.1.2", "100::", "100::36:1", "100:0:1::35:1", "::1", "::35:1"] {
             assert_eq!(addr(none).number(), None, "{none}");
         }

@@ -16,7 +16,7 @@ pub mod layout;
 pub mod names;
 pub mod reason;
 
-pub use addr::{Addr, StandIn};
+pub use addr::{Addr, Family, StandIn};
 pub use decide::{InboundFlow, OutboundFlow, PolicyLookup, decide_inbound, decide_outbound};
 pub use ids::{NetnsCookie, PolicyId, Slot};
 pub use reason::{Decision, ProxyListener, Reason, Verdict};

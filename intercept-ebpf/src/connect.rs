@@ -7,7 +7,7 @@
 
 use aya_ebpf::programs::SockAddrContext;
 use intercept_common::{
-    Addr, NetnsCookie, ProxyListener, StandIn, Verdict,
+    Addr, Family, NetnsCookie, ProxyListener, StandIn, Verdict,
     decide::{OutboundFlow, TproxyMark},
     failure::{Failure, OnFailure},
     layout::{PodPolicy, ProxyPort, SocketState, bound, policy, socket},
@@ -237,10 +237,13 @@ fn target_role(target: ProxyListener) -> ProxyPort {
 /// that accepts it is known; else 127.0.0.1 or ::1.
 #[inline(always)]
 fn stand_in<F: AddressFamily>(pod: &PodPolicy, kept: &SocketState) -> Addr {
-    let v6 = F::V6 && !kept.addr.is_v4();
-    let local = if v6 { policy::STAND_IN_V6 } else { policy::STAND_IN_V4 };
+    let (family, local) = if F::V6 && !kept.addr.is_v4() {
+        (Family::V6, policy::STAND_IN_V6)
+    } else {
+        (Family::V4, policy::STAND_IN_V4)
+    };
     let bound = match ProxyState::of(pod.slot) {
-        Some(proxy) if pod.flags & local != 0 => proxy.takes(ProxyPort::of(kept.proxy_role), v6),
+        Some(proxy) if pod.flags & local != 0 => proxy.takes(ProxyPort::of(kept.proxy_role), family),
         _ => bound::UNKNOWN,
     };
     match bound {

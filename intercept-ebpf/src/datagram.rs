@@ -93,7 +93,7 @@ fn remember(sk: Sock, pod: &PodPolicy, flow: &OutboundFlow, source: Addr) -> Opt
                 Some(number) => number,
                 None => servers.add(flow.dst),
             };
-            return Some(Addr::numbered(flow.dst.is_v4(), number));
+            return Some(Addr::numbered(flow.dst.family(), number));
         }
     }
     let state = SocketState {

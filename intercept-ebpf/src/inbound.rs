@@ -3,7 +3,7 @@
 
 use aya_ebpf::{bindings::bpf_sk_lookup, programs::SkLookupContext};
 use intercept_common::{
-    Addr, NetnsCookie, PolicyLookup as _, ProxyListener, StandIn, Verdict,
+    Addr, Family, NetnsCookie, PolicyLookup as _, ProxyListener, StandIn, Verdict,
     failure::Failure,
     layout::{LookupScratch, PodPolicy, Proxy, destination, policy, scope},
 };
@@ -111,7 +111,7 @@ pub(crate) fn steer(ctx: &SkLookupContext) -> Steer {
     let Some(pod) = maps::pod(noted.netns) else { return Steer::Pass };
     let Some((port, scope)) = target(ctx, noted.netns, pod) else { return Steer::Pass };
     let Some(role) = pod.proxy_port(port) else { return fail(pod, Failure::NoListener) };
-    let listeners = u64::from(port) << 16 | Proxy::index(role, false, scope) as u64;
+    let listeners = u64::from(port) << 16 | Proxy::index(role, Family::V4, scope) as u64;
     // The verifier knows nothing about a value read from a map, so it walks the search once rather than once for each row.
     // SAFETY: as above.
     let noted = unsafe {

@@ -5,6 +5,7 @@ use aya_ebpf::{
     programs::{SkLookupContext, SockOpsContext},
 };
 use intercept_common::{
+    Family,
     failure::Failure,
     layout::{
         LISTENER_SEARCH, LISTENER_SLOTS, ListenerKey, LookupScratch, PodPolicy, Proxy, Ring, bound, scope,
@@ -41,26 +42,27 @@ pub(crate) fn listen(ctx: &SockOpsContext) {
         return;
     }
     let local = context::callback_local(ctx.ops);
-    let v6 = load!(load_u32, bpf_sock_ops, ctx.ops, family) == AF_INET6;
+    let is_v6 = load!(load_u32, bpf_sock_ops, ctx.ops, family) == AF_INET6;
+    let family = if is_v6 { Family::V6 } else { Family::V4 };
     // A listener on another loopback address receives no redirected connections under iptables either.
     let scope = if local.is_localhost() {
         scope::LOCALHOST
     } else if local.is_loopback() {
-        set_bound(pod, proxy, port, v6, bound::ONE);
+        set_bound(pod, proxy, port, family, bound::ONE);
         return;
     } else {
         scope::ANY
     };
-    let key = ListenerKey { netns, port, family: if v6 { 6 } else { 4 }, scope, slot: 0 };
-    let registered = register(ctx.ops, key, proxy.ring(role, v6, scope));
+    let key = ListenerKey { netns, port, family: family.version(), scope, slot: 0 };
+    let registered = register(ctx.ops, key, proxy.ring(role, family, scope));
     let bound = match (scope, registered) {
         (scope::LOCALHOST, Ok(())) => bound::STEERED,
         (scope::ANY, _) if local.is_unspecified() => bound::WILDCARD,
         _ => bound::ONE,
     };
-    set_bound(pod, proxy, port, v6, bound);
+    set_bound(pod, proxy, port, family, bound);
     let is_mptcp = matches!(registered, Err(error) if error == -EOPNOTSUPP);
-    proxy.set_mptcp(role, v6, scope, is_mptcp);
+    proxy.set_mptcp(role, family, scope, is_mptcp);
     match registered {
         Ok(()) => {}
         Err(_) if is_mptcp => observe::failure_line!(
@@ -82,9 +84,9 @@ pub(crate) fn listen(ctx: &SockOpsContext) {
 
 /// Sets how the listener is bound, for every role that has this port number.
 #[inline(always)]
-fn set_bound(pod: &PodPolicy, proxy: ProxyState, port: u16, v6: bool, bound: u16) {
+fn set_bound(pod: &PodPolicy, proxy: ProxyState, port: u16, family: Family, bound: u16) {
     for role in pod.proxy_ports(port).into_iter().flatten() {
-        proxy.set_bound(role, v6, bound);
+        proxy.set_bound(role, family, bound);
     }
 }
 
@@ -120,10 +122,20 @@ fn register(ops: *mut bpf_sock_ops, mut key: ListenerKey, ring: ListenerRing) ->
 pub(crate) fn assign(ctx: &SkLookupContext, scratch: &LookupScratch, pod: &PodPolicy) -> bool {
     let Some(proxy) = ProxyState::of(pod.slot) else { return false };
     let (port, index) = ((scratch.listeners >> 16) as u16, scratch.listeners as usize);
-    let key = ListenerKey { netns: scratch.netns, port, family: 4, scope: index as u8 & 1, slot: 0 };
-    let v6 = load!(load_u32, bpf_sk_lookup, ctx.lookup, family) == AF_INET6;
-    (!v6 && assign_from(ctx, key, proxy.ring_at(index)))
-        || assign_from(ctx, ListenerKey { family: 6, ..key }, proxy.ring_at(index | Proxy::V6))
+    let key = ListenerKey {
+        netns: scratch.netns,
+        port,
+        family: Family::V4.version(),
+        scope: index as u8 & 1,
+        slot: 0,
+    };
+    let is_v6 = load!(load_u32, bpf_sk_lookup, ctx.lookup, family) == AF_INET6;
+    (!is_v6 && assign_from(ctx, key, proxy.ring_at(index)))
+        || assign_from(
+            ctx,
+            ListenerKey { family: Family::V6.version(), ..key },
+            proxy.ring_at(index | Proxy::V6),
+        )
 }
 
 /// Tries the listener that was found last, then all from the newest on.

@@ -2,7 +2,7 @@
 //! time, so every field is read and written as a whole.
 
 use intercept_common::{
-    Slot,
+    Family, Slot,
     layout::{Proxy, ProxyPort, Ring, scope},
 };
 
@@ -53,14 +53,14 @@ impl ProxyState {
 
     /// How the listener of a port is bound, for connections of a family: one of `layout::bound`.
     #[inline(always)]
-    pub(crate) fn takes(self, port: ProxyPort, v6: bool) -> u16 {
-        self.read(Proxy::index(port, v6, scope::ANY))
+    pub(crate) fn takes(self, port: ProxyPort, family: Family) -> u16 {
+        self.read(Proxy::index(port, family, scope::ANY))
     }
 
     /// Sets how a listener is bound.
     #[inline(always)]
-    pub(crate) fn set_bound(self, port: ProxyPort, v6: bool, bound: u16) {
-        for (index, value) in Proxy::bind(port, v6, bound, self.read(Proxy::v4_seen(port)) != 0) {
+    pub(crate) fn set_bound(self, port: ProxyPort, family: Family, bound: u16) {
+        for (index, value) in Proxy::bind(port, family, bound, self.read(Proxy::v4_seen(port)) != 0) {
             // SAFETY: see `connections`; the array has 16.
             unsafe { (&raw mut (*self.0).bound).cast::<u16>().add(index & 15).write_volatile(value) };
         }
@@ -74,8 +74,8 @@ impl ProxyState {
 
     /// Sets whether the newest listener of a port, family and scope is an MPTCP socket.
     #[inline(always)]
-    pub(crate) fn set_mptcp(self, port: ProxyPort, v6: bool, scope: u8, is_mptcp: bool) {
-        let bit = 1 << Proxy::index(port, v6, scope);
+    pub(crate) fn set_mptcp(self, port: ProxyPort, family: Family, scope: u8, is_mptcp: bool) {
+        let bit = 1 << Proxy::index(port, family, scope);
         // SAFETY: see `connections`.
         let _before = unsafe {
             let word = &raw mut (*self.0).mptcp;
@@ -85,8 +85,8 @@ impl ProxyState {
 
     /// The slots in LISTENERS of a port, family and scope.
     #[inline(always)]
-    pub(crate) fn ring(self, port: ProxyPort, v6: bool, scope: u8) -> ListenerRing {
-        self.ring_at(Proxy::index(port, v6, scope))
+    pub(crate) fn ring(self, port: ProxyPort, family: Family, scope: u8) -> ListenerRing {
+        self.ring_at(Proxy::index(port, family, scope))
     }
 
     /// As `ring`, by index.

@@ -5,11 +5,12 @@ use std::mem::MaybeUninit;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::fd::{AsRawFd, BorrowedFd};
 
+use intercept_common::Family;
 use socket2::{MaybeUninitSlice, MsgHdr, MsgHdrMut, SockAddr, Socket};
 
 /// Lets [`receive`] learn the destinations of datagrams.
-pub fn want_destinations(socket: &Socket, v6: bool) -> io::Result<()> {
-    if v6 {
+pub fn want_destinations(socket: &Socket, family: Family) -> io::Result<()> {
+    if family == Family::V6 {
         set_on(socket, libc::IPPROTO_IPV6, libc::IPV6_RECVPKTINFO)
     } else {
         set_on(socket, libc::IPPROTO_IP, libc::IP_PKTINFO)

@@ -23,6 +23,7 @@ use anyhow::{Context as _, Result, bail, ensure};
 use aya::maps::{Map, MapData, SkStorage};
 use intercept_agent::facade::sys::Plain;
 use intercept_common::{
+    Family,
     acceleration::{self, TcpReason},
     names,
 };
@@ -107,19 +108,20 @@ impl PodPair {
     }
 
     /// Where the application of the accepting pod is.
-    pub fn app(v6: bool) -> SocketAddr {
-        let addr: IpAddr = if v6 { [0xfd72, 0, 0, 0, 0, 0, 0, 2].into() } else { [10, 72, 0, 2].into() };
+    pub fn app(family: Family) -> SocketAddr {
+        let addr: IpAddr =
+            if family == Family::V6 { [0xfd72, 0, 0, 0, 0, 0, 0, 2].into() } else { [10, 72, 0, 2].into() };
         SocketAddr::new(addr, APP)
     }
 
     /// The accepting proxy's listener of a family; that of IPv6 takes IPv4 as well.
-    pub fn listen(&self, v6: bool) -> Result<Socket> {
-        listen(&self.acceptor, v6, Ids::PROXY)
+    pub fn listen(&self, family: Family) -> Result<Socket> {
+        listen(&self.acceptor, family, Ids::PROXY)
     }
 
     /// A connection from proxy to proxy, to what is dialled; both ends do not block.
     pub fn connect(&self, listener: &Socket, to: SocketAddr) -> Result<Leg> {
-        let socket = socket(&self.dialler, to.is_ipv6(), Ids::PROXY, None)?;
+        let socket = socket(&self.dialler, Family::of(&to.ip()), Ids::PROXY, None)?;
         Leg::of(socket, listener, to)
     }
 }
@@ -131,12 +133,12 @@ pub fn own_name() -> Result<String> {
 }
 
 /// A socket of TCP that is made inside a pod, and inside a memory cgroup if one is named.
-pub fn socket(sandbox: &Sandbox, v6: bool, ids: Ids, memory: Option<&Path>) -> Result<Socket> {
+pub fn socket(sandbox: &Sandbox, family: Family, ids: Ids, memory: Option<&Path>) -> Result<Socket> {
     let (ours, theirs) = UnixStream::pair()?;
     let memory =
         memory.map(|path| File::options().write(true).open(path.join("cgroup.procs"))).transpose()?;
     let mut command = sandbox.command(OsStr::new("true"))?;
-    let domain = if v6 { libc::AF_INET6 } else { libc::AF_INET };
+    let domain = if family == Family::V6 { libc::AF_INET6 } else { libc::AF_INET };
     let make = move || -> io::Result<()> {
         if let Some(memory) = &memory {
             rustix::io::write(memory, b"0")?;
@@ -178,11 +180,11 @@ pub fn socket(sandbox: &Sandbox, v6: bool, ids: Ids, memory: Option<&Path>) -> R
 }
 
 /// A listener of the inbound port.
-pub fn listen(sandbox: &Sandbox, v6: bool, ids: Ids) -> Result<Socket> {
-    let listener = socket(sandbox, v6, ids, None)?;
+pub fn listen(sandbox: &Sandbox, family: Family, ids: Ids) -> Result<Socket> {
+    let listener = socket(sandbox, family, ids, None)?;
     listener.set_reuse_address(true)?;
-    let any: IpAddr = if v6 { [0u16; 8].into() } else { [0u8; 4].into() };
-    if v6 {
+    let any: IpAddr = if family == Family::V6 { [0u16; 8].into() } else { [0u8; 4].into() };
+    if family == Family::V6 {
         listener.set_only_v6(false)?;
     }
     listener.bind(&SockAddr::from(SocketAddr::new(any, INBOUND)))?;

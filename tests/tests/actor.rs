@@ -55,7 +55,7 @@ fn connections_are_reported_from_both_ends() {
         let answer = answer(seen.outcome);
         assert_eq!(answer.server, server);
         assert_eq!(answer.local, addr(to));
-        assert_eq!(answer.peer.ip(), pod.address(answer.peer.is_ipv6()));
+        assert_eq!(answer.peer.ip(), pod.address(intercept_common::Family::of(&answer.peer.ip())));
         assert_eq!(answer.peername, Some(answer.peer));
         // No connection tracking in the neighbour: no original destination.
         assert!(matches!(answer.original_dst, Some(OriginalDst::Errno(_))), "{answer:?}");
@@ -125,7 +125,7 @@ fn datagrams_are_answered_from_where_they_were_sent() {
                 let QueryReply::Answered { from, answer } = reply else { panic!("{to}: {reply:?}") };
                 assert_eq!(SocketAddr::new(from.ip().to_canonical(), from.port()), *to);
                 assert_eq!(answer.local, *to);
-                assert_eq!(answer.peer.ip(), pod.address(to.is_ipv6()));
+                assert_eq!(answer.peer.ip(), pod.address(intercept_common::Family::of(&to.ip())));
             }
             assert_eq!(seen.peername.is_some(), sending == Sending::Connected);
         }

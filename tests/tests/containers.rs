@@ -5,6 +5,7 @@ use std::fs;
 use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 
+use intercept_common::Family;
 use serde_json::Value;
 use tests::actor::{
     Actor, Bind, Dial, DialOutcome, Listen, Listening, OriginalDst, Query, QueryReply, Transport,
@@ -73,7 +74,7 @@ impl ContainersFixture {
                 QueryReply::Answered { answer, .. } => answer.server,
                 other => format!("{other:?}"),
             });
-            let own = SocketAddr::new(self.pod.address(service.is_ipv6()), 8080);
+            let own = SocketAddr::new(self.pod.address(Family::of(&service)), 8080);
             servers.push(server(actor, Dial::new(ids, own)));
         }
         servers
@@ -81,8 +82,8 @@ impl ContainersFixture {
 
     /// The servers of connections that arrive for the application.
     fn arriving(&self) -> Vec<String> {
-        let to = |v6| SocketAddr::new(self.pod.address(v6), 8080);
-        [false, true].map(|v6| server(&self.world, Dial::new(Ids::ROOT, to(v6)))).to_vec()
+        let to = |family| SocketAddr::new(self.pod.address(family), 8080);
+        Family::ALL.map(|family| server(&self.world, Dial::new(Ids::ROOT, to(family)))).to_vec()
     }
 
     fn status(&self, list: &str, reason: &str) -> u64 {
@@ -220,7 +221,7 @@ fn an_exempt_container_sends_as_if_the_pod_were_not_captured() {
     }
     // Only what it sends: connections to it arrive at the proxy.
     listen(&early, "early", Ids::APP, Transport::Tcp, 8081);
-    let to = SocketAddr::new(pod.pod.address(false), 8081);
+    let to = SocketAddr::new(pod.pod.address(Family::V4), 8081);
     assert_eq!(server(&pod.world, Dial::new(Ids::ROOT, to)), "proxy");
 }
 
@@ -236,13 +237,13 @@ fn only_the_proxys_container_is_looped_back_under_tproxy() {
     }
     for more in [&[][..], &["--proxy-cgroup", &proxy]] {
         pod.attach(&[&["-m", "TPROXY"], more].concat());
-        let own = |actor: &Actor, v6| {
-            server(actor, Dial::new(Ids::PROXY, SocketAddr::new(pod.pod.address(v6), 8080)))
+        let own = |actor: &Actor, family| {
+            server(actor, Dial::new(Ids::PROXY, SocketAddr::new(pod.pod.address(family), 8080)))
         };
-        for v6 in [false, true] {
+        for family in Family::ALL {
             let expected = if more.is_empty() { "proxy" } else { "app" };
-            assert_eq!(own(&pod.app, v6), expected, "{more:?}");
-            assert_eq!(own(&pod.proxy, v6), "proxy", "{more:?}");
+            assert_eq!(own(&pod.app, family), expected, "{more:?}");
+            assert_eq!(own(&pod.proxy, family), "proxy", "{more:?}");
         }
     }
 }

@@ -21,6 +21,7 @@ use intercept_agent::facade::{
     programs::DEFAULT_MAX_CONNECTIONS,
     record::RecordOrigin,
 };
+use intercept_common::Family;
 use rustix::thread::{CapabilitySet, CapabilitySets, set_capabilities};
 use serde_json::json;
 use tests::{
@@ -65,7 +66,7 @@ impl ProxyPod {
 
     /// Whether a connection from outside to a port on which nothing listens arrives at the proxy.
     fn captured(&self) -> bool {
-        let to = SocketAddr::new(self.pod.address(false), 8080);
+        let to = SocketAddr::new(self.pod.address(Family::V4), 8080);
         let limit = Duration::from_secs(5);
         let dialled = self.pod.neighbour().netns.run(|| TcpStream::connect_timeout(&to, limit));
         let Ok(client) = dialled.expect("entered") else { return false };

@@ -8,6 +8,7 @@ use std::{
 };
 
 use intercept_agent::facade::daemon::{PodReport, PodState};
+use intercept_common::Family;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 use tests::{
@@ -433,11 +434,15 @@ fn ipv6_is_captured_as_under_istio_or_always() {
         let uncaptured = |name: &str| (!captured).then(|| name.to_owned());
         let outside = "[fd00:96::10]:80".parse().expect("an address");
         assert_eq!(dialled(&running.actor, outside), uncaptured("the world"), "{what}");
-        let inside = SocketAddr::new(running.sandbox.address(true), 8080);
+        let inside = SocketAddr::new(running.sandbox.address(Family::V6), 8080);
         assert_eq!(dialled(&world, inside), uncaptured("app"), "{what}");
         // IPv4 always is. Nothing listens on 15006.
         assert_eq!(dialled(&running.actor, service()).as_deref(), Some("proxy"), "{what}");
-        assert_eq!(dialled(&world, SocketAddr::new(running.sandbox.address(false), 8080)), None, "{what}");
+        assert_eq!(
+            dialled(&world, SocketAddr::new(running.sandbox.address(Family::V4), 8080)),
+            None,
+            "{what}"
+        );
         // The API reports the address later, which changes nothing.
         let address = first.split('/').next().expect("an address");
         running.object["status"]["podIPs"] = json!([{ "ip": address }]);

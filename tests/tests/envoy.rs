@@ -6,6 +6,8 @@ use std::{
     time::{Duration, Instant},
 };
 
+use intercept_common::Family;
+
 use tests::{
     agent::succeed,
     envoy::loaded::{EnvoyFixture, lost_in_the_gap_alone},
@@ -29,10 +31,10 @@ fn requests_both_ways_pass_envoy_and_none_is_lost() {
     let mut logged = BTreeMap::new();
     for line in envoy.logged(expected.values().sum(), Duration::from_secs(10)).expect("a log") {
         let client: SocketAddr = line.client.parse().expect("an address");
-        let v6 = client.is_ipv6();
+        let family = Family::of(&client.ip());
         // The pod for outbound, and the neighbour's address on the link for inbound connections.
-        let world = if v6 { "fd66::1" } else { "10.66.0.1" }.parse().expect("an address");
-        let who = if line.listener == "outbound" { fixture.pod.address(v6) } else { world };
+        let world = if family == Family::V6 { "fd66::1" } else { "10.66.0.1" }.parse().expect("an address");
+        let who = if line.listener == "outbound" { fixture.pod.address(family) } else { world };
         assert_eq!(client.ip(), who, "{line:?}");
         *logged.entry((line.listener, line.original, line.upstream)).or_insert(0) += 1;
     }

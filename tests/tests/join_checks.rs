@@ -7,6 +7,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use intercept_common::Family;
 use rustix::event::PollFlags;
 use socket2::Socket;
 use tests::{
@@ -26,12 +27,12 @@ impl JoinChecksFixture {
     fn new(label: &str) -> Self {
         let agent = Agent::new(label).expect("the agent");
         let pods = PodPair::accelerated(label, &agent).expect("pods");
-        let listener = pods.listen(false).expect("a listener");
+        let listener = pods.listen(Family::V4).expect("a listener");
         Self { agent, pods, listener }
     }
 
     fn joined(&self) -> Leg {
-        let leg = self.pods.connect(&self.listener, PodPair::app(false)).expect("a connection");
+        let leg = self.pods.connect(&self.listener, PodPair::app(Family::V4)).expect("a connection");
         leg.greet().expect("greeted");
         assert!(is_past(&leg));
         leg
@@ -90,8 +91,8 @@ fn a_reader_that_blocks_is_served_by_tcp() {
     leg.accepted.set_nonblocking(true).expect("set");
     assert!(is_past(&leg));
     // Not accepted yet, so whether the reader blocks is unknown.
-    let dialled = socket(&fixture.pods.dialler, false, Ids::PROXY, None).expect("a socket");
-    dialled.connect(&PodPair::app(false).into()).expect("connected");
+    let dialled = socket(&fixture.pods.dialler, Family::V4, Ids::PROXY, None).expect("a socket");
+    dialled.connect(&PodPair::app(Family::V4).into()).expect("connected");
     let dialled = TcpStream::from(dialled);
     wait(&fixture.listener, PollFlags::IN).expect("arrived");
     let sent = |text: &[u8]| {
@@ -215,8 +216,8 @@ fn a_reader_without_memory_is_served_by_tcp() {
     let limit = memory.0.join("memory.kmem.tcp.limit_in_bytes");
     fs::write(&limit, (16 << 20).to_string()).expect("a limit");
     // The end that reads is the one that dials: its socket is charged from the start.
-    let dialled = socket(&fixture.pods.dialler, false, Ids::PROXY, Some(&memory.0)).expect("a socket");
-    let leg = Leg::of(dialled, &fixture.listener, PodPair::app(false)).expect("a connection");
+    let dialled = socket(&fixture.pods.dialler, Family::V4, Ids::PROXY, Some(&memory.0)).expect("a socket");
+    let leg = Leg::of(dialled, &fixture.listener, PodPair::app(Family::V4)).expect("a connection");
     leg.greet().expect("greeted");
     assert!(goes_past(&leg.accepted, &leg.dialled).expect("passed"));
     // Little is left, and less than a message.

@@ -5,6 +5,8 @@ use std::{
     net::TcpStream,
 };
 
+use intercept_common::Family;
+
 use tests::{
     agent::Agent,
     joined::{Leg, PodPair, charged, given_to_tcp, receive},
@@ -16,9 +18,9 @@ const MOST: u64 = 2 << 20;
 /// So many connections, joined; `fewer` unless the variable says otherwise.
 fn legs(pods: &PodPair, fewer: usize) -> Vec<Leg> {
     let wanted = std::env::var("INTERCEPT_UNREAD").ok().and_then(|text| text.parse().ok()).unwrap_or(fewer);
-    let listener = pods.listen(false).expect("a listener");
+    let listener = pods.listen(Family::V4).expect("a listener");
     let leg = |_| {
-        let leg = pods.connect(&listener, PodPair::app(false)).expect("a connection");
+        let leg = pods.connect(&listener, PodPair::app(Family::V4)).expect("a connection");
         leg.greet().expect("greeted");
         leg
     };

@@ -5,6 +5,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use intercept_common::Family;
 use serde_json::Value;
 use tests::{
     agent::{Agent, INIT_FLAGS},
@@ -48,11 +49,11 @@ fn traced(agent: &Agent, lines: usize, done: impl FnOnce()) -> Vec<Value> {
 fn trace_names_what_becomes_of_a_connection_between_proxies() {
     let agent = Agent::new("join-trace").expect("the agent");
     let pods = PodPair::accelerated("join-trace", &agent).expect("pods");
-    for v6 in [false, true] {
-        let listener = pods.listen(v6).expect("a listener");
+    for family in Family::ALL {
+        let listener = pods.listen(family).expect("a listener");
         // The decisions at both ends, the two ends, and one that goes by TCP.
         let lines = traced(&agent, 5, || {
-            let leg = pods.connect(&listener, PodPair::app(v6)).expect("a connection");
+            let leg = pods.connect(&listener, PodPair::app(family)).expect("a connection");
             leg.greet().expect("greeted");
             assert!(goes_past(&leg.dialled, &leg.accepted).expect("passed"));
             // A reader that blocks.
@@ -66,7 +67,7 @@ fn trace_names_what_becomes_of_a_connection_between_proxies() {
         let ends = [told("outbound", "joined"), told("inbound", "joined")];
         for end in &ends {
             assert_eq!(end["verdict"], "joined");
-            assert_eq!(end["destination"], PodPair::app(v6).ip().to_string(), "{end}");
+            assert_eq!(end["destination"], PodPair::app(family).ip().to_string(), "{end}");
             assert_eq!(end["destination_port"], APP, "{end}");
         }
         assert_eq!(ends[0]["source"], ends[1]["source"]);
@@ -81,8 +82,9 @@ fn trace_names_what_becomes_of_a_connection_between_proxies() {
     // An executable that is not in the list.
     let flags: Vec<_> = INIT_FLAGS.into_iter().chain(["--accelerate"]).collect();
     agent.attach(&pods.dialler, &flags).expect("attached");
-    let listener = pods.listen(false).expect("a listener");
-    let lines = traced(&agent, 2, || drop(pods.connect(&listener, PodPair::app(false)).expect("dialled")));
+    let listener = pods.listen(Family::V4).expect("a listener");
+    let lines =
+        traced(&agent, 2, || drop(pods.connect(&listener, PodPair::app(Family::V4)).expect("dialled")));
     let refused = lines.iter().find(|line| line["reason"] == "refused_proxy").expect("an event");
     let beginning: String = own_name().expect("a name").chars().take(16).collect();
     assert_eq!((&refused["verdict"], &refused["process"]), (&Value::from("tcp"), &Value::from(beginning)));

@@ -8,7 +8,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use intercept_common::names;
+use intercept_common::{Family, names};
 use rand::{Rng as _, SeedableRng as _, rngs::SmallRng};
 use rustix::event::PollFlags;
 use socket2::{SockAddr, Socket};
@@ -44,9 +44,9 @@ fn is_joined(leg: &Leg) -> bool {
     there
 }
 
-fn joined_leg(pods: &PodPair, v6: bool) -> Leg {
-    let listener = pods.listen(v6).expect("a listener");
-    let leg = pods.connect(&listener, PodPair::app(v6)).expect("a connection");
+fn joined_leg(pods: &PodPair, family: Family) -> Leg {
+    let listener = pods.listen(family).expect("a listener");
+    let leg = pods.connect(&listener, PodPair::app(family)).expect("a connection");
     leg.greet().expect("greeted");
     assert!(is_joined(&leg));
     leg
@@ -55,22 +55,22 @@ fn joined_leg(pods: &PodPair, v6: bool) -> Leg {
 #[test]
 fn proxies_of_one_node_are_joined_in_both_families() {
     let (agent, pods) = fixture("join");
-    let four = pods.listen(false).expect("a listener");
-    let leg = pods.connect(&four, PodPair::app(false)).expect("a connection");
+    let four = pods.listen(Family::V4).expect("a listener");
+    let leg = pods.connect(&four, PodPair::app(Family::V4)).expect("a connection");
     leg.greet().expect("greeted");
     assert!(is_joined(&leg));
     drop(four);
     // One IPv6 listener for both families.
-    let both = pods.listen(true).expect("a listener");
-    for v6 in [false, true] {
-        let leg = pods.connect(&both, PodPair::app(v6)).expect("a connection");
+    let both = pods.listen(Family::V6).expect("a listener");
+    for family in Family::ALL {
+        let leg = pods.connect(&both, PodPair::app(family)).expect("a connection");
         leg.greet().expect("greeted");
-        assert!(is_joined(&leg), "v6: {v6}");
+        assert!(is_joined(&leg), "{family:?}");
     }
     assert_eq!(count(&agent, &pods.dialler, "connections", "joined"), 3);
     assert_eq!(count(&agent, &pods.acceptor, "connections", "joined"), 3);
     // The first answer goes past TCP, since all that came by it has been read.
-    let leg = pods.connect(&both, PodPair::app(true)).expect("a connection");
+    let leg = pods.connect(&both, PodPair::app(Family::V6)).expect("a connection");
     pass(&leg.dialled, &leg.accepted, b"first").expect("passed");
     assert!(goes_past(&leg.accepted, &leg.dialled).expect("passed"));
 }
@@ -86,7 +86,7 @@ fn a_listener_that_was_there_before_is_known() {
     for pod in [&pods.dialler, &pods.acceptor] {
         agent.attach(pod, &flags).expect("attached");
     }
-    let leg = pods.connect(&listener, PodPair::app(false)).expect("a connection");
+    let leg = pods.connect(&listener, PodPair::app(Family::V4)).expect("a connection");
     leg.greet().expect("greeted");
     assert!(is_joined(&leg));
     // A listener of another user is not joined, nor one of an executable that is not in the list.
@@ -98,7 +98,7 @@ fn a_listener_that_was_there_before_is_known() {
         let flags: Vec<_> =
             INIT_FLAGS.into_iter().chain(["--accelerate", "--accelerate-proxies", names]).collect();
         agent.attach(&pods.acceptor, &flags).expect("attached");
-        let leg = pods.connect(&listener, PodPair::app(false)).expect("a connection");
+        let leg = pods.connect(&listener, PodPair::app(Family::V4)).expect("a connection");
         leg.greet().expect("greeted");
         assert!(!is_joined(&leg), "{ids:?} {names}");
     }
@@ -106,7 +106,7 @@ fn a_listener_that_was_there_before_is_known() {
 
 /// A listener that is shared with a process of the accepting pod, and that process.
 fn held(pods: &PodPair, ids: Ids) -> (Socket, Holder) {
-    let listener = listen(&pods.acceptor, false, ids).expect("a listener");
+    let listener = listen(&pods.acceptor, Family::V4, ids).expect("a listener");
     let also = OwnedFd::from(listener.try_clone().expect("a copy"));
     let mut command = pods.acceptor.command("sleep").expect("a command");
     let holder = command.arg("1000").stdin(also).spawn().expect("a process");
@@ -125,7 +125,7 @@ impl Drop for Holder {
 #[test]
 fn applications_and_unknown_proxies_are_not_joined() {
     let (agent, pods) = fixture("join-whose");
-    let listener = pods.listen(false).expect("a listener");
+    let listener = pods.listen(Family::V4).expect("a listener");
     // The application of the accelerated pod, as if it were excluded: straight to the other proxy.
     let name = own_name().expect("a name");
     let straight: Vec<_> = INIT_FLAGS
@@ -133,29 +133,29 @@ fn applications_and_unknown_proxies_are_not_joined() {
         .chain(["-x", "10.72.0.0/24", "--accelerate", "--accelerate-proxies", &name])
         .collect();
     agent.attach(&pods.dialler, &straight).expect("attached");
-    let app = socket(&pods.dialler, false, Ids::APP, None).expect("a socket");
-    let leg = Leg::of(app, &listener, PodPair::app(false)).expect("a connection");
+    let app = socket(&pods.dialler, Family::V4, Ids::APP, None).expect("a socket");
+    let leg = Leg::of(app, &listener, PodPair::app(Family::V4)).expect("a connection");
     leg.greet().expect("greeted");
     assert!(!is_joined(&leg), "an application's socket was joined");
     // An executable that is not in the list.
     let known: Vec<_> = INIT_FLAGS.into_iter().chain(["--accelerate"]).collect();
     agent.attach(&pods.dialler, &known).expect("attached");
-    let leg = pods.connect(&listener, PodPair::app(false)).expect("a connection");
+    let leg = pods.connect(&listener, PodPair::app(Family::V4)).expect("a connection");
     leg.greet().expect("greeted");
     assert!(!is_joined(&leg), "an unknown executable was joined");
     assert_eq!(count(&agent, &pods.dialler, "connections", "refused_proxy"), 1);
     // A listener of another user.
     agent.attach(&pods.dialler, &straight).expect("attached");
     drop(listener);
-    let others = listen(&pods.acceptor, false, Ids::APP).expect("a listener");
-    let leg = pods.connect(&others, PodPair::app(false)).expect("a connection");
+    let others = listen(&pods.acceptor, Family::V4, Ids::APP).expect("a listener");
+    let leg = pods.connect(&others, PodPair::app(Family::V4)).expect("a connection");
     leg.greet().expect("greeted");
     assert!(!is_joined(&leg), "an application's listener was joined");
     // A pod without --accelerate.
     drop(others);
-    let listener = pods.listen(false).expect("a listener");
+    let listener = pods.listen(Family::V4).expect("a listener");
     agent.attach(&pods.acceptor, &INIT_FLAGS).expect("attached");
-    let leg = pods.connect(&listener, PodPair::app(false)).expect("a connection");
+    let leg = pods.connect(&listener, PodPair::app(Family::V4)).expect("a connection");
     leg.greet().expect("greeted");
     assert!(!is_joined(&leg), "a pod without --accelerate was joined");
 }
@@ -165,7 +165,7 @@ fn it_is_joined_behind_dnat_and_tcp_with_syn_cookies() {
     let (_agent, pods) = fixture("join-dnat");
     let rules = "*nat\n-A PREROUTING -d 10.96.0.10/32 -p tcp --dport 80 -j DNAT --to-destination 10.72.0.2:8080\nCOMMIT\n";
     iptables(&pods.router, rules);
-    let listener = pods.listen(false).expect("a listener");
+    let listener = pods.listen(Family::V4).expect("a listener");
     let service: SocketAddr = "10.96.0.10:80".parse().expect("an address");
     // With cookies the kernel keeps nothing of a SYN, and the end that dials does not learn in time who got it.
     for (cookies, is_to_be) in [("1", true), ("2", false), ("1", true)] {
@@ -192,12 +192,12 @@ fn pods_with_equal_addresses_and_ports_are_never_crossed() {
     let agent = Agent::new("join-twins").expect("the agent");
     let twins =
         ["one", "two"].map(|label| PodPair::accelerated(&format!("join-{label}"), &agent).expect("pods"));
-    let listeners = [&twins[0], &twins[1]].map(|pods| pods.listen(false).expect("a listener"));
+    let listeners = [&twins[0], &twins[1]].map(|pods| pods.listen(Family::V4).expect("a listener"));
     for round in 0..100_u16 {
         // The same ports again and again, too.
         let from = SocketAddr::from(([10, 71, 0, 2], 40_000 + round % 7));
         let dialled = [&twins[0], &twins[1]].map(|pods| {
-            let dialled = socket(&pods.dialler, false, Ids::PROXY, None).expect("a socket");
+            let dialled = socket(&pods.dialler, Family::V4, Ids::PROXY, None).expect("a socket");
             dialled.set_reuse_address(true).expect("set");
             dialled.set_linger(Some(Duration::ZERO)).expect("set");
             dialled.bind(&SockAddr::from(from)).expect("bound");
@@ -206,7 +206,8 @@ fn pods_with_equal_addresses_and_ports_are_never_crossed() {
         });
         // Both SYNs before either is accepted.
         for socket in &dialled {
-            let error = socket.connect(&SockAddr::from(PodPair::app(false))).expect_err("it takes a while");
+            let error =
+                socket.connect(&SockAddr::from(PodPair::app(Family::V4))).expect_err("it takes a while");
             assert_eq!(error.raw_os_error(), Some(libc::EINPROGRESS));
         }
         let mut legs = Vec::new();
@@ -234,11 +235,11 @@ fn fast_open_with_data_stays_tcp() {
         // Both ways, without a cookie.
         pod.netns.sysctl("net/ipv4/tcp_fastopen", "1543").expect("Fast Open");
     }
-    let listener = pods.listen(false).expect("a listener");
+    let listener = pods.listen(Family::V4).expect("a listener");
     joined::set_int(&listener, libc::IPPROTO_TCP, libc::TCP_FASTOPEN, 16).expect("set");
-    let dialled = socket(&pods.dialler, false, Ids::PROXY, None).expect("a socket");
+    let dialled = socket(&pods.dialler, Family::V4, Ids::PROXY, None).expect("a socket");
     let sent = dialled
-        .send_to_with_flags(b"early", &SockAddr::from(PodPair::app(false)), libc::MSG_FASTOPEN)
+        .send_to_with_flags(b"early", &SockAddr::from(PodPair::app(Family::V4)), libc::MSG_FASTOPEN)
         .expect("sent in the SYN");
     assert_eq!(sent, 5);
     let leg = Leg::accepted(dialled, &listener).expect("accepted");
@@ -248,7 +249,7 @@ fn fast_open_with_data_stays_tcp() {
     }
     assert!(!is_joined(&leg));
     // Without data it is joined as any other.
-    let leg = pods.connect(&listener, PodPair::app(false)).expect("a connection");
+    let leg = pods.connect(&listener, PodPair::app(Family::V4)).expect("a connection");
     leg.greet().expect("greeted");
     assert!(is_joined(&leg));
 }
@@ -259,8 +260,8 @@ fn fast_open_with_data_stays_tcp() {
 fn nothing_is_lost_doubled_or_out_of_order() {
     const EACH: usize = 24 << 20;
     let (agent, pods) = fixture("join-order");
-    for v6 in [false, true] {
-        let leg = joined_leg(&pods, v6);
+    for family in Family::ALL {
+        let leg = joined_leg(&pods, family);
         let way = |from: &TcpStream, to: &TcpStream, seed: u64| {
             let mut by_tcp = given_to_tcp(from).expect("a count");
             std::thread::scope(|scope| {
@@ -329,7 +330,7 @@ fn closing_is_seen_as_by_tcp() {
     let (_agent, pods) = fixture("join-close");
     let mut byte = [0];
     // One end says that it has sent everything: what it sent is read first, and the other goes on.
-    let leg = joined_leg(&pods, false);
+    let leg = joined_leg(&pods, Family::V4);
     send(&leg.dialled, &[7; 100_000]).expect("sent");
     leg.dialled.shutdown(Shutdown::Write).expect("shut down");
     assert_eq!(receive(&leg.accepted, 100_000).expect("received"), [7; 100_000]);
@@ -343,7 +344,7 @@ fn closing_is_seen_as_by_tcp() {
     assert_eq!((&leg.dialled).read(&mut byte).expect("the end"), 0);
 
     // One end is reset.
-    let leg = joined_leg(&pods, false);
+    let leg = joined_leg(&pods, Family::V4);
     rustix::net::sockopt::set_socket_linger(&leg.dialled, Some(Duration::ZERO)).expect("set");
     drop(leg.dialled);
     wait(&leg.accepted, PollFlags::IN).expect("the reset");
@@ -351,7 +352,7 @@ fn closing_is_seen_as_by_tcp() {
     assert_eq!(error.kind(), ErrorKind::ConnectionReset);
 
     // One end is closed; the other may still send for a while, and then learns it.
-    let leg = joined_leg(&pods, false);
+    let leg = joined_leg(&pods, Family::V4);
     drop(leg.accepted);
     wait(&leg.dialled, PollFlags::IN).expect("the end");
     let mut sent = 0;
@@ -368,7 +369,7 @@ fn closing_is_seen_as_by_tcp() {
 #[test]
 fn a_switch_takes_effect_at_the_next_message() {
     let (agent, pods) = fixture("join-switch");
-    let leg = joined_leg(&pods, false);
+    let leg = joined_leg(&pods, Family::V4);
     let switch = |to: &str| {
         let mut command = agent.command("accelerate");
         command.arg(to);
@@ -432,10 +433,10 @@ fn the_cases_for_other_kernels_hold_here() {
 fn offers_go_with_the_option() {
     let (agent, pods) = fixture("join-offers");
     let before = joined::footprint(&agent).expect("the maps");
-    let listener = pods.listen(false).expect("a listener");
+    let listener = pods.listen(Family::V4).expect("a listener");
     // The end that dialled learns of the other when it sends, which these do not.
     let legs: Vec<_> =
-        (0..5).map(|_| pods.connect(&listener, PodPair::app(false)).expect("a connection")).collect();
+        (0..5).map(|_| pods.connect(&listener, PodPair::app(Family::V4)).expect("a connection")).collect();
     let open = joined::footprint(&agent).expect("the maps");
     assert!(open[0] > before[0] && open[1] > before[1], "{open:?}, before {before:?}");
     agent.attach(&pods.dialler, &INIT_FLAGS).expect("attached");

@@ -6,6 +6,8 @@ use std::{
     time::Duration,
 };
 
+use intercept_common::Family;
+
 use tests::{
     actor::binary::{self, ReadableCopy},
     agent::succeed,
@@ -22,9 +24,9 @@ fn what_is_sent_through_two_envoys_arrives_and_leaves_the_wire_alone() {
     const EACH: usize = 16 << 20;
     let fixture = JoinedEnvoyFixture::new("envoys");
     let _envoys = fixture.sidecars(Speaks::Tcp);
-    for (n, v6) in [false, true].into_iter().enumerate() {
-        let app = fixture.app(v6);
-        let leg = fixture.connect(&app, v6);
+    for (n, family) in Family::ALL.into_iter().enumerate() {
+        let app = fixture.app(family);
+        let leg = fixture.connect(&app, family);
         let before = fixture.bytes_on_the_wire();
         both_ways(&leg, 2 * n as u64 + 7, EACH);
         let wire = fixture.bytes_on_the_wire() - before;
@@ -56,10 +58,10 @@ fn requests_through_two_envoys_are_answered() {
     let mut line = String::new();
     BufReader::new(server.0.stdout.take().expect("its output")).read_line(&mut line).expect("a line");
     let _envoys = fixture.sidecars(Speaks::Http);
-    for v6 in [false, true] {
+    for family in Family::ALL {
         for kind in ["fresh", "kept"] {
             let mut get = fixture.pods.dialler.command_as(http.path(), Ids::APP).expect("a command");
-            get.args(["get", &PodPair::app(v6).to_string(), &REQUESTS.to_string(), kind]);
+            get.args(["get", &PodPair::app(family).to_string(), &REQUESTS.to_string(), kind]);
             succeed(get).expect("answered");
         }
     }

@@ -224,18 +224,18 @@ fn pods_of_the_real_api_are_captured_followed_and_released() {
     assert!(!node.log().contains("released"), "{}", node.log());
 
     // A terminating pod stays captured until it ends.
-    client.delete(&late.object, false).expect("deleted");
+    client.delete(&late.object).expect("deleted");
     annotate(&client, &early, EXCLUDED, &json!("81"));
     node.wait(&daemon, "later news", |_| at(&early, 81).as_deref() == Some("the world"));
     assert_eq!(at(&late, 81).as_deref(), Some("proxy"));
-    client.delete(&late.object, true).expect("deleted");
+    client.delete_at_once(&late.object).expect("deleted");
     let ended = Instant::now();
     node.wait(&daemon, "released", |daemon| report(daemon, "late").is_none());
     assert!(ended.elapsed() < Duration::from_secs(1), "{:?}", ended.elapsed());
     assert_eq!(at(&late, 81).as_deref(), Some("the world"));
     assert_eq!(node.in_force().len(), 2);
     for pod in [&early, &wrong, &plain, &host, &elsewhere] {
-        client.delete(&pod.object, true).expect("deleted");
+        client.delete_at_once(&pod.object).expect("deleted");
     }
     node.wait(&daemon, "all are gone", |daemon| daemon.reports().is_ok_and(|reports| reports.is_empty()));
     assert!(node.in_force().is_empty());
@@ -289,7 +289,7 @@ fn capture_outlives_the_real_api() {
             client.create(&unheard).expect("made");
             server.stop().expect("stopped");
             server.resume().expect("started");
-            client.delete(&ended.object, true).expect("deleted");
+            client.delete_at_once(&ended.object).expect("deleted");
             let missed = run("missed");
             kill_process(process, Signal::CONT).expect("continued");
             node.wait_for(&daemon, "missed", PodState::Captured);
@@ -410,14 +410,14 @@ fn the_real_api_decides_what_the_real_plugin_adds() {
     let evil = pods.run(&evil).expect("it runs");
     node.wait_for(&daemon, "evil", PodState::Captured);
     assert_eq!(arguments(&kinds[0].0), before);
-    client.delete(&evil.object, true).expect("deleted");
+    client.delete_at_once(&evil.object).expect("deleted");
     node.wait(&daemon, "it is gone", |daemon| report(daemon, "evil").is_none());
     assert!(is_captured(&kinds[0].0));
     assert_eq!(arguments(&kinds[0].0), before);
 
     // The object may go first; only the runtime ends the pod.
     for (pod, ignored) in &kinds {
-        client.delete(&pod.object, true).expect("deleted");
+        client.delete_at_once(&pod.object).expect("deleted");
         assert_eq!(is_captured(pod), ignored.is_none());
         call("DEL", pod);
     }

@@ -2,7 +2,9 @@
 //! a connection from outside.
 
 use std::collections::BTreeSet;
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, Ipv6Addr, SocketAddr};
+
+use intercept_common::Family;
 
 use tests::actor::{Actor, Bind, Dial, DialOutcome, Listen, Listening, Transport};
 use tests::differential::Capture;
@@ -42,9 +44,18 @@ impl ListenerVariantsFixture {
         Self { inside, world, pod, open: Vec::new() }
     }
 
-    fn listen(&mut self, name: &'static str, at: &str, v6only: bool) {
+    fn listen(&mut self, name: &'static str, at: &str) {
         let at: IpAddr = at.parse().expect("an address");
-        let bind = Bind { v6only, reuseport: true, ..Bind::new(Ids::PROXY, SocketAddr::new(at, 15006)) };
+        self.listen_as(name, Bind { v6only: true, ..Bind::new(Ids::PROXY, SocketAddr::new(at, 15006)) });
+    }
+
+    fn listen_dual(&mut self, name: &'static str) {
+        let at = SocketAddr::new(Ipv6Addr::UNSPECIFIED.into(), 15006);
+        self.listen_as(name, Bind { v6only: false, ..Bind::new(Ids::PROXY, at) });
+    }
+
+    fn listen_as(&mut self, name: &'static str, bind: Bind) {
+        let bind = Bind { reuseport: true, ..bind };
         let listen = Listen { name: name.into(), transport: Transport::Tcp, bind };
         self.open.push((name, self.inside.listen(listen).expect("a listener")));
     }
@@ -59,8 +70,8 @@ impl ListenerVariantsFixture {
     }
 
     /// Whoever answers, of some connections.
-    fn answers(&self, v6: bool) -> String {
-        let to = SocketAddr::new(self.pod.address(v6), 8080);
+    fn answers(&self, family: Family) -> String {
+        let to = SocketAddr::new(self.pod.address(family), 8080);
         let one = || match self.world.dial(Dial::new(Ids::ROOT, to)).expect("dialled").outcome {
             DialOutcome::Answered(answer) => answer.server,
             DialOutcome::Refused => "-".to_owned(),
@@ -83,12 +94,12 @@ fn check(script: &[Do]) {
                 captured = Some(capture.start(&IptablesOptions::injected(), &fixture.pod).expect("captured"));
             }
             match *step {
-                Do::Listen(name, at) => fixture.listen(name, at, true),
-                ListenDual(name) => fixture.listen(name, SIX, false),
+                Do::Listen(name, at) => fixture.listen(name, at),
+                ListenDual(name) => fixture.listen_dual(name),
                 Close(name) => fixture.close(name),
                 Answers(..) if captured.is_none() => {}
                 Answers(v4, v6) => {
-                    let seen = (fixture.answers(false), fixture.answers(true));
+                    let seen = (fixture.answers(Family::V4), fixture.answers(Family::V6));
                     assert_eq!(seen, (v4.to_owned(), v6.to_owned()), "{capture:?}, step {i} of {script:?}");
                 }
             }

@@ -4,6 +4,7 @@
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::fd::OwnedFd;
 
+use intercept_common::Family;
 use socket2::{Domain, Protocol, Socket, Type};
 use tests::actor::{Actor, Bind, Dial, DialOutcome, Listen, Listening, Transport};
 use tests::agent::{Agent, INIT_FLAGS};
@@ -44,8 +45,8 @@ impl ListenersFixture {
         }
     }
 
-    fn answer(&self, v6: bool) -> String {
-        let to = SocketAddr::new(self.pod.address(v6), 8080);
+    fn answer(&self, family: Family) -> String {
+        let to = SocketAddr::new(self.pod.address(family), 8080);
         match self.world.dial(Dial::new(Ids::ROOT, to)).expect("dialled").outcome {
             DialOutcome::Answered(answer) => answer.server,
             other => format!("{other:?}"),
@@ -66,12 +67,12 @@ fn listeners_may_come_and_go_in_any_number() {
             if !attached_first {
                 attach();
             }
-            assert_eq!(fixture.answer(false), "old");
+            assert_eq!(fixture.answer(Family::V4), "old");
             let second = fixture.open("new", new);
             fixture.close(first);
             for _ in 0..4 {
                 assert_eq!(
-                    fixture.answer(false),
+                    fixture.answer(Family::V4),
                     "new",
                     "{old} and then {new}, attached first: {attached_first}"
                 );
@@ -80,12 +81,12 @@ fn listeners_may_come_and_go_in_any_number() {
             let third = fixture.open("newest", old);
             fixture.close(third);
             for _ in 0..4 {
-                assert_eq!(fixture.answer(false), "new", "after {old} newest");
+                assert_eq!(fixture.answer(Family::V4), "new", "after {old} newest");
             }
             fixture.close(second);
-            assert_ne!(fixture.answer(false), "new");
+            assert_ne!(fixture.answer(Family::V4), "new");
             let _again = fixture.open("again", 1);
-            assert_eq!(fixture.answer(false), "again");
+            assert_eq!(fixture.answer(Family::V4), "again");
             fixture.agent.detach(&fixture.pod).expect("detached");
         }
     }
@@ -100,7 +101,7 @@ fn a_listener_that_is_opened_again_and_again_takes_no_more_room() {
     for _ in 0..600 {
         fixture.close(fixture.open("flaps", 1));
     }
-    assert_eq!(fixture.answer(false), "stays");
+    assert_eq!(fixture.answer(Family::V4), "stays");
     fixture.agent.detach(&fixture.pod).expect("detached");
 }
 
@@ -117,13 +118,13 @@ fn a_pod_with_too_many_listeners_is_limited_to_its_own() {
         if !attached_first {
             attach();
         }
-        assert_eq!(fixture.answer(false), "many");
+        assert_eq!(fixture.answer(Family::V4), "many");
         let pods = fixture.agent.pods().expect("a status");
         let listed = pods[0].listeners.len();
         assert_eq!(listed, 512, "attached first: {attached_first}");
         fixture.close(many);
         let _again = fixture.open("again", 1);
-        assert_eq!(fixture.answer(false), "again");
+        assert_eq!(fixture.answer(Family::V4), "again");
         fixture.agent.detach(&fixture.pod).expect("detached");
     }
 }
@@ -149,14 +150,14 @@ fn an_mptcp_listener_does_not_keep_a_pod_from_being_attached() {
     let log = String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success(), "{log}");
     assert!(log.contains("MPTCP"), "{log}");
-    assert_eq!(fixture.answer(false), "Refused");
+    assert_eq!(fixture.answer(Family::V4), "Refused");
     let pods = fixture.agent.pods().expect("a status");
     assert_eq!(pods[0].mptcp_listeners[0].port, 15006, "{pods:#?}");
     holder.kill().expect("killed");
     holder.wait().expect("gone");
     // The restarted proxy falls back to TCP, as runtimes do.
     let _tcp = fixture.open("again", 1);
-    assert_eq!(fixture.answer(false), "again");
+    assert_eq!(fixture.answer(Family::V4), "again");
     fixture.agent.detach(&fixture.pod).expect("detached");
 }
 
@@ -187,15 +188,15 @@ fn a_proxy_on_localhost_gets_nothing_from_outside() {
             fixture.inside.listen(listen).expect("a listener");
         }
     }
-    for v6 in [false, true] {
-        assert_ne!(fixture.answer(v6), "15006");
-        let service = if v6 { "[fd96::10]:80" } else { "10.96.0.10:80" };
+    for family in Family::ALL {
+        assert_ne!(fixture.answer(family), "15006");
+        let service = if family == Family::V6 { "[fd96::10]:80" } else { "10.96.0.10:80" };
         let dial = Dial::new(Ids::APP, service.parse().expect("an address"));
         let DialOutcome::Answered(answer) = fixture.inside.dial(dial).expect("dialled").outcome else {
             panic!("{service}")
         };
         assert_eq!(answer.server, "15001");
-        assert_eq!(answer.peer.ip(), fixture.pod.address(v6));
+        assert_eq!(answer.peer.ip(), fixture.pod.address(family));
         assert!(answer.local.ip().is_loopback(), "{answer:?}");
     }
     // The stand-in addresses are not reachable from outside.

@@ -35,7 +35,8 @@ fn answers(pod: &Pod, inside: &Actor, world: &Actor) -> Vec<String> {
             QueryReply::Answered { from, answer } => format!("{} as {from}", answer.server),
             other => format!("{other:?}"),
         });
-        let app = Dial::new(Ids::ROOT, SocketAddr::new(pod.address(service.is_ipv6()), 8080));
+        let app =
+            Dial::new(Ids::ROOT, SocketAddr::new(pod.address(intercept_common::Family::of(&service)), 8080));
         answers.push(who(world.dial(app).expect("dialled").outcome));
     }
     answers

@@ -6,6 +6,8 @@ use std::os::fd::AsFd as _;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
+use intercept_common::Family;
+
 use tests::actor::{Actor, Bind, Dial, DialOutcome, Listen, OriginalDst, Transport};
 use tests::agent::{Agent, INIT_FLAGS};
 use tests::bpf;
@@ -192,7 +194,7 @@ fn nothing_leaves_by_a_stand_in_address_that_is_not_local() {
         };
         for to in SERVICES {
             assert!(!leaves(to, None), "{to}, {net}");
-            assert!(!leaves(to, Some(fixture.pod.address(to.starts_with('[')))), "{to}, {net}, bound");
+            assert!(!leaves(to, Some(fixture.pod.address(family_of(to)))), "{to}, {net}, bound");
         }
         fixture.agent.attach(&fixture.pod, &INIT_FLAGS).expect("attached");
         for to in SERVICES {
@@ -245,7 +247,7 @@ fn nothing_lingers_whoever_closes_first() {
             (Ids::PROXY, "[fd66::2]:8080"),
             (Ids::PROXY, "10.66.0.2:8080"),
         ] {
-            for from in [None, Some(fixture.pod.address(to.starts_with('[')))] {
+            for from in [None, Some(fixture.pod.address(family_of(to)))] {
                 let to: SocketAddr = to.parse().expect("an address");
                 closed_by_client(&fixture.pod, ids, to, from);
             }
@@ -277,4 +279,9 @@ fn last_acks(pod: &Pod) -> String {
     ss.args(["-Htn", "state", "last-ack", "state", "closing"]);
     let output = pod.netns.run(|| ss.output()).expect("entered").expect("ss");
     String::from_utf8(output.stdout).expect("text")
+}
+
+fn family_of(to: &str) -> Family {
+    let to: SocketAddr = to.parse().expect("an address");
+    Family::of(&to.ip())
 }

@@ -11,7 +11,7 @@ use aya::{
     programs::loaded_programs,
 };
 use intercept_agent::facade::sys::Plain;
-use intercept_common::{NetnsCookie, layout::LookupScratch, names};
+use intercept_common::{Family, NetnsCookie, layout::LookupScratch, names};
 use tests::{
     actor::{Actor, Bind, Dial, DialOutcome, Listen, Transport},
     agent::Agent,
@@ -34,7 +34,7 @@ fn pin(agent: &Agent, map: &str) -> PathBuf {
 
 fn answer(pod: &Pod, world: &Actor) -> String {
     match world
-        .dial(Dial::new(Ids::ROOT, SocketAddr::new(pod.address(false), 8080)))
+        .dial(Dial::new(Ids::ROOT, SocketAddr::new(pod.address(Family::V4), 8080)))
         .expect("dialled")
         .outcome
     {

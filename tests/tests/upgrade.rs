@@ -11,6 +11,7 @@ use std::{
 };
 
 use intercept_agent::facade::sys;
+use intercept_common::Family;
 use tests::{
     actor::{Actor, Bind, Dial, DialOutcome, Listen, Transport},
     agent::{Agent, succeed},
@@ -65,7 +66,7 @@ fn programs_are_replaced_without_a_gap() {
     assert_eq!(own.len(), 1, "{own:?}");
 
     let out = Dial::new(Ids::APP, SocketAddr::from(([10, 96, 0, 10], 80)));
-    let back = Dial::new(Ids::ROOT, SocketAddr::new(pod.address(false), 8080));
+    let back = Dial::new(Ids::ROOT, SocketAddr::new(pod.address(Family::V4), 8080));
     let (stop, dialled) = (AtomicBool::new(false), AtomicUsize::new(0));
     std::thread::scope(|scope| {
         // Every connection reaches the proxy with its original destination during the upgrade.

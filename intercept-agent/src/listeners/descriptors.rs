@@ -14,6 +14,8 @@ use rustix::{
 };
 
 use super::{FoundListeners, Listener, Missed};
+use intercept_common::Family;
+
 use crate::netns::Netns;
 
 /// How many descriptors of a process are looked at before those of the next.
@@ -119,7 +121,7 @@ fn duplicate(pid: Pid, number: i32, inode: u64, address: SocketAddr) -> io::Resu
         return Ok(None);
     }
     let is_v6 = rustix::net::sockopt::socket_domain(&fd)? == AddressFamily::INET6;
-    let family = if is_v6 { 6 } else { 4 };
+    let family = if is_v6 { Family::V6 } else { Family::V4 };
     Ok(Some(Listener { family, addr: address.ip(), port: address.port(), inode, pid, fd }))
 }
 

@@ -12,6 +12,8 @@ use super::{
     diag::{listed, read},
     *,
 };
+use intercept_common::Family;
+
 use crate::testing::{TestCgroup, new_netns};
 
 const PROXY: u16 = 15001;
@@ -47,7 +49,7 @@ fn holder(one: OwnedFd, other: OwnedFd) -> Command {
 }
 
 fn shown(found: &FoundListeners) -> Vec<(u8, String)> {
-    let show = |l: &Listener| (l.family, SocketAddr::new(l.addr, l.port).to_string());
+    let show = |l: &Listener| (l.family.version(), SocketAddr::new(l.addr, l.port).to_string());
     let mut shown: Vec<_> = found.listeners.iter().map(show).collect();
     shown.sort();
     shown
@@ -77,7 +79,7 @@ fn listeners_of_the_pod_are_shared() {
     assert!(found.missed.is_empty(), "{found:?}");
 
     // The very socket: what comes in for it can be accepted here.
-    let listener = found.listeners.into_iter().find(|l| l.family == 4 && l.port == PROXY).unwrap();
+    let listener = found.listeners.into_iter().find(|l| l.family == Family::V4 && l.port == PROXY).unwrap();
     let dialled = netns.run(|| TcpStream::connect("127.0.0.1:15001").unwrap()).unwrap();
     let (_accepted, peer) = TcpListener::from(listener.fd).accept().unwrap();
     assert_eq!(peer, dialled.local_addr().unwrap());

@@ -10,6 +10,7 @@ use std::{
 
 use aya::maps::{Array, IterableMap as _, MapData, MapError};
 use intercept_common::{
+    Family,
     layout::{LISTENER_SLOTS, ListenerKey, MAX_PODS, PodPolicy, Proxy, ProxyPort, Ring, scope},
     names,
 };
@@ -48,7 +49,7 @@ impl Maps {
         socket: &impl std::os::fd::AsRawFd,
     ) -> Result<Registered, MapsError> {
         const BPF_NOEXIST: u64 = 1;
-        let index = Proxy::index(port, key.family == 6, key.scope);
+        let index = Proxy::index(port, key.family(), key.scope);
         let top = offset_of!(Proxy, rings) + index * size_of::<Ring>() + offset_of!(Ring, top);
         let (Some(top), Some(mptcp)) =
             (self.proxies.word(slot.index(), top), self.proxies.word(slot.index(), offset_of!(Proxy, mptcp)))
@@ -95,12 +96,12 @@ impl Maps {
     }
 
     /// Stores how the proxy's listener of a port and family is bound; `bound` is a value of `layout::bound`.
-    pub fn set_bound(&self, slot: Slot, port: ProxyPort, v6: bool, bound: u16) {
+    pub fn set_bound(&self, slot: Slot, port: ProxyPort, family: Family, bound: u16) {
         let cell = |index: usize| {
             self.proxies.half_word(slot.index(), offset_of!(Proxy, bound) + index * size_of::<u16>())
         };
         let v4_seen = cell(Proxy::v4_seen(port)).is_some_and(|seen| seen.load(Ordering::Relaxed) != 0);
-        for (index, value) in Proxy::bind(port, v6, bound, v4_seen) {
+        for (index, value) in Proxy::bind(port, family, bound, v4_seen) {
             if let Some(cell) = cell(index) {
                 cell.store(value, Ordering::Relaxed);
             }
@@ -137,9 +138,10 @@ impl Maps {
         let mut found = Vec::new();
         for port in [policy.outbound_port, policy.inbound_port, policy.dns_port] {
             let Some(role) = policy.proxy_port(port) else { continue };
-            for (v6, family) in [(false, 4), (true, 6)] {
-                if bits & 1 << Proxy::index(role, v6, scope::ANY) != 0 && !found.contains(&(port, family)) {
-                    found.push((port, family));
+            for family in Family::ALL {
+                let listener = (port, family.version());
+                if bits & 1 << Proxy::index(role, family, scope::ANY) != 0 && !found.contains(&listener) {
+                    found.push(listener);
                 }
             }
         }

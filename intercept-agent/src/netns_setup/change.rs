@@ -5,6 +5,7 @@ use std::{
     net::{Ipv4Addr, Ipv6Addr},
 };
 
+use intercept_common::Family;
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use netlink_packet_core::{NLM_F_CREATE, NLM_F_DUMP, NLM_F_EXCL, NLM_F_REQUEST};
 use netlink_packet_route::{
@@ -27,6 +28,21 @@ use super::{
 /// The setting that [`NetnsChange::AcceptMark`] changes.
 pub(super) const ACCEPT_MARK: &str = "/proc/sys/net/ipv4/tcp_fwmark_accept";
 
+/// Records contain whether a family is IPv6.
+mod is_v6 {
+    use serde::{Deserialize as _, Deserializer, Serializer};
+
+    use super::Family;
+
+    pub(super) fn serialize<S: Serializer>(family: &Family, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_bool(*family == Family::V6)
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Family, D::Error> {
+        Ok(if bool::deserialize(deserializer)? { Family::V6 } else { Family::V4 })
+    }
+}
+
 /// A change in a namespace.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -39,15 +55,33 @@ pub(super) enum NetnsChange {
     /// These addresses are unreachable while they are not local, so that no connection to them leaves the pod.
     Confined { net: IpNet },
     /// 127.0.0.1 or ::1 is reachable for a socket that has selected this interface.
-    LocalhostBy { v6: bool, interface: String },
+    LocalhostBy {
+        #[serde(with = "is_v6", rename = "v6")]
+        family: Family,
+        interface: String,
+    },
     /// Every address is local in this table.
-    LocalTable { v6: bool, table: u32 },
+    LocalTable {
+        #[serde(with = "is_v6", rename = "v6")]
+        family: Family,
+        table: u32,
+    },
     /// Packets with this mark use this table.
-    MarkRule { v6: bool, mark: u32, table: u32 },
+    MarkRule {
+        #[serde(with = "is_v6", rename = "v6")]
+        family: Family,
+        mark: u32,
+        table: u32,
+    },
     /// These destinations are local in this table.
     GuestRoute { net: IpNet, table: u32 },
     /// TCP packets that arrive on this interface use this table if it has a route.
-    GuestRule { v6: bool, interface: String, table: u32 },
+    GuestRule {
+        #[serde(with = "is_v6", rename = "v6")]
+        family: Family,
+        interface: String,
+        table: u32,
+    },
     /// Sockets that accept a marked connection answer with its mark. Contains the previous value.
     AcceptMark { before: String },
 }
@@ -69,16 +103,18 @@ pub(super) fn present(
     for change in changes {
         let there = match &change {
             NetnsChange::PassthroughAddress => state.has_passthrough(questions)?,
-            NetnsChange::LocalTable { v6, table } => state.has_route(questions, everything(*v6), *table)?,
-            NetnsChange::GuestRoute { net, table } => state.has_route(questions, *net, *table)?,
-            NetnsChange::MarkRule { v6, mark, table } => {
-                state.rules(questions, *v6)?.iter().any(|rule| is_mark_rule(rule, *mark, *table))
+            NetnsChange::LocalTable { family, table } => {
+                state.has_route(questions, everything(*family), *table)?
             }
-            NetnsChange::GuestRule { v6, interface, table } => {
-                state.rules(questions, *v6)?.iter().any(|rule| is_guest_rule(rule, interface, *table))
+            NetnsChange::GuestRoute { net, table } => state.has_route(questions, *net, *table)?,
+            NetnsChange::MarkRule { family, mark, table } => {
+                state.rules(questions, *family)?.iter().any(|rule| is_mark_rule(rule, *mark, *table))
+            }
+            NetnsChange::GuestRule { family, interface, table } => {
+                state.rules(questions, *family)?.iter().any(|rule| is_guest_rule(rule, interface, *table))
             }
             NetnsChange::Confined { net } => {
-                state.rules(questions, net.addr().is_ipv6())?.iter().any(|rule| is_confining(rule, *net))
+                state.rules(questions, Family::of(&net.addr()))?.iter().any(|rule| is_confining(rule, *net))
             }
             NetnsChange::AcceptMark { before } => before == "1",
             // Found by the routes, or when it is added.
@@ -116,10 +152,14 @@ impl Present {
         Ok(*self.addresses.insert(found.iter().any(is_it)))
     }
 
-    fn rules(&mut self, questions: &mut Questions, v6: bool) -> Result<&[RuleMessage], NetnsSetupError> {
-        let slot = &mut self.rules[usize::from(v6)];
+    fn rules(
+        &mut self,
+        questions: &mut Questions,
+        family: Family,
+    ) -> Result<&[RuleMessage], NetnsSetupError> {
+        let slot = &mut self.rules[usize::from(family == Family::V6)];
         if slot.is_none() {
-            *slot = Some(rules(questions, v6)?);
+            *slot = Some(rules(questions, family)?);
         }
         Ok(slot.as_deref().unwrap_or_default())
     }
@@ -132,7 +172,7 @@ impl Present {
     ) -> Result<bool, NetnsSetupError> {
         let slot = &mut self.routes[usize::from(net.addr().is_ipv6())];
         if slot.is_none() {
-            *slot = Some(local_routes(questions, net.addr().is_ipv6())?);
+            *slot = Some(local_routes(questions, Family::of(&net.addr()))?);
         }
         Ok(slot.as_ref().is_some_and(|routes| routes.contains(&(net.trunc(), table))))
     }
@@ -150,21 +190,21 @@ pub(super) fn make(
         }
         NetnsChange::LocalPrefix { net } => add_local_prefix(questions, *net)?,
         NetnsChange::Confined { net } => confine(questions, *net)?,
-        NetnsChange::LocalhostBy { v6, interface } => add_localhost_by(questions, *v6, interface)?,
+        NetnsChange::LocalhostBy { family, interface } => add_localhost_by(questions, *family, interface)?,
         NetnsChange::GuestRoute { net, table } => {
             let route = RouteNetlinkMessage::NewRoute(local_route(*net, *table, LOOPBACK));
             add(questions, route, "adding a local route for a network of -i to the table of -k")?
         }
-        NetnsChange::GuestRule { v6, interface, table } => {
-            let rule = RouteNetlinkMessage::NewRule(guest_rule(*v6, interface, *table));
+        NetnsChange::GuestRule { family, interface, table } => {
+            let rule = RouteNetlinkMessage::NewRule(guest_rule(*family, interface, *table));
             add(questions, rule, "adding a rule for an interface of -k")?
         }
-        NetnsChange::LocalTable { v6, table } => {
-            let route = RouteNetlinkMessage::NewRoute(local_route(everything(*v6), *table, LOOPBACK));
+        NetnsChange::LocalTable { family, table } => {
+            let route = RouteNetlinkMessage::NewRoute(local_route(everything(*family), *table, LOOPBACK));
             add(questions, route, "adding a local default route to the table of -r")?
         }
-        NetnsChange::MarkRule { v6, mark, table } => {
-            let rule = RouteNetlinkMessage::NewRule(mark_rule(*v6, *mark, *table));
+        NetnsChange::MarkRule { family, mark, table } => {
+            let rule = RouteNetlinkMessage::NewRule(mark_rule(*family, *mark, *table));
             add(questions, rule, "adding a rule for the mark of -t")?
         }
         NetnsChange::AcceptMark { .. } => {
@@ -179,16 +219,18 @@ pub(super) fn make(
 pub(super) fn unmake(questions: &mut Questions, change: &NetnsChange) -> Result<(), NetnsSetupError> {
     let result = match change {
         NetnsChange::PassthroughAddress => remove(questions, RouteNetlinkMessage::DelAddress(passthrough())),
-        NetnsChange::LocalTable { v6, table } => {
-            let route = local_route(everything(*v6), *table, LOOPBACK);
+        NetnsChange::LocalTable { family, table } => {
+            let route = local_route(everything(*family), *table, LOOPBACK);
             remove(questions, RouteNetlinkMessage::DelRoute(route))
         }
         NetnsChange::LocalPrefix { net } => {
             remove(questions, RouteNetlinkMessage::DelRoute(local_prefix_route(*net, LOOPBACK)))
         }
         NetnsChange::Confined { net } => remove(questions, RouteNetlinkMessage::DelRule(confining(*net))),
-        NetnsChange::LocalhostBy { v6, interface } => match index_of(interface) {
-            Ok(Some(index)) => remove(questions, RouteNetlinkMessage::DelRoute(localhost_route(*v6, index))),
+        NetnsChange::LocalhostBy { family, interface } => match index_of(interface) {
+            Ok(Some(index)) => {
+                remove(questions, RouteNetlinkMessage::DelRoute(localhost_route(*family, index)))
+            }
             // Its routes were removed with it.
             Ok(None) => Ok(()),
             Err(error) => Err(error),
@@ -196,11 +238,11 @@ pub(super) fn unmake(questions: &mut Questions, change: &NetnsChange) -> Result<
         NetnsChange::GuestRoute { net, table } => {
             remove(questions, RouteNetlinkMessage::DelRoute(local_route(*net, *table, LOOPBACK)))
         }
-        NetnsChange::GuestRule { v6, interface, table } => {
-            remove(questions, RouteNetlinkMessage::DelRule(guest_rule(*v6, interface, *table)))
+        NetnsChange::GuestRule { family, interface, table } => {
+            remove(questions, RouteNetlinkMessage::DelRule(guest_rule(*family, interface, *table)))
         }
-        NetnsChange::MarkRule { v6, mark, table } => {
-            remove(questions, RouteNetlinkMessage::DelRule(mark_rule(*v6, *mark, *table)))
+        NetnsChange::MarkRule { family, mark, table } => {
+            remove(questions, RouteNetlinkMessage::DelRule(mark_rule(*family, *mark, *table)))
         }
         NetnsChange::AcceptMark { before } => {
             set(ACCEPT_MARK, before).map_err(|source| NetnsSetupError::Sysctl { path: ACCEPT_MARK, source })
@@ -294,16 +336,16 @@ fn passthrough() -> AddressMessage {
 }
 
 /// Returns prefix and table of the local routes of a family.
-fn local_routes(questions: &mut Questions, v6: bool) -> Result<Vec<(IpNet, u32)>, NetnsSetupError> {
+fn local_routes(questions: &mut Questions, family: Family) -> Result<Vec<(IpNet, u32)>, NetnsSetupError> {
     let mut question = RouteMessage::default();
-    question.header.address_family = family(v6);
+    question.header.address_family = address_family(family);
     let found = list(questions, RouteNetlinkMessage::GetRoute(question), "reading the routes")?;
     let key = |message| {
         let RouteNetlinkMessage::NewRoute(route) = message else { return None };
-        if route.header.kind != RouteType::Local || route.header.address_family != family(v6) {
+        if route.header.kind != RouteType::Local || route.header.address_family != address_family(family) {
             return None;
         }
-        let (mut address, mut table) = (everything(v6).addr(), u32::from(route.header.table));
+        let (mut address, mut table) = (everything(family).addr(), u32::from(route.header.table));
         for attribute in &route.attributes {
             match attribute {
                 RouteAttribute::Destination(RouteAddress::Inet(to)) => address = (*to).into(),
@@ -317,12 +359,18 @@ fn local_routes(questions: &mut Questions, v6: bool) -> Result<Vec<(IpNet, u32)>
     Ok(found.into_iter().filter_map(key).collect())
 }
 
-pub(super) fn family(v6: bool) -> AddressFamily {
-    if v6 { AddressFamily::Inet6 } else { AddressFamily::Inet }
+pub(super) fn address_family(family: Family) -> AddressFamily {
+    match family {
+        Family::V4 => AddressFamily::Inet,
+        Family::V6 => AddressFamily::Inet6,
+    }
 }
 
-fn everything(v6: bool) -> IpNet {
-    if v6 { Ipv6Net::default().into() } else { Ipv4Net::default().into() }
+fn everything(family: Family) -> IpNet {
+    match family {
+        Family::V4 => Ipv4Net::default().into(),
+        Family::V6 => Ipv6Net::default().into(),
+    }
 }
 
 pub(super) fn local_route(net: IpNet, table: u32, lo: u32) -> RouteMessage {
@@ -343,9 +391,10 @@ pub(super) fn local_route(net: IpNet, table: u32, lo: u32) -> RouteMessage {
     }
 }
 
-fn guest_rule(v6: bool, interface: &str, table: u32) -> RuleMessage {
+fn guest_rule(family: Family, interface: &str, table: u32) -> RuleMessage {
     let mut rule = RuleMessage::default();
-    rule.header = RuleHeader { family: family(v6), action: RuleAction::ToTable, ..RuleHeader::default() };
+    rule.header =
+        RuleHeader { family: address_family(family), action: RuleAction::ToTable, ..RuleHeader::default() };
     rule.attributes.push(RuleAttribute::Iifname(interface.to_owned()));
     rule.attributes.push(RuleAttribute::IpProtocol(IpProtocol::Tcp));
     rule.attributes.push(RuleAttribute::Table(table));
@@ -357,18 +406,19 @@ fn is_guest_rule(rule: &RuleMessage, interface: &str, table: u32) -> bool {
         && rule.attributes.contains(&RuleAttribute::Table(table))
 }
 
-fn mark_rule(v6: bool, mark: u32, table: u32) -> RuleMessage {
+fn mark_rule(family: Family, mark: u32, table: u32) -> RuleMessage {
     let mut rule = RuleMessage::default();
-    rule.header = RuleHeader { family: family(v6), action: RuleAction::ToTable, ..RuleHeader::default() };
+    rule.header =
+        RuleHeader { family: address_family(family), action: RuleAction::ToTable, ..RuleHeader::default() };
     rule.attributes.push(RuleAttribute::FwMark(mark));
     rule.attributes.push(RuleAttribute::Table(table));
     rule
 }
 
 /// Returns the rules of a family; empty on a kernel without rules (CONFIG_IP_MULTIPLE_TABLES).
-pub(super) fn rules(questions: &mut Questions, v6: bool) -> Result<Vec<RuleMessage>, NetnsSetupError> {
+pub(super) fn rules(questions: &mut Questions, family: Family) -> Result<Vec<RuleMessage>, NetnsSetupError> {
     let mut question = RuleMessage::default();
-    question.header.family = family(v6);
+    question.header.family = address_family(family);
     let found = match list(questions, RouteNetlinkMessage::GetRule(question), "reading the rules") {
         Err(NetnsSetupError::Netlink { source, .. }) if source.raw_os_error() == Some(libc::EOPNOTSUPP) => {
             return Ok(Vec::new());

@@ -8,18 +8,20 @@ use netlink_packet_route::{
     rule::{RuleAction, RuleAttribute, RuleHeader, RuleMessage},
 };
 
+use intercept_common::Family;
+
 use crate::netlink::Questions;
 
 use super::{
     NetnsSetupError,
-    change::{add, family, rules},
+    change::{add, address_family, rules},
     localhost::TABLE_LOCAL,
 };
 
 /// Adds the rule right after that of the local table. False if it exists, or if the kernel has no rules: then the local
 /// table is searched first, and nothing can be added after it.
 pub(super) fn confine(questions: &mut Questions, net: IpNet) -> Result<bool, NetnsSetupError> {
-    let found = rules(questions, net.addr().is_ipv6())?;
+    let found = rules(questions, Family::of(&net.addr()))?;
     let Some(local) = found.iter().find(|rule| table(rule) == TABLE_LOCAL) else { return Ok(false) };
     // The kernel would accept the same rule again with another priority.
     if found.iter().any(|rule| is_confining(rule, net)) {
@@ -41,7 +43,7 @@ pub(super) fn is_confining(rule: &RuleMessage, net: IpNet) -> bool {
 pub(super) fn confining(net: IpNet) -> RuleMessage {
     let mut rule = RuleMessage::default();
     rule.header = RuleHeader {
-        family: family(net.addr().is_ipv6()),
+        family: address_family(Family::of(&net.addr())),
         dst_len: net.prefix_len(),
         action: RuleAction::Unreachable,
         ..RuleHeader::default()

@@ -8,6 +8,8 @@ use netlink_packet_route::{
     route::{RouteAddress, RouteAttribute, RouteMessage},
 };
 
+use intercept_common::Family;
+
 use crate::netlink::Questions;
 
 use super::{
@@ -70,18 +72,21 @@ pub(super) fn local_prefix_route(net: IpNet, lo: u32) -> RouteMessage {
 /// others it comes after the kernel's own.
 pub(super) fn add_localhost_by(
     questions: &mut Questions,
-    v6: bool,
+    family: Family,
     interface: &str,
 ) -> Result<bool, NetnsSetupError> {
     let Some(index) = index_of(interface)? else { return Ok(false) };
-    add_if_up(questions, localhost_route(v6, index), "adding a local route to localhost through an interface")
+    add_if_up(
+        questions,
+        localhost_route(family, index),
+        "adding a local route to localhost through an interface",
+    )
 }
 
-pub(super) fn localhost_route(v6: bool, index: u32) -> RouteMessage {
-    let net = if v6 {
-        IpNet::from(IpAddr::from(Ipv6Addr::LOCALHOST))
-    } else {
-        IpAddr::from(Ipv4Addr::LOCALHOST).into()
+pub(super) fn localhost_route(family: Family, index: u32) -> RouteMessage {
+    let net = match family {
+        Family::V4 => IpNet::from(IpAddr::from(Ipv4Addr::LOCALHOST)),
+        Family::V6 => IpNet::from(IpAddr::from(Ipv6Addr::LOCALHOST)),
     };
     let mut route = local_route(net, TABLE_LOCAL, index);
     // After the kernel's own route, whose priority is 0.

@@ -71,8 +71,9 @@ impl Node {
                 continue;
             }
             // Each listener beyond the budget would be tried in every slot, and a pod may have any number of them.
-            let count =
-                counts.entry((listener.port, listener.family, listener.addr.is_loopback())).or_default();
+            let count = counts
+                .entry((listener.port, listener.family.version(), listener.addr.is_loopback()))
+                .or_default();
             *count += 1;
             if *count <= LISTENER_SLOTS + 1 {
                 self.register_listener(target, policy, port, listener)?;
@@ -93,7 +94,7 @@ impl Node {
         let known: BTreeSet<(u16, u8)> =
             self.maps.listeners(cookie)?.iter().map(|key| (key.port, key.family)).collect();
         self.register_listeners_but(target, config, policy, |listener| {
-            known.contains(&(listener.port, listener.family))
+            known.contains(&(listener.port, listener.family.version()))
         })
     }
 
@@ -150,7 +151,7 @@ impl Node {
         let key = ListenerKey {
             netns: target.netns.cookie(),
             port: listener.port,
-            family: listener.family,
+            family: listener.family.version(),
             scope,
             slot: 0,
         };
@@ -183,7 +184,7 @@ impl Node {
     /// Sets how the listener is bound, for every role that has its port.
     fn set_bound(&self, policy: &PodPolicy, listener: &Listener, bound: u16) {
         for role in policy.proxy_ports(listener.port).into_iter().flatten() {
-            self.maps.set_bound(policy.slot, role, listener.family == 6, bound);
+            self.maps.set_bound(policy.slot, role, listener.family, bound);
         }
     }
 }

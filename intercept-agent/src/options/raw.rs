@@ -82,7 +82,7 @@ impl Args for RawOptions {
         for setting in table::ALL {
             match setting.flag {
                 Some(long) => command = command.arg(argument(setting, long)),
-                None => variables.push_str(&format!("  {setting}\n          {}\n", help(setting, false))),
+                None => variables.push_str(&format!("  {setting}\n          {}\n", help(setting))),
             }
         }
         command.after_help(variables.trim_end().to_owned())
@@ -95,7 +95,11 @@ impl Args for RawOptions {
 
 fn argument(setting: &'static Setting, long: &'static str) -> Arg {
     // The last one of a repeated flag counts, as in istio.
-    let arg = Arg::new(long).long(long).help(help(setting, true)).help_heading(HEADING).overrides_with(long);
+    let mut text = help(setting);
+    if !setting.variables.is_empty() {
+        text.push_str(&format!(" [env: {}]", setting.variables.join(", ")));
+    }
+    let arg = Arg::new(long).long(long).help(text).help_heading(HEADING).overrides_with(long);
     let arg = match setting.letter {
         Some(short) => arg.short(short),
         None => arg,
@@ -112,10 +116,6 @@ fn argument(setting: &'static Setting, long: &'static str) -> Arg {
     }
 }
 
-fn help(setting: &Setting, with_env: bool) -> String {
-    let mut text = format!("{} [default: {}]", setting.help, setting.default);
-    if with_env && !setting.variables.is_empty() {
-        text.push_str(&format!(" [env: {}]", setting.variables.join(", ")));
-    }
-    text
+fn help(setting: &Setting) -> String {
+    format!("{} [default: {}]", setting.help, setting.default)
 }

@@ -3,7 +3,7 @@
 use bytemuck::{Pod, Zeroable};
 
 use super::{LISTENER_SLOTS, PodPolicy};
-use crate::NetnsCookie;
+use crate::{Family, NetnsCookie};
 
 /// Values of [`Proxy::bound`]: how the proxy's listener of a port and family is bound.
 pub mod bound {
@@ -32,6 +32,14 @@ pub struct ListenerKey {
     pub scope: u8,
     /// Sockets of one port are numbered in the order in which they start to listen; see [`Ring`].
     pub slot: u32,
+}
+
+impl ListenerKey {
+    /// The family of the socket.
+    #[inline(always)]
+    pub const fn family(&self) -> Family {
+        if self.family == Family::V6.version() { Family::V6 } else { Family::V4 }
+    }
 }
 
 /// Values of [`ListenerKey::scope`].
@@ -137,29 +145,29 @@ impl Proxy {
 
     /// Index into [`Proxy::bound`] and [`Proxy::rings`].
     #[inline(always)]
-    pub const fn index(port: ProxyPort, v6: bool, scope: u8) -> usize {
-        (port as usize) << 2 | (v6 as usize) << 1 | scope as usize & 1
+    pub const fn index(port: ProxyPort, family: Family, scope: u8) -> usize {
+        (port as usize) << 2 | family as usize & Self::V6 | scope as usize & 1
     }
 
     /// What a new listener changes in [`Proxy::bound`], as pairs of index and value. An IPv6 listener on the wildcard
     /// address accepts IPv4 as well, unless an IPv4 listener was seen, which is noted at the index of the other scope.
     #[inline(always)]
-    pub const fn bind(port: ProxyPort, v6: bool, bound: u16, v4_seen: bool) -> [(usize, u16); 2] {
-        let own = (Self::index(port, v6, scope::ANY), bound);
-        if !v6 {
+    pub const fn bind(port: ProxyPort, family: Family, bound: u16, v4_seen: bool) -> [(usize, u16); 2] {
+        let own = (Self::index(port, family, scope::ANY), bound);
+        if matches!(family, Family::V4) {
             return [own, (Self::v4_seen(port), 1)];
         }
         if v4_seen {
             return [own, own];
         }
         let for_v4 = if bound == bound::WILDCARD { bound } else { bound::UNKNOWN };
-        [own, (Self::index(port, false, scope::ANY), for_v4)]
+        [own, (Self::index(port, Family::V4, scope::ANY), for_v4)]
     }
 
     /// Index into [`Proxy::bound`] of whether an IPv4 listener was seen.
     #[inline(always)]
     pub const fn v4_seen(port: ProxyPort) -> usize {
-        Self::index(port, false, scope::LOCALHOST)
+        Self::index(port, Family::V4, scope::LOCALHOST)
     }
 }
 

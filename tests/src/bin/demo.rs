@@ -13,6 +13,7 @@ use std::{
 
 use anyhow::{Context as _, Result, ensure};
 use clap::{Parser, ValueEnum};
+use intercept_common::Family;
 use serde_json::Value;
 use tests::{
     actor::{
@@ -99,11 +100,18 @@ fn refused() -> Result<bool> {
 /// A flow, and what must come of it.
 struct DemoFlow {
     what: &'static str,
-    from_world: bool,
+    from: Dialler,
     ids: Ids,
     to: SocketAddr,
     mapped: bool,
     expect: Expect,
+}
+
+/// Who dials.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Dialler {
+    Pod,
+    World,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -126,39 +134,52 @@ impl Expect {
 fn flows(pod: &Pod) -> Vec<DemoFlow> {
     let world = |text: &str, port| SocketAddr::new(text.parse().expect("an address"), port);
     let mut flows = Vec::new();
-    for (v6, service) in [(false, "10.96.0.10"), (true, "fd96::10")] {
-        let own = pod.address(v6);
-        let localhost: IpAddr = if v6 { [0, 0, 0, 0, 0, 0, 0, 1].into() } else { [127, 0, 0, 1].into() };
-        let mut flow = |what, from_world, ids, to, expect| {
-            flows.push(DemoFlow { what, from_world, ids, to, mapped: false, expect });
+    for (family, service) in [(Family::V4, "10.96.0.10"), (Family::V6, "fd96::10")] {
+        let own = pod.address(family);
+        let localhost: IpAddr =
+            if family == Family::V6 { [0, 0, 0, 0, 0, 0, 0, 1].into() } else { [127, 0, 0, 1].into() };
+        let mut flow = |what, from, ids, to, expect| {
+            flows.push(DemoFlow { what, from, ids, to, mapped: false, expect });
         };
-        flow("the app calls a service", false, Ids::APP, world(service, WORLD_PORT), Expect::ProxyOut);
-        flow("a client calls the app", true, Ids::ROOT, SocketAddr::new(own, APP_PORT), Expect::ProxyIn);
+        flow("the app calls a service", Dialler::Pod, Ids::APP, world(service, WORLD_PORT), Expect::ProxyOut);
+        flow(
+            "a client calls the app",
+            Dialler::World,
+            Ids::ROOT,
+            SocketAddr::new(own, APP_PORT),
+            Expect::ProxyIn,
+        );
         flow(
             "a client scrapes an excluded port",
-            true,
+            Dialler::World,
             Ids::ROOT,
             SocketAddr::new(own, METRICS_PORT),
             Expect::Direct,
         );
-        flow("the proxy calls a service", false, Ids::PROXY, world(service, WORLD_PORT), Expect::Direct);
+        flow(
+            "the proxy calls a service",
+            Dialler::Pod,
+            Ids::PROXY,
+            world(service, WORLD_PORT),
+            Expect::Direct,
+        );
         flow(
             "the app calls localhost",
-            false,
+            Dialler::Pod,
             Ids::APP,
             SocketAddr::new(localhost, APP_PORT),
             Expect::Direct,
         );
         flow(
             "the app calls its own address",
-            false,
+            Dialler::Pod,
             Ids::APP,
             SocketAddr::new(own, APP_PORT),
             Expect::Direct,
         );
         flow(
             "the proxy calls its own pod",
-            false,
+            Dialler::Pod,
             Ids::PROXY,
             SocketAddr::new(own, APP_PORT),
             Expect::ProxyIn,
@@ -166,7 +187,7 @@ fn flows(pod: &Pod) -> Vec<DemoFlow> {
     }
     flows.push(DemoFlow {
         what: "the app calls IPv4 through IPv6",
-        from_world: false,
+        from: Dialler::Pod,
         ids: Ids::APP,
         to: world("10.96.0.10", WORLD_PORT),
         mapped: true,
@@ -287,14 +308,14 @@ impl DemoAgent<'_> {
 
     /// The reason that `explain` gives for a flow.
     fn reason(&self, flow: &DemoFlow, client: Option<SocketAddr>) -> Result<String> {
-        let direction = if flow.from_world { "inbound" } else { "outbound" };
+        let direction = if flow.from == Dialler::World { "inbound" } else { "outbound" };
         let (dst, port, uid) =
             (flow.to.ip().to_string(), flow.to.port().to_string(), flow.ids.uid.to_string());
         let mut args = vec![
             "explain", direction, "--json", "--dst", &dst, "--dport", &port, "--uid", &uid, "--gid", &uid,
         ];
         let src = client.map(|client| client.ip().to_string());
-        if let (true, Some(src)) = (flow.from_world, &src) {
+        if let (Dialler::World, Some(src)) = (flow.from, &src) {
             args.extend(["--src", src]);
         }
         let answer: Value = serde_json::from_str(&self.run(&args)?)?;
@@ -316,7 +337,7 @@ fn show(
     ];
     let mut right = 0;
     for flow in flows {
-        let actor = if flow.from_world { world } else { reports.inside };
+        let actor = if flow.from == Dialler::World { world } else { reports.inside };
         let dial = Dial { mapped: flow.mapped, ..Dial::new(flow.ids, flow.to) };
         let dialled = actor.dial(dial)?;
         let relayed = reports.of(flow)?;
@@ -412,8 +433,8 @@ fn judge(flow: &DemoFlow, dialled: &Dialled, relayed: Option<&Relayed>, pod: &Po
     if dialled.sockname.map(unmapped) != Some(unmapped(relayed.peer)) {
         return Err(format!("the client is {:?}, the proxy saw {}", dialled.sockname, relayed.peer));
     }
-    let own = pod.address(flow.to.is_ipv6());
-    if !flow.from_world && relayed.peer.ip().to_canonical() != own {
+    let own = pod.address(Family::of(&flow.to.ip()));
+    if flow.from == Dialler::Pod && relayed.peer.ip().to_canonical() != own {
         return Err(format!("the proxy saw {} in place of {own}", relayed.peer.ip()));
     }
     Ok(())

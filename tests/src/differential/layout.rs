@@ -5,6 +5,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use ipnet::IpNet;
 
+use crate::actor::Transport;
 use crate::iptables::IptablesOptions;
 use crate::iptables::chains::{DNS_PORT, PASSTHROUGH_V6};
 use crate::testbed::PodSpec;
@@ -20,11 +21,11 @@ pub fn spec(label: &str) -> PodSpec {
 }
 
 /// The name of the listener on a port in the pod. All listeners are wildcard listeners.
-pub fn listener(options: &IptablesOptions, tcp: bool, port: u16) -> Option<&'static str> {
+pub fn listener(options: &IptablesOptions, transport: Transport, port: u16) -> Option<&'static str> {
     if port == DNS_PORT {
         return Some("dns");
     }
-    if !tcp {
+    if transport == Transport::Udp {
         return APP_UDP_PORTS.contains(&port).then_some("app");
     }
     if port == options.envoy_port {
@@ -39,12 +40,11 @@ pub fn listener(options: &IptablesOptions, tcp: bool, port: u16) -> Option<&'sta
 }
 
 /// The ports with a listener in the pod. The outside world listens on the same ports.
-pub fn ports(options: &IptablesOptions, tcp: bool) -> BTreeSet<u16> {
+pub fn ports(options: &IptablesOptions, transport: Transport) -> BTreeSet<u16> {
     let special: &[u16] = &[options.envoy_port, options.inbound_port, options.tunnel_port, DNS_PORT];
-    if tcp {
-        APP_PORTS.iter().chain(special).copied().collect()
-    } else {
-        APP_UDP_PORTS.iter().copied().chain([DNS_PORT]).collect()
+    match transport {
+        Transport::Tcp => APP_PORTS.iter().chain(special).copied().collect(),
+        Transport::Udp => APP_UDP_PORTS.iter().copied().chain([DNS_PORT]).collect(),
     }
 }
 

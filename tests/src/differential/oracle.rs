@@ -6,6 +6,7 @@ use super::case::{Case, End, Flow, FlowKind};
 use super::layout;
 use super::observed::Observed;
 use crate::actor::OriginalDst;
+use crate::actor::Transport;
 use crate::iptables::chains::PASSTHROUGH_V6;
 use crate::iptables::{IptablesVerdict, Packet, PacketOrigin, Protocol, Walker};
 use crate::testbed::PodSpec;
@@ -29,6 +30,7 @@ pub fn predict(case: &Case) -> Vec<ExpectedFlow> {
 fn expect(case: &Case, walker: &Walker, spec: &PodSpec, flow: &Flow) -> ExpectedFlow {
     let protocol = if flow.kind == FlowKind::Tcp { Protocol::Tcp } else { Protocol::Udp };
     let tcp = protocol == Protocol::Tcp;
+    let transport = if tcp { Transport::Tcp } else { Transport::Udp };
     let from = flow.from.unwrap_or_else(|| layout::source(spec, flow.to.ip()));
     let egress = layout::egress(spec, flow.to.ip());
     let origin = match flow.end {
@@ -38,7 +40,7 @@ fn expect(case: &Case, walker: &Walker, spec: &PodSpec, flow: &Flow) -> Expected
     // No rule looks at the source port of a client.
     let packet = Packet { protocol, from: SocketAddr::new(from, 40000), to: flow.to, origin };
     let verdict = walker.walk(&packet);
-    let inside = |port| layout::listener(&case.options, tcp, port);
+    let inside = |port| layout::listener(&case.options, transport, port);
     // The kernel finds no route from 127/8 to the outside (EINVAL) and evaluates no rule.
     let no_route = flow.end == End::Pod && egress != "lo" && from.is_ipv4() && from.is_loopback();
     let server = match verdict {
@@ -48,7 +50,7 @@ fn expect(case: &Case, walker: &Walker, spec: &PodSpec, flow: &Flow) -> Expected
         IptablesVerdict::Pass if flow.end == End::World || egress == "lo" => inside(flow.to.port()),
         IptablesVerdict::Pass if !is_routable(from) => None,
         IptablesVerdict::Pass => {
-            layout::ports(&case.options, tcp).contains(&flow.to.port()).then_some("world")
+            layout::ports(&case.options, transport).contains(&flow.to.port()).then_some("world")
         }
     };
     ExpectedFlow { verdict, server }

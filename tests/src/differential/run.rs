@@ -54,13 +54,13 @@ pub(super) fn make(flows: &[(Flow, Duration)], inside: &Actor, world: &Actor) ->
     std::thread::scope(|scope| {
         let mut makers = Vec::new();
         for (actor, end) in [(inside, End::Pod), (world, End::World)] {
-            let indexed = |tcp: bool| {
+            let indexed = |is_kind: fn(FlowKind) -> bool| {
                 let found = flows.iter().enumerate();
-                let found =
-                    found.filter(|(_, (flow, _))| flow.end == end && (flow.kind == FlowKind::Tcp) == tcp);
+                let found = found.filter(|(_, (flow, _))| flow.end == end && is_kind(flow.kind));
                 found.map(|(i, (flow, patience))| (i, flow, *patience)).collect::<Vec<_>>()
             };
-            let (connections, datagrams) = (indexed(true), indexed(false));
+            let (connections, datagrams) =
+                (indexed(|kind| kind == FlowKind::Tcp), indexed(|kind| kind != FlowKind::Tcp));
             makers.push(scope.spawn(move || -> Result<Vec<(usize, Observed)>> {
                 let dials = connections.iter().map(|(_, flow, patience)| dial(flow, *patience)).collect();
                 let dialled = connections.iter().zip(actor.dial_all(dials)?);
@@ -101,7 +101,7 @@ fn query(flow: &Flow, timeout: Duration) -> Option<Query> {
 
 fn serve_outside(world: &Actor, options: &IptablesOptions) -> Result<()> {
     for transport in [Transport::Tcp, Transport::Udp] {
-        for port in layout::ports(options, transport == Transport::Tcp) {
+        for port in layout::ports(options, transport) {
             for any in [IpAddr::V4(Ipv4Addr::UNSPECIFIED), Ipv6Addr::UNSPECIFIED.into()] {
                 let bind = Bind::new(Ids::ROOT, SocketAddr::new(any, port));
                 world.listen(Listen { name: "world".into(), transport, bind })?;
@@ -115,8 +115,8 @@ fn serve_inside(inside: &Actor, case: &Case) -> Result<()> {
     let options = &case.options;
     for transport in [Transport::Tcp, Transport::Udp] {
         let tcp = transport == Transport::Tcp;
-        for port in layout::ports(options, tcp) {
-            let Some(name) = layout::listener(options, tcp, port) else { continue };
+        for port in layout::ports(options, transport) {
+            let Some(name) = layout::listener(options, transport, port) else { continue };
             let proxy = name != "app";
             let ids = if proxy { proxy_ids(options) } else { Ids::APP };
             let both = case.dual_stack_proxy && proxy && tcp;

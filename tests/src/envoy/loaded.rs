@@ -9,6 +9,8 @@ use std::{
     time::{Duration, Instant},
 };
 
+use intercept_common::Family;
+
 use super::{Sidecar, Speaks};
 use crate::{
     actor::binary::{self, ReadableCopy},
@@ -89,12 +91,12 @@ impl EnvoyFixture {
     /// Never.
     pub fn ways(&self) -> [FlowPath; 4] {
         let service = |text: &str| text.parse().expect("an address");
-        let app = |v6| SocketAddr::new(self.pod.address(v6), 8080);
+        let app = |family| SocketAddr::new(self.pod.address(family), 8080);
         [
             ("outbound", service("10.96.0.10:80")),
             ("outbound", service("[fd96::10]:80")),
-            ("inbound", app(false)),
-            ("inbound", app(true)),
+            ("inbound", app(Family::V4)),
+            ("inbound", app(Family::V6)),
         ]
     }
 

@@ -4,6 +4,7 @@
 use std::{io::Write as _, net::Shutdown, process::Output};
 
 use anyhow::{Context as _, Result, ensure};
+use intercept_common::Family;
 use rand::{Rng as _, SeedableRng as _, rngs::SmallRng};
 
 use super::{APP, Leg, PodPair, given_to_tcp, goes_past, pass, receive, send};
@@ -51,9 +52,9 @@ fn refused(agent: &Agent, checked: &Output) -> Result<String> {
     Ok(format!("refused: {why}"))
 }
 
-fn leg(pods: &PodPair, v6: bool) -> Result<Leg> {
-    let listener = pods.listen(v6)?;
-    let leg = pods.connect(&listener, PodPair::app(v6))?;
+fn leg(pods: &PodPair, family: Family) -> Result<Leg> {
+    let listener = pods.listen(family)?;
+    let leg = pods.connect(&listener, PodPair::app(family))?;
     leg.greet()?;
     Ok(leg)
 }
@@ -63,14 +64,14 @@ fn are_past(leg: &Leg) -> Result<bool> {
 }
 
 fn both_families(_agent: &Agent, pods: &PodPair) -> Result<()> {
-    for v6 in [false, true] {
-        ensure!(are_past(&leg(pods, v6)?)?, "not joined, IPv6: {v6}, port {APP}");
+    for family in Family::ALL {
+        ensure!(are_past(&leg(pods, family)?)?, "not joined: {family:?}, port {APP}");
     }
     Ok(())
 }
 
 fn streams(_agent: &Agent, pods: &PodPair) -> Result<()> {
-    let leg = leg(pods, false)?;
+    let leg = leg(pods, Family::V4)?;
     let mut random = SmallRng::seed_from_u64(1);
     for round in 0..400 {
         let mut bytes = vec![0; random.random_range(1..20_000)];
@@ -86,7 +87,7 @@ fn streams(_agent: &Agent, pods: &PodPair) -> Result<()> {
 }
 
 fn switch(agent: &Agent, pods: &PodPair) -> Result<()> {
-    let leg = leg(pods, false)?;
+    let leg = leg(pods, Family::V4)?;
     for (switch, past) in [("off", false), ("on", true)] {
         let mut command = agent.command("accelerate");
         command.arg(switch);
@@ -98,7 +99,7 @@ fn switch(agent: &Agent, pods: &PodPair) -> Result<()> {
 }
 
 fn unread(_agent: &Agent, pods: &PodPair) -> Result<()> {
-    let leg = leg(pods, false)?;
+    let leg = leg(pods, Family::V4)?;
     let before = given_to_tcp(&leg.dialled)?;
     let (mut sent, piece) = (0, vec![1; 16 << 10]);
     while let Ok(written) = (&leg.dialled).write(&piece) {
@@ -114,7 +115,7 @@ fn unread(_agent: &Agent, pods: &PodPair) -> Result<()> {
 }
 
 fn end(_agent: &Agent, pods: &PodPair) -> Result<()> {
-    let leg = leg(pods, false)?;
+    let leg = leg(pods, Family::V4)?;
     send(&leg.dialled, b"the last bytes")?;
     leg.dialled.shutdown(Shutdown::Write)?;
     ensure!(receive(&leg.accepted, 14)? == b"the last bytes", "other bytes than were sent");

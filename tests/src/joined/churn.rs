@@ -14,6 +14,7 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, bail, ensure};
+use intercept_common::Family;
 
 use self::end::{ChurnProgress, READY};
 use super::{PodPair, footprint};
@@ -60,7 +61,7 @@ impl ChurnWay {
     fn destination(self) -> SocketAddr {
         match self {
             Self::Dnat => ([10, 96, 0, 1], 80).into(),
-            _ => PodPair::app(false),
+            _ => PodPair::app(Family::V4),
         }
     }
 

@@ -9,6 +9,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use intercept_common::Family;
 use rand::{Rng as _, SeedableRng as _, rngs::SmallRng};
 use rustix::event::PollFlags;
 use socket2::Socket;
@@ -78,24 +79,25 @@ impl JoinedEnvoyFixture {
     }
 
     /// The application of the accepting pod.
-    pub fn app(&self, v6: bool) -> Socket {
-        self.app_on(v6, APP)
+    pub fn app(&self, family: Family) -> Socket {
+        self.app_on(family, APP)
     }
 
     /// The same, on another port.
-    pub fn app_on(&self, v6: bool, port: u16) -> Socket {
-        let listener = socket(&self.pods.acceptor, v6, Ids::APP, None).expect("a socket");
+    pub fn app_on(&self, family: Family, port: u16) -> Socket {
+        let listener = socket(&self.pods.acceptor, family, Ids::APP, None).expect("a socket");
         listener.set_reuse_address(true).expect("set");
-        let any: SocketAddr = if v6 { ([0u16; 8], port).into() } else { ([0u8; 4], port).into() };
+        let any: SocketAddr =
+            if family == Family::V6 { ([0u16; 8], port).into() } else { ([0u8; 4], port).into() };
         listener.bind(&any.into()).expect("bound");
         listener.listen(1024).expect("listening");
         listener
     }
 
     /// Of an application of the dialling pod with that of the other, through both proxies.
-    pub fn connect(&self, app: &Socket, v6: bool) -> Leg {
-        let client = socket(&self.pods.dialler, v6, Ids::APP, None).expect("a socket");
-        Leg::of(client, app, PodPair::app(v6)).expect("through both proxies")
+    pub fn connect(&self, app: &Socket, family: Family) -> Leg {
+        let client = socket(&self.pods.dialler, family, Ids::APP, None).expect("a socket");
+        Leg::of(client, app, PodPair::app(family)).expect("through both proxies")
     }
 }
 
@@ -164,7 +166,7 @@ pub fn soak(duration: Duration, seed: u64) -> Soaked {
     let fixture = JoinedEnvoyFixture::new("envoys-soak");
     let before = footprint(&fixture.agent).expect("the maps");
     let envoys = fixture.sidecars(Speaks::Tcp).map(Some);
-    let app = fixture.app(false);
+    let app = fixture.app(Family::V4);
     app.set_nonblocking(true).expect("set");
     let (begun, until) = (Instant::now(), Instant::now() + duration);
     let soaked = Soaked::default();
@@ -285,17 +287,17 @@ fn works_as_in_the_beginning(fixture: &JoinedEnvoyFixture) {
     }
     let _envoys = fixture.sidecars(Speaks::Tcp);
     let before = fixture.joined(&fixture.pods.acceptor);
-    let app = fixture.app_on(false, APP + 1);
-    let client = socket(&fixture.pods.dialler, false, Ids::APP, None).expect("a socket");
-    let to = SocketAddr::new(PodPair::app(false).ip(), APP + 1);
+    let app = fixture.app_on(Family::V4, APP + 1);
+    let client = socket(&fixture.pods.dialler, Family::V4, Ids::APP, None).expect("a socket");
+    let to = SocketAddr::new(PodPair::app(Family::V4).ip(), APP + 1);
     both_ways(&Leg::of(client, &app, to).expect("through both proxies"), 3, 1 << 20);
     assert_eq!(fixture.joined(&fixture.pods.acceptor), before + 1);
 }
 
 /// One connection: bytes there and back, compared; an error if it was cut off, a panic if other bytes came.
 fn once(fixture: &JoinedEnvoyFixture, random: &mut SmallRng) -> anyhow::Result<()> {
-    let client = socket(&fixture.pods.dialler, false, Ids::APP, None)?;
-    client.connect_timeout(&PodPair::app(false).into(), PATIENCE)?;
+    let client = socket(&fixture.pods.dialler, Family::V4, Ids::APP, None)?;
+    client.connect_timeout(&PodPair::app(Family::V4).into(), PATIENCE)?;
     let client = TcpStream::from(client);
     client.set_nonblocking(true)?;
     let seed = random.random();

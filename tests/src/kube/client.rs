@@ -88,12 +88,19 @@ impl<'a> KubeClient<'a> {
         self.wait(async { api.patch_status(name, &parameters, &change).await }).map(drop)
     }
 
-    /// Deletes an object, at once or after its owner has finished.
-    pub fn delete(&self, object: &Value, at_once: bool) -> Result<()> {
+    /// Deletes an object after its owner has finished.
+    pub fn delete(&self, object: &Value) -> Result<()> {
+        self.delete_with(object, &DeleteParams::default())
+    }
+
+    /// Deletes an object without a grace period.
+    pub fn delete_at_once(&self, object: &Value) -> Result<()> {
+        self.delete_with(object, &DeleteParams::default().grace_period(0))
+    }
+
+    fn delete_with(&self, object: &Value, parameters: &DeleteParams) -> Result<()> {
         let (api, name) = (self.api(object)?, name(object)?);
-        let grace_period_seconds = at_once.then_some(0);
-        let parameters = DeleteParams { grace_period_seconds, ..DeleteParams::default() };
-        self.wait(async { api.delete(name, &parameters).await }).map(drop)
+        self.wait(async { api.delete(name, parameters).await }).map(drop)
     }
 
     /// The objects of the kind and namespace of this one.

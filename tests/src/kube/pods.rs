@@ -3,6 +3,7 @@
 use std::{fs, path::Path};
 
 use anyhow::{Context as _, Result};
+use intercept_common::Family;
 use serde_json::{Value, json};
 
 use super::KubeClient;
@@ -99,7 +100,7 @@ impl<'a> KubePods<'a> {
             })
             .collect();
         let status =
-            json!({ "phase": "Running", "podIP": sandbox.address(false), "containerStatuses": states });
+            json!({ "phase": "Running", "podIP": sandbox.address(Family::V4), "containerStatuses": states });
         self.client.patch_status(object, &status)?;
         Ok(RunningPod { object: made, actor, _world: world, sandbox })
     }

@@ -49,8 +49,7 @@ impl NameSource for CompiledPod {
 /// The entries instead of the maps. `marked` and `bypass` are what the connect hook stored for the connection.
 struct InMemory<'a> {
     entries: &'a Entries,
-    marked: bool,
-    bypass: bool,
+    mark: TproxyMark,
 }
 
 impl PolicyLookup for InMemory<'_> {
@@ -69,10 +68,10 @@ impl PolicyLookup for InMemory<'_> {
         self.entries.interfaces.get(&ifindex).copied().unwrap_or(0)
     }
     fn is_marked(&self) -> bool {
-        self.marked
+        self.mark == TproxyMark::Steered
     }
     fn is_bypass(&self) -> bool {
-        self.bypass
+        self.mark == TproxyMark::Bypass
     }
 }
 
@@ -107,7 +106,9 @@ impl AgentModel {
     pub fn verdict(&self, netns: &ModelNetns, flow: &ModelFlow) -> (ModelVerdict, Reason) {
         let decision = match flow {
             ModelFlow::Made { .. } => self.made(netns, flow),
-            ModelFlow::Arriving { link, from, to } => self.arriving(*link, (*from).into(), *to, false, false),
+            ModelFlow::Arriving { link, from, to } => {
+                self.arriving(*link, (*from).into(), *to, TproxyMark::None)
+            }
         };
         (self.say(decision), decision.reason)
     }
@@ -137,7 +138,7 @@ impl AgentModel {
             mark: *mark,
             container: 0,
         };
-        let lookup = InMemory { entries: &self.0.entries, marked: false, bypass: false };
+        let lookup = InMemory { entries: &self.0.entries, mark: TproxyMark::None };
         let decided = decide_outbound(&self.0.policy, &asked, &lookup);
         let left = decided.decision.verdict == Verdict::Pass && decided.decision.reason != Reason::NoRoute;
         let over_lo = netns.egress(to.ip()).is_some_and(|(out, _)| out == "lo");
@@ -148,19 +149,18 @@ impl AgentModel {
         // The source is any address of the pod; the proxy may also connect from the address of a client.
         let from = from.map_or(decided.source, Addr::from);
         let from = if from.is_unspecified() { asked.dst } else { from };
-        let (marked, bypass) = (decided.mark == TproxyMark::Steered, decided.mark == TproxyMark::Bypass);
-        let from = if bypass { somebody(*to) } else { from };
-        let arrived = self.arriving(0, from, *to, marked, bypass);
+        let from = if decided.mark == TproxyMark::Bypass { somebody(*to) } else { from };
+        let arrived = self.arriving(0, from, *to, decided.mark);
         match arrived.verdict {
             Verdict::Pass => decided.decision,
             Verdict::Redirect(_) => arrived,
         }
     }
 
-    fn arriving(&self, link: usize, from: Addr, to: SocketAddr, marked: bool, bypass: bool) -> Decision {
+    fn arriving(&self, link: usize, from: Addr, to: SocketAddr, mark: TproxyMark) -> Decision {
         let ifindex = u32::try_from(link + 1).expect("a handful of interfaces");
         let flow = InboundFlow { dst: to.ip().into(), dst_port: to.port(), src: from, ifindex };
-        decide_inbound(&self.0.policy, &flow, &InMemory { entries: &self.0.entries, marked, bypass })
+        decide_inbound(&self.0.policy, &flow, &InMemory { entries: &self.0.entries, mark })
     }
 }
 

@@ -3,6 +3,7 @@
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
+use intercept_common::Family;
 use ipnet::{IpNet, Ipv4Net};
 use rand::rngs::StdRng;
 use rand::seq::IndexedRandom;
@@ -95,7 +96,7 @@ impl<R: Rng> Situation<R> {
             let udp = self.rng.random_bool(0.25);
             let owner = Ids { uid: self.id(), gid: self.id() };
             let from = if self.rng.random_bool(0.3) {
-                let from = self.source(to.is_ipv6());
+                let from = self.source(Family::of(&to.ip()));
                 let Some(from) = from else { continue };
                 Some(from)
             } else {
@@ -125,12 +126,12 @@ impl<R: Rng> Situation<R> {
     }
 
     /// Draws a local address to bind. `None` if its family does not match.
-    fn source(&mut self, v6: bool) -> Option<IpAddr> {
+    fn source(&mut self, family: Family) -> Option<IpAddr> {
         let routes = self.netns.routes.iter();
         let own = routes.filter(|(_, way)| matches!(way, ModelLink::Own { .. })).map(|(net, _)| net.addr());
         let passthrough = [IpAddr::V4(Ipv4Addr::new(127, 0, 0, 6)), PASSTHROUGH_V6.into()];
         let is_own = |addr: IpAddr| matches!(self.netns.way(addr), Some(ModelLink::Own { .. }));
-        let own = own.chain(passthrough).filter(|addr| addr.is_ipv6() == v6 && !addr.is_unspecified());
+        let own = own.chain(passthrough).filter(|addr| Family::of(addr) == family && !addr.is_unspecified());
         let own: Vec<_> = own.filter(|addr| is_own(*addr)).collect();
         own.choose(&mut self.rng).copied()
     }

@@ -10,6 +10,7 @@ use std::{
 };
 
 use anyhow::Result;
+use intercept_common::Family;
 
 use super::{
     dice::Dice,
@@ -128,13 +129,14 @@ impl SteadyPod {
     /// Makes one connection of a random kind and judges it.
     pub fn connect(&self, world: &World, dice: &mut Dice, ledger: &Ledger) -> Result<()> {
         let port = dice.one_of(&PORTS);
-        let (low, six) = (u8::try_from(dice.number(1..255))?, dice.once_in(2));
-        let outside = match six {
-            false => IpAddr::from(Ipv4Addr::new(10, 200, low, 9)),
-            true => IpAddr::from(Ipv6Addr::new(0xfd00, 0x96, 0, 0, 0, 0, 0, low.into())),
+        let low = u8::try_from(dice.number(1..255))?;
+        let family = dice.one_of(&Family::ALL);
+        let outside = match family {
+            Family::V4 => IpAddr::from(Ipv4Addr::new(10, 200, low, 9)),
+            Family::V6 => IpAddr::from(Ipv6Addr::new(0xfd00, 0x96, 0, 0, 0, 0, 0, low.into())),
         };
         let outside = SocketAddr::new(outside, port);
-        let inward = SocketAddr::new(self.pod.address(six), APP);
+        let inward = SocketAddr::new(self.pod.address(family), APP);
         let (what, actor, ids, expected) = match dice.number(0..8) {
             0..4 => ("outbound", &self.inside, Ids::APP, Expected::SeenProxy(outside)),
             4..7 => ("inbound", &world.actor, Ids::APP, Expected::SeenProxy(inward)),

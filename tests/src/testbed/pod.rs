@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use anyhow::{Context, Result};
+use intercept_common::Family;
 use ipnet::IpNet;
 
 use super::Sandbox;
@@ -130,9 +131,13 @@ impl Pod {
     ///
     /// # Panics
     /// If the pod has none of that family.
-    pub fn address(&self, v6: bool) -> IpAddr {
+    pub fn address(&self, family: Family) -> IpAddr {
         let addresses = &self.spec.interfaces[0].pod;
-        addresses.iter().map(IpNet::addr).find(|addr| addr.is_ipv6() == v6).expect("an address of the family")
+        addresses
+            .iter()
+            .map(IpNet::addr)
+            .find(|addr| Family::of(addr) == family)
+            .expect("an address of the family")
     }
 }
 

@@ -3,6 +3,8 @@
 use std::net::SocketAddr;
 use std::time::Duration;
 
+use intercept_common::Family;
+
 use tests::actor::binary::ReadableCopy;
 use tests::agent::{Agent, INIT_FLAGS};
 use tests::load::{self, Accept, LoadDial, LoadMethod, LoadProcess, LoadRole, LoadTally};
@@ -21,8 +23,9 @@ fn accept(at: &str) -> Accept {
 }
 
 /// Services without listeners, so that only the proxy can answer.
-fn services(v6: bool) -> Vec<SocketAddr> {
-    let service = |n| if v6 { format!("[fd96::{n}]:80") } else { format!("10.96.0.{n}:80") };
+fn services(family: Family) -> Vec<SocketAddr> {
+    let service =
+        |n| if family == Family::V6 { format!("[fd96::{n}]:80") } else { format!("10.96.0.{n}:80") };
     (1..=10).map(|n| addr(&service(n))).collect()
 }
 
@@ -70,8 +73,8 @@ fn they_are_forgotten_with_their_connections() {
         eventually(what, LIMIT, &0, || agent.remembered().expect("the map"));
     };
     let mut total = 0;
-    for (v6, at, share) in [(false, "0.0.0.0:15001", 4), (true, "[::]:15001", 1)] {
-        let to = services(v6);
+    for (family, at, share) in [(Family::V4, "0.0.0.0:15001", 4), (Family::V6, "[::]:15001", 1)] {
+        let to = services(family);
         // Without a listener.
         dial(&to, 2_000 * share, LoadMethod::Refused);
         forgotten("refused");
@@ -123,7 +126,7 @@ fn pods_of_equal_addresses_are_kept_apart() {
         agent.attach(pod, &INIT_FLAGS).expect("attached");
         // One address, so that the proxy's end is the same for all destinations.
         let mut proxy = proxy(&program, pod, Accept { keep: true, ..accept("127.0.0.1:15001") });
-        let from = Some(SocketAddr::new(pod.address(false), 20_000));
+        let from = Some(SocketAddr::new(pod.address(Family::V4), 20_000));
         let dial =
             LoadDial { to: vec![addr(service)], from, count: COUNT, threads: 1, method: LoadMethod::Held };
         let mut clients =

@@ -71,11 +71,19 @@ pub(super) struct SocketPair {
 #[derive(Clone, Default)]
 pub(super) struct Latch(pub(super) Option<Arc<Mutex<Array<MapData, u32>>>>);
 
+/// How the self-test's program sends messages.
+#[derive(Clone, Copy)]
+#[repr(u32)]
+pub(super) enum SendPath {
+    Joined = 0,
+    Tcp = 1,
+}
+
 impl Latch {
-    pub(super) fn by_tcp(&self, by_tcp: bool) -> Result<(), Fault> {
+    pub(super) fn set(&self, path: SendPath) -> Result<(), Fault> {
         let Some(cell) = &self.0 else { return Ok(()) };
         let mut cell = cell.lock().unwrap_or_else(PoisonError::into_inner);
-        call("setting the self-test's latch", || cell.set(0, u32::from(by_tcp), 0).map_err(io::Error::other))
+        call("setting the self-test's latch", || cell.set(0, path as u32, 0).map_err(io::Error::other))
     }
 }
 

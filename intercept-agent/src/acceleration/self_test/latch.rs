@@ -5,7 +5,8 @@ use std::time::Duration;
 use rustix::event::{PollFlags, Timespec, epoll};
 
 use super::ends::{
-    Fault, PATIENCE, Seen, SocketPair, call, compare, expect, read, read_exact, ready, stream, write_all,
+    Fault, PATIENCE, Seen, SendPath, SocketPair, call, compare, expect, read, read_exact, ready, stream,
+    write_all,
 };
 
 const ROUNDS: usize = 100;
@@ -16,8 +17,8 @@ pub(super) fn there_and_back(ends: SocketPair) -> Seen {
     let (mut at, mut got) = (0, vec![0; 2 * PIECE]);
     for round in 0..ROUNDS {
         // Like the programs: a message is joined only when everything sent by TCP has been read.
-        for by_tcp in [false, true] {
-            ends.latch.by_tcp(by_tcp)?;
+        for path in [SendPath::Joined, SendPath::Tcp] {
+            ends.latch.set(path)?;
             call("sending", || write_all(&ends.client, &stream(9, at, PIECE)))?;
             at += PIECE;
         }
@@ -29,7 +30,7 @@ pub(super) fn there_and_back(ends: SocketPair) -> Seen {
         call("receiving", || read_exact(&ends.server, &mut got))?;
         compare(9, from, &got)?;
     }
-    ends.latch.by_tcp(false)?;
+    ends.latch.set(SendPath::Joined)?;
     Ok(format!("in order, {ROUNDS} times"))
 }
 
@@ -41,7 +42,7 @@ pub(super) fn edges(ends: SocketPair) -> Seen {
         epoll::add(&epoll, &ends.server, epoll::EventData::new_u64(0), interest)
     })?;
     for round in 0..ROUNDS {
-        ends.latch.by_tcp(round % 2 == 0)?;
+        ends.latch.set(if round % 2 == 0 { SendPath::Tcp } else { SendPath::Joined })?;
         call("sending", || write_all(&ends.client, &stream(10, round * PIECE, PIECE)))?;
         let mut got = 0;
         while got < PIECE {
@@ -56,7 +57,7 @@ pub(super) fn edges(ends: SocketPair) -> Seen {
             }
         }
     }
-    ends.latch.by_tcp(false)?;
+    ends.latch.set(SendPath::Joined)?;
     Ok(format!("an edge for each of {ROUNDS} messages, every other by TCP"))
 }
 
@@ -75,9 +76,9 @@ fn wait(epoll: impl std::os::fd::AsFd) -> Result<(), Fault> {
 pub(super) fn pending_bytes(ends: SocketPair) -> Seen {
     call("sending", || write_all(&ends.client, &[1; 10]))?;
     call("receiving", || read_exact(&ends.server, &mut [0; 10]))?;
-    ends.latch.by_tcp(true)?;
+    ends.latch.set(SendPath::Tcp)?;
     let sent = call("sending", || write_all(&ends.client, &[1; 1000]));
-    ends.latch.by_tcp(false)?;
+    ends.latch.set(SendPath::Joined)?;
     sent?;
     expect(ready(&ends.server, PollFlags::IN, PATIENCE)?, || "nothing arrived".to_owned())?;
     let told = call("reading FIONREAD", || rustix::io::ioctl_fionread(&ends.server))?;

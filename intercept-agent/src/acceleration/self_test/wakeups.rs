@@ -22,23 +22,30 @@ const SOME: usize = 512 << 10;
 /// Sends a byte and a reply, each to a reader in `recv`.
 pub(super) fn blocking_receive(ends: SocketPair) -> Seen {
     let sleeper = Sleeper::default();
-    let exchange = |end: &TcpStream, first: bool| {
+    let is = |got: u8, expected: u8, round: usize| {
+        expect(got == expected, || format!("the wrong byte in round {round}"))
+    };
+    let asks = || {
         for round in 0..ROUNDS {
             let mut got = [0];
-            if first {
-                sleeper.sleeps()?;
-                call("sending", || write_all(end, &[1]))?;
-                call("waiting for the reply", || read_exact(end, &mut got))?;
-            } else {
-                sleeper.about_to_sleep();
-                call("waiting in recv", || read_exact(end, &mut got))?;
-                call("answering", || write_all(end, &[2]))?;
-            }
-            expect(got == [if first { 2 } else { 1 }], || format!("the wrong byte in round {round}"))?;
+            sleeper.sleeps()?;
+            call("sending", || write_all(&ends.client, &[1]))?;
+            call("waiting for the reply", || read_exact(&ends.client, &mut got))?;
+            is(got[0], 2, round)?;
         }
         Ok(())
     };
-    both(|| exchange(&ends.client, true), || exchange(&ends.server, false))?;
+    let answers = || {
+        for round in 0..ROUNDS {
+            let mut got = [0];
+            sleeper.about_to_sleep();
+            call("waiting in recv", || read_exact(&ends.server, &mut got))?;
+            call("answering", || write_all(&ends.server, &[2]))?;
+            is(got[0], 1, round)?;
+        }
+        Ok(())
+    };
+    both(asks, answers)?;
     Ok(format!("woken {ROUNDS} times"))
 }
 

@@ -6,6 +6,7 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use anyhow::Result;
+use intercept_common::Family;
 use socket2::SockRef;
 use tests::actor::{Answer, Listen, Transport};
 use tests::datagram;
@@ -78,9 +79,9 @@ pub(crate) async fn datagrams(
     privileged: &Privileged,
     ready: impl FnOnce(SocketAddr),
 ) -> Result<()> {
-    let v6 = listen.bind.addr.is_ipv6();
+    let family = Family::of(&listen.bind.addr.ip());
     let socket = bound(&listen.bind, Transport::Udp, privileged)?;
-    datagram::want_destinations(&socket, v6)?;
+    datagram::want_destinations(&socket, family)?;
     let bound = socket.local_addr()?.as_socket().unwrap_or(listen.bind.addr);
     let socket = UdpSocket::from_std(socket.into())?;
     ready(bound);

@@ -6,6 +6,7 @@ use std::os::fd::AsFd;
 use std::sync::mpsc;
 
 use anyhow::{Context, Result, anyhow};
+use intercept_common::Family;
 use socket2::{Domain, Protocol, Socket, Type};
 use tests::actor::{Bind, OriginalDst, Transport};
 
@@ -49,21 +50,22 @@ pub(crate) fn bound(bind: &Bind, transport: Transport, privileged: &Privileged) 
     socket.set_reuse_address(transport == Transport::Tcp)?;
     socket.set_reuse_port(bind.reuseport)?;
     if bind.transparent {
-        set_transparent(&socket, bind.addr.is_ipv6(), privileged)?;
+        set_transparent(&socket, Family::of(&bind.addr.ip()), privileged)?;
     }
     socket.bind(&bind.addr.into()).with_context(|| format!("binding {}", bind.addr))?;
     Ok(socket)
 }
 
 /// IP_TRANSPARENT; an IPv6 socket gets it for IPv4 too.
-pub(crate) fn set_transparent(socket: &Socket, v6: bool, privileged: &Privileged) -> Result<()> {
+pub(crate) fn set_transparent(socket: &Socket, family: Family, privileged: &Privileged) -> Result<()> {
     privileged
-        .set(
-            socket,
-            move |socket| {
-                if v6 { socket.set_ip_transparent_v6(true) } else { socket.set_ip_transparent_v4(true) }
-            },
-        )
+        .set(socket, move |socket| {
+            if family == Family::V6 {
+                socket.set_ip_transparent_v6(true)
+            } else {
+                socket.set_ip_transparent_v4(true)
+            }
+        })
         .context("setting IP_TRANSPARENT (needs CAP_NET_ADMIN)")
 }
 

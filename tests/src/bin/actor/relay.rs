@@ -6,6 +6,7 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
+use intercept_common::Family;
 use socket2::{Domain, Protocol, Socket, Type};
 use tests::actor::protocol::{ActorMessage, Done};
 use tests::actor::{OriginalDst, Relay, RelayDirection, Relayed};
@@ -131,12 +132,12 @@ async fn connect_onwards(
     if to.port() == relay.bind.addr.port() {
         bail!("the original destination {to} is the relay's own port");
     }
-    let v6 = to.is_ipv6();
+    let family = Family::of(&to.ip());
     let socket = Socket::new(Domain::for_address(to), Type::STREAM.nonblocking(), Some(Protocol::TCP))?;
     match relay.direction {
         RelayDirection::Outbound => {}
         RelayDirection::Inbound => {
-            let from: SocketAddr = if v6 {
+            let from: SocketAddr = if family == Family::V6 {
                 // lo has ::6 only if it was added.
                 socket.set_freebind_v6(true)?;
                 (Ipv6Addr::new(0, 0, 0, 0, 0, 0, 0, 6), 0).into()
@@ -146,7 +147,7 @@ async fn connect_onwards(
             socket.bind(&from.into()).with_context(|| format!("binding {from}"))?;
         }
         RelayDirection::InboundTransparent { mark } => {
-            set_transparent(&socket, v6, privileged)?;
+            set_transparent(&socket, family, privileged)?;
             privileged.set(&socket, move |socket| socket.set_mark(mark)).context("marking a connection")?;
             // Another port than the client's: addresses and ports of the two connections would be the same.
             let from = SocketAddr::new(peer.ip().to_canonical(), 0);
