@@ -30,7 +30,8 @@ impl TestCgroup {
         static NEXT: AtomicU32 = AtomicU32::new(0);
         let mount = mounts().into_iter().next().expect("cgroup2 is mounted");
         let number = NEXT.fetch_add(1, Ordering::Relaxed);
-        let path = mount.join(format!("intercept-unit-{}-{number}", std::process::id()));
+        // A name that `cargo xtask clean` knows.
+        let path = mount.join(format!("intercept-test.{}.unit-{number}", std::process::id()));
         fs::create_dir(&path).expect("root creates cgroups");
         Self { cgroup: CgroupDir::open(path).expect("a fresh cgroup"), children: Vec::new() }
     }

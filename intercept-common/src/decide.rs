@@ -252,46 +252,69 @@ pub fn outbound_reason(
     dst: &Destination,
     lookup: &impl PolicyLookup,
 ) -> Reason {
-    let src = source(flow, dst);
-    let is = |bit: u32| dst.flags & bit != 0;
-    let has = |bit: u32| pod.flags & bit != 0;
-    let tcp = flow.protocol == TCP;
-    let lo = is(destination::LO);
-    let localhost = is(destination::LOCALHOST);
-    let dns = has(policy::DNS);
-    let to_53 = dns && flow.dst_port == 53;
-
-    // 0: no rule sees a packet that is never sent. IPv4 does not leave a host from a loopback address either, and TCP
-    // has no connections to groups (ENETUNREACH).
-    if !is(destination::ROUTED)
-        || (!lo && flow.src.is_v4() && flow.src.is_loopback())
-        || (tcp && is(destination::GROUP))
-    {
-        return Reason::NoRoute;
-    }
-    if has(policy::WITHOUT_IPV6) && !flow.dst.is_v4() {
-        return Reason::OutboundIpv6;
-    }
-    // Not a row of istio-iptables: what these containers send is as if the pod were not captured.
-    if flow.container & container::EXEMPT != 0 {
-        return Reason::ExemptContainer;
+    if let Some(reason) = unseen_by_rules(pod, flow, dst) {
+        return reason;
     }
     // 1
-    if is(destination::EXCLUDED_EGRESS) {
+    if dst.flags & destination::EXCLUDED_EGRESS != 0 {
         return Reason::ExcludedEgress;
     }
     // 2
-    let ports = if has(policy::OUTBOUND_PORTS) { lookup.port(pod.id, flow.dst_port) } else { 0 };
+    let ports = if pod.flags & policy::OUTBOUND_PORTS != 0 { lookup.port(pod.id, flow.dst_port) } else { 0 };
     if ports & port::OUTBOUND_EXCLUDED != 0 {
         return Reason::ExcludedOutboundPort;
     }
     // 3
-    if lo && src.is_passthrough() {
+    if dst.flags & destination::LO != 0 && source(flow, dst).is_passthrough() {
         return Reason::Passthrough;
     }
+    if let Some(reason) = owner_reason(pod, flow, dst, lookup) {
+        return reason;
+    }
+    destination_reason(pod, flow, dst, ports)
+}
+
+/// Row 0, and what no row of istio-iptables says.
+#[inline(always)]
+fn unseen_by_rules(pod: &PodPolicy, flow: &OutboundFlow, dst: &Destination) -> Option<Reason> {
+    let is = |bit: u32| dst.flags & bit != 0;
+    // No rule sees a packet that is never sent. IPv4 does not leave a host from a loopback address either, and TCP has
+    // no connections to groups (ENETUNREACH).
+    if !is(destination::ROUTED)
+        || (!is(destination::LO) && flow.src.is_v4() && flow.src.is_loopback())
+        || (flow.protocol == TCP && is(destination::GROUP))
+    {
+        return Some(Reason::NoRoute);
+    }
+    if pod.flags & policy::WITHOUT_IPV6 != 0 && !flow.dst.is_v4() {
+        return Some(Reason::OutboundIpv6);
+    }
+    // What these containers send is as if the pod were not captured.
+    if flow.container & container::EXEMPT != 0 {
+        return Some(Reason::ExemptContainer);
+    }
+    None
+}
+
+/// Rows 4 to 6: who sends.
+#[inline(always)]
+fn owner_reason(
+    pod: &PodPolicy,
+    flow: &OutboundFlow,
+    dst: &Destination,
+    lookup: &impl PolicyLookup,
+) -> Option<Reason> {
+    let has = |bit: u32| pod.flags & bit != 0;
+    let tcp = flow.protocol == TCP;
+    let lo = dst.flags & destination::LO != 0;
+    let dns = has(policy::DNS);
+    let to_53 = dns && flow.dst_port == 53;
     // 4 and 5. Row b of the first id ends the walk for all that come later, so the order of -u counts.
-    let loops_back =
-        lo && !localhost && tcp && flow.dst_port != pod.tunnel_port && !has(policy::WITHOUT_SELF_CAPTURE);
+    let loops_back = lo
+        && dst.flags & destination::LOCALHOST == 0
+        && tcp
+        && flow.dst_port != pod.tunnel_port
+        && !has(policy::WITHOUT_SELF_CAPTURE);
     let leaves_lo = lo && !has(policy::INCLUDES_LOOPBACK) && (!dns || (tcp && !to_53));
     let owner = if pod.may_be_proxy(flow.container) { lookup.owner(pod, flow.owner) } else { 0 };
     let (uid, gid) = if leaves_lo {
@@ -300,28 +323,38 @@ pub fn outbound_reason(
         (owner_match::UID, owner_match::GID)
     };
     if owner & uid != 0 {
-        return if loops_back && (!to_53 || has(policy::DNS_UDP_ONLY)) {
+        return Some(if loops_back && (!to_53 || has(policy::DNS_UDP_ONLY)) {
             Reason::ProxyUidToPod
         } else {
             Reason::ProxyUid
-        };
+        });
     }
     if leaves_lo && pod.uid_count != 0 {
-        return Reason::LoopbackNotProxyUid;
+        return Some(Reason::LoopbackNotProxyUid);
     }
     if owner & gid != 0 {
-        return if loops_back { Reason::ProxyGidToPod } else { Reason::ProxyGid };
+        return Some(if loops_back { Reason::ProxyGidToPod } else { Reason::ProxyGid });
     }
     if leaves_lo && pod.gid_count != 0 {
-        return Reason::LoopbackNotProxyGid;
+        return Some(Reason::LoopbackNotProxyGid);
     }
     // 6
     if has(policy::GROUPS_ONLY | policy::GROUPS_EXCEPT) {
         let listed = lookup.group(pod.id, flow.owner.gid);
         if listed == has(policy::GROUPS_EXCEPT) {
-            return Reason::OwnerGroup;
+            return Some(Reason::OwnerGroup);
         }
     }
+    None
+}
+
+/// Rows 7 to 11: where it goes. `ports` is what the lists say of the destination's port.
+#[inline(always)]
+fn destination_reason(pod: &PodPolicy, flow: &OutboundFlow, dst: &Destination, ports: u32) -> Reason {
+    let is = |bit: u32| dst.flags & bit != 0;
+    let has = |bit: u32| pod.flags & bit != 0;
+    let tcp = flow.protocol == TCP;
+    let to_53 = has(policy::DNS) && flow.dst_port == 53;
     // 7
     if to_53 && tcp && has(policy::DNS_UDP_ONLY) {
         return Reason::DnsOverTcp;
@@ -330,7 +363,7 @@ pub fn outbound_reason(
         return Reason::DnsCapture;
     }
     // 8
-    if localhost {
+    if is(destination::LOCALHOST) {
         return Reason::Localhost;
     }
     // 9
