@@ -6,7 +6,7 @@
 
 use std::{
     collections::BTreeMap,
-    net::{Ipv4Addr, Ipv6Addr},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
 };
 
 use intercept_common::{
@@ -258,20 +258,22 @@ fn interfaces(config: &Config, snapshot: &RouteSnapshot) -> BTreeMap<u32, u32> {
         .collect()
 }
 
+/// The first entry of a policy, from which the others are enumerated (`maps`).
+const FIRST: Ipv6Net = Ipv6Net::new_assert(Ipv6Addr::UNSPECIFIED, 128);
+
 /// What a prefix of a list or route contributes to the addresses in it.
 enum PrefixEffect<'a> {
     Bits(u32),
     Route(&'a Route),
 }
 
-fn destinations(config: &Config, snapshot: &RouteSnapshot) -> Vec<(u32, Addr, Destination)> {
+/// The prefixes of all lists and routes, unordered.
+fn effects<'a>(config: &Config, snapshot: &'a RouteSnapshot) -> Vec<(IpNet, PrefixEffect<'a>)> {
     let everything = [IpNet::V4(Ipv4Net::default()), IpNet::V6(Ipv6Net::default())];
     // IPv4 is a prefix of IPv6 in the map. Without an entry for all of IPv4, its addresses would match ::/0.
-    let mut said: Vec<(IpNet, PrefixEffect<'_>)> =
+    let mut said: Vec<(IpNet, PrefixEffect<'a>)> =
         vec![(IpNet::V4(Ipv4Net::default()), PrefixEffect::Bits(0))];
-    // The first entry of a policy, from which the others are enumerated (`maps`).
-    let first = IpNet::from(std::net::IpAddr::from(std::net::Ipv6Addr::UNSPECIFIED));
-    said.push((first, PrefixEffect::Bits(0)));
+    said.push((FIRST.into(), PrefixEffect::Bits(0)));
     said.extend(snapshot.routes.iter().map(|route| (route.prefix, PrefixEffect::Route(route))));
     if config.include.all {
         said.extend(everything.map(|net| (net, PrefixEffect::Bits(destination::INCLUDED))));
@@ -281,10 +283,7 @@ fn destinations(config: &Config, snapshot: &RouteSnapshot) -> Vec<(u32, Addr, De
     let sources = config.exclude_sources.iter();
     said.extend(sources.map(|&net| (net, PrefixEffect::Bits(destination::EXCLUDED_SOURCE))));
     said.push((config.loopback_v4.into(), PrefixEffect::Bits(destination::LOCALHOST)));
-    said.push((
-        IpNet::from(std::net::IpAddr::from(std::net::Ipv6Addr::LOCALHOST)),
-        PrefixEffect::Bits(destination::LOCALHOST),
-    ));
+    said.push((IpNet::from(IpAddr::from(Ipv6Addr::LOCALHOST)), PrefixEffect::Bits(destination::LOCALHOST)));
     said.extend(groups().map(|net| (net, PrefixEffect::Bits(destination::GROUP))));
     said.extend(snapshot.broadcasts.iter().map(|&net| (net, PrefixEffect::Bits(destination::GROUP))));
     if let Dns::Resolvers(servers) = &config.dns {
@@ -292,6 +291,11 @@ fn destinations(config: &Config, snapshot: &RouteSnapshot) -> Vec<(u32, Addr, De
             servers.iter().map(|&server| (IpNet::from(server), PrefixEffect::Bits(destination::RESOLVER))),
         );
     }
+    said
+}
+
+fn destinations(config: &Config, snapshot: &RouteSnapshot) -> Vec<(u32, Addr, Destination)> {
+    let mut said = effects(config, snapshot);
     // Outer prefixes come first, so that the prefixes around each one are on the stack.
     said.sort_by_key(|(net, _)| (net.network(), net.prefix_len()));
 
@@ -314,7 +318,7 @@ fn destinations(config: &Config, snapshot: &RouteSnapshot) -> Vec<(u32, Addr, De
         }
         let value = destination_of(bits, route, config, snapshot);
         let has_entry = match (around.last(), net) {
-            _ if *net == first => true,
+            _ if *net == IpNet::from(FIRST) => true,
             (Some(outer), _) => outer.value != value,
             (None, IpNet::V4(_)) => true,
             (None, IpNet::V6(_)) => value != Destination { flags: 0, source: Addr::UNSPECIFIED },
@@ -332,7 +336,7 @@ fn destinations(config: &Config, snapshot: &RouteSnapshot) -> Vec<(u32, Addr, De
 fn groups() -> [IpNet; 3] {
     [
         Ipv4Net::new_assert(Ipv4Addr::new(224, 0, 0, 0), 4).into(),
-        IpNet::from(std::net::IpAddr::from(Ipv4Addr::BROADCAST)),
+        IpNet::from(IpAddr::from(Ipv4Addr::BROADCAST)),
         Ipv6Net::new_assert(Ipv6Addr::new(0xff00, 0, 0, 0, 0, 0, 0, 0), 8).into(),
     ]
 }

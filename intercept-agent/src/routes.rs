@@ -132,6 +132,20 @@ pub enum RoutesError {
     },
 }
 
+/// What the rules and routes of a family name.
+#[derive(Default)]
+struct FamilyPrefixes {
+    prefixes: BTreeSet<IpNet>,
+    /// Broadcast and multicast are not for TCP and get no route. They still divide the space, so that no address in them
+    /// represents the prefix around it.
+    holes: BTreeSet<IpNet>,
+    /// The pod's own IPv6 addresses by interface. An address of the loopback interface is never the source of a packet
+    /// that leaves.
+    own: BTreeMap<u32, BTreeSet<Ipv6Addr>>,
+    /// The interfaces of routes with several next hops.
+    next_hops: BTreeMap<IpNet, BTreeSet<u32>>,
+}
+
 impl RouteSnapshot {
     /// Reads the current state of `netns`.
     pub fn snapshot(netns: &Netns) -> Result<Self, RoutesError> {
@@ -153,44 +167,10 @@ impl RouteSnapshot {
     }
 
     fn read_family(&mut self, requests: &mut Requests, family: AddressFamily) -> Result<(), RoutesError> {
-        let rules = requests.rules(family)?;
-        let mut prefixes: BTreeSet<IpNet> = rules.destinations.into_iter().collect();
-        // Broadcast and multicast are not for TCP and get no route. They still divide the space, so that no address in
-        // them represents the prefix around it.
-        let mut holes = BTreeSet::new();
-        let mut own = BTreeMap::<u32, BTreeSet<Ipv6Addr>>::new();
-        let mut next_hops = BTreeMap::<IpNet, BTreeSet<u32>>::new();
-        for ListedRoute { prefix, kind, table, egresses } in requests.routes(family)? {
-            if matches!(kind, RouteType::Broadcast | RouteType::Multicast) {
-                holes.insert(prefix);
-                if kind == RouteType::Broadcast {
-                    self.broadcasts.push(prefix);
-                }
-            } else if rules.tables.contains(table) {
-                prefixes.insert(prefix);
-                match (kind, prefix, egresses.as_slice()) {
-                    // An address of the loopback interface is never the source of a packet that leaves.
-                    (RouteType::Local, IpNet::V6(net), [index])
-                        if net.prefix_len() == 128 && !self.is_loopback(*index) =>
-                    {
-                        own.entry(*index).or_default().insert(net.addr());
-                    }
-                    (_, _, [_, _, ..]) => next_hops.entry(prefix).or_default().extend(egresses),
-                    _ => {}
-                }
-            }
-        }
+        let FamilyPrefixes { prefixes, holes, own, next_hops } = self.list_prefixes(requests, family)?;
         if prefixes.is_empty() {
             return Ok(());
         }
-        let refinements = match family {
-            AddressFamily::Inet6 => {
-                // Only addresses of the outgoing interface compete (RFC 6724, rule 5).
-                let closer = own.values().flat_map(prefixes::closer_to_one_of).collect();
-                prefixes::labelled().union(&closer).copied().filter(|net| !prefixes.contains(net)).collect()
-            }
-            _ => BTreeSet::new(),
-        };
         let space = Prefixes::new(prefixes.iter().chain(&holes).copied());
         for prefix in prefixes.difference(&holes) {
             let Some(address) = space.representative(prefix) else { continue };
@@ -200,26 +180,66 @@ impl RouteSnapshot {
             }
             self.routes.push(route);
         }
+        let refinements: BTreeSet<IpNet> = match family {
+            AddressFamily::Inet6 => {
+                // Only addresses of the outgoing interface compete (RFC 6724, rule 5).
+                let closer = own.values().flat_map(prefixes::closer_to_one_of).collect();
+                prefixes::labelled().union(&closer).copied().filter(|net| !prefixes.contains(net)).collect()
+            }
+            _ => BTreeSet::new(),
+        };
         let space = Prefixes::new(prefixes.iter().chain(&holes).chain(&refinements).copied());
         for prefix in &refinements {
             let Some(address) = space.representative(prefix) else { continue };
             let Some(route) = self.resolve(requests, *prefix, address)? else { continue };
-            let around = self.lookup(address);
-            // The kernel may have selected another of several next hops.
-            let egresses = around.map(|around| around.others.clone()).unwrap_or_default();
-            let reach = around.map_or(Reach::None, |around| around.reach);
-            let same_reach =
-                reach == route.reach || matches!(route.reach, Reach::Via(index) if egresses.contains(&index));
-            if !same_reach || around.and_then(|around| around.source) != route.source {
-                let others = if same_reach { egresses } else { Vec::new() };
-                self.routes.push(Route {
-                    reach: if same_reach { reach } else { route.reach },
-                    others,
-                    ..route
-                });
-            }
+            self.refine(route, address);
         }
         Ok(())
+    }
+
+    /// Reads which prefixes the rules and routes of a family name.
+    fn list_prefixes(
+        &mut self,
+        requests: &mut Requests,
+        family: AddressFamily,
+    ) -> Result<FamilyPrefixes, RoutesError> {
+        let rules = requests.rules(family)?;
+        let mut found =
+            FamilyPrefixes { prefixes: rules.destinations.into_iter().collect(), ..Default::default() };
+        for ListedRoute { prefix, kind, table, egresses } in requests.routes(family)? {
+            if matches!(kind, RouteType::Broadcast | RouteType::Multicast) {
+                found.holes.insert(prefix);
+                if kind == RouteType::Broadcast {
+                    self.broadcasts.push(prefix);
+                }
+            } else if rules.tables.contains(table) {
+                found.prefixes.insert(prefix);
+                match (kind, prefix, egresses.as_slice()) {
+                    (RouteType::Local, IpNet::V6(net), [index])
+                        if net.prefix_len() == 128 && !self.is_loopback(*index) =>
+                    {
+                        found.own.entry(*index).or_default().insert(net.addr());
+                    }
+                    (_, _, [_, _, ..]) => found.next_hops.entry(prefix).or_default().extend(egresses),
+                    _ => {}
+                }
+            }
+        }
+        Ok(found)
+    }
+
+    /// Adds the route of a prefix inside another one, if it differs from the route around it.
+    fn refine(&mut self, route: Route, address: IpAddr) {
+        let around = self.lookup(address);
+        // The kernel may have selected another of several next hops.
+        let egresses = around.map(|around| around.others.clone()).unwrap_or_default();
+        let reach = around.map_or(Reach::None, |around| around.reach);
+        let same_reach =
+            reach == route.reach || matches!(route.reach, Reach::Via(index) if egresses.contains(&index));
+        if !same_reach || around.and_then(|around| around.source) != route.source {
+            let others = if same_reach { egresses } else { Vec::new() };
+            self.routes.push(Route { reach: if same_reach { reach } else { route.reach }, others, ..route });
+        }
     }
 
     /// Asks the kernel about `address` and applies the answer to all of `prefix`. `None` for broadcast and multicast.

@@ -335,23 +335,8 @@ impl fmt::Display for Config {
                 line(what, listed(names))?;
             }
         }
-        line(
-            "inbound mode",
-            match self.mode {
-                InboundMode::Redirect => self.mode.to_string(),
-                InboundMode::Tproxy => {
-                    format!("{}, mark {}, table {}", self.mode, self.tproxy_mark, self.tproxy_table)
-                }
-            },
-        )?;
-        line(
-            "inbound ports",
-            match &self.inbound_ports {
-                InboundPorts::All if self.inbound_exclude.is_empty() => "all".to_owned(),
-                InboundPorts::All => format!("all but {}", self.inbound_exclude),
-                InboundPorts::Only(ports) => or_none(ports.to_string()),
-            },
-        )?;
+        line("inbound mode", self.mode_text())?;
+        line("inbound ports", or_none(self.inbound_ports_text()))?;
         line("sources left alone", or_none(listed(&self.exclude_sources)))?;
         line("interfaces left alone", or_none(listed(&self.exclude_interfaces)))?;
         line("interfaces of guests", or_none(listed(&self.virt_interfaces)))?;
@@ -360,29 +345,53 @@ impl fmt::Display for Config {
         line("destinations left alone", or_none(listed(&self.exclude)))?;
         line("outbound ports besides", or_none(self.outbound_ports.to_string()))?;
         line("outbound ports left alone", or_none(self.outbound_exclude_ports.to_string()))?;
-        line(
-            "owner groups",
-            match &self.owner_groups {
-                OwnerGroups::All => "all".to_owned(),
-                OwnerGroups::Only(groups) => or_none(listed(groups)),
-                OwnerGroups::Except(groups) => format!("all but {}", listed(groups)),
-            },
-        )?;
+        line("owner groups", or_none(self.owner_groups.to_string()))?;
         line("localhost", format!("{}, ::1/128", self.loopback_v4))?;
         line("accelerated", or_none(listed(&self.accelerate)))?;
         line("without the proxy", if self.open_without_proxy { "open" } else { "refused" }.to_owned())?;
         let to_itself = if self.without_self_capture { "left alone" } else { "captured" };
         line("the proxy to its own pod", to_itself.to_owned())?;
         line("IPv6", if self.without_ipv6 { "left alone" } else { "as IPv4" }.to_owned())?;
+        line("DNS", self.dns_text())
+    }
+}
+
+/// The longer lines.
+impl Config {
+    fn mode_text(&self) -> String {
+        match self.mode {
+            InboundMode::Redirect => self.mode.to_string(),
+            InboundMode::Tproxy => {
+                format!("{}, mark {}, table {}", self.mode, self.tproxy_mark, self.tproxy_table)
+            }
+        }
+    }
+
+    fn inbound_ports_text(&self) -> String {
+        match &self.inbound_ports {
+            InboundPorts::All if self.inbound_exclude.is_empty() => "all".to_owned(),
+            InboundPorts::All => format!("all but {}", self.inbound_exclude),
+            InboundPorts::Only(ports) => ports.to_string(),
+        }
+    }
+
+    fn dns_text(&self) -> String {
         let over = if self.dns_over_udp_only { " over UDP" } else { "" };
-        line(
-            "DNS",
-            match &self.dns {
-                Dns::Off => "left alone".to_owned(),
-                Dns::Resolvers(servers) => format!("{}{over} to {}", listed(servers), self.dns_port),
-                Dns::All => format!("everything{over} to {}", self.dns_port),
-            },
-        )
+        match &self.dns {
+            Dns::Off => "left alone".to_owned(),
+            Dns::Resolvers(servers) => format!("{}{over} to {}", listed(servers), self.dns_port),
+            Dns::All => format!("everything{over} to {}", self.dns_port),
+        }
+    }
+}
+
+impl fmt::Display for OwnerGroups {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::All => f.write_str("all"),
+            Self::Only(groups) => f.write_str(&listed(groups)),
+            Self::Except(groups) => write!(f, "all but {}", listed(groups)),
+        }
     }
 }
 
