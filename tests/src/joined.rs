@@ -38,6 +38,7 @@ use socket2::{SockAddr, Socket};
 
 use crate::{
     agent::{Agent, INIT_FLAGS},
+    status::count_of,
     testbed::{
         Ids, Sandbox,
         netlink::{RouteSpec, TABLE_MAIN},
@@ -361,4 +362,9 @@ pub fn set_int(end: impl AsFd, level: libc::c_int, option: libc::c_int, value: l
     };
     ensure!(result == 0, "setting option {option}: {}", io::Error::last_os_error());
     Ok(())
+}
+
+/// Counted ends of joined connections in a pod.
+pub fn joined(agent: &Agent, pod: &Sandbox) -> Result<u64> {
+    Ok(count_of(&agent.acceleration_of(pod)?.connections, "joined"))
 }

@@ -11,6 +11,7 @@ use tests::actor::{
     Actor, Bind, Dial, DialOutcome, Listen, Listening, OriginalDst, Query, QueryReply, Transport,
 };
 use tests::agent::{Agent, finish, succeed};
+use tests::status::{StatusEntry, count_of};
 use tests::testbed::{Ids, Pod, PodSpec};
 
 const FLAGS: [&str; 9] = ["-u", "1337", "-g", "1337", "-i", "*", "-b", "*", "--redirect-dns"];
@@ -86,11 +87,8 @@ impl ContainersFixture {
         Family::ALL.map(|family| server(&self.world, Dial::new(Ids::ROOT, to(family)))).to_vec()
     }
 
-    fn status(&self, list: &str, reason: &str) -> u64 {
-        let status = self.agent.status().expect("a status");
-        let counts = status[0][list].as_array().expect("a list").clone();
-        let count = |entry: &Value| (entry["reason"] == reason).then(|| entry["count"].as_u64()).flatten();
-        counts.iter().find_map(count).unwrap_or_default()
+    fn status(&self) -> StatusEntry {
+        self.agent.pods().expect("a status").remove(0)
     }
 }
 
@@ -183,7 +181,7 @@ fn a_listener_in_another_container_is_not_the_proxys() {
         let own = listen(&pod.proxy, "proxy", Ids::PROXY, Transport::Tcp, 15006);
         assert_eq!(pod.arriving(), ["proxy", "proxy"], "attached first: {attached_first}");
         if attached_first {
-            assert_eq!(pod.status("failures", "foreign_listener"), 2);
+            assert_eq!(count_of(&pod.status().failures, "foreign_listener"), 2);
         }
         pod.agent.detach(&pod.pod).expect("detached");
         for listening in own {
@@ -209,7 +207,7 @@ fn an_exempt_container_sends_as_if_the_pod_were_not_captured() {
 
     pod.attach(&["--exempt-cgroup", &init]);
     assert_eq!(pod.reaches(&early, Ids::APP), EXEMPT, "before the proxy runs");
-    assert_eq!(pod.status("decisions", "exempt_container"), 6);
+    assert_eq!(count_of(&pod.status().decisions, "exempt_container"), 6);
     pod.start_proxy();
     for more in [vec!["--exempt-cgroup", &init], vec!["--exempt-cgroup", &init, "--proxy-cgroup", &proxy]] {
         pod.attach(&more);

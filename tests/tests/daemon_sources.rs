@@ -102,22 +102,10 @@ impl<'a> SourcePod<'a> {
 
     /// The arguments of the capture. `None` if there is none.
     fn arguments(&self) -> Option<String> {
-        let pods = self.node.agent.status().expect("status");
         let name = format!("pod{}", self.uid);
-        let pod = pods
-            .as_array()
-            .expect("a list")
-            .iter()
-            .find(|pod| pod["cgroup"].as_str().is_some_and(|path| path.ends_with(&name)))?;
-        Some(
-            pod["arguments"]
-                .as_array()
-                .expect("a list")
-                .iter()
-                .filter_map(Value::as_str)
-                .collect::<Vec<_>>()
-                .join(" "),
-        )
+        let pods = self.node.agent.pods().expect("status");
+        let pod = pods.into_iter().find(|pod| pod.cgroup.ends_with(&name))?;
+        Some(pod.arguments.join(" "))
     }
 
     /// Whether the kernel's state and a connection are as expected.

@@ -8,6 +8,7 @@ use std::process::Command;
 use anyhow::{Context, Result, ensure};
 use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 
+use crate::status::{StatusEntry, count_of};
 use crate::testbed::{Sandbox, name};
 
 /// The variable with the path of the agent.
@@ -104,11 +105,10 @@ impl BenchAgent {
             .with_context(|| format!("starting {}", self.program.display()))?;
         let said = String::from_utf8_lossy(&output.stderr);
         ensure!(output.status.success(), "status: {said}");
-        let pods: serde_json::Value = serde_json::from_slice(&output.stdout).context("reading status")?;
-        let counts = pods[0]["acceleration"]["connections"].as_array();
-        let counts = counts.with_context(|| format!("status has no joined connections: {pods}"))?;
-        let joined = counts.iter().find(|count| count["reason"] == "joined");
-        Ok(joined.and_then(|joined| joined["count"].as_u64()).unwrap_or(0))
+        let pods: Vec<StatusEntry> = serde_json::from_slice(&output.stdout).context("reading status")?;
+        let acceleration = pods.into_iter().next().and_then(|pod| pod.acceleration);
+        let acceleration = acceleration.context("status has no joined connections")?;
+        Ok(count_of(&acceleration.connections, "joined"))
     }
 }
 

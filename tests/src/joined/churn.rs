@@ -17,7 +17,7 @@ use anyhow::{Context as _, Result, bail, ensure};
 use intercept_common::Family;
 
 use self::end::{ChurnProgress, READY};
-use super::{PodPair, footprint};
+use super::{PodPair, footprint, joined};
 use crate::{
     actor::binary::{self, ReadableCopy},
     agent::{Agent, INIT_FLAGS},
@@ -229,14 +229,4 @@ fn watch(diallers: &mut [ChurnEnd], counted: &[ChurnCount], whole: u64) -> Resul
         }
         std::thread::sleep(Duration::from_millis(50));
     }
-}
-
-/// ChurnCount ends of joined connections in a pod.
-fn joined(agent: &Agent, pod: &Sandbox) -> Result<u64> {
-    let pods = agent.status()?;
-    let path = pod.cgroup.path().display().to_string();
-    let pod = pods.as_array().context("no pods")?.iter().find(|pod| pod["cgroup"] == path.as_str());
-    let counts = pod.context("not attached")?["acceleration"]["connections"].as_array();
-    let joined = counts.context("no counts")?.iter().find(|count| count["reason"] == "joined");
-    Ok(joined.and_then(|joined| joined["count"].as_u64()).unwrap_or(0))
 }

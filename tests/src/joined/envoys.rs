@@ -14,7 +14,7 @@ use rand::{Rng as _, SeedableRng as _, rngs::SmallRng};
 use rustix::event::PollFlags;
 use socket2::Socket;
 
-use super::{APP, Leg, PATIENCE, PodPair, footprint, send, socket, wait};
+use super::{APP, Leg, PATIENCE, PodPair, footprint, joined, send, socket, wait};
 use crate::{
     actor::binary::ReadableCopy,
     agent::{Agent, INIT_FLAGS},
@@ -60,13 +60,7 @@ impl JoinedEnvoyFixture {
 
     /// Counted ends of joined connections in a pod.
     pub fn joined(&self, pod: &Sandbox) -> u64 {
-        let pods = self.agent.status().expect("status");
-        let path = pod.cgroup.path().display().to_string();
-        let pod = pods.as_array().expect("pods").iter().find(|pod| pod["cgroup"] == path.as_str());
-        let counts = pod.expect("attached")["acceleration"]["connections"].clone();
-        let count =
-            counts.as_array().expect("counts").iter().find(|count| count["reason"] == "joined").cloned();
-        count.map_or(0, |count| count["count"].as_u64().expect("a count"))
+        joined(&self.agent, pod).expect("status")
     }
 
     /// Bytes that have come from the dialling pod.
