@@ -4,7 +4,6 @@
 //! The kernel's socket diagnostics say which sockets there are, not what was promised. They do not say when a socket was made.
 
 mod inventory;
-mod sockets;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -20,13 +19,11 @@ use intercept_common::{
 };
 use serde::Serialize;
 
-use self::{
-    inventory::Inventory,
-    sockets::{OpenSocket, SocketClass},
-};
+pub(crate) use self::inventory::Inventory;
 use crate::{
     cgroup::{CgroupDir, CgroupError},
     netns::{Netns, NetnsError},
+    sockets::{self, OpenSocket, SocketClass},
 };
 
 /// Why a pod cannot be audited.

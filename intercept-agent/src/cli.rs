@@ -77,6 +77,11 @@ pub(crate) enum Command {
     Explain(ExplainArgs),
     /// Report which sockets of a captured pod go around the proxy, and why
     Audit(AuditArgs),
+    /// Prove by a connection in a captured pod that the proxy is reached; exits with 126 if it is not
+    ///
+    /// Outbound, a process without privileges connects from the pod to an address that nobody has. Inbound, the kernel is
+    /// asked which socket a connection from outside would reach.
+    Prove(ProveArgs),
     /// Check what this kernel supports; loads every program and removes it again
     Check(CheckArgs),
     /// Keep every pod of this node captured
@@ -429,6 +434,18 @@ pub(crate) struct ExplainArgs {
 
 #[derive(Args)]
 pub(crate) struct AuditArgs {
+    /// Cgroup of the attached pod
+    #[arg(long, value_name = "PATH")]
+    pub(crate) cgroup_path: PathBuf,
+    /// Print JSON
+    #[arg(long)]
+    pub(crate) json: bool,
+    #[command(flatten)]
+    pub(crate) bpffs: Bpffs,
+}
+
+#[derive(Args)]
+pub(crate) struct ProveArgs {
     /// Cgroup of the attached pod
     #[arg(long, value_name = "PATH")]
     pub(crate) cgroup_path: PathBuf,

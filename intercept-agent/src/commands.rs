@@ -1,4 +1,4 @@
-//! Executes the commands and determines exit codes: 0 done, 1 failed, 2 wrong usage, 126 validation failed.
+//! Executes the commands and determines exit codes: 0 done, 1 failed, 2 wrong usage, 126 validation or proof failed.
 
 mod accelerate;
 mod attach;
@@ -9,6 +9,7 @@ mod cni;
 mod daemon;
 mod detach;
 mod explain;
+mod prove;
 mod run;
 mod status;
 mod trace;
@@ -36,6 +37,9 @@ pub(crate) enum Failed {
     /// Redirection is active and does not work.
     #[error(transparent)]
     Validation(crate::validation::ValidationError),
+    /// A connection of a probe does not reach the proxy.
+    #[error("the pod's connections do not reach its proxy: {0}")]
+    Unproven(String),
 }
 
 impl Failed {
@@ -43,7 +47,7 @@ impl Failed {
         match self {
             Self::Usage(_) => OptionError::EXIT_CODE,
             Self::Reported => 1,
-            Self::Validation(_) => 126,
+            Self::Validation(_) | Self::Unproven(_) => 126,
         }
     }
 }
@@ -80,6 +84,7 @@ fn run(cli: Cli) -> Result<()> {
     match cli.command {
         Command::Attach(args) => attach::attach(args),
         Command::Audit(args) => audit::audit(&args),
+        Command::Prove(args) => prove::prove(&args),
         Command::Detach(args) => detach::detach(&args),
         Command::Run(args) => run::run(args),
         Command::Status(args) => status::status(&args),

@@ -25,8 +25,10 @@ use crate::{
     sys::{self, Plain, SharedArray},
 };
 
+mod lookup;
 mod proxy;
 
+pub use lookup::FromMaps;
 pub use proxy::Registered;
 
 type Hash<K, V> = HashMap<MapData, Plain<K>, Plain<V>>;
@@ -350,6 +352,17 @@ impl Maps {
     /// Whether the programs redirected this connection, or handed it to a listener.
     pub fn is_redirected(&self, key: &ConnKey) -> bool {
         self.orig_dst.get(&Plain(*key), 0).is_ok()
+    }
+
+    /// The record of a connection that the programs redirected.
+    pub fn original(&self, key: &ConnKey) -> Option<OrigDst> {
+        self.orig_dst.get(&Plain(*key), 0).ok().map(|original| original.0)
+    }
+
+    /// The groups that a policy lists, as the programs compare them.
+    pub fn groups_of(&self, policy: PolicyId) -> Result<Vec<u32>, MapsError> {
+        let all = entries::<MemberKey, u32>(self.groups.map(), names::GROUPS)?;
+        Ok(all.into_iter().filter(|(key, _)| key.policy == policy).map(|(key, _)| key.member).collect())
     }
 
     fn originals(&self) -> Result<Vec<(ConnKey, OrigDst)>, MapsError> {

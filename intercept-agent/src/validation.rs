@@ -7,20 +7,17 @@
 mod probe;
 
 use std::fmt;
-use std::fs::{self, OpenOptions};
-use std::io::{self, Read};
+use std::io;
 use std::net::{IpAddr, SocketAddr};
-use std::os::fd::{AsFd, OwnedFd};
-use std::path::PathBuf;
+use std::os::fd::AsFd;
 use std::time::Duration;
 
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::pipe::{PipeFlags, pipe_with};
-use rustix::process::{Pid, PidfdFlags, Signal, WaitOptions, pidfd_open, pidfd_send_signal, waitpid};
 
 use crate::cgroup::CgroupDir;
 use crate::netns::Netns;
+use crate::pod_process::{LeafCgroup, PodProcess, receive};
 use probe::{ProbeLeg, ProbeOutcome};
 
 /// The parameters of a check.
@@ -139,17 +136,19 @@ impl fmt::Display for ListenerFate {
 /// checked. If interception does not work, the check takes `probe.timeout`.
 pub fn validate(netns: &Netns, cgroup: &CgroupDir, probe: &Probe) -> Result<Validated, ValidationError> {
     let setup = |step| move |source: io::Error| ValidationError::Setup { step, source };
-    let own = OwnCgroup::below(cgroup).map_err(setup("creating a cgroup below the pod's"))?;
-    let procs = OpenOptions::new().write(true).open(own.0.join("cgroup.procs"));
-    let procs = procs.map_err(setup("opening a cgroup below the pod's"))?;
+    /// Time for the child to start and to report.
+    const MARGIN: Duration = Duration::from_secs(2);
+    let name = format!("validation-{}", std::process::id());
+    let own = LeafCgroup::below(cgroup, &name).map_err(setup("creating a cgroup below the pod's"))?;
     let (reader, writer) =
         pipe_with(PipeFlags::CLOEXEC).map_err(|error| setup("creating a pipe")(error.into()))?;
 
-    let child = probe::start(procs.as_fd(), netns.as_fd(), writer.as_fd(), probe);
+    let child = probe::start(own.procs(), netns.as_fd(), writer.as_fd(), probe);
     let child = child.map_err(|error| setup("starting a process")(error.into()))?;
     drop(writer);
-    let child = Child(child);
-    let report = receive(reader, probe.timeout).map_err(setup("waiting for the child process"))?;
+    let child = PodProcess(child);
+    let report = receive(reader, probe.timeout.min(probe::LONGEST) + MARGIN)
+        .map_err(setup("waiting for the child process"))?;
     drop(child);
     drop(own);
 
@@ -175,59 +174,6 @@ pub fn validate(netns: &Netns, cgroup: &CgroupDir, probe: &Probe) -> Result<Vali
     }
     let [v4, v6] = ports;
     Ok(Validated { v4: v4.ok_or(ValidationError::Died)?, v6 })
-}
-
-/// Reads until the other end closes, or until `timeout` and a margin have passed.
-fn receive(reader: OwnedFd, timeout: Duration) -> io::Result<Vec<u8>> {
-    /// Time for the child to start and to report.
-    const MARGIN: Duration = Duration::from_secs(2);
-    let patience = Timespec::try_from(timeout.min(probe::LONGEST) + MARGIN).map_err(io::Error::other)?;
-    let ready = loop {
-        match poll(&mut [PollFd::new(&reader, PollFlags::IN)], Some(&patience)) {
-            Err(Errno::INTR) => {}
-            ready => break ready?,
-        }
-    };
-    let mut report = Vec::new();
-    if ready > 0 {
-        // The child writes once or not at all.
-        std::fs::File::from(reader).take(64).read_to_end(&mut report)?;
-    }
-    Ok(report)
-}
-
-/// A cgroup for the check. The pod's own cannot take a process if it has children with controllers.
-struct OwnCgroup(PathBuf);
-
-impl OwnCgroup {
-    fn below(cgroup: &CgroupDir) -> io::Result<Self> {
-        let path = cgroup.path().join(format!("intercept-validation-{}", std::process::id()));
-        match fs::create_dir(&path) {
-            Err(error) if error.kind() != io::ErrorKind::AlreadyExists => Err(error),
-            _ => Ok(Self(path)),
-        }
-    }
-}
-
-impl Drop for OwnCgroup {
-    fn drop(&mut self) {
-        if let Err(error) = fs::remove_dir(&self.0) {
-            tracing::warn!(cgroup = %self.0.display(), %error, "removing the cgroup of the child process");
-        }
-    }
-}
-
-/// The child process, which is killed and reaped on drop.
-struct Child(Pid);
-
-impl Drop for Child {
-    fn drop(&mut self) {
-        // Not reaped yet, so the pid has not been reused.
-        if let Ok(process) = pidfd_open(self.0, PidfdFlags::empty()) {
-            _ = pidfd_send_signal(process, Signal::KILL);
-        }
-        while matches!(waitpid(Some(self.0), WaitOptions::empty()), Err(Errno::INTR)) {}
-    }
 }
 
 #[cfg(test)]

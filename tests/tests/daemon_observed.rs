@@ -172,7 +172,7 @@ fn status_says_when_the_daemon_last_saw_a_pod_in_place() {
     };
     let pods: Value = serde_json::from_str(&status(&["--json"])).expect("JSON");
     assert_eq!(pods[0]["daemon"]["state"], "captured", "{pods}");
-    assert!(pods[0]["daemon"]["proven_seconds_ago"].as_u64().is_some_and(|ago| ago < 60), "{pods}");
+    assert!(pods[0]["daemon"]["links_verified_seconds_ago"].as_u64().is_some_and(|ago| ago < 60), "{pods}");
     let text = status(&[]);
     assert!(text.contains("a.json is captured, links verified"), "{text}");
     assert!(text.contains("b.json is failed, links never verified"), "{text}");

@@ -11,25 +11,25 @@ use intercept_common::decide::Owner;
 use procfs::process::{FDTarget, Process};
 use rustix::process::Pid;
 
-use super::sockets::OpenSocket;
 use crate::{
     cgroup::{CgroupDir, CgroupError},
     netns::Netns,
+    sockets::OpenSocket,
 };
 
 /// A process that has a socket.
 #[derive(Clone, Debug)]
-pub(super) struct SocketProcess {
-    pub(super) pid: i32,
-    pub(super) name: String,
-    pub(super) uid: u32,
+pub(crate) struct SocketProcess {
+    pub(crate) pid: i32,
+    pub(crate) name: String,
+    pub(crate) uid: u32,
     gid: u32,
     /// Seconds since 1970; 0 if that is not known.
-    pub(super) started: u64,
+    pub(crate) started: u64,
 }
 
 /// What is there.
-pub(super) struct Inventory {
+pub(crate) struct Inventory {
     /// The pod's cgroup and those below it, by id, with their paths from the pod's on and their level below it.
     cgroups: BTreeMap<u64, (PathBuf, u32)>,
     /// The level of the pod's cgroup.
@@ -41,7 +41,7 @@ pub(super) struct Inventory {
 }
 
 impl Inventory {
-    pub(super) fn read(cgroup: &CgroupDir, netns: &Netns) -> Result<Self, CgroupError> {
+    pub(crate) fn read(cgroup: &CgroupDir, netns: &Netns) -> Result<Self, CgroupError> {
         let mut cgroups = BTreeMap::new();
         add(cgroup.path(), cgroup.path(), 0, &mut cgroups);
         let (mut by_socket, mut strays) = (BTreeMap::new(), Vec::new());
@@ -68,26 +68,26 @@ impl Inventory {
         Ok(Self { cgroups, level: cgroup.level().unwrap_or_default(), by_socket, strays })
     }
 
-    pub(super) fn process(&self, socket: &OpenSocket) -> Option<&SocketProcess> {
+    pub(crate) fn process(&self, socket: &OpenSocket) -> Option<&SocketProcess> {
         self.by_socket.get(&socket.inode)
     }
 
-    pub(super) fn strays(&self) -> impl Iterator<Item = &SocketProcess> {
+    pub(crate) fn strays(&self) -> impl Iterator<Item = &SocketProcess> {
         self.strays.iter()
     }
 
-    pub(super) fn is_in_pod(&self, cgroup: u64) -> bool {
+    pub(crate) fn is_in_pod(&self, cgroup: u64) -> bool {
         self.cgroups.contains_key(&cgroup)
     }
 
     /// The user of a socket, and the group of the process that has it.
-    pub(super) fn owner(&self, socket: &OpenSocket) -> Owner {
+    pub(crate) fn owner(&self, socket: &OpenSocket) -> Owner {
         let gid = self.process(socket).map_or(Owner::NONE.gid, |process| process.gid);
         Owner { uid: socket.uid, gid }
     }
 
     /// A cgroup for people: from the pod's on, or its id.
-    pub(super) fn cgroup_name(&self, id: u64) -> Option<String> {
+    pub(crate) fn cgroup_name(&self, id: u64) -> Option<String> {
         match self.cgroups.get(&id) {
             Some((path, _)) if path.as_os_str().is_empty() => None,
             Some((path, _)) => Some(path.display().to_string()),
@@ -96,7 +96,7 @@ impl Inventory {
     }
 
     /// The id of the cgroup around this one at a level; 0 if there is none in the pod.
-    pub(super) fn ancestor(&self, cgroup: Option<u64>, level: u32) -> u64 {
+    pub(crate) fn ancestor(&self, cgroup: Option<u64>, level: u32) -> u64 {
         let Some((path, below)) = cgroup.and_then(|id| self.cgroups.get(&id)) else { return 0 };
         let Some(up) = (self.level + below).checked_sub(level) else { return 0 };
         let ancestor = path.ancestors().nth(up as usize);

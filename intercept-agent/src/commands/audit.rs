@@ -2,11 +2,12 @@
 
 use anyhow::{Context as _, Result, bail};
 
-use super::{explain::FromMaps, print_line};
+use super::print_line;
 use crate::{
     audit::{Audit, Audited, Bypass, ObservedSockets},
     cgroup::CgroupDir,
     cli::AuditArgs,
+    maps::FromMaps,
     netns::Netns,
     node::Node,
 };

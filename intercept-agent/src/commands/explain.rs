@@ -6,7 +6,7 @@ use intercept_common::{
     decide::Owner,
     decide::TproxyMark,
     decide_inbound, decide_outbound,
-    layout::{Destination, PodPolicy, container},
+    layout::{PodPolicy, container},
 };
 use serde::Serialize;
 
@@ -14,8 +14,7 @@ use super::print_line;
 use crate::{
     cgroup::CgroupDir,
     cli::{Direction, ExplainArgs, FlowContainer},
-    ids::PolicyId,
-    maps::Maps,
+    maps::FromMaps,
     node::Node,
 };
 
@@ -27,30 +26,6 @@ struct Explanation {
     reason: &'static str,
     row: &'static str,
     because: &'static str,
-}
-
-/// The lookups of a decision, in the maps.
-pub(super) struct FromMaps<'a>(pub(super) &'a Maps);
-
-impl PolicyLookup for FromMaps<'_> {
-    fn destination(&self, policy: PolicyId, addr: Addr) -> Destination {
-        self.0.destination(policy, addr).unwrap_or(Destination { flags: 0, source: Addr::UNSPECIFIED })
-    }
-    fn port(&self, policy: PolicyId, port: u16) -> u32 {
-        self.0.port(policy, port)
-    }
-    fn group(&self, policy: PolicyId, gid: u32) -> bool {
-        self.0.group(policy, gid)
-    }
-    fn interface(&self, policy: PolicyId, ifindex: u32) -> u32 {
-        self.0.interface(policy, ifindex)
-    }
-    fn is_marked(&self) -> bool {
-        false
-    }
-    fn is_bypass(&self) -> bool {
-        false
-    }
 }
 
 pub(super) fn explain(args: &ExplainArgs) -> Result<()> {

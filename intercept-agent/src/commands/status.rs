@@ -256,11 +256,11 @@ fn print(pod: &PodStatus) {
 }
 
 fn print_daemon(report: &PodReport) {
-    let proven = match report.proven_seconds_ago {
+    let verified = match report.links_verified_seconds_ago {
         Some(seconds) => format!("links verified {seconds} s ago"),
         None => "links never verified".to_owned(),
     };
-    print_line!("  daemon       {} is {}, {proven}", OneLine(&report.name), report.state.as_str());
+    print_line!("  daemon       {} is {}, {verified}", OneLine(&report.name), report.state.as_str());
     if let Some(problem) = &report.failure {
         print_line!("               {} ({} attempts failed)", OneLine(&problem.text), report.failures);
     }

@@ -5,7 +5,10 @@ use std::{ffi::OsStr, fs, path::Path, path::PathBuf};
 
 use procfs::process::Process;
 
-use crate::cgroup::{CgroupDir, CgroupError};
+use crate::{
+    cgroup::{CgroupDir, CgroupError},
+    pod_process::LeafCgroup,
+};
 
 /// Filesystems that a process without privileges can mount, in which it can make any path.
 const FORGEABLE: [&str; 5] = ["tmpfs", "ramfs", "overlay", "overlayfs", "devtmpfs"];
@@ -37,11 +40,12 @@ pub(super) fn children(pod: &CgroupDir, uid: Option<&str>) -> Result<Vec<ChildCg
     Ok(children)
 }
 
-/// The folders in a cgroup.
+/// The folders in a cgroup, without those of the agent's own children.
 pub(super) fn folders(cgroup: &Path) -> std::io::Result<Vec<PathBuf>> {
     let entries = fs::read_dir(cgroup)?.flatten();
     Ok(entries
         .filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()))
+        .filter(|entry| !entry.file_name().to_str().is_some_and(LeafCgroup::is_one))
         .map(|entry| entry.path())
         .collect())
 }

@@ -47,6 +47,11 @@ impl Node {
         &self.maps
     }
 
+    /// Opens the maps again, to read them when the node's lock is no longer held.
+    pub fn open_maps(&self) -> Result<Maps, NodeError> {
+        Ok(Maps::open(&self.store.maps())?)
+    }
+
     /// The attached pods.
     pub fn pods(&self) -> Result<PodRecords, NodeError> {
         let mut pods = PodRecords::default();

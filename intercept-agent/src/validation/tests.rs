@@ -1,5 +1,6 @@
 //! Without attached programs the check must fail and say why. Rules of iptables show that it can pass.
 
+use std::fs;
 use std::net::{SocketAddr, TcpListener};
 use std::process::Command;
 use std::time::Instant;

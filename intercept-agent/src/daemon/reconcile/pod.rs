@@ -213,7 +213,7 @@ pub struct PodReport {
     pub followed: bool,
     pub earlier_connections: usize,
     #[serde(default)]
-    pub proven_seconds_ago: Option<u64>,
+    pub links_verified_seconds_ago: Option<u64>,
 }
 
 impl PodReport {
@@ -234,7 +234,7 @@ impl PodReport {
             cgroup: applied.map(|applied| &applied.cgroup).or(desired).cloned(),
             followed: pod.follow.is_some(),
             earlier_connections: pod.preexisting_connections,
-            proven_seconds_ago: pod.last_verified.map(|verified| verified.elapsed().as_secs()),
+            links_verified_seconds_ago: pod.last_verified.map(|verified| verified.elapsed().as_secs()),
         }
     }
 }

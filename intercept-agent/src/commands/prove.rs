@@ -1,0 +1,57 @@
+//! `prove`: whether connections of a captured pod reach its proxy.
+
+use anyhow::{Context as _, Result};
+
+use super::{Failed, print_line};
+use crate::{
+    cgroup::CgroupDir,
+    cli::ProveArgs,
+    escape,
+    netns::Netns,
+    node::Node,
+    proof::{Probed, Proof, ProofState},
+};
+
+pub(super) fn prove(args: &ProveArgs) -> Result<()> {
+    let proof = of_cgroup(args)?;
+    if args.json {
+        print_line!("{}", escape::pretty_json(&proof)?);
+    } else {
+        for leg in &proof.legs {
+            let to = leg.destination.map(|to| format!(" to {to}")).unwrap_or_default();
+            let state = match leg.state {
+                ProofState::NothingToProve => "nothing to prove",
+                ProofState::Proven => "proven",
+                ProofState::Failed => "FAILED",
+            };
+            let cause = leg.cause.map(|cause| format!(" ({})", cause.as_str())).unwrap_or_default();
+            print_line!("{} IPv{}{to}: {state}: {}{cause}", leg.direction, leg.family, leg.text);
+        }
+    }
+    match proof.failure() {
+        Some((_, text)) => Err(Failed::Unproven(text.to_owned()).into()),
+        None => Ok(()),
+    }
+}
+
+fn of_cgroup(args: &ProveArgs) -> Result<Proof> {
+    let cgroup = CgroupDir::open(&args.cgroup_path)?;
+    let absent = || {
+        let path = args.cgroup_path.display();
+        format!("cgroup {path} is not attached: attach it first with `intercept-agent attach`")
+    };
+    let node = Node::find(&args.bpffs.bpffs)?.with_context(absent)?;
+    let (cookie, policy) = node.pod_of_cgroup(cgroup.id())?.with_context(absent)?;
+    let record =
+        node.record_of(cookie)?.with_context(|| format!("the record of netns {cookie} is missing"))?;
+    let maps = node.open_maps()?;
+    // A probe may take seconds, and the node's lock is not held meanwhile.
+    drop(node);
+    let netns = match record.netns() {
+        Some(netns) => netns,
+        None => Netns::of_cgroup(&cgroup)?,
+    };
+    let probed =
+        Probed { cgroup: &cgroup, netns: &netns, policy: &policy, config: &record.config, maps: &maps };
+    Ok(probed.prove()?)
+}
