@@ -1,4 +1,4 @@
-//! Datagrams with the address they were sent to, and answered from that address.
+//! Datagrams with their destination address, and answers from that address.
 
 use std::io::{self, IoSlice};
 use std::mem::MaybeUninit;
@@ -8,7 +8,7 @@ use std::os::fd::{AsRawFd, BorrowedFd};
 use intercept_common::Family;
 use socket2::{MaybeUninitSlice, MsgHdr, MsgHdrMut, SockAddr, Socket};
 
-/// Lets [`receive`] learn the destinations of datagrams.
+/// Makes the destinations of datagrams available to [`receive`].
 pub fn want_destinations(socket: &Socket, family: Family) -> io::Result<()> {
     if family == Family::V6 {
         set_on(socket, libc::IPPROTO_IPV6, libc::IPV6_RECVPKTINFO)
@@ -25,7 +25,7 @@ fn set_on(socket: &Socket, level: libc::c_int, option: libc::c_int) -> io::Resul
     if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
-/// Receives one datagram without waiting: its length, its source, and the address it was sent to.
+/// Receives one datagram without waiting. Returns its length, source and destination address.
 pub fn receive(socket: &Socket, buffer: &mut [u8]) -> io::Result<(usize, SocketAddr, Option<IpAddr>)> {
     let mut control = [MaybeUninit::<u8>::zeroed(); 64];
     // SAFETY: a sockaddr_storage of zeroes is a valid value, and recvmsg sets the length that it fills.
@@ -48,7 +48,7 @@ pub fn receive(socket: &Socket, buffer: &mut [u8]) -> io::Result<(usize, SocketA
     Ok((length, from, destination(&control)))
 }
 
-/// Sends one datagram without waiting, from an address of choice.
+/// Sends one datagram without waiting, from the given address.
 pub fn send_from(socket: &Socket, buffer: &[u8], to: SocketAddr, from: IpAddr) -> io::Result<()> {
     let control = match from {
         IpAddr::V4(addr) => {
@@ -70,7 +70,7 @@ pub fn send_from(socket: &Socket, buffer: &[u8], to: SocketAddr, from: IpAddr) -
     socket.sendmsg(&message, libc::MSG_DONTWAIT).map(drop)
 }
 
-/// Sends one datagram to each destination by a single sendmmsg; returns how many were sent.
+/// Sends one datagram to each destination with one sendmmsg. Returns the number of datagrams sent.
 pub fn send_many(socket: BorrowedFd<'_>, datagrams: &[(Vec<u8>, SocketAddr)]) -> io::Result<usize> {
     use rustix::net::{MMsgHdr, SendAncillaryBuffer, SendFlags, SocketAddrAny, sendmmsg};
     let addresses: Vec<SocketAddrAny> = datagrams.iter().map(|(_, to)| SocketAddrAny::from(*to)).collect();
@@ -87,7 +87,7 @@ pub fn send_many(socket: BorrowedFd<'_>, datagrams: &[(Vec<u8>, SocketAddr)]) ->
     Ok(sendmmsg(socket, &mut messages, SendFlags::DONTWAIT)?)
 }
 
-/// The size of struct cmsghdr, which is also what control messages are aligned to twice over.
+/// The size of struct cmsghdr, a multiple of the alignment of control messages.
 const HEADER: usize = 16;
 
 fn control_message(level: libc::c_int, kind: libc::c_int, content: &[u8]) -> Vec<u8> {
@@ -100,7 +100,7 @@ fn control_message(level: libc::c_int, kind: libc::c_int, content: &[u8]) -> Vec
     message
 }
 
-/// The destination address in the control messages of a datagram.
+/// Finds the destination address in the control messages of a datagram.
 fn destination(mut control: &[u8]) -> Option<IpAddr> {
     while control.len() >= HEADER {
         let length = usize::from_ne_bytes(control[..8].try_into().ok()?);

@@ -1,5 +1,5 @@
-//! Two pods with a node between them, and the sockets of their proxies in the hands of a test: made inside a pod, by its
-//! proxy's user, and then passed on, so that one thread can do with both ends what it likes.
+//! Two pods with a node between them, and sockets of their proxies. A socket is created inside a pod by the user of its
+//! proxy and passed to the test, so that one thread controls both ends.
 
 pub mod cases;
 pub mod churn;
@@ -45,26 +45,26 @@ use crate::{
     },
 };
 
-/// Where inbound connections go.
+/// The inbound port of the proxies.
 pub const INBOUND: u16 = 15006;
-/// What an application would listen on.
+/// The port of an application.
 pub const APP: u16 = 8080;
-/// Everything that is waited for comes sooner.
+/// The limit of every wait.
 pub const PATIENCE: Duration = Duration::from_secs(10);
 
-/// Two pods behind a namespace that forwards, as a node does.
+/// Two pods behind a namespace that forwards like a node.
 #[derive(Debug)]
 pub struct PodPair {
-    /// Whose proxy dials.
+    /// The pod whose proxy connects.
     pub dialler: Sandbox,
-    /// Whose proxy accepts.
+    /// The pod whose proxy accepts.
     pub acceptor: Sandbox,
-    /// Between them.
+    /// The namespace between them.
     pub router: Sandbox,
 }
 
 impl PodPair {
-    /// Not captured yet.
+    /// Creates the pods without capturing them.
     pub fn new(label: &str) -> Result<Self> {
         let pods = Self {
             dialler: Sandbox::new(&format!("{label}-d"))?,
@@ -96,7 +96,7 @@ impl PodPair {
         Ok(pods)
     }
 
-    /// Captured and accelerated, this test being vouched for.
+    /// Creates the pods, captured and accelerated, with this test on the list of proxies.
     pub fn accelerated(label: &str, agent: &Agent) -> Result<Self> {
         let pods = Self::new(label)?;
         let name = own_name()?;
@@ -108,32 +108,32 @@ impl PodPair {
         Ok(pods)
     }
 
-    /// Where the application of the accepting pod is.
+    /// The address of the application in the accepting pod.
     pub fn app(family: Family) -> SocketAddr {
         let addr: IpAddr =
             if family == Family::V6 { [0xfd72, 0, 0, 0, 0, 0, 0, 2].into() } else { [10, 72, 0, 2].into() };
         SocketAddr::new(addr, APP)
     }
 
-    /// The accepting proxy's listener of a family; that of IPv6 takes IPv4 as well.
+    /// Opens a listener of the accepting proxy. One of IPv6 accepts IPv4 as well.
     pub fn listen(&self, family: Family) -> Result<Socket> {
         listen(&self.acceptor, family, Ids::PROXY)
     }
 
-    /// A connection from proxy to proxy, to what is dialled; both ends do not block.
+    /// Connects the proxies to each other. Both ends are non-blocking.
     pub fn connect(&self, listener: &Socket, to: SocketAddr) -> Result<Leg> {
         let socket = socket(&self.dialler, Family::of(&to.ip()), Ids::PROXY, None)?;
         Leg::of(socket, listener, to)
     }
 }
 
-/// The name of this executable, as `--accelerate-proxies` takes it.
+/// The name of this executable, for `--accelerate-proxies`.
 pub fn own_name() -> Result<String> {
     let path = std::env::current_exe()?;
     Ok(path.file_name().unwrap_or_default().to_string_lossy().into_owned())
 }
 
-/// A socket of TCP that is made inside a pod, and inside a memory cgroup if one is named.
+/// Creates a TCP socket inside a pod, charged to a memory cgroup if one is given.
 pub fn socket(sandbox: &Sandbox, family: Family, ids: Ids, memory: Option<&Path>) -> Result<Socket> {
     let (ours, theirs) = UnixStream::pair()?;
     let memory =
@@ -167,7 +167,7 @@ pub fn socket(sandbox: &Sandbox, family: Family, ids: Ids, memory: Option<&Path>
     // SAFETY: the closure makes system calls only; it neither allocates nor locks.
     unsafe { command.pre_exec(make) };
     let mut child = command.spawn().context("making a socket in a pod")?;
-    // What is in it goes with it, the other end of the pair among it.
+    // This closes the other end of the pair.
     drop(command);
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
     let mut control = RecvAncillaryBuffer::new(&mut space);
@@ -180,7 +180,7 @@ pub fn socket(sandbox: &Sandbox, family: Family, ids: Ids, memory: Option<&Path>
     Ok(passed.context("a message without a socket")?.into())
 }
 
-/// A listener of the inbound port.
+/// Opens a listener on the inbound port.
 pub fn listen(sandbox: &Sandbox, family: Family, ids: Ids) -> Result<Socket> {
     let listener = socket(sandbox, family, ids, None)?;
     listener.set_reuse_address(true)?;
@@ -196,20 +196,20 @@ pub fn listen(sandbox: &Sandbox, family: Family, ids: Ids) -> Result<Socket> {
 /// Both ends of one connection.
 #[derive(Debug)]
 pub struct Leg {
-    /// Of the pod that dialled.
+    /// The end in the pod that connected.
     pub dialled: TcpStream,
-    /// Of the pod that accepted.
+    /// The end in the pod that accepted.
     pub accepted: TcpStream,
 }
 
 impl Leg {
-    /// Dials, and accepts what comes.
+    /// Connects and accepts.
     pub fn of(socket: Socket, listener: &Socket, to: SocketAddr) -> Result<Self> {
         socket.connect_timeout(&SockAddr::from(to), PATIENCE).with_context(|| format!("dialling {to}"))?;
         Self::accepted(socket, listener)
     }
 
-    /// Accepts what comes, which is the other end of this.
+    /// Accepts the other end of a socket that is connecting.
     pub fn accepted(dialled: Socket, listener: &Socket) -> Result<Self> {
         wait(listener, PollFlags::IN)?;
         let (accepted, _) = listener.accept()?;
@@ -221,14 +221,14 @@ impl Leg {
         Ok(leg)
     }
 
-    /// The first bytes each way, by which the end that dialled learns of the other.
+    /// Exchanges the first bytes, after which the connection may be joined.
     pub fn greet(&self) -> Result<()> {
         pass(&self.dialled, &self.accepted, b"hello")?;
         pass(&self.accepted, &self.dialled, b"hello")
     }
 }
 
-/// Whether what is sent from one end to the other, and read there, goes past TCP.
+/// Sends from one end to the other and reads it there. Returns whether the bytes bypassed TCP.
 pub fn goes_past(from: &TcpStream, to: &TcpStream) -> Result<bool> {
     let before = given_to_tcp(from)?;
     pass(from, to, b"past or by")?;
@@ -239,7 +239,7 @@ pub fn goes_past(from: &TcpStream, to: &TcpStream) -> Result<bool> {
     }
 }
 
-/// Sends and reads it at the other end.
+/// Sends bytes and reads them at the other end.
 pub fn pass(from: &TcpStream, to: &TcpStream, bytes: &[u8]) -> Result<()> {
     send(from, bytes)?;
     let got = receive(to, bytes.len())?;
@@ -247,7 +247,7 @@ pub fn pass(from: &TcpStream, to: &TcpStream, bytes: &[u8]) -> Result<()> {
     Ok(())
 }
 
-/// Sends all of it, and waits for room.
+/// Sends all bytes. Waits while there is no room.
 pub fn send(mut end: &TcpStream, mut bytes: &[u8]) -> Result<()> {
     while !bytes.is_empty() {
         match end.write(bytes) {
@@ -259,7 +259,7 @@ pub fn send(mut end: &TcpStream, mut bytes: &[u8]) -> Result<()> {
     Ok(())
 }
 
-/// Reads so many bytes, and waits for them.
+/// Reads this number of bytes. Waits for them.
 pub fn receive(mut end: &TcpStream, length: usize) -> Result<Vec<u8>> {
     let (mut buffer, mut got) = (vec![0; length], 0);
     while got < length {
@@ -273,14 +273,14 @@ pub fn receive(mut end: &TcpStream, length: usize) -> Result<Vec<u8>> {
     Ok(buffer)
 }
 
-/// Waits until it is ready.
+/// Waits until the socket is ready.
 pub fn wait(end: impl AsFd, what: PollFlags) -> Result<()> {
     let within = Timespec { tv_sec: PATIENCE.as_secs().cast_signed(), tv_nsec: 0 };
     ensure!(poll(&mut [PollFd::new(&end, what)], Some(&within))? > 0, "nothing in {PATIENCE:?}");
     Ok(())
 }
 
-/// Bytes that were given to TCP by this end: sent, and waiting to be.
+/// Bytes that this end has sent by TCP or queued there.
 pub fn given_to_tcp(end: &TcpStream) -> Result<u64> {
     // Of struct tcp_info (linux/tcp.h).
     const NOTSENT_BYTES: usize = 144;
@@ -304,7 +304,7 @@ pub fn given_to_tcp(end: &TcpStream) -> Result<u64> {
     Ok(word(BYTES_SENT) - word(BYTES_RETRANS) + u64::from(waiting))
 }
 
-/// What became of the last message of an end: why it went by TCP, or nothing if it went past.
+/// Why the last message of an end went by TCP. Nothing if it was joined.
 pub fn last(agent: &Agent, end: &TcpStream) -> Result<Option<TcpReason>> {
     let path = agent.store().join("maps").join(names::JOIN_SOCKETS);
     let map: SkStorage<_, Plain<acceleration::JoinSocket>> =
@@ -315,7 +315,7 @@ pub fn last(agent: &Agent, end: &TcpStream) -> Result<Option<TcpReason>> {
     Ok(pass)
 }
 
-/// Bytes that the maps of ends and offers use, as the kernel accounts them: they grow and shrink with their entries.
+/// Bytes that the kernel accounts to the maps of ends and offers. They grow and shrink with the entries.
 pub fn footprint(agent: &Agent) -> Result<[u64; 2]> {
     let memory = |name: &str| -> Result<u64> {
         let map = MapData::from_pin(agent.store().join("maps").join(name))?;
@@ -326,7 +326,7 @@ pub fn footprint(agent: &Agent) -> Result<[u64; 2]> {
     Ok([memory(names::JOIN_ENDS)?, memory(names::JOIN_OFFERS)?])
 }
 
-/// Memory that the kernel charges to a socket: received, queued to be sent, and reserved.
+/// Memory that the kernel charges to a socket: received bytes, queued bytes and what is reserved.
 pub fn charged(end: &TcpStream) -> Result<u64> {
     const RMEM_ALLOC: usize = 0;
     const FWD_ALLOC: usize = 4;
@@ -348,7 +348,7 @@ pub fn charged(end: &TcpStream) -> Result<u64> {
     Ok([RMEM_ALLOC, FWD_ALLOC, WMEM_QUEUED, BACKLOG].iter().map(|at| u64::from(words[*at])).sum())
 }
 
-/// An option of a socket that is an int.
+/// Reads a socket option that is an int.
 pub fn set_int(end: impl AsFd, level: libc::c_int, option: libc::c_int, value: libc::c_int) -> Result<()> {
     // SAFETY: the kernel reads one int, which outlives the call.
     let result = unsafe {

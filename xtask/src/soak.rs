@@ -13,21 +13,24 @@ use crate::{
 
 #[derive(Args)]
 pub(crate) struct SoakArgs {
-    /// For how long
+    /// Duration in minutes
     #[arg(long, value_name = "N")]
     minutes: Option<f64>,
-    /// Decides every choice [default: the time]
+    /// Seed of every choice [default: the time]
     #[arg(long)]
     seed: Option<u64>,
-    /// Soak joined connections between proxies instead: many short ones, then Envoys
+    /// Soak joined connections between proxies instead: many short ones, then Envoys with faults
     #[arg(long)]
     accelerate: bool,
-    /// How many short connections --accelerate makes
+    /// Number of short connections of --accelerate
     #[arg(long, value_name = "N", requires = "accelerate")]
     connections: Option<u64>,
 }
 
-/// Soaks; fails with the seed and what went wrong, or if anything is left on the machine.
+/// Soaks.
+///
+/// # Errors
+/// A connection or the agent misbehaved; the error has the seed. Or something is left on the machine.
 pub(crate) fn soak(arguments: &SoakArgs) -> Result<()> {
     setup::setup(&[Group::Base, Group::Test])?;
     if arguments.accelerate {

@@ -14,12 +14,12 @@ use tests::bench::session::{SessionOutcome, perform};
 use tests::bench::{check, interrupt, worker};
 use tests::testbed::sweep::sweep;
 
-/// Measure what it costs to capture a pod's traffic: this agent beside iptables, nftables, explicit proxying and no
-/// proxy at all, interleaved in one run.
+/// Measure the cost of capturing a pod's traffic: this agent, iptables, nftables, explicit proxying and no proxy,
+/// interleaved in one run.
 #[derive(Parser)]
 #[command(bin_name = "cargo xtask bench")]
 struct BenchArguments {
-    /// A smaller choice of everything; takes at most three minutes
+    /// Measure a selection, in at most three minutes
     #[arg(long)]
     quick: bool,
     /// Only these modes [default: all]
@@ -28,25 +28,25 @@ struct BenchArguments {
     /// Only these parts [default: all; with --quick all but reach and acceleration]
     #[arg(long, value_enum, value_delimiter = ',')]
     work: Vec<Section>,
-    /// How often everything is measured [default: 3 to 20, by part]
+    /// Number of rounds [default: 3 to 20, by part]
     #[arg(long)]
     rounds: Option<usize>,
-    /// Decides the order [default: the time]
+    /// Seed of the order [default: the time]
     #[arg(long)]
     seed: Option<u64>,
-    /// How many connections have their memory looked at [default: 50000; with --quick 10000]
+    /// Number of connections for the measurement of memory [default: 50000; with --quick 10000]
     #[arg(long)]
     connections: Option<usize>,
-    /// Where report.html, report.md and report.json go [default: target/bench]
+    /// Folder for report.html, report.md and report.json [default: target/bench]
     #[arg(long)]
     out: Option<PathBuf>,
-    /// Another build of the agent, for the mode `baseline`
+    /// Another build of the agent, measured as the mode `baseline`
     #[arg(long, value_name = "AGENT")]
     baseline: Option<PathBuf>,
-    /// Measure nothing: make the tables and files anew from the report.json of an earlier run
+    /// Write the tables and files again from the report.json of an earlier run, without measuring
     #[arg(long, value_name = "REPORT.JSON")]
     from: Option<PathBuf>,
-    /// Compare quiet figures with the limits in tests/bench-limits.json, and do nothing else
+    /// Only compare figures that do not depend on load with the limits in tests/bench-limits.json
     #[arg(long)]
     check: bool,
 }
@@ -103,7 +103,7 @@ fn measure(arguments: BenchArguments, pool: &WorkerPool) -> Result<()> {
     if plan.sections.is_empty() {
         plan.sections = Section::value_variants().iter().copied().filter(all).collect();
     }
-    // In the order of the tables, each once.
+    // In the order of the tables, without duplicates.
     plan.modes.sort_unstable();
     plan.modes.dedup();
     let time =
@@ -120,7 +120,7 @@ fn measure(arguments: BenchArguments, pool: &WorkerPool) -> Result<()> {
     Ok(())
 }
 
-/// Prints the tables, and writes the files.
+/// Prints the tables and writes the files.
 fn show(report: &BenchReport, folder: &Path) -> Result<()> {
     print!("{}", tables(report));
     for path in report.write(folder)? {

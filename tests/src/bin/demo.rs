@@ -1,8 +1,9 @@
 //! `cargo xtask demo`: one pod, both directions, shown as a table.
 //!
-//! Makes a pod and its neighbour, starts a proxy as user 1337, an application and a remote client, attaches with the
-//! flags of Istio's own init command, sends traffic both ways and says of each flow what was dialled, where it went,
-//! which original destination the proxy recovered, and by which row. Fails if any of it is not as it must be.
+//! Creates a pod and its neighbour, starts a proxy as user 1337, an application and a remote client, and attaches with the
+//! flags of Istio's init container. Then it sends traffic in both directions, and prints for each flow the destination, the
+//! socket that it reached, the original destination that the proxy recovered, and the row that decided. Fails if any of
+//! these is wrong.
 
 use std::{
     net::{IpAddr, SocketAddr},
@@ -25,7 +26,7 @@ use tests::{
     testbed::{self, Ids, Pod, PodSpec},
 };
 
-/// The flags that Istio's injected init container passes.
+/// The flags of Istio's init container.
 const INIT_FLAGS: [&str; 14] =
     ["-p", "15001", "-z", "15006", "-u", "1337", "-m", "REDIRECT", "-i", "*", "-x", "", "-b", "*"];
 const INIT_EXCLUDED: [&str; 2] = ["-d", "15090,15020"];
@@ -38,28 +39,28 @@ struct DemoArguments {
     /// The agent
     #[arg(long, env = "INTERCEPT_AGENT", default_value = "target/release/intercept-agent")]
     agent: PathBuf,
-    /// Who plays the sidecar proxy
+    /// The sidecar proxy
     #[arg(long, value_enum, default_value_t = DemoProxy::Relay)]
     proxy: DemoProxy,
-    /// Envoy's binary, for --proxy envoy
+    /// Path of Envoy, for --proxy envoy
     #[arg(long, env = "INTERCEPT_ENVOY")]
     envoy: Option<PathBuf>,
-    /// Run the cases that need no tools instead, or those whose names contain this
+    /// Run the cases that need no tools instead, or only those whose names contain this text
     #[arg(long, num_args = 0..=1, default_missing_value = "", value_name = "NAME")]
     cases: Option<String>,
-    /// Run the cases of joined connections instead, or see that this kernel is refused for them
+    /// Run the cases of joined connections instead, or check that this kernel is refused for them
     #[arg(long, conflicts_with = "cases")]
     joined: bool,
-    /// See instead that this kernel, which lacks something, is refused as `check` says
+    /// Check instead that this kernel, which lacks something, is refused with the words of `check`
     #[arg(long, conflicts_with = "cases")]
     refused: bool,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
 enum DemoProxy {
-    /// A small one that is built in
+    /// A small proxy that is built in
     Relay,
-    /// The real one
+    /// Envoy
     Envoy,
 }
 
@@ -97,7 +98,7 @@ fn refused() -> Result<bool> {
     Ok(true)
 }
 
-/// A flow, and what must come of it.
+/// A flow and its expected result.
 struct DemoFlow {
     what: &'static str,
     from: Dialler,
@@ -357,17 +358,17 @@ fn show(
     Ok((right, flows.len()))
 }
 
-/// What the proxy says of the flows that pass it.
+/// The reports of the proxy on its flows.
 struct Reports<'a> {
-    /// Where the built-in relay is.
+    /// The actor with the built-in relay.
     inside: &'a Actor,
     sidecar: Option<&'a Sidecar>,
-    /// Lines of the sidecar's log that have been looked at.
+    /// Number of lines of the sidecar's log that have been read.
     logged: usize,
 }
 
 impl Reports<'_> {
-    /// The report of a flow that was just made; none if it does not pass the proxy.
+    /// Returns the report of the last flow. `None` if it bypassed the proxy.
     fn of(&mut self, flow: &DemoFlow) -> Result<Option<Relayed>> {
         let (expected, patience) = match flow.expect {
             Expect::Direct => (0, Duration::ZERO),
@@ -411,7 +412,7 @@ fn went_to(dialled: &Dialled, relayed: Option<&Relayed>) -> String {
     }
 }
 
-/// Whether all ends saw what they must see.
+/// Checks what all ends saw.
 fn judge(flow: &DemoFlow, dialled: &Dialled, relayed: Option<&Relayed>, pod: &Pod) -> Result<(), String> {
     let DialOutcome::Answered(_) = &dialled.outcome else {
         return Err(format!("no answer: {:?}", dialled.outcome));

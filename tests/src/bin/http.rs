@@ -1,7 +1,7 @@
-//! The least of an HTTP server and client, for a process in a pod.
+//! A minimal HTTP server and client for a process in a pod.
 //!
 //! `http serve ADDRESS..` says `ready` and answers every request with the address it arrived at.
-//! `http get ADDRESS COUNT fresh|kept` fails unless each of its requests is answered with that very address.
+//! `http get ADDRESS COUNT fresh|kept` fails unless the response to each request is that address.
 
 use std::{
     io::{BufRead as _, BufReader, Read as _, Write as _},
@@ -28,7 +28,7 @@ fn serve(addresses: &[&str]) -> Result<()> {
         for listener in &listeners {
             scope.spawn(move || {
                 for stream in listener.incoming().flatten() {
-                    // A client that goes away in the middle is not the server's failure.
+                    // A client may close before the end.
                     scope.spawn(move || drop(answer(&stream)));
                 }
             });
@@ -55,13 +55,13 @@ fn answer(mut stream: &TcpStream) -> Result<()> {
         if head(&mut reader)?.is_empty() {
             return Ok(());
         }
-        // In one write: what follows a first small one would wait for its acknowledgement.
+        // In one write. The rest would wait until the first part is acknowledged (Nagle).
         let answer = format!("HTTP/1.1 200 OK\r\ncontent-length: {}\r\n\r\n{body}", body.len());
         stream.write_all(answer.as_bytes())?;
     }
 }
 
-/// The lines up to the empty one; none at the end of the stream.
+/// Reads the lines up to the empty one. None at the end of the stream.
 fn head(reader: &mut BufReader<&TcpStream>) -> Result<Vec<String>> {
     let mut lines = Vec::new();
     loop {

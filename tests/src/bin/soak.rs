@@ -13,20 +13,20 @@ use tests::{
     testbed::sweep::sweep,
 };
 
-/// Disturb a node in every way at once, and check every connection of its well-behaved pods meanwhile.
+/// Cause random faults on a node, and check every connection of its well-behaved pods meanwhile.
 #[derive(Parser)]
 #[command(bin_name = "cargo xtask soak")]
 struct Arguments {
-    /// For how long
+    /// Duration in minutes
     #[arg(long, default_value_t = 10.0)]
     minutes: f64,
-    /// Decides every choice [default: the time]
+    /// Seed of every choice [default: the time]
     #[arg(long)]
     seed: Option<u64>,
-    /// Joined connections between proxies instead: many short ones, then Envoys that are disturbed for the time given
+    /// Soak joined connections between proxies instead: many short ones, then Envoys with faults for the given time
     #[arg(long)]
     accelerate: bool,
-    /// How many short connections --accelerate makes
+    /// Number of short connections of --accelerate
     #[arg(long, default_value_t = 100_000, requires = "accelerate")]
     connections: u64,
     #[command(subcommand)]
@@ -35,16 +35,16 @@ struct Arguments {
 
 #[derive(Subcommand)]
 enum Internal {
-    /// What runs in a hostile pod
+    /// Run a program of a hostile pod
     #[command(hide = true)]
     Hostile {
-        /// What it does
+        /// The program
         program: Program,
     },
-    /// An end of short connections
+    /// Run one end of short connections
     #[command(hide = true)]
     End {
-        /// Which end
+        /// The end
         #[command(subcommand)]
         role: ChurnRole,
     },
@@ -78,7 +78,7 @@ fn run(arguments: Arguments) -> Result<()> {
     soak(Options { duration, seed })
 }
 
-/// Short connections, and then Envoys. A number or a time of zero leaves that part out.
+/// Soaks short connections, then Envoys. A number or time of zero omits that part.
 fn soak_joined(connections: u64, duration: Duration, seed: u64) -> Result<()> {
     println!("soak: seed {seed}, {connections} short connections, then {} s", duration.as_secs());
     if connections > 0 {

@@ -1,5 +1,5 @@
-//! Joined connections in a few cases that need no tools, for kernels in virtual machines. A kernel that is refused must be
-//! refused by name, before anything is changed.
+//! Cases of joined connections that need no tools, for virtual machines. If the kernel is refused, the check that failed
+//! must be named, and nothing may be changed.
 
 use std::{io::Write as _, net::Shutdown, process::Output};
 
@@ -12,7 +12,7 @@ use crate::agent::{Agent, INIT_FLAGS, finish, succeed};
 
 type JoinedCase = fn(&Agent, &PodPair) -> Result<()>;
 
-/// What came of it, in one line.
+/// Runs the cases. Returns a line for the report.
 pub fn run() -> Result<String> {
     let agent = Agent::new("joined-cases")?;
     let mut check = agent.command("check");
@@ -37,7 +37,7 @@ pub fn run() -> Result<String> {
     Ok(format!("joined, {} cases", cases.len()))
 }
 
-/// An attach with the option fails with what `check` has said.
+/// Attaches with the option on a kernel that is refused. The error must be that of `check`.
 fn refused(agent: &Agent, checked: &Output) -> Result<String> {
     let said = |output: &Output| String::from_utf8_lossy(&output.stderr).trim().replace("error: ", "");
     let why = said(checked);
@@ -122,7 +122,7 @@ fn end(_agent: &Agent, pods: &PodPair) -> Result<()> {
     super::wait(&leg.accepted, rustix::event::PollFlags::IN)?;
     let end = std::io::Read::read(&mut &leg.accepted, &mut [0])?;
     ensure!(end == 0, "more than was sent");
-    // The other direction is still open.
+    // The other direction stays open.
     pass(&leg.accepted, &leg.dialled, b"goodbye")?;
     Ok(())
 }

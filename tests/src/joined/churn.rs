@@ -1,6 +1,6 @@
-//! Connections between proxies that come and go as fast as they can, in pods that are easily mistaken for each other: equal
-//! addresses and ports, destinations and sources that are rewritten on the way, SYN cookies, ports that are used again at
-//! once. Each end states who it is in its first bytes, and what follows is compared byte by byte.
+//! Short connections between proxies in pods that are easily confused: they have equal addresses, and ports that are used
+//! again at once, behind rewritten destinations and sources, and with SYN cookies. Each end sends its identity first. All
+//! bytes after that are compared.
 
 pub mod end;
 
@@ -26,10 +26,10 @@ use crate::{
 
 /// How often progress is printed.
 const PROGRESS: Duration = Duration::from_secs(30);
-/// Connections that take longer to be made than this are stuck.
+/// A connection that takes longer is stuck.
 const STUCK: Duration = Duration::from_secs(60);
 
-/// What is done to the connections of a pair of pods on their way.
+/// What happens to the connections of a pair of pods on the way.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum ChurnWay {
     Plain,
@@ -37,11 +37,11 @@ enum ChurnWay {
     Dnat,
     /// The source is rewritten.
     Masquerade,
-    /// The accepting end keeps no state of a SYN.
+    /// The accepting end answers with SYN cookies.
     Cookies,
 }
 
-/// Two plain ones, so that even the order of events is the same in two pairs.
+/// Two of them are plain, so that two pairs have the same order of events.
 const WAYS: [ChurnWay; 5] =
     [ChurnWay::Plain, ChurnWay::Plain, ChurnWay::Dnat, ChurnWay::Masquerade, ChurnWay::Cookies];
 
@@ -65,8 +65,8 @@ impl ChurnWay {
         }
     }
 
-    /// Whether all are joined. Of the others those are that find the note of an earlier connection from the same port, or of
-    /// another pod's.
+    /// Whether all connections can be joined. Of other pairs, a connection is joined only if it finds the note of an earlier
+    /// connection from the same port, or of another pod.
     fn is_always_joined(self) -> bool {
         matches!(self, Self::Plain | Self::Dnat)
     }
@@ -80,18 +80,18 @@ fn restore(router: &Sandbox, rules: &str) -> Result<()> {
     Ok(())
 }
 
-/// What came of it.
+/// The result.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Churned {
-    /// Connections that were made, with everything compared.
+    /// Complete connections, with all bytes compared.
     pub made: u64,
     /// Connections that ended early.
     pub broken: u64,
-    /// Of those made, the joined ones.
+    /// Joined connections among the complete ones.
     pub joined: u64,
 }
 
-/// A process of a pod's proxy. Dropping it kills the process.
+/// A process of a pod's proxy, killed when dropped.
 struct ChurnEnd(Child);
 
 impl Drop for ChurnEnd {
@@ -101,8 +101,10 @@ impl Drop for ChurnEnd {
     }
 }
 
-/// Makes so many connections. A byte in the wrong place is an error, as is a connection that is stuck, and too few joined
-/// ones where all can be joined.
+/// Makes this number of connections.
+///
+/// # Errors
+/// A byte is wrong, a connection is stuck, or too few were joined of a pair that can join all.
 pub fn churn(connections: u64, seed: u64) -> Result<Churned> {
     let agent = Agent::new("churn")?;
     let program = ReadableCopy::of(&binary::locate("soak", "INTERCEPT_SOAK")?)?;
@@ -136,7 +138,7 @@ pub fn churn(connections: u64, seed: u64) -> Result<Churned> {
         let (made, broken) = counted.read();
         let joined = joined(&agent, &pods.acceptor)?;
         println!("churn: {way:?}: {made} made, {broken} broken, {joined} joined");
-        // Another pair may have taken the note of the SYN.
+        // Another pair may have used the note of the SYN.
         ensure!(
             !way.is_always_joined() || joined + broken + made / 20 >= made,
             "{way:?}: {joined} of {made} are joined"
@@ -175,7 +177,7 @@ fn start(mut command: Command) -> Result<(ChurnEnd, BufReader<ChildStdout>)> {
     Ok((end, BufReader::new(output)))
 }
 
-/// What the dialling end of a pair has said last.
+/// The last line of the connecting end of a pair.
 #[derive(Debug, Default)]
 struct ChurnCount {
     made: AtomicU64,
@@ -197,7 +199,7 @@ impl ChurnCount {
     }
 }
 
-/// Waits for the dialling ends, and prints progress.
+/// Waits for the connecting ends and prints progress.
 fn watch(diallers: &mut [ChurnEnd], counted: &[ChurnCount], whole: u64) -> Result<()> {
     let begun = Instant::now();
     let (mut printed, mut moved, mut last) = (begun, begun, 0);

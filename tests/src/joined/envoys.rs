@@ -1,5 +1,5 @@
-//! Envoys in two pods of one node with joined connections between them, and a soak of them: what applications send through
-//! both is compared at the other end.
+//! Envoys in two pods of one node, with joined connections between them, and a soak of these. All bytes that applications
+//! send through both Envoys are compared.
 
 use std::{
     io::{ErrorKind, Read as _},
@@ -22,14 +22,14 @@ use crate::{
     testbed::{Ids, Sandbox},
 };
 
-/// How often the soak prints what was done.
+/// How often the soak prints its counts.
 const PROGRESS: Duration = Duration::from_secs(30);
-/// Between two disturbances.
+/// The time between two faults.
 const PAUSE: Duration = Duration::from_millis(1500);
-/// Applications that connect at the same time.
+/// Number of clients at the same time.
 const WORKERS: u64 = 4;
 
-/// Two captured and accelerated pods of one node, whose proxies are Envoys.
+/// Two captured and accelerated pods of one node with Envoy as their proxy.
 #[derive(Debug)]
 pub struct JoinedEnvoyFixture {
     /// The agent.
@@ -63,7 +63,7 @@ impl JoinedEnvoyFixture {
         joined(&self.agent, pod).expect("status")
     }
 
-    /// Bytes that have come from the dialling pod.
+    /// Bytes that the node has received from the connecting pod.
     pub fn bytes_on_the_wire(&self) -> u64 {
         let devices = || std::fs::read_to_string("/proc/thread-self/net/dev").expect("the interfaces");
         let devices = self.pods.router.netns.run(devices).expect("entered");
@@ -72,7 +72,7 @@ impl JoinedEnvoyFixture {
         line.split_whitespace().next().expect("received bytes").parse().expect("a number")
     }
 
-    /// The application of the accepting pod.
+    /// Opens the listener of the application.
     pub fn app(&self, family: Family) -> Socket {
         self.app_on(family, APP)
     }
@@ -88,14 +88,14 @@ impl JoinedEnvoyFixture {
         listener
     }
 
-    /// Of an application of the dialling pod with that of the other, through both proxies.
+    /// Connects an application of one pod to that of the other, through both proxies.
     pub fn connect(&self, app: &Socket, family: Family) -> Leg {
         let client = socket(&self.pods.dialler, family, Ids::APP, None).expect("a socket");
         Leg::of(client, app, PodPair::app(family)).expect("through both proxies")
     }
 }
 
-/// The byte at a position of a stream, so that lost, doubled or moved bytes are found.
+/// The byte at a position of a stream. Lost, duplicate and moved bytes differ from it.
 pub fn stream(seed: u64, from: usize, length: usize) -> Vec<u8> {
     let byte = |at: usize| {
         let word = (at as u64 / 8 + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15).wrapping_add(seed);
@@ -104,7 +104,7 @@ pub fn stream(seed: u64, from: usize, length: usize) -> Vec<u8> {
     (from..from + length).map(byte).collect()
 }
 
-/// Transfers one direction in odd pieces, with a reader that pauses sometimes, and then closes it.
+/// Transfers bytes in one direction in pieces of odd sizes, with a reader that sometimes pauses, and closes it.
 pub fn one_way(from: &TcpStream, to: &TcpStream, seed: u64, length: usize) {
     std::thread::scope(|scope| {
         scope.spawn(move || {
@@ -136,7 +136,7 @@ pub fn one_way(from: &TcpStream, to: &TcpStream, seed: u64, length: usize) {
     });
 }
 
-/// The same in both directions at once.
+/// Transfers bytes in both directions at once.
 pub fn both_ways(leg: &Leg, seed: u64, length: usize) {
     std::thread::scope(|scope| {
         scope.spawn(|| one_way(&leg.accepted, &leg.dialled, seed ^ 1, length));
@@ -147,15 +147,16 @@ pub fn both_ways(leg: &Leg, seed: u64, length: usize) {
 /// How the connections of a soak ended.
 #[derive(Debug, Default)]
 pub struct Soaked {
-    /// Everything arrived.
+    /// Complete.
     pub whole: AtomicUsize,
-    /// Cut off by the kill of a proxy.
+    /// Cut off when a proxy was killed.
     pub cut: AtomicUsize,
 }
 
-/// Connections that come and go in every way, several at a time, while proxies are killed, and the agent attaches,
-/// detaches and is killed: what is not cut off arrives, nothing is stuck, and nothing stays in the maps. Panics with what
-/// went wrong.
+/// Makes connections that end in every way while proxies are killed, and the agent attaches, detaches and is killed.
+///
+/// # Panics
+/// A connection that was not cut off is incomplete or stuck, or the maps keep entries.
 pub fn soak(duration: Duration, seed: u64) -> Soaked {
     let fixture = JoinedEnvoyFixture::new("envoys-soak");
     let before = footprint(&fixture.agent).expect("the maps");
@@ -186,7 +187,7 @@ pub fn soak(duration: Duration, seed: u64) -> Soaked {
     });
     drop(app);
     works_as_in_the_beginning(&fixture);
-    // A reset takes a moment to get everywhere.
+    // A reset takes a moment to reach both ends.
     let deadline = Instant::now() + PATIENCE;
     let mut after = footprint(&fixture.agent).expect("the maps");
     while after != before && Instant::now() < deadline {
@@ -204,7 +205,7 @@ impl std::fmt::Display for Soaked {
     }
 }
 
-/// Echoes each connection until the end of its stream, and then ends its own.
+/// Echoes each connection until the end of its stream, then closes it.
 fn echo(app: &Socket, until: Instant) {
     std::thread::scope(|scope| {
         while Instant::now() < until {
@@ -216,7 +217,7 @@ fn echo(app: &Socket, until: Instant) {
                 let end = TcpStream::from(end);
                 end.set_nonblocking(false).expect("set");
                 end.set_read_timeout(Some(PATIENCE)).expect("set");
-                // One that was cut off ends with an error.
+                // A connection that was cut off ends with an error.
                 drop(std::io::copy(&mut &end, &mut &end));
                 drop(end.shutdown(Shutdown::Write));
             });
@@ -229,7 +230,7 @@ fn work(fixture: &JoinedEnvoyFixture, mut random: SmallRng, until: Instant, soak
         match once(fixture, &mut random) {
             Ok(()) => soaked.whole.fetch_add(1, Ordering::Relaxed),
             Err(_cut_off) => {
-                // Refused at once, again and again, until Envoy is there.
+                // Refused until Envoy listens.
                 std::thread::park_timeout(Duration::from_millis(50));
                 soaked.cut.fetch_add(1, Ordering::Relaxed)
             }
@@ -237,7 +238,7 @@ fn work(fixture: &JoinedEnvoyFixture, mut random: SmallRng, until: Instant, soak
     }
 }
 
-/// Restarts proxies, and attaches with and without the option; each pod in turn. Returns the last proxies.
+/// Restarts proxies and attaches with and without the option, each pod in turn. Returns the last proxies.
 fn disturb(
     fixture: &JoinedEnvoyFixture,
     mut envoys: [Option<Sidecar>; 2],
@@ -288,7 +289,13 @@ fn works_as_in_the_beginning(fixture: &JoinedEnvoyFixture) {
     assert_eq!(fixture.joined(&fixture.pods.acceptor), before + 1);
 }
 
-/// One connection: bytes there and back, compared; an error if it was cut off, a panic if other bytes came.
+/// Makes one connection and compares the echoed bytes.
+///
+/// # Errors
+/// The connection was cut off.
+///
+/// # Panics
+/// The bytes differ.
 fn once(fixture: &JoinedEnvoyFixture, random: &mut SmallRng) -> anyhow::Result<()> {
     let client = socket(&fixture.pods.dialler, Family::V4, Ids::APP, None)?;
     client.connect_timeout(&PodPair::app(Family::V4).into(), PATIENCE)?;
@@ -298,7 +305,7 @@ fn once(fixture: &JoinedEnvoyFixture, random: &mut SmallRng) -> anyhow::Result<(
     let length = 1_usize << random.random_range(0..21);
     let slow = random.random_range(0..4) == 0;
     if random.random_range(0..8) == 0 {
-        // Leaves in the middle.
+        // Closes before the end.
         send(&client, &stream(seed, 0, length.min(30_000)))?;
         return Ok(());
     }
@@ -332,7 +339,7 @@ fn once(fixture: &JoinedEnvoyFixture, random: &mut SmallRng) -> anyhow::Result<(
                     at += read;
                 }
                 Err(error) if error.kind() == ErrorKind::WouldBlock => {
-                    // A connection that is stuck is neither whole nor cut off.
+                    // A connection that is stuck is neither complete nor cut off.
                     wait(&client, PollFlags::IN).expect("more, or the end");
                 }
                 Err(error) => break Err(error.into()),

@@ -17,14 +17,14 @@ pub const ENDLESS: u32 = u32::MAX;
 /// The role of a worker.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub enum Role {
-    /// Answers: a connection begins with the lengths of requests and responses, 4 bytes each in network order.
+    /// Answers requests. A connection begins with the lengths of its requests and responses, 4 bytes each in network order.
     Server {
-        /// Where it listens, on all addresses.
+        /// The port, on all addresses.
         ports: Vec<u16>,
     },
     /// The pod's proxy.
     Relay(RelayRole),
-    /// Makes connections on command.
+    /// Runs jobs.
     Client {
         /// The cgroups whose CPU time counts.
         pods: Vec<PathBuf>,
@@ -34,85 +34,85 @@ pub enum Role {
 /// A proxy.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct RelayRole {
-    /// Where it listens, on all addresses.
+    /// The port, on all addresses.
     pub port: u16,
-    /// Where it passes connections on.
+    /// Where its connections go.
     pub upstream: Upstream,
-    /// What it binds before it connects.
+    /// The source address of its connections.
     pub source: Option<IpAddr>,
 }
 
-/// Where a relay passes connections on.
+/// Where the connections of a relay go.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub enum Upstream {
-    /// To what SO_ORIGINAL_DST says.
+    /// To the original destination (SO_ORIGINAL_DST).
     OriginalDestination,
-    /// To these, in turn.
+    /// To these addresses, in turn.
     Fixed(Vec<SocketAddr>),
 }
 
 /// How long a measurement takes.
 #[derive(Debug, Clone, Copy, Serialize, Deserialize)]
 pub struct Timing {
-    /// Before it counts.
+    /// The warm-up, which does not count.
     pub warm_up: Duration,
-    /// While it counts.
+    /// The measured time.
     pub measure: Duration,
 }
 
 /// What a client can do.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub enum WorkerJob {
-    /// Connect, ask a byte, be answered a byte, reset; over and over.
+    /// Connect, exchange one byte each way, reset, and repeat.
     Connect {
         /// The server.
         to: SocketAddr,
-        /// So many at the same time.
+        /// Number of connections at the same time.
         clients: usize,
-        /// How long.
+        /// The time of the measurement.
         timing: Timing,
     },
-    /// Requests and responses on connections that stay.
+    /// Requests and responses on connections that stay open.
     Exchange {
         /// The server.
         to: SocketAddr,
-        /// So many, each with one request under way.
+        /// Number of connections, each with one request in flight.
         connections: usize,
         /// Bytes of a request, and of a response.
         size: u32,
-        /// How long.
+        /// The time of the measurement.
         timing: Timing,
     },
-    /// As many bytes as go through one connection.
+    /// The throughput of one connection.
     Stream {
         /// The server.
         to: SocketAddr,
-        /// How long.
+        /// The time of the measurement.
         timing: Timing,
     },
     /// Open connections and keep them until [`WorkerJob::Release`].
     Hold {
         /// The servers, in turn.
         to: Vec<SocketAddr>,
-        /// The sources to bind, in turn; none leaves it to the route.
+        /// Source addresses, in turn. If empty, the route selects the source.
         from: Vec<IpAddr>,
-        /// So many.
+        /// Number of connections.
         connections: usize,
-        /// When to give up.
+        /// The time limit.
         limit: Duration,
     },
     /// Open a connection, write to it, and keep it until [`WorkerJob::Release`].
     Probe {
         /// The server.
         to: SocketAddr,
-        /// What is written.
+        /// The bytes to write.
         say: String,
     },
-    /// Close what [`WorkerJob::Hold`] and [`WorkerJob::Probe`] opened.
+    /// Close the connections of [`WorkerJob::Hold`] and [`WorkerJob::Probe`].
     Release,
 }
 
-/// What came of a job.
+/// The result of a job.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub enum WorkerAnswer {
     /// Of Connect, Exchange and Stream.
@@ -123,27 +123,27 @@ pub enum WorkerAnswer {
     Connected,
     /// Of Release.
     Released,
-    /// It could not be done.
+    /// The error of a job that failed.
     Failed(String),
 }
 
 /// A measurement.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Measured {
-    /// How long it took.
+    /// The time it took.
     pub seconds: f64,
     /// Connections, requests, or bytes.
     pub operations: u64,
     /// Connections that were refused, reset or closed early.
     pub failures: u64,
-    /// Nanoseconds of one operation; none for bytes.
+    /// The time of one operation, in nanoseconds. None for bytes.
     pub latency: Option<Latency>,
-    /// CPU time that went into it.
+    /// The CPU time that it used.
     pub cpu: Spent,
 }
 
-/// Percentiles, in nanoseconds. The generator has a fixed number of requests under way: a slow answer also holds
-/// back the requests after it.
+/// Percentiles, in nanoseconds. The client has a fixed number of requests in flight, so a slow response also delays the
+/// requests after it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Latency {
     /// The median.
@@ -157,18 +157,18 @@ pub struct Latency {
 /// Connections that were opened and are kept.
 #[derive(Debug, Clone, Copy, Serialize, Deserialize)]
 pub struct HeldConnections {
-    /// So many are open, each has been answered.
+    /// Number of open connections, each with a response.
     pub open: usize,
-    /// So many failed.
+    /// Number of failures.
     pub failures: u64,
-    /// The last failure's error number.
+    /// The errno of the last failure.
     pub errno: Option<i32>,
-    /// How long it took.
+    /// The time it took.
     pub seconds: f64,
 }
 
 impl Latency {
-    /// Of a set of samples, which it sorts; none of an empty set.
+    /// The percentiles of samples, which it sorts. `None` without samples.
     pub fn of(samples: &mut [u32]) -> Option<Self> {
         samples.sort_unstable();
         let at =

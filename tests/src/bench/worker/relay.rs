@@ -1,4 +1,5 @@
-//! The built-in proxy: accepts, connects onwards, and copies both ways by plain reads and writes.
+//! The built-in proxy. It accepts connections, connects to their destinations, and copies in both directions with plain
+//! reads and writes.
 
 use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
@@ -15,19 +16,19 @@ const LISTENER: u64 = u64::MAX;
 /// One end of a relayed connection.
 struct RelaySocket {
     socket: OwnedFd,
-    /// Taken from the other end, and not yet taken by this one.
+    /// Bytes that were read from the other end and not yet written to this one.
     pending: Vec<u8>,
     connected: bool,
-    /// This end sends no more.
+    /// Whether this end has sent the end of its stream.
     finished: bool,
-    /// Nothing more will be written to this end.
+    /// Whether this end was shut down for writing.
     shut: bool,
 }
 
-/// The connection that was accepted, and the one that goes onwards.
+/// The accepted connection, and the one to its destination.
 type Pair = [RelaySocket; 2];
 
-/// Relays what comes to the listener.
+/// Relays the connections of the listener.
 pub(super) fn relay(listener: &OwnedFd, relay: &RelayRole) -> Result<()> {
     let mut poller = Poller::new()?;
     poller.add_listener(listener, LISTENER)?;
@@ -54,7 +55,7 @@ pub(super) fn relay(listener: &OwnedFd, relay: &RelayRole) -> Result<()> {
 
 fn onwards(client: OwnedFd, relay: &RelayRole, turn: &mut usize) -> Result<Option<Pair>> {
     let to = match &relay.upstream {
-        // Where NAT has lost count, as it does when ports run short, the client learns it by the reset.
+        // NAT sometimes forgets a connection when ports are scarce. The client then sees a reset.
         Upstream::OriginalDestination => match sockopt::ip_original_dst(&client) {
             Ok(to) => SocketAddr::V4(to),
             Err(_) => return Ok(None),
@@ -69,7 +70,7 @@ fn onwards(client: OwnedFd, relay: &RelayRole, turn: &mut usize) -> Result<Optio
             "the original destination {to} is the relay's own port: the connection was not captured rightly"
         );
     }
-    // Where no port is left the client learns it by the reset.
+    // If no port is free, the client sees a reset.
     let Ok(server) = dial(to, relay.source) else { return Ok(None) };
     let end = |socket, connected| RelaySocket {
         socket,
@@ -81,7 +82,7 @@ fn onwards(client: OwnedFd, relay: &RelayRole, turn: &mut usize) -> Result<Optio
     Ok(Some([end(client, true), end(server, false)]))
 }
 
-/// The open pairs. The token of an end is its pair's index, doubled, and 1 for the end that goes onwards.
+/// The open pairs. The token of an end is twice the index of its pair, plus 1 for the connection to the destination.
 #[derive(Default)]
 struct Pairs {
     pairs: Vec<Option<Pair>>,
@@ -101,8 +102,7 @@ impl Pairs {
         Ok(())
     }
 
-    /// An event of a pair that has just been closed may still come, and then meet a new pair: that one merely
-    /// finds nothing to do.
+    /// An event of a closed pair may arrive after a new pair has taken its index. The new pair then finds nothing to do.
     fn handle(&mut self, event: SocketReadiness, buffer: &mut [u8]) {
         let token = usize::try_from(event.token).expect("tokens are indices");
         let Some(Some(pair)) = self.pairs.get_mut(token / 2) else { return };
@@ -115,13 +115,13 @@ impl Pairs {
     }
 }
 
-/// Does what can be done now; false if the connection is broken.
+/// Copies what can be copied now. False if the connection is broken.
 fn happened(pair: &mut Pair, side: usize, event: SocketReadiness, buffer: &mut [u8]) -> bool {
     if event.writable {
         let first = !pair[side].connected;
         pair[side].connected = true;
         if first || !pair[side].pending.is_empty() {
-            // What came from the other end meanwhile has waited for this.
+            // Bytes from the other end may have waited for this.
             if !copy(pair, 1 - side, true, buffer) {
                 return false;
             }
@@ -130,7 +130,8 @@ fn happened(pair: &mut Pair, side: usize, event: SocketReadiness, buffer: &mut [
     !event.readable || copy(pair, side, event.closing, buffer)
 }
 
-/// Copies from an end to the other as long as both allow; `drain` also looks for the end of the stream.
+/// Copies from one end to the other until one of them would block. With `drain`, it also looks for the end of the
+/// stream.
 fn copy(pair: &mut Pair, from: usize, drain: bool, buffer: &mut [u8]) -> bool {
     let (left, right) = pair.split_at_mut(1);
     let (from, to) = if from == 0 { (&mut left[0], &mut right[0]) } else { (&mut right[0], &mut left[0]) };
@@ -166,7 +167,7 @@ fn copy(pair: &mut Pair, from: usize, drain: bool, buffer: &mut [u8]) -> bool {
                 }
             }
             IoStep::Later => return true,
-            // A reset is passed on as one.
+            // A reset is passed on as a reset.
             IoStep::Broken(_) => return false,
             IoStep::End => from.finished = true,
         }

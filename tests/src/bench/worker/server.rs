@@ -1,4 +1,4 @@
-//! The server: answers requests of a length with responses of a length.
+//! The server. Requests and responses have lengths that the client sets.
 
 use std::os::fd::OwnedFd;
 
@@ -15,11 +15,11 @@ const LISTENERS: u64 = 1 << 32;
 /// A connection.
 struct Conversation {
     socket: OwnedFd,
-    /// Filled first.
+    /// The lengths, as far as they have arrived.
     head: Vec<u8>,
-    /// Bytes of the request that have come.
+    /// Received bytes of the request.
     got: usize,
-    /// Bytes of responses that are owed.
+    /// Bytes of responses that are still to be written.
     owed: usize,
 }
 
@@ -61,7 +61,7 @@ pub(super) fn serve(listeners: &[OwnedFd]) -> Result<()> {
 }
 
 impl Conversation {
-    /// Reads and answers as far as possible; false once the client is gone. `drain` looks for that end.
+    /// Reads and answers as far as possible. False after the client has closed. With `drain`, it looks for that.
     fn answer(&mut self, drain: bool, buffer: &mut [u8]) -> bool {
         let mut more = true;
         loop {
@@ -94,7 +94,7 @@ impl Conversation {
         }
     }
 
-    /// Completes the head, and returns how many bytes come after it.
+    /// Completes the head. Returns the number of bytes after it.
     fn take_head(&mut self, bytes: &[u8]) -> usize {
         let missing = (8 - self.head.len()).min(bytes.len());
         self.head.extend_from_slice(&bytes[..missing]);

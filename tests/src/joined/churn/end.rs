@@ -1,4 +1,4 @@
-//! The two ends, as processes of the pods' proxies: non-blocking sockets, sleeping in poll.
+//! The two ends. They are processes of the pods' proxies, with non-blocking sockets and poll.
 
 use std::{
     fmt,
@@ -15,52 +15,52 @@ use socket2::{Domain, SockAddr, Socket, Type};
 
 use super::super::{INBOUND, PATIENCE, receive, send, wait};
 
-/// What the accepting end prints when it listens.
+/// The line that the accepting end prints when it listens.
 pub const READY: &str = "ready";
 
-/// Connections of an end at the same time.
+/// Number of connections of an end at the same time.
 const DIALLING: u64 = 4;
-/// One more than all that can be dialled, so that none waits for another.
+/// One more than can be open, so that no connection waits for another.
 const ACCEPTING: u64 = DIALLING + 1;
-/// The first source port, and how many each thread uses in turn.
+/// The first source port, and the number of ports of each thread.
 const FIRST_PORT: u16 = 20_000;
 const PORTS: u64 = 64;
-/// Messages each way, and bytes of the longest.
+/// Number of messages in each direction, and the size of the longest.
 const MESSAGES: u32 = 4;
 const LONGEST: usize = 2000;
 /// Bytes of a [`Greeting`].
 const GREETING: usize = 32;
 
-/// Which end a process is.
+/// The end that a process is.
 #[derive(Debug, Clone, clap::Subcommand)]
 pub enum ChurnRole {
-    /// Accepts whatever comes
+    /// Accepts connections
     Accept {
         /// The pair of pods
         #[arg(long)]
         pair: u64,
     },
-    /// Dials
+    /// Makes connections
     Dial {
         /// The pair of pods
         #[arg(long)]
         pair: u64,
-        /// Where to
+        /// The destination
         #[arg(long)]
         to: SocketAddr,
-        /// How often
+        /// The number of connections
         #[arg(long)]
         connections: u64,
-        /// Decides sizes
+        /// The seed of the sizes
         #[arg(long)]
         seed: u64,
     },
 }
 
-/// A line of the dialling end.
+/// A line of the connecting end.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ChurnProgress {
-    /// Connections with everything compared.
+    /// Complete connections, with all bytes compared.
     pub made: u64,
     /// Connections that ended early.
     pub broken: u64,
@@ -81,7 +81,7 @@ impl FromStr for ChurnProgress {
     }
 }
 
-/// The first bytes of each end: who it is, and which connection it takes this for.
+/// The first bytes of each end: its identity and that of the connection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Greeting {
     pair: u64,
@@ -106,12 +106,12 @@ impl Greeting {
     }
 }
 
-/// Why a connection did not work.
+/// Why a connection failed.
 #[derive(Debug)]
 enum Trouble {
     /// It ended early.
     Broken(anyhow::Error),
-    /// It brought what belongs to another, or the bytes of this one in another order.
+    /// It had bytes of another connection, or its own in another order.
     Crossed(String),
 }
 
@@ -128,7 +128,7 @@ impl From<std::io::Error> for Trouble {
 }
 
 impl ChurnRole {
-    /// Is this end, until its work is done.
+    /// Runs this end until all connections are made.
     pub fn run(self) -> Result<()> {
         match self {
             Self::Accept { pair } => accept(pair),
@@ -148,7 +148,7 @@ fn accept(pair: u64) -> Result<()> {
         for _ in 0..ACCEPTING {
             scope.spawn(|| {
                 loop {
-                    // The longest pause between two connections is the end of the run.
+                    // After this pause between two connections, the run is over.
                     if wait(&listener, PollFlags::IN).is_err() {
                         continue;
                     }
@@ -206,7 +206,7 @@ fn dial(pair: u64, to: SocketAddr, connections: u64, seed: u64) -> Result<()> {
     Ok(())
 }
 
-/// One connection of the dialling end.
+/// Makes one connection.
 fn talk(to: SocketAddr, greeting: Greeting) -> Result<(), Trouble> {
     let socket = Socket::new(Domain::IPV4, Type::STREAM, None)?;
     socket.set_reuse_address(true)?;
@@ -214,7 +214,7 @@ fn talk(to: SocketAddr, greeting: Greeting) -> Result<(), Trouble> {
     let port = u16::try_from(port).map_err(|error| anyhow!(error))?;
     socket.bind(&SockAddr::from(SocketAddr::from((Ipv4Addr::UNSPECIFIED, port))))?;
     socket.set_tcp_nodelay(true)?;
-    // A reset, unless the other end has closed before: no port waits.
+    // Closed by a reset, unless the other end has closed, so that no port is left in TIME_WAIT.
     socket.set_linger(Some(Duration::ZERO))?;
     socket.connect_timeout(&SockAddr::from(to), PATIENCE).context("dialling")?;
     socket.set_nonblocking(true)?;
@@ -243,7 +243,7 @@ fn talk(to: SocketAddr, greeting: Greeting) -> Result<(), Trouble> {
     Ok(())
 }
 
-/// One connection of the accepting end.
+/// Serves one accepted connection.
 fn answer(end: &TcpStream, pair: u64) -> Result<(), Trouble> {
     end.set_nonblocking(true)?;
     end.set_nodelay(true)?;
@@ -266,7 +266,7 @@ fn answer(end: &TcpStream, pair: u64) -> Result<(), Trouble> {
     Ok(())
 }
 
-/// Every other connection is closed by the accepting end, in order.
+/// Whether the accepting end closes this connection in order: every other one.
 fn is_closed_by_the_other(greeting: Greeting) -> bool {
     greeting.seed.is_multiple_of(2)
 }
