@@ -214,9 +214,6 @@ pub(crate) struct DaemonArgs {
     /// Whether IPv6 of pods with a sidecar is captured
     #[arg(long, value_enum, default_value_t = CaptureIpv6::AsIstio, env = "INTERCEPT_IPV6")]
     pub(crate) ipv6: CaptureIpv6,
-    /// Mesh whose sidecars are captured
-    #[arg(long, value_enum, default_value_t = SidecarMesh::Istio, env = "INTERCEPT_MESH")]
-    pub(crate) mesh: SidecarMesh,
     /// Keep the CNI plugin in the node's configuration when other programs rewrite it
     #[arg(long, env = "INTERCEPT_CNI_KEEP", group = "asks")]
     pub(crate) cni_keep: bool,
@@ -284,6 +281,9 @@ pub(crate) struct CniPlugin {
     /// Which pods are captured through the plugin
     #[arg(long = "select", value_enum, default_value_t = SelectPods::Sidecar, env = "INTERCEPT_CNI_SELECT")]
     pub(crate) select: SelectPods,
+    /// Mesh whose sidecars are captured
+    #[arg(long, value_enum, default_value_t = SidecarMesh::Istio, env = "INTERCEPT_MESH")]
+    pub(crate) mesh: SidecarMesh,
 }
 
 #[derive(Args)]

@@ -23,7 +23,7 @@ pub use config::{PLUGIN, PluginConfig};
 
 use crate::daemon::{
     protocol::{Add, DaemonRequest, Refusal, Response, SandboxInfo, Select},
-    sidecar, socket,
+    socket,
 };
 
 /// The supported versions, oldest first.
@@ -248,12 +248,9 @@ fn collect(config: &PluginConfig) -> Result<(), CniError> {
 }
 
 fn is_plain(config: &PluginConfig) -> bool {
+    let annotations = config.runtime.annotations.as_ref();
     config.select == Select::Sidecar
-        && config
-            .runtime
-            .annotations
-            .as_ref()
-            .is_none_or(|annotations| !annotations.contains_key(sidecar::STATUS))
+        && annotations.is_none_or(|annotations| !config.mesh.has_injected(annotations))
 }
 
 fn refused(what: &str, response: &Response) -> CniError {

@@ -76,7 +76,12 @@ impl ConfFile {
             serde_json::from_slice(&text).map_err(|source| InstallError::Json { path: shown(), source })?;
         let is_list = path.extension().is_some_and(|kind| kind == "conflist");
         let valid = match is_list {
-            true => content.get("plugins").and_then(Value::as_array).is_some_and(|list| !list.is_empty()),
+            // Runtimes refuse a list without a name, and a plugin without a type.
+            true => {
+                let plugins = content.get("plugins").and_then(Value::as_array);
+                content.get("name").and_then(Value::as_str).is_some_and(|name| !name.is_empty())
+                    && plugins.is_some_and(|list| !list.is_empty() && list.iter().all(|p| kind(p).is_some()))
+            }
             false => kind(&content).is_some(),
         };
         if valid {

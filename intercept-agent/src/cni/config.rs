@@ -7,6 +7,7 @@ use serde_json::Value;
 
 use crate::daemon::{
     desired::CaptureArgs,
+    mesh::Mesh,
     protocol::{DEFAULT_SOCKET, Select},
     sidecar,
 };
@@ -25,6 +26,8 @@ pub struct PluginConfig {
     pub socket: PathBuf,
     /// Which pods are captured.
     pub select: Select,
+    /// The mesh by whose annotation the plugin recognizes pods with a sidecar while the daemon does not answer.
+    pub mesh: Mesh,
     /// Arguments for every pod, as for `attach`.
     pub arguments: Vec<String>,
     /// Environment variables for every pod, as for `attach`.
@@ -82,6 +85,7 @@ impl Default for PluginConfig {
             cni_version: None,
             socket: PathBuf::from(DEFAULT_SOCKET),
             select: Select::default(),
+            mesh: Mesh::default(),
             arguments: Vec::new(),
             environment: BTreeMap::new(),
             standalone: false,

@@ -15,6 +15,7 @@ use super::{
     PLUGIN, VERSIONS,
     chain::{self, ConfFile, Inserted},
 };
+use crate::daemon::mesh::Mesh;
 
 /// Suffix of the copy of a single plugin's configuration, which is a list while the plugin is installed.
 const SAVED: &str = "before-intercept";
@@ -220,13 +221,16 @@ fn take_out(path: &Path) -> Result<bool, InstallError> {
 }
 
 /// Returns the plugin's entry for a list.
-pub fn entry(socket: &Path, select: &str, arguments: &[String]) -> Value {
+pub fn entry(socket: &Path, select: &str, mesh: Mesh, arguments: &[String]) -> Value {
     let mut entry = json!({
         "type": PLUGIN,
         "socket": socket,
         "select": select,
         "capabilities": { "io.kubernetes.cri.pod-annotations": true, "cgroupPath": true },
     });
+    if mesh != Mesh::default() {
+        entry["mesh"] = json!(mesh.as_str());
+    }
     if !arguments.is_empty() {
         entry["arguments"] = json!(arguments);
     }

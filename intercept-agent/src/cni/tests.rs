@@ -142,6 +142,20 @@ fn without_a_daemon_only_pods_that_bear_the_mark_wait_for_it() {
     assert!(call("ADD", &with("null")).perform().is_ok());
     // The runtime passes no annotations, so plain pods must start.
     assert!(call("ADD", &config(nowhere, "")).perform().is_ok());
+    // The mark is that of the daemon's mesh.
+    for (mesh, mark) in [
+        ("istio", r#"{"sidecar.istio.io/status":"{}"}"#),
+        ("linkerd", r#"{"linkerd.io/proxy-version":"edge-26.1.1"}"#),
+        ("kuma", r#"{"kuma.io/sidecar-injected":"true"}"#),
+        ("consul", r#"{"consul.hashicorp.com/redirect-traffic-config":"{}"}"#),
+    ] {
+        for own in ["istio", "linkerd", "kuma", "consul"] {
+            let more =
+                format!(r#","mesh":"{own}","runtimeConfig":{{"io.kubernetes.cri.pod-annotations":{mark}}}"#);
+            let waits = call("ADD", &config(nowhere, &more)).perform().is_err();
+            assert_eq!(waits, own == mesh, "a pod of {mesh} with --mesh {own}");
+        }
+    }
     assert_eq!(call("DEL", &config(nowhere, "")).perform(), Ok(None));
     assert_eq!(error(call("CHECK", &config(nowhere, "")).perform()).0, 11);
 }

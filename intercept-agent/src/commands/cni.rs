@@ -6,11 +6,12 @@ use anyhow::{Context as _, Result};
 
 use super::{Failed, print_line};
 use crate::{
-    cli::{CniArgs, CniCommand, CniFolders, CniPlugin, SelectPods},
+    cli::{CniArgs, CniCommand, CniFolders, CniPlugin, SelectPods, SidecarMesh},
     cni::{
         Call,
         install::{self, Folders, Installed, Mode, Plugin},
     },
+    daemon::mesh::Mesh,
     escape,
 };
 
@@ -50,8 +51,19 @@ pub(super) fn in_place(plugin: CniPlugin, socket: &Path, options: &[String]) -> 
     Plugin {
         folders: in_folders(plugin.folders),
         mode,
-        entry: install::entry(socket, select, options),
+        entry: install::entry(socket, select, plugin.mesh.into(), options),
         binary: install::OWN_BINARY.into(),
+    }
+}
+
+impl From<SidecarMesh> for Mesh {
+    fn from(mesh: SidecarMesh) -> Self {
+        match mesh {
+            SidecarMesh::Istio => Self::Istio,
+            SidecarMesh::Linkerd => Self::Linkerd,
+            SidecarMesh::Kuma => Self::Kuma,
+            SidecarMesh::Consul => Self::Consul,
+        }
     }
 }
 

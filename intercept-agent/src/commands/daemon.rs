@@ -4,10 +4,9 @@ use anyhow::{Context as _, Result};
 use tokio::signal::unix::{SignalKind, signal};
 
 use crate::{
-    cli::{CaptureIpv6, DaemonArgs, SidecarMesh},
+    cli::{CaptureIpv6, DaemonArgs},
     daemon::{
         desired::CaptureArgs,
-        mesh::Mesh,
         serve::{Settings, serve},
         sidecar::{Ipv6, Selection},
     },
@@ -22,12 +21,7 @@ pub(super) fn daemon(args: DaemonArgs) -> Result<()> {
             CaptureIpv6::AsIstio => Ipv6::AsIstio,
             CaptureIpv6::Always => Ipv6::Always,
         },
-        mesh: match args.mesh {
-            SidecarMesh::Istio => Mesh::Istio,
-            SidecarMesh::Linkerd => Mesh::Linkerd,
-            SidecarMesh::Kuma => Mesh::Kuma,
-            SidecarMesh::Consul => Mesh::Consul,
-        },
+        mesh: args.plugin.mesh.into(),
     };
     let plugin = args.cni_keep.then(|| super::cni::in_place(args.plugin, &args.socket.socket, &args.options));
     let mut arguments = args.options;

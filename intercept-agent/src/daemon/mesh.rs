@@ -2,6 +2,8 @@
 
 use std::collections::BTreeMap;
 
+use serde::Deserialize;
+
 use super::{
     desired::CaptureArgs,
     sidecar::{
@@ -17,7 +19,8 @@ mod linkerd;
 pub(super) use linkerd::CONTROL_PLANE;
 
 /// The mesh whose sidecars are captured.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub enum Mesh {
     /// [`super::sidecar`].
     #[default]
@@ -69,14 +72,10 @@ pub(super) fn decide_by_annotations(
     selection: &Selection,
     defaults: &CaptureArgs,
 ) -> (MeshVerdict, Certainty) {
-    let injected = match selection.mesh {
-        Mesh::Linkerd => annotations.contains_key(linkerd::INJECTED),
-        Mesh::Kuma => annotations.get(kuma::INJECTED).is_some_and(|value| value == "true"),
-        Mesh::Istio | Mesh::Consul => {
-            return (consul::capture(annotations, selection, defaults), Certainty::Certain);
-        }
-    };
-    if !injected {
+    if selection.mesh == Mesh::Consul {
+        return (consul::capture(annotations, selection, defaults), Certainty::Certain);
+    }
+    if !selection.mesh.has_injected(annotations) {
         return (Ok(PodVerdict::Ignore(IgnoreReason::NoSidecar)), Certainty::Certain);
     }
     (capture(annotations, Known::default(), selection, defaults), Certainty::Provisional)
@@ -101,6 +100,26 @@ pub(super) fn reads(annotation: &str) -> bool {
 }
 
 impl Mesh {
+    /// Returns the name, as in options.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Istio => "istio",
+            Self::Linkerd => "linkerd",
+            Self::Kuma => "kuma",
+            Self::Consul => "consul",
+        }
+    }
+
+    /// Whether the mesh's injector has changed a pod with these annotations. Others have no sidecar.
+    pub fn has_injected(self, annotations: &Annotations) -> bool {
+        match self {
+            Self::Istio => annotations.contains_key(sidecar::STATUS),
+            Self::Linkerd => annotations.contains_key(linkerd::INJECTED),
+            Self::Kuma => annotations.get(kuma::INJECTED).is_some_and(|value| value == "true"),
+            Self::Consul => annotations.contains_key(consul::CONFIG),
+        }
+    }
+
     /// Whether a pod inherits this annotation from its namespace.
     pub(super) fn inherits(self, annotation: &str) -> bool {
         self == Self::Linkerd && linkerd::inherits(annotation)

@@ -209,7 +209,10 @@ mod tests {
     use serde_json::{Value, json};
 
     use super::*;
-    use crate::cni::install::{self, Folders, Mode};
+    use crate::{
+        cni::install::{self, Folders, Mode},
+        daemon::mesh::Mesh,
+    };
 
     const PRIMARY: &str = r#"{"cniVersion": "1.0.0", "name": "net", "plugins": [{"type": "bridge"}]}"#;
 
@@ -223,7 +226,7 @@ mod tests {
             let dir = tempfile::tempdir().expect("a folder");
             let folders =
                 Folders { configurations: dir.path().join("net.d"), binaries: dir.path().join("bin") };
-            let entry = install::entry(Path::new("/run/s.sock"), "sidecar", &[]);
+            let entry = install::entry(Path::new("/run/s.sock"), "sidecar", Mesh::Istio, &[]);
             let binary = dir.path().join("agent");
             fs::write(&binary, "the agent").expect("written");
             let plugin = Plugin { folders, mode: Mode::Chained { file: None }, entry, binary };

@@ -53,7 +53,7 @@ const LIST: &str =
     r#"{"cniVersion": "1.0.0", "name": "net", "plugins": [{"type": "bridge"}, {"type": "portmap"}]}"#;
 
 fn ours() -> Value {
-    entry(Path::new("/run/s.sock"), "sidecar", &[])
+    entry(Path::new("/run/s.sock"), "sidecar", Mesh::Istio, &[])
 }
 
 #[test]
@@ -72,7 +72,7 @@ fn installed_last_once_and_taken_out_again() {
     assert_eq!(fs::metadata(&path).expect("there").modified().expect("a time"), written);
 
     // Another entry replaces the plugin's own.
-    let other = entry(Path::new("/run/other.sock"), "all", &["-b".into(), "*".into()]);
+    let other = entry(Path::new("/run/other.sock"), "all", Mesh::Kuma, &["-b".into(), "*".into()]);
     node.chain(other.clone()).expect("replaced");
     let plugins = read(&path)["plugins"].as_array().expect("a list").clone();
     assert_eq!((plugins.len(), plugins.last()), (3, Some(&other)));
@@ -139,7 +139,10 @@ fn what_cannot_be_chained_is_refused_and_untouched() {
 fn the_first_file_that_a_runtime_can_use_is_taken() {
     let node = node(&[
         ("00-empty.conflist", r#"{"name": "n", "plugins": []}"#),
+        ("00-nameless.conflist", r#"{"plugins": [{"type": "bridge"}]}"#),
+        ("00-typeless.conflist", r#"{"name": "n", "plugins": [{"type": "bridge"}, {"name": "m"}]}"#),
         ("01-broken.conflist", "{"),
+        ("01-comment.conflist", &format!("// the cluster's network\n{LIST}")),
         ("02-list.conf", LIST),
         (".03-hidden.conflist.tmp", LIST),
         ("04-net.json", r#"{"cniVersion": "1.1.0", "name": "net", "type": "bridge"}"#),
@@ -151,6 +154,21 @@ fn the_first_file_that_a_runtime_can_use_is_taken() {
     assert_eq!(node.chain(ours()).expect("again"), None);
     uninstall(&node.folders).expect("uninstalled");
     assert_eq!(node.files(), before);
+}
+
+#[test]
+fn what_the_plugin_does_not_know_stays_as_it_is() {
+    let text = r#"{"vendor": {"b": [1, 2.5, null], "a": "\u00e9"}, "cniVersion": "1.1.0", "disableCheck": "true", "name": "net",
+        "plugins": [{"type": "calico", "ipam": {"type": "host-local"}, "x-y": 18446744073709551615}, {"type": "bandwidth",
+        "capabilities": {"bandwidth": true}}], "zone": false}"#;
+    let node = node(&[("10-net.conflist", text)]);
+    let path = node.chain(ours()).expect("installed").expect("changed");
+    let mut expected: Value = serde_json::from_str(text).expect("JSON");
+    expected["plugins"].as_array_mut().expect("a list").push(ours());
+    // The order of the fields stays too.
+    assert_eq!(read(&path).to_string(), expected.to_string());
+    uninstall(&node.folders).expect("uninstalled");
+    assert_eq!(read(&path).to_string(), serde_json::from_str::<Value>(text).expect("JSON").to_string());
 }
 
 #[test]
