@@ -18,7 +18,10 @@ const PROGRAMS: &str = "tests/src/bin";
 
 /// Builds the agent in release mode. Returns its path.
 pub(crate) fn agent() -> Result<PathBuf> {
-    run::shown(run::cargo("build").args(["--release", "--package", AGENT]))?;
+    // Cargo gives dependencies the features that all selected packages ask for. With the same packages as in
+    // `everything`, one build of the dependencies serves both.
+    let selection = ["--package", AGENT, "--package", "tests", "--bin", AGENT];
+    run::shown(run::cargo("build").arg("--release").args(selection))?;
     Ok(workspace::target().join("release").join(AGENT))
 }
 

@@ -15,6 +15,16 @@ use crate::workspace;
 pub(crate) fn cargo(subcommand: &str) -> Command {
     let mut cargo = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
     cargo.arg(subcommand).current_dir(workspace::root());
+    // `cargo xtask` describes the package xtask to this process. Build scripts that read such variables, as ring's,
+    // would run again after each change between this command and a plain cargo.
+    for (name, _) in env::vars_os() {
+        if name
+            .to_str()
+            .is_some_and(|name| name.starts_with("CARGO_PKG_") || name.starts_with("CARGO_MANIFEST_"))
+        {
+            cargo.env_remove(name);
+        }
+    }
     cargo
 }
 
