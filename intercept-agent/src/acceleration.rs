@@ -26,15 +26,13 @@ use intercept_common::{
 
 use crate::{
     btf_offsets::{self, OffsetError},
+    objects::JOIN,
     options::Config,
     store::Store,
     sys::{self, Plain},
 };
 
 pub use proxies::Owners;
-
-/// The compiled programs for joined connections, an ELF object.
-pub static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/join.o"));
 
 /// Why connections of a pod, or of the whole node, are not joined.
 #[derive(Debug, thiserror::Error)]
@@ -283,7 +281,7 @@ fn load_programs(maps: &Path, programs: &Path) -> Result<(), AccelerationError> 
     for (name, path) in &paths {
         loader.map_pin_path(name, path.as_path());
     }
-    let mut ebpf = loader.load(OBJECT).map_err(|error| AccelerationError::Load(Box::new(error)))?;
+    let mut ebpf = loader.load(JOIN).map_err(|error| AccelerationError::Load(Box::new(error)))?;
     // JOIN_OPS is pinned last, so that its pin shows that everything is loaded.
     for name in [names::JOIN_MSG, names::JOIN_OPS] {
         let program = ebpf.program_mut(name).ok_or(AccelerationError::Absent(name))?;

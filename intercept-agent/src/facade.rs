@@ -58,7 +58,8 @@ pub mod options {
 
 /// The programs.
 pub mod programs {
-    pub use crate::programs::{DEFAULT_MAX_CONNECTIONS, OBJECT, attach_type};
+    pub use crate::objects::CAPTURE;
+    pub use crate::programs::{DEFAULT_MAX_CONNECTIONS, attach_type};
 }
 
 /// The record of a pod.

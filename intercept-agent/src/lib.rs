@@ -25,6 +25,7 @@ mod netlink;
 mod netns;
 mod netns_setup;
 mod node;
+mod objects;
 mod options;
 mod ownership;
 mod pod_process;

@@ -25,12 +25,10 @@ use intercept_common::{layout::COOKIE_PLACEHOLDER, names};
 use crate::{
     btf_offsets,
     ids::NetnsCookie,
+    objects::CAPTURE,
     support::{self, Lacking, Missing, Need},
     sys::{self, ProgramKind},
 };
-
-/// The compiled capture programs, an ELF object.
-pub static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/intercept.o"));
 
 /// Why programs cannot be loaded.
 #[derive(Debug, thiserror::Error)]
@@ -165,7 +163,7 @@ fn load_all(
     for (name, path) in &paths {
         loader.map_pin_path(name, path.as_path());
     }
-    let mut ebpf = loader.load(OBJECT).map_err(ProgramError::Load)?;
+    let mut ebpf = loader.load(CAPTURE).map_err(ProgramError::Load)?;
     let mut loaded = verify_all(&mut ebpf);
     // In the order in which they are needed: what the kernel refuses first is the error.
     for name in [names::STEER_INBOUND].iter().chain(&names::CGROUP_PROGRAMS).copied() {
@@ -274,7 +272,7 @@ impl Lookup {
     /// aya's loader would parse the kernel's BTF first, which takes ten times as long.
     pub fn prepare(maps: &Path) -> Result<Self, ProgramError> {
         let failed = |error: Box<dyn std::error::Error + Send + Sync>| ProgramError::Instance(error);
-        let mut object = Object::parse(OBJECT).map_err(|e| failed(e.into()))?;
+        let mut object = Object::parse(CAPTURE).map_err(|e| failed(e.into()))?;
         object.programs.retain(|name, _| name == names::SK_LOOKUP);
         let key = object
             .programs

@@ -22,6 +22,7 @@ use std::{
 
 use crate::{
     ids::{NetnsCookie, PolicyId},
+    objects,
     ownership::{OwnedFolder, OwnershipError},
     record::Record,
     sys,
@@ -159,7 +160,7 @@ impl Store {
         Self {
             version: root.join(format!("v{}", layout::VERSION)),
             root,
-            digest: digest(&[crate::programs::OBJECT, crate::acceleration::OBJECT]),
+            digest: digest(&[objects::CAPTURE, objects::JOIN]),
         }
     }
 

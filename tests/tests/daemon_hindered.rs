@@ -11,7 +11,7 @@ use aya_obj::Object;
 use intercept_agent::facade::{
     daemon::{PodReport, PodState},
     maps::Maps,
-    programs::OBJECT,
+    programs::CAPTURE,
     sys,
 };
 use intercept_common::{layout, names};
@@ -29,7 +29,7 @@ const ROOM: u32 = 10;
 fn with_little_room(agent: &Agent) {
     let maps = agent.store().join("maps");
     fs::create_dir_all(&maps).expect("made");
-    let mut map = Object::parse(OBJECT).expect("an object").maps.remove(names::PORTS).expect("a map");
+    let mut map = Object::parse(CAPTURE).expect("an object").maps.remove(names::PORTS).expect("a map");
     map.set_max_entries(ROOM);
     let map = MapData::create(map, names::PORTS, None).expect("made");
     sys::pin(map.fd().as_fd(), &maps.join(names::PORTS)).expect("pinned");

@@ -20,7 +20,8 @@ use intercept_common::names;
 use super::{Feature, Missing, ProbeError};
 use crate::{
     netns,
-    programs::{self, OBJECT},
+    objects::CAPTURE,
+    programs,
     sys::{self, ProgramKind},
 };
 
@@ -125,7 +126,7 @@ struct Uses {
 impl Uses {
     fn of_object() -> Result<Self, ProbeError> {
         let failed = |error: Box<dyn std::error::Error + Send + Sync>| ProbeError::Object(error);
-        let mut object = Object::parse(OBJECT).map_err(|e| failed(e.into()))?;
+        let mut object = Object::parse(CAPTURE).map_err(|e| failed(e.into()))?;
         let text_sections: HashSet<usize> = object.functions.keys().map(|(section, _)| *section).collect();
         object.relocate_calls(&text_sections).map_err(|e| failed(e.into()))?;
         let mut uses = Self::default();
