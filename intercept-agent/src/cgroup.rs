@@ -17,7 +17,14 @@ const CGROUP1_MAGIC: u64 = 0x0027_e0eb;
 /// This file exists in every cgroup except the root (cgroup-v2.rst of the kernel), which identifies the root.
 const NOT_IN_ROOT: &str = "cgroup.events";
 
-/// A cgroup2 directory below the root, held open.
+/// Whether the root of the hierarchy may be opened.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Root {
+    Refuse,
+    Allow,
+}
+
+/// A cgroup2 directory, held open. It is below the root, unless it is of a machine's workload.
 #[derive(Debug)]
 pub struct CgroupDir {
     dir: File,
@@ -62,7 +69,10 @@ pub enum CgroupError {
         mounts: Vec<PathBuf>,
     },
     /// The root of the hierarchy, which contains every process of the node.
-    #[error("{} is the root cgroup, which would capture the whole node; give the pod's own cgroup", path.display())]
+    #[error(
+        "{} is the root cgroup, which would capture the whole node; give the pod's own cgroup, or --machine for the node itself",
+        path.display()
+    )]
     Root {
         /// As passed to [`CgroupDir::open`].
         path: PathBuf,
@@ -104,7 +114,33 @@ impl CgroupDir {
     /// # Errors
     /// [`CgroupError`], if `path` is not a cgroup2 directory below the root.
     pub fn open(path: impl AsRef<Path>) -> Result<Self, CgroupError> {
-        let path = path.as_ref().to_path_buf();
+        Self::admit(path.as_ref(), Root::Refuse)
+    }
+
+    /// Opens the cgroup at `path`, which may be the root: for a machine's workload, and to name what is attached.
+    ///
+    /// # Errors
+    /// [`CgroupError`], if `path` is not a cgroup2 directory.
+    pub fn open_any(path: impl AsRef<Path>) -> Result<Self, CgroupError> {
+        Self::admit(path.as_ref(), Root::Allow)
+    }
+
+    /// Opens the root of the hierarchy.
+    ///
+    /// # Errors
+    /// [`CgroupError`], if it is not mounted, or not visible from here.
+    pub fn root() -> Result<Self, CgroupError> {
+        let mounts = mounts();
+        let path = mounts.first().cloned().unwrap_or_else(|| PathBuf::from("/sys/fs/cgroup"));
+        match mounts.iter().find(|mount| !mount.join(NOT_IN_ROOT).exists()) {
+            Some(root) => Self::open_any(root),
+            None if mounts.is_empty() => Self::open_any(path),
+            None => Err(CgroupError::HiddenRoot { path }),
+        }
+    }
+
+    fn admit(path: &Path, root: Root) -> Result<Self, CgroupError> {
+        let path = path.to_path_buf();
         // O_NONBLOCK, so that opening a FIFO returns at once. It is refused below.
         let flags = (OFlags::NONBLOCK | OFlags::CLOEXEC).bits().cast_signed();
         let dir = match OpenOptions::new().read(true).custom_flags(flags).open(&path) {
@@ -121,7 +157,7 @@ impl CgroupDir {
             CGROUP1_MAGIC => return Err(CgroupError::Version1 { path, mounts: mounts() }),
             _ => return Err(CgroupError::NotCgroup { path, mounts: mounts() }),
         }
-        if !path.join(NOT_IN_ROOT).exists() {
+        if root == Root::Refuse && !path.join(NOT_IN_ROOT).exists() {
             return Err(CgroupError::Root { path });
         }
         // On 64-bit machines the cgroup id of bpf_get_current_cgroup_id and bpf_link_info is the inode number, since
@@ -137,6 +173,12 @@ impl CgroupDir {
     /// Returns the cgroup id, which is also in the info of links attached to this cgroup.
     pub fn id(&self) -> u64 {
         self.id
+    }
+
+    /// Whether it is the root of the hierarchy.
+    pub fn is_root(&self) -> bool {
+        use rustix::fs::{AtFlags, statat};
+        statat(&self.dir, NOT_IN_ROOT, AtFlags::empty()).is_err()
     }
 
     /// Returns the ids of the ancestors, nearest first. They are constant because a cgroup never moves.

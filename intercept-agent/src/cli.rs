@@ -1,17 +1,17 @@
 //! The command line and logging.
 
-use std::{
-    ffi::OsString,
-    io::IsTerminal as _,
-    net::IpAddr,
-    path::{Path, PathBuf},
-    time::Duration,
-};
+mod logging;
+mod parse;
+
+use std::{net::IpAddr, path::PathBuf, time::Duration};
 
 use crate::{
-    cni, daemon::protocol::DEFAULT_SOCKET, options::RawOptions, programs::DEFAULT_MAX_CONNECTIONS,
+    daemon::protocol::DEFAULT_SOCKET, options::RawOptions, programs::DEFAULT_MAX_CONNECTIONS,
     store::DEFAULT_BPFFS,
 };
+
+pub(crate) use logging::start_logging;
+use parse::{arguments, namespace, seconds};
 
 use clap::{ArgGroup, Args, Parser, Subcommand, ValueEnum};
 
@@ -30,17 +30,6 @@ impl Cli {
     pub(crate) fn of_process() -> Self {
         Self::parse_from(arguments(std::env::args_os()))
     }
-}
-
-/// Returns the arguments. If the binary is called by the name of a subcommand (istio-iptables, the CNI plugin), that
-/// subcommand is inserted.
-fn arguments(mut args: impl Iterator<Item = OsString>) -> Vec<OsString> {
-    const NAMES: [(&str, &str); 2] = [("istio-iptables", "istio-iptables"), (cni::PLUGIN, "cni")];
-    let Some(own) = args.next() else { return Vec::new() };
-    let called = Path::new(&own).file_name();
-    let subcommand = NAMES.iter().find(|(name, _)| called.is_some_and(|called| called == *name));
-    let subcommand = subcommand.map(|(_, subcommand)| OsString::from(subcommand));
-    std::iter::once(own).chain(subcommand).chain(args).collect()
 }
 
 /// How to log. Results go to standard output, logs to standard error.
@@ -71,6 +60,11 @@ pub(crate) enum Command {
     Detach(DetachArgs),
     /// Capture a pod in the foreground: follow its addresses and routes, detach on SIGINT or SIGTERM
     Run(AttachArgs),
+    /// Keep what `attach --machine --confirm` attached
+    Confirm(ConfirmArgs),
+    /// Take off what is not confirmed; `attach --confirm` starts it
+    #[command(hide = true)]
+    Guard(GuardArgs),
     /// Show attached pods and their counters
     Status(StatusArgs),
     /// Show how a flow would be decided, and by which row
@@ -122,11 +116,17 @@ pub(crate) struct Bpffs {
 
 #[derive(Args)]
 pub(crate) struct AttachArgs {
-    /// The pod's cgroup (cgroup2)
-    #[arg(long, value_name = "PATH")]
-    pub(crate) cgroup_path: PathBuf,
+    /// The pod's cgroup (cgroup2); with --machine any number of cgroups of the machine [default: the whole machine]
+    #[arg(long, value_name = "PATH", required_unless_present = "machine")]
+    pub(crate) cgroup_path: Vec<PathBuf>,
+    /// Capture this machine in its own network namespace, or only the named cgroups of it
+    #[arg(long)]
+    pub(crate) machine: bool,
+    /// With --machine: take everything off again unless `intercept-agent confirm` is run within this time
+    #[arg(long, value_name = "SECONDS", requires = "machine", value_parser = clap::value_parser!(u32).range(1..=86400))]
+    pub(crate) confirm: Option<u32>,
     /// The pod's network namespace [default: that of the processes in the cgroup]
-    #[arg(long, value_name = "PATH")]
+    #[arg(long, value_name = "PATH", conflicts_with = "machine")]
     pub(crate) netns: Option<PathBuf>,
     #[command(flatten)]
     pub(crate) bpffs: Bpffs,
@@ -150,14 +150,46 @@ pub(crate) struct IstioArgs {
 }
 
 #[derive(Args)]
-#[group(required = true, multiple = false)]
+#[group(required = true, multiple = true)]
 pub(crate) struct Which {
-    /// The pod's cgroup
-    #[arg(long, value_name = "PATH")]
-    pub(crate) cgroup_path: Option<PathBuf>,
+    /// The pod's cgroup, or cgroups of a machine's workload, of which one is enough
+    #[arg(long, value_name = "PATH", conflicts_with = "all")]
+    pub(crate) cgroup_path: Vec<PathBuf>,
+    /// The whole machine, unless cgroups are named
+    #[arg(long, conflicts_with = "all")]
+    pub(crate) machine: bool,
     /// All pods of this node, and the programs
     #[arg(long)]
     pub(crate) all: bool,
+}
+
+/// An attached pod or workload.
+#[derive(Args)]
+pub(crate) struct WhichCapture {
+    /// Cgroup of the attached pod, or one of a machine's workload
+    #[arg(long, value_name = "PATH", required_unless_present = "machine")]
+    pub(crate) cgroup_path: Option<PathBuf>,
+    /// The whole machine, unless a cgroup is named
+    #[arg(long)]
+    pub(crate) machine: bool,
+}
+
+#[derive(Args)]
+pub(crate) struct ConfirmArgs {
+    /// Only the workload with this cgroup [default: all that wait]
+    #[arg(long, value_name = "PATH")]
+    pub(crate) cgroup_path: Option<PathBuf>,
+    #[command(flatten)]
+    pub(crate) bpffs: Bpffs,
+}
+
+#[derive(Args)]
+pub(crate) struct GuardArgs {
+    /// When to do it
+    #[arg(long)]
+    pub(crate) seconds: u32,
+    #[command(flatten)]
+    pub(crate) bpffs: Bpffs,
 }
 
 #[derive(Args)]
@@ -395,9 +427,8 @@ pub(crate) struct ExplainArgs {
     /// Direction of the flow
     #[arg(value_enum)]
     pub(crate) direction: Direction,
-    /// Cgroup of the attached pod; the answer comes from the map entries that the programs use
-    #[arg(long, value_name = "PATH")]
-    pub(crate) cgroup_path: PathBuf,
+    #[command(flatten)]
+    pub(crate) attachment: WhichCapture,
     /// Destination address
     #[arg(long, value_name = "ADDRESS")]
     pub(crate) dst: IpAddr,
@@ -434,9 +465,8 @@ pub(crate) struct ExplainArgs {
 
 #[derive(Args)]
 pub(crate) struct AuditArgs {
-    /// Cgroup of the attached pod
-    #[arg(long, value_name = "PATH")]
-    pub(crate) cgroup_path: PathBuf,
+    #[command(flatten)]
+    pub(crate) attachment: WhichCapture,
     /// Print JSON
     #[arg(long)]
     pub(crate) json: bool,
@@ -454,43 +484,4 @@ pub(crate) struct ProveArgs {
     pub(crate) json: bool,
     #[command(flatten)]
     pub(crate) bpffs: Bpffs,
-}
-
-/// Parses a namespace of Kubernetes, or an empty string, which excludes no namespace.
-fn namespace(text: &str) -> Result<String, String> {
-    let is_sound = |c: u8| matches!(c, b'a'..=b'z' | b'0'..=b'9' | b'-');
-    if text.len() <= 63 && text.bytes().all(is_sound) {
-        Ok(text.to_owned())
-    } else {
-        Err("a namespace consists of at most 63 lower-case letters, digits and `-`".to_owned())
-    }
-}
-
-/// Parses a time in seconds. The limit is below the half minute after which the plugin gives up.
-fn seconds(text: &str) -> Result<Duration, String> {
-    let seconds = text.parse().ok().filter(|seconds| (0.0..=10.0).contains(seconds));
-    seconds.map(Duration::from_secs_f64).ok_or_else(|| "give a number of seconds from 0 to 10".to_owned())
-}
-
-/// Starts logging to standard error.
-pub(crate) fn start_logging(logging: &Logging) {
-    use tracing_subscriber::EnvFilter;
-    // The daemon logs the same errors in fewer words. These targets can be enabled by name.
-    let directives = format!("kube_client=off,kube_runtime=off,{}", logging.log);
-    let (filter, wrong) = match EnvFilter::try_new(directives) {
-        Ok(filter) => (filter, None),
-        Err(error) => (EnvFilter::new("info"), Some(error)),
-    };
-    let subscriber = tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_writer(std::io::stderr)
-        .with_target(false)
-        .with_ansi(std::io::stderr().is_terminal());
-    match logging.log_format {
-        LogFormat::Text => subscriber.init(),
-        LogFormat::Json => subscriber.json().init(),
-    }
-    if let Some(error) = wrong {
-        tracing::warn!(%error, log = logging.log, "the filter of --log is invalid: logging at level info");
-    }
 }

@@ -9,6 +9,7 @@ mod cni;
 mod daemon;
 mod detach;
 mod explain;
+mod machine;
 mod prove;
 mod run;
 mod status;
@@ -31,6 +32,9 @@ pub(crate) enum Failed {
     /// The options are invalid.
     #[error(transparent)]
     Usage(#[from] OptionError),
+    /// A machine cannot be captured as asked.
+    #[error(transparent)]
+    Machine(machine::MachineError),
     /// The CNI plugin failed. Its error has already been printed in the specification's format.
     #[error("the CNI plugin has failed")]
     Reported,
@@ -45,7 +49,7 @@ pub(crate) enum Failed {
 impl Failed {
     pub(crate) fn exit_code(&self) -> u8 {
         match self {
-            Self::Usage(_) => OptionError::EXIT_CODE,
+            Self::Usage(_) | Self::Machine(_) => OptionError::EXIT_CODE,
             Self::Reported => 1,
             Self::Validation(_) | Self::Unproven(_) => 126,
         }
@@ -86,6 +90,8 @@ fn run(cli: Cli) -> Result<()> {
         Command::Audit(args) => audit::audit(&args),
         Command::Prove(args) => prove::prove(&args),
         Command::Detach(args) => detach::detach(&args),
+        Command::Confirm(args) => machine::confirm(&args),
+        Command::Guard(args) => machine::guard(&args),
         Command::Run(args) => run::run(args),
         Command::Status(args) => status::status(&args),
         Command::Explain(args) => explain::explain(&args),

@@ -120,6 +120,7 @@ pub fn compile(config: &Config, snapshot: &RouteSnapshot) -> Compiled {
         zero: 0,
         cgroup_ids: [0; MAX_CONTAINERS],
         cgroup_kinds: [0; MAX_CONTAINERS],
+        expires_at: 0,
     };
     Compiled { policy, entries }
 }

@@ -60,13 +60,18 @@ pub enum ContainerError {
 }
 
 impl ContainerCgroups {
-    /// Opens the cgroups that `config` names by path or container, all of which must be below `pod`. A container that
-    /// does not run has none. `uid` is the pod's, if it is one of Kubernetes.
-    pub fn find(config: &Config, pod: &CgroupDir, uid: Option<&str>) -> Result<Self, ContainerError> {
+    /// Opens the cgroups that `config` names by path or container, all of which must be below one of `around`: that of a
+    /// pod, or those of a machine's workload, which may also be the proxy's. A container that does not run has none. `uid`
+    /// is the pod's, if it is one of Kubernetes.
+    pub fn find(config: &Config, around: &[&CgroupDir], uid: Option<&str>) -> Result<Self, ContainerError> {
         let mut found = Self::default();
+        let Some((pod, also)) = around.split_first() else { return Ok(found) };
         for (path, kind) in paths(config, pod, uid)? {
             let cgroup = CgroupDir::open(&path)?;
-            if !cgroup.lineage()?.contains(&pod.id()) {
+            let lineage = cgroup.lineage()?;
+            let is_below = around.iter().any(|around| lineage.contains(&around.id()));
+            let is_one = !also.is_empty() && around.iter().any(|around| around.id() == cgroup.id());
+            if !is_below && !is_one {
                 return Err(ContainerError::Outside { container: path, pod: pod.path().to_owned() });
             }
             let level = cgroup.level()?;
@@ -169,7 +174,7 @@ mod tests {
         };
         let (proxy, init, deep) = (make(&pod, "proxy"), make(&pod, "init"), make(&pod, "init/deep"));
         let find = |proxy: &[PathBuf], exempt: &[PathBuf]| {
-            ContainerCgroups::find(&config(proxy, exempt), &pod.cgroup, None)
+            ContainerCgroups::find(&config(proxy, exempt), &[&pod.cgroup], None)
         };
         let id = |path: &PathBuf| CgroupDir::open(path).expect("a cgroup").id();
 

@@ -6,6 +6,7 @@ mod diag;
 mod watch;
 
 use std::{
+    collections::BTreeSet,
     io,
     net::{IpAddr, SocketAddr},
     os::fd::OwnedFd,
@@ -83,20 +84,52 @@ pub enum ListenersError {
     Cgroup(#[from] CgroupError),
 }
 
-/// Finds what listens on `ports` in `netns`. The processes of `cgroup` are asked first, then all others that are in
+/// Finds what listens on `ports` in `netns`. The processes of `cgroups` are asked first, then all others that are in
 /// the namespace.
-pub fn find(netns: &Netns, cgroup: &CgroupDir, ports: &[u16]) -> Result<FoundListeners, ListenersError> {
-    let wanted = diag::listening(netns, ports)?;
+pub fn find(netns: &Netns, cgroups: &[&CgroupDir], ports: &[u16]) -> Result<FoundListeners, ListenersError> {
+    let wanted = diag::listening(netns, |port| ports.contains(&port))?;
     if wanted.is_empty() {
         return Ok(FoundListeners::default());
     }
-    let pods = match cgroup.processes() {
-        Ok(pods) => pods,
-        // Then nobody is found to have them, which is reported socket by socket.
-        Err(CgroupError::Hidden { .. }) => Vec::new(),
-        Err(error) => return Err(error.into()),
-    };
-    Ok(descriptors::take(netns, pods, wanted))
+    Ok(descriptors::take(netns, processes(cgroups)?, wanted))
+}
+
+/// Finds what the processes of `cgroups` have that listens on ports other than `except`: of a machine's applications. What
+/// other processes have is missing rather than missed. Of some listeners a time limit of seconds may leave them missed.
+pub fn find_all(
+    netns: &Netns,
+    cgroups: &[&CgroupDir],
+    except: &[u16],
+) -> Result<FoundListeners, ListenersError> {
+    let wanted = diag::listening(netns, |port| !except.contains(&port))?;
+    if wanted.is_empty() {
+        return Ok(FoundListeners::default());
+    }
+    Ok(descriptors::take_from(processes(cgroups)?, wanted))
+}
+
+/// The ports on which processes with this name listen in `netns`: those that are found; none if the sockets cannot be listed.
+pub fn ports_of(netns: &Netns, process: &str) -> BTreeSet<u16> {
+    let Ok(wanted) = diag::listening(netns, |_| true) else { return BTreeSet::new() };
+    let inodes = descriptors::sockets_of(process);
+    wanted
+        .into_iter()
+        .filter(|(inode, _)| inodes.contains(inode))
+        .map(|(_, address)| address.port())
+        .collect()
+}
+
+fn processes(cgroups: &[&CgroupDir]) -> Result<Vec<Pid>, CgroupError> {
+    let mut found = Vec::new();
+    for cgroup in cgroups {
+        match cgroup.processes() {
+            Ok(processes) => found.extend(processes),
+            // Then nobody is found to have them, which is reported socket by socket.
+            Err(CgroupError::Hidden { .. }) => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(found)
 }
 
 #[cfg(test)]

@@ -28,13 +28,14 @@ const FIRST_INODE: u64 = 0xeffffff9;
 /// The cookie of the initial network namespace before Linux 6.18. Later kernels give it to none.
 const FIRST_COOKIE: NetnsCookie = NetnsCookie(1);
 
-/// A network namespace other than the node's own. The open file keeps it alive.
+/// A network namespace: a pod's, or for a machine's workload the host's own. The open file keeps it alive.
 #[derive(Debug)]
 pub struct Netns {
     file: File,
     name: String,
     inode: u64,
     cookie: NetnsCookie,
+    kernel_cookie: NetnsCookie,
 }
 
 /// Why a network namespace is refused or cannot be entered.
@@ -59,7 +60,8 @@ pub enum NetnsError {
     },
     /// The namespace is the node's own or that of this process.
     #[error(
-        "{name} is {whose} network namespace and not a pod's; pods with hostNetwork: true cannot be captured"
+        "{name} is {whose} network namespace and not a pod's; pods with hostNetwork: true cannot be captured; --machine \
+         captures the host itself or chosen cgroups of it"
     )]
     Host {
         /// Path of the namespace.
@@ -232,6 +234,21 @@ impl Netns {
         Self::open(format!("/proc/self/fd/{}", file.as_raw_fd()))
     }
 
+    /// Opens the host's own namespace, that of PID 1, for this workload of the machine. [`Netns::cookie`] returns the
+    /// workload's id.
+    pub fn of_machine(workload: NetnsCookie) -> Result<Self, NetnsError> {
+        let name = "/proc/1/ns/net".to_owned();
+        let open = |source| NetnsError::Open { name: name.clone(), source };
+        let file = File::open(&name).map_err(open)?;
+        let inode = file.metadata().map_err(open)?.ino();
+        let mut netns = Self { file, name, inode, cookie: workload, kernel_cookie: NetnsCookie::default() };
+        netns.kernel_cookie = match netns.run(cookie)? {
+            Ok(cookie) => cookie,
+            Err(source) => return Err(without_cookie(netns.name, source)),
+        };
+        Ok(netns)
+    }
+
     fn admit(path: &Path, own_netns: OwnNetns) -> Result<Self, NetnsError> {
         let name = path.display().to_string();
         // O_NONBLOCK, so that opening a FIFO returns at once. It is refused below.
@@ -258,7 +275,8 @@ impl Netns {
             return Err(NetnsError::Host { name, whose: Whose::Own });
         }
 
-        let mut netns = Self { file, name, inode: metadata.ino(), cookie: NetnsCookie::default() };
+        let unknown = NetnsCookie::default();
+        let mut netns = Self { file, name, inode: metadata.ino(), cookie: unknown, kernel_cookie: unknown };
         netns.cookie = match netns.run(cookie) {
             Ok(Ok(cookie)) => cookie,
             Ok(Err(source)) => return Err(without_cookie(netns.name, source)),
@@ -271,6 +289,7 @@ impl Netns {
         if netns.cookie == FIRST_COOKIE {
             return Err(NetnsError::Host { name: netns.name, whose: Whose::Node });
         }
+        netns.kernel_cookie = netns.cookie;
         Ok(netns)
     }
 
@@ -279,9 +298,15 @@ impl Netns {
         self.inode
     }
 
-    /// Returns the netns cookie (`bpf_get_netns_cookie`), which the kernel does not reuse until it reboots.
+    /// Returns the key of its policy: the netns cookie, which the kernel does not reuse until it reboots, or the id of a
+    /// machine's workload.
     pub fn cookie(&self) -> NetnsCookie {
         self.cookie
+    }
+
+    /// Returns the netns cookie (`bpf_get_netns_cookie`).
+    pub fn kernel_cookie(&self) -> NetnsCookie {
+        self.kernel_cookie
     }
 
     /// Returns the path that it was opened by.

@@ -105,6 +105,12 @@ impl NetnsPlan {
 }
 
 impl NetnsChanges {
+    /// Adds those of `other` that are not among them.
+    pub fn merge(&mut self, other: &Self) {
+        let more = other.without(self);
+        self.0.extend(more.0);
+    }
+
     /// Returns the changes that are not in `other`.
     pub fn without(&self, other: &Self) -> Self {
         let only = |change: &&NetnsChange| !other.0.iter().any(|o| o.same(change));
@@ -142,11 +148,21 @@ pub fn find(netns: &Netns, config: &Config, snapshot: &RouteSnapshot) -> Result<
     Ok(found)
 }
 
-/// Returns the changes for these options, without making them. `before` are the agent's earlier changes.
-pub fn plan(config: &Config, interfaces: &[&str], found: &NetnsState, before: &NetnsChanges) -> NetnsPlan {
+/// Returns the changes for these options, without making them. `before` are the agent's earlier changes. `shared` are those
+/// that it made for other workloads in the namespace: who needs one of them as well may be the last to remove it.
+pub fn plan(
+    config: &Config,
+    interfaces: &[&str],
+    found: &NetnsState,
+    before: &NetnsChanges,
+    shared: &NetnsChanges,
+) -> NetnsPlan {
     let wanted = wanted(config, interfaces, found);
-    let (kept, dropped): (Vec<NetnsChange>, Vec<NetnsChange>) =
+    let (mut kept, dropped): (Vec<NetnsChange>, Vec<NetnsChange>) =
         before.0.iter().cloned().partition(|change| wanted.iter().any(|w| w.same(change)));
+    let also = shared.without(before).0.into_iter().filter(|change| wanted.iter().any(|w| w.same(change)));
+    kept.extend(also);
+    let dropped = NetnsChanges(dropped).without(shared).0;
     let is_new = |change: &NetnsChange| {
         ![&kept, &found.present].iter().any(|list| list.iter().any(|c| c.same(change)))
     };

@@ -5,6 +5,7 @@
 //! active. What it did not get to remove, the next call removes ([`collect`]).
 
 mod accelerate;
+mod applications;
 mod apply;
 mod collect;
 mod error;
@@ -15,8 +16,9 @@ mod paused;
 mod plan;
 mod query;
 mod register;
+mod workload;
 
-use std::{cell::OnceCell, collections::BTreeMap, path::PathBuf};
+use std::{cell::OnceCell, collections::BTreeMap, path::PathBuf, time::Duration};
 
 use crate::{
     cgroup::CgroupDir,
@@ -35,17 +37,22 @@ pub use observe::Observation;
 pub use paused::Paused;
 pub use plan::{LivingPod, Rewrite};
 pub use query::{BrokenPod, PodRecords};
+pub use workload::{boot_time, remaining};
 
 /// The cgroup and the network namespace to attach to.
 pub struct Target {
     /// Its cgroup.
     pub cgroup: CgroupDir,
+    /// Further cgroups of a machine's workload.
+    pub also: Vec<CgroupDir>,
     /// Its network namespace.
     pub netns: Netns,
     /// A path that leads to the namespace, if one was given.
     pub netns_path: Option<PathBuf>,
     /// The source that asks for it.
     pub origin: RecordOrigin,
+    /// The capture ends after this time unless it is confirmed; only of a machine's workload.
+    pub confirm: Option<Duration>,
 }
 
 /// The node's store and maps, with the store locked.

@@ -145,36 +145,12 @@ fn load_all(
     max_connections: u32,
     missing: &OnceCell<Vec<Missing>>,
 ) -> Result<(), ProgramError> {
-    let found = btf_offsets::find();
-    if let Err(error) = &found {
-        tracing::warn!(
-            error = error as &dyn std::error::Error,
-            "the owner of a connection is the task that connects, not the socket's creator"
-        );
-    }
-    let mut loader = EbpfLoader::new();
-    loader.map_max_entries(names::ORIG_DST, max_connections);
-    if let Ok(offsets) = &found {
-        for (name, offset) in offsets {
-            loader.override_global(name, offset, true);
-        }
-    }
-    let paths = names::MAPS.map(|name| (name, maps.join(name)));
-    for (name, path) in &paths {
-        loader.map_pin_path(name, path.as_path());
-    }
-    let mut ebpf = loader.load(CAPTURE).map_err(ProgramError::Load)?;
-    let mut loaded = verify_all(&mut ebpf);
+    let mut ebpf = create(maps, Some(max_connections), &[])?;
+    let mut loaded = verify_all(&mut ebpf, &[names::CONNECT6, names::CONNECT4, names::STEER_INBOUND]);
     // In the order in which they are needed: what the kernel refuses first is the error.
     for name in [names::STEER_INBOUND].iter().chain(&names::CGROUP_PROGRAMS).copied() {
-        match loaded.remove(name) {
-            None => return Err(ProgramError::Absent(name)),
-            Some(Ok(())) => {}
-            Some(Err(_)) if support::need(name) != Need::Always && lacks(lacking(missing), name) => {
-                tracing::debug!(program = name, "not loaded: this kernel lacks what it needs");
-                continue;
-            }
-            Some(Err(source)) => return Err(ProgramError::Verify { name, source: Box::new(source) }),
+        if !is_verified(&mut loaded, name, missing)? {
+            continue;
         }
         if name == names::STEER_INBOUND {
             publish_steer(&mut ebpf)?;
@@ -191,17 +167,87 @@ fn load_all(
     Ok(())
 }
 
+/// Loads a set of the cgroup programs for a workload of a machine, with the maps pinned in `maps`. `netns` is the cookie of
+/// the host's namespace. Only links hold them.
+pub fn load_for_workload(
+    maps: &Path,
+    workload: NetnsCookie,
+    netns: NetnsCookie,
+) -> Result<HashMap<&'static str, OwnedFd>, ProgramError> {
+    let missing = OnceCell::new();
+    let mut ebpf = create(maps, None, &[("WORKLOAD_ID", workload.0), ("WORKLOAD_NETNS", netns.0)])?;
+    let mut loaded = verify_all(&mut ebpf, &[names::CONNECT6, names::CONNECT4]);
+    let mut programs = HashMap::new();
+    for name in names::CGROUP_PROGRAMS {
+        if is_verified(&mut loaded, name, &missing)? {
+            let program = ebpf.program(name).ok_or(ProgramError::Absent(name))?;
+            let fd = program.fd().and_then(|fd| Ok(fd.as_fd().try_clone_to_owned()?));
+            let fd = fd.map_err(|source| ProgramError::Verify { name, source: Box::new(source) })?;
+            programs.insert(name, fd);
+        }
+    }
+    Ok(programs)
+}
+
+/// Creates the maps that are not pinned yet, and relocates the programs.
+fn create(
+    maps: &Path,
+    max_connections: Option<u32>,
+    constants: &[(&'static str, u64)],
+) -> Result<Ebpf, ProgramError> {
+    let found = btf_offsets::find();
+    if let Err(error) = &found {
+        tracing::warn!(
+            error = error as &dyn std::error::Error,
+            "the owner of a connection is the task that connects, not the socket's creator"
+        );
+    }
+    let mut loader = EbpfLoader::new();
+    if let Some(max_connections) = max_connections {
+        loader.map_max_entries(names::ORIG_DST, max_connections);
+    }
+    if let Ok(offsets) = &found {
+        for (name, offset) in offsets {
+            loader.override_global(name, offset, true);
+        }
+    }
+    for (name, value) in constants {
+        loader.override_global(name, value, true);
+    }
+    let paths = names::MAPS.map(|name| (name, maps.join(name)));
+    for (name, path) in &paths {
+        loader.map_pin_path(name, path.as_path());
+    }
+    loader.load(CAPTURE).map_err(ProgramError::Load)
+}
+
+/// Whether a program was loaded: false if it serves one option and the kernel lacks what it needs.
+fn is_verified(
+    loaded: &mut Verified<'_>,
+    name: &'static str,
+    missing: &OnceCell<Vec<Missing>>,
+) -> Result<bool, ProgramError> {
+    match loaded.remove(name) {
+        None => Err(ProgramError::Absent(name)),
+        Some(Ok(())) => Ok(true),
+        Some(Err(_)) if support::need(name) != Need::Always && lacks(lacking(missing), name) => {
+            tracing::debug!(program = name, "not loaded: this kernel lacks what it needs");
+            Ok(false)
+        }
+        Some(Err(source)) => Err(ProgramError::Verify { name, source: Box::new(source) }),
+    }
+}
+
 /// Most threads that load programs. Nearly all of the time is the verifier's, and nearly all of that is for three programs.
 const LOADERS: usize = 3;
 
 type Verified<'a> = HashMap<&'a str, Result<(), aya::programs::ProgramError>>;
 
-/// Loads the programs that all pods share, side by side: the verifier takes one program per thread.
-fn verify_all(ebpf: &mut Ebpf) -> Verified<'static> {
-    // The slowest first.
-    let order = [names::CONNECT6, names::CONNECT4, names::STEER_INBOUND];
+/// Loads the programs `first`, which take longest, and all other cgroup programs, side by side: the verifier takes one
+/// program per thread.
+fn verify_all(ebpf: &mut Ebpf, first: &[&'static str]) -> Verified<'static> {
     let names =
-        order.into_iter().chain(names::CGROUP_PROGRAMS.into_iter().filter(|name| !order.contains(name)));
+        first.iter().copied().chain(names::CGROUP_PROGRAMS.into_iter().filter(|name| !first.contains(name)));
     let mut programs: HashMap<&str, &mut Program> = ebpf.programs_mut().collect();
     let queue: VecDeque<_> = names.filter_map(|name| Some((name, programs.remove(name)?))).collect();
     let queue = Mutex::new(queue);

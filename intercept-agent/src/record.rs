@@ -75,6 +75,9 @@ pub struct Record {
     pub cgroup: PathBuf,
     /// Id of the cgroup. A later cgroup of the same name has another.
     pub cgroup_id: u64,
+    /// Further cgroups of a machine's workload.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub also: Vec<PathBuf>,
     /// Inode of the network namespace.
     pub netns_inode: u64,
     /// A path that leads to the namespace, if one was given.
@@ -98,8 +101,16 @@ impl Record {
         self.origin.name().unwrap_or_else(|| self.cgroup.display().to_string())
     }
 
+    /// The paths of its cgroups.
+    pub fn cgroups(&self) -> impl Iterator<Item = &PathBuf> {
+        std::iter::once(&self.cgroup).chain(&self.also)
+    }
+
     /// Opens its namespace, by its path or by a process in it. `None` if it is gone.
     pub fn netns(&self) -> Option<Netns> {
+        if self.cookie.is_workload() {
+            return Netns::of_machine(self.cookie).ok().filter(|netns| netns.inode() == self.netns_inode);
+        }
         let is_it = |netns: &Netns| netns.cookie() == self.cookie;
         let by_path = self.netns_path.as_ref().and_then(|path| Netns::open(path).ok()).filter(is_it);
         by_path.or_else(|| {

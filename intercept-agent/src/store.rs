@@ -5,6 +5,7 @@
 //! BPFFS/intercept/v<layout>/programs-<digest>/NAME  shared by all pods; the digest is that of the object
 //! BPFFS/intercept/v<layout>/pods/<cookie>/<link>    one for each program
 //! BPFFS/intercept/v<layout>/pods/<cookie>/record-<policy id>
+//! BPFFS/intercept/v<layout>/pods/<cookie>/cgroup-<id>/<link>  of a machine's workload, for further cgroups
 //! ```
 //!
 //! A pod is active if POLICIES has its cookie. Its active record is named by that policy's id. Everything else is being
@@ -253,6 +254,12 @@ impl Store {
     /// Folder of a pod.
     pub fn pod(&self, cookie: NetnsCookie) -> PathBuf {
         self.version.join("pods").join(cookie.to_string())
+    }
+
+    /// The folders of links in that of a machine's workload, for all of its cgroups but the first.
+    pub fn folders_of(&self, cookie: NetnsCookie) -> Result<Vec<PathBuf>, StoreError> {
+        let is_folder = |path: &PathBuf| file_name(path).starts_with("cgroup-");
+        Ok(list(&self.pod(cookie))?.into_iter().filter(is_folder).collect())
     }
 
     /// Cookies of all pods that have a folder, active or not.

@@ -31,6 +31,22 @@ ids! {
     Slot(u32);
 }
 
+impl NetnsCookie {
+    /// Set in the ids of machines' workloads, which stand in the place of a cookie. The kernel counts cookies from 1, so none
+    /// has it. Ids below 2^53 are exact in JSON.
+    const WORKLOAD: u64 = 1 << 52;
+
+    /// The id of the workload of a machine with this cgroup.
+    pub const fn of_workload(cgroup_id: u64) -> Self {
+        Self(Self::WORKLOAD | (cgroup_id & (Self::WORKLOAD - 1)))
+    }
+
+    /// Whether it is the id of a machine's workload.
+    pub const fn is_workload(self) -> bool {
+        self.0 & Self::WORKLOAD != 0
+    }
+}
+
 impl Slot {
     /// The index.
     #[inline(always)]

@@ -11,10 +11,10 @@ mod connection;
 mod proxy;
 
 pub use connection::{ConnKey, Handshake, OrigDst, SocketState, end, socket};
-pub use proxy::{ListenerKey, Proxy, ProxyPort, Ring, bound, scope};
+pub use proxy::{APPLICATION_LISTENERS, ListenerKey, Proxy, ProxyPort, Ring, bound, scope};
 
 /// Version of the layouts in this file and its folder, part of the pin path. Any change of a layout raises it.
-pub const VERSION: u32 = 6;
+pub const VERSION: u32 = 7;
 
 /// Most users and most groups that `-u` and `-g` may name.
 pub const MAX_OWNERS: usize = 16;
@@ -101,6 +101,10 @@ pub mod policy {
     pub const DNS_UDP_ONLY: u32 = 1 << 17;
     /// The proxy's connections to its own pod are not captured: rows 4a and 5a are skipped.
     pub const WITHOUT_SELF_CAPTURE: u32 = 1 << 18;
+    /// Of a machine's workload, of which a namespace may have several. The policy may expire.
+    pub const MACHINE: u32 = 1 << 24;
+    /// Inbound connections are captured only if a socket of the workload listens for them; only with [`MACHINE`].
+    pub const BY_LISTENER: u32 = 1 << 25;
 }
 
 /// What a container is, in [`PodPolicy::cgroup_kinds`].
@@ -192,6 +196,9 @@ pub struct PodPolicy {
     pub cgroup_ids: [u64; MAX_CONTAINERS],
     /// Bits of [`container`] for each of `cgroup_ids`.
     pub cgroup_kinds: [u32; MAX_CONTAINERS],
+    /// When the policy has no effect any more, in nanoseconds of `CLOCK_BOOTTIME`; 0 for never. Only with
+    /// [`policy::MACHINE`].
+    pub expires_at: u64,
 }
 
 /// Key of DESTINATIONS after its prefix length (in bits, 32 of them for the policy).
@@ -396,7 +403,7 @@ pub struct Event {
 }
 
 const _: () = {
-    assert!(size_of::<PodPolicy>() == 40 + 8 * MAX_OWNERS + 12 * MAX_CONTAINERS);
+    assert!(size_of::<PodPolicy>() == 48 + 8 * MAX_OWNERS + 12 * MAX_CONTAINERS);
     assert!(size_of::<DestinationKey>() == 20);
     assert!(size_of::<Destination>() == 20);
     assert!(size_of::<MemberKey>() == 8);

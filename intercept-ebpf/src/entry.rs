@@ -13,6 +13,7 @@ use crate::{
     inbound::{self, Steer},
     lifecycle, mptcp, original,
     verifier::constant,
+    workload,
 };
 
 /// The system call goes on.
@@ -22,11 +23,17 @@ const DENY: i32 = 0;
 
 #[cgroup_sock_addr(connect4)]
 fn connect4(ctx: SockAddrContext) -> i32 {
+    if workload::is_elsewhere(&ctx) {
+        return ALLOW;
+    }
     connect_verdict(connect::connect::<V4>(&ctx))
 }
 
 #[cgroup_sock_addr(connect6)]
 fn connect6(ctx: SockAddrContext) -> i32 {
+    if workload::is_elsewhere(&ctx) {
+        return ALLOW;
+    }
     connect_verdict(connect::connect::<V6>(&ctx))
 }
 
@@ -40,11 +47,17 @@ fn connect_verdict(outcome: connect::SyscallVerdict) -> i32 {
 
 #[cgroup_sock_addr(sendmsg4)]
 fn sendmsg4(ctx: SockAddrContext) -> i32 {
+    if workload::is_elsewhere(&ctx) {
+        return ALLOW;
+    }
     connect_verdict(datagram::sendmsg::<V4>(&ctx))
 }
 
 #[cgroup_sock_addr(sendmsg6)]
 fn sendmsg6(ctx: SockAddrContext) -> i32 {
+    if workload::is_elsewhere(&ctx) {
+        return ALLOW;
+    }
     connect_verdict(datagram::sendmsg::<V6>(&ctx))
 }
 
@@ -52,59 +65,89 @@ fn sendmsg6(ctx: SockAddrContext) -> i32 {
 
 #[cgroup_sock_addr(recvmsg4)]
 fn recvmsg4(ctx: SockAddrContext) -> i32 {
+    if workload::is_elsewhere(&ctx) {
+        return ALLOW;
+    }
     datagram::recvmsg::<V4>(&ctx);
     ALLOW
 }
 
 #[cgroup_sock_addr(recvmsg6)]
 fn recvmsg6(ctx: SockAddrContext) -> i32 {
+    if workload::is_elsewhere(&ctx) {
+        return ALLOW;
+    }
     datagram::recvmsg::<V6>(&ctx);
     ALLOW
 }
 
 #[cgroup_sock_addr(getpeername4)]
 fn getpeername4(ctx: SockAddrContext) -> i32 {
+    if workload::is_elsewhere(&ctx) {
+        return ALLOW;
+    }
     original::getpeername::<V4>(&ctx);
     ALLOW
 }
 
 #[cgroup_sock_addr(getpeername6)]
 fn getpeername6(ctx: SockAddrContext) -> i32 {
+    if workload::is_elsewhere(&ctx) {
+        return ALLOW;
+    }
     original::getpeername::<V6>(&ctx);
     ALLOW
 }
 
 #[cgroup_sock_addr(getsockname4)]
 fn getsockname4(ctx: SockAddrContext) -> i32 {
+    if workload::is_elsewhere(&ctx) {
+        return ALLOW;
+    }
     original::getsockname::<V4>(&ctx);
     ALLOW
 }
 
 #[cgroup_sock_addr(getsockname6)]
 fn getsockname6(ctx: SockAddrContext) -> i32 {
+    if workload::is_elsewhere(&ctx) {
+        return ALLOW;
+    }
     original::getsockname::<V6>(&ctx);
     ALLOW
 }
 
 #[cgroup_sockopt(getsockopt)]
 fn getsockopt(ctx: SockoptContext) -> i32 {
+    if workload::is_elsewhere(&ctx) {
+        return ALLOW;
+    }
     original::getsockopt(&ctx);
     ALLOW
 }
 
 #[cgroup_sock(sock_create)]
 fn sock_create(ctx: SockContext) -> i32 {
+    if workload::is_elsewhere(&ctx) {
+        return ALLOW;
+    }
     connect_verdict(mptcp::create(&ctx))
 }
 
 #[cgroup_sock(sock_release)]
 fn sock_release(ctx: SockContext) -> i32 {
+    if workload::is_elsewhere(&ctx) {
+        return ALLOW;
+    }
     lifecycle::closed(&ctx);
     ALLOW
 }
 
 #[sock_ops]
 fn sock_ops(ctx: SockOpsContext) -> u32 {
+    if workload::is_elsewhere(&ctx) {
+        return 0;
+    }
     lifecycle::callback(&ctx);
     0
 }

@@ -14,7 +14,7 @@ use crate::{
     lookup::PolicyMaps,
     maps, observe,
     original::proxy_key,
-    verdict,
+    verdict, workload,
 };
 
 /// The cookie of the namespace that this instance is attached to, because the hook has no helper for it. The agent patches
@@ -67,7 +67,7 @@ pub(crate) fn arrive(ctx: &SkLookupContext) -> Steer {
         unsafe { scratch.write(LookupScratch { netns, tag: tag(ctx), listeners: 0 }) };
         maps::tail_call(ctx);
     }
-    match maps::pod(netns) {
+    match maps::policy(netns) {
         Some(pod) => fail(pod, Failure::SteerMissing),
         None => Steer::Pass,
     }
@@ -108,7 +108,10 @@ pub(crate) fn steer(ctx: &SkLookupContext) -> Steer {
         // Not a packet: the process that asks finds no socket.
         return Steer::Drop;
     }
-    let Some(pod) = maps::pod(noted.netns) else { return Steer::Pass };
+    let Some(pod) = maps::policy(noted.netns) else { return Steer::Pass };
+    if pod.flags & policy::MACHINE != 0 && workload::is_expired(pod) {
+        return Steer::Pass;
+    }
     let Some((port, scope)) = target(ctx, noted.netns, pod) else { return Steer::Pass };
     let Some(role) = pod.proxy_port(port) else { return fail(pod, Failure::NoListener) };
     let listeners = u64::from(port) << 16 | Proxy::index(role, Family::V4, scope) as u64;
@@ -130,11 +133,20 @@ fn target(ctx: &SkLookupContext, netns: NetnsCookie, pod: &PodPolicy) -> Option<
     let ends = context::lookup_ends(ctx.lookup);
     if ends.local.stand_in_range() == Some(StandIn::Steered) && is_own(pod, ends.remote) {
         // A redirected connection to a proxy on 127.0.0.1 or ::1.
-        return Some((ends.local_port, scope::LOCALHOST));
+        // The namespace of a machine may have other workloads, with proxies of their own.
+        let is_others = pod.flags & policy::MACHINE != 0 && pod.proxy_port(ends.local_port).is_none();
+        return if is_others { None } else { Some((ends.local_port, scope::LOCALHOST)) };
     }
     let conn = proxy_key(netns, &ends);
     let ifindex = load!(load_u32, bpf_sk_lookup, ctx.lookup, ingress_ifindex);
     let reason = verdict::inbound(pod, &conn, ifindex);
+    if pod.flags & policy::BY_LISTENER != 0
+        && !matches!(reason.verdict(), Verdict::Pass)
+        && pod.proxy_port(ends.local_port).is_none()
+        && !listeners::is_for_application(netns, ends.local, ends.local_port)
+    {
+        return None;
+    }
     observe::inbound(pod, &conn, reason);
     match reason.verdict() {
         Verdict::Pass => None,

@@ -5,10 +5,11 @@ use aya_ebpf::{
     programs::{SkLookupContext, SockOpsContext},
 };
 use intercept_common::{
-    Family,
+    Addr, Family, NetnsCookie,
     failure::Failure,
     layout::{
-        LISTENER_SEARCH, LISTENER_SLOTS, ListenerKey, LookupScratch, PodPolicy, Proxy, Ring, bound, scope,
+        APPLICATION_LISTENERS, LISTENER_SEARCH, LISTENER_SLOTS, ListenerKey, LookupScratch, PodPolicy, Proxy,
+        Ring, bound, policy, scope,
     },
 };
 
@@ -18,6 +19,7 @@ use crate::{
     maps, observe,
     proxy::{ListenerRing, ProxyState},
     verifier::opaque,
+    workload,
 };
 
 const EEXIST: i32 = 17;
@@ -29,7 +31,12 @@ pub(crate) fn listen(ctx: &SockOpsContext) {
     let netns = maps::netns_cookie(ctx);
     let Some(pod) = maps::pod(netns) else { return };
     let port = load!(load_u32, bpf_sock_ops, ctx.ops, local_port) as u16;
-    let Some(role) = pod.proxy_port(port) else { return };
+    let Some(role) = pod.proxy_port(port) else {
+        if workload::is_set() && pod.flags & policy::BY_LISTENER != 0 {
+            listen_as_application(ctx, netns, pod, port);
+        }
+        return;
+    };
     let Some(proxy) = ProxyState::of(pod.slot) else { return };
     if Sock::of_callback(ctx).is_some_and(|sk| !container::made_socket(pod, sk.as_ptr())) {
         observe::failure_line!(
@@ -80,6 +87,58 @@ pub(crate) fn listen(ctx: &SockOpsContext) {
             "registering a listener of netns {}: it will get no inbound connections"
         ),
     }
+}
+
+/// Registers a listening socket of a machine's application.
+#[inline(always)]
+fn listen_as_application(ctx: &SockOpsContext, netns: NetnsCookie, pod: &PodPolicy, port: u16) {
+    let mut key = ListenerKey::application(netns, port, context::callback_local(ctx.ops), 0);
+    let mut result = Err(-EEXIST);
+    for number in 0..APPLICATION_LISTENERS {
+        key.scope = scope::APPLICATION + number;
+        result = maps::add_listener(ctx.ops, key);
+        match result {
+            Err(error) if error == -EEXIST => {}
+            _ => break,
+        }
+    }
+    match result {
+        Ok(()) => {}
+        Err(error) if error == -EEXIST => {}
+        Err(_) => observe::failure_line!(
+            ctx,
+            netns,
+            pod,
+            Failure::ListenerNotAdded,
+            "registering a listener of workload {}: its inbound connections go around the proxy"
+        ),
+    }
+}
+
+/// Whether a socket of a machine's workload listens for connections to this address.
+#[inline(always)]
+pub(crate) fn is_for_application(netns: NetnsCookie, local: Addr, port: u16) -> bool {
+    let own = ListenerKey::application(netns, port, local, 0);
+    let any_v6 = ListenerKey::application(netns, port, Addr::UNSPECIFIED, 0);
+    let any = if local.is_v4() { ListenerKey { family: Family::V4.version(), ..any_v6 } } else { any_v6 };
+    opaque(application_listens(&raw const own)) != 0
+        || opaque(application_listens(&raw const any)) != 0
+        || opaque(application_listens(&raw const any_v6)) != 0
+}
+
+/// Whether one of the sockets with this key is open: 1 or 0. A function of its own, as `search_listeners`.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn application_listens(key: *const ListenerKey) -> u64 {
+    // SAFETY: as in `search_listeners`.
+    let Some(&(mut key)) = (unsafe { key.as_ref() }) else { return 0 };
+    for number in 0..APPLICATION_LISTENERS {
+        key.scope = scope::APPLICATION + number;
+        if maps::has_listener(&key) {
+            return 1;
+        }
+    }
+    0
 }
 
 /// Sets how the listener is bound, for every role that has this port number.

@@ -27,6 +27,7 @@ mod refusal;
 mod storage;
 mod verdict;
 mod verifier;
+mod workload;
 
 #[cfg(not(target_arch = "bpf"))]
 fn main() {}

@@ -3,7 +3,7 @@
 use aya_ebpf::{
     EbpfContext,
     bindings::{BPF_F_MMAPABLE, BPF_F_NO_PREALLOC, bpf_sock_ops},
-    helpers::bpf_get_netns_cookie,
+    helpers::generated::{bpf_map_lookup_elem, bpf_sk_release},
     macros::map,
     maps::{Array, HashMap, LpmTrie, PerCpuArray, ProgramArray, RingBuf, SockHash, lpm_trie::Key},
     programs::SkLookupContext,
@@ -16,6 +16,8 @@ use intercept_common::{
         budget,
     },
 };
+
+use crate::workload;
 
 /// Entries are allocated on demand; until then the limit costs 16 bytes for each.
 const MANY: u32 = 1 << 20;
@@ -53,18 +55,24 @@ static EVENTS: RingBuf = RingBuf::with_byte_size(EVENTS_SIZE, 0);
 #[map]
 static TRACING: Array<u32> = Array::with_max_entries(1, 0);
 
-/// The cookie of the socket's network namespace.
+/// The cookie of the socket's network namespace, or the id of a machine's workload.
 #[inline(always)]
 pub(crate) fn netns_cookie(ctx: &impl EbpfContext) -> NetnsCookie {
-    // SAFETY: the context is that of the running program.
-    NetnsCookie(unsafe { bpf_get_netns_cookie(ctx.as_ptr()) })
+    workload::policy_key(ctx)
+}
+
+/// The policy of a namespace, expired or not. `None` if it is not captured.
+#[inline(always)]
+pub(crate) fn policy(netns: NetnsCookie) -> Option<&'static PodPolicy> {
+    // SAFETY: the agent replaces values as a whole; a removed element is freed after a grace period.
+    unsafe { POLICIES.get(netns) }
 }
 
 /// The policy of a namespace. `None` if it is not captured.
 #[inline(always)]
 pub(crate) fn pod(netns: NetnsCookie) -> Option<&'static PodPolicy> {
-    // SAFETY: the agent replaces values as a whole; a removed element is freed after a grace period.
-    unsafe { POLICIES.get(netns) }
+    let policy = policy(netns);
+    if workload::is_set() && policy.is_some_and(workload::is_expired) { None } else { policy }
 }
 
 /// The entry of the longest prefix that covers an address.
@@ -105,6 +113,20 @@ pub(crate) fn add_listener(ops: *mut bpf_sock_ops, key: ListenerKey) -> Result<(
 #[inline(always)]
 pub(crate) fn assign_listener(ctx: &SkLookupContext, key: &ListenerKey) -> Result<(), i32> {
     LISTENERS.redirect_sk_lookup(ctx, key, 0)
+}
+
+/// Whether there is a listening socket with this key.
+#[inline(always)]
+pub(crate) fn has_listener(key: &ListenerKey) -> bool {
+    // SAFETY: the map is what the helper expects, and the socket that it returns is released once.
+    unsafe {
+        let socket = bpf_map_lookup_elem((&raw const LISTENERS).cast_mut().cast(), (&raw const *key).cast());
+        if socket.is_null() {
+            return false;
+        }
+        let _always_zero = bpf_sk_release(socket);
+    }
+    true
 }
 
 /// Tail-calls the shared program. Returns only if it is missing.

@@ -23,6 +23,7 @@ pub mod joined;
 pub mod kernel;
 pub mod kube;
 pub mod load;
+pub mod machine;
 pub mod missing_hook;
 pub mod model;
 pub mod plugin;

@@ -143,7 +143,7 @@ fn script(has_programs: bool, options: &[String]) -> String {
     if has_programs {
         let options = options.join(" ");
         script += &format!(
-            "if step check intercept-agent check; then step demo demo {options}; step cases demo --cases; step joined demo --joined\n\
+            "if step check intercept-agent check; then step demo demo {options}; step cases demo --cases; step joined demo --joined; step machine demo --machine whole\n\
              else step refusal demo --refused; fi\n"
         );
     }

@@ -7,7 +7,11 @@ use std::{
 
 use anyhow::{Context as _, Result, bail};
 
-use super::{Failed, detach, print_line};
+use super::{
+    Failed, detach,
+    machine::{self, MachineError, ProtectedPorts},
+    print_line,
+};
 use crate::{
     cgroup::CgroupDir,
     cli::{AttachArgs, IstioArgs},
@@ -27,23 +31,52 @@ pub(super) struct AttachRequest {
     pub(super) switches: RunOptions,
     pub(super) bpffs: PathBuf,
     pub(super) max_connections: u32,
+    /// Of a machine, the ports that are left alone.
+    pub(super) protected: Option<ProtectedPorts>,
+}
+
+/// A pod that a command names.
+fn of_command(cgroup: CgroupDir, netns: Netns, netns_path: Option<PathBuf>) -> Target {
+    Target { cgroup, also: Vec::new(), netns, netns_path, origin: RecordOrigin::Command, confirm: None }
 }
 
 impl AttachRequest {
     pub(super) fn of(args: AttachArgs) -> Result<Self> {
-        let cgroup = CgroupDir::open(&args.cgroup_path)?;
-        let options = Checked::of(args.options, &cgroup)?;
+        if args.machine {
+            return Self::of_machine(args);
+        }
+        let [path] = args.cgroup_path.as_slice() else {
+            return Err(Failed::Machine(MachineError::Several(args.cgroup_path.len())).into());
+        };
+        let cgroup = CgroupDir::open(path)?;
+        let options = Checked::of(args.options, &EtcFiles::of_pod(&cgroup))?;
         let netns_path = args.netns.or_else(|| options.switches.network_namespace.clone());
         let netns = match &netns_path {
             Some(path) => Netns::open(path)?,
             None => Netns::of_cgroup(&cgroup)?,
         };
         Ok(Self {
-            target: Target { cgroup, netns, netns_path, origin: RecordOrigin::Command },
+            target: of_command(cgroup, netns, netns_path),
             config: options.config,
             switches: options.switches,
             bpffs: args.bpffs.bpffs,
             max_connections: args.load.max_connections,
+            protected: None,
+        })
+    }
+
+    fn of_machine(args: AttachArgs) -> Result<Self> {
+        let target = machine::target(&args)?;
+        let Checked { mut config, switches } = Checked::of(args.options, &EtcFiles::below("/"))?;
+        machine::refuse_options(&config, &switches)?;
+        let protected = ProtectedPorts::exclude(&mut config, &target.netns);
+        Ok(Self {
+            target,
+            config,
+            switches,
+            bpffs: args.bpffs.bpffs,
+            max_connections: args.load.max_connections,
+            protected: Some(protected),
         })
     }
 }
@@ -54,10 +87,9 @@ struct Checked {
 }
 
 impl Checked {
-    fn of(options: RawOptions, cgroup: &CgroupDir) -> Result<Self> {
-        // Names of users, groups and resolvers are those of the pod, if it has a process.
-        let files = EtcFiles::of_pod(cgroup);
-        let (config, switches, notes) = options.read_process_env().validate(&files).map_err(Failed::Usage)?;
+    /// Names of users, groups and resolvers are those of `files`: the pod's, if it has a process.
+    fn of(options: RawOptions, files: &EtcFiles) -> Result<Self> {
+        let (config, switches, notes) = options.read_process_env().validate(files).map_err(Failed::Usage)?;
         for Note { origin, why } in notes {
             tracing::info!(option = %origin, "{why}");
         }
@@ -76,18 +108,19 @@ pub(super) fn istio_iptables(args: IstioArgs) -> Result<()> {
         None => around_own_cgroup()?,
     };
     let cgroup = CgroupDir::open(&path)?;
-    let options = Checked::of(args.options, &cgroup)?;
+    let options = Checked::of(args.options, &EtcFiles::of_pod(&cgroup))?;
     let netns_path = options.switches.network_namespace.clone();
     let netns = match &netns_path {
         Some(path) => Netns::open(path)?,
         None => Netns::own()?,
     };
     apply(AttachRequest {
-        target: Target { cgroup, netns, netns_path, origin: RecordOrigin::Command },
+        target: of_command(cgroup, netns, netns_path),
         config: options.config,
         switches: options.switches,
         bpffs: args.bpffs.bpffs,
         max_connections: args.load.max_connections,
+        protected: None,
     })
 }
 
@@ -108,27 +141,38 @@ fn around_own_cgroup() -> Result<PathBuf> {
 }
 
 fn apply(request: AttachRequest) -> Result<()> {
-    let AttachRequest { target, config, switches, bpffs, max_connections } = request;
+    let AttachRequest { target, config, switches, bpffs, max_connections, protected } = request;
     if switches.dry_run {
         print_line!("{config}");
         print_line!("{}", serde_json::to_string_pretty(&config)?);
         return Ok(());
     }
     if switches.cleanup_only {
-        return detach::detach_cgroup(&bpffs, target.cgroup.path(), detach::Absent::IsFine);
+        let paths = [target.cgroup.path().to_owned()];
+        return detach::detach_cgroups(&bpffs, &paths, detach::Absent::IsFine);
     }
     super::check::require_privileges()?;
     super::accelerate::admit(&bpffs, &config)?;
     if !switches.skip_rule_apply {
         let rewrite = if switches.force_apply { Rewrite::Always } else { Rewrite::IfChanged };
+        machine::start_guard(&bpffs, target.confirm)?;
         let done = apply_capture(&bpffs, max_connections, (&target, &config), rewrite, None)?;
         print_line!(
-            "{} cgroup {} in namespace {} (cookie {})",
+            "{} {} in namespace {} (cookie {})",
             done.as_str(),
-            target.cgroup.path().display(),
+            machine::name_of(&target),
             target.netns.name(),
             target.netns.cookie()
         );
+        if let Some(protected) = protected {
+            print_line!("inbound: {}", protected.describe(&config));
+        }
+        if let Some(time) = target.confirm {
+            print_line!(
+                "run `intercept-agent confirm` within {} s, or everything is taken off again",
+                time.as_secs()
+            );
+        }
     }
     if switches.run_validation {
         validate(&target, &config, &switches)?;
@@ -149,7 +193,14 @@ pub(super) fn apply_capture(
     let mut observed = Observation::of(target, config, follower.as_deref_mut()).with_context(attaching)?;
     let mut node = Node::open(bpffs, max_connections)
         .with_context(|| format!("opening the state in {}", bpffs.display()))?;
-    let done = node.attach(target, config, &mut observed, rewrite).with_context(attaching)?;
+    let done = match node.attach(target, config, &mut observed, rewrite).with_context(attaching) {
+        Err(error) if target.is_workload() => {
+            // A machine that is not captured has no programs.
+            node.remove_if_unused()?;
+            return Err(error);
+        }
+        done => done?,
+    };
     if let Some(follower) = follower {
         follower.expect(observed.into_routes());
     }

@@ -5,7 +5,6 @@ use anyhow::{Context as _, Result, bail};
 use super::print_line;
 use crate::{
     audit::{Audit, Audited, Bypass, ObservedSockets},
-    cgroup::CgroupDir,
     cli::AuditArgs,
     maps::FromMaps,
     netns::Netns,
@@ -32,9 +31,9 @@ pub(super) fn audit(args: &AuditArgs) -> Result<()> {
 }
 
 fn of_cgroup(args: &AuditArgs) -> Result<Audit> {
-    let cgroup = CgroupDir::open(&args.cgroup_path)?;
+    let cgroup = args.attachment.open()?;
     let absent = || {
-        let path = args.cgroup_path.display();
+        let path = cgroup.path().display();
         format!("cgroup {path} is not attached: attach it first with `intercept-agent attach`")
     };
     let record = {

@@ -1,21 +1,35 @@
 //! `detach`.
 
-use std::path::Path;
+use std::{
+    collections::BTreeMap,
+    path::{Path, PathBuf},
+};
 
 use anyhow::{Context as _, Result};
 
 use super::print_line;
 use crate::{
     cgroup::CgroupDir,
-    cli::DetachArgs,
+    cli::{DetachArgs, Which},
+    ids::NetnsCookie,
     node::{DetachedPod, Node, NodeError},
+    record::Record,
 };
 
 pub(super) fn detach(args: &DetachArgs) -> Result<()> {
-    match &args.which.cgroup_path {
-        Some(path) => detach_cgroup(&args.bpffs.bpffs, path, Absent::IsAnError),
-        None => detach_all(&args.bpffs.bpffs),
+    let Which { cgroup_path, machine, all } = &args.which;
+    let root;
+    let paths = match (cgroup_path.as_slice(), machine) {
+        ([], true) => {
+            root = [CgroupDir::root()?.path().to_owned()];
+            &root[..]
+        }
+        (paths, _) => paths,
+    };
+    if *all {
+        return detach_all(&args.bpffs.bpffs);
     }
+    detach_cgroups(&args.bpffs.bpffs, paths, Absent::IsAnError)
 }
 
 /// What it means that a cgroup is not attached.
@@ -25,20 +39,24 @@ pub(super) enum Absent {
     IsAnError,
 }
 
-/// Detaches the pod of a cgroup, which may be gone.
-pub(super) fn detach_cgroup(bpffs: &Path, cgroup: &Path, absent: Absent) -> Result<()> {
-    let not_attached = || NodeError::NotAttached(format!("cgroup {}", cgroup.display()));
+/// Detaches the pods of cgroups, which may be gone, or the workloads of a machine that have one of them.
+pub(super) fn detach_cgroups(bpffs: &Path, cgroups: &[PathBuf], absent: Absent) -> Result<()> {
+    let not_attached = |cgroup: &Path| NodeError::NotAttached(format!("cgroup {}", cgroup.display()));
     let Some(mut node) = Node::find(bpffs)? else {
-        return if absent == Absent::IsFine { Ok(()) } else { Err(not_attached().into()) };
+        return match cgroups.first() {
+            Some(cgroup) if absent == Absent::IsAnError => Err(not_attached(cgroup).into()),
+            _ => Ok(()),
+        };
     };
-    let found = match CgroupDir::open(cgroup) {
-        Ok(cgroup) => node.pod_of_cgroup(cgroup.id())?.map(|(cookie, _)| cookie),
-        Err(_) => {
-            let pods = node.pods()?.readable;
-            pods.iter().find(|(record, _)| record.cgroup == cgroup).map(|(record, _)| record.cookie)
+    let mut found = BTreeMap::new();
+    let mut missing = None;
+    for cgroup in cgroups {
+        match find(&node, cgroup)? {
+            Some(cookie) => _ = found.entry(cookie).or_insert(cgroup),
+            None => missing = missing.or(Some(cgroup)),
         }
-    };
-    if let Some(cookie) = found {
+    }
+    for (cookie, cgroup) in found {
         let netns = node.record_of(cookie)?.and_then(|record| record.netns());
         node.detach(cookie, netns.as_ref())
             .with_context(|| format!("detaching cgroup {}", cgroup.display()))?;
@@ -47,10 +65,25 @@ pub(super) fn detach_cgroup(bpffs: &Path, cgroup: &Path, absent: Absent) -> Resu
     // Also remove what an earlier detach could not.
     node.sweep()?;
     node.remove_if_unused()?;
-    if found.is_none() && absent == Absent::IsAnError {
-        return Err(not_attached().into());
+    match missing {
+        Some(cgroup) if absent == Absent::IsAnError => Err(not_attached(cgroup).into()),
+        _ => Ok(()),
     }
-    Ok(())
+}
+
+/// The pod or workload with this cgroup.
+fn find(node: &Node, cgroup: &Path) -> Result<Option<NetnsCookie>> {
+    if let Ok(cgroup) = CgroupDir::open_any(cgroup)
+        && let Some((cookie, _)) = node.pod_of_cgroup(cgroup.id())?
+    {
+        return Ok(Some(cookie));
+    }
+    if cgroup.exists() {
+        return Ok(None);
+    }
+    let pods = node.pods()?.readable;
+    let is_its = |record: &Record| record.cgroups().any(|path| path == cgroup);
+    Ok(pods.iter().find(|(record, _)| is_its(record)).map(|(record, _)| record.cookie))
 }
 
 pub(super) fn detach_all(bpffs: &Path) -> Result<()> {

@@ -12,7 +12,6 @@ use serde::Serialize;
 
 use super::print_line;
 use crate::{
-    cgroup::CgroupDir,
     cli::{Direction, ExplainArgs, FlowContainer},
     maps::FromMaps,
     node::Node,
@@ -29,7 +28,7 @@ struct Explanation {
 }
 
 pub(super) fn explain(args: &ExplainArgs) -> Result<()> {
-    let cgroup = CgroupDir::open(&args.cgroup_path)?;
+    let cgroup = args.attachment.open()?;
     let node = Node::find(&args.bpffs.bpffs)?;
     let found = match &node {
         Some(node) => node.pod_of_cgroup(cgroup.id())?.map(|(_, policy)| (node, policy)),
@@ -38,7 +37,7 @@ pub(super) fn explain(args: &ExplainArgs) -> Result<()> {
     let Some((node, policy)) = found else {
         bail!(
             "cgroup {} is not attached: attach it first with `intercept-agent attach`",
-            args.cgroup_path.display()
+            cgroup.path().display()
         );
     };
     let decision = decide(args, &policy, &FromMaps(node.maps()));

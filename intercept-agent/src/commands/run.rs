@@ -1,6 +1,15 @@
 //! `run`: one pod in the foreground.
 
-use std::path::Path;
+use std::{
+    os::{
+        linux::net::SocketAddrExt as _,
+        unix::{
+            ffi::OsStrExt as _,
+            net::{SocketAddr, UnixDatagram},
+        },
+    },
+    path::Path,
+};
 
 use anyhow::{Context as _, Result};
 use aya_log::EbpfLogger;
@@ -10,7 +19,9 @@ use tokio::{
 };
 
 use super::{
+    Failed,
     attach::{self, AttachRequest, apply_capture},
+    machine::{self, MachineError},
     print_line,
 };
 use crate::{
@@ -21,6 +32,9 @@ use crate::{
 };
 
 pub(super) fn run(args: AttachArgs) -> Result<()> {
+    if args.confirm.is_some() {
+        return Err(Failed::Machine(MachineError::ConfirmRun).into());
+    }
     let request = AttachRequest::of(args)?;
     super::check::require_privileges()?;
     super::accelerate::admit(&request.bpffs, &request.config)?;
@@ -30,7 +44,7 @@ pub(super) fn run(args: AttachArgs) -> Result<()> {
 }
 
 async fn follow(request: AttachRequest) -> Result<()> {
-    let AttachRequest { target, config, switches, bpffs, max_connections, .. } = request;
+    let AttachRequest { target, config, switches, bpffs, max_connections, protected } = request;
     // Before the attach, so that no signal and no change is missed.
     let mut interrupt = signal(SignalKind::interrupt()).context("listening for SIGINT")?;
     let mut terminate = signal(SignalKind::terminate()).context("listening for SIGTERM")?;
@@ -42,12 +56,11 @@ async fn follow(request: AttachRequest) -> Result<()> {
     }
     let done =
         apply_capture(&bpffs, max_connections, (&target, &config), Rewrite::IfChanged, Some(&mut changes))?;
-    print_line!(
-        "{} cgroup {} in namespace {}",
-        done.as_str(),
-        target.cgroup.path().display(),
-        target.netns.name()
-    );
+    print_line!("{} {} in namespace {}", done.as_str(), machine::name_of(&target), target.netns.name());
+    if let Some(protected) = protected {
+        print_line!("inbound: {}", protected.describe(&config));
+    }
+    tell_systemd();
     if switches.run_validation {
         attach::validate(&target, &config, &switches)?;
     }
@@ -74,8 +87,23 @@ async fn follow(request: AttachRequest) -> Result<()> {
         }
     }
     take_out(&bpffs, &target.netns).context("detaching")?;
-    print_line!("detached cgroup {}", target.cgroup.path().display());
+    print_line!("detached {}", machine::name_of(&target));
     Ok(())
+}
+
+/// Tells systemd that the capture is active (sd_notify), so that units of `Type=notify` are ordered after it.
+fn tell_systemd() {
+    let Some(path) = std::env::var_os("NOTIFY_SOCKET") else { return };
+    let sent = UnixDatagram::unbound().and_then(|socket| match path.as_bytes().strip_prefix(b"@") {
+        Some(name) => socket.send_to_addr(b"READY=1", &SocketAddr::from_abstract_name(name)?),
+        None => socket.send_to(b"READY=1", &path),
+    });
+    if let Err(error) = sent {
+        tracing::warn!(
+            error = &error as &dyn std::error::Error,
+            "telling systemd that the capture is active"
+        );
+    }
 }
 
 fn log_lines(bpffs: &Path) -> Result<AsyncFd<EbpfLogger<&'static dyn log::Log>>> {

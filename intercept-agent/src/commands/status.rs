@@ -1,7 +1,7 @@
 //! `status`: attached pods and their counters.
 
 use anyhow::Result;
-use intercept_common::layout::PodPolicy;
+use intercept_common::layout::{ListenerKey, PodPolicy};
 use serde::Serialize;
 
 use super::print_line;
@@ -16,7 +16,7 @@ use crate::{
     escape::{self, OneLine},
     ids::{CookieNumber, NetnsCookie, PolicyId, PolicyNumber},
     maps::PolicyUsage,
-    node::{BrokenPod, Node},
+    node::{BrokenPod, Node, remaining},
     record::Record,
 };
 
@@ -24,6 +24,12 @@ use crate::{
 #[derive(Serialize)]
 struct PodStatus {
     cgroup: std::path::PathBuf,
+    /// Further cgroups of a machine's workload.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    more_cgroups: Vec<std::path::PathBuf>,
+    /// Seconds until it is taken off, unless it is confirmed.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    expires_in: Option<u64>,
     netns_inode: u64,
     #[serde(with = "CookieNumber")]
     netns_cookie: NetnsCookie,
@@ -39,6 +45,9 @@ struct PodStatus {
     room: Vec<BudgetUsage>,
     listeners: Vec<ListenerStatus>,
     mptcp_listeners: Vec<ListenerStatus>,
+    /// Listening sockets of a machine's applications, by which inbound connections are the workload's.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    applications: Vec<ListenerStatus>,
     decisions: Vec<ReasonCount>,
     failures: Vec<ReasonCount>,
     /// Present if the options ask for it or it is still switched on.
@@ -109,7 +118,7 @@ struct ReasonCount {
 }
 
 pub(super) fn status(args: &StatusArgs) -> Result<()> {
-    let only = args.cgroup_path.as_ref().map(CgroupDir::open).transpose()?.map(|cgroup| cgroup.id());
+    let only = args.cgroup_path.as_ref().map(CgroupDir::open_any).transpose()?.map(|cgroup| cgroup.id());
     let mut reports = match socket::request(&args.socket.socket, &DaemonRequest::Report) {
         Ok(Response::Pods(reports)) => reports,
         // Without a running daemon or access to it, the output shows only the state of the kernel.
@@ -123,7 +132,9 @@ pub(super) fn status(args: &StatusArgs) -> Result<()> {
         broken = found.broken.into_iter().map(|pod| BrokenStatus::of(&node, &pod)).collect();
         broken.retain(|pod| only.is_none() || pod.cgroup_id == only);
         for (record, policy) in found.readable {
-            if only.is_none_or(|id| id == record.cgroup_id) {
+            if only.is_none_or(|id| id == record.cgroup_id)
+                || node.cgroups_of(record.cookie)?.iter().any(|id| Some(*id) == only)
+            {
                 let its = reports.iter().position(|report| report.netns_cookie == Some(record.cookie.0));
                 let daemon = its.map(|at| reports.swap_remove(at));
                 let room = BudgetUsage::of(&usage.get(&policy.id).copied().unwrap_or_default());
@@ -160,9 +171,12 @@ fn pod(node: &Node, record: &Record, policy: &PodPolicy) -> Result<PodStatus> {
     let counters = node.maps().counters(policy.slot)?;
     let count = |(reason, count): (&'static str, u64)| (count > 0).then_some(ReasonCount { reason, count });
     let decisions = counters.by_reason().map(|(reason, count)| (reason.as_str(), count));
+    let listeners = node.maps().listeners(record.cookie)?;
     let failures = counters.by_failure().map(|(failure, count)| (failure.as_str(), count));
     Ok(PodStatus {
         cgroup: record.cgroup.clone(),
+        more_cgroups: record.also.clone(),
+        expires_in: remaining(policy).map(|time| time.as_secs()),
         netns_inode: record.netns_inode,
         netns_cookie: record.cookie,
         state: if node.cgroup_of(record.cookie)?.is_some() { "attached" } else { "gone" },
@@ -172,12 +186,8 @@ fn pod(node: &Node, record: &Record, policy: &PodPolicy) -> Result<PodStatus> {
         policy: policy.id,
         connections: node.maps().connections(policy.slot),
         room: Vec::new(),
-        listeners: node
-            .maps()
-            .listeners(record.cookie)?
-            .into_iter()
-            .map(|key| ListenerStatus { port: key.port, family: key.family })
-            .collect(),
+        listeners: listed(&listeners, |key| !key.is_application()),
+        applications: listed(&listeners, ListenerKey::is_application),
         mptcp_listeners: node
             .maps()
             .mptcp_listeners(policy)
@@ -190,6 +200,11 @@ fn pod(node: &Node, record: &Record, policy: &PodPolicy) -> Result<PodStatus> {
         acceleration: acceleration(node, record, policy)?,
         daemon: None,
     })
+}
+
+fn listed(keys: &[ListenerKey], is_listed: impl Fn(&ListenerKey) -> bool) -> Vec<ListenerStatus> {
+    let keys = keys.iter().filter(|key| is_listed(key));
+    keys.map(|key| ListenerStatus { port: key.port, family: key.family }).collect()
 }
 
 fn acceleration(node: &Node, record: &Record, policy: &PodPolicy) -> Result<Option<AccelerationStatus>> {
@@ -216,6 +231,12 @@ fn acceleration(node: &Node, record: &Record, policy: &PodPolicy) -> Result<Opti
 
 fn print(pod: &PodStatus) {
     print_line!("{} ({}, cookie {})", OneLine(pod.cgroup.display()), pod.state, pod.netns_cookie);
+    for cgroup in &pod.more_cgroups {
+        print_line!("  and          {}", OneLine(cgroup.display()));
+    }
+    if let Some(seconds) = pod.expires_in {
+        print_line!("  unconfirmed  taken off in {seconds} s, unless `intercept-agent confirm` is run");
+    }
     print_line!("  options      {}", OneLine(pod.arguments.join(" ")));
     for (name, value) in &pod.environment {
         print_line!("               {name}={}", OneLine(value));
@@ -224,12 +245,12 @@ fn print(pod: &PodStatus) {
     print_line!("  connections  {} redirected, of {} at most", pod.connections, pod.max_connections);
     let room: Vec<String> = pod.room.iter().map(|r| format!("{} {} of {}", r.map, r.used, r.limit)).collect();
     print_line!("  room         {}", room.join(", "));
-    let mut ports: Vec<String> =
-        pod.listeners.iter().map(|l| format!("{} (IPv{})", l.port, l.family)).collect();
-    ports.sort();
-    ports.dedup();
+    let ports = named(&pod.listeners);
     let none = "none: inbound connections are refused".to_owned();
     print_line!("  listeners    {}", if ports.is_empty() { none } else { ports.join(", ") });
+    if !pod.applications.is_empty() {
+        print_line!("  applications {}", named(&pod.applications).join(", "));
+    }
     for listener in &pod.mptcp_listeners {
         print_line!(
             "               {} (IPv{}) listens with MPTCP and gets no inbound connections: restart the proxy, which then listens with \
@@ -253,6 +274,13 @@ fn print(pod: &PodStatus) {
     for ReasonCount { reason, count } in &pod.failures {
         print_line!("  {count:>12}  FAILED {reason}");
     }
+}
+
+fn named(listeners: &[ListenerStatus]) -> Vec<String> {
+    let mut ports: Vec<String> = listeners.iter().map(|l| format!("{} (IPv{})", l.port, l.family)).collect();
+    ports.sort();
+    ports.dedup();
+    ports
 }
 
 fn print_daemon(report: &PodReport) {

@@ -22,7 +22,7 @@ pub(super) fn trace(args: &TraceArgs) -> Result<()> {
     };
     let mut only = None;
     if let Some(path) = &args.cgroup_path {
-        let cgroup = CgroupDir::open(path)?;
+        let cgroup = CgroupDir::open_any(path)?;
         let (cookie, _) = node
             .pod_of_cgroup(cgroup.id())?
             .with_context(|| format!("tracing: {} is not attached", path.display()))?;

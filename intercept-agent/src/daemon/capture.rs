@@ -228,7 +228,14 @@ pub fn prepare(
     // Before the observation, so that a process that starts meanwhile causes another one.
     let containers = config.names_containers().then(|| containers::fingerprint(&desired.cgroup));
     let idle = cgroup.processes().is_ok_and(|processes| processes.is_empty());
-    let target = Target { cgroup, netns, netns_path: desired.netns.clone(), origin: desired.origin.clone() };
+    let target = Target {
+        cgroup,
+        also: Vec::new(),
+        netns,
+        netns_path: desired.netns.clone(),
+        origin: desired.origin.clone(),
+        confirm: None,
+    };
     target
         .netns
         .run(|| {

@@ -24,11 +24,21 @@ pub(super) const TOO_MANY: &str = "the processes have more descriptors than are 
 
 /// Takes `wanted` (inode and address) from the processes of `first`, then from all others in the namespace.
 pub(super) fn take(netns: &Netns, first: Vec<Pid>, wanted: BTreeMap<u64, SocketAddr>) -> FoundListeners {
-    let mut seen = BTreeSet::new();
     let others = std::iter::once_with(|| everyone().into_iter().filter(|&pid| netns.holds(pid))).flatten();
-    let mut walk = Walk::start(wanted);
+    walk(first.into_iter().chain(others), wanted, Walk::TIME).end()
+}
+
+/// Takes `wanted` from these processes. What they do not have is not missed, unless there was no time to look for it.
+pub(super) fn take_from(processes: Vec<Pid>, wanted: BTreeMap<u64, SocketAddr>) -> FoundListeners {
+    let walk = walk(processes.into_iter(), wanted, Walk::LONG_TIME);
+    if walk.is_over() { walk.end() } else { FoundListeners { missed: Vec::new(), ..walk.end() } }
+}
+
+fn walk(processes: impl Iterator<Item = Pid>, wanted: BTreeMap<u64, SocketAddr>, time: Duration) -> Walk {
+    let mut seen = BTreeSet::new();
+    let mut walk = Walk::start(wanted, time);
     let mut long = Vec::new();
-    for pid in first.into_iter().chain(others) {
+    for pid in processes {
         if walk.is_done() {
             break;
         }
@@ -42,7 +52,7 @@ pub(super) fn take(netns: &Netns, first: Vec<Pid>, wanted: BTreeMap<u64, SocketA
             _ = walk.take(pid, FEW..usize::MAX);
         }
     }
-    walk.end()
+    walk
 }
 
 /// Looking through descriptors, of which a pod may have millions.
@@ -60,9 +70,11 @@ impl Walk {
     /// However slow the machine is, so many are looked at.
     const LEAST: u32 = 4096;
     const TIME: Duration = Duration::from_millis(20);
+    /// For those of a machine's applications, which an attach by an administrator waits for.
+    const LONG_TIME: Duration = Duration::from_secs(3);
 
-    fn start(wanted: BTreeMap<u64, SocketAddr>) -> Self {
-        let until = Instant::now() + Self::TIME;
+    fn start(wanted: BTreeMap<u64, SocketAddr>, time: Duration) -> Self {
+        let until = Instant::now() + time;
         Self { left: Self::LEAST, until, wanted, causes: BTreeMap::new(), listeners: Vec::new() }
     }
 
@@ -123,6 +135,17 @@ fn duplicate(pid: Pid, number: i32, inode: u64, address: SocketAddr) -> io::Resu
     let is_v6 = rustix::net::sockopt::socket_domain(&fd)? == AddressFamily::INET6;
     let family = if is_v6 { Family::V6 } else { Family::V4 };
     Ok(Some(Listener { family, addr: address.ip(), port: address.port(), inode, pid, fd }))
+}
+
+/// The inodes of all sockets of processes with this name.
+pub(super) fn sockets_of(process: &str) -> BTreeSet<u64> {
+    let has_name = |pid: &Pid| {
+        let name = fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
+        name.trim_end() == process
+    };
+    let descriptors = |pid: Pid| fs::read_dir(format!("/proc/{pid}/fd")).into_iter().flatten().flatten();
+    let named = everyone().into_iter().filter(has_name).flat_map(descriptors);
+    named.filter_map(|entry| socket_inode(fs::read_link(entry.path()).ok()?.to_str()?)).collect()
 }
 
 /// The inode in `socket:[INODE]`.

@@ -16,8 +16,11 @@ use crate::{
     netns::{Netns, NetnsError},
 };
 
-/// Inode and address of what listens on `ports` in `netns`.
-pub(super) fn listening(netns: &Netns, ports: &[u16]) -> Result<BTreeMap<u64, SocketAddr>, ListenersError> {
+/// Inode and address of what listens in `netns`, on ports that are wanted.
+pub(super) fn listening(
+    netns: &Netns,
+    is_wanted: impl Fn(u16) -> bool,
+) -> Result<BTreeMap<u64, SocketAddr>, ListenersError> {
     let list = |source| ListenersError::List { netns: netns.name().to_owned(), source };
     let listed = match listed(netns)? {
         // Kernels without it are rare, and may load its module only on request.
@@ -26,7 +29,7 @@ pub(super) fn listening(netns: &Netns, ports: &[u16]) -> Result<BTreeMap<u64, So
         }
         listed => listed.map_err(list)?,
     };
-    Ok(listed.into_iter().filter(|(_, address)| ports.contains(&address.port())).collect())
+    Ok(listed.into_iter().filter(|(_, address)| is_wanted(address.port())).collect())
 }
 
 /// All that listens, from the kernel's table of listeners: /proc/net/tcp goes through the node's whole table of

@@ -65,7 +65,7 @@ fn listeners_of_the_pod_are_shared() {
     // A group of two, and a port that nobody asks for.
     hold("127.0.0.1:15006", "127.0.0.1:15006");
     hold("0.0.0.0:15090", "[::1]:15006");
-    let found = find(&netns, &test.cgroup, &[PROXY, INBOUND]).unwrap();
+    let found = find(&netns, &[&test.cgroup], &[PROXY, INBOUND]).unwrap();
     assert_eq!(
         shown(&found),
         [
@@ -97,7 +97,7 @@ fn a_process_outside_the_cgroup_but_in_the_namespace_is_asked_too() {
     let (netns, test) = (network(), TestCgroup::new());
     let spawn = || holder(listen("0.0.0.0:15001"), listen("[::]:15006")).spawn().unwrap();
     let _process = Killed(netns.run(spawn).unwrap());
-    let found = find(&netns, &test.cgroup, &[PROXY]).unwrap();
+    let found = find(&netns, &[&test.cgroup], &[PROXY]).unwrap();
     assert_eq!(shown(&found), [(4, "0.0.0.0:15001".to_owned())]);
 }
 
@@ -106,7 +106,7 @@ fn a_listener_that_nobody_seen_has_is_reported() {
     let (netns, test) = (network(), TestCgroup::new());
     // This process has it, and is not in the namespace.
     let _listener = netns.run(|| listen("127.0.0.1:15001")).unwrap();
-    let found = find(&netns, &test.cgroup, &[PROXY]).unwrap();
+    let found = find(&netns, &[&test.cgroup], &[PROXY]).unwrap();
     assert!(found.listeners.is_empty(), "{found:?}");
     let [missed] = found.missed.as_slice() else { panic!("{found:?}") };
     assert_eq!(missed.address, "127.0.0.1:15001".parse().unwrap());
@@ -152,7 +152,7 @@ open(sys.argv[1] + sys.argv[2], 'w'); time.sleep(600)";
     }
     netns.run(|| test.spawn("proxy", &mut holder(listen("0.0.0.0:15006"), listen("[::]:15006")))).unwrap();
     let started = Instant::now();
-    let found = find(&netns, &test.cgroup, &[PROXY, INBOUND]).unwrap();
+    let found = find(&netns, &[&test.cgroup], &[PROXY, INBOUND]).unwrap();
     assert_eq!(found.listeners.len(), 2, "{found:?}");
     let [missed] = found.missed.as_slice() else { panic!("{found:?}") };
     assert_eq!(missed.address.port(), PROXY);
@@ -163,6 +163,6 @@ open(sys.argv[1] + sys.argv[2], 'w'); time.sleep(600)";
 #[test]
 fn nothing_is_found_where_nothing_listens() {
     let (netns, test) = (network(), TestCgroup::new());
-    let found = find(&netns, &test.cgroup, &[PROXY, INBOUND]).unwrap();
+    let found = find(&netns, &[&test.cgroup], &[PROXY, INBOUND]).unwrap();
     assert!(found.listeners.is_empty() && found.missed.is_empty(), "{found:?}");
 }

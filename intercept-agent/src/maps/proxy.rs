@@ -11,11 +11,14 @@ use std::{
 use aya::maps::{Array, IterableMap as _, MapData, MapError};
 use intercept_common::{
     Family,
-    layout::{LISTENER_SLOTS, ListenerKey, MAX_PODS, PodPolicy, Proxy, ProxyPort, Ring, scope},
+    layout::{
+        APPLICATION_LISTENERS, LISTENER_SLOTS, ListenerKey, MAX_PODS, PodPolicy, Proxy, ProxyPort, Ring,
+        scope,
+    },
     names,
 };
 
-use super::{Maps, MapsError, failed};
+use super::{Maps, MapsError, failed, gone_is_fine};
 use crate::{
     ids::{NetnsCookie, Slot},
     sys::{Plain, SharedArray},
@@ -76,6 +79,41 @@ impl Maps {
             }
         }
         Ok(Registered::TooMany)
+    }
+
+    /// Registers a listening socket of a machine's application. Selects the number in the key.
+    pub fn register_application(
+        &mut self,
+        key: ListenerKey,
+        socket: &impl std::os::fd::AsRawFd,
+    ) -> Result<Registered, MapsError> {
+        const BPF_NOEXIST: u64 = 1;
+        for number in 0..APPLICATION_LISTENERS {
+            let key = ListenerKey { scope: scope::APPLICATION + number, ..key };
+            let code = match self.listeners.insert(Plain(key), socket.as_raw_fd(), BPF_NOEXIST) {
+                Ok(()) => return Ok(Registered::Yes),
+                Err(MapError::SyscallError(error)) => error.io_error,
+                Err(error) => return Err(failed("registering a listener in", names::LISTENERS)(error)),
+            };
+            match code.raw_os_error() {
+                Some(libc::EEXIST) => {}
+                Some(libc::EOPNOTSUPP) => return Ok(Registered::Mptcp),
+                _ => {
+                    let error = MapError::IoError(code);
+                    return Err(failed("registering a listener in", names::LISTENERS)(error));
+                }
+            }
+        }
+        Ok(Registered::TooMany)
+    }
+
+    /// Removes the registered listeners of a workload, whose sockets stay open.
+    pub fn remove_listeners(&mut self, cookie: NetnsCookie) -> Result<(), MapsError> {
+        for key in self.listeners(cookie)? {
+            gone_is_fine(self.listeners.remove(&Plain(key)))
+                .map_err(failed("removing a listener from", names::LISTENERS))?;
+        }
+        Ok(())
     }
 
     /// Reads the registered listeners of a namespace.

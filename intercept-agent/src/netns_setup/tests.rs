@@ -61,7 +61,7 @@ fn added(netns: &Netns, additions: &NetnsChanges) -> NetnsChanges {
 fn planned(netns: &Netns, config: &Config, before: &NetnsChanges) -> (NetnsPlan, RouteSnapshot) {
     let snapshot = RouteSnapshot::snapshot(netns).expect("a snapshot");
     let found = find(netns, config, &snapshot).expect("looked at");
-    (plan(config, &snapshot.interface_names(), &found, before), snapshot)
+    (plan(config, &snapshot.interface_names(), &found, before, &NetnsChanges::default()), snapshot)
 }
 
 /// Reads the namespace until it has the expected state. The kernel adds addresses from a work queue.

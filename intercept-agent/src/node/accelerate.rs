@@ -48,7 +48,7 @@ impl Node {
         self.link_join(target)?;
         acceleration.allow(pod, config)?;
         // The callback missed listeners that opened before the cell was set.
-        let Ok(found) = listeners::find(&target.netns, &target.cgroup, &[config.inbound_port]) else {
+        let Ok(found) = listeners::find(&target.netns, &[&target.cgroup], &[config.inbound_port]) else {
             // The listeners were just read, and the callback sees later ones.
             return Ok(());
         };

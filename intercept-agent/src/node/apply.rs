@@ -85,11 +85,13 @@ impl Node {
         let policies = self.maps.policies()?;
         let made = record.as_ref().map(|record| record.netns_setup.clone()).unwrap_or_default();
         let interfaces = observed.snapshot.interface_names();
-        let namespace = netns_setup::plan(config, &interfaces, &observed.found, &made);
+        let shared = self.changes_of_others(target.netns.cookie())?;
+        let namespace = netns_setup::plan(config, &interfaces, &observed.found, &made, &shared);
         let expected = namespace.expected(observed.snapshot.clone());
         let (outside_config, unmapped) = outside(config, &observed.ids);
         let mut compiled = compile(&outside_config, &expected);
         observed.containers.write(&mut compiled.policy);
+        compiled.policy.flags |= target.flags();
         if !unmapped.is_empty() {
             let cgroup = target.cgroup.path().display();
             tracing::warn!(%cgroup, ids = ?unmapped, "ids that the pod's user namespace does not map match nobody");
@@ -111,6 +113,7 @@ impl Node {
             AttachPlan::Unchanged(policy) => {
                 // A proxy may have started to listen while another capture had its socket.
                 self.register_unknown(target, config, &policy)?;
+                self.register_applications(target, &policy)?;
                 self.accelerate(target, config, &policy);
                 Attached::Unchanged
             }
@@ -145,7 +148,7 @@ impl Node {
         let (mut made, mut registered) = (NetnsChanges::default(), BTreeSet::new());
         let switched = self
             .add(target, plan, &mut made, &mut registered)
-            .and_then(|()| Ok(self.maps.activate(cookie, &plan.policy)?));
+            .and_then(|()| Ok(self.maps.activate(cookie, &target.expiring(plan.policy))?));
         if let Err(error) = switched {
             self.undo(target, plan, &made);
             return Err(error);
@@ -157,8 +160,11 @@ impl Node {
             None => self.register_listeners(target, config, policy, &mut registered),
             Some(_) => self.register_unknown(target, config, policy),
         };
+        let registered = registered.and_then(|()| self.register_applications(target, policy));
         self.accelerate(target, config, policy);
-        let removed = self.remove_leftovers(cookie, plan.policy.id, &target.netns);
+        let removed = self
+            .remove_leftovers(cookie, plan.policy.id, &target.netns)
+            .and_then(|()| self.remove_other_links(target));
         for error in [registered, removed].into_iter().filter_map(Result::err) {
             tracing::warn!(
                 cookie = cookie.0,
@@ -198,7 +204,10 @@ impl Node {
             self.store.rewrite_record(&Record { netns_setup, ..record.clone() })?;
         }
         match plan.before {
-            None => self.register_listeners(target, &record.config, &plan.policy, registered),
+            None => {
+                self.register_listeners(target, &record.config, &plan.policy, registered)?;
+                self.register_applications(target, &plan.policy)
+            }
             Some(_) => Ok(()),
         }
     }

@@ -2,13 +2,12 @@
 
 use std::{
     collections::BTreeSet,
-    os::fd::AsFd as _,
     path::{Path, PathBuf},
 };
 
-use intercept_common::{layout::PodPolicy, names};
+use intercept_common::layout::PodPolicy;
 
-use super::{Living, LivingPod, Node, NodeError};
+use super::{Living, LivingPod, Node, NodeError, plan::LivingCgroup, workload::is_expired};
 use crate::{
     cgroup::CgroupDir,
     ids::{NetnsCookie, PolicyId},
@@ -16,7 +15,6 @@ use crate::{
     netns_setup::{self, NetnsChanges, NetnsSetupError},
     record::Record,
     store::Store,
-    sys,
 };
 
 /// A pod of [`Node::detach_all`].
@@ -134,12 +132,23 @@ impl Node {
 
     /// A pod, if it exists.
     fn living_pod(&self, cookie: NetnsCookie, policy: &PodPolicy) -> Result<Option<LivingPod>, NodeError> {
-        let Some((cgroup, netns_inode)) = self.place_of(cookie)? else { return Ok(None) };
+        let Some((ids, netns_inode)) = self.place_of(cookie)?.filter(|_| !is_expired(policy)) else {
+            return Ok(None);
+        };
         let record = self.store.read_record(cookie, policy.id).ok().flatten();
-        let cgroup_path = record.map(|record| record.cgroup);
-        let opened = cgroup_path.as_ref().and_then(|path| CgroupDir::open(path).ok());
-        let lineage = opened.filter(|dir| dir.id() == cgroup).and_then(|dir| dir.lineage().ok());
-        Ok(Some(LivingPod { cgroup, cgroup_path, lineage: lineage.unwrap_or_default(), netns_inode }))
+        let paths: Vec<PathBuf> = record.iter().flat_map(Record::cgroups).cloned().collect();
+        let opened: Vec<CgroupDir> = paths.iter().filter_map(|path| CgroupDir::open_any(path).ok()).collect();
+        let living = |id: u64| {
+            let dir = opened.iter().find(|dir| dir.id() == id);
+            // A pod has one cgroup, whose name its record has even if it cannot be opened.
+            let path = dir.map(|dir| dir.path().to_owned()).or_else(|| match paths.as_slice() {
+                [path] => Some(path.clone()),
+                _ => None,
+            });
+            let lineage = dir.and_then(|dir| dir.lineage().ok()).unwrap_or_default();
+            LivingCgroup { id, path, lineage }
+        };
+        Ok(Some(LivingPod { cgroups: ids.into_iter().map(living).collect(), netns_inode }))
     }
 
     /// Removes a pod whose namespace the caller does not have. If it still exists and the agent changed something in
@@ -165,11 +174,11 @@ impl Node {
         active: PolicyId,
         netns: &Netns,
     ) -> Result<(), NodeError> {
-        let mut needed = NetnsChanges::default();
+        let mut needed = self.changes_of_others(cookie)?;
         let mut others = Vec::new();
         for (id, record) in self.store.records(cookie)? {
             match record {
-                Ok(record) if id == active => needed = record.netns_setup,
+                Ok(record) if id == active => needed.merge(&record.netns_setup),
                 Ok(record) => others.push((id, record.netns_setup)),
                 Err(error) if error.may_pass() => return Err(error.into()),
                 // Its changes are not known, so nothing can be undone.
@@ -210,10 +219,11 @@ impl Node {
             }
             self.restore(cookie, netns)?;
         }
-        for program in names::CGROUP_PROGRAMS.iter().chain([&names::SK_LOOKUP]) {
-            // Detach now; if that fails, removing the pin still detaches it later.
-            let link = sys::open_pin(&self.store.pod(cookie).join(program));
-            let _goes_with_its_pin = link.and_then(|link| sys::link_detach(link.as_fd()));
+        for folder in self.existing_link_folders(cookie)? {
+            self.detach_links(&folder);
+        }
+        if cookie.is_workload() {
+            self.maps.remove_listeners(cookie)?;
         }
         // Every list was written after its record.
         let records = self.store.records(cookie)?;
@@ -235,9 +245,11 @@ impl Node {
 
     /// Undoes the changes of the namespace that the pod's records list.
     fn restore(&self, cookie: NetnsCookie, netns: &Netns) -> Result<(), NodeError> {
+        let needed = self.changes_of_others(cookie)?;
         for (policy, record) in self.store.records(cookie)? {
             match record {
-                Ok(record) => netns_setup::remove(netns, &record.netns_setup).map_err(changing(netns))?,
+                Ok(record) => netns_setup::remove(netns, &record.netns_setup.without(&needed))
+                    .map_err(changing(netns))?,
                 Err(error) if error.may_pass() => return Err(error.into()),
                 Err(error) => tracing::warn!(
                     cookie = cookie.0,

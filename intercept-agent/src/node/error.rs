@@ -73,6 +73,18 @@ pub enum NodeError {
     )]
     Nested { inner: String, outer: String, captured: String },
     #[error(
+        "cgroup {cgroup} is in another workload of this machine already; name all cgroups of one workload in one command,          or detach that one first (`intercept-agent detach --cgroup-path {cgroup}`)"
+    )]
+    InWorkload { cgroup: String },
+    #[error(
+        "port {port} is that of the proxy of another workload of this machine ({cgroup}): give the proxies different ports          (-p, -z, --dns-capture-port), or name the cgroups of both in one command for one proxy"
+    )]
+    ProxyTaken { port: u16, cgroup: String },
+    #[error(
+        "process {pid} listens on port {port}, which is the proxy's, and is outside of the cgroups of the workload: the proxy          would not learn original destinations; name its cgroup as well (--cgroup-path)"
+    )]
+    ProxyOutside { port: u16, pid: i32 },
+    #[error(
         "map {0} of the agent is not there, and pods are attached: something removed its pin; `intercept-agent detach --all` \
          removes the rest"
     )]

@@ -8,9 +8,10 @@ use std::{
 
 use intercept_common::names;
 
-use super::{Node, NodeError, Target};
+use super::{Node, NodeError, Target, workload::OwnPrograms};
 use crate::{
     ids::NetnsCookie,
+    netns::Netns,
     options::Config,
     programs,
     support::{self, Lacking, Need},
@@ -18,22 +19,36 @@ use crate::{
 };
 
 impl Node {
-    /// Creates the missing links of a pod.
+    /// Creates the missing links of a pod, or of a machine's workload.
     pub(super) fn link(&self, target: &Target) -> Result<(), NodeError> {
         let cookie = target.netns.cookie();
-        let cgroup = target.cgroup.path().display().to_string();
-        for program in self.loaded_programs() {
-            let path = self.store.pod(cookie).join(program);
-            if self.link_is(&path, LinkTarget::Cgroup(Some(target.cgroup.id())))? {
-                continue;
+        let mut own = OwnPrograms::default();
+        for ((folder, id), cgroup) in self.link_folders(target).into_iter().zip(target.cgroups()) {
+            self.store.create(&folder)?;
+            for program in self.loaded_programs() {
+                let path = folder.join(program);
+                if self.link_is(&path, LinkTarget::Cgroup(Some(id)))? {
+                    continue;
+                }
+                let failed = |source| NodeError::Attach {
+                    program,
+                    target: cgroup.path().display().to_string(),
+                    source,
+                };
+                let shared;
+                let fd = if target.is_workload() {
+                    match own.get(self, cookie, target.netns.kernel_cookie(), program)? {
+                        Some(fd) => fd,
+                        None => continue,
+                    }
+                } else {
+                    shared = sys::open_pin(&self.store.programs().join(program)).map_err(failed)?;
+                    &shared
+                };
+                sys::link_create(fd.as_fd(), cgroup.as_fd(), programs::attach_type(program))
+                    .and_then(|link| replace_pin(&link, &path))
+                    .map_err(failed)?;
             }
-            let attach = || {
-                let fd = sys::open_pin(&self.store.programs().join(program))?;
-                let link =
-                    sys::link_create(fd.as_fd(), target.cgroup.as_fd(), programs::attach_type(program))?;
-                replace_pin(&link, &path)
-            };
-            attach().map_err(|source| NodeError::Attach { program, target: cgroup.clone(), source })?;
         }
         let path = self.store.pod(cookie).join(names::SK_LOOKUP);
         if self.link_is(&path, netns_target(target))? {
@@ -79,29 +94,39 @@ impl Node {
     }
 
     pub(super) fn links_intact(&self, cookie: NetnsCookie, target: &Target) -> Result<bool, NodeError> {
-        let dir = self.store.pod(cookie);
-        let cgroup = LinkTarget::Cgroup(Some(target.cgroup.id()));
-        for name in self.loaded_programs() {
-            if !self.link_is(&dir.join(name), cgroup)? {
-                return Ok(false);
+        let folders = self.link_folders(target);
+        for (folder, id) in &folders {
+            for name in self.loaded_programs() {
+                if !self.link_is(&folder.join(name), LinkTarget::Cgroup(Some(*id)))? {
+                    return Ok(false);
+                }
             }
         }
-        self.link_is(&dir.join(names::SK_LOOKUP), netns_target(target))
+        let all = self.existing_link_folders(cookie)?.len() == folders.len();
+        Ok(all && self.link_is(&self.store.pod(cookie).join(names::SK_LOOKUP), netns_target(target))?)
     }
 
     /// Returns the id of a pod's cgroup if cgroup and namespace still exist.
     pub fn cgroup_of(&self, cookie: NetnsCookie) -> Result<Option<u64>, NodeError> {
-        Ok(self.place_of(cookie)?.map(|(cgroup, _)| cgroup))
+        Ok(self.cgroups_of(cookie)?.first().copied())
     }
 
-    /// Returns the id of a pod's cgroup and the inode of its namespace if both still exist. The links outlive both and
+    /// Returns the ids of a pod's cgroups that still exist, if its namespace does: one, except of a machine's workload.
+    pub fn cgroups_of(&self, cookie: NetnsCookie) -> Result<Vec<u64>, NodeError> {
+        Ok(self.place_of(cookie)?.map(|(cgroups, _)| cgroups).unwrap_or_default())
+    }
+
+    /// Returns the ids of a pod's cgroups and the inode of its namespace if both still exist. The links outlive both and
     /// then name neither. An error does not mean that the pod is gone.
-    pub(super) fn place_of(&self, cookie: NetnsCookie) -> Result<Option<(u64, u64)>, NodeError> {
-        let dir = self.store.pod(cookie);
-        Ok(match (link_target(&dir.join(names::SOCK_OPS))?, link_target(&dir.join(names::SK_LOOKUP))?) {
-            (Some(LinkTarget::Cgroup(Some(cgroup))), Some(LinkTarget::Netns(Some(netns)))) => {
-                Some((cgroup, netns.into()))
+    pub(super) fn place_of(&self, cookie: NetnsCookie) -> Result<Option<(Vec<u64>, u64)>, NodeError> {
+        let mut cgroups = Vec::new();
+        for folder in self.existing_link_folders(cookie)? {
+            if let Some(LinkTarget::Cgroup(Some(cgroup))) = link_target(&folder.join(names::SOCK_OPS))? {
+                cgroups.push(cgroup);
             }
+        }
+        Ok(match link_target(&self.store.pod(cookie).join(names::SK_LOOKUP))? {
+            Some(LinkTarget::Netns(Some(netns))) if !cgroups.is_empty() => Some((cgroups, netns.into())),
             _ => None,
         })
     }
@@ -114,18 +139,36 @@ impl Node {
 
     /// Replaces the programs of a pod's links with this build's.
     pub(super) fn replace_programs(&self, cookie: NetnsCookie) -> Result<(), NodeError> {
-        let dir = self.store.pod(cookie);
-        for program in self.loaded_programs() {
-            let update = || {
-                let link = sys::open_pin(&dir.join(program))?;
-                let fd = sys::open_pin(&self.store.programs().join(program))?;
-                sys::link_update(link.as_fd(), fd.as_fd())
-            };
-            update().map_err(|source| NodeError::Replace { program, cookie, source })?;
+        let mut own = OwnPrograms::default();
+        let netns = match cookie.is_workload() {
+            true => Some(Netns::of_machine(cookie)?.kernel_cookie()),
+            false => None,
+        };
+        for folder in self.existing_link_folders(cookie)? {
+            // One of a workload's cgroups may be gone.
+            if link_target(&folder.join(names::SOCK_OPS))? == Some(LinkTarget::Cgroup(None)) {
+                continue;
+            }
+            for program in self.loaded_programs() {
+                let failed = |source| NodeError::Replace { program, cookie, source };
+                let shared;
+                let fd = if let Some(netns) = netns {
+                    match own.get(self, cookie, netns, program)? {
+                        Some(fd) => fd,
+                        None => continue,
+                    }
+                } else {
+                    shared = sys::open_pin(&self.store.programs().join(program)).map_err(failed)?;
+                    &shared
+                };
+                sys::open_pin(&folder.join(program))
+                    .and_then(|link| sys::link_update(link.as_fd(), fd.as_fd()))
+                    .map_err(failed)?;
+            }
         }
         self.replace_join(cookie);
         let program = self.lookup()?.load(cookie)?;
-        sys::open_pin(&dir.join(names::SK_LOOKUP))
+        sys::open_pin(&self.store.pod(cookie).join(names::SK_LOOKUP))
             .and_then(|link| sys::link_update(link.as_fd(), program.as_fd()))
             .map_err(|source| NodeError::Replace { program: names::SK_LOOKUP, cookie, source })
     }

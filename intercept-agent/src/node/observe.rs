@@ -32,9 +32,13 @@ impl Observation {
             let found = netns_setup::find(&target.netns, config, &snapshot)
                 .map_err(|source| NodeError::NetnsChanges { netns: netns(), source })?;
             let cgroup = target.cgroup.path().display().to_string();
-            let ids = IdMaps::of_pod(&target.netns, &target.cgroup)
-                .map_err(|source| NodeError::UserNs { cgroup, source })?;
-            let containers = ContainerCgroups::find(config, &target.cgroup, target.origin.pod_uid())?;
+            let ids = if target.is_workload() {
+                IdMaps::identity()
+            } else {
+                IdMaps::of_pod(&target.netns, &target.cgroup)
+                    .map_err(|source| NodeError::UserNs { cgroup, source })?
+            };
+            let containers = ContainerCgroups::find(config, &target.cgroups(), target.origin.pod_uid())?;
             Ok(Self { snapshot, found, ids, containers })
         })?
     }

@@ -79,7 +79,11 @@ pub(super) fn plan(
     draw: impl FnMut() -> u32,
 ) -> Result<AttachPlan, NodeError> {
     let PlanInput { target, config, policies, record, living, namespace, compiled, .. } = input;
-    refuse_conflicts(target, input.lineage, living)?;
+    if target.is_workload() {
+        target.refuse_workloads(&compiled.policy, policies, living)?;
+    } else {
+        refuse_conflicts(target, input.lineage, living)?;
+    }
     refuse_beyond_budget(&compiled.entries)?;
     let cookie = target.netns.cookie();
     let before = policies.iter().find(|(netns, _)| *netns == cookie).map(|(_, policy)| *policy);
@@ -90,6 +94,8 @@ pub(super) fn plan(
         && record.digest == digest
         && record.origin == target.origin
         && input.links_intact
+        // To attach again without --confirm confirms.
+        && policy.expires_at == 0
         && namespace.is_empty()
     {
         return Ok(AttachPlan::Unchanged(Box::new(*policy)));
@@ -101,6 +107,7 @@ pub(super) fn plan(
         slot,
         cgroup: target.cgroup.path().to_owned(),
         cgroup_id: target.cgroup.id(),
+        also: target.also.iter().map(|cgroup| cgroup.path().to_owned()).collect(),
         netns_inode: target.netns.inode(),
         netns_path: target.netns_path.clone(),
         config: config.clone(),
@@ -138,9 +145,11 @@ fn refuse_beyond_budget(entries: &Entries) -> Result<(), NodeError> {
 /// are attached twice would run twice.
 fn refuse_conflicts(target: &Target, lineage: &[u64], living: &Living) -> Result<(), NodeError> {
     let (own, cgroup_id) = (target.netns.cookie(), target.cgroup.id());
-    for (&cookie, pod) in living {
-        let cgroup = || pod.cgroup_name().display().to_string();
-        match (cookie == own, pod.cgroup == cgroup_id) {
+    // Those of a machine's workloads ignore sockets of other namespaces, so a pod may be below one.
+    for (&cookie, pod) in living.iter().filter(|(cookie, _)| !cookie.is_workload()) {
+        let Some(theirs) = pod.cgroups.first() else { continue };
+        let cgroup = || theirs.name();
+        match (cookie == own, theirs.id == cgroup_id) {
             (true, false) => {
                 return Err(NodeError::NetnsTaken {
                     netns: target.netns.name().to_owned(),
@@ -153,10 +162,10 @@ fn refuse_conflicts(target: &Target, lineage: &[u64], living: &Living) -> Result
             _ => {}
         }
         let own = || target.cgroup.path().display().to_string();
-        if lineage.contains(&pod.cgroup) {
+        if lineage.contains(&theirs.id) {
             return Err(NodeError::Nested { inner: own(), outer: cgroup(), captured: cgroup() });
         }
-        if pod.lineage.contains(&cgroup_id) {
+        if theirs.lineage.contains(&cgroup_id) {
             return Err(NodeError::Nested { inner: cgroup(), outer: own(), captured: cgroup() });
         }
     }
@@ -183,18 +192,34 @@ fn free(
 /// A pod that exists.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct LivingPod {
-    /// Id of its cgroup.
-    pub(super) cgroup: u64,
-    /// The cgroup as its record names it, if that can be read.
-    pub(super) cgroup_path: Option<PathBuf>,
-    /// The ids of the cgroups around its own, if they can be read.
-    pub(super) lineage: Vec<u64>,
+    /// Its cgroup; of a machine's workload those that exist.
+    pub(super) cgroups: Vec<LivingCgroup>,
     /// Inode of its namespace.
     pub(super) netns_inode: u64,
 }
 
+/// A cgroup of a pod.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub(super) struct LivingCgroup {
+    pub(super) id: u64,
+    /// As the pod's record names it, if that can be read.
+    pub(super) path: Option<PathBuf>,
+    /// The ids of the cgroups around it, if they can be read.
+    pub(super) lineage: Vec<u64>,
+}
+
 impl LivingPod {
-    fn cgroup_name(&self) -> PathBuf {
-        self.cgroup_path.clone().unwrap_or_else(|| PathBuf::from(format!("with id {}", self.cgroup)))
+    /// Its first cgroup.
+    pub(super) fn cgroup_name(&self) -> String {
+        self.cgroups.first().map(LivingCgroup::name).unwrap_or_default()
+    }
+}
+
+impl LivingCgroup {
+    pub(super) fn name(&self) -> String {
+        match &self.path {
+            Some(path) => path.display().to_string(),
+            None => format!("with id {}", self.id),
+        }
     }
 }

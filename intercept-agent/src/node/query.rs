@@ -72,7 +72,7 @@ impl Node {
     /// Returns the pod that is attached to this cgroup. Its links say so; its record is not read.
     pub fn pod_of_cgroup(&self, cgroup_id: u64) -> Result<Option<(NetnsCookie, PodPolicy)>, NodeError> {
         for (cookie, policy) in self.maps.policies()? {
-            if self.cgroup_of(cookie)? == Some(cgroup_id) {
+            if self.cgroups_of(cookie)?.contains(&cgroup_id) {
                 return Ok(Some((cookie, policy)));
             }
         }

@@ -41,7 +41,7 @@ impl Node {
         mut is_known: impl FnMut(&Listener) -> bool,
     ) -> Result<(), NodeError> {
         let ports = [policy.outbound_port, policy.inbound_port, policy.dns_port];
-        let found = listeners::find(&target.netns, &target.cgroup, &ports)
+        let found = listeners::find(&target.netns, &target.cgroups(), &ports)
             .map_err(|source| NodeError::Listeners { netns: target.netns.name().to_owned(), source })?;
         for missed in found.missed {
             tracing::warn!(
@@ -54,6 +54,7 @@ impl Node {
         let mut counts: BTreeMap<_, u32> = BTreeMap::new();
         for listener in &found.listeners {
             let Some(port) = policy.proxy_port(listener.port) else { continue };
+            target.refuse_outside(listener)?;
             if proxies.as_ref().is_some_and(|proxies| !proxies.contains(&listener.pid)) {
                 tracing::warn!(
                     cgroup = %target.cgroup.path().display(),
@@ -116,7 +117,8 @@ impl Node {
             return;
         }
         let restore = || -> Result<(), Box<dyn std::error::Error>> {
-            let found = listeners::find(netns, &CgroupDir::open(&record.cgroup)?, &[policy.outbound_port])?;
+            let found =
+                listeners::find(netns, &[&CgroupDir::open(&record.cgroup)?], &[policy.outbound_port])?;
             for listener in &found.listeners {
                 setsockopt(&listener.fd, sockopt::IpTransparent, &false)?;
             }

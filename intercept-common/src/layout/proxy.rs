@@ -3,7 +3,7 @@
 use bytemuck::{Pod, Zeroable};
 
 use super::{LISTENER_SLOTS, PodPolicy};
-use crate::{Family, NetnsCookie};
+use crate::{Addr, Family, NetnsCookie};
 
 /// Values of [`Proxy::bound`]: how the proxy's listener of a port and family is bound.
 pub mod bound {
@@ -48,6 +48,34 @@ pub mod scope {
     pub const ANY: u8 = 0;
     /// Bound to 127.0.0.1 or ::1: accepts connections from the pod itself only.
     pub const LOCALHOST: u8 = 1;
+    /// The first of [`super::APPLICATION_LISTENERS`] scopes of a machine's applications; see
+    /// [`super::ListenerKey::application`].
+    pub const APPLICATION: u8 = 2;
+}
+
+/// Most listening sockets of an application that share an address and a port (SO_REUSEPORT) and are known. If these are
+/// closed while a further one stays open, its connections are not captured.
+pub const APPLICATION_LISTENERS: u8 = 8;
+
+impl ListenerKey {
+    /// The key of the listening socket `number` of a machine's application that is bound to this address. Its slot is the
+    /// address, or a hash of an IPv6 one.
+    #[inline(always)]
+    pub fn application(netns: NetnsCookie, port: u16, bound: Addr, number: u8) -> Self {
+        let words = bound.words();
+        let (family, slot) = if bound.is_v4() {
+            (Family::V4.version(), bound.v4())
+        } else {
+            (Family::V6.version(), words[0] ^ words[1] ^ words[2] ^ words[3])
+        };
+        Self { netns, port, family, scope: scope::APPLICATION + number, slot }
+    }
+
+    /// Whether the socket is an application's rather than the proxy's.
+    #[inline(always)]
+    pub const fn is_application(&self) -> bool {
+        self.scope >= scope::APPLICATION
+    }
 }
 
 /// Value of PROXY_STATE: the state of a pod's proxy and connections.

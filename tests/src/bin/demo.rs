@@ -23,6 +23,7 @@ use tests::{
     },
     cases,
     envoy::{self, Sidecar, Speaks},
+    machine,
     testbed::{self, Ids, Pod, PodSpec},
 };
 
@@ -51,9 +52,20 @@ struct DemoArguments {
     /// Run the cases of joined connections instead, or check that this kernel is refused for them
     #[arg(long, conflicts_with = "cases")]
     joined: bool,
+    /// Capture this machine instead, whose first process is in its network namespace
+    #[arg(long, value_enum, conflicts_with = "cases")]
+    machine: Option<DemoMachine>,
     /// Check instead that this kernel, which lacks something, is refused with the words of `check`
     #[arg(long, conflicts_with = "cases")]
     refused: bool,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum DemoMachine {
+    /// Its root cgroup as well
+    Whole,
+    /// Only cgroups that are made for it
+    Units,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -70,6 +82,7 @@ fn main() -> ExitCode {
         DemoArguments { cases: Some(filter), .. } => {
             (cases::run(filter).map(|failed| failed == 0), "a case does not hold")
         }
+        DemoArguments { machine: Some(which), .. } => (captured_machine(*which), "a case does not hold"),
         DemoArguments { refused: true, .. } => (refused(), ""),
         DemoArguments { joined: true, .. } => (joined(), ""),
         _ => (demo(&options), "a flow did not go where it must"),
@@ -85,6 +98,14 @@ fn main() -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+fn captured_machine(which: DemoMachine) -> Result<bool> {
+    let root = match which {
+        DemoMachine::Whole => machine::RootCgroup::Capture,
+        DemoMachine::Units => machine::RootCgroup::Spare,
+    };
+    Ok(machine::run("", root)? == 0)
 }
 
 fn joined() -> Result<bool> {

@@ -13,6 +13,8 @@ use super::{complain, name};
 #[derive(Debug)]
 pub struct Cgroup {
     path: PathBuf,
+    /// Whether the last cgroup in it removes the folder around it.
+    with_parent: bool,
 }
 
 impl Cgroup {
@@ -27,10 +29,17 @@ impl Cgroup {
                 Err(error) if error.kind() == ErrorKind::NotFound && Instant::now() < deadline => {}
                 made => {
                     made.with_context(|| format!("making the cgroup {} (needs root)", path.display()))?;
-                    return Ok(Self { path });
+                    return Ok(Self { path, with_parent: true });
                 }
             }
         }
+    }
+
+    /// A new, empty cgroup with this path, below an existing one.
+    pub fn at(path: PathBuf) -> Result<Self> {
+        fs::create_dir(&path)
+            .with_context(|| format!("making the cgroup {} (needs root)", path.display()))?;
+        Ok(Self { path, with_parent: false })
     }
 
     /// The folder, for `--cgroup-path`.
@@ -55,7 +64,7 @@ impl Drop for Cgroup {
         if let Err(error) = remove(&self.path) {
             complain(&format_args!("removing the cgroup {}: {error}", self.path.display()));
         }
-        if let Some(parent) = self.path.parent() {
+        if let Some(parent) = self.path.parent().filter(|_| self.with_parent) {
             // Only the last guard succeeds; the others get "directory not empty".
             drop(fs::remove_dir(parent));
         }

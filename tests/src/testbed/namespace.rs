@@ -22,6 +22,7 @@ pub struct Namespace {
     name: String,
     path: PathBuf,
     fd: OwnedFd,
+    is_own: bool,
 }
 
 impl Namespace {
@@ -52,7 +53,21 @@ impl Namespace {
                 return Err(error);
             }
         };
-        let namespace = Self { name, path, fd };
+        let namespace = Self { name, path, fd, is_own: true };
+        namespace.prepare()?;
+        Ok(namespace)
+    }
+
+    /// The namespace of the first process, which a virtual machine or a PID namespace has. It is not removed.
+    pub fn of_machine() -> Result<Self> {
+        let path = PathBuf::from("/proc/1/ns/net");
+        let fd = File::open(&path).with_context(|| format!("opening {}", path.display()))?.into();
+        let namespace = Self { name: "machine".to_owned(), path, fd, is_own: false };
+        namespace.prepare()?;
+        Ok(namespace)
+    }
+
+    fn prepare(&self) -> Result<()> {
         for (key, value) in [
             ("net/ipv6/conf/all/accept_dad", "0"),
             ("net/ipv6/conf/default/accept_dad", "0"),
@@ -60,10 +75,9 @@ impl Namespace {
             ("net/ipv4/conf/default/rp_filter", "0"),
             ("net/ipv4/ip_unprivileged_port_start", "0"),
         ] {
-            namespace.sysctl(key, value)?;
+            self.sysctl(key, value)?;
         }
-        namespace.link_up("lo")?;
-        Ok(namespace)
+        self.link_up("lo")
     }
 
     /// The namespace's name: `intercept-test.PID.N.LABEL`.
@@ -106,7 +120,9 @@ impl AsFd for Namespace {
 
 impl Drop for Namespace {
     fn drop(&mut self) {
-        if let Err(error) = remove(&self.path) {
+        if self.is_own
+            && let Err(error) = remove(&self.path)
+        {
             complain(&format_args!("removing the namespace {}: {error}", self.path.display()));
         }
     }

@@ -1,0 +1,46 @@
+//! Parses arguments before clap does, and what flags mean.
+
+use std::{ffi::OsString, path::Path, time::Duration};
+
+use super::WhichCapture;
+use crate::{
+    cgroup::{CgroupDir, CgroupError},
+    cni,
+};
+
+/// Parses a namespace of Kubernetes, or an empty string, which excludes no namespace.
+pub(super) fn namespace(text: &str) -> Result<String, String> {
+    let is_sound = |c: u8| matches!(c, b'a'..=b'z' | b'0'..=b'9' | b'-');
+    if text.len() <= 63 && text.bytes().all(is_sound) {
+        Ok(text.to_owned())
+    } else {
+        Err("a namespace consists of at most 63 lower-case letters, digits and `-`".to_owned())
+    }
+}
+
+/// Parses a time in seconds. The limit is below the half minute after which the plugin gives up.
+pub(super) fn seconds(text: &str) -> Result<Duration, String> {
+    let seconds = text.parse().ok().filter(|seconds| (0.0..=10.0).contains(seconds));
+    seconds.map(Duration::from_secs_f64).ok_or_else(|| "give a number of seconds from 0 to 10".to_owned())
+}
+
+/// Returns the arguments. If the binary is called by the name of a subcommand (istio-iptables, the CNI plugin), that
+/// subcommand is inserted.
+pub(super) fn arguments(mut args: impl Iterator<Item = OsString>) -> Vec<OsString> {
+    const NAMES: [(&str, &str); 2] = [("istio-iptables", "istio-iptables"), (cni::PLUGIN, "cni")];
+    let Some(own) = args.next() else { return Vec::new() };
+    let called = Path::new(&own).file_name();
+    let subcommand = NAMES.iter().find(|(name, _)| called.is_some_and(|called| called == *name));
+    let subcommand = subcommand.map(|(_, subcommand)| OsString::from(subcommand));
+    std::iter::once(own).chain(subcommand).chain(args).collect()
+}
+
+impl WhichCapture {
+    /// Opens its cgroup.
+    pub(crate) fn open(&self) -> Result<CgroupDir, CgroupError> {
+        match &self.cgroup_path {
+            Some(path) => CgroupDir::open_any(path),
+            None => CgroupDir::root(),
+        }
+    }
+}

@@ -1,0 +1,51 @@
+//! The cases and their order.
+
+use std::fs;
+
+use anyhow::{Result, ensure};
+
+use super::{CapturedMachine, guard, units, whole};
+
+type MachineCase = fn(&CapturedMachine) -> Result<()>;
+
+const CASES: [(&str, MachineCase); 5] = [
+    ("what is refused says why, and changes nothing", units::refusals),
+    ("a unit is captured, others are not, and detach restores everything", units::one_workload),
+    ("two workloads have a proxy each", units::two_workloads),
+    ("what is not confirmed is taken off", guard::confirm),
+    ("run releases the machine when it ends", guard::run),
+];
+
+/// Whether the root cgroup may be captured: only in a virtual machine.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum RootCgroup {
+    /// It is this machine's alone.
+    Capture,
+    /// It is shared with a machine that runs tests.
+    Spare,
+}
+
+/// Runs the cases whose names contain a text. Returns how many failed.
+pub fn run(filter: &str, root: RootCgroup) -> Result<usize> {
+    let own = fs::read_link("/proc/self/ns/net")?;
+    ensure!(own == fs::read_link("/proc/1/ns/net")?, "the first process is in another network namespace");
+    // Emulated machines are slow.
+    let machine = CapturedMachine::new(if root == RootCgroup::Capture { 15 } else { 4 })?;
+    let whole: (&str, MachineCase) =
+        ("the whole machine is captured, but not its containers", whole::whole_machine);
+    let whole = (root == RootCgroup::Capture).then_some(whole);
+    let selected: Vec<_> = whole.into_iter().chain(CASES).filter(|(name, _)| name.contains(filter)).collect();
+    let mut failed = 0;
+    for (name, case) in &selected {
+        match case(&machine) {
+            Ok(()) => println!("ok      {name}"),
+            Err(error) => {
+                failed += 1;
+                println!("FAILED  {name}: {error:#}");
+                drop(machine.agent.detach_all());
+            }
+        }
+    }
+    println!("{} of {}", selected.len() - failed, selected.len());
+    Ok(failed)
+}

@@ -1,0 +1,142 @@
+//! `--confirm`, and `run`.
+
+use std::{
+    fs,
+    io::{BufRead as _, BufReader},
+    net::SocketAddr,
+    process::Stdio,
+    thread,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context as _, Result, ensure};
+use rustix::process::{Pid, Signal, kill_process};
+
+use super::{APP, CapturedMachine, ExpectedPath, FIRST, SERVICE, Unit, difference, flow, service};
+use crate::{agent::succeed, testbed::Ids};
+
+struct Guarded<'a> {
+    machine: &'a CapturedMachine,
+    app: Unit,
+    envoy: Unit,
+}
+
+impl Guarded<'_> {
+    fn calls(&self, what: &str, captured: bool) -> Result<()> {
+        for v6 in [false, true] {
+            let to = SocketAddr::new(service(v6), SERVICE);
+            let way =
+                if captured { ExpectedPath::Proxy(&self.envoy, "outbound") } else { ExpectedPath::Direct };
+            flow(what, &self.app.actor, Ids::APP, to, "world", way, &[&self.envoy])?;
+        }
+        Ok(())
+    }
+
+    fn state(&self) -> Result<Vec<String>> {
+        self.machine.state(&[&self.app, &self.envoy])
+    }
+}
+
+pub(super) fn confirm(machine: &CapturedMachine) -> Result<()> {
+    let guarded =
+        Guarded { machine, app: machine.unit("app", &[APP])?, envoy: machine.proxy("envoy", FIRST)? };
+    let units = [&guarded.app, &guarded.envoy];
+    let before = guarded.state()?;
+    let time = Duration::from_secs(machine.confirm_seconds);
+    let seconds = machine.confirm_seconds.to_string();
+
+    // It expires, although the command is killed as soon as it has spoken.
+    let mut command = machine.attach(&units, FIRST, &["-b", "*", "--confirm", &seconds]);
+    let mut child = command.stdout(Stdio::piped()).spawn().context("starting attach")?;
+    let mut said = String::new();
+    BufReader::new(child.stdout.take().context("no output")?).read_line(&mut said)?;
+    drop(child.kill());
+    drop(child.wait());
+    let start = Instant::now();
+    ensure!(said.starts_with("attached"), "{said}");
+    guarded.calls("before it expires", true)?;
+    ensure!(start.elapsed() < time, "too slow to see it captured");
+    restored(&guarded, &before, 3 * time)?;
+    guarded.calls("after it expired", false)?;
+
+    // Without the process that takes it off, the programs themselves ignore it, and the next command removes it.
+    succeed(machine.attach(&units, FIRST, &["-b", "*", "--confirm", &seconds]))?;
+    kill_guards()?;
+    guarded.calls("before it expires without a guard", true)?;
+    thread::sleep(time);
+    ensure!(guarded.state()? != before, "something took it off though its guard was killed");
+    guarded.calls("after it expired without a guard", false)?;
+    succeed(machine.agent_sweep())?;
+    let left = difference(&before, &guarded.state()?);
+    ensure!(left.is_empty(), "an expired capture leaves: {left:#?}");
+
+    // Confirmed, it stays.
+    succeed(machine.attach(&units, FIRST, &["-b", "*", "--confirm", &seconds]))?;
+    let said = succeed(machine.agent.command("confirm"))?;
+    ensure!(said.starts_with("confirmed"), "{said}");
+    thread::sleep(time + Duration::from_secs(1));
+    guarded.calls("after it was confirmed", true)?;
+    succeed(machine.command("detach", &[&guarded.app], &["--machine"]))?;
+    let left = difference(&before, &guarded.state()?);
+    ensure!(left.is_empty(), "detach leaves: {left:#?}");
+    Ok(())
+}
+
+/// Waits until the machine is as it was.
+fn restored(guarded: &Guarded<'_>, before: &[String], limit: Duration) -> Result<()> {
+    let until = Instant::now() + limit;
+    loop {
+        let left = difference(before, &guarded.state()?);
+        if left.is_empty() {
+            return Ok(());
+        }
+        ensure!(Instant::now() < until, "not taken off: {left:#?}");
+        thread::sleep(Duration::from_millis(100));
+    }
+}
+
+/// Kills the guards that this machine's agent has started.
+fn kill_guards() -> Result<()> {
+    let mut killed = 0;
+    for entry in fs::read_dir("/proc")?.flatten() {
+        let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse().ok()) else { continue };
+        let line = fs::read(entry.path().join("cmdline")).unwrap_or_default();
+        let mut words = line.split(|byte| *byte == 0);
+        let is_agent = words.next().is_some_and(|name| name.ends_with(b"intercept-agent"));
+        if is_agent && words.next() == Some(b"guard") {
+            kill_process(Pid::from_raw(pid).context("a pid")?, Signal::KILL)?;
+            killed += 1;
+        }
+    }
+    ensure!(killed > 0, "no guard runs");
+    Ok(())
+}
+
+/// `run` releases the machine when it is told to end.
+pub(super) fn run(machine: &CapturedMachine) -> Result<()> {
+    let guarded =
+        Guarded { machine, app: machine.unit("app", &[APP])?, envoy: machine.proxy("envoy", FIRST)? };
+    let before = guarded.state()?;
+    let units = [&guarded.app, &guarded.envoy];
+    let flags = ["--machine", "-u", "1337", "-g", "1337", "-i", "*", "-b", "*"];
+    let mut child = machine.command("run", &units, &flags).stdout(Stdio::piped()).spawn()?;
+    let mut said = String::new();
+    let mut output = BufReader::new(child.stdout.take().context("no output")?);
+    output.read_line(&mut said)?;
+    ensure!(said.starts_with("attached"), "{said}");
+    guarded.calls("while it runs", true)?;
+    kill_process(Pid::from_child(&child), Signal::TERM)?;
+    ensure!(child.wait()?.success(), "run failed");
+    let left = difference(&before, &guarded.state()?);
+    ensure!(left.is_empty(), "run leaves: {left:#?}");
+    guarded.calls("after it ended", false)
+}
+
+impl CapturedMachine {
+    /// A command that finds what is left: here it detaches all, of which there is none.
+    fn agent_sweep(&self) -> std::process::Command {
+        let mut command = self.agent.command("detach");
+        command.arg("--all");
+        command
+    }
+}
