@@ -26,12 +26,13 @@ use crate::{
 };
 
 /// The names of the helpers that programs may use. The kernel knows helpers by number.
-const HELPERS: [BpfHelper; 32] = [
+const HELPERS: [BpfHelper; 33] = [
     BpfHelper::BPF_FUNC_get_current_ancestor_cgroup_id,
     BpfHelper::BPF_FUNC_map_lookup_elem,
     BpfHelper::BPF_FUNC_map_update_elem,
     BpfHelper::BPF_FUNC_map_delete_elem,
     BpfHelper::BPF_FUNC_ktime_get_ns,
+    BpfHelper::BPF_FUNC_ktime_get_boot_ns,
     BpfHelper::BPF_FUNC_get_smp_processor_id,
     BpfHelper::BPF_FUNC_tail_call,
     BpfHelper::BPF_FUNC_get_current_pid_tgid,
