@@ -11,7 +11,7 @@ use crate::{
 };
 
 pub(crate) use logging::start_logging;
-use parse::{arguments, namespace, seconds};
+use parse::{arguments, minutes, namespace, seconds};
 
 use clap::{ArgGroup, Args, Parser, Subcommand, ValueEnum};
 
@@ -233,6 +233,10 @@ pub(crate) struct DaemonArgs {
     /// annotations decide, until the API reports it
     #[arg(long, value_name = "SECONDS", default_value = "1", env = "INTERCEPT_API_WAIT", value_parser = seconds)]
     pub(crate) api_wait: Duration,
+    /// How often each pod is proven to reach its proxy, and its sockets are audited; also after each change of its policy.
+    /// 0 is never
+    #[arg(long, value_name = "MINUTES", default_value = "10", env = "INTERCEPT_PROVE_INTERVAL", value_parser = minutes)]
+    pub(crate) prove_interval: Duration,
     /// Ignore pods in these namespaces, comma-separated
     #[arg(
         long,

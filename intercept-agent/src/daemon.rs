@@ -16,6 +16,7 @@ pub mod metrics;
 pub mod placement;
 pub mod plugin;
 pub mod protocol;
+pub mod prove;
 pub mod ready;
 pub mod reconcile;
 pub mod retry;

@@ -22,7 +22,7 @@ pub mod daemon {
         desired::CaptureArgs,
         mesh::Mesh,
         protocol::{Add, DEFAULT_SOCKET, DaemonRequest, Response, SandboxInfo, Select},
-        reconcile::{PodFailure, PodReport, PodState},
+        reconcile::{PodFailure, PodReport, PodState, ProofReport},
         sidecar::{Container, Ipv6, PodMetadata, PodVerdict, Selection, decide},
         socket,
     };

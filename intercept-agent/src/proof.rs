@@ -11,7 +11,7 @@ mod verdict;
 
 use std::{io, net::SocketAddr, time::Duration};
 
-use intercept_common::layout::PodPolicy;
+use intercept_common::{Family, layout::PodPolicy};
 use netlink_sys::protocols::NETLINK_SOCK_DIAG;
 use rustix::io::Errno;
 use serde::Serialize;
@@ -23,7 +23,6 @@ use crate::{
     netlink::Questions,
     netns::{Netns, NetnsError},
     options::Config,
-    sockets::SocketFamily,
 };
 
 /// How long the connections of a probe may take.
@@ -66,6 +65,8 @@ pub enum ProofCause {
     Refused,
     /// Nothing happened in time.
     Timeout,
+    /// The pod could not be probed.
+    Unprobed,
 }
 
 impl ProofCause {
@@ -79,6 +80,7 @@ impl ProofCause {
             Self::ForeignListener => "foreign_listener",
             Self::Refused => "refused",
             Self::Timeout => "timeout",
+            Self::Unprobed => "unprobed",
         }
     }
 }
@@ -93,6 +95,17 @@ pub enum ProofState {
     Proven,
     /// It does not.
     Failed,
+}
+
+impl ProofState {
+    /// The word for it. Stable.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::NothingToProve => "nothing_to_prove",
+            Self::Proven => "proven",
+            Self::Failed => "failed",
+        }
+    }
 }
 
 /// One direction and family of a proof. The names are stable.
@@ -120,9 +133,12 @@ impl Proof {
         Self { state, legs }
     }
 
-    /// The first failure.
-    pub fn failure(&self) -> Option<(ProofCause, &str)> {
-        self.legs.iter().find_map(|leg| Some((leg.cause?, leg.text.as_str())))
+    /// The first failure, with its direction and family.
+    pub fn failure(&self) -> Option<(ProofCause, String)> {
+        self.legs.iter().find_map(|leg| {
+            let ProofLeg { direction, family, text, .. } = leg;
+            Some((leg.cause?, format!("{direction} IPv{family}: {text}")))
+        })
     }
 }
 
@@ -149,10 +165,10 @@ impl Probed<'_> {
         let plan = ProbePlan::of(self)?;
         let judge = Judge::new(self, &mut questions).map_err(failed)?;
         let mut legs = Vec::new();
-        let targets = SocketFamily::BOTH.map(|family| {
+        let targets = Family::ALL.map(|family| {
             plan.outbound
                 .iter()
-                .find(|probe| family.has(probe.ip()))
+                .find(|probe| Family::of(&probe.ip()) == family)
                 .copied()
                 .filter(|_| judge.may_dial(family))
         });
@@ -162,15 +178,15 @@ impl Probed<'_> {
             }
             _ => None,
         };
-        for (index, family) in SocketFamily::BOTH.into_iter().enumerate() {
-            let planned = plan.outbound.iter().find(|probe| family.has(probe.ip())).copied();
+        for (index, family) in Family::ALL.into_iter().enumerate() {
+            let planned = plan.outbound.iter().find(|probe| Family::of(&probe.ip()) == family).copied();
             let outcome = dialled.as_ref().and_then(|dialled| dialled.outcomes[index]);
             legs.push(judge.outbound(family, planned, outcome, &mut questions).map_err(failed)?);
         }
         // The connections are closed.
         drop(dialled);
-        for family in SocketFamily::BOTH {
-            let planned = plan.inbound.iter().find(|probe| family.has(probe.local.ip()));
+        for family in Family::ALL {
+            let planned = plan.inbound.iter().find(|probe| Family::of(&probe.local.ip()) == family);
             legs.push(judge.inbound(family, planned, &mut questions).map_err(failed)?);
         }
         Ok(Proof::of(legs))

@@ -5,6 +5,7 @@ use std::{
     net::{IpAddr, Ipv4Addr, SocketAddr},
 };
 
+use intercept_common::Family;
 use netlink_packet_core::{NLM_F_DUMP, NLM_F_REQUEST, Nla as _};
 use netlink_packet_sock_diag::{
     AF_INET, AF_INET6, IPPROTO_TCP, SockDiagMessage,
@@ -21,38 +22,6 @@ use crate::{
 const CGROUP_ID: u16 = 21;
 /// `TCP_LISTEN`.
 const LISTEN: u8 = 10;
-
-/// An address family.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum SocketFamily {
-    V4,
-    V6,
-}
-
-impl SocketFamily {
-    /// Both.
-    pub(crate) const BOTH: [Self; 2] = [Self::V4, Self::V6];
-
-    /// 4 or 6.
-    pub(crate) fn number(self) -> u8 {
-        match self {
-            Self::V4 => 4,
-            Self::V6 => 6,
-        }
-    }
-
-    /// Whether an address is of this family.
-    pub(crate) fn has(self, address: IpAddr) -> bool {
-        address.is_ipv4() == (self == Self::V4)
-    }
-
-    fn any_socket(self) -> SocketId {
-        match self {
-            Self::V4 => SocketId::new_v4(),
-            Self::V6 => SocketId::new_v6(),
-        }
-    }
-}
 
 /// What kind of socket it is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -119,8 +88,8 @@ fn streams(questions: &mut Questions) -> io::Result<Vec<OpenSocket>> {
 }
 
 /// The listeners of a family.
-pub(crate) fn listeners(questions: &mut Questions, family: SocketFamily) -> io::Result<Vec<OpenSocket>> {
-    let request = tcp_request(family.any_socket(), StateFlags::LISTEN);
+pub(crate) fn listeners(questions: &mut Questions, family: Family) -> io::Result<Vec<OpenSocket>> {
+    let request = tcp_request(any_socket(family), StateFlags::LISTEN);
     let (answers, _) = questions.ask(request, NLM_F_REQUEST | NLM_F_DUMP)?;
     Ok(answers.into_iter().filter_map(tcp_socket).collect())
 }
@@ -128,11 +97,11 @@ pub(crate) fn listeners(questions: &mut Questions, family: SocketFamily) -> io::
 /// The connection with this local port and this inode, in any state but closed.
 pub(crate) fn connection(
     questions: &mut Questions,
-    family: SocketFamily,
+    family: Family,
     local_port: u16,
     inode: u64,
 ) -> io::Result<Option<OpenSocket>> {
-    let socket_id = SocketId { source_port: local_port, ..family.any_socket() };
+    let socket_id = SocketId { source_port: local_port, ..any_socket(family) };
     let request = tcp_request(socket_id, !StateFlags::LISTEN);
     let (answers, _) = questions.ask(request, NLM_F_REQUEST | NLM_F_DUMP)?;
     Ok(answers.into_iter().filter_map(tcp_socket).find(|socket| socket.inode == inode))
@@ -159,6 +128,13 @@ pub(crate) fn receiver(
         Ok((answers, _)) => Ok(answers.into_iter().find_map(tcp_socket)),
         Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(None),
         Err(error) => Err(error),
+    }
+}
+
+fn any_socket(family: Family) -> SocketId {
+    match family {
+        Family::V4 => SocketId::new_v4(),
+        Family::V6 => SocketId::new_v6(),
     }
 }
 

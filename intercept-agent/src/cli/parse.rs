@@ -44,3 +44,10 @@ impl WhichCapture {
         }
     }
 }
+
+/// Parses a time in minutes, up to a day.
+pub(super) fn minutes(text: &str) -> Result<Duration, String> {
+    let minutes = text.parse().ok().filter(|minutes| (0.0..=1440.0).contains(minutes));
+    let duration = minutes.map(|minutes: f64| Duration::from_secs_f64(60.0 * minutes));
+    duration.ok_or_else(|| "give a number of minutes from 0 to 1440".to_owned())
+}

@@ -39,6 +39,7 @@ pub(super) fn daemon(args: DaemonArgs) -> Result<()> {
         cgroup_root: args.cgroup_root,
         node: args.node_name,
         api_wait: args.api_wait,
+        prove_interval: Some(args.prove_interval).filter(|interval| !interval.is_zero()),
         selection,
         defaults: CaptureArgs { arguments, ..CaptureArgs::default() },
     };

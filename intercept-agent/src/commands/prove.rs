@@ -29,7 +29,7 @@ pub(super) fn prove(args: &ProveArgs) -> Result<()> {
         }
     }
     match proof.failure() {
-        Some((_, text)) => Err(Failed::Unproven(text.to_owned()).into()),
+        Some((_, text)) => Err(Failed::Unproven(text).into()),
         None => Ok(()),
     }
 }

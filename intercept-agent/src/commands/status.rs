@@ -289,6 +289,17 @@ fn print_daemon(report: &PodReport) {
         None => "links never verified".to_owned(),
     };
     print_line!("  daemon       {} is {}, {verified}", OneLine(&report.name), report.state.as_str());
+    if let Some(proof) = &report.proof {
+        let ago =
+            proof.proven_seconds_ago.map(|ago| format!(", last proven {ago} s ago")).unwrap_or_default();
+        print_line!("  proof        {}{ago}", proof.state);
+        if let Some(problem) = &proof.failure {
+            print_line!("               {} ({})", OneLine(&problem.text), problem.cause);
+        }
+        for (cause, count) in &proof.bypasses {
+            print_line!("  {count:>12}  sockets around the proxy: {cause}");
+        }
+    }
     if let Some(problem) = &report.failure {
         print_line!("               {} ({} attempts failed)", OneLine(&problem.text), report.failures);
     }

@@ -161,7 +161,7 @@ impl AppliedPod {
     }
 
     /// Its namespace, if something still leads to it.
-    fn netns(&self) -> Option<Netns> {
+    pub fn netns(&self) -> Option<Netns> {
         let opened = match &self.netns_path {
             Some(path) => Netns::open(path).ok(),
             None => CgroupDir::open(&self.cgroup)

@@ -14,13 +14,50 @@ const NOTE_BYTES: usize = 1024;
 /// Number of pods whose last event is remembered.
 const REMEMBERED: usize = 1024;
 
-/// A pod of the API that cannot be captured.
+/// What an event says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum EventKind {
+    /// The pod cannot be captured.
+    NotCaptured,
+    /// Its connections do not reach its proxy.
+    NotProven,
+    /// They reach it again.
+    Proven,
+}
+
+impl EventKind {
+    fn reason(self) -> &'static str {
+        match self {
+            Self::NotCaptured => "NotCaptured",
+            Self::NotProven => "NotProven",
+            Self::Proven => "Proven",
+        }
+    }
+
+    fn action(self) -> &'static str {
+        match self {
+            Self::NotCaptured => "Capture",
+            Self::NotProven | Self::Proven => "Prove",
+        }
+    }
+
+    fn type_(self) -> EventType {
+        match self {
+            Self::NotCaptured | Self::NotProven => EventType::Warning,
+            Self::Proven => EventType::Normal,
+        }
+    }
+}
+
+/// An event on a pod of the API.
 #[derive(Debug)]
 pub struct PodEvent {
     /// The pod's UID.
     pub uid: String,
     /// Namespace and name, separated by a slash.
     pub name: String,
+    /// What it says.
+    pub kind: EventKind,
     /// The error with its causes.
     pub text: String,
 }
@@ -38,7 +75,7 @@ async fn follow(client: Client, reporter: Reporter, mut events: UnboundedReceive
     let fresh = || Recorder::new(client.clone(), reporter.clone());
     let mut recorder = fresh();
     let mut said = HashMap::<String, String>::new();
-    while let Some(PodEvent { uid, name, text }) = events.recv().await {
+    while let Some(PodEvent { uid, name, kind, text }) = events.recv().await {
         let Some((namespace, pod)) = name.split_once('/') else { continue };
         // The recorder increments the count of the pod's last event and keeps its text, so a new text needs a new
         // event.
@@ -57,10 +94,10 @@ async fn follow(client: Client, reporter: Reporter, mut events: UnboundedReceive
             ..ObjectReference::default()
         };
         let event = Event {
-            type_: EventType::Warning,
-            reason: "NotCaptured".to_owned(),
+            type_: kind.type_(),
+            reason: kind.reason().to_owned(),
             note: Some(shortened(text)),
-            action: "Capture".to_owned(),
+            action: kind.action().to_owned(),
             secondary: None,
         };
         if let Err(error) = recorder.publish(&event, &reference).await {

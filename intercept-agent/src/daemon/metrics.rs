@@ -16,7 +16,7 @@ use prometheus_client::{
     registry::Registry,
 };
 
-use self::table::{CauseLabel, Decision, Failed, Named, Of, PodMap, Result, State, Why};
+use self::table::{CauseLabel, Decision, Failed, Named, Of, PodCause, PodMap, Result, State, Why};
 use super::{cause::Cause, plugin::PluginState};
 use crate::{
     ids::NetnsCookie,
@@ -42,6 +42,9 @@ struct Inner {
     pods: Family<State, Gauge>,
     left_alone: Family<Why, Gauge>,
     preexisting_connections: Gauge,
+    proofs: Family<Result, Counter>,
+    proofs_failed: Family<PodCause, Gauge>,
+    bypasses: Family<CauseLabel, Gauge>,
     plugin: OnceLock<PluginMetrics>,
     started: Instant,
     /// When the reconciler last checked its pods, in milliseconds after `started`.
@@ -74,6 +77,9 @@ impl Metrics {
         let pods = table::PODS.register(&mut registry);
         let left_alone = table::PODS_LEFT_ALONE.register(&mut registry);
         let preexisting_connections = table::PREEXISTING_CONNECTIONS.register(&mut registry);
+        let proofs = table::PROOFS.register(&mut registry);
+        let proofs_failed = table::POD_PROOF_FAILED.register(&mut registry);
+        let bypasses = table::BYPASSES.register(&mut registry);
         let beat = AtomicU64::new(0);
         let started = Instant::now();
         Self(Arc::new(Inner {
@@ -84,6 +90,9 @@ impl Metrics {
             pods,
             left_alone,
             preexisting_connections,
+            proofs,
+            proofs_failed,
+            bypasses,
             plugin: OnceLock::new(),
             started,
             beat,
@@ -125,6 +134,28 @@ impl Metrics {
     /// Sets the number of captured pods with connections from before the capture.
     pub fn preexisting_connections(&self, pods: usize) {
         self.0.preexisting_connections.set(pods.try_into().unwrap_or(i64::MAX));
+    }
+
+    /// Counts a probe.
+    pub fn proof(&self, result: &str) {
+        self.0.proofs.get_or_create(&Result { result: result.to_owned() }).inc();
+    }
+
+    /// Sets which pods do not reach their proxy, by name and cause.
+    pub fn proofs_failed(&self, failed: Vec<(String, String)>) {
+        self.0.proofs_failed.clear();
+        for (pod, cause) in failed {
+            self.0.proofs_failed.get_or_create(&PodCause { pod, cause }).set(1);
+        }
+    }
+
+    /// Sets the number of sockets that go around the proxy, by cause.
+    pub fn bypasses(&self, counts: &BTreeMap<&'static str, usize>) {
+        self.0.bypasses.clear();
+        for (cause, count) in counts {
+            let gauge = self.0.bypasses.get_or_create(&CauseLabel { cause: (*cause).to_owned() }).clone();
+            gauge.set((*count).try_into().unwrap_or(i64::MAX));
+        }
     }
 
     /// Sets whether the CNI plugin is installed.

@@ -9,6 +9,7 @@ mod machine;
 mod message;
 mod perform;
 mod pod;
+mod proof;
 mod watch;
 
 use std::{
@@ -23,6 +24,7 @@ use tokio::{
 
 pub use message::Message;
 pub use pod::{PodFailure, PodReport, PodResult, PodState};
+pub use proof::ProofReport;
 
 use self::{
     machine::{Intent, MachineEvent},
@@ -34,6 +36,7 @@ use super::{
     events::PodEvent,
     metrics::Metrics,
     protocol::Refusal,
+    prove::ProofSettings,
     view::PodView,
     worker::{Priority, Worker},
 };
@@ -62,6 +65,8 @@ pub struct Reconciler {
     events: Option<mpsc::UnboundedSender<PodEvent>>,
     /// How long a sandbox waits for the API. `None` if the API is not watched.
     api_wait: Option<Duration>,
+    /// How pods are probed; `None` if they are not.
+    proofs: Option<ProofSettings>,
     uninstalling: bool,
 }
 
@@ -79,6 +84,7 @@ impl Reconciler {
             runtime,
             events: None,
             api_wait: None,
+            proofs: None,
             uninstalling: false,
         };
         (reconciler, messages)
@@ -87,6 +93,11 @@ impl Reconciler {
     /// Sends an event for each pod of the API that cannot be captured.
     pub fn publish_events_to(&mut self, events: mpsc::UnboundedSender<PodEvent>) {
         self.events = Some(events);
+    }
+
+    /// Probes the captured pods.
+    pub fn prove(&mut self, settings: ProofSettings) {
+        self.proofs = Some(settings);
     }
 
     /// The API is watched: the ADD of a sandbox waits for it at most this long.
@@ -162,6 +173,7 @@ impl Reconciler {
                 }
             }
             Message::Done(key, outcome) => self.done(&key, *outcome),
+            Message::Probed(key, cookie, result) => self.probed(&key, cookie, *result),
             Message::Resynced(active, new) => self.resynced(&active, &new),
         }
     }

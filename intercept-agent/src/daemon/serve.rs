@@ -23,6 +23,7 @@ use super::{
     metrics::Metrics,
     placement::Placement,
     plugin::Installer,
+    prove::ProofSettings,
     ready::Readiness,
     reconcile::{Message, PodReport, Reconciler},
     sidecar::Selection,
@@ -54,6 +55,8 @@ pub struct Settings {
     pub node: Option<String>,
     /// How long the ADD of a sandbox waits until the API reports its pod.
     pub api_wait: Duration,
+    /// Time between two probes of a pod, if pods are probed.
+    pub prove_interval: Option<Duration>,
     /// Which pods are captured.
     pub selection: Selection,
     /// Options for every pod of the API. Annotations override them.
@@ -98,6 +101,9 @@ pub async fn serve(settings: Settings, shutdown: impl Future<Output = ()>) -> Re
         Worker::start(settings.bpffs.clone(), settings.max_connections).map_err(ServeError::Thread)?;
     let metrics = Metrics::new();
     let (mut reconciler, messages) = Reconciler::new(worker.clone(), metrics.clone());
+    if let Some(interval) = settings.prove_interval {
+        reconciler.prove(ProofSettings { bpffs: settings.bpffs.clone(), interval });
+    }
     let sources = open_sources(&settings, &mut reconciler).await?;
     let (installer, handle) = settings.plugin.map(|plugin| Installer::new(plugin, metrics.clone())).unzip();
     let adopted = Arc::new(AtomicBool::new(false));

@@ -3,6 +3,7 @@
 use std::{io, net::SocketAddr};
 
 use intercept_common::{
+    Family,
     decide::Owner,
     layout::{ConnKey, policy},
 };
@@ -11,7 +12,7 @@ use super::{ProbeDialled, Probed, ProofCause, ProofLeg, ProofState, plan::Inboun
 use crate::{
     audit::Inventory,
     netlink::Questions,
-    sockets::{self, OpenSocket, SocketFamily},
+    sockets::{self, OpenSocket},
 };
 
 /// The port of a connection that does not exist: the lookup goes on to the listeners.
@@ -33,23 +34,21 @@ enum LegVerdict {
 
 impl<'a> Judge<'a> {
     pub(super) fn new(pod: &'a Probed<'a>, questions: &mut Questions) -> io::Result<Self> {
-        let listeners = [
-            sockets::listeners(questions, SocketFamily::V4)?,
-            sockets::listeners(questions, SocketFamily::V6)?,
-        ];
+        let listeners =
+            [sockets::listeners(questions, Family::V4)?, sockets::listeners(questions, Family::V6)?];
         Ok(Self { pod, listeners })
     }
 
     /// Whether a connection may be made: without a listener it is refused, or goes where it is addressed to.
-    pub(super) fn may_dial(&self, family: SocketFamily) -> bool {
+    pub(super) fn may_dial(&self, family: Family) -> bool {
         self.listens(family, self.pod.policy.outbound_port)
     }
 
-    fn listens(&self, family: SocketFamily, port: u16) -> bool {
+    fn listens(&self, family: Family, port: u16) -> bool {
         let [v4, v6] = &self.listeners;
         let has = |sockets: &[OpenSocket]| sockets.iter().any(|socket| socket.local.port() == port);
         // One of IPv6 may accept IPv4 as well.
-        has(v6) || (family == SocketFamily::V4 && has(v4))
+        has(v6) || (family == Family::V4 && has(v4))
     }
 
     fn is_open(&self) -> bool {
@@ -69,7 +68,7 @@ impl<'a> Judge<'a> {
     /// The connection of a family, `outcome` is that of the child.
     pub(super) fn outbound(
         &self,
-        family: SocketFamily,
+        family: Family,
         planned: Option<SocketAddr>,
         outcome: Option<ProbeDialled>,
         questions: &mut Questions,
@@ -101,7 +100,7 @@ impl<'a> Judge<'a> {
     /// Where a connection to `to` went, by its local port and the inode of its socket.
     fn reached(
         &self,
-        family: SocketFamily,
+        family: Family,
         to: SocketAddr,
         (port, inode): (u16, u64),
         questions: &mut Questions,
@@ -144,7 +143,7 @@ impl<'a> Judge<'a> {
     /// The connection from outside.
     pub(super) fn inbound(
         &self,
-        family: SocketFamily,
+        family: Family,
         planned: Option<&InboundProbe>,
         questions: &mut Questions,
     ) -> io::Result<ProofLeg> {
@@ -199,7 +198,7 @@ impl<'a> Judge<'a> {
 
 fn leg(
     direction: &'static str,
-    family: SocketFamily,
+    family: Family,
     destination: Option<SocketAddr>,
     verdict: LegVerdict,
 ) -> ProofLeg {
@@ -208,5 +207,5 @@ fn leg(
         LegVerdict::Proven(text) => (ProofState::Proven, None, text),
         LegVerdict::Failed(cause, text) => (ProofState::Failed, Some(cause), text),
     };
-    ProofLeg { direction, family: family.number(), state, destination, cause, text }
+    ProofLeg { direction, family: family.version(), state, destination, cause, text }
 }

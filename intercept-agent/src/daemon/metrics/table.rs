@@ -61,6 +61,7 @@ labels! {
     Failed { pod: String, failure: String }
     Named { pod: String }
     Of { map: String }
+    PodCause { pod: String, cause: String }
     PodMap { pod: String, map: String }
 }
 
@@ -84,6 +85,13 @@ metrics! {
     ATTACH_SECONDS: Histogram = "attach_seconds", "Time to capture a pod";
     /// failed attempts, by cause (below)
     ERRORS: Family<CauseLabel, Counter> = "errors", "Attempts on a pod that failed, by cause";
+    /// probes of pods: `proven`, `nothing_to_prove`, or the cause of the failure ([trust.md](trust.md))
+    PROOFS: Family<Result, Counter> = "proofs", "Probes of pods, by result";
+    /// 1 for each pod whose connections do not reach its proxy, by cause ([trust.md](trust.md))
+    POD_PROOF_FAILED: Family<PodCause, Gauge> = "pod_proof_failed",
+        "Pods whose connections do not reach their proxy";
+    /// open sockets of captured pods that go around the proxy, by cause ([trust.md](trust.md)), as of each pod's last audit
+    BYPASSES: Family<CauseLabel, Gauge> = "bypasses", "Open sockets that go around the proxy, by cause";
     /// flows, by the reason of the decision ([decision.md](decision.md)); `explain` prints the same word and its row
     DECISIONS: Family<Decision, Counter> = "decisions", "Decisions on flows, by pod and reason";
     /// failures inside the programs

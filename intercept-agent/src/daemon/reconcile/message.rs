@@ -9,6 +9,7 @@ use crate::{
     daemon::{
         capture::{CaptureError, Captured},
         desired::{DesiredPod, Key},
+        prove::ProbeResult,
         view::{ObjectClaim, ObjectId, ObjectUid, SandboxClaim},
     },
     ids::NetnsCookie,
@@ -55,6 +56,8 @@ pub enum Message {
     Changed(Key, NetnsCookie),
     /// The worker is done with a pod.
     Done(Key, Box<JobOutcome>),
+    /// A probe of a pod has ended.
+    Probed(Key, NetnsCookie, Box<ProbeResult>),
     /// The cookies of all applied pods, and the records of those that were not known.
     Resynced(Vec<NetnsCookie>, Vec<Record>),
 }

@@ -9,7 +9,7 @@ use crate::{
     daemon::{
         capture::{self, AppliedPod, CaptureError, Captured},
         desired::{DesiredPod, Key},
-        events::PodEvent,
+        events::{EventKind, PodEvent},
         retry,
         worker::{Access, Priority, WorkerFailed},
     },
@@ -60,7 +60,7 @@ impl Reconciler {
             MachineCommand::LogRefused(failure) => {
                 tracing::error!(pod = %key, name, cause = failure.cause, "{}", failure.text);
             }
-            MachineCommand::Publish(text) => self.publish(key, text),
+            MachineCommand::Publish(text) => self.publish(key, EventKind::NotCaptured, text),
             MachineCommand::EndFailedAdd => self.end_failed_add(key),
             MachineCommand::ForgetIfUnclaimed => {
                 if pod.view.is_empty() {
@@ -70,11 +70,11 @@ impl Reconciler {
         }
     }
 
-    fn publish(&self, key: &Key, text: String) {
+    pub(super) fn publish(&self, key: &Key, kind: EventKind, text: String) {
         if let (Some(events), Key::Pod(uid), Some(pod)) = (&self.events, key, self.pods.get(key)) {
             // The object of a static pod has another UID than the pod.
             let uid = pod.view.speaker().map_or(&uid.0, |object| &object.id.uid.0).clone();
-            drop(events.send(PodEvent { uid, name: pod.name.clone(), text }));
+            drop(events.send(PodEvent { uid, name: pod.name.clone(), kind, text }));
         }
     }
 
@@ -150,6 +150,9 @@ impl Reconciler {
                 pod = %key, name = pod.name, cookie = applied.cookie.0, cgroup = %applied.cgroup.display(),
                 took = ?took, "{}", done.as_str()
             );
+        }
+        if done != Attached::Unchanged {
+            pod.proof.on_change(std::time::Instant::now());
         }
         if done == Attached::New {
             pod.preexisting_connections = preexisting_connections;

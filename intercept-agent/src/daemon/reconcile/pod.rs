@@ -5,13 +5,17 @@ use std::time::Instant;
 use serde::{Deserialize, Serialize};
 use tokio::{sync::oneshot, task::JoinHandle};
 
-use super::machine::{Intent, MachineCommand, MachineContext, MachineEvent, PodMachine};
+use super::{
+    machine::{Intent, MachineCommand, MachineContext, MachineEvent, PodMachine},
+    proof::ProofReport,
+};
 use crate::{
     containers,
     daemon::{
         capture::{AppliedPod, CaptureError},
         desired::Key,
         protocol::Refusal,
+        prove::ProofRecord,
         retry,
         view::{ClaimError, PodView},
     },
@@ -112,6 +116,8 @@ pub(super) struct TrackedPod {
     containers_to_confirm: u8,
     /// When the kernel last reported that its links are in place.
     pub(super) last_verified: Option<Instant>,
+    /// Its probes.
+    pub(super) proof: ProofRecord,
     /// Number of connections from before the capture.
     pub(super) preexisting_connections: usize,
     /// Requests that wait until it is captured or ignored.
@@ -214,6 +220,8 @@ pub struct PodReport {
     pub earlier_connections: usize,
     #[serde(default)]
     pub links_verified_seconds_ago: Option<u64>,
+    #[serde(default)]
+    pub proof: Option<ProofReport>,
 }
 
 impl PodReport {
@@ -234,6 +242,7 @@ impl PodReport {
             cgroup: applied.map(|applied| &applied.cgroup).or(desired).cloned(),
             followed: pod.follow.is_some(),
             earlier_connections: pod.preexisting_connections,
+            proof: ProofReport::of(&pod.proof),
             links_verified_seconds_ago: pod.last_verified.map(|verified| verified.elapsed().as_secs()),
         }
     }

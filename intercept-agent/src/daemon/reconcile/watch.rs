@@ -57,6 +57,7 @@ impl Reconciler {
             self.on(&key, MachineEvent::RetryDue);
         }
         self.measure();
+        self.start_proofs(now);
     }
 
     fn measure(&self) {
