@@ -209,7 +209,14 @@ fn attach_unasked(bpffs: &Path, cgroup: &Path) -> anyhow::Result<()> {
     let netns = Netns::of_cgroup(&cgroup)?;
     let line = AttachArguments::parse_from([&["attach"][..], &FLAGS].concat());
     let (config, ..) = line.options.validate(&EtcFiles::below("/"))?;
-    let target = Target { cgroup, netns, netns_path: None, origin: RecordOrigin::Command };
+    let target = Target {
+        cgroup,
+        also: Vec::new(),
+        netns,
+        netns_path: None,
+        origin: RecordOrigin::Command,
+        confirm: None,
+    };
     let mut observed = Observation::of(&target, &config, None)?;
     let mut node = Node::open(bpffs, DEFAULT_MAX_CONNECTIONS)?;
     node.attach(&target, &config, &mut observed, Rewrite::IfChanged)?;

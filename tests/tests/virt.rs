@@ -136,7 +136,7 @@ fn a_later_listener_serves_guests_where_the_agent_stays() {
 /// IP_TRANSPARENT of each listener on 15001.
 fn transparent(pod: &Pod) -> Vec<bool> {
     let find = || {
-        intercept_agent::facade::listeners::find(&netns_of(pod), &cgroup_of(pod), &[15001]).expect("found")
+        intercept_agent::facade::listeners::find(&netns_of(pod), &[&cgroup_of(pod)], &[15001]).expect("found")
     };
     find()
         .listeners
