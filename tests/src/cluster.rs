@@ -5,10 +5,12 @@
 //! native sidecar, a pod has its proxy first and the others wait for it, as `holdApplicationUntilProxyStarts` has it.
 
 mod app;
+mod ended;
 mod image;
 mod node;
 mod proxy;
+pub mod requests;
 
-pub use app::{App, NAMESPACE, SERVICE, clients, servers};
+pub use app::{App, CAPTURED, CLIENTS, NAMESPACE, SERVICE, clients, servers};
 pub use node::{ADDRESS, Cluster, NODE};
 pub use proxy::AccessLine;

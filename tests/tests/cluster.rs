@@ -4,17 +4,20 @@
 //! `cargo xtask cluster` builds Kubernetes and runs this.
 
 use std::{
-    collections::BTreeMap,
     fs,
     path::PathBuf,
     time::{Duration, Instant},
 };
 
-use anyhow::{Result, bail, ensure};
+use anyhow::{Context as _, Result, ensure};
 use serde_json::{Value, json};
 use tests::{
     agent::Agent,
-    cluster::{AccessLine, App, Cluster, NAMESPACE, SERVICE, clients, servers},
+    cluster::{
+        App, CAPTURED, CLIENTS, Cluster, NAMESPACE, SERVICE, clients,
+        requests::{self, ClientRequests},
+        servers,
+    },
 };
 
 /// As docs/istio.md and docs/operations.md have them.
@@ -22,75 +25,12 @@ const RELEASE: &str = "intercept";
 const SYSTEM: &str = "intercept-system";
 const EXCLUDED: &str = "traffic.sidecar.istio.io/excludeOutboundPorts";
 
-/// What clients have said of their requests, by path.
-struct ClientRequests {
-    answered: Vec<String>,
-    failed: Vec<String>,
-}
-
-impl ClientRequests {
-    fn of(cluster: &Cluster, pod: &Value) -> Result<Self> {
-        let said = cluster.printed(pod, "app")?;
-        let with = |word: &str| {
-            let lines = said.lines().filter_map(|line| line.strip_prefix(word));
-            lines.map(|path| path.trim().to_owned()).collect()
-        };
-        Ok(Self { answered: with("answered "), failed: with("failed ") })
-    }
-}
-
 fn text<'a>(object: &'a Value, pointer: &str) -> &'a str {
     object.pointer(pointer).and_then(Value::as_str).unwrap_or_default()
 }
 
 fn address(pod: &Value) -> &str {
     text(pod, "/status/podIP")
-}
-
-/// How often each path is in an access log, and where each was going and came from.
-fn by_path(lines: Vec<AccessLine>, listener: &str) -> BTreeMap<String, Vec<AccessLine>> {
-    let mut paths: BTreeMap<String, Vec<AccessLine>> = BTreeMap::new();
-    for line in lines.into_iter().filter(|line| line.listener == listener) {
-        paths.entry(line.path.clone()).or_default().push(line);
-    }
-    paths
-}
-
-/// Every answered request of a client has passed its own proxy and the backend's, once each, with the destination that it
-/// dialled and the client that dialled. Returns how many there are.
-fn both_proxies_passed(cluster: &Cluster, client: &Value, backend: &Value) -> Result<usize> {
-    let answered = ClientRequests::of(cluster, client)?.answered;
-    // Read after what it said; Envoy writes its log every 50 ms.
-    std::thread::sleep(Duration::from_millis(200));
-    let outbound = by_path(cluster.logged(client)?, "outbound");
-    let inbound = by_path(cluster.logged(backend)?, "inbound");
-    let (from, to) = (address(client), address(backend));
-    for path in &answered {
-        match outbound.get(path).map(Vec::as_slice) {
-            Some([line]) => {
-                ensure!(line.original == format!("{SERVICE}:80"), "{line:?}");
-                ensure!(line.client.starts_with(&format!("{from}:")), "{line:?}: the client is {from}");
-            }
-            other => bail!("{path} has passed its own proxy as {other:?}"),
-        }
-        match inbound.get(path).map(Vec::as_slice) {
-            Some([line]) => {
-                ensure!(line.original == format!("{to}:8080"), "{line:?}");
-                ensure!(line.client.starts_with(&format!("{from}:")), "{line:?}: the client is {from}");
-            }
-            other => bail!("{path} has passed the backend's proxy as {other:?}"),
-        }
-    }
-    Ok(answered.len())
-}
-
-/// Waits until a client has been answered so much more often.
-fn wait_for_more(cluster: &Cluster, app: App, more: usize) {
-    let answered =
-        || -> Result<usize> { Ok(ClientRequests::of(cluster, &cluster.pod(app)?)?.answered.len()) };
-    let before = answered().unwrap_or_default();
-    let what = format!("{} is answered {more} times", app.as_str());
-    cluster.wait(&what, |_| Ok(answered()? >= before + more)).expect("answered");
 }
 
 /// The cgroups that are captured, as the kernel has it, by the UIDs of their pods.
@@ -116,9 +56,10 @@ fn are_captured(cluster: &Cluster, agent: &Agent, apps: &[App]) {
     cluster.wait("those pods are captured, and no others", so).expect("captured");
 }
 
-fn rolled_out(cluster: &Cluster, namespace: &str, what: &[&str]) {
+fn rolled_out(cluster: &Cluster, namespace: &str, what: &[impl AsRef<str>]) {
     for object in what {
-        let done = cluster.kubectl(&["-n", namespace, "rollout", "status", object, "--timeout=300s"]);
+        let arguments = ["-n", namespace, "rollout", "status", object.as_ref(), "--timeout=300s"];
+        let done = cluster.kubectl(&arguments);
         done.unwrap_or_else(|error| panic!("{error:#}\n{}", cluster.logs()));
     }
 }
@@ -150,7 +91,7 @@ fn install(cluster: &Cluster) {
     assert!(!said.contains("MISSING"), "{said}");
 }
 
-/// The application runs, and what captures it lets nothing pass.
+/// The application runs.
 fn run_application(cluster: &Cluster, agent: &Agent) {
     cluster.apply(&servers()).expect("applied");
     rolled_out(cluster, NAMESPACE, &["deploy/backend", "deploy/plain-server", "deploy/gateway"]);
@@ -159,34 +100,45 @@ fn run_application(cluster: &Cluster, agent: &Agent) {
         .wait("the service", |cluster| Ok(cluster.get(service, "/node")?.contains(" 200 ")))
         .expect("answers");
     cluster.apply(&clients()).expect("applied");
-    rolled_out(cluster, NAMESPACE, &["deploy/frontend", "deploy/held", "deploy/plain"]);
+    rolled_out(cluster, NAMESPACE, &["deploy/frontend", "deploy/held", "deploy/exempt", "deploy/plain"]);
     let complete = ["-n", NAMESPACE, "wait", "--for=condition=complete", "job/job", "--timeout=300s"];
     cluster.kubectl(&complete).unwrap_or_else(|error| panic!("{error:#}\n{}", cluster.logs()));
-    for app in [App::Frontend, App::Held, App::Plain] {
-        wait_for_more(cluster, app, 20);
-    }
     // Neither a gateway nor what has no sidecar, nor what has ended.
-    are_captured(cluster, agent, &[App::Backend, App::Frontend, App::Held]);
+    are_captured(cluster, agent, &CAPTURED);
 }
 
-/// What every client has said since it started.
-fn nothing_has_passed(cluster: &Cluster) {
-    let pod = |app| cluster.pod(app).expect("a pod");
-    let backend = pod(App::Backend);
-    for (app, least) in [(App::Frontend, 20), (App::Held, 20), (App::Job, 20)] {
-        let client = pod(app);
-        let passed = both_proxies_passed(cluster, &client, &backend);
-        let count = passed.unwrap_or_else(|error| panic!("{}: {error:#}", app.as_str()));
-        assert!(count >= least, "{} was answered {count} times", app.as_str());
-        let failed = ClientRequests::of(cluster, &client).expect("requests").failed;
-        assert!(failed.is_empty(), "{}: {failed:?}", app.as_str());
+/// Every client goes on, and since the servers started, no request of a captured one has gone around a proxy.
+fn nothing_has_passed(cluster: &Cluster, failures: Failures) {
+    for app in CLIENTS {
+        requests::wait_for_more(cluster, app, 10).expect("answered");
     }
-    let plain = ClientRequests::of(cluster, &pod(App::Plain)).expect("requests");
-    assert!(plain.answered.len() >= 20 && plain.failed.len() < 5, "{:?}", plain.failed);
-    for app in [App::Backend, App::Frontend, App::Held, App::Job, App::Gateway] {
-        let lines = cluster.logged(&pod(app)).expect("a log");
-        assert!(lines.iter().all(|line| !line.path.starts_with("/plain")), "{} has seen it", app.as_str());
+    let counts = requests::count(cluster).unwrap_or_else(|error| panic!("{error:#}\n{}", cluster.logs()));
+    println!("    {counts}");
+    assert_eq!((counts.around_a_proxy(), counts.touched()), (0, 0), "{counts:#?}");
+    for app in CLIENTS {
+        let client = cluster.pod(app).expect("a pod");
+        let checked = requests::both_proxies_passed(cluster, &client);
+        checked.unwrap_or_else(|error| panic!("{}: {error:#}", app.as_str()));
+        let failed = ClientRequests::of(cluster, &client, "app").expect("requests").failed;
+        assert!(failures == Failures::Tolerated || failed.is_empty(), "{}: {failed:?}", app.as_str());
     }
+}
+
+/// Whether requests may fail. None may go around a proxy.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Failures {
+    None,
+    /// Servers and clients start in any order.
+    Tolerated,
+}
+
+/// A container that cannot be exempt on this node stays captured, and an event says why.
+fn exemption_is_refused(cluster: &Cluster) {
+    let pod = cluster.pod(App::Exempt).expect("a pod");
+    let name = format!("involvedObject.name={}", text(&pod, "/metadata/name"));
+    let get = ["-n", NAMESPACE, "get", "events", "--field-selector", &name, "-o", "json"];
+    let refused = |cluster: &Cluster| Ok(cluster.kubectl(&get)?.contains("is not visible from here"));
+    cluster.wait("an event says why", refused).expect("told");
 }
 
 /// What arrives at the gateway passes on by the backend's proxy, and what the gateway does itself is left alone.
@@ -195,73 +147,152 @@ fn gateway_is_left_alone(cluster: &Cluster) {
     let to = format!("{}:8080", address(&gateway)).parse().expect("an address");
     let answer = cluster.get(to, "/by-gateway").expect("answered");
     assert!(answer.contains(" 200 ") && answer.ends_with(&format!("{}:8080", address(&backend))), "{answer}");
-    let find = |pod: &Value| -> Result<Option<AccessLine>> {
-        Ok(cluster.logged(pod)?.into_iter().find(|line| line.path == "/by-gateway"))
-    };
-    cluster
-        .wait("both have logged it", |_| Ok(find(&gateway)?.and(find(&backend)?).is_some()))
-        .expect("logged");
-    let (outside, inside) = (find(&gateway).expect("it"), find(&backend).expect("it"));
-    assert_eq!(outside.expect("logged").listener, "gateway");
-    let inside = inside.expect("logged");
-    assert_eq!(inside.listener, "inbound");
-    assert!(inside.client.starts_with(&format!("{}:", address(&gateway))), "{inside:?}");
+    let served = || requests::served(cluster, &backend).expect("requests");
+    let found = served().into_iter().find(|request| request.path == "/by-gateway").expect("it was served");
+    assert_eq!(found.passed, ["gateway", "inbound"]);
 }
 
 /// A changed annotation is followed while the pod runs.
 fn annotations_are_followed(cluster: &Cluster) {
-    let pod = cluster.pod(App::Frontend).expect("a pod");
+    let (pod, backend) = (cluster.pod(App::Frontend).expect("a pod"), cluster.pod(App::Backend).expect("it"));
     let annotate = |change: &str| {
         let arguments =
             ["-n", NAMESPACE, "annotate", "--overwrite", "pod", text(&pod, "/metadata/name"), change];
         cluster.kubectl(&arguments).expect("annotated");
     };
-    let passes_by = |by: bool| {
-        let what = format!("the last request has passed by its proxy: {by}");
+    let passes = |proxies: &[&str]| {
+        let own = format!("/{}/", text(&pod, "/metadata/name"));
         let so = |cluster: &Cluster| {
-            let requests = ClientRequests::of(cluster, &pod)?;
-            std::thread::sleep(Duration::from_millis(200));
-            let outbound = by_path(cluster.logged(&pod)?, "outbound");
-            Ok(requests.answered.last().is_some_and(|path| outbound.contains_key(path) != by))
+            let served = requests::served(cluster, &backend)?;
+            let last = served.iter().rfind(|request| request.path.starts_with(&own));
+            Ok(last.is_some_and(|request| request.passed == proxies))
         };
-        cluster.wait(&what, so).expect("followed");
+        cluster.wait(&format!("the last request has passed {proxies:?}"), so).expect("followed");
     };
-    passes_by(false);
+    passes(&["outbound", "inbound"]);
     annotate(&format!("{EXCLUDED}=80"));
-    passes_by(true);
+    passes(&["inbound"]);
     annotate(&format!("{EXCLUDED}-"));
-    passes_by(false);
-    let failed = ClientRequests::of(cluster, &pod).expect("requests").failed;
+    passes(&["outbound", "inbound"]);
+    let failed = ClientRequests::of(cluster, &pod, "app").expect("requests").failed;
     assert!(failed.is_empty(), "{failed:?}");
 }
 
-/// Every pod that can go goes, and what comes in its place is captured.
+/// Replaces values of the chart, which rolls the DaemonSet.
+fn upgrade(cluster: &Cluster, values: &[&str]) {
+    let chart = cluster.chart().expect("the chart");
+    let mut arguments = vec!["upgrade", RELEASE, &chart, "-n", SYSTEM, "--reuse-values"];
+    arguments.extend(values.iter().flat_map(|value| ["--set", value]));
+    cluster.helm(&arguments).unwrap_or_else(|error| panic!("{error:#}\n{}", cluster.logs()));
+    rolled_out(cluster, SYSTEM, &["daemonset/intercept"]);
+}
+
+/// How often the agent's container has been started again, once it is ready.
+fn agent_restarts(cluster: &Cluster) -> Result<u64> {
+    let pods = cluster.list("pods", SYSTEM)?;
+    let status = pods.first().and_then(|pod| pod.pointer("/status/containerStatuses/0"));
+    let status = status.context("there is no agent")?;
+    ensure!(status["ready"] == true, "the agent is not ready");
+    Ok(status["restartCount"].as_u64().unwrap_or_default())
+}
+
+/// The daemon is killed, and the kubelet starts it again. Something may happen meanwhile.
+fn daemon_is_killed(cluster: &Cluster, meanwhile: impl FnOnce(&dyn Fn())) {
+    let before = agent_restarts(cluster).expect("it runs");
+    let containers = cluster.containers(SYSTEM, "agent").expect("listed");
+    meanwhile(&|| cluster.kill(&containers).expect("killed"));
+    cluster.wait("the daemon is back", |cluster| Ok(agent_restarts(cluster)? > before)).expect("back");
+}
+
+/// The API answers nothing for a while, in which the daemon starts again.
+fn api_is_silent(cluster: &Cluster) {
+    daemon_is_killed(cluster, |kill| {
+        cluster.server().stop().expect("stopped");
+        kill();
+        std::thread::sleep(Duration::from_secs(3));
+        cluster.server().resume().expect("started");
+    });
+}
+
+/// The primary network plugin writes its file again. A pod that starts a second later is captured from its first
+/// connection.
+fn cni_file_is_rewritten(cluster: &Cluster) {
+    let path = cluster.node().cni_file();
+    let read = || serde_json::from_slice::<Value>(&fs::read(&path).expect("read")).expect("JSON");
+    let complete = read();
+    let mut conf = complete.clone();
+    conf["plugins"].as_array_mut().expect("a list").retain(|plugin| plugin["type"] != "intercept-cni");
+    assert_ne!(conf, complete, "the plugin is in {}", path.display());
+    fs::write(&path, conf.to_string()).expect("written");
+    std::thread::sleep(Duration::from_secs(1));
+    assert_eq!(read(), complete);
+    let apps = [App::Frontend, App::Held];
+    for app in apps {
+        let pod = cluster.pod(app).expect("a pod");
+        let name = text(&pod, "/metadata/name");
+        cluster.kubectl(&["-n", NAMESPACE, "delete", "pod", name, "--wait=false"]).expect("deleted");
+    }
+    rolled_out(cluster, NAMESPACE, &apps.map(|app| format!("deploy/{}", app.as_str())));
+}
+
+/// Every pod that can go goes, and nothing is captured.
 fn drain(cluster: &Cluster, agent: &Agent) {
     let drain =
         ["drain", "node-1", "--ignore-daemonsets", "--delete-emptydir-data", "--force", "--timeout=300s"];
     cluster.kubectl(&drain).unwrap_or_else(|error| panic!("{error:#}\n{}", cluster.logs()));
     are_captured(cluster, agent, &[]);
+}
+
+/// The node reboots: all pods have ended, bpffs is empty, and the kubelet starts pods again before the agent runs.
+fn reboot(cluster: &Cluster, agent: &Agent) {
+    upgrade(cluster, &["nodeSelector.awake=yes"]);
+    let none = |cluster: &Cluster| Ok(cluster.list("pods", SYSTEM)?.is_empty());
+    cluster.wait("the agent is gone", none).expect("gone");
+    fs::remove_dir_all(agent.bpffs().join("intercept")).expect("removed");
     cluster.kubectl(&["uncordon", "node-1"]).expect("uncordoned");
-    let all = ["deploy/backend", "deploy/plain-server", "deploy/gateway", "deploy/frontend", "deploy/held"];
-    rolled_out(cluster, NAMESPACE, &all);
-    are_captured(cluster, agent, &[App::Backend, App::Frontend, App::Held]);
-    let backend = cluster.pod(App::Backend).expect("a pod");
-    for app in [App::Frontend, App::Held] {
-        wait_for_more(cluster, app, 20);
-        let passed = both_proxies_passed(cluster, &cluster.pod(app).expect("a pod"), &backend);
-        passed.unwrap_or_else(|error| panic!("{}: {error:#}", app.as_str()));
+    // A pod without a sidecar starts, one with a sidecar waits.
+    rolled_out(cluster, NAMESPACE, &["deploy/plain", "deploy/plain-server"]);
+    for app in CAPTURED {
+        cluster
+            .wait("the plugin has been asked", |cluster| {
+                let name = format!("involvedObject.name={}", text(&cluster.pod(app)?, "/metadata/name"));
+                let events =
+                    cluster.kubectl(&["-n", NAMESPACE, "get", "events", "--field-selector", &name])?;
+                Ok(events.contains("FailedCreatePodSandBox"))
+            })
+            .expect("asked");
+        let pod = cluster.pod(app).expect("a pod");
+        assert_eq!((text(&pod, "/status/phase"), address(&pod)), ("Pending", ""), "{pod:#}");
     }
+    cluster.kubectl(&["label", "node", "node-1", "awake=yes"]).expect("labelled");
+    let some = |cluster: &Cluster| Ok(!cluster.list("pods", SYSTEM)?.is_empty());
+    cluster.wait("the agent is back", some).expect("back");
+    rolled_out(cluster, SYSTEM, &["daemonset/intercept"]);
+    let all = ["deploy/backend", "deploy/gateway", "deploy/frontend", "deploy/held", "deploy/exempt"];
+    rolled_out(cluster, NAMESPACE, &all);
+    are_captured(cluster, agent, &CAPTURED);
 }
 
 /// As docs/operations.md says.
 fn uninstall(cluster: &Cluster) {
-    let chart = cluster.chart().expect("the chart");
-    let upgrade = ["upgrade", RELEASE, &chart, "-n", SYSTEM, "--reuse-values", "--set", "cleanUpOnExit=true"];
-    cluster.helm(&upgrade).expect("upgraded");
-    rolled_out(cluster, SYSTEM, &["daemonset/intercept"]);
+    upgrade(cluster, &["cleanUpOnExit=true"]);
     cluster.helm(&["uninstall", RELEASE, "-n", SYSTEM]).expect("uninstalled");
     let none = |cluster: &Cluster| Ok(cluster.list("pods", SYSTEM)?.is_empty());
     cluster.wait("the agent's pod is gone", none).expect("gone");
+}
+
+/// What runs goes on, and passes no proxy on its way out or in.
+fn is_uncaptured(cluster: &Cluster) {
+    let backend = cluster.pod(App::Backend).expect("a pod");
+    let before = requests::served(cluster, &backend).expect("requests").len();
+    for app in CLIENTS {
+        requests::wait_for_more(cluster, app, 10).expect("answered");
+    }
+    let served = requests::served(cluster, &backend).expect("requests");
+    let late = &served[before..];
+    // One that was under way.
+    let captured = late.iter().skip(3).filter(|request| !request.passed.is_empty()).count();
+    assert!(late.len() > 20 && captured == 0, "{captured} of {} have passed a proxy", late.len());
 }
 
 /// Says how long a step has taken.
@@ -282,31 +313,29 @@ fn the_chart_captures_an_application_until_it_is_uninstalled() {
     let before = files(&cluster);
 
     step("installing", || install(&cluster));
-    step("starting the application", || run_application(&cluster, &agent));
-    step("both proxies are passed", || nothing_has_passed(&cluster));
-    step("a gateway", || gateway_is_left_alone(&cluster));
-    step("rolling the DaemonSet", || {
-        cluster.kubectl(&["-n", SYSTEM, "rollout", "restart", "daemonset/intercept"]).expect("restarted");
-        rolled_out(&cluster, SYSTEM, &["daemonset/intercept"]);
-        wait_for_more(&cluster, App::Frontend, 10);
-        nothing_has_passed(&cluster);
+    cluster.removing_ended(|| {
+        step("starting the application", || run_application(&cluster, &agent));
+        step("requests", || nothing_has_passed(&cluster, Failures::None));
+        step("a gateway", || gateway_is_left_alone(&cluster));
+        step("an exempt container", || exemption_is_refused(&cluster));
+        step("a killed daemon", || daemon_is_killed(&cluster, |kill| kill()));
+        step("upgrading the chart", || upgrade(&cluster, &["log=debug"]));
+        step("requests", || nothing_has_passed(&cluster, Failures::None));
+        step("a silent API", || api_is_silent(&cluster));
+        step("requests", || nothing_has_passed(&cluster, Failures::None));
+        step("a rewritten CNI file", || cni_file_is_rewritten(&cluster));
+        step("requests", || nothing_has_passed(&cluster, Failures::None));
+        step("changing annotations", || annotations_are_followed(&cluster));
+        step("draining the node", || drain(&cluster, &agent));
+        step("rebooting the node", || reboot(&cluster, &agent));
+        step("requests", || nothing_has_passed(&cluster, Failures::Tolerated));
+        step("uninstalling", || uninstall(&cluster));
+        step("requests without the agent", || is_uncaptured(&cluster));
     });
-    step("changing annotations", || annotations_are_followed(&cluster));
-    step("draining the node", || drain(&cluster, &agent));
-    step("uninstalling", || uninstall(&cluster));
 
     assert!(!agent.bpffs().join("intercept").exists());
     assert_eq!(files(&cluster), before);
     let roles = cluster.list("clusterroles,clusterrolebindings", "").expect("listed");
     assert!(roles.iter().all(|role| text(role, "/metadata/name") != RELEASE));
-    // What runs goes on, and passes no proxy on its way out or in.
-    let pod = cluster.pod(App::Frontend).expect("a pod");
-    wait_for_more(&cluster, App::Frontend, 10);
-    let last = ClientRequests::of(&cluster, &pod).expect("requests").answered.pop().expect("answered");
-    std::thread::sleep(Duration::from_millis(200));
-    for proxy in [&pod, &cluster.pod(App::Backend).expect("a pod")] {
-        let lines = cluster.logged(proxy).expect("a log");
-        assert!(lines.iter().all(|line| line.path != last), "{last} has passed a proxy");
-    }
     cluster.check().expect("all programs run");
 }

@@ -1,6 +1,7 @@
 //! A minimal HTTP server and client for a process in a pod.
 //!
 //! `http serve ADDRESS..` says `ready` and answers every request with the address it arrived at.
+//! `http log ADDRESS..` also prints each request: the client's address, the path, and the headers `x-passed`.
 //! `http get ADDRESS COUNT fresh|kept` fails unless the response to each request is that address.
 
 use std::{
@@ -15,13 +16,21 @@ use socket2::{Domain, Socket, Type};
 fn main() -> Result<()> {
     let args: Vec<String> = std::env::args().skip(1).collect();
     match args.iter().map(String::as_str).collect::<Vec<_>>()[..] {
-        ["serve", ref addresses @ ..] => serve(addresses),
+        ["serve", ref addresses @ ..] => serve(addresses, RequestLog::Off),
+        ["log", ref addresses @ ..] => serve(addresses, RequestLog::On),
         ["get", to, count, kept @ ("fresh" | "kept")] => get(to.parse()?, count.parse()?, kept == "kept"),
-        _ => bail!("usage: http serve ADDRESS.. | http get ADDRESS COUNT fresh|kept"),
+        _ => bail!("usage: http serve|log ADDRESS.. | http get ADDRESS COUNT fresh|kept"),
     }
 }
 
-fn serve(addresses: &[&str]) -> Result<()> {
+/// Whether requests are printed.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum RequestLog {
+    Off,
+    On,
+}
+
+fn serve(addresses: &[&str], log: RequestLog) -> Result<()> {
     let listeners = addresses.iter().map(|address| listen(address.parse()?)).collect::<Result<Vec<_>>>()?;
     println!("ready");
     std::thread::scope(|scope| {
@@ -29,7 +38,7 @@ fn serve(addresses: &[&str]) -> Result<()> {
             scope.spawn(move || {
                 for stream in listener.incoming().flatten() {
                     // A client may close before the end.
-                    scope.spawn(move || drop(answer(&stream)));
+                    scope.spawn(move || drop(answer(&stream, log)));
                 }
             });
         }
@@ -48,12 +57,17 @@ fn listen(address: SocketAddr) -> Result<TcpListener> {
     Ok(socket.into())
 }
 
-fn answer(mut stream: &TcpStream) -> Result<()> {
+fn answer(mut stream: &TcpStream, log: RequestLog) -> Result<()> {
     let body = stream.local_addr()?.to_string();
     let mut reader = BufReader::new(stream);
     loop {
-        if head(&mut reader)?.is_empty() {
-            return Ok(());
+        let lines = head(&mut reader)?;
+        let Some(first) = lines.first() else { return Ok(()) };
+        if log == RequestLog::On {
+            let passed = lines.iter().filter_map(|line| line.strip_prefix("x-passed:"));
+            let passed: Vec<_> = passed.flat_map(|value| value.split(',')).map(str::trim).collect();
+            let path = first.split(' ').nth(1).unwrap_or_default();
+            println!("served {} {path} {}", stream.peer_addr()?.ip(), passed.join(","));
         }
         // In one write. The rest would wait until the first part is acknowledged (Nagle).
         let answer = format!("HTTP/1.1 200 OK\r\ncontent-length: {}\r\n\r\n{body}", body.len());

@@ -10,6 +10,8 @@ pub const NAMESPACE: &str = "shop";
 pub const SERVICE: &str = "10.96.0.80";
 /// The address of a service whose pod has none.
 const PLAIN_SERVICE: &str = "10.96.0.81";
+/// The container that asks to be exempt. On a node with a cgroup namespace of its own, as here, it is captured all the same.
+const EXEMPT: &str = "free";
 /// Where servers listen.
 const PORT: u16 = 8080;
 
@@ -20,8 +22,8 @@ $WAIT
 n=0
 while [ $n -lt $COUNT ]; do
     n=$((n + 1))
-    if timeout 5 wget -q -O /dev/null "http://$SERVICE/$HOSTNAME/$n"; then echo "answered /$HOSTNAME/$n"
-    else echo "failed /$HOSTNAME/$n"; fi
+    path=/$HOSTNAME/$NAME/$n
+    if timeout 5 wget -q -O /dev/null "http://$SERVICE$path"; then echo "answered $path"; else echo "failed $path"; fi
     sleep $PAUSE
 done
 $END
@@ -52,6 +54,8 @@ pub enum App {
     Frontend,
     /// A Deployment that dials it from the first moment; its sidecar is started first.
     Held,
+    /// A Deployment that dials it from two containers, of which one asks to be exempt; with a sidecar.
+    Exempt,
     /// A Job that dials it, with a sidecar.
     Job,
     /// A Deployment that passes requests on to it.
@@ -62,6 +66,11 @@ pub enum App {
     PlainServer,
 }
 
+/// Pods that are captured as long as they run.
+pub const CAPTURED: [App; 4] = [App::Backend, App::Frontend, App::Held, App::Exempt];
+/// Pods with a sidecar that dial the backend.
+pub const CLIENTS: [App; 3] = [App::Frontend, App::Held, App::Exempt];
+
 impl App {
     /// The value of the label.
     pub fn as_str(self) -> &'static str {
@@ -69,6 +78,7 @@ impl App {
             Self::Backend => "backend",
             Self::Frontend => "frontend",
             Self::Held => "held",
+            Self::Exempt => "exempt",
             Self::Job => "job",
             Self::Gateway => "gateway",
             Self::Plain => "plain",
@@ -91,12 +101,13 @@ pub fn servers() -> Value {
 
 /// What dials them.
 pub fn clients() -> Value {
-    let client = |service: &str, wait: &str| client(service, wait, 1_000_000, "0.2", "");
+    let client = |service: &str, wait: &str| endless_client("app", service, wait);
     list(&json!([
         deployment(App::Frontend, injected(&client(SERVICE, PROXY_IS_READY), Template::Sidecar)),
         deployment(App::Held, injected(&client(SERVICE, ""), Template::SidecarFirst)),
+        deployment(App::Exempt, exempt()),
         deployment(App::Plain, pod(&client(PLAIN_SERVICE, ""))),
-        job(&self::client(SERVICE, PROXY_IS_READY, 20, "0.1", END_PROXY)),
+        job(&json!([self::client("app", SERVICE, PROXY_IS_READY, 20, "0.1", END_PROXY)])),
     ]))
 }
 
@@ -104,20 +115,33 @@ fn list(items: &Value) -> Value {
     json!({ "apiVersion": "v1", "kind": "List", "items": items })
 }
 
-fn client(service: &str, wait: &str, count: u32, pause: &str, end: &str) -> Value {
+/// A pod of which one container asks to be left alone.
+fn exempt() -> Value {
+    let named = |name: &str| endless_client(name, SERVICE, PROXY_IS_READY)[0].clone();
+    let mut pod = injected(&json!([named("app"), named(EXEMPT)]), Template::Sidecar);
+    pod["metadata"]["annotations"]["intercept/exempt-containers"] = json!(EXEMPT);
+    pod
+}
+
+fn endless_client(name: &str, service: &str, wait: &str) -> Value {
+    json!([client(name, service, wait, 1_000_000, "0.2", "")])
+}
+
+fn client(name: &str, service: &str, wait: &str, count: u32, pause: &str, end: &str) -> Value {
     let script = CLIENT
+        .replace("$NAME", name)
         .replace("$WAIT", wait)
         .replace("$SERVICE", service)
         .replace("$COUNT", &count.to_string())
         .replace("$PAUSE", pause)
         .replace("$END", end);
-    json!([{ "name": "app", "image": image::APP, "command": ["/bin/sh", "-c", script] }])
+    json!({ "name": name, "image": image::APP, "command": ["/bin/sh", "-c", script] })
 }
 
 fn server() -> Value {
     json!([{
         "name": "app", "image": image::APP,
-        "command": ["/usr/local/bin/http", "serve", format!("0.0.0.0:{PORT}")],
+        "command": ["/usr/local/bin/http", "log", format!("0.0.0.0:{PORT}")],
         // Istio would have its own agent answer; unchanged, the kubelet's probes pass the proxy.
         "readinessProbe": { "httpGet": { "path": "/probe", "port": PORT }, "periodSeconds": 1 },
     }])

@@ -18,7 +18,7 @@ use serde_json::{Deserializer, Value, json};
 use super::{AccessLine, App, NAMESPACE, image};
 use crate::{
     agent::succeed,
-    cri::{CriNode, PODS, PodNetwork},
+    cri::{CriClient, CriNode, PODS, PodNetwork},
     kube::{KubeServer, ServerSpec},
 };
 
@@ -51,7 +51,9 @@ ip address add "$2/32" dev lo
 # To the addresses of services, which kube-proxy's rules replace.
 ip route add 10.96.0.0/16 dev lo src "$2"
 mount -t tmpfs none /var/log
-mkdir -p "$settings" /var/lib/kubelet
+# Not on a tmpfs, on which the agent does not believe the names of containers.
+mkdir -p "$settings" "$1/kubelet" /var/lib/kubelet
+mount --bind "$1/kubelet" /var/lib/kubelet
 for setting in vm/overcommit_memory=1 vm/panic_on_oom=0 kernel/panic=10 kernel/panic_on_oops=1 \
     kernel/keys/root_maxkeys=1000000 kernel/keys/root_maxbytes=25000000; do
     file=$settings/$(echo "${setting%=*}" | tr / .)
@@ -161,6 +163,11 @@ impl Cluster {
         Ok(())
     }
 
+    /// The API, which a test may stop and resume.
+    pub fn server(&self) -> &KubeServer {
+        &self.server
+    }
+
     /// The node.
     pub fn node(&self) -> &CriNode {
         &self.node
@@ -186,6 +193,21 @@ impl Cluster {
         let mut kubectl = self.command("kubectl")?;
         kubectl.arg("--kubeconfig").arg(self.file("admin.json")).args(arguments);
         succeed(kubectl)
+    }
+
+    /// The ids of the containers with this name, of all pods of a namespace.
+    pub fn containers(&self, namespace: &str, name: &str) -> Result<Vec<String>> {
+        let pods = self.list("pods", namespace)?;
+        let statuses = pods.iter().flat_map(|pod| pod["status"]["containerStatuses"].as_array()).flatten();
+        let own = statuses.filter(|status| status["name"] == name);
+        let ids = own.filter_map(|status| status["containerID"].as_str()?.strip_prefix("containerd://"));
+        Ok(ids.map(str::to_owned).collect())
+    }
+
+    /// Kills containers.
+    pub fn kill(&self, containers: &[String]) -> Result<()> {
+        let runtime = CriClient::connect(&self.node.socket())?;
+        containers.iter().try_for_each(|id| runtime.kill(id))
     }
 
     /// Has the API know objects.

@@ -13,6 +13,9 @@ pub(super) const READY: u16 = 15021;
 /// Where a gateway listens.
 pub(super) const GATEWAY: u16 = 8080;
 
+/// The header that every listener adds with its name.
+const PASSED: &str = "x-passed";
+
 /// A line of the access log.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 pub struct AccessLine {
@@ -84,6 +87,9 @@ fn listener(name: &str, port: u16, cluster: &str) -> Value {
     );
     let mut filter = http(json!({ "cluster": cluster }), "route");
     filter["typed_config"]["access_log"] = json!([log]);
+    // By this the server knows what a request has passed.
+    filter["typed_config"]["route_config"]["request_headers_to_add"] =
+        json!([{ "header": { "key": PASSED, "value": name } }]);
     on(name, port, &filter)
 }
 

@@ -218,8 +218,13 @@ impl CriClient {
         self.call::<_, m::Nothing>("/runtime.v1.RuntimeService/StopContainer", request).map(drop)
     }
 
+    /// Kills a container, which has no time to end.
+    pub fn kill(&self, id: &str) -> Result<()> {
+        self.stop_container(id, 0)
+    }
+
     /// RemoveContainer.
-    pub(super) fn remove_container(&self, id: &str) -> Result<()> {
+    pub fn remove_container(&self, id: &str) -> Result<()> {
         let request = m::ContainerId { id: id.to_owned() };
         self.call::<_, m::Nothing>("/runtime.v1.RuntimeService/RemoveContainer", request).map(drop)
     }
