@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 
 use anyhow::{Context as _, Result, bail};
-use syn::{Attribute, Expr, Field, Fields, Item, ItemEnum, ItemStruct, Lit, Meta, Type};
+use syn::{Attribute, Expr, Field, Fields, Item, ItemEnum, ItemStruct, Lit, Meta, Type, Variant};
 
 use super::{MarkdownTable, code};
 use crate::tidy::Tree;
@@ -82,7 +82,8 @@ impl CommandLine<'_> {
     /// The commands of an enum, below the command `parent`.
     fn add_commands(&mut self, name: &str, parent: &str) -> Result<()> {
         let commands = *self.enums.get(name).with_context(|| format!("there is no enum {name}"))?;
-        for variant in &commands.variants {
+        let is_shown = |variant: &&Variant| attribute_value(&variant.attrs, "command", "hide").is_none();
+        for variant in commands.variants.iter().filter(is_shown) {
             let named = attribute_value(&variant.attrs, "command", "name").and_then(|name| text(&name));
             let command = named.unwrap_or_else(|| kebab(&variant.ident.to_string()));
             let command = format!("{parent} {command}").trim_start().to_owned();
