@@ -20,6 +20,7 @@ use tests::{
     daemon::{Daemon, answers, get},
     kube::{Deployed, KubeClient, KubePods, KubeServer, NODE, RunningPod, object},
     plugin::{CniSandbox, RuntimePlugin},
+    testbed::name,
 };
 
 const WITH_SIDECAR: [&str; 2] = ["app", "istio-proxy"];
@@ -54,7 +55,7 @@ struct AgentNode {
 
 impl AgentNode {
     fn new(server: &KubeServer, client: &KubeClient<'_>, deployed: &Deployed) -> Self {
-        let folder = TempDir::with_prefix("intercept-test-kube").expect("a folder");
+        let folder = name::scratch("agent").expect("a folder");
         client.write_secrets(&deployed.account, folder.path()).expect("a token");
         let mut agent = Agent::new("kube").expect("the agent");
         let netns = format!("--net={}", server.sandbox().netns.path().display());

@@ -14,7 +14,10 @@ use anyhow::{Context as _, Result, ensure};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
-use crate::{agent::succeed, testbed::Sandbox};
+use crate::{
+    agent::succeed,
+    testbed::{Sandbox, name},
+};
 
 /// Variable with the folder of the programs.
 pub const VARIABLE: &str = "INTERCEPT_KUBE";
@@ -76,7 +79,7 @@ impl KubeServer {
     pub fn start_on(sandbox: Arc<Sandbox>, spec: ServerSpec) -> Result<Self> {
         let parts = env::var_os(VARIABLE).map(PathBuf::from);
         let parts = parts.with_context(|| format!("{VARIABLE} is not set: run `cargo xtask kube`"))?;
-        let folder = TempDir::with_prefix("intercept-test-kube")?;
+        let folder = name::scratch("kube")?;
         let mut key = Command::new("openssl");
         key.args(["ecparam", "-name", "prime256v1", "-genkey", "-noout", "-out"]);
         key.arg(folder.path().join("accounts.key"));
