@@ -45,6 +45,17 @@ const CGROUP: [OffsetStep; 6] = [
     optional("CSS_CGROUP_OFF", "cgroup_subsys_state", "cgroup"),
 ];
 
+/// The path from the request of a SYN to its listener, and what the request knows. Only shadow mode reads it.
+const REQUEST: [OffsetStep; 7] = [
+    optional("SKC_LISTENER_OFF", "sock_common", "skc_listener"),
+    optional("SKC_NUM_OFF", "sock_common", "skc_num"),
+    optional("SKC_DADDR_OFF", "sock_common", "skc_daddr"),
+    optional("SKC_RCV_SADDR_OFF", "sock_common", "skc_rcv_saddr"),
+    optional("RSK_OPS_OFF", "request_sock", "rsk_ops"),
+    optional("RSK_FAMILY_OFF", "request_sock_ops", "family"),
+    optional("RCV_ISN_OFF", "tcp_request_sock", "rcv_isn"),
+];
+
 /// The global that is set to 1 if the kernel has a helper, and the helper.
 const HELPER: (&str, &str) = ("HAS_SET_RETVAL", "BPF_FUNC_set_retval");
 
@@ -98,7 +109,7 @@ pub enum OffsetError {
 /// Looks up the offsets for the capture programs. It takes some milliseconds, and runs only when they are loaded.
 pub fn find() -> Result<Offsets, OffsetError> {
     let btf = Btf::read(Path::new(VMLINUX_BTF)).map_err(OffsetError::Read)?;
-    let mut offsets = look_up(&btf, MEMBERS.iter().chain(&CGROUP))?;
+    let mut offsets = look_up(&btf, MEMBERS.iter().chain(&CGROUP).chain(&REQUEST))?;
     offsets.push((HELPER.0, btf.has_enumerator("bpf_func_id", HELPER.1).into()));
     Ok(offsets)
 }
@@ -123,8 +134,10 @@ mod tests {
     #[test]
     fn this_kernel_tells_where_credentials_are() {
         let offsets = super::find().expect("offsets");
-        // The first member of its struct.
-        let is_known = |(name, offset): &(&str, u32)| *offset > 0 || *name == "CSS_CGROUP_OFF";
+        // The first members of their structs.
+        let is_known = |(name, offset): &(&str, u32)| {
+            *offset > 0 || ["CSS_CGROUP_OFF", "RSK_FAMILY_OFF", "SKC_DADDR_OFF"].contains(name)
+        };
         assert!(offsets.iter().all(is_known), "{offsets:?}");
     }
 

@@ -9,9 +9,14 @@ use crate::{Addr, NetnsCookie, PolicyId, Reason, Slot, failure::Failure};
 
 mod connection;
 mod proxy;
+mod shadow;
 
 pub use connection::{ConnKey, Handshake, OrigDst, SocketState, end, socket};
 pub use proxy::{APPLICATION_LISTENERS, ListenerKey, Proxy, ProxyPort, Ring, bound, scope};
+pub use shadow::{
+    ComparedFlow, DifferenceKey, RememberedFlow, SHADOW_FLOWS, SHADOW_KINDS, ShadowCounters, ShadowKey,
+    ShadowSocket, outcome, remembered, shadow_state,
+};
 
 /// Version of the layouts in this file and its folder, part of the pin path. Any change of a layout raises it.
 pub const VERSION: u32 = 7;
@@ -101,6 +106,8 @@ pub mod policy {
     pub const DNS_UDP_ONLY: u32 = 1 << 17;
     /// The proxy's connections to its own pod are not captured: rows 4a and 5a are skipped.
     pub const WITHOUT_SELF_CAPTURE: u32 = 1 << 18;
+    /// The programs decide and compare, and change nothing.
+    pub const SHADOW: u32 = 1 << 19;
     /// Of a machine's workload, of which a namespace may have several. The policy may expire.
     pub const MACHINE: u32 = 1 << 24;
     /// Inbound connections are captured only if a socket of the workload listens for them; only with [`MACHINE`].

@@ -37,11 +37,22 @@ pub const EVENTS: &str = "EVENTS";
 /// One cell: whether [`EVENTS`] has a reader.
 pub const TRACING: &str = "TRACING";
 
+/// Shadow mode: connections and queries until they are compared.
+pub const SHADOW_FLOWS: &str = "SHADOW_FLOWS";
+/// Shadow mode, socket storage: the decision on a socket until it is compared.
+pub const SHADOW_SOCKETS: &str = "SHADOW_SOCKETS";
+/// Shadow mode: netns cookie to counts of agreement.
+pub const SHADOW_COUNTERS: &str = "SHADOW_COUNTERS";
+/// Shadow mode: each kind of difference with an example.
+pub const SHADOW_KINDS: &str = "SHADOW_KINDS";
+/// One cell: nonzero while a pod of this node is in shadow mode.
+pub const SHADOWING: &str = "SHADOWING";
+
 /// Ring buffer of log lines; aya-log chose the name.
 pub const LOGS: &str = "AYA_LOGS";
 
 /// Every map that is shared by all pods of a node and pinned.
-pub const MAPS: [&str; 18] = [
+pub const MAPS: [&str; 23] = [
     LOGS,
     POLICIES,
     DESTINATIONS,
@@ -60,6 +71,11 @@ pub const MAPS: [&str; 18] = [
     COUNTERS,
     EVENTS,
     TRACING,
+    SHADOW_FLOWS,
+    SHADOW_SOCKETS,
+    SHADOW_COUNTERS,
+    SHADOW_KINDS,
+    SHADOWING,
 ];
 
 /// `cgroup/connect4`.

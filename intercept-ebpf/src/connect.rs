@@ -18,7 +18,7 @@ use crate::{
     context::{self, AddressFamily, Sock, TCP, UDP},
     maps, observe, open, owner,
     proxy::ProxyState,
-    refusal,
+    refusal, shadow,
     storage::{StoredServers, StoredSocket},
     verdict,
 };
@@ -66,6 +66,10 @@ pub(crate) fn connect<F: AddressFamily>(ctx: &SockAddrContext) -> SyscallVerdict
     };
     let decided = verdict::outbound(pod, &flow);
     observe::outbound(netns, pod, &flow, decided.reason);
+    if shadow::is_of(pod) {
+        shadow::decided(ctx, &flow, decided);
+        return SyscallVerdict::Proceed;
+    }
     let state = SocketState {
         addr: flow.dst,
         source: if flow.src.is_unspecified() { decided.source } else { Addr::UNSPECIFIED },
@@ -205,7 +209,7 @@ fn has_too_many(pod: &PodPolicy) -> bool {
 /// Whether a datagram to this port may be a captured query. Other datagrams need no decision.
 #[inline(always)]
 pub(crate) fn wants_datagram(pod: &PodPolicy, dst_port: u16) -> bool {
-    pod.flags & policy::DNS != 0 && dst_port == 53
+    pod.flags & (policy::DNS | policy::SHADOW) != 0 && dst_port == 53
 }
 
 /// The proxy's port for a verdict.

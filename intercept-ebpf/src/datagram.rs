@@ -18,7 +18,7 @@ use crate::{
     connect::{SyscallVerdict, target_port, wants_datagram},
     container,
     context::{self, AddressFamily, Sock, UDP},
-    maps, observe, open, owner, refusal,
+    maps, observe, open, owner, refusal, shadow,
     storage::{StoredServers, StoredSocket},
     verdict,
 };
@@ -30,7 +30,9 @@ pub(crate) fn sendmsg<F: AddressFamily>(ctx: &SockAddrContext) -> SyscallVerdict
     let netns = maps::netns_cookie(ctx);
     let Some(pod) = maps::pod(netns) else { return SyscallVerdict::Proceed };
     if !wants_datagram(pod, dst_port) {
-        answer::<F>(ctx, pod);
+        if !shadow::is_of(pod) {
+            answer::<F>(ctx, pod);
+        }
         return SyscallVerdict::Proceed;
     }
     let sk = Sock::of_call(ctx);
@@ -50,6 +52,10 @@ pub(crate) fn sendmsg<F: AddressFamily>(ctx: &SockAddrContext) -> SyscallVerdict
     };
     let decided = verdict::outbound(pod, &flow);
     observe::outbound(netns, pod, &flow, decided.reason);
+    if shadow::is_of(pod) {
+        shadow::decided(ctx, &flow, decided);
+        return SyscallVerdict::Proceed;
+    }
     let target = match decided.reason.verdict() {
         Verdict::Pass => return SyscallVerdict::Proceed,
         Verdict::Redirect(target) => target,
@@ -128,6 +134,9 @@ fn answer<F: AddressFamily>(ctx: &SockAddrContext, pod: &PodPolicy) {
 /// Runs in `recvmsg()`; the context has the sender.
 #[inline(always)]
 pub(crate) fn recvmsg<F: AddressFamily>(ctx: &SockAddrContext) {
+    if shadow::is_on() {
+        shadow::received::<F>(ctx);
+    }
     let sender = F::named(ctx);
     let number = sender.number();
     if number.is_none() && !sender.is_loopback() {

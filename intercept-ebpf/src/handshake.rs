@@ -33,8 +33,9 @@ pub(crate) fn note(sk: Sock, key: &ConnKey) {
     unsafe { slot.write(note) };
 }
 
+/// The initial sequence number of a client whose SYN is about to leave. `None` if the kernel has no BTF.
 #[inline(always)]
-fn isn(sk: Sock) -> Option<u32> {
+pub(crate) fn isn(sk: Sock) -> Option<u32> {
     // SAFETY: reads a static; volatile because the loader replaces its value.
     let offset = unsafe { core::ptr::read_volatile(&raw const TCP_WRITE_SEQ_OFF) } as usize;
     if offset == 0 {

@@ -14,7 +14,7 @@ use crate::{
     lookup::PolicyMaps,
     maps, observe,
     original::proxy_key,
-    verdict, workload,
+    shadow, verdict, workload,
 };
 
 /// The cookie of the namespace that this instance is attached to, because the hook has no helper for it. The agent patches
@@ -109,6 +109,10 @@ pub(crate) fn steer(ctx: &SkLookupContext) -> Steer {
         return Steer::Drop;
     }
     let Some(pod) = maps::policy(noted.netns) else { return Steer::Pass };
+    if shadow::is_of(pod) {
+        shadow::looked_up(ctx, noted.netns, pod);
+        return Steer::Pass;
+    }
     if pod.flags & policy::MACHINE != 0 && workload::is_expired(pod) {
         return Steer::Pass;
     }
@@ -165,5 +169,5 @@ fn is_own(pod: &PodPolicy, addr: Addr) -> bool {
 #[inline(always)]
 fn fail(pod: &PodPolicy, failure: Failure) -> Steer {
     observe::failure(pod, failure);
-    if pod.flags & policy::OPEN_WITHOUT_PROXY != 0 { Steer::Pass } else { Steer::Drop }
+    if pod.flags & (policy::OPEN_WITHOUT_PROXY | policy::SHADOW) != 0 { Steer::Pass } else { Steer::Drop }
 }

@@ -7,9 +7,9 @@
 
 use aya_ebpf::{
     bindings::{
-        BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB, BPF_SOCK_OPS_RWND_INIT, BPF_SOCK_OPS_STATE_CB,
-        BPF_SOCK_OPS_STATE_CB_FLAG, BPF_SOCK_OPS_TCP_CONNECT_CB, BPF_SOCK_OPS_TCP_LISTEN_CB, BPF_TCP_CLOSE,
-        BPF_TCP_SYN_SENT, bpf_sock, bpf_sock_ops,
+        BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB, BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB, BPF_SOCK_OPS_RWND_INIT,
+        BPF_SOCK_OPS_STATE_CB, BPF_SOCK_OPS_STATE_CB_FLAG, BPF_SOCK_OPS_TCP_CONNECT_CB,
+        BPF_SOCK_OPS_TCP_LISTEN_CB, BPF_TCP_CLOSE, BPF_TCP_SYN_SENT, bpf_sock, bpf_sock_ops,
     },
     programs::{SockContext, SockOpsContext},
 };
@@ -26,7 +26,7 @@ use crate::{
     handshake, listeners, maps, observe,
     original::{client_key, proxy_key},
     proxy::ProxyState,
-    refusal,
+    refusal, shadow,
     storage::{self, StoredSocket},
 };
 
@@ -37,7 +37,12 @@ pub(crate) fn callback(ctx: &SockOpsContext) {
         BPF_SOCK_OPS_STATE_CB => state(ctx),
         BPF_SOCK_OPS_TCP_CONNECT_CB => dial(ctx),
         BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB => accepted(ctx),
+        BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB if shadow::is_on() => shadow::established(ctx),
         BPF_SOCK_OPS_TCP_LISTEN_CB => listeners::listen(ctx),
+        // For a listener the callback of a request.
+        BPF_SOCK_OPS_RWND_INIT if shadow::is_on() && Sock::of_callback(ctx).is_none() => {
+            shadow::received_syn(ctx)
+        }
         // For a client the first callback after its own.
         BPF_SOCK_OPS_RWND_INIT => check_callbacks(ctx),
         _ => {}
@@ -48,6 +53,9 @@ pub(crate) fn callback(ctx: &SockOpsContext) {
 #[inline(always)]
 fn dial(ctx: &SockOpsContext) {
     let Some(sk) = Sock::of_callback(ctx) else { return };
+    if shadow::is_on() {
+        shadow::dial(ctx, sk);
+    }
     let Some(state) = StoredSocket::of(sk).map(StoredSocket::read) else { return };
     let ends = match state.kind {
         socket::REDIRECTED => end::CLIENT,

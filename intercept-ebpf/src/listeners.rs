@@ -18,6 +18,7 @@ use crate::{
     context::{self, AF_INET6, Sock, load},
     maps, observe,
     proxy::{ListenerRing, ProxyState},
+    shadow,
     verifier::opaque,
     workload,
 };
@@ -29,7 +30,7 @@ const EOPNOTSUPP: i32 = 95;
 #[inline(always)]
 pub(crate) fn listen(ctx: &SockOpsContext) {
     let netns = maps::netns_cookie(ctx);
-    let Some(pod) = maps::pod(netns) else { return };
+    let Some(pod) = maps::pod(netns).filter(|pod| !shadow::is_of(pod)) else { return };
     let port = load!(load_u32, bpf_sock_ops, ctx.ops, local_port) as u16;
     let Some(role) = pod.proxy_port(port) else {
         if workload::is_set() && pod.flags & policy::BY_LISTENER != 0 {

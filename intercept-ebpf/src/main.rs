@@ -24,6 +24,7 @@ mod original;
 mod owner;
 mod proxy;
 mod refusal;
+mod shadow;
 mod storage;
 mod verdict;
 mod verifier;

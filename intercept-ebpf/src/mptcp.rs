@@ -11,7 +11,7 @@ use crate::{
     connect::SyscallVerdict,
     container,
     context::{MPTCP, load},
-    maps, refusal, workload,
+    maps, refusal, shadow, workload,
 };
 
 /// Whether inbound connections are captured by the listening sockets of applications, which must be in a sockmap then.
@@ -26,7 +26,9 @@ pub(crate) fn create(ctx: &SockContext) -> SyscallVerdict {
     if load!(load_u32, bpf_sock, ctx.sock, protocol) != MPTCP {
         return SyscallVerdict::Proceed;
     }
-    let Some(pod) = maps::pod(maps::netns_cookie(ctx)) else { return SyscallVerdict::Proceed };
+    let Some(pod) = maps::pod(maps::netns_cookie(ctx)).filter(|pod| !shadow::is_of(pod)) else {
+        return SyscallVerdict::Proceed;
+    };
     if !workload::is_set() || !tells_applications(pod) {
         let ids = bpf_get_current_uid_gid();
         if !pod.is_proxy(ids as u32, (ids >> 32) as u32) || !pod.may_be_proxy(container::of_current(pod)) {

@@ -12,7 +12,7 @@ use intercept_common::{
 
 use crate::{
     context::{self, AF_INET, AF_INET6, AddressFamily, Ends, Sock, TCP, UDP, load, store},
-    handshake, maps,
+    handshake, maps, shadow,
     storage::StoredSocket,
 };
 
@@ -73,8 +73,13 @@ fn answered(ctx: &SockoptContext) -> bool {
         // SAFETY: the map holds OrigDst; an element taken out meanwhile is freed after a grace period.
         Some(entry) => unsafe { ((*entry).addr, (*entry).port()) },
         // conntrack, where it is there, has answered for a connection that nobody rewrote.
-        None if load!(load_u32, bpf_sockopt, ctx.sockopt, retval) == 0 => return false,
-        None if maps::pod(netns).is_none() => return false,
+        None if load!(load_u32, bpf_sockopt, ctx.sockopt, retval) == 0 => {
+            if shadow::is_on() {
+                shadow::asked(ctx, sk, netns, &ends);
+            }
+            return false;
+        }
+        None if maps::pod(netns).is_none_or(shadow::is_of) => return false,
         // What it would say of such a connection: arriving ones are steered without a rewrite.
         None => (ends.local, ends.local_port),
     };
@@ -117,6 +122,30 @@ fn answer(sockopt: *mut bpf_sockopt, addr: Addr, port: u16) -> bool {
     store!(bpf_sockopt, sockopt, len, optlen);
     store!(bpf_sockopt, sockopt, 0, retval);
     true
+}
+
+/// The original destination that conntrack has answered with, which stands in the buffer.
+#[inline(always)]
+pub(crate) fn conntrack_answer(sockopt: *mut bpf_sockopt) -> Option<(Addr, u16)> {
+    let start: *const u8 = load!(load_u64, bpf_sockopt, sockopt, __bindgen_anon_2) as *const u8;
+    let end: *const u8 = load!(load_u64, bpf_sockopt, sockopt, __bindgen_anon_3) as *const u8;
+    // SAFETY: the bounds are checked against the end of the buffer, as the verifier demands.
+    unsafe {
+        if start.add(16) > end {
+            return None;
+        }
+        let words: *const u32 = start.cast();
+        let head = words.read_unaligned();
+        let port = u16::from_be((head >> 16) as u16);
+        if head & 0xffff == AF_INET {
+            return Some((Addr::from_v4(words.add(1).read_unaligned()), port));
+        }
+        if start.add(28) > end {
+            return None;
+        }
+        let word = |at: usize| words.add(at).read_unaligned();
+        Some((Addr::from_v6([word(2), word(3), word(4), word(5)]), port))
+    }
 }
 
 /// The entry of a connection by the proxy's socket.

@@ -11,7 +11,7 @@ const LINES: usize = 500;
 const LONG: [(&str, &str); 0] = [];
 
 /// Files that may use `unsafe`: context reads, map access, raw system calls.
-const UNSAFE: [&str; 43] = [
+const UNSAFE: [&str; 46] = [
     "intercept-agent/src/acceleration/self_test/queue.rs",
     "intercept-agent/src/commands/run.rs",
     "intercept-agent/src/daemon/inotify.rs",
@@ -42,6 +42,9 @@ const UNSAFE: [&str; 43] = [
     "intercept-ebpf/src/verifier.rs",
     "intercept-ebpf/src/proxy.rs",
     "intercept-ebpf/src/refusal.rs",
+    "intercept-ebpf/src/shadow/compare.rs",
+    "intercept-ebpf/src/shadow/flows.rs",
+    "intercept-ebpf/src/shadow/request.rs",
     "intercept-ebpf/src/storage.rs",
     "intercept-ebpf/src/trial.rs",
     "intercept-ebpf/src/workload.rs",

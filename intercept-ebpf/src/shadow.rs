@@ -1,0 +1,340 @@
+//! Shadow mode: a decision is remembered and compared with what happened to the connection. Nothing is changed, and what
+//! cannot be remembered is not compared.
+//!
+//! A connection of the pod is remembered by the sequence number of its SYN, which NAT does not change. If the SYN reaches
+//! a listener of the pod, its request notes there which. The answer to the SYN comes later, so when the client's end is
+//! established, it is known whether the proxy has the connection. Where a connection from outside was redirected from is
+//! known to conntrack alone; it is compared when the proxy asks for it. A query is compared when its answer is read.
+
+use aya_ebpf::{
+    bindings::bpf_sk_lookup,
+    programs::{SkLookupContext, SockAddrContext, SockOpsContext, SockoptContext},
+};
+use bytemuck::Zeroable as _;
+use intercept_common::{
+    Addr, NetnsCookie, ProxyListener, Verdict,
+    decide::{OutboundFlow, Owner, TproxyMark},
+    layout::{
+        ComparedFlow, ConnKey, PodPolicy, ProxyPort, RememberedFlow, ShadowKey, ShadowSocket, destination,
+        outcome, policy, remembered, shadow_state,
+    },
+};
+
+use self::{
+    compare::{Verdicts, compare, uncompared},
+    request::SynRequest,
+};
+use crate::{
+    context::{self, AddressFamily, Ends, Sock, TCP, UDP, load},
+    handshake, maps,
+    original::{conntrack_answer, proxy_key},
+    verdict::{self, Outbound},
+};
+
+mod compare;
+mod flows;
+mod request;
+
+/// Whether a pod of this node is in shadow mode. Others pay for this test only.
+#[inline(always)]
+pub(crate) fn is_on() -> bool {
+    flows::is_on()
+}
+
+/// Whether this pod is.
+#[inline(always)]
+pub(crate) fn is_of(pod: &PodPolicy) -> bool {
+    pod.flags & policy::SHADOW != 0
+}
+
+/// The policy of a namespace in shadow mode.
+#[inline(always)]
+fn pod(netns: NetnsCookie) -> Option<&'static PodPolicy> {
+    maps::pod(netns).filter(|pod| is_of(pod))
+}
+
+/// Remembers an outbound decision with the socket.
+#[inline(always)]
+pub(crate) fn decided(ctx: &SockAddrContext, flow: &OutboundFlow, decided: Outbound) {
+    let sk = Sock::of_call(ctx);
+    let is_query = u32::from(flow.protocol) == UDP;
+    if is_query && flows::socket(sk).is_some_and(|socket| socket.state == shadow_state::ASKED) {
+        return;
+    }
+    let expected = match decided.mark {
+        TproxyMark::Steered => outcome::INBOUND,
+        _ => expected(decided.reason.verdict()),
+    };
+    let socket = ShadowSocket {
+        dst: flow.dst,
+        time: compare::now(),
+        dst_port: flow.dst_port,
+        state: if is_query { shadow_state::ASKED } else { shadow_state::DECIDED },
+        uid: flow.owner.uid,
+        gid: flow.owner.gid,
+        reason: decided.reason.number(),
+        expected,
+        ..ShadowSocket::zeroed()
+    };
+    if !flows::set_socket(sk, socket) {
+        uncompared(maps::netns_cookie(ctx));
+    }
+}
+
+#[inline(always)]
+fn expected(verdict: Verdict) -> u8 {
+    match verdict {
+        Verdict::Pass => outcome::PASSED,
+        Verdict::Redirect(ProxyListener::Outbound) => outcome::OUTBOUND,
+        Verdict::Redirect(ProxyListener::Inbound) => outcome::INBOUND,
+        Verdict::Redirect(ProxyListener::Dns) => outcome::DNS,
+    }
+}
+
+/// What a connection that reaches a listener on this port has become.
+#[inline(always)]
+fn outcome_at(pod: &PodPolicy, port: u16) -> u8 {
+    match pod.proxy_port(port) {
+        Some(ProxyPort::Outbound) => outcome::OUTBOUND,
+        Some(ProxyPort::Inbound) => outcome::INBOUND,
+        Some(ProxyPort::Dns) => outcome::DNS,
+        None => outcome::PASSED,
+    }
+}
+
+/// A SYN is about to leave.
+#[inline(always)]
+pub(crate) fn dial(ctx: &SockOpsContext, sk: Sock) {
+    let Some(mut socket) = flows::socket(sk) else { return };
+    if socket.state != shadow_state::DECIDED || !request::is_readable() {
+        return;
+    }
+    let Some(isn) = handshake::isn(sk) else { return };
+    socket.isn = isn;
+    if !flows::set_socket(sk, socket) {
+        return;
+    }
+    let flow = RememberedFlow {
+        dst: socket.dst,
+        dst_port: socket.dst_port,
+        reason: socket.reason,
+        expected: socket.expected,
+        ..RememberedFlow::zeroed()
+    };
+    flows::insert(&syn_key(maps::netns_cookie(ctx), isn), &flow);
+}
+
+#[inline(always)]
+fn syn_key(netns: NetnsCookie, isn: u32) -> ShadowKey {
+    ShadowKey { netns, addr: Addr::UNSPECIFIED, number: isn, kind: remembered::SYN }
+}
+
+#[inline(always)]
+fn peer_key(netns: NetnsCookie, addr: Addr, port: u16) -> ShadowKey {
+    ShadowKey { netns, addr, number: port.into(), kind: remembered::PEER }
+}
+
+/// A listener of the pod has received a SYN: the callback is that of the request.
+#[inline(always)]
+pub(crate) fn received_syn(ctx: &SockOpsContext) {
+    let netns = maps::netns_cookie(ctx);
+    let Some(pod) = pod(netns) else { return };
+    let Some(request) = SynRequest::of(ctx) else { return };
+    let key = syn_key(netns, request.isn);
+    let Some(flow) = flows::get(&key) else { return received_from_outside(netns, pod, &request) };
+    let flow = RememberedFlow {
+        local: request.ends.local,
+        local_port: request.ends.local_port,
+        listener: request.listener,
+        ..flow
+    };
+    flows::insert(&key, &flow);
+    if outcome_at(pod, request.listener) != outcome::PASSED {
+        flows::insert(&peer_key(netns, request.ends.remote, request.ends.remote_port), &flow);
+    }
+}
+
+#[inline(always)]
+fn received_from_outside(netns: NetnsCookie, pod: &PodPolicy, request: &SynRequest) {
+    let ends = &request.ends;
+    if is_own(pod, ends.remote) {
+        // Of a socket that was connected earlier, or was made in another cgroup.
+        return uncompared(netns);
+    }
+    let actual = outcome_at(pod, request.listener);
+    if actual != outcome::PASSED && request.listener == ends.local_port {
+        // Redirected by NAT: only conntrack knows from where.
+        return;
+    }
+    let Some(ifindex) = ifindex(netns, pod, ends) else { return uncompared(netns) };
+    inbound(netns, pod, ends, (ifindex, request.listener));
+}
+
+/// Decides on a connection from outside and compares. The local end is the original destination.
+#[inline(always)]
+fn inbound(netns: NetnsCookie, pod: &PodPolicy, ends: &Ends, (ifindex, listener): (u32, u16)) {
+    let conn: ConnKey = proxy_key(netns, ends);
+    let reason = verdict::inbound(pod, &conn, ifindex);
+    crate::observe::inbound(pod, &conn, reason);
+    let flow = ComparedFlow {
+        src: ends.remote,
+        dst: ends.local,
+        src_port: ends.remote_port,
+        dst_port: ends.local_port,
+        protocol: TCP as u16,
+        uid: Owner::NONE.uid,
+        gid: Owner::NONE.gid,
+        ..ComparedFlow::zeroed()
+    };
+    let expected = expected(reason.verdict());
+    let mut actual = outcome_at(pod, listener);
+    if listener == ends.local_port && actual != expected {
+        // It dialled a port of the proxy.
+        actual = outcome::PASSED;
+    }
+    compare(netns, &flow, Verdicts { reason: reason.number(), expected, actual });
+}
+
+/// The interface on which a connection arrived, where the decision depends on it. `None` if it is not known any more.
+#[inline(always)]
+fn ifindex(netns: NetnsCookie, pod: &PodPolicy, ends: &Ends) -> Option<u32> {
+    if pod.flags & policy::INTERFACES == 0 {
+        return Some(0);
+    }
+    flows::get(&peer_key(netns, ends.remote, ends.remote_port)).map(|flow| flow.ifindex)
+}
+
+#[inline(always)]
+fn is_own(pod: &PodPolicy, addr: Addr) -> bool {
+    addr.is_loopback()
+        || maps::destination(pod.id, addr).is_some_and(|found| found.flags & destination::LO != 0)
+}
+
+/// The lookup for a SYN from outside: only here its interface is known.
+#[inline(always)]
+pub(crate) fn looked_up(ctx: &SkLookupContext, netns: NetnsCookie, pod: &PodPolicy) {
+    if pod.flags & policy::INTERFACES == 0 {
+        return;
+    }
+    let ends = context::lookup_ends(ctx.lookup);
+    let ifindex = load!(load_u32, bpf_sk_lookup, ctx.lookup, ingress_ifindex);
+    let flow = RememberedFlow { ifindex, ..RememberedFlow::zeroed() };
+    flows::insert(&peer_key(netns, ends.remote, ends.remote_port), &flow);
+}
+
+/// A client's connection is established: compares.
+#[inline(always)]
+pub(crate) fn established(ctx: &SockOpsContext) {
+    let Some(sk) = Sock::of_callback(ctx) else { return };
+    let Some(socket) = flows::socket(sk).filter(|socket| socket.state == shadow_state::DECIDED) else {
+        return;
+    };
+    flows::delete_socket(sk);
+    let netns = maps::netns_cookie(ctx);
+    let Some(pod) = pod(netns) else { return };
+    let key = syn_key(netns, socket.isn);
+    let Some(flow) = flows::get(&key) else { return uncompared(netns) };
+    flows::remove(&key);
+    let mut actual = outcome_at(pod, flow.listener);
+    let reached_its_own =
+        flow.listener == socket.dst_port && flow.local_port == socket.dst_port && flow.local == socket.dst;
+    if reached_its_own && actual != socket.expected {
+        // It dialled a port of the proxy.
+        actual = outcome::PASSED;
+    }
+    let ends = context::callback_ends(ctx.ops);
+    let compared = of_socket(&socket, (ends.local, ends.local_port), TCP);
+    compare(netns, &compared, Verdicts { reason: socket.reason, expected: socket.expected, actual });
+}
+
+#[inline(always)]
+fn of_socket(socket: &ShadowSocket, (src, src_port): (Addr, u16), protocol: u32) -> ComparedFlow {
+    ComparedFlow {
+        src,
+        dst: socket.dst,
+        src_port,
+        dst_port: socket.dst_port,
+        protocol: protocol as u16,
+        uid: socket.uid,
+        gid: socket.gid,
+        ..ComparedFlow::zeroed()
+    }
+}
+
+/// The proxy asks for the original destination, and conntrack has answered: compares the answer, once for each connection.
+#[inline(always)]
+pub(crate) fn asked(ctx: &SockoptContext, sk: Sock, netns: NetnsCookie, ends: &Ends) {
+    let Some(pod) = pod(netns) else { return };
+    let actual = outcome_at(pod, ends.local_port);
+    if actual == outcome::PASSED || flows::socket(sk).is_some() {
+        return;
+    }
+    let Some((addr, port)) = conntrack_answer(ctx.sockopt) else { return };
+    if pod.flags & policy::TPROXY != 0 && port == ends.local_port && port != pod.inbound_port {
+        // It dialled this port of the proxy, and was compared when its SYN arrived if TPROXY took it.
+        return;
+    }
+    if !flows::set_socket(sk, ShadowSocket { state: shadow_state::DONE, ..ShadowSocket::zeroed() }) {
+        return uncompared(netns);
+    }
+    let key = peer_key(netns, ends.remote, ends.remote_port);
+    let own = flows::get(&key).filter(|flow| flow.listener != 0);
+    let Some(flow) = own else {
+        if is_own(pod, ends.remote) {
+            return uncompared(netns);
+        }
+        let Some(ifindex) = ifindex(netns, pod, ends) else { return uncompared(netns) };
+        let original = Ends { local: addr, local_port: port, ..*ends };
+        return inbound(netns, pod, &original, (ifindex, ends.local_port));
+    };
+    flows::remove(&key);
+    // The connection itself was compared when it was established.
+    if flow.expected != actual || (flow.dst == addr && flow.dst_port == port) {
+        return;
+    }
+    let compared = ComparedFlow {
+        src: ends.remote,
+        dst: flow.dst,
+        other: addr,
+        src_port: ends.remote_port,
+        dst_port: flow.dst_port,
+        other_port: port,
+        protocol: TCP as u16,
+        ..ComparedFlow::zeroed()
+    };
+    let verdicts = Verdicts { reason: flow.reason, expected: flow.expected, actual: outcome::OTHER_DST };
+    compare(netns, &compared, verdicts);
+}
+
+/// A datagram is read: by the proxy a query, by its client an answer.
+#[inline(always)]
+pub(crate) fn received<F: AddressFamily>(ctx: &SockAddrContext) {
+    let netns = maps::netns_cookie(ctx);
+    let Some(pod) = pod(netns) else { return };
+    let sk = Sock::of_call(ctx);
+    let (own_port, sender_port) = (sk.bound_port(), context::named_port(ctx));
+    if own_port == pod.dns_port {
+        let flow = RememberedFlow { time: compare::now(), ..RememberedFlow::zeroed() };
+        flows::insert(&query_key(netns, F::named(ctx), sender_port), &flow);
+        return;
+    }
+    let Some(socket) = flows::socket(sk).filter(|socket| socket.state == shadow_state::ASKED) else { return };
+    let sender = F::named(ctx);
+    if sender_port != socket.dst_port || sender != socket.dst {
+        return;
+    }
+    flows::delete_socket(sk);
+    let reached =
+        flows::get(&query_key(netns, socket.dst, own_port)).is_some_and(|query| query.time >= socket.time);
+    let actual = if reached { outcome::DNS } else { outcome::PASSED };
+    let compared = of_socket(&socket, (F::bound(sk), own_port), UDP);
+    compare(netns, &compared, Verdicts { reason: socket.reason, expected: socket.expected, actual });
+}
+
+/// A port is that of one socket for each family: of the address only the family counts, because a client that is not bound
+/// does not know its own.
+#[inline(always)]
+fn query_key(netns: NetnsCookie, addr: Addr, port: u16) -> ShadowKey {
+    let family = if addr.is_v4() { Addr::LOCALHOST_V4 } else { Addr::LOCALHOST_V6 };
+    ShadowKey { netns, addr: family, number: port.into(), kind: remembered::QUERY }
+}

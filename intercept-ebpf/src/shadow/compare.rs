@@ -1,0 +1,86 @@
+//! Compares what was decided with what happened, counts it, and keeps an example of each kind of difference.
+
+use aya_ebpf::helpers::generated::bpf_ktime_get_ns;
+use intercept_common::{
+    NetnsCookie,
+    layout::{ComparedFlow, DifferenceKey, MAX_REASONS},
+};
+
+use super::flows;
+use crate::{atomic, verifier::opaque};
+
+/// A decision and what happened.
+#[derive(Clone, Copy)]
+pub(super) struct Verdicts {
+    /// Discriminant of the reason of the decision.
+    pub(super) reason: u8,
+    /// The decision.
+    pub(super) expected: u8,
+    /// What happened. Both are one of `layout::outcome`.
+    pub(super) actual: u8,
+}
+
+/// Compares the two.
+#[inline(always)]
+pub(super) fn compare(netns: NetnsCookie, flow: &ComparedFlow, verdicts: Verdicts) {
+    let Verdicts { reason, expected, actual } = verdicts;
+    let packed = u64::from(reason) | u64::from(expected) << 8 | u64::from(actual) << 16;
+    let _done = opaque(shadow_compare(netns.0, &raw const *flow, packed));
+}
+
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn shadow_compare(netns: u64, flow: *const ComparedFlow, verdicts: u64) -> u64 {
+    let netns = NetnsCookie(netns);
+    let (reason, expected, actual) = (verdicts as u8, (verdicts >> 8) as u8, (verdicts >> 16) as u8);
+    let agrees = expected == actual;
+    count(netns, reason, agrees);
+    if agrees {
+        return 0;
+    }
+    // SAFETY: the verifier checks the size of what a caller passes; a null pointer is none.
+    let Some(&(mut flow)) = (unsafe { flow.as_ref() }) else { return 0 };
+    flow.time = now();
+    flow.count = 1;
+    let mut key = DifferenceKey { netns, reason, expected, actual, is_last: 0, reserved: [0; 4] };
+    match flows::example(&key) {
+        None => flows::set_example(&key, &flow),
+        Some(first) => {
+            // SAFETY: inside a map element; one that is removed is freed after a grace period.
+            unsafe { atomic::fetch_add(&raw mut (*first).count, 1) };
+            key.is_last = 1;
+            flows::set_example(&key, &flow);
+        }
+    }
+    0
+}
+
+#[inline(always)]
+fn count(netns: NetnsCookie, reason: u8, agrees: bool) {
+    let index = opaque(reason.into()) as usize;
+    let Some(counters) = flows::counters(netns) else { return };
+    if index >= MAX_REASONS {
+        return;
+    }
+    // SAFETY: inside a map element, as in `shadow_compare`; the arrays have this many elements.
+    unsafe {
+        let counts = if agrees { &raw mut (*counters).agreed } else { &raw mut (*counters).differed };
+        atomic::fetch_add(counts.cast::<u64>().add(index), 1);
+    }
+}
+
+/// Counts a flow of which it is not known what happened.
+#[inline(always)]
+pub(super) fn uncompared(netns: NetnsCookie) {
+    if let Some(counters) = flows::counters(netns) {
+        // SAFETY: as in `count`.
+        unsafe { atomic::fetch_add(&raw mut (*counters).uncompared, 1) };
+    }
+}
+
+/// Nanoseconds of `CLOCK_MONOTONIC`.
+#[inline(always)]
+pub(super) fn now() -> u64 {
+    // SAFETY: takes no argument.
+    unsafe { bpf_ktime_get_ns() }
+}
