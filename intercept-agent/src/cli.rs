@@ -205,6 +205,9 @@ pub(crate) struct StatusArgs {
     /// Only the pod with this cgroup
     #[arg(long, value_name = "PATH")]
     pub(crate) cgroup_path: Option<PathBuf>,
+    /// What shadow mode has compared, and each kind of difference
+    #[arg(long)]
+    pub(crate) shadow: bool,
     /// Print JSON
     #[arg(long)]
     pub(crate) json: bool,

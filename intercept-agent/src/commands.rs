@@ -12,6 +12,7 @@ mod explain;
 mod machine;
 mod prove;
 mod run;
+mod shadow;
 mod status;
 mod trace;
 
@@ -93,6 +94,7 @@ fn run(cli: Cli) -> Result<()> {
         Command::Confirm(args) => machine::confirm(&args),
         Command::Guard(args) => machine::guard(&args),
         Command::Run(args) => run::run(args),
+        Command::Status(args) if args.shadow => shadow::status(&args),
         Command::Status(args) => status::status(&args),
         Command::Explain(args) => explain::explain(&args),
         Command::Check(args) => check::check(&args),

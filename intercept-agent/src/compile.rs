@@ -184,6 +184,7 @@ fn flags(config: &Config) -> u32 {
     let exempts = !config.exempt_cgroups.is_empty() || !config.exempt_containers.is_empty();
     set(tells_proxy || exempts, policy::CONTAINERS);
     set(tells_proxy, policy::PROXY_CONTAINER);
+    set(config.shadow, policy::SHADOW);
     set(config.without_self_capture, policy::WITHOUT_SELF_CAPTURE);
     set(config.dns != Dns::Off, policy::DNS);
     set(config.dns != Dns::Off && config.dns_over_udp_only, policy::DNS_UDP_ONLY);

@@ -33,6 +33,7 @@ mod programs;
 mod proof;
 mod record;
 mod routes;
+mod shadow;
 mod sockets;
 mod store;
 mod support;

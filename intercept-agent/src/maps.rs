@@ -27,9 +27,11 @@ use crate::{
 
 mod lookup;
 mod proxy;
+mod shadow;
 
 pub use lookup::FromMaps;
 pub use proxy::Registered;
+pub use shadow::ShadowMaps;
 
 type Hash<K, V> = HashMap<MapData, Plain<K>, Plain<V>>;
 
@@ -46,6 +48,7 @@ pub struct Maps {
     proxies: SharedArray<Proxy>,
     max_connections: u32,
     decisions: PerCpuArray<MapData, Plain<ReasonCounters>>,
+    shadow: ShadowMaps,
 }
 
 /// Key of DESTINATIONS with its prefix length.
@@ -192,7 +195,18 @@ impl Maps {
                 .map_err(failed("reading the size of", names::ORIG_DST))?
                 .max_entries(),
             decisions: open(dir, names::COUNTERS, Map::PerCpuArray)?,
+            shadow: ShadowMaps::open(dir)?,
         })
+    }
+
+    /// Those of shadow mode.
+    pub fn shadow(&self) -> &ShadowMaps {
+        &self.shadow
+    }
+
+    /// Those of shadow mode, to change.
+    pub fn shadow_mut(&mut self) -> &mut ShadowMaps {
+        &mut self.shadow
     }
 
     /// Reads the active policies with their netns cookies.

@@ -262,6 +262,9 @@ fn local_prefixes(families: &[Family]) -> impl Iterator<Item = IpNet> {
 /// Returns the changes that the options need.
 fn wanted(config: &Config, interfaces: &[&str], found: &NetnsState) -> Vec<NetnsChange> {
     let mut changes = Vec::new();
+    if config.shadow {
+        return changes;
+    }
     let families = families(found.has_v6);
     if found.has_v6 {
         changes.push(NetnsChange::PassthroughAddress);

@@ -16,6 +16,7 @@ mod paused;
 mod plan;
 mod query;
 mod register;
+mod shadow;
 mod workload;
 
 use std::{cell::OnceCell, collections::BTreeMap, path::PathBuf, time::Duration};

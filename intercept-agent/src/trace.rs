@@ -153,6 +153,16 @@ pub struct Line {
     pub reason: &'static str,
 }
 
+/// The time since 1970 from which `CLOCK_MONOTONIC` counts.
+pub(crate) fn boot_time() -> Duration {
+    let now = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
+    let up = Duration::new(
+        u64::try_from(now.tv_sec).unwrap_or_default(),
+        u32::try_from(now.tv_nsec).unwrap_or_default(),
+    );
+    SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().saturating_sub(up)
+}
+
 /// Formats events as lines.
 pub struct Printer {
     boot: Duration,
@@ -161,13 +171,7 @@ pub struct Printer {
 impl Printer {
     /// Reads the boot time, from which events count.
     pub fn new() -> Self {
-        let now = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
-        let up = Duration::new(
-            u64::try_from(now.tv_sec).unwrap_or_default(),
-            u32::try_from(now.tv_nsec).unwrap_or_default(),
-        );
-        let wall = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-        Self { boot: wall.saturating_sub(up) }
+        Self { boot: boot_time() }
     }
 
     /// Returns the line for an event, with a name for its pod.

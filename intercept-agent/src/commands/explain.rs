@@ -6,7 +6,7 @@ use intercept_common::{
     decide::Owner,
     decide::TproxyMark,
     decide_inbound, decide_outbound,
-    layout::{PodPolicy, container},
+    layout::{PodPolicy, container, policy},
 };
 use serde::Serialize;
 
@@ -25,6 +25,8 @@ struct Explanation {
     reason: &'static str,
     row: &'static str,
     because: &'static str,
+    /// Shadow mode: it is decided, and nothing is done.
+    shadow: bool,
 }
 
 pub(super) fn explain(args: &ExplainArgs) -> Result<()> {
@@ -45,6 +47,9 @@ pub(super) fn explain(args: &ExplainArgs) -> Result<()> {
     if args.json {
         print_line!("{}", serde_json::to_string_pretty(&answer)?);
     } else {
+        if answer.shadow {
+            print_line!("shadow mode: nothing is done; what would be done is");
+        }
         match answer.port {
             Some(port) => {
                 print_line!(
@@ -111,5 +116,6 @@ fn answer(decision: Decision, policy: &PodPolicy) -> Explanation {
         reason: decision.reason.as_str(),
         row: decision.reason.row(),
         because: decision.reason.describe(),
+        shadow: policy.flags & policy::SHADOW != 0,
     }
 }

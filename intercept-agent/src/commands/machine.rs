@@ -81,6 +81,7 @@ pub(super) fn refuse_options(config: &Config, switches: &RunOptions) -> Result<(
         (!config.accelerate.is_empty(), "--accelerate", "connections are joined between pods"),
         (!config.proxy_containers.is_empty(), "--proxy-container", named),
         (!config.exempt_containers.is_empty(), "--exempt-containers", named),
+        (config.shadow, "--shadow", "a machine has no rules of istio-iptables to compare with"),
         (switches.network_namespace.is_some(), "--network-namespace", "it is the host's"),
         (switches.run_validation, "--run-validation", "its probes run in a pod's cgroup"),
     ];

@@ -1,6 +1,6 @@
 //! `prove`: whether connections of a captured pod reach its proxy.
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, bail};
 
 use super::{Failed, print_line};
 use crate::{
@@ -44,6 +44,12 @@ fn of_cgroup(args: &ProveArgs) -> Result<Proof> {
     let (cookie, policy) = node.pod_of_cgroup(cgroup.id())?.with_context(absent)?;
     let record =
         node.record_of(cookie)?.with_context(|| format!("the record of netns {cookie} is missing"))?;
+    if record.config.shadow {
+        bail!(
+            "{} is in shadow mode, which changes nothing: see `intercept-agent status --shadow`",
+            cgroup.path().display()
+        );
+    }
     let maps = node.open_maps()?;
     // A probe may take seconds, and the node's lock is not held meanwhile.
     drop(node);

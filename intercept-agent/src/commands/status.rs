@@ -34,6 +34,8 @@ struct PodStatus {
     #[serde(with = "CookieNumber")]
     netns_cookie: NetnsCookie,
     state: &'static str,
+    /// `shadow` or `enforce`.
+    mode: &'static str,
     since: u64,
     arguments: Vec<String>,
     environment: Vec<(&'static str, String)>,
@@ -180,6 +182,7 @@ fn pod(node: &Node, record: &Record, policy: &PodPolicy) -> Result<PodStatus> {
         netns_inode: record.netns_inode,
         netns_cookie: record.cookie,
         state: if node.cgroup_of(record.cookie)?.is_some() { "attached" } else { "gone" },
+        mode: if record.config.shadow { "shadow" } else { "enforce" },
         since: record.since,
         arguments: record.config.to_args(),
         environment: record.config.to_env(),
@@ -230,7 +233,9 @@ fn acceleration(node: &Node, record: &Record, policy: &PodPolicy) -> Result<Opti
 }
 
 fn print(pod: &PodStatus) {
-    print_line!("{} ({}, cookie {})", OneLine(pod.cgroup.display()), pod.state, pod.netns_cookie);
+    let is_shadow = pod.mode == "shadow";
+    let mode = if is_shadow { ", shadow mode: changes nothing (see status --shadow)" } else { "" };
+    print_line!("{} ({}{mode}, cookie {})", OneLine(pod.cgroup.display()), pod.state, pod.netns_cookie);
     for cgroup in &pod.more_cgroups {
         print_line!("  and          {}", OneLine(cgroup.display()));
     }
@@ -246,8 +251,9 @@ fn print(pod: &PodStatus) {
     let room: Vec<String> = pod.room.iter().map(|r| format!("{} {} of {}", r.map, r.used, r.limit)).collect();
     print_line!("  room         {}", room.join(", "));
     let ports = named(&pod.listeners);
-    let none = "none: inbound connections are refused".to_owned();
-    print_line!("  listeners    {}", if ports.is_empty() { none } else { ports.join(", ") });
+    let none =
+        if is_shadow { "not registered in shadow mode" } else { "none: inbound connections are refused" };
+    print_line!("  listeners    {}", if ports.is_empty() { none.to_owned() } else { ports.join(", ") });
     if !pod.applications.is_empty() {
         print_line!("  applications {}", named(&pod.applications).join(", "));
     }

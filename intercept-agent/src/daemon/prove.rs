@@ -73,6 +73,10 @@ fn probe_now(bpffs: &Path, applied: &AppliedPod) -> Result<ProbeResult, Box<dyn 
     let maps = Maps::open(&store.maps())?;
     let policy = maps.policy(applied.cookie)?.ok_or("the pod is not captured any more")?;
     let record = store.read_record(applied.cookie, policy.id)?.ok_or("the pod's record is missing")?;
+    if record.config.shadow {
+        // Nothing is captured by the programs.
+        return Ok(ProbeResult { proof: Ok(ProofState::NothingToProve), bypasses: None });
+    }
     let cgroup = CgroupDir::open(&applied.cgroup)?;
     let netns = applied.netns().ok_or("nothing leads to the pod's network namespace")?;
     let probed =

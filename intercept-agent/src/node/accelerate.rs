@@ -23,7 +23,7 @@ impl Node {
     /// Starts or stops joining as the active policy says. What is already right is left unchanged.
     pub(super) fn accelerate(&mut self, target: &Target, config: &Config, policy: &PodPolicy) {
         let cookie = target.netns.cookie();
-        let done = if config.accelerate.is_empty() {
+        let done = if config.accelerate.is_empty() || config.shadow {
             self.stop_accelerating(cookie, policy.slot)
         } else {
             self.start_accelerating(target, config, policy)

@@ -13,6 +13,7 @@ use super::{
     Living, Node, NodeError, Observation, Rewrite, Target,
     collect::changing,
     plan::{AttachPlan, PlanInput, PolicyChange, plan},
+    shadow::is_shadow,
 };
 use crate::{
     compile::{compile, outside},
@@ -112,12 +113,17 @@ impl Node {
         let done = match plan(input, rewrite, random)? {
             AttachPlan::Unchanged(policy) => {
                 // A proxy may have started to listen while another capture had its socket.
-                self.register_unknown(target, config, &policy)?;
-                self.register_applications(target, &policy)?;
+                if !config.shadow {
+                    self.register_unknown(target, config, &policy)?;
+                    self.register_applications(target, &policy)?;
+                }
                 self.accelerate(target, config, &policy);
                 Attached::Unchanged
             }
-            AttachPlan::PolicyChange(plan) => self.apply(target, &plan)?,
+            AttachPlan::PolicyChange(plan) => {
+                self.begin_shadow(target.netns.cookie(), config, record.as_ref())?;
+                self.apply(target, &plan)?
+            }
         };
         observed.snapshot = expected;
         Ok(done)
@@ -156,16 +162,18 @@ impl Node {
         // Active from here on: a failure below does not fail the attach, and the next call repeats what is left.
         let (config, policy) = (&plan.record.config, &plan.policy);
         let registered = match plan.before {
+            _ if config.shadow => Ok(()),
             // The callback, which had no policy yet, missed listeners that opened since the first search.
             None => self.register_listeners(target, config, policy, &mut registered),
             Some(_) => self.register_unknown(target, config, policy),
         };
         let registered = registered.and_then(|()| self.register_applications(target, policy));
         self.accelerate(target, config, policy);
+        let ended = if config.shadow { Ok(()) } else { self.end_shadow(cookie) };
         let removed = self
             .remove_leftovers(cookie, plan.policy.id, &target.netns)
             .and_then(|()| self.remove_other_links(target));
-        for error in [registered, removed].into_iter().filter_map(Result::err) {
+        for error in [registered, ended, removed].into_iter().filter_map(Result::err) {
             tracing::warn!(
                 cookie = cookie.0,
                 error = &error as &dyn std::error::Error,
@@ -204,10 +212,13 @@ impl Node {
             self.store.rewrite_record(&Record { netns_setup, ..record.clone() })?;
         }
         match plan.before {
+            // The proxy's sockets are left alone.
+            _ if record.config.shadow => Ok(()),
             None => {
                 self.register_listeners(target, &record.config, &plan.policy, registered)?;
                 self.register_applications(target, &plan.policy)
             }
+            Some(before) if is_shadow(&before) => self.register_unknown(target, &record.config, &plan.policy),
             Some(_) => Ok(()),
         }
     }

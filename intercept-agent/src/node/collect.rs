@@ -239,6 +239,7 @@ impl Node {
                 self.maps.reset_slot(slot)?;
             }
         }
+        self.end_shadow(cookie)?;
         // Last, so that the next call repeats all of this if it fails before.
         Ok(self.store.remove(&self.store.pod(cookie))?)
     }

@@ -100,6 +100,9 @@ pub struct Config {
     /// As `exempt_cgroups`, by name. Sorted.
     #[serde(default)]
     pub exempt_containers: Vec<String>,
+    /// The programs decide and compare with what happens, and change nothing.
+    #[serde(default)]
+    pub shadow: bool,
 }
 
 /// How inbound connections reach the proxy.
@@ -236,6 +239,7 @@ impl Config {
             exempt_cgroups: Vec::new(),
             proxy_containers: Vec::new(),
             exempt_containers: Vec::new(),
+            shadow: false,
         }
     }
 
@@ -349,6 +353,9 @@ impl fmt::Display for Config {
         line("localhost", format!("{}, ::1/128", self.loopback_v4))?;
         line("accelerated", or_none(listed(&self.accelerate)))?;
         line("without the proxy", if self.open_without_proxy { "open" } else { "refused" }.to_owned())?;
+        if self.shadow {
+            line("mode", "shadow: nothing is changed".to_owned())?;
+        }
         let to_itself = if self.without_self_capture { "left alone" } else { "captured" };
         line("the proxy to its own pod", to_itself.to_owned())?;
         line("IPv6", if self.without_ipv6 { "left alone" } else { "as IPv4" }.to_owned())?;

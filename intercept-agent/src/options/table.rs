@@ -210,6 +210,11 @@ settings! {
         .help("Not one of istio-iptables: as --exempt-cgroup, by the containers' names in Kubernetes")
         .bound(list!(config.exempt_containers, OptionReader::containers, joined));
 
+    SHADOW = switch_flag("shadow").variables(&["SHADOW"])
+        .help("Not one of istio-iptables: decide and change nothing; what would have been done is compared with what \
+               happens to each connection (docs/shadow.md)")
+        .bound(switch!(config.shadow));
+
     ACCELERATE = switch_flag("accelerate").variables(&["ACCELERATE"])
         .help("Not one of istio-iptables: join the proxy's connections with proxies of this node past TCP")
         .bound(FieldBinding {

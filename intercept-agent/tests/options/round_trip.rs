@@ -204,6 +204,7 @@ fn json_and_text_of_a_policy() {
         exempt_cgroups: vec!["/cg/init".into(), "/cg/other".into()],
         proxy_containers: vec!["istio-proxy".to_owned()],
         exempt_containers: vec!["a".to_owned(), "b".to_owned()],
+        shadow: true,
         ..Config::default()
     };
     let json = serde_json::json!({
@@ -220,7 +221,7 @@ fn json_and_text_of_a_policy() {
         "exclude_sources": ["10.1.0.0/16"], "without_self_capture": true, "open_without_proxy": true, "without_ipv6": true,
         "accelerate": ["envoy", "other"],
         "proxy_cgroups": ["/cg/proxy"], "exempt_cgroups": ["/cg/init", "/cg/other"],
-        "proxy_containers": ["istio-proxy"], "exempt_containers": ["a", "b"],
+        "proxy_containers": ["istio-proxy"], "exempt_containers": ["a", "b"], "shadow": true,
     });
     assert_eq!(serde_json::to_value(&config).expect("serialises"), json);
     let text = "\
@@ -246,6 +247,7 @@ owner groups              all but 202
 localhost                 127.0.0.1/32, ::1/128
 accelerated               envoy, other
 without the proxy         open
+mode                      shadow: nothing is changed
 the proxy to its own pod  left alone
 IPv6                      left alone
 DNS                       10.96.0.10 over UDP to 8600

@@ -132,6 +132,7 @@ fn every_setting_by_flag_and_variable() {
         ("", "--exempt-containers", "EXEMPT_CONTAINERS", "init-b,init-a", |c, _| {
             c.exempt_containers = vec!["init-a".into(), "init-b".into()];
         }),
+        ("", "--shadow", "SHADOW", "true", |c, _| c.shadow = true),
         ("", "--without-self-capture", "WITHOUT_SELF_CAPTURE", "true", |c, _| c.without_self_capture = true),
         ("", "--exclude-inbound-cidr", "EXCLUDE_INBOUND_CIDR", "10.1.1.1/16,fd00::1", |c, _| {
             c.exclude_sources = cidrs(&["10.1.0.0/16", "fd00::1/128"]);
@@ -411,7 +412,7 @@ fn help_is_complete() {
     }
     let command = CaptureCli::command();
     let flags: Vec<_> = command.get_arguments().filter(|arg| arg.get_id() != "help").collect();
-    assert_eq!(flags.len(), 48);
+    assert_eq!(flags.len(), 49);
     for flag in flags {
         let text = flag.get_help().expect("help").to_string();
         let long = flag.get_long().expect("a long flag");

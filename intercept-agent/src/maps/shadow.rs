@@ -1,0 +1,86 @@
+//! The maps of shadow mode: counts of agreement, and the kinds of differences.
+
+use std::{os::fd::AsFd as _, path::Path};
+
+use aya::maps::{Array, HashMap, IterableMap as _, MapData, MapError};
+use intercept_common::{
+    layout::{ComparedFlow, DifferenceKey, ShadowCounters},
+    names,
+};
+
+use super::{Hash, MapsError, failed, gone_is_fine, open};
+use crate::{
+    ids::NetnsCookie,
+    sys::{self, Plain},
+};
+
+/// The maps, opened from their pins.
+pub struct ShadowMaps {
+    counters: Hash<NetnsCookie, ShadowCounters>,
+    kinds: Hash<DifferenceKey, ComparedFlow>,
+    switch: Array<MapData, u32>,
+}
+
+impl ShadowMaps {
+    pub(super) fn open(dir: &Path) -> Result<Self, MapsError> {
+        use aya::maps::Map;
+        Ok(Self {
+            counters: open::<HashMap<_, _, _>>(dir, names::SHADOW_COUNTERS, Map::HashMap)?,
+            kinds: open::<HashMap<_, _, _>>(dir, names::SHADOW_KINDS, Map::HashMap)?,
+            switch: open(dir, names::SHADOWING, Map::Array)?,
+        })
+    }
+
+    /// Starts counting for a pod. What was counted before is forgotten. `now` is in seconds since 1970.
+    pub fn begin(&mut self, cookie: NetnsCookie, now: u64) -> Result<(), MapsError> {
+        self.end(cookie)?;
+        let counters = ShadowCounters { since: now, ..bytemuck::Zeroable::zeroed() };
+        self.counters
+            .insert(Plain(cookie), Plain(counters), 0)
+            .map_err(failed("writing to", names::SHADOW_COUNTERS))
+    }
+
+    /// Forgets what was counted for a pod.
+    pub fn end(&mut self, cookie: NetnsCookie) -> Result<(), MapsError> {
+        gone_is_fine(self.counters.remove(&Plain(cookie)))
+            .map_err(failed("purging", names::SHADOW_COUNTERS))?;
+        for (key, _) in self.differences(cookie)? {
+            gone_is_fine(self.kinds.remove(&Plain(key))).map_err(failed("purging", names::SHADOW_KINDS))?;
+        }
+        Ok(())
+    }
+
+    /// Switches the programs' part on before the first pod is in shadow mode, and off after the last.
+    pub fn switch(&mut self, on: bool) -> Result<(), MapsError> {
+        self.switch.set(0, u32::from(on), 0).map_err(failed("writing to", names::SHADOWING))
+    }
+
+    /// The counts of a pod. `None` if it is not in shadow mode.
+    pub fn counters(&self, cookie: NetnsCookie) -> Result<Option<ShadowCounters>, MapsError> {
+        match self.counters.get(&Plain(cookie), 0) {
+            Ok(counters) => Ok(Some(counters.0)),
+            Err(MapError::KeyNotFound) => Ok(None),
+            Err(error) => Err(failed("reading", names::SHADOW_COUNTERS)(error)),
+        }
+    }
+
+    /// The counts of all pods in shadow mode.
+    pub fn all_counters(&self) -> Result<Vec<(NetnsCookie, ShadowCounters)>, MapsError> {
+        super::entries(self.counters.map(), names::SHADOW_COUNTERS)
+    }
+
+    /// The examples of a pod's differences.
+    pub fn differences(&self, cookie: NetnsCookie) -> Result<Vec<(DifferenceKey, ComparedFlow)>, MapsError> {
+        let mut all = self.all_differences()?;
+        all.retain(|(key, _)| key.netns == cookie);
+        Ok(all)
+    }
+
+    /// The examples of all pods' differences, in the order of their keys: the last of a kind comes after the first.
+    pub fn all_differences(&self) -> Result<Vec<(DifferenceKey, ComparedFlow)>, MapsError> {
+        let mut all: Vec<(DifferenceKey, ComparedFlow)> = sys::entries(self.kinds.map().fd().as_fd())
+            .map_err(|error| failed("reading", names::SHADOW_KINDS)(MapError::IoError(error)))?;
+        all.sort_by_key(|(key, _)| *key);
+        Ok(all)
+    }
+}

@@ -1,0 +1,45 @@
+//! Shadow mode of pods: when the programs count, and from when.
+
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use intercept_common::layout::{PodPolicy, policy};
+
+use super::{Node, NodeError};
+use crate::{ids::NetnsCookie, options::Config, record::Record};
+
+/// Whether a policy only decides and compares.
+pub(super) fn is_shadow(policy: &PodPolicy) -> bool {
+    policy.flags & policy::SHADOW != 0
+}
+
+impl Node {
+    /// Before a policy in shadow mode is activated: switches the programs' part on, and counts from zero if the options
+    /// differ from those of the record, so that the counts are of one set of rules.
+    pub(super) fn begin_shadow(
+        &mut self,
+        cookie: NetnsCookie,
+        config: &Config,
+        record: Option<&Record>,
+    ) -> Result<(), NodeError> {
+        if !config.shadow {
+            return Ok(());
+        }
+        self.maps.shadow_mut().switch(true)?;
+        let continues = record.is_some_and(|record| record.config == *config);
+        if !continues || self.maps.shadow().counters(cookie)?.is_none() {
+            let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |t| t.as_secs());
+            self.maps.shadow_mut().begin(cookie, now)?;
+        }
+        Ok(())
+    }
+
+    /// After a pod has left shadow mode, or was removed.
+    pub(super) fn end_shadow(&mut self, cookie: NetnsCookie) -> Result<(), NodeError> {
+        if self.maps.shadow().counters(cookie)?.is_none() {
+            return Ok(());
+        }
+        self.maps.shadow_mut().end(cookie)?;
+        let others = self.maps.policies()?;
+        Ok(self.maps.shadow_mut().switch(others.iter().any(|(_, policy)| is_shadow(policy)))?)
+    }
+}
