@@ -18,4 +18,4 @@ pub mod run;
 pub use capture::Capture;
 pub use case::{Case, End, Flow, FlowKind};
 pub use observed::Observed;
-pub use run::observe;
+pub use run::{observe, observe_prepared};

@@ -15,6 +15,7 @@ pub struct StatusEntry {
     pub netns_inode: u64,
     pub netns_cookie: u64,
     pub state: String,
+    pub mode: String,
     pub problem: Option<String>,
     pub since: u64,
     pub arguments: Vec<String>,
@@ -72,4 +73,61 @@ pub struct StatusAcceleration {
 /// The count of a reason, 0 if it is not listed.
 pub fn count_of(counts: &[StatusCount], reason: &str) -> u64 {
     counts.iter().find(|count| count.reason == reason).map_or(0, |count| count.count)
+}
+
+/// A pod of `status --shadow --json`.
+#[derive(Clone, Debug, Default, PartialEq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+#[expect(missing_docs, reason = "the fields of the JSON, which docs/shadow.md describes")]
+pub struct ShadowEntry {
+    pub cgroup: PathBuf,
+    pub name: String,
+    pub netns_cookie: u64,
+    pub since: u64,
+    pub compared: u64,
+    pub differed: u64,
+    pub uncompared: u64,
+    pub reasons: Vec<ShadowReason>,
+    pub differences: Vec<ShadowDifference>,
+}
+
+/// How often the decisions of a reason agreed.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+#[expect(missing_docs, reason = "the fields of the JSON")]
+pub struct ShadowReason {
+    pub reason: String,
+    pub direction: String,
+    pub agreed: u64,
+    pub differed: u64,
+}
+
+/// A kind of difference.
+#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+#[expect(missing_docs, reason = "the fields of the JSON")]
+pub struct ShadowDifference {
+    pub reason: String,
+    pub direction: String,
+    pub row: String,
+    pub rule: String,
+    pub expected: String,
+    pub actual: String,
+    pub count: u64,
+    pub first: ShadowExample,
+    pub last: ShadowExample,
+}
+
+/// A flow that differed.
+#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+#[expect(missing_docs, reason = "the fields of the JSON")]
+pub struct ShadowExample {
+    pub time: f64,
+    pub protocol: String,
+    pub source: std::net::SocketAddr,
+    pub destination: std::net::SocketAddr,
+    pub original_dst: Option<std::net::SocketAddr>,
+    pub uid: Option<u32>,
+    pub gid: Option<u32>,
 }

@@ -20,6 +20,12 @@ pub enum Capture {
     Iptables(Backend),
     /// This agent.
     Agent(PathBuf),
+    /// Real iptables, beside this agent in shadow mode.
+    Shadowed(Backend, PathBuf),
+    /// This agent in shadow mode, and nothing that captures.
+    ShadowAlone(PathBuf),
+    /// Nothing.
+    Nothing,
 }
 
 /// An active capture.
@@ -41,18 +47,31 @@ impl Capture {
                 iptables::apply(options, pod, *backend)?;
                 Ok(ActiveCapture { agent: None })
             }
-            Self::Agent(agent) => {
-                let mut resolv_conf = tempfile::NamedTempFile::new()?;
-                resolv_conf.write_all(options.resolv_conf().as_bytes())?;
-                let mut command = Command::new(agent);
-                command.arg("attach").arg("--cgroup-path").arg(pod.cgroup.path());
-                command.arg("--netns").arg(pod.netns.path());
-                command.args(options.arguments(resolv_conf.path())).envs(options.environment());
-                run(&mut command)?;
-                Ok(ActiveCapture { agent: Some((agent, pod.cgroup.path().to_owned())) })
+            Self::Shadowed(backend, agent) => {
+                iptables::apply(options, pod, *backend)?;
+                attach(agent, options, pod, &["--shadow"])
             }
+            Self::ShadowAlone(agent) => attach(agent, options, pod, &["--shadow"]),
+            Self::Agent(agent) => attach(agent, options, pod, &[]),
+            Self::Nothing => Ok(ActiveCapture { agent: None }),
         }
     }
+}
+
+fn attach<'a>(
+    agent: &'a Path,
+    options: &IptablesOptions,
+    pod: &Pod,
+    more: &[&str],
+) -> Result<ActiveCapture<'a>> {
+    let mut resolv_conf = tempfile::NamedTempFile::new()?;
+    resolv_conf.write_all(options.resolv_conf().as_bytes())?;
+    let mut command = Command::new(agent);
+    command.arg("attach").arg("--cgroup-path").arg(pod.cgroup.path());
+    command.arg("--netns").arg(pod.netns.path());
+    command.args(options.arguments(resolv_conf.path())).args(more).envs(options.environment());
+    run(&mut command)?;
+    Ok(ActiveCapture { agent: Some((agent, pod.cgroup.path().to_owned())) })
 }
 
 impl ActiveCapture<'_> {

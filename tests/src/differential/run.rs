@@ -23,6 +23,16 @@ const WINDOW: usize = 400;
 
 /// Makes the flows of a case in a new pod with this capture. Returns the result of each flow.
 pub fn observe(case: &Case, capture: &Capture) -> Result<Vec<Observed>> {
+    Ok(observe_prepared(case, capture, |_| Ok(()), |_| Ok(()))?.0)
+}
+
+/// As [`observe`], with a change of the pod before the first flow, and a look at it before the capture ends.
+pub fn observe_prepared<T>(
+    case: &Case,
+    capture: &Capture,
+    change: impl FnOnce(&Pod) -> Result<()>,
+    look: impl FnOnce(&Pod) -> Result<T>,
+) -> Result<(Vec<Observed>, T)> {
     let pod = Pod::new(layout::spec("compared")).context("making a pod")?;
     let world = Actor::start(pod.neighbour())?;
     let inside = Actor::start(&pod)?;
@@ -35,6 +45,7 @@ pub fn observe(case: &Case, capture: &Capture) -> Result<Vec<Observed>> {
         serve_inside(&inside, case)?;
         captured
     };
+    change(&pod)?;
     let patience = oracle::predict(case).into_iter().map(|expected| match expected.server {
         Some(_) => TIMEOUT,
         None => SILENCE,
@@ -44,8 +55,9 @@ pub fn observe(case: &Case, capture: &Capture) -> Result<Vec<Observed>> {
     for flows in flows.chunks(WINDOW) {
         seen.extend(make(flows, &inside, &world)?);
     }
+    let looked = look(&pod)?;
     captured.stop()?;
-    Ok(seen)
+    Ok((seen, looked))
 }
 
 /// Makes flows concurrently.

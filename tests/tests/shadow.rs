@@ -1,0 +1,119 @@
+//! Shadow mode beside real iptables: it agrees where the agent does, finds a rule that differs, and changes nothing.
+
+use std::net::SocketAddr;
+use std::process::Command;
+
+use anyhow::{Context as _, Result, ensure};
+use tests::differential::{
+    Capture, Case, End, Flow, FlowKind, Observed, compare, configurations, observe, observe_prepared, random,
+};
+use tests::iptables::{Backend, IptablesOptions};
+use tests::status::ShadowEntry;
+use tests::testbed::{Ids, Pod};
+
+fn agent_path() -> std::path::PathBuf {
+    let Capture::Agent(agent) = Capture::agent().expect("the agent") else { unreachable!("it is an agent") };
+    agent
+}
+
+fn shadow_of(pod: &Pod) -> Result<ShadowEntry> {
+    let output = Command::new(agent_path())
+        .args(["status", "--shadow", "--json", "--cgroup-path"])
+        .arg(pod.cgroup.path())
+        .output()?;
+    ensure!(output.status.success(), "status: {}", String::from_utf8_lossy(&output.stderr));
+    let mut pods: Vec<ShadowEntry> = serde_json::from_slice(&output.stdout)?;
+    pods.pop().context("a pod in shadow mode")
+}
+
+fn cases(flows: usize) -> Vec<Case> {
+    let all = configurations::fixed().into_iter().zip(1..);
+    let only = std::env::var("INTERCEPT_CASE").ok();
+    all.filter(|((name, _), _)| only.as_ref().is_none_or(|only| only == name))
+        .map(|((name, options), seed)| random::case_of(name, options, seed, flows))
+        .collect()
+}
+
+fn agrees_and_changes_nothing(backend: Backend, flows: usize) {
+    let shadowed = Capture::Shadowed(backend, agent_path());
+    let mut reports = Vec::new();
+    for case in cases(flows) {
+        let alone = observe(&case, &Capture::Iptables(backend)).expect("observed");
+        let (beside, shadow) = observe_prepared(&case, &shadowed, |_| Ok(()), shadow_of).expect("observed");
+        println!("{}: {} compared, {} not", case.origin, shadow.compared, shadow.uncompared);
+        reports.extend(compare::with_iptables(&case, &alone, &beside));
+        for found in &shadow.differences {
+            reports.push(format!("{}: {found:?}", case.origin));
+        }
+        let answered = beside.iter().filter(|seen| matches!(seen, Observed::Connection(_))).count();
+        if shadow.uncompared > 0 || shadow.compared < answered as u64 {
+            reports.push(format!("{}: of {answered} answered flows only {shadow:?}", case.origin));
+        }
+    }
+    assert!(reports.is_empty(), "{}", reports.join("\n"));
+}
+
+#[test]
+fn fixed_configurations_agree_with_iptables_nft() {
+    agrees_and_changes_nothing(Backend::Nft, 400);
+}
+
+#[test]
+fn fixed_configurations_agree_with_iptables_legacy() {
+    agrees_and_changes_nothing(Backend::Legacy, 100);
+}
+
+/// Without iptables a flow that the programs changed would reach the proxy. Beside iptables it would reach it anyway.
+#[test]
+fn alone_it_leaves_every_flow_as_it_is() {
+    let alone = Capture::ShadowAlone(agent_path());
+    let mut reports = Vec::new();
+    for case in cases(200) {
+        let uncaptured = observe(&case, &Capture::Nothing).expect("observed");
+        let (shadowed, shadow) = observe_prepared(&case, &alone, |_| Ok(()), shadow_of).expect("observed");
+        reports.extend(compare::with_iptables(&case, &uncaptured, &shadowed));
+        if case.origin.contains("injected") {
+            let differing = |reason: &str| {
+                shadow.differences.iter().any(|found| found.reason == reason && found.actual == "passed")
+            };
+            assert!(differing("included_cidr") && differing("inbound_all"), "{shadow:?}");
+        }
+    }
+    assert!(reports.is_empty(), "{}", reports.join("\n"));
+}
+
+/// A rule that a person has added to the pod is found by the first connection that it concerns, and by that alone.
+#[test]
+fn a_rule_changed_by_hand_is_found_by_the_first_connection() {
+    let options = IptablesOptions::injected();
+    let drawn = random::case_of("changed", options.clone(), 7, 400);
+    let concerned = |flow: &Flow| flow.kind == FlowKind::Tcp && flow.end == End::Pod && flow.to.port() == 443;
+    let outside: SocketAddr = "198.51.100.7:443".parse().expect("an address");
+    let flow = |to| Flow { end: End::Pod, ids: Ids::APP, kind: FlowKind::Tcp, to, from: None, mapped: false };
+    let mut flows: Vec<Flow> = drawn.flows.into_iter().filter(|flow| !concerned(flow)).collect();
+    let shadowed = Capture::Shadowed(Backend::Nft, agent_path());
+    let exclude = |pod: &Pod| -> Result<()> {
+        let rule = ["-t", "nat", "-I", "ISTIO_OUTPUT", "1", "-p", "tcp", "--dport", "443", "-j", "RETURN"];
+        ensure!(pod.command("iptables-nft")?.args(rule).status()?.success(), "iptables refused the rule");
+        Ok(())
+    };
+    let case = |flows: Vec<Flow>| Case { flows, ..random::case_of("changed", options.clone(), 7, 0) };
+    let (_, shadow) = observe_changed(&case(flows.clone()), &shadowed, exclude).expect("observed");
+    assert_eq!(shadow.differed, 0, "{shadow:?}");
+    flows.push(flow(outside));
+    let (_, shadow) = observe_changed(&case(flows), &shadowed, exclude).expect("observed");
+    let [found] = &shadow.differences[..] else { panic!("one difference: {shadow:?}") };
+    assert_eq!((shadow.differed, found.count), (1, 1), "{shadow:?}");
+    assert_eq!(found.reason, "included_cidr");
+    assert_eq!((found.expected.as_str(), found.actual.as_str()), ("redirected to outbound", "passed"));
+    assert_eq!(found.first.destination, outside);
+    assert_eq!((found.first.uid, found.first.gid), (Some(Ids::APP.uid), Some(Ids::APP.gid)));
+}
+
+fn observe_changed(
+    case: &Case,
+    capture: &Capture,
+    change: impl FnOnce(&Pod) -> Result<()>,
+) -> Result<(Vec<Observed>, ShadowEntry)> {
+    observe_prepared(case, capture, change, shadow_of)
+}
