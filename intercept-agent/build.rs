@@ -1,5 +1,5 @@
 //! Compiles the eBPF programs to `OUT_DIR/intercept.o`, those of joined connections to `OUT_DIR/join.o`, and that of
-//! the self-test to `OUT_DIR/trial.o`.
+//! the self-test to `OUT_DIR/trial.o`. `OUT_DIR/lookup.o` has the program of the first that every attach reads.
 
 use std::{
     env, fs,
@@ -15,7 +15,10 @@ mod toolchain;
 use toolchain::{Compiler, TARGET, Toolchain};
 
 const PACKAGE: &str = "intercept-ebpf";
-const BINARIES: [&str; 3] = ["intercept", "join", "trial"];
+const CAPTURE: &str = "intercept";
+const BINARIES: [&str; 3] = [CAPTURE, "join", "trial"];
+/// The program of which each pod has an instance.
+const PER_POD: &str = "lookup";
 
 fn main() -> ExitCode {
     match build() {
@@ -50,9 +53,18 @@ fn build() -> Result<(), String> {
         let bytes = fs::read(&built).map_err(|error| format!("reading {}: {error}", built.display()))?;
         let bytes = without_dwarf(&plain_names(bytes))
             .map_err(|error| format!("removing DWARF from {}: {error}", built.display()))?;
-        fs::write(&object, bytes).map_err(|error| format!("writing {}: {error}", object.display()))?;
+        write(&object, &bytes)?;
+        if binary == CAPTURE {
+            let stub = only(&bytes, PER_POD)
+                .map_err(|error| format!("taking {PER_POD} out of {binary}: {error}"))?;
+            write(&out_dir.join(PER_POD).with_extension("o"), &stub)?;
+        }
     }
     Ok(())
+}
+
+fn write(path: &Path, bytes: &[u8]) -> Result<(), String> {
+    fs::write(path, bytes).map_err(|error| format!("writing {}: {error}", path.display()))
 }
 
 /// Returns the command that compiles the programs, in an environment without the settings of the outer build.
@@ -142,6 +154,46 @@ fn without_dwarf(object: &[u8]) -> Result<Vec<u8>, object::build::Error> {
     names.name = b".shstrtab"[..].into();
     names.sh_type = object::elf::SHT_STRTAB;
     names.data = SectionData::SectionString;
+    builder.delete_orphans();
+    let mut bytes = Vec::new();
+    builder.write(&mut bytes)?;
+    Ok(bytes)
+}
+
+/// Reduces an object to one program, which calls no function, and to the maps that it uses. It has no types.
+fn only(object: &[u8], program: &str) -> Result<Vec<u8>, Box<dyn std::error::Error>> {
+    let mut builder = Builder::read(object)?;
+    let symbol = builder.symbols.iter().find(|symbol| &*symbol.name == program.as_bytes());
+    let symbol = symbol.ok_or("it has no symbol")?;
+    let (id, code) = (symbol.id(), symbol.section.ok_or("its symbol has no section")?);
+    let (start, end) = (symbol.st_value, symbol.st_value + symbol.st_size);
+    let mut used = Vec::new();
+    for section in &mut builder.sections {
+        let (is_code, of_code) = (section.id() == code, section.sh_info_section == Some(code));
+        match &mut section.data {
+            SectionData::Data(data) if is_code => {
+                let range = usize::try_from(start).ok().zip(usize::try_from(end).ok());
+                let bytes = range.and_then(|(start, end)| data.get(start..end));
+                *data = bytes.ok_or("it is not in its section")?.to_vec().into();
+            }
+            SectionData::Data(_) => section.delete = !matches!(&*section.name, b"maps" | b"license"),
+            SectionData::Relocation(relocations) if of_code => {
+                relocations.retain(|relocation| (start..end).contains(&relocation.r_offset));
+                for relocation in relocations {
+                    relocation.r_offset -= start;
+                    used.extend(relocation.symbol);
+                }
+            }
+            SectionData::Relocation(_) => section.delete = true,
+            _ => {}
+        }
+    }
+    for symbol in &mut builder.symbols {
+        symbol.delete = symbol.id() != id && !used.contains(&symbol.id());
+        if symbol.id() == id {
+            symbol.st_value = 0;
+        }
+    }
     builder.delete_orphans();
     let mut bytes = Vec::new();
     builder.write(&mut bytes)?;

@@ -9,11 +9,7 @@ pub mod self_test;
 
 use std::{io, os::fd::AsFd as _, path::Path};
 
-use aya::{
-    EbpfLoader,
-    maps::{Array, HashMap, Map, MapData, MapError, PerCpuArray, SkStorage},
-    programs::{Program, ProgramError, SkMsg, SockOps},
-};
+use aya::maps::{Array, HashMap, Map, MapData, MapError, PerCpuArray, SkStorage};
 use aya_obj::generated::bpf_attach_type;
 use intercept_common::{
     Slot,
@@ -26,8 +22,10 @@ use intercept_common::{
 
 use crate::{
     btf_offsets::{self, OffsetError},
+    loader::{LoadError, LoadOptions, Loaded},
     objects::JOIN,
     options::Config,
+    programs,
     store::Store,
     sys::{self, Plain},
 };
@@ -44,21 +42,9 @@ pub enum AccelerationError {
     /// The offsets that the programs need are unknown.
     #[error("looking up the offsets for the programs that join connections")]
     Offsets(#[from] OffsetError),
-    /// aya failed to create the maps or to relocate the programs.
-    #[error("creating the maps of the programs that join connections")]
-    Load(#[source] Box<aya::EbpfError>),
-    /// The kernel refused a program.
-    #[error("loading program {name}")]
-    Verify {
-        /// Name of the program.
-        name: &'static str,
-        /// The error from the kernel, with the verifier's log.
-        #[source]
-        source: Box<ProgramError>,
-    },
-    /// The object has no program with a name of the list, or one of another type.
-    #[error("the built-in object has no program {0}: the build is inconsistent")]
-    Absent(&'static str),
+    /// The maps cannot be created, or the kernel refused a program.
+    #[error(transparent)]
+    Load(#[from] LoadError),
     /// An operation on a program, a link or a pin failed.
     #[error("{action} {name}")]
     Call {
@@ -269,38 +255,22 @@ impl Acceleration {
 const SHARED_MAPS: [&str; 3] = [names::POLICIES, names::EVENTS, names::TRACING];
 
 /// Loads the programs with the maps pinned in `maps`, which are created if they are missing, and pins them in
-/// `programs`. The sk_msg program is attached to JOIN_ENDS.
-fn load_programs(maps: &Path, programs: &Path) -> Result<(), AccelerationError> {
+/// `directory`. The sk_msg program is attached to JOIN_ENDS.
+fn load_programs(maps: &Path, directory: &Path) -> Result<(), AccelerationError> {
     let offsets = btf_offsets::find_for_joining()?;
-    let mut loader = EbpfLoader::new();
-    for (name, offset) in &offsets {
-        loader.override_global(name, offset, true);
-    }
-    let paths: Vec<_> =
-        names::JOIN_MAPS.iter().chain(&SHARED_MAPS).map(|name| (*name, maps.join(name))).collect();
-    for (name, path) in &paths {
-        loader.map_pin_path(name, path.as_path());
-    }
-    let mut ebpf = loader.load(JOIN).map_err(|error| AccelerationError::Load(Box::new(error)))?;
+    let constants: Vec<_> = offsets.iter().map(|(name, value)| (*name, bytemuck::bytes_of(value))).collect();
+    let pinned: Vec<_> = names::JOIN_MAPS.iter().chain(&SHARED_MAPS).copied().collect();
+    let object =
+        Loaded::new(JOIN, LoadOptions { pins: maps, pinned: &pinned, constants: &constants, sizes: &[] })?;
     // JOIN_OPS is pinned last, so that its pin shows that everything is loaded.
     for name in [names::JOIN_MSG, names::JOIN_OPS] {
-        let program = ebpf.program_mut(name).ok_or(AccelerationError::Absent(name))?;
-        let loaded = match program {
-            Program::SkMsg(program) => SkMsg::load(program),
-            Program::SockOps(program) => SockOps::load(program),
-            _ => return Err(AccelerationError::Absent(name)),
-        };
-        let verify = |source| AccelerationError::Verify { name, source: Box::new(source) };
-        loaded.map_err(verify)?;
-        let fd = program.fd().map_err(verify)?;
+        let program = object.load(name, programs::kind(name))?;
         if name == names::JOIN_MSG {
-            sys::open_pin(&maps.join(names::JOIN_ENDS))
-                .and_then(|map| {
-                    sys::attach_to_map(fd.as_fd(), map.as_fd(), bpf_attach_type::BPF_SK_MSG_VERDICT)
-                })
+            let ends = object.map(names::JOIN_ENDS)?;
+            sys::attach_to_map(program.as_fd(), ends, bpf_attach_type::BPF_SK_MSG_VERDICT)
                 .map_err(call_failed("attaching to JOIN_ENDS program", name))?;
         }
-        sys::pin(fd.as_fd(), &programs.join(name)).map_err(call_failed("pinning program", name))?;
+        sys::pin(program.as_fd(), &directory.join(name)).map_err(call_failed("pinning program", name))?;
     }
     Ok(())
 }

@@ -20,6 +20,7 @@ mod escape;
 pub mod facade;
 mod ids;
 mod listeners;
+mod loader;
 mod maps;
 mod netlink;
 mod netns;

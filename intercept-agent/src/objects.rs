@@ -5,3 +5,6 @@ pub static CAPTURE: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"),
 
 /// The programs that join connections between proxies.
 pub static JOIN: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/join.o"));
+
+/// The program of [`CAPTURE`] of which each pod has an instance, alone, with the maps that it uses.
+pub static LOOKUP: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/lookup.o"));

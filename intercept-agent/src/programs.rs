@@ -5,17 +5,12 @@ use std::{
     cell::OnceCell,
     collections::{HashMap, HashSet, VecDeque},
     io,
-    os::fd::{AsFd as _, AsRawFd as _, OwnedFd},
+    os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd},
     path::Path,
     sync::{Mutex, PoisonError},
     thread,
 };
 
-use aya::{
-    Ebpf, EbpfLoader,
-    maps::ProgramArray,
-    programs::{CgroupSock, CgroupSockAddr, CgroupSockopt, Program, SkLookup, SockOps},
-};
 use aya_obj::{
     Object,
     generated::{bpf_attach_type, bpf_insn, bpf_prog_type},
@@ -25,7 +20,8 @@ use intercept_common::{layout::COOKIE_PLACEHOLDER, names};
 use crate::{
     btf_offsets,
     ids::NetnsCookie,
-    objects::CAPTURE,
+    loader::{LoadError, LoadOptions, Loaded},
+    objects::{CAPTURE, LOOKUP},
     support::{self, Lacking, Missing, Need},
     sys::{self, ProgramKind},
 };
@@ -36,21 +32,9 @@ pub enum ProgramError {
     /// The kernel lacks a feature that every capture needs.
     #[error(transparent)]
     Lacking(#[from] Lacking),
-    /// aya failed to create the maps or to relocate the programs.
-    #[error("creating the maps and relocating the programs")]
-    Load(#[source] aya::EbpfError),
-    /// The kernel refused a program although it lacks none of its features.
-    #[error("loading program {name}")]
-    Verify {
-        /// Name of the program.
-        name: &'static str,
-        /// The error from the kernel, with the verifier's log.
-        #[source]
-        source: Box<aya::programs::ProgramError>,
-    },
-    /// The object has no program with a name of the list, or one of another type.
-    #[error("the built-in object has no program {0}: the build is inconsistent")]
-    Absent(&'static str),
+    /// The maps cannot be created, or the kernel refused a program although it lacks none of its features.
+    #[error(transparent)]
+    Load(#[from] LoadError),
     /// A program cannot be pinned.
     #[error("pinning program {name} in {dir}")]
     Pin {
@@ -64,7 +48,7 @@ pub enum ProgramError {
     },
     /// The program cannot be stored in the map from which the per-pod instances call it.
     #[error("storing program {} in map {}", names::STEER_INBOUND, names::JUMP_TABLE)]
-    Steer(#[source] Box<aya::maps::MapError>),
+    Steer(#[source] io::Error),
     /// The per-pod instance cannot be made from the object.
     #[error("preparing program {} for a pod", names::SK_LOOKUP)]
     Instance(#[source] Box<dyn std::error::Error + Send + Sync>),
@@ -98,8 +82,9 @@ pub fn attach_type(program: &str) -> bpf_attach_type {
 /// Returns type and hook of a program.
 pub fn kind(program: &str) -> ProgramKind {
     let (program_type, attach_type) = match program {
-        // This type has one hook, which is not given at load time.
-        names::SOCK_OPS => (bpf_prog_type::BPF_PROG_TYPE_SOCK_OPS, 0),
+        // These types have one hook, which is not given at load time.
+        names::SOCK_OPS | names::JOIN_OPS => (bpf_prog_type::BPF_PROG_TYPE_SOCK_OPS, 0),
+        names::JOIN_MSG => (bpf_prog_type::BPF_PROG_TYPE_SK_MSG, 0),
         names::GETSOCKOPT => (bpf_prog_type::BPF_PROG_TYPE_CGROUP_SOCKOPT, attach_type(program) as u32),
         names::SOCK_CREATE | names::SOCK_RELEASE => {
             (bpf_prog_type::BPF_PROG_TYPE_CGROUP_SOCK, attach_type(program) as u32)
@@ -145,19 +130,15 @@ fn load_all(
     max_connections: u32,
     missing: &OnceCell<Vec<Missing>>,
 ) -> Result<(), ProgramError> {
-    let mut ebpf = create(maps, Some(max_connections), &[])?;
-    let mut loaded = verify_all(&mut ebpf, &[names::CONNECT6, names::CONNECT4, names::STEER_INBOUND]);
+    let object = create(maps, Some(max_connections), &[])?;
+    let mut verified = verify_all(&object, &[names::CONNECT6, names::CONNECT4, names::STEER_INBOUND]);
     // In the order in which they are needed: what the kernel refuses first is the error.
     for name in [names::STEER_INBOUND].iter().chain(&names::CGROUP_PROGRAMS).copied() {
-        if !is_verified(&mut loaded, name, missing)? {
-            continue;
-        }
+        let Some(fd) = take(&mut verified, name, missing)? else { continue };
         if name == names::STEER_INBOUND {
-            publish_steer(&mut ebpf)?;
+            publish_steer(&object, fd.as_fd())?;
             continue;
         }
-        let program = ebpf.program(name).ok_or(ProgramError::Absent(name))?;
-        let fd = program.fd().map_err(|source| ProgramError::Verify { name, source: Box::new(source) })?;
         sys::pin(fd.as_fd(), &programs.join(name)).map_err(|source| ProgramError::Pin {
             name,
             dir: programs.display().to_string(),
@@ -175,15 +156,12 @@ pub fn load_for_workload(
     netns: NetnsCookie,
 ) -> Result<HashMap<&'static str, OwnedFd>, ProgramError> {
     let missing = OnceCell::new();
-    let mut ebpf = create(maps, None, &[("WORKLOAD_ID", workload.0), ("WORKLOAD_NETNS", netns.0)])?;
-    let mut loaded = verify_all(&mut ebpf, &[names::CONNECT6, names::CONNECT4]);
+    let object = create(maps, None, &[("WORKLOAD_ID", workload.0), ("WORKLOAD_NETNS", netns.0)])?;
+    let mut verified = verify_all(&object, &[names::CONNECT6, names::CONNECT4]);
     let mut programs = HashMap::new();
     for name in names::CGROUP_PROGRAMS {
-        if is_verified(&mut loaded, name, &missing)? {
-            let program = ebpf.program(name).ok_or(ProgramError::Absent(name))?;
-            let fd = program.fd().and_then(|fd| Ok(fd.as_fd().try_clone_to_owned()?));
-            let fd = fd.map_err(|source| ProgramError::Verify { name, source: Box::new(source) })?;
-            programs.insert(name, fd);
+        if let Some(program) = take(&mut verified, name, &missing)? {
+            programs.insert(name, program);
         }
     }
     Ok(programs)
@@ -194,7 +172,7 @@ fn create(
     maps: &Path,
     max_connections: Option<u32>,
     constants: &[(&'static str, u64)],
-) -> Result<Ebpf, ProgramError> {
+) -> Result<Loaded, ProgramError> {
     let found = btf_offsets::find();
     if let Err(error) = &found {
         tracing::warn!(
@@ -202,62 +180,50 @@ fn create(
             "the owner of a connection is the task that connects, not the socket's creator"
         );
     }
-    let mut loader = EbpfLoader::new();
-    if let Some(max_connections) = max_connections {
-        loader.map_max_entries(names::ORIG_DST, max_connections);
-    }
-    if let Ok(offsets) = &found {
-        for (name, offset) in offsets {
-            loader.override_global(name, offset, true);
-        }
-    }
-    for (name, value) in constants {
-        loader.override_global(name, value, true);
-    }
-    let paths = names::MAPS.map(|name| (name, maps.join(name)));
-    for (name, path) in &paths {
-        loader.map_pin_path(name, path.as_path());
-    }
-    loader.load(CAPTURE).map_err(ProgramError::Load)
+    let offsets = found.unwrap_or_default();
+    let offsets = offsets.iter().map(|(name, offset)| (*name, bytemuck::bytes_of(offset)));
+    let constants = constants.iter().map(|(name, value)| (*name, bytemuck::bytes_of(value)));
+    let sizes = max_connections.map(|size| (names::ORIG_DST, size));
+    let options = LoadOptions {
+        pins: maps,
+        pinned: &names::MAPS,
+        constants: &offsets.chain(constants).collect::<Vec<_>>(),
+        sizes: sizes.as_slice(),
+    };
+    Ok(Loaded::new(CAPTURE, options)?)
 }
 
-/// Whether a program was loaded: false if it serves one option and the kernel lacks what it needs.
-fn is_verified(
-    loaded: &mut Verified<'_>,
+/// Takes a loaded program. `None` if it serves one option and the kernel lacks what it needs.
+fn take(
+    verified: &mut Verified,
     name: &'static str,
     missing: &OnceCell<Vec<Missing>>,
-) -> Result<bool, ProgramError> {
-    match loaded.remove(name) {
-        None => Err(ProgramError::Absent(name)),
-        Some(Ok(())) => Ok(true),
-        Some(Err(_)) if support::need(name) != Need::Always && lacks(lacking(missing), name) => {
+) -> Result<Option<OwnedFd>, ProgramError> {
+    match verified.remove(name).ok_or(LoadError::Absent(name))? {
+        Ok(program) => Ok(Some(program)),
+        Err(_) if support::need(name) != Need::Always && lacks(lacking(missing), name) => {
             tracing::debug!(program = name, "not loaded: this kernel lacks what it needs");
-            Ok(false)
+            Ok(None)
         }
-        Some(Err(source)) => Err(ProgramError::Verify { name, source: Box::new(source) }),
+        Err(error) => Err(error.into()),
     }
 }
 
 /// Most threads that load programs. Nearly all of the time is the verifier's, and nearly all of that is for three programs.
 const LOADERS: usize = 3;
 
-type Verified<'a> = HashMap<&'a str, Result<(), aya::programs::ProgramError>>;
+type Verified = HashMap<&'static str, Result<OwnedFd, LoadError>>;
 
 /// Loads the programs `first`, which take longest, and all other cgroup programs, side by side: the verifier takes one
 /// program per thread.
-fn verify_all(ebpf: &mut Ebpf, first: &[&'static str]) -> Verified<'static> {
-    let names =
-        first.iter().copied().chain(names::CGROUP_PROGRAMS.into_iter().filter(|name| !first.contains(name)));
-    let mut programs: HashMap<&str, &mut Program> = ebpf.programs_mut().collect();
-    let queue: VecDeque<_> = names.filter_map(|name| Some((name, programs.remove(name)?))).collect();
-    let queue = Mutex::new(queue);
+fn verify_all(object: &Loaded, first: &[&'static str]) -> Verified {
+    let others = names::CGROUP_PROGRAMS.into_iter().filter(|name| !first.contains(name));
+    let queue = Mutex::new(first.iter().copied().chain(others).collect::<VecDeque<_>>());
     let next = || queue.lock().unwrap_or_else(PoisonError::into_inner).pop_front();
     let work = || {
         let mut done = Verified::new();
-        while let Some((name, program)) = next() {
-            if let Some(result) = load(program) {
-                done.insert(name, result);
-            }
+        while let Some(name) = next() {
+            done.insert(name, object.load(name, kind(name)));
         }
         done
     };
@@ -275,34 +241,15 @@ fn verify_all(ebpf: &mut Ebpf, first: &[&'static str]) -> Verified<'static> {
     })
 }
 
-/// Loads a program. `None` if it is of a type that the agent does not have.
-fn load(program: &mut Program) -> Option<Result<(), aya::programs::ProgramError>> {
-    Some(match program {
-        Program::CgroupSock(program) => CgroupSock::load(program),
-        Program::CgroupSockAddr(program) => CgroupSockAddr::load(program),
-        Program::CgroupSockopt(program) => CgroupSockopt::load(program),
-        Program::SockOps(program) => SockOps::load(program),
-        Program::SkLookup(program) => SkLookup::load(program),
-        _ => return None,
-    })
-}
-
 fn lacks(missing: &[Missing], program: &str) -> bool {
     missing.iter().any(|missing| missing.programs.contains(&program))
 }
 
 /// Stores the program that all instances of [`names::SK_LOOKUP`] tail-call in the jump table. It replaces that of an earlier
 /// build for all pods at once. The pinned map holds it.
-fn publish_steer(ebpf: &mut Ebpf) -> Result<(), ProgramError> {
-    let name = names::STEER_INBOUND;
-    let verify = |source| ProgramError::Verify { name, source: Box::new(source) };
-    let program: &SkLookup =
-        ebpf.program(name).ok_or(ProgramError::Absent(name))?.try_into().map_err(verify)?;
-    let fd = program.fd().and_then(|fd| Ok(fd.try_clone()?)).map_err(verify)?;
-    let map = ebpf.map_mut(names::JUMP_TABLE).ok_or(ProgramError::Absent(names::JUMP_TABLE))?;
-    ProgramArray::try_from(map)
-        .and_then(|mut map| map.set(0, &fd, 0))
-        .map_err(|source| ProgramError::Steer(source.into()))
+fn publish_steer(object: &Loaded, program: BorrowedFd<'_>) -> Result<(), ProgramError> {
+    let number = program.as_raw_fd().to_ne_bytes();
+    sys::write_first(object.map(names::JUMP_TABLE)?, &number).map_err(ProgramError::Steer)
 }
 
 /// The `sk_lookup` program, relocated for a node's maps, before a netns cookie is written into it.
@@ -314,37 +261,21 @@ pub struct Lookup {
 
 impl Lookup {
     /// Relocates the program for the maps pinned in `maps`.
-    ///
-    /// aya's loader would parse the kernel's BTF first, which takes ten times as long.
     pub fn prepare(maps: &Path) -> Result<Self, ProgramError> {
         let failed = |error: Box<dyn std::error::Error + Send + Sync>| ProgramError::Instance(error);
-        let mut object = Object::parse(CAPTURE).map_err(|e| failed(e.into()))?;
-        object.programs.retain(|name, _| name == names::SK_LOOKUP);
-        let key = object
-            .programs
-            .get(names::SK_LOOKUP)
-            .ok_or(ProgramError::Absent(names::SK_LOOKUP))?
-            .function_key();
-        let text_sections: HashSet<usize> = object.functions.keys().map(|(section, _)| *section).collect();
-        let mut opened = Vec::new();
-        for name in object.maps.keys().filter(|name| names::MAPS.contains(&name.as_str())) {
-            let fd = sys::open_pin(&maps.join(name)).map_err(|e| failed(e.into()))?;
-            opened.push((name.clone(), fd));
+        let mut object = Object::parse(LOOKUP).map_err(|e| failed(e.into()))?;
+        let program = object.programs.get(names::SK_LOOKUP).ok_or(LoadError::Absent(names::SK_LOOKUP))?;
+        let key = program.function_key();
+        let definitions = std::mem::take(&mut object.maps);
+        let mut opened = HashMap::new();
+        for name in definitions.keys() {
+            opened.insert(name, sys::open_pin(&maps.join(name)).map_err(|e| failed(e.into()))?);
         }
-        let object_maps = object.maps.clone();
-        // Sections that are not pinned maps (the globals) belong to other programs, so any descriptor will do.
-        let any = opened.first().map_or(-1, |(_, fd)| fd.as_raw_fd());
-        let fds = object_maps.iter().map(|(name, map)| {
-            let fd = opened.iter().find(|(opened, _)| opened == name).map_or(any, |(_, fd)| fd.as_raw_fd());
-            (name.as_str(), fd, map)
-        });
-        object.relocate_maps(fds, &text_sections).map_err(|e| failed(e.into()))?;
-        object.relocate_calls(&text_sections).map_err(|e| failed(e.into()))?;
-        let function = object.functions.remove(&key).ok_or(ProgramError::Absent(names::SK_LOOKUP))?;
-        Ok(Self {
-            instructions: function.instructions,
-            _maps: opened.into_iter().map(|(_, fd)| fd).collect(),
-        })
+        let descriptors =
+            definitions.iter().map(|(name, map)| (name.as_str(), opened[name].as_raw_fd(), map));
+        object.relocate_maps(descriptors, &HashSet::new()).map_err(|e| failed(e.into()))?;
+        let function = object.functions.remove(&key).ok_or(LoadError::Absent(names::SK_LOOKUP))?;
+        Ok(Self { instructions: function.instructions, _maps: opened.into_values().collect() })
     }
 
     /// Loads an instance for the namespace with this cookie.

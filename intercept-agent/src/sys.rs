@@ -1,5 +1,5 @@
 //! The `bpf()` calls that aya does not offer: links of every kind as plain descriptors (create, update, inspect), pins,
-//! and programs and maps that are created at run time. The unsafe code for BPF objects is confined to this file.
+//! and programs and maps that are created at run time. The unsafe code for BPF objects is confined to this file and `load`.
 
 use std::{
     ffi::CString,
@@ -7,16 +7,18 @@ use std::{
     mem::size_of,
     ops::ControlFlow,
     os::{
-        fd::{AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd},
+        fd::{AsFd as _, AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd},
         unix::ffi::OsStrExt as _,
     },
     path::Path,
     sync::atomic::{AtomicU16, AtomicU64, Ordering},
 };
 
-use aya_obj::generated::{
-    bpf_attach_type, bpf_attr, bpf_cmd, bpf_insn, bpf_link_info, bpf_map_type, bpf_prog_type,
-};
+use aya_obj::generated::{bpf_attach_type, bpf_attr, bpf_cmd, bpf_link_info, bpf_map_type};
+
+pub use load::{ProgramKind, ProgramLoad, Rejection, load_btf, load_sk_lookup, try_program};
+
+mod load;
 
 /// A value in a map.
 ///
@@ -52,7 +54,8 @@ fn raw(fd: BorrowedFd<'_>) -> u32 {
     fd.as_raw_fd().cast_unsigned()
 }
 
-/// Returns freed memory to the kernel. Parsing the kernel's BTF takes 20 MB that the daemon would otherwise keep.
+/// Returns freed memory to the kernel. The kernel's BTF and the compiled programs take 10 MB that the daemon would otherwise
+/// keep.
 pub fn give_back_memory() {
     // SAFETY: no pointers are involved.
     unsafe { libc::malloc_trim(0) };
@@ -184,63 +187,6 @@ pub fn open_pin(path: &Path) -> io::Result<OwnedFd> {
     call_for_fd(bpf_cmd::BPF_OBJ_GET, &mut attr)
 }
 
-/// Type and hook of a program.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
-pub struct ProgramKind {
-    /// `BPF_PROG_TYPE_*`.
-    pub program_type: u32,
-    /// Expected attach type, `BPF_*`; 0 for hooks that the kernel does not check at load time.
-    pub attach_type: u32,
-}
-
-/// The licence in the programs' ELF sections. Many helpers are reserved to GPL-compatible programs.
-const LICENSE: &std::ffi::CStr = c"Dual MIT/GPL";
-
-/// The attributes of a program without its name. `code` must outlive them.
-fn program_attr(kind: ProgramKind, code: *const u8, instructions: usize) -> io::Result<bpf_attr> {
-    let mut attr = empty_attr();
-    // SAFETY: writes of integers to a variant of a union that is all zero.
-    let load = unsafe { &mut attr.__bindgen_anon_3 };
-    load.prog_type = kind.program_type;
-    load.expected_attach_type = kind.attach_type;
-    load.insn_cnt = u32::try_from(instructions).map_err(io::Error::other)?;
-    load.insns = code as u64;
-    load.license = LICENSE.as_ptr() as u64;
-    Ok(attr)
-}
-
-/// Loads an `sk_lookup` program. Its BTF is omitted: nothing needs it, and each pod has an instance.
-pub fn load_sk_lookup(name: &str, instructions: &[bpf_insn]) -> io::Result<OwnedFd> {
-    let kind = ProgramKind {
-        program_type: bpf_prog_type::BPF_PROG_TYPE_SK_LOOKUP as u32,
-        attach_type: bpf_attach_type::BPF_SK_LOOKUP as u32,
-    };
-    let mut attr = program_attr(kind, instructions.as_ptr().cast(), instructions.len())?;
-    // SAFETY: as above.
-    let load = unsafe { &mut attr.__bindgen_anon_3 };
-    write_name(&mut load.prog_name, name);
-    call_for_fd(bpf_cmd::BPF_PROG_LOAD, &mut attr)
-}
-
-/// Checks whether the kernel accepts a program, given as its encoded instructions.
-///
-/// # Errors
-/// The error with the verifier's log, which is empty if the program was refused before it was verified.
-pub fn try_program(kind: ProgramKind, code: &[u8]) -> Result<(), (io::Error, String)> {
-    let plain = |error| (error, String::new());
-    let mut log = vec![0u8; 4096];
-    let mut attr = program_attr(kind, code.as_ptr(), code.len() / size_of::<bpf_insn>()).map_err(plain)?;
-    // SAFETY: as above.
-    let load = unsafe { &mut attr.__bindgen_anon_3 };
-    load.log_buf = log.as_mut_ptr() as u64;
-    load.log_size = u32::try_from(log.len()).map_err(io::Error::other).map_err(plain)?;
-    load.log_level = 1;
-    call_for_fd(bpf_cmd::BPF_PROG_LOAD, &mut attr).map(drop).map_err(|error| {
-        let text = log.split(|byte| *byte == 0).next().unwrap_or_default();
-        (error, String::from_utf8_lossy(text).into_owned())
-    })
-}
-
 /// `c_char` is signed on some architectures and unsigned on others.
 fn write_name(to: &mut [std::ffi::c_char; 16], name: &str) {
     for (to, from) in to.iter_mut().zip(name.bytes().take(15)) {
@@ -259,13 +205,25 @@ pub fn create_blob(name: &str, bytes: &[u8]) -> io::Result<OwnedFd> {
     create.max_entries = 1;
     write_name(&mut create.map_name, name);
     let map = call_for_fd(bpf_cmd::BPF_MAP_CREATE, &mut attr)?;
+    write_first(map.as_fd(), bytes)?;
+    Ok(map)
+}
+
+/// Writes the first value of an array map.
+pub fn write_first(map: BorrowedFd<'_>, value: &[u8]) -> io::Result<()> {
     let key = 0u32;
     let mut attr = empty_attr();
-    attr.__bindgen_anon_2.map_fd = raw(std::os::fd::AsFd::as_fd(&map));
+    attr.__bindgen_anon_2.map_fd = raw(map);
     attr.__bindgen_anon_2.key = std::ptr::from_ref(&key) as u64;
-    attr.__bindgen_anon_2.__bindgen_anon_1.value = bytes.as_ptr() as u64;
-    call(bpf_cmd::BPF_MAP_UPDATE_ELEM, &mut attr)?;
-    Ok(map)
+    attr.__bindgen_anon_2.__bindgen_anon_1.value = value.as_ptr() as u64;
+    call(bpf_cmd::BPF_MAP_UPDATE_ELEM, &mut attr).map(drop)
+}
+
+/// Makes a map read-only for system calls, so that the verifier takes its values for constants.
+pub fn freeze(map: BorrowedFd<'_>) -> io::Result<()> {
+    let mut attr = empty_attr();
+    attr.__bindgen_anon_2.map_fd = raw(map);
+    call(bpf_cmd::BPF_MAP_FREEZE, &mut attr).map(drop)
 }
 
 /// Reads the value of a map of [`create_blob`], `len` bytes long.

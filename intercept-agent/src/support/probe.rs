@@ -183,8 +183,10 @@ fn takes(kind: ProgramKind, code: &[[u8; 8]], what: &str) -> Result<bool, ProbeE
     match sys::try_program(kind, code.as_flattened()) {
         Ok(()) => Ok(true),
         // Refused before the code is verified (unknown type or hook), or by the verifier, whose log is then not empty.
-        Err((error, _)) if matches!(error.raw_os_error(), Some(libc::EINVAL | libc::E2BIG)) => Ok(false),
-        Err((source, _)) => Err(refused(what.to_owned(), source)),
+        Err(rejection) if matches!(rejection.source.raw_os_error(), Some(libc::EINVAL | libc::E2BIG)) => {
+            Ok(false)
+        }
+        Err(rejection) => Err(refused(what.to_owned(), rejection.source)),
     }
 }
 
@@ -194,10 +196,10 @@ fn knows_helper(kind: ProgramKind, helper: u32) -> Result<bool, ProbeError> {
     let [a, b, c, d] = helper.to_le_bytes();
     match sys::try_program(kind, [[CALL, 0, 0, 0, a, b, c, d], EXIT].as_flattened()) {
         Ok(()) => Ok(true),
-        Err((_, log)) if UNKNOWN.iter().any(|word| log.contains(word)) => Ok(false),
+        Err(rejection) if UNKNOWN.iter().any(|word| rejection.log.contains(word)) => Ok(false),
         // The verifier knows the helper and complains about its missing arguments.
-        Err((_, log)) if !log.is_empty() => Ok(true),
-        Err((source, _)) => Err(refused(format!("helper {}", helper_name(helper)), source)),
+        Err(rejection) if !rejection.log.is_empty() => Ok(true),
+        Err(rejection) => Err(refused(format!("helper {}", helper_name(helper)), rejection.source)),
     }
 }
 

@@ -11,11 +11,12 @@ const LINES: usize = 500;
 const LONG: [(&str, &str); 0] = [];
 
 /// Files that may use `unsafe`: context reads, map access, raw system calls.
-const UNSAFE: [&str; 46] = [
+const UNSAFE: [&str; 47] = [
     "intercept-agent/src/acceleration/self_test/queue.rs",
     "intercept-agent/src/commands/run.rs",
     "intercept-agent/src/daemon/inotify.rs",
     "intercept-agent/src/sys.rs",
+    "intercept-agent/src/sys/load.rs",
     "intercept-agent/src/routes/follow.rs",
     "intercept-agent/src/netns.rs",
     "intercept-agent/src/trace.rs",
