@@ -18,6 +18,7 @@ use tests::{
     actor::{Bind, Listen, Transport},
     agent::Agent,
     daemon::{Daemon, OUTBOUND, answers, free_address, get, proxy, service},
+    status::StatusEntry,
     testbed::{Ids, Pod, PodSpec, Sandbox},
 };
 
@@ -368,8 +369,9 @@ fn a_pod_of_the_socket_is_captured_before_the_answer() {
         add.given.arguments.extend(default.map(str::to_owned));
         let answer = ask(&daemon, DaemonRequest::Add(add));
         assert!(matches!(answer, Response::Done(_)), "{answer:?}");
-        let pods = agent.pods().expect("status");
-        assert_eq!(pods[0].acceleration.as_ref().map(|found| found.state.as_str()), state, "{value}");
+        let is =
+            |pods: &[StatusEntry]| pods[0].acceleration.as_ref().map(|found| found.state.as_str()) == state;
+        daemon.wait(value, |_| agent.pods().is_ok_and(|pods| is(&pods))).expect("as annotated");
     }
 }
 

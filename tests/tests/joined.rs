@@ -8,12 +8,14 @@ use std::{
     time::{Duration, Instant},
 };
 
+use intercept_agent::facade::daemon::PodState;
 use intercept_common::{Family, names};
 use rand::{Rng as _, SeedableRng as _, rngs::SmallRng};
 use rustix::event::PollFlags;
 use socket2::{SockAddr, Socket};
 use tests::{
     agent::{Agent, INIT_FLAGS, succeed},
+    daemon::{Daemon, OUTBOUND},
     joined::{
         self, APP, Leg, PodPair, given_to_tcp, goes_past, listen, own_name, pass, receive, send, socket, wait,
     },
@@ -73,6 +75,29 @@ fn proxies_of_one_node_are_joined_in_both_families() {
     let leg = pods.connect(&both, PodPair::app(Family::V6)).expect("a connection");
     pass(&leg.dialled, &leg.accepted, b"first").expect("passed");
     assert!(goes_past(&leg.accepted, &leg.dialled).expect("passed"));
+}
+
+/// Whether a pod may have joined connections, as `status` says.
+fn is_accelerated(agent: &Agent, pod: &Sandbox) -> bool {
+    agent.acceleration_of(pod).is_ok_and(|acceleration| acceleration.state == "on")
+}
+
+#[test]
+fn a_daemon_captures_before_the_self_test_has_ended() {
+    let agent = Agent::new("join-daemon").expect("the agent");
+    let daemon = Daemon::start(&agent, &[]).expect("a daemon");
+    let pods = PodPair::new("join-daemon").expect("pods");
+    let options = [&OUTBOUND[..], &["--accelerate"]].concat();
+    let begun = Instant::now();
+    daemon.put("dialler", &pods.dialler, &options).expect("put");
+    daemon.wait_for("dialler", PodState::Captured).expect("captured");
+    let captured = begun.elapsed();
+    assert!(!is_accelerated(&agent, &pods.dialler), "the self-test had ended after {captured:?}");
+    daemon.wait("accelerated", |_| is_accelerated(&agent, &pods.dialler)).expect("accelerated");
+    // The result is known now.
+    daemon.put("acceptor", &pods.acceptor, &options).expect("put");
+    daemon.wait_for("acceptor", PodState::Captured).expect("captured");
+    assert!(is_accelerated(&agent, &pods.acceptor));
 }
 
 #[test]

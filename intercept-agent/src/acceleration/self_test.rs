@@ -15,6 +15,7 @@ use std::{
     io,
     sync::{
         OnceLock,
+        atomic::{AtomicBool, Ordering},
         mpsc::{RecvTimeoutError, sync_channel},
     },
     thread,
@@ -151,9 +152,23 @@ const CHECKS: [Check; 21] = [
     application("pending-bytes-by-tcp", 1, latch::pending_bytes),
 ];
 
-/// Whether connections may be joined on this kernel. The self-test runs once per process.
+/// The self-test runs once per process.
+static FOUND: OnceLock<Result<(), Refused>> = OnceLock::new();
+
+/// Whether the self-test has ended. If it has not begun, starts it on a thread of its own.
+pub fn has_ended() -> bool {
+    static STARTED: AtomicBool = AtomicBool::new(false);
+    if FOUND.get().is_none() && !STARTED.swap(true, Ordering::Relaxed) {
+        let started = thread::Builder::new().name("self-test-result".to_owned()).spawn(|| drop(admit()));
+        if let Err(error) = started {
+            let _another_was_first = FOUND.set(Err(Refused::Untried(error.to_string())));
+        }
+    }
+    FOUND.get().is_some()
+}
+
+/// Whether connections may be joined on this kernel. Waits for the self-test.
 pub fn admit() -> Result<(), Refused> {
-    static FOUND: OnceLock<Result<(), Refused>> = OnceLock::new();
     FOUND
         .get_or_init(|| {
             let findings = find_out(&[User::Proxy]).map_err(|error| Refused::Untried(chain(&error)))?;

@@ -194,6 +194,8 @@ pub struct Captured {
     pub idle: bool,
     /// The cgroups of its containers as they were before; `None` if its options name no container.
     pub containers: Option<Vec<(u64, String)>>,
+    /// Its connections are not joined yet, because the self-test of this kernel has not ended.
+    pub awaits_self_test: bool,
 }
 
 /// What was observed of a pod, ready to be attached.
@@ -275,9 +277,9 @@ pub fn capture(
     before: Option<&AppliedPod>,
 ) -> Result<Captured, CaptureError> {
     let (started, before_cost) = (Instant::now(), processor_time());
-    let Prepared { target, config, mut observed, mut follower, connections, idle, containers } = prepared;
+    let Prepared { target, mut config, mut observed, mut follower, connections, idle, containers } = prepared;
     let cookie = target.netns.cookie();
-    let done = access.with(|node| {
+    let (done, awaits_self_test) = access.with(|node| {
         if let Some(before) = before.filter(|applied| applied.cookie != cookie) {
             // The pod has a new sandbox: the cgroup cannot have both.
             node.detach(before.cookie, None)?;
@@ -286,7 +288,13 @@ pub fn capture(
         if target.origin == RecordOrigin::Command && !active {
             return Err(CaptureError::Detached);
         }
-        Ok(node.attach(&target, &config, &mut observed, Rewrite::IfChanged)?)
+        let awaits_self_test = !config.accelerate.is_empty() && !node.can_accelerate_at_once();
+        if awaits_self_test {
+            // A pod that starts does not wait for it, nor do the pods behind it.
+            config.accelerate.clear();
+        }
+        let done = node.attach(&target, &config, &mut observed, Rewrite::IfChanged)?;
+        Ok::<_, CaptureError>((done, awaits_self_test))
     })?;
     if let Some(follower) = &mut follower {
         follower.expect(observed.into_routes());
@@ -309,6 +317,7 @@ pub fn capture(
         cost,
         idle,
         containers,
+        awaits_self_test,
     })
 }
 

@@ -31,7 +31,7 @@ use super::{
     source::{PodSource, SourceContext},
     worker::{Priority, Worker},
 };
-use crate::{cgroup, cni::install::Plugin, ids::NetnsCookie, node::NodeError};
+use crate::{acceleration::self_test, cgroup, cni::install::Plugin, ids::NetnsCookie, node::NodeError};
 
 /// A worker that takes longer than this for one job is stuck, and so is a reconciler that does not check its pods.
 const STUCK: Duration = Duration::from_secs(15);
@@ -97,6 +97,11 @@ struct Probes {
 /// Runs until `shutdown` is ready. Applied pods stay applied.
 pub async fn serve(settings: Settings, shutdown: impl Future<Output = ()>) -> Result<(), ServeError> {
     raise_file_limit();
+    let defaults = settings.defaults.check().map_err(ServeError::Defaults)?;
+    if !defaults.accelerate.is_empty() {
+        // So that its result is known when the first pod comes.
+        self_test::has_ended();
+    }
     let worker =
         Worker::start(settings.bpffs.clone(), settings.max_connections).map_err(ServeError::Thread)?;
     let metrics = Metrics::new();
@@ -155,7 +160,6 @@ async fn open_sources(
     settings: &Settings,
     reconciler: &mut Reconciler,
 ) -> Result<Vec<Box<dyn PodSource>>, ServeError> {
-    settings.defaults.check().map_err(ServeError::Defaults)?;
     let mounts = settings.cgroup_root.clone().map_or_else(cgroup::mounts, |root| vec![root]);
     let placement = || Placement::below(mounts.clone());
     let mut sources: Vec<Box<dyn PodSource>> = Vec::new();

@@ -6,7 +6,7 @@ use intercept_common::{acceleration::PodCell, layout::PodPolicy, names};
 
 use super::{Node, Target, links::replace_pin};
 use crate::{
-    acceleration::{Acceleration, AccelerationError, Owners},
+    acceleration::{Acceleration, AccelerationError, Owners, self_test},
     ids::{NetnsCookie, Slot},
     listeners,
     options::Config,
@@ -20,6 +20,12 @@ fn cell(netns: NetnsCookie, slot: Slot) -> PodCell {
 }
 
 impl Node {
+    /// Whether it is known if this kernel joins connections. If not, starts the self-test, which takes longer than an
+    /// attach.
+    pub fn can_accelerate_at_once(&self) -> bool {
+        Acceleration::is_loaded(&self.store) || self_test::has_ended()
+    }
+
     /// Starts or stops joining as the active policy says. What is already right is left unchanged.
     pub(super) fn accelerate(&mut self, target: &Target, config: &Config, policy: &PodPolicy) {
         let cookie = target.netns.cookie();

@@ -142,8 +142,17 @@ impl Reconciler {
 
     fn captured(&mut self, key: &Key, captured: Captured) {
         let Some(pod) = self.pods.get_mut(key) else { return };
-        let Captured { done, applied, follower, preexisting_connections, took, cost, idle, containers } =
-            captured;
+        let Captured {
+            done,
+            applied,
+            follower,
+            preexisting_connections,
+            took,
+            cost,
+            idle,
+            containers,
+            awaits_self_test,
+        } = captured;
         self.metrics.captured(done, took);
         if done != Attached::Unchanged {
             tracing::info!(
@@ -164,6 +173,10 @@ impl Reconciler {
             }
         }
         pod.watch_containers(containers);
+        pod.awaits_self_test = awaits_self_test;
+        if awaits_self_test {
+            tracing::info!(pod = %key, name = pod.name, "its connections are joined after the self-test");
+        }
         if idle {
             pod.ids_to_confirm = CONFIRMATIONS;
         }

@@ -110,6 +110,8 @@ pub(super) struct TrackedPod {
     /// Remaining checks of its ids, if it had no process when its user namespace was read: the first process may not
     /// have entered it yet.
     pub(super) ids_to_confirm: u8,
+    /// Its connections are not joined before the self-test has ended.
+    pub(super) awaits_self_test: bool,
     /// The cgroups of its containers when it was captured last; `None` if its options name no container.
     containers: Option<Vec<(u64, String)>>,
     /// How often it is still looked at because of a container that has come: its mounts may not have been made yet.

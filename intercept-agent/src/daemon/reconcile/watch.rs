@@ -11,6 +11,7 @@ use super::{
     pod::TrackedPod,
 };
 use crate::{
+    acceleration::self_test,
     daemon::{
         capture::{self, AppliedPod, Liveness},
         desired::Key,
@@ -42,6 +43,10 @@ impl Reconciler {
                     due.push(key.clone())
                 }
                 _ => {}
+            }
+            if pod.awaits_self_test && self_test::has_ended() {
+                pod.awaits_self_test = false;
+                due.push(key.clone());
             }
             if pod.machine.is_retry_due(now) {
                 due.push(key.clone());

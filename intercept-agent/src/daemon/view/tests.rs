@@ -65,7 +65,11 @@ fn as_str(resolution: &Resolution) -> String {
             let uid = given.arguments.iter().position(|flag| flag == "-u").map(|at| &given.arguments[at + 1]);
             let dns = given.arguments.iter().any(|flag| flag == "--redirect-dns");
             let netns = desired.netns.is_some();
-            format!("captured as {} dns={dns} netns={netns}", uid.expect("a user"))
+            let joined = match given.check().expect("valid options").accelerate.as_slice() {
+                [] => "",
+                _ => " joined",
+            };
+            format!("captured as {}{joined} dns={dns} netns={netns}", uid.expect("a user"))
         }
         Resolution::Ignore(why) => why.as_str().to_owned(),
         Resolution::Refuse(_) => "refused".to_owned(),
@@ -93,6 +97,7 @@ fn kinds() -> Vec<ClaimKind> {
     let proxy = json!({ "args": ["proxy", "sidecar"] });
     let kind = |what, pod, by_annotations, by_api| ClaimKind { what, pod, by_annotations, by_api };
     let captured = "captured as 1337 dns=false";
+    let joined = "captured as 1337 joined dns=false";
     let mut labelled = pod(&with("sidecar.istio.io/inject", "false"), &proxy);
     labelled["metadata"]["labels"] = json!({ "sidecar.istio.io/inject": "true" });
     let mut with_init = pod(&status, &proxy);
@@ -109,6 +114,9 @@ fn kinds() -> Vec<ClaimKind> {
         kind("a sidecar", pod(&status, &proxy), captured, captured),
         kind("a native sidecar", native, captured, captured),
         kind("a user of its own, and DNS", pod(&status, &dns), captured, "captured as 1444 dns=true"),
+        kind("accelerated", pod(&with(sidecar::ACCELERATE, "true"), &proxy), joined, joined),
+        kind("not accelerated", pod(&with(sidecar::ACCELERATE, "false"), &proxy), captured, captured),
+        kind("accelerated perhaps", pod(&with(sidecar::ACCELERATE, "perhaps"), &proxy), "refused", "refused"),
         kind("no sidecar", plain, "no_sidecar", "no_sidecar"),
         kind(
             "a gateway",
