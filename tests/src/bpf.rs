@@ -36,6 +36,25 @@ pub fn attached(cgroup: i32, hook: u32) -> io::Result<usize> {
     if ret < 0 { Err(io::Error::last_os_error()) } else { Ok(query.count as usize) }
 }
 
+/// The ids of all links of the kernel.
+pub fn links() -> io::Result<Vec<u32>> {
+    const BPF_LINK_GET_NEXT_ID: libc::c_long = 31;
+    let (mut ids, mut start) = (Vec::new(), 0);
+    loop {
+        let mut attr: [u32; 3] = [start, 0, 0];
+        // SAFETY: the attribute is of the size given and outlives the call.
+        let ret = unsafe {
+            libc::syscall(libc::SYS_bpf, BPF_LINK_GET_NEXT_ID, attr.as_mut_ptr(), size_of_val(&attr))
+        };
+        if ret < 0 {
+            let error = io::Error::last_os_error();
+            return if error.kind() == io::ErrorKind::NotFound { Ok(ids) } else { Err(error) };
+        }
+        start = attr[1];
+        ids.push(start);
+    }
+}
+
 #[repr(C)]
 #[derive(Default)]
 struct TestRunAttr {

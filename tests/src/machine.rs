@@ -5,12 +5,14 @@
 
 mod cases;
 mod guard;
+pub mod systemd;
 mod units;
 mod whole;
 
 use std::{
     fs,
     net::{IpAddr, SocketAddr},
+    path::Path,
     process::Command,
     sync::Arc,
     time::Duration,
@@ -118,35 +120,37 @@ impl CapturedMachine {
 
     /// Everything that a capture may change.
     fn state(&self, units: &[&Unit]) -> Result<Vec<String>> {
-        let mut lines = Vec::new();
-        for (hook, count) in
-            units.iter().map(|unit| attached(&unit.sandbox)).collect::<Result<Vec<_>>>()?.concat()
-        {
-            lines.push(format!("{count} programs at {hook}"));
-        }
-        for file in ["route", "ipv6_route", "if_inet6", "fib_trie", "igmp6", "dev_mcast"] {
-            lines.extend(table(file)?);
-        }
-        for file in ["tcp", "tcp6", "udp", "udp6"] {
-            // Of sockets only those that listen: others come and go.
-            let listening =
-                table(file)?.into_iter().filter(|line| line.contains(" 0A ") || file.starts_with("udp"));
-            let names = listening.filter_map(|line| Some(line.split_whitespace().nth(2)?.to_owned()));
-            lines.extend(names.map(|name| format!("{file} {name}")));
-        }
-        for arguments in [&["-4", "rule"][..], &["-6", "rule"], &["addr"], &["link"]] {
-            lines.extend(ip(arguments)?);
-        }
-        let mut settings = Vec::new();
-        for folder in ["net/ipv4", "net/ipv6"] {
-            read_settings(std::path::Path::new("/proc/sys").join(folder), &mut settings)?;
-        }
-        lines.extend(settings);
-        lines
-            .extend(tree(self.agent.bpffs())?.into_iter().map(|(path, _)| format!("pin {}", path.display())));
-        lines.sort();
-        Ok(lines)
+        let sandboxes: Vec<_> = units.iter().map(|unit| &unit.sandbox).collect();
+        state(&sandboxes, self.agent.bpffs())
     }
+}
+
+/// Everything that a capture may change: hooks of these units, routes, rules, addresses, listeners, settings and
+/// pins.
+fn state(units: &[&Sandbox], bpffs: &Path) -> Result<Vec<String>> {
+    let mut lines = Vec::new();
+    for (hook, count) in units.iter().map(|unit| attached(unit)).collect::<Result<Vec<_>>>()?.concat() {
+        lines.push(format!("{count} programs at {hook}"));
+    }
+    for file in ["route", "ipv6_route", "if_inet6", "fib_trie", "igmp6", "dev_mcast"] {
+        lines.extend(table(file)?);
+    }
+    for file in ["tcp", "tcp6", "udp", "udp6"] {
+        // Of sockets only those that listen: others come and go.
+        let listening =
+            table(file)?.into_iter().filter(|line| line.contains(" 0A ") || file.starts_with("udp"));
+        let names = listening.filter_map(|line| Some(line.split_whitespace().nth(2)?.to_owned()));
+        lines.extend(names.map(|name| format!("{file} {name}")));
+    }
+    for arguments in [&["-4", "rule"][..], &["-6", "rule"], &["addr"], &["link"]] {
+        lines.extend(ip(arguments)?);
+    }
+    for folder in ["net/ipv4", "net/ipv6"] {
+        read_settings(Path::new("/proc/sys").join(folder), &mut lines)?;
+    }
+    lines.extend(tree(bpffs)?.into_iter().map(|(path, _)| format!("pin {}", path.display())));
+    lines.sort();
+    Ok(lines)
 }
 
 /// A file of /proc/net without the columns that change by themselves.

@@ -80,6 +80,30 @@ impl PackageLists {
         Ok(())
     }
 
+    /// Downloads packages and everything that they depend on, and unpacks them into an existing folder. None is
+    /// configured: no script of theirs runs.
+    pub(crate) fn unpack_with_dependencies(&self, packages: &[&str], folder: &Path) -> Result<()> {
+        let apt = folder.with_extension("apt");
+        let archives = apt.join("archives");
+        fs::create_dir_all(archives.join("partial")).with_context(|| format!("making {}", apt.display()))?;
+        // To a system without any package, all dependencies are missing.
+        let status = apt.join("status");
+        fs::write(&status, "").with_context(|| format!("writing {}", status.display()))?;
+        let mut install = self.command("apt-get");
+        install.args(["install", "--download-only", "--yes", "--no-install-recommends"]);
+        install.args(["-o", "Debug::NoLocking=1", "-o", &format!("Dir::State::status={}", status.display())]);
+        install.args(["-o", &format!("Dir::Cache={}", apt.display())]).args(packages);
+        run::quietly(&format!("downloading {} and what these need", packages.join(", ")), &mut install)?;
+        for archive in with_ending(&archives, "deb")? {
+            let mut unpack = Command::new("sh");
+            // Folders that are links here, such as /lib, stay so.
+            unpack
+                .args(["-ec", "dpkg-deb --fsys-tarfile \"$0\" | tar -x --keep-directory-symlink -C \"$1\""]);
+            run::output(unpack.arg(&archive).arg(folder))?;
+        }
+        fs::remove_dir_all(&apt).with_context(|| format!("removing {}", apt.display()))
+    }
+
     /// Downloads the source of a package and unpacks it with Debian's patches into a new folder.
     pub(crate) fn unpack_source(&self, package: &str, folder: &Path) -> Result<()> {
         let parent = folder.parent().context("a folder to unpack into has no parent")?;

@@ -21,10 +21,15 @@ pub(crate) struct PartsArgs {
 impl PartsArgs {
     /// Whether to skip `what`, because parts are missing. Prints so, with the command that gets them.
     pub(crate) fn leave_out(&self, missing: &[PathBuf], what: &str, remedy: &str) -> bool {
-        let Some(first) = missing.first().filter(|_| self.if_cached) else { return false };
-        println!("left out: {what}, for which there is no {} ({remedy})", first.display());
-        true
+        self.if_cached && leave_out(missing, what, remedy)
     }
+}
+
+/// Whether parts are missing. Prints so, with the command that gets them.
+pub(crate) fn leave_out(missing: &[PathBuf], what: &str, remedy: &str) -> bool {
+    let Some(first) = missing.first() else { return false };
+    println!("left out: {what}, for which there is no {} ({remedy})", first.display());
+    true
 }
 
 /// Checks that programs in the cache start on this machine.

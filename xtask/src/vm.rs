@@ -9,17 +9,18 @@ use std::{
 use anyhow::{Context, Result, bail, ensure};
 use clap::Args;
 
-use crate::{architecture::Architecture, build, cross, setup, setup::Group, workspace};
+use crate::{architecture::Architecture, build, cross, parts, setup, setup::Group, workspace};
 
 mod apparmor;
 mod initramfs;
 mod kernel;
 mod machine;
+mod systemd;
 mod table;
 
 use initramfs::Initramfs;
 use kernel::{Kernel, Kernels, Wish};
-use machine::VmStep;
+use machine::{Boot, VmStep};
 
 /// Modules that the demo and the agent need: links between namespaces, and listing sockets.
 const MODULES: [&str; 4] = ["veth", "inet_diag", "tcp_diag", "udp_diag"];
@@ -47,6 +48,9 @@ pub(crate) struct VmArgs {
     /// Test the agent under AppArmor instead: confined by a runtime's default profile, then unconfined
     #[arg(long, conflicts_with = "boot_only")]
     apparmor: bool,
+    /// Test deploy/systemd instead: a Debian system whose first process is systemd, with Envoy
+    #[arg(long, conflicts_with_all = ["boot_only", "apparmor"])]
+    systemd: bool,
     /// Seconds until a virtual machine is stopped
     #[arg(long, default_value_t = 600)]
     timeout: u64,
@@ -58,7 +62,7 @@ pub(crate) struct VmArgs {
 /// Runs the demo and the cases under each kernel.
 pub(crate) fn vm(arguments: &VmArgs) -> Result<()> {
     let kernels = kernels(arguments)?;
-    if kernels.is_empty() {
+    if kernels.is_empty() || (arguments.systemd && leaves_out_systemd(arguments)?) {
         return Ok(());
     }
     setup::setup(&[Group::Base, Group::Vm])?;
@@ -86,7 +90,7 @@ pub(crate) fn vm(arguments: &VmArgs) -> Result<()> {
             }
         }
     }
-    if programs.is_some() && arguments.options.is_empty() && !arguments.apparmor {
+    if programs.is_some() && arguments.options.is_empty() && !arguments.apparmor && !arguments.systemd {
         table::update(&rows)?;
     }
     ensure!(failed.is_empty(), "running under {}: failed", failed.join(", "));
@@ -116,25 +120,47 @@ fn kernels(arguments: &VmArgs) -> Result<Vec<(&Wish, Result<Kernel>)>> {
     Ok(found)
 }
 
+/// Whether the step is skipped; gets Envoy otherwise.
+fn leaves_out_systemd(arguments: &VmArgs) -> Result<bool> {
+    ensure!(arguments.arch.is_host(), "--systemd: its packages and Envoy are those of this machine");
+    let missing = systemd::missing()?;
+    let get = "`cargo xtask vm --systemd --kernel 6.12` gets it";
+    if arguments.if_cached && parts::leave_out(&missing, "deploy/systemd in a virtual machine", get) {
+        return Ok(true);
+    }
+    setup::setup(&[Group::Envoy]).map(|()| false)
+}
+
 fn boot(kernel: &Kernel, programs: Option<&Path>, arguments: &VmArgs) -> Result<Vec<VmStep>> {
     let folder = workspace::target().join("vm");
     fs::create_dir_all(&folder).with_context(|| format!("making {}", folder.display()))?;
-    let mut initramfs = Initramfs::new(kernel, &MODULES)?;
-    if let Some(programs) = programs {
-        for name in PROGRAMS {
-            initramfs.program(name, &programs.join(name))?;
-        }
-    }
     let file = |ending: &str| -> PathBuf {
         folder.join(format!("{}-{}.{ending}", kernel.series, kernel.architecture.as_str()))
     };
-    let image = file("cpio");
-    let (script, parameters) = match arguments.apparmor {
-        true => (apparmor::prepare(&mut initramfs)?.to_owned(), apparmor::PARAMETERS),
-        false => (script(programs.is_some(), &arguments.options), ""),
-    };
+    let modules =
+        if arguments.systemd { [&MODULES[..], &systemd::MODULES].concat() } else { MODULES.to_vec() };
+    let mut initramfs = Initramfs::new(kernel, &modules)?;
+    let (image, disk) = (file("cpio"), file("ext4"));
+    let (mut script, mut parameters) = (script(programs.is_some(), &arguments.options), "");
+    match programs {
+        Some(programs) if arguments.systemd => {
+            systemd::disk(programs, &PROGRAMS, &disk)?;
+            (script, parameters) = (systemd::SCRIPT.to_owned(), systemd::PARAMETERS);
+        }
+        Some(programs) => {
+            for name in PROGRAMS {
+                initramfs.program(name, &programs.join(name))?;
+            }
+        }
+        None => {}
+    }
+    if arguments.apparmor {
+        (script, parameters) = (apparmor::prepare(&mut initramfs)?.to_owned(), apparmor::PARAMETERS);
+    }
     initramfs.write(&script, &image)?;
-    machine::run(kernel, &image, parameters, &file("log"), Duration::from_secs(arguments.timeout))
+    let disk = arguments.systemd.then_some(disk.as_path());
+    let what = Boot { kernel, initramfs: &image, parameters, disk };
+    machine::run(&what, &file("log"), Duration::from_secs(arguments.timeout))
 }
 
 /// The script that the machine runs.

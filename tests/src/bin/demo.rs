@@ -66,6 +66,8 @@ enum DemoMachine {
     Whole,
     /// Only cgroups that are made for it
     Units,
+    /// Units of systemd, which is its first process
+    Systemd,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -104,6 +106,7 @@ fn captured_machine(which: DemoMachine) -> Result<bool> {
     let root = match which {
         DemoMachine::Whole => machine::RootCgroup::Capture,
         DemoMachine::Units => machine::RootCgroup::Spare,
+        DemoMachine::Systemd => return Ok(machine::systemd::run()? == 0),
     };
     Ok(machine::run("", root)? == 0)
 }

@@ -40,17 +40,21 @@ impl Drop for Emulator {
     }
 }
 
+/// What a machine boots.
+pub(super) struct Boot<'a> {
+    pub(super) kernel: &'a Kernel,
+    pub(super) initramfs: &'a Path,
+    /// Parameters of the kernel.
+    pub(super) parameters: &'a str,
+    /// A disk, /dev/vda.
+    pub(super) disk: Option<&'a Path>,
+}
+
 /// Boots, shows what the steps print, and returns them.
-pub(super) fn run(
-    kernel: &Kernel,
-    initramfs: &Path,
-    parameters: &str,
-    log: &Path,
-    limit: Duration,
-) -> Result<Vec<VmStep>> {
+pub(super) fn run(what: &Boot<'_>, log: &Path, limit: Duration) -> Result<Vec<VmStep>> {
     let start = Instant::now();
     let mut file = File::create(log).with_context(|| format!("making {}", log.display()))?;
-    let (_emulator, lines) = boot(kernel, initramfs, parameters)?;
+    let (_emulator, lines) = boot(what)?;
     let mut transcript = Transcript::default();
     let problem = loop {
         let line = match lines.recv_timeout(limit.saturating_sub(start.elapsed())) {
@@ -72,8 +76,8 @@ pub(super) fn run(
 }
 
 /// Starts the emulator; what comes from the console comes line by line.
-fn boot(kernel: &Kernel, initramfs: &Path, parameters: &str) -> Result<(Emulator, Receiver<String>)> {
-    let mut command = command(kernel, initramfs, parameters)?;
+fn boot(what: &Boot<'_>) -> Result<(Emulator, Receiver<String>)> {
+    let mut command = command(what)?;
     let mut emulator = Emulator(command.spawn().with_context(|| format!("starting {command:?}"))?);
     let console = emulator.0.stdout.take().context("the emulator has no output")?;
     let (sender, lines) = mpsc::channel();
@@ -87,7 +91,8 @@ fn boot(kernel: &Kernel, initramfs: &Path, parameters: &str) -> Result<(Emulator
     Ok((emulator, lines))
 }
 
-fn command(kernel: &Kernel, initramfs: &Path, parameters: &str) -> Result<Command> {
+fn command(boot: &Boot<'_>) -> Result<Command> {
+    let Boot { kernel, initramfs, parameters, disk } = boot;
     // Of arm64 a processor of servers; "max" has features that take long to emulate. On a busy machine x86's timer seems
     // broken to the kernel, which panics.
     let (program, machine, console) = match kernel.architecture {
@@ -103,6 +108,9 @@ fn command(kernel: &Kernel, initramfs: &Path, parameters: &str) -> Result<Comman
     qemu.args(machine).args(["-accel", "tcg", "-smp", "2", "-m", "1024"]);
     qemu.args(["-nodefaults", "-no-reboot", "-display", "none", "-serial", "stdio"]);
     qemu.arg("-kernel").arg(&kernel.image).arg("-initrd").arg(initramfs);
+    if let Some(disk) = disk {
+        qemu.arg("-drive").arg(format!("file={},if=virtio,format=raw,cache=unsafe", disk.display()));
+    }
     // A panic ends the emulator, because of -no-reboot.
     qemu.arg("-append").arg(format!("console={console} panic=-1 loglevel=4 {parameters}"));
     qemu.stdin(Stdio::null()).stdout(Stdio::piped());
