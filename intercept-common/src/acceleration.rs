@@ -15,6 +15,14 @@ pub const MAX_UNREAD_MESSAGES: u32 = 256;
 /// Cells of `JOIN_HINTS`.
 pub const HINTS: u32 = 1 << 14;
 
+/// Cells of `JOIN_SHORT`.
+pub const SHORT_CELLS: u32 = 1 << 12;
+/// Connections of a pod to one destination that ended after one message, in a second, from which on most further ones are
+/// not joined.
+pub const MANY_SHORT: u8 = 64;
+/// One of this many is joined all the same. A power of two.
+pub const PROBED: u16 = 16;
+
 /// Values of [`JoinSocket::kind`].
 pub mod kind {
     /// A known proxy's listener on the inbound port; accepted sockets start with a copy.
@@ -93,6 +101,10 @@ pub struct JoinSocket {
     pub marked_messages: u32,
     /// Joined messages before the mark that may be unread.
     pub older_messages: u32,
+    /// Messages that were sent, joined or by TCP.
+    pub messages: u32,
+    /// Zero.
+    pub reserved: u32,
 }
 
 impl JoinSocket {
@@ -148,6 +160,8 @@ counted! {
         RefusedProxy = "refused_proxy",
         /// Connections for which a map had no room.
         RefusedFull = "refused_full",
+        /// Connections to a destination to which many others ended after one message.
+        Short = "short",
     }
 }
 
@@ -193,6 +207,6 @@ const _: () = {
     assert!(size_of::<JoinEnd>() == 32);
     assert!(size_of::<SequenceKey>() == 8);
     assert!(size_of::<JoinOffer>() == 64);
-    assert!(size_of::<JoinSocket>() == 80);
+    assert!(size_of::<JoinSocket>() == 88);
     assert!(size_of::<ProxyName>() == 40);
 };

@@ -19,7 +19,7 @@ pub use shadow::{
 };
 
 /// Version of the layouts in this file and its folder, part of the pin path. Any change of a layout raises it.
-pub const VERSION: u32 = 7;
+pub const VERSION: u32 = 8;
 
 /// Most users and most groups that `-u` and `-g` may name.
 pub const MAX_OWNERS: usize = 16;

@@ -125,6 +125,8 @@ pub const JOIN_ENDS: &str = "JOIN_ENDS";
 pub const JOIN_OFFERS: &str = "JOIN_OFFERS";
 /// Hash of the source to connections whose SYN has just arrived at an accelerated pod.
 pub const JOIN_HINTS: &str = "JOIN_HINTS";
+/// By hash of pod and destination: connections that ended after one message.
+pub const JOIN_SHORT: &str = "JOIN_SHORT";
 /// Slot to the netns cookie of an accelerated pod, or 0.
 pub const JOIN_PODS: &str = "JOIN_PODS";
 /// (netns cookie, executable) of the proxies whose connections may be joined.
@@ -136,8 +138,17 @@ pub const JOIN_COUNTERS: &str = "JOIN_COUNTERS";
 
 /// The maps of the object that joins connections, pinned beside the others by the first accelerated pod. The object also
 /// uses [`POLICIES`].
-pub const JOIN_MAPS: [&str; 8] =
-    [JOIN_SOCKETS, JOIN_ENDS, JOIN_OFFERS, JOIN_HINTS, JOIN_PODS, JOIN_PROXIES, JOIN_OFF, JOIN_COUNTERS];
+pub const JOIN_MAPS: [&str; 9] = [
+    JOIN_SOCKETS,
+    JOIN_ENDS,
+    JOIN_OFFERS,
+    JOIN_HINTS,
+    JOIN_SHORT,
+    JOIN_PODS,
+    JOIN_PROXIES,
+    JOIN_OFF,
+    JOIN_COUNTERS,
+];
 
 /// The self-test's `sk_msg`, and its maps: the joined ends, the number of joined messages, and whether the next messages
 /// go by TCP. They are in an object of their own and never pinned.

@@ -1,11 +1,17 @@
 //! The self-test of joined connections: it runs every check, reports the results, and `--accelerate` depends on the
 //! results for proxies.
 
-use std::process::{Command, Output};
+use std::{
+    process::{Command, Output},
+    time::Instant,
+};
 
+use intercept_agent::facade::daemon::PodState;
 use serde_json::Value;
 use tests::{
     agent::{Agent, finish},
+    daemon::{Daemon, OUTBOUND},
+    joined::PodPair,
     snapshot::Snapshot,
     testbed::Sandbox,
 };
@@ -143,4 +149,27 @@ fn the_switch_of_a_node_needs_an_accelerated_pod() {
 fn code_and_text(command: &mut Command) -> (Option<i32>, String) {
     let output = finish(command).expect("the agent starts");
     (output.status.code(), String::from_utf8_lossy(&output.stderr).into_owned())
+}
+
+/// Whether a pod may have joined connections, as `status` says.
+fn is_accelerated(agent: &Agent, pod: &Sandbox) -> bool {
+    agent.acceleration_of(pod).is_ok_and(|acceleration| acceleration.state == "on")
+}
+
+#[test]
+fn a_daemon_captures_before_the_self_test_has_ended() {
+    let agent = Agent::new("join-daemon").expect("the agent");
+    let daemon = Daemon::start(&agent, &[]).expect("a daemon");
+    let pods = PodPair::new("join-daemon").expect("pods");
+    let options = [&OUTBOUND[..], &["--accelerate"]].concat();
+    let begun = Instant::now();
+    daemon.put("dialler", &pods.dialler, &options).expect("put");
+    daemon.wait_for("dialler", PodState::Captured).expect("captured");
+    let captured = begun.elapsed();
+    assert!(!is_accelerated(&agent, &pods.dialler), "the self-test had ended after {captured:?}");
+    daemon.wait("accelerated", |_| is_accelerated(&agent, &pods.dialler)).expect("accelerated");
+    // The result is known now.
+    daemon.put("acceptor", &pods.acceptor, &options).expect("put");
+    daemon.wait_for("acceptor", PodState::Captured).expect("captured");
+    assert!(is_accelerated(&agent, &pods.acceptor));
 }

@@ -8,14 +8,12 @@ use std::{
     time::{Duration, Instant},
 };
 
-use intercept_agent::facade::daemon::PodState;
 use intercept_common::{Family, names};
 use rand::{Rng as _, SeedableRng as _, rngs::SmallRng};
 use rustix::event::PollFlags;
 use socket2::{SockAddr, Socket};
 use tests::{
     agent::{Agent, INIT_FLAGS, succeed},
-    daemon::{Daemon, OUTBOUND},
     joined::{
         self, APP, Leg, PodPair, given_to_tcp, goes_past, listen, own_name, pass, receive, send, socket, wait,
     },
@@ -77,27 +75,32 @@ fn proxies_of_one_node_are_joined_in_both_families() {
     assert!(goes_past(&leg.accepted, &leg.dialled).expect("passed"));
 }
 
-/// Whether a pod may have joined connections, as `status` says.
-fn is_accelerated(agent: &Agent, pod: &Sandbox) -> bool {
-    agent.acceleration_of(pod).is_ok_and(|acceleration| acceleration.state == "on")
-}
-
 #[test]
-fn a_daemon_captures_before_the_self_test_has_ended() {
-    let agent = Agent::new("join-daemon").expect("the agent");
-    let daemon = Daemon::start(&agent, &[]).expect("a daemon");
-    let pods = PodPair::new("join-daemon").expect("pods");
-    let options = [&OUTBOUND[..], &["--accelerate"]].concat();
-    let begun = Instant::now();
-    daemon.put("dialler", &pods.dialler, &options).expect("put");
-    daemon.wait_for("dialler", PodState::Captured).expect("captured");
-    let captured = begun.elapsed();
-    assert!(!is_accelerated(&agent, &pods.dialler), "the self-test had ended after {captured:?}");
-    daemon.wait("accelerated", |_| is_accelerated(&agent, &pods.dialler)).expect("accelerated");
-    // The result is known now.
-    daemon.put("acceptor", &pods.acceptor, &options).expect("put");
-    daemon.wait_for("acceptor", PodState::Captured).expect("captured");
-    assert!(is_accelerated(&agent, &pods.acceptor));
+fn where_many_end_after_one_message_most_stay_on_tcp() {
+    const NUMBER: u64 = 300;
+    let (agent, pods) = fixture("join-short");
+    let listener = pods.listen(Family::V4).expect("a listener");
+    let connections = |messages: usize| {
+        for _ in 0..NUMBER {
+            let leg = pods.connect(&listener, PodPair::app(Family::V4)).expect("a connection");
+            for _ in 0..messages {
+                pass(&leg.dialled, &leg.accepted, b"request").expect("passed");
+            }
+        }
+    };
+    let count = |what| count(&agent, &pods.dialler, "connections", what);
+    connections(2);
+    assert_eq!((count("joined"), count("short")), (NUMBER, 0));
+    // The first of them are joined, and one of sixteen (or of eight, by the ports that the kernel chooses) of the others.
+    connections(1);
+    let (joined, short) = (count("joined") - NUMBER, count("short"));
+    assert_eq!(joined + short, NUMBER);
+    assert!((64..64 + 70).contains(&joined), "{joined} joined");
+    // Soon after the last of them the next is joined again.
+    std::thread::sleep(Duration::from_millis(2500));
+    let leg = pods.connect(&listener, PodPair::app(Family::V4)).expect("a connection");
+    leg.greet().expect("greeted");
+    assert!(is_joined(&leg));
 }
 
 #[test]

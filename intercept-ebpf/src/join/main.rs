@@ -22,6 +22,7 @@ mod observe;
 mod owner;
 mod pair;
 mod proxy;
+mod short;
 
 use aya_ebpf::{
     bindings::sk_action::SK_PASS,

@@ -17,7 +17,9 @@ use aya_ebpf::{
 };
 use intercept_common::{
     NetnsCookie,
-    acceleration::{HINTS, JoinCounters, JoinOffer, JoinSocket, PodCell, ProxyName, SequenceKey},
+    acceleration::{
+        HINTS, JoinCounters, JoinOffer, JoinSocket, PodCell, ProxyName, SHORT_CELLS, SequenceKey,
+    },
     layout::{EVENTS_SIZE, Event, MAX_PODS, PodPolicy},
 };
 
@@ -36,6 +38,8 @@ static JOIN_ENDS: SockHash<u64> = SockHash::with_max_entries(MANY, 0);
 static JOIN_OFFERS: HashMap<SequenceKey, JoinOffer> = HashMap::with_max_entries(MANY, BPF_F_NO_PREALLOC);
 #[map]
 static JOIN_HINTS: Array<u64> = Array::with_max_entries(HINTS, 0);
+#[map]
+static JOIN_SHORT: Array<u64> = Array::with_max_entries(SHORT_CELLS, 0);
 #[map]
 static JOIN_PODS: Array<NetnsCookie> = Array::with_max_entries(MAX_PODS, 0);
 #[map]
@@ -171,6 +175,12 @@ pub(crate) fn remove_offer(key: &SequenceKey) {
 #[inline(always)]
 pub(crate) fn hint(hash: u64) -> Option<*mut u64> {
     JOIN_HINTS.get_ptr_mut(hash as u32 % HINTS)
+}
+
+/// The cell for connections to destinations with this hash.
+#[inline(always)]
+pub(crate) fn short(hash: u64) -> Option<*mut u64> {
+    JOIN_SHORT.get_ptr_mut(hash as u32 % SHORT_CELLS)
 }
 
 /// Whether the pod is accelerated now.

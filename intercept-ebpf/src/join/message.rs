@@ -26,6 +26,7 @@ pub(crate) fn send(ctx: &SkMsgContext) {
         return;
     }
     let Some(socket) = maps::socket(sk) else { return };
+    socket.messages = socket.messages.saturating_add(1);
     if socket.kind != kind::PAIRED {
         if !is_answered(socket) {
             return;

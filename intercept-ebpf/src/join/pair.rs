@@ -26,7 +26,7 @@ use crate::{
     context::{self, AF_INET6, load},
     maps,
     observe::{self, Side},
-    proxy,
+    proxy, short,
 };
 
 /// Dispatches a callback. The kernel makes many others, which must cost nothing.
@@ -96,7 +96,7 @@ fn was_noted(addr: Addr, port: u16) -> bool {
 }
 
 #[inline(always)]
-fn hash(addr: Addr, port: u16) -> u64 {
+pub(crate) fn hash(addr: Addr, port: u16) -> u64 {
     let words = addr.words();
     let mut hash = u64::from(port) | 1 << 32;
     let mut at = 0;
@@ -140,6 +140,10 @@ fn dialled(ctx: &SockOpsContext) {
     let ends = context::callback_ends(ctx.ops);
     if !was_noted(ends.local, ends.local_port) {
         return;
+    }
+    if short::is_likely(socket.pod.netns, &ends) {
+        let pod = socket.pod;
+        return observe::connection(&pod, &ends, Side::Dialled, JoinCount::Short, observe::NO_NAME);
     }
     let sequence = SequenceKey {
         dialled: load!(load_u32, bpf_sock_ops, ctx.ops, snd_nxt),
@@ -191,7 +195,7 @@ fn accepted(ctx: &SockOpsContext) {
     }
 }
 
-/// A watched socket changed its state: a closed socket withdraws its offer.
+/// A watched socket changed its state: a closed socket withdraws its offer, or was joined.
 #[inline(always)]
 fn state(ctx: &SockOpsContext) {
     if load!(load_u32, bpf_sock_ops, ctx.ops, __bindgen_anon_1, 1) != BPF_TCP_CLOSE {
@@ -201,10 +205,12 @@ fn state(ctx: &SockOpsContext) {
     if sk.is_null() {
         return;
     }
-    if let Some(socket) = maps::socket(sk)
-        && socket.kind == kind::OFFERED
-    {
+    let Some(socket) = maps::socket(sk) else { return };
+    if socket.kind == kind::OFFERED {
         maps::remove_offer(&socket.sequence);
+    }
+    if socket.messages <= 1 {
+        short::ended(socket.pod.netns, &context::callback_ends(ctx.ops));
     }
 }
 
