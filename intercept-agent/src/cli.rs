@@ -2,6 +2,7 @@
 
 mod logging;
 mod parse;
+mod pod;
 
 use std::{net::IpAddr, path::PathBuf, time::Duration};
 
@@ -12,6 +13,7 @@ use crate::{
 
 pub(crate) use logging::start_logging;
 use parse::{arguments, minutes, namespace, seconds};
+pub(crate) use pod::{AuditArgs, CutoverArgs, ProveArgs};
 
 use clap::{ArgGroup, Args, Parser, Subcommand, ValueEnum};
 
@@ -76,6 +78,12 @@ pub(crate) enum Command {
     /// Outbound, a process without privileges connects from the pod to an address that nobody has. Inbound, the kernel is
     /// asked which socket a connection from outside would reach.
     Prove(ProveArgs),
+    /// Put the policy of a pod in shadow mode in force in place of its rules of iptables, without a restart
+    ///
+    /// The rules that capture the pod are taken out of its namespace, and saved. Each new connection is captured by the
+    /// policy or by the rules, and established connections continue. A command that was interrupted is finished by running
+    /// it again, in either direction.
+    Cutover(CutoverArgs),
     /// Check what this kernel supports; loads every program and removes it again
     Check(CheckArgs),
     /// Keep every pod of this node captured
@@ -463,29 +471,6 @@ pub(crate) struct ExplainArgs {
     /// Inbound: index of the interface that the flow arrives on
     #[arg(long, default_value_t = 0, value_name = "INDEX")]
     pub(crate) ifindex: u32,
-    /// Print JSON
-    #[arg(long)]
-    pub(crate) json: bool,
-    #[command(flatten)]
-    pub(crate) bpffs: Bpffs,
-}
-
-#[derive(Args)]
-pub(crate) struct AuditArgs {
-    #[command(flatten)]
-    pub(crate) attachment: WhichCapture,
-    /// Print JSON
-    #[arg(long)]
-    pub(crate) json: bool,
-    #[command(flatten)]
-    pub(crate) bpffs: Bpffs,
-}
-
-#[derive(Args)]
-pub(crate) struct ProveArgs {
-    /// Cgroup of the attached pod
-    #[arg(long, value_name = "PATH")]
-    pub(crate) cgroup_path: PathBuf,
     /// Print JSON
     #[arg(long)]
     pub(crate) json: bool,

@@ -6,6 +6,7 @@ mod audit;
 mod check;
 mod cleanup;
 mod cni;
+mod cutover;
 mod daemon;
 mod detach;
 mod explain;
@@ -90,6 +91,7 @@ fn run(cli: Cli) -> Result<()> {
         Command::Attach(args) => attach::attach(args),
         Command::Audit(args) => audit::audit(&args),
         Command::Prove(args) => prove::prove(&args),
+        Command::Cutover(args) => cutover::cutover(&args),
         Command::Detach(args) => detach::detach(&args),
         Command::Confirm(args) => machine::confirm(&args),
         Command::Guard(args) => machine::guard(&args),

@@ -15,6 +15,7 @@ mod commands;
 mod compile;
 mod confinement;
 mod containers;
+mod cutover;
 mod daemon;
 mod escape;
 pub mod facade;

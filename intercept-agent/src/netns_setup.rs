@@ -157,6 +157,10 @@ pub fn plan(
     before: &NetnsChanges,
     shared: &NetnsChanges,
 ) -> NetnsPlan {
+    if config.shadow {
+        // Connections of a pod that was in force go on, and need what was added for them.
+        return NetnsPlan { kept: before.0.clone(), ..NetnsPlan::default() };
+    }
     let wanted = wanted(config, interfaces, found);
     let (mut kept, dropped): (Vec<NetnsChange>, Vec<NetnsChange>) =
         before.0.iter().cloned().partition(|change| wanted.iter().any(|w| w.same(change)));

@@ -21,6 +21,8 @@ use std::{
     path::{Path, PathBuf},
 };
 
+mod rules;
+
 use crate::{
     ids::{NetnsCookie, PolicyId},
     objects,
@@ -76,6 +78,17 @@ pub enum StoreError {
         /// Its path.
         path: String,
         /// What is wrong with it.
+        #[source]
+        source: serde_json::Error,
+    },
+    /// Saved rules cannot be parsed.
+    #[error(
+        "reading saved rules {path}, of another version or damaged: restart the pod, which makes its rules anew"
+    )]
+    Rules {
+        /// Their path.
+        path: String,
+        /// What is wrong with them.
         #[source]
         source: serde_json::Error,
     },

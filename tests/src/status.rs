@@ -18,6 +18,7 @@ pub struct StatusEntry {
     pub mode: String,
     pub problem: Option<String>,
     pub since: u64,
+    pub cutover: Option<StatusCutover>,
     pub arguments: Vec<String>,
     pub environment: Vec<(String, String)>,
     pub policy: u32,
@@ -40,6 +41,15 @@ pub struct StatusRoom {
     pub map: String,
     pub used: usize,
     pub limit: u32,
+}
+
+/// Rules of iptables that are saved.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+#[expect(missing_docs, reason = "the fields of the JSON, which docs/cutover.md describes")]
+pub struct StatusCutover {
+    pub rules: String,
+    pub since: u64,
 }
 
 /// A registered listener.

@@ -37,6 +37,9 @@ struct PodStatus {
     /// `shadow` or `enforce`.
     mode: &'static str,
     since: u64,
+    /// Present while rules of iptables are saved that `cutover` takes out or puts in.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    cutover: Option<CutoverStatus>,
     arguments: Vec<String>,
     environment: Vec<(&'static str, String)>,
     #[serde(with = "PolicyNumber")]
@@ -91,6 +94,14 @@ struct AccelerationStatus {
     state: &'static str,
     connections: Vec<ReasonCount>,
     back_to_tcp: Vec<ReasonCount>,
+}
+
+/// Rules of iptables that capture the pod without the agent.
+#[derive(Serialize)]
+struct CutoverStatus {
+    /// `out`, or `in` and `changing` if the last `cutover` was interrupted.
+    rules: &'static str,
+    since: u64,
 }
 
 #[derive(Serialize)]
@@ -184,6 +195,10 @@ fn pod(node: &Node, record: &Record, policy: &PodPolicy) -> Result<PodStatus> {
         state: if node.cgroup_of(record.cookie)?.is_some() { "attached" } else { "gone" },
         mode: if record.config.shadow { "shadow" } else { "enforce" },
         since: record.since,
+        cutover: node
+            .store()
+            .saved_rules(record.cookie)?
+            .map(|saved| CutoverStatus { rules: saved.state.as_str(), since: saved.since }),
         arguments: record.config.to_args(),
         environment: record.config.to_env(),
         policy: policy.id,
@@ -236,6 +251,12 @@ fn print(pod: &PodStatus) {
     let is_shadow = pod.mode == "shadow";
     let mode = if is_shadow { ", shadow mode: changes nothing (see status --shadow)" } else { "" };
     print_line!("{} ({}{mode}, cookie {})", OneLine(pod.cgroup.display()), pod.state, pod.netns_cookie);
+    if let Some(CutoverStatus { rules, .. }) = &pod.cutover {
+        let unfinished = "an interrupted cutover: run `intercept-agent cutover` again, or with --back";
+        let state =
+            if *rules == "out" { "out: cut over (cutover --back puts them in again)" } else { unfinished };
+        print_line!("  rules        {state}");
+    }
     for cgroup in &pod.more_cgroups {
         print_line!("  and          {}", OneLine(cgroup.display()));
     }

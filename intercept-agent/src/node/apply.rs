@@ -56,6 +56,9 @@ impl Node {
         rewrite: Rewrite,
     ) -> Result<Attached, NodeError> {
         self.refuse_unsupported(config)?;
+        if config.shadow {
+            self.refuse_uncaptured(target.netns.cookie())?;
+        }
         let leftovers = self.has_leftovers(target.netns.cookie())?;
         let living = self.living()?;
         // Half of the steps run inside the namespace, which is entered once.

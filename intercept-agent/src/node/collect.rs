@@ -32,7 +32,10 @@ impl Node {
     /// Deactivates a pod and removes everything of it. `netns` is its namespace, if it can still be reached.
     pub fn detach(&mut self, cookie: NetnsCookie, netns: Option<&Netns>) -> Result<(), NodeError> {
         match netns {
-            Some(netns) => self.remove_pod(cookie, Some(netns)),
+            Some(netns) => {
+                self.refuse_uncaptured(cookie)?;
+                self.remove_pod(cookie, Some(netns))
+            }
             None => self.remove_unreachable(cookie),
         }
     }

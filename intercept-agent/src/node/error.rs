@@ -104,6 +104,11 @@ pub enum NodeError {
     Logs { source: Box<dyn std::error::Error + Send + Sync> },
     #[error("the agent was removed from this node on request; restart the daemon to capture pods")]
     Left,
+    #[error(
+        "the rules of iptables that captured cgroup {cgroup} are out, so nothing would capture it: put them in again first \
+         (`intercept-agent cutover --back --cgroup-path {cgroup}`)"
+    )]
+    RulesOut { cgroup: String },
     #[error("{0} is not attached")]
     NotAttached(String),
 }

@@ -5,7 +5,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use intercept_common::layout::{PodPolicy, policy};
 
 use super::{Node, NodeError};
-use crate::{ids::NetnsCookie, options::Config, record::Record};
+use crate::{cutover::RulesState, ids::NetnsCookie, options::Config, record::Record};
 
 /// Whether a policy only decides and compares.
 pub(super) fn is_shadow(policy: &PodPolicy) -> bool {
@@ -31,6 +31,17 @@ impl Node {
             self.maps.shadow_mut().begin(cookie, now)?;
         }
         Ok(())
+    }
+
+    /// Refuses what would leave a pod without any capture: its rules of iptables are out.
+    pub(super) fn refuse_uncaptured(&self, cookie: NetnsCookie) -> Result<(), NodeError> {
+        match self.store.saved_rules(cookie)? {
+            Some(saved) if saved.state != RulesState::In => {
+                let cgroup = self.record_of(cookie)?.map(|record| record.cgroup);
+                Err(NodeError::RulesOut { cgroup: cgroup.unwrap_or_default().display().to_string() })
+            }
+            _ => Ok(()),
+        }
     }
 
     /// After a pod has left shadow mode, or was removed.

@@ -9,11 +9,17 @@ use super::{MarkdownTable, code};
 use crate::tidy::Tree;
 
 const COMMAND_LINE: &str = "intercept-agent/src/cli.rs";
+/// More of its arguments.
+const POD_COMMANDS: &str = "intercept-agent/src/cli/pod.rs";
 
 /// The flags of all commands, without capture options.
 pub(super) fn flags(tree: &Tree) -> Result<String> {
     let text = tree.text(COMMAND_LINE).with_context(|| format!("{COMMAND_LINE}: there is no such file"))?;
-    let file = syn::parse_file(text).with_context(|| format!("reading {COMMAND_LINE}"))?;
+    let mut file = syn::parse_file(text).with_context(|| format!("reading {COMMAND_LINE}"))?;
+    if let Some(text) = tree.text(POD_COMMANDS) {
+        let more = syn::parse_file(text).with_context(|| format!("reading {POD_COMMANDS}"))?;
+        file.items.extend(more.items);
+    }
     let mut declarations =
         CommandLine { tree, structs: HashMap::new(), enums: HashMap::new(), flags: Vec::new() };
     for item in &file.items {

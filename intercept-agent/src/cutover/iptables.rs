@@ -1,0 +1,111 @@
+//! Runs iptables-save and iptables-restore in a pod's namespace.
+
+use std::{
+    env, fs,
+    io::{self, Write as _},
+    path::PathBuf,
+    process::{Command, Output, Stdio},
+};
+
+use serde::{Deserialize, Serialize};
+
+use super::{CutoverError, rules::SavedTable};
+use crate::netns::Netns;
+
+/// Folders that are searched besides those of PATH.
+const FOLDERS: &str = "/usr/sbin:/sbin:/usr/bin:/bin";
+
+/// An implementation of iptables for a family: what its programs' names begin with, such as `ip6tables-nft`.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct Tool(String);
+
+impl Tool {
+    /// The implementations that show all rules of a namespace, for each family those of nft and of the older tables.
+    pub(super) fn all(netns: &Netns) -> Result<Vec<Self>, CutoverError> {
+        let mut tools = Vec::new();
+        for (plain, list) in [("iptables", "ip_tables_names"), ("ip6tables", "ip6_tables_names")] {
+            let path = format!("/proc/thread-self/net/{list}");
+            let has_legacy = netns.run(|| fs::read_to_string(path).is_ok_and(|names| !names.is_empty()))?;
+            let of =
+                |kind: &str| Some(Self(format!("{plain}-{kind}"))).filter(|tool| tool.find("save").is_ok());
+            let (nft, legacy) = (of("nft"), of("legacy"));
+            if has_legacy && legacy.is_none() {
+                return Err(CutoverError::Missing { program: format!("{plain}-legacy-save") });
+            }
+            if nft.is_none() && legacy.is_none() {
+                let plain = Self(plain.to_owned());
+                plain.find("save")?;
+                tools.push(plain);
+            }
+            // Without older tables the program would make them.
+            tools.extend(nft.into_iter().chain(legacy.filter(|_| has_legacy)));
+        }
+        Ok(tools)
+    }
+
+    /// Whether it is for IPv6.
+    pub(super) fn is_v6(&self) -> bool {
+        self.0.starts_with("ip6")
+    }
+
+    /// Its name.
+    pub fn name(&self) -> &str {
+        &self.0
+    }
+
+    fn find(&self, action: &str) -> Result<PathBuf, CutoverError> {
+        let program = format!("{}-{action}", self.0);
+        let path = env::var_os("PATH").unwrap_or_default();
+        let mut folders = env::split_paths(&path).chain(env::split_paths(FOLDERS));
+        let found = folders.find_map(|folder| Some(folder.join(&program)).filter(|path| path.is_file()));
+        found.ok_or(CutoverError::Missing { program })
+    }
+
+    /// The tables.
+    pub(super) fn save(&self, netns: &Netns) -> Result<Vec<SavedTable>, CutoverError> {
+        let output = self.run(netns, "save", &[], "")?;
+        SavedTable::parse_all(&String::from_utf8_lossy(&output.stdout)).map_err(|source| {
+            CutoverError::Rules { tool: self.0.clone(), netns: netns.name().to_owned(), source }
+        })
+    }
+
+    /// Makes changes, of each table all or none.
+    pub(super) fn restore(&self, netns: &Netns, changes: &str) -> Result<(), CutoverError> {
+        // Another program may hold the lock of the older tables.
+        self.run(netns, "restore", &["--noflush", "--wait", "10"], changes).map(drop)
+    }
+
+    fn run(
+        &self,
+        netns: &Netns,
+        action: &str,
+        arguments: &[&str],
+        input: &str,
+    ) -> Result<Output, CutoverError> {
+        let path = self.find(action)?;
+        let failed = |what: String| CutoverError::Iptables {
+            program: path.display().to_string(),
+            netns: netns.name().to_owned(),
+            what,
+        };
+        // The child inherits the namespace of the thread that starts it.
+        let output = netns.run(|| -> io::Result<Output> {
+            let mut child = Command::new(&path)
+                .args(arguments)
+                .stdin(Stdio::piped())
+                .stdout(Stdio::piped())
+                .stderr(Stdio::piped())
+                .spawn()?;
+            // It reads all of its input before it writes.
+            child.stdin.take().map_or(Ok(()), |mut stdin| stdin.write_all(input.as_bytes()))?;
+            child.wait_with_output()
+        })?;
+        let output = output.map_err(|error| failed(error.to_string()))?;
+        if !output.status.success() {
+            let said = String::from_utf8_lossy(&output.stderr);
+            return Err(failed(format!("{}: {}", output.status, said.trim())));
+        }
+        Ok(output)
+    }
+}
