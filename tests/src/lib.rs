@@ -14,6 +14,7 @@ pub mod bpf;
 pub mod cases;
 pub mod cluster;
 pub mod cri;
+pub mod cutover;
 pub mod daemon;
 pub mod datagram;
 pub mod differential;

@@ -3,6 +3,7 @@
 //! `http serve ADDRESS..` says `ready` and answers every request with the address it arrived at.
 //! `http log ADDRESS..` also prints each request: the client's address, the path, and the headers `x-passed`.
 //! `http get ADDRESS COUNT fresh|kept` fails unless the response to each request is that address.
+//! `http hold ADDRESS` makes one connection, and one request on it for each line of its input, and says `answered`.
 
 use std::{
     io::{BufRead as _, BufReader, Read as _, Write as _},
@@ -19,7 +20,8 @@ fn main() -> Result<()> {
         ["serve", ref addresses @ ..] => serve(addresses, RequestLog::Off),
         ["log", ref addresses @ ..] => serve(addresses, RequestLog::On),
         ["get", to, count, kept @ ("fresh" | "kept")] => get(to.parse()?, count.parse()?, kept == "kept"),
-        _ => bail!("usage: http serve|log ADDRESS.. | http get ADDRESS COUNT fresh|kept"),
+        ["hold", to] => hold(to.parse()?),
+        _ => bail!("usage: http serve|log ADDRESS.. | http get ADDRESS COUNT fresh|kept | http hold ADDRESS"),
     }
 }
 
@@ -101,6 +103,19 @@ fn get(to: SocketAddr, count: usize, kept: bool) -> Result<()> {
             ensure!(stream.peer_addr()? == to, "the peer is {}", stream.peer_addr()?);
             done += 1;
         }
+    }
+    Ok(())
+}
+
+fn hold(to: SocketAddr) -> Result<()> {
+    let stream = TcpStream::connect(to).context("connecting")?;
+    stream.set_read_timeout(Some(Duration::from_secs(10)))?;
+    let mut reader = BufReader::new(&stream);
+    for line in std::io::stdin().lines() {
+        line?;
+        request(to, &mut reader)?;
+        ensure!(stream.peer_addr()? == to, "the peer is {}", stream.peer_addr()?);
+        println!("answered");
     }
     Ok(())
 }
