@@ -11,6 +11,10 @@ use std::{
 
 use serde_json::{Value, json};
 
+mod node;
+
+pub use node::ApiNode;
+
 /// Answers a list with the current pods, and streams events to all watchers.
 #[derive(Debug)]
 pub struct Api {

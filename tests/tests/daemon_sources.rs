@@ -7,17 +7,16 @@ use std::{
     thread,
 };
 
-use intercept_agent::facade::daemon::{PodReport, PodState};
+use intercept_agent::facade::daemon::PodState;
 use intercept_common::Family;
 use serde_json::{Value, json};
-use tempfile::TempDir;
 use tests::{
     actor::{Actor, Bind, Dial, DialOutcome, Listen, Transport},
     agent::Agent,
-    api::{Api, pod},
-    daemon::{Daemon, answers, proxy, service},
+    api::{ApiNode, pod},
+    daemon::{answers, proxy, service},
     plugin::{CniSandbox, RuntimePlugin},
-    testbed::{Cgroup, Ids, Pod, PodSpec},
+    testbed::{Ids, Pod, PodSpec},
 };
 
 const MODE: &str = "sidecar.istio.io/interceptionMode";
@@ -25,43 +24,9 @@ const EXCLUDED: &str = "traffic.sidecar.istio.io/excludeOutboundPorts";
 
 const PATIENT: [&str; 2] = ["--api-wait", "10"];
 
-/// A node with an API, cgroups as of a kubelet, and the daemon.
-struct SourceNode<'a> {
-    agent: &'a Agent,
-    api: Api,
-    kubelet: Cgroup,
-    daemon: Daemon<'a>,
-    _kubeconfig: TempDir,
-}
-
-impl<'a> SourceNode<'a> {
-    fn new(agent: &'a Agent, more: &[&str]) -> Self {
-        let api = Api::start(Vec::new());
-        let folder = tempfile::tempdir().expect("a folder");
-        let kubeconfig = folder.path().join("kubeconfig");
-        api.write_kubeconfig(&kubeconfig).expect("written");
-        let kubelet = Cgroup::new("kubelet").expect("a cgroup");
-        let root = kubelet.path().to_str().expect("text");
-        let arguments = [&["--node-name", "node-1", "--cgroup-root", root], more].concat();
-        let variables = [("KUBECONFIG", kubeconfig.to_str().expect("text"))];
-        let daemon = Daemon::start_with(agent, &arguments, &variables).expect("a daemon");
-        daemon.wait("it watches", |_| !api.shared().watchers.is_empty()).expect("it watches");
-        Self { agent, api, kubelet, daemon, _kubeconfig: folder }
-    }
-
-    fn report(&self, uid: &str) -> Option<PodReport> {
-        let key = format!("pod/{uid}");
-        self.daemon.reports().expect("reports").into_iter().find(|report| report.pod == key)
-    }
-
-    fn wait(&self, what: &str, so: impl Fn() -> bool) {
-        self.daemon.wait(what, |_| so()).unwrap_or_else(|error| panic!("{error:#}"));
-    }
-}
-
 /// A pod on the node: its object, cgroup and namespace.
 struct SourcePod<'a> {
-    node: &'a SourceNode<'a>,
+    node: &'a ApiNode<'a>,
     object: Value,
     uid: String,
     actor: Actor,
@@ -71,7 +36,7 @@ struct SourcePod<'a> {
 }
 
 impl<'a> SourcePod<'a> {
-    fn new(node: &'a SourceNode<'a>, kind: &PodKind, uid: String) -> Self {
+    fn new(node: &'a ApiNode<'a>, kind: &PodKind, uid: String) -> Self {
         let sandbox = Pod::new(PodSpec::new("source")).expect("a pod");
         let actor = proxy(&sandbox);
         let cgroup = node.kubelet.path().join(format!("kubepods/burstable/pod{uid}"));
@@ -251,7 +216,7 @@ fn uid(order: u32, kind: usize) -> String {
 #[test]
 fn the_api_decides_in_either_order() {
     let agent = Agent::new("d-sources").expect("the agent");
-    let node = SourceNode::new(&agent, &PATIENT);
+    let node = ApiNode::new(&agent, &PATIENT).expect("a node");
     for (at, kind) in kinds().iter().enumerate() {
         // The API first: the pod is captured as soon as it has a process, and ADD only adds the sandbox.
         let what = format!("{}, the API first", kind.what);
@@ -282,7 +247,7 @@ fn the_api_decides_in_either_order() {
 #[test]
 fn annotations_decide_until_the_api_answers() {
     let agent = Agent::new("d-silent-api").expect("the agent");
-    let node = SourceNode::new(&agent, &["--api-wait", "0.05"]);
+    let node = ApiNode::new(&agent, &["--api-wait", "0.05"]).expect("a node");
     for (at, kind) in kinds().iter().enumerate() {
         let what = format!("{}, the API silent", kind.what);
         let running = SourcePod::new(&node, kind, uid(3, at));
@@ -296,7 +261,7 @@ fn annotations_decide_until_the_api_answers() {
 #[test]
 fn an_object_of_the_api_only_affects_its_own_pod() {
     let agent = Agent::new("d-identity").expect("the agent");
-    let node = SourceNode::new(&agent, &PATIENT);
+    let node = ApiNode::new(&agent, &PATIENT).expect("a node");
     let kind = &kinds()[0];
     let victim = SourcePod::new(&node, kind, uid(4, 0));
     victim.tell("ADDED");
@@ -343,7 +308,7 @@ fn an_object_of_the_api_only_affects_its_own_pod() {
 #[test]
 fn a_pod_without_a_process_yet_has_no_event() {
     let agent = Agent::new("d-early").expect("the agent");
-    let node = SourceNode::new(&agent, &PATIENT);
+    let node = ApiNode::new(&agent, &PATIENT).expect("a node");
     let kind = &kinds()[0];
     let uid = uid(5, 0);
     let cgroup = node.kubelet.path().join(format!("kubepods/burstable/pod{uid}"));
@@ -398,7 +363,7 @@ fn ipv6_is_captured_as_under_istio_or_always() {
     .enumerate()
     {
         let agent = Agent::new("d-ipv6").expect("the agent");
-        let node = SourceNode::new(&agent, flags);
+        let node = ApiNode::new(&agent, flags).expect("a node");
         let mut running = SourcePod::new(&node, &sidecar(&env), uid(6, at));
         running.first_address = first;
         running.tell("ADDED");

@@ -2,7 +2,7 @@
 
 use std::{ffi::OsString, path::Path, time::Duration};
 
-use super::WhichCapture;
+use super::{Cli, CniArgs, Command, LogFormat, Logging, WhichCapture};
 use crate::{
     cgroup::{CgroupDir, CgroupError},
     cni,
@@ -33,6 +33,14 @@ pub(super) fn arguments(mut args: impl Iterator<Item = OsString>) -> Vec<OsStrin
     let subcommand = NAMES.iter().find(|(name, _)| called.is_some_and(|called| called == *name));
     let subcommand = subcommand.map(|(_, subcommand)| OsString::from(subcommand));
     std::iter::once(own).chain(subcommand).chain(args).collect()
+}
+
+impl Cli {
+    /// A call of the CNI plugin, which logs nothing.
+    pub(super) fn plugin() -> Self {
+        let logging = Logging { log_format: LogFormat::Text, log: "off".to_owned() };
+        Self { logging, command: Command::Cni(CniArgs { command: None }) }
+    }
 }
 
 impl WhichCapture {

@@ -97,9 +97,10 @@ impl Default for PluginConfig {
 }
 
 impl PluginConfig {
-    /// Parses standard input.
+    /// Parses standard input, which must be an object: a list would pass as a configuration without names.
     pub fn read(text: &[u8]) -> Result<Self, serde_json::Error> {
-        serde_json::from_slice(text)
+        let fields: serde_json::Map<String, Value> = serde_json::from_slice(text)?;
+        serde_json::from_value(Value::Object(fields))
     }
 
     /// Returns the arguments for every pod.

@@ -81,18 +81,19 @@ impl Admissions {
 
     /// Of ADD; none if none was made.
     pub fn adds(&self) -> Option<Percentiles> {
-        Percentiles::of(&self.adds)
+        Percentiles::of(&copy(&self.adds))
     }
 
     /// Of the plugin's start.
     pub fn starts(&self) -> Option<Percentiles> {
-        Percentiles::of(&self.starts)
+        Percentiles::of(&copy(&self.starts))
     }
 }
 
 impl Percentiles {
-    fn of(times: &Mutex<Vec<Duration>>) -> Option<Self> {
-        let mut times = times.lock().unwrap_or_else(PoisonError::into_inner).clone();
+    /// Of some times; none of none.
+    pub fn of(times: &[Duration]) -> Option<Self> {
+        let mut times = times.to_vec();
         times.sort_unstable();
         let at = |percent: usize| times.get((times.len() * percent / 100).min(times.len() - 1)).copied();
         let max = *times.last()?;
@@ -106,6 +107,10 @@ impl std::fmt::Display for Percentiles {
         let Self { count, p50, p99, max } = *self;
         write!(f, "p50 {:.1} p99 {:.1} max {:.1} ms of {count}", millis(p50), millis(p99), millis(max))
     }
+}
+
+fn copy(times: &Mutex<Vec<Duration>>) -> Vec<Duration> {
+    times.lock().unwrap_or_else(PoisonError::into_inner).clone()
 }
 
 fn push(times: &Mutex<Vec<Duration>>, time: Duration) {
