@@ -113,9 +113,7 @@ impl Reconciler {
     pub(super) fn collect(&mut self, valid: &HashSet<String>) -> usize {
         let is_gone = |pod: &TrackedPod| {
             let sandbox = pod.view.sandbox_id();
-            sandbox.is_some_and(|sandbox| !valid.contains(sandbox))
-                && !pod.machine.phase.is_in_flight()
-                && pod.waiting.is_empty()
+            sandbox.is_some_and(|sandbox| !valid.contains(sandbox)) && pod.waiting.is_empty()
         };
         let gone: Vec<Key> =
             self.pods.iter().filter(|(_, pod)| is_gone(pod)).map(|(key, _)| key.clone()).collect();
