@@ -215,17 +215,17 @@ fn queries_in_flight_are_answered() {
 #[test]
 fn a_port_that_was_used_for_a_query_is_used_again() {
     let (fixture, _proxy, _file) = with_dns("cut-port");
-    let ask = |kind, any: &str, to: &str| {
-        let steps = [Step::Open(kind), Step::Bind(at(any)), Step::Connect(at(to)), Step::Ask];
+    let ask = |kind, from: &str, to: &str| {
+        let steps = [Step::Open(kind), Step::Bind(at(from)), Step::Connect(at(to)), Step::Ask];
         steps::run(&fixture.pod, Ids::APP, &steps).expect("asked").pop().expect("an outcome")
     };
     let ask_all = |when: &str| {
-        for (kind, any, to) in [
-            (SocketKind::Udp4, "0.0.0.0:29001", SERVERS[0]),
-            (SocketKind::Udp4, "0.0.0.0:29001", SERVERS[1]),
-            (SocketKind::Udp6, "[::]:29001", SERVERS[2]),
+        for (kind, from, to) in [
+            (SocketKind::Udp4, "10.66.0.2:29001", SERVERS[0]),
+            (SocketKind::Udp4, "10.66.0.2:29001", SERVERS[1]),
+            (SocketKind::Udp6, "[fd66::2]:29001", SERVERS[2]),
         ] {
-            assert_eq!(ask(kind, any, to), format!("dns by {to}"), "{when}");
+            assert_eq!(ask(kind, from, to), format!("dns by {to}"), "{when}");
         }
     };
     for _ in 0..2 {
