@@ -105,10 +105,16 @@ pub struct ObservedSockets {
 }
 
 impl ObservedSockets {
-    /// Reads them. May take long in a pod with many.
-    pub fn of(cgroup: &CgroupDir, netns: &Netns) -> Result<Self, AuditError> {
+    /// Reads them, of a pod with one cgroup or of a machine's workload. May take long where there are many.
+    pub fn of(cgroups: &[&CgroupDir], netns: &Netns) -> Result<Self, AuditError> {
         let failed = |source| AuditError::Sockets { netns: netns.name().to_owned(), source };
-        Ok(Self { open: sockets::open(netns)?.map_err(failed)?, inventory: Inventory::read(cgroup, netns)? })
+        let mut open = sockets::open(netns)?.map_err(failed)?;
+        let inventory = Inventory::read(cgroups, netns)?;
+        if netns.cookie().is_workload() {
+            // The namespace has the sockets of the rest of the machine as well.
+            open.retain(|socket| inventory.is_of_pod(socket));
+        }
+        Ok(Self { open, inventory })
     }
 }
 

@@ -144,8 +144,8 @@ impl Proof {
 
 /// A captured pod that is probed.
 pub struct Probed<'a> {
-    /// Its cgroup.
-    pub cgroup: &'a CgroupDir,
+    /// Its cgroup; of a machine's workload all of them. Probes run in the first.
+    pub cgroups: &'a [&'a CgroupDir],
     /// Its namespace.
     pub netns: &'a Netns,
     /// Its active policy.
@@ -172,9 +172,9 @@ impl Probed<'_> {
                 .copied()
                 .filter(|_| judge.may_dial(family))
         });
-        let dialled = match plan.owner {
-            Some(owner) if targets.iter().any(Option::is_some) => {
-                Some(Dialer::dial(self.netns, self.cgroup, owner, targets, PATIENCE)?)
+        let dialled = match plan.owner.zip(self.cgroups.first()) {
+            Some((owner, cgroup)) if targets.iter().any(Option::is_some) => {
+                Some(Dialer::dial(self.netns, cgroup, owner, targets, PATIENCE)?)
             }
             _ => None,
         };

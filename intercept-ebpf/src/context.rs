@@ -267,6 +267,13 @@ pub(crate) fn protocol(ctx: &SockAddrContext) -> u32 {
 #[derive(Clone, Copy)]
 pub(crate) struct Sock(*mut bpf_sock);
 
+/// Whether an IPv6 socket is bound to this address.
+#[inline(always)]
+pub(crate) fn is_bound_v6(socket: *mut bpf_sock, addr: Addr) -> bool {
+    let (bound, addr) = (load_v6!(bpf_sock, socket, src_ip6).words(), addr.words());
+    (bound[0] ^ addr[0]) | (bound[1] ^ addr[1]) | (bound[2] ^ addr[2]) | (bound[3] ^ addr[3]) == 0
+}
+
 impl Sock {
     /// The socket of a system call on addresses. It is never null in these hooks.
     #[inline(always)]

@@ -122,20 +122,22 @@ pub(crate) fn is_for_application(netns: NetnsCookie, local: Addr, port: u16) -> 
     let own = ListenerKey::application(netns, port, local, 0);
     let any_v6 = ListenerKey::application(netns, port, Addr::UNSPECIFIED, 0);
     let any = if local.is_v4() { ListenerKey { family: Family::V4.version(), ..any_v6 } } else { any_v6 };
-    opaque(application_listens(&raw const own)) != 0
-        || opaque(application_listens(&raw const any)) != 0
-        || opaque(application_listens(&raw const any_v6)) != 0
+    let unspecified = Addr::UNSPECIFIED;
+    opaque(application_listens(&raw const own, &raw const local)) != 0
+        || opaque(application_listens(&raw const any, &raw const unspecified)) != 0
+        || opaque(application_listens(&raw const any_v6, &raw const unspecified)) != 0
 }
 
-/// Whether one of the sockets with this key is open: 1 or 0. A function of its own, as `search_listeners`.
+/// Whether one of the sockets with this key is open and bound to this address: 1 or 0. A function of its own, as
+/// `search_listeners`.
 #[unsafe(no_mangle)]
 #[inline(never)]
-extern "C" fn application_listens(key: *const ListenerKey) -> u64 {
+extern "C" fn application_listens(key: *const ListenerKey, bound: *const Addr) -> u64 {
     // SAFETY: as in `search_listeners`.
-    let Some(&(mut key)) = (unsafe { key.as_ref() }) else { return 0 };
+    let (Some(&(mut key)), Some(&bound)) = (unsafe { (key.as_ref(), bound.as_ref()) }) else { return 0 };
     for number in 0..APPLICATION_LISTENERS {
         key.scope = scope::APPLICATION + number;
-        if maps::has_listener(&key) {
+        if maps::has_listener(&key, bound) {
             return 1;
         }
     }

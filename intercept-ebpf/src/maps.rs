@@ -9,7 +9,7 @@ use aya_ebpf::{
     programs::SkLookupContext,
 };
 use intercept_common::{
-    Addr, NetnsCookie, PolicyId, Slot,
+    Addr, Family, NetnsCookie, PolicyId, Slot,
     layout::{
         ConnKey, Destination, DestinationKey, EVENTS_SIZE, HANDSHAKES as HANDSHAKE_COUNT, Handshake,
         ListenerKey, LookupScratch, MAX_PODS, MemberKey, OrigDst, PodPolicy, PortKey, Proxy, ReasonCounters,
@@ -17,7 +17,7 @@ use intercept_common::{
     },
 };
 
-use crate::workload;
+use crate::{context, workload};
 
 /// Entries are allocated on demand; until then the limit costs 16 bytes for each.
 const MANY: u32 = 1 << 20;
@@ -115,18 +115,20 @@ pub(crate) fn assign_listener(ctx: &SkLookupContext, key: &ListenerKey) -> Resul
     LISTENERS.redirect_sk_lookup(ctx, key, 0)
 }
 
-/// Whether there is a listening socket with this key.
+/// Whether there is a listening socket with this key that is bound to this address, if it is an IPv6 socket: keys have a
+/// hash of such an address.
 #[inline(always)]
-pub(crate) fn has_listener(key: &ListenerKey) -> bool {
+pub(crate) fn has_listener(key: &ListenerKey, bound: Addr) -> bool {
     // SAFETY: the map is what the helper expects, and the socket that it returns is released once.
     unsafe {
         let socket = bpf_map_lookup_elem((&raw const LISTENERS).cast_mut().cast(), (&raw const *key).cast());
         if socket.is_null() {
             return false;
         }
+        let is_it = matches!(key.family(), Family::V4) || context::is_bound_v6(socket.cast(), bound);
         let _always_zero = bpf_sk_release(socket);
+        is_it
     }
-    true
 }
 
 /// Tail-calls the shared program. Returns only if it is missing.

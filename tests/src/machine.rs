@@ -3,8 +3,10 @@
 //! The first process is that of a PID namespace (`tests/tests/machine.rs`), or that of a virtual machine (`cargo xtask vm`).
 //! Only there the root cgroup is captured.
 
+mod beside;
 mod cases;
 mod guard;
+mod observed;
 pub mod systemd;
 mod units;
 mod whole;
@@ -50,7 +52,7 @@ struct CapturedMachine {
     slice: Cgroup,
     /// Seconds in which a capture is to be confirmed, which must be enough to see it.
     confirm_seconds: u64,
-    _neighbour: Arc<Neighbour>,
+    neighbour: Arc<Neighbour>,
 }
 
 /// A service of the machine: a process in a cgroup of its own.
@@ -77,7 +79,7 @@ impl CapturedMachine {
             serve(&world, "world", any, SERVICE)?;
         }
         let (agent, slice) = (Agent::new("machine")?, Cgroup::new("system.slice")?);
-        Ok(Self { agent, world, slice, confirm_seconds, _neighbour: neighbour })
+        Ok(Self { agent, world, slice, confirm_seconds, neighbour })
     }
 
     /// Starts a unit that listens on these ports.

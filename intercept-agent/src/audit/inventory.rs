@@ -1,7 +1,7 @@
 //! The processes and cgroups of a pod, by which a socket is explained.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     fs,
     os::unix::fs::MetadataExt as _,
     path::{Path, PathBuf},
@@ -24,16 +24,24 @@ pub(crate) struct SocketProcess {
     pub(crate) name: String,
     pub(crate) uid: u32,
     gid: u32,
+    /// Whether it runs in the pod's cgroup.
+    is_in_pod: bool,
     /// Seconds since 1970; 0 if that is not known.
     pub(crate) started: u64,
 }
 
+/// A cgroup of the pod, or below one.
+struct PodCgroup {
+    /// The path from the pod's on; if that has several, from the folder around it on.
+    path: PathBuf,
+    /// In the hierarchy.
+    level: u32,
+}
+
 /// What is there.
 pub(crate) struct Inventory {
-    /// The pod's cgroup and those below it, by id, with their paths from the pod's on and their level below it.
-    cgroups: BTreeMap<u64, (PathBuf, u32)>,
-    /// The level of the pod's cgroup.
-    level: u32,
+    /// By id.
+    cgroups: BTreeMap<u64, PodCgroup>,
     /// By the inodes of their sockets.
     by_socket: BTreeMap<u64, SocketProcess>,
     /// Processes of the cgroup that are in another network namespace.
@@ -41,31 +49,43 @@ pub(crate) struct Inventory {
 }
 
 impl Inventory {
-    pub(crate) fn read(cgroup: &CgroupDir, netns: &Netns) -> Result<Self, CgroupError> {
-        let mut cgroups = BTreeMap::new();
-        add(cgroup.path(), cgroup.path(), 0, &mut cgroups);
+    /// Of a pod with one cgroup, or a machine's workload with several.
+    pub(crate) fn read(pod: &[&CgroupDir], netns: &Netns) -> Result<Self, CgroupError> {
+        let (mut cgroups, mut pids) = (BTreeMap::new(), BTreeSet::new());
+        for cgroup in pod {
+            let around = if pod.len() > 1 { cgroup.path().parent() } else { None };
+            // Without a visible root no container is known either.
+            let level = cgroup.level().unwrap_or_default();
+            add(around.unwrap_or(cgroup.path()), cgroup.path(), level, &mut cgroups);
+            match cgroup.processes() {
+                Ok(found) => pids.extend(found.into_iter().map(|pid| pid.as_raw_nonzero())),
+                Err(CgroupError::Hidden { .. }) => {}
+                Err(error) => return Err(error),
+            }
+        }
         let (mut by_socket, mut strays) = (BTreeMap::new(), Vec::new());
-        let pods = match cgroup.processes() {
-            Ok(pods) => pods,
-            Err(CgroupError::Hidden { .. }) => Vec::new(),
-            Err(error) => return Err(error),
-        };
-        for pid in &pods {
-            let Some(process) = describe(*pid) else { continue };
-            if netns.holds(*pid) {
-                take_sockets(*pid, &process, &mut by_socket);
-            } else {
+        for pid in pids.iter().filter_map(|pid| Pid::from_raw(pid.get())) {
+            let Some(process) = describe(pid, true) else { continue };
+            if netns.holds(pid) {
+                take_sockets(pid, &process, &mut by_socket);
+            } else if !netns.cookie().is_workload() {
+                // Below the cgroups of a machine there may be containers, which are none of its workload.
                 strays.push(process);
             }
         }
         // What came into the namespace from elsewhere.
-        for pid in everyone().filter(|pid| !pods.contains(pid) && netns.holds(*pid)) {
-            if let Some(process) = describe(pid) {
+        for pid in everyone().filter(|pid| !pids.contains(&pid.as_raw_nonzero()) && netns.holds(*pid)) {
+            if let Some(process) = describe(pid, false) {
                 take_sockets(pid, &process, &mut by_socket);
             }
         }
-        // Without a visible root no container is known either.
-        Ok(Self { cgroups, level: cgroup.level().unwrap_or_default(), by_socket, strays })
+        Ok(Self { cgroups, by_socket, strays })
+    }
+
+    /// Whether a socket was created in the pod, or is held by a process of it.
+    pub(crate) fn is_of_pod(&self, socket: &OpenSocket) -> bool {
+        socket.cgroup.is_some_and(|id| self.is_in_pod(id))
+            || self.process(socket).is_some_and(|process| process.is_in_pod)
     }
 
     pub(crate) fn process(&self, socket: &OpenSocket) -> Option<&SocketProcess> {
@@ -89,28 +109,30 @@ impl Inventory {
     /// A cgroup for people: from the pod's on, or its id.
     pub(crate) fn cgroup_name(&self, id: u64) -> Option<String> {
         match self.cgroups.get(&id) {
-            Some((path, _)) if path.as_os_str().is_empty() => None,
-            Some((path, _)) => Some(path.display().to_string()),
+            Some(PodCgroup { path, .. }) if path.as_os_str().is_empty() => None,
+            Some(PodCgroup { path, .. }) => Some(path.display().to_string()),
             None => Some(format!("id {id}")),
         }
     }
 
     /// The id of the cgroup around this one at a level; 0 if there is none in the pod.
     pub(crate) fn ancestor(&self, cgroup: Option<u64>, level: u32) -> u64 {
-        let Some((path, below)) = cgroup.and_then(|id| self.cgroups.get(&id)) else { return 0 };
-        let Some(up) = (self.level + below).checked_sub(level) else { return 0 };
-        let ancestor = path.ancestors().nth(up as usize);
-        let found = ancestor.and_then(|path| self.cgroups.iter().find(|(_, (own, _))| own == path));
-        found.map_or(0, |(id, _)| *id)
+        let Some(found) = cgroup.and_then(|id| self.cgroups.get(&id)) else { return 0 };
+        let Some(up) = found.level.checked_sub(level) else { return 0 };
+        let ancestor = found.path.ancestors().nth(up as usize);
+        let ancestor = ancestor.and_then(|path| {
+            self.cgroups.iter().find(|(_, cgroup)| cgroup.path == path && cgroup.level == level)
+        });
+        ancestor.map_or(0, |(id, _)| *id)
     }
 }
 
-fn add(pod: &Path, path: &Path, below: u32, cgroups: &mut BTreeMap<u64, (PathBuf, u32)>) {
-    let (Ok(found), Ok(relative)) = (fs::metadata(path), path.strip_prefix(pod)) else { return };
-    cgroups.insert(found.ino(), (relative.to_owned(), below));
+fn add(above: &Path, path: &Path, level: u32, cgroups: &mut BTreeMap<u64, PodCgroup>) {
+    let (Ok(found), Ok(relative)) = (fs::metadata(path), path.strip_prefix(above)) else { return };
+    cgroups.insert(found.ino(), PodCgroup { path: relative.to_owned(), level });
     let entries = fs::read_dir(path).into_iter().flatten().flatten();
     for entry in entries.filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir())) {
-        add(pod, &entry.path(), below + 1, cgroups);
+        add(above, &entry.path(), level + 1, cgroups);
     }
 }
 
@@ -119,13 +141,14 @@ fn everyone() -> impl Iterator<Item = Pid> {
     entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok().and_then(Pid::from_raw))
 }
 
-fn describe(pid: Pid) -> Option<SocketProcess> {
+fn describe(pid: Pid, is_in_pod: bool) -> Option<SocketProcess> {
     let process = Process::new(pid.as_raw_nonzero().get()).ok()?;
     let status = process.status().ok()?;
     let stat = process.stat().ok()?;
     let booted = procfs::boot_time_secs().unwrap_or_default();
     let started = booted + stat.starttime / procfs::ticks_per_second();
-    Some(SocketProcess { pid: process.pid, name: stat.comm, uid: status.fuid, gid: status.fgid, started })
+    let (name, uid, gid) = (stat.comm, status.fuid, status.fgid);
+    Some(SocketProcess { pid: process.pid, name, uid, gid, is_in_pod, started })
 }
 
 fn take_sockets(pid: Pid, process: &SocketProcess, by_socket: &mut BTreeMap<u64, SocketProcess>) {

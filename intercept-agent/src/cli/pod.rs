@@ -19,9 +19,8 @@ pub(crate) struct AuditArgs {
 
 #[derive(Args)]
 pub(crate) struct ProveArgs {
-    /// Cgroup of the attached pod
-    #[arg(long, value_name = "PATH")]
-    pub(crate) cgroup_path: PathBuf,
+    #[command(flatten)]
+    pub(crate) attachment: WhichCapture,
     /// Print JSON
     #[arg(long)]
     pub(crate) json: bool,

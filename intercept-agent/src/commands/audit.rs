@@ -36,17 +36,20 @@ fn of_cgroup(args: &AuditArgs) -> Result<Audit> {
         let path = cgroup.path().display();
         format!("cgroup {path} is not attached: attach it first with `intercept-agent attach`")
     };
-    let record = {
+    let (record, cgroups) = {
         let node = Node::find(&args.bpffs.bpffs)?.with_context(absent)?;
         let (cookie, _) = node.pod_of_cgroup(cgroup.id())?.with_context(absent)?;
-        node.record_of(cookie)?
+        let record = node.record_of(cookie)?;
+        let cgroups = record.as_ref().map(|record| node.open_cgroups(record)).unwrap_or_default();
+        (record, cgroups)
     };
     let netns = match record.as_ref().and_then(|record| record.netns()) {
         Some(netns) => netns,
         None => Netns::of_cgroup(&cgroup)?,
     };
+    let cgroups = if cgroups.is_empty() { vec![&cgroup] } else { cgroups.iter().collect() };
     // Reading the sockets may take long, and the node's lock is not held meanwhile.
-    let observed = ObservedSockets::of(&cgroup, &netns)?;
+    let observed = ObservedSockets::of(&cgroups, &netns)?;
     let node = Node::find(&args.bpffs.bpffs)?.with_context(absent)?;
     let Some(policy) = node.maps().policy(netns.cookie())? else { bail!(absent()) };
     let audited = Audited {

@@ -4,7 +4,6 @@ use anyhow::{Context as _, Result, bail};
 
 use super::{Failed, print_line};
 use crate::{
-    cgroup::CgroupDir,
     cli::ProveArgs,
     escape,
     netns::Netns,
@@ -35,9 +34,9 @@ pub(super) fn prove(args: &ProveArgs) -> Result<()> {
 }
 
 fn of_cgroup(args: &ProveArgs) -> Result<Proof> {
-    let cgroup = CgroupDir::open(&args.cgroup_path)?;
+    let cgroup = args.attachment.open()?;
     let absent = || {
-        let path = args.cgroup_path.display();
+        let path = cgroup.path().display();
         format!("cgroup {path} is not attached: attach it first with `intercept-agent attach`")
     };
     let node = Node::find(&args.bpffs.bpffs)?.with_context(absent)?;
@@ -51,13 +50,17 @@ fn of_cgroup(args: &ProveArgs) -> Result<Proof> {
         );
     }
     let maps = node.open_maps()?;
+    let cgroups = node.open_cgroups(&record);
     // A probe may take seconds, and the node's lock is not held meanwhile.
     drop(node);
     let netns = match record.netns() {
         Some(netns) => netns,
         None => Netns::of_cgroup(&cgroup)?,
     };
+    // The probe runs in the first, which is the one that was named.
+    let others = cgroups.iter().filter(|other| other.id() != cgroup.id());
+    let cgroups: Vec<_> = std::iter::once(&cgroup).chain(others).collect();
     let probed =
-        Probed { cgroup: &cgroup, netns: &netns, policy: &policy, config: &record.config, maps: &maps };
+        Probed { cgroups: &cgroups, netns: &netns, policy: &policy, config: &record.config, maps: &maps };
     Ok(probed.prove()?)
 }

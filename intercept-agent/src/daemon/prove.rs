@@ -80,7 +80,7 @@ fn probe_now(bpffs: &Path, applied: &AppliedPod) -> Result<ProbeResult, Box<dyn 
     let cgroup = CgroupDir::open(&applied.cgroup)?;
     let netns = applied.netns().ok_or("nothing leads to the pod's network namespace")?;
     let probed =
-        Probed { cgroup: &cgroup, netns: &netns, policy: &policy, config: &record.config, maps: &maps };
+        Probed { cgroups: &[&cgroup], netns: &netns, policy: &policy, config: &record.config, maps: &maps };
     let proof = match probed.prove() {
         Ok(proof) => match proof.failure() {
             Some((cause, text)) => Err(PodFailure { cause: cause.as_str().to_owned(), text }),
@@ -88,7 +88,7 @@ fn probe_now(bpffs: &Path, applied: &AppliedPod) -> Result<ProbeResult, Box<dyn 
         },
         Err(error) => ProbeResult::unprobed(OneLine(explained(&error)).to_string()).proof,
     };
-    let bypasses = ObservedSockets::of(&cgroup, &netns).map(|observed| {
+    let bypasses = ObservedSockets::of(&[&cgroup], &netns).map(|observed| {
         let audited = Audited {
             observed: &observed,
             cookie: applied.cookie,

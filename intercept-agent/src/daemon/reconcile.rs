@@ -116,6 +116,10 @@ impl Reconciler {
     }
 
     fn adopt_record(&mut self, record: &Record) {
+        if record.cookie.is_workload() {
+            // Not a pod: it stays as it is.
+            return;
+        }
         let key = Key::of_record(record);
         let pod = self.pods.entry(key.clone()).or_default();
         pod.last_verified = Some(Instant::now());

@@ -5,7 +5,7 @@ use aya_log::EbpfLogger;
 use intercept_common::{layout::PodPolicy, names};
 
 use super::{Node, NodeError};
-use crate::{ids::NetnsCookie, maps::Maps, record::Record, store::Store};
+use crate::{cgroup::CgroupDir, ids::NetnsCookie, maps::Maps, record::Record, store::Store};
 
 /// The attached pods.
 #[derive(Debug, Default)]
@@ -67,6 +67,13 @@ impl Node {
         pods.readable.sort_by_key(|(record, _)| record.since);
         pods.broken.sort_by_key(|pod| pod.cookie);
         Ok(pods)
+    }
+
+    /// Opens the cgroups of a pod or workload that are still attached: others of the same names may have taken their place.
+    pub fn open_cgroups(&self, record: &Record) -> Vec<CgroupDir> {
+        let attached = self.cgroups_of(record.cookie).unwrap_or_default();
+        let opened = record.cgroups().filter_map(|path| CgroupDir::open_any(path).ok());
+        opened.filter(|cgroup| attached.contains(&cgroup.id())).collect()
     }
 
     /// Returns the pod that is attached to this cgroup. Its links say so; its record is not read.

@@ -3,10 +3,10 @@
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use intercept_common::{
-    Addr, InboundFlow, OutboundFlow, PolicyLookup, ProxyListener, Verdict,
+    Addr, Family, InboundFlow, OutboundFlow, PolicyLookup, ProxyListener, Verdict,
     decide::{Owner, TproxyMark},
     decide_inbound, decide_outbound,
-    layout::policy,
+    layout::{ListenerKey, policy},
 };
 use netlink_packet_core::{NLM_F_DUMP, NLM_F_REQUEST};
 use netlink_packet_route::{
@@ -141,7 +141,13 @@ fn inbound(
     };
     // With '*', some of these are not excluded.
     let any = (PROBE_PORT..PROBE_PORT + 4096).take(4096);
-    let ports: Vec<u16> = if listed.is_empty() { any.collect() } else { listed };
+    let ports: Vec<u16> = if pod.policy.flags & policy::BY_LISTENER != 0 {
+        application_ports(pod, address)
+    } else if listed.is_empty() {
+        any.collect()
+    } else {
+        listed
+    };
     let remotes = DOCUMENTATION.into_iter().filter(|remote| remote.is_ipv4() == address.is_ipv4());
     for remote in remotes {
         let found = ports.iter().find(|port| {
@@ -154,6 +160,21 @@ fn inbound(
         }
     }
     None
+}
+
+/// The ports on which applications of a machine's workload listen for connections to an address.
+fn application_ports(pod: &Probed<'_>, address: IpAddr) -> Vec<u16> {
+    let cookie = pod.netns.cookie();
+    let registered = pod.maps.listeners(cookie).unwrap_or_default();
+    let is_for = |found: &&ListenerKey| {
+        let bound = |bound| ListenerKey::application(cookie, found.port, bound, 0);
+        let v4 = ListenerKey { family: Family::V4.version(), ..bound(Addr::UNSPECIFIED) };
+        let places = [bound(address.into()), bound(Addr::UNSPECIFIED), v4];
+        let is_family = |key: &ListenerKey| address.is_ipv4() || key.family() == Family::V6;
+        let is_at = |key: &ListenerKey| key.family == found.family && key.slot == found.slot;
+        found.is_application() && places.iter().any(|key| is_family(key) && is_at(key))
+    };
+    registered.iter().filter(is_for).map(|found| found.port).collect()
 }
 
 fn firsts(ports: &Ports) -> impl Iterator<Item = u16> {

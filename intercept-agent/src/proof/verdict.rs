@@ -189,7 +189,7 @@ impl<'a> Judge<'a> {
             return true;
         }
         // Its group is that of its process, and its container that of its cgroup: both take long to find.
-        let Ok(inventory) = Inventory::read(self.pod.cgroup, self.pod.netns) else { return false };
+        let Ok(inventory) = Inventory::read(self.pod.cgroups, self.pod.netns) else { return false };
         let owner = inventory.owner(listener);
         let container = policy.container_of(inventory.ancestor(listener.cgroup, policy.cgroup_level));
         policy.is_proxy(owner.uid, owner.gid) && policy.may_be_proxy(container)

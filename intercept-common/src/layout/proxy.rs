@@ -59,7 +59,7 @@ pub const APPLICATION_LISTENERS: u8 = 8;
 
 impl ListenerKey {
     /// The key of the listening socket `number` of a machine's application that is bound to this address. Its slot is the
-    /// address, or a hash of an IPv6 one.
+    /// address, or a hash of an IPv6 one: the programs compare the address of the socket as well.
     #[inline(always)]
     pub fn application(netns: NetnsCookie, port: u16, bound: Addr, number: u8) -> Self {
         let words = bound.words();

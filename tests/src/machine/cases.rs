@@ -4,16 +4,26 @@ use std::fs;
 
 use anyhow::{Result, ensure};
 
-use super::{CapturedMachine, guard, units, whole};
+use super::{CapturedMachine, beside, guard, observed, units, whole};
 
 type MachineCase = fn(&CapturedMachine) -> Result<()>;
 
-const CASES: [(&str, MachineCase); 5] = [
+const CASES: [(&str, MachineCase); 9] = [
     ("what is refused says why, and changes nothing", units::refusals),
     ("a unit is captured, others are not, and detach restores everything", units::one_workload),
     ("two workloads have a proxy each", units::two_workloads),
     ("what is not confirmed is taken off", guard::confirm),
     ("run releases the machine when it ends", guard::run),
+    ("queries of a workload go to its proxy", beside::dns),
+    ("another build replaces the programs of a workload", beside::upgrade),
+    ("prove makes connections of a unit", observed::prove),
+    ("an address with the same hash is another", observed::alike),
+];
+
+/// Those that need programs which virtual machines do not have, or more time.
+const ON_HOSTS: [(&str, MachineCase); 2] = [
+    ("audit names the sockets of the workload", observed::audit),
+    ("the daemon leaves a workload alone, and captures pods beside it", beside::daemon),
 ];
 
 /// Whether the root cgroup may be captured: only in a virtual machine.
@@ -34,7 +44,9 @@ pub fn run(filter: &str, root: RootCgroup) -> Result<usize> {
     let whole: (&str, MachineCase) =
         ("the whole machine is captured, but not its containers", whole::whole_machine);
     let whole = (root == RootCgroup::Capture).then_some(whole);
-    let selected: Vec<_> = whole.into_iter().chain(CASES).filter(|(name, _)| name.contains(filter)).collect();
+    let on_hosts = ON_HOSTS.into_iter().filter(|_| root == RootCgroup::Spare);
+    let selected: Vec<_> =
+        whole.into_iter().chain(CASES).chain(on_hosts).filter(|(name, _)| name.contains(filter)).collect();
     let mut failed = 0;
     for (name, case) in &selected {
         match case(&machine) {
