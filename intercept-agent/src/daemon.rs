@@ -13,6 +13,7 @@ mod inotify;
 pub mod kubernetes;
 pub mod mesh;
 pub mod metrics;
+pub mod mode;
 pub mod placement;
 pub mod plugin;
 pub mod protocol;

@@ -27,8 +27,12 @@ pub struct Api {
 pub struct Shared {
     /// The list of pods.
     pub pods: Vec<Value>,
-    /// The connections of watchers.
+    /// The list of namespaces.
+    pub namespaces: Vec<Value>,
+    /// The connections of watchers of pods.
     pub watchers: Vec<TcpStream>,
+    /// Those of watchers of namespaces.
+    pub namespace_watchers: Vec<TcpStream>,
     /// The first lines of all requests.
     pub asked: Vec<String>,
     /// The bodies of POST requests.
@@ -73,18 +77,23 @@ impl Api {
         self.state.lock().expect("whole")
     }
 
-    /// Sends an event to all watchers.
-    pub fn event(&self, kind: &str, mut pod: Value) {
+    /// Sends an event to all watchers of its kind.
+    pub fn event(&self, kind: &str, mut object: Value) {
         let mut shared = self.shared();
         shared.version += 1;
-        pod["metadata"]["resourceVersion"] = json!(shared.version.to_string());
-        let line = format!("{}\n", json!({ "type": kind, "object": pod }));
-        shared.watchers.retain_mut(|watcher| watcher.write_all(line.as_bytes()).is_ok());
+        object["metadata"]["resourceVersion"] = json!(shared.version.to_string());
+        let line = format!("{}\n", json!({ "type": kind, "object": object }));
+        let watchers =
+            if object["kind"] == "Namespace" { &mut shared.namespace_watchers } else { &mut shared.watchers };
+        watchers.retain_mut(|watcher| watcher.write_all(line.as_bytes()).is_ok());
     }
 
     /// Closes the connections of all watchers.
     pub fn cut(&self) {
-        self.shared().watchers.drain(..).for_each(|w| drop(w.shutdown(std::net::Shutdown::Both)));
+        let mut shared = self.shared();
+        let namespaces = std::mem::take(&mut shared.namespace_watchers);
+        let all = shared.watchers.drain(..).chain(namespaces);
+        all.for_each(|watcher| drop(watcher.shutdown(std::net::Shutdown::Both)));
     }
 }
 
@@ -107,15 +116,21 @@ fn answer(mut stream: TcpStream, shared: &Mutex<Shared>) {
         shared.asked.push(request);
         return sent.expect("sent");
     }
+    let of_namespaces = request.starts_with("GET /api/v1/namespaces?");
     let sent = if request.contains("watch=true") {
         let sent = stream.write_all(head.as_bytes());
-        shared.watchers.push(stream);
+        let watchers = if of_namespaces { &mut shared.namespace_watchers } else { &mut shared.watchers };
+        watchers.push(stream);
         sent
     } else {
+        let (kind, items) = match of_namespaces {
+            true => ("NamespaceList", &shared.namespaces),
+            false => ("PodList", &shared.pods),
+        };
         let list = json!({
-            "kind": "PodList", "apiVersion": "v1",
+            "kind": kind, "apiVersion": "v1",
             "metadata": { "resourceVersion": shared.version.to_string() },
-            "items": shared.pods,
+            "items": items,
         });
         stream.write_all(format!("{head}{list}").as_bytes())
     };
@@ -125,6 +140,14 @@ fn answer(mut stream: TcpStream, shared: &Mutex<Shared>) {
 
 /// The injector's status annotation of a pod whose sidecar does not capture by itself.
 pub const INJECTED: &str = r#"{"initContainers":["istio-validation"],"containers":["istio-proxy"]}"#;
+
+/// A namespace whose label asks for this mode.
+pub fn namespace(name: &str, mode: &str) -> Value {
+    json!({
+        "apiVersion": "v1", "kind": "Namespace",
+        "metadata": { "name": name, "resourceVersion": "1", "labels": { "intercept/mode": mode } },
+    })
+}
 
 /// A running injected pod in the namespace `shop`.
 pub fn pod(name: &str, uid: &str, spec: &Value, annotations: &Value) -> Value {

@@ -79,8 +79,13 @@ fn pods_of_the_api_are_captured_followed_and_released() {
         "{events:?}"
     );
     let asked = api.shared().asked.clone();
-    let mut questions = asked.iter().filter(|request| request.starts_with("GET "));
-    assert!(questions.all(|request| request.contains("spec.nodeName%3Dnode-1")), "{asked:?}");
+    let questions = |of: &'static str| asked.iter().filter(move |request| request.starts_with(of));
+    assert!(questions("GET /api/v1/pods").all(|asked| asked.contains("spec.nodeName%3Dnode-1")), "{asked:?}");
+    // Of namespaces only those with a label matter.
+    let mut of_namespaces = questions("GET /api/v1/namespaces");
+    assert!(of_namespaces.all(|asked| asked.contains("labelSelector=intercept%2Fmode")), "{asked:?}");
+    let known = questions("GET /api/v1/pods").chain(questions("GET /api/v1/namespaces")).count();
+    assert_eq!(questions("GET ").count(), known, "{asked:?}");
 
     // A changed annotation, in place.
     let excluded = json!({ "traffic.sidecar.istio.io/excludeOutboundIPRanges": "10.96.0.0/16" });

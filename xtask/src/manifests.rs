@@ -56,7 +56,7 @@ const REFUSED: [(&str, &str); 13] = [
 ];
 
 /// Texts that must or must not be in the manifests with a value.
-const EFFECTS: [(&[&str], Option<&str>, &str, bool); 14] = [
+const EFFECTS: [(&[&str], Option<&str>, &str, bool); 16] = [
     (&[], None, "appArmorProfile: { type: Unconfined }", true),
     (&[], Some("1.29"), "appArmorProfile", false),
     (&[], Some("1.29"), "container.apparmor.security.beta.kubernetes.io/agent: unconfined", true),
@@ -72,8 +72,10 @@ const EFFECTS: [(&[&str], Option<&str>, &str, bool); 14] = [
     (&["resources.limits.memory=64Mi"], None, "memory: 64Mi", true),
     (&["cni.install=false"], None, "cni", false),
     (&["cni.standalone=istio-cni"], None, "kind: NetworkAttachmentDefinition", true),
-    (&["mesh=linkerd"], None, "resources: [namespaces]", true),
-    (&["mesh=kuma"], None, "resources: [namespaces]", false),
+    (&["watch=true"], None, "resources: [namespaces]", true),
+    (&["watch=false"], None, "resources: [namespaces]", false),
+    (&["mode=enforce"], None, "--shadow", false),
+    (&["mode=shadow", "cni.options={--accelerate}"], None, "- --shadow\n            - --accelerate", true),
     (&["excludeNamespaces={a,b}"], None, "--exclude-namespaces=a,b", true),
     (&["metrics.address=0.0.0.0"], None, "host: 127.0.0.1", true),
 ];

@@ -107,6 +107,11 @@ impl CaptureArgs {
         self.validate_with(&EtcFiles::of_pod(cgroup))
     }
 
+    /// Whether these are valid options of shadow mode.
+    pub fn is_shadow(&self) -> bool {
+        self.check().is_ok_and(|config| config.shadow)
+    }
+
     /// Validates options that name no user or group.
     pub fn check(&self) -> Result<Config, CaptureArgsError> {
         self.validate_with(&EtcFiles::below("/"))
@@ -132,6 +137,16 @@ impl CaptureArgs {
             }
         }
         Ok(config)
+    }
+}
+
+impl CaptureOptions {
+    /// Whether nothing is changed for the pod.
+    pub fn is_shadow(&self) -> bool {
+        match self {
+            Self::Args(given) => given.is_shadow(),
+            Self::Config(config) => config.shadow,
+        }
     }
 }
 

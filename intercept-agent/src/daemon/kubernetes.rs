@@ -33,6 +33,7 @@ use crate::ids::PodUid;
 mod namespaces;
 mod watch;
 
+pub(super) use namespaces::InheritingPod;
 use namespaces::Namespaces;
 use watch::Watch;
 
@@ -151,7 +152,7 @@ impl PodWatch {
     }
 
     /// Sends the claim for a pod. Returns the object's UID.
-    fn apply(&mut self, pod: &Pod) -> Option<ObjectUid> {
+    fn apply(&mut self, pod: &InheritingPod) -> Option<ObjectUid> {
         let (key, mut claim) = claim(pod, &self.selection, &self.defaults)?;
         let uid = claim.id.uid.clone();
         self.unplaced.remove(&uid);
@@ -201,9 +202,15 @@ impl PodWatch {
 }
 
 /// Returns the claim of an object and the key of its pod, without the pod's place.
-pub(super) fn claim(pod: &Pod, selection: &Selection, defaults: &CaptureArgs) -> Option<(Key, ObjectClaim)> {
+pub(super) fn claim(
+    inheriting: &InheritingPod,
+    selection: &Selection,
+    defaults: &CaptureArgs,
+) -> Option<(Key, ObjectClaim)> {
+    let InheritingPod { pod, mode } = inheriting;
     let (key, id) = identify(pod)?;
-    let verdict = sidecar::decide(&metadata(pod), selection, defaults);
+    let metadata = PodMetadata { namespace_mode: mode.clone(), ..metadata(pod) };
+    let verdict = sidecar::decide(&metadata, selection, defaults);
     let created = pod.metadata.creation_timestamp.as_ref().map_or(i64::MAX, |time| time.0.as_second());
     Some((
         key,
@@ -278,6 +285,7 @@ fn metadata(pod: &Pod) -> PodMetadata {
     PodMetadata {
         namespace: pod.metadata.namespace.clone().unwrap_or_default(),
         annotations: pod.metadata.annotations.clone().unwrap_or_default(),
+        namespace_mode: None,
         inject_label: pod.metadata.labels.as_ref().and_then(|labels| labels.get(INJECT)).cloned(),
         control_plane: pod.metadata.labels.as_ref().is_some_and(|labels| labels.contains_key(CONTROL_PLANE)),
         host_network: spec.and_then(|spec| spec.host_network).unwrap_or_default(),

@@ -6,6 +6,7 @@ use serde::Deserialize;
 
 use super::{
     desired::CaptureArgs,
+    mode,
     sidecar::{
         self, AnnotationError, Container, IgnoreReason, Ipv6, PodMetadata, PodVerdict, Selection, SidecarArgs,
     },
@@ -59,7 +60,7 @@ pub(super) fn decide(pod: &PodMetadata, selection: &Selection, defaults: &Captur
     else {
         return Ok(PodVerdict::Ignore(IgnoreReason::NoSidecar));
     };
-    if pod.containers.iter().any(|container| container.name == init && container.init) {
+    if pod.captures_itself(init, defaults)? {
         return Ok(PodVerdict::Ignore(IgnoreReason::CapturesItself));
     }
     let known = Known { proxy: Some(proxy), control_plane: pod.control_plane };
@@ -73,7 +74,11 @@ pub(super) fn decide_by_annotations(
     defaults: &CaptureArgs,
 ) -> (MeshVerdict, Certainty) {
     if selection.mesh == Mesh::Consul {
-        return (consul::capture(annotations, selection, defaults), Certainty::Certain);
+        let verdict = consul::capture(annotations, selection, defaults);
+        let is_captured = matches!(verdict, Ok(PodVerdict::Capture(_)));
+        // Only the API has the label of the namespace.
+        let may_change = is_captured && !annotations.contains_key(mode::NAME);
+        return (verdict, if may_change { Certainty::Provisional } else { Certainty::Certain });
     }
     if !selection.mesh.has_injected(annotations) {
         return (Ok(PodVerdict::Ignore(IgnoreReason::NoSidecar)), Certainty::Certain);

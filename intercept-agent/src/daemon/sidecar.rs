@@ -10,6 +10,7 @@ use serde::Deserialize;
 use super::{
     desired::CaptureArgs,
     mesh::{self, Mesh},
+    mode::{self, ModeClaims, PodMode},
     view::Certainty,
 };
 use crate::options::parse_bool;
@@ -86,6 +87,8 @@ pub struct PodMetadata {
     pub namespace: String,
     /// Annotations.
     pub annotations: BTreeMap<String, String>,
+    /// The label [`mode::NAME`] of its namespace.
+    pub namespace_mode: Option<String>,
     /// Value of the label `sidecar.istio.io/inject`.
     pub inject_label: Option<String>,
     /// Whether a label says that the pod belongs to Linkerd's control plane.
@@ -111,6 +114,25 @@ pub struct Container {
     pub environment: BTreeMap<String, String>,
     /// Arguments.
     pub args: Vec<String>,
+}
+
+impl PodMetadata {
+    fn modes(&self) -> ModeClaims<'_> {
+        ModeClaims {
+            annotation: self.annotations.get(mode::NAME).map(String::as_str),
+            label: self.namespace_mode.as_deref(),
+        }
+    }
+
+    /// Whether this init container captures the pod, so that the agent does not. In shadow mode both may.
+    pub(super) fn captures_itself(
+        &self,
+        init: &str,
+        defaults: &CaptureArgs,
+    ) -> Result<bool, AnnotationError> {
+        let has_init = self.containers.iter().any(|container| container.name == init && container.init);
+        Ok(has_init && self.modes().mode(defaults)? == PodMode::Enforce)
+    }
 }
 
 impl Container {
@@ -204,15 +226,22 @@ impl IgnoreReason {
 
 /// An annotation with an invalid value.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("annotation {annotation}: {problem}")]
+#[error("{place} {name}: {problem}")]
 pub struct AnnotationError {
-    annotation: String,
+    /// What has the name.
+    place: &'static str,
+    name: String,
     problem: String,
 }
 
 impl AnnotationError {
     pub(super) fn new(annotation: &str, problem: String) -> Self {
-        Self { annotation: annotation.to_owned(), problem }
+        Self { place: "annotation", name: annotation.to_owned(), problem }
+    }
+
+    /// As [`Self::new`], for a label of the pod's namespace.
+    pub(super) fn of_namespace(label: &str, problem: String) -> Self {
+        Self { place: "label of the namespace", name: label.to_owned(), problem }
     }
 
     /// Checks a value. The error of the option would name a flag that the author of the annotation does not know.
@@ -227,7 +256,8 @@ impl AnnotationError {
 
 /// Whether a verdict depends on an annotation. The plugin does not pass on others.
 pub fn reads(annotation: &str) -> bool {
-    [STATUS, PROXY_CONFIG, INJECT, EXCLUDE_INBOUND, OPEN, ACCELERATE, EXEMPT].contains(&annotation)
+    [STATUS, PROXY_CONFIG, INJECT, EXCLUDE_INBOUND, OPEN, ACCELERATE, EXEMPT, mode::NAME]
+        .contains(&annotation)
         || ANNOTATIONS.iter().any(|(name, ..)| *name == annotation)
         || mesh::reads(annotation)
 }
@@ -249,12 +279,13 @@ pub fn decide(
     if let Some(why) = elsewhere {
         return Ok(PodVerdict::Ignore(why));
     }
+    let modes = pod.modes();
     if selection.mesh != Mesh::Istio {
-        return mesh::decide(pod, selection, defaults);
+        return modes.apply(mesh::decide(pod, selection, defaults)?);
     }
-    match ignore_reason(pod) {
+    match ignore_reason(pod, defaults)? {
         Some(why) => Ok(PodVerdict::Ignore(why)),
-        None => capture(&pod.annotations, proxy(&pod.containers), selection, defaults),
+        None => modes.apply(capture(&pod.annotations, proxy(&pod.containers), selection, defaults)?),
     }
 }
 
@@ -262,17 +293,21 @@ fn proxy(containers: &[Container]) -> Option<&Container> {
     containers.iter().find(|container| container.name == PROXY && !container.init)
 }
 
-fn ignore_reason(pod: &PodMetadata) -> Option<IgnoreReason> {
-    let Some(proxy) = proxy(&pod.containers) else { return Some(IgnoreReason::NoSidecar) };
+fn ignore_reason(pod: &PodMetadata, defaults: &CaptureArgs) -> Result<Option<IgnoreReason>, AnnotationError> {
+    let Some(proxy) = proxy(&pod.containers) else { return Ok(Some(IgnoreReason::NoSidecar)) };
     if !pod.annotations.contains_key(STATUS) {
-        return Some(IgnoreReason::NotInjected);
+        return Ok(Some(IgnoreReason::NotInjected));
     }
     if pod.containers.iter().filter(|container| !container.init).count() < 2 {
-        return Some(IgnoreReason::OnlyProxy);
+        return Ok(Some(IgnoreReason::OnlyProxy));
     }
-    if pod.containers.iter().any(|container| container.name == INIT && container.init) {
-        return Some(IgnoreReason::CapturesItself);
+    if pod.captures_itself(INIT, defaults)? {
+        return Ok(Some(IgnoreReason::CapturesItself));
     }
+    Ok(reason_not_to_capture(pod, proxy))
+}
+
+fn reason_not_to_capture(pod: &PodMetadata, proxy: &Container) -> Option<IgnoreReason> {
     let inject = pod.inject_label.as_ref().or_else(|| pod.annotations.get(INJECT));
     if inject.and_then(|value| parse_bool(value)) == Some(false) {
         return Some(IgnoreReason::InjectDisabled);
@@ -310,8 +345,11 @@ pub fn decide_by_annotations(
     let Some(annotations) = annotations else {
         return (ignore(IgnoreReason::AnnotationsUnknown), Certainty::Provisional);
     };
+    let modes = ModeClaims { annotation: annotations.get(mode::NAME).map(String::as_str), label: None };
+    let applied = |verdict: Result<PodVerdict, _>| verdict.and_then(|verdict| modes.apply(verdict));
     if selection.mesh != Mesh::Istio {
-        return mesh::decide_by_annotations(annotations, selection, defaults);
+        let (verdict, certainty) = mesh::decide_by_annotations(annotations, selection, defaults);
+        return (applied(verdict), certainty);
     }
     let Some(status) = annotations.get(STATUS) else {
         return (ignore(IgnoreReason::NoSidecar), Certainty::Certain);
@@ -319,8 +357,9 @@ pub fn decide_by_annotations(
     let injected = InjectionStatus::read(status);
     let inject = annotations.get(INJECT);
     let proxy = Container { environment: proxy_metadata(annotations), ..Container::default() };
-    let verdict = if injected.has_init(INIT) {
-        ignore(IgnoreReason::CapturesItself)
+    let mode = modes.mode(defaults);
+    let verdict = if injected.has_init(INIT) && mode != Ok(PodMode::Shadow) {
+        mode.and_then(|_| ignore(IgnoreReason::CapturesItself))
     } else if injected.is_without(PROXY) {
         ignore(IgnoreReason::NoSidecar)
     } else if inject.and_then(|value| parse_bool(value)) == Some(false) {
@@ -329,8 +368,8 @@ pub fn decide_by_annotations(
         ignore(IgnoreReason::ModeNone)
     } else if proxy.is_set("DISABLE_ENVOY") {
         ignore(IgnoreReason::ProxyDisabled)
-    } else if annotations.contains_key(MODE) || injected.has_init(VALIDATION) {
-        capture(annotations, Some(&proxy), selection, defaults)
+    } else if annotations.contains_key(MODE) || injected.has_init(VALIDATION) || injected.has_init(INIT) {
+        applied(capture(annotations, Some(&proxy), selection, defaults))
     } else {
         ignore(IgnoreReason::TemplateUnknown)
     };

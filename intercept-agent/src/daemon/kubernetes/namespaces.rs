@@ -1,4 +1,4 @@
-//! Annotations that pods inherit from their namespace.
+//! What pods inherit from their namespace: annotations of the mesh, and the label with their mode.
 
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
@@ -12,30 +12,45 @@ use kube::{
 };
 
 use super::watch::Watch;
-use crate::daemon::{mesh::Mesh, view::ObjectUid};
+use crate::daemon::{mesh::Mesh, mode, view::ObjectUid};
 
-/// The namespaces, if the mesh reads their annotations, and the pods that may inherit them.
+/// The namespaces from which pods inherit something, and the pods that may.
 pub(super) struct Namespaces {
     mesh: Mesh,
-    /// `None` if the mesh does not read annotations of namespaces.
     watch: Option<Watch<Namespace>>,
-    known: HashMap<String, BTreeMap<String, String>>,
-    listing: HashMap<String, BTreeMap<String, String>>,
+    known: HashMap<String, Heritage>,
+    listing: HashMap<String, Heritage>,
     listed: bool,
     /// The node's pods as the API has them.
     pods: HashMap<ObjectUid, Pod>,
 }
 
+/// What the pods of a namespace inherit.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+struct Heritage {
+    annotations: BTreeMap<String, String>,
+    /// The value of the label [`mode::NAME`].
+    mode: Option<String>,
+}
+
+/// A pod of the API with what it inherits.
+pub struct InheritingPod {
+    /// The pod, with the annotations of its namespace that it does not have itself.
+    pub pod: Pod,
+    /// The mode that the label of its namespace asks for.
+    pub mode: Option<String>,
+}
+
 impl Namespaces {
-    /// Watches all namespaces if the mesh needs them.
+    /// Watches the namespaces from which a pod may inherit something: all if the mesh reads their annotations, else those
+    /// with a label.
     pub(super) fn new(client: Client, mesh: Mesh) -> Self {
-        let watch = mesh
-            .reads_namespaces()
-            .then(|| Watch::new(Api::all(client), watcher::Config::default(), "namespaces"));
+        let all = watcher::Config::default();
+        let config = if mesh.reads_namespaces() { all } else { all.labels(mode::NAME) };
         Self {
             mesh,
-            listed: watch.is_none(),
-            watch,
+            listed: false,
+            watch: Some(Watch::new(Api::all(client), config, "namespaces")),
             known: HashMap::new(),
             listing: HashMap::new(),
             pods: HashMap::new(),
@@ -47,11 +62,8 @@ impl Namespaces {
         self.listed
     }
 
-    /// Returns a pod with the annotations of its namespace that it does not have itself.
-    pub(super) fn inherit(&mut self, pod: Pod) -> Pod {
-        if self.watch.is_none() {
-            return pod;
-        }
+    /// Returns a pod with what it inherits from its namespace.
+    pub(super) fn inherit(&mut self, pod: Pod) -> InheritingPod {
         let merged = self.merged(&pod);
         if let Some(uid) = uid(&pod) {
             self.pods.insert(uid, pod);
@@ -59,14 +71,15 @@ impl Namespaces {
         merged
     }
 
-    fn merged(&self, pod: &Pod) -> Pod {
-        let mut merged = pod.clone();
+    fn merged(&self, pod: &Pod) -> InheritingPod {
+        let mut merged = InheritingPod { pod: pod.clone(), mode: None };
         let namespace = pod.metadata.namespace.as_deref().unwrap_or_default();
-        if let Some(inherited) = self.known.get(namespace) {
-            let own = merged.metadata.annotations.get_or_insert_default();
-            for (name, value) in inherited {
+        if let Some(Heritage { annotations, mode }) = self.known.get(namespace) {
+            let own = merged.pod.metadata.annotations.get_or_insert_default();
+            for (name, value) in annotations {
                 own.entry(name.clone()).or_insert_with(|| value.clone());
             }
+            merged.mode.clone_from(mode);
         }
         merged
     }
@@ -83,14 +96,15 @@ impl Namespaces {
         self.pods.retain(|uid, _| listed.contains(uid));
     }
 
-    /// Waits for changes. Returns the pods whose inherited annotations have changed. Never returns if the mesh does not
-    /// read annotations of namespaces. Can be cancelled.
-    pub(super) async fn changed(&mut self) -> Vec<Pod> {
+    /// Waits for changes or the first list. Returns the pods that inherit something else now. Can be cancelled.
+    pub(super) async fn changed(&mut self) -> Vec<InheritingPod> {
         loop {
             let Some(watch) = &mut self.watch else { return future::pending().await };
             let Some(event) = watch.next().await else { return future::pending().await };
+            let was_known = self.listed;
             let changed = self.handle(event);
-            if !changed.is_empty() {
+            // The caller reads pods from the first list on, though it may be empty.
+            if !changed.is_empty() || self.listed != was_known {
                 let of =
                     |pod: &&Pod| pod.metadata.namespace.as_ref().is_some_and(|name| changed.contains(name));
                 return self.pods.values().filter(of).map(|pod| self.merged(pod)).collect();
@@ -98,14 +112,14 @@ impl Namespaces {
         }
     }
 
-    /// Returns the names of the namespaces whose annotations have changed.
+    /// Returns the names of the namespaces that have changed.
     fn handle(&mut self, event: Event<Namespace>) -> HashSet<String> {
         let mut changed = HashSet::new();
         match event {
             Event::Init => self.listing.clear(),
             Event::InitApply(namespace) => {
-                let (name, annotations) = self.read(&namespace);
-                self.listing.insert(name, annotations);
+                let (name, heritage) = self.read(&namespace);
+                self.listing.insert(name, heritage);
             }
             Event::InitDone => {
                 let before = std::mem::replace(&mut self.known, std::mem::take(&mut self.listing));
@@ -115,26 +129,30 @@ impl Namespaces {
                 self.listed = true;
             }
             Event::Apply(namespace) => {
-                let (name, annotations) = self.read(&namespace);
-                if self.known.get(&name) != Some(&annotations) {
-                    self.known.insert(name.clone(), annotations);
+                let (name, heritage) = self.read(&namespace);
+                if self.known.get(&name) != Some(&heritage) {
+                    self.known.insert(name.clone(), heritage);
                     changed.insert(name);
                 }
             }
-            // Its pods end before it does.
+            // Or its label has been removed.
             Event::Delete(namespace) => {
-                self.known.remove(namespace.metadata.name.as_deref().unwrap_or_default());
+                let name = namespace.metadata.name.unwrap_or_default();
+                if self.known.remove(&name).is_some() {
+                    changed.insert(name);
+                }
             }
         }
         changed
     }
 
-    /// A namespace's name and the annotations that pods inherit.
-    fn read(&self, namespace: &Namespace) -> (String, BTreeMap<String, String>) {
+    /// A namespace's name and what pods inherit.
+    fn read(&self, namespace: &Namespace) -> (String, Heritage) {
         let all = namespace.metadata.annotations.iter().flatten();
         let inherited = all.filter(|(name, _)| self.mesh.inherits(name));
-        let inherited = inherited.map(|(name, value)| (name.clone(), value.clone())).collect();
-        (namespace.metadata.name.clone().unwrap_or_default(), inherited)
+        let annotations = inherited.map(|(name, value)| (name.clone(), value.clone())).collect();
+        let mode = namespace.metadata.labels.as_ref().and_then(|labels| labels.get(mode::NAME)).cloned();
+        (namespace.metadata.name.clone().unwrap_or_default(), Heritage { annotations, mode })
     }
 }
 
@@ -190,7 +208,7 @@ mod tests {
         assert_eq!(namespaces.handle(Event::InitDone).len(), 2);
         assert!(namespaces.are_known());
         let merged = |namespaces: &Namespaces, name, own| {
-            let merged = namespaces.merged(&pod("u", name, &own));
+            let merged = namespaces.merged(&pod("u", name, &own)).pod;
             (
                 skipped(&merged).map(str::to_owned),
                 merged.metadata.annotations.is_some_and(|all| all.contains_key("other")),
@@ -211,5 +229,27 @@ mod tests {
         namespaces.handle(apply(json!({ SKIP: "1" })));
         namespaces.handle(Event::Init);
         assert_eq!(namespaces.handle(Event::InitDone).len(), 2);
+    }
+
+    #[test]
+    fn a_label_that_is_changed_or_removed_is_a_change() {
+        let mut namespaces = without_watch();
+        let labelled = |mode: &str| {
+            let metadata = json!({ "name": "shop", "labels": { mode::NAME: mode, "other": "1" } });
+            serde_json::from_value(json!({ "metadata": metadata })).expect("a namespace")
+        };
+        let mode_of = |namespaces: &Namespaces| namespaces.merged(&pod("u", "shop", &json!({}))).mode;
+        let shop = HashSet::from(["shop".to_owned()]);
+        namespaces.handle(Event::Init);
+        namespaces.handle(Event::InitApply(labelled("shadow")));
+        assert_eq!(namespaces.handle(Event::InitDone), shop);
+        assert_eq!(mode_of(&namespaces).as_deref(), Some("shadow"));
+        assert_eq!(namespaces.handle(Event::Apply(labelled("enforce"))), shop);
+        assert_eq!(mode_of(&namespaces).as_deref(), Some("enforce"));
+        assert!(namespaces.handle(Event::Apply(labelled("enforce"))).is_empty());
+        // Without the label, the watch does not select it any more.
+        assert_eq!(namespaces.handle(Event::Delete(labelled("enforce"))), shop);
+        assert_eq!(mode_of(&namespaces), None);
+        assert!(namespaces.handle(Event::Delete(labelled("enforce"))).is_empty());
     }
 }

@@ -445,18 +445,23 @@ impl PodMachine {
             let failures = self.backoff.failures;
             commands.push(MachineCommand::LogFailed { failure: failure.clone(), failures, retry_in });
         }
-        commands.extend([
-            MachineCommand::AnswerReleased(Err(failure.clone())),
-            MachineCommand::Answer(Err(failure.clone())),
-        ]);
+        // Nothing depends on shadow mode, least of all the start of a pod.
+        let fails_add = context.add_waits && !self.is_shadow();
+        let answer = if self.is_shadow() { Ok("not_shadowed") } else { Err(failure.clone()) };
+        commands
+            .extend([MachineCommand::AnswerReleased(Err(failure.clone())), MachineCommand::Answer(answer)]);
         self.failure = Some(failure);
         if context.add_waits || cause == Cause::Options || age >= EVENT_AFTER {
             commands.extend(self.publish());
         }
-        if context.add_waits {
+        if fails_add {
             commands.push(MachineCommand::EndFailedAdd);
         }
         commands
+    }
+
+    fn is_shadow(&self) -> bool {
+        matches!(&self.intent, Intent::Desired(desired, _) if desired.options.is_shadow())
     }
 
     /// Publishes an event, once for a series of equal failures.

@@ -5,9 +5,13 @@ use serde_json::{Value, json};
 use super::*;
 use crate::daemon::{
     desired::{CaptureArgs, Key},
-    kubernetes,
+    kubernetes::{self, InheritingPod},
+    mode,
     sidecar::{self, Selection},
 };
+
+/// Beside the fields of a pod: the label of its namespace.
+const NAMESPACE_MODE: &str = "namespaceMode";
 
 const UID: &str = "5f0c8a52-52f6-4c0e-9d0e-2f4f7f2a1f10";
 const HASH: &str = "0123456789abcdef0123456789abcdef";
@@ -30,7 +34,8 @@ fn pod(annotations: &Value, proxy: &Value) -> Value {
 }
 
 fn object(pod: &Value) -> ObjectClaim {
-    let pod = serde_json::from_value(pod.clone()).expect("a pod");
+    let mode = pod[NAMESPACE_MODE].as_str().map(str::to_owned);
+    let pod = InheritingPod { pod: serde_json::from_value(pod.clone()).expect("a pod"), mode };
     let (_, claim) =
         kubernetes::claim(&pod, &Selection::default(), &CaptureArgs::default()).expect("a claim");
     ObjectClaim { place: ObjectPlace::Cgroup("/kubepods/pod".into()), ..claim }
@@ -69,7 +74,8 @@ fn as_str(resolution: &Resolution) -> String {
                 [] => "",
                 _ => " joined",
             };
-            format!("captured as {}{joined} dns={dns} netns={netns}", uid.expect("a user"))
+            let shadow = if given.is_shadow() { " in shadow" } else { "" };
+            format!("captured as {}{joined} dns={dns}{shadow} netns={netns}", uid.expect("a user"))
         }
         Resolution::Ignore(why) => why.as_str().to_owned(),
         Resolution::Refuse(_) => "refused".to_owned(),
@@ -98,6 +104,11 @@ fn kinds() -> Vec<ClaimKind> {
     let kind = |what, pod, by_annotations, by_api| ClaimKind { what, pod, by_annotations, by_api };
     let captured = "captured as 1337 dns=false";
     let joined = "captured as 1337 joined dns=false";
+    let shadowed = "captured as 1337 dns=false in shadow";
+    let in_namespace = |mode: &str, mut pod: Value| {
+        pod[NAMESPACE_MODE] = json!(mode);
+        pod
+    };
     let mut labelled = pod(&with("sidecar.istio.io/inject", "false"), &proxy);
     labelled["metadata"]["labels"] = json!({ "sidecar.istio.io/inject": "true" });
     let mut with_init = pod(&status, &proxy);
@@ -131,7 +142,26 @@ fn kinds() -> Vec<ClaimKind> {
             "gateway",
         ),
         kind("gRPC without a proxy", pod(&other, &grpc), "template_unknown", "proxy_disabled"),
-        kind("with istio-init", with_init, captured, "captures_itself"),
+        kind("with istio-init", with_init.clone(), captured, "captures_itself"),
+        kind("in shadow", pod(&with(mode::NAME, "shadow"), &proxy), shadowed, shadowed),
+        kind("in force", pod(&with(mode::NAME, "enforce"), &proxy), captured, captured),
+        kind("in a namespace in shadow", in_namespace("shadow", pod(&status, &proxy)), captured, shadowed),
+        kind(
+            "in force in such a namespace",
+            in_namespace("shadow", pod(&with(mode::NAME, "enforce"), &proxy)),
+            captured,
+            captured,
+        ),
+        kind(
+            "in shadow in a namespace in force",
+            in_namespace("enforce", pod(&with(mode::NAME, "shadow"), &proxy)),
+            shadowed,
+            shadowed,
+        ),
+        kind("with istio-init, in shadow", in_namespace("shadow", with_init.clone()), captured, shadowed),
+        kind("a mode that is none", pod(&with(mode::NAME, "on"), &proxy), "refused", "refused"),
+        kind("a label that is none", in_namespace("on", pod(&status, &proxy)), captured, "refused"),
+        kind("with istio-init, and neither", in_namespace("on", with_init), captured, "refused"),
         kind(
             "inject no",
             pod(&with("sidecar.istio.io/inject", "false"), &proxy),
@@ -264,7 +294,7 @@ fn a_mirror_pod_of_another_name_neither_changes_nor_releases_a_static_pod() {
             "spec": { "containers": [{ "name": "app" }, { "name": "istio-proxy" }] },
             "status": { "phase": "Running" },
         });
-        let pod = serde_json::from_value(pod).expect("a pod");
+        let pod = InheritingPod { pod: serde_json::from_value(pod).expect("a pod"), mode: None };
         let (key, claim) =
             kubernetes::claim(&pod, &Selection::default(), &CaptureArgs::default()).expect("a claim");
         assert_eq!(key, Key::Pod(pod_uid(HASH)));

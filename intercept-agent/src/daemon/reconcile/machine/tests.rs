@@ -5,7 +5,7 @@ use std::time::Duration;
 use super::{event::RUNNING_PATIENCE, *};
 use crate::{
     daemon::{
-        desired::CaptureOptions,
+        desired::{CaptureArgs, CaptureOptions},
         reconcile::PodResult,
         view::{ClaimError, Stage},
     },
@@ -17,11 +17,16 @@ use crate::{
 type TableStep = (MachineEvent, &'static str, &'static str);
 
 fn desired(cgroup: &str) -> MachineEvent {
+    desired_with(cgroup, &[])
+}
+
+fn desired_with(cgroup: &str, arguments: &[&str]) -> MachineEvent {
+    let arguments = arguments.iter().map(|argument| (*argument).to_owned()).collect();
     MachineEvent::Resolved(Resolution::Capture(Box::new(DesiredPod {
         origin: RecordOrigin::Command,
         cgroup: cgroup.into(),
         netns: None,
-        options: CaptureOptions::Args(crate::daemon::desired::CaptureArgs::default()),
+        options: CaptureOptions::Args(CaptureArgs { arguments, ..CaptureArgs::default() }),
     })))
 }
 
@@ -293,6 +298,18 @@ fn a_failed_add_is_answered_and_ended() {
             (
                 MachineEvent::CaptureFailed(failed(Cause::Kernel, "x")),
                 "count log(1) del:fail(x) add:fail(x) publish(x) end-add",
+                "failed unapplied later",
+            ),
+        ],
+    );
+    run(
+        "a shadow that fails, on which nothing depends",
+        &waits,
+        vec![
+            (desired_with("/a", &["--shadow"]), "capture(-)!", "pending capturing"),
+            (
+                MachineEvent::CaptureFailed(failed(Cause::Kernel, "x")),
+                "count log(1) del:fail(x) add:not_shadowed publish(x)",
                 "failed unapplied later",
             ),
         ],
