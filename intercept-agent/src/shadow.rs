@@ -18,6 +18,10 @@ use crate::{
     trace,
 };
 
+mod news;
+
+pub use news::ShadowRecord;
+
 /// What was found for a pod. The names in JSON are stable.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct ShadowReport {
@@ -102,7 +106,24 @@ fn direction(reason: Reason) -> &'static str {
     }
 }
 
+/// A kind of difference: the reason, what would have become of the flow, and what became of it.
+pub type DifferenceKind = (&'static str, &'static str, &'static str);
+
 impl ShadowReport {
+    /// Reads the reports of all pods in shadow mode.
+    pub fn read_all(maps: &ShadowMaps) -> Result<Vec<Self>, MapsError> {
+        let counters = maps.all_counters()?;
+        if counters.is_empty() {
+            return Ok(Vec::new());
+        }
+        let examples = maps.all_differences()?;
+        let reports = counters.iter().map(|(cookie, counters)| {
+            let own: Vec<_> = examples.iter().filter(|(key, _)| key.netns == *cookie).copied().collect();
+            Self::of(*cookie, counters, &own)
+        });
+        Ok(reports.collect())
+    }
+
     /// Reads the report of a pod. `None` if it is not in shadow mode.
     pub fn read(maps: &ShadowMaps, cookie: NetnsCookie) -> Result<Option<Self>, MapsError> {
         let Some(counters) = maps.counters(cookie)? else { return Ok(None) };
@@ -135,6 +156,11 @@ impl ShadowReport {
 }
 
 impl FoundDifference {
+    /// Its kind.
+    pub fn kind(&self) -> DifferenceKind {
+        (self.reason, self.expected, self.actual)
+    }
+
     /// The kinds of differences, from the examples that the programs keep, in the order of their keys.
     pub fn all(examples: &[(DifferenceKey, ComparedFlow)]) -> Vec<Self> {
         let firsts = examples.iter().filter(|(key, _)| key.is_last == 0);

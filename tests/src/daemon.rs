@@ -207,9 +207,14 @@ pub fn service() -> SocketAddr {
 /// Starts an actor in the pod that plays the proxy on 15001.
 pub fn proxy(pod: &Pod) -> Actor {
     let actor = Actor::start(pod).expect("an actor");
+    listen_as_proxy(&actor);
+    actor
+}
+
+/// Has an actor play the proxy on 15001.
+pub fn listen_as_proxy(actor: &Actor) {
     let bind = Bind::new(Ids::PROXY, SocketAddr::new(IpAddr::from([0, 0, 0, 0]), 15001));
     actor.listen(Listen { name: "proxy".into(), transport: Transport::Tcp, bind }).expect("a proxy");
-    actor
 }
 
 /// The server that answers the application, if any.

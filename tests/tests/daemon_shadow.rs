@@ -1,15 +1,15 @@
 //! The daemon's pods in shadow mode: by annotation, by the label of a namespace, and what is said of differences.
 
-use std::fs;
+use std::{fs, net::SocketAddr};
 
 use intercept_agent::facade::daemon::{PodReport, PodState};
 use serde_json::{Value, json};
 use tests::{
-    actor::Actor,
+    actor::{Actor, Bind, Listen, Transport},
     agent::Agent,
     api::{Api, namespace, pod},
-    daemon::{Daemon, answers, proxy, service},
-    testbed::{Pod, PodSpec},
+    daemon::{Daemon, answers, free_address, get, listen_as_proxy, service},
+    testbed::{Ids, Pod, PodSpec},
 };
 
 const UID: &str = "5f0c8a52-52f6-4c0e-9d0e-2f4f7f2a1f10";
@@ -20,7 +20,7 @@ struct ShadowNode<'a> {
     agent: &'a Agent,
     api: Api,
     daemon: Daemon<'a>,
-    _sandbox: Pod,
+    sandbox: Pod,
     actor: Actor,
     _kubeconfig: tempfile::TempDir,
 }
@@ -28,12 +28,14 @@ struct ShadowNode<'a> {
 impl<'a> ShadowNode<'a> {
     fn new(agent: &'a Agent, object: Value, more: &[&str]) -> Self {
         let sandbox = Pod::new(PodSpec::new("shadowed")).expect("a pod");
-        let actor = proxy(&sandbox);
+        let actor = Actor::start(&sandbox).expect("an actor");
         let cgroup = sandbox.cgroup.path().join(format!("kubepods/burstable/pod{UID}"));
         fs::create_dir_all(&cgroup).expect("made");
         for pid in sandbox.cgroup.processes().expect("listed") {
             fs::write(cgroup.join("cgroup.procs"), pid.to_string()).expect("moved");
         }
+        // In the pod's cgroup: shadow mode sees no other listeners.
+        listen_as_proxy(&actor);
         let api = Api::start(vec![object]);
         let folder = tempfile::tempdir().expect("a folder");
         let kubeconfig = folder.path().join("kubeconfig");
@@ -42,7 +44,7 @@ impl<'a> ShadowNode<'a> {
         let arguments = [&["--node-name", "node-1", "--cgroup-root", &root], more].concat();
         let variables = [("KUBECONFIG", kubeconfig.to_str().expect("text"))];
         let daemon = Daemon::start_with(agent, &arguments, &variables).expect("a daemon");
-        let node = Self { agent, api, daemon, _sandbox: sandbox, actor, _kubeconfig: folder };
+        let node = Self { agent, api, daemon, sandbox, actor, _kubeconfig: folder };
         node.wait("it watches", |node| {
             let shared = node.api.shared();
             !shared.watchers.is_empty() && !shared.namespace_watchers.is_empty()
@@ -68,6 +70,22 @@ impl<'a> ShadowNode<'a> {
 
     fn annotate(&self, annotations: &Value) {
         self.api.event("MODIFIED", pod("cart", UID, &spec(), annotations));
+    }
+
+    /// Has iptables redirect connections to an address.
+    fn redirect(&self, to: SocketAddr, port: &str) {
+        let to = to.ip().to_string();
+        let rule =
+            ["-t", "nat", "-A", "OUTPUT", "-p", "tcp", "-d", &to, "-j", "REDIRECT", "--to-ports", port];
+        assert!(
+            self.sandbox
+                .command("iptables-nft")
+                .expect("a command")
+                .args(rule)
+                .status()
+                .expect("run")
+                .success()
+        );
     }
 
     fn reaches_proxy(&self) -> bool {
@@ -132,4 +150,48 @@ fn the_options_are_the_default_and_a_restart_keeps_what_the_label_says() {
     node.wait("captured", |node| node.report().is_some_and(|report| report.state == PodState::Captured));
     assert_eq!(node.mode().as_deref(), Some("enforce"), "never in shadow in between");
     assert!(node.reaches_proxy());
+}
+
+#[test]
+fn each_kind_of_difference_is_said_once() {
+    let agent = Agent::new("d-differs").expect("the agent");
+    let address = free_address();
+    let object = pod("cart", UID, &spec(), &json!({ MODE: "shadow" }));
+    let node = ShadowNode::new(&agent, object, &["--metrics-address", &address.to_string()]);
+    node.has_mode("shadow");
+    // The rules of istio-init, and one of a person.
+    let changed = SocketAddr::from(([10, 96, 0, 12], 80));
+    node.redirect(service(), "15001");
+    node.redirect(changed, "8081");
+    let bind = Bind::new(Ids::APP, SocketAddr::from(([0, 0, 0, 0], 8081)));
+    node.actor
+        .listen(Listen { name: "other".into(), transport: Transport::Tcp, bind })
+        .expect("another server");
+    assert!(node.reaches_proxy());
+    let metrics = || get(address, "/metrics").1;
+    node.wait("agreement", |_| metrics().contains("intercept_shadow_flows_total{result=\"agreed\"} 1\n"));
+    assert!(metrics().contains("intercept_pod_shadow_differences{pod=\"shop/cart\"} 0\n"), "{}", metrics());
+    let said = |node: &ShadowNode<'_>| -> Vec<String> {
+        let events = &node.api.shared().posted;
+        let differs = events.iter().filter(|event| event["reason"] == "ShadowDiffers");
+        differs.map(|event| event["note"].as_str().expect("a text").to_owned()).collect()
+    };
+    for number in 1..=2 {
+        assert_eq!(answers(&node.actor, changed).as_deref(), Some("other"));
+        let differed = format!("intercept_shadow_flows_total{{result=\"differed\"}} {number}\n");
+        node.wait("differed", |_| metrics().contains(&differed));
+        assert!(
+            metrics().contains("intercept_pod_shadow_differences{pod=\"shop/cart\"} 1\n"),
+            "{}",
+            metrics()
+        );
+    }
+    node.wait("an event", |node| !said(node).is_empty());
+    let notes = said(&node);
+    assert_eq!(notes.len(), 1, "{notes:?}");
+    for part in
+        ["to 10.96.0.12:80 by ", " would be redirected to outbound (included_cidr, ", ", and was passed"]
+    {
+        assert!(notes[0].contains(part), "{notes:?} has no `{part}`");
+    }
 }

@@ -1,15 +1,17 @@
 //! Shadow mode beside real iptables: it agrees where the agent does, finds a rule that differs, and changes nothing.
 
-use std::net::SocketAddr;
-use std::process::Command;
+use std::{net::SocketAddr, process::Command, thread, time::Duration};
 
 use anyhow::{Context as _, Result, ensure};
+use tests::actor::{Bind, Listen, Transport};
+use tests::agent::Agent;
+use tests::daemon::{OUTBOUND, answers, proxy};
 use tests::differential::{
     Capture, Case, End, Flow, FlowKind, Observed, compare, configurations, observe, observe_prepared, random,
 };
 use tests::iptables::{Backend, IptablesOptions};
 use tests::status::ShadowEntry;
-use tests::testbed::{Ids, Pod};
+use tests::testbed::{Ids, Pod, PodSpec};
 
 fn agent_path() -> std::path::PathBuf {
     let Capture::Agent(agent) = Capture::agent().expect("the agent") else { unreachable!("it is an agent") };
@@ -116,4 +118,41 @@ fn observe_changed(
     change: impl FnOnce(&Pod) -> Result<()>,
 ) -> Result<(Vec<Observed>, ShadowEntry)> {
     observe_prepared(case, capture, change, shadow_of)
+}
+
+#[test]
+fn run_logs_each_kind_of_difference_once() {
+    // Longer than the time between two looks.
+    const LOOK: Duration = Duration::from_secs(6);
+    let agent = Agent::new("shadow-run").expect("the agent");
+    let pod = Pod::new(PodSpec::new("run")).expect("a pod");
+    let actor = proxy(&pod);
+    let bind = Bind::new(Ids::APP, SocketAddr::from(([0, 0, 0, 0], 8081)));
+    actor.listen(Listen { name: "other".into(), transport: Transport::Tcp, bind }).expect("a server");
+    let changed = SocketAddr::from(([10, 96, 0, 12], 80));
+    let rule = [
+        "-t",
+        "nat",
+        "-A",
+        "OUTPUT",
+        "-p",
+        "tcp",
+        "-d",
+        "10.96.0.12",
+        "-j",
+        "REDIRECT",
+        "--to-ports",
+        "8081",
+    ];
+    assert!(pod.command("iptables-nft").expect("a command").args(rule).status().expect("run").success());
+    let flags = [&OUTBOUND[..], &["--shadow"]].concat();
+    let (running, _) = agent.run(&pod, &flags).expect("running");
+    for _ in 0..2 {
+        assert_eq!(answers(&actor, changed).as_deref(), Some("other"));
+        thread::sleep(LOOK);
+    }
+    let (status, log) = running.terminate().expect("ended");
+    assert!(status.success(), "{log}");
+    let said: Vec<_> = log.lines().filter(|line| line.contains("shadow mode differs")).collect();
+    assert!(said.len() == 1 && said[0].contains("to 10.96.0.12:80 by "), "{log}");
 }

@@ -9,6 +9,7 @@ use std::{
         },
     },
     path::Path,
+    time::Duration,
 };
 
 use anyhow::{Context as _, Result};
@@ -26,10 +27,15 @@ use super::{
 };
 use crate::{
     cli::AttachArgs,
+    ids::NetnsCookie,
     netns::Netns,
     node::{Attached, Node, Rewrite},
     routes::Follower,
+    shadow::{ShadowRecord, ShadowReport},
 };
+
+/// How often the differences that shadow mode has found are read.
+const SHADOW_INTERVAL: Duration = Duration::from_secs(5);
 
 pub(super) fn run(args: AttachArgs) -> Result<()> {
     if args.confirm.is_some() {
@@ -65,12 +71,19 @@ async fn follow(request: AttachRequest) -> Result<()> {
         attach::validate(&target, &config, &switches)?;
     }
     let mut lines = log_lines(&bpffs)?;
+    let mut compared = ShadowRecord::default();
+    let mut compare = tokio::time::interval(SHADOW_INTERVAL);
     loop {
         tokio::select! {
             ready = lines.readable_mut() => {
                 let mut ready = ready.context("waiting for log lines of the programs")?;
                 ready.get_inner_mut().flush();
                 ready.clear_ready();
+            }
+            _ = compare.tick(), if config.shadow => {
+                if let Err(error) = log_differences(&bpffs, target.netns.cookie(), &mut compared) {
+                    tracing::warn!("{error:#}");
+                }
             }
             _ = interrupt.recv() => break,
             _ = terminate.recv() => break,
@@ -88,6 +101,17 @@ async fn follow(request: AttachRequest) -> Result<()> {
     }
     take_out(&bpffs, &target.netns).context("detaching")?;
     print_line!("detached {}", machine::name_of(&target));
+    Ok(())
+}
+
+/// Logs each kind of difference that shadow mode has found since the last call.
+fn log_differences(bpffs: &Path, cookie: NetnsCookie, compared: &mut ShadowRecord) -> Result<()> {
+    let Some(node) = Node::find(bpffs)? else { return Ok(()) };
+    let report =
+        ShadowReport::read(node.maps().shadow(), cookie).context("reading what shadow mode has compared")?;
+    for difference in report.map(|report| compared.update(&report).differences).unwrap_or_default() {
+        tracing::warn!("shadow mode differs from what happened: {difference}");
+    }
     Ok(())
 }
 

@@ -27,6 +27,7 @@ use crate::{
     options::{Config, OptionError},
     record::{Record, RecordOrigin},
     routes::{Follower, RoutesError},
+    shadow::ShadowReport,
     store::StoreError,
 };
 
@@ -379,11 +380,18 @@ pub fn sweep(access: &mut Access) -> Result<Vec<Record>, NodeError> {
     })
 }
 
-/// As [`sweep`]. Returns the cookies of all applied pods and the records of those that are not in `known`.
-pub fn resync(
-    access: &mut Access,
-    known: &[NetnsCookie],
-) -> Result<(Vec<NetnsCookie>, Vec<Record>), NodeError> {
+/// What a comparison of the applied pods with the maps has found.
+pub struct ResyncResult {
+    /// The cookies of all applied pods.
+    pub active: Vec<NetnsCookie>,
+    /// The records of those that were not known.
+    pub new: Vec<Record>,
+    /// The reports of those in shadow mode.
+    pub shadows: Vec<ShadowReport>,
+}
+
+/// As [`sweep`]. Also compares the applied pods with the maps.
+pub fn resync(access: &mut Access, known: &[NetnsCookie]) -> Result<ResyncResult, NodeError> {
     access.with(|node| {
         node.sweep()?;
         stop_unread_trace(node)?;
@@ -392,7 +400,8 @@ pub fn resync(
         let unknown = active.iter().any(|cookie| !known.contains(cookie));
         let records = if unknown { readable(node.pods()?) } else { Vec::new() };
         let new = records.into_iter().filter(|record| !known.contains(&record.cookie)).collect();
-        Ok((active, new))
+        let shadows = ShadowReport::read_all(node.maps().shadow())?;
+        Ok(ResyncResult { active, new, shadows })
     })
 }
 

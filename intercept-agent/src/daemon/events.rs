@@ -23,6 +23,8 @@ pub enum EventKind {
     NotProven,
     /// They reach it again.
     Proven,
+    /// Shadow mode would have done something else than what happened.
+    ShadowDiffers,
 }
 
 impl EventKind {
@@ -31,6 +33,7 @@ impl EventKind {
             Self::NotCaptured => "NotCaptured",
             Self::NotProven => "NotProven",
             Self::Proven => "Proven",
+            Self::ShadowDiffers => "ShadowDiffers",
         }
     }
 
@@ -38,12 +41,13 @@ impl EventKind {
         match self {
             Self::NotCaptured => "Capture",
             Self::NotProven | Self::Proven => "Prove",
+            Self::ShadowDiffers => "Compare",
         }
     }
 
     fn type_(self) -> EventType {
         match self {
-            Self::NotCaptured | Self::NotProven => EventType::Warning,
+            Self::NotCaptured | Self::NotProven | Self::ShadowDiffers => EventType::Warning,
             Self::Proven => EventType::Normal,
         }
     }

@@ -45,6 +45,8 @@ struct Inner {
     proofs: Family<Result, Counter>,
     proofs_failed: Family<PodCause, Gauge>,
     bypasses: Family<CauseLabel, Gauge>,
+    shadow_flows: Family<Result, Counter>,
+    shadow_differences: Family<Named, Gauge>,
     plugin: OnceLock<PluginMetrics>,
     started: Instant,
     /// When the reconciler last checked its pods, in milliseconds after `started`.
@@ -80,6 +82,8 @@ impl Metrics {
         let proofs = table::PROOFS.register(&mut registry);
         let proofs_failed = table::POD_PROOF_FAILED.register(&mut registry);
         let bypasses = table::BYPASSES.register(&mut registry);
+        let shadow_flows = table::SHADOW_FLOWS.register(&mut registry);
+        let shadow_differences = table::POD_SHADOW_DIFFERENCES.register(&mut registry);
         let beat = AtomicU64::new(0);
         let started = Instant::now();
         Self(Arc::new(Inner {
@@ -93,6 +97,8 @@ impl Metrics {
             proofs,
             proofs_failed,
             bypasses,
+            shadow_flows,
+            shadow_differences,
             plugin: OnceLock::new(),
             started,
             beat,
@@ -146,6 +152,22 @@ impl Metrics {
         self.0.proofs_failed.clear();
         for (pod, cause) in failed {
             self.0.proofs_failed.get_or_create(&PodCause { pod, cause }).set(1);
+        }
+    }
+
+    /// Counts flows of a pod in shadow mode, by result.
+    pub fn compared(&self, flows: [(&'static str, u64); 3]) {
+        for (result, count) in flows {
+            self.0.shadow_flows.get_or_create(&Result { result: result.to_owned() }).inc_by(count);
+        }
+    }
+
+    /// Sets the number of kinds of differences of each pod in shadow mode.
+    pub fn shadow_differences(&self, pods: Vec<(String, usize)>) {
+        self.0.shadow_differences.clear();
+        for (pod, kinds) in pods {
+            let gauge = self.0.shadow_differences.get_or_create(&Named { pod }).clone();
+            gauge.set(kinds.try_into().unwrap_or(i64::MAX));
         }
     }
 

@@ -10,6 +10,7 @@ mod message;
 mod perform;
 mod pod;
 mod proof;
+mod shadow;
 mod watch;
 
 use std::{
@@ -178,7 +179,10 @@ impl Reconciler {
             }
             Message::Done(key, outcome) => self.done(&key, *outcome),
             Message::Probed(key, cookie, result) => self.probed(&key, cookie, *result),
-            Message::Resynced(active, new) => self.resynced(&active, &new),
+            Message::Resynced(result) => {
+                self.resynced(&result.active, &result.new);
+                self.compared(&result.shadows);
+            }
         }
     }
 

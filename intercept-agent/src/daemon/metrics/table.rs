@@ -92,6 +92,11 @@ metrics! {
         "Pods whose connections do not reach their proxy";
     /// open sockets of captured pods that go around the proxy, by cause ([trust.md](trust.md)), as of each pod's last audit
     BYPASSES: Family<CauseLabel, Gauge> = "bypasses", "Open sockets that go around the proxy, by cause";
+    /// flows of pods in shadow mode: `agreed`, `differed` or `uncompared` ([shadow.md](shadow.md)); read every ten seconds
+    SHADOW_FLOWS: Family<Result, Counter> = "shadow_flows", "Flows of pods in shadow mode, by result";
+    /// kinds of differences that shadow mode has found in a pod ([shadow.md](shadow.md))
+    POD_SHADOW_DIFFERENCES: Family<Named, Gauge> = "pod_shadow_differences",
+        "Kinds of differences that shadow mode has found, by pod";
     /// flows, by the reason of the decision ([decision.md](decision.md)); `explain` prints the same word and its row
     DECISIONS: Family<Decision, Counter> = "decisions", "Decisions on flows, by pod and reason";
     /// failures inside the programs

@@ -7,14 +7,13 @@ use tokio::sync::oneshot;
 use super::{PodReport, PodResult};
 use crate::{
     daemon::{
-        capture::{CaptureError, Captured},
+        capture::{CaptureError, Captured, ResyncResult},
         desired::{DesiredPod, Key},
         prove::ProbeResult,
         view::{ObjectClaim, ObjectId, ObjectUid, SandboxClaim},
     },
     ids::NetnsCookie,
     node::NodeError,
-    record::Record,
 };
 
 /// A message. Claims are kept by source ([`crate::daemon::view`]), so that no source changes another's.
@@ -58,8 +57,8 @@ pub enum Message {
     Done(Key, Box<JobOutcome>),
     /// A probe of a pod has ended.
     Probed(Key, NetnsCookie, Box<ProbeResult>),
-    /// The cookies of all applied pods, and the records of those that were not known.
-    Resynced(Vec<NetnsCookie>, Vec<Record>),
+    /// The applied pods were compared with the maps.
+    Resynced(Box<ResyncResult>),
 }
 
 /// How a job ended.

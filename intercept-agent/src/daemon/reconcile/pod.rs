@@ -21,6 +21,7 @@ use crate::{
     },
     escape::OneLine,
     ids::NetnsCookie,
+    shadow::ShadowRecord,
 };
 
 /// How often a pod is observed after one of its containers has started: for five seconds.
@@ -120,6 +121,8 @@ pub(super) struct TrackedPod {
     pub(super) last_verified: Option<Instant>,
     /// Its probes.
     pub(super) proof: ProofRecord,
+    /// What shadow mode has found, if it is in that.
+    pub(super) shadow: ShadowRecord,
     /// Number of connections from before the capture.
     pub(super) preexisting_connections: usize,
     /// Requests that wait until it is captured or ignored.

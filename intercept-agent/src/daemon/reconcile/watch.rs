@@ -97,7 +97,7 @@ impl Reconciler {
         let (worker, messages) = (self.worker.clone(), self.messages.clone());
         tokio::spawn(async move {
             match worker.run(Priority::Normal, move |access| capture::resync(access, &known)).await {
-                Ok(Ok((active, new))) => drop(messages.send(Message::Resynced(active, new))),
+                Ok(Ok(result)) => drop(messages.send(Message::Resynced(Box::new(result)))),
                 Ok(Err(error)) => {
                     tracing::error!(error = &error as &dyn std::error::Error, "reading the applied pods");
                 }
