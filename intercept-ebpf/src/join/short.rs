@@ -1,4 +1,4 @@
-//! Connections that end after one message: joining them costs more than it gains, as both ends enter a map and leave it.
+//! Connections that end after one message: joining them gains nothing, as both ends enter a map and leave it.
 //! Where a pod closes many of these in a second, most of its further connections to the same destination stay on TCP. Some
 //! are joined all the same, so that a change is noticed.
 //!
