@@ -13,7 +13,7 @@ use crate::{
 
 pub(crate) use logging::start_logging;
 use parse::{arguments, minutes, namespace, seconds};
-pub(crate) use pod::{AuditArgs, CutoverArgs, ProveArgs};
+pub(crate) use pod::{CutoverArgs, InspectArgs};
 
 use clap::{ArgGroup, Args, Parser, Subcommand, ValueEnum};
 
@@ -77,12 +77,12 @@ pub(crate) enum Command {
     /// Show how a flow would be decided, and by which row
     Explain(ExplainArgs),
     /// Report which sockets of a captured pod go around the proxy, and why
-    Audit(AuditArgs),
+    Audit(InspectArgs),
     /// Prove by a connection in a captured pod that the proxy is reached; exits with 126 if it is not
     ///
     /// Outbound, a process without privileges connects from the pod to an address that nobody has. Inbound, the kernel is
     /// asked which socket a connection from outside would reach.
-    Prove(ProveArgs),
+    Prove(InspectArgs),
     /// Put the policy of a pod in shadow mode in force in place of its rules of iptables, without a restart
     ///
     /// The rules that capture the pod are taken out of its namespace, and saved. Each new connection is captured by the

@@ -322,12 +322,7 @@ impl Store {
         if !path.exists() {
             return Ok(None);
         }
-        let read = || {
-            let data = aya::maps::MapData::from_pin(&path).map_err(io::Error::other)?;
-            let len = data.info().map_err(io::Error::other)?.value_size();
-            sys::read_blob(data.fd().as_fd(), len as usize)
-        };
-        let json = read().map_err(at("reading record", &path))?;
+        let json = read_blob(&path).map_err(at("reading record", &path))?;
         serde_json::from_slice(&json)
             .map(Some)
             .map_err(|source| StoreError::Record { path: path.display().to_string(), source })
@@ -365,6 +360,13 @@ impl Store {
     pub fn create(&self, path: &Path) -> Result<(), StoreError> {
         DirBuilder::new().recursive(true).mode(0o700).create(path).map_err(at("creating", path))
     }
+}
+
+/// Reads a pinned map of [`sys::create_blob`].
+fn read_blob(path: &Path) -> io::Result<Vec<u8>> {
+    let data = aya::maps::MapData::from_pin(path).map_err(io::Error::other)?;
+    let len = data.info().map_err(io::Error::other)?.value_size();
+    sys::read_blob(data.fd().as_fd(), len as usize)
 }
 
 fn lock_dir(path: &Path, operation: FlockOperation) -> Result<Lock, StoreError> {

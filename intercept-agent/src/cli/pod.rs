@@ -6,19 +6,9 @@ use clap::Args;
 
 use super::{Bpffs, WhichCapture};
 
+// Of `audit` and `prove`. Not a doc comment, which clap would take for help.
 #[derive(Args)]
-pub(crate) struct AuditArgs {
-    #[command(flatten)]
-    pub(crate) attachment: WhichCapture,
-    /// Print JSON
-    #[arg(long)]
-    pub(crate) json: bool,
-    #[command(flatten)]
-    pub(crate) bpffs: Bpffs,
-}
-
-#[derive(Args)]
-pub(crate) struct ProveArgs {
+pub(crate) struct InspectArgs {
     #[command(flatten)]
     pub(crate) attachment: WhichCapture,
     /// Print JSON

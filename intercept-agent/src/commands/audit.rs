@@ -5,13 +5,13 @@ use anyhow::{Context as _, Result, bail};
 use super::print_line;
 use crate::{
     audit::{Audit, Audited, Bypass, ObservedSockets},
-    cli::AuditArgs,
+    cli::InspectArgs,
     maps::FromMaps,
     netns::Netns,
     node::Node,
 };
 
-pub(super) fn audit(args: &AuditArgs) -> Result<()> {
+pub(super) fn audit(args: &InspectArgs) -> Result<()> {
     let audit = of_cgroup(args)?;
     if args.json {
         print_line!("{}", serde_json::to_string_pretty(&audit)?);
@@ -30,7 +30,7 @@ pub(super) fn audit(args: &AuditArgs) -> Result<()> {
     Ok(())
 }
 
-fn of_cgroup(args: &AuditArgs) -> Result<Audit> {
+fn of_cgroup(args: &InspectArgs) -> Result<Audit> {
     let cgroup = args.attachment.open()?;
     let absent = || {
         let path = cgroup.path().display();

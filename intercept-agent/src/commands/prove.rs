@@ -4,14 +4,14 @@ use anyhow::{Context as _, Result, bail};
 
 use super::{Failed, print_line};
 use crate::{
-    cli::ProveArgs,
+    cli::InspectArgs,
     escape,
     netns::Netns,
     node::Node,
     proof::{Probed, Proof, ProofState},
 };
 
-pub(super) fn prove(args: &ProveArgs) -> Result<()> {
+pub(super) fn prove(args: &InspectArgs) -> Result<()> {
     let proof = of_cgroup(args)?;
     if args.json {
         print_line!("{}", escape::pretty_json(&proof)?);
@@ -33,7 +33,7 @@ pub(super) fn prove(args: &ProveArgs) -> Result<()> {
     }
 }
 
-fn of_cgroup(args: &ProveArgs) -> Result<Proof> {
+fn of_cgroup(args: &InspectArgs) -> Result<Proof> {
     let cgroup = args.attachment.open()?;
     let absent = || {
         let path = cgroup.path().display();

@@ -4,7 +4,7 @@ use std::{fs, io, os::fd::AsFd as _, path::PathBuf};
 
 use rustix::fs::FlockOperation;
 
-use super::{Lock, Store, StoreError, at, lock_dir};
+use super::{Lock, Store, StoreError, at, lock_dir, read_blob};
 use crate::{cutover::SavedRules, ids::NetnsCookie, sys};
 
 impl Store {
@@ -23,12 +23,7 @@ impl Store {
         if !path.exists() {
             return Ok(None);
         }
-        let read = || {
-            let data = aya::maps::MapData::from_pin(&path).map_err(io::Error::other)?;
-            let len = data.info().map_err(io::Error::other)?.value_size();
-            sys::read_blob(data.fd().as_fd(), len as usize)
-        };
-        let json = read().map_err(at("reading saved rules", &path))?;
+        let json = read_blob(&path).map_err(at("reading saved rules", &path))?;
         serde_json::from_slice(&json)
             .map(Some)
             .map_err(|source| StoreError::Rules { path: path.display().to_string(), source })
