@@ -129,9 +129,11 @@ fn syn_key(netns: NetnsCookie, isn: u32) -> ShadowKey {
     ShadowKey { netns, addr: Addr::UNSPECIFIED, number: isn, kind: remembered::SYN }
 }
 
+/// One port of a client can have connections to several ports at once; NAT keeps those to one port apart.
 #[inline(always)]
-fn peer_key(netns: NetnsCookie, addr: Addr, port: u16) -> ShadowKey {
-    ShadowKey { netns, addr, number: port.into(), kind: remembered::PEER }
+fn ends_key(netns: NetnsCookie, ends: &Ends) -> ShadowKey {
+    let number = u32::from(ends.remote_port) << 16 | u32::from(ends.local_port);
+    ShadowKey { netns, addr: ends.remote, number, kind: remembered::ENDS }
 }
 
 /// A listener of the pod has received a SYN: the callback is that of the request.
@@ -150,7 +152,7 @@ pub(crate) fn received_syn(ctx: &SockOpsContext) {
     };
     flows::insert(&key, &flow);
     if outcome_at(pod, request.listener) != outcome::PASSED {
-        flows::insert(&peer_key(netns, request.ends.remote, request.ends.remote_port), &flow);
+        flows::insert(&ends_key(netns, &request.ends), &flow);
     }
 }
 
@@ -201,7 +203,7 @@ fn ifindex(netns: NetnsCookie, pod: &PodPolicy, ends: &Ends) -> Option<u32> {
     if pod.flags & policy::INTERFACES == 0 {
         return Some(0);
     }
-    flows::get(&peer_key(netns, ends.remote, ends.remote_port)).map(|flow| flow.ifindex)
+    flows::get(&ends_key(netns, ends)).map(|flow| flow.ifindex)
 }
 
 #[inline(always)]
@@ -219,7 +221,7 @@ pub(crate) fn looked_up(ctx: &SkLookupContext, netns: NetnsCookie, pod: &PodPoli
     let ends = context::lookup_ends(ctx.lookup);
     let ifindex = load!(load_u32, bpf_sk_lookup, ctx.lookup, ingress_ifindex);
     let flow = RememberedFlow { ifindex, ..RememberedFlow::zeroed() };
-    flows::insert(&peer_key(netns, ends.remote, ends.remote_port), &flow);
+    flows::insert(&ends_key(netns, &ends), &flow);
 }
 
 /// A client's connection is established: compares.
@@ -277,7 +279,7 @@ pub(crate) fn asked(ctx: &SockoptContext, sk: Sock, netns: NetnsCookie, ends: &E
     if !flows::set_socket(sk, ShadowSocket { state: shadow_state::DONE, ..ShadowSocket::zeroed() }) {
         return uncompared(netns);
     }
-    let key = peer_key(netns, ends.remote, ends.remote_port);
+    let key = ends_key(netns, ends);
     let own = flows::get(&key).filter(|flow| flow.listener != 0);
     let Some(flow) = own else {
         if is_own(pod, ends.remote) {

@@ -1,9 +1,15 @@
 //! Shadow mode beside real iptables: it agrees where the agent does, finds a rule that differs, and changes nothing.
 
-use std::{net::SocketAddr, process::Command, thread, time::Duration};
+use std::{
+    net::SocketAddr,
+    process::Command,
+    thread,
+    time::{Duration, Instant},
+};
 
 use anyhow::{Context as _, Result, ensure};
-use tests::actor::{Bind, Listen, Transport};
+use intercept_common::Family;
+use tests::actor::{Actor, Bind, Listen, Transport};
 use tests::agent::Agent;
 use tests::daemon::{OUTBOUND, answers, proxy};
 use tests::differential::{
@@ -11,6 +17,7 @@ use tests::differential::{
 };
 use tests::iptables::{Backend, IptablesOptions};
 use tests::status::ShadowEntry;
+use tests::steps::{self, SocketKind, Step};
 use tests::testbed::{Ids, Pod, PodSpec};
 
 fn agent_path() -> std::path::PathBuf {
@@ -110,6 +117,50 @@ fn a_rule_changed_by_hand_is_found_by_the_first_connection() {
     assert_eq!((found.expected.as_str(), found.actual.as_str()), ("redirected to outbound", "passed"));
     assert_eq!(found.first.destination, outside);
     assert_eq!((found.first.uid, found.first.gid), (Some(Ids::APP.uid), Some(Ids::APP.gid)));
+}
+
+/// Both connections have one source and end at the proxy, which asks for their destinations when both are established.
+#[test]
+fn connections_from_one_port_are_told_apart() {
+    let options = IptablesOptions::injected();
+    let pod = Pod::new(PodSpec::new("one-port")).expect("a pod");
+    let actor = Actor::start(&pod).expect("an actor");
+    for port in [15001, 15006] {
+        let bind = Bind::new(Ids::PROXY, SocketAddr::from(([0, 0, 0, 0], port)));
+        actor.listen(Listen { name: "proxy".into(), transport: Transport::Tcp, bind }).expect("a proxy");
+    }
+    let shadowed = Capture::Shadowed(Backend::Nft, agent_path());
+    let captured = shadowed.start(&options, &pod).expect("captured");
+    let own = pod.address(Family::V4);
+    let steps = |to| {
+        let source = SocketAddr::new(own, 4242);
+        [Step::Open(SocketKind::Tcp4), Step::ReuseAddress, Step::Bind(source), Step::Connect(to), Step::Read]
+    };
+    let outbound = steps(SocketAddr::from(([10, 96, 0, 10], 80)));
+    let to_itself = steps(SocketAddr::new(own, 8080));
+    let signal = |name: &str| {
+        let sent = Command::new("kill").args([name, &actor.pid().to_string()]).status().expect("kill");
+        assert!(sent.success());
+    };
+    signal("-STOP");
+    thread::scope(|scope| {
+        for (ids, steps) in [(Ids::APP, &outbound), (Ids::PROXY, &to_itself)] {
+            let pod = &pod;
+            scope.spawn(move || {
+                let outcomes = steps::run(pod, ids, steps).expect("run");
+                assert!(outcomes[4].contains("proxy"), "{outcomes:?}");
+            });
+        }
+        let since = Instant::now();
+        while shadow_of(&pod).expect("status").compared < 2 {
+            assert!(since.elapsed() < Duration::from_secs(10), "not established");
+            thread::sleep(Duration::from_millis(50));
+        }
+        signal("-CONT");
+    });
+    let shadow = shadow_of(&pod).expect("status");
+    assert_eq!((shadow.compared, shadow.differed, shadow.uncompared), (2, 0, 0), "{shadow:?}");
+    captured.stop().expect("stopped");
 }
 
 fn observe_changed(

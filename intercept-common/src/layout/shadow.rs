@@ -17,9 +17,10 @@ pub const SHADOW_KINDS: u32 = 1 << 14;
 pub struct ShadowKey {
     /// Netns cookie.
     pub netns: NetnsCookie,
-    /// Address of the client, for [`remembered::PEER`].
+    /// Address of the client, for [`remembered::ENDS`].
     pub addr: Addr,
-    /// The initial sequence number ([`remembered::SYN`]) or a port in host order.
+    /// The initial sequence number ([`remembered::SYN`]), the client's port in the upper half and that of the listener's
+    /// end in the lower ([`remembered::ENDS`]), or the client's port. Ports are in host order.
     pub number: u32,
     /// One of [`remembered`].
     pub kind: u32,
@@ -29,8 +30,8 @@ pub struct ShadowKey {
 pub mod remembered {
     /// A connection of the pod during its handshake, by the sequence number of its SYN, which NAT does not change.
     pub const SYN: u32 = 1;
-    /// A connection by its client's end, until the proxy asks for the original destination.
-    pub const PEER: u32 = 2;
+    /// A connection by its ends, until the proxy asks for the original destination.
+    pub const ENDS: u32 = 2;
     /// The last datagram that reached the proxy's DNS port from a port of the pod.
     pub const QUERY: u32 = 3;
 }

@@ -3,8 +3,9 @@
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use tempfile::TempDir;
 
 use crate::testbed::name;
@@ -39,7 +40,10 @@ impl ReadableCopy {
         fs::set_permissions(folder.path(), fs::Permissions::from_mode(0o755))?;
         let name = original.file_name().with_context(|| format!("{} is no file", original.display()))?;
         let path = folder.path().join(name);
-        fs::copy(original, &path).with_context(|| format!("copying {}", original.display()))?;
+        // Not by this process: a child that another thread starts meanwhile would hold the file open for writing until it
+        // executes, and the file could not be executed.
+        let copied = Command::new("cp").arg("--").args([original, &path]).status().context("running cp")?;
+        ensure!(copied.success(), "copying {}: cp failed", original.display());
         fs::set_permissions(&path, fs::Permissions::from_mode(0o755))?;
         Ok(Self { path, _folder: folder })
     }
