@@ -116,9 +116,16 @@ fn dial(ctx: &SockOpsContext) {
         return;
     }
     let Some((pod, policy)) = proxy::pod(ctx) else { return };
+    let ends = context::callback_ends(ctx.ops);
     // To the application of the same pod.
-    if context::callback_ends(ctx.ops).remote.is_loopback() {
+    if ends.remote.is_loopback() || ends.local.is_loopback() || ends.remote == ends.local {
         return;
+    }
+    if !proxy::owns(policy, sk) {
+        return;
+    }
+    if short::is_likely(pod.netns, &ends) {
+        return observe::connection(&pod, &ends, Side::Dialled, JoinCount::Short, observe::NO_NAME);
     }
     if proxy::made(ctx, sk, &pod, policy, Side::Dialled) {
         let _no_memory =
@@ -140,10 +147,6 @@ fn dialled(ctx: &SockOpsContext) {
     let ends = context::callback_ends(ctx.ops);
     if !was_noted(ends.local, ends.local_port) {
         return;
-    }
-    if short::is_likely(socket.pod.netns, &ends) {
-        let pod = socket.pod;
-        return observe::connection(&pod, &ends, Side::Dialled, JoinCount::Short, observe::NO_NAME);
     }
     let sequence = SequenceKey {
         dialled: load!(load_u32, bpf_sock_ops, ctx.ops, snd_nxt),
@@ -233,7 +236,7 @@ fn listen(ctx: &SockOpsContext) {
     if port != policy.inbound_port {
         return;
     }
-    if proxy::made(ctx, sk, &pod, policy, Side::Accepted) {
+    if proxy::owns(policy, sk) && proxy::made(ctx, sk, &pod, policy, Side::Accepted) {
         let _no_memory =
             maps::new_socket(sk, &mut JoinSocket { kind: kind::LISTENER, pod, ..JoinSocket::default() });
     } else {

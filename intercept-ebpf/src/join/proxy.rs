@@ -25,7 +25,15 @@ pub(crate) fn pod(ctx: &SockOpsContext) -> Option<(PodCell, &'static PodPolicy)>
     maps::is_on(&pod).then_some((pod, policy))
 }
 
-/// Whether the running task is an accepted proxy of the pod and the socket has one of the proxy's owners.
+/// Whether the socket has one of the proxy's owners.
+#[inline(always)]
+pub(crate) fn owns(policy: &PodPolicy, sk: *mut bpf_sock) -> bool {
+    let owner = owner::of(sk, TCP);
+    is_listed(&policy.uids, policy.uid_count, owner.uid)
+        || is_listed(&policy.gids, policy.gid_count, owner.gid)
+}
+
+/// Whether the running task is an accepted proxy of the pod, for a socket of its owner.
 #[inline(always)]
 pub(crate) fn made(
     ctx: &SockOpsContext,
@@ -34,12 +42,6 @@ pub(crate) fn made(
     policy: &PodPolicy,
     side: Side,
 ) -> bool {
-    let owner = owner::of(sk, TCP);
-    if !is_listed(&policy.uids, policy.uid_count, owner.uid)
-        && !is_listed(&policy.gids, policy.gid_count, owner.gid)
-    {
-        return false;
-    }
     if !container::made_socket(policy, sk) {
         return false;
     }

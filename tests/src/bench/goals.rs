@@ -38,6 +38,8 @@ const NODE: GoalSuite = GoalSuite {
     path: Path::Both,
     proxy: ProxyKind::Relay,
 };
+/// Apart from the others: after many short connections to a destination, most of the next stay on TCP.
+const NEW_CONNECTIONS: GoalSuite = GoalSuite { title: "two pods of a node, new connections", ..NODE };
 const NOT_JOINED: GoalSuite =
     GoalSuite { title: "to a pod that is not captured, so never joined", path: Path::Outbound, ..NODE };
 const VETH: GoalSuite = GoalSuite { title: "two pods on one veth", topology: Topology::Veth, ..NODE };
@@ -67,7 +69,7 @@ pub const ALL: [Goal; 11] = [
     latency(4096, 1, 0.78, 0.75),
     latency(4096, 16, 0.78, 0.75),
     Goal { cpu: Some(0.88), ..rate(NODE, Work::Stream, 1.15) },
-    rate(NODE, Work::Connect { clients: 8 }, 0.98),
+    rate(NEW_CONNECTIONS, Work::Connect { clients: 8 }, 0.98),
     rate(NOT_JOINED, Work::Stream, 0.98),
     rate(VETH, SIXTEEN, 1.15),
     rate(ENVOY_TCP, SIXTEEN, 1.08),
