@@ -21,6 +21,7 @@ mod workload;
 
 use std::{cell::OnceCell, collections::BTreeMap, path::PathBuf, time::Duration};
 
+use self::links::SharedPrograms;
 use crate::{
     cgroup::CgroupDir,
     ids::NetnsCookie,
@@ -61,6 +62,7 @@ pub struct Node {
     store: Store,
     maps: Maps,
     lookup: OnceCell<Lookup>,
+    shared: SharedPrograms,
     living: Option<Living>,
     _lock: Lock,
 }

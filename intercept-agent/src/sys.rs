@@ -238,7 +238,10 @@ pub fn read_blob(map: BorrowedFd<'_>, len: usize) -> io::Result<Vec<u8>> {
     Ok(bytes)
 }
 
-/// Reads all entries of a hash map or trie, a thousand per call instead of two calls per entry. As with single calls,
+/// Memory of a batch: more costs more to clear than the calls it saves.
+const BATCH_BYTES: usize = 1 << 15;
+
+/// Reads all entries of a hash map or trie, many per call instead of two calls per entry. As with single calls,
 /// entries that are inserted or removed meanwhile may or may not be included.
 pub fn entries<K: bytemuck::Pod, V: bytemuck::Pod>(map: BorrowedFd<'_>) -> io::Result<Vec<(K, V)>> {
     let mut found = Vec::new();
@@ -251,19 +254,19 @@ pub fn for_each_batch<K: bytemuck::Pod, V: bytemuck::Pod>(
     map: BorrowedFd<'_>,
     mut take: impl FnMut(&[K], &[V]),
 ) -> io::Result<()> {
-    batches(map, None, 1024, |keys, values| {
+    batches(map, None, |keys, values| {
         take(keys, values);
         ControlFlow::Continue(())
     })
 }
 
-/// Reads batches of `room` entries: those after the key `start`, or all.
+/// Reads batches of entries: those after the key `start`, or all.
 fn batches<K: bytemuck::Pod, V: bytemuck::Pod>(
     map: BorrowedFd<'_>,
     start: Option<&[u8]>,
-    mut room: usize,
     mut take: impl FnMut(&[K], &[V]) -> ControlFlow<()>,
 ) -> io::Result<()> {
+    let mut room = (BATCH_BYTES / (size_of::<K>() + size_of::<V>())).max(16);
     let mut started = start.is_some();
     // The kernel's cursor: a bucket number for a hash map, a key for a trie.
     let mut at = start.map_or_else(|| vec![0u8; size_of::<K>().max(4)], <[u8]>::to_vec);
@@ -312,7 +315,7 @@ pub fn entries_after<K: bytemuck::Pod, V: bytemuck::Pod>(
         found.extend(keys[..its].iter().copied().zip(values.iter().copied()));
         if its < keys.len() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
     };
-    batches(map, Some(bytemuck::bytes_of(start)), 256, take)?;
+    batches(map, Some(bytemuck::bytes_of(start)), take)?;
     Ok(found)
 }
 

@@ -1,8 +1,9 @@
 //! A pod's links: one for each program, pinned in the pod's folder.
 
 use std::{
+    cell::OnceCell,
     io,
-    os::fd::{AsFd as _, OwnedFd},
+    os::fd::{AsFd as _, BorrowedFd, OwnedFd},
     path::Path,
 };
 
@@ -17,6 +18,22 @@ use crate::{
     support::{self, Lacking, Need},
     sys::{self, LinkTarget},
 };
+
+/// The cgroup programs that all pods share. Each is opened at its first use and stays open.
+#[derive(Default)]
+pub(super) struct SharedPrograms([OnceCell<OwnedFd>; names::CGROUP_PROGRAMS.len()]);
+
+impl SharedPrograms {
+    fn get(&self, folder: &Path, program: &'static str) -> io::Result<BorrowedFd<'_>> {
+        let at = names::CGROUP_PROGRAMS.iter().position(|name| *name == program);
+        let kept = at.map(|at| &self.0[at]).ok_or(io::ErrorKind::NotFound)?;
+        if let Some(open) = kept.get() {
+            return Ok(open.as_fd());
+        }
+        let open = sys::open_pin(&folder.join(program))?;
+        Ok(kept.get_or_init(|| open).as_fd())
+    }
+}
 
 impl Node {
     /// Creates the missing links of a pod, or of a machine's workload.
@@ -35,17 +52,15 @@ impl Node {
                     target: cgroup.path().display().to_string(),
                     source,
                 };
-                let shared;
                 let fd = if target.is_workload() {
                     match own.get(self, cookie, target.netns.kernel_cookie(), program)? {
-                        Some(fd) => fd,
+                        Some(fd) => fd.as_fd(),
                         None => continue,
                     }
                 } else {
-                    shared = sys::open_pin(&self.store.programs().join(program)).map_err(failed)?;
-                    &shared
+                    self.shared.get(&self.store.programs(), program).map_err(failed)?
                 };
-                sys::link_create(fd.as_fd(), cgroup.as_fd(), programs::attach_type(program))
+                sys::link_create(fd, cgroup.as_fd(), programs::attach_type(program))
                     .and_then(|link| replace_pin(&link, &path))
                     .map_err(failed)?;
             }
@@ -151,18 +166,16 @@ impl Node {
             }
             for program in self.loaded_programs() {
                 let failed = |source| NodeError::Replace { program, cookie, source };
-                let shared;
                 let fd = if let Some(netns) = netns {
                     match own.get(self, cookie, netns, program)? {
-                        Some(fd) => fd,
+                        Some(fd) => fd.as_fd(),
                         None => continue,
                     }
                 } else {
-                    shared = sys::open_pin(&self.store.programs().join(program)).map_err(failed)?;
-                    &shared
+                    self.shared.get(&self.store.programs(), program).map_err(failed)?
                 };
                 sys::open_pin(&folder.join(program))
-                    .and_then(|link| sys::link_update(link.as_fd(), fd.as_fd()))
+                    .and_then(|link| sys::link_update(link.as_fd(), fd))
                     .map_err(failed)?;
             }
         }
@@ -191,9 +204,11 @@ fn link_target(path: &Path) -> Result<Option<LinkTarget>, NodeError> {
 
 /// Pins a link, replacing what an earlier agent left.
 pub(super) fn replace_pin(link: &OwnedFd, path: &Path) -> io::Result<()> {
-    match std::fs::remove_file(path) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-        _ => {}
+    match sys::pin(link.as_fd(), path) {
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
+            std::fs::remove_file(path)?;
+            sys::pin(link.as_fd(), path)
+        }
+        pinned => pinned,
     }
-    sys::pin(link.as_fd(), path)
 }

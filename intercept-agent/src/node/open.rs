@@ -7,7 +7,7 @@ use std::{
 
 use intercept_common::names;
 
-use super::{Node, NodeError};
+use super::{Node, NodeError, links::SharedPrograms};
 use crate::{
     maps::Maps,
     programs::{self, Lookup, ProgramError},
@@ -42,7 +42,14 @@ impl Node {
             sys::give_back_memory();
         }
         let maps = Maps::open(&store.maps())?;
-        let mut node = Self { maps, lookup: OnceCell::new(), living: None, store, _lock: lock };
+        let mut node = Self {
+            maps,
+            lookup: OnceCell::new(),
+            shared: SharedPrograms::default(),
+            living: None,
+            store,
+            _lock: lock,
+        };
         let others = node.store.other_programs()?;
         if load || !others.is_empty() {
             node.replace_all_programs(&others)?;
@@ -81,7 +88,14 @@ impl Node {
             return if store.pods()?.is_empty() { Ok(None) } else { Err(NodeError::Incomplete(map)) };
         }
         let maps = Maps::open(&store.maps())?;
-        Ok(Some(Self { maps, lookup: OnceCell::new(), living: None, store, _lock: lock }))
+        Ok(Some(Self {
+            maps,
+            lookup: OnceCell::new(),
+            shared: SharedPrograms::default(),
+            living: None,
+            store,
+            _lock: lock,
+        }))
     }
 
     /// Prepares the `sk_lookup` program, of which each pod has an instance.

@@ -4,7 +4,7 @@ use std::cell::OnceCell;
 
 use intercept_common::names;
 
-use super::{Living, Node, NodeError};
+use super::{Living, Node, NodeError, links::SharedPrograms};
 use crate::{maps::Maps, programs::Lookup, store::Store};
 
 /// A [`Node`] whose store is unlocked, so that other agents can use it.
@@ -12,6 +12,7 @@ pub struct Paused {
     store: Store,
     maps: Maps,
     lookup: OnceCell<Lookup>,
+    shared: SharedPrograms,
     living: Option<Living>,
     generation: Option<u64>,
 }
@@ -20,7 +21,8 @@ impl Node {
     /// Unlocks the store and keeps what is open.
     pub fn pause(self) -> Paused {
         let generation = self.store.generation();
-        Paused { store: self.store, maps: self.maps, lookup: self.lookup, living: self.living, generation }
+        let Self { store, maps, lookup, shared, living, .. } = self;
+        Paused { store, maps, lookup, shared, living, generation }
     }
 }
 
@@ -32,7 +34,7 @@ impl Paused {
         let same = self.generation.is_some()
             && self.store.generation() == self.generation
             && self.store.programs().join(names::CONNECT6).exists();
-        let Self { store, maps, lookup, living, .. } = self;
-        Ok(same.then_some(Node { store, maps, lookup, living, _lock: lock }))
+        let Self { store, maps, lookup, shared, living, .. } = self;
+        Ok(same.then_some(Node { store, maps, lookup, shared, living, _lock: lock }))
     }
 }
