@@ -94,7 +94,8 @@ fn install(cluster: &Cluster) {
 /// The application runs.
 fn run_application(cluster: &Cluster, agent: &Agent) {
     cluster.apply(&servers()).expect("applied");
-    rolled_out(cluster, NAMESPACE, &["deploy/backend", "deploy/plain-server", "deploy/gateway"]);
+    let servers = ["deploy/backend", "deploy/transparent", "deploy/plain-server", "deploy/gateway"];
+    rolled_out(cluster, NAMESPACE, &servers);
     let service = format!("{SERVICE}:80").parse().expect("an address");
     cluster
         .wait("the service", |cluster| Ok(cluster.get(service, "/node")?.contains(" 200 ")))
@@ -115,6 +116,9 @@ fn nothing_has_passed(cluster: &Cluster, failures: Failures) {
     let counts = requests::count(cluster).unwrap_or_else(|error| panic!("{error:#}\n{}", cluster.logs()));
     println!("    {counts}");
     assert_eq!((counts.around_a_proxy(), counts.touched()), (0, 0), "{counts:#?}");
+    assert!(counts.transparent() > 0, "{counts:#?}");
+    let failed = requests::of_other_client(cluster).expect("requests").failed;
+    assert!(failures == Failures::Tolerated || failed.is_empty(), "{failed:?}");
     for app in CLIENTS {
         let client = cluster.pod(app).expect("a pod");
         let checked = requests::both_proxies_passed(cluster, &client);
@@ -214,6 +218,53 @@ fn api_is_silent(cluster: &Cluster) {
     });
 }
 
+/// Pods of these Deployments start again.
+fn replace(cluster: &Cluster, apps: &[App]) {
+    for app in apps {
+        let pod = cluster.pod(*app).expect("a pod");
+        let name = text(&pod, "/metadata/name");
+        cluster.kubectl(&["-n", NAMESPACE, "delete", "pod", name, "--wait=false"]).expect("deleted");
+    }
+}
+
+/// Whether the daemon has decided on the pod before the API has reported it.
+fn annotations_have_decided(cluster: &Cluster, app: App) -> bool {
+    let log = cluster.kubectl(&["-n", SYSTEM, "logs", "daemonset/intercept"]).expect("a log");
+    let pod = cluster.pod(app).expect("a pod");
+    let name = text(&pod, "/metadata/name");
+    log.lines().any(|line| line.contains("has not reported this pod in time") && line.contains(name))
+}
+
+/// The agent does not hear of pods that start: their annotations decide after `apiWait`.
+fn api_does_not_report(cluster: &Cluster) {
+    let apps = [App::Frontend, App::Held];
+    cluster.cut_agent_off().expect("cut off");
+    replace(cluster, &apps);
+    rolled_out(cluster, NAMESPACE, &apps.map(|app| format!("deploy/{}", app.as_str())));
+    for app in apps {
+        assert!(annotations_have_decided(cluster, app), "{}", app.as_str());
+    }
+    cluster.reconnect_agent().expect("reconnected");
+}
+
+/// The agent hears of pods when their ADD has waited for seconds.
+fn api_reports_late(cluster: &Cluster) {
+    const LATE: Duration = Duration::from_secs(3);
+    let apps = [App::Frontend, App::Held];
+    cluster.cut_agent_off().expect("cut off");
+    replace(cluster, &apps);
+    std::thread::sleep(LATE);
+    for app in apps {
+        let pod = cluster.pod(app).expect("a pod");
+        assert_eq!((text(&pod, "/status/phase"), address(&pod)), ("Pending", ""), "{pod:#}");
+    }
+    cluster.reconnect_agent().expect("reconnected");
+    rolled_out(cluster, NAMESPACE, &apps.map(|app| format!("deploy/{}", app.as_str())));
+    for app in apps {
+        assert!(!annotations_have_decided(cluster, app), "{}", app.as_str());
+    }
+}
+
 /// The primary network plugin writes its file again. A pod that starts a second later is captured from its first
 /// connection.
 fn cni_file_is_rewritten(cluster: &Cluster) {
@@ -227,11 +278,7 @@ fn cni_file_is_rewritten(cluster: &Cluster) {
     std::thread::sleep(Duration::from_secs(1));
     assert_eq!(read(), complete);
     let apps = [App::Frontend, App::Held];
-    for app in apps {
-        let pod = cluster.pod(app).expect("a pod");
-        let name = text(&pod, "/metadata/name");
-        cluster.kubectl(&["-n", NAMESPACE, "delete", "pod", name, "--wait=false"]).expect("deleted");
-    }
+    replace(cluster, &apps);
     rolled_out(cluster, NAMESPACE, &apps.map(|app| format!("deploy/{}", app.as_str())));
 }
 
@@ -268,8 +315,8 @@ fn reboot(cluster: &Cluster, agent: &Agent) {
     let some = |cluster: &Cluster| Ok(!cluster.list("pods", SYSTEM)?.is_empty());
     cluster.wait("the agent is back", some).expect("back");
     rolled_out(cluster, SYSTEM, &["daemonset/intercept"]);
-    let all = ["deploy/backend", "deploy/gateway", "deploy/frontend", "deploy/held", "deploy/exempt"];
-    rolled_out(cluster, NAMESPACE, &all);
+    let all = CAPTURED.into_iter().chain([App::Gateway]);
+    rolled_out(cluster, NAMESPACE, &all.map(|app| format!("deploy/{}", app.as_str())).collect::<Vec<_>>());
     are_captured(cluster, agent, &CAPTURED);
 }
 
@@ -319,7 +366,11 @@ fn the_chart_captures_an_application_until_it_is_uninstalled() {
         step("a gateway", || gateway_is_left_alone(&cluster));
         step("an exempt container", || exemption_is_refused(&cluster));
         step("a killed daemon", || daemon_is_killed(&cluster, |kill| kill()));
-        step("upgrading the chart", || upgrade(&cluster, &["log=debug"]));
+        step("an API that does not report pods", || api_does_not_report(&cluster));
+        step("requests", || nothing_has_passed(&cluster, Failures::None));
+        step("upgrading the chart", || upgrade(&cluster, &["log=debug", "apiWait=10"]));
+        step("requests", || nothing_has_passed(&cluster, Failures::None));
+        step("an API that reports pods late", || api_reports_late(&cluster));
         step("requests", || nothing_has_passed(&cluster, Failures::None));
         step("a silent API", || api_is_silent(&cluster));
         step("requests", || nothing_has_passed(&cluster, Failures::None));

@@ -10,6 +10,10 @@ pub const NAMESPACE: &str = "shop";
 pub const SERVICE: &str = "10.96.0.80";
 /// The address of a service whose pod has none.
 const PLAIN_SERVICE: &str = "10.96.0.81";
+/// The address of the service of the pod in TPROXY mode.
+const TRANSPARENT_SERVICE: &str = "10.96.0.82";
+/// The container that dials the pod in TPROXY mode.
+pub(super) const OTHER: &str = "other";
 /// The container that asks to be exempt. On a node with a cgroup namespace of its own, as here, it is captured all the same.
 const EXEMPT: &str = "free";
 /// Where servers listen.
@@ -41,6 +45,8 @@ enum Template {
     Sidecar,
     /// A sidecar that the others wait for.
     SidecarFirst,
+    /// A sidecar in TPROXY mode.
+    Transparent,
     /// A gateway: its one container is the proxy.
     Gateway,
 }
@@ -50,7 +56,9 @@ enum Template {
 pub enum App {
     /// A Deployment that answers, with a sidecar.
     Backend,
-    /// A Deployment that dials it, with a sidecar.
+    /// A Deployment that answers, with a sidecar in TPROXY mode.
+    Transparent,
+    /// A Deployment that dials both, with a sidecar.
     Frontend,
     /// A Deployment that dials it from the first moment; its sidecar is started first.
     Held,
@@ -67,7 +75,7 @@ pub enum App {
 }
 
 /// Pods that are captured as long as they run.
-pub const CAPTURED: [App; 4] = [App::Backend, App::Frontend, App::Held, App::Exempt];
+pub const CAPTURED: [App; 5] = [App::Backend, App::Transparent, App::Frontend, App::Held, App::Exempt];
 /// Pods with a sidecar that dial the backend.
 pub const CLIENTS: [App; 3] = [App::Frontend, App::Held, App::Exempt];
 
@@ -76,6 +84,7 @@ impl App {
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Backend => "backend",
+            Self::Transparent => "transparent",
             Self::Frontend => "frontend",
             Self::Held => "held",
             Self::Exempt => "exempt",
@@ -93,7 +102,9 @@ pub fn servers() -> Value {
         { "apiVersion": "v1", "kind": "Namespace", "metadata": { "name": NAMESPACE } },
         service(App::Backend, SERVICE),
         service(App::PlainServer, PLAIN_SERVICE),
+        service(App::Transparent, TRANSPARENT_SERVICE),
         deployment(App::Backend, injected(&server(), Template::Sidecar)),
+        deployment(App::Transparent, injected(&server(), Template::Transparent)),
         deployment(App::PlainServer, pod(&server())),
         deployment(App::Gateway, injected(&json!([]), Template::Gateway)),
     ]))
@@ -103,7 +114,7 @@ pub fn servers() -> Value {
 pub fn clients() -> Value {
     let client = |service: &str, wait: &str| endless_client("app", service, wait);
     list(&json!([
-        deployment(App::Frontend, injected(&client(SERVICE, PROXY_IS_READY), Template::Sidecar)),
+        deployment(App::Frontend, injected(&frontend(), Template::Sidecar)),
         deployment(App::Held, injected(&client(SERVICE, ""), Template::SidecarFirst)),
         deployment(App::Exempt, exempt()),
         deployment(App::Plain, pod(&client(PLAIN_SERVICE, ""))),
@@ -113,6 +124,12 @@ pub fn clients() -> Value {
 
 fn list(items: &Value) -> Value {
     json!({ "apiVersion": "v1", "kind": "List", "items": items })
+}
+
+/// One container for each service.
+fn frontend() -> Value {
+    let dials = |(name, service)| endless_client(name, service, PROXY_IS_READY)[0].clone();
+    json!([("app", SERVICE), (OTHER, TRANSPARENT_SERVICE)].map(dials))
 }
 
 /// A pod of which one container asks to be left alone.
@@ -200,7 +217,7 @@ fn injected(containers: &Value, template: Template) -> Value {
         annotations["inject.istio.io/templates"] = json!("gateway");
         annotations["sidecar.istio.io/status"] = json!(status(Value::Null));
     } else {
-        annotations["sidecar.istio.io/interceptionMode"] = json!("REDIRECT");
+        annotations["sidecar.istio.io/interceptionMode"] = json!(template.mode());
         annotations["sidecar.istio.io/status"] = json!(status(json!(["istio-validation"])));
         for (name, value) in [
             ("includeOutboundIPRanges", "*"),
@@ -210,7 +227,7 @@ fn injected(containers: &Value, template: Template) -> Value {
         ] {
             annotations[format!("traffic.sidecar.istio.io/{name}")] = json!(value);
         }
-        injected["spec"]["initContainers"] = json!([validation()]);
+        injected["spec"]["initContainers"] = json!([validation(template)]);
     }
     if template == Template::SidecarFirst {
         proxy["lifecycle"] = json!({ "postStart": { "exec": { "command": ["pilot-agent", "wait"] } } });
@@ -223,7 +240,24 @@ fn injected(containers: &Value, template: Template) -> Value {
     injected
 }
 
-/// As whom the proxy and its probe run.
+impl Template {
+    fn mode(self) -> &'static str {
+        if self == Self::Transparent { "TPROXY" } else { "REDIRECT" }
+    }
+}
+
+/// As whom the proxy runs.
+fn security_of_proxy(template: Template) -> Value {
+    let mut security = security();
+    if template == Template::Transparent {
+        security["capabilities"]["add"] = json!(["NET_ADMIN"]);
+        security["runAsNonRoot"] = json!(false);
+        security["runAsUser"] = json!(0);
+    }
+    security
+}
+
+/// As whom its probe runs.
 fn security() -> Value {
     json!({
         "allowPrivilegeEscalation": false, "capabilities": { "drop": ["ALL"] }, "privileged": false,
@@ -231,11 +265,11 @@ fn security() -> Value {
     })
 }
 
-fn validation() -> Value {
+fn validation(template: Template) -> Value {
     json!({
         "name": "istio-validation", "image": image::PROXY,
         "args": [
-            "istio-iptables", "-p", "15001", "-z", "15006", "-u", "1337", "-m", "REDIRECT", "-i", "*", "-x", "",
+            "istio-iptables", "-p", "15001", "-z", "15006", "-u", "1337", "-m", template.mode(), "-i", "*", "-x", "",
             "-b", "*", "-d", "15090,15021,15020", "--log_output_level=default:info", "--run-validation",
             "--skip-rule-apply",
         ],
@@ -248,11 +282,12 @@ fn proxy_container(template: Template) -> Value {
     json!({
         "name": "istio-proxy", "image": image::PROXY,
         "args": ["proxy", kind, "--domain", "shop.svc.cluster.local", "--proxyLogLevel=warning"],
+        "env": [{ "name": "ISTIO_META_INTERCEPTION_MODE", "value": template.mode() }],
         "ports": [{ "containerPort": 15090, "protocol": "TCP", "name": "http-envoy-prom" }],
         "readinessProbe": {
             "httpGet": { "path": "/healthz/ready", "port": proxy::READY },
             "periodSeconds": 1, "timeoutSeconds": 3, "failureThreshold": 30,
         },
-        "securityContext": security(),
+        "securityContext": security_of_proxy(template),
     })
 }

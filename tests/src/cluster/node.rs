@@ -28,6 +28,8 @@ const HELM: &str = "INTERCEPT_HELM";
 pub const NODE: &str = "node-1";
 /// The node's address.
 pub const ADDRESS: &str = "10.89.0.1";
+/// The address of the API's service.
+const API_SERVICE: &str = "10.96.0.1";
 /// What two busy cores may take for a step.
 const PATIENCE: Duration = Duration::from_secs(300);
 
@@ -241,6 +243,22 @@ impl Cluster {
             fs::write(&file, lines.map(|line| format!("{line}\n")).collect::<String>())?;
         }
         Ok(folder.display().to_string())
+    }
+
+    /// Cuts what goes through the service of the API off, as the agent does. The kubelet takes another way.
+    pub fn cut_agent_off(&self) -> Result<()> {
+        self.cut("-I")
+    }
+
+    /// Undoes it. Nothing is lost: what was sent meanwhile is sent again.
+    pub fn reconnect_agent(&self) -> Result<()> {
+        self.cut("-D")
+    }
+
+    fn cut(&self, change: &str) -> Result<()> {
+        let mut iptables = self.node.command("iptables")?;
+        iptables.args([change, "OUTPUT", "-m", "conntrack", "--ctorigdst", API_SERVICE, "-j", "DROP"]);
+        succeed(iptables).map(drop)
     }
 
     /// Objects of a kind, in a namespace or in none.

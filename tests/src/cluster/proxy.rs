@@ -31,8 +31,30 @@ pub struct AccessLine {
     pub status: u16,
 }
 
-/// Istio's two listeners, which go on to the original destination.
+/// The mark of connections that a proxy in TPROXY mode makes from its client's address.
+const MARK: u32 = 1337;
+
+/// How the inbound listener accepts and goes on.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Inbound {
+    /// From 127.0.0.6.
+    Redirected,
+    /// From the client's own address.
+    Transparent,
+}
+
+/// A sidecar in REDIRECT mode.
 pub(super) fn sidecar() -> Value {
+    listeners(Inbound::Redirected)
+}
+
+/// A sidecar in TPROXY mode.
+pub(super) fn transparent_sidecar() -> Value {
+    listeners(Inbound::Transparent)
+}
+
+/// Istio's two listeners, which go on to the original destination.
+fn listeners(inbound: Inbound) -> Value {
     let (mut listeners, mut clusters) = (vec![ready()], Vec::new());
     for (name, port) in [("outbound", 15001), ("inbound", 15006)] {
         let mut listener = listener(name, port, name);
@@ -41,17 +63,30 @@ pub(super) fn sidecar() -> Value {
             "type.googleapis.com/envoy.extensions.filters.listener.original_dst.v3.OriginalDst",
             json!({}),
         )]);
-        listeners.push(listener);
         let mut cluster = json!({
             "name": name, "connect_timeout": "5s", "type": "ORIGINAL_DST", "lb_policy": "CLUSTER_PROVIDED",
         });
-        if name == "inbound" {
+        let is_transparent = name == "inbound" && inbound == Inbound::Transparent;
+        if is_transparent {
+            listener["transparent"] = json!(true);
+            let filters = listener["listener_filters"].as_array_mut();
+            filters.into_iter().for_each(|filters| filters.push(original_source()));
+        } else if name == "inbound" {
             let source = json!({ "address": "127.0.0.6", "port_value": 0 });
             cluster["upstream_bind_config"] = json!({ "source_address": source });
         }
+        listeners.push(listener);
         clusters.push(cluster);
     }
     configuration(&listeners, &clusters)
+}
+
+fn original_source() -> Value {
+    named(
+        "envoy.filters.listener.original_src",
+        "type.googleapis.com/envoy.extensions.filters.listener.original_src.v3.OriginalSrc",
+        json!({ "mark": MARK }),
+    )
 }
 
 /// A gateway, which passes everything on to the service.

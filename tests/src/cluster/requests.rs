@@ -5,7 +5,10 @@ use std::{collections::BTreeMap, fmt};
 use anyhow::{Context as _, Result, bail, ensure};
 use serde_json::Value;
 
-use super::{AccessLine, App, CLIENTS, Cluster, SERVICE};
+use super::{AccessLine, App, CLIENTS, Cluster, SERVICE, app::OTHER};
+
+/// The client of a connection that a proxy in REDIRECT mode makes to its application.
+const PASSTHROUGH: &str = "127.0.0.6";
 
 /// What a container says of its requests, by path.
 #[derive(Debug, Default)]
@@ -32,6 +35,8 @@ pub struct ServedRequest {
 pub struct RequestCounts {
     /// By both proxies.
     by_both: usize,
+    /// By both proxies, of which the server's is in TPROXY mode.
+    transparent: usize,
     /// From the node: by the server's proxy only.
     from_node: usize,
     /// Not by the client's proxy, although it should.
@@ -50,6 +55,11 @@ impl RequestCounts {
         self.around_outbound.len() + self.around_inbound.len()
     }
 
+    /// Requests to the pod in TPROXY mode that have passed both proxies.
+    pub fn transparent(&self) -> usize {
+        self.transparent
+    }
+
     /// Requests of ignored pods that were not left alone.
     pub fn touched(&self) -> usize {
         self.touched_plain.len()
@@ -60,8 +70,10 @@ impl fmt::Display for RequestCounts {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(
             f,
-            "{} requests by both proxies, {} around one; {} of the node; {} between plain pods, {} touched",
+            "{} requests by both proxies and {} under TPROXY, {} around one; {} of the node; {} between plain pods, {} \
+             touched",
             self.by_both,
+            self.transparent,
             self.around_a_proxy(),
             self.from_node,
             self.plain,
@@ -114,7 +126,7 @@ pub fn count(cluster: &Cluster) -> Result<RequestCounts> {
         let passed: Vec<&str> = request.passed.iter().map(String::as_str).collect();
         let of_client = CLIENTS.iter().any(|app| request.path.starts_with(&format!("/{}-", app.as_str())));
         match (passed.as_slice(), of_client) {
-            _ if passed.last() != Some(&"inbound") || request.client != "127.0.0.6" => {
+            _ if passed.last() != Some(&"inbound") || request.client != PASSTHROUGH => {
                 counts.around_inbound.push(request);
             }
             (["outbound", "inbound"], true) => counts.by_both += 1,
@@ -122,6 +134,7 @@ pub fn count(cluster: &Cluster) -> Result<RequestCounts> {
             (_, false) => counts.from_node += 1,
         }
     }
+    count_transparent(cluster, &mut counts)?;
     let plain = cluster.pod(App::Plain)?;
     let address = plain["status"]["podIP"].as_str().context("a pod without address")?;
     let requests = served(cluster, &cluster.pod(App::PlainServer)?)?;
@@ -132,6 +145,30 @@ pub fn count(cluster: &Cluster) -> Result<RequestCounts> {
         }
     }
     Ok(counts)
+}
+
+/// Counts what has arrived at the pod in TPROXY mode, whose application sees the clients' own addresses.
+fn count_transparent(cluster: &Cluster, counts: &mut RequestCounts) -> Result<()> {
+    let client = cluster.pod(App::Frontend)?;
+    let address = client["status"]["podIP"].as_str().context("a pod without address")?;
+    let own = format!("/{}/", client["metadata"]["name"].as_str().context("a pod without a name")?);
+    for request in served(cluster, &cluster.pod(App::Transparent)?)? {
+        let passed: Vec<&str> = request.passed.iter().map(String::as_str).collect();
+        let is_clients =
+            request.client != PASSTHROUGH && (!request.path.starts_with(&own) || request.client == address);
+        match (passed.as_slice(), request.path.starts_with("/frontend-")) {
+            _ if passed.last() != Some(&"inbound") || !is_clients => counts.around_inbound.push(request),
+            (["outbound", "inbound"], true) => counts.transparent += 1,
+            (_, true) => counts.around_outbound.push(request),
+            (_, false) => counts.from_node += 1,
+        }
+    }
+    Ok(())
+}
+
+/// The requests to the pod in TPROXY mode.
+pub fn of_other_client(cluster: &Cluster) -> Result<ClientRequests> {
+    ClientRequests::of(cluster, &cluster.pod(App::Frontend)?, OTHER)
 }
 
 /// Every answered request of a client has passed its own proxy and the backend's, once each, with the destination that it
