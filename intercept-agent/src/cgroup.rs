@@ -10,6 +10,8 @@ use std::path::{Path, PathBuf};
 use rustix::fs::OFlags;
 use rustix::process::Pid;
 
+use crate::sys;
+
 /// `CGROUP2_SUPER_MAGIC` of linux/magic.h.
 const CGROUP2_MAGIC: u64 = 0x6367_7270;
 /// `CGROUP_SUPER_MAGIC`, of the version 1 hierarchies.
@@ -77,7 +79,7 @@ pub enum CgroupError {
         /// As passed to [`CgroupDir::open`].
         path: PathBuf,
     },
-    /// The hierarchy is mounted in a cgroup namespace, so that its levels are not those of the kernel.
+    /// The hierarchy is mounted in a cgroup namespace, so that its root is not visible.
     #[error(
         "the root of the hierarchy of cgroup {} is not visible from here, so that its level is not known; start with the \
          node's /sys/fs/cgroup",
@@ -189,15 +191,24 @@ impl CgroupDir {
     /// Returns how deep the cgroup is in the hierarchy, whose root has level 0.
     ///
     /// # Errors
-    /// [`CgroupError::HiddenRoot`], if the root is not visible in this mount.
+    /// [`CgroupError::HiddenRoot`], if this mount does not show the root, and is not of a cgroup around this process.
     pub fn level(&self) -> Result<u32, CgroupError> {
         use rustix::fs::{AtFlags, statat};
         let (lineage, top) = self.walk_up()?;
-        match statat(&top, NOT_IN_ROOT, AtFlags::empty()) {
-            Err(rustix::io::Errno::NOENT) => Ok(u32::try_from(lineage.len()).unwrap_or(u32::MAX)),
-            Err(error) => Err(CgroupError::Read { path: self.path.join(".."), source: error.into() }),
-            Ok(_) => Err(CgroupError::HiddenRoot { path: self.path.clone() }),
-        }
+        let above = match statat(&top, NOT_IN_ROOT, AtFlags::empty()) {
+            Err(rustix::io::Errno::NOENT) => 0,
+            Err(error) => {
+                return Err(CgroupError::Read { path: self.path.join(".."), source: error.into() });
+            }
+            // In a node that is a container, the mount begins at the node's cgroup.
+            Ok(_) => {
+                let top = lineage.last().copied().unwrap_or(self.id);
+                let own = sys::own_cgroups().unwrap_or_default();
+                let level = own.iter().position(|id| *id == top);
+                level.ok_or_else(|| CgroupError::HiddenRoot { path: self.path.clone() })?
+            }
+        };
+        Ok(u32::try_from(above + lineage.len()).unwrap_or(u32::MAX))
     }
 
     /// The ids of the ancestors, nearest first, and the last of them that is visible.

@@ -17,8 +17,10 @@ use std::{
 use aya_obj::generated::{bpf_attach_type, bpf_attr, bpf_cmd, bpf_link_info, bpf_map_type};
 
 pub use load::{ProgramKind, ProgramLoad, Rejection, load_btf, load_sk_lookup, try_program};
+pub use own_cgroups::own_cgroups;
 
 mod load;
+mod own_cgroups;
 
 /// A value in a map.
 ///

@@ -12,7 +12,7 @@ use tests::actor::{
 };
 use tests::agent::{Agent, finish, succeed};
 use tests::status::{StatusEntry, count_of};
-use tests::testbed::{Ids, Pod, PodSpec};
+use tests::testbed::{Ids, Pod, PodSpec, cgroup};
 
 const FLAGS: [&str; 9] = ["-u", "1337", "-g", "1337", "-i", "*", "-b", "*", "--redirect-dns"];
 const SERVICES: [&str; 2] = ["10.96.0.10", "fd96::10"];
@@ -221,6 +221,35 @@ fn an_exempt_container_sends_as_if_the_pod_were_not_captured() {
     listen(&early, "early", Ids::APP, Transport::Tcp, 8081);
     let to = SocketAddr::new(pod.pod.address(Family::V4), 8081);
     assert_eq!(server(&pod.world, Dial::new(Ids::ROOT, to)), "proxy");
+}
+
+/// Runs the program $3 in the cgroup $1, in a cgroup namespace whose root this is, with the hierarchy mounted at $2.
+const ON_NODE: &str = r#"
+echo $$ >"$1/cgroup.procs"
+shift
+exec unshare --mount --cgroup sh -c 'umount "$1" && mount -t cgroup2 none "$1" && shift && exec "$@"' sh "$@"
+"#;
+
+/// As on the nodes of kind, which are containers.
+#[test]
+fn a_container_is_exempt_where_the_root_of_the_hierarchy_is_hidden() {
+    let mut pod = ContainersFixture::new("hidden");
+    let early = Actor::start(&pod.pod).expect("an actor");
+    for (name, actor) in [("app", &pod.app), ("proxy", &pod.proxy), ("init/step", &early)] {
+        enter(&pod.pod, &format!("kubepods/pod/{name}"), actor.pid());
+    }
+    pod.start_proxy();
+    let mount = cgroup::mount_point().expect("cgroup2");
+    let [node, at] = [pod.pod.cgroup.path(), &mount].map(|path| path.display().to_string());
+    pod.agent.start_by(["sh", "-c", ON_NODE, "sh", &node, &at].map(str::to_owned).to_vec());
+    let own = mount.join("kubepods/pod");
+    let mut attach = pod.agent.command("attach");
+    attach.arg("--cgroup-path").arg(&own).args(FLAGS).arg("--capture-all-dns");
+    attach.arg("--exempt-cgroup").arg(own.join("init"));
+    succeed(attach).expect("attached");
+    assert_eq!(pod.reaches(&early, Ids::APP), EXEMPT);
+    assert_eq!(pod.reaches(&pod.app, Ids::APP), APPLICATION);
+    assert_eq!(pod.reaches(&pod.proxy, Ids::PROXY), PROXY);
 }
 
 #[test]

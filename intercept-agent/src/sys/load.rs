@@ -10,7 +10,7 @@ use aya_obj::generated::{
     bpf_attach_type, bpf_attr, bpf_cmd, bpf_func_info, bpf_insn, bpf_line_info, bpf_prog_type,
 };
 
-use super::{call_for_fd, empty_attr, raw, write_name};
+use super::{call, call_for_fd, empty_attr, raw, write_name};
 
 /// Type and hook of a program.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
@@ -143,7 +143,7 @@ fn size_u32<T>() -> io::Result<u32> {
 }
 
 /// The attributes of a program without its name. `code` must outlive them.
-fn program_attr(kind: ProgramKind, code: *const u8, instructions: usize) -> io::Result<bpf_attr> {
+pub(super) fn program_attr(kind: ProgramKind, code: *const u8, instructions: usize) -> io::Result<bpf_attr> {
     let mut attr = empty_attr();
     // SAFETY: as above.
     let load = unsafe { &mut attr.__bindgen_anon_3 };
@@ -166,6 +166,17 @@ pub fn load_sk_lookup(name: &str, instructions: &[bpf_insn]) -> io::Result<Owned
     let load = unsafe { &mut attr.__bindgen_anon_3 };
     write_name(&mut load.prog_name, name);
     call_for_fd(bpf_cmd::BPF_PROG_LOAD, &mut attr)
+}
+
+/// Runs a program of raw tracepoints once, on this thread (BPF_PROG_TEST_RUN), and returns what it returns.
+pub(super) fn run(program: BorrowedFd<'_>, arguments: [u64; 2]) -> io::Result<u32> {
+    let mut attr = empty_attr();
+    attr.test.prog_fd = raw(program);
+    attr.test.ctx_in = arguments.as_ptr() as u64;
+    attr.test.ctx_size_in = u32::try_from(size_of_val(&arguments)).map_err(io::Error::other)?;
+    call(bpf_cmd::BPF_PROG_TEST_RUN, &mut attr)?;
+    // SAFETY: the kernel writes the result into the same variant.
+    Ok(unsafe { attr.test.retval })
 }
 
 /// Checks whether the kernel accepts a program, given as its encoded instructions.
