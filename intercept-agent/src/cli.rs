@@ -253,16 +253,6 @@ pub(crate) struct DaemonArgs {
     /// 0 is never
     #[arg(long, value_name = "MINUTES", default_value = "10", env = "INTERCEPT_PROVE_INTERVAL", value_parser = minutes)]
     pub(crate) prove_interval: Duration,
-    /// Ignore pods in these namespaces, comma-separated
-    #[arg(
-        long,
-        value_name = "NAMES",
-        value_delimiter = ',',
-        default_value = "kube-system",
-        env = "INTERCEPT_EXCLUDE_NAMESPACES",
-        value_parser = namespace
-    )]
-    pub(crate) exclude_namespaces: Vec<String>,
     /// Whether IPv6 of pods with a sidecar is captured
     #[arg(long, value_enum, default_value_t = CaptureIpv6::AsIstio, env = "INTERCEPT_IPV6")]
     pub(crate) ipv6: CaptureIpv6,
@@ -336,6 +326,16 @@ pub(crate) struct CniPlugin {
     /// Mesh whose sidecars are captured
     #[arg(long, value_enum, default_value_t = SidecarMesh::Istio, env = "INTERCEPT_MESH")]
     pub(crate) mesh: SidecarMesh,
+    /// Ignore pods in these namespaces, comma-separated
+    #[arg(
+        long,
+        value_name = "NAMES",
+        value_delimiter = ',',
+        default_value = "kube-system",
+        env = "INTERCEPT_EXCLUDE_NAMESPACES",
+        value_parser = namespace
+    )]
+    pub(crate) exclude_namespaces: Vec<String>,
 }
 
 #[derive(Args)]

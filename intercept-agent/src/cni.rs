@@ -172,8 +172,10 @@ impl Call {
                 return Err(CniError::new(CniError::CONFIG, msg, ""));
             }
         };
+        let pod = self.sandbox()?;
+        let namespace = pod.namespace.clone();
         let request = DaemonRequest::Add(Box::new(Add {
-            pod: self.sandbox()?,
+            pod,
             netns,
             cgroup: config.runtime.cgroup_path.clone(),
             annotations: config.runtime.annotations.as_ref().map(config::relevant),
@@ -187,7 +189,7 @@ impl Call {
             // Injected pods have an annotation, and others start without the daemon. If the runtime does not pass
             // annotations on, all pods must start. The daemon captures the injected ones when it learns of them from
             // the API.
-            Err(_) if is_plain(config) => Ok(previous),
+            Err(_) if ignores(config, &namespace) => Ok(previous),
             Err(error) => Err(unreachable(&config.socket, &error)),
         }
     }
@@ -247,10 +249,11 @@ fn collect(config: &PluginConfig) -> Result<(), CniError> {
     }
 }
 
-fn is_plain(config: &PluginConfig) -> bool {
+/// Whether a pod of this namespace is not to be captured, as far as that is known without the daemon.
+fn ignores(config: &PluginConfig, namespace: &str) -> bool {
     let annotations = config.runtime.annotations.as_ref();
-    config.select == Select::Sidecar
-        && annotations.is_none_or(|annotations| !config.mesh.has_injected(annotations))
+    let is_plain = annotations.is_none_or(|annotations| !config.mesh.has_injected(annotations));
+    config.select == Select::Sidecar && (is_plain || config.exclude_namespaces.contains(namespace))
 }
 
 fn refused(what: &str, response: &Response) -> CniError {

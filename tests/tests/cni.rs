@@ -55,6 +55,19 @@ impl PluginOutput {
     }
 }
 
+/// The flags for the node's CNI folders in this one.
+fn folders(folder: &Path) -> [String; 4] {
+    let text = |path: &str| folder.join(path).to_str().expect("text").to_owned();
+    ["--cni-conf-dir".to_owned(), text("net d"), "--cni-bin-dir".to_owned(), text("c n i/bin")]
+}
+
+/// The plugin's entry in the node's configuration.
+fn read_entry(folder: &Path) -> Option<Value> {
+    let list = fs::read(folder.join("net d/10 net.conflist")).expect("read");
+    let list: Value = serde_json::from_slice(&list).expect("JSON");
+    list["plugins"].as_array().expect("a list").get(1).cloned()
+}
+
 impl<'a> InstalledPlugin<'a> {
     fn new(agent: &'a Agent, more: &[&str]) -> Self {
         let folder = name::scratch("cni").expect("a folder");
@@ -64,15 +77,10 @@ impl<'a> InstalledPlugin<'a> {
         }
         let primary = json!({ "cniVersion": "1.0.0", "name": "net", "plugins": [{ "type": "bridge" }] });
         fs::write(conf.join("10 net.conflist"), primary.to_string()).expect("written");
-        let text = |path: &Path| path.to_str().expect("text").to_owned();
-        let (conf_dir, bin_dir) = (text(&conf), text(&bin));
-        let folders = ["--cni-keep", "--cni-conf-dir", &conf_dir, "--cni-bin-dir", &bin_dir];
-        let daemon = Daemon::start(agent, &[&folders, more].concat()).expect("a daemon");
-        let read = || {
-            let list = fs::read(conf.join("10 net.conflist")).expect("read");
-            let list: Value = serde_json::from_slice(&list).expect("JSON");
-            list["plugins"].as_array().expect("a list").get(1).cloned()
-        };
+        let folders = folders(folder.path());
+        let folders = folders.each_ref().map(String::as_str);
+        let daemon = Daemon::start(agent, &[&["--cni-keep"], &folders[..], more].concat()).expect("a daemon");
+        let read = || read_entry(folder.path());
         daemon.wait("it is installed", |_| read().is_some()).expect("installed");
         Self { entry: read().expect("an entry"), folder, daemon }
     }
@@ -284,6 +292,33 @@ fn excluded_namespaces_are_left_alone() {
         }
         assert_eq!(plugin.call("DEL", "1.1.0", &added, &json!({})), PluginOutput::nothing());
     }
+}
+
+/// What `CNI_ARGS` say of a pod's namespace, the plugin knows without the daemon.
+#[test]
+fn excluded_namespaces_do_not_wait_for_the_daemon() {
+    let agent = Agent::new("d-cni-alone").expect("the agent");
+    let mut plugin = InstalledPlugin::new(&agent, &["--exclude-namespaces", "kube-system,quiet"]);
+    plugin.daemon.kill().expect("killed");
+    for (namespace, starts) in [("shop", false), ("quiet", true), ("kube-system", true), ("quieter", false)] {
+        let added = plugin.new_pod(namespace, namespace);
+        for version in VERSIONS {
+            let printed = plugin.call("ADD", version, &added, &json!({}));
+            if starts {
+                let done = PluginOutput { done: true, text: previous(version) };
+                assert_eq!(printed, done, "{namespace}");
+            } else {
+                printed.assert_error(version, 11, namespace);
+            }
+        }
+    }
+    // A daemon with another list writes its own.
+    let folders = folders(plugin.folder.path());
+    let folders = folders.each_ref().map(String::as_str);
+    let other = [&["--cni-keep", "--exclude-namespaces", "shop"], &folders[..]].concat();
+    let other = Daemon::start(&agent, &other).expect("a daemon");
+    let list = || read_entry(plugin.folder.path()).expect("an entry")["excludeNamespaces"].clone();
+    other.wait("the list is written", |_| list() == json!(["shop"])).expect("written");
 }
 
 #[test]

@@ -7,7 +7,7 @@ use std::{
 };
 
 use intercept_agent::facade::{
-    cni::install::{Folders, Mode, Plugin, entry},
+    cni::install::{Folders, Mode, Plugin, PluginEntry},
     daemon::{DEFAULT_SOCKET, Mesh, PodState},
 };
 use serde_json::{Value, json};
@@ -79,7 +79,14 @@ fn the_conflist_is_as_the_agent_leaves_it() {
     let mut before = example.clone();
     before["plugins"].as_array_mut().expect("a list").pop().expect("the plugin");
     fs::write(&path, before.to_string()).expect("written");
-    let entry = entry(Path::new(DEFAULT_SOCKET), "sidecar", Mesh::Istio, &[]);
+    let entry = PluginEntry {
+        socket: Path::new(DEFAULT_SOCKET),
+        select: "sidecar",
+        mesh: Mesh::Istio,
+        exclude_namespaces: &["kube-system".to_owned()].into(),
+        arguments: &[],
+    }
+    .json();
     let binary = std::env::current_exe().expect("this program");
     let plugin = Plugin { folders, mode: Mode::Chained { file: None }, entry, binary };
     assert_eq!(plugin.install().expect("installed").path, path);

@@ -1,6 +1,9 @@
 //! The plugin's configuration, as the runtime passes it.
 
-use std::{collections::BTreeMap, path::PathBuf};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    path::PathBuf,
+};
 
 use serde::{Deserialize, Deserializer};
 use serde_json::Value;
@@ -28,6 +31,9 @@ pub struct PluginConfig {
     pub select: Select,
     /// The mesh by whose annotation the plugin recognizes pods with a sidecar while the daemon does not answer.
     pub mesh: Mesh,
+    /// Namespaces whose pods start without the daemon.
+    #[serde(rename = "excludeNamespaces")]
+    pub exclude_namespaces: BTreeSet<String>,
     /// Arguments for every pod, as for `attach`.
     pub arguments: Vec<String>,
     /// Environment variables for every pod, as for `attach`.
@@ -86,6 +92,7 @@ impl Default for PluginConfig {
             socket: PathBuf::from(DEFAULT_SOCKET),
             select: Select::default(),
             mesh: Mesh::default(),
+            exclude_namespaces: BTreeSet::new(),
             arguments: Vec::new(),
             environment: BTreeMap::new(),
             standalone: false,

@@ -3,6 +3,7 @@
 //! Files are replaced by rename, so that the runtime reads either the old or the new version.
 
 use std::{
+    collections::BTreeSet,
     fs,
     io::{self, BufReader, Read},
     os::unix::fs::{MetadataExt as _, PermissionsExt as _},
@@ -56,7 +57,7 @@ pub struct Plugin {
     pub folders: Folders,
     /// How it is called.
     pub mode: Mode,
-    /// Its entry, from [`entry`].
+    /// Its entry, from [`PluginEntry::json`].
     pub entry: Value,
     /// The file to copy: [`OWN_BINARY`].
     pub binary: PathBuf,
@@ -220,21 +221,41 @@ fn take_out(path: &Path) -> Result<bool, InstallError> {
     Ok(true)
 }
 
-/// Returns the plugin's entry for a list.
-pub fn entry(socket: &Path, select: &str, mesh: Mesh, arguments: &[String]) -> Value {
-    let mut entry = json!({
-        "type": PLUGIN,
-        "socket": socket,
-        "select": select,
-        "capabilities": { "io.kubernetes.cri.pod-annotations": true, "cgroupPath": true },
-    });
-    if mesh != Mesh::default() {
-        entry["mesh"] = json!(mesh.as_str());
+/// The plugin's entry in a list: what it knows without the daemon.
+#[derive(Clone, Copy, Debug)]
+pub struct PluginEntry<'a> {
+    /// Path of the daemon's socket.
+    pub socket: &'a Path,
+    /// Which pods are captured, as in the configuration.
+    pub select: &'a str,
+    /// The mesh whose sidecars are captured.
+    pub mesh: Mesh,
+    /// Namespaces whose pods are ignored.
+    pub exclude_namespaces: &'a BTreeSet<String>,
+    /// Arguments for every pod, as for `attach`.
+    pub arguments: &'a [String],
+}
+
+impl PluginEntry<'_> {
+    /// Returns the entry as it is written.
+    pub fn json(&self) -> Value {
+        let mut entry = json!({
+            "type": PLUGIN,
+            "socket": self.socket,
+            "select": self.select,
+            "capabilities": { "io.kubernetes.cri.pod-annotations": true, "cgroupPath": true },
+        });
+        if self.mesh != Mesh::default() {
+            entry["mesh"] = json!(self.mesh.as_str());
+        }
+        if !self.exclude_namespaces.is_empty() {
+            entry["excludeNamespaces"] = json!(self.exclude_namespaces);
+        }
+        if !self.arguments.is_empty() {
+            entry["arguments"] = json!(self.arguments);
+        }
+        entry
     }
-    if !arguments.is_empty() {
-        entry["arguments"] = json!(arguments);
-    }
-    entry
 }
 
 fn is_multus(file: &ConfFile) -> bool {

@@ -1,6 +1,6 @@
 //! `cni`: the plugin and its installation.
 
-use std::path::Path;
+use std::{collections::BTreeSet, path::Path};
 
 use anyhow::{Context as _, Result};
 
@@ -9,7 +9,7 @@ use crate::{
     cli::{CniArgs, CniCommand, CniFolders, CniPlugin, SelectPods, SidecarMesh},
     cni::{
         Call,
-        install::{self, Folders, Installed, Mode, Plugin},
+        install::{self, Folders, Installed, Mode, Plugin, PluginEntry},
     },
     daemon::mesh::Mesh,
     escape,
@@ -44,15 +44,25 @@ pub(super) fn in_place(plugin: CniPlugin, socket: &Path, options: &[String]) -> 
         SelectPods::Sidecar => "sidecar",
         SelectPods::All => "all",
     };
+    let entry = PluginEntry {
+        socket,
+        select,
+        mesh: plugin.mesh.into(),
+        exclude_namespaces: &plugin.excluded(),
+        arguments: options,
+    }
+    .json();
     let mode = match plugin.cni_standalone {
         Some(network) => Mode::Standalone { network },
         None => Mode::Chained { file: plugin.cni_conf_name },
     };
-    Plugin {
-        folders: in_folders(plugin.folders),
-        mode,
-        entry: install::entry(socket, select, plugin.mesh.into(), options),
-        binary: install::OWN_BINARY.into(),
+    Plugin { folders: in_folders(plugin.folders), mode, entry, binary: install::OWN_BINARY.into() }
+}
+
+impl CniPlugin {
+    /// The namespaces whose pods are ignored.
+    pub(super) fn excluded(&self) -> BTreeSet<String> {
+        self.exclude_namespaces.iter().filter(|name| !name.is_empty()).cloned().collect()
     }
 }
 

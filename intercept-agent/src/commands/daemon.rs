@@ -16,7 +16,7 @@ use crate::{
 pub(super) fn daemon(args: DaemonArgs) -> Result<()> {
     super::check::require_privileges()?;
     let selection = Selection {
-        exclude_namespaces: args.exclude_namespaces.into_iter().filter(|name| !name.is_empty()).collect(),
+        exclude_namespaces: args.plugin.excluded(),
         ipv6: match args.ipv6 {
             CaptureIpv6::AsIstio => Ipv6::AsIstio,
             CaptureIpv6::Always => Ipv6::Always,

@@ -209,10 +209,7 @@ mod tests {
     use serde_json::{Value, json};
 
     use super::*;
-    use crate::{
-        cni::install::{self, Folders, Mode},
-        daemon::mesh::Mesh,
-    };
+    use crate::cni::install::{Folders, Mode};
 
     const PRIMARY: &str = r#"{"cniVersion": "1.0.0", "name": "net", "plugins": [{"type": "bridge"}]}"#;
 
@@ -226,7 +223,7 @@ mod tests {
             let dir = tempfile::tempdir().expect("a folder");
             let folders =
                 Folders { configurations: dir.path().join("net.d"), binaries: dir.path().join("bin") };
-            let entry = install::entry(Path::new("/run/s.sock"), "sidecar", Mesh::Istio, &[]);
+            let entry = json!({ "type": PLUGIN });
             let binary = dir.path().join("agent");
             fs::write(&binary, "the agent").expect("written");
             let plugin = Plugin { folders, mode: Mode::Chained { file: None }, entry, binary };

@@ -53,7 +53,14 @@ const LIST: &str =
     r#"{"cniVersion": "1.0.0", "name": "net", "plugins": [{"type": "bridge"}, {"type": "portmap"}]}"#;
 
 fn ours() -> Value {
-    entry(Path::new("/run/s.sock"), "sidecar", Mesh::Istio, &[])
+    PluginEntry {
+        socket: Path::new("/run/s.sock"),
+        select: "sidecar",
+        mesh: Mesh::Istio,
+        exclude_namespaces: &BTreeSet::new(),
+        arguments: &[],
+    }
+    .json()
 }
 
 #[test]
@@ -72,7 +79,14 @@ fn installed_last_once_and_taken_out_again() {
     assert_eq!(fs::metadata(&path).expect("there").modified().expect("a time"), written);
 
     // Another entry replaces the plugin's own.
-    let other = entry(Path::new("/run/other.sock"), "all", Mesh::Kuma, &["-b".into(), "*".into()]);
+    let other = PluginEntry {
+        socket: Path::new("/run/other.sock"),
+        select: "all",
+        mesh: Mesh::Kuma,
+        exclude_namespaces: &["kube-system".to_owned()].into(),
+        arguments: &["-b".into(), "*".into()],
+    }
+    .json();
     node.chain(other.clone()).expect("replaced");
     let plugins = read(&path)["plugins"].as_array().expect("a list").clone();
     assert_eq!((plugins.len(), plugins.last()), (3, Some(&other)));
