@@ -14,8 +14,8 @@ const PLAIN_SERVICE: &str = "10.96.0.81";
 const TRANSPARENT_SERVICE: &str = "10.96.0.82";
 /// The container that dials the pod in TPROXY mode.
 pub(super) const OTHER: &str = "other";
-/// The container that asks to be exempt. On a node with a cgroup namespace of its own, as here, it is captured all the same.
-const EXEMPT: &str = "free";
+/// The container that asks to be exempt.
+pub(super) const EXEMPT: &str = "free";
 /// Where servers listen.
 const PORT: u16 = 8080;
 

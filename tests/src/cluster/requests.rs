@@ -5,7 +5,10 @@ use std::{collections::BTreeMap, fmt};
 use anyhow::{Context as _, Result, bail, ensure};
 use serde_json::Value;
 
-use super::{AccessLine, App, CLIENTS, Cluster, SERVICE, app::OTHER};
+use super::{
+    AccessLine, App, CLIENTS, Cluster, SERVICE,
+    app::{EXEMPT, OTHER},
+};
 
 /// The client of a connection that a proxy in REDIRECT mode makes to its application.
 const PASSTHROUGH: &str = "127.0.0.6";
@@ -37,6 +40,8 @@ pub struct RequestCounts {
     by_both: usize,
     /// By both proxies, of which the server's is in TPROXY mode.
     transparent: usize,
+    /// Of an exempt container: by the server's proxy only.
+    exempt: usize,
     /// From the node: by the server's proxy only.
     from_node: usize,
     /// Not by the client's proxy, although it should.
@@ -47,6 +52,13 @@ pub struct RequestCounts {
     plain: usize,
     /// Of these, with a proxy on their way or from another address than the client's.
     touched_plain: Vec<ServedRequest>,
+}
+
+impl ServedRequest {
+    /// Whether the container asks to be exempt.
+    pub fn is_exempt(&self) -> bool {
+        self.path.split('/').nth(2) == Some(EXEMPT)
+    }
 }
 
 impl RequestCounts {
@@ -70,11 +82,12 @@ impl fmt::Display for RequestCounts {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(
             f,
-            "{} requests by both proxies and {} under TPROXY, {} around one; {} of the node; {} between plain pods, {} \
-             touched",
+            "{} requests by both proxies and {} under TPROXY, {} around one; {} of an exempt container, {} of the node; {} \
+             between plain pods, {} touched",
             self.by_both,
             self.transparent,
             self.around_a_proxy(),
+            self.exempt,
             self.from_node,
             self.plain,
             self.touched(),
@@ -130,6 +143,7 @@ pub fn count(cluster: &Cluster) -> Result<RequestCounts> {
                 counts.around_inbound.push(request);
             }
             (["outbound", "inbound"], true) => counts.by_both += 1,
+            (_, true) if request.is_exempt() => counts.exempt += 1,
             (_, true) => counts.around_outbound.push(request),
             (_, false) => counts.from_node += 1,
         }
