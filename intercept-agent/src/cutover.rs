@@ -36,19 +36,39 @@ use self::{
 use crate::{
     cgroup::CgroupDir,
     ids::{CookieNumber, NetnsCookie},
+    shadow::ShadowReport,
 };
 
 /// For how long both captures stay active: a call of connect() may have been decided on by the old one, and its SYN leaves
 /// shortly after.
 const OVERLAP: Duration = Duration::from_secs(1);
 
-/// Whether a pod is cut over although the shadow does not agree, or has compared nothing.
+/// Whether a pod is cut over although the shadow does not agree, or has compared little.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Caution {
-    /// It is not.
-    Agreed,
+    /// Only if at least this many flows were compared, and none differs.
+    Compared(u64),
     /// It is.
     Forced,
+}
+
+/// Who keeps a pod, and changes its mode.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Keeper {
+    /// A person, by commands.
+    Command,
+    /// The daemon.
+    Daemon,
+}
+
+impl Keeper {
+    /// How a cut-over is forced.
+    fn force(self) -> &'static str {
+        match self {
+            Self::Command => "--force",
+            Self::Daemon => "the annotation `intercept/cutover: force` on the pod",
+        }
+    }
 }
 
 /// What was done.
@@ -107,15 +127,20 @@ impl CutoverReport {
 
 /// Puts the policy of a pod in shadow mode in force, and takes the rules out that capture it. Also finishes what was
 /// interrupted.
-pub fn cut_over(bpffs: &Path, cgroup: &CgroupDir, caution: Caution) -> Result<CutoverReport, CutoverError> {
-    let mut pod = CutoverPod::open(bpffs, cgroup)?;
+pub fn cut_over(
+    bpffs: &Path,
+    cgroup: &CgroupDir,
+    keeper: Keeper,
+    caution: Caution,
+) -> Result<CutoverReport, CutoverError> {
+    let mut pod = CutoverPod::open(bpffs, cgroup, keeper)?;
     let before = pod.saved()?;
     if before.is_none() && pod.mode() == PolicyMode::Enforce {
         return Err(CutoverError::NotShadow { cgroup: pod.cgroup().to_owned() });
     }
     pod.refuse_tproxy()?;
-    if pod.mode() == PolicyMode::Shadow && caution == Caution::Agreed {
-        pod.refuse_disagreement()?;
+    if pod.mode() == PolicyMode::Shadow {
+        pod.refuse_disagreement(keeper, caution)?;
     }
     let current = read(&pod)?;
     let is_out = !current.iter().any(|found| found.has_captures());
@@ -154,8 +179,8 @@ pub fn cut_over(bpffs: &Path, cgroup: &CgroupDir, caution: Caution) -> Result<Cu
 }
 
 /// Puts the rules in again, and the policy back into shadow mode. Also finishes what was interrupted.
-pub fn go_back(bpffs: &Path, cgroup: &CgroupDir) -> Result<CutoverReport, CutoverError> {
-    let mut pod = CutoverPod::open(bpffs, cgroup)?;
+pub fn go_back(bpffs: &Path, cgroup: &CgroupDir, keeper: Keeper) -> Result<CutoverReport, CutoverError> {
+    let mut pod = CutoverPod::open(bpffs, cgroup, keeper)?;
     let Some(mut saved) = pod.saved()? else {
         return match pod.mode() {
             PolicyMode::Shadow => {
@@ -192,6 +217,24 @@ pub fn go_back(bpffs: &Path, cgroup: &CgroupDir) -> Result<CutoverReport, Cutove
     }
     pod.forget()?;
     Ok(report)
+}
+
+/// Refuses to cut a pod over whose shadow says this.
+pub fn refuse_disagreement(
+    shadow: Option<&ShadowReport>,
+    cgroup: &Path,
+    keeper: Keeper,
+    caution: Caution,
+) -> Result<(), CutoverError> {
+    let Caution::Compared(least) = caution else { return Ok(()) };
+    let (compared, differed) = shadow.map_or((0, 0), |shadow| (shadow.compared, shadow.differed));
+    let (cgroup, force) = (cgroup.to_owned(), keeper.force());
+    match compared {
+        _ if differed > 0 => Err(CutoverError::Differs { cgroup, differed, compared, force }),
+        0 => Err(CutoverError::NothingCompared { cgroup, least, force }),
+        _ if compared < least => Err(CutoverError::TooFewCompared { cgroup, compared, least, force }),
+        _ => Ok(()),
+    }
 }
 
 /// The rules of one implementation of iptables, as they are now.

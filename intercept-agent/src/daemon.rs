@@ -5,6 +5,7 @@
 
 pub mod capture;
 pub mod cause;
+pub mod cutover;
 pub mod desired;
 pub mod events;
 pub mod folder;
@@ -25,5 +26,6 @@ pub mod serve;
 pub mod sidecar;
 pub mod socket;
 pub mod source;
+pub mod takeover;
 pub mod view;
 pub mod worker;

@@ -19,6 +19,7 @@ pub mod compile {
 /// The daemon: its protocol, and what it reports.
 pub mod daemon {
     pub use crate::daemon::{
+        cutover::{CutoverProgress, CutoverState},
         desired::CaptureArgs,
         mesh::Mesh,
         protocol::{Add, DEFAULT_SOCKET, DaemonRequest, Response, SandboxInfo, Select},

@@ -6,7 +6,7 @@ use super::print_line;
 use crate::{
     cgroup::CgroupDir,
     cli::CutoverArgs,
-    cutover::{self, Caution, CutoverOutcome, CutoverReport},
+    cutover::{self, Caution, CutoverOutcome, CutoverReport, Keeper},
     escape::{self, OneLine},
 };
 
@@ -16,11 +16,11 @@ pub(super) fn cutover(args: &CutoverArgs) -> Result<()> {
     let path = || cgroup.path().display().to_string();
     let bpffs = &args.bpffs.bpffs;
     let report = if args.back {
-        cutover::go_back(bpffs, &cgroup)
+        cutover::go_back(bpffs, &cgroup, Keeper::Command)
             .with_context(|| format!("going back to the rules of cgroup {}", path()))?
     } else {
-        let caution = if args.force { Caution::Forced } else { Caution::Agreed };
-        cutover::cut_over(bpffs, &cgroup, caution)
+        let caution = if args.force { Caution::Forced } else { Caution::Compared(1) };
+        cutover::cut_over(bpffs, &cgroup, Keeper::Command, caution)
             .with_context(|| format!("cutting over cgroup {}", path()))?
     };
     if args.json {

@@ -327,6 +327,12 @@ fn print_daemon(report: &PodReport) {
             print_line!("  {count:>12}  sockets around the proxy: {cause}");
         }
     }
+    if let Some(cutover) = &report.cutover {
+        print_line!("  cutover      {}", cutover.state.as_str());
+        if let Some(problem) = &cutover.failure {
+            print_line!("               {} ({})", OneLine(&problem.text), problem.cause);
+        }
+    }
     if let Some(problem) = &report.failure {
         print_line!("               {} ({} attempts failed)", OneLine(&problem.text), report.failures);
     }

@@ -1,6 +1,6 @@
 //! Why a pod is not cut over.
 
-use std::path::PathBuf;
+use std::{path::PathBuf, time::Duration};
 
 use super::rules::RulesError;
 use crate::{netns::NetnsError, node::NodeError, store::StoreError};
@@ -27,16 +27,23 @@ pub enum CutoverError {
     NothingSaved { cgroup: PathBuf },
     #[error(
         "in cgroup {} {differed} of {compared} compared flows differ from what happened: see \
-         `intercept-agent status --shadow`, correct the options or the rules, and attach again; --force cuts over regardless",
-        cgroup.display()
-    )]
-    Differs { cgroup: PathBuf, differed: u64, compared: u64 },
-    #[error(
-        "in cgroup {} no flow has been compared yet: let it run, and see `intercept-agent status --shadow`; --force cuts over \
+         `intercept-agent status --shadow`, and correct the options or the rules, which begins to compare anew; {force} cuts over \
          regardless",
         cgroup.display()
     )]
-    NothingCompared { cgroup: PathBuf },
+    Differs { cgroup: PathBuf, differed: u64, compared: u64, force: &'static str },
+    #[error(
+        "in cgroup {} no flow has been compared yet, and {least} are needed: let it run, and see \
+         `intercept-agent status --shadow`; {force} cuts over regardless",
+        cgroup.display()
+    )]
+    NothingCompared { cgroup: PathBuf, least: u64, force: &'static str },
+    #[error(
+        "in cgroup {} {compared} flows have been compared, and {least} are needed: let it run, and see \
+         `intercept-agent status --shadow`; {force} cuts over regardless",
+        cgroup.display()
+    )]
+    TooFewCompared { cgroup: PathBuf, compared: u64, least: u64, force: &'static str },
     #[error(
         "{netns} is captured by TPROXY, in which the pod cannot be cut over while it runs: the rules mark what comes in, and \
          for the agent sockets take such marks over (tcp_fwmark_accept), so that while both are active the proxy's answers \
@@ -62,6 +69,11 @@ pub enum CutoverError {
     Missing { program: String },
     #[error("running {program} in {netns}: {what}")]
     Iptables { program: String, netns: String, what: String },
+    #[error(
+        "{program} in {netns} took longer than {limit:?} and was killed: the namespace has very many rules, another program \
+         holds the lock of iptables, or the machine is overloaded"
+    )]
+    Slow { program: String, netns: String, limit: Duration },
     #[error("reading the rules of {tool} in {netns}")]
     Rules { tool: String, netns: String, source: RulesError },
     #[error(
@@ -79,4 +91,36 @@ pub enum CutoverError {
     Netns(#[from] NetnsError),
     #[error(transparent)]
     Store(#[from] StoreError),
+}
+
+impl CutoverError {
+    /// The cause of a pod that needs only time.
+    pub const COMPARED_TOO_FEW: &str = "compared_too_few";
+
+    /// Whether the text has numbers of flows, which grow.
+    pub fn counts_flows(&self) -> bool {
+        matches!(self, Self::Differs { .. } | Self::NothingCompared { .. } | Self::TooFewCompared { .. })
+    }
+
+    /// Its word in reports and logs, stable.
+    pub fn cause(&self) -> &'static str {
+        match self {
+            Self::Differs { .. } => "differs",
+            Self::NothingCompared { .. } | Self::TooFewCompared { .. } => Self::COMPARED_TOO_FEW,
+            Self::Tproxy { .. } => "tproxy",
+            Self::NoRules { .. } => "no_rules",
+            Self::Missing { .. } | Self::Iptables { .. } | Self::Slow { .. } | Self::Rules { .. } => {
+                "iptables"
+            }
+            Self::Returned { .. } | Self::Lost { .. } => "rules_changed",
+            Self::NotAttached { .. }
+            | Self::NotShadow { .. }
+            | Self::NothingSaved { .. }
+            | Self::Machine { .. }
+            | Self::Kept { .. }
+            | Self::Node(_)
+            | Self::Netns(_)
+            | Self::Store(_) => "agent",
+        }
+    }
 }

@@ -3,10 +3,15 @@
 use std::{
     env, fs,
     io::{self, Write as _},
+    os::unix::process::CommandExt as _,
     path::PathBuf,
-    process::{Command, Output, Stdio},
+    process::{Child, Command, Output, Stdio},
+    sync::mpsc::{self, RecvTimeoutError},
+    thread,
+    time::Duration,
 };
 
+use rustix::process::{Pid, Signal, kill_process_group};
 use serde::{Deserialize, Serialize};
 
 use super::{CutoverError, rules::SavedTable};
@@ -14,6 +19,9 @@ use crate::netns::Netns;
 
 /// Folders that are searched besides those of PATH.
 const FOLDERS: &str = "/usr/sbin:/sbin:/usr/bin:/bin";
+
+/// A program that takes longer is killed. Its changes of a table are made at once or not at all.
+const LONGEST: Duration = Duration::from_secs(15);
 
 /// An implementation of iptables for a family: what its programs' names begin with, such as `ip6tables-nft`.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
@@ -90,22 +98,60 @@ impl Tool {
             what,
         };
         // The child inherits the namespace of the thread that starts it.
-        let output = netns.run(|| -> io::Result<Output> {
-            let mut child = Command::new(&path)
+        let ended = netns.run(|| -> io::Result<Ended> {
+            let child = Command::new(&path)
                 .args(arguments)
                 .stdin(Stdio::piped())
                 .stdout(Stdio::piped())
                 .stderr(Stdio::piped())
+                .process_group(0)
                 .spawn()?;
-            // It reads all of its input before it writes.
-            child.stdin.take().map_or(Ok(()), |mut stdin| stdin.write_all(input.as_bytes()))?;
-            child.wait_with_output()
+            wait(child, input)
         })?;
-        let output = output.map_err(|error| failed(error.to_string()))?;
+        let output = match ended.map_err(|error| failed(error.to_string()))? {
+            Ended::Itself(output) => output,
+            Ended::Killed => {
+                let (program, netns) = (path.display().to_string(), netns.name().to_owned());
+                return Err(CutoverError::Slow { program, netns, limit: LONGEST });
+            }
+        };
         if !output.status.success() {
             let said = String::from_utf8_lossy(&output.stderr);
             return Err(failed(format!("{}: {}", output.status, said.trim())));
         }
         Ok(output)
     }
+}
+
+/// How a program has ended.
+enum Ended {
+    Itself(Output),
+    Killed,
+}
+
+/// Gives a program its input and waits for it. If that takes too long, kills it with all that it has started.
+fn wait(mut child: Child, input: &str) -> io::Result<Ended> {
+    let group = Pid::from_child(&child);
+    let (end, ended) = mpsc::channel::<()>();
+    thread::scope(|scope| {
+        let watch = scope.spawn(move || {
+            // It is not reaped before it has ended, so that the number is still its own.
+            let is_slow = ended.recv_timeout(LONGEST) == Err(RecvTimeoutError::Timeout);
+            is_slow && kill_process_group(group, Signal::KILL).is_ok()
+        });
+        // It reads all of its input before it writes.
+        let written = child.stdin.take().map_or(Ok(()), |mut stdin| stdin.write_all(input.as_bytes()));
+        let output = child.wait_with_output();
+        drop(end);
+        if watch.join().unwrap_or_default() {
+            return Ok(Ended::Killed);
+        }
+        let output = output?;
+        // If it failed before it read all, its error says more.
+        if output.status.success() {
+            written.map(|()| Ended::Itself(output))
+        } else {
+            Ok(Ended::Itself(output))
+        }
+    })
 }

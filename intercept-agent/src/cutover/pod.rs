@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use super::{CutoverError, RulesState, SavedRules, now};
+use super::{Caution, CutoverError, Keeper, RulesState, SavedRules, now};
 use crate::{
     cgroup::CgroupDir,
     ids::NetnsCookie,
@@ -35,7 +35,7 @@ pub(super) struct CutoverPod {
 }
 
 impl CutoverPod {
-    pub(super) fn open(bpffs: &Path, cgroup: &CgroupDir) -> Result<Self, CutoverError> {
+    pub(super) fn open(bpffs: &Path, cgroup: &CgroupDir, keeper: Keeper) -> Result<Self, CutoverError> {
         let path = || cgroup.path().to_owned();
         let absent = || CutoverError::NotAttached { cgroup: path() };
         let find = || -> Result<Option<(Node, NetnsCookie)>, NodeError> {
@@ -55,7 +55,7 @@ impl CutoverPod {
         if cookie.is_workload() {
             return Err(CutoverError::Machine { cgroup: path() });
         }
-        if record.origin != RecordOrigin::Command {
+        if keeper == Keeper::Command && record.origin != RecordOrigin::Command {
             return Err(CutoverError::Kept { cgroup: path(), name: record.name() });
         }
         let netns = record.netns().map_or_else(|| Netns::of_cgroup(cgroup), Ok)?;
@@ -97,17 +97,8 @@ impl CutoverPod {
         }
     }
 
-    pub(super) fn refuse_disagreement(&self) -> Result<(), CutoverError> {
-        let cgroup = || self.cgroup().to_owned();
-        match &self.shadow {
-            Some(shadow) if shadow.differed > 0 => Err(CutoverError::Differs {
-                cgroup: cgroup(),
-                differed: shadow.differed,
-                compared: shadow.compared,
-            }),
-            Some(shadow) if shadow.compared > 0 => Ok(()),
-            _ => Err(CutoverError::NothingCompared { cgroup: cgroup() }),
-        }
+    pub(super) fn refuse_disagreement(&self, keeper: Keeper, caution: Caution) -> Result<(), CutoverError> {
+        super::refuse_disagreement(self.shadow.as_ref(), self.cgroup(), keeper, caution)
     }
 
     pub(super) fn saved(&self) -> Result<Option<SavedRules>, CutoverError> {

@@ -14,12 +14,14 @@ use tokio::runtime::Handle;
 use super::{
     cause::Cause,
     desired::{CaptureArgsError, CaptureOptions, DesiredPod},
+    takeover::Takeover,
     worker::{Access, WorkerFailed},
 };
 use crate::{
     cgroup::{CgroupDir, CgroupError},
     confinement::explained,
     containers,
+    cutover::{CutoverError, RulesState},
     escape::OneLine,
     ids::NetnsCookie,
     netns::{Netns, NetnsError},
@@ -46,6 +48,9 @@ pub enum CaptureError {
     Follow(#[from] RoutesError),
     #[error(transparent)]
     Worker(#[from] WorkerFailed),
+    /// Its rules of iptables could not be put in again.
+    #[error("putting the pod's rules of iptables in again")]
+    Rules(#[from] CutoverError),
     /// It was attached by a command and has been detached, which the daemon does not undo.
     #[error("it was detached by command")]
     Detached,
@@ -81,6 +86,7 @@ impl CaptureError {
             Self::Node(_) => Cause::Kernel,
             Self::Worker(_) => Cause::Internal,
             Self::Detached => Cause::Detached,
+            Self::Rules(_) => Cause::Rules,
         }
     }
 
@@ -197,6 +203,10 @@ pub struct Captured {
     pub containers: Option<Vec<(u64, String)>>,
     /// Its connections are not joined yet, because the self-test of this kernel has not ended.
     pub awaits_self_test: bool,
+    /// Where its saved rules of iptables are, if it has some.
+    pub rules: Option<RulesState>,
+    /// Whether it is to be cut over from them.
+    pub takeover: Takeover,
 }
 
 /// What was observed of a pod, ready to be attached.
@@ -208,6 +218,7 @@ pub struct Prepared {
     connections: Option<usize>,
     idle: bool,
     containers: Option<Vec<(u64, String)>>,
+    takeover: Takeover,
 }
 
 /// Observes a desired pod, on a thread of its own, so that a slow pod delays no other. `before` is the applied pod,
@@ -268,6 +279,7 @@ pub fn prepare(
             connections,
             idle,
             containers,
+            takeover: desired.takeover,
         })
 }
 
@@ -278,9 +290,10 @@ pub fn capture(
     before: Option<&AppliedPod>,
 ) -> Result<Captured, CaptureError> {
     let (started, before_cost) = (Instant::now(), processor_time());
-    let Prepared { target, mut config, mut observed, mut follower, connections, idle, containers } = prepared;
+    let Prepared { target, mut config, mut observed, mut follower, connections, idle, containers, takeover } =
+        prepared;
     let cookie = target.netns.cookie();
-    let (done, awaits_self_test) = access.with(|node| {
+    let (done, awaits_self_test, rules) = access.with(|node| {
         if let Some(before) = before.filter(|applied| applied.cookie != cookie) {
             // The pod has a new sandbox: the cgroup cannot have both.
             node.detach(before.cookie, None)?;
@@ -294,8 +307,13 @@ pub fn capture(
             // A pod that starts does not wait for it, nor do the pods behind it.
             config.accelerate.clear();
         }
+        let rules = node.store().saved_rules(cookie).map_err(NodeError::from)?.map(|saved| saved.state);
+        if takeover != Takeover::None {
+            // Only the cut-over enforces it.
+            config.shadow = rules.is_none() || node.is_in_shadow(cookie)?;
+        }
         let done = node.attach(&target, &config, &mut observed, Rewrite::IfChanged)?;
-        Ok::<_, CaptureError>((done, awaits_self_test))
+        Ok::<_, CaptureError>((done, awaits_self_test, rules))
     })?;
     if let Some(follower) = &mut follower {
         follower.expect(observed.into_routes());
@@ -319,6 +337,8 @@ pub fn capture(
         idle,
         containers,
         awaits_self_test,
+        rules,
+        takeover,
     })
 }
 
@@ -356,10 +376,24 @@ fn has_no_tcp_sockets() -> bool {
     })
 }
 
+/// What becomes of a pod that is released.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum ReleasedPod {
+    /// It goes on without the agent.
+    Lives,
+    /// It ends, and nothing has to capture it.
+    Ends,
+}
+
 /// Releases a pod.
-pub fn release(access: &mut Access, applied: &AppliedPod) -> Result<(), NodeError> {
+pub fn release(access: &mut Access, applied: &AppliedPod, released: ReleasedPod) -> Result<(), NodeError> {
     let netns = applied.netns();
-    access.with(|node| node.detach(applied.cookie, netns.as_ref()))
+    access.with(|node| {
+        if released == ReleasedPod::Ends {
+            node.store().forget_rules(applied.cookie)?;
+        }
+        node.detach(applied.cookie, netns.as_ref())
+    })
 }
 
 /// Whether cgroup and namespace of a pod still exist.

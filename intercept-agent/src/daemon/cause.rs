@@ -17,6 +17,7 @@ pub enum Cause {
     Kernel,
     Internal,
     Detached,
+    Rules,
     Metrics,
 }
 
@@ -38,6 +39,7 @@ impl Cause {
             Self::Kernel => "kernel",
             Self::Internal => "internal",
             Self::Detached => "detached",
+            Self::Rules => "rules",
             Self::Metrics => "metrics",
         }
     }

@@ -12,6 +12,8 @@ use crate::{
     record::{Record, RecordOrigin},
 };
 
+use super::takeover::Takeover;
+
 /// The identity of a pod, the same for all sources.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Key {
@@ -55,6 +57,8 @@ pub struct DesiredPod {
     pub netns: Option<PathBuf>,
     /// What to capture.
     pub options: CaptureOptions,
+    /// Whether it is cut over from rules of its own.
+    pub takeover: Takeover,
 }
 
 /// The options of a capture.
@@ -158,7 +162,13 @@ impl DesiredPod {
             cgroup: record.cgroup.clone(),
             netns: record.netns_path.clone(),
             options: CaptureOptions::Config(Box::new(record.config.clone())),
+            takeover: Takeover::None,
         }
+    }
+
+    /// Whether something else captures the pod until the programs do, so that nothing depends on its capture.
+    pub fn is_optional(&self) -> bool {
+        self.takeover != Takeover::None || self.options.is_shadow()
     }
 
     /// Its name for logs: `namespace/name`, if it has these.

@@ -25,6 +25,12 @@ pub enum EventKind {
     Proven,
     /// Shadow mode would have done something else than what happened.
     ShadowDiffers,
+    /// The pod is not cut over from iptables to the agent, or not back.
+    NotCutOver,
+    /// It is cut over.
+    CutOver,
+    /// Its rules of iptables capture it again.
+    CutBack,
 }
 
 impl EventKind {
@@ -34,6 +40,9 @@ impl EventKind {
             Self::NotProven => "NotProven",
             Self::Proven => "Proven",
             Self::ShadowDiffers => "ShadowDiffers",
+            Self::NotCutOver => "NotCutOver",
+            Self::CutOver => "CutOver",
+            Self::CutBack => "CutBack",
         }
     }
 
@@ -42,13 +51,16 @@ impl EventKind {
             Self::NotCaptured => "Capture",
             Self::NotProven | Self::Proven => "Prove",
             Self::ShadowDiffers => "Compare",
+            Self::NotCutOver | Self::CutOver | Self::CutBack => "CutOver",
         }
     }
 
     fn type_(self) -> EventType {
         match self {
-            Self::NotCaptured | Self::NotProven | Self::ShadowDiffers => EventType::Warning,
-            Self::Proven => EventType::Normal,
+            Self::NotCaptured | Self::NotProven | Self::ShadowDiffers | Self::NotCutOver => {
+                EventType::Warning
+            }
+            Self::Proven | Self::CutOver | Self::CutBack => EventType::Normal,
         }
     }
 }

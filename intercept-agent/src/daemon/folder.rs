@@ -29,6 +29,7 @@ use super::{
     inotify::{Changed, FolderWatch},
     reconcile::Message,
     source::{PodSource, SourceContext},
+    takeover::Takeover,
 };
 use crate::{
     options::Config,
@@ -222,7 +223,7 @@ fn read(folder: &OwnedFolder, name: &str) -> Result<DesiredPod, FileError> {
         None => CaptureOptions::Args(given),
     };
     let origin = RecordOrigin::File { name: name.to_owned() };
-    Ok(DesiredPod { origin, cgroup: file.cgroup, netns: file.netns, options })
+    Ok(DesiredPod { origin, cgroup: file.cgroup, netns: file.netns, options, takeover: Takeover::None })
 }
 
 #[cfg(test)]

@@ -157,7 +157,7 @@ impl PodWatch {
         let uid = claim.id.uid.clone();
         self.unplaced.remove(&uid);
         let begins = matches!(claim.stage, Stage::Pending | Stage::Running);
-        if begins && matches!(claim.verdict, Ok(PodVerdict::Capture(_))) {
+        if begins && matches!(claim.verdict, Ok(PodVerdict::Capture(_) | PodVerdict::CaptureIfKept(_))) {
             claim.place = self.place(&key, claim.stage);
             if !matches!(claim.place, ObjectPlace::Cgroup(_)) {
                 self.unplaced.insert(uid.clone(), Unplaced { key: key.clone(), claim: claim.clone() });

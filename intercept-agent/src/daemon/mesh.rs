@@ -10,6 +10,7 @@ use super::{
     sidecar::{
         self, AnnotationError, Container, IgnoreReason, Ipv6, PodMetadata, PodVerdict, Selection, SidecarArgs,
     },
+    takeover::Takeover,
     view::Certainty,
 };
 
@@ -49,22 +50,26 @@ struct Known<'a> {
     control_plane: bool,
 }
 
-/// Decides for a pod of the API.
-pub(super) fn decide(pod: &PodMetadata, selection: &Selection, defaults: &CaptureArgs) -> MeshVerdict {
+/// Decides for a pod of the API. `with_mode` adds the pod's mode to a verdict.
+pub(super) fn decide(
+    pod: &PodMetadata,
+    selection: &Selection,
+    defaults: &CaptureArgs,
+    with_mode: impl Fn(PodVerdict) -> MeshVerdict,
+) -> MeshVerdict {
     let (proxy, init) = match selection.mesh {
         Mesh::Linkerd => (linkerd::PROXY, linkerd::INIT),
         Mesh::Kuma => (kuma::PROXY, kuma::INIT),
-        Mesh::Istio | Mesh::Consul => return consul::capture(&pod.annotations, selection, defaults),
+        Mesh::Istio | Mesh::Consul => {
+            return consul::capture(&pod.annotations, selection, defaults).and_then(with_mode);
+        }
     };
     let Some(proxy) = pod.containers.iter().find(|container| container.name == proxy && !container.init)
     else {
         return Ok(PodVerdict::Ignore(IgnoreReason::NoSidecar));
     };
-    if pod.captures_itself(init, defaults)? {
-        return Ok(PodVerdict::Ignore(IgnoreReason::CapturesItself));
-    }
     let known = Known { proxy: Some(proxy), control_plane: pod.control_plane };
-    capture(&pod.annotations, known, selection, defaults)
+    pod.beside(init, defaults, || capture(&pod.annotations, known, selection, defaults).and_then(with_mode))
 }
 
 /// Decides by annotations only.
@@ -164,7 +169,7 @@ impl Flags {
     fn captured(mut self, annotations: &Annotations, ipv6: Ipv6, defaults: &CaptureArgs) -> MeshVerdict {
         self.0.extend(sidecar::switches(annotations)?);
         let given = CaptureArgs { arguments: self.0, environment: defaults.environment.clone() };
-        Ok(PodVerdict::Capture(SidecarArgs { given, ipv6 }))
+        Ok(PodVerdict::Capture(SidecarArgs { given, ipv6, takeover: Takeover::None }))
     }
 }
 

@@ -81,6 +81,7 @@ mod tests {
     use crate::daemon::{
         mesh::Mesh,
         sidecar::{self, Container, PodMetadata, Selection},
+        takeover::Takeover,
     };
 
     fn defaults(arguments: &[&str]) -> CaptureArgs {
@@ -144,11 +145,15 @@ mod tests {
                     .expect("sound")
                 {
                     PodVerdict::Capture(args) if args.given.is_shadow() => "shadow",
+                    PodVerdict::Capture(args) if args.takeover == Takeover::Agreed => "cut over",
                     PodVerdict::Capture(_) => "captured",
+                    PodVerdict::CaptureIfKept(args) if args.takeover == Takeover::Agreed => "captures itself",
+                    PodVerdict::CaptureIfKept(_) => "kept",
                     PodVerdict::Ignore(why) => why.as_str(),
                 };
-            assert_eq!(decide(None, &[]), "captures_itself", "{mesh:?}");
-            assert_eq!(decide(Some("enforce"), &["--shadow"]), "captures_itself", "{mesh:?}");
+            assert_eq!(decide(None, &[]), "captures itself", "{mesh:?}");
+            assert_eq!(decide(Some("enforce"), &[]), "cut over", "{mesh:?}");
+            assert_eq!(decide(Some("enforce"), &["--shadow"]), "cut over", "{mesh:?}");
             assert_eq!(decide(Some("shadow"), &[]), "shadow", "{mesh:?}");
             assert_eq!(decide(None, &["--shadow"]), "shadow", "{mesh:?}");
         }

@@ -5,6 +5,7 @@
 //! handled when the job is done. A pod that fails is retried with a growing delay, and delays no other.
 
 mod claims;
+mod cutover;
 mod machine;
 mod message;
 mod perform;
@@ -32,7 +33,8 @@ use self::{
     pod::TrackedPod,
 };
 use super::{
-    capture::{self, AppliedPod, CaptureError, Liveness},
+    capture::{self, AppliedPod, CaptureError, Liveness, ReleasedPod},
+    cutover::Cutovers,
     desired::{DesiredPod, Key},
     events::PodEvent,
     metrics::Metrics,
@@ -59,6 +61,7 @@ const START_RETRY: Duration = Duration::from_millis(500);
 pub struct Reconciler {
     pods: BTreeMap<Key, TrackedPod>,
     worker: Worker,
+    cutovers: Cutovers,
     metrics: Metrics,
     messages: mpsc::UnboundedSender<Message>,
     inbox: mpsc::UnboundedReceiver<Message>,
@@ -73,12 +76,17 @@ pub struct Reconciler {
 
 impl Reconciler {
     /// Creates one without pods, and the sender of its messages. Must be called within the runtime.
-    pub fn new(worker: Worker, metrics: Metrics) -> (Self, mpsc::UnboundedSender<Message>) {
+    pub fn new(
+        worker: Worker,
+        cutovers: Cutovers,
+        metrics: Metrics,
+    ) -> (Self, mpsc::UnboundedSender<Message>) {
         let (messages, inbox) = mpsc::unbounded_channel();
         let runtime = Handle::current();
         let reconciler = Self {
             pods: BTreeMap::new(),
             worker,
+            cutovers,
             metrics,
             messages: messages.clone(),
             inbox,
@@ -121,14 +129,15 @@ impl Reconciler {
             // Not a pod: it stays as it is.
             return;
         }
-        let key = Key::of_record(record);
+        let (key, applied) = (Key::of_record(record), AppliedPod::of_record(record));
         let pod = self.pods.entry(key.clone()).or_default();
+        pod.cutover.rules = self.cutovers.rules(&applied);
         pod.last_verified = Some(Instant::now());
         let is_unclaimed = pod.view.is_empty();
         if is_unclaimed {
             pod.view.set_applied_before(DesiredPod::of_record(record));
         }
-        self.on(&key, MachineEvent::Adopted(AppliedPod::of_record(record)));
+        self.on(&key, MachineEvent::Adopted(applied));
         if is_unclaimed {
             self.resolve_claims(&key);
         } else {
@@ -178,10 +187,12 @@ impl Reconciler {
                 }
             }
             Message::Done(key, outcome) => self.done(&key, *outcome),
+            Message::CutoverEnded(key, attempt) => self.cutover_ended(&key, *attempt),
             Message::Probed(key, cookie, result) => self.probed(&key, cookie, *result),
             Message::Resynced(result) => {
                 self.resynced(&result.active, &result.new);
                 self.compared(&result.shadows);
+                self.start_cutovers(&result.shadows);
             }
         }
     }
@@ -205,12 +216,13 @@ impl Reconciler {
             pod.stop_following();
             applied.extend(pod.applied().cloned());
         }
-        let worker = self.worker.clone();
+        let (worker, cutovers) = (self.worker.clone(), self.cutovers.clone());
         tokio::spawn(async move {
+            cutovers.all_back(&applied).await;
             let removed = worker.run(Priority::Urgent, move |access| {
                 for applied in applied {
                     // The rest is removed below. Only changes of the namespace may stay.
-                    if let Err(error) = capture::release(access, &applied) {
+                    if let Err(error) = capture::release(access, &applied, ReleasedPod::Lives) {
                         tracing::warn!(
                             cookie = applied.cookie.0,
                             error = &error as &dyn std::error::Error,

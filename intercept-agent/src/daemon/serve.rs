@@ -16,6 +16,7 @@ use tokio::sync::{Mutex, mpsc::UnboundedSender, oneshot};
 
 use super::{
     capture::CaptureError,
+    cutover::Cutovers,
     desired::{CaptureArgs, CaptureArgsError},
     folder::{Folder, FolderError},
     http,
@@ -105,7 +106,8 @@ pub async fn serve(settings: Settings, shutdown: impl Future<Output = ()>) -> Re
     let worker =
         Worker::start(settings.bpffs.clone(), settings.max_connections).map_err(ServeError::Thread)?;
     let metrics = Metrics::new();
-    let (mut reconciler, messages) = Reconciler::new(worker.clone(), metrics.clone());
+    let cutovers = Cutovers::new(settings.bpffs.clone());
+    let (mut reconciler, messages) = Reconciler::new(worker.clone(), cutovers, metrics.clone());
     if let Some(interval) = settings.prove_interval {
         reconciler.prove(ProofSettings { bpffs: settings.bpffs.clone(), interval });
     }

@@ -10,7 +10,8 @@ use serde::Deserialize;
 use super::{
     desired::CaptureArgs,
     mesh::{self, Mesh},
-    mode::{self, ModeClaims, PodMode},
+    mode::{self, ModeClaims},
+    takeover::{self, Takeover},
     view::Certainty,
 };
 use crate::options::parse_bool;
@@ -124,14 +125,18 @@ impl PodMetadata {
         }
     }
 
-    /// Whether this init container captures the pod, so that the agent does not. In shadow mode both may.
-    pub(super) fn captures_itself(
+    /// Decides for a pod that this init container may capture itself, whose verdict is `captured` otherwise.
+    pub(super) fn beside(
         &self,
         init: &str,
         defaults: &CaptureArgs,
-    ) -> Result<bool, AnnotationError> {
+        captured: impl FnOnce() -> Result<PodVerdict, AnnotationError>,
+    ) -> Result<PodVerdict, AnnotationError> {
         let has_init = self.containers.iter().any(|container| container.name == init && container.init);
-        Ok(has_init && self.modes().mode(defaults)? == PodMode::Enforce)
+        if !has_init {
+            return captured();
+        }
+        takeover::decide(self.modes(), defaults, &self.annotations, captured)
     }
 }
 
@@ -147,6 +152,8 @@ impl Container {
 pub enum PodVerdict {
     /// It is captured with these arguments.
     Capture(SidecarArgs),
+    /// As above if something is applied for it; else its own init container captures it.
+    CaptureIfKept(SidecarArgs),
     /// It is not captured.
     Ignore(IgnoreReason),
 }
@@ -158,6 +165,8 @@ pub struct SidecarArgs {
     pub given: CaptureArgs,
     /// Whether IPv6 is captured if the pod's first address is IPv4.
     pub ipv6: Ipv6,
+    /// Whether it is cut over from rules of its own.
+    pub takeover: Takeover,
 }
 
 impl SidecarArgs {
@@ -256,7 +265,7 @@ impl AnnotationError {
 
 /// Whether a verdict depends on an annotation. The plugin does not pass on others.
 pub fn reads(annotation: &str) -> bool {
-    [STATUS, PROXY_CONFIG, INJECT, EXCLUDE_INBOUND, OPEN, ACCELERATE, EXEMPT, mode::NAME]
+    [STATUS, PROXY_CONFIG, INJECT, EXCLUDE_INBOUND, OPEN, ACCELERATE, EXEMPT, mode::NAME, takeover::NAME]
         .contains(&annotation)
         || ANNOTATIONS.iter().any(|(name, ..)| *name == annotation)
         || mesh::reads(annotation)
@@ -281,30 +290,31 @@ pub fn decide(
     }
     let modes = pod.modes();
     if selection.mesh != Mesh::Istio {
-        return modes.apply(mesh::decide(pod, selection, defaults)?);
+        return mesh::decide(pod, selection, defaults, |verdict| modes.apply(verdict));
     }
-    match ignore_reason(pod, defaults)? {
+    if let Some(why) = reason_without_sidecar(pod) {
+        return Ok(PodVerdict::Ignore(why));
+    }
+    let proxy = proxy(&pod.containers);
+    pod.beside(INIT, defaults, || match proxy.and_then(|proxy| reason_not_to_capture(pod, proxy)) {
         Some(why) => Ok(PodVerdict::Ignore(why)),
-        None => modes.apply(capture(&pod.annotations, proxy(&pod.containers), selection, defaults)?),
-    }
+        None => modes.apply(capture(&pod.annotations, proxy, selection, defaults)?),
+    })
 }
 
 fn proxy(containers: &[Container]) -> Option<&Container> {
     containers.iter().find(|container| container.name == PROXY && !container.init)
 }
 
-fn ignore_reason(pod: &PodMetadata, defaults: &CaptureArgs) -> Result<Option<IgnoreReason>, AnnotationError> {
-    let Some(proxy) = proxy(&pod.containers) else { return Ok(Some(IgnoreReason::NoSidecar)) };
+fn reason_without_sidecar(pod: &PodMetadata) -> Option<IgnoreReason> {
+    if proxy(&pod.containers).is_none() {
+        return Some(IgnoreReason::NoSidecar);
+    }
     if !pod.annotations.contains_key(STATUS) {
-        return Ok(Some(IgnoreReason::NotInjected));
+        return Some(IgnoreReason::NotInjected);
     }
-    if pod.containers.iter().filter(|container| !container.init).count() < 2 {
-        return Ok(Some(IgnoreReason::OnlyProxy));
-    }
-    if pod.captures_itself(INIT, defaults)? {
-        return Ok(Some(IgnoreReason::CapturesItself));
-    }
-    Ok(reason_not_to_capture(pod, proxy))
+    let is_alone = pod.containers.iter().filter(|container| !container.init).count() < 2;
+    is_alone.then_some(IgnoreReason::OnlyProxy)
 }
 
 fn reason_not_to_capture(pod: &PodMetadata, proxy: &Container) -> Option<IgnoreReason> {
@@ -357,10 +367,8 @@ pub fn decide_by_annotations(
     let injected = InjectionStatus::read(status);
     let inject = annotations.get(INJECT);
     let proxy = Container { environment: proxy_metadata(annotations), ..Container::default() };
-    let mode = modes.mode(defaults);
-    let verdict = if injected.has_init(INIT) && mode != Ok(PodMode::Shadow) {
-        mode.and_then(|_| ignore(IgnoreReason::CapturesItself))
-    } else if injected.is_without(PROXY) {
+    let has_init = injected.has_init(INIT);
+    let verdict = if injected.is_without(PROXY) {
         ignore(IgnoreReason::NoSidecar)
     } else if inject.and_then(|value| parse_bool(value)) == Some(false) {
         ignore(IgnoreReason::InjectDisabled)
@@ -368,10 +376,14 @@ pub fn decide_by_annotations(
         ignore(IgnoreReason::ModeNone)
     } else if proxy.is_set("DISABLE_ENVOY") {
         ignore(IgnoreReason::ProxyDisabled)
-    } else if annotations.contains_key(MODE) || injected.has_init(VALIDATION) || injected.has_init(INIT) {
+    } else if annotations.contains_key(MODE) || injected.has_init(VALIDATION) || has_init {
         applied(capture(annotations, Some(&proxy), selection, defaults))
     } else {
         ignore(IgnoreReason::TemplateUnknown)
+    };
+    let verdict = match has_init {
+        true => takeover::decide_for_start(modes, defaults, annotations, verdict),
+        false => verdict,
     };
     (verdict, Certainty::Provisional)
 }
@@ -443,7 +455,7 @@ fn capture(
     let dual_stack = proxy.is_some_and(|proxy| proxy.is_set("ISTIO_DUAL_STACK"));
     let ipv6 = if dual_stack { Ipv6::Always } else { selection.ipv6 };
     let given = CaptureArgs { arguments, environment: defaults.environment.clone() };
-    Ok(PodVerdict::Capture(SidecarArgs { given, ipv6 }))
+    Ok(PodVerdict::Capture(SidecarArgs { given, ipv6, takeover: Takeover::None }))
 }
 
 /// Returns the flags of this project's annotations.

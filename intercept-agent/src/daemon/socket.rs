@@ -19,6 +19,7 @@ use super::{
     reconcile::{Message, PodFailure, PodResult},
     sidecar::{self, Ipv6, PodVerdict, Selection, SidecarArgs},
     source::{PodSource, SourceContext},
+    takeover::Takeover,
     view::{Certainty, SandboxClaim},
 };
 use crate::{
@@ -212,7 +213,7 @@ impl Context {
         };
         let (verdict, certainty) = match (add.select, add.annotations) {
             (Select::All, _) => {
-                let args = SidecarArgs { given: add.given, ipv6: Ipv6::Always };
+                let args = SidecarArgs { given: add.given, ipv6: Ipv6::Always, takeover: Takeover::None };
                 (Ok(PodVerdict::Capture(args)), Certainty::Provisional)
             }
             (Select::Sidecar, annotations) => sidecar::decide_by_annotations(

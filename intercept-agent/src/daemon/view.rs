@@ -23,7 +23,7 @@ use std::{
 use super::{
     cause::Cause,
     desired::{CaptureOptions, DesiredPod},
-    sidecar::{AnnotationError, IgnoreReason, PodVerdict},
+    sidecar::{AnnotationError, IgnoreReason, PodVerdict, SidecarArgs},
 };
 use crate::{ids::PodUid, record::RecordOrigin};
 
@@ -151,6 +151,8 @@ pub struct PodView {
 pub enum Resolution {
     /// The pod is to be captured.
     Capture(Box<DesiredPod>),
+    /// The same if something is applied for it; otherwise it captures itself.
+    CaptureIfKept(Box<DesiredPod>),
     /// The pod is not captured.
     Ignore(IgnoreReason),
     /// A claim is invalid. An applied capture stays.
@@ -382,17 +384,20 @@ impl PodView {
             }
         };
         match verdict {
-            Ok(PodVerdict::Capture(args)) => {
-                let added = self.sandbox.as_ref().and_then(|sandbox| sandbox.first_address);
-                let told = self.speaker().and_then(|object| object.first_address);
-                self.place(uid, &CaptureOptions::Args(args.for_address(added.or(told))))
-            }
+            Ok(PodVerdict::Capture(args)) => self.place(uid, args),
+            Ok(PodVerdict::CaptureIfKept(args)) => match self.place(uid, args) {
+                Resolution::Capture(desired) => Resolution::CaptureIfKept(desired),
+                _ => Resolution::Ignore(IgnoreReason::CapturesItself),
+            },
             Ok(PodVerdict::Ignore(why)) => Resolution::Ignore(*why),
             Err(error) => Resolution::Refuse(ClaimError::Options(error.to_string())),
         }
     }
 
-    fn place(&self, uid: &PodUid, options: &CaptureOptions) -> Resolution {
+    fn place(&self, uid: &PodUid, args: &SidecarArgs) -> Resolution {
+        let added = self.sandbox.as_ref().and_then(|sandbox| sandbox.first_address);
+        let told = self.speaker().and_then(|object| object.first_address);
+        let options = CaptureOptions::Args(args.for_address(added.or(told)));
         let pod = |namespace: &str, name: &str, sandbox: Option<&str>| RecordOrigin::Pod {
             uid: uid.clone(),
             namespace: namespace.to_owned(),
@@ -401,7 +406,8 @@ impl PodView {
         };
         let capture = |origin, cgroup: &PathBuf, netns: Option<&PathBuf>| {
             let (cgroup, netns, options) = (cgroup.clone(), netns.cloned(), options.clone());
-            Resolution::Capture(Box::new(DesiredPod { origin, cgroup, netns, options }))
+            let takeover = args.takeover;
+            Resolution::Capture(Box::new(DesiredPod { origin, cgroup, netns, options, takeover }))
         };
         if let Some(sandbox) = self.runtime() {
             return match sandbox.cgroup {

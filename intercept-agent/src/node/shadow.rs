@@ -33,6 +33,11 @@ impl Node {
         Ok(())
     }
 
+    /// Whether a pod's policy only decides and compares. False if it has none.
+    pub fn is_in_shadow(&self, cookie: NetnsCookie) -> Result<bool, NodeError> {
+        Ok(self.maps.policy(cookie)?.is_some_and(|policy| is_shadow(&policy)))
+    }
+
     /// Refuses what would leave a pod without any capture: its rules of iptables are out.
     pub(super) fn refuse_uncaptured(&self, cookie: NetnsCookie) -> Result<(), NodeError> {
         match self.store.saved_rules(cookie)? {

@@ -204,6 +204,7 @@ fn pods_that_are_not_to_be_captured_are_ignored() {
     let ignored =
         |mesh, pod: &PodMetadata| match sidecar::decide(pod, &selection(mesh), &CaptureArgs::default()) {
             Ok(PodVerdict::Ignore(why)) => why.as_str(),
+            Ok(PodVerdict::CaptureIfKept(_)) => "captures_itself",
             other => panic!("{other:?}"),
         };
     let all = cases();

@@ -219,6 +219,12 @@ impl PodMachine {
     fn resolved(&mut self, resolution: Resolution, context: &MachineContext) -> Vec<MachineCommand> {
         match resolution {
             Resolution::Capture(desired) => return self.desire(desired, context),
+            Resolution::CaptureIfKept(desired) if context.has_saved_rules || self.is_kept_beside_rules() => {
+                return self.desire(desired, context);
+            }
+            Resolution::CaptureIfKept(_) => {
+                return self.resolved(Resolution::Ignore(IgnoreReason::CapturesItself), context);
+            }
             Resolution::Refuse(error) => return self.refuse(error, context),
             Resolution::AwaitApi => {
                 // What is applied or ignored stays so until then.
@@ -446,8 +452,8 @@ impl PodMachine {
             commands.push(MachineCommand::LogFailed { failure: failure.clone(), failures, retry_in });
         }
         // Nothing depends on shadow mode, least of all the start of a pod.
-        let fails_add = context.add_waits && !self.is_shadow();
-        let answer = if self.is_shadow() { Ok("not_shadowed") } else { Err(failure.clone()) };
+        let fails_add = context.add_waits && !self.is_optional();
+        let answer = if self.is_optional() { Ok("not_shadowed") } else { Err(failure.clone()) };
         commands
             .extend([MachineCommand::AnswerReleased(Err(failure.clone())), MachineCommand::Answer(answer)]);
         self.failure = Some(failure);
@@ -460,8 +466,13 @@ impl PodMachine {
         commands
     }
 
-    fn is_shadow(&self) -> bool {
-        matches!(&self.intent, Intent::Desired(desired, _) if desired.options.is_shadow())
+    /// Whether what is applied leaves the capture to rules of the pod's own, or may have replaced them.
+    fn is_kept_beside_rules(&self) -> bool {
+        self.phase.applied().is_some() && self.is_optional()
+    }
+
+    fn is_optional(&self) -> bool {
+        matches!(&self.intent, Intent::Desired(desired, _) if desired.is_optional())
     }
 
     /// Publishes an event, once for a series of equal failures.

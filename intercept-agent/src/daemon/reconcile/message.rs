@@ -8,6 +8,7 @@ use super::{PodReport, PodResult};
 use crate::{
     daemon::{
         capture::{CaptureError, Captured, ResyncResult},
+        cutover::CutoverAttempt,
         desired::{DesiredPod, Key},
         prove::ProbeResult,
         view::{ObjectClaim, ObjectId, ObjectUid, SandboxClaim},
@@ -55,6 +56,8 @@ pub enum Message {
     Changed(Key, NetnsCookie),
     /// The worker is done with a pod.
     Done(Key, Box<JobOutcome>),
+    /// An attempt to cut a pod over has ended, or it is back.
+    CutoverEnded(Key, Box<CutoverAttempt>),
     /// A probe of a pod has ended.
     Probed(Key, NetnsCookie, Box<ProbeResult>),
     /// The applied pods were compared with the maps.

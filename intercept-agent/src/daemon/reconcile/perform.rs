@@ -7,7 +7,8 @@ use super::{
 };
 use crate::{
     daemon::{
-        capture::{self, AppliedPod, CaptureError, Captured},
+        capture::{self, AppliedPod, CaptureError, Captured, Liveness, ReleasedPod},
+        cutover::CutoverRecord,
         desired::{DesiredPod, Key},
         events::{EventKind, PodEvent},
         retry,
@@ -35,9 +36,9 @@ impl Reconciler {
                 self.capture(key, *desired, before, priority)
             }
             MachineCommand::Release { applied, priority } => {
-                self.spawn(key, priority, JobOutcome::Released, move |access| {
-                    Ok(capture::release(access, &applied)?)
-                });
+                let ends = !pod.releasing.is_empty() || applied.liveness() != Liveness::Alive;
+                let released = if ends { ReleasedPod::Ends } else { ReleasedPod::Lives };
+                self.release(key, applied, priority, released);
             }
             MachineCommand::Check(AppliedPod { cookie, .. }) => {
                 self.spawn(key, Priority::Normal, JobOutcome::Alive, move |access| {
@@ -78,25 +79,52 @@ impl Reconciler {
         }
     }
 
-    /// Observes a pod on a thread of its own, then attaches it on the worker.
-    fn capture(&self, key: &Key, desired: DesiredPod, before: Option<AppliedPod>, priority: Priority) {
-        let followed = self.pods.get(key).and_then(|pod| pod.follow.as_ref()).map(|(cookie, _)| *cookie);
-        let runtime = self.runtime.clone();
+    /// Observes a pod on a thread of its own, then attaches it on the worker. Its rules of iptables are put in again before
+    /// that if it goes back into shadow mode, and taken out after it if it is time for its cut-over.
+    fn capture(&mut self, key: &Key, desired: DesiredPod, before: Option<AppliedPod>, priority: Priority) {
+        let Some(pod) = self.pods.get_mut(key) else { return };
+        let followed = pod.follow.as_ref().map(|(cookie, _)| *cookie);
+        // The start of a pod waits for no cut-over.
+        let cuts_over = priority == Priority::Normal && pod.cutover.take_due();
+        let (rules, worker, key) = (self.rules_mover(key), self.worker.clone(), key.clone());
+        let (runtime, messages) = (self.runtime.clone(), self.messages.clone());
+        let is_shadow = desired.options.is_shadow();
         let observed = before.clone();
         let prepare = move || capture::prepare(&runtime, &desired, observed.as_ref(), followed);
-        let (worker, messages, key) = (self.worker.clone(), self.messages.clone(), key.clone());
+        let job = async move {
+            if is_shadow && let Some(applied) = &before {
+                rules.back(applied).await?;
+            }
+            // If it panicked, that was logged.
+            let prepared = tokio::task::spawn_blocking(prepare).await.map_err(|_| WorkerFailed)??;
+            let attach = move |access: &mut Access| capture::capture(access, prepared, before.as_ref());
+            let mut captured = worker.run(priority, attach).await??;
+            if cuts_over {
+                rules.there(&mut captured).await?;
+            }
+            Ok(captured)
+        };
         tokio::spawn(async move {
-            let result = match tokio::task::spawn_blocking(prepare).await {
-                Ok(Ok(prepared)) => worker
-                    .run(priority, move |access| capture::capture(access, prepared, before.as_ref()))
-                    .await
-                    .unwrap_or_else(|failed| Err(failed.into())),
-                Ok(Err(error)) => Err(error),
-                // It panicked, and the panic was logged.
-                Err(_) => Err(WorkerFailed.into()),
-            };
+            let result = job.await;
             // The reconciler is gone when the daemon ends.
             drop(messages.send(Message::Done(key, Box::new(JobOutcome::Captured(result)))));
+        });
+    }
+
+    fn release(&self, key: &Key, applied: AppliedPod, priority: Priority, released: ReleasedPod) {
+        let (rules, worker, key) = (self.rules_mover(key), self.worker.clone(), key.clone());
+        let messages = self.messages.clone();
+        let job = async move {
+            if released == ReleasedPod::Lives {
+                rules.back(&applied).await?;
+            }
+            let release = move |access: &mut Access| capture::release(access, &applied, released);
+            Ok(worker.run(priority, release).await??)
+        };
+        tokio::spawn(async move {
+            let result = job.await;
+            // The reconciler is gone when the daemon ends.
+            drop(messages.send(Message::Done(key, Box::new(JobOutcome::Released(result)))));
         });
     }
 
@@ -128,6 +156,7 @@ impl Reconciler {
             JobOutcome::Released(Err(error)) => MachineEvent::ReleaseFailed(FailedAttempt::from(&error)),
             JobOutcome::Released(Ok(())) => {
                 tracing::info!(pod = %key, name = pod.name, "released");
+                pod.cutover = CutoverRecord::default();
                 MachineEvent::Released
             }
             JobOutcome::Alive(Ok(true)) => MachineEvent::StillThere,
@@ -152,7 +181,10 @@ impl Reconciler {
             idle,
             containers,
             awaits_self_test,
+            rules,
+            takeover,
         } = captured;
+        pod.cutover.captured(takeover, rules);
         self.metrics.captured(done, took);
         if done != Attached::Unchanged {
             tracing::info!(

@@ -13,6 +13,7 @@ use crate::{
     containers,
     daemon::{
         capture::{AppliedPod, CaptureError},
+        cutover::{CutoverProgress, CutoverRecord},
         desired::Key,
         protocol::Refusal,
         prove::ProofRecord,
@@ -123,6 +124,8 @@ pub(super) struct TrackedPod {
     pub(super) proof: ProofRecord,
     /// What shadow mode has found, if it is in that.
     pub(super) shadow: ShadowRecord,
+    /// How far its cut-over from iptables is.
+    pub(super) cutover: CutoverRecord,
     /// Number of connections from before the capture.
     pub(super) preexisting_connections: usize,
     /// Requests that wait until it is captured or ignored.
@@ -146,6 +149,7 @@ impl TrackedPod {
             delay: retry::delay,
             add_waits: !self.waiting.is_empty(),
             delete_waits: !self.releasing.is_empty(),
+            has_saved_rules: self.cutover.rules.is_some(),
             stage: self.view.speaker().map(|object| object.stage),
         };
         self.machine.on(event, &context)
@@ -227,6 +231,8 @@ pub struct PodReport {
     pub links_verified_seconds_ago: Option<u64>,
     #[serde(default)]
     pub proof: Option<ProofReport>,
+    #[serde(default)]
+    pub cutover: Option<CutoverProgress>,
 }
 
 impl PodReport {
@@ -248,6 +254,7 @@ impl PodReport {
             followed: pod.follow.is_some(),
             earlier_connections: pod.preexisting_connections,
             proof: ProofReport::of(&pod.proof),
+            cutover: pod.cutover.progress(),
             links_verified_seconds_ago: pod.last_verified.map(|verified| verified.elapsed().as_secs()),
         }
     }

@@ -27,6 +27,7 @@ impl Reconciler {
         let mut gone = Vec::new();
         let mut unreachable = Vec::new();
         let mut due = Vec::new();
+        let mut unfinished = Vec::new();
         let now = Instant::now();
         for (key, pod) in &mut self.pods {
             if pod.machine.phase.is_in_flight() {
@@ -51,6 +52,9 @@ impl Reconciler {
             if pod.machine.is_retry_due(now) {
                 due.push(key.clone());
             }
+            if pod.cutover.is_retry_due(now) {
+                unfinished.push(key.clone());
+            }
         }
         for key in gone {
             self.on_gone(&key);
@@ -60,6 +64,9 @@ impl Reconciler {
         }
         for key in due {
             self.on(&key, MachineEvent::RetryDue);
+        }
+        for key in unfinished {
+            self.ask_for_cutover(&key);
         }
         self.measure();
         self.start_proofs(now);

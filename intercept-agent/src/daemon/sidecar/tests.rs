@@ -24,6 +24,7 @@ fn pod(annotations: &[(&str, &str)], containers: &[Container]) -> PodMetadata {
 fn config(pod: &PodMetadata, defaults: &CaptureArgs) -> Config {
     match decide(pod, &Selection::default(), defaults).expect("sound") {
         PodVerdict::Capture(args) => args.given.check().expect("sound options"),
+        PodVerdict::CaptureIfKept(_) => panic!("it captures itself"),
         PodVerdict::Ignore(why) => panic!("ignored: {}", why.as_str()),
     }
 }
@@ -31,6 +32,7 @@ fn config(pod: &PodMetadata, defaults: &CaptureArgs) -> Config {
 fn ignored(pod: &PodMetadata) -> &'static str {
     match decide(pod, &Selection::default(), &CaptureArgs::default()).expect("sound") {
         PodVerdict::Ignore(why) => why.as_str(),
+        PodVerdict::CaptureIfKept(_) => "captures_itself",
         PodVerdict::Capture(args) => panic!("captured with {:?}", args.given.arguments),
     }
 }
@@ -216,6 +218,7 @@ fn annotations_tell_a_sidecar_from_other_templates() {
             decide_by_annotations("shop", Some(&annotations), &Selection::default(), &CaptureArgs::default());
         let word = match verdict.expect(what) {
             PodVerdict::Capture(_) => "captured",
+            PodVerdict::CaptureIfKept(_) => "kept",
             PodVerdict::Ignore(why) => why.as_str(),
         };
         assert_eq!((word, certainty), (expected, Certainty::Provisional), "{what}");

@@ -78,6 +78,7 @@ fn as_str(resolution: &Resolution) -> String {
             format!("captured as {}{joined} dns={dns}{shadow} netns={netns}", uid.expect("a user"))
         }
         Resolution::Ignore(why) => why.as_str().to_owned(),
+        Resolution::CaptureIfKept(_) => "captures_itself".to_owned(),
         Resolution::Refuse(_) => "refused".to_owned(),
         other => format!("{other:?}"),
     }

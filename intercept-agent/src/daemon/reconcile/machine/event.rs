@@ -25,6 +25,8 @@ pub(in crate::daemon::reconcile) struct MachineContext {
     pub(in crate::daemon::reconcile) add_waits: bool,
     /// Whether a DEL waits for the pod.
     pub(in crate::daemon::reconcile) delete_waits: bool,
+    /// Whether rules of iptables are saved for what is applied.
+    pub(in crate::daemon::reconcile) has_saved_rules: bool,
     /// The stage of the pod's API object.
     pub(in crate::daemon::reconcile) stage: Option<Stage>,
 }

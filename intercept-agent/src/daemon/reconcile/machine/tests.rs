@@ -7,6 +7,7 @@ use crate::{
     daemon::{
         desired::{CaptureArgs, CaptureOptions},
         reconcile::PodResult,
+        takeover::Takeover,
         view::{ClaimError, Stage},
     },
     ids::NetnsCookie,
@@ -27,6 +28,7 @@ fn desired_with(cgroup: &str, arguments: &[&str]) -> MachineEvent {
         cgroup: cgroup.into(),
         netns: None,
         options: CaptureOptions::Args(CaptureArgs { arguments, ..CaptureArgs::default() }),
+        takeover: Takeover::None,
     })))
 }
 
@@ -59,6 +61,7 @@ fn quiet() -> MachineContext {
         delay: |failures| Duration::from_secs(failures.into()),
         add_waits: false,
         delete_waits: false,
+        has_saved_rules: false,
         stage: None,
     }
 }

@@ -1,0 +1,85 @@
+//! Whether a pod that its own init container captures is cut over from those rules of iptables (docs/cutover.md).
+
+use std::collections::BTreeMap;
+
+use super::{
+    desired::CaptureArgs,
+    mode::{ModeClaims, PodMode},
+    sidecar::{AnnotationError, IgnoreReason, PodVerdict, SidecarArgs},
+};
+use crate::cutover::Caution;
+
+/// The annotation by which a pod is cut over although the comparison differs or has little to say. Of this project.
+pub const NAME: &str = "intercept/cutover";
+
+/// Flows that must have been compared, without a difference, before the daemon cuts a pod over.
+pub const LEAST_COMPARED: u64 = 10;
+
+/// Whether a pod is cut over from rules of its own.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Takeover {
+    /// It has none, or is in shadow mode.
+    #[default]
+    None,
+    /// It is compared first, and cut over when it agrees.
+    Agreed,
+    /// It is cut over without that.
+    Forced,
+}
+
+impl Takeover {
+    /// What must be known before the pod is cut over.
+    pub fn caution(self) -> Caution {
+        match self {
+            Self::None | Self::Agreed => Caution::Compared(LEAST_COMPARED),
+            Self::Forced => Caution::Forced,
+        }
+    }
+
+    fn read(annotations: &BTreeMap<String, String>) -> Result<Self, AnnotationError> {
+        match annotations.get(NAME).map(|value| value.trim()) {
+            None | Some("") => Ok(Self::Agreed),
+            Some("force") => Ok(Self::Forced),
+            Some(other) => {
+                let problem = format!("`{other}` is not known; give force, or remove it");
+                Err(AnnotationError::new(NAME, problem))
+            }
+        }
+    }
+}
+
+/// Decides for a pod that its init container captures. `captured` is the verdict without that container.
+pub fn decide(
+    modes: ModeClaims<'_>,
+    defaults: &CaptureArgs,
+    annotations: &BTreeMap<String, String>,
+    captured: impl FnOnce() -> Result<PodVerdict, AnnotationError>,
+) -> Result<PodVerdict, AnnotationError> {
+    if modes.mode(defaults)? == PodMode::Shadow {
+        return captured();
+    }
+    let is_asked = modes.asked()?.is_some();
+    match captured().and_then(|verdict| Ok((verdict, Takeover::read(annotations)?))) {
+        Ok((PodVerdict::Capture(args), takeover)) => {
+            let args = SidecarArgs { takeover, ..args };
+            Ok(if is_asked { PodVerdict::Capture(args) } else { PodVerdict::CaptureIfKept(args) })
+        }
+        Ok((other, _)) => Ok(other),
+        Err(error) if is_asked => Err(error),
+        // Nobody has asked for it, and the annotations of a pod that is left alone need not be right.
+        Err(_) => Ok(PodVerdict::Ignore(IgnoreReason::CapturesItself)),
+    }
+}
+
+/// As [`decide`], for a pod that starts, for which nothing is applied.
+pub fn decide_for_start(
+    modes: ModeClaims<'_>,
+    defaults: &CaptureArgs,
+    annotations: &BTreeMap<String, String>,
+    captured: Result<PodVerdict, AnnotationError>,
+) -> Result<PodVerdict, AnnotationError> {
+    Ok(match decide(modes, defaults, annotations, || captured)? {
+        PodVerdict::CaptureIfKept(_) => PodVerdict::Ignore(IgnoreReason::CapturesItself),
+        verdict => verdict,
+    })
+}

@@ -1,0 +1,304 @@
+//! The daemon cuts pods over from iptables to the agent and back: by the mode of a pod, only when its comparison agrees, and
+//! so that each connection is captured once, whatever happens meanwhile.
+
+use std::time::{Duration, Instant};
+
+use intercept_agent::facade::daemon::{
+    Add, CaptureArgs, CutoverProgress, CutoverState, DaemonRequest, PodReport, PodState, Response,
+    SandboxInfo, Select,
+};
+use serde_json::{Value, json};
+use tests::{
+    agent::deployed_capabilities,
+    api::{Api, namespace, pod},
+    cutover::{LoadProxy, RulesFixture},
+    daemon::Daemon,
+    iptables::{Backend, IptablesOptions},
+    testbed::cgroup,
+};
+
+const UID: &str = "5f0c8a52-52f6-4c0e-9d0e-2f4f7f2a1f10";
+const MODE: &str = "intercept/mode";
+const CUTOVER: &str = "intercept/cutover";
+
+/// A node with a daemon, whose API and runtime report a pod with istio-init.
+struct CutoverNode<'a> {
+    fixture: &'a RulesFixture,
+    api: Api,
+    daemon: Daemon<'a>,
+    _kubeconfig: tempfile::TempDir,
+}
+
+fn spec() -> Value {
+    json!({
+        "initContainers": [{ "name": "istio-init" }],
+        "containers": [
+            { "name": "app" },
+            {
+                "name": "istio-proxy", "args": ["proxy", "sidecar"],
+                "env": [{ "name": "ISTIO_DUAL_STACK", "value": "true" }],
+            },
+        ],
+    })
+}
+
+fn cart(annotations: &Value) -> Value {
+    pod("cart", UID, &spec(), annotations)
+}
+
+fn sandbox() -> SandboxInfo {
+    let (namespace, name) = ("shop".into(), "cart".into());
+    SandboxInfo { sandbox: "one".into(), uid: Some(UID.into()), namespace, name }
+}
+
+impl<'a> CutoverNode<'a> {
+    fn new(fixture: &'a RulesFixture, annotations: &Value, path: Option<&str>, more: &[&str]) -> Self {
+        let api = Api::start(vec![cart(annotations)]);
+        let folder = tempfile::tempdir().expect("a folder");
+        let kubeconfig = folder.path().join("kubeconfig");
+        api.write_kubeconfig(&kubeconfig).expect("written");
+        let arguments = [&["--node-name", "node-1"], more].concat();
+        let path = path.map(|path| ("PATH", path));
+        let variables: Vec<_> =
+            [("KUBECONFIG", kubeconfig.to_str().expect("text"))].into_iter().chain(path).collect();
+        let daemon = Daemon::start_with(&fixture.agent, &arguments, &variables).expect("a daemon");
+        let node = Self { fixture, api, daemon, _kubeconfig: folder };
+        node.wait("it watches", |node| {
+            let shared = node.api.shared();
+            !shared.watchers.is_empty() && !shared.namespace_watchers.is_empty()
+        });
+        node
+    }
+
+    /// The runtime starts the pod.
+    fn add(&self, annotations: &Value) -> Response {
+        let mut annotations = annotations.clone();
+        annotations["sidecar.istio.io/status"] =
+            json!(r#"{"initContainers":["istio-init"],"containers":["istio-proxy"]}"#);
+        let relative = self.fixture.pod.cgroup.path().strip_prefix(cgroup::mount_point().expect("mounted"));
+        let request = DaemonRequest::Add(Box::new(Add {
+            pod: sandbox(),
+            netns: self.fixture.pod.netns.path().to_owned(),
+            cgroup: Some(relative.expect("below").display().to_string()),
+            annotations: serde_json::from_value(annotations).expect("texts"),
+            addresses: Vec::new(),
+            select: Select::Sidecar,
+            given: CaptureArgs::default(),
+        }));
+        self.daemon.ask(&request).expect("an answer")
+    }
+
+    fn wait(&self, what: &str, so: impl Fn(&Self) -> bool) {
+        self.daemon.wait(what, |_| so(self)).unwrap_or_else(|error| panic!("{error:#}"));
+    }
+
+    fn report(&self) -> Option<PodReport> {
+        self.daemon.reports().ok()?.into_iter().find(|report| report.name == "shop/cart")
+    }
+
+    fn progress(&self) -> Option<CutoverProgress> {
+        self.report()?.cutover
+    }
+
+    fn has_progress(&self, state: CutoverState) {
+        self.wait(&format!("{state:?}"), |node| node.progress().is_some_and(|now| now.state == state));
+    }
+
+    /// Mode and rules of the pod, as `status` has them.
+    fn applied(&self) -> Option<(String, Option<String>)> {
+        let pod = self.fixture.agent.pods().expect("status").pop()?;
+        Some((pod.mode, pod.cutover.map(|cutover| cutover.rules)))
+    }
+
+    fn is_applied(&self, mode: &str, rules: Option<&str>) -> bool {
+        self.applied() == Some((mode.to_owned(), rules.map(str::to_owned)))
+    }
+
+    fn annotate(&self, annotations: &Value) {
+        self.api.shared().pods = vec![cart(annotations)];
+        self.api.event("MODIFIED", cart(annotations));
+    }
+
+    fn notes(&self, reason: &str) -> Vec<String> {
+        let events = &self.api.shared().posted;
+        let these = events.iter().filter(|event| event["reason"] == reason);
+        these.map(|event| event["note"].as_str().expect("a text").to_owned()).collect()
+    }
+
+    /// Makes flows that are compared, each captured once.
+    #[track_caller]
+    fn captured_once(&self) {
+        drop(self.fixture.relayed(0));
+        let round = self.fixture.round(2).expect("no connection is lost");
+        round.assert_each_captured_once(self.fixture.relayed(round.count()));
+    }
+}
+
+fn fixture(label: &str, backend: Backend) -> RulesFixture {
+    RulesFixture::new(label, backend, &IptablesOptions::injected(), LoadProxy::Relays)
+}
+
+const JUMP: &str = "-A OUTPUT -j ISTIO_OUTPUT";
+
+fn there_and_back(label: &str, backend: Backend) {
+    let mut fixture = fixture(label, backend);
+    let mut capabilities = deployed_capabilities("intercept.yaml").expect("a list");
+    if backend == Backend::Legacy {
+        // The programs of the older tables open a raw socket.
+        capabilities.push("NET_RAW".to_owned());
+    }
+    fixture.agent.confine(&capabilities);
+    let before = fixture.rules();
+    let node = CutoverNode::new(&fixture, &json!({ MODE: "shadow" }), None, &[]);
+    assert!(matches!(node.add(&json!({ MODE: "shadow" })), Response::Done(_)));
+    node.wait("shadow", |node| node.is_applied("shadow", None));
+    assert_eq!(node.progress(), None);
+
+    // Nothing was compared, so the rules stay.
+    node.annotate(&json!({ MODE: "enforce" }));
+    node.has_progress(CutoverState::Comparing);
+    node.wait("an event", |node| !node.notes("NotCutOver").is_empty());
+    let notes = node.notes("NotCutOver");
+    for part in [
+        "cutting the pod over from its rules of iptables to the agent: in cgroup ",
+        "no flow has been compared yet, and 10 are needed",
+        "the annotation `intercept/cutover: force` on the pod cuts over regardless",
+    ] {
+        assert!(notes[0].contains(part), "{notes:?} has no `{part}`");
+    }
+    assert!(node.is_applied("shadow", None));
+    assert_eq!(fixture.rules(), before);
+    assert_eq!(node.report().map(|report| report.state), Some(PodState::Captured));
+
+    for _ in 0..2 {
+        let account = fixture.under_load(8, || {
+            node.has_progress(CutoverState::CutOver);
+            assert!(node.is_applied("enforce", Some("out")));
+            assert!(!fixture.rules().contains(JUMP), "{}", fixture.rules());
+            node.annotate(&json!({ MODE: "shadow" }));
+            node.wait("back", |node| node.is_applied("shadow", None));
+            assert_eq!(fixture.rules(), before);
+            assert_eq!(node.progress(), None);
+            node.annotate(&json!({ MODE: "enforce" }));
+        });
+        println!("{} connections, {} a second", account.count(), account.rate());
+        account.assert_each_captured_once(fixture.relayed(account.count()));
+    }
+    node.wait("events", |node| !node.notes("CutOver").is_empty() && !node.notes("CutBack").is_empty());
+    assert!(notes_of_one(&node.notes("CutOver")[0]), "{:?}", node.notes("CutOver"));
+}
+
+fn notes_of_one(note: &str) -> bool {
+    note.starts_with("the agent captures the pod, and 4 rules of iptables are out")
+}
+
+#[test]
+fn there_and_back_under_load_with_nft() {
+    there_and_back("d-cut-nft", Backend::Nft);
+}
+
+#[test]
+fn there_and_back_under_load_with_legacy_tables() {
+    there_and_back("d-cut-legacy", Backend::Legacy);
+}
+
+#[test]
+fn a_difference_refuses_unless_forced_and_a_restart_keeps_what_is_out() {
+    let fixture = fixture("d-cut-differs", Backend::Nft);
+    let mut node = CutoverNode::new(&fixture, &json!({ MODE: "enforce" }), None, &[]);
+    assert!(matches!(node.add(&json!({ MODE: "enforce" })), Response::Done(_)));
+    node.wait("shadow", |node| node.is_applied("shadow", None));
+    // A person adds a rule that the options do not have.
+    let rule = "-t nat -I ISTIO_OUTPUT 1 -p tcp --dport 80 -j RETURN".split(' ');
+    let mut iptables = fixture.pod.command("iptables-nft").expect("a command");
+    assert!(iptables.args(rule).status().expect("iptables").success());
+    let before = fixture.rules();
+    fixture.round(2).expect("connections");
+    node.has_progress(CutoverState::Refused);
+    let failure = node.progress().and_then(|progress| progress.failure).expect("a problem");
+    assert_eq!(failure.cause, "differs");
+    assert!(failure.text.contains("compared flows differ from what happened"), "{}", failure.text);
+    node.wait("an event", |node| node.notes("NotCutOver").iter().any(|note| note.contains("flows differ")));
+    assert!(node.is_applied("shadow", None));
+    assert_eq!(fixture.rules(), before);
+
+    node.annotate(&json!({ MODE: "enforce", CUTOVER: "yes" }));
+    node.wait("refused", |node| node.report().is_some_and(|report| report.state == PodState::Failed));
+    let said = node.report().and_then(|report| report.failure).expect("a problem").text;
+    assert_eq!(said, "annotation intercept/cutover: `yes` is not known; give force, or remove it");
+    node.annotate(&json!({ MODE: "enforce", CUTOVER: "force" }));
+    node.has_progress(CutoverState::CutOver);
+    node.captured_once();
+
+    // What is out stays out, whoever keeps the pod, and goes in again with the next daemon.
+    node.daemon.kill().expect("killed");
+    node.captured_once();
+    node.daemon.restart().expect("started");
+    node.has_progress(CutoverState::CutOver);
+    assert!(node.is_applied("enforce", Some("out")));
+    node.captured_once();
+    node.daemon.kill().expect("killed");
+    node.api.shared().pods = vec![cart(&json!({ MODE: "shadow" }))];
+    node.daemon.restart().expect("started");
+    node.wait("back", |node| node.is_applied("shadow", None));
+    assert_eq!(fixture.rules(), before);
+}
+
+/// Without a request a pod with istio-init is left alone, but one that is kept stays with the agent.
+#[test]
+fn the_label_and_the_default_decide_as_for_the_mode() {
+    let fixture = fixture("d-cut-label", Backend::Nft);
+    let before = fixture.rules();
+    let mut node = CutoverNode::new(&fixture, &json!({}), None, &[]);
+    node.add(&json!({}));
+    let left_alone = |node: &CutoverNode<'_>| {
+        let why = node.report().and_then(|report| report.left_alone);
+        why.as_deref() == Some("captures_itself") && node.applied().is_none()
+    };
+    node.wait("left alone", left_alone);
+    node.api.event("ADDED", namespace("shop", "enforce"));
+    node.wait("shadow", |node| node.is_applied("shadow", None));
+    node.captured_once();
+    node.has_progress(CutoverState::CutOver);
+    // The daemon's default enforces it as well.
+    node.api.event("DELETED", namespace("shop", "enforce"));
+    std::thread::sleep(Duration::from_secs(2));
+    assert!(node.is_applied("enforce", Some("out")), "{:?}", node.applied());
+    node.captured_once();
+    node.daemon.kill().expect("killed");
+    node.daemon.restart().expect("started");
+    node.has_progress(CutoverState::CutOver);
+    assert!(node.is_applied("enforce", Some("out")), "{:?}", node.applied());
+    // No sidecar any more: what remains must capture.
+    node.annotate(&json!({ "sidecar.istio.io/inject": "false" }));
+    node.wait("released", |node| node.applied().is_none());
+    assert_eq!(fixture.rules(), before);
+    node.captured_once();
+}
+
+#[test]
+fn a_pod_that_ends_waits_for_no_rules() {
+    let fixture = fixture("d-cut-end", Backend::Nft);
+    let forced = json!({ MODE: "enforce", CUTOVER: "force" });
+    let node = CutoverNode::new(&fixture, &forced, None, &[]);
+    node.add(&forced);
+    node.has_progress(CutoverState::CutOver);
+    let started = Instant::now();
+    assert!(matches!(node.daemon.ask(&DaemonRequest::Delete(sandbox())), Ok(Response::Done(_))));
+    assert!(started.elapsed() < Duration::from_millis(900), "{:?}", started.elapsed());
+    assert!(node.applied().is_none());
+}
+
+#[test]
+fn who_removes_the_agent_gets_the_rules_again() {
+    let mut fixture = fixture("d-cut-leave", Backend::Nft);
+    fixture.agent.confine(&deployed_capabilities("intercept.yaml").expect("a list"));
+    let before = fixture.rules();
+    let forced = json!({ MODE: "enforce", CUTOVER: "force" });
+    let node = CutoverNode::new(&fixture, &forced, None, &[]);
+    node.add(&forced);
+    node.has_progress(CutoverState::CutOver);
+    assert!(matches!(node.daemon.ask(&DaemonRequest::Leave), Ok(Response::Done(_))));
+    assert_eq!(fixture.rules(), before);
+    node.captured_once();
+}
