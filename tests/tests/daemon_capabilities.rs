@@ -26,7 +26,7 @@ use rustix::thread::{CapabilitySet, CapabilitySets, set_capabilities};
 use serde_json::json;
 use tests::{
     agent::{Agent, deployed_capabilities, finish, succeed},
-    daemon::Daemon,
+    daemon::{Daemon, proxy},
     testbed::{Ids, Pod, PodSpec},
 };
 
@@ -34,6 +34,13 @@ const FLAGS: [&str; 6] = ["-i", "*", "-b", "*", "-u", "1337"];
 
 fn manifest() -> Vec<String> {
     deployed_capabilities("intercept.yaml").expect("a list")
+}
+
+/// Without these, pods are captured and not proven.
+const FOR_PROBES: [&str; 2] = ["SETUID", "SETGID"];
+
+fn for_captures() -> Vec<String> {
+    manifest().into_iter().filter(|name| !FOR_PROBES.contains(&name.as_str())).collect()
 }
 
 fn bit(name: &str) -> CapabilitySet {
@@ -96,7 +103,7 @@ fn the_agent_asks_for_those_that_the_manifests_give() {
         .split(|c: char| !c.is_ascii_alphanumeric() && c != '_')
         .filter_map(|word| word.strip_prefix("CAP_"))
         .collect();
-    assert_eq!(asked, list.iter().map(String::as_str).collect(), "{error}");
+    assert_eq!(asked, for_captures().iter().map(String::as_str).collect(), "{error}");
 }
 
 #[test]
@@ -177,7 +184,7 @@ fn relative(cgroup: &Path) -> String {
 
 #[test]
 fn without_any_of_them_it_is_refused_by_name() {
-    let list = manifest();
+    let list = for_captures();
     let running = ProxyPod::new("refused");
     for missing in &list {
         let mut agent = Agent::new("c-refused").expect("the agent");
@@ -194,6 +201,29 @@ fn without_any_of_them_it_is_refused_by_name() {
             }
         }
         assert_eq!(entries(), before, "something was changed");
+    }
+}
+
+/// A probe is a user of the pod's.
+#[test]
+fn without_those_for_probes_a_pod_is_not_proven() {
+    let pod = Pod::new(PodSpec::new("unproven")).expect("a pod");
+    let _proxy = proxy(&pod);
+    let mut agent = Agent::new("c-unproven").expect("the agent");
+    agent.attach(&pod, &FLAGS).expect("attached");
+    let mut is_probed = |missing: Option<&str>| {
+        let rest: Vec<_> = manifest().into_iter().filter(|name| Some(name.as_str()) != missing).collect();
+        agent.start_by(Vec::new());
+        agent.confine(&rest);
+        let mut prove = agent.command("prove");
+        let output = finish(prove.arg("--cgroup-path").arg(pod.cgroup.path())).expect("started");
+        let said = [output.stdout, output.stderr].concat();
+        let said = String::from_utf8(said).expect("text");
+        !said.contains("giving up privileges for a probe")
+    };
+    assert!(is_probed(None));
+    for missing in FOR_PROBES {
+        assert!(!is_probed(Some(missing)), "{missing}");
     }
 }
 
@@ -225,7 +255,7 @@ fn attach_unasked(bpffs: &Path, cgroup: &Path) -> anyhow::Result<()> {
 
 #[test]
 fn none_of_them_is_superfluous() {
-    let list = manifest();
+    let list = for_captures();
     let whole = list.iter().fold(CapabilitySet::empty(), |all, name| all | bit(name));
     for missing in list.iter().map(Some).chain([None]) {
         let running = ProxyPod::new("needed");
