@@ -48,7 +48,7 @@ pub(crate) struct VmArgs {
     /// Test the agent under AppArmor instead: confined by a runtime's default profile, then unconfined
     #[arg(long, conflicts_with = "boot_only")]
     apparmor: bool,
-    /// Test deploy/systemd instead: a Debian system whose first process is systemd, with Envoy
+    /// Test deploy/systemd, SSH and containers instead: a Debian system whose first process is systemd, with Envoy
     #[arg(long, conflicts_with_all = ["boot_only", "apparmor"])]
     systemd: bool,
     /// Seconds until a virtual machine is stopped
@@ -144,7 +144,7 @@ fn boot(kernel: &Kernel, programs: Option<&Path>, arguments: &VmArgs) -> Result<
     let (mut script, mut parameters) = (script(programs.is_some(), &arguments.options), "");
     match programs {
         Some(programs) if arguments.systemd => {
-            systemd::disk(programs, &PROGRAMS, &disk)?;
+            systemd::disk(kernel, programs, &PROGRAMS, &disk)?;
             (script, parameters) = (systemd::SCRIPT.to_owned(), systemd::PARAMETERS);
         }
         Some(programs) => {

@@ -23,7 +23,7 @@ use tests::{
     },
     cases,
     envoy::{self, Sidecar, Speaks},
-    machine,
+    machine::{self, systemd::SystemdSuite},
     testbed::{self, Ids, Pod, PodSpec},
 };
 
@@ -68,6 +68,8 @@ enum DemoMachine {
     Units,
     /// Units of systemd, which is its first process
     Systemd,
+    /// Pods and containers of Podman and Docker; systemd is its first process
+    Containers,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -106,9 +108,14 @@ fn captured_machine(which: DemoMachine) -> Result<bool> {
     let root = match which {
         DemoMachine::Whole => machine::RootCgroup::Capture,
         DemoMachine::Units => machine::RootCgroup::Spare,
-        DemoMachine::Systemd => return Ok(machine::systemd::run()? == 0),
+        DemoMachine::Systemd => return systemd_machine(SystemdSuite::Units),
+        DemoMachine::Containers => return systemd_machine(SystemdSuite::Containers),
     };
     Ok(machine::run("", root)? == 0)
+}
+
+fn systemd_machine(suite: SystemdSuite) -> Result<bool> {
+    Ok(machine::systemd::run(suite)? == 0)
 }
 
 fn joined() -> Result<bool> {

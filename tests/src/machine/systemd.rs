@@ -2,6 +2,7 @@
 //!
 //! `cargo xtask vm --systemd` makes that machine.
 
+mod containers;
 mod installed;
 
 use std::{
@@ -29,6 +30,7 @@ const OWN: [&str; 2] = ["10.66.0.2", "[fd66::2]"];
 const WORLD: [&str; 2] = ["10.66.0.1", "[fd66::1]"];
 /// Addresses outside.
 const SERVICE: [&str; 2] = ["10.96.0.10", "[fd96::10]"];
+const DOCUMENT: &str = include_str!("../../../docs/machines.md");
 const AGENT: &str = "/usr/local/bin/intercept-agent";
 
 /// The machine, and the world at the other end of its interface.
@@ -50,7 +52,16 @@ impl Drop for SystemdMachine {
 
 type SystemdCase = fn(&mut SystemdMachine) -> Result<()>;
 
-const CASES: [(&str, SystemdCase); 9] = [
+/// What is tested, each on a machine that has nothing else.
+#[derive(Clone, Copy)]
+pub enum SystemdSuite {
+    /// deploy/systemd.
+    Units,
+    /// Pods and containers of Podman and Docker.
+    Containers,
+}
+
+const UNITS: [(&str, SystemdCase); 9] = [
     ("the documented commands install it, the capture before the proxy", installed::install),
     ("both directions go through Envoy in both families", installed::flows),
     ("several units are captured at once, and others are not", installed::several),
@@ -63,21 +74,25 @@ const CASES: [(&str, SystemdCase); 9] = [
 ];
 
 /// Runs all cases, which build on each other. Returns how many did not hold.
-pub fn run() -> Result<usize> {
+pub fn run(suite: SystemdSuite) -> Result<usize> {
+    let cases = match suite {
+        SystemdSuite::Units => &UNITS[..],
+        SystemdSuite::Containers => &containers::CASES,
+    };
     let first = fs::read_to_string("/proc/1/comm").context("reading the first process's name")?;
     ensure!(first.trim() == "systemd", "the first process is {first}, not systemd");
     let mut machine = SystemdMachine::new()?;
-    for (done, (name, case)) in CASES.iter().enumerate() {
+    for (done, (name, case)) in cases.iter().enumerate() {
         let start = Instant::now();
         if let Err(error) = case(&mut machine) {
             println!("FAILED  {name}: {error:#}");
             println!("{}", shell("systemctl --no-pager --failed; journalctl -b --no-pager -n 60")?);
-            println!("{done} of {}", CASES.len());
-            return Ok(CASES.len() - done);
+            println!("{done} of {}", cases.len());
+            return Ok(cases.len() - done);
         }
         println!("ok      {name} ({:.1} s)", start.elapsed().as_secs_f32());
     }
-    println!("{0} of {0}", CASES.len());
+    println!("{0} of {0}", cases.len());
     Ok(0)
 }
 
@@ -86,7 +101,7 @@ impl SystemdMachine {
         let neighbour = Neighbour::new("machine")?;
         connect(&Namespace::of_machine()?, &neighbour)?;
         let folder = PathBuf::from("/run/world");
-        fs::create_dir(&folder).context("making a folder")?;
+        fs::create_dir_all(&folder).context("making a folder")?;
         fs::write(folder.join("index.html"), "world").context("writing a page")?;
         let mut server = neighbour.command("python3")?;
         server.args(["-m", "http.server", "80", "--bind", "::"]).current_dir(&folder);
@@ -124,19 +139,40 @@ impl SystemdMachine {
 
     /// Waits for these lines, and no others, in Envoy's log; ports of clients are left out.
     fn logged(&mut self, what: &str, expected: &[String]) -> Result<()> {
-        let mut found = Vec::new();
-        let log = || shell("journalctl -u istio-proxy -o cat --no-pager");
-        let waited = until("Envoy's log", || {
-            let text = log()?;
-            let lines =
-                text.lines().filter(|line| ["outbound ", "inbound "].iter().any(|way| line.starts_with(way)));
-            found = lines.skip(self.read).filter_map(without_port).collect();
-            Ok((found.len() >= expected.len()).then_some(()))
-        });
-        ensure!(waited.is_ok() && found == expected, "{what}: Envoy logged {found:?}, not {expected:?}");
-        self.read += found.len();
+        self.read += logged("journalctl -u istio-proxy -o cat --no-pager", self.read, what, expected)?;
         Ok(())
     }
+}
+
+/// Waits for these lines, and no others, in the log of Envoy that a script prints; the first lines, and ports of clients, are
+/// left out. Returns how many lines there were.
+fn logged(script: &str, read: usize, what: &str, expected: &[String]) -> Result<usize> {
+    let mut found = Vec::new();
+    let waited = until("Envoy's log", || {
+        found = connections(script)?.split_off(read);
+        Ok((found.len() >= expected.len()).then_some(()))
+    });
+    ensure!(waited.is_ok() && found == expected, "{what}: Envoy logged {found:?}, not {expected:?}");
+    Ok(found.len())
+}
+
+/// The connections in the log of Envoy that a script prints.
+fn connections(script: &str) -> Result<Vec<String>> {
+    let text = shell(script)?;
+    let lines = text.lines().filter(|line| ["outbound ", "inbound "].iter().any(|way| line.starts_with(way)));
+    Ok(lines.filter_map(without_port).collect())
+}
+
+/// The commands of a section of the documentation, block by block.
+fn documented(heading: &str) -> Result<Vec<&'static str>> {
+    let (_, section) = DOCUMENT
+        .split_once(&format!("\n{heading}\n"))
+        .with_context(|| format!("there is no section {heading}"))?;
+    let end = ["\n## ", "\n### "].iter().filter_map(|next| section.find(next)).min();
+    let section = &section[..end.unwrap_or(section.len())];
+    let blocks: Option<Vec<_>> =
+        section.split("```sh\n").skip(1).map(|block| Some(block.split_once("```")?.0)).collect();
+    blocks.with_context(|| format!("a block of commands of {heading} has no end"))
 }
 
 /// "outbound 10.66.0.2:4711 to 10.96.0.10:80" without the client's port.

@@ -12,16 +12,6 @@ mount -t bpf bpf /sys/fs/bpf
 for module in /modules/*; do insmod "$module"; done
 ip link set lo up
 
-# Runs a command under a name, and tells how it ended.
-step() {
-    name=$1
-    shift
-    echo "xtask: begin $name"
-    "$@"
-    status=$?
-    echo "xtask: end $name $status"
-    return $status
-}
 . /steps
 echo "xtask: done"
 poweroff -f

@@ -16,6 +16,8 @@ use crate::{architecture::Architecture, build, cross, run};
 
 /// What runs first: mounts, loads the modules, runs the steps and tells how each ended.
 const INIT: &str = include_str!("init.sh");
+/// Defines `step`, with which scripts of steps run each.
+pub(super) const STEP: &str = include_str!("step.sh");
 
 const FOLDERS: [&str; 12] =
     ["bin", "dev", "etc", "lib", "lib64", "modules", "proc", "root", "run", "run/netns", "sys", "tmp"];
@@ -64,7 +66,7 @@ impl Initramfs {
     /// Writes it, with a script of steps to be run.
     pub(super) fn write(mut self, steps: &str, to: &Path) -> Result<()> {
         self.file("init", 0o755, INIT.as_bytes());
-        self.file("steps", 0o644, steps.as_bytes());
+        self.file("steps", 0o644, format!("{STEP}{steps}").as_bytes());
         self.write_entries(to).with_context(|| format!("writing {}", to.display()))
     }
 

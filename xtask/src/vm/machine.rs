@@ -105,7 +105,14 @@ fn command(boot: &Boot<'_>) -> Result<Command> {
     };
     let path = run::which(program).with_context(|| format!("there is no {program}"))?;
     let mut qemu = Command::new(path);
-    qemu.args(machine).args(["-accel", "tcg", "-smp", "2", "-m", "1024"]);
+    qemu.args(machine).args([
+        "-accel",
+        "tcg",
+        "-smp",
+        "2",
+        "-m",
+        if disk.is_some() { "2048" } else { "1024" },
+    ]);
     qemu.args(["-nodefaults", "-no-reboot", "-display", "none", "-serial", "stdio"]);
     qemu.arg("-kernel").arg(&kernel.image).arg("-initrd").arg(initramfs);
     if let Some(disk) = disk {

@@ -1,4 +1,4 @@
-//! deploy/systemd on a Debian system whose first process is systemd, with a real Envoy.
+//! deploy/systemd, SSH and containers on a Debian system whose first process is systemd, with a real Envoy.
 //!
 //! The system is made of Debian's packages, unpacked into the cache. Each run adds what is tested and makes a disk of it.
 
@@ -11,6 +11,7 @@ use std::{
 
 use anyhow::{Context as _, Result};
 
+use super::{initramfs::STEP, kernel::Kernel};
 use crate::{debian::PackageLists, run, workspace};
 
 /// Parameters of the kernel. Without a login prompt, which waits for udev.
@@ -22,17 +23,42 @@ pub(super) const MODULES: [&str; 1] = ["virtio_blk"];
 pub(super) const SCRIPT: &str = include_str!("systemd/switch.sh");
 
 /// What the documented commands and the units need. `apt` finds what these need.
-const PACKAGES: [&str; 10] = [
+const PACKAGES: [&str; 21] = [
+    "aardvark-dns",
+    "apparmor",
     "base-files",
+    "busybox-static",
+    "catatonit",
     "coreutils",
+    "crun",
     "curl",
     "dash",
     "dbus",
+    "docker.io",
     "iproute2",
+    "iptables",
+    "kmod",
+    "netavark",
+    "openssh-server",
     "passwd",
+    "podman",
     "python3",
     "systemd-sysv",
     "util-linux",
+];
+/// Where the system in the cache says what it was made of.
+const CONTENTS: &str = "etc/intercept-contents";
+/// What nothing here reads.
+const UNUSED: [&str; 4] = ["usr/share/doc", "usr/share/man", "usr/share/locale", "usr/share/info"];
+/// Links of a configured Debian. Docker's socket is in /var/run.
+const LINKS: [(&str, &str); 7] = [
+    ("var/run", "/run"),
+    ("usr/sbin/iptables", "xtables-nft-multi"),
+    ("usr/sbin/iptables-save", "xtables-nft-multi"),
+    ("usr/sbin/iptables-restore", "xtables-nft-multi"),
+    ("usr/sbin/ip6tables", "xtables-nft-multi"),
+    ("usr/sbin/ip6tables-save", "xtables-nft-multi"),
+    ("usr/sbin/ip6tables-restore", "xtables-nft-multi"),
 ];
 /// What a configured Debian has besides.
 const FILES: [(&str, &str); 6] = [
@@ -55,26 +81,42 @@ pub(super) fn missing() -> Result<Vec<PathBuf>> {
     Ok([folder()?, workspace::envoy()?].into_iter().filter(|path| !path.exists()).collect())
 }
 
-/// Makes a disk with the system, what is tested, and a unit that runs the steps.
-pub(super) fn disk(programs: &Path, names: &[&str], disk: &Path) -> Result<()> {
+/// Makes a disk with the system, the kernel's modules, what is tested, and a unit that runs the steps.
+pub(super) fn disk(kernel: &Kernel, programs: &Path, names: &[&str], disk: &Path) -> Result<()> {
     let system = folder()?;
-    if !system.is_dir() {
+    // It may be of a version that tested less.
+    if fs::read_to_string(system.join(CONTENTS)).unwrap_or_default() != contents() {
         fetch(&system).with_context(|| format!("getting {}", PACKAGES.join(", ")))?;
     }
     let root = disk.with_extension("root");
     drop(fs::remove_dir_all(&root));
     run::output(Command::new("cp").args(["-a", "--reflink=auto"]).arg(&system).arg(&root))?;
     fill(&root, programs, names)?;
+    let modules = root.join("usr/lib/modules");
+    fs::create_dir_all(&modules).with_context(|| format!("making {}", modules.display()))?;
+    run::output(Command::new("cp").args(["-a", "--reflink=auto"]).arg(&kernel.modules).arg(&modules))?;
     drop(fs::remove_file(disk));
     let mut make = Command::new(run::which("mkfs.ext4").context("there is no mkfs.ext4: install e2fsprogs")?);
     // Without a journal and without zeroing: it is used once.
     make.args(["-q", "-F", "-O", "^has_journal", "-E", "root_owner=0:0"]);
-    run::output(make.arg("-d").arg(&root).arg(disk).arg("768M"))?;
+    run::output(make.arg("-d").arg(&root).arg(disk).arg("2G"))?;
     fs::remove_dir_all(&root).with_context(|| format!("removing {}", root.display()))
 }
 
 fn folder() -> Result<PathBuf> {
     Ok(workspace::cache()?.join("systemd"))
+}
+
+/// The packages, links and files of the system.
+fn contents() -> String {
+    let files = FILES.iter().flat_map(|(name, contents)| [*name, *contents]);
+    PACKAGES
+        .iter()
+        .copied()
+        .chain(LINKS.iter().map(|(name, _)| *name))
+        .chain(files)
+        .collect::<Vec<_>>()
+        .join("\n")
 }
 
 fn fetch(folder: &Path) -> Result<()> {
@@ -93,10 +135,20 @@ fn fetch(folder: &Path) -> Result<()> {
     for (name, contents) in FILES {
         write(&unpacked.join(name), contents)?;
     }
+    for name in UNUSED {
+        fs::remove_dir_all(unpacked.join(name)).with_context(|| format!("removing {name}"))?;
+    }
     let shell = unpacked.join("bin/sh");
     if !shell.exists() {
         symlink("dash", &shell).context("linking sh to dash")?;
     }
+    // It is an empty folder in the package.
+    fs::remove_dir(unpacked.join("var/run")).context("removing var/run")?;
+    for (name, target) in LINKS {
+        symlink(target, unpacked.join(name)).with_context(|| format!("linking {name} to {target}"))?;
+    }
+    write(&unpacked.join(CONTENTS), &contents())?;
+    drop(fs::remove_dir_all(folder));
     fs::rename(&unpacked, folder).with_context(|| format!("keeping {}", folder.display()))
 }
 
@@ -115,7 +167,7 @@ fn fill(root: &Path, programs: &Path, names: &[&str]) -> Result<()> {
         let entry = entry.context("reading deploy/systemd")?;
         copy(&entry.path(), &deploy.join(entry.file_name()))?;
     }
-    write(&root.join("root/steps"), STEPS)?;
+    write(&root.join("root/steps"), &format!("{STEP}{STEPS}"))?;
     let unit = root.join("etc/systemd/system/steps.service");
     write(&unit, UNIT)?;
     let wants = root.join("etc/systemd/system/multi-user.target.wants");

@@ -1,20 +1,18 @@
 //! The cases, each after those before it.
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Result, ensure};
 
-use super::{AGENT, OWN, SERVICE, SystemdMachine, WORLD, property, shell, unit_gets, until};
+use super::{AGENT, OWN, SERVICE, SystemdMachine, WORLD, documented, property, shell, unit_gets, until};
 
-const DOCUMENT: &str = include_str!("../../../../docs/machines.md");
 const CAPTURE: &str = "intercept-mesh.service";
 const PROXY: &str = "istio-proxy.service";
 const APP: &str = "app.service";
 
 /// Starts what the document says, and looks at the order.
 pub(super) fn install(_: &mut SystemdMachine) -> Result<()> {
-    let (_, section) = DOCUMENT.split_once("\n## systemd\n").context("the document has no section")?;
-    let (_, commands) = section.split_once("```sh\n").context("the section has no commands")?;
-    let (commands, _) = commands.split_once("```").context("the commands have no end")?;
-    shell(commands)?;
+    for commands in documented("## systemd")? {
+        shell(commands)?;
+    }
     for unit in [CAPTURE, PROXY, APP] {
         ensure!(property(unit, "ActiveState")? == "active", "{unit} is not active");
     }

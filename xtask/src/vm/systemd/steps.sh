@@ -1,13 +1,4 @@
-# As the initramfs's.
-step() {
-    name=$1
-    shift
-    echo "xtask: begin $name"
-    "$@"
-    status=$?
-    echo "xtask: end $name $status"
-    return $status
-}
 step kernel uname -r
 step systemd demo --machine systemd
+step containers demo --machine containers
 echo "xtask: done"
