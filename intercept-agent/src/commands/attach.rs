@@ -188,23 +188,54 @@ pub(super) fn apply_capture(
     rewrite: Rewrite,
     mut follower: Option<&mut Follower>,
 ) -> Result<Attached> {
-    let attaching =
-        || format!("attaching cgroup {} in {}", target.cgroup.path().display(), target.netns.name());
-    let mut observed = Observation::of(target, config, follower.as_deref_mut()).with_context(attaching)?;
-    let mut node = Node::open(bpffs, max_connections)
-        .with_context(|| format!("opening the state in {}", bpffs.display()))?;
-    let done = match node.attach(target, config, &mut observed, rewrite).with_context(attaching) {
-        Err(error) if target.is_workload() => {
-            // A machine that is not captured has no programs.
-            node.remove_if_unused()?;
-            return Err(error);
-        }
-        done => done?,
-    };
+    let mut observed =
+        Observation::of(target, config, follower.as_deref_mut()).with_context(|| attaching(target))?;
+    let node = open(bpffs, max_connections)?;
+    let done = apply_observed(node, (target, config), &mut observed, rewrite)?;
     if let Some(follower) = follower {
         follower.expect(observed.into_routes());
     }
     Ok(done)
+}
+
+/// Attaches the pod again with the routes that it has now. If another command has replaced its options meanwhile, `config`
+/// becomes those.
+pub(super) fn apply_again(
+    bpffs: &Path,
+    max_connections: u32,
+    target: &Target,
+    config: &mut Config,
+) -> Result<Attached> {
+    loop {
+        let mut observed = Observation::of(target, config, None).with_context(|| attaching(target))?;
+        let node = open(bpffs, max_connections)?;
+        match node.record_of(target.netns.cookie())? {
+            Some(record) if record.config != *config => *config = record.config,
+            _ => return apply_observed(node, (target, config), &mut observed, Rewrite::IfChanged),
+        }
+    }
+}
+
+fn attaching(target: &Target) -> String {
+    format!("attaching cgroup {} in {}", target.cgroup.path().display(), target.netns.name())
+}
+
+fn open(bpffs: &Path, max_connections: u32) -> Result<Node> {
+    Node::open(bpffs, max_connections).with_context(|| format!("opening the state in {}", bpffs.display()))
+}
+
+fn apply_observed(
+    mut node: Node,
+    (target, config): (&Target, &Config),
+    observed: &mut Observation,
+    rewrite: Rewrite,
+) -> Result<Attached> {
+    let done = node.attach(target, config, observed, rewrite).with_context(|| attaching(target));
+    if done.is_err() && target.is_workload() {
+        // A machine that is not captured has no programs.
+        node.remove_if_unused()?;
+    }
+    done
 }
 
 /// Runs Istio's own check. The capture stays active if it fails.

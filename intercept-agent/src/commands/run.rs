@@ -50,7 +50,7 @@ pub(super) fn run(args: AttachArgs) -> Result<()> {
 }
 
 async fn follow(request: AttachRequest) -> Result<()> {
-    let AttachRequest { target, config, switches, bpffs, max_connections, protected } = request;
+    let AttachRequest { target, mut config, switches, bpffs, max_connections, protected } = request;
     // Before the attach, so that no signal and no change is missed.
     let mut interrupt = signal(SignalKind::interrupt()).context("listening for SIGINT")?;
     let mut terminate = signal(SignalKind::terminate()).context("listening for SIGTERM")?;
@@ -91,7 +91,7 @@ async fn follow(request: AttachRequest) -> Result<()> {
                 if let Err(error) = change {
                     tracing::warn!(error = &error as &dyn std::error::Error, "following the namespace: reading it again");
                 }
-                match apply_capture(&bpffs, max_connections, (&target, &config), Rewrite::IfChanged, None) {
+                match attach::apply_again(&bpffs, max_connections, &target, &mut config) {
                     Ok(Attached::Unchanged) => {}
                     Ok(_) => tracing::info!(netns = target.netns.name(), "applied a change of addresses or routes"),
                     Err(error) => tracing::error!("{error:#}: the previous policy stays active"),

@@ -4,6 +4,7 @@
 
 mod containers;
 mod installed;
+mod reload;
 
 use std::{
     fs,
@@ -61,13 +62,14 @@ pub enum SystemdSuite {
     Containers,
 }
 
-const UNITS: [(&str, SystemdCase); 9] = [
+const UNITS: [(&str, SystemdCase); 10] = [
     ("the documented commands install it, the capture before the proxy", installed::install),
     ("both directions go through Envoy in both families", installed::flows),
     ("several units are captured at once, and others are not", installed::several),
     ("a restarted proxy is captured", installed::proxy_restarts),
     ("services that all stop and start are captured", installed::all_restart),
     ("a restart of the capture restarts the proxy", installed::capture_restarts),
+    ("a reload applies the file of options without a gap", reload::reload),
     ("a killed agent captures again", installed::killed),
     ("the capture ends with its unit, and the machine is as before", installed::stop),
     ("what is not confirmed is taken off, though the unit that attached it has ended", installed::confirm),
