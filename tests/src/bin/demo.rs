@@ -68,6 +68,8 @@ enum DemoMachine {
     Units,
     /// Units of systemd, which is its first process
     Systemd,
+    /// All of it, by an operator who is logged in over SSH; systemd is its first process
+    Ssh,
     /// Pods and containers of Podman and Docker; systemd is its first process
     Containers,
 }
@@ -109,6 +111,7 @@ fn captured_machine(which: DemoMachine) -> Result<bool> {
         DemoMachine::Whole => machine::RootCgroup::Capture,
         DemoMachine::Units => machine::RootCgroup::Spare,
         DemoMachine::Systemd => return systemd_machine(SystemdSuite::Units),
+        DemoMachine::Ssh => return systemd_machine(SystemdSuite::Ssh),
         DemoMachine::Containers => return systemd_machine(SystemdSuite::Containers),
     };
     Ok(machine::run("", root)? == 0)

@@ -5,6 +5,7 @@
 mod containers;
 mod installed;
 mod reload;
+mod ssh;
 
 use std::{
     fs,
@@ -58,6 +59,8 @@ type SystemdCase = fn(&mut SystemdMachine) -> Result<()>;
 pub enum SystemdSuite {
     /// deploy/systemd.
     Units,
+    /// All of it, by an operator who is logged in over SSH.
+    Ssh,
     /// Pods and containers of Podman and Docker.
     Containers,
 }
@@ -79,6 +82,7 @@ const UNITS: [(&str, SystemdCase); 10] = [
 pub fn run(suite: SystemdSuite) -> Result<usize> {
     let cases = match suite {
         SystemdSuite::Units => &UNITS[..],
+        SystemdSuite::Ssh => &ssh::CASES,
         SystemdSuite::Containers => &containers::CASES,
     };
     let first = fs::read_to_string("/proc/1/comm").context("reading the first process's name")?;
