@@ -12,7 +12,7 @@ use tests::{
     agent::deployed_capabilities,
     api::{Api, namespace, pod},
     cutover::{LoadProxy, RulesFixture},
-    daemon::Daemon,
+    daemon::{Daemon, free_address, get},
     iptables::{Backend, IptablesOptions},
     testbed::cgroup,
 };
@@ -205,7 +205,13 @@ fn there_and_back_under_load_with_legacy_tables() {
 #[test]
 fn a_difference_refuses_unless_forced_and_a_restart_keeps_what_is_out() {
     let fixture = fixture("d-cut-differs", Backend::Nft);
-    let mut node = CutoverNode::new(&fixture, &json!({ MODE: "enforce" }), None, &[]);
+    let address = free_address();
+    let metrics = ["--metrics-address", &address.to_string()];
+    let mut node = CutoverNode::new(&fixture, &json!({ MODE: "enforce" }), None, &metrics);
+    let counted = |node: &CutoverNode<'_>, state: &str| {
+        let line = format!("intercept_pods_cutover{{state=\"{state}\"}} 1\n");
+        node.wait(&line, |_| get(address, "/metrics").1.contains(&line));
+    };
     assert!(matches!(node.add(&json!({ MODE: "enforce" })), Response::Done(_)));
     node.wait("shadow", |node| node.is_applied("shadow", None));
     // A person adds a rule that the options do not have.
@@ -217,6 +223,7 @@ fn a_difference_refuses_unless_forced_and_a_restart_keeps_what_is_out() {
     node.has_progress(CutoverState::Refused);
     let failure = node.progress().and_then(|progress| progress.failure).expect("a problem");
     assert_eq!(failure.cause, "differs");
+    counted(&node, "refused");
     assert!(failure.text.contains("compared flows differ from what happened"), "{}", failure.text);
     node.wait("an event", |node| node.notes("NotCutOver").iter().any(|note| note.contains("flows differ")));
     assert!(node.is_applied("shadow", None));
@@ -228,6 +235,7 @@ fn a_difference_refuses_unless_forced_and_a_restart_keeps_what_is_out() {
     assert_eq!(said, "annotation intercept/cutover: `yes` is not known; give force, or remove it");
     node.annotate(&json!({ MODE: "enforce", CUTOVER: "force" }));
     node.has_progress(CutoverState::CutOver);
+    counted(&node, "cut_over");
     node.captured_once();
 
     // What is out stays out, whoever keeps the pod, and goes in again with the next daemon.

@@ -132,6 +132,9 @@ pub enum CutoverState {
 }
 
 impl CutoverState {
+    /// All of them.
+    pub const ALL: [Self; 4] = [Self::Comparing, Self::Refused, Self::Unfinished, Self::CutOver];
+
     /// The word.
     pub fn as_str(self) -> &'static str {
         match self {

@@ -47,6 +47,7 @@ struct Inner {
     bypasses: Family<CauseLabel, Gauge>,
     shadow_flows: Family<Result, Counter>,
     shadow_differences: Family<Named, Gauge>,
+    cutovers: Family<State, Gauge>,
     plugin: OnceLock<PluginMetrics>,
     started: Instant,
     /// When the reconciler last checked its pods, in milliseconds after `started`.
@@ -84,6 +85,7 @@ impl Metrics {
         let bypasses = table::BYPASSES.register(&mut registry);
         let shadow_flows = table::SHADOW_FLOWS.register(&mut registry);
         let shadow_differences = table::POD_SHADOW_DIFFERENCES.register(&mut registry);
+        let cutovers = table::PODS_CUTOVER.register(&mut registry);
         let beat = AtomicU64::new(0);
         let started = Instant::now();
         Self(Arc::new(Inner {
@@ -99,6 +101,7 @@ impl Metrics {
             bypasses,
             shadow_flows,
             shadow_differences,
+            cutovers,
             plugin: OnceLock::new(),
             started,
             beat,
@@ -168,6 +171,14 @@ impl Metrics {
         for (pod, kinds) in pods {
             let gauge = self.0.shadow_differences.get_or_create(&Named { pod }).clone();
             gauge.set(kinds.try_into().unwrap_or(i64::MAX));
+        }
+    }
+
+    /// Sets the number of pods in each state of their cut-over.
+    pub fn cutovers(&self, counts: impl IntoIterator<Item = (&'static str, usize)>) {
+        for (state, count) in counts {
+            let gauge = self.0.cutovers.get_or_create(&State { state: state.to_owned() }).clone();
+            gauge.set(count.try_into().unwrap_or(i64::MAX));
         }
     }
 

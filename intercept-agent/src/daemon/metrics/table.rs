@@ -97,6 +97,9 @@ metrics! {
     /// kinds of differences that shadow mode has found in a pod ([shadow.md](shadow.md))
     POD_SHADOW_DIFFERENCES: Family<Named, Gauge> = "pod_shadow_differences",
         "Kinds of differences that shadow mode has found, by pod";
+    /// pods that are to be cut over from iptables, or are: `comparing`, `refused`, `unfinished`, `cut_over`
+    /// ([cutover.md](cutover.md))
+    PODS_CUTOVER: Family<State, Gauge> = "pods_cutover", "Pods that are cut over from iptables, by state";
     /// flows, by the reason of the decision ([decision.md](decision.md)); `explain` prints the same word and its row
     DECISIONS: Family<Decision, Counter> = "decisions", "Decisions on flows, by pod and reason";
     /// failures inside the programs

@@ -14,6 +14,7 @@ use crate::{
     acceleration::self_test,
     daemon::{
         capture::{self, AppliedPod, Liveness},
+        cutover::CutoverState,
         desired::Key,
         worker::Priority,
     },
@@ -75,6 +76,10 @@ impl Reconciler {
     fn measure(&self) {
         let count = |state| self.pods.values().filter(|pod| pod.machine.state() == state).count();
         self.metrics.pods(PodState::ALL.map(|state| (state.as_str(), count(state))));
+        let cutovers: Vec<CutoverState> =
+            self.pods.values().filter_map(|pod| Some(pod.cutover.progress()?.state)).collect();
+        let of = |state| cutovers.iter().filter(|found| **found == state).count();
+        self.metrics.cutovers(CutoverState::ALL.map(|state| (state.as_str(), of(state))));
         let mut reasons = BTreeMap::<&'static str, usize>::new();
         for why in self.pods.values().filter_map(|pod| pod.machine.ignored()) {
             *reasons.entry(why.as_str()).or_default() += 1;
