@@ -14,8 +14,8 @@ mod shadow;
 pub use connection::{ConnKey, Handshake, OrigDst, SocketState, end, socket};
 pub use proxy::{APPLICATION_LISTENERS, ListenerKey, Proxy, ProxyPort, Ring, bound, scope};
 pub use shadow::{
-    ComparedFlow, DifferenceKey, RememberedFlow, SHADOW_FLOWS, SHADOW_KINDS, ShadowCounters, ShadowKey,
-    ShadowSocket, outcome, remembered, shadow_state,
+    ComparedFlow, DifferenceKey, RememberedFlow, SHADOW_DIALS, SHADOW_FLOWS, SHADOW_KINDS, ShadowCounters,
+    ShadowKey, ShadowSocket, outcome, remembered,
 };
 
 /// Version of the layouts in this file and its folder, part of the pin path. Any change of a layout raises it.

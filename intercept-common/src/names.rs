@@ -39,7 +39,9 @@ pub const TRACING: &str = "TRACING";
 
 /// Shadow mode: connections and queries until they are compared.
 pub const SHADOW_FLOWS: &str = "SHADOW_FLOWS";
-/// Shadow mode, socket storage: the decision on a socket until it is compared.
+/// Shadow mode: decisions until the SYN leaves.
+pub const SHADOW_DIALS: &str = "SHADOW_DIALS";
+/// Shadow mode, socket storage: the decision on a socket of UDP until it is compared.
 pub const SHADOW_SOCKETS: &str = "SHADOW_SOCKETS";
 /// Shadow mode: netns cookie to counts of agreement.
 pub const SHADOW_COUNTERS: &str = "SHADOW_COUNTERS";
@@ -52,7 +54,7 @@ pub const SHADOWING: &str = "SHADOWING";
 pub const LOGS: &str = "AYA_LOGS";
 
 /// Every map that is shared by all pods of a node and pinned.
-pub const MAPS: [&str; 23] = [
+pub const MAPS: [&str; 24] = [
     LOGS,
     POLICIES,
     DESTINATIONS,
@@ -72,6 +74,7 @@ pub const MAPS: [&str; 23] = [
     EVENTS,
     TRACING,
     SHADOW_FLOWS,
+    SHADOW_DIALS,
     SHADOW_SOCKETS,
     SHADOW_COUNTERS,
     SHADOW_KINDS,

@@ -3,7 +3,7 @@
 use aya_ebpf::{
     EbpfContext,
     bindings::{BPF_F_MMAPABLE, BPF_F_NO_PREALLOC, bpf_sock_ops},
-    helpers::generated::{bpf_map_lookup_elem, bpf_sk_release},
+    helpers::generated::{bpf_get_socket_cookie, bpf_map_lookup_elem, bpf_sk_release},
     macros::map,
     maps::{Array, HashMap, LpmTrie, PerCpuArray, ProgramArray, RingBuf, SockHash, lpm_trie::Key},
     programs::SkLookupContext,
@@ -59,6 +59,13 @@ static TRACING: Array<u32> = Array::with_max_entries(1, 0);
 #[inline(always)]
 pub(crate) fn netns_cookie(ctx: &impl EbpfContext) -> NetnsCookie {
     workload::policy_key(ctx)
+}
+
+/// The cookie of the context's socket.
+#[inline(always)]
+pub(crate) fn socket_cookie(ctx: &impl EbpfContext) -> u64 {
+    // SAFETY: the context is that of the running program.
+    unsafe { bpf_get_socket_cookie(ctx.as_ptr()) }
 }
 
 /// The policy of a namespace, expired or not. `None` if it is not captured.

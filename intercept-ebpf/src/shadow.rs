@@ -7,7 +7,7 @@
 //! known to conntrack alone; it is compared when the proxy asks for it. A query is compared when its answer is read.
 
 use aya_ebpf::{
-    bindings::bpf_sk_lookup,
+    bindings::{bpf_sk_lookup, bpf_sock_ops},
     programs::{SkLookupContext, SockAddrContext, SockOpsContext, SockoptContext},
 };
 use bytemuck::Zeroable as _;
@@ -16,7 +16,7 @@ use intercept_common::{
     decide::{OutboundFlow, Owner, TproxyMark},
     layout::{
         ComparedFlow, ConnKey, PodPolicy, ProxyPort, RememberedFlow, ShadowKey, ShadowSocket, destination,
-        outcome, policy, remembered, shadow_state,
+        outcome, policy, remembered,
     },
 };
 
@@ -53,12 +53,12 @@ fn pod(netns: NetnsCookie) -> Option<&'static PodPolicy> {
     maps::pod(netns).filter(|pod| is_of(pod))
 }
 
-/// Remembers an outbound decision with the socket.
+/// Remembers an outbound decision until the SYN leaves, or with the socket of a query.
 #[inline(always)]
 pub(crate) fn decided(ctx: &SockAddrContext, flow: &OutboundFlow, decided: Outbound) {
     let sk = Sock::of_call(ctx);
     let is_query = u32::from(flow.protocol) == UDP;
-    if is_query && flows::socket(sk).is_some_and(|socket| socket.state == shadow_state::ASKED) {
+    if is_query && flows::socket(sk).is_some_and(|socket| socket.is_waiting != 0) {
         return;
     }
     let expected = match decided.mark {
@@ -67,16 +67,17 @@ pub(crate) fn decided(ctx: &SockAddrContext, flow: &OutboundFlow, decided: Outbo
     };
     let socket = ShadowSocket {
         dst: flow.dst,
-        time: compare::now(),
         dst_port: flow.dst_port,
-        state: if is_query { shadow_state::ASKED } else { shadow_state::DECIDED },
         uid: flow.owner.uid,
         gid: flow.owner.gid,
         reason: decided.reason.number(),
         expected,
         ..ShadowSocket::zeroed()
     };
-    if !flows::set_socket(sk, socket) {
+    if !is_query {
+        return flows::set_dial(ShadowSocket { cookie: maps::socket_cookie(ctx), ..socket });
+    }
+    if !flows::set_socket(sk, ShadowSocket { time: compare::now(), is_waiting: 1, ..socket }) {
         uncompared(maps::netns_cookie(ctx));
     }
 }
@@ -105,18 +106,16 @@ fn outcome_at(pod: &PodPolicy, port: u16) -> u8 {
 /// A SYN is about to leave.
 #[inline(always)]
 pub(crate) fn dial(ctx: &SockOpsContext, sk: Sock) {
-    let Some(mut socket) = flows::socket(sk) else { return };
-    if socket.state != shadow_state::DECIDED || !request::is_readable() {
+    let Some(socket) = flows::dialled(maps::socket_cookie(ctx)) else { return };
+    if !request::is_readable() {
         return;
     }
     let Some(isn) = handshake::isn(sk) else { return };
-    socket.isn = isn;
-    if !flows::set_socket(sk, socket) {
-        return;
-    }
     let flow = RememberedFlow {
         dst: socket.dst,
         dst_port: socket.dst_port,
+        uid: socket.uid,
+        gid: socket.gid,
         reason: socket.reason,
         expected: socket.expected,
         ..RememberedFlow::zeroed()
@@ -136,6 +135,13 @@ fn ends_key(netns: NetnsCookie, ends: &Ends) -> ShadowKey {
     ShadowKey { netns, addr: ends.remote, number, kind: remembered::ENDS }
 }
 
+/// TPROXY looks the proxy's port up, not that of the SYN, so only the client's end counts. Its connections arrive on one
+/// interface.
+#[inline(always)]
+fn arrival_key(netns: NetnsCookie, ends: &Ends) -> ShadowKey {
+    ShadowKey { netns, addr: ends.remote, number: ends.remote_port.into(), kind: remembered::ARRIVAL }
+}
+
 /// A listener of the pod has received a SYN: the callback is that of the request.
 #[inline(always)]
 pub(crate) fn received_syn(ctx: &SockOpsContext) {
@@ -143,14 +149,12 @@ pub(crate) fn received_syn(ctx: &SockOpsContext) {
     let Some(pod) = pod(netns) else { return };
     let Some(request) = SynRequest::of(ctx) else { return };
     let key = syn_key(netns, request.isn);
-    let Some(flow) = flows::get(&key) else { return received_from_outside(netns, pod, &request) };
-    let flow = RememberedFlow {
-        local: request.ends.local,
-        local_port: request.ends.local_port,
-        listener: request.listener,
-        ..flow
-    };
-    flows::insert(&key, &flow);
+    let flow = flows::change(&key, |flow| {
+        flow.local = request.ends.local;
+        flow.local_port = request.ends.local_port;
+        flow.listener = request.listener;
+    });
+    let Some(flow) = flow else { return received_from_outside(netns, pod, &request) };
     if outcome_at(pod, request.listener) != outcome::PASSED {
         flows::insert(&ends_key(netns, &request.ends), &flow);
     }
@@ -203,7 +207,7 @@ fn ifindex(netns: NetnsCookie, pod: &PodPolicy, ends: &Ends) -> Option<u32> {
     if pod.flags & policy::INTERFACES == 0 {
         return Some(0);
     }
-    flows::get(&ends_key(netns, ends)).map(|flow| flow.ifindex)
+    flows::get(&arrival_key(netns, ends)).map(|flow| flow.ifindex)
 }
 
 #[inline(always)]
@@ -221,46 +225,38 @@ pub(crate) fn looked_up(ctx: &SkLookupContext, netns: NetnsCookie, pod: &PodPoli
     let ends = context::lookup_ends(ctx.lookup);
     let ifindex = load!(load_u32, bpf_sk_lookup, ctx.lookup, ingress_ifindex);
     let flow = RememberedFlow { ifindex, ..RememberedFlow::zeroed() };
-    flows::insert(&ends_key(netns, &ends), &flow);
+    flows::insert(&arrival_key(netns, &ends), &flow);
 }
 
 /// A client's connection is established: compares.
 #[inline(always)]
 pub(crate) fn established(ctx: &SockOpsContext) {
-    let Some(sk) = Sock::of_callback(ctx) else { return };
-    let Some(socket) = flows::socket(sk).filter(|socket| socket.state == shadow_state::DECIDED) else {
-        return;
-    };
-    flows::delete_socket(sk);
     let netns = maps::netns_cookie(ctx);
     let Some(pod) = pod(netns) else { return };
-    let key = syn_key(netns, socket.isn);
+    let isn = load!(load_u32, bpf_sock_ops, ctx.ops, snd_nxt).wrapping_sub(1);
+    let key = syn_key(netns, isn);
+    // Forgotten, not decided in connect(), or with data in its SYN.
     let Some(flow) = flows::get(&key) else { return uncompared(netns) };
     flows::remove(&key);
     let mut actual = outcome_at(pod, flow.listener);
     let reached_its_own =
-        flow.listener == socket.dst_port && flow.local_port == socket.dst_port && flow.local == socket.dst;
-    if reached_its_own && actual != socket.expected {
+        flow.listener == flow.dst_port && flow.local_port == flow.dst_port && flow.local == flow.dst;
+    if reached_its_own && actual != flow.expected {
         // It dialled a port of the proxy.
         actual = outcome::PASSED;
     }
     let ends = context::callback_ends(ctx.ops);
-    let compared = of_socket(&socket, (ends.local, ends.local_port), TCP);
-    compare(netns, &compared, Verdicts { reason: socket.reason, expected: socket.expected, actual });
-}
-
-#[inline(always)]
-fn of_socket(socket: &ShadowSocket, (src, src_port): (Addr, u16), protocol: u32) -> ComparedFlow {
-    ComparedFlow {
-        src,
-        dst: socket.dst,
-        src_port,
-        dst_port: socket.dst_port,
-        protocol: protocol as u16,
-        uid: socket.uid,
-        gid: socket.gid,
+    let compared = ComparedFlow {
+        src: ends.local,
+        dst: flow.dst,
+        src_port: ends.local_port,
+        dst_port: flow.dst_port,
+        protocol: TCP as u16,
+        uid: flow.uid,
+        gid: flow.gid,
         ..ComparedFlow::zeroed()
-    }
+    };
+    compare(netns, &compared, Verdicts { reason: flow.reason, expected: flow.expected, actual });
 }
 
 /// The proxy asks for the original destination, and conntrack has answered: compares the answer, once for each connection.
@@ -268,7 +264,12 @@ fn of_socket(socket: &ShadowSocket, (src, src_port): (Addr, u16), protocol: u32)
 pub(crate) fn asked(ctx: &SockoptContext, sk: Sock, netns: NetnsCookie, ends: &Ends) {
     let Some(pod) = pod(netns) else { return };
     let actual = outcome_at(pod, ends.local_port);
-    if actual == outcome::PASSED || flows::socket(sk).is_some() {
+    if actual == outcome::PASSED {
+        return;
+    }
+    let (key, asked_by) = (ends_key(netns, ends), sk.as_ptr() as u64);
+    let remembered = flows::get(&key);
+    if remembered.is_some_and(|flow| flow.asked_by == asked_by) {
         return;
     }
     let Some((addr, port)) = conntrack_answer(ctx.sockopt) else { return };
@@ -276,11 +277,11 @@ pub(crate) fn asked(ctx: &SockoptContext, sk: Sock, netns: NetnsCookie, ends: &E
         // It dialled this port of the proxy, and was compared when its SYN arrived if TPROXY took it.
         return;
     }
-    if !flows::set_socket(sk, ShadowSocket { state: shadow_state::DONE, ..ShadowSocket::zeroed() }) {
-        return uncompared(netns);
+    if flows::change(&key, |flow| flow.asked_by = asked_by).is_none() {
+        flows::insert(&key, &RememberedFlow { asked_by, ..RememberedFlow::zeroed() });
     }
-    let key = ends_key(netns, ends);
-    let own = flows::get(&key).filter(|flow| flow.listener != 0);
+    // An earlier connection between these ends may have left its own.
+    let own = remembered.filter(|flow| flow.listener != 0 && flow.asked_by == 0);
     let Some(flow) = own else {
         if is_own(pod, ends.remote) {
             return uncompared(netns);
@@ -289,7 +290,6 @@ pub(crate) fn asked(ctx: &SockoptContext, sk: Sock, netns: NetnsCookie, ends: &E
         let original = Ends { local: addr, local_port: port, ..*ends };
         return inbound(netns, pod, &original, (ifindex, ends.local_port));
     };
-    flows::remove(&key);
     // The connection itself was compared when it was established.
     if flow.expected != actual || (flow.dst == addr && flow.dst_port == port) {
         return;
@@ -320,16 +320,26 @@ pub(crate) fn received<F: AddressFamily>(ctx: &SockAddrContext) {
         flows::insert(&query_key(netns, F::named(ctx), sender_port), &flow);
         return;
     }
-    let Some(socket) = flows::socket(sk).filter(|socket| socket.state == shadow_state::ASKED) else { return };
+    let Some(socket) = flows::socket(sk).filter(|socket| socket.is_waiting != 0) else { return };
     let sender = F::named(ctx);
     if sender_port != socket.dst_port || sender != socket.dst {
         return;
     }
-    flows::delete_socket(sk);
+    // Not deleted: the next query needs it again.
+    let _there = flows::set_socket(sk, ShadowSocket { is_waiting: 0, ..socket });
     let reached =
         flows::get(&query_key(netns, socket.dst, own_port)).is_some_and(|query| query.time >= socket.time);
     let actual = if reached { outcome::DNS } else { outcome::PASSED };
-    let compared = of_socket(&socket, (F::bound(sk), own_port), UDP);
+    let compared = ComparedFlow {
+        src: F::bound(sk),
+        dst: socket.dst,
+        src_port: own_port,
+        dst_port: socket.dst_port,
+        protocol: UDP as u16,
+        uid: socket.uid,
+        gid: socket.gid,
+        ..ComparedFlow::zeroed()
+    };
     compare(netns, &compared, Verdicts { reason: socket.reason, expected: socket.expected, actual });
 }
 

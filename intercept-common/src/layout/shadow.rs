@@ -8,6 +8,9 @@ use crate::{Addr, NetnsCookie, Reason};
 /// Connections and queries that are remembered until they can be compared. The oldest make room for new ones, so that no
 /// connection fails, and are counted as [`ShadowCounters::uncompared`].
 pub const SHADOW_FLOWS: u32 = 1 << 14;
+/// Cells for decisions on TCP between connect() and the SYN, which follows at once. A socket's cell follows
+/// from its cookie; two that are decided at the same time and have one cell are counted as [`ShadowCounters::uncompared`].
+pub const SHADOW_DIALS: u32 = 1 << 12;
 /// Examples of differences on a node, two for each kind.
 pub const SHADOW_KINDS: u32 = 1 << 14;
 
@@ -17,7 +20,7 @@ pub const SHADOW_KINDS: u32 = 1 << 14;
 pub struct ShadowKey {
     /// Netns cookie.
     pub netns: NetnsCookie,
-    /// Address of the client, for [`remembered::ENDS`].
+    /// Address of the client, for [`remembered::ENDS`] and [`remembered::ARRIVAL`].
     pub addr: Addr,
     /// The initial sequence number ([`remembered::SYN`]), the client's port in the upper half and that of the listener's
     /// end in the lower ([`remembered::ENDS`]), or the client's port. Ports are in host order.
@@ -34,6 +37,8 @@ pub mod remembered {
     pub const ENDS: u32 = 2;
     /// The last datagram that reached the proxy's DNS port from a port of the pod.
     pub const QUERY: u32 = 3;
+    /// The last SYN from outside that came from this end.
+    pub const ARRIVAL: u32 = 4;
 }
 
 /// Value of SHADOW_FLOWS. Only the fields of its kind are valid.
@@ -46,6 +51,12 @@ pub struct RememberedFlow {
     pub local: Addr,
     /// When a query reached the proxy, in nanoseconds of `CLOCK_MONOTONIC`.
     pub time: u64,
+    /// Address of the proxy's socket that has asked for the original destination; 0 before.
+    pub asked_by: u64,
+    /// Creator of the client's socket.
+    pub uid: u32,
+    /// As `uid`.
+    pub gid: u32,
     /// Interface on which it arrived.
     pub ifindex: u32,
     /// Port of `dst`. Ports are in host order.
@@ -87,7 +98,7 @@ pub mod outcome {
     }
 }
 
-/// Value of SHADOW_SOCKETS: the decision on a socket until it is compared.
+/// Value of SHADOW_DIALS (TCP) and SHADOW_SOCKETS (UDP): the decision on a socket.
 #[derive(Clone, Copy, Pod, Zeroable, PartialEq, Eq, Debug)]
 #[repr(C)]
 pub struct ShadowSocket {
@@ -95,12 +106,8 @@ pub struct ShadowSocket {
     pub dst: Addr,
     /// When the first query that is not answered was sent, in nanoseconds of `CLOCK_MONOTONIC`.
     pub time: u64,
-    /// Initial sequence number.
-    pub isn: u32,
-    /// Port of `dst`, host order.
-    pub dst_port: u16,
-    /// One of [`shadow_state`].
-    pub state: u16,
+    /// Cookie of the socket, for SHADOW_DIALS.
+    pub cookie: u64,
     /// Creator of the socket.
     pub uid: u32,
     /// As `uid`.
@@ -109,18 +116,10 @@ pub struct ShadowSocket {
     pub reason: u8,
     /// The decision: one of [`outcome`].
     pub expected: u8,
-    /// Zero.
-    pub reserved: [u8; 6],
-}
-
-/// Values of [`ShadowSocket::state`].
-pub mod shadow_state {
-    /// TCP, decided in connect().
-    pub const DECIDED: u16 = 1;
-    /// UDP, with a query that is not answered.
-    pub const ASKED: u16 = 2;
-    /// There is nothing to compare, or it was compared.
-    pub const DONE: u16 = 3;
+    /// Port of `dst`, host order.
+    pub dst_port: u16,
+    /// UDP: nonzero if there is a query that is not answered.
+    pub is_waiting: u32,
 }
 
 /// Value of SHADOW_COUNTERS.
@@ -202,7 +201,7 @@ pub struct ComparedFlow {
 
 const _: () = {
     assert!(size_of::<ShadowKey>() == 32);
-    assert!(size_of::<RememberedFlow>() == 56);
+    assert!(size_of::<RememberedFlow>() == 72);
     assert!(size_of::<ShadowSocket>() == 48);
     assert!(size_of::<ShadowCounters>() == 16 * MAX_REASONS + 16);
     assert!(size_of::<DifferenceKey>() == 16);

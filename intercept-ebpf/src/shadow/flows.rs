@@ -5,15 +5,15 @@ use core::ffi::c_void;
 use aya_ebpf::{
     bindings::{BPF_F_NO_PREALLOC, BPF_SK_STORAGE_GET_F_CREATE},
     btf_maps::SkStorage,
-    helpers::generated::{bpf_sk_storage_delete, bpf_sk_storage_get},
+    helpers::generated::bpf_sk_storage_get,
     macros::{btf_map, map},
     maps::{Array, HashMap, LruHashMap},
 };
 use intercept_common::{
     NetnsCookie,
     layout::{
-        ComparedFlow, DifferenceKey, MAX_PODS, RememberedFlow, SHADOW_FLOWS as FLOWS, SHADOW_KINDS as KINDS,
-        ShadowCounters, ShadowKey, ShadowSocket,
+        ComparedFlow, DifferenceKey, MAX_PODS, RememberedFlow, SHADOW_DIALS as DIALS, SHADOW_FLOWS as FLOWS,
+        SHADOW_KINDS as KINDS, ShadowCounters, ShadowKey, ShadowSocket,
     },
 };
 
@@ -21,6 +21,8 @@ use crate::context::Sock;
 
 #[map]
 static SHADOW_FLOWS: LruHashMap<ShadowKey, RememberedFlow> = LruHashMap::with_max_entries(FLOWS, 0);
+#[map]
+static SHADOW_DIALS: Array<ShadowSocket> = Array::with_max_entries(DIALS, 0);
 #[btf_map]
 static SHADOW_SOCKETS: SkStorage<ShadowSocket> = SkStorage::new();
 #[map]
@@ -43,6 +45,16 @@ pub(super) fn is_on() -> bool {
 pub(super) fn get(key: &ShadowKey) -> Option<RememberedFlow> {
     // SAFETY: an element that is reused meanwhile gives a wrong comparison, nothing more.
     unsafe { SHADOW_FLOWS.get(key) }.copied()
+}
+
+/// Changes what is remembered, in place. Returns a copy. `None` if it made room for others.
+#[inline(always)]
+pub(super) fn change(key: &ShadowKey, change: impl FnOnce(&mut RememberedFlow)) -> Option<RememberedFlow> {
+    let flow = SHADOW_FLOWS.get_ptr_mut(key)?;
+    // SAFETY: as in `get`.
+    let flow = unsafe { &mut *flow };
+    change(flow);
+    Some(*flow)
 }
 
 /// Remembers a flow. What cannot be remembered is not compared.
@@ -79,6 +91,29 @@ fn storage() -> *mut c_void {
     core::ptr::addr_of!(SHADOW_SOCKETS).cast_mut().cast()
 }
 
+#[inline(always)]
+fn dial(cookie: u64) -> Option<*mut ShadowSocket> {
+    // Each processor takes 4096 cookies at a time: the low bits of two that are in use at once are often equal.
+    let mixed = cookie.wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    SHADOW_DIALS.get_ptr_mut((mixed >> 32) as u32 % DIALS)
+}
+
+/// Keeps a decision until the SYN leaves.
+#[inline(always)]
+pub(super) fn set_dial(socket: ShadowSocket) {
+    if let Some(cell) = dial(socket.cookie) {
+        // SAFETY: an element of an array map. Two that are written at once may mix; neither is then compared, or wrongly.
+        unsafe { cell.write(socket) };
+    }
+}
+
+/// The decision on the socket whose SYN leaves.
+#[inline(always)]
+pub(super) fn dialled(cookie: u64) -> Option<ShadowSocket> {
+    // SAFETY: as in `set_dial`.
+    dial(cookie).map(|cell| unsafe { cell.read() }).filter(|socket| socket.cookie == cookie)
+}
+
 /// A copy of the decision on a socket.
 #[inline(always)]
 pub(super) fn socket(sk: Sock) -> Option<ShadowSocket> {
@@ -102,11 +137,4 @@ pub(super) fn set_socket(sk: Sock, mut socket: ShadowSocket) -> bool {
         stored.write(socket);
     }
     true
-}
-
-/// Forgets the decision on a socket.
-#[inline(always)]
-pub(super) fn delete_socket(sk: Sock) {
-    // SAFETY: the map is a socket storage. No entry is no error.
-    unsafe { bpf_sk_storage_delete(storage(), sk.as_ptr().cast()) };
 }

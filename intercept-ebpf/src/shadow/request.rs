@@ -1,11 +1,11 @@
 //! The request that a SYN leaves with a listener. It is no full socket, so that callbacks do not give it to programs, but
 //! their context begins with its address in the kernel.
 
-use aya_ebpf::{EbpfContext as _, programs::SockOpsContext};
+use aya_ebpf::{EbpfContext as _, bindings::bpf_sock_ops, programs::SockOpsContext};
 use intercept_common::Addr;
 
 use crate::{
-    context::{self, AF_INET, Ends},
+    context::{self, AF_INET, AF_INET6, Ends, load},
     owner::follow,
 };
 
@@ -41,6 +41,11 @@ pub(super) fn is_readable() -> bool {
     offset!(SKC_LISTENER_OFF) != 0 && offset!(RCV_ISN_OFF) != 0 && offset!(RSK_OPS_OFF) != 0
 }
 
+#[inline(always)]
+fn is_v4(request: u64) -> bool {
+    follow(follow(request, offset!(RSK_OPS_OFF)), offset!(RSK_FAMILY_OFF)) as u32 == AF_INET
+}
+
 impl SynRequest {
     #[inline(always)]
     pub(super) fn of(ctx: &SockOpsContext) -> Option<Self> {
@@ -53,9 +58,8 @@ impl SynRequest {
         if listener == 0 {
             return None;
         }
-        let family = follow(follow(request, offset!(RSK_OPS_OFF)), offset!(RSK_FAMILY_OFF)) as u32;
         let mut ends = context::callback_ends(ctx.ops);
-        if family == AF_INET {
+        if load!(load_u32, bpf_sock_ops, ctx.ops, family) == AF_INET6 && is_v4(request) {
             // By a listener for both families; the IPv6 fields of such a request are not filled in.
             ends.remote = Addr::from_v4(follow(request, offset!(SKC_DADDR_OFF)) as u32);
             ends.local = Addr::from_v4(follow(request, offset!(SKC_RCV_SADDR_OFF)) as u32);

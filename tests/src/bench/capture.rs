@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 
+use super::agent::BenchAgent;
 use super::mode::CaptureMode;
 use super::nft;
 use super::pool::WorkerPool;
@@ -35,6 +36,9 @@ struct CaptureCommand {
     inside: bool,
 }
 
+/// To capture, and to release.
+type CaptureCommands = (Vec<CaptureCommand>, Vec<CaptureCommand>);
+
 impl<'a> TimedCapture<'a> {
     /// Prepares the capture of a pod with these options. Modes without capture have no commands.
     pub fn prepare(
@@ -54,44 +58,36 @@ impl<'a> TimedCapture<'a> {
             step(&format!("{program}-{backend}-restore"), &["--noflush"], input)
         };
         let both = [IpFamily::V4, IpFamily::V6];
+        let by_iptables = |backend: &str| -> CaptureCommands {
+            let install = both.map(|family| restore(backend, family, restore_input(&rules(options, family))));
+            let remove = both.map(|family| CaptureCommand {
+                // Without --noflush, other chains and rules are removed.
+                arguments: Vec::new(),
+                ..restore(backend, family, EMPTY.into())
+            });
+            (install.into(), remove.into())
+        };
+        let by_agent = |agent, flags: &[&str]| attach_and_detach(agent, options, sandbox, flags);
         let (install, remove) = match mode {
             CaptureMode::None | CaptureMode::Explicit => (Vec::new(), Vec::new()),
-            CaptureMode::IptablesNft | CaptureMode::IptablesLegacy => {
-                let backend = if mode == CaptureMode::IptablesNft { "nft" } else { "legacy" };
-                let install =
-                    both.map(|family| restore(backend, family, restore_input(&rules(options, family))));
-                let remove = both.map(|family| CaptureCommand {
-                    // Without --noflush, other chains and rules are removed.
-                    arguments: Vec::new(),
-                    ..restore(backend, family, EMPTY.into())
-                });
-                (install.into(), remove.into())
-            }
+            CaptureMode::IptablesNft => by_iptables("nft"),
+            CaptureMode::IptablesLegacy => by_iptables("legacy"),
             CaptureMode::Nft => (
                 vec![step("nft", &["-f", "-"], nft::ruleset(options))],
                 vec![step("nft", &["-f", "-"], nft::REMOVAL.into())],
             ),
-            CaptureMode::Baseline | CaptureMode::Agent | CaptureMode::Accelerated => {
-                let agent = if mode == CaptureMode::Baseline { pool.baseline()? } else { pool.agent()? };
-                let cgroup = ["--cgroup-path".to_owned(), utf8(sandbox.cgroup.path())?];
-                let mut attach = agent.arguments("attach");
-                attach.extend(cgroup.clone());
-                attach.extend(["--netns".to_owned(), utf8(sandbox.netns.path())?]);
-                if mode == CaptureMode::Accelerated {
-                    // This program is the proxy if Envoy is not.
-                    attach.extend(["--accelerate", "--accelerate-proxies", "bench,envoy"].map(str::to_owned));
-                }
-                // The file is only used for DNS capture.
-                attach.extend(options.arguments(Path::new("/dev/null")));
-                let mut detach = agent.arguments("detach");
-                detach.extend(cgroup);
-                let run = |arguments| CaptureCommand {
-                    program: agent.program().to_owned(),
-                    arguments,
-                    input: String::new(),
-                    inside: false,
-                };
-                (vec![run(attach)], vec![run(detach)])
+            CaptureMode::Baseline => by_agent(pool.baseline()?, &[])?,
+            CaptureMode::Agent => by_agent(pool.agent()?, &[])?,
+            // This program is the proxy if Envoy is not.
+            CaptureMode::Accelerated => {
+                by_agent(pool.agent()?, &["--accelerate", "--accelerate-proxies", "bench,envoy"])?
+            }
+            CaptureMode::Shadowed => {
+                let (mut install, mut remove) = by_iptables("nft");
+                let (attach, detach) = by_agent(pool.agent()?, &["--shadow"])?;
+                install.extend(attach);
+                remove.splice(0..0, detach);
+                (install, remove)
             }
         };
         Ok(Self { sandbox, install, remove, in_force: false })
@@ -118,6 +114,30 @@ impl Drop for TimedCapture<'_> {
             eprintln!("releasing {}: {error:#}", self.sandbox.netns.name());
         }
     }
+}
+
+fn attach_and_detach(
+    agent: &BenchAgent,
+    options: &IptablesOptions,
+    sandbox: &Sandbox,
+    flags: &[&str],
+) -> Result<CaptureCommands> {
+    let cgroup = ["--cgroup-path".to_owned(), utf8(sandbox.cgroup.path())?];
+    let mut attach = agent.arguments("attach");
+    attach.extend(cgroup.clone());
+    attach.extend(["--netns".to_owned(), utf8(sandbox.netns.path())?]);
+    attach.extend(flags.iter().map(ToString::to_string));
+    // The file is only used for DNS capture.
+    attach.extend(options.arguments(Path::new("/dev/null")));
+    let mut detach = agent.arguments("detach");
+    detach.extend(cgroup);
+    let run = |arguments| CaptureCommand {
+        program: agent.program().to_owned(),
+        arguments,
+        input: String::new(),
+        inside: false,
+    };
+    Ok((vec![run(attach)], vec![run(detach)]))
 }
 
 fn utf8(path: &Path) -> Result<String> {

@@ -34,6 +34,8 @@ struct BenchLimits {
     verified_instructions: BTreeMap<String, u32>,
     /// The maximum bytes of the agent's maps for each redirected connection.
     map_bytes_per_connection: f64,
+    /// The maximum time of all programs for a connection in shadow mode, as a ratio to enforce mode.
+    shadow_time_at_most: f64,
     /// Limits of ratios between modes, of medians in one run.
     ratios: Vec<RatioLimit>,
 }
@@ -66,6 +68,15 @@ pub fn run(pool: &WorkerPool) -> Result<()> {
         let good = limit.is_some_and(|limit| found <= limit);
         judge(format!("instructions of {program}"), found.into(), good, shown);
     }
+    let [enforced, shadow] = [CaptureMode::Agent, CaptureMode::Shadowed]
+        .map(|mode| programs::run(mode, programs::TIMING, pool).map(|programs| programs.microseconds()));
+    let (ratio, limit) = (shadow? / enforced?, limits.shadow_time_at_most);
+    judge(
+        "time of the programs in shadow mode".into(),
+        ratio,
+        ratio <= limit,
+        format!("at most {limit} of enforced"),
+    );
     let crowd = crowd(CaptureMode::Agent, Trial::Memory, CONNECTIONS, Duration::from_secs(30), pool)?;
     ensure!(
         crowd.held.open == CONNECTIONS,

@@ -55,7 +55,7 @@ pub fn run(
     mut after_each: impl FnMut(),
 ) -> Result<Vec<InstallTiming>> {
     let mut cases: Vec<(CaptureMode, Lists, Way)> = Vec::new();
-    for &mode in modes.iter().filter(|mode| mode.captures()) {
+    for &mode in modes.iter().filter(|mode| mode.captures() && **mode != CaptureMode::Shadowed) {
         cases.extend([Lists::Injected, Lists::Cidrs(10_000)].map(|lists| (mode, lists, Way::Command)));
     }
     let neighbours = cases.iter().map(|_| Sandbox::new("neighbour")).collect::<Result<Vec<_>>>()?;

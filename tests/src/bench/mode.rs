@@ -27,12 +27,14 @@ pub enum CaptureMode {
     Agent,
     /// This agent, joining the sockets of a node
     Accelerated,
+    /// istio-iptables' rules by iptables-nft, and this agent in shadow mode
+    Shadowed,
 }
 
 impl CaptureMode {
     /// Whether the agent is needed.
     pub fn is_agent(self) -> bool {
-        matches!(self, Self::Baseline | Self::Agent | Self::Accelerated)
+        matches!(self, Self::Baseline | Self::Agent | Self::Accelerated | Self::Shadowed)
     }
 
     /// Whether something captures, so that flags mean something.

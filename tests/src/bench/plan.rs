@@ -111,7 +111,11 @@ impl Plan {
             CaptureMode::Agent,
             CaptureMode::Accelerated,
         ];
-        if self.quick { self.among(&few) } else { self.modes.clone() }
+        if self.quick {
+            return self.among(&few);
+        }
+        // Beside iptables, which is in the list already.
+        self.modes.iter().copied().filter(|mode| *mode != CaptureMode::Shadowed).collect()
     }
 
     /// The modes that are given many connections: one of those that share a mechanism.

@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::os::fd::AsFd as _;
+use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use aya::programs::{ProgramInfo, loaded_programs};
@@ -59,6 +60,9 @@ impl Count {
     }
 }
 
+/// Long enough for some thousand connections.
+pub const TIMING: Timing = Timing { warm_up: Duration::from_millis(200), measure: Duration::from_secs(1) };
+
 /// The results of a run.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct Programs {
@@ -81,10 +85,11 @@ impl Programs {
     }
 }
 
-/// Measures new connections with the kernel's statistics on. They slow everything, so rates are not measured.
-pub fn run(timing: Timing, pool: &WorkerPool) -> Result<Programs> {
+/// Measures new connections in a mode of the agent with the kernel's statistics on. They slow everything, so rates are not
+/// measured.
+pub fn run(mode: CaptureMode, timing: Timing, pool: &WorkerPool) -> Result<Programs> {
     let pods = RigPods::new("programs")?;
-    let mut rig = Rig::build(Cell::plain(CaptureMode::Agent), Size::ONE, &pods, pool)?;
+    let mut rig = Rig::build(Cell::plain(mode), Size::ONE, &pods, pool)?;
     let empty = bpf::load_empty().context("loading an empty program")?;
     let cgroup = File::open(pods.client.cgroup.path()).context("opening the client's cgroup")?;
     let link = sys::link_create(empty.as_fd(), cgroup.as_fd(), bpf_attach_type::BPF_CGROUP_SOCK_OPS)
@@ -95,7 +100,7 @@ pub fn run(timing: Timing, pool: &WorkerPool) -> Result<Programs> {
     // The first run gives the scale, the second one the difference of two counts, without a warm-up, which only one of
     // the counts would include.
     measure(&mut rig, work, timing)?;
-    let timing = Timing { warm_up: std::time::Duration::ZERO, ..timing };
+    let timing = Timing { warm_up: Duration::ZERO, ..timing };
     let (before, empty_before) = (counts(pool)?, count_of(empty)?);
     let connections = measure(&mut rig, work, timing)?.operations;
     let (after, empty_after) = (counts(pool)?, count_of(empty)?);

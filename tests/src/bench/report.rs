@@ -40,6 +40,9 @@ pub struct BenchReport {
     /// The agent's programs.
     #[serde(default)]
     pub programs: Programs,
+    /// The same in shadow mode beside iptables.
+    #[serde(default)]
+    pub programs_in_shadow: Programs,
     /// Memory of connections.
     pub memory: Vec<Crowd>,
     /// The largest number of connections of one pod.

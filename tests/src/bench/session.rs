@@ -16,7 +16,6 @@ use super::programs::Programs;
 use super::progress::Progress;
 use super::report::BenchReport;
 use super::summary::summarize;
-use super::worker::Timing;
 use super::{envoy, install, interrupt, programs, rounds};
 
 /// Connections that one pod opens to three destinations.
@@ -57,6 +56,7 @@ pub fn perform(
         summaries: Vec::new(),
         installed: Vec::new(),
         programs: Programs::default(),
+        programs_in_shadow: Programs::default(),
         memory: Vec::new(),
         reach: Vec::new(),
         rows: Vec::new(),
@@ -75,8 +75,10 @@ pub fn perform(
     if plan.has(Section::Install) {
         run.attempt(|run| run.install(&plan));
     }
-    if plan.has(Section::Programs) && plan.modes.contains(&CaptureMode::Agent) {
-        run.attempt(SessionRun::programs);
+    for mode in [CaptureMode::Agent, CaptureMode::Shadowed] {
+        if plan.has(Section::Programs) && plan.modes.contains(&mode) {
+            run.attempt(|run| run.programs(mode));
+        }
     }
     if plan.has(Section::Memory) {
         for round in 0..memory_rounds(&plan) {
@@ -131,10 +133,13 @@ impl SessionRun<'_> {
         Ok(())
     }
 
-    fn programs(&mut self) -> Result<()> {
-        self.progress.at("timing the programs");
-        let timing = Timing { warm_up: Duration::from_millis(200), measure: Duration::from_secs(1) };
-        self.report.programs = programs::run(timing, self.pool)?;
+    fn programs(&mut self, mode: CaptureMode) -> Result<()> {
+        self.progress.at(&format!("timing the programs: {mode}"));
+        let found = programs::run(mode, programs::TIMING, self.pool)?;
+        match mode {
+            CaptureMode::Shadowed => self.report.programs_in_shadow = found,
+            _ => self.report.programs = found,
+        }
         self.progress.advance(PROGRAMS);
         Ok(())
     }

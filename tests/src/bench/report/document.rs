@@ -6,6 +6,7 @@ use std::fmt::Write;
 use super::goals::goals;
 use super::{BenchReport, table};
 use crate::bench::mode::CaptureMode;
+use crate::bench::programs::Programs;
 use crate::bench::statistics::Quartiles;
 use crate::bench::summary::{Base, Ratio, Summary};
 
@@ -46,7 +47,8 @@ fn write_document(report: &BenchReport, text: &mut String) -> std::fmt::Result {
         writeln!(text, "\n### Joined connections\n\nRatios to the agent without them.\n\n{goals}")?;
     }
     install(report, text)?;
-    programs(report, text)?;
+    programs("The programs", &report.programs, text)?;
+    programs("The programs in shadow mode", &report.programs_in_shadow, text)?;
     crowds(report, text)
 }
 
@@ -115,16 +117,16 @@ fn install(report: &BenchReport, text: &mut String) -> std::fmt::Result {
     Ok(())
 }
 
-fn programs(report: &BenchReport, text: &mut String) -> std::fmt::Result {
-    if report.programs.figures.is_empty() {
+fn programs(title: &str, programs: &Programs, text: &mut String) -> std::fmt::Result {
+    if programs.figures.is_empty() {
         return Ok(());
     }
     writeln!(
         text,
-        "\n### The programs\n\nFor one connection of a client through both pods, which is three connections.\n"
+        "\n### {title}\n\nFor one connection of a client through both pods, which is three connections.\n"
     )?;
     writeln!(text, "| program | instructions as verified | runs | ns a run | us |\n|---|---|---|---|---|")?;
-    for program in &report.programs.figures {
+    for program in &programs.figures {
         let (name, us) = (&program.name, program.microseconds());
         writeln!(
             text,
@@ -132,9 +134,9 @@ fn programs(report: &BenchReport, text: &mut String) -> std::fmt::Result {
             program.verified, program.runs, program.nanoseconds
         )?;
     }
-    let empty = report.programs.empty;
-    writeln!(text, "| all | | | | {:.2} |", report.programs.microseconds())?;
-    writeln!(text, "| of which the measuring | | | {empty:.0} | {:.2} |", report.programs.measuring())
+    let empty = programs.empty;
+    writeln!(text, "| all | | | | {:.2} |", programs.microseconds())?;
+    writeln!(text, "| of which the measuring | | | {empty:.0} | {:.2} |", programs.measuring())
 }
 
 fn crowds(report: &BenchReport, text: &mut String) -> std::fmt::Result {

@@ -7,6 +7,7 @@ use super::goals::goals;
 use crate::bench::memory::Crowd;
 use crate::bench::mode::Cell;
 use crate::bench::mode::{Lists, Path};
+use crate::bench::programs::Programs;
 use crate::bench::statistics::Quartiles;
 use crate::bench::summary::{Base, Summary};
 
@@ -34,7 +35,8 @@ fn write_all(report: &BenchReport, text: &mut String) -> std::fmt::Result {
         writeln!(text, "\njoined connections: ratios to the agent without them\n{goals}")?;
     }
     install(report, text)?;
-    programs(report, text)?;
+    programs("programs", &report.programs, text)?;
+    programs("programs in shadow mode", &report.programs_in_shadow, text)?;
     memory(report, text)?;
     reach(&report.reach, text)
 }
@@ -147,13 +149,13 @@ fn install(report: &BenchReport, text: &mut String) -> std::fmt::Result {
     Ok(())
 }
 
-fn programs(report: &BenchReport, text: &mut String) -> std::fmt::Result {
-    if report.programs.figures.is_empty() {
+fn programs(title: &str, programs: &Programs, text: &mut String) -> std::fmt::Result {
+    if programs.figures.is_empty() {
         return Ok(());
     }
-    writeln!(text, "\nprograms, for one connection of a client through both pods (three connections)")?;
+    writeln!(text, "\n{title}, for one connection of a client through both pods (three connections)")?;
     writeln!(text, "  {:<16} {:>10} {:>8} {:>8} {:>8}", "", "verified", "runs", "ns/run", "us")?;
-    for program in &report.programs.figures {
+    for program in &programs.figures {
         writeln!(
             text,
             "  {:<16} {:>10} {:>8.2} {:>8.0} {:>8.2}",
@@ -164,7 +166,7 @@ fn programs(report: &BenchReport, text: &mut String) -> std::fmt::Result {
             program.microseconds()
         )?;
     }
-    let all = &report.programs;
+    let all = programs;
     writeln!(text, "  {:<16} {:>10} {:>8} {:>8} {:>8.2}", "all", "", "", "", all.microseconds())?;
     writeln!(text, "  {:<27} {:>8} {:>8.0} {:>8.2}", "of which the measuring", "", all.empty, all.measuring())
 }
