@@ -26,7 +26,7 @@ use crate::{
 };
 
 /// The names of the helpers that programs may use. The kernel knows helpers by number.
-const HELPERS: [BpfHelper; 33] = [
+const HELPERS: [BpfHelper; 34] = [
     BpfHelper::BPF_FUNC_get_current_ancestor_cgroup_id,
     BpfHelper::BPF_FUNC_map_lookup_elem,
     BpfHelper::BPF_FUNC_map_update_elem,
@@ -47,6 +47,7 @@ const HELPERS: [BpfHelper; 33] = [
     BpfHelper::BPF_FUNC_sk_storage_delete,
     BpfHelper::BPF_FUNC_probe_read_kernel,
     BpfHelper::BPF_FUNC_get_netns_cookie,
+    BpfHelper::BPF_FUNC_get_socket_cookie,
     BpfHelper::BPF_FUNC_sk_assign,
     BpfHelper::BPF_FUNC_ringbuf_output,
     BpfHelper::BPF_FUNC_ringbuf_reserve,
