@@ -37,7 +37,7 @@ printf 'UsePAM no\nHostKey /etc/ssh/ssh_host_ed25519_key\n' > /etc/ssh/sshd_conf
 systemctl start ssh
 id istio-proxy > /dev/null 2>&1 || useradd --system --user-group --no-create-home istio-proxy
 systemd-run --quiet --unit=envoy -p User=istio-proxy -p Group=istio-proxy envoy -c /run/envoy.yaml --log-level warning --file-flush-interval-msec 1000
-systemd-run --quiet --unit=app -p User=nobody python3 -m http.server 8080 --bind ::
+systemd-run --quiet --unit=served -p User=nobody python3 -m http.server 8080 --bind ::
 "#;
 
 fn start(machine: &mut SystemdMachine) -> Result<()> {
@@ -106,7 +106,7 @@ fn release(machine: &mut SystemdMachine) -> Result<()> {
     ensure!(session.run("echo here")? == "here", "the session was cut");
     direct(machine)?;
     machine.restored("released")?;
-    shell("systemctl stop ssh envoy app").map(drop)
+    shell("systemctl stop ssh envoy served").map(drop)
 }
 
 fn call() -> Result<String> {
