@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::fs;
+use std::io;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 
@@ -84,14 +85,21 @@ impl fmt::Debug for Snapshot {
     }
 }
 
-/// The files below a folder with their inodes, because a new pin has a new inode.
+/// The files below a folder with their inodes, because a new pin has a new inode. What vanishes meanwhile is left out.
 pub fn tree(folder: &Path) -> Result<Vec<(PathBuf, u64)>> {
     let mut found = Vec::new();
     let mut folders = vec![folder.to_owned()];
-    while let Some(folder) = folders.pop() {
-        for entry in fs::read_dir(&folder).with_context(|| format!("listing {}", folder.display()))? {
+    while let Some(below) = folders.pop() {
+        let entries = match fs::read_dir(&below) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound && below != folder => continue,
+            entries => entries.with_context(|| format!("listing {}", below.display()))?,
+        };
+        for entry in entries {
             let path = entry?.path();
-            let metadata = fs::symlink_metadata(&path)?;
+            let metadata = match fs::symlink_metadata(&path) {
+                Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+                metadata => metadata.with_context(|| format!("looking at {}", path.display()))?,
+            };
             if metadata.is_dir() {
                 folders.push(path.clone());
             }
