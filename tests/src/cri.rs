@@ -11,4 +11,4 @@ mod node;
 pub use client::{CriClient, PodConfig, PodSandbox, log, uid, wait};
 pub use image::{busybox, make_archive};
 pub use kubelet::DaemonPod;
-pub use node::{CriNode, IMAGE, PODS, PodNetwork, VARIABLE};
+pub use node::{CriNode, IMAGE, PODS, PODS_V6, PodNetwork, VARIABLE};

@@ -15,7 +15,7 @@ use tests::{
     agent::Agent,
     cluster::{
         App, CAPTURED, CLIENTS, Cluster, NAMESPACE, SERVICE, clients,
-        requests::{self, ClientRequests},
+        requests::{self, ClientRequests, Route},
         servers,
     },
 };
@@ -94,14 +94,15 @@ fn install(cluster: &Cluster) {
 /// The application runs.
 fn run_application(cluster: &Cluster, agent: &Agent) {
     cluster.apply(&servers()).expect("applied");
-    let servers = ["deploy/backend", "deploy/transparent", "deploy/plain-server", "deploy/gateway"];
-    rolled_out(cluster, NAMESPACE, &servers);
+    let servers = ["backend", "transparent", "dual-stack", "plain-server", "gateway"];
+    rolled_out(cluster, NAMESPACE, &servers.map(|name| format!("deploy/{name}")));
     let service = format!("{SERVICE}:80").parse().expect("an address");
     cluster
         .wait("the service", |cluster| Ok(cluster.get(service, "/node")?.contains(" 200 ")))
         .expect("answers");
     cluster.apply(&clients()).expect("applied");
-    rolled_out(cluster, NAMESPACE, &["deploy/frontend", "deploy/held", "deploy/exempt", "deploy/plain"]);
+    let clients = ["dual-client", "frontend", "held", "exempt", "plain"];
+    rolled_out(cluster, NAMESPACE, &clients.map(|name| format!("deploy/{name}")));
     let complete = ["-n", NAMESPACE, "wait", "--for=condition=complete", "job/job", "--timeout=300s"];
     cluster.kubectl(&complete).unwrap_or_else(|error| panic!("{error:#}\n{}", cluster.logs()));
     // Neither a gateway nor what has no sidecar, nor what has ended.
@@ -116,15 +117,14 @@ fn nothing_has_passed(cluster: &Cluster, failures: Failures) {
     let counts = requests::count(cluster).unwrap_or_else(|error| panic!("{error:#}\n{}", cluster.logs()));
     println!("    {counts}");
     assert_eq!((counts.around_a_proxy(), counts.touched()), (0, 0), "{counts:#?}");
-    assert!(counts.transparent() > 0, "{counts:#?}");
+    assert!(counts.transparent() > 0 && counts.over_ipv6() > 0, "{counts:#?}");
     let failed = requests::of_other_client(cluster).expect("requests").failed;
     assert!(failures == Failures::Tolerated || failed.is_empty(), "{failed:?}");
-    for app in CLIENTS {
-        let client = cluster.pod(app).expect("a pod");
-        let checked = requests::both_proxies_passed(cluster, &client);
-        checked.unwrap_or_else(|error| panic!("{}: {error:#}", app.as_str()));
-        let failed = ClientRequests::of(cluster, &client, "app").expect("requests").failed;
-        assert!(failures == Failures::Tolerated || failed.is_empty(), "{}: {failed:?}", app.as_str());
+    for route in Route::all() {
+        let checked = requests::both_proxies_passed(cluster, &route);
+        checked.unwrap_or_else(|error| panic!("{route:?}: {error:#}"));
+        let failed = route.requests(cluster).expect("requests").failed;
+        assert!(failures == Failures::Tolerated || failed.is_empty(), "{route:?}: {failed:?}");
     }
 }
 

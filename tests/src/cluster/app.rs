@@ -12,12 +12,16 @@ pub const SERVICE: &str = "10.96.0.80";
 const PLAIN_SERVICE: &str = "10.96.0.81";
 /// The address of the service of the pod in TPROXY mode.
 const TRANSPARENT_SERVICE: &str = "10.96.0.82";
+/// The addresses of the service of the dual-stack pod.
+pub(super) const DUAL_STACK_SERVICES: [&str; 2] = ["10.96.0.83", "fd00:10:96::83"];
+/// The container that dials the IPv6 one.
+pub(super) const OVER_IPV6: &str = "six";
 /// The container that dials the pod in TPROXY mode.
 pub(super) const OTHER: &str = "other";
 /// The container that asks to be exempt.
 pub(super) const EXEMPT: &str = "free";
 /// Where servers listen.
-const PORT: u16 = 8080;
+pub(super) const PORT: u16 = 8080;
 
 /// Dials a service for as long as it runs (wget's own timeout crashes Debian's static busybox): says which requests were answered and which were not. Each has a path of its
 /// own, which starts with the pod's name.
@@ -47,6 +51,8 @@ enum Template {
     SidecarFirst,
     /// A sidecar in TPROXY mode.
     Transparent,
+    /// A sidecar that also listens on IPv6.
+    DualStack,
     /// A gateway: its one container is the proxy.
     Gateway,
 }
@@ -58,7 +64,11 @@ pub enum App {
     Backend,
     /// A Deployment that answers, with a sidecar in TPROXY mode.
     Transparent,
-    /// A Deployment that dials both, with a sidecar.
+    /// A Deployment that answers on IPv4 and IPv6, with a sidecar that does too.
+    DualStack,
+    /// A Deployment that dials it by both, with such a sidecar.
+    DualStackClient,
+    /// A Deployment that dials the first two, with a sidecar.
     Frontend,
     /// A Deployment that dials it from the first moment; its sidecar is started first.
     Held,
@@ -75,7 +85,15 @@ pub enum App {
 }
 
 /// Pods that are captured as long as they run.
-pub const CAPTURED: [App; 5] = [App::Backend, App::Transparent, App::Frontend, App::Held, App::Exempt];
+pub const CAPTURED: [App; 7] = [
+    App::Backend,
+    App::Transparent,
+    App::DualStack,
+    App::DualStackClient,
+    App::Frontend,
+    App::Held,
+    App::Exempt,
+];
 /// Pods with a sidecar that dial the backend.
 pub const CLIENTS: [App; 3] = [App::Frontend, App::Held, App::Exempt];
 
@@ -85,6 +103,8 @@ impl App {
         match self {
             Self::Backend => "backend",
             Self::Transparent => "transparent",
+            Self::DualStack => "dual-stack",
+            Self::DualStackClient => "dual-client",
             Self::Frontend => "frontend",
             Self::Held => "held",
             Self::Exempt => "exempt",
@@ -104,7 +124,9 @@ pub fn servers() -> Value {
         service(App::PlainServer, PLAIN_SERVICE),
         service(App::Transparent, TRANSPARENT_SERVICE),
         deployment(App::Backend, injected(&server(), Template::Sidecar)),
+        dual_stack_service(),
         deployment(App::Transparent, injected(&server(), Template::Transparent)),
+        deployment(App::DualStack, injected(&server(), Template::DualStack)),
         deployment(App::PlainServer, pod(&server())),
         deployment(App::Gateway, injected(&json!([]), Template::Gateway)),
     ]))
@@ -115,6 +137,7 @@ pub fn clients() -> Value {
     let client = |service: &str, wait: &str| endless_client("app", service, wait);
     list(&json!([
         deployment(App::Frontend, injected(&frontend(), Template::Sidecar)),
+        deployment(App::DualStackClient, injected(&dual_stack_client(), Template::DualStack)),
         deployment(App::Held, injected(&client(SERVICE, ""), Template::SidecarFirst)),
         deployment(App::Exempt, exempt()),
         deployment(App::Plain, pod(&client(PLAIN_SERVICE, ""))),
@@ -130,6 +153,13 @@ fn list(items: &Value) -> Value {
 fn frontend() -> Value {
     let dials = |(name, service)| endless_client(name, service, PROXY_IS_READY)[0].clone();
     json!([("app", SERVICE), (OTHER, TRANSPARENT_SERVICE)].map(dials))
+}
+
+/// One container for each family.
+fn dual_stack_client() -> Value {
+    let [v4, v6] = DUAL_STACK_SERVICES;
+    let dials = |name, service: &str| endless_client(name, service, PROXY_IS_READY)[0].clone();
+    json!([dials("app", v4), dials(OVER_IPV6, &format!("[{v6}]"))])
 }
 
 /// A pod of which one container asks to be left alone.
@@ -158,7 +188,7 @@ fn client(name: &str, service: &str, wait: &str, count: u32, pause: &str, end: &
 fn server() -> Value {
     json!([{
         "name": "app", "image": image::APP,
-        "command": ["/usr/local/bin/http", "log", format!("0.0.0.0:{PORT}")],
+        "command": ["/usr/local/bin/http", "log", format!("0.0.0.0:{PORT}"), format!("[::]:{PORT}")],
         // Istio would have its own agent answer; unchanged, the kubelet's probes pass the proxy.
         "readinessProbe": { "httpGet": { "path": "/probe", "port": PORT }, "periodSeconds": 1 },
     }])
@@ -174,6 +204,13 @@ fn service(app: App, address: &str) -> Value {
             "ports": [{ "port": 80, "targetPort": PORT }],
         },
     })
+}
+
+fn dual_stack_service() -> Value {
+    let mut service = service(App::DualStack, DUAL_STACK_SERVICES[0]);
+    service["spec"]["clusterIPs"] = json!(DUAL_STACK_SERVICES);
+    service["spec"]["ipFamilyPolicy"] = json!("RequireDualStack");
+    service
 }
 
 fn deployment(app: App, mut template: Value) -> Value {
@@ -279,10 +316,14 @@ fn validation(template: Template) -> Value {
 
 fn proxy_container(template: Template) -> Value {
     let kind = if template == Template::Gateway { "router" } else { "sidecar" };
+    let mut environment = vec![json!({ "name": "ISTIO_META_INTERCEPTION_MODE", "value": template.mode() })];
+    if template == Template::DualStack {
+        environment.push(json!({ "name": "ISTIO_DUAL_STACK", "value": "true" }));
+    }
     json!({
         "name": "istio-proxy", "image": image::PROXY,
         "args": ["proxy", kind, "--domain", "shop.svc.cluster.local", "--proxyLogLevel=warning"],
-        "env": [{ "name": "ISTIO_META_INTERCEPTION_MODE", "value": template.mode() }],
+        "env": environment,
         "ports": [{ "containerPort": 15090, "protocol": "TCP", "name": "http-envoy-prom" }],
         "readinessProbe": {
             "httpGet": { "path": "/healthz/ready", "port": proxy::READY },

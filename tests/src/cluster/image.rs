@@ -24,7 +24,7 @@ envoy() {
         --file-flush-interval-msec 50
 }
 case "$1 $2" in
-"proxy sidecar") envoy "/etc/istio/$ISTIO_META_INTERCEPTION_MODE.json" ;;
+"proxy sidecar") envoy "/etc/istio/$ISTIO_META_INTERCEPTION_MODE${ISTIO_DUAL_STACK:+-dual-stack}.json" ;;
 "proxy router") envoy /etc/istio/gateway.json ;;
 "istio-iptables "*) exec /usr/local/bin/probe ;;
 wait*) until timeout 1 wget -q -O /dev/null http://127.0.0.1:15021/; do sleep 0.1; done ;;
@@ -42,9 +42,14 @@ pub(super) fn make(folder: &Path) -> Result<[PathBuf; 2]> {
     fs::write(&agent, PILOT_AGENT)?;
     fs::set_permissions(&agent, fs::Permissions::from_mode(0o755))?;
     fs::create_dir_all(proxy.join("etc/istio"))?;
-    fs::write(proxy.join("etc/istio/REDIRECT.json"), proxy::sidecar().to_string())?;
-    fs::write(proxy.join("etc/istio/TPROXY.json"), proxy::transparent_sidecar().to_string())?;
-    fs::write(proxy.join("etc/istio/gateway.json"), proxy::gateway().to_string())?;
+    for (name, configuration) in [
+        ("REDIRECT", proxy::sidecar()),
+        ("REDIRECT-dual-stack", proxy::dual_stack_sidecar()),
+        ("TPROXY", proxy::transparent_sidecar()),
+        ("gateway", proxy::gateway()),
+    ] {
+        fs::write(proxy.join(format!("etc/istio/{name}.json")), configuration.to_string())?;
+    }
 
     let app = folder.join("app");
     cri::busybox(&app)?;

@@ -18,7 +18,7 @@ use serde_json::{Deserializer, Value, json};
 use super::{AccessLine, App, NAMESPACE, image};
 use crate::{
     agent::succeed,
-    cri::{CriClient, CriNode, PODS, PodNetwork},
+    cri::{CriClient, CriNode, PODS, PODS_V6, PodNetwork},
     kube::{KubeServer, ServerSpec},
 };
 
@@ -33,6 +33,11 @@ const API_SERVICE: &str = "10.96.0.1";
 /// What two busy cores may take for a step.
 const PATIENCE: Duration = Duration::from_secs(300);
 
+/// Pods and services have addresses of both families, which is new in 1.20.
+const DUAL_STACK: &str = "--feature-gates=IPv6DualStack=true";
+/// The addresses of services.
+const SERVICES: &str = "--service-cluster-ip-range=10.96.0.0/16,fd00:10:96::/112";
+
 /// The API of a cluster: its pods reach it at the node's address.
 const API: ServerSpec = ServerSpec {
     address: SocketAddr::new(std::net::IpAddr::V4(std::net::Ipv4Addr::new(10, 89, 0, 1)), 6443),
@@ -41,6 +46,9 @@ const API: ServerSpec = ServerSpec {
         "--allow-privileged=true",
         // Nothing here knows the node by its name.
         "--kubelet-preferred-address-types=InternalIP",
+        DUAL_STACK,
+        // The last one counts.
+        SERVICES,
     ],
 };
 
@@ -122,6 +130,7 @@ impl Cluster {
                     file("root-ca-file", &self.server.authority()),
                     file("service-account-private-key-file", &self.server.accounts_key()),
                     certificates.clone(),
+                    DUAL_STACK.to_owned(),
                 ],
             ),
             ("kube-scheduler", vec![certificates]),
@@ -129,7 +138,8 @@ impl Cluster {
                 "kube-proxy",
                 vec![
                     "--proxy-mode=iptables".to_owned(),
-                    format!("--cluster-cidr={PODS}"),
+                    DUAL_STACK.to_owned(),
+                    format!("--cluster-cidr={PODS},{PODS_V6}"),
                     format!("--hostname-override={NODE}"),
                     // These settings are the machine's.
                     "--conntrack-max-per-core=0".to_owned(),
@@ -362,5 +372,6 @@ fn kubelet() -> Value {
         "evictionHard": { "nodefs.available": "1Mi" },
         "imageGCHighThresholdPercent": 100,
         "volumePluginDir": "/var/lib/kubelet/plugins",
+        "featureGates": { "IPv6DualStack": true },
     })
 }

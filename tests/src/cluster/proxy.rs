@@ -48,6 +48,24 @@ pub(super) fn sidecar() -> Value {
     listeners(Inbound::Redirected)
 }
 
+/// The same with `ISTIO_DUAL_STACK`: it also listens on IPv6, and reaches its application from ::6.
+pub(super) fn dual_stack_sidecar() -> Value {
+    let mut sidecar = sidecar();
+    let resources = &mut sidecar["static_resources"];
+    for listener in resources["listeners"].as_array_mut().into_iter().flatten() {
+        let mut address = listener["address"].clone();
+        address["socket_address"]["address"] = json!("::");
+        listener["additional_addresses"] = json!([{ "address": address }]);
+    }
+    for cluster in resources["clusters"].as_array_mut().into_iter().flatten() {
+        if let Some(bound) = cluster.get_mut("upstream_bind_config") {
+            let source = json!({ "address": "::6", "port_value": 0 });
+            bound["extra_source_addresses"] = json!([{ "address": source }]);
+        }
+    }
+    sidecar
+}
+
 /// A sidecar in TPROXY mode.
 pub(super) fn transparent_sidecar() -> Value {
     listeners(Inbound::Transparent)

@@ -1,17 +1,23 @@
 //! What became of the application's requests, as its clients, its servers and their proxies have it.
 
-use std::{collections::BTreeMap, fmt};
+use std::{
+    collections::BTreeMap,
+    fmt,
+    net::{IpAddr, SocketAddr},
+};
 
 use anyhow::{Context as _, Result, bail, ensure};
 use serde_json::Value;
 
 use super::{
     AccessLine, App, CLIENTS, Cluster, SERVICE,
-    app::{EXEMPT, OTHER},
+    app::{DUAL_STACK_SERVICES, EXEMPT, OTHER, OVER_IPV6, PORT},
 };
 
 /// The client of a connection that a proxy in REDIRECT mode makes to its application.
 const PASSTHROUGH: &str = "127.0.0.6";
+/// The same on IPv6.
+const PASSTHROUGH_V6: &str = "::6";
 
 /// What a container says of its requests, by path.
 #[derive(Debug, Default)]
@@ -40,6 +46,8 @@ pub struct RequestCounts {
     by_both: usize,
     /// By both proxies, of which the server's is in TPROXY mode.
     transparent: usize,
+    /// By both proxies, over IPv6.
+    over_ipv6: usize,
     /// Of an exempt container: by the server's proxy only.
     exempt: usize,
     /// From the node: by the server's proxy only.
@@ -54,13 +62,6 @@ pub struct RequestCounts {
     touched_plain: Vec<ServedRequest>,
 }
 
-impl ServedRequest {
-    /// Whether the container asks to be exempt.
-    pub fn is_exempt(&self) -> bool {
-        self.path.split('/').nth(2) == Some(EXEMPT)
-    }
-}
-
 impl RequestCounts {
     /// Requests that have gone around a proxy.
     pub fn around_a_proxy(&self) -> usize {
@@ -70,6 +71,11 @@ impl RequestCounts {
     /// Requests to the pod in TPROXY mode that have passed both proxies.
     pub fn transparent(&self) -> usize {
         self.transparent
+    }
+
+    /// Requests over IPv6 that have passed both proxies.
+    pub fn over_ipv6(&self) -> usize {
+        self.over_ipv6
     }
 
     /// Requests of ignored pods that were not left alone.
@@ -82,10 +88,11 @@ impl fmt::Display for RequestCounts {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(
             f,
-            "{} requests by both proxies and {} under TPROXY, {} around one; {} of an exempt container, {} of the node; {} \
-             between plain pods, {} touched",
+            "{} requests by both proxies, {} under TPROXY and {} over IPv6, {} around one; {} of an exempt container, {} of \
+             the node; {} between plain pods, {} touched",
             self.by_both,
             self.transparent,
+            self.over_ipv6,
             self.around_a_proxy(),
             self.exempt,
             self.from_node,
@@ -132,21 +139,46 @@ pub fn served(cluster: &Cluster, server: &Value) -> Result<Vec<ServedRequest>> {
     lines.map(|line| parse(line).with_context(|| format!("a server says {line:?}"))).collect()
 }
 
-/// Counts what has arrived at both servers, also from clients that have ended.
+/// Which proxies a request has passed.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Passed {
+    Both,
+    Inbound,
+    NotInbound,
+}
+
+impl ServedRequest {
+    /// By the listeners, and by the client that the server has seen.
+    fn passed(&self, is_from_proxy: impl Fn(&Self) -> bool) -> Passed {
+        match self.passed.iter().map(String::as_str).collect::<Vec<_>>()[..] {
+            ["outbound", "inbound"] if is_from_proxy(self) => Passed::Both,
+            [.., "inbound"] if is_from_proxy(self) => Passed::Inbound,
+            _ => Passed::NotInbound,
+        }
+    }
+
+    /// Whether the container asks to be exempt.
+    pub fn is_exempt(&self) -> bool {
+        self.path.split('/').nth(2) == Some(EXEMPT)
+    }
+
+    fn is_of(&self, apps: &[App]) -> bool {
+        apps.iter().any(|app| self.path.starts_with(&format!("/{}-", app.as_str())))
+    }
+}
+
+/// Counts what has arrived at the servers, also from clients that have ended.
 pub fn count(cluster: &Cluster) -> Result<RequestCounts> {
     let mut counts = RequestCounts::default();
     for request in served(cluster, &cluster.pod(App::Backend)?)? {
-        let passed: Vec<&str> = request.passed.iter().map(String::as_str).collect();
-        let of_client = CLIENTS.iter().any(|app| request.path.starts_with(&format!("/{}-", app.as_str())));
-        match (passed.as_slice(), of_client) {
-            _ if passed.last() != Some(&"inbound") || request.client != PASSTHROUGH => {
-                counts.around_inbound.push(request);
-            }
-            (["outbound", "inbound"], true) => counts.by_both += 1,
-            (_, true) if request.is_exempt() => counts.exempt += 1,
-            (_, true) => counts.around_outbound.push(request),
-            (_, false) => counts.from_node += 1,
-        }
+        let is_redirected = |request: &ServedRequest| request.client == PASSTHROUGH;
+        counts.by_both += counts.take(request, &CLIENTS, is_redirected);
+    }
+    for request in served(cluster, &cluster.pod(App::DualStack)?)? {
+        let is_ipv6 = request.path.split('/').nth(2) == Some(OVER_IPV6);
+        let source = if is_ipv6 { PASSTHROUGH_V6 } else { PASSTHROUGH };
+        let passed = counts.take(request, &[App::DualStackClient], |request| request.client == source);
+        *if is_ipv6 { &mut counts.over_ipv6 } else { &mut counts.by_both } += passed;
     }
     count_transparent(cluster, &mut counts)?;
     let plain = cluster.pod(App::Plain)?;
@@ -166,18 +198,33 @@ fn count_transparent(cluster: &Cluster, counts: &mut RequestCounts) -> Result<()
     let client = cluster.pod(App::Frontend)?;
     let address = client["status"]["podIP"].as_str().context("a pod without address")?;
     let own = format!("/{}/", client["metadata"]["name"].as_str().context("a pod without a name")?);
+    let is_transparent = |request: &ServedRequest| {
+        request.client != PASSTHROUGH && (!request.path.starts_with(&own) || request.client == address)
+    };
     for request in served(cluster, &cluster.pod(App::Transparent)?)? {
-        let passed: Vec<&str> = request.passed.iter().map(String::as_str).collect();
-        let is_clients =
-            request.client != PASSTHROUGH && (!request.path.starts_with(&own) || request.client == address);
-        match (passed.as_slice(), request.path.starts_with("/frontend-")) {
-            _ if passed.last() != Some(&"inbound") || !is_clients => counts.around_inbound.push(request),
-            (["outbound", "inbound"], true) => counts.transparent += 1,
-            (_, true) => counts.around_outbound.push(request),
-            (_, false) => counts.from_node += 1,
-        }
+        counts.transparent += counts.take(request, &[App::Frontend], is_transparent);
     }
     Ok(())
+}
+
+impl RequestCounts {
+    /// Takes in a request to a captured server, which clients with a sidecar and the node dial. Returns how many have passed
+    /// both proxies: it, or none.
+    fn take(
+        &mut self,
+        request: ServedRequest,
+        clients: &[App],
+        is_from_proxy: impl Fn(&ServedRequest) -> bool,
+    ) -> usize {
+        match (request.passed(is_from_proxy), request.is_of(clients)) {
+            (Passed::NotInbound, _) => self.around_inbound.push(request),
+            (Passed::Both, true) => return 1,
+            (Passed::Inbound, true) if request.is_exempt() => self.exempt += 1,
+            (Passed::Inbound, true) => self.around_outbound.push(request),
+            (_, false) => self.from_node += 1,
+        }
+        0
+    }
 }
 
 /// The requests to the pod in TPROXY mode.
@@ -185,24 +232,69 @@ pub fn of_other_client(cluster: &Cluster) -> Result<ClientRequests> {
     ClientRequests::of(cluster, &cluster.pod(App::Frontend)?, OTHER)
 }
 
-/// Every answered request of a client has passed its own proxy and the backend's, once each, with the destination that it
+/// A container that dials a service.
+#[derive(Clone, Copy, Debug)]
+pub struct Route {
+    /// Its pod.
+    pub client: App,
+    /// Its name.
+    pub container: &'static str,
+    /// The service's pod.
+    pub server: App,
+    /// The service.
+    pub service: SocketAddr,
+}
+
+impl Route {
+    /// Every client with a sidecar and every service with one, other than in TPROXY mode.
+    pub fn all() -> Vec<Self> {
+        let parse = |address: &str| SocketAddr::new(address.parse().expect("an address"), 80);
+        let to_backend =
+            |client| Self { client, container: "app", server: App::Backend, service: parse(SERVICE) };
+        let [v4, v6] = DUAL_STACK_SERVICES.map(parse);
+        let to_both = [("app", v4), (OVER_IPV6, v6)].map(|(container, service)| Self {
+            client: App::DualStackClient,
+            container,
+            server: App::DualStack,
+            service,
+        });
+        CLIENTS.map(to_backend).into_iter().chain(to_both).collect()
+    }
+
+    /// What the client says.
+    pub fn requests(&self, cluster: &Cluster) -> Result<ClientRequests> {
+        ClientRequests::of(cluster, &cluster.pod(self.client)?, self.container)
+    }
+
+    /// A pod's address of the service's family, as proxies log it.
+    fn address(&self, pod: &Value) -> Result<SocketAddr> {
+        let addresses = pod["status"]["podIPs"].as_array().into_iter().flatten();
+        let mut addresses = addresses.filter_map(|one| one["ip"].as_str()?.parse::<IpAddr>().ok());
+        let own = addresses.find(|address| address.is_ipv6() == self.service.is_ipv6());
+        Ok(SocketAddr::new(own.with_context(|| format!("{:?} has no such address", self.client))?, PORT))
+    }
+}
+
+/// Every answered request of a client has passed its own proxy and the server's, once each, with the destination that it
 /// dialled and the client that dialled.
-pub fn both_proxies_passed(cluster: &Cluster, client: &Value) -> Result<()> {
-    let answered = ClientRequests::of(cluster, client, "app")?.answered;
-    let backend = cluster.pod(App::Backend)?;
+pub fn both_proxies_passed(cluster: &Cluster, route: &Route) -> Result<()> {
+    let answered = route.requests(cluster)?.answered;
+    ensure!(!answered.is_empty(), "no request is answered");
+    let (client, server) = (cluster.pod(route.client)?, cluster.pod(route.server)?);
     // Read after what it said; Envoy writes its log every 50 ms.
     std::thread::sleep(std::time::Duration::from_millis(200));
-    let address = |pod: &Value| pod["status"]["podIP"].as_str().unwrap_or_default().to_owned();
-    let (from, to) = (address(client), address(&backend));
+    let from = route.address(&client)?.ip();
     for (proxy, listener, destination) in
-        [(client, "outbound", format!("{SERVICE}:80")), (&backend, "inbound", format!("{to}:8080"))]
+        [(&client, "outbound", route.service), (&server, "inbound", route.address(&server)?)]
     {
         let logged = by_path(cluster.logged(proxy)?, listener);
         for path in &answered {
             match logged.get(path).map(Vec::as_slice) {
                 Some([line]) => {
-                    ensure!(line.original == destination, "{line:?}: the destination is {destination}");
-                    ensure!(line.client.starts_with(&format!("{from}:")), "{line:?}: the client is {from}");
+                    let original = line.original.parse();
+                    ensure!(original == Ok(destination), "{line:?}: the destination is {destination}");
+                    let client = line.client.parse::<SocketAddr>().map(|client| client.ip());
+                    ensure!(client == Ok(from), "{line:?}: the client is {from}");
                 }
                 other => bail!("{path} has passed {listener} as {other:?}"),
             }

@@ -27,6 +27,8 @@ pub const VARIABLE: &str = "INTERCEPT_CRI";
 const AGENT_IMAGE: &str = "INTERCEPT_IMAGE";
 /// The addresses of pods.
 pub const PODS: &str = "10.88.0.0/24";
+/// Their IPv6 addresses, where they have both.
+pub const PODS_V6: &str = "fd00:10:88::/64";
 /// The image of all pods but the agent's.
 pub const IMAGE: &str = "intercept.test/busybox:1";
 
@@ -97,7 +99,7 @@ disabled_plugins = ["io.containerd.internal.v1.opt"]
 pub enum PodNetwork {
     /// By a bridge.
     Bridged,
-    /// Each by a link to the node, which forwards between pods, so that its rules for services apply.
+    /// Each by a link to the node, which forwards between pods, so that its rules for services apply. Pods have IPv6 too.
     Routed,
 }
 
@@ -111,9 +113,18 @@ impl PodNetwork {
     }
 
     fn plugin(self) -> Value {
+        let ipam = |ranges: &[&str], routes: &[&str]| {
+            let ranges: Vec<_> = ranges.iter().map(|range| json!([{ "subnet": range }])).collect();
+            let routes: Vec<_> = routes.iter().map(|route| json!({ "dst": route })).collect();
+            json!({ "type": "host-local", "ranges": ranges, "routes": routes })
+        };
         match self {
-            Self::Bridged => json!({ "type": "bridge", "bridge": "cni0", "isGateway": true }),
-            Self::Routed => json!({ "type": "ptp" }),
+            Self::Bridged => json!({
+                "type": "bridge", "bridge": "cni0", "isGateway": true, "ipam": ipam(&[PODS], &["0.0.0.0/0"]),
+            }),
+            Self::Routed => {
+                json!({ "type": "ptp", "ipam": ipam(&[PODS, PODS_V6], &["0.0.0.0/0", "::/0"]) })
+            }
         }
     }
 }
@@ -167,13 +178,7 @@ impl CriNode {
         for plugin in ["bridge", "host-local", "loopback", "ptp"] {
             symlink(parts.join("usr/lib/cni").join(plugin), self.cni_bin().join(plugin))?;
         }
-        let mut plugin = self.network.plugin();
-        plugin["ipam"] = json!({
-            "type": "host-local",
-            "ranges": [[{ "subnet": PODS }]],
-            "routes": [{ "dst": "0.0.0.0/0" }],
-        });
-        let list = json!({ "cniVersion": "1.0.0", "name": "pods", "plugins": [plugin] });
+        let list = json!({ "cniVersion": "1.0.0", "name": "pods", "plugins": [self.network.plugin()] });
         Ok(fs::write(self.cni_conf().join(self.network.file()), list.to_string())?)
     }
 
