@@ -5,6 +5,7 @@
 //! native sidecar, a pod has its proxy first and the others wait for it, as `holdApplicationUntilProxyStarts` has it.
 
 mod app;
+mod documented;
 mod ended;
 mod image;
 mod node;
@@ -12,5 +13,7 @@ mod proxy;
 pub mod requests;
 
 pub use app::{App, CAPTURED, CLIENTS, NAMESPACE, SERVICE, clients, servers};
+pub use documented::DocumentedCommands;
+pub use image::APP as APP_IMAGE;
 pub use node::{ADDRESS, Cluster, NODE};
 pub use proxy::AccessLine;

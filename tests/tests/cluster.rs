@@ -14,7 +14,7 @@ use serde_json::{Value, json};
 use tests::{
     agent::Agent,
     cluster::{
-        App, CAPTURED, CLIENTS, Cluster, NAMESPACE, SERVICE, clients,
+        APP_IMAGE, App, CAPTURED, CLIENTS, Cluster, DocumentedCommands, NAMESPACE, NODE, SERVICE, clients,
         requests::{self, ClientRequests, Route},
         servers,
     },
@@ -75,20 +75,108 @@ fn files(cluster: &Cluster) -> (Value, Vec<PathBuf>) {
     (serde_json::from_str(&conf).expect("JSON"), all)
 }
 
-/// As docs/istio.md says, on a node whose folders of CNI are elsewhere.
-fn install(cluster: &Cluster) {
+/// Runs a command of docs/istio.md.
+fn documented(cluster: &Cluster, page: &DocumentedCommands, part: &str, replaced: &[(&str, &str)]) -> String {
+    let start = Instant::now();
+    let done = page.run(cluster, part, replaced);
+    println!("    {part:?}: {:.1} s", start.elapsed().as_secs_f64());
+    done.unwrap_or_else(|error| panic!("{error:#}\n{}", cluster.logs()))
+}
+
+/// The values of a node whose folders of CNI are elsewhere.
+const VALUES: &str = "values.json";
+
+fn write_values(cluster: &Cluster) {
     let node = cluster.node();
-    let set = |name: &str, value: PathBuf| format!("{name}={}", value.display());
-    let (conf, bin) = (set("cni.confDir", node.cni_conf()), set("cni.binDir", node.cni_bin()));
-    let namespace = json!({ "apiVersion": "v1", "kind": "Namespace", "metadata": { "name": SYSTEM } });
-    cluster.apply(&namespace).expect("a namespace");
-    let chart = cluster.chart().expect("the chart");
-    let arguments = ["install", RELEASE, &chart, "-n", SYSTEM, "--set", &conf, "--set", &bin];
-    cluster.helm(&arguments).unwrap_or_else(|error| panic!("{error:#}\n{}", cluster.logs()));
-    rolled_out(cluster, SYSTEM, &["daemonset/intercept"]);
-    let check = ["-n", SYSTEM, "exec", "daemonset/intercept", "--", "/intercept-agent", "check"];
-    let said = cluster.kubectl(&check).expect("checked");
+    let values = json!({ "cni": { "confDir": node.cni_conf(), "binDir": node.cni_bin() } });
+    cluster.write(VALUES, &values.to_string()).expect("written");
+}
+
+/// A chart with the name of istio-cni, whose pods do nothing.
+fn install_stand_in(cluster: &Cluster) {
+    let labels = json!({ "k8s-app": "istio-cni-node" });
+    let container = json!({ "name": "install-cni", "image": APP_IMAGE, "command": ["sleep", "100000"] });
+    let daemon_set = json!({
+        "apiVersion": "apps/v1", "kind": "DaemonSet", "metadata": { "name": "istio-cni-node" },
+        "spec": { "selector": { "matchLabels": labels }, "template": {
+            "metadata": { "labels": labels },
+            "spec": { "containers": [container], "terminationGracePeriodSeconds": 1 },
+        } },
+    });
+    let chart = json!({ "apiVersion": "v2", "name": "istio-cni", "version": "1.0.0" });
+    for (name, content) in [("Chart.yaml", chart), ("templates/node.yaml", daemon_set)] {
+        cluster.write(&format!("istio-cni/{name}"), &content.to_string()).expect("written");
+    }
+    let install = "helm install istio-cni ./istio-cni -n istio-system --create-namespace";
+    cluster.shell(install).expect("installed");
+    rolled_out(cluster, "istio-system", &["daemonset/istio-cni-node"]);
+}
+
+/// From istio-cni, node by node. At the end the agent is uninstalled.
+fn migrate(cluster: &Cluster, page: &DocumentedCommands) {
+    let run = |part: &str, replaced: &[(&str, &str)]| documented(cluster, page, part, replaced);
+    let count = |namespace| cluster.list("pods", namespace).expect("pods").len();
+    let node = [("NODE", NODE)];
+    install_stand_in(cluster);
+    run("kubectl create namespace", &[]);
+    run("kubectl label namespace", &[]);
+    let selector = "--set nodeSelector.intercept=yes";
+    run(selector, &[(selector, &format!("{selector} --values {VALUES}"))]);
+    run("patch daemonset istio-cni-node", &[]);
+    rolled_out(cluster, "istio-system", &["daemonset/istio-cni-node"]);
+    assert_eq!((count("istio-system"), count(SYSTEM)), (1, 0), "the node has no label");
+
+    run("kubectl drain", &node);
+    run("kubectl label node", &node);
+    let moved = |cluster: &Cluster| Ok(agent_restarts(cluster).is_ok() && count("istio-system") == 0);
+    step("    moving", || cluster.wait("the agent stands in for istio-cni", moved).expect("moved"));
+    run("rollout status", &[]);
+    run("kubectl uncordon", &node);
+    run("--reset-values", &[("VALUES.yaml", VALUES)]);
+    run("rollout status", &[]);
+    let selector = cluster.shell("kubectl -n intercept-system get daemonset intercept -o jsonpath='{.spec.template.spec.nodeSelector}'");
+    assert_eq!(selector.expect("printed").trim(), r#"{"kubernetes.io/os":"linux"}"#);
+    run("helm uninstall istio-cni", &[]);
+    cluster.shell("helm uninstall intercept -n intercept-system").expect("uninstalled");
+    let none = |_: &Cluster| Ok(count(SYSTEM) == 0);
+    step("    uninstalling", || cluster.wait("the agent's pod is gone", none).expect("gone"));
+}
+
+/// On a fresh cluster.
+fn install(cluster: &Cluster, page: &DocumentedCommands) {
+    let values = format!("gke.yaml --values {VALUES}");
+    documented(cluster, page, "gke.yaml", &[("REGISTRY/", "docker.io/library/"), ("gke.yaml", &values)]);
+    documented(cluster, page, "rollout status", &[]);
+    let said = documented(cluster, page, "/intercept-agent check", &[]);
     assert!(!said.contains("MISSING"), "{said}");
+}
+
+/// A pod has istio-validation and is captured.
+fn look_at_a_pod(cluster: &Cluster, page: &DocumentedCommands) {
+    let pod = cluster.pod(App::Frontend).expect("a pod");
+    let names = [("NAMESPACE", NAMESPACE), ("POD", text(&pod, "/metadata/name"))];
+    let init = documented(cluster, page, "get pod POD", &names);
+    assert_eq!(init.trim(), "istio-validation");
+    let status = documented(cluster, page, "/intercept-agent status", &[]);
+    assert!(status.contains(text(&pod, "/metadata/uid")), "{status}");
+}
+
+/// The agent's container can make probes. Whether a pod that starts is proven at once is another matter.
+fn pods_are_probed(cluster: &Cluster) {
+    let events = cluster.shell("kubectl get events -A --field-selector reason=NotProven");
+    let events = events.expect("listed");
+    assert!(!events.contains("unprobed"), "{events}");
+}
+
+/// Every workload is restarted.
+fn restart_workloads(cluster: &Cluster, page: &DocumentedCommands, agent: &Agent) {
+    documented(cluster, page, "rollout restart", &[("NAMESPACE", NAMESPACE)]);
+    let all = CAPTURED.into_iter().chain([App::Gateway, App::Plain, App::PlainServer]);
+    rolled_out(cluster, NAMESPACE, &all.map(|app| format!("deploy/{}", app.as_str())).collect::<Vec<_>>());
+    are_captured(cluster, agent, &CAPTURED);
+    // The servers' logs begin with their new pods, and some requests were the old ones'.
+    let counts = requests::count(cluster).expect("requests");
+    assert_eq!((counts.around_a_proxy(), counts.touched()), (0, 0), "{counts:#?}");
 }
 
 /// The application runs.
@@ -286,10 +374,8 @@ fn cni_file_is_rewritten(cluster: &Cluster) {
 }
 
 /// Every pod that can go goes, and nothing is captured.
-fn drain(cluster: &Cluster, agent: &Agent) {
-    let drain =
-        ["drain", "node-1", "--ignore-daemonsets", "--delete-emptydir-data", "--force", "--timeout=300s"];
-    cluster.kubectl(&drain).unwrap_or_else(|error| panic!("{error:#}\n{}", cluster.logs()));
+fn drain(cluster: &Cluster, page: &DocumentedCommands, agent: &Agent) {
+    documented(cluster, page, "kubectl drain", &[("NODE", NODE)]);
     are_captured(cluster, agent, &[]);
 }
 
@@ -362,10 +448,15 @@ fn the_chart_captures_an_application_until_it_is_uninstalled() {
     agent.start_by([vec!["nsenter".to_owned()], cluster.node().entry().to_vec()].concat());
     let before = files(&cluster);
 
-    step("installing", || install(&cluster));
+    let page = DocumentedCommands::read("istio.md").expect("the page");
+    write_values(&cluster);
     cluster.removing_ended(|| {
+        step("migrating from istio-cni", || migrate(&cluster, &page));
+        step("installing", || install(&cluster, &page));
         step("starting the application", || run_application(&cluster, &agent));
+        step("a pod", || look_at_a_pod(&cluster, &page));
         step("requests", || nothing_has_passed(&cluster, Failures::None));
+        step("probes", || pods_are_probed(&cluster));
         step("a gateway", || gateway_is_left_alone(&cluster));
         step("an exempt container", || exempt_container_is_left_alone(&cluster));
         step("a killed daemon", || daemon_is_killed(&cluster, |kill| kill()));
@@ -380,13 +471,16 @@ fn the_chart_captures_an_application_until_it_is_uninstalled() {
         step("a rewritten CNI file", || cni_file_is_rewritten(&cluster));
         step("requests", || nothing_has_passed(&cluster, Failures::None));
         step("changing annotations", || annotations_are_followed(&cluster));
-        step("draining the node", || drain(&cluster, &agent));
+        step("restarting the workloads", || restart_workloads(&cluster, &page, &agent));
+        step("draining the node", || drain(&cluster, &page, &agent));
         step("rebooting the node", || reboot(&cluster, &agent));
         step("requests", || nothing_has_passed(&cluster, Failures::Tolerated));
         step("uninstalling", || uninstall(&cluster));
         step("requests without the agent", || is_uncaptured(&cluster));
     });
 
+    let left = page.left();
+    assert!(left.iter().all(|command| command.contains("istio/istiod")), "{left:#?}");
     assert!(!agent.bpffs().join("intercept").exists());
     assert_eq!(files(&cluster), before);
     let roles = cluster.list("clusterroles,clusterrolebindings", "").expect("listed");

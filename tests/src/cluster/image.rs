@@ -16,7 +16,7 @@ use crate::{actor::binary, agent::succeed, cri, envoy};
 /// Its entrypoint understands what the injector writes for pilot-agent.
 pub(super) const PROXY: &str = "intercept.test/proxyv2:1";
 /// Shell, client and server.
-pub(super) const APP: &str = "intercept.test/app:1";
+pub const APP: &str = "intercept.test/app:1";
 
 const PILOT_AGENT: &str = r#"#!/bin/sh
 envoy() {

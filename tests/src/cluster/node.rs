@@ -61,6 +61,9 @@ ip address add "$2/32" dev lo
 # To the addresses of services, which kube-proxy's rules replace.
 ip route add 10.96.0.0/16 dev lo src "$2"
 mount -t tmpfs none /var/log
+# What was sent while the way to the API was cut is sent again within a second after that. Linux before 6.15 does not have this.
+again=/proc/sys/net/ipv4/tcp_rto_max_ms
+if [ -e $again ]; then echo 1000 >$again; fi
 # Not on a tmpfs, on which the agent does not believe the names of containers.
 mkdir -p "$settings" "$1/kubelet" /var/lib/kubelet
 mount --bind "$1/kubelet" /var/lib/kubelet
@@ -237,6 +240,28 @@ impl Cluster {
         command.env("HOME", self.node.scratch());
         command.arg("--kubeconfig").arg(self.file("admin.json")).args(arguments);
         succeed(command)
+    }
+
+    /// Runs a script with kubectl and helm, in a folder with a copy of the chart. Returns its output.
+    pub fn shell(&self, script: &str) -> Result<String> {
+        self.chart()?;
+        let helm = env::var_os(HELM).with_context(|| format!("{HELM} is not set"))?;
+        let helm = Path::new(&helm).parent().context("helm is in no folder")?.to_owned();
+        let paths = env::var_os("PATH").unwrap_or_default();
+        let paths = [helm, self.server.parts().to_owned()].into_iter().chain(env::split_paths(&paths));
+        let mut shell = self.node.command("sh")?;
+        shell.env("PATH", env::join_paths(paths)?).env("KUBECONFIG", self.file("admin.json"));
+        shell.env("HOME", self.node.scratch());
+        // Entering the node's mounts loses the folder.
+        shell.args(["-c", "cd \"$0\" && eval \"$1\""]).arg(self.node.scratch()).arg(script);
+        succeed(shell)
+    }
+
+    /// Writes a file into that folder.
+    pub fn write(&self, name: &str, text: &str) -> Result<()> {
+        let path = self.file(name);
+        fs::create_dir_all(path.parent().context("a file in no folder")?)?;
+        Ok(fs::write(path, text)?)
     }
 
     /// The chart, which is content with a Kubernetes of 1.20 here.
