@@ -234,7 +234,7 @@ pub fn of_other_client(cluster: &Cluster) -> Result<ClientRequests> {
 
 /// A container that dials a service.
 #[derive(Clone, Copy, Debug)]
-pub struct Route {
+pub struct ServiceClient {
     /// Its pod.
     pub client: App,
     /// Its name.
@@ -245,7 +245,7 @@ pub struct Route {
     pub service: SocketAddr,
 }
 
-impl Route {
+impl ServiceClient {
     /// Every client with a sidecar and every service with one, other than in TPROXY mode.
     pub fn all() -> Vec<Self> {
         let parse = |address: &str| SocketAddr::new(address.parse().expect("an address"), 80);
@@ -277,7 +277,7 @@ impl Route {
 
 /// Every answered request of a client has passed its own proxy and the server's, once each, with the destination that it
 /// dialled and the client that dialled.
-pub fn both_proxies_passed(cluster: &Cluster, route: &Route) -> Result<()> {
+pub fn both_proxies_passed(cluster: &Cluster, route: &ServiceClient) -> Result<()> {
     let answered = route.requests(cluster)?.answered;
     ensure!(!answered.is_empty(), "no request is answered");
     let (client, server) = (cluster.pod(route.client)?, cluster.pod(route.server)?);
