@@ -11,7 +11,7 @@ use super::{Node, NodeError, links::SharedPrograms};
 use crate::{
     maps::Maps,
     programs::{self, Lookup, ProgramError},
-    store::Store,
+    store::{Lock, Store},
     sys,
 };
 
@@ -42,14 +42,7 @@ impl Node {
             sys::give_back_memory();
         }
         let maps = Maps::open(&store.maps())?;
-        let mut node = Self {
-            maps,
-            lookup: OnceCell::new(),
-            shared: SharedPrograms::default(),
-            living: None,
-            store,
-            _lock: lock,
-        };
+        let mut node = Self::with(store, maps, lock);
         let others = node.store.other_programs()?;
         if load || !others.is_empty() {
             node.replace_all_programs(&others)?;
@@ -88,14 +81,12 @@ impl Node {
             return if store.pods()?.is_empty() { Ok(None) } else { Err(NodeError::Incomplete(map)) };
         }
         let maps = Maps::open(&store.maps())?;
-        Ok(Some(Self {
-            maps,
-            lookup: OnceCell::new(),
-            shared: SharedPrograms::default(),
-            living: None,
-            store,
-            _lock: lock,
-        }))
+        Ok(Some(Self::with(store, maps, lock)))
+    }
+
+    fn with(store: Store, maps: Maps, lock: Lock) -> Self {
+        let (lookup, shared) = (OnceCell::new(), SharedPrograms::default());
+        Self { maps, lookup, shared, living: None, store, _lock: lock }
     }
 
     /// Prepares the `sk_lookup` program, of which each pod has an instance.
