@@ -238,7 +238,7 @@ fn a_difference_refuses_unless_forced_and_a_restart_keeps_what_is_out() {
     counted(&node, "cut_over");
     node.captured_once();
 
-    // What is out stays out, whoever keeps the pod, and goes in again with the next daemon.
+    // What is out stays out, while no daemon keeps the pod, and goes in again with the next daemon.
     node.daemon.kill().expect("killed");
     node.captured_once();
     node.daemon.restart().expect("started");

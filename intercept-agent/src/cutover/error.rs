@@ -27,7 +27,7 @@ pub enum CutoverError {
     NothingSaved { cgroup: PathBuf },
     #[error(
         "in cgroup {} {differed} of {compared} compared flows differ from what happened: see \
-         `intercept-agent status --shadow`, and correct the options or the rules, which begins to compare anew; {force} cuts over \
+         `intercept-agent status --shadow`, and correct the options or the rules, which starts the comparison again; {force} cuts over \
          regardless",
         cgroup.display()
     )]

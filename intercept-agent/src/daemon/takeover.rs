@@ -66,7 +66,7 @@ pub fn decide(
         }
         Ok((other, _)) => Ok(other),
         Err(error) if is_asked => Err(error),
-        // Nobody has asked for it, and the annotations of a pod that is left alone need not be right.
+        // It was not asked for, and the annotations of a pod that is left alone need not be right.
         Err(_) => Ok(PodVerdict::Ignore(IgnoreReason::CapturesItself)),
     }
 }
