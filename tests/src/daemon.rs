@@ -14,7 +14,7 @@ use intercept_agent::facade::daemon::{
     Add, CaptureArgs, DaemonRequest, PodReport, PodState, Response, SandboxInfo, Select, socket,
 };
 use rustix::process::{Pid, Signal, kill_process};
-use serde_json::json;
+use serde_json::{Value, json};
 use tempfile::TempDir;
 
 use crate::{
@@ -238,4 +238,27 @@ pub fn get(address: SocketAddr, path: &str) -> (u16, String) {
 /// An address without a listener.
 pub fn free_address() -> SocketAddr {
     TcpListener::bind("127.0.0.1:0").and_then(|socket| socket.local_addr()).expect("a port")
+}
+
+/// Calls the CNI plugin of this folder for a sandbox, as a runtime does. Returns whether it succeeded, and its output.
+pub fn call_plugin(
+    binaries: &Path,
+    command: &str,
+    config: &Value,
+    sandbox: &Sandbox,
+    (id, interface): (&str, &str),
+) -> (bool, String) {
+    let mut child = Command::new(binaries.join("intercept-cni"))
+        .env("CNI_COMMAND", command)
+        .env("CNI_CONTAINERID", id)
+        .env("CNI_NETNS", sandbox.netns.path())
+        .env("CNI_IFNAME", interface)
+        .env("CNI_ARGS", format!("K8S_POD_NAMESPACE=shop;K8S_POD_NAME=cart;K8S_POD_UID=uid-{id}"))
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .expect("started");
+    child.stdin.take().expect("piped").write_all(config.to_string().as_bytes()).expect("written");
+    let output = child.wait_with_output().expect("ended");
+    (output.status.success(), String::from_utf8(output.stdout).expect("text"))
 }

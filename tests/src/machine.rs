@@ -24,7 +24,7 @@ use anyhow::{Context as _, Result, ensure};
 use ipnet::IpNet;
 
 use crate::{
-    actor::{Actor, Bind, Dial, DialOutcome, Listen, OriginalDst, Relay, RelayDirection, Transport},
+    actor::{Actor, Bind, Dial, DialOutcome, Listen, OriginalDst, Transport},
     agent::Agent,
     kernel::attached,
     snapshot::tree,
@@ -98,7 +98,7 @@ impl CapturedMachine {
     /// Starts a unit whose process is a proxy on these ports, outbound and inbound.
     fn proxy(&self, name: &str, ports: [u16; 2]) -> Result<Unit> {
         let unit = self.unit(name, &[])?;
-        relays(&unit.actor, ports)?;
+        unit.actor.relays(ports)?;
         Ok(unit)
     }
 
@@ -285,24 +285,6 @@ fn flow(
                 ensure!(name == Some(peer), "{what}, {to}: the proxy saw {peer}, the client is {name:?}");
             }
             _ => ensure!(through.is_empty(), "{what}, {to}: went through {through:?} of a proxy"),
-        }
-    }
-    Ok(())
-}
-
-/// Starts the two relays of a proxy, outbound and inbound.
-fn relays(actor: &Actor, ports: [u16; 2]) -> Result<()> {
-    let directions = [("outbound", RelayDirection::Outbound), ("inbound", RelayDirection::Inbound)];
-    for any in any() {
-        for (port, (name, direction)) in ports.into_iter().zip(directions) {
-            actor.relay(Relay {
-                name: name.into(),
-                bind: Bind::new(Ids::PROXY, SocketAddr::new(any, port)),
-                direction,
-                report: true,
-                reset: true,
-                workers: 1,
-            })?;
         }
     }
     Ok(())

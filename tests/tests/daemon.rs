@@ -2,10 +2,9 @@
 
 use std::{
     fs,
-    io::Write as _,
     net::{IpAddr, SocketAddr},
     os::unix::fs::PermissionsExt as _,
-    process::{Command, Stdio},
+    process::Command,
     sync::atomic::{AtomicBool, AtomicUsize, Ordering},
     time::{Duration, Instant},
 };
@@ -17,7 +16,7 @@ use serde_json::{Value, json};
 use tests::{
     actor::{Bind, Listen, Transport},
     agent::Agent,
-    daemon::{Daemon, OUTBOUND, answers, free_address, get, proxy, service},
+    daemon::{Daemon, OUTBOUND, answers, call_plugin, free_address, get, proxy, service},
     status::StatusEntry,
     testbed::{Ids, Pod, PodSpec, Sandbox},
 };
@@ -404,21 +403,7 @@ fn the_plugin_captures_and_releases_a_pod() {
     config["name"] = json!("net");
     config["prevResult"] = previous.clone();
     config["runtimeConfig"] = json!({"cgroupPath": add(&sandbox, "s").cgroup});
-    let call = |command: &str| {
-        let mut child = Command::new(bin.join("intercept-cni"))
-            .env("CNI_COMMAND", command)
-            .env("CNI_CONTAINERID", "s")
-            .env("CNI_NETNS", sandbox.netns.path())
-            .env("CNI_IFNAME", "eth0")
-            .env("CNI_ARGS", "K8S_POD_NAMESPACE=shop;K8S_POD_NAME=cart;K8S_POD_UID=uid-1")
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .spawn()
-            .expect("started");
-        child.stdin.take().expect("piped").write_all(config.to_string().as_bytes()).expect("written");
-        let output = child.wait_with_output().expect("ended");
-        (output.status.success(), String::from_utf8(output.stdout).expect("text"))
-    };
+    let call = |command: &str| call_plugin(&bin, command, &config, &sandbox, ("1", "eth0"));
     let (ok, printed) = call("ADD");
     assert!(ok, "{printed}");
     assert_eq!(serde_json::from_str::<Value>(&printed).expect("JSON"), previous);

@@ -2,16 +2,14 @@
 
 use std::{
     fs,
-    io::Write as _,
     path::{Path, PathBuf},
-    process::{Command, Stdio},
     time::{Duration, Instant},
 };
 
 use serde_json::{Value, json};
 use tests::{
     agent::{Agent, succeed},
-    daemon::{Daemon, answers, free_address, get, proxy, service},
+    daemon::{Daemon, answers, call_plugin, free_address, get, proxy, service},
     testbed::{Pod, PodSpec, Sandbox, cgroup, name},
 };
 
@@ -67,20 +65,8 @@ impl NodeFolders {
 
     /// Calls the plugin for a sandbox. Returns its exit status and output.
     fn call(&self, command: &str, config: &Value, sandbox: &Sandbox, id: &str) -> (bool, Value) {
-        let mut child = Command::new(self.binaries.join("intercept-cni"))
-            .env("CNI_COMMAND", command)
-            .env("CNI_CONTAINERID", id)
-            .env("CNI_NETNS", sandbox.netns.path())
-            .env("CNI_IFNAME", "net1")
-            .env("CNI_ARGS", format!("K8S_POD_NAMESPACE=shop;K8S_POD_NAME=cart;K8S_POD_UID=uid-{id}"))
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .spawn()
-            .expect("started");
-        child.stdin.take().expect("piped").write_all(config.to_string().as_bytes()).expect("written");
-        let output = child.wait_with_output().expect("ended");
-        let printed = String::from_utf8(output.stdout).expect("text");
-        (output.status.success(), serde_json::from_str(&printed).unwrap_or(Value::Null))
+        let (done, printed) = call_plugin(&self.binaries, command, config, sandbox, (id, "net1"));
+        (done, serde_json::from_str(&printed).unwrap_or(Value::Null))
     }
 }
 

@@ -1,16 +1,13 @@
 //! Tests with a real container runtime: Debian's containerd, runc and CNI plugins, unpacked into the cache without being
 //! installed.
 
-use std::{
-    fs,
-    path::{Path, PathBuf},
-};
+use std::path::PathBuf;
 
 use anyhow::{Context, Result};
 
 use crate::{
-    architecture::Architecture, debian::PackageLists, image, manifests, parts, run, setup, setup::Group,
-    test, workspace,
+    architecture::Architecture, debian::PackageLists, image, manifests, parts, setup, setup::Group, test,
+    workspace,
 };
 
 /// The Debian packages. Their libraries (libc6, libseccomp2) are on every system with systemd.
@@ -44,7 +41,9 @@ pub(crate) fn missing() -> Result<Vec<PathBuf>> {
 pub(crate) fn get() -> Result<PathBuf> {
     let folder = folder()?;
     if !folder.is_dir() {
-        fetch(&folder).with_context(|| format!("getting {}", PACKAGES.join(", ")))?;
+        PackageLists::default()
+            .fetch(&PACKAGES, &folder, |_| Ok(()))
+            .with_context(|| format!("getting {}", PACKAGES.join(", ")))?;
     }
     parts::try_programs(&folder, &PROGRAMS)?;
     Ok(folder)
@@ -52,17 +51,4 @@ pub(crate) fn get() -> Result<PathBuf> {
 
 fn folder() -> Result<PathBuf> {
     Ok(workspace::cache()?.join("cri"))
-}
-
-fn fetch(folder: &Path) -> Result<()> {
-    let unpacked = folder.with_extension("part");
-    drop(fs::remove_dir_all(&unpacked));
-    fs::create_dir_all(&unpacked).with_context(|| format!("making {}", unpacked.display()))?;
-    let lists = PackageLists::default();
-    // apt finds no package without up-to-date lists.
-    if lists.unpack(&PACKAGES, &unpacked).is_err() {
-        run::quietly("updating the lists of packages", &mut setup::apt("update"))?;
-        lists.unpack(&PACKAGES, &unpacked)?;
-    }
-    fs::rename(&unpacked, folder).with_context(|| format!("keeping {}", folder.display()))
 }

@@ -8,7 +8,7 @@ use std::{
 
 use anyhow::{Context, Result, ensure};
 
-use crate::{architecture::Architecture, run};
+use crate::{architecture::Architecture, run, setup};
 
 /// Lists of packages: those of the machine, or separate ones.
 #[derive(Default)]
@@ -66,6 +66,25 @@ impl PackageLists {
         // apt's sandbox user cannot write to a cache in root's home.
         command.args(&self.options).args(["-q", "-o", "APT::Sandbox::User=root", "-o", "Acquire::Retries=3"]);
         command
+    }
+
+    /// Downloads packages, unpacks them into a new folder and finishes it. The folder appears when it is complete.
+    pub(crate) fn fetch(
+        &self,
+        packages: &[&str],
+        folder: &Path,
+        finish: impl FnOnce(&Path) -> Result<()>,
+    ) -> Result<()> {
+        let unpacked = folder.with_extension("part");
+        drop(fs::remove_dir_all(&unpacked));
+        fs::create_dir_all(&unpacked).with_context(|| format!("making {}", unpacked.display()))?;
+        // apt finds no package without up-to-date lists.
+        if self.unpack(packages, &unpacked).is_err() {
+            run::quietly("updating the lists of packages", &mut setup::apt("update"))?;
+            self.unpack(packages, &unpacked)?;
+        }
+        finish(&unpacked)?;
+        fs::rename(&unpacked, folder).with_context(|| format!("keeping {}", folder.display()))
     }
 
     /// Downloads packages and unpacks them into an existing folder.

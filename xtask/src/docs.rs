@@ -3,6 +3,7 @@
 use std::{fs, path::Path};
 
 use anyhow::{Context as _, Result, bail};
+use syn::{Expr, ExprLit, Lit};
 
 use crate::{tidy::Tree, workspace};
 
@@ -97,6 +98,14 @@ impl MarkdownTable {
 /// Between backquotes.
 fn code(text: impl AsRef<str>) -> String {
     format!("`{}`", text.as_ref())
+}
+
+/// The value of a string literal.
+fn literal_text(expression: &Expr) -> Option<String> {
+    match expression {
+        Expr::Lit(ExprLit { lit: Lit::Str(text), .. }) => Some(text.value()),
+        _ => None,
+    }
 }
 
 /// The body of the only call of a macro in a file.

@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 use std::io::{BufRead, BufReader, Write};
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::process::{Child, ChildStdin, ChildStdout, Stdio};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{self, Receiver, Sender};
@@ -14,9 +14,10 @@ use anyhow::{Context, Result, anyhow, bail};
 
 use super::binary;
 use super::protocol::{
-    ActorJob, ActorMessage, Dial, Dialled, Done, Listen, Queried, Query, Relay, Relayed, Request,
+    ActorJob, ActorMessage, Bind, Dial, Dialled, Done, Listen, Queried, Query, Relay, RelayDirection,
+    Relayed, Request,
 };
-use crate::testbed::Sandbox;
+use crate::testbed::{Ids, Sandbox};
 
 /// The variable with the path of the actor's executable.
 pub const BINARY: &str = "INTERCEPT_ACTOR";
@@ -85,6 +86,27 @@ impl Actor {
     pub fn relay(&self, relay: Relay) -> Result<Listening> {
         let what = format!("relaying as {} on {}", relay.name, relay.bind.addr);
         self.open(ActorJob::Relay(relay)).context(what)
+    }
+
+    /// Starts the two relays of a proxy on these ports, outbound and inbound, for both families.
+    ///
+    /// # Errors
+    /// If one cannot listen.
+    pub fn relays(&self, ports: [u16; 2]) -> Result<()> {
+        let directions = [("outbound", RelayDirection::Outbound), ("inbound", RelayDirection::Inbound)];
+        for any in [IpAddr::from([0, 0, 0, 0]), IpAddr::from([0u16; 8])] {
+            for (port, (name, direction)) in ports.into_iter().zip(directions) {
+                self.relay(Relay {
+                    name: name.into(),
+                    bind: Bind::new(Ids::PROXY, SocketAddr::new(any, port)),
+                    direction,
+                    report: true,
+                    reset: true,
+                    workers: 1,
+                })?;
+            }
+        }
+        Ok(())
     }
 
     fn open(&self, job: ActorJob) -> Result<Listening> {

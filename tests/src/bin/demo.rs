@@ -18,8 +18,8 @@ use intercept_common::Family;
 use serde_json::Value;
 use tests::{
     actor::{
-        Actor, Bind, Dial, DialOutcome, Dialled, Listen, OriginalDst, Relay, RelayDirection, Relayed,
-        Transport, binary::ReadableCopy,
+        Actor, Bind, Dial, DialOutcome, Dialled, Listen, OriginalDst, Relayed, Transport,
+        binary::ReadableCopy,
     },
     cases,
     envoy::{self, Sidecar, Speaks},
@@ -245,7 +245,7 @@ fn demo(options: &DemoArguments) -> Result<bool> {
     }
     let sidecar = match options.proxy {
         DemoProxy::Relay => {
-            start_relay(&inside)?;
+            inside.relays([15001, 15006])?;
             None
         }
         DemoProxy::Envoy => {
@@ -296,25 +296,6 @@ fn quote(arg: &str) -> String {
 fn serve(actor: &Actor, name: &str, ids: Ids, any: IpAddr, port: u16) -> Result<()> {
     let bind = Bind::new(ids, SocketAddr::new(any, port));
     actor.listen(Listen { name: name.into(), transport: Transport::Tcp, bind }).map(drop)
-}
-
-fn start_relay(inside: &Actor) -> Result<()> {
-    for any in [IpAddr::from([0, 0, 0, 0]), IpAddr::from([0u16; 8])] {
-        for (name, port, direction) in
-            [("outbound", 15001, RelayDirection::Outbound), ("inbound", 15006, RelayDirection::Inbound)]
-        {
-            let bind = Bind::new(Ids::PROXY, SocketAddr::new(any, port));
-            inside.relay(Relay {
-                name: name.into(),
-                bind,
-                direction,
-                report: true,
-                reset: true,
-                workers: 1,
-            })?;
-        }
-    }
-    Ok(())
 }
 
 struct DemoAgent<'a> {

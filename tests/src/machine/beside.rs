@@ -100,7 +100,7 @@ pub(super) fn daemon(machine: &CapturedMachine) -> Result<()> {
     for any in any() {
         serve(&outside, "outside", any, SERVICE)?;
     }
-    super::relays(&inside, FIRST)?;
+    inside.relays(FIRST)?;
     let before = machine.state(&[&app, &envoy])?;
     succeed(machine.attach(&[&app, &envoy], FIRST, &["-b", "*"]))?;
     let check = |what: &str, pod_relays: bool| -> Result<()> {

@@ -53,7 +53,7 @@ pub(super) fn whole_machine(machine: &CapturedMachine) -> Result<()> {
 
     // The container is captured by itself below the machine.
     let container = Actor::start(&pod)?;
-    super::relays(&container, FIRST)?;
+    container.relays(FIRST)?;
     succeed(machine.agent.for_pod("attach", &pod, &["-u", "1337", "-i", "*"]))?;
     flow("a captured container calls", &inside, Ids::APP, to, "outside", ExpectedPath::Direct, &proxies)?;
     let relayed = container.relayed(1, std::time::Duration::from_secs(5));

@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use anyhow::{Context as _, Result, bail};
 use syn::{Attribute, Expr, Field, Fields, Item, ItemEnum, ItemStruct, Lit, Meta, Type, Variant};
 
-use super::{MarkdownTable, code};
+use super::{MarkdownTable, code, literal_text};
 use crate::tidy::Tree;
 
 const COMMAND_LINE: &str = "intercept-agent/src/cli.rs";
@@ -90,7 +90,8 @@ impl CommandLine<'_> {
         let commands = *self.enums.get(name).with_context(|| format!("there is no enum {name}"))?;
         let is_shown = |variant: &&Variant| attribute_value(&variant.attrs, "command", "hide").is_none();
         for variant in commands.variants.iter().filter(is_shown) {
-            let named = attribute_value(&variant.attrs, "command", "name").and_then(|name| text(&name));
+            let named =
+                attribute_value(&variant.attrs, "command", "name").and_then(|name| literal_text(&name));
             let command = named.unwrap_or_else(|| kebab(&variant.ident.to_string()));
             let command = format!("{parent} {command}").trim_start().to_owned();
             match &variant.fields {
@@ -125,7 +126,8 @@ impl CommandLine<'_> {
             return Ok(());
         }
         let own = field.ident.as_ref().map(|name| kebab(&name.to_string())).unwrap_or_default();
-        let name = attribute_value(&field.attrs, "arg", "long").and_then(|long| text(&long)).unwrap_or(own);
+        let name =
+            attribute_value(&field.attrs, "arg", "long").and_then(|long| literal_text(&long)).unwrap_or(own);
         let help = help(&field.attrs);
         let (help, noted) = match help.strip_suffix(']').and_then(|help| help.rsplit_once(" [default: ")) {
             Some((help, default)) => (help.to_owned(), Some(default.to_owned())),
@@ -142,7 +144,7 @@ impl CommandLine<'_> {
             Some(values) if has(&field.attrs, "arg", "value_enum") => format!("{help}: {}", choices(values)),
             _ => help,
         };
-        let variable = attribute_value(&field.attrs, "arg", "env").and_then(|name| text(&name));
+        let variable = attribute_value(&field.attrs, "arg", "env").and_then(|name| literal_text(&name));
         let used = FlagUse { command: command.to_owned(), variable, default, help };
         match self.flags.iter_mut().find(|flag| flag.name == name) {
             Some(flag) => flag.uses.push(used),
@@ -185,16 +187,6 @@ impl CommandLine<'_> {
     }
 }
 
-fn text(expression: &Expr) -> Option<String> {
-    match expression {
-        Expr::Lit(literal) => match &literal.lit {
-            Lit::Str(text) => Some(text.value()),
-            _ => None,
-        },
-        _ => None,
-    }
-}
-
 /// `AsIstio` and `as_istio` as `as-istio`.
 fn kebab(name: &str) -> String {
     let mut kebab = String::new();
@@ -223,7 +215,7 @@ fn type_name(kind: &Type) -> String {
 /// The first paragraph of the documentation.
 fn help(attributes: &[Attribute]) -> String {
     let lines = attributes.iter().filter_map(|attribute| match &attribute.meta {
-        Meta::NameValue(pair) if pair.path.is_ident("doc") => text(&pair.value),
+        Meta::NameValue(pair) if pair.path.is_ident("doc") => literal_text(&pair.value),
         _ => None,
     });
     let lines = lines.map(|line| line.trim().to_owned()).take_while(|line| !line.is_empty());

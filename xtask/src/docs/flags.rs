@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use anyhow::{Context as _, Result};
 use syn::{Expr, Lit, Token, punctuated::Punctuated};
 
-use super::{MarkdownTable, code, macro_of};
+use super::{MarkdownTable, code, literal_text, macro_of};
 use crate::tidy::Tree;
 
 const TABLE: &str = "intercept-agent/src/options/table.rs";
@@ -55,7 +55,7 @@ fn settings(tree: &Tree) -> Result<Vec<SettingRow>> {
 fn row(row: &Expr) -> Result<SettingRow> {
     let Expr::Assign(row) = row else { anyhow::bail!("a row of settings! is not NAME = SETTING") };
     let calls = calls(&row.right);
-    let text = |name: &str| calls.get(name).copied().and_then(text);
+    let text = |name: &str| calls.get(name).copied().and_then(literal_text);
     let named = text("flag");
     let switch = text("switch_flag");
     let unless_given = if switch.is_some() { "false" } else { "none" };
@@ -86,16 +86,6 @@ fn calls(mut chain: &Expr) -> HashMap<String, &Expr> {
     calls
 }
 
-fn text(expression: &Expr) -> Option<String> {
-    match expression {
-        Expr::Lit(literal) => match &literal.lit {
-            Lit::Str(text) => Some(text.value()),
-            _ => None,
-        },
-        _ => None,
-    }
-}
-
 fn letter(expression: &Expr) -> Option<char> {
     match expression {
         Expr::Lit(literal) => match &literal.lit {
@@ -109,7 +99,7 @@ fn letter(expression: &Expr) -> Option<char> {
 fn texts(list: &Expr) -> Vec<String> {
     match list {
         Expr::Reference(list) => texts(&list.expr),
-        Expr::Array(list) => list.elems.iter().filter_map(text).collect(),
+        Expr::Array(list) => list.elems.iter().filter_map(literal_text).collect(),
         _ => Vec::new(),
     }
 }

@@ -1,10 +1,10 @@
 //! The alerts of the chart, read and tried by Prometheus' own tool.
 
-use std::{fs, path::PathBuf, process::Command};
+use std::{path::PathBuf, process::Command};
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 
-use crate::{debian::PackageLists, helm, run, setup, workspace};
+use crate::{debian::PackageLists, helm, run, workspace};
 
 /// Debian's package of `promtool`; it is unpacked, not installed.
 const PACKAGE: &str = "prometheus";
@@ -22,16 +22,7 @@ pub(super) fn check() -> Result<()> {
 fn promtool() -> Result<PathBuf> {
     let folder = workspace::cache()?.join("prometheus");
     if !folder.is_dir() {
-        let unpacked = folder.with_extension("part");
-        drop(fs::remove_dir_all(&unpacked));
-        fs::create_dir_all(&unpacked).with_context(|| format!("making {}", unpacked.display()))?;
-        let lists = PackageLists::default();
-        // Without lists of packages, or with old ones, it finds none.
-        if lists.unpack(&[PACKAGE], &unpacked).is_err() {
-            run::quietly("updating the lists of packages", &mut setup::apt("update"))?;
-            lists.unpack(&[PACKAGE], &unpacked)?;
-        }
-        fs::rename(&unpacked, &folder).with_context(|| format!("keeping {}", folder.display()))?;
+        PackageLists::default().fetch(&[PACKAGE], &folder, |_| Ok(()))?;
     }
     Ok(folder)
 }

@@ -12,7 +12,7 @@ use std::{
 use anyhow::{Context, Result};
 
 use super::initramfs::Initramfs;
-use crate::{debian::PackageLists, run, setup, workspace};
+use crate::{debian::PackageLists, run, workspace};
 
 /// Parameters of the kernel.
 pub(super) const PARAMETERS: &str = "apparmor=1 security=apparmor";
@@ -47,27 +47,20 @@ pub(super) fn prepare(initramfs: &mut Initramfs) -> Result<&'static str> {
 fn packages() -> Result<PathBuf> {
     let folder = workspace::cache()?.join("apparmor");
     if !folder.is_dir() {
-        fetch(&folder).with_context(|| format!("getting {}", PACKAGES.join(", ")))?;
+        PackageLists::default()
+            .fetch(&PACKAGES, &folder, link_to_usr)
+            .with_context(|| format!("getting {}", PACKAGES.join(", ")))?;
     }
     Ok(folder)
 }
 
-fn fetch(folder: &Path) -> Result<()> {
-    let unpacked = folder.with_extension("part");
-    drop(fs::remove_dir_all(&unpacked));
-    fs::create_dir_all(&unpacked).with_context(|| format!("making {}", unpacked.display()))?;
-    let lists = PackageLists::default();
-    // Without lists of packages, or with old ones, it finds none.
-    if lists.unpack(&PACKAGES, &unpacked).is_err() {
-        run::quietly("updating the lists of packages", &mut setup::apt("update"))?;
-        lists.unpack(&PACKAGES, &unpacked)?;
-    }
-    // Releases since Debian 13 have it all below usr.
+/// Releases since Debian 13 have it all below usr.
+fn link_to_usr(unpacked: &Path) -> Result<()> {
     for folder in ["lib", "sbin"] {
-        if !unpacked.join(folder).exists() {
-            let link = unpacked.join(folder);
+        let link = unpacked.join(folder);
+        if !link.exists() {
             run::output(Command::new("ln").arg("-s").arg(format!("usr/{folder}")).arg(&link))?;
         }
     }
-    fs::rename(&unpacked, folder).with_context(|| format!("keeping {}", folder.display()))
+    Ok(())
 }
