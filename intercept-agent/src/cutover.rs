@@ -10,7 +10,7 @@
 use std::{
     path::{Path, PathBuf},
     thread,
-    time::{Duration, SystemTime, UNIX_EPOCH},
+    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
 use serde::Serialize;
@@ -42,6 +42,11 @@ use crate::{
 /// For how long both captures stay active: a call of connect() may have been decided on by the old one, and its SYN leaves
 /// shortly after.
 const OVERLAP: Duration = Duration::from_secs(1);
+/// The overlap is waited for in steps of this length. A step that takes twice as long is not counted: the machine was busy or
+/// stopped, and a caller between decision and SYN has waited as well.
+const OVERLAP_STEP: Duration = Duration::from_millis(100);
+/// The overlap ends after this time, however busy the machine is.
+const LONGEST_OVERLAP: Duration = Duration::from_secs(10);
 
 /// Whether a pod is cut over although the shadow does not agree, or has compared little.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -166,7 +171,7 @@ pub fn cut_over(
         found.change(&pod, &guarded)?;
     }
     pod.switch(PolicyMode::Enforce)?;
-    thread::sleep(OVERLAP);
+    overlap(thread::sleep);
     pod.save(&mut saved, RulesState::Changing)?;
     for found in read(&pod)? {
         found.change(&pod, &found.removal(&saved))?;
@@ -205,7 +210,7 @@ pub fn go_back(bpffs: &Path, cgroup: &CgroupDir, keeper: Keeper) -> Result<Cutov
     }
     pod.save(&mut saved, RulesState::In)?;
     pod.switch(PolicyMode::Shadow)?;
-    thread::sleep(OVERLAP);
+    overlap(thread::sleep);
     let mut report = CutoverReport::of(&pod, CutoverOutcome::Back, &saved);
     for tool in &saved.tools {
         let found = FoundRules::read(&pod, tool.tool.clone())?;
@@ -327,7 +332,40 @@ fn differences(tool: &str, before: &[String], after: &[String]) -> Vec<String> {
     if found.is_empty() { vec![format!("{tool}: the order of the rules")] } else { found }
 }
 
+/// Waits while both captures are active.
+fn overlap(sleep: impl Fn(Duration)) {
+    let start = Instant::now();
+    let mut left = OVERLAP;
+    while !left.is_zero() && start.elapsed() < LONGEST_OVERLAP {
+        let step = Instant::now();
+        sleep(OVERLAP_STEP);
+        if step.elapsed() < 2 * OVERLAP_STEP {
+            left = left.saturating_sub(OVERLAP_STEP);
+        }
+    }
+}
+
 /// Seconds since 1970.
 fn now() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_secs())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::cell::Cell;
+
+    use super::*;
+
+    #[test]
+    fn the_overlap_does_not_count_the_time_in_which_the_machine_stands_still() {
+        let steps = Cell::new(0);
+        let start = Instant::now();
+        overlap(|step| {
+            steps.set(steps.get() + 1);
+            // It stands still in the third step.
+            thread::sleep(if steps.get() == 3 { OVERLAP } else { step });
+        });
+        assert!(steps.get() > 10, "{} steps", steps.get());
+        assert!(start.elapsed() >= 2 * OVERLAP, "{:?}", start.elapsed());
+    }
 }

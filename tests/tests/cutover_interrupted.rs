@@ -36,7 +36,7 @@ fn killed(fixture: &mut RulesFixture, (call, number): (&str, usize), flags: &[&s
 /// The calls in which the command is killed: threads of its own, of which each enters the namespace, what saves the rules, what
 /// changes maps and pins, and the wait while both captures are active.
 const POINTS: [(&str, usize, usize); 4] =
-    [("clone3", 1, 3), ("rename", 1, 1), ("bpf", 3, 23), ("clock_nanosleep", 1, 1)];
+    [("clone3", 1, 3), ("rename", 1, 1), ("bpf", 3, 23), ("clock_nanosleep", 1, 5)];
 
 #[track_caller]
 fn assert_captured_once(fixture: &RulesFixture) {
