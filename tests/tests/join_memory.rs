@@ -84,7 +84,8 @@ fn messages_of_a_byte_do_not_fill_the_slabs() {
     let grown = slabs().saturating_sub(before) / legs.len() as u64;
     let least = sent.iter().min().expect("connections");
     println!("{} connections, {least} unread messages of a byte: {grown} bytes of slab each", legs.len());
-    assert!(*least > 1000, "{least} messages until the sender is stopped");
+    // TCP takes more than 256 as well: thousands, or one receive buffer of separate segments on a busy machine.
+    assert!(*least > 350, "{least} messages until the sender is stopped");
     // 256 messages of 1 KiB past TCP, and what TCP needs for the others. All would need 5 MB.
     assert!(grown < 1 << 20, "{grown} bytes of slab for a connection");
     for (leg, sent) in legs.iter().zip(sent) {
