@@ -13,7 +13,7 @@ use serde_json::{Value, json};
 
 mod node;
 
-pub use node::ApiNode;
+pub use node::{ApiNode, WatchedApi};
 
 /// Answers a list with the current pods, and streams events to all watchers.
 #[derive(Debug)]

@@ -11,6 +11,12 @@ use std::{
 
 use anyhow::{Context as _, Result, bail, ensure};
 
+mod node;
+mod tools;
+
+pub use node::{CUTOVER, CutoverNode, MODE, RulesPod};
+pub use tools::WrappedTools;
+
 use crate::{
     actor::{Actor, Bind, Dial, DialOutcome, Listen, OriginalDst, Relay, RelayDirection, Relayed, Transport},
     agent::{Agent, INIT_FLAGS, finish, succeed},

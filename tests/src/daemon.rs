@@ -23,8 +23,8 @@ use crate::{
     testbed::{Ids, Pod, Sandbox, cgroup, name},
 };
 
-/// The timeout of everything that is not measured.
-const PATIENCE: Duration = Duration::from_secs(20);
+/// The timeout of everything that is not measured. A cut-over begins within ten seconds, and takes up to ten more on a busy machine.
+const PATIENCE: Duration = Duration::from_secs(40);
 
 /// A daemon, which may be stopped. Dropping it kills the process. Captures stay until the [`Agent`] is dropped.
 #[derive(Debug)]
@@ -68,6 +68,11 @@ impl<'a> Daemon<'a> {
         self.child = Some(command.stdin(Stdio::null()).spawn().context("starting the daemon")?);
         self.wait("the daemon answers", |daemon| daemon.reports().is_ok())?;
         Ok(started.elapsed())
+    }
+
+    /// Gives the next start other arguments.
+    pub fn set_arguments(&mut self, arguments: &[&str]) {
+        self.arguments = arguments.iter().map(|argument| (*argument).to_owned()).collect();
     }
 
     /// Sends SIGKILL, as the kernel does when memory is short.

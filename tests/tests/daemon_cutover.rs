@@ -3,136 +3,15 @@
 
 use std::time::{Duration, Instant};
 
-use intercept_agent::facade::daemon::{
-    Add, CaptureArgs, CutoverProgress, CutoverState, DaemonRequest, PodReport, PodState, Response,
-    SandboxInfo, Select,
-};
-use serde_json::{Value, json};
+use intercept_agent::facade::daemon::{CutoverState, DaemonRequest, PodState, Response};
+use serde_json::json;
 use tests::{
     agent::deployed_capabilities,
-    api::{Api, namespace, pod},
-    cutover::{LoadProxy, RulesFixture},
-    daemon::{Daemon, free_address, get},
+    api::namespace,
+    cutover::{CUTOVER, CutoverNode, LoadProxy, MODE, RulesFixture},
+    daemon::{free_address, get},
     iptables::{Backend, IptablesOptions},
-    testbed::cgroup,
 };
-
-const UID: &str = "5f0c8a52-52f6-4c0e-9d0e-2f4f7f2a1f10";
-const MODE: &str = "intercept/mode";
-const CUTOVER: &str = "intercept/cutover";
-
-/// A node with a daemon, whose API and runtime report a pod with istio-init.
-struct CutoverNode<'a> {
-    fixture: &'a RulesFixture,
-    api: Api,
-    daemon: Daemon<'a>,
-    _kubeconfig: tempfile::TempDir,
-}
-
-fn spec() -> Value {
-    json!({
-        "initContainers": [{ "name": "istio-init" }],
-        "containers": [
-            { "name": "app" },
-            {
-                "name": "istio-proxy", "args": ["proxy", "sidecar"],
-                "env": [{ "name": "ISTIO_DUAL_STACK", "value": "true" }],
-            },
-        ],
-    })
-}
-
-fn cart(annotations: &Value) -> Value {
-    pod("cart", UID, &spec(), annotations)
-}
-
-fn sandbox() -> SandboxInfo {
-    let (namespace, name) = ("shop".into(), "cart".into());
-    SandboxInfo { sandbox: "one".into(), uid: Some(UID.into()), namespace, name }
-}
-
-impl<'a> CutoverNode<'a> {
-    fn new(fixture: &'a RulesFixture, annotations: &Value, path: Option<&str>, more: &[&str]) -> Self {
-        let api = Api::start(vec![cart(annotations)]);
-        let folder = tempfile::tempdir().expect("a folder");
-        let kubeconfig = folder.path().join("kubeconfig");
-        api.write_kubeconfig(&kubeconfig).expect("written");
-        let arguments = [&["--node-name", "node-1"], more].concat();
-        let path = path.map(|path| ("PATH", path));
-        let variables: Vec<_> =
-            [("KUBECONFIG", kubeconfig.to_str().expect("text"))].into_iter().chain(path).collect();
-        let daemon = Daemon::start_with(&fixture.agent, &arguments, &variables).expect("a daemon");
-        let node = Self { fixture, api, daemon, _kubeconfig: folder };
-        node.wait("it watches", |node| {
-            let shared = node.api.shared();
-            !shared.watchers.is_empty() && !shared.namespace_watchers.is_empty()
-        });
-        node
-    }
-
-    /// The runtime starts the pod.
-    fn add(&self, annotations: &Value) -> Response {
-        let mut annotations = annotations.clone();
-        annotations["sidecar.istio.io/status"] =
-            json!(r#"{"initContainers":["istio-init"],"containers":["istio-proxy"]}"#);
-        let relative = self.fixture.pod.cgroup.path().strip_prefix(cgroup::mount_point().expect("mounted"));
-        let request = DaemonRequest::Add(Box::new(Add {
-            pod: sandbox(),
-            netns: self.fixture.pod.netns.path().to_owned(),
-            cgroup: Some(relative.expect("below").display().to_string()),
-            annotations: serde_json::from_value(annotations).expect("texts"),
-            addresses: Vec::new(),
-            select: Select::Sidecar,
-            given: CaptureArgs::default(),
-        }));
-        self.daemon.ask(&request).expect("an answer")
-    }
-
-    fn wait(&self, what: &str, so: impl Fn(&Self) -> bool) {
-        self.daemon.wait(what, |_| so(self)).unwrap_or_else(|error| panic!("{error:#}"));
-    }
-
-    fn report(&self) -> Option<PodReport> {
-        self.daemon.reports().ok()?.into_iter().find(|report| report.name == "shop/cart")
-    }
-
-    fn progress(&self) -> Option<CutoverProgress> {
-        self.report()?.cutover
-    }
-
-    fn has_progress(&self, state: CutoverState) {
-        self.wait(&format!("{state:?}"), |node| node.progress().is_some_and(|now| now.state == state));
-    }
-
-    /// Mode and rules of the pod, as `status` has them.
-    fn applied(&self) -> Option<(String, Option<String>)> {
-        let pod = self.fixture.agent.pods().expect("status").pop()?;
-        Some((pod.mode, pod.cutover.map(|cutover| cutover.rules)))
-    }
-
-    fn is_applied(&self, mode: &str, rules: Option<&str>) -> bool {
-        self.applied() == Some((mode.to_owned(), rules.map(str::to_owned)))
-    }
-
-    fn annotate(&self, annotations: &Value) {
-        self.api.shared().pods = vec![cart(annotations)];
-        self.api.event("MODIFIED", cart(annotations));
-    }
-
-    fn notes(&self, reason: &str) -> Vec<String> {
-        let events = &self.api.shared().posted;
-        let these = events.iter().filter(|event| event["reason"] == reason);
-        these.map(|event| event["note"].as_str().expect("a text").to_owned()).collect()
-    }
-
-    /// Makes flows that are compared, each captured once.
-    #[track_caller]
-    fn captured_once(&self) {
-        drop(self.fixture.relayed(0));
-        let round = self.fixture.round(2).expect("no connection is lost");
-        round.assert_each_captured_once(self.fixture.relayed(round.count()));
-    }
-}
 
 fn fixture(label: &str, backend: Backend) -> RulesFixture {
     RulesFixture::new(label, backend, &IptablesOptions::injected(), LoadProxy::Relays)
@@ -239,15 +118,15 @@ fn a_difference_refuses_unless_forced_and_a_restart_keeps_what_is_out() {
     node.captured_once();
 
     // What is out stays out, while no daemon keeps the pod, and goes in again with the next daemon.
-    node.daemon.kill().expect("killed");
+    node.watched.daemon.kill().expect("killed");
     node.captured_once();
-    node.daemon.restart().expect("started");
+    node.watched.daemon.restart().expect("started");
     node.has_progress(CutoverState::CutOver);
     assert!(node.is_applied("enforce", Some("out")));
     node.captured_once();
-    node.daemon.kill().expect("killed");
-    node.api.shared().pods = vec![cart(&json!({ MODE: "shadow" }))];
-    node.daemon.restart().expect("started");
+    node.watched.daemon.kill().expect("killed");
+    node.watched.api.shared().pods = vec![node.cart().object(&json!({ MODE: "shadow" }))];
+    node.watched.daemon.restart().expect("started");
     node.wait("back", |node| node.is_applied("shadow", None));
     assert_eq!(fixture.rules(), before);
 }
@@ -264,17 +143,17 @@ fn the_label_and_the_default_decide_as_for_the_mode() {
         why.as_deref() == Some("captures_itself") && node.applied().is_none()
     };
     node.wait("left alone", left_alone);
-    node.api.event("ADDED", namespace("shop", "enforce"));
+    node.watched.api.event("ADDED", namespace("shop", "enforce"));
     node.wait("shadow", |node| node.is_applied("shadow", None));
     node.captured_once();
     node.has_progress(CutoverState::CutOver);
     // The daemon's default enforces it as well.
-    node.api.event("DELETED", namespace("shop", "enforce"));
+    node.watched.api.event("DELETED", namespace("shop", "enforce"));
     std::thread::sleep(Duration::from_secs(2));
     assert!(node.is_applied("enforce", Some("out")), "{:?}", node.applied());
     node.captured_once();
-    node.daemon.kill().expect("killed");
-    node.daemon.restart().expect("started");
+    node.watched.daemon.kill().expect("killed");
+    node.watched.daemon.restart().expect("started");
     node.has_progress(CutoverState::CutOver);
     assert!(node.is_applied("enforce", Some("out")), "{:?}", node.applied());
     // No sidecar any more: what remains must capture.
@@ -292,7 +171,10 @@ fn a_pod_that_ends_waits_for_no_rules() {
     node.add(&forced);
     node.has_progress(CutoverState::CutOver);
     let started = Instant::now();
-    assert!(matches!(node.daemon.ask(&DaemonRequest::Delete(sandbox())), Ok(Response::Done(_))));
+    assert!(matches!(
+        node.watched.daemon.ask(&DaemonRequest::Delete(node.cart().sandbox())),
+        Ok(Response::Done(_))
+    ));
     assert!(started.elapsed() < Duration::from_millis(900), "{:?}", started.elapsed());
     assert!(node.applied().is_none());
 }
@@ -306,7 +188,7 @@ fn who_removes_the_agent_gets_the_rules_again() {
     let node = CutoverNode::new(&fixture, &forced, None, &[]);
     node.add(&forced);
     node.has_progress(CutoverState::CutOver);
-    assert!(matches!(node.daemon.ask(&DaemonRequest::Leave), Ok(Response::Done(_))));
+    assert!(matches!(node.watched.daemon.ask(&DaemonRequest::Leave), Ok(Response::Done(_))));
     assert_eq!(fixture.rules(), before);
     node.captured_once();
 }

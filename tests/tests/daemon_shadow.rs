@@ -7,8 +7,8 @@ use serde_json::{Value, json};
 use tests::{
     actor::{Actor, Bind, Listen, Transport},
     agent::Agent,
-    api::{Api, namespace, pod},
-    daemon::{Daemon, answers, free_address, get, listen_as_proxy, service},
+    api::{WatchedApi, namespace, pod},
+    daemon::{answers, free_address, get, listen_as_proxy, service},
     testbed::{Ids, Pod, PodSpec},
 };
 
@@ -18,11 +18,9 @@ const MODE: &str = "intercept/mode";
 /// A pod of the API on a node with a daemon.
 struct ShadowNode<'a> {
     agent: &'a Agent,
-    api: Api,
-    daemon: Daemon<'a>,
+    watched: WatchedApi<'a>,
     sandbox: Pod,
     actor: Actor,
-    _kubeconfig: tempfile::TempDir,
 }
 
 impl<'a> ShadowNode<'a> {
@@ -36,28 +34,18 @@ impl<'a> ShadowNode<'a> {
         }
         // In the pod's cgroup: shadow mode sees no other listeners.
         listen_as_proxy(&actor);
-        let api = Api::start(vec![object]);
-        let folder = tempfile::tempdir().expect("a folder");
-        let kubeconfig = folder.path().join("kubeconfig");
-        api.write_kubeconfig(&kubeconfig).expect("written");
         let root = sandbox.cgroup.path().to_str().expect("text").to_owned();
-        let arguments = [&["--node-name", "node-1", "--cgroup-root", &root], more].concat();
-        let variables = [("KUBECONFIG", kubeconfig.to_str().expect("text"))];
-        let daemon = Daemon::start_with(agent, &arguments, &variables).expect("a daemon");
-        let node = Self { agent, api, daemon, sandbox, actor, _kubeconfig: folder };
-        node.wait("it watches", |node| {
-            let shared = node.api.shared();
-            !shared.watchers.is_empty() && !shared.namespace_watchers.is_empty()
-        });
-        node
+        let arguments = [&["--cgroup-root", &root], more].concat();
+        let watched = WatchedApi::start(agent, vec![object], &arguments, &[]).expect("a daemon");
+        Self { agent, watched, sandbox, actor }
     }
 
     fn wait(&self, what: &str, so: impl Fn(&Self) -> bool) {
-        self.daemon.wait(what, |_| so(self)).unwrap_or_else(|error| panic!("{error:#}"));
+        self.watched.daemon.wait(what, |_| so(self)).unwrap_or_else(|error| panic!("{error:#}"));
     }
 
     fn report(&self) -> Option<PodReport> {
-        self.daemon.reports().expect("reports").into_iter().find(|report| report.name == "shop/cart")
+        self.watched.daemon.reports().expect("reports").into_iter().find(|report| report.name == "shop/cart")
     }
 
     fn mode(&self) -> Option<String> {
@@ -69,7 +57,7 @@ impl<'a> ShadowNode<'a> {
     }
 
     fn annotate(&self, annotations: &Value) {
-        self.api.event("MODIFIED", pod("cart", UID, &spec(), annotations));
+        self.watched.api.event("MODIFIED", pod("cart", UID, &spec(), annotations));
     }
 
     /// Has iptables redirect connections to an address.
@@ -112,24 +100,24 @@ fn annotation_label_and_options_switch_a_running_pod() {
     node.wait("refused", |node| node.report().is_some_and(|report| report.state == PodState::Failed));
     let text = node.report().and_then(|report| report.failure).expect("a problem").text;
     assert_eq!(text, "annotation intercept/mode: `on` is no mode; give shadow or enforce");
-    node.wait("an event", |node| node.api.shared().posted.iter().any(|event| event["note"] == text));
+    node.wait("an event", |node| node.watched.api.shared().posted.iter().any(|event| event["note"] == text));
     assert_eq!(node.mode().as_deref(), Some("shadow"));
     node.annotate(&json!({}));
     node.has_mode("enforce");
     assert!(node.reaches_proxy());
 
-    node.api.event("ADDED", namespace("shop", "shadow"));
+    node.watched.api.event("ADDED", namespace("shop", "shadow"));
     node.has_mode("shadow");
-    node.api.event("ADDED", namespace("other", "enforce"));
+    node.watched.api.event("ADDED", namespace("other", "enforce"));
     node.annotate(&json!({ MODE: "enforce" }));
     node.has_mode("enforce");
     node.annotate(&json!({}));
     node.has_mode("shadow");
-    node.api.event("MODIFIED", namespace("shop", "yes"));
+    node.watched.api.event("MODIFIED", namespace("shop", "yes"));
     node.wait("refused", |node| node.report().is_some_and(|report| report.failure.is_some()));
     assert_eq!(node.mode().as_deref(), Some("shadow"));
     // The API says so of a label that is removed, and the watch selects by it.
-    node.api.event("DELETED", namespace("shop", "yes"));
+    node.watched.api.event("DELETED", namespace("shop", "yes"));
     node.has_mode("enforce");
     assert!(node.reaches_proxy());
 }
@@ -142,11 +130,11 @@ fn the_options_are_the_default_and_a_restart_keeps_what_the_label_says() {
     let mut node = ShadowNode::new(&agent, object, &["--", "--shadow"]);
     node.has_mode("shadow");
     assert!(!node.reaches_proxy());
-    node.api.shared().namespaces = vec![namespace("shop", "enforce")];
-    node.api.event("ADDED", namespace("shop", "enforce"));
+    node.watched.api.shared().namespaces = vec![namespace("shop", "enforce")];
+    node.watched.api.event("ADDED", namespace("shop", "enforce"));
     node.has_mode("enforce");
-    node.daemon.kill().expect("killed");
-    node.daemon.restart().expect("started");
+    node.watched.daemon.kill().expect("killed");
+    node.watched.daemon.restart().expect("started");
     node.wait("captured", |node| node.report().is_some_and(|report| report.state == PodState::Captured));
     assert_eq!(node.mode().as_deref(), Some("enforce"), "never in shadow in between");
     assert!(node.reaches_proxy());
@@ -172,7 +160,7 @@ fn each_kind_of_difference_is_said_once() {
     node.wait("agreement", |_| metrics().contains("intercept_shadow_flows_total{result=\"agreed\"} 1\n"));
     assert!(metrics().contains("intercept_pod_shadow_differences{pod=\"shop/cart\"} 0\n"), "{}", metrics());
     let said = |node: &ShadowNode<'_>| -> Vec<String> {
-        let events = &node.api.shared().posted;
+        let events = &node.watched.api.shared().posted;
         let differs = events.iter().filter(|event| event["reason"] == "ShadowDiffers");
         differs.map(|event| event["note"].as_str().expect("a text").to_owned()).collect()
     };
