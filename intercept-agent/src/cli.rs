@@ -83,7 +83,7 @@ pub(crate) enum Command {
     /// Outbound, a process without privileges connects from the pod to an address that nobody has. Inbound, the kernel is
     /// asked which socket a connection from outside would reach.
     Prove(InspectArgs),
-    /// Put the policy of a pod in shadow mode in force in place of its rules of iptables, without a restart
+    /// Enforce the policy of a pod in shadow mode in place of its rules of iptables, without a restart
     ///
     /// The rules that capture the pod are taken out of its namespace, and saved. Each new connection is captured by the
     /// policy or by the rules, and established connections continue. A command that was interrupted is finished by running

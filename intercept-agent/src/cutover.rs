@@ -1,9 +1,9 @@
-//! Puts a shadowed policy in force in place of a pod's rules of iptables, and back.
+//! Enforces a shadowed policy in place of a pod's rules of iptables, and goes back.
 //!
 //! While both are active, each new connection is captured by one of them. The programs decide first and rewrite connect(), and
 //! the rules return what goes over the loopback interface to the proxy; the one exception, connections of the proxy to its
 //! own pod, is what guards are for. Connections from outside go on to be redirected by the rules, after which the programs
-//! find them at the proxy's port. So the policy is put in force before the rules are taken out, and the rules are put in
+//! find them at the proxy's port. So the policy is enforced before the rules are taken out, and the rules are put in
 //! before the policy goes back into shadow mode. Only rules of base chains are touched: tables and chains stay, and with them
 //! the hooks by which NAT carries established connections on.
 
@@ -130,7 +130,7 @@ impl CutoverReport {
     }
 }
 
-/// Puts the policy of a pod in shadow mode in force, and takes the rules out that capture it. Also finishes what was
+/// Enforces the policy of a pod in shadow mode, and takes the rules out that capture it. Also finishes what was
 /// interrupted.
 pub fn cut_over(
     bpffs: &Path,
@@ -304,7 +304,7 @@ impl FoundRules {
     }
 }
 
-/// What is to be saved: what was saved before, with what was found since. While the rules are in force, only what is found.
+/// What is to be saved: what was saved before, with what was found since. While the rules are in and the policy only compares, only what is found.
 fn merged(before: Option<SavedRules>, current: &[FoundRules], mode: PolicyMode) -> SavedRules {
     let mut saved = before
         .filter(|saved| saved.state != RulesState::In || mode == PolicyMode::Enforce)

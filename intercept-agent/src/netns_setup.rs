@@ -158,7 +158,7 @@ pub fn plan(
     shared: &NetnsChanges,
 ) -> NetnsPlan {
     if config.shadow {
-        // Connections of a pod that was in force go on, and need what was added for them.
+        // Connections of a pod that was enforced go on, and need what was added for them.
         return NetnsPlan { kept: before.0.clone(), ..NetnsPlan::default() };
     }
     let wanted = wanted(config, interfaces, found);

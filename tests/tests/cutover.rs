@@ -114,7 +114,7 @@ fn there_and_back(fixture: &RulesFixture, times: usize, each: usize) -> tests::c
     let account = fixture.under_load(each, || {
         for n in 0..times {
             let said = fixture.cut(&[]);
-            assert!(said.contains("is in force"), "{said}");
+            assert!(said.contains("is enforced"), "{said}");
             assert!(!fixture.rules().contains("-A OUTPUT -j ISTIO_OUTPUT"), "{}", fixture.rules());
             let [pod] = &fixture.agent.pods().expect("a status")[..] else { panic!("one pod") };
             let rules = pod.cutover.as_ref().map(|cutover| cutover.rules.as_str());

@@ -1,4 +1,4 @@
-//! `cutover`: puts a shadowed policy in force in place of the pod's rules of iptables, and back.
+//! `cutover`: enforces a shadowed policy in place of the pod's rules of iptables, and goes back.
 
 use anyhow::{Context as _, Result};
 
@@ -34,7 +34,7 @@ pub(super) fn cutover(args: &CutoverArgs) -> Result<()> {
 fn print(report: &CutoverReport) {
     let cgroup = OneLine(report.cgroup.display());
     let done = match report.outcome {
-        CutoverOutcome::CutOver => "is in force, and these rules are out",
+        CutoverOutcome::CutOver => "is enforced, and these rules are out",
         CutoverOutcome::Back => "is in shadow mode, and these rules are in",
         CutoverOutcome::Unchanged => "is unchanged",
     };

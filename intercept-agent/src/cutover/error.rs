@@ -14,13 +14,13 @@ pub enum CutoverError {
     )]
     NotAttached { cgroup: PathBuf },
     #[error(
-        "cgroup {} is not in shadow mode, and `cutover` has not put it in force: attach it with --shadow, let it compare, and \
+        "cgroup {} is not in shadow mode, and `cutover` has not enforced it: attach it with --shadow, let it compare, and \
          cut it over then",
         cgroup.display()
     )]
     NotShadow { cgroup: PathBuf },
     #[error(
-        "cgroup {} is in force, and no rules of iptables are saved for it: `intercept-agent attach --shadow` puts it into \
+        "cgroup {} is enforced, and no rules of iptables are saved for it: `intercept-agent attach --shadow` puts it into \
          shadow mode, and leaves it to its rules if it has some",
         cgroup.display()
     )]
@@ -53,13 +53,14 @@ pub enum CutoverError {
     #[error("cgroup {} is a workload of this machine: only pods are cut over", cgroup.display())]
     Machine { cgroup: PathBuf },
     #[error(
-        "the daemon keeps {name} (cgroup {}): it would put the pod back into shadow mode while the rules are out",
+        "the daemon keeps {name} (cgroup {}): it would put the pod back into shadow mode while the rules are out; the pod's mode \
+         says what the daemon does (annotation or label intercept/mode)",
         cgroup.display()
     )]
     Kept { cgroup: PathBuf, name: String },
     #[error(
         "no rule in {netns} leads to a port of the proxy (looked with {tools}): the pod has no rules of iptables, or others \
-         than its options have; if nothing else captures it, `attach` without --shadow puts the policy in force"
+         than its options have; if nothing else captures it, `attach` without --shadow enforces the policy"
     )]
     NoRules { netns: String, tools: String },
     #[error(
@@ -82,7 +83,7 @@ pub enum CutoverError {
     )]
     Returned { tool: String },
     #[error(
-        "the rule {rule:?} of {tool} is not there after it was put in: the policy stays in force; run this command again"
+        "the rule {rule:?} of {tool} is not there after it was put in: the policy stays enforced; run this command again"
     )]
     Lost { tool: String, rule: String },
     #[error(transparent)]

@@ -98,10 +98,10 @@ impl Node {
     /// Removes what is left of pods and agents that are gone: folders without an active policy, pods whose cgroup or
     /// namespace is gone. Returns the pods that exist, by cookie.
     pub fn sweep(&mut self) -> Result<Living, NodeError> {
-        let in_force = self.maps.policies()?;
+        let active = self.maps.policies()?;
         let mut living = Living::new();
         for cookie in self.store.pods()? {
-            let policy = in_force.iter().find(|(netns, _)| *netns == cookie).map(|(_, policy)| policy);
+            let policy = active.iter().find(|(netns, _)| *netns == cookie).map(|(_, policy)| policy);
             let pod = match policy {
                 Some(policy) => self.living_pod(cookie, policy)?,
                 None => None,
