@@ -4,16 +4,18 @@ mod logging;
 mod parse;
 mod pod;
 
-use std::{net::IpAddr, path::PathBuf, time::Duration};
+use std::{path::PathBuf, time::Duration};
 
 use crate::{
-    daemon::protocol::DEFAULT_SOCKET, options::RawOptions, programs::DEFAULT_MAX_CONNECTIONS,
+    daemon::{protocol::DEFAULT_SOCKET, takeover::DEFAULT_MIN_FLOWS, workload::WorkloadRef},
+    options::RawOptions,
+    programs::DEFAULT_MAX_CONNECTIONS,
     store::DEFAULT_BPFFS,
 };
 
 pub(crate) use logging::start_logging;
-use parse::{arguments, minutes, namespace, seconds};
-pub(crate) use pod::{CutoverArgs, InspectArgs};
+use parse::{arguments, minutes, namespace, seconds, workload};
+pub(crate) use pod::{CutoverArgs, Direction, ExplainArgs, FlowContainer, InspectArgs};
 
 use clap::{ArgGroup, Args, Parser, Subcommand, ValueEnum};
 
@@ -253,6 +255,20 @@ pub(crate) struct DaemonArgs {
     /// 0 is never
     #[arg(long, value_name = "MINUTES", default_value = "10", env = "INTERCEPT_PROVE_INTERVAL", value_parser = minutes)]
     pub(crate) prove_interval: Duration,
+    /// With --shadow among the options: enforce this percentage of the workloads, by a hash of namespace, kind and name. A
+    /// higher percentage adds workloads to those of a lower one. Annotations, labels and --enforce-workloads take precedence
+    #[arg(long, value_name = "N", default_value_t = 0, env = "INTERCEPT_ENFORCE_PERCENT", requires = "node_name",
+          value_parser = clap::value_parser!(u8).range(0..=100))]
+    pub(crate) enforce_percent: u8,
+    /// With --shadow among the options: enforce these workloads, comma-separated, each as NAMESPACE/KIND/NAME, such as
+    /// shop/Deployment/cart. Annotations and labels take precedence
+    #[arg(long, value_name = "WORKLOADS", value_delimiter = ',', env = "INTERCEPT_ENFORCE_WORKLOADS",
+          requires = "node_name", value_parser = workload)]
+    pub(crate) enforce_workloads: Vec<WorkloadRef>,
+    /// Flows that must have been compared, without a difference, before a pod is cut over from its rules of iptables
+    #[arg(long, value_name = "N", default_value_t = DEFAULT_MIN_FLOWS, env = "INTERCEPT_CUTOVER_MIN_FLOWS",
+          value_parser = clap::value_parser!(u64).range(1..))]
+    pub(crate) cutover_min_flows: u64,
     /// Whether IPv6 of pods with a sidecar is captured
     #[arg(long, value_enum, default_value_t = CaptureIpv6::AsIstio, env = "INTERCEPT_IPV6")]
     pub(crate) ipv6: CaptureIpv6,
@@ -419,63 +435,6 @@ pub(crate) struct CheckArgs {
     /// Only whether connections can be joined; tested on connections in a new network namespace
     #[arg(long)]
     pub(crate) accelerate: bool,
-    /// Print JSON
-    #[arg(long)]
-    pub(crate) json: bool,
-    #[command(flatten)]
-    pub(crate) bpffs: Bpffs,
-}
-
-#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub(crate) enum Direction {
-    /// Opened in the pod
-    Outbound,
-    /// Arriving at the pod
-    Inbound,
-}
-
-#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub(crate) enum FlowContainer {
-    /// That of --proxy-cgroup
-    Proxy,
-    /// One of --exempt-cgroup
-    Exempt,
-}
-
-#[derive(Args)]
-pub(crate) struct ExplainArgs {
-    /// Direction of the flow
-    #[arg(value_enum)]
-    pub(crate) direction: Direction,
-    #[command(flatten)]
-    pub(crate) attachment: WhichCapture,
-    /// Destination address
-    #[arg(long, value_name = "ADDRESS")]
-    pub(crate) dst: IpAddr,
-    /// Destination port
-    #[arg(long, value_name = "PORT")]
-    pub(crate) dport: u16,
-    /// Outbound: address that the socket is bound to. Inbound: source address
-    #[arg(long, value_name = "ADDRESS")]
-    pub(crate) src: Option<IpAddr>,
-    /// User id of the socket's creator, in the initial user namespace
-    #[arg(long, default_value_t = 0)]
-    pub(crate) uid: u32,
-    /// Group id of the socket's creator, in the initial user namespace
-    #[arg(long, default_value_t = 0)]
-    pub(crate) gid: u32,
-    /// Outbound: SO_MARK of the socket
-    #[arg(long, default_value_t = 0)]
-    pub(crate) mark: u32,
-    /// Outbound, with --proxy-cgroup or --exempt-cgroup: the container that the process runs in [default: another one]
-    #[arg(long, value_enum)]
-    pub(crate) container: Option<FlowContainer>,
-    /// UDP instead of TCP
-    #[arg(long)]
-    pub(crate) udp: bool,
-    /// Inbound: index of the interface that the flow arrives on
-    #[arg(long, default_value_t = 0, value_name = "INDEX")]
-    pub(crate) ifindex: u32,
     /// Print JSON
     #[arg(long)]
     pub(crate) json: bool,

@@ -29,3 +29,4 @@ pub mod source;
 pub mod takeover;
 pub mod view;
 pub mod worker;
+pub mod workload;

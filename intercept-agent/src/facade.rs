@@ -22,6 +22,7 @@ pub mod daemon {
         cutover::{CutoverProgress, CutoverState},
         desired::CaptureArgs,
         mesh::Mesh,
+        mode::{ModeDecision, ModeRule, PodMode},
         protocol::{Add, DEFAULT_SOCKET, DaemonRequest, Response, SandboxInfo, Select},
         reconcile::{PodFailure, PodReport, PodState, ProofReport},
         sidecar::{Container, Ipv6, PodMetadata, PodVerdict, Selection, decide},

@@ -3,13 +3,13 @@
 use std::fs;
 
 use intercept_agent::facade::daemon::{
-    Add, CaptureArgs, DaemonRequest, PodReport, PodState, Response, SandboxInfo, Select,
+    Add, CaptureArgs, DaemonRequest, ModeRule, PodMode, PodReport, PodState, Response, SandboxInfo, Select,
 };
 use serde_json::json;
 use tests::{
     agent::Agent,
-    api::{Api, pod},
-    daemon::{Daemon, OUTBOUND, answers, proxy, service},
+    api::{Api, WatchedApi, pod},
+    daemon::{Daemon, OUTBOUND, add, answers, proxy, service},
     testbed::{Pod, PodSpec},
 };
 
@@ -158,6 +158,85 @@ fn pods_of_the_api_are_captured_followed_and_released() {
     assert_eq!(answers(&actor, service()).as_deref(), Some("proxy"));
     assert_eq!(daemon.ask(&DaemonRequest::Delete(info)).expect("an answer"), done("released"));
     assert_eq!(agent.pods().expect("status"), []);
+}
+
+/// What each source knows of why a pod has its mode. The percentile of the Deployment `cart` is 24.
+#[test]
+fn the_mode_follows_the_workload_as_far_as_a_source_knows_it() {
+    let agent = Agent::new("d-api-mode").expect("the agent");
+    let sandbox = Pod::new(PodSpec::new("api-mode")).expect("a pod");
+    let actor = proxy(&sandbox);
+    let cgroup = sandbox.cgroup.path().join(format!("kubepods/burstable/pod{UID}"));
+    fs::create_dir_all(&cgroup).expect("made");
+    for pid in sandbox.cgroup.processes().expect("listed") {
+        fs::write(cgroup.join("cgroup.procs"), pid.to_string()).expect("moved");
+    }
+    let spec = json!({ "containers": [{ "name": "app" }, { "name": "istio-proxy" }] });
+    let owned = |name: &str, uid: &str, kind: &str, owner: &str, labels: serde_json::Value| {
+        let mut pod = pod(name, uid, &spec, &json!({}));
+        let owner =
+            json!({ "apiVersion": "v1", "kind": kind, "name": owner, "uid": "o", "controller": true });
+        pod["metadata"]["ownerReferences"] = json!([owner]);
+        pod["metadata"]["labels"] = labels;
+        pod
+    };
+    let pods = vec![
+        owned("cart-x", UID, "ReplicaSet", "cart-5d4f", json!({ "pod-template-hash": "5d4f" })),
+        owned("bill-x", "uid-bill", "Job", "bill-29406720", json!({})),
+        owned("log-x", "uid-log", "DaemonSet", "log", json!({})),
+        owned("db-0", "uid-db", "StatefulSet", "db", json!({})),
+        pod("alone", "uid-alone", &spec, &json!({})),
+    ];
+    let root = sandbox.cgroup.path().to_str().expect("text").to_owned();
+    let arguments = |percent: &'static str| {
+        ["--cgroup-root", &root, "--enforce-percent", percent, "--", "--shadow"].map(str::to_owned)
+    };
+    let start = arguments("25");
+    let start: Vec<&str> = start.iter().map(String::as_str).collect();
+    let mut node = WatchedApi::start(&agent, pods, &start, &[]).expect("a daemon");
+    node.daemon.wait("captured", |daemon| is(daemon, "cart-x", PodState::Captured)).expect("captured");
+    assert_eq!(answers(&actor, service()).as_deref(), Some("proxy"));
+    let mode = |daemon: &Daemon<'_>, name: &str| report(daemon, name).and_then(|report| report.mode);
+    let cart = mode(&node.daemon, "cart-x").expect("a mode");
+    assert_eq!((cart.mode, cart.rule), (PodMode::Enforce, ModeRule::EnforcePercent));
+    for (name, workload) in [
+        ("cart-x", "shop/Deployment/cart"),
+        ("bill-x", "shop/CronJob/bill"),
+        ("log-x", "shop/DaemonSet/log"),
+        ("db-0", "shop/StatefulSet/db"),
+        ("alone", "shop/Pod/alone"),
+    ] {
+        let found = mode(&node.daemon, name).expect("a mode");
+        assert_eq!(found.workload.as_deref(), Some(workload), "{name}");
+    }
+    let less = arguments("24");
+    let less: Vec<&str> = less.iter().map(String::as_str).collect();
+    node.restart_with(&less).expect("started");
+    node.daemon
+        .wait("in shadow mode", |_| answers(&actor, service()).as_deref() != Some("proxy"))
+        .expect("in shadow mode");
+    let cart = mode(&node.daemon, "cart-x").expect("a mode");
+    assert_eq!((cart.mode, cart.rule, cart.percentile), (PodMode::Shadow, ModeRule::Default, Some(24)));
+
+    // Neither a file nor the runtime tells the workload.
+    let (file, added) = (
+        Pod::new(PodSpec::new("mode-file")).expect("a pod"),
+        Pod::new(PodSpec::new("mode-add")).expect("a pod"),
+    );
+    let _proxies = (proxy(&file), proxy(&added));
+    node.daemon.put("a", &file, &OUTBOUND).expect("put");
+    let by_file = node.daemon.wait_for("a", PodState::Captured).expect("captured").mode.expect("a mode");
+    assert_eq!((by_file.mode, by_file.rule, by_file.workload), (PodMode::Enforce, ModeRule::File, None));
+    node.daemon.kill().expect("killed");
+    let without_api = Daemon::start(&agent, &[]).expect("a daemon");
+    let arguments = [&OUTBOUND[..], &["--shadow"]].concat().into_iter().map(str::to_owned).collect();
+    let request = add(&added, "uid-added", arguments).expect("a request");
+    assert_eq!(without_api.ask(&request).expect("an answer"), Response::Done("captured".into()));
+    let mut reports = without_api.reports().expect("reports").into_iter();
+    let by_runtime = reports.find(|report| report.pod == "pod/uid-added").and_then(|report| report.mode);
+    let by_runtime = by_runtime.expect("a mode");
+    let found = (by_runtime.mode, by_runtime.rule, by_runtime.workload);
+    assert_eq!(found, (PodMode::Shadow, ModeRule::Default, None));
 }
 
 #[test]

@@ -14,7 +14,7 @@ use crate::{
 mod alerts;
 
 /// Settings that enable parts of the chart, and the version of Kubernetes to render for.
-const VARIANTS: [(&[&str], Option<&str>); 6] = [
+const VARIANTS: [(&[&str], Option<&str>); 7] = [
     (&[], None),
     (&["cni.options={-m,TPROXY}"], None),
     (&["cleanUpOnExit=true", "maxConnections=1000", "cni.options={-m,TPROXY}", "watch=false"], None),
@@ -34,12 +34,23 @@ const VARIANTS: [(&[&str], Option<&str>); 6] = [
         ],
         None,
     ),
+    (
+        &[
+            "mode=shadow",
+            "enforcePercent=50",
+            "enforceWorkloads={shop/Deployment/cart,bank/CronJob/bill}",
+            "cutover.legacyTables=true",
+            "cutover.minFlows=100",
+            "securityContextConstraints=true",
+        ],
+        None,
+    ),
     // The oldest supported version, where AppArmor is an annotation.
     (&[], Some("1.25")),
 ];
 
 /// Values that are refused, and a part of the message.
-const REFUSED: [(&str, &str); 13] = [
+const REFUSED: [(&str, &str); 19] = [
     ("cni.confdir=/etc/cni/net.d", "confdir"),
     ("metric.port=15099", "metric"),
     ("maxConnections=0", "/maxConnections"),
@@ -53,10 +64,17 @@ const REFUSED: [(&str, &str); 13] = [
     ("apiWait=60", "/apiWait"),
     ("cni.confName=/etc/cni/net.d/10-a.conflist", "/cni/confName"),
     ("resources.limits.memory=128MB", "/resources/limits/memory"),
+    ("enforcePercent=101", "/enforcePercent"),
+    ("mode=shadow,enforceWorkloads={shop/cart}", "/enforceWorkloads/0"),
+    // The default is to enforce all.
+    ("enforcePercent=50", "/mode"),
+    ("enforceWorkloads={shop/Deployment/cart}", "/mode"),
+    ("mode=shadow,watch=false,enforcePercent=50", "/watch"),
+    ("cutover.minFlows=0", "/cutover/minFlows"),
 ];
 
 /// Texts that must or must not be in the manifests with a value.
-const EFFECTS: [(&[&str], Option<&str>, &str, bool); 16] = [
+const EFFECTS: [(&[&str], Option<&str>, &str, bool); 24] = [
     (&[], None, "appArmorProfile: { type: Unconfined }", true),
     (&[], Some("1.29"), "appArmorProfile", false),
     (&[], Some("1.29"), "container.apparmor.security.beta.kubernetes.io/agent: unconfined", true),
@@ -76,6 +94,19 @@ const EFFECTS: [(&[&str], Option<&str>, &str, bool); 16] = [
     (&["watch=false"], None, "resources: [namespaces]", false),
     (&["mode=enforce"], None, "--shadow", false),
     (&["mode=shadow", "cni.options={--accelerate}"], None, "- --shadow\n            - --accelerate", true),
+    (&["mode=shadow", "enforcePercent=50"], None, "- --enforce-percent=50\n", true),
+    (&["mode=shadow"], None, "--enforce-", false),
+    (
+        &["mode=shadow", "enforceWorkloads={a/Pod/b,c/Job/d}"],
+        None,
+        "- --enforce-workloads=a/Pod/b,c/Job/d\n",
+        true,
+    ),
+    (&["cutover.minFlows=1000000"], None, "- --cutover-min-flows=1000000\n", true),
+    (&[], None, "NET_RAW", false),
+    (&["cutover.legacyTables=true"], None, "SETGID, NET_RAW]\n", true),
+    (&["cutover.legacyTables=true"], None, "mountPath: /run/xtables.lock", true),
+    (&["cutover.legacyTables=true"], None, "path: /run/xtables.lock, type: FileOrCreate", true),
     (&["excludeNamespaces={a,b}"], None, "--exclude-namespaces=a,b", true),
     (&["metrics.address=0.0.0.0"], None, "host: 127.0.0.1", true),
 ];

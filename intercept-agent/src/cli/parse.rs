@@ -6,6 +6,7 @@ use super::{Cli, CniArgs, Command, LogFormat, Logging, WhichCapture};
 use crate::{
     cgroup::{CgroupDir, CgroupError},
     cni,
+    daemon::workload::{WorkloadError, WorkloadRef},
 };
 
 /// Parses a namespace of Kubernetes, or an empty string, which excludes no namespace.
@@ -16,6 +17,11 @@ pub(super) fn namespace(text: &str) -> Result<String, String> {
     } else {
         Err("a namespace consists of at most 63 lower-case letters, digits and `-`".to_owned())
     }
+}
+
+/// Parses a reference to a workload.
+pub(super) fn workload(text: &str) -> Result<WorkloadRef, WorkloadError> {
+    WorkloadRef::parse(text)
 }
 
 /// Parses a time in seconds. The limit is below the half minute after which the plugin gives up.

@@ -7,6 +7,7 @@ use crate::{
     cli::{CaptureIpv6, DaemonArgs},
     daemon::{
         desired::CaptureArgs,
+        mode::EnforcedWorkloads,
         serve::{Settings, serve},
         sidecar::{Ipv6, Selection},
     },
@@ -22,6 +23,10 @@ pub(super) fn daemon(args: DaemonArgs) -> Result<()> {
             CaptureIpv6::Always => Ipv6::Always,
         },
         mesh: args.plugin.mesh.into(),
+        enforced: EnforcedWorkloads {
+            percent: args.enforce_percent,
+            listed: args.enforce_workloads.into_iter().collect(),
+        },
     };
     let plugin = args.cni_keep.then(|| super::cni::in_place(args.plugin, &args.socket.socket, &args.options));
     let mut arguments = args.options;
@@ -39,6 +44,7 @@ pub(super) fn daemon(args: DaemonArgs) -> Result<()> {
         cgroup_root: args.cgroup_root,
         node: args.node_name,
         api_wait: args.api_wait,
+        cutover_min_flows: args.cutover_min_flows,
         prove_interval: Some(args.prove_interval).filter(|interval| !interval.is_zero()),
         selection,
         defaults: CaptureArgs { arguments, ..CaptureArgs::default() },

@@ -316,6 +316,9 @@ fn print_daemon(report: &PodReport) {
         None => "links never verified".to_owned(),
     };
     print_line!("  daemon       {} is {}, {verified}", OneLine(&report.name), report.state.as_str());
+    if let Some(mode) = &report.mode {
+        print_line!("  mode         {}", OneLine(mode));
+    }
     if let Some(proof) = &report.proof {
         let ago =
             proof.proven_seconds_ago.map(|ago| format!(", last proven {ago} s ago")).unwrap_or_default();

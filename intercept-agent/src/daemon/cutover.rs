@@ -21,7 +21,7 @@ use super::{
 use crate::{
     cgroup::CgroupDir,
     confinement::explained,
-    cutover::{self, CutoverError, CutoverReport, Keeper, RulesState},
+    cutover::{self, Caution, CutoverError, CutoverReport, Keeper, RulesState},
     escape::OneLine,
     store::Store,
 };
@@ -33,6 +33,8 @@ const PARALLEL: usize = 4;
 #[derive(Clone)]
 pub struct Cutovers {
     bpffs: PathBuf,
+    /// Least number of compared flows.
+    min_flows: u64,
     permits: Arc<Semaphore>,
 }
 
@@ -45,9 +47,14 @@ pub struct CutoverAttempt {
 }
 
 impl Cutovers {
-    /// For the state in this bpffs.
-    pub fn new(bpffs: PathBuf) -> Self {
-        Self { bpffs, permits: Arc::new(Semaphore::new(PARALLEL)) }
+    /// For the state in this bpffs, of pods in which at least `min_flows` flows were compared.
+    pub fn new(bpffs: PathBuf, min_flows: u64) -> Self {
+        Self { bpffs, min_flows, permits: Arc::new(Semaphore::new(PARALLEL)) }
+    }
+
+    /// What must be known of a pod before it is cut over.
+    pub fn caution(&self, takeover: Takeover) -> Caution {
+        takeover.caution(self.min_flows)
     }
 
     /// Where the saved rules of a pod are; `None` if it has none.
@@ -62,7 +69,7 @@ impl Cutovers {
         applied: AppliedPod,
         takeover: Takeover,
     ) -> Result<CutoverAttempt, WorkerFailed> {
-        let caution = takeover.caution();
+        let caution = self.caution(takeover);
         self.run(move |bpffs| cutover::cut_over(&bpffs, &applied.open_cgroup()?, Keeper::Daemon, caution))
             .await
     }

@@ -12,7 +12,7 @@ use crate::{
     record::{Record, RecordOrigin},
 };
 
-use super::takeover::Takeover;
+use super::{mode::PodMode, takeover::Takeover};
 
 /// The identity of a pod, the same for all sources.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -151,6 +151,11 @@ impl CaptureOptions {
             Self::Args(given) => given.is_shadow(),
             Self::Config(config) => config.shadow,
         }
+    }
+
+    /// The mode that they are for.
+    pub fn mode(&self) -> PodMode {
+        if self.is_shadow() { PodMode::Shadow } else { PodMode::Enforce }
     }
 }
 

@@ -27,6 +27,7 @@ use super::{
     sidecar::{self, Container, INJECT, PodMetadata, PodVerdict, Selection},
     source::{PodSource, SourceContext},
     view::{Binding, ObjectClaim, ObjectId, ObjectPlace, ObjectUid, Stage},
+    workload::WorkloadRef,
 };
 use crate::ids::PodUid;
 
@@ -286,6 +287,7 @@ fn metadata(pod: &Pod) -> PodMetadata {
         namespace: pod.metadata.namespace.clone().unwrap_or_default(),
         annotations: pod.metadata.annotations.clone().unwrap_or_default(),
         namespace_mode: None,
+        workload: WorkloadRef::of_pod(&pod.metadata),
         inject_label: pod.metadata.labels.as_ref().and_then(|labels| labels.get(INJECT)).cloned(),
         control_plane: pod.metadata.labels.as_ref().is_some_and(|labels| labels.contains_key(CONTROL_PLANE)),
         host_network: spec.and_then(|spec| spec.host_network).unwrap_or_default(),

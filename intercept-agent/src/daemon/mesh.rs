@@ -6,7 +6,7 @@ use serde::Deserialize;
 
 use super::{
     desired::CaptureArgs,
-    mode,
+    mode::{self, ModeClaims},
     sidecar::{
         self, AnnotationError, Container, IgnoreReason, Ipv6, PodMetadata, PodVerdict, Selection, SidecarArgs,
     },
@@ -50,13 +50,14 @@ struct Known<'a> {
     control_plane: bool,
 }
 
-/// Decides for a pod of the API. `with_mode` adds the pod's mode to a verdict.
+/// Decides for a pod of the API.
 pub(super) fn decide(
     pod: &PodMetadata,
+    modes: ModeClaims<'_>,
     selection: &Selection,
     defaults: &CaptureArgs,
-    with_mode: impl Fn(PodVerdict) -> MeshVerdict,
 ) -> MeshVerdict {
+    let with_mode = |verdict| modes.apply(verdict, defaults);
     let (proxy, init) = match selection.mesh {
         Mesh::Linkerd => (linkerd::PROXY, linkerd::INIT),
         Mesh::Kuma => (kuma::PROXY, kuma::INIT),
@@ -69,7 +70,9 @@ pub(super) fn decide(
         return Ok(PodVerdict::Ignore(IgnoreReason::NoSidecar));
     };
     let known = Known { proxy: Some(proxy), control_plane: pod.control_plane };
-    pod.beside(init, defaults, || capture(&pod.annotations, known, selection, defaults).and_then(with_mode))
+    pod.beside(init, modes, defaults, || {
+        capture(&pod.annotations, known, selection, defaults).and_then(with_mode)
+    })
 }
 
 /// Decides by annotations only.
@@ -169,7 +172,7 @@ impl Flags {
     fn captured(mut self, annotations: &Annotations, ipv6: Ipv6, defaults: &CaptureArgs) -> MeshVerdict {
         self.0.extend(sidecar::switches(annotations)?);
         let given = CaptureArgs { arguments: self.0, environment: defaults.environment.clone() };
-        Ok(PodVerdict::Capture(SidecarArgs { given, ipv6, takeover: Takeover::None }))
+        Ok(PodVerdict::Capture(SidecarArgs { given, ipv6, takeover: Takeover::None, mode: None }))
     }
 }
 

@@ -1,17 +1,31 @@
 //! Whether the programs act for a pod or only compare (docs/shadow.md).
 //!
-//! The first that says something decides: the pod's annotation, the label of its namespace, the daemon's options.
+//! The first that says something decides:
+//!
+//! 1. the pod's annotation;
+//! 2. the label of its namespace;
+//! 3. the list of workloads (`--enforce-workloads`);
+//! 4. the percentage of workloads (`--enforce-percent`);
+//! 5. the daemon's options.
+//!
+//! No other file knows this order.
+
+use std::{collections::BTreeSet, fmt};
+
+use serde::{Deserialize, Serialize};
 
 use super::{
     desired::CaptureArgs,
     sidecar::{AnnotationError, PodVerdict},
+    workload::WorkloadRef,
 };
 
 /// The annotation of pods, and the label of namespaces. Of this project.
 pub const NAME: &str = "intercept/mode";
 
 /// What the programs do for a pod.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum PodMode {
     /// They act.
     Enforce,
@@ -19,45 +33,122 @@ pub enum PodMode {
     Shadow,
 }
 
+/// Which workloads are enforced although shadow mode is the default.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct EnforcedWorkloads {
+    /// The percentage of workloads, by [`WorkloadRef::percentile`].
+    pub percent: u8,
+    /// Workloads by name.
+    pub listed: BTreeSet<WorkloadRef>,
+}
+
+impl EnforcedWorkloads {
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.percent == 0 && self.listed.is_empty()
+    }
+
+    /// The rule by which a workload is enforced, if it is. An unknown one is in no list, and in the whole alone.
+    fn rule(&self, workload: Option<&WorkloadRef>) -> Option<ModeRule> {
+        if workload.is_some_and(|workload| self.listed.contains(workload)) {
+            return Some(ModeRule::EnforceWorkloads);
+        }
+        let percentile = workload.map_or(99, WorkloadRef::percentile);
+        (percentile < self.percent).then_some(ModeRule::EnforcePercent)
+    }
+}
+
+/// What decides the mode of a pod.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ModeRule {
+    /// Its annotation.
+    Annotation,
+    /// The label of its namespace.
+    NamespaceLabel,
+    /// The list of workloads.
+    EnforceWorkloads,
+    /// The percentage of workloads.
+    EnforcePercent,
+    /// The daemon's options, or those of the CNI plugin.
+    Default,
+    /// Its file in the folder of pods.
+    File,
+}
+
+/// The mode of a pod, and why. Its names in JSON are stable.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ModeDecision {
+    /// The mode.
+    pub mode: PodMode,
+    /// What decides it.
+    pub rule: ModeRule,
+    /// The pod's workload, if it is known.
+    pub workload: Option<String>,
+    /// That of the workload, from 0 to 99.
+    pub percentile: Option<u8>,
+    /// Workloads of a lower percentile are enforced.
+    pub enforce_percent: u8,
+}
+
 /// What is said of a pod's mode.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Debug)]
 pub struct ModeClaims<'a> {
     /// The pod's annotation.
     pub annotation: Option<&'a str>,
     /// The label of its namespace.
     pub label: Option<&'a str>,
+    /// Its workload, if it is known.
+    pub workload: Option<&'a WorkloadRef>,
+    /// Which workloads are enforced.
+    pub enforced: &'a EnforcedWorkloads,
 }
 
 impl ModeClaims<'_> {
-    /// The mode that the annotation, else the label, asks for.
-    pub fn asked(self) -> Result<Option<PodMode>, AnnotationError> {
+    /// The mode that is asked for, and by what. `None` leaves it to the options.
+    pub fn asked(self) -> Result<Option<(PodMode, ModeRule)>, AnnotationError> {
         let problem = |value: &str| format!("`{value}` is no mode; give shadow or enforce");
         match (self.annotation, self.label) {
             (Some(value), _) => match PodMode::read(value) {
                 None => Err(AnnotationError::new(NAME, problem(value))),
-                mode => Ok(mode),
+                Some(mode) => Ok(Some((mode, ModeRule::Annotation))),
             },
             (None, Some(value)) => match PodMode::read(value) {
                 None => Err(AnnotationError::of_namespace(NAME, problem(value))),
-                mode => Ok(mode),
+                Some(mode) => Ok(Some((mode, ModeRule::NamespaceLabel))),
             },
-            (None, None) => Ok(None),
+            (None, None) => Ok(self.enforced.rule(self.workload).map(|rule| (PodMode::Enforce, rule))),
         }
     }
 
     /// The mode, with these options for every pod.
-    pub fn mode(self, defaults: &CaptureArgs) -> Result<PodMode, AnnotationError> {
-        let default = if defaults.is_shadow() { PodMode::Shadow } else { PodMode::Enforce };
-        Ok(self.asked()?.unwrap_or(default))
+    pub fn decide(self, defaults: &CaptureArgs) -> Result<ModeDecision, AnnotationError> {
+        let (mode, rule) = match self.asked()? {
+            Some(asked) => asked,
+            None => (PodMode::of(defaults), ModeRule::Default),
+        };
+        Ok(ModeDecision {
+            mode,
+            rule,
+            workload: self.workload.map(ToString::to_string),
+            percentile: self.workload.map(WorkloadRef::percentile),
+            enforce_percent: self.enforced.percent,
+        })
     }
 
     /// Adds the mode to the arguments of a pod that is captured.
-    pub fn apply(self, mut verdict: PodVerdict) -> Result<PodVerdict, AnnotationError> {
-        if let PodVerdict::Capture(args) = &mut verdict
-            && let Some(mode) = self.asked()?
-        {
-            // Last, so that it takes precedence.
-            args.given.arguments.push(format!("--shadow={}", mode == PodMode::Shadow));
+    pub fn apply(
+        self,
+        mut verdict: PodVerdict,
+        defaults: &CaptureArgs,
+    ) -> Result<PodVerdict, AnnotationError> {
+        if let PodVerdict::Capture(args) = &mut verdict {
+            let decision = self.decide(defaults)?;
+            if decision.rule != ModeRule::Default {
+                // Last, so that it takes precedence.
+                args.given.arguments.push(format!("--shadow={}", decision.mode == PodMode::Shadow));
+            }
+            args.mode = Some(decision);
         }
         Ok(verdict)
     }
@@ -71,91 +162,50 @@ impl PodMode {
             _ => None,
         }
     }
+
+    /// That of options.
+    pub fn of(given: &CaptureArgs) -> Self {
+        if given.is_shadow() { Self::Shadow } else { Self::Enforce }
+    }
+
+    fn as_str(self) -> &'static str {
+        match self {
+            Self::Enforce => "enforce",
+            Self::Shadow => "shadow",
+        }
+    }
+}
+
+impl ModeDecision {
+    /// That of options that nothing else changes.
+    pub fn of_options(mode: PodMode, rule: ModeRule) -> Self {
+        Self { mode, rule, workload: None, percentile: None, enforce_percent: 0 }
+    }
+}
+
+impl fmt::Display for ModeDecision {
+    fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { mode, rule, workload, percentile, enforce_percent } = self;
+        write!(out, "{}, ", mode.as_str())?;
+        match rule {
+            ModeRule::Annotation => write!(out, "by its annotation {NAME}")?,
+            ModeRule::NamespaceLabel => write!(out, "by the label {NAME} of its namespace")?,
+            ModeRule::EnforceWorkloads => write!(out, "by --enforce-workloads")?,
+            ModeRule::EnforcePercent => write!(out, "by --enforce-percent {enforce_percent}")?,
+            ModeRule::Default if *enforce_percent > 0 => {
+                write!(out, "by default, with --enforce-percent {enforce_percent}")?;
+            }
+            ModeRule::Default => write!(out, "by default")?,
+            ModeRule::File => return write!(out, "by its file"),
+        }
+        match (workload, percentile) {
+            (Some(workload), Some(percentile)) => {
+                write!(out, " (workload {workload}, percentile {percentile})")
+            }
+            _ => write!(out, " (only the Kubernetes API tells its workload)"),
+        }
+    }
 }
 
 #[cfg(test)]
-mod tests {
-    use std::collections::BTreeMap;
-
-    use super::*;
-    use crate::daemon::{
-        mesh::Mesh,
-        sidecar::{self, Container, PodMetadata, Selection},
-        takeover::Takeover,
-    };
-
-    fn defaults(arguments: &[&str]) -> CaptureArgs {
-        let arguments = arguments.iter().map(|argument| (*argument).to_owned()).collect();
-        CaptureArgs { arguments, ..CaptureArgs::default() }
-    }
-
-    #[test]
-    fn the_annotation_decides_before_the_label_and_that_before_the_options() {
-        use PodMode::{Enforce, Shadow};
-        for (annotation, label, options, expected) in [
-            (None, None, &[][..], Enforce),
-            (None, None, &["--shadow"], Shadow),
-            (None, None, &["--shadow=false"], Enforce),
-            (None, Some("shadow"), &[], Shadow),
-            (None, Some("enforce"), &["--shadow"], Enforce),
-            (Some("shadow"), None, &[], Shadow),
-            (Some(" enforce "), None, &["--shadow"], Enforce),
-            (Some("shadow"), Some("enforce"), &[], Shadow),
-            (Some("enforce"), Some("shadow"), &["--shadow"], Enforce),
-            // Nothing depends on the label then.
-            (Some("shadow"), Some("wrong"), &[], Shadow),
-        ] {
-            let mode = ModeClaims { annotation, label }.mode(&defaults(options));
-            assert_eq!(mode, Ok(expected), "{annotation:?} {label:?} {options:?}");
-        }
-    }
-
-    #[test]
-    fn a_wrong_value_names_its_place_and_the_values() {
-        let text = |annotation, label| {
-            let asked = ModeClaims { annotation, label }.asked();
-            asked.expect_err("wrong").to_string()
-        };
-        let said = "intercept/mode: `yes` is no mode; give shadow or enforce";
-        assert_eq!(text(Some("yes"), Some("shadow")), format!("annotation {said}"));
-        assert_eq!(text(None, Some("yes")), format!("label of the namespace {said}"));
-    }
-
-    #[test]
-    fn with_every_mesh_an_init_container_and_shadow_mode_go_together() {
-        for (mesh, proxy, init, injected) in [
-            (Mesh::Istio, "istio-proxy", "istio-init", ("sidecar.istio.io/status", "{}")),
-            (Mesh::Linkerd, "linkerd-proxy", "linkerd-init", ("linkerd.io/proxy-version", "1")),
-            (Mesh::Kuma, "kuma-sidecar", "kuma-init", ("kuma.io/sidecar-injected", "true")),
-        ] {
-            let container = |name: &str, init| Container { name: name.into(), init, ..Container::default() };
-            let pod = |mode: Option<&str>| PodMetadata {
-                namespace: "shop".into(),
-                annotations: [Some(injected), mode.map(|mode| (NAME, mode))]
-                    .into_iter()
-                    .flatten()
-                    .map(|(name, value)| (name.to_owned(), value.to_owned()))
-                    .collect::<BTreeMap<_, _>>(),
-                containers: vec![container("app", false), container(proxy, false), container(init, true)],
-                ..PodMetadata::default()
-            };
-            let selection = Selection { mesh, ..Selection::default() };
-            let decide =
-                |mode, options: &[&str]| match sidecar::decide(&pod(mode), &selection, &defaults(options))
-                    .expect("sound")
-                {
-                    PodVerdict::Capture(args) if args.given.is_shadow() => "shadow",
-                    PodVerdict::Capture(args) if args.takeover == Takeover::Agreed => "cut over",
-                    PodVerdict::Capture(_) => "captured",
-                    PodVerdict::CaptureIfKept(args) if args.takeover == Takeover::Agreed => "captures itself",
-                    PodVerdict::CaptureIfKept(_) => "kept",
-                    PodVerdict::Ignore(why) => why.as_str(),
-                };
-            assert_eq!(decide(None, &[]), "captures itself", "{mesh:?}");
-            assert_eq!(decide(Some("enforce"), &[]), "cut over", "{mesh:?}");
-            assert_eq!(decide(Some("enforce"), &["--shadow"]), "cut over", "{mesh:?}");
-            assert_eq!(decide(Some("shadow"), &[]), "shadow", "{mesh:?}");
-            assert_eq!(decide(None, &["--shadow"]), "shadow", "{mesh:?}");
-        }
-    }
-}
+mod tests;

@@ -56,6 +56,8 @@ pub struct Settings {
     pub node: Option<String>,
     /// How long the ADD of a sandbox waits until the API reports its pod.
     pub api_wait: Duration,
+    /// Least number of flows that are compared before a pod is cut over.
+    pub cutover_min_flows: u64,
     /// Time between two probes of a pod, if pods are probed.
     pub prove_interval: Option<Duration>,
     /// Which pods are captured.
@@ -73,6 +75,11 @@ pub enum ServeError {
     Kubernetes(#[from] KubernetesError),
     #[error("reading the options for every pod")]
     Defaults(#[source] CaptureArgsError),
+    #[error(
+        "--enforce-percent and --enforce-workloads choose workloads among pods in shadow mode, and shadow mode is not the \
+         default: give --shadow among the options (`intercept-agent daemon ... -- --shadow`, chart: mode=shadow)"
+    )]
+    NothingToEnforce,
     #[error(transparent)]
     Folder(#[from] FolderError),
     #[error(transparent)]
@@ -99,6 +106,9 @@ struct Probes {
 pub async fn serve(settings: Settings, shutdown: impl Future<Output = ()>) -> Result<(), ServeError> {
     raise_file_limit();
     let defaults = settings.defaults.check().map_err(ServeError::Defaults)?;
+    if !settings.selection.enforced.is_empty() && !defaults.shadow {
+        return Err(ServeError::NothingToEnforce);
+    }
     if !defaults.accelerate.is_empty() {
         // So that its result is known when the first pod comes.
         self_test::has_ended();
@@ -106,7 +116,7 @@ pub async fn serve(settings: Settings, shutdown: impl Future<Output = ()>) -> Re
     let worker =
         Worker::start(settings.bpffs.clone(), settings.max_connections).map_err(ServeError::Thread)?;
     let metrics = Metrics::new();
-    let cutovers = Cutovers::new(settings.bpffs.clone());
+    let cutovers = Cutovers::new(settings.bpffs.clone(), settings.cutover_min_flows);
     let (mut reconciler, messages) = Reconciler::new(worker.clone(), cutovers, metrics.clone());
     if let Some(interval) = settings.prove_interval {
         reconciler.prove(ProofSettings { bpffs: settings.bpffs.clone(), interval });

@@ -10,9 +10,10 @@ use serde::Deserialize;
 use super::{
     desired::CaptureArgs,
     mesh::{self, Mesh},
-    mode::{self, ModeClaims},
+    mode::{self, EnforcedWorkloads, ModeClaims, ModeDecision},
     takeover::{self, Takeover},
     view::Certainty,
+    workload::WorkloadRef,
 };
 use crate::options::parse_bool;
 
@@ -68,6 +69,8 @@ pub struct Selection {
     pub ipv6: Ipv6,
     /// The mesh whose sidecars are captured.
     pub mesh: Mesh,
+    /// Which workloads are enforced although shadow mode is the default.
+    pub enforced: EnforcedWorkloads,
 }
 
 /// Whether a pod's IPv6 is captured.
@@ -90,6 +93,8 @@ pub struct PodMetadata {
     pub annotations: BTreeMap<String, String>,
     /// The label [`mode::NAME`] of its namespace.
     pub namespace_mode: Option<String>,
+    /// Its workload.
+    pub workload: Option<WorkloadRef>,
     /// Value of the label `sidecar.istio.io/inject`.
     pub inject_label: Option<String>,
     /// Whether a label says that the pod belongs to Linkerd's control plane.
@@ -115,29 +120,6 @@ pub struct Container {
     pub environment: BTreeMap<String, String>,
     /// Arguments.
     pub args: Vec<String>,
-}
-
-impl PodMetadata {
-    fn modes(&self) -> ModeClaims<'_> {
-        ModeClaims {
-            annotation: self.annotations.get(mode::NAME).map(String::as_str),
-            label: self.namespace_mode.as_deref(),
-        }
-    }
-
-    /// Decides for a pod that this init container may capture itself, whose verdict is `captured` otherwise.
-    pub(super) fn beside(
-        &self,
-        init: &str,
-        defaults: &CaptureArgs,
-        captured: impl FnOnce() -> Result<PodVerdict, AnnotationError>,
-    ) -> Result<PodVerdict, AnnotationError> {
-        let has_init = self.containers.iter().any(|container| container.name == init && container.init);
-        if !has_init {
-            return captured();
-        }
-        takeover::decide(self.modes(), defaults, &self.annotations, captured)
-    }
 }
 
 impl Container {
@@ -167,6 +149,8 @@ pub struct SidecarArgs {
     pub ipv6: Ipv6,
     /// Whether it is cut over from rules of its own.
     pub takeover: Takeover,
+    /// Its mode, and why; `None` until that is decided.
+    pub mode: Option<ModeDecision>,
 }
 
 impl SidecarArgs {
@@ -288,17 +272,17 @@ pub fn decide(
     if let Some(why) = elsewhere {
         return Ok(PodVerdict::Ignore(why));
     }
-    let modes = pod.modes();
+    let modes = pod.modes(&selection.enforced);
     if selection.mesh != Mesh::Istio {
-        return mesh::decide(pod, selection, defaults, |verdict| modes.apply(verdict));
+        return mesh::decide(pod, modes, selection, defaults);
     }
     if let Some(why) = reason_without_sidecar(pod) {
         return Ok(PodVerdict::Ignore(why));
     }
     let proxy = proxy(&pod.containers);
-    pod.beside(INIT, defaults, || match proxy.and_then(|proxy| reason_not_to_capture(pod, proxy)) {
+    pod.beside(INIT, modes, defaults, || match proxy.and_then(|proxy| reason_not_to_capture(pod, proxy)) {
         Some(why) => Ok(PodVerdict::Ignore(why)),
-        None => modes.apply(capture(&pod.annotations, proxy, selection, defaults)?),
+        None => modes.apply(capture(&pod.annotations, proxy, selection, defaults)?, defaults),
     })
 }
 
@@ -355,8 +339,10 @@ pub fn decide_by_annotations(
     let Some(annotations) = annotations else {
         return (ignore(IgnoreReason::AnnotationsUnknown), Certainty::Provisional);
     };
-    let modes = ModeClaims { annotation: annotations.get(mode::NAME).map(String::as_str), label: None };
-    let applied = |verdict: Result<PodVerdict, _>| verdict.and_then(|verdict| modes.apply(verdict));
+    let annotation = annotations.get(mode::NAME).map(String::as_str);
+    // Only the API has the label and the owners.
+    let modes = ModeClaims { annotation, label: None, workload: None, enforced: &selection.enforced };
+    let applied = |verdict: Result<PodVerdict, _>| verdict.and_then(|verdict| modes.apply(verdict, defaults));
     if selection.mesh != Mesh::Istio {
         let (verdict, certainty) = mesh::decide_by_annotations(annotations, selection, defaults);
         return (applied(verdict), certainty);
@@ -455,7 +441,7 @@ fn capture(
     let dual_stack = proxy.is_some_and(|proxy| proxy.is_set("ISTIO_DUAL_STACK"));
     let ipv6 = if dual_stack { Ipv6::Always } else { selection.ipv6 };
     let given = CaptureArgs { arguments, environment: defaults.environment.clone() };
-    Ok(PodVerdict::Capture(SidecarArgs { given, ipv6, takeover: Takeover::None }))
+    Ok(PodVerdict::Capture(SidecarArgs { given, ipv6, takeover: Takeover::None, mode: None }))
 }
 
 /// Returns the flags of this project's annotations.

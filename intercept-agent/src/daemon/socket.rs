@@ -13,6 +13,7 @@ use tokio::{
 
 use super::{
     desired::Key,
+    mode::{ModeDecision, ModeRule, PodMode},
     placement::Placement,
     protocol::{Add, DaemonRequest, MAX_LINE, PATIENCE, Refusal, Response, SandboxInfo, Select},
     ready::Readiness,
@@ -213,7 +214,9 @@ impl Context {
         };
         let (verdict, certainty) = match (add.select, add.annotations) {
             (Select::All, _) => {
-                let args = SidecarArgs { given: add.given, ipv6: Ipv6::Always, takeover: Takeover::None };
+                let mode = Some(ModeDecision::of_options(PodMode::of(&add.given), ModeRule::Default));
+                let args =
+                    SidecarArgs { given: add.given, ipv6: Ipv6::Always, takeover: Takeover::None, mode };
                 (Ok(PodVerdict::Capture(args)), Certainty::Provisional)
             }
             (Select::Sidecar, annotations) => sidecar::decide_by_annotations(

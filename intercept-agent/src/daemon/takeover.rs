@@ -4,16 +4,16 @@ use std::collections::BTreeMap;
 
 use super::{
     desired::CaptureArgs,
-    mode::{ModeClaims, PodMode},
-    sidecar::{AnnotationError, IgnoreReason, PodVerdict, SidecarArgs},
+    mode::{self, EnforcedWorkloads, ModeClaims, ModeDecision, ModeRule, PodMode},
+    sidecar::{AnnotationError, IgnoreReason, PodMetadata, PodVerdict, SidecarArgs},
 };
 use crate::cutover::Caution;
 
 /// The annotation by which a pod is cut over although the comparison differs or has little to say. Of this project.
 pub const NAME: &str = "intercept/cutover";
 
-/// Flows that must have been compared, without a difference, before the daemon cuts a pod over.
-pub const LEAST_COMPARED: u64 = 10;
+/// Default of `--cutover-min-flows`: flows that must have been compared, without a difference, before a pod is cut over.
+pub const DEFAULT_MIN_FLOWS: u64 = 10;
 
 /// Whether a pod is cut over from rules of its own.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -28,10 +28,10 @@ pub enum Takeover {
 }
 
 impl Takeover {
-    /// What must be known before the pod is cut over.
-    pub fn caution(self) -> Caution {
+    /// What must be known before the pod is cut over. It is compared in at least `min_flows` flows.
+    pub fn caution(self, min_flows: u64) -> Caution {
         match self {
-            Self::None | Self::Agreed => Caution::Compared(LEAST_COMPARED),
+            Self::None | Self::Agreed => Caution::Compared(min_flows),
             Self::Forced => Caution::Forced,
         }
     }
@@ -48,6 +48,33 @@ impl Takeover {
     }
 }
 
+impl PodMetadata {
+    /// What is said of its mode.
+    pub(super) fn modes<'a>(&'a self, enforced: &'a EnforcedWorkloads) -> ModeClaims<'a> {
+        ModeClaims {
+            annotation: self.annotations.get(mode::NAME).map(String::as_str),
+            label: self.namespace_mode.as_deref(),
+            workload: self.workload.as_ref(),
+            enforced,
+        }
+    }
+
+    /// Decides for a pod that this init container may capture itself, whose verdict is `captured` otherwise.
+    pub(super) fn beside(
+        &self,
+        init: &str,
+        modes: ModeClaims<'_>,
+        defaults: &CaptureArgs,
+        captured: impl FnOnce() -> Result<PodVerdict, AnnotationError>,
+    ) -> Result<PodVerdict, AnnotationError> {
+        let has_init = self.containers.iter().any(|container| container.name == init && container.init);
+        if !has_init {
+            return captured();
+        }
+        decide(modes, defaults, &self.annotations, captured)
+    }
+}
+
 /// Decides for a pod that its init container captures. `captured` is the verdict without that container.
 pub fn decide(
     modes: ModeClaims<'_>,
@@ -55,10 +82,11 @@ pub fn decide(
     annotations: &BTreeMap<String, String>,
     captured: impl FnOnce() -> Result<PodVerdict, AnnotationError>,
 ) -> Result<PodVerdict, AnnotationError> {
-    if modes.mode(defaults)? == PodMode::Shadow {
+    let ModeDecision { mode, rule, .. } = modes.decide(defaults)?;
+    if mode == PodMode::Shadow {
         return captured();
     }
-    let is_asked = modes.asked()?.is_some();
+    let is_asked = rule != ModeRule::Default;
     match captured().and_then(|verdict| Ok((verdict, Takeover::read(annotations)?))) {
         Ok((PodVerdict::Capture(args), takeover)) => {
             let args = SidecarArgs { takeover, ..args };

@@ -23,6 +23,7 @@ use std::{
 use super::{
     cause::Cause,
     desired::{CaptureOptions, DesiredPod},
+    mode::{ModeDecision, ModeRule},
     sidecar::{AnnotationError, IgnoreReason, PodVerdict, SidecarArgs},
 };
 use crate::{ids::PodUid, record::RecordOrigin};
@@ -140,6 +141,7 @@ pub enum ApiWait {
 #[derive(Debug, Default)]
 pub struct PodView {
     file: Option<Result<DesiredPod, String>>,
+    file_mode: Option<ModeDecision>,
     sandbox: Option<SandboxClaim>,
     objects: BTreeMap<ObjectUid, ObjectClaim>,
     applied_before: Option<DesiredPod>,
@@ -196,13 +198,15 @@ struct SandboxPlace<'a> {
 impl PodView {
     /// Sets the claim of a file of the folder, or why it is invalid.
     pub fn set_file(&mut self, file: Result<DesiredPod, String>) {
+        let mode = |desired: &DesiredPod| ModeDecision::of_options(desired.options.mode(), ModeRule::File);
+        self.file_mode = file.as_ref().ok().map(mode);
         self.file = Some(file);
         self.applied_before = None;
     }
 
     /// Removes the claim of the file.
     pub fn remove_file(&mut self) {
-        self.file = None;
+        (self.file, self.file_mode) = (None, None);
         self.applied_before = None;
     }
 
@@ -425,6 +429,19 @@ impl PodView {
             }
             (ObjectPlace::Pending, None) => Resolution::Unplaced,
             (ObjectPlace::Missing(problem), None) => Resolution::Refuse(ClaimError::Cgroup(problem.clone())),
+        }
+    }
+
+    /// The mode of a pod that is to be captured, and why.
+    pub fn mode(&self) -> Option<&ModeDecision> {
+        let verdict = match (&self.file, self.speaker(), &self.sandbox) {
+            (Some(_), ..) => return self.file_mode.as_ref(),
+            (None, Some(object), _) => &object.verdict,
+            (None, None, sandbox) => &sandbox.as_ref()?.verdict,
+        };
+        match verdict {
+            Ok(PodVerdict::Capture(args) | PodVerdict::CaptureIfKept(args)) => args.mode.as_ref(),
+            Ok(PodVerdict::Ignore(_)) | Err(_) => None,
         }
     }
 

@@ -38,7 +38,7 @@ impl Reconciler {
             let Some(report) = reports.iter().find(|report| report.netns_cookie == applied.cookie) else {
                 continue;
             };
-            let caution = pod.cutover.takeover.caution();
+            let caution = self.cutovers.caution(pod.cutover.takeover);
             judged.push((
                 key.clone(),
                 cutover::refuse_disagreement(Some(report), &applied.cgroup, Keeper::Daemon, caution),

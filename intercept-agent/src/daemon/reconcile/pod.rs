@@ -15,6 +15,7 @@ use crate::{
         capture::{AppliedPod, CaptureError},
         cutover::{CutoverProgress, CutoverRecord},
         desired::Key,
+        mode::ModeDecision,
         protocol::Refusal,
         prove::ProofRecord,
         retry,
@@ -233,6 +234,8 @@ pub struct PodReport {
     pub proof: Option<ProofReport>,
     #[serde(default)]
     pub cutover: Option<CutoverProgress>,
+    #[serde(default)]
+    pub mode: Option<ModeDecision>,
 }
 
 impl PodReport {
@@ -255,6 +258,7 @@ impl PodReport {
             earlier_connections: pod.preexisting_connections,
             proof: ProofReport::of(&pod.proof),
             cutover: pod.cutover.progress(),
+            mode: pod.view.mode().filter(|_| pod.machine.ignored().is_none()).cloned(),
             links_verified_seconds_ago: pod.last_verified.map(|verified| verified.elapsed().as_secs()),
         }
     }
