@@ -11,7 +11,7 @@ use std::{
     time::Duration,
 };
 
-use rustix::process::{Pid, Signal, kill_process_group};
+use rustix::process::{Pid, Signal, getppid, kill_process_group, set_parent_process_death_signal};
 use serde::{Deserialize, Serialize};
 
 use super::{CutoverError, rules::SavedTable};
@@ -99,14 +99,11 @@ impl Tool {
         };
         // The child inherits the namespace of the thread that starts it.
         let ended = netns.run(|| -> io::Result<Ended> {
-            let child = Command::new(&path)
-                .args(arguments)
-                .stdin(Stdio::piped())
-                .stdout(Stdio::piped())
-                .stderr(Stdio::piped())
-                .process_group(0)
-                .spawn()?;
-            wait(child, input)
+            let mut command = Command::new(&path);
+            command.args(arguments).process_group(0);
+            command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+            end_with_this_thread(&mut command);
+            wait(command.spawn()?, input)
         })?;
         let output = match ended.map_err(|error| failed(error.to_string()))? {
             Ended::Itself(output) => output,
@@ -127,6 +124,19 @@ impl Tool {
 enum Ended {
     Itself(Output),
     Killed,
+}
+
+/// Has the kernel kill a program when the thread that starts it ends, which waits for it. Otherwise the program of an agent that was
+/// killed could change the rules after the next agent has read them.
+fn end_with_this_thread(command: &mut Command) {
+    let parent = rustix::process::getpid();
+    let set = move || {
+        set_parent_process_death_signal(Some(Signal::KILL))?;
+        // It may have ended before.
+        if getppid() == Some(parent) { Ok(()) } else { Err(io::ErrorKind::BrokenPipe.into()) }
+    };
+    // SAFETY: the closure makes two system calls and allocates nothing, as is required between fork() and exec().
+    unsafe { command.pre_exec(set) };
 }
 
 /// Gives a program its input and waits for it. If that takes too long, kills it with all that it has started.
