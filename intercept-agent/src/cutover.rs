@@ -15,6 +15,7 @@ use std::{
 
 use serde::Serialize;
 
+mod all_back;
 mod error;
 mod guards;
 mod iptables;
@@ -22,6 +23,7 @@ mod pod;
 mod rules;
 mod saved;
 
+pub use all_back::{RulesReturn, all_back, remove_unreadable};
 pub use error::CutoverError;
 pub use rules::BaseRule;
 pub use saved::{RulesState, SavedRules};
@@ -36,6 +38,7 @@ use self::{
 use crate::{
     cgroup::CgroupDir,
     ids::{CookieNumber, NetnsCookie},
+    netns::Netns,
     shadow::ShadowReport,
 };
 
@@ -197,17 +200,7 @@ pub fn go_back(bpffs: &Path, cgroup: &CgroupDir, keeper: Keeper) -> Result<Cutov
     };
     let were_in = saved.state == RulesState::In;
     pod.save(&mut saved, if were_in { RulesState::In } else { RulesState::Changing })?;
-    for SavedTool { tool, captures, guards, .. } in &saved.tools {
-        let found = FoundRules::read(&pod, tool.clone())?;
-        let mut returned = Transaction::default();
-        returned.insert_first(&found.tables, guards);
-        returned.insert(&found.tables, captures, guards);
-        found.change(&pod, &returned)?;
-        let found = FoundRules::read(&pod, tool.clone())?;
-        if let Some(rule) = missing(&found.tables, captures).first() {
-            return Err(CutoverError::Lost { tool: tool.name().to_owned(), rule: rule.rule.clone() });
-        }
-    }
+    put_in(pod.netns(), &saved)?;
     pod.save(&mut saved, RulesState::In)?;
     pod.switch(PolicyMode::Shadow)?;
     overlap(thread::sleep);
@@ -215,13 +208,34 @@ pub fn go_back(bpffs: &Path, cgroup: &CgroupDir, keeper: Keeper) -> Result<Cutov
     for tool in &saved.tools {
         let found = FoundRules::read(&pod, tool.tool.clone())?;
         let mut unguarded = Transaction::default();
-        unguarded.delete(&found.present(&tool.guards));
+        unguarded.delete(&present(&found.tables, &tool.guards));
         found.change(&pod, &unguarded)?;
         let now = FoundRules::read(&pod, tool.tool.clone())?.lines();
         report.differences.extend(differences(tool.tool.name(), &tool.tables, &now));
     }
     pod.forget()?;
     Ok(report)
+}
+
+/// Puts saved rules in again, behind their guards.
+fn put_in(netns: &Netns, saved: &SavedRules) -> Result<(), CutoverError> {
+    for SavedTool { tool, captures, guards, .. } in &saved.tools {
+        let tables = tool.save(netns)?;
+        let mut returned = Transaction::default();
+        returned.insert_first(&tables, guards);
+        returned.insert(&tables, captures, guards);
+        tool.change(netns, &returned)?;
+        if let Some(rule) = missing(&tool.save(netns)?, captures).first() {
+            return Err(CutoverError::Lost { tool: tool.name().to_owned(), rule: rule.rule.clone() });
+        }
+    }
+    Ok(())
+}
+
+/// Those of `rules` that are in the tables.
+fn present(tables: &[SavedTable], rules: &[BaseRule]) -> Vec<BaseRule> {
+    let missing = missing(tables, rules);
+    rules.iter().filter(|rule| !missing.contains(rule)).cloned().collect()
 }
 
 /// Refuses to cut a pod over whose shadow says this.
@@ -279,11 +293,6 @@ impl FoundRules {
         self.tables.iter().flat_map(|table| table.without(&self.guards).lines()).collect()
     }
 
-    fn present(&self, rules: &[BaseRule]) -> Vec<BaseRule> {
-        let missing = missing(&self.tables, rules);
-        rules.iter().filter(|rule| !missing.contains(rule)).cloned().collect()
-    }
-
     /// What takes the captures out, and with them those guards that only both captures together need.
     fn removal(&self, saved: &SavedRules) -> Transaction {
         let mut removed = Transaction::default();
@@ -291,16 +300,13 @@ impl FoundRules {
         if let Some(tool) = saved.tools.iter().find(|tool| tool.tool == self.tool) {
             let overlap: Vec<BaseRule> =
                 tool.guards.iter().filter(|rule| rule.table == "nat").cloned().collect();
-            removed.delete(&self.present(&overlap));
+            removed.delete(&present(&self.tables, &overlap));
         }
         removed
     }
 
     fn change(&self, pod: &CutoverPod, changes: &Transaction) -> Result<(), CutoverError> {
-        if changes.is_empty() {
-            return Ok(());
-        }
-        self.tool.restore(pod.netns(), &changes.text())
+        self.tool.change(pod.netns(), changes)
     }
 }
 

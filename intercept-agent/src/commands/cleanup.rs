@@ -25,6 +25,9 @@ pub(super) fn cleanup(args: &CleanupArgs) -> Result<()> {
     }
     match socket::request(&args.socket.socket, &DaemonRequest::Leave) {
         Ok(Response::Done(_)) => print_line!("the daemon released all pods"),
+        Ok(Response::Failed(problem)) => {
+            bail!("asking the daemon to release all pods (its log says more): {}", problem.text)
+        }
         Ok(other) => bail!("asking the daemon to release all pods: {other:?}"),
         // No daemon is running.
         Err(_) => {}

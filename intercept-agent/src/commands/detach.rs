@@ -1,7 +1,7 @@
 //! `detach`.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     path::{Path, PathBuf},
 };
 
@@ -11,6 +11,8 @@ use super::print_line;
 use crate::{
     cgroup::CgroupDir,
     cli::{DetachArgs, Which},
+    cutover::{self, RulesReturn},
+    escape::OneLine,
     ids::NetnsCookie,
     node::{DetachedPod, Node, NodeError},
     record::Record,
@@ -92,22 +94,32 @@ pub(super) fn detach_all(bpffs: &Path) -> Result<()> {
         tracing::warn!(error = &error as &dyn std::error::Error, "removing state that cannot be read");
         None
     });
-    let Some(mut node) = found else {
-        if Node::remove_unreadable(bpffs)? {
+    let Some(node) = found else {
+        let removed = cutover::remove_unreadable(bpffs).context(
+            "removing the state of another version of the agent, after the rules of iptables of its pods are in again",
+        )?;
+        if removed {
             print_line!("removed state of another version of the agent, or of one that crashed");
         } else {
             print_line!("nothing is attached");
         }
         return Ok(());
     };
-    let mut failed = None;
+    // The rules are put in with a lock of their own.
+    drop(node);
+    let (mut failed, kept) = put_rules_in(bpffs)?;
+    let Some(mut node) = Node::find(bpffs)? else { return Ok(()) };
     for DetachedPod { cookie, cgroup, result } in node.detach_all()? {
+        if kept.contains(&cookie) && result.is_err() {
+            // That was said.
+            continue;
+        }
         let cgroup = cgroup.map_or("(unknown)".to_owned(), |path| path.display().to_string());
         match result {
             Ok(()) => print_line!("detached cgroup {cgroup} (cookie {cookie})"),
             Err(error) => {
                 tracing::error!(cgroup, error = &error as &dyn std::error::Error, "detaching");
-                failed = Some(error);
+                failed = Some(error.into());
             }
         }
     }
@@ -117,4 +129,33 @@ pub(super) fn detach_all(bpffs: &Path) -> Result<()> {
     }
     node.remove_programs()?;
     Ok(())
+}
+
+/// Puts the rules of pods in again that are cut over. Returns the last error, and the pods that nothing would capture without the
+/// programs.
+fn put_rules_in(bpffs: &Path) -> Result<(Option<anyhow::Error>, BTreeSet<NetnsCookie>)> {
+    let (mut failed, mut kept) = (None, BTreeSet::new());
+    for RulesReturn { cookie, cgroup, result } in cutover::all_back(bpffs)? {
+        let cgroup = cgroup.display();
+        match result {
+            Ok(Some(report)) => {
+                let rules = report.rules.len();
+                print_line!("{rules} rules of iptables of cgroup {cgroup} are in again");
+                for line in &report.differences {
+                    print_line!("  DIFFERS from before: {}", OneLine(line));
+                }
+            }
+            Ok(None) => print_line!("cgroup {cgroup} is gone, and its rules of iptables with it"),
+            Err(error) => {
+                let what = format!(
+                    "putting the rules of iptables of cgroup {cgroup} in again: the programs go on to capture it; restart the pod, \
+                     which makes its rules anew, or remove the cause and run this command again"
+                );
+                tracing::error!(error = &error as &dyn std::error::Error, "{what}");
+                failed = Some(anyhow::Error::from(error).context(what));
+                kept.insert(cookie);
+            }
+        }
+    }
+    Ok((failed, kept))
 }

@@ -14,7 +14,10 @@ use std::{
 use rustix::process::{Pid, Signal, getppid, kill_process_group, set_parent_process_death_signal};
 use serde::{Deserialize, Serialize};
 
-use super::{CutoverError, rules::SavedTable};
+use super::{
+    CutoverError,
+    rules::{SavedTable, Transaction},
+};
 use crate::netns::Netns;
 
 /// Folders that are searched besides those of PATH.
@@ -79,9 +82,12 @@ impl Tool {
     }
 
     /// Makes changes, of each table all or none.
-    pub(super) fn restore(&self, netns: &Netns, changes: &str) -> Result<(), CutoverError> {
+    pub(super) fn change(&self, netns: &Netns, changes: &Transaction) -> Result<(), CutoverError> {
+        if changes.is_empty() {
+            return Ok(());
+        }
         // Another program may hold the lock of the older tables.
-        self.run(netns, "restore", &["--noflush", "--wait", "10"], changes).map(drop)
+        self.run(netns, "restore", &["--noflush", "--wait", "10"], &changes.text()).map(drop)
     }
 
     fn run(
@@ -120,12 +126,6 @@ impl Tool {
     }
 }
 
-/// How a program has ended.
-enum Ended {
-    Itself(Output),
-    Killed,
-}
-
 /// Has the kernel kill a program when the thread that starts it ends, which waits for it. Otherwise the program of an agent that was
 /// killed could change the rules after the next agent has read them.
 fn end_with_this_thread(command: &mut Command) {
@@ -137,6 +137,12 @@ fn end_with_this_thread(command: &mut Command) {
     };
     // SAFETY: the closure makes two system calls and allocates nothing, as is required between fork() and exec().
     unsafe { command.pre_exec(set) };
+}
+
+/// How a program has ended.
+enum Ended {
+    Itself(Output),
+    Killed,
 }
 
 /// Gives a program its input and waits for it. If that takes too long, kills it with all that it has started.

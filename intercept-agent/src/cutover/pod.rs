@@ -55,7 +55,8 @@ impl CutoverPod {
         if cookie.is_workload() {
             return Err(CutoverError::Machine { cgroup: path() });
         }
-        if keeper == Keeper::Command && record.origin != RecordOrigin::Command {
+        // Without a daemon nothing else changes the pod, and the next one goes on from there.
+        if keeper == Keeper::Command && record.origin != RecordOrigin::Command && store.is_kept() {
             return Err(CutoverError::Kept { cgroup: path(), name: record.name() });
         }
         let netns = record.netns().map_or_else(|| Netns::of_cgroup(cgroup), Ok)?;

@@ -43,7 +43,7 @@ use super::{
     view::PodView,
     worker::{Priority, Worker},
 };
-use crate::{node::NodeError, record::Record};
+use crate::{cutover::CutoverError, record::Record};
 
 /// How often pods are checked. The state of a pod that is gone is removed within a second.
 const POLL_INTERVAL: Duration = Duration::from_millis(400);
@@ -208,7 +208,7 @@ impl Reconciler {
         }
     }
 
-    fn uninstall(&mut self, reply: oneshot::Sender<Result<(), NodeError>>) {
+    fn uninstall(&mut self, reply: oneshot::Sender<Result<(), CutoverError>>) {
         self.uninstalling = true;
         tracing::info!("removing everything from this node");
         let mut applied = Vec::new();

@@ -24,6 +24,8 @@ use super::{
     view::{Certainty, SandboxClaim},
 };
 use crate::{
+    confinement::explained,
+    escape::OneLine,
     ids::PodUid,
     ownership::{OwnedFolder, OwnershipError},
 };
@@ -188,9 +190,7 @@ impl Context {
             }
             DaemonRequest::Leave => match self.tell(Message::Leave).await {
                 Some(Ok(())) => Response::Done("left".to_owned()),
-                Some(Err(error)) => {
-                    failed(Refusal::Internal, super::capture::CaptureError::from(error).text())
-                }
+                Some(Err(error)) => failed(Refusal::Internal, OneLine(explained(&error)).to_string()),
                 None => ending(),
             },
         }

@@ -12,6 +12,7 @@ use std::{
 use tokio::sync::oneshot;
 
 use crate::{
+    cutover::{self, CutoverError},
     node::{Node, NodeError, Paused},
     store::Lock,
 };
@@ -162,14 +163,14 @@ impl Access {
     }
 
     /// Remove everything from the node, whoever attached it. Jobs that come after find nothing, and make nothing.
-    pub fn remove_everything(&mut self) -> Result<(), NodeError> {
+    pub fn remove_everything(&mut self) -> Result<(), CutoverError> {
         self.left = true;
         self.paused = None;
         self.keep = None;
         match Node::find(&self.bpffs) {
-            Ok(Some(node)) => node.remove_everything(),
+            Ok(Some(node)) => Ok(node.remove_everything()?),
             // What cannot be read can be removed.
-            Ok(None) | Err(_) => Node::remove_unreadable(&self.bpffs).map(drop),
+            Ok(None) | Err(_) => cutover::remove_unreadable(&self.bpffs).map(drop),
         }
     }
 }

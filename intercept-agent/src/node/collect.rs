@@ -64,15 +64,24 @@ impl Node {
         Ok(pods)
     }
 
-    /// Detaches every pod and removes programs and maps, also if a pod cannot be detached.
+    /// Detaches every pod and removes programs and maps, also if a pod cannot be detached. Only a pod that nothing would capture
+    /// then keeps them.
     pub fn remove_everything(mut self) -> Result<(), NodeError> {
+        let mut uncaptured = None;
         for pod in self.detach_all()? {
-            if let Err(error) = pod.result {
-                let cookie = pod.cookie;
-                tracing::warn!(%cookie, error = &error as &dyn std::error::Error, "detaching");
+            match pod.result {
+                Ok(()) => {}
+                Err(error @ NodeError::RulesOut { .. }) => uncaptured = Some(error),
+                Err(error) => {
+                    let cookie = pod.cookie;
+                    tracing::warn!(%cookie, error = &error as &dyn std::error::Error, "detaching");
+                }
             }
         }
-        self.remove_programs()
+        match uncaptured {
+            Some(error) => Err(error),
+            None => self.remove_programs(),
+        }
     }
 
     /// Removes programs and maps, and what is left of pods.

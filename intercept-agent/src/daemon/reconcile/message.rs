@@ -6,6 +6,7 @@ use tokio::sync::oneshot;
 
 use super::{PodReport, PodResult};
 use crate::{
+    cutover::CutoverError,
     daemon::{
         capture::{CaptureError, Captured, ResyncResult},
         cutover::CutoverAttempt,
@@ -14,7 +15,6 @@ use crate::{
         view::{ObjectClaim, ObjectId, ObjectUid, SandboxClaim},
     },
     ids::NetnsCookie,
-    node::NodeError,
 };
 
 /// A message. Claims are kept by source ([`crate::daemon::view`]), so that no source changes another's.
@@ -51,7 +51,7 @@ pub enum Message {
     /// All sandboxes of the runtime. The answer is the number of pods that are released.
     Collect(HashSet<String>, oneshot::Sender<usize>),
     /// Release all pods and refuse new ones.
-    Leave(oneshot::Sender<Result<(), NodeError>>),
+    Leave(oneshot::Sender<Result<(), CutoverError>>),
     /// The namespace of a pod changed.
     Changed(Key, NetnsCookie),
     /// The worker is done with a pod.
