@@ -14,12 +14,12 @@ mod shadow;
 pub use connection::{ConnKey, Handshake, OrigDst, SocketState, end, socket};
 pub use proxy::{APPLICATION_LISTENERS, ListenerKey, Proxy, ProxyPort, Ring, bound, scope};
 pub use shadow::{
-    ComparedFlow, DifferenceKey, RememberedFlow, SHADOW_DIALS, SHADOW_FLOWS, SHADOW_KINDS, ShadowCounters,
-    ShadowKey, ShadowSocket, outcome, remembered,
+    ComparedFlow, DifferenceKey, RememberedFlow, SHADOW_CONNS, SHADOW_DIALS, SHADOW_FLOWS, SHADOW_KINDS,
+    ShadowConn, ShadowCounters, ShadowKey, ShadowSet, ShadowSocket, outcome, remembered, stage,
 };
 
 /// Version of the layouts in this file and its folder, part of the pin path. Any change of a layout raises it.
-pub const VERSION: u32 = 8;
+pub const VERSION: u32 = 9;
 
 /// Most users and most groups that `-u` and `-g` may name.
 pub const MAX_OWNERS: usize = 16;

@@ -37,7 +37,9 @@ pub const EVENTS: &str = "EVENTS";
 /// One cell: whether [`EVENTS`] has a reader.
 pub const TRACING: &str = "TRACING";
 
-/// Shadow mode: connections and queries until they are compared.
+/// Shadow mode: connections until they are compared.
+pub const SHADOW_CONNS: &str = "SHADOW_CONNS";
+/// Shadow mode: queries, and the interfaces of arriving connections, until they are compared.
 pub const SHADOW_FLOWS: &str = "SHADOW_FLOWS";
 /// Shadow mode: decisions until the SYN leaves.
 pub const SHADOW_DIALS: &str = "SHADOW_DIALS";
@@ -54,7 +56,7 @@ pub const SHADOWING: &str = "SHADOWING";
 pub const LOGS: &str = "AYA_LOGS";
 
 /// Every map that is shared by all pods of a node and pinned.
-pub const MAPS: [&str; 24] = [
+pub const MAPS: [&str; 25] = [
     LOGS,
     POLICIES,
     DESTINATIONS,
@@ -73,6 +75,7 @@ pub const MAPS: [&str; 24] = [
     COUNTERS,
     EVENTS,
     TRACING,
+    SHADOW_CONNS,
     SHADOW_FLOWS,
     SHADOW_DIALS,
     SHADOW_SOCKETS,

@@ -63,3 +63,24 @@ pub(crate) unsafe fn fetch_add(word: *mut u64, more: u64) -> u64 {
     }
     value
 }
+
+/// Sets `*word`. Returns what it was.
+///
+/// # Safety
+/// `word` is aligned and inside a map value.
+#[inline(always)]
+pub(crate) unsafe fn swap(word: *mut u64, new: u64) -> u64 {
+    let mut value = new;
+    #[cfg(target_arch = "bpf")]
+    // SAFETY: one instruction on a word that the caller vouches for.
+    unsafe {
+        core::arch::asm!("{0} = xchg_64({1} + 0, {0})", inout(reg) value, in(reg) word);
+    }
+    #[cfg(not(target_arch = "bpf"))]
+    // SAFETY: as the caller vouches.
+    unsafe {
+        value =
+            core::sync::atomic::AtomicU64::from_ptr(word).swap(value, core::sync::atomic::Ordering::Relaxed);
+    }
+    value
+}

@@ -5,8 +5,8 @@
 //! off=48 size=8", "dereference of modified ctx ptr R7 off=28 disallowed"). So each access is one instruction of assembly.
 
 use aya_ebpf::{
-    bindings::{bpf_sk_lookup, bpf_sock, bpf_sock_addr, bpf_sock_ops, bpf_sockopt},
-    helpers::generated::bpf_bind,
+    bindings::{bpf_sk_lookup, bpf_sock, bpf_sock_addr, bpf_sock_ops, bpf_sockopt, bpf_tcp_sock},
+    helpers::generated::{bpf_bind, bpf_tcp_sock as as_tcp_sock},
     programs::{SockAddrContext, SockOpsContext, SockoptContext},
 };
 use intercept_common::Addr;
@@ -316,6 +316,19 @@ impl Sock {
         load!(load_u32, bpf_sock, self.0, src_port) as u16
     }
 
+    /// The sequence number of the SYN that the peer has sent. `None` if it is not a TCP socket.
+    #[inline(always)]
+    pub(crate) fn peer_isn(self) -> Option<u32> {
+        // SAFETY: the helper takes any socket, and returns null for one that is not TCP.
+        let tcp = unsafe { as_tcp_sock(self.0) };
+        if tcp.is_null() {
+            return None;
+        }
+        let next = load!(load_u32, bpf_tcp_sock, tcp, rcv_nxt);
+        let received = load!(load_u64, bpf_tcp_sock, tcp, bytes_received) as u32;
+        Some(next.wrapping_sub(received).wrapping_sub(1))
+    }
+
     /// SO_MARK.
     #[inline(always)]
     pub(crate) fn mark(self) -> u32 {
@@ -409,6 +422,13 @@ pub(crate) fn callback_ends(ops: *mut bpf_sock_ops) -> Ends {
         // On little endian the kernel shifts the port to the upper half of the word.
         remote_port: u32::from_be(load!(load_u32, bpf_sock_ops, ops, remote_port)) as u16,
     }
+}
+
+/// The sequence number of the SYN of a client whose connection is established. The SYN counts as a byte, also if it had data.
+#[inline(always)]
+pub(crate) fn callback_isn(ops: *mut bpf_sock_ops) -> u32 {
+    let acknowledged = load!(load_u64, bpf_sock_ops, ops, bytes_acked) as u32;
+    load!(load_u32, bpf_sock_ops, ops, snd_una).wrapping_sub(acknowledged)
 }
 
 /// The local address of the socket of a callback.

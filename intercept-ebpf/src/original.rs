@@ -7,12 +7,14 @@ use aya_ebpf::{
 };
 use intercept_common::{
     Addr, NetnsCookie,
-    layout::{ConnKey, OrigDst, socket},
+    layout::{ConnKey, OrigDst, PodPolicy, socket},
 };
 
 use crate::{
     context::{self, AF_INET, AF_INET6, AddressFamily, Ends, Sock, TCP, UDP, load, store},
-    handshake, maps, shadow,
+    handshake, maps,
+    proxy::ProxyState,
+    shadow,
     storage::StoredSocket,
 };
 
@@ -68,14 +70,16 @@ fn answered(ctx: &SockoptContext) -> bool {
     let Some(sk) = Sock::of_option(ctx).filter(|sk| sk.protocol() == TCP) else { return false };
     let netns = maps::netns_cookie(ctx);
     let ends = sk.ends();
-    let redirected = if ends.may_be_redirected() { by_proxy(sk, netns, &ends) } else { None };
+    let shadowed = if shadow::is_on() { shadow::pod(netns) } else { None };
+    let may_be_redirected = ends.may_be_redirected() && shadowed.is_none_or(has_connections);
+    let redirected = if may_be_redirected { by_proxy(sk, netns, &ends) } else { None };
     let (addr, port) = match redirected {
         // SAFETY: the map holds OrigDst; an element taken out meanwhile is freed after a grace period.
         Some(entry) => unsafe { ((*entry).addr, (*entry).port()) },
         // conntrack, where it is there, has answered for a connection that nobody rewrote.
         None if load!(load_u32, bpf_sockopt, ctx.sockopt, retval) == 0 => {
-            if shadow::is_on() {
-                shadow::asked(ctx, sk, netns, &ends);
+            if let Some(pod) = shadowed {
+                shadow::asked(ctx, sk, netns, pod, &ends);
             }
             return false;
         }
@@ -85,6 +89,12 @@ fn answered(ctx: &SockoptContext) -> bool {
     };
     // An IPv4 connection is asked for at SOL_IP, whatever the socket's family, and IPv6 at SOL_IPV6.
     addr.is_v4() == (level == SOL_IP) && answer(ctx.sockopt, addr, port)
+}
+
+/// Whether a connection of the pod was redirected that is not over: of a pod in shadow mode one from before.
+#[inline(always)]
+fn has_connections(pod: &PodPolicy) -> bool {
+    ProxyState::of(pod.slot).is_some_and(|proxy| proxy.connections() != 0)
 }
 
 #[inline(always)]

@@ -5,23 +5,26 @@
 //! a listener of the pod, its request notes there which. The answer to the SYN comes later, so when the client's end is
 //! established, it is known whether the proxy has the connection. Where a connection from outside was redirected from is
 //! known to conntrack alone; it is compared when the proxy asks for it. A query is compared when its answer is read.
+//!
+//! Each end finds that number without a note of its own: what a socket has sent or received is counted from it.
 
 use aya_ebpf::{
-    bindings::{bpf_sk_lookup, bpf_sock_ops},
+    bindings::bpf_sk_lookup,
     programs::{SkLookupContext, SockAddrContext, SockOpsContext, SockoptContext},
 };
 use bytemuck::Zeroable as _;
 use intercept_common::{
-    Addr, NetnsCookie, ProxyListener, Verdict,
+    Addr, NetnsCookie, ProxyListener, Reason, Verdict,
     decide::{OutboundFlow, Owner, TproxyMark},
     layout::{
-        ComparedFlow, ConnKey, PodPolicy, ProxyPort, RememberedFlow, ShadowKey, ShadowSocket, destination,
-        outcome, policy, remembered,
+        ComparedFlow, ConnKey, PodPolicy, ProxyPort, RememberedFlow, ShadowConn, ShadowKey, ShadowSocket,
+        outcome, policy, remembered, stage,
     },
 };
 
 use self::{
     compare::{Verdicts, compare, uncompared},
+    connections::KnownConn,
     request::SynRequest,
 };
 use crate::{
@@ -32,6 +35,7 @@ use crate::{
 };
 
 mod compare;
+mod connections;
 mod flows;
 mod request;
 
@@ -49,7 +53,7 @@ pub(crate) fn is_of(pod: &PodPolicy) -> bool {
 
 /// The policy of a namespace in shadow mode.
 #[inline(always)]
-fn pod(netns: NetnsCookie) -> Option<&'static PodPolicy> {
+pub(crate) fn pod(netns: NetnsCookie) -> Option<&'static PodPolicy> {
     maps::pod(netns).filter(|pod| is_of(pod))
 }
 
@@ -78,7 +82,7 @@ pub(crate) fn decided(ctx: &SockAddrContext, flow: &OutboundFlow, decided: Outbo
         return flows::set_dial(ShadowSocket { cookie: maps::socket_cookie(ctx), ..socket });
     }
     if !flows::set_socket(sk, ShadowSocket { time: compare::now(), is_waiting: 1, ..socket }) {
-        uncompared(maps::netns_cookie(ctx));
+        let _counted = uncompared(maps::netns_cookie(ctx));
     }
 }
 
@@ -111,35 +115,23 @@ pub(crate) fn dial(ctx: &SockOpsContext, sk: Sock) {
         return;
     }
     let Some(isn) = handshake::isn(sk) else { return };
-    let flow = RememberedFlow {
+    let conn = ShadowConn {
         dst: socket.dst,
         dst_port: socket.dst_port,
         uid: socket.uid,
         gid: socket.gid,
         reason: socket.reason,
         expected: socket.expected,
-        ..RememberedFlow::zeroed()
+        ..ShadowConn::zeroed()
     };
-    flows::insert(&syn_key(maps::netns_cookie(ctx), isn), &flow);
-}
-
-#[inline(always)]
-fn syn_key(netns: NetnsCookie, isn: u32) -> ShadowKey {
-    ShadowKey { netns, addr: Addr::UNSPECIFIED, number: isn, kind: remembered::SYN }
-}
-
-/// One port of a client can have connections to several ports at once; NAT keeps those to one port apart.
-#[inline(always)]
-fn ends_key(netns: NetnsCookie, ends: &Ends) -> ShadowKey {
-    let number = u32::from(ends.remote_port) << 16 | u32::from(ends.local_port);
-    ShadowKey { netns, addr: ends.remote, number, kind: remembered::ENDS }
+    KnownConn::remember(maps::netns_cookie(ctx), isn, conn);
 }
 
 /// TPROXY looks the proxy's port up, not that of the SYN, so only the client's end counts. Its connections arrive on one
 /// interface.
 #[inline(always)]
 fn arrival_key(netns: NetnsCookie, ends: &Ends) -> ShadowKey {
-    ShadowKey { netns, addr: ends.remote, number: ends.remote_port.into(), kind: remembered::ARRIVAL }
+    ShadowKey { netns, addr: ends.remote, port: ends.remote_port.into(), kind: remembered::ARRIVAL }
 }
 
 /// A listener of the pod has received a SYN: the callback is that of the request.
@@ -148,41 +140,64 @@ pub(crate) fn received_syn(ctx: &SockOpsContext) {
     let netns = maps::netns_cookie(ctx);
     let Some(pod) = pod(netns) else { return };
     let Some(request) = SynRequest::of(ctx) else { return };
-    let key = syn_key(netns, request.isn);
-    let flow = flows::change(&key, |flow| {
-        flow.local = request.ends.local;
-        flow.local_port = request.ends.local_port;
-        flow.listener = request.listener;
-    });
-    let Some(flow) = flow else { return received_from_outside(netns, pod, &request) };
-    if outcome_at(pod, request.listener) != outcome::PASSED {
-        flows::insert(&ends_key(netns, &request.ends), &flow);
+    let mut actual = outcome_at(pod, request.listener);
+    let Some(conn) = KnownConn::find(netns, request.isn) else {
+        return received_from_outside(netns, pod, &request, actual);
+    };
+    if conn.stage() & stage::UNCOMPARED != 0 {
+        // Its SYN has come again.
+        return;
     }
+    let (dst, dst_port) = conn.dst();
+    let ends = &request.ends;
+    let reached_its_own = request.listener == dst_port && ends.local_port == dst_port && ends.local == dst;
+    if reached_its_own && actual != conn.expected() {
+        // It dialled a port of the proxy.
+        actual = outcome::PASSED;
+    }
+    conn.set_stage(stage::RECEIVED | u32::from(actual));
 }
 
 #[inline(always)]
-fn received_from_outside(netns: NetnsCookie, pod: &PodPolicy, request: &SynRequest) {
+fn received_from_outside(netns: NetnsCookie, pod: &PodPolicy, request: &SynRequest, actual: u8) {
     let ends = &request.ends;
-    if is_own(pod, ends.remote) {
-        // Of a socket that was connected earlier, or was made in another cgroup.
-        return uncompared(netns);
-    }
-    let actual = outcome_at(pod, request.listener);
     if actual != outcome::PASSED && request.listener == ends.local_port {
         // Redirected by NAT: only conntrack knows from where.
         return;
     }
-    let Some(ifindex) = ifindex(netns, pod, ends) else { return uncompared(netns) };
-    inbound(netns, pod, ends, (ifindex, request.listener));
+    inbound(netns, pod, request.isn, ends, request.listener);
 }
 
-/// Decides on a connection from outside and compares. The local end is the original destination.
+/// Counts a connection that cannot be compared, once.
 #[inline(always)]
-fn inbound(netns: NetnsCookie, pod: &PodPolicy, ends: &Ends, (ifindex, listener): (u32, u16)) {
+fn give_up(netns: NetnsCookie, isn: u32) {
+    if uncompared(netns) {
+        KnownConn::note(netns, isn, stage::UNCOMPARED);
+    }
+}
+
+/// Decides on a connection from outside and compares. The local end is the original destination. `None` if it cannot be compared.
+#[inline(always)]
+fn inbound(netns: NetnsCookie, pod: &PodPolicy, isn: u32, ends: &Ends, listener: u16) -> Option<()> {
+    let Some(ifindex) = ifindex(netns, pod, ends) else {
+        give_up(netns, isn);
+        return None;
+    };
     let conn: ConnKey = proxy_key(netns, ends);
     let reason = verdict::inbound(pod, &conn, ifindex);
+    if reason.number() == Reason::LocalSource as u8 {
+        // Of a socket of the pod that was connected earlier, or was made in another cgroup.
+        give_up(netns, isn);
+        return None;
+    }
     crate::observe::inbound(pod, &conn, reason);
-    let flow = ComparedFlow {
+    let expected = expected(reason.verdict());
+    let mut actual = outcome_at(pod, listener);
+    if listener == ends.local_port && actual != expected {
+        // It dialled a port of the proxy.
+        actual = outcome::PASSED;
+    }
+    compare(netns, Verdicts { reason: reason.number(), expected, actual }, || ComparedFlow {
         src: ends.remote,
         dst: ends.local,
         src_port: ends.remote_port,
@@ -191,14 +206,8 @@ fn inbound(netns: NetnsCookie, pod: &PodPolicy, ends: &Ends, (ifindex, listener)
         uid: Owner::NONE.uid,
         gid: Owner::NONE.gid,
         ..ComparedFlow::zeroed()
-    };
-    let expected = expected(reason.verdict());
-    let mut actual = outcome_at(pod, listener);
-    if listener == ends.local_port && actual != expected {
-        // It dialled a port of the proxy.
-        actual = outcome::PASSED;
-    }
-    compare(netns, &flow, Verdicts { reason: reason.number(), expected, actual });
+    });
+    Some(())
 }
 
 /// The interface on which a connection arrived, where the decision depends on it. `None` if it is not known any more.
@@ -208,12 +217,6 @@ fn ifindex(netns: NetnsCookie, pod: &PodPolicy, ends: &Ends) -> Option<u32> {
         return Some(0);
     }
     flows::get(&arrival_key(netns, ends)).map(|flow| flow.ifindex)
-}
-
-#[inline(always)]
-fn is_own(pod: &PodPolicy, addr: Addr) -> bool {
-    addr.is_loopback()
-        || maps::destination(pod.id, addr).is_some_and(|found| found.flags & destination::LO != 0)
 }
 
 /// The lookup for a SYN from outside: only here its interface is known.
@@ -232,44 +235,42 @@ pub(crate) fn looked_up(ctx: &SkLookupContext, netns: NetnsCookie, pod: &PodPoli
 #[inline(always)]
 pub(crate) fn established(ctx: &SockOpsContext) {
     let netns = maps::netns_cookie(ctx);
-    let Some(pod) = pod(netns) else { return };
-    let isn = load!(load_u32, bpf_sock_ops, ctx.ops, snd_nxt).wrapping_sub(1);
-    let key = syn_key(netns, isn);
-    // Forgotten, not decided in connect(), or with data in its SYN.
-    let Some(flow) = flows::get(&key) else { return uncompared(netns) };
-    flows::remove(&key);
-    let mut actual = outcome_at(pod, flow.listener);
-    let reached_its_own =
-        flow.listener == flow.dst_port && flow.local_port == flow.dst_port && flow.local == flow.dst;
-    if reached_its_own && actual != flow.expected {
-        // It dialled a port of the proxy.
-        actual = outcome::PASSED;
+    let isn = context::callback_isn(ctx.ops);
+    // Of a pod that is not in shadow mode, forgotten, or not decided in connect().
+    let Some(conn) = KnownConn::find(netns, isn) else { return give_up(netns, isn) };
+    let seen = conn.stage();
+    if seen & stage::UNCOMPARED != 0 {
+        return;
     }
-    let ends = context::callback_ends(ctx.ops);
-    let compared = ComparedFlow {
-        src: ends.local,
-        dst: flow.dst,
-        src_port: ends.local_port,
-        dst_port: flow.dst_port,
-        protocol: TCP as u16,
-        uid: flow.uid,
-        gid: flow.gid,
-        ..ComparedFlow::zeroed()
-    };
-    compare(netns, &compared, Verdicts { reason: flow.reason, expected: flow.expected, actual });
+    let actual = if seen & stage::RECEIVED != 0 { (seen & stage::OUTCOME) as u8 } else { outcome::PASSED };
+    let verdicts = Verdicts { reason: conn.reason(), expected: conn.expected(), actual };
+    compare(netns, verdicts, || {
+        let ends = context::callback_ends(ctx.ops);
+        let ((dst, dst_port), (uid, gid)) = (conn.dst(), conn.owner());
+        ComparedFlow {
+            src: ends.local,
+            dst,
+            src_port: ends.local_port,
+            dst_port,
+            protocol: TCP as u16,
+            uid,
+            gid,
+            ..ComparedFlow::zeroed()
+        }
+    });
 }
 
 /// The proxy asks for the original destination, and conntrack has answered: compares the answer, once for each connection.
 #[inline(always)]
-pub(crate) fn asked(ctx: &SockoptContext, sk: Sock, netns: NetnsCookie, ends: &Ends) {
-    let Some(pod) = pod(netns) else { return };
+pub(crate) fn asked(ctx: &SockoptContext, sk: Sock, netns: NetnsCookie, pod: &PodPolicy, ends: &Ends) {
     let actual = outcome_at(pod, ends.local_port);
     if actual == outcome::PASSED {
         return;
     }
-    let (key, asked_by) = (ends_key(netns, ends), sk.as_ptr() as u64);
-    let remembered = flows::get(&key);
-    if remembered.is_some_and(|flow| flow.asked_by == asked_by) {
+    let Some(isn) = sk.peer_isn() else { return };
+    let conn = KnownConn::find(netns, isn);
+    let seen = conn.map_or(0, KnownConn::stage);
+    if seen & (stage::ASKED | stage::UNCOMPARED) != 0 {
         return;
     }
     let Some((addr, port)) = conntrack_answer(ctx.sockopt) else { return };
@@ -277,35 +278,33 @@ pub(crate) fn asked(ctx: &SockoptContext, sk: Sock, netns: NetnsCookie, ends: &E
         // It dialled this port of the proxy, and was compared when its SYN arrived if TPROXY took it.
         return;
     }
-    if flows::change(&key, |flow| flow.asked_by = asked_by).is_none() {
-        flows::insert(&key, &RememberedFlow { asked_by, ..RememberedFlow::zeroed() });
-    }
-    // An earlier connection between these ends may have left its own.
-    let own = remembered.filter(|flow| flow.listener != 0 && flow.asked_by == 0);
-    let Some(flow) = own else {
-        if is_own(pod, ends.remote) {
-            return uncompared(netns);
-        }
-        let Some(ifindex) = ifindex(netns, pod, ends) else { return uncompared(netns) };
+    let Some(conn) = conn else {
         let original = Ends { local: addr, local_port: port, ..*ends };
-        return inbound(netns, pod, &original, (ifindex, ends.local_port));
+        if inbound(netns, pod, isn, &original, ends.local_port).is_some() {
+            KnownConn::note(netns, isn, stage::ASKED);
+        }
+        return;
     };
+    conn.set_stage(seen | stage::ASKED);
     // The connection itself was compared when it was established.
-    if flow.expected != actual || (flow.dst == addr && flow.dst_port == port) {
+    let (dst, dst_port) = conn.dst();
+    if conn.expected() != actual || (dst == addr && dst_port == port) {
         return;
     }
-    let compared = ComparedFlow {
+    let verdicts = Verdicts { reason: conn.reason(), expected: conn.expected(), actual: outcome::OTHER_DST };
+    let (uid, gid) = conn.owner();
+    compare(netns, verdicts, || ComparedFlow {
         src: ends.remote,
-        dst: flow.dst,
+        dst,
         other: addr,
         src_port: ends.remote_port,
-        dst_port: flow.dst_port,
+        dst_port,
         other_port: port,
         protocol: TCP as u16,
+        uid,
+        gid,
         ..ComparedFlow::zeroed()
-    };
-    let verdicts = Verdicts { reason: flow.reason, expected: flow.expected, actual: outcome::OTHER_DST };
-    compare(netns, &compared, verdicts);
+    });
 }
 
 /// A datagram is read: by the proxy a query, by its client an answer.
@@ -330,7 +329,8 @@ pub(crate) fn received<F: AddressFamily>(ctx: &SockAddrContext) {
     let reached =
         flows::get(&query_key(netns, socket.dst, own_port)).is_some_and(|query| query.time >= socket.time);
     let actual = if reached { outcome::DNS } else { outcome::PASSED };
-    let compared = ComparedFlow {
+    let verdicts = Verdicts { reason: socket.reason, expected: socket.expected, actual };
+    compare(netns, verdicts, || ComparedFlow {
         src: F::bound(sk),
         dst: socket.dst,
         src_port: own_port,
@@ -339,8 +339,7 @@ pub(crate) fn received<F: AddressFamily>(ctx: &SockAddrContext) {
         uid: socket.uid,
         gid: socket.gid,
         ..ComparedFlow::zeroed()
-    };
-    compare(netns, &compared, Verdicts { reason: socket.reason, expected: socket.expected, actual });
+    });
 }
 
 /// A port is that of one socket for each family: of the address only the family counts, because a client that is not bound
@@ -348,5 +347,5 @@ pub(crate) fn received<F: AddressFamily>(ctx: &SockAddrContext) {
 #[inline(always)]
 fn query_key(netns: NetnsCookie, addr: Addr, port: u16) -> ShadowKey {
     let family = if addr.is_v4() { Addr::LOCALHOST_V4 } else { Addr::LOCALHOST_V6 };
-    ShadowKey { netns, addr: family, number: port.into(), kind: remembered::QUERY }
+    ShadowKey { netns, addr: family, port: port.into(), kind: remembered::QUERY }
 }

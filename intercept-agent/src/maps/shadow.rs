@@ -4,20 +4,26 @@ use std::{os::fd::AsFd as _, path::Path};
 
 use aya::maps::{Array, HashMap, IterableMap as _, MapData, MapError};
 use intercept_common::{
-    layout::{ComparedFlow, DifferenceKey, ShadowCounters},
+    layout::{
+        ComparedFlow, DifferenceKey, RememberedFlow, SHADOW_CONNS, SHADOW_DIALS, ShadowCounters, ShadowKey,
+        ShadowSet, ShadowSocket,
+    },
     names,
 };
 
 use super::{Hash, MapsError, failed, gone_is_fine, open};
 use crate::{
     ids::NetnsCookie,
-    sys::{self, Plain},
+    sys::{self, Plain, SharedArray},
 };
 
 /// The maps, opened from their pins.
 pub struct ShadowMaps {
     counters: Hash<NetnsCookie, ShadowCounters>,
     kinds: Hash<DifferenceKey, ComparedFlow>,
+    flows: Hash<ShadowKey, RememberedFlow>,
+    conns: Array<MapData, Plain<ShadowSet>>,
+    dials: Array<MapData, Plain<ShadowSocket>>,
     switch: Array<MapData, u32>,
 }
 
@@ -27,6 +33,9 @@ impl ShadowMaps {
         Ok(Self {
             counters: open::<HashMap<_, _, _>>(dir, names::SHADOW_COUNTERS, Map::HashMap)?,
             kinds: open::<HashMap<_, _, _>>(dir, names::SHADOW_KINDS, Map::HashMap)?,
+            flows: open::<HashMap<_, _, _>>(dir, names::SHADOW_FLOWS, Map::LruHashMap)?,
+            conns: open(dir, names::SHADOW_CONNS, Map::Array)?,
+            dials: open(dir, names::SHADOW_DIALS, Map::Array)?,
             switch: open(dir, names::SHADOWING, Map::Array)?,
         })
     }
@@ -50,9 +59,20 @@ impl ShadowMaps {
         Ok(())
     }
 
-    /// Switches the programs' part on before the first pod is in shadow mode, and off after the last.
-    pub fn switch(&mut self, on: bool) -> Result<(), MapsError> {
-        self.switch.set(0, u32::from(on), 0).map_err(failed("writing to", names::SHADOWING))
+    /// Switches the programs' part on before the first pod is in shadow mode.
+    pub fn switch_on(&mut self) -> Result<(), MapsError> {
+        self.switch.set(0, 1, 0).map_err(failed("writing to", names::SHADOWING))
+    }
+
+    /// Switches the programs' part off after the last pod has left shadow mode, and forgets what they remember.
+    pub fn switch_off(&mut self) -> Result<(), MapsError> {
+        self.switch.set(0, 0, 0).map_err(failed("writing to", names::SHADOWING))?;
+        clear(&self.conns, SHADOW_CONNS as usize, names::SHADOW_CONNS)?;
+        clear(&self.dials, SHADOW_DIALS as usize, names::SHADOW_DIALS)?;
+        for (key, _) in super::entries::<ShadowKey, RememberedFlow>(self.flows.map(), names::SHADOW_FLOWS)? {
+            gone_is_fine(self.flows.remove(&Plain(key))).map_err(failed("purging", names::SHADOW_FLOWS))?;
+        }
+        Ok(())
     }
 
     /// The counts of a pod. `None` if it is not in shadow mode.
@@ -83,4 +103,16 @@ impl ShadowMaps {
         all.sort_by_key(|(key, _)| *key);
         Ok(all)
     }
+}
+
+/// Sets every value of an array to zero.
+fn clear<T: bytemuck::Pod>(
+    array: &Array<MapData, Plain<T>>,
+    len: usize,
+    name: &'static str,
+) -> Result<(), MapsError> {
+    let shared = SharedArray::<T>::map(array.map().fd().as_fd(), len)
+        .map_err(|error| failed("sharing memory with", name)(MapError::IoError(error)))?;
+    (0..len).for_each(|index| shared.clear(index));
+    Ok(())
 }

@@ -24,7 +24,7 @@ impl Node {
         if !config.shadow {
             return Ok(());
         }
-        self.maps.shadow_mut().switch(true)?;
+        self.maps.shadow_mut().switch_on()?;
         let continues = record.is_some_and(|record| record.config == *config);
         if !continues || self.maps.shadow().counters(cookie)?.is_none() {
             let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |t| t.as_secs());
@@ -55,7 +55,9 @@ impl Node {
             return Ok(());
         }
         self.maps.shadow_mut().end(cookie)?;
-        let others = self.maps.policies()?;
-        Ok(self.maps.shadow_mut().switch(others.iter().any(|(_, policy)| is_shadow(policy)))?)
+        if self.maps.policies()?.iter().any(|(_, policy)| is_shadow(policy)) {
+            return Ok(());
+        }
+        Ok(self.maps.shadow_mut().switch_off()?)
     }
 }

@@ -26,7 +26,7 @@ use crate::{
 };
 
 /// The names of the helpers that programs may use. The kernel knows helpers by number.
-const HELPERS: [BpfHelper; 34] = [
+const HELPERS: [BpfHelper; 36] = [
     BpfHelper::BPF_FUNC_get_current_ancestor_cgroup_id,
     BpfHelper::BPF_FUNC_map_lookup_elem,
     BpfHelper::BPF_FUNC_map_update_elem,
@@ -59,6 +59,8 @@ const HELPERS: [BpfHelper; 34] = [
     BpfHelper::BPF_FUNC_sk_lookup_tcp,
     BpfHelper::BPF_FUNC_sk_lookup_udp,
     BpfHelper::BPF_FUNC_skc_to_tcp_sock,
+    BpfHelper::BPF_FUNC_tcp_sock,
+    BpfHelper::BPF_FUNC_jiffies64,
     BpfHelper::BPF_FUNC_map_push_elem,
     BpfHelper::BPF_FUNC_get_prandom_u32,
 ];

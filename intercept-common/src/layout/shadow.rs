@@ -5,14 +5,86 @@ use bytemuck::{Pod, Zeroable};
 use super::MAX_REASONS;
 use crate::{Addr, NetnsCookie, Reason};
 
-/// Connections and queries that are remembered until they can be compared. The oldest make room for new ones, so that no
-/// connection fails, and are counted as [`ShadowCounters::uncompared`].
-pub const SHADOW_FLOWS: u32 = 1 << 14;
-/// Cells for decisions on TCP between connect() and the SYN, which follows at once. A socket's cell follows
-/// from its cookie; two that are decided at the same time and have one cell are counted as [`ShadowCounters::uncompared`].
+/// Sets of SHADOW_CONNS, each with room for two connections. A power of two.
+pub const SHADOW_CONNS: u32 = 1 << 14;
+/// Queries and arrivals that are remembered until they can be compared. The oldest make room for new ones, so that no
+/// connection fails.
+pub const SHADOW_FLOWS: u32 = 1 << 13;
+/// Cells for decisions on TCP between connect() and the SYN, which follows at once. A power of two.
 pub const SHADOW_DIALS: u32 = 1 << 12;
 /// Examples of differences on a node, two for each kind.
 pub const SHADOW_KINDS: u32 = 1 << 14;
+
+/// Value of SHADOW_CONNS: the connections whose sequence numbers lead to one place. A new one replaces the older of the two,
+/// which then is one of [`ShadowCounters::uncompared`]. There is no lock and no list, so that it costs as much to remember a
+/// connection as to write its decision down.
+#[derive(Clone, Copy, Pod, Zeroable, PartialEq, Eq, Debug)]
+#[repr(C)]
+pub struct ShadowSet {
+    /// Its connections.
+    pub conns: [ShadowConn; 2],
+}
+
+/// A connection from its SYN until the proxy has asked for its original destination.
+#[derive(Clone, Copy, Pod, Zeroable, PartialEq, Eq, Debug)]
+#[repr(C)]
+pub struct ShadowConn {
+    /// [`ShadowConn::id`]; [`ShadowConn::WRITING`] while the others are written; 0 if there is none.
+    pub id: u64,
+    /// The destination that the client dialled.
+    pub dst: Addr,
+    /// Creator of the client's socket.
+    pub uid: u32,
+    /// As `uid`.
+    pub gid: u32,
+    /// Port of `dst`, host order.
+    pub dst_port: u16,
+    /// Discriminant of the [`Reason`] of the decision.
+    pub reason: u8,
+    /// The decision: one of [`outcome`].
+    pub expected: u8,
+    /// What has happened so far: bits of [`stage`].
+    pub stage: u32,
+    /// When it was remembered: the low half of the kernel's jiffies.
+    pub time: u32,
+    /// Zero.
+    pub reserved: u32,
+}
+
+impl ShadowConn {
+    /// Value of `id` while one processor writes; another one then remembers nothing in this place.
+    pub const WRITING: u64 = u64::MAX;
+
+    /// A connection by the sequence number of its SYN, which NAT does not change.
+    #[inline(always)]
+    pub const fn id(netns: NetnsCookie, isn: u32) -> u64 {
+        netns.0 << 32 | isn as u64
+    }
+
+    /// Index of its set in SHADOW_CONNS.
+    #[inline(always)]
+    pub const fn set_of(id: u64) -> u32 {
+        spread(id) % SHADOW_CONNS
+    }
+}
+
+/// Bits of [`ShadowConn::stage`].
+pub mod stage {
+    /// What happened, one of [`super::outcome`]. Valid with [`RECEIVED`].
+    pub const OUTCOME: u32 = 0xff;
+    /// A listener of the pod has received the SYN.
+    pub const RECEIVED: u32 = 1 << 8;
+    /// The proxy has asked for the original destination.
+    pub const ASKED: u32 = 1 << 9;
+    /// It is counted as one that cannot be compared.
+    pub const UNCOMPARED: u32 = 1 << 10;
+}
+
+/// Cookies and sequence numbers that are in use at once often differ in few bits: each processor takes 4096 cookies at a time.
+#[inline(always)]
+const fn spread(number: u64) -> u32 {
+    (number.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 32) as u32
+}
 
 /// Key of SHADOW_FLOWS.
 #[derive(Clone, Copy, Pod, Zeroable, PartialEq, Eq, Hash, Debug)]
@@ -20,55 +92,30 @@ pub const SHADOW_KINDS: u32 = 1 << 14;
 pub struct ShadowKey {
     /// Netns cookie.
     pub netns: NetnsCookie,
-    /// Address of the client, for [`remembered::ENDS`] and [`remembered::ARRIVAL`].
+    /// Address of the client.
     pub addr: Addr,
-    /// The initial sequence number ([`remembered::SYN`]), the client's port in the upper half and that of the listener's
-    /// end in the lower ([`remembered::ENDS`]), or the client's port. Ports are in host order.
-    pub number: u32,
+    /// The client's port, host order.
+    pub port: u32,
     /// One of [`remembered`].
     pub kind: u32,
 }
 
 /// Values of [`ShadowKey::kind`].
 pub mod remembered {
-    /// A connection of the pod during its handshake, by the sequence number of its SYN, which NAT does not change.
-    pub const SYN: u32 = 1;
-    /// A connection by its ends, until the proxy asks for the original destination.
-    pub const ENDS: u32 = 2;
     /// The last datagram that reached the proxy's DNS port from a port of the pod.
-    pub const QUERY: u32 = 3;
+    pub const QUERY: u32 = 1;
     /// The last SYN from outside that came from this end.
-    pub const ARRIVAL: u32 = 4;
+    pub const ARRIVAL: u32 = 2;
 }
 
-/// Value of SHADOW_FLOWS. Only the fields of its kind are valid.
+/// Value of SHADOW_FLOWS. Only the field of its kind is valid.
 #[derive(Clone, Copy, Pod, Zeroable, PartialEq, Eq, Debug)]
 #[repr(C)]
 pub struct RememberedFlow {
-    /// The destination that the client dialled; unspecified for a client outside of the pod.
-    pub dst: Addr,
-    /// Address at which a listener of the pod received it.
-    pub local: Addr,
     /// When a query reached the proxy, in nanoseconds of `CLOCK_MONOTONIC`.
     pub time: u64,
-    /// Address of the proxy's socket that has asked for the original destination; 0 before.
-    pub asked_by: u64,
-    /// Creator of the client's socket.
-    pub uid: u32,
-    /// As `uid`.
-    pub gid: u32,
-    /// Interface on which it arrived.
+    /// Interface on which a SYN arrived.
     pub ifindex: u32,
-    /// Port of `dst`. Ports are in host order.
-    pub dst_port: u16,
-    /// Port of `local`.
-    pub local_port: u16,
-    /// Port of the listener that received it; 0 if none in this pod did.
-    pub listener: u16,
-    /// Discriminant of the [`Reason`] of the decision.
-    pub reason: u8,
-    /// The decision: one of [`outcome`].
-    pub expected: u8,
     /// Zero.
     pub reserved: u32,
 }
@@ -120,6 +167,15 @@ pub struct ShadowSocket {
     pub dst_port: u16,
     /// UDP: nonzero if there is a query that is not answered.
     pub is_waiting: u32,
+}
+
+impl ShadowSocket {
+    /// Index of a socket's cell in SHADOW_DIALS, by its cookie. Of two sockets that have one cell and are between connect() and
+    /// the SYN at the same time, the first is one of [`ShadowCounters::uncompared`].
+    #[inline(always)]
+    pub const fn dial_of(cookie: u64) -> u32 {
+        spread(cookie) % SHADOW_DIALS
+    }
 }
 
 /// Value of SHADOW_COUNTERS.
@@ -201,7 +257,10 @@ pub struct ComparedFlow {
 
 const _: () = {
     assert!(size_of::<ShadowKey>() == 32);
-    assert!(size_of::<RememberedFlow>() == 72);
+    assert!(size_of::<RememberedFlow>() == 16);
+    assert!(size_of::<ShadowConn>() == 48);
+    assert!(size_of::<ShadowSet>() == 96);
+    assert!(SHADOW_CONNS.is_power_of_two() && SHADOW_DIALS.is_power_of_two());
     assert!(size_of::<ShadowSocket>() == 48);
     assert!(size_of::<ShadowCounters>() == 16 * MAX_REASONS + 16);
     assert!(size_of::<DifferenceKey>() == 16);

@@ -1,9 +1,11 @@
 //! Compares what was decided with what happened, counts it, and keeps an example of each kind of difference.
 
+use core::mem::offset_of;
+
 use aya_ebpf::helpers::generated::bpf_ktime_get_ns;
 use intercept_common::{
     NetnsCookie,
-    layout::{ComparedFlow, DifferenceKey, MAX_REASONS},
+    layout::{ComparedFlow, DifferenceKey, MAX_REASONS, ShadowCounters},
 };
 
 use super::flows;
@@ -20,24 +22,26 @@ pub(super) struct Verdicts {
     pub(super) actual: u8,
 }
 
-/// Compares the two.
+/// Compares the two. The flow is only needed if they differ.
 #[inline(always)]
-pub(super) fn compare(netns: NetnsCookie, flow: &ComparedFlow, verdicts: Verdicts) {
+pub(super) fn compare(netns: NetnsCookie, verdicts: Verdicts, flow: impl FnOnce() -> ComparedFlow) {
     let Verdicts { reason, expected, actual } = verdicts;
+    if expected == actual {
+        count(netns, offset_of!(ShadowCounters, agreed), reason);
+        return;
+    }
     let packed = u64::from(reason) | u64::from(expected) << 8 | u64::from(actual) << 16;
-    let _done = opaque(shadow_compare(netns.0, &raw const *flow, packed));
+    let flow = flow();
+    let _done = opaque(shadow_differs(netns.0, &raw const flow, packed));
 }
 
+/// Counts a difference and keeps an example. A function of its own, as those of `verdict.rs`.
 #[unsafe(no_mangle)]
 #[inline(never)]
-extern "C" fn shadow_compare(netns: u64, flow: *const ComparedFlow, verdicts: u64) -> u64 {
+extern "C" fn shadow_differs(netns: u64, flow: *const ComparedFlow, verdicts: u64) -> u64 {
     let netns = NetnsCookie(netns);
     let (reason, expected, actual) = (verdicts as u8, (verdicts >> 8) as u8, (verdicts >> 16) as u8);
-    let agrees = expected == actual;
-    count(netns, reason, agrees);
-    if agrees {
-        return 0;
-    }
+    count(netns, offset_of!(ShadowCounters, differed), reason);
     // SAFETY: the verifier checks the size of what a caller passes; a null pointer is none.
     let Some(&(mut flow)) = (unsafe { flow.as_ref() }) else { return 0 };
     flow.time = now();
@@ -55,27 +59,25 @@ extern "C" fn shadow_compare(netns: u64, flow: *const ComparedFlow, verdicts: u6
     0
 }
 
+/// Adds to the count of a reason, in the array of counts at this offset.
 #[inline(always)]
-fn count(netns: NetnsCookie, reason: u8, agrees: bool) {
+fn count(netns: NetnsCookie, array: usize, reason: u8) {
     let index = opaque(reason.into()) as usize;
     let Some(counters) = flows::counters(netns) else { return };
     if index >= MAX_REASONS {
         return;
     }
-    // SAFETY: inside a map element, as in `shadow_compare`; the arrays have this many elements.
-    unsafe {
-        let counts = if agrees { &raw mut (*counters).agreed } else { &raw mut (*counters).differed };
-        atomic::fetch_add(counts.cast::<u64>().add(index), 1);
-    }
+    // SAFETY: inside a map element, as in `shadow_differs`; the arrays have this many elements.
+    unsafe { atomic::fetch_add(counters.cast::<u8>().add(array).cast::<u64>().add(index), 1) };
 }
 
-/// Counts a flow of which it is not known what happened.
+/// Counts a flow of which it is not known what happened. False if the namespace is not in shadow mode.
 #[inline(always)]
-pub(super) fn uncompared(netns: NetnsCookie) {
-    if let Some(counters) = flows::counters(netns) {
-        // SAFETY: as in `count`.
-        unsafe { atomic::fetch_add(&raw mut (*counters).uncompared, 1) };
-    }
+pub(super) fn uncompared(netns: NetnsCookie) -> bool {
+    let Some(counters) = flows::counters(netns) else { return false };
+    // SAFETY: as in `count`.
+    unsafe { atomic::fetch_add(&raw mut (*counters).uncompared, 1) };
+    true
 }
 
 /// Nanoseconds of `CLOCK_MONOTONIC`.

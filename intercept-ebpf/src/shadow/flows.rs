@@ -3,7 +3,7 @@
 use core::ffi::c_void;
 
 use aya_ebpf::{
-    bindings::{BPF_F_NO_PREALLOC, BPF_SK_STORAGE_GET_F_CREATE},
+    bindings::{BPF_F_MMAPABLE, BPF_F_NO_PREALLOC, BPF_SK_STORAGE_GET_F_CREATE},
     btf_maps::SkStorage,
     helpers::generated::bpf_sk_storage_get,
     macros::{btf_map, map},
@@ -12,17 +12,20 @@ use aya_ebpf::{
 use intercept_common::{
     NetnsCookie,
     layout::{
-        ComparedFlow, DifferenceKey, MAX_PODS, RememberedFlow, SHADOW_DIALS as DIALS, SHADOW_FLOWS as FLOWS,
-        SHADOW_KINDS as KINDS, ShadowCounters, ShadowKey, ShadowSocket,
+        ComparedFlow, DifferenceKey, MAX_PODS, RememberedFlow, SHADOW_CONNS as CONNS, SHADOW_DIALS as DIALS,
+        SHADOW_FLOWS as FLOWS, SHADOW_KINDS as KINDS, ShadowCounters, ShadowKey, ShadowSet, ShadowSocket,
     },
 };
 
 use crate::context::Sock;
 
+// The arrays are mapped into the agent's memory, so that it can clear them.
+#[map]
+static SHADOW_CONNS: Array<ShadowSet> = Array::with_max_entries(CONNS, BPF_F_MMAPABLE);
+#[map]
+static SHADOW_DIALS: Array<ShadowSocket> = Array::with_max_entries(DIALS, BPF_F_MMAPABLE);
 #[map]
 static SHADOW_FLOWS: LruHashMap<ShadowKey, RememberedFlow> = LruHashMap::with_max_entries(FLOWS, 0);
-#[map]
-static SHADOW_DIALS: Array<ShadowSocket> = Array::with_max_entries(DIALS, 0);
 #[btf_map]
 static SHADOW_SOCKETS: SkStorage<ShadowSocket> = SkStorage::new();
 #[map]
@@ -40,33 +43,23 @@ pub(super) fn is_on() -> bool {
     SHADOWING.get(0).is_some_and(|&on| on != 0)
 }
 
-/// A copy of what is remembered. `None` if it made room for others.
+/// The connections that may have this id.
+#[inline(always)]
+pub(super) fn set(index: u32) -> Option<*mut ShadowSet> {
+    SHADOW_CONNS.get_ptr_mut(index)
+}
+
+/// What is remembered of a query or an arrival. `None` if it made room for others.
 #[inline(always)]
 pub(super) fn get(key: &ShadowKey) -> Option<RememberedFlow> {
     // SAFETY: an element that is reused meanwhile gives a wrong comparison, nothing more.
     unsafe { SHADOW_FLOWS.get(key) }.copied()
 }
 
-/// Changes what is remembered, in place. Returns a copy. `None` if it made room for others.
-#[inline(always)]
-pub(super) fn change(key: &ShadowKey, change: impl FnOnce(&mut RememberedFlow)) -> Option<RememberedFlow> {
-    let flow = SHADOW_FLOWS.get_ptr_mut(key)?;
-    // SAFETY: as in `get`.
-    let flow = unsafe { &mut *flow };
-    change(flow);
-    Some(*flow)
-}
-
-/// Remembers a flow. What cannot be remembered is not compared.
+/// Remembers a query or an arrival. What cannot be remembered is not compared.
 #[inline(always)]
 pub(super) fn insert(key: &ShadowKey, flow: &RememberedFlow) {
     let _uncompared = SHADOW_FLOWS.insert(key, flow, 0);
-}
-
-/// Forgets a flow.
-#[inline(always)]
-pub(super) fn remove(key: &ShadowKey) {
-    let _forgotten = SHADOW_FLOWS.remove(key);
 }
 
 /// The counters of a pod.
@@ -93,9 +86,7 @@ fn storage() -> *mut c_void {
 
 #[inline(always)]
 fn dial(cookie: u64) -> Option<*mut ShadowSocket> {
-    // Each processor takes 4096 cookies at a time: the low bits of two that are in use at once are often equal.
-    let mixed = cookie.wrapping_mul(0x9e37_79b9_7f4a_7c15);
-    SHADOW_DIALS.get_ptr_mut((mixed >> 32) as u32 % DIALS)
+    SHADOW_DIALS.get_ptr_mut(ShadowSocket::dial_of(cookie))
 }
 
 /// Keeps a decision until the SYN leaves.
