@@ -3,12 +3,13 @@
 use std::ffi::OsStr;
 use std::fs;
 use std::io::{BufRead as _, BufReader, Read as _};
+use std::os::fd::AsFd as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Output, Stdio};
 
 use anyhow::{Context, Result, ensure};
 use aya::maps::{Array, HashMap, Map, MapData};
-use intercept_agent::facade::sys::Plain;
+use intercept_agent::facade::sys::{self, Plain};
 use intercept_common::layout::{self, ConnKey, OrigDst};
 use intercept_common::names;
 use rustix::process::{Pid, Signal, kill_process};
@@ -196,17 +197,26 @@ impl Agent {
 
     /// The number of entries in ORIG_DST, of all namespaces.
     pub fn remembered(&self) -> Result<usize> {
-        let path = self.store().join("maps").join(names::ORIG_DST);
-        let data = MapData::from_pin(&path).with_context(|| format!("opening {}", path.display()))?;
-        let map: HashMap<_, Plain<ConnKey>, Plain<OrigDst>> = Map::HashMap(data).try_into()?;
+        let map: HashMap<_, Plain<ConnKey>, Plain<OrigDst>> =
+            Map::HashMap(self.map(names::ORIG_DST)?).try_into()?;
         Ok(map.keys().filter_map(Result::ok).count())
+    }
+
+    /// The entries of a map that can be listed.
+    pub fn entries<K: bytemuck::Pod, V: bytemuck::Pod>(&self, map: &str) -> Result<Vec<(K, V)>> {
+        let data = self.map(map)?;
+        sys::entries(data.fd().as_fd()).with_context(|| format!("reading {map}"))
+    }
+
+    /// A map.
+    pub fn map(&self, map: &str) -> Result<MapData> {
+        let path = self.store().join("maps").join(map);
+        MapData::from_pin(&path).with_context(|| format!("opening {}", path.display()))
     }
 
     /// Whether the programs write events for `trace`.
     pub fn tracing(&self) -> Result<bool> {
-        let path = self.store().join("maps").join(names::TRACING);
-        let data = MapData::from_pin(&path).with_context(|| format!("opening {}", path.display()))?;
-        let map: Array<_, u32> = Map::Array(data).try_into()?;
+        let map: Array<_, u32> = Map::Array(self.map(names::TRACING)?).try_into()?;
         Ok(map.get(&0, 0)? != 0)
     }
 

@@ -2,7 +2,7 @@
 
 use std::{
     io,
-    net::SocketAddrV4,
+    net::{Ipv4Addr, SocketAddrV4},
     os::fd::{FromRawFd as _, OwnedFd},
 };
 
@@ -139,12 +139,14 @@ struct ProgLoadAttr {
     kernel_version: u32,
     flags: u32,
     name: [u8; 16],
+    interface: u32,
+    hook: u32,
 }
 
 /// Loads a `sock_ops` program that returns at once.
 pub fn load_empty() -> io::Result<OwnedFd> {
     // r0 = 1; exit
-    load_sock_ops("empty", &[[0xb7, 0, 0, 0, 1, 0, 0, 0], [0x95, 0, 0, 0, 0, 0, 0, 0]])
+    load("empty", SOCK_OPS, &[RETURN_1, EXIT].concat())
 }
 
 /// Loads a `sock_ops` program that overwrites the socket's callback flags with `BPF_SOCK_OPS_RETRANS_CB_FLAG` in every
@@ -152,17 +154,31 @@ pub fn load_empty() -> io::Result<OwnedFd> {
 pub fn load_overruling() -> io::Result<OwnedFd> {
     // r2 = 2; call bpf_sock_ops_cb_flags_set; r0 = 1; exit. The context is in r1.
     let call = [0x85, 0, 0, 0, 59, 0, 0, 0];
-    let instructions =
-        [[0xb7, 2, 0, 0, 2, 0, 0, 0], call, [0xb7, 0, 0, 0, 1, 0, 0, 0], [0x95, 0, 0, 0, 0, 0, 0, 0]];
-    load_sock_ops("overruling", &instructions)
+    load("overruling", SOCK_OPS, &[[0xb7, 2, 0, 0, 2, 0, 0, 0], call, RETURN_1, EXIT].concat())
 }
 
-fn load_sock_ops(name: &str, instructions: &[[u8; 8]]) -> io::Result<OwnedFd> {
+/// Loads a program for `connect()` that dials another IPv4 address instead of any, as those do that balance the load of
+/// services.
+pub fn load_balancing(to: Ipv4Addr) -> io::Result<OwnedFd> {
+    let [a, b, c, d] = to.octets();
+    // w2 = to; *(u32 *)(r1 + 4) = r2, which is user_ip4 of bpf_sock_addr; r0 = 1; exit
+    let store = [0x63, 0x21, 4, 0, 0, 0, 0, 0];
+    load("balancing", CONNECT4, &[[0xb4, 2, 0, 0, a, b, c, d], store, RETURN_1, EXIT].concat())
+}
+
+const RETURN_1: [u8; 8] = [0xb7, 0, 0, 0, 1, 0, 0, 0];
+const EXIT: [u8; 8] = [0x95, 0, 0, 0, 0, 0, 0, 0];
+
+/// Numbers of a type of program and its hook in linux/bpf.h; the first has only one.
+const SOCK_OPS: (u32, u32) = (13, 0);
+const CONNECT4: (u32, u32) = (18, 10);
+
+fn load(name: &str, (kind, hook): (u32, u32), instructions: &[u8]) -> io::Result<OwnedFd> {
     const BPF_PROG_LOAD: libc::c_long = 5;
-    const BPF_PROG_TYPE_SOCK_OPS: u32 = 13;
     let mut load = ProgLoadAttr {
-        kind: BPF_PROG_TYPE_SOCK_OPS,
-        instruction_count: u32::try_from(instructions.len()).map_err(io::Error::other)?,
+        kind,
+        hook,
+        instruction_count: u32::try_from(instructions.len() / 8).map_err(io::Error::other)?,
         instructions: instructions.as_ptr() as u64,
         license: c"GPL".as_ptr() as u64,
         ..ProgLoadAttr::default()

@@ -7,6 +7,7 @@ use std::os::fd::{AsFd as _, AsRawFd as _};
 use std::time::Duration;
 
 use anyhow::{Context, Result};
+use intercept_common::layout::ShadowSocket;
 use nix::poll::{PollFd, PollFlags, poll};
 use nix::sys::socket::{ControlMessage, MsgFlags, MultiHeaders, SockaddrStorage, sendmmsg, sendmsg};
 use socket2::{Domain, Protocol, SockAddr, Socket, Type};
@@ -42,8 +43,26 @@ impl Sockets {
                 self.open.push(Some(open(*kind)?));
                 return done;
             }
+            Step::OpenMeeting(number) => {
+                let met = self.open.get(*number).and_then(Option::as_ref);
+                let met = dial_of(met.ok_or_else(|| io::Error::other("no such socket"))?)?;
+                let socket = loop {
+                    let socket = open(SocketKind::Tcp4)?;
+                    if dial_of(&socket)? == met {
+                        break socket;
+                    }
+                };
+                self.at = self.open.len();
+                self.open.push(Some(socket));
+                return done;
+            }
             Step::Use(number) => {
                 self.at = *number;
+                return done;
+            }
+            Step::Pause => {
+                println!("paused");
+                io::stdin().read_line(&mut String::new())?;
                 return done;
             }
             Step::Close => {
@@ -71,7 +90,9 @@ impl Sockets {
             }
             Step::Name => return name(socket.local_addr()?),
             Step::Peer => return name(socket.peer_addr()?),
+            Step::Send => _ = socket.send(b"!")?,
             Step::Read => return read(socket),
+            Step::Receive => return receive(socket),
             Step::Ask => {
                 socket.send(&0u64.to_be_bytes())?;
                 return receive(socket);
@@ -91,7 +112,9 @@ impl Sockets {
                 return receive(socket);
             }
             Step::Shutdown => socket.shutdown(std::net::Shutdown::Write)?,
-            Step::Open(_) | Step::Use(_) | Step::Close => unreachable!("done above"),
+            Step::Open(_) | Step::OpenMeeting(_) | Step::Use(_) | Step::Pause | Step::Close => {
+                unreachable!("done above")
+            }
         }
         done
     }
@@ -110,6 +133,11 @@ fn open(kind: SocketKind) -> io::Result<Socket> {
     // Of connect(), too.
     socket.set_write_timeout(Some(PATIENCE))?;
     Ok(socket)
+}
+
+/// The cell in which the decision on a socket is kept until its SYN leaves.
+fn dial_of(socket: &Socket) -> io::Result<u32> {
+    Ok(ShadowSocket::dial_of(rustix::net::sockopt::socket_cookie(socket)?))
 }
 
 fn is_v6(socket: &Socket) -> io::Result<bool> {
