@@ -15,7 +15,7 @@ use intercept_common::{
     Decision, InboundFlow, NetnsCookie, OutboundFlow, PolicyLookup, Reason, Verdict,
     decide::{OutboundDecision, Owner, TproxyMark},
     decide_inbound, decide_outbound,
-    layout::{ConnKey, PodPolicy},
+    layout::{ConnKey, OrigDst, PodPolicy, end},
 };
 use serde::Serialize;
 
@@ -130,8 +130,8 @@ pub struct Audited<'a, L> {
     pub since: u64,
     /// The lookups of the decision.
     pub lookup: &'a L,
-    /// Whether the programs redirected a connection.
-    pub is_redirected: &'a dyn Fn(&ConnKey) -> bool,
+    /// What the programs remember of a connection that they changed.
+    pub original: &'a dyn Fn(&ConnKey) -> Option<OrigDst>,
 }
 
 impl<L: PolicyLookup> Audited<'_, L> {
@@ -172,8 +172,11 @@ impl<L: PolicyLookup> Audited<'_, L> {
         ConnKey { netns: self.cookie, client, proxy, client_port, proxy_port, reserved: 0 }
     }
 
+    /// Whether it is the client's end of a connection that the proxy has. One with the mark of TPROXY is remembered as well,
+    /// and passes.
     fn is_client(&self, socket: &OpenSocket) -> bool {
-        (self.is_redirected)(&self.key(socket.local, socket.remote))
+        (self.original)(&self.key(socket.local, socket.remote))
+            .is_some_and(|original| !passes_by_mark(&original))
     }
 
     /// A TCP connection that is not the client's end of a redirected one.
@@ -187,7 +190,13 @@ impl<L: PolicyLookup> Audited<'_, L> {
         let owner = inventory.owner(socket);
         let container = self.policy.container_of(inventory.ancestor(socket.cgroup, self.policy.cgroup_level));
         let is_proxy = self.policy.is_proxy(owner.uid, owner.gid) && self.policy.may_be_proxy(container);
-        let is_proxy_end = (self.is_redirected)(&self.key(socket.remote, socket.local));
+        let other_end = (self.original)(&self.key(socket.remote, socket.local));
+        if other_end.as_ref().is_some_and(passes_by_mark) {
+            // Its client is in the pod, and is looked at.
+            *audit.passed.entry(Reason::LocalSource.as_str()).or_default() += 1;
+            return;
+        }
+        let is_proxy_end = other_end.is_some();
         let accepted = listening.contains(&socket.local.port());
         if is_proxy_end || (accepted && is_proxy) || self.policy.proxy_port(socket.local.port()).is_some() {
             audit.proxy += 1;
@@ -265,4 +274,8 @@ impl<L: PolicyLookup> Audited<'_, L> {
             cgroup: socket.cgroup.and_then(|id| inventory.cgroup_name(id)),
         }
     }
+}
+
+fn passes_by_mark(original: &OrigDst) -> bool {
+    original.port_and_ends & end::BYPASS != 0
 }

@@ -363,12 +363,7 @@ impl Maps {
         Ok(purged + listeners.len())
     }
 
-    /// Whether the programs redirected this connection, or handed it to a listener.
-    pub fn is_redirected(&self, key: &ConnKey) -> bool {
-        self.orig_dst.get(&Plain(*key), 0).is_ok()
-    }
-
-    /// The record of a connection that the programs redirected.
+    /// The record of a connection that the programs redirected, handed to a listener, or let pass by its mark.
     pub fn original(&self, key: &ConnKey) -> Option<OrigDst> {
         self.orig_dst.get(&Plain(*key), 0).ok().map(|original| original.0)
     }

@@ -10,6 +10,7 @@ use serde_json::Value;
 use socket2::{Domain, Protocol, Socket, Type};
 use tests::actor::{Actor, Bind, Listen, Transport};
 use tests::agent::{Agent, finish, succeed};
+use tests::steps::{self, SocketKind, Step};
 use tests::testbed::{Ids, Pod, PodSpec};
 
 const FLAGS: [&str; 6] = ["-u", "1337", "-i", "*", "-b", "*"];
@@ -167,5 +168,79 @@ fn a_container_that_is_not_the_proxys_is_audited_as_the_application() {
     assert_eq!(audit["passed"]["proxy_uid"], 1, "{audit:#}");
     assert_eq!(causes(&audit), ["before_capture"], "{audit:#}");
     assert_eq!(audit["bypasses"][0]["cgroup"], "app", "{audit:#}");
+    drop((held, &fixture.world));
+}
+
+/// In TPROXY mode the rules let the connections with the mark of the proxy pass where they arrive, and redirect them as others
+/// where they leave.
+#[test]
+fn the_mark_of_the_proxy_on_another_socket_is_found() {
+    let fixture = AuditFixture::new("audit-mark");
+    let pod = &fixture.pod;
+    let inside = Actor::start(pod).expect("an actor");
+    listen(&inside, "proxy", Ids::PROXY, 15001);
+    listen(&inside, "app", Ids::APP, 8080);
+    fixture.agent.attach(pod, &[&FLAGS[..], &["-m", "TPROXY"]].concat()).expect("attached");
+    let connect = |ids, mark: u32, to: &str| {
+        let to = to.parse().expect("an address");
+        let mark =
+            Step::Option { level: libc::SOL_SOCKET, name: libc::SO_MARK, value: mark.to_ne_bytes().to_vec() };
+        let steps = [Step::Open(SocketKind::Tcp4), mark, Step::Connect(to), Step::Pause];
+        let mut running = steps::start(pod, ids, "", &steps).expect("started");
+        running.await_pause().expect("connected");
+        running
+    };
+    let outside = connect(Ids::ROOT, 1337, "10.96.0.10:80");
+    let unmarked = connect(Ids::ROOT, 1336, "10.66.0.2:8080");
+    let audit = fixture.audit();
+    assert_eq!((&audit["captured"], causes(&audit)), (&1.into(), Vec::new()), "{audit:#}");
+    let marked = connect(Ids::ROOT, 1337, "10.66.0.2:8080");
+    let audit = fixture.audit();
+    assert_eq!((&audit["captured"], causes(&audit)), (&1.into(), vec!["mark".to_owned()]), "{audit:#}");
+    let found = &audit["bypasses"][0];
+    assert_eq!(
+        (&found["remote"], &found["direction"]),
+        (&"10.66.0.2:8080".into(), &"outbound".into()),
+        "{audit:#}"
+    );
+    assert_eq!((&found["uid"], &found["process"]), (&0.into(), &"steps".into()), "{audit:#}");
+    for running in [outside, unmarked, marked] {
+        assert!(running.finish().expect("run").iter().all(|outcome| outcome == "ok"));
+    }
+    fixture.wait("closed", |audit| causes(audit).is_empty());
+}
+
+/// Cgroups and namespaces that a process of the pod makes after the capture: the programs cover the one, not the other.
+#[test]
+fn what_is_nested_after_the_capture_is_found() {
+    let fixture = AuditFixture::new("audit-nested");
+    let pod = &fixture.pod;
+    let proxy = Actor::start(pod).expect("an actor");
+    listen(&proxy, "proxy", Ids::PROXY, 15001);
+    fixture.agent.attach(pod, &FLAGS).expect("attached");
+    let nested = pod.cgroup.path().join("nested/deeper");
+    fs::create_dir_all(&nested).expect("cgroups");
+    let enter = format!("echo $$ > {}/cgroup.procs; ", nested.display());
+    let held =
+        [fixture.connect(Ids::ROOT, &enter, "10.96.0.10"), fixture.connect(Ids::ROOT, &enter, "fd96::10")];
+    fixture.wait("captured", |audit| audit["captured"] == 2 && causes(audit).is_empty());
+
+    // Packets of its own, from a cgroup and a namespace that did not exist when the pod was captured.
+    let script = format!("{enter}exec unshare -n sleep 600");
+    let stray = Held::spawn(pod.command("sh").expect("a command").args(["-c", &script]));
+    let audit = fixture.wait("a namespace", |audit| {
+        causes(audit) == ["other_namespace"] && audit["bypasses"][0]["process"] == "sleep"
+    });
+    assert_eq!(audit["captured"], 2, "{audit:#}");
+
+    // Out of the pod's cgroup again, in a cgroup that is made beside it, but in its network namespace.
+    let beside = Pod::new(PodSpec::new("audit-beside")).expect("a pod");
+    let outside = beside.cgroup.path().join("nested");
+    fs::create_dir(&outside).expect("a cgroup");
+    let enter = format!("echo $$ > {}/cgroup.procs; ", outside.display());
+    let escaped = fixture.connect(Ids::ROOT, &enter, "10.96.0.10");
+    fixture.wait("in another cgroup", |audit| causes(audit) == ["other_cgroup", "other_namespace"]);
+    drop((stray, escaped));
+    fixture.wait("gone", |audit| causes(audit).is_empty());
     drop((held, &fixture.world));
 }

@@ -58,7 +58,7 @@ fn of_cgroup(args: &InspectArgs) -> Result<Audit> {
         policy: &policy,
         since: record.map_or(0, |record| record.since),
         lookup: &FromMaps(node.maps()),
-        is_redirected: &|key| node.maps().is_redirected(key),
+        original: &|key| node.maps().original(key),
     };
     Ok(audited.audit())
 }

@@ -95,7 +95,7 @@ fn probe_now(bpffs: &Path, applied: &AppliedPod) -> Result<ProbeResult, Box<dyn 
             policy: &policy,
             since: record.since,
             lookup: &FromMaps(&maps),
-            is_redirected: &|key| maps.is_redirected(key),
+            original: &|key| maps.original(key),
         };
         let mut causes = BTreeMap::new();
         for bypass in audited.audit().bypasses {
