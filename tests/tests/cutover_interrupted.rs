@@ -11,7 +11,7 @@ use std::{
 
 use tests::{
     actor::{Actor, Bind, Listen, Queried, Query, QueryReply, Sending, Transport},
-    agent::finish,
+    agent::{finish, succeed},
     cutover::{LoadProxy, RulesFixture},
     iptables::{Backend, IptablesDns, IptablesOptions, Tproxy},
     steps::{self, SocketKind, Step},
@@ -235,6 +235,56 @@ fn a_port_that_was_used_for_a_query_is_used_again() {
         fixture.cut(&["--back"]);
     }
     ask_all("under iptables again");
+}
+
+/// The peers of the pod's UDP sockets, as the kernel has them.
+fn datagram_peers(fixture: &RulesFixture) -> String {
+    let mut ss = fixture.pod.command("ss").expect("a command");
+    succeed({
+        ss.args(["-Hun", "state", "connected"]);
+        ss
+    })
+    .expect("sockets")
+}
+
+/// A socket that was connected before the cut-over asks on by the translation that conntrack has for it, and is captured by the
+/// agent when it is connected again. Another one, connected under the agent, asks on after the way back. Each query is answered
+/// once, by the proxy.
+#[test]
+fn sockets_that_were_connected_before_go_on() {
+    let (fixture, _proxy, _file) = with_dns("cut-connected");
+    let has_peer = |peer: &str| datagram_peers(&fixture).contains(peer);
+    for (kind, server, next, proxy) in [
+        (SocketKind::Udp4, SERVERS[0], SERVERS[1], "127.0.0.1:15053"),
+        (SocketKind::Udp6, SERVERS[2], SERVERS[2], "[::1]:15053"),
+    ] {
+        let under_iptables = [Step::Open(kind), Step::Connect(at(server)), Step::Ask, Step::Pause];
+        let cut_over = [Step::Ask, Step::Ask, Step::Receive, Step::Pause];
+        let again = [Step::Connect(at(next)), Step::Ask, Step::Peer, Step::Receive];
+        let under_the_agent = [Step::Open(kind), Step::Connect(at(server)), Step::Ask, Step::Pause];
+        let cut_back = [Step::Ask, Step::Peer, Step::Receive];
+        let steps = [&under_iptables[..], &cut_over, &again, &under_the_agent, &cut_back].concat();
+        let mut running = steps::start(&fixture.pod, Ids::APP, "", &steps).expect("started");
+        running.await_pause().expect("asked");
+        fixture.cut(&["--force"]);
+        running.resume().expect("it runs");
+        running.await_pause().expect("asked");
+        assert!(has_peer(server) && !has_peer(proxy), "{}", datagram_peers(&fixture));
+        running.resume().expect("it runs");
+        running.await_pause().expect("asked");
+        assert!(!has_peer(server) && has_peer(proxy), "{}", datagram_peers(&fixture));
+        fixture.cut(&["--back"]);
+        let outcomes = running.finish().expect("asked");
+        let (first, second) = (format!("dns by {server}"), format!("dns by {next}"));
+        let expected = [
+            &["ok", "ok", &first, "ok"][..],
+            &[&first, &first, "EAGAIN", "ok"],
+            &["ok", &second, next, "EAGAIN"],
+            &["ok", "ok", &first, "ok"],
+            &[&first, server, "EAGAIN"],
+        ];
+        assert_eq!(outcomes, expected.concat());
+    }
 }
 
 #[track_caller]
