@@ -1,6 +1,7 @@
-//! The pod's network namespace: how it is opened, distinguished from the node's own, and entered.
+//! The pod's network namespace: how it is opened, distinguished from the node's own, and entered (`visit.rs`).
 
-use std::cell::Cell;
+mod visit;
+
 use std::collections::BTreeMap;
 use std::fmt::{self, Write as _};
 use std::fs::{self, File, OpenOptions};
@@ -11,11 +12,11 @@ use std::path::{Path, PathBuf};
 use std::thread;
 
 use rustix::fs::OFlags;
-use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socket_with};
 use rustix::process::Pid;
-use rustix::thread::{LinkNameSpaceType, UnshareFlags, move_into_link_name_space, unshare_unsafe};
+use rustix::thread::{UnshareFlags, unshare_unsafe};
 
+use self::visit::Visit;
 use crate::cgroup::{CgroupDir, CgroupError};
 use crate::ids::NetnsCookie;
 use crate::support::{self, Lacking};
@@ -137,11 +138,6 @@ impl fmt::Display for Whose {
             Self::Own => "this process's own",
         })
     }
-}
-
-thread_local! {
-    /// Netns cookie of the namespace that `Netns::run` has moved this thread into.
-    static INSIDE: Cell<Option<NetnsCookie>> = const { Cell::new(None) };
 }
 
 /// Whether the namespace that this process is in may be opened.
@@ -266,7 +262,8 @@ impl Netns {
             fs::metadata(path)
                 .is_ok_and(|other| (other.dev(), other.ino()) == (metadata.dev(), metadata.ino()))
         };
-        let own = is("/proc/thread-self/ns/net") || is("/proc/self/ns/net");
+        let own = is("/proc/thread-self/ns/net")
+            || visit::own_of_process().is_some_and(|own| own == (metadata.dev(), metadata.ino()));
         if metadata.ino() == FIRST_INODE || (is("/proc/1/ns/net") && (own_netns == OwnNetns::Refuse || !own))
         {
             return Err(NetnsError::Host { name, whose: Whose::Node });
@@ -319,28 +316,15 @@ impl Netns {
         fs::metadata(path_of(pid)).is_ok_and(|other| other.ino() == self.inode)
     }
 
-    /// Runs `work` in the namespace on a new thread and waits for it. Sockets and processes that it creates stay in the
-    /// namespace. A panic in `work` continues in the caller.
-    ///
-    /// Nested calls for the same namespace run on the thread that is already inside.
-    pub fn run<T: Send>(&self, work: impl FnOnce() -> T + Send) -> Result<T, NetnsError> {
-        if INSIDE.get() == Some(self.cookie) {
+    /// Runs `work` in the namespace on the calling thread, which is in its own namespace again afterwards, also after a
+    /// panic. Sockets, threads and processes that it creates stay in the namespace.
+    pub fn run<T>(&self, work: impl FnOnce() -> T) -> Result<T, NetnsError> {
+        if visit::current() == Some(self.cookie) {
             return Ok(work());
         }
-        let enter = |source| NetnsError::Enter { name: self.name.clone(), source };
-        thread::scope(|scope| {
-            let inside = move || -> Result<T, Errno> {
-                move_into_link_name_space(self.file.as_fd(), Some(LinkNameSpaceType::Network))?;
-                INSIDE.set(Some(self.cookie));
-                Ok(work())
-            };
-            let thread =
-                thread::Builder::new().name("netns".to_owned()).spawn_scoped(scope, inside).map_err(enter)?;
-            match thread.join() {
-                Ok(result) => result.map_err(|error| enter(error.into())),
-                Err(panic) => std::panic::resume_unwind(panic),
-            }
-        })
+        let _visit = Visit::begin(self.file.as_fd(), self.cookie)
+            .map_err(|source| NetnsError::Enter { name: self.name.clone(), source: source.into() })?;
+        Ok(work())
     }
 }
 

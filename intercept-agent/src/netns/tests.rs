@@ -50,16 +50,15 @@ fn work_runs_inside_and_the_caller_stays_outside() {
 }
 
 #[test]
-fn work_inside_stays_on_its_thread_in_the_same_namespace_only() {
+fn a_visit_within_a_visit_returns_to_the_first() {
     let (one, other) = (new_netns(), new_netns());
     let inode = || fs::metadata("/proc/thread-self/ns/net").unwrap().ino();
-    let here = || (thread::current().id(), inode());
+    let before = inode();
     let (outer, same, elsewhere, after) =
-        one.run(|| (here(), one.run(here).unwrap(), other.run(here).unwrap(), here())).unwrap();
-    assert_eq!(outer, same);
-    assert_eq!(outer, after);
-    assert_ne!(outer.0, elsewhere.0);
-    assert_eq!(elsewhere.1, other.inode());
+        one.run(|| (inode(), one.run(inode).unwrap(), other.run(inode).unwrap(), inode())).unwrap();
+    assert_eq!([outer, same, after], [one.inode(); 3]);
+    assert_eq!(elsewhere, other.inode());
+    assert_eq!(inode(), before);
 }
 
 #[test]
@@ -71,9 +70,15 @@ fn cookies_tell_namespaces_apart() {
 }
 
 #[test]
-#[should_panic(expected = "from inside")]
-fn a_panic_inside_reaches_the_caller() {
-    _ = new_netns().run(|| panic!("from inside"));
+fn a_panic_inside_reaches_the_caller_outside() {
+    let inode = || fs::metadata("/proc/thread-self/ns/net").unwrap().ino();
+    let (netns, before) = (new_netns(), inode());
+    let panicked =
+        std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| netns.run(|| panic!("from inside"))));
+    assert!(panicked.is_err());
+    assert_eq!(inode(), before);
+    // The thread does not take itself for inside.
+    assert_eq!(netns.run(inode).unwrap(), netns.inode());
 }
 
 #[test]

@@ -1,0 +1,77 @@
+//! Enters a network namespace with the calling thread, and returns.
+
+use std::{
+    cell::Cell,
+    fs,
+    os::{
+        fd::{AsFd as _, BorrowedFd, OwnedFd},
+        unix::fs::MetadataExt as _,
+    },
+    sync::OnceLock,
+    thread,
+    time::Duration,
+};
+
+use rustix::{
+    fs::{Mode, OFlags, open},
+    io::Errno,
+    thread::{LinkNameSpaceType, move_into_link_name_space},
+};
+
+use crate::ids::NetnsCookie;
+
+/// The kernel may be short of memory for a moment.
+const ATTEMPTS: u32 = 50;
+const PAUSE: Duration = Duration::from_millis(20);
+
+thread_local! {
+    /// Netns cookie of the namespace that this thread visits.
+    static INSIDE: Cell<Option<NetnsCookie>> = const { Cell::new(None) };
+}
+
+/// Returns the netns cookie of the namespace that the calling thread visits.
+pub(super) fn current() -> Option<NetnsCookie> {
+    INSIDE.get()
+}
+
+/// Returns device and inode of the namespace in which this process started. `/proc/self` tells that of its first thread,
+/// which may be on a visit.
+pub(super) fn own_of_process() -> Option<(u64, u64)> {
+    static OWN: OnceLock<Option<(u64, u64)>> = OnceLock::new();
+    *OWN.get_or_init(|| fs::metadata("/proc/self/ns/net").ok().map(|own| (own.dev(), own.ino())))
+}
+
+/// A visit of the calling thread to a namespace. It ends with the return to the thread's own namespace.
+pub(super) struct Visit {
+    home: OwnedFd,
+    before: Option<NetnsCookie>,
+}
+
+impl Visit {
+    /// Enters the namespace, whose cookie is not known the first time.
+    pub(super) fn begin(netns: BorrowedFd<'_>, cookie: NetnsCookie) -> Result<Self, Errno> {
+        own_of_process();
+        let home = open("/proc/thread-self/ns/net", OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())?;
+        enter(netns)?;
+        Ok(Self { home, before: INSIDE.replace(Some(cookie)) })
+    }
+}
+
+impl Drop for Visit {
+    fn drop(&mut self) {
+        INSIDE.set(self.before);
+        for _ in 0..ATTEMPTS {
+            match enter(self.home.as_fd()) {
+                Ok(()) => return,
+                Err(error) => tracing::error!(%error, "leaving the network namespace of a pod"),
+            }
+            thread::sleep(PAUSE);
+        }
+        // What this thread does next would happen in the pod. Captures survive the end of the agent.
+        std::process::abort();
+    }
+}
+
+fn enter(netns: BorrowedFd<'_>) -> Result<(), Errno> {
+    move_into_link_name_space(netns, Some(LinkNameSpaceType::Network))
+}
