@@ -1,9 +1,11 @@
 //! Loads the programs. All pods of a node share one set, except for the entry program of `sk_lookup`: that hook cannot
-//! tell its namespace, so each pod has an instance with its netns cookie.
+//! tell its namespace, so each pod has an instance with its netns cookie ([`Lookup`]).
+
+mod lookup;
 
 use std::{
     cell::OnceCell,
-    collections::{HashMap, HashSet, VecDeque},
+    collections::{HashMap, VecDeque},
     io,
     os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd},
     path::Path,
@@ -11,20 +13,19 @@ use std::{
     thread,
 };
 
-use aya_obj::{
-    Object,
-    generated::{bpf_attach_type, bpf_insn, bpf_prog_type},
-};
-use intercept_common::{layout::COOKIE_PLACEHOLDER, names};
+use aya_obj::generated::{bpf_attach_type, bpf_prog_type};
+use intercept_common::names;
 
 use crate::{
     btf_offsets,
     ids::NetnsCookie,
     loader::{LoadError, LoadOptions, Loaded},
-    objects::{CAPTURE, LOOKUP},
+    objects::CAPTURE,
     support::{self, Lacking, Missing, Need},
     sys::{self, ProgramKind},
 };
+
+pub use lookup::Lookup;
 
 /// Why programs cannot be loaded.
 #[derive(Debug, thiserror::Error)]
@@ -250,63 +251,4 @@ fn lacks(missing: &[Missing], program: &str) -> bool {
 fn publish_steer(object: &Loaded, program: BorrowedFd<'_>) -> Result<(), ProgramError> {
     let number = program.as_raw_fd().to_ne_bytes();
     sys::write_first(object.map(names::JUMP_TABLE)?, &number).map_err(ProgramError::Steer)
-}
-
-/// The `sk_lookup` program, relocated for a node's maps, before a netns cookie is written into it.
-pub struct Lookup {
-    instructions: Vec<bpf_insn>,
-    // Holds the descriptors that the instructions contain as numbers.
-    _maps: Vec<OwnedFd>,
-}
-
-impl Lookup {
-    /// Relocates the program for the maps pinned in `maps`.
-    pub fn prepare(maps: &Path) -> Result<Self, ProgramError> {
-        let failed = |error: Box<dyn std::error::Error + Send + Sync>| ProgramError::Instance(error);
-        let mut object = Object::parse(LOOKUP).map_err(|e| failed(e.into()))?;
-        let program = object.programs.get(names::SK_LOOKUP).ok_or(LoadError::Absent(names::SK_LOOKUP))?;
-        let key = program.function_key();
-        let definitions = std::mem::take(&mut object.maps);
-        let mut opened = HashMap::new();
-        for name in definitions.keys() {
-            opened.insert(name, sys::open_pin(&maps.join(name)).map_err(|e| failed(e.into()))?);
-        }
-        let descriptors =
-            definitions.iter().map(|(name, map)| (name.as_str(), opened[name].as_raw_fd(), map));
-        object.relocate_maps(descriptors, &HashSet::new()).map_err(|e| failed(e.into()))?;
-        let function = object.functions.remove(&key).ok_or(LoadError::Absent(names::SK_LOOKUP))?;
-        Ok(Self { instructions: function.instructions, _maps: opened.into_values().collect() })
-    }
-
-    /// Loads an instance for the namespace with this cookie.
-    pub fn load(&self, cookie: NetnsCookie) -> Result<OwnedFd, ProgramError> {
-        let mut instructions = self.instructions.clone();
-        if !write_cookie(&mut instructions, cookie) {
-            let why = "the placeholder of the netns cookie is not in the program";
-            return Err(ProgramError::Instance(why.into()));
-        }
-        sys::load_sk_lookup(names::SK_LOOKUP, &instructions).map_err(ProgramError::InstanceLoad)
-    }
-}
-
-/// Replaces the placeholder. A 64-bit constant is two instructions, each with one half. False if it is not found.
-fn write_cookie(instructions: &mut [bpf_insn], cookie: NetnsCookie) -> bool {
-    const LD_IMM64: u8 = 0x18;
-    let halves = |value: u64| ((value & 0xffff_ffff) as u32, (value >> 32) as u32);
-    let (low, high) = halves(COOKIE_PLACEHOLDER);
-    let (new_low, new_high) = halves(cookie.0);
-    let mut written = false;
-    for at in 1..instructions.len() {
-        let [first, second] = &mut instructions[at - 1..=at] else { continue };
-        if first.code == LD_IMM64
-            && first.src_reg() == 0
-            && first.imm.cast_unsigned() == low
-            && second.imm.cast_unsigned() == high
-        {
-            first.imm = new_low.cast_signed();
-            second.imm = new_high.cast_signed();
-            written = true;
-        }
-    }
-    written
 }

@@ -196,17 +196,22 @@ fn write_name(to: &mut [std::ffi::c_char; 16], name: &str) {
     }
 }
 
-/// Creates an array map with one value, `bytes`.
-pub fn create_blob(name: &str, bytes: &[u8]) -> io::Result<OwnedFd> {
+/// Creates an array map with one value of `size` bytes, all zero.
+pub fn create_array(name: &str, size: usize) -> io::Result<OwnedFd> {
     let mut attr = empty_attr();
     // SAFETY: as above.
     let create = unsafe { &mut attr.__bindgen_anon_1 };
     create.map_type = bpf_map_type::BPF_MAP_TYPE_ARRAY as u32;
     create.key_size = 4;
-    create.value_size = u32::try_from(bytes.len()).map_err(io::Error::other)?;
+    create.value_size = u32::try_from(size).map_err(io::Error::other)?;
     create.max_entries = 1;
     write_name(&mut create.map_name, name);
-    let map = call_for_fd(bpf_cmd::BPF_MAP_CREATE, &mut attr)?;
+    call_for_fd(bpf_cmd::BPF_MAP_CREATE, &mut attr)
+}
+
+/// Creates an array map with one value, `bytes`.
+pub fn create_blob(name: &str, bytes: &[u8]) -> io::Result<OwnedFd> {
+    let map = create_array(name, bytes.len())?;
     write_first(map.as_fd(), bytes)?;
     Ok(map)
 }

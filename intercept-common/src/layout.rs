@@ -322,8 +322,8 @@ pub trait ServerNumbers {
     }
 }
 
-/// What stands in the code of a pod's stub for the cookie of its namespace: the agent replaces it when it loads the stub.
-/// The bytes are `intercep`.
+/// What stands in the code of a pod's stub for the address of the cell that has the cookie of its namespace: the agent replaces
+/// it when it loads the stub. The bytes are `intercep`.
 pub const COOKIE_PLACEHOLDER: u64 = 0x696e_7465_7263_6570;
 
 /// Value of LOOKUP_SCRATCH, per CPU: the socket lookup in progress.

@@ -17,20 +17,21 @@ use crate::{
     shadow, verdict, workload,
 };
 
-/// The cookie of the namespace that this instance is attached to, because the hook has no helper for it. The agent patches
-/// the instruction that loads the constant.
+/// The cookie of the namespace that this instance is attached to, because the hook has no helper for it. The agent replaces
+/// the constant by the address of a cell that only this instance has, and writes the cookie there before it attaches it.
 #[inline(always)]
 fn own_netns() -> NetnsCookie {
     #[cfg(target_arch = "bpf")]
     {
         let cookie: u64;
-        // SAFETY: loads a constant.
+        // SAFETY: loads an address, then the eight bytes there. The verifier refuses the constant itself as an address.
         unsafe {
             core::arch::asm!(
                 "{0} = {1} ll",
+                "{0} = *(u64 *)({0} + 0)",
                 out(reg) cookie,
                 const intercept_common::layout::COOKIE_PLACEHOLDER,
-                options(pure, nomem),
+                options(pure, readonly, nostack),
             );
         }
         NetnsCookie(cookie)

@@ -52,16 +52,36 @@ impl Queue {
         self.queues.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn next(&self) -> Option<Job> {
+    /// Waits for a job, unless there is something else to do.
+    fn next(&self, otherwise: Otherwise) -> Next {
         let mut queues = self.queues();
         loop {
-            let job = queues.urgent.pop_front().or_else(|| queues.normal.pop_front());
-            if job.is_some() || queues.closed {
-                return job;
+            if let Some(job) = queues.urgent.pop_front().or_else(|| queues.normal.pop_front()) {
+                return Next::Job(job);
+            }
+            if queues.closed {
+                return Next::End;
+            }
+            if otherwise == Otherwise::Prepare {
+                return Next::Nothing;
             }
             queues = self.more.wait(queues).unwrap_or_else(PoisonError::into_inner);
         }
     }
+}
+
+/// What the thread does while there is no job.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Otherwise {
+    Wait,
+    Prepare,
+}
+
+/// What the thread does next.
+enum Next {
+    Job(Job),
+    Nothing,
+    End,
 }
 
 /// Gives jobs to the thread, which ends with the last of these.
@@ -85,8 +105,16 @@ impl Worker {
             let queue = Arc::clone(&queue);
             move || {
                 let mut access = Access { bpffs, max_connections, paused: None, keep: None, left: false };
-                while let Some(job) = queue.next() {
-                    job(&mut access);
+                let mut otherwise = Otherwise::Wait;
+                loop {
+                    otherwise = match queue.next(otherwise) {
+                        Next::Job(job) => {
+                            job(&mut access);
+                            access.otherwise()
+                        }
+                        Next::Nothing => access.prepare(),
+                        Next::End => return,
+                    };
                 }
             }
         })?;
@@ -160,6 +188,25 @@ impl Access {
         let result = work(&mut node);
         self.paused = Some(node.pause());
         result
+    }
+
+    fn otherwise(&self) -> Otherwise {
+        match &self.paused {
+            Some(paused) if paused.wants_preparation() => Otherwise::Prepare,
+            _ => Otherwise::Wait,
+        }
+    }
+
+    /// Make one thing that the next attach needs. If that fails, the attach makes it, and says why it cannot.
+    fn prepare(&self) -> Otherwise {
+        let Some(paused) = &self.paused else { return Otherwise::Wait };
+        match paused.prepare() {
+            Ok(()) => self.otherwise(),
+            Err(error) => {
+                tracing::debug!(error = &error as &dyn std::error::Error, "preparing for the next pod");
+                Otherwise::Wait
+            }
+        }
     }
 
     /// Remove everything from the node, whoever attached it. Jobs that come after find nothing, and make nothing.

@@ -5,7 +5,11 @@ use std::cell::OnceCell;
 use intercept_common::names;
 
 use super::{Living, Node, NodeError, links::SharedPrograms};
-use crate::{maps::Maps, programs::Lookup, store::Store};
+use crate::{
+    maps::Maps,
+    programs::{Lookup, ProgramError},
+    store::Store,
+};
 
 /// A [`Node`] whose store is unlocked, so that other agents can use it.
 pub struct Paused {
@@ -27,6 +31,23 @@ impl Node {
 }
 
 impl Paused {
+    /// Whether an attach would be quicker after [`Paused::prepare`].
+    pub fn wants_preparation(&self) -> bool {
+        self.lookup.get().is_none_or(Lookup::wants_spares)
+    }
+
+    /// Makes one thing ahead that the next attach needs. Nothing of the store is changed, so that it is not locked.
+    pub fn prepare(&self) -> Result<(), ProgramError> {
+        let lookup = match self.lookup.get() {
+            Some(lookup) => lookup,
+            None => {
+                let lookup = Lookup::prepare(&self.store.maps())?;
+                self.lookup.get_or_init(|| lookup)
+            }
+        };
+        lookup.load_spare()
+    }
+
     /// Locks the store again. `None` if another agent has removed what was open, or has loaded the programs of another
     /// build; the node must then be opened anew.
     pub fn resume(self) -> Result<Option<Node>, NodeError> {
