@@ -75,6 +75,11 @@ impl Agent {
         Self::on(BpffsMount::new(label)?)
     }
 
+    /// Another build of the agent with an empty bpffs.
+    pub fn of_build(program: PathBuf, label: &str) -> Result<Self> {
+        Ok(Self { program, bpffs: BpffsMount::new(label)?, starter: Vec::new() })
+    }
+
     /// The agent of this build with this bpffs.
     pub fn on(bpffs: BpffsMount) -> Result<Self> {
         Ok(Self { program: binary::locate("intercept-agent", VARIABLE)?, bpffs, starter: Vec::new() })

@@ -8,11 +8,13 @@ use rand::SeedableRng as _;
 use rand::rngs::StdRng;
 use serde::Deserialize;
 
+use super::install::{self, Way};
 use super::memory::{Trial, crowd};
-use super::mode::{CaptureMode, Cell};
+use super::mode::{CaptureMode, Cell, Lists};
 use super::plan::Suite;
 use super::pool::WorkerPool;
 use super::progress::Progress;
+use super::report::InstallTimes;
 use super::statistics::Quartiles;
 use super::summary::{Base, summarize};
 use super::topology::Topology;
@@ -28,6 +30,8 @@ const CONNECTIONS: usize = 2000;
 
 /// Rounds in which shadow mode is compared with enforce mode.
 const SHADOW_ROUNDS: usize = 5;
+/// The number of pods that are captured in each way.
+const CAPTURES: usize = 15;
 
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -40,6 +44,8 @@ struct BenchLimits {
     map_bytes_per_connection: f64,
     /// The maximum time of all programs for a connection in shadow mode, as a ratio to enforce mode.
     shadow_time_at_most: f64,
+    /// The maximum time in which the daemon captures a pod, as a ratio to the restore of iptables-nft.
+    attach_time_at_most: f64,
     /// Limits of ratios between modes, of medians in one run.
     ratios: Vec<RatioLimit>,
 }
@@ -86,6 +92,13 @@ pub fn run(pool: &WorkerPool) -> Result<()> {
         ratio,
         ratio <= limit,
         format!("at most {limit} of enforced"),
+    );
+    let (ratio, limit) = (attach_time(pool)?, limits.attach_time_at_most);
+    judge(
+        "time to capture a pod by the daemon".into(),
+        ratio,
+        ratio <= limit,
+        format!("at most {limit} of iptables-nft"),
     );
     let crowd = crowd(CaptureMode::Agent, Trial::Memory, CONNECTIONS, Duration::from_secs(30), pool)?;
     ensure!(
@@ -134,4 +147,14 @@ pub fn run(pool: &WorkerPool) -> Result<()> {
         exceeded.join(", ")
     );
     Ok(())
+}
+
+/// The median time in which the daemon captures a pod, as a ratio to the restore of iptables-nft in the same round.
+fn attach_time(pool: &WorkerPool) -> Result<f64> {
+    let modes = [CaptureMode::IptablesNft, CaptureMode::Agent];
+    let mut random = StdRng::seed_from_u64(0);
+    let timed = install::run(&modes, &[Lists::Injected], CAPTURES, pool, &mut random, || {})?;
+    let times = InstallTimes::of(&timed);
+    let daemon = times.iter().find(|times| times.way == Way::Daemon).and_then(|times| times.install_ratio);
+    Ok(daemon.context("the daemon has captured no pod")?.median)
 }

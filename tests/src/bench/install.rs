@@ -1,5 +1,6 @@
 //! Measures the time to capture one more pod, and to release it.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -46,33 +47,45 @@ pub struct InstallTiming {
     pub remove: Duration,
 }
 
-/// Captures new pods in random order while another pod stays captured, as on a node in use.
+/// The flags with which pods are captured.
+pub const LISTS: [Lists; 2] = [Lists::Injected, Lists::Cidrs(10_000)];
+
+/// Captures new pods in random order, with each of these flags, while another pod stays captured, as on a node in use.
 pub fn run(
     modes: &[CaptureMode],
+    lists: &[Lists],
     rounds: usize,
     pool: &WorkerPool,
     random: &mut StdRng,
     mut after_each: impl FnMut(),
 ) -> Result<Vec<InstallTiming>> {
+    let modes: Vec<_> =
+        modes.iter().copied().filter(|mode| mode.captures() && *mode != CaptureMode::Shadowed).collect();
+    let neighbours = modes.iter().map(|_| Sandbox::new("neighbour")).collect::<Result<Vec<_>>>()?;
     let mut cases: Vec<(CaptureMode, Lists, Way)> = Vec::new();
-    for &mode in modes.iter().filter(|mode| mode.captures() && **mode != CaptureMode::Shadowed) {
-        cases.extend([Lists::Injected, Lists::Cidrs(10_000)].map(|lists| (mode, lists, Way::Command)));
-    }
-    let neighbours = cases.iter().map(|_| Sandbox::new("neighbour")).collect::<Result<Vec<_>>>()?;
     let mut captures = Vec::new();
-    for (&(mode, ..), sandbox) in cases.iter().zip(&neighbours).step_by(2) {
+    for (&mode, sandbox) in modes.iter().zip(&neighbours) {
         let mut capture = TimedCapture::prepare(mode, &Lists::Injected.options(), sandbox, pool)?;
         capture.install()?;
         captures.push(capture);
+        cases.extend(lists.iter().map(|lists| (mode, *lists, Way::Command)));
     }
-    let agent = modes.contains(&CaptureMode::Agent).then(|| Agent::new("bench")).transpose()?;
-    let daemon = agent.as_ref().map(|agent| Daemon::start(agent, &[])).transpose()?;
-    let near_daemon = Sandbox::new("neighbour")?;
-    if let Some(daemon) = &daemon {
-        ask(daemon, &add(&near_daemon, "neighbour", arguments(Lists::Injected))?)?;
-        cases.extend(
-            [Lists::Injected, Lists::Cidrs(10_000)].map(|lists| (CaptureMode::Agent, lists, Way::Daemon)),
-        );
+    let mut agents = BTreeMap::new();
+    for &mode in &modes {
+        let program = match mode {
+            CaptureMode::Agent => pool.agent()?.program(),
+            CaptureMode::Baseline => pool.baseline()?.program(),
+            _ => continue,
+        };
+        agents.insert(mode, Agent::of_build(program.to_owned(), "bench")?);
+    }
+    let near_daemons = agents.iter().map(|_| Sandbox::new("neighbour")).collect::<Result<Vec<_>>>()?;
+    let mut daemons = BTreeMap::new();
+    for ((&mode, agent), sandbox) in agents.iter().zip(&near_daemons) {
+        let daemon = Daemon::start(agent, &[])?;
+        ask(&daemon, &add(sandbox, "neighbour", arguments(Lists::Injected))?)?;
+        daemons.insert(mode, daemon);
+        cases.extend(lists.iter().map(|lists| (mode, *lists, Way::Daemon)));
     }
     let mut installed = Vec::new();
     for round in 0..rounds {
@@ -80,7 +93,7 @@ pub fn run(
         for &(mode, lists, way) in &cases {
             interrupt::check()?;
             let sandbox = Sandbox::new(&mode.to_string())?;
-            let (install, remove) = match (way, &daemon) {
+            let (install, remove) = match (way, daemons.get(&mode)) {
                 (Way::Daemon, Some(daemon)) => {
                     let uid = format!("{lists}-{round}");
                     let question = add(&sandbox, &uid, arguments(lists))?;

@@ -71,6 +71,37 @@ pub struct InstallTimes {
 }
 
 impl InstallTimes {
+    /// Summarises measurements, by flags and mode.
+    pub fn of(installed: &[InstallTiming]) -> Vec<Self> {
+        let mut keys: Vec<(Lists, CaptureMode, Way)> =
+            installed.iter().map(|one| (one.lists, one.mode, one.way)).collect();
+        keys.sort_unstable();
+        keys.dedup();
+        let times = |(lists, mode, way): (Lists, CaptureMode, Way)| {
+            let of = |mode: CaptureMode, way: Way| {
+                installed.iter().filter(move |one| (one.lists, one.mode, one.way) == (lists, mode, way))
+            };
+            let milliseconds = |time: std::time::Duration| time.as_secs_f64() * 1000.0;
+            let ratio = |figure: fn(&InstallTiming) -> std::time::Duration| {
+                Quartiles::of(of(mode, way).filter_map(|one| {
+                    let base =
+                        of(CaptureMode::IptablesNft, Way::Command).find(|base| base.round == one.round)?;
+                    Some(figure(one).as_secs_f64() / figure(base).as_secs_f64())
+                }))
+            };
+            Some(Self {
+                mode,
+                way,
+                lists,
+                install: Quartiles::of(of(mode, way).map(|one| milliseconds(one.install)))?,
+                remove: Quartiles::of(of(mode, way).map(|one| milliseconds(one.remove)))?,
+                install_ratio: ratio(|one| one.install),
+                remove_ratio: ratio(|one| one.remove),
+            })
+        };
+        keys.into_iter().filter_map(times).collect()
+    }
+
     /// Its label among the others.
     fn label(&self) -> String {
         match self.way {
@@ -115,33 +146,7 @@ impl BenchReport {
 
     /// The times to capture a pod, by flags and mode.
     pub fn install_times(&self) -> Vec<InstallTimes> {
-        let mut keys: Vec<(Lists, CaptureMode, Way)> =
-            self.installed.iter().map(|one| (one.lists, one.mode, one.way)).collect();
-        keys.sort_unstable();
-        keys.dedup();
-        let times = |(lists, mode, way): (Lists, CaptureMode, Way)| {
-            let of = |mode: CaptureMode, way: Way| {
-                self.installed.iter().filter(move |one| (one.lists, one.mode, one.way) == (lists, mode, way))
-            };
-            let milliseconds = |time: std::time::Duration| time.as_secs_f64() * 1000.0;
-            let ratio = |figure: fn(&InstallTiming) -> std::time::Duration| {
-                Quartiles::of(of(mode, way).filter_map(|one| {
-                    let base =
-                        of(CaptureMode::IptablesNft, Way::Command).find(|base| base.round == one.round)?;
-                    Some(figure(one).as_secs_f64() / figure(base).as_secs_f64())
-                }))
-            };
-            Some(InstallTimes {
-                mode,
-                way,
-                lists,
-                install: Quartiles::of(of(mode, way).map(|one| milliseconds(one.install)))?,
-                remove: Quartiles::of(of(mode, way).map(|one| milliseconds(one.remove)))?,
-                install_ratio: ratio(|one| one.install),
-                remove_ratio: ratio(|one| one.remove),
-            })
-        };
-        keys.into_iter().filter_map(times).collect()
+        InstallTimes::of(&self.installed)
     }
 
     /// Kernel memory by mode: medians.

@@ -128,8 +128,14 @@ impl SessionRun<'_> {
         self.progress.at("capturing pods");
         let progress = &mut self.progress;
         let after_each = || progress.advance(INSTALL);
-        self.report.installed =
-            install::run(&plan.modes, plan.rounds(5, 20), self.pool, &mut self.random, after_each)?;
+        self.report.installed = install::run(
+            &plan.modes,
+            &install::LISTS,
+            plan.rounds(5, 20),
+            self.pool,
+            &mut self.random,
+            after_each,
+        )?;
         Ok(())
     }
 
@@ -196,8 +202,8 @@ fn planned(plan: &Plan, connections: usize) -> f64 {
     let mut seconds: f64 = plan.suites().iter().map(Suite::seconds).sum();
     if plan.has(Section::Install) {
         let captured = plan.modes.iter().filter(|mode| mode.captures()).count();
-        // One more for the daemon.
-        let ways = captured + usize::from(plan.modes.contains(&CaptureMode::Agent));
+        let is_daemon = |mode: &&CaptureMode| matches!(mode, CaptureMode::Agent | CaptureMode::Baseline);
+        let ways = captured + plan.modes.iter().filter(is_daemon).count();
         seconds += (ways * 2 * plan.rounds(5, 20)) as f64 * INSTALL;
     }
     if plan.has(Section::Programs) {
