@@ -1,6 +1,11 @@
 //! What a source desires for one pod.
 
-use std::{collections::BTreeMap, fmt, path::PathBuf};
+use std::{
+    collections::BTreeMap,
+    fmt,
+    path::PathBuf,
+    sync::{LazyLock, Mutex, PoisonError},
+};
 
 use clap::{Args as _, Command, FromArgMatches as _};
 use serde::{Deserialize, Serialize};
@@ -122,9 +127,15 @@ impl CaptureArgs {
     }
 
     fn validate_with(&self, files: &EtcFiles) -> Result<Config, CaptureArgsError> {
-        let command = Command::new("pod").no_binary_name(true).disable_help_flag(true);
-        let matches = RawOptions::augment_args(command)
-            .try_get_matches_from(&self.arguments)
+        /// Made once: that takes longer than reading options.
+        static COMMAND: LazyLock<Mutex<Command>> = LazyLock::new(|| {
+            let command = Command::new("pod").no_binary_name(true).disable_help_flag(true);
+            Mutex::new(RawOptions::augment_args(command))
+        });
+        let matches = COMMAND
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .try_get_matches_from_mut(&self.arguments)
             .map_err(CaptureArgsError::Flags)?;
         let raw = RawOptions::from_arg_matches(&matches).map_err(CaptureArgsError::Flags)?;
         let raw = raw.read_env(|name| self.environment.get(name).cloned());
