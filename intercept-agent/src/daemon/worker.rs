@@ -1,4 +1,5 @@
-//! The one thread that changes the node, so that nothing that waits for the kernel holds up the rest of the daemon.
+//! Changes the node, one job after the other, so that nothing that waits for the kernel holds up the rest of the daemon. A
+//! thread carries the jobs out, except those that another thread finds nothing ahead of.
 
 use std::{
     collections::VecDeque,
@@ -33,23 +34,45 @@ pub enum Priority {
 #[error("the daemon's worker failed on this; its log says where")]
 pub struct WorkerFailed;
 
-#[derive(Default)]
 struct Queue {
     queues: Mutex<PriorityQueues>,
     more: Condvar,
+    /// Locked by a job.
+    access: Mutex<Access>,
 }
 
 #[derive(Default)]
 struct PriorityQueues {
     urgent: VecDeque<Job>,
     normal: VecDeque<Job>,
+    /// Another thread has carried a job out, after which there may be something to prepare.
+    was_used: bool,
     closed: bool,
+}
+
+impl PriorityQueues {
+    fn is_empty(&self) -> bool {
+        self.urgent.is_empty() && self.normal.is_empty()
+    }
+
+    fn push(&mut self, priority: Priority, job: Job) {
+        match priority {
+            Priority::Urgent => self.urgent.push_back(job),
+            Priority::Normal => self.normal.push_back(job),
+        }
+    }
 }
 
 impl Queue {
     fn queues(&self) -> std::sync::MutexGuard<'_, PriorityQueues> {
         // Jobs run outside the lock, so that a panic leaves the queue whole.
         self.queues.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Waits until no other job runs.
+    fn access(&self) -> std::sync::MutexGuard<'_, Access> {
+        // A job that panics leaves it whole.
+        self.access.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Waits for a job, unless there is something else to do.
@@ -62,7 +85,7 @@ impl Queue {
             if queues.closed {
                 return Next::End;
             }
-            if otherwise == Otherwise::Prepare {
+            if otherwise == Otherwise::Prepare || std::mem::take(&mut queues.was_used) {
                 return Next::Nothing;
             }
             queues = self.more.wait(queues).unwrap_or_else(PoisonError::into_inner);
@@ -100,19 +123,21 @@ impl Drop for Handle {
 impl Worker {
     /// Start the thread, for the state in this bpffs. It is opened by the first job that wants it.
     pub fn start(bpffs: PathBuf, max_connections: u32) -> io::Result<Self> {
-        let queue = Arc::new(Queue::default());
+        let access = Access { bpffs, max_connections, paused: None, keep: None, left: false };
+        let queue =
+            Arc::new(Queue { queues: Mutex::default(), more: Condvar::new(), access: Mutex::new(access) });
         thread::Builder::new().name("node".to_owned()).spawn({
             let queue = Arc::clone(&queue);
             move || {
-                let mut access = Access { bpffs, max_connections, paused: None, keep: None, left: false };
                 let mut otherwise = Otherwise::Wait;
                 loop {
                     otherwise = match queue.next(otherwise) {
                         Next::Job(job) => {
+                            let mut access = queue.access();
                             job(&mut access);
                             access.otherwise()
                         }
-                        Next::Nothing => access.prepare(),
+                        Next::Nothing => queue.access().prepare(),
                         Next::End => return,
                     };
                 }
@@ -127,23 +152,42 @@ impl Worker {
         priority: Priority,
         work: impl FnOnce(&mut Access) -> T + Send + 'static,
     ) -> Result<T, WorkerFailed> {
-        let (reply, result) = oneshot::channel();
-        let job: Job = Box::new(move |access| {
-            match catch_unwind(AssertUnwindSafe(|| work(access))) {
-                // Nobody waits any more: what was to be changed is changed all the same.
-                Ok(result) => drop(reply.send(result)),
-                Err(_) => access.paused = None,
+        self.submit(priority, work).await.map_err(|_| WorkerFailed)
+    }
+
+    /// Run a job, on the calling thread if no other runs or waits, so that nobody waits for another thread. The receiver gets
+    /// what it gives, or an error if it panicked.
+    pub fn perform<T: Send + 'static>(
+        &self,
+        priority: Priority,
+        work: impl FnOnce(&mut Access) -> T + Send + 'static,
+    ) -> oneshot::Receiver<T> {
+        let (job, result) = job(work);
+        let queue = &self.0.0;
+        let mut queues = queue.queues();
+        match queue.access.try_lock() {
+            Ok(mut access) if queues.is_empty() => {
+                drop(queues);
+                job(&mut access);
+                drop(access);
+                queue.queues().was_used = true;
             }
-        });
-        {
-            let mut queues = self.0.0.queues();
-            match priority {
-                Priority::Urgent => queues.urgent.push_back(job),
-                Priority::Normal => queues.normal.push_back(job),
-            }
+            _ => queues.push(priority, job),
         }
+        queue.more.notify_one();
+        result
+    }
+
+    /// Have the thread run a job. The receiver gets what it gives, or an error if it panicked.
+    fn submit<T: Send + 'static>(
+        &self,
+        priority: Priority,
+        work: impl FnOnce(&mut Access) -> T + Send + 'static,
+    ) -> oneshot::Receiver<T> {
+        let (job, result) = job(work);
+        self.0.0.queues().push(priority, job);
         self.0.0.more.notify_one();
-        result.await.map_err(|_| WorkerFailed)
+        result
     }
 
     /// How many jobs wait.
@@ -151,6 +195,20 @@ impl Worker {
         let queues = self.0.0.queues();
         queues.urgent.len() + queues.normal.len()
     }
+}
+
+fn job<T: Send + 'static>(
+    work: impl FnOnce(&mut Access) -> T + Send + 'static,
+) -> (Job, oneshot::Receiver<T>) {
+    let (reply, result) = oneshot::channel();
+    let job: Job = Box::new(move |access| {
+        match catch_unwind(AssertUnwindSafe(|| work(access))) {
+            // Nobody waits any more: what was to be changed is changed all the same.
+            Ok(result) => drop(reply.send(result)),
+            Err(_) => access.paused = None,
+        }
+    });
+    (job, result)
 }
 
 /// The node, for a job.
@@ -199,6 +257,9 @@ impl Access {
 
     /// Make one thing that the next attach needs. If that fails, the attach makes it, and says why it cannot.
     fn prepare(&self) -> Otherwise {
+        if self.otherwise() == Otherwise::Wait {
+            return Otherwise::Wait;
+        }
         let Some(paused) = &self.paused else { return Otherwise::Wait };
         match paused.prepare() {
             Ok(()) => self.otherwise(),
@@ -237,6 +298,28 @@ mod tests {
             let failed = worker.run(Priority::Normal, |_| panic!("on purpose")).await;
             assert!(matches!(failed, Err(WorkerFailed)), "{failed:?}");
             assert_eq!(worker.run(Priority::Normal, |_| 7).await.expect("still there"), 7);
+        });
+    }
+
+    #[test]
+    fn a_job_runs_on_the_calling_thread_if_nothing_is_ahead_of_it() {
+        let worker = Worker::start("/nonexistent".into(), 1).expect("a thread");
+        let here = |_: &mut Access| thread::current().id();
+        runtime().block_on(async {
+            assert_eq!(worker.perform(Priority::Urgent, here).await, Ok(thread::current().id()));
+            let failed = worker.perform(Priority::Urgent, |_| panic!("on purpose")).await;
+            assert!(failed.is_err());
+            let (go, wait) = std::sync::mpsc::channel::<()>();
+            let (begun, begins) = std::sync::mpsc::channel::<()>();
+            let ahead = worker.submit(Priority::Normal, move |_| {
+                begun.send(()).expect("it is awaited");
+                wait.recv().expect("a word");
+            });
+            begins.recv().expect("it runs");
+            let behind = worker.perform(Priority::Urgent, here);
+            go.send(()).expect("the worker waits");
+            ahead.await.expect("done");
+            assert_ne!(behind.await, Ok(thread::current().id()));
         });
     }
 

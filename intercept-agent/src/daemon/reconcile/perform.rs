@@ -88,17 +88,20 @@ impl Reconciler {
         let cuts_over = priority == Priority::Normal && pod.cutover.take_due();
         let (rules, worker, key) = (self.rules_mover(key), self.worker.clone(), key.clone());
         let (runtime, messages) = (self.runtime.clone(), self.messages.clone());
-        let is_shadow = desired.options.is_shadow();
-        let observed = before.clone();
-        let prepare = move || capture::prepare(&runtime, &desired, observed.as_ref(), followed);
+        let into_shadow = before.clone().filter(|_| desired.options.is_shadow());
+        // The thread goes on with the attach if it can, so that the pod waits for no other thread.
+        let prepare = move || {
+            let prepared = capture::prepare(&runtime, &desired, before.as_ref(), followed)?;
+            let attach = move |access: &mut Access| capture::capture(access, prepared, before.as_ref());
+            Ok::<_, CaptureError>(worker.perform(priority, attach))
+        };
         let job = async move {
-            if is_shadow && let Some(applied) = &before {
+            if let Some(applied) = &into_shadow {
                 rules.back(applied).await?;
             }
             // If it panicked, that was logged.
-            let prepared = tokio::task::spawn_blocking(prepare).await.map_err(|_| WorkerFailed)??;
-            let attach = move |access: &mut Access| capture::capture(access, prepared, before.as_ref());
-            let mut captured = worker.run(priority, attach).await??;
+            let attached = tokio::task::spawn_blocking(prepare).await.map_err(|_| WorkerFailed)??;
+            let mut captured = attached.await.map_err(|_| WorkerFailed)??;
             if cuts_over {
                 rules.there(&mut captured).await?;
             }
@@ -226,6 +229,8 @@ impl Reconciler {
         pod.stop_following();
         let (messages, key) = (self.messages.clone(), key.clone());
         let task = tokio::spawn(async move {
+            // After the answer to the request for the pod.
+            tokio::task::yield_now().await;
             loop {
                 if let Err(error) = follower.changed().await {
                     tracing::warn!(pod = %key, error = &error as &dyn std::error::Error, "following the namespace");
