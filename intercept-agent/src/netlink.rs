@@ -16,6 +16,9 @@ use crate::netns::{Netns, NetnsError};
 /// The kernel answers at once. A socket that does not is broken.
 const PATIENCE: Duration = Duration::from_secs(5);
 
+/// More than the answer to a request that is no dump has: the kernel allocates at most 8 KiB for it (`NLMSG_GOODSIZE`).
+const LONGEST: usize = 16 << 10;
+
 /// A netlink socket for requests.
 pub(crate) struct Questions {
     socket: Socket,
@@ -23,6 +26,8 @@ pub(crate) struct Questions {
     /// Sequence number of a request whose answer was not read to its end. The kernel accepts no other dump before that.
     unfinished: Option<u32>,
     deadline: Option<Instant>,
+    /// Memory of the last answer.
+    buffer: Vec<u8>,
 }
 
 impl Questions {
@@ -37,7 +42,7 @@ impl Questions {
                 rustix::net::sockopt::Timeout::Recv,
                 Some(PATIENCE),
             )?;
-            Ok(Self { socket, sequence: 0, unfinished: None, deadline: None })
+            Ok(Self { socket, sequence: 0, unfinished: None, deadline: None, buffer: Vec::new() })
         })
     }
 
@@ -91,15 +96,31 @@ impl Questions {
         self.receive(flags, each)
     }
 
+    /// Receives what the kernel has sent at once into the buffer.
+    fn next_answer(&mut self, flags: u16) -> io::Result<()> {
+        if flags & NLM_F_DUMP == NLM_F_DUMP {
+            // Of any length.
+            self.buffer = self.socket.recv_from_full()?.0;
+            return Ok(());
+        }
+        self.buffer.clear();
+        self.buffer.reserve(LONGEST);
+        let length = self.socket.recv(&mut self.buffer, libc::MSG_TRUNC)?;
+        if length > self.buffer.len() {
+            return Err(io::Error::other(format!("the answer has {length} bytes")));
+        }
+        Ok(())
+    }
+
     fn receive<M: NetlinkDeserializable>(&mut self, flags: u16, mut each: impl FnMut(M)) -> io::Result<bool> {
         let (mut interrupted, mut any) = (false, false);
         loop {
             if self.deadline.is_some_and(|deadline| deadline <= Instant::now()) {
                 return Err(io::ErrorKind::TimedOut.into());
             }
-            let (mut bytes, _) = self.socket.recv_from_full()?;
-            make_names_text(&mut bytes);
-            let mut rest = bytes.as_slice();
+            self.next_answer(flags)?;
+            make_names_text(&mut self.buffer);
+            let mut rest = self.buffer.as_slice();
             while !rest.is_empty() {
                 let message = NetlinkMessage::<M>::deserialize(rest).map_err(io::Error::other)?;
                 // Padded to four bytes, except perhaps the last.

@@ -4,7 +4,7 @@ use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use netlink_sys::{Socket, protocols::NETLINK_ROUTE};
+use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_ROUTE};
 use rustix::io::Errno;
 use rustix::net::RecvFlags;
 use tokio::io::unix::AsyncFd;
@@ -15,8 +15,13 @@ use super::{RouteSnapshot, RoutesError};
 use crate::listeners::{ListenersError, PortWatch};
 use crate::netns::Netns;
 
-/// `RTNLGRP_*` of linux/rtnetlink.h: links; addresses, routes and rules of both families; next hop objects.
-const GROUPS: [u32; 8] = [1, 5, 7, 8, 9, 11, 19, 32];
+/// `RTNLGRP_*` of linux/rtnetlink.h, as bits: links; addresses, routes and rules of both families; next hop objects.
+const GROUPS: u32 = group(1) | group(5) | group(7) | group(8) | group(9) | group(11) | group(19) | group(32);
+
+const fn group(number: u32) -> u32 {
+    1 << (number - 1)
+}
+
 /// Changes come in bursts. The state is read after this long without a further event, and at the latest after `LATEST`.
 const QUIET: Duration = Duration::from_millis(10);
 const LATEST: Duration = Duration::from_millis(50);
@@ -59,10 +64,7 @@ impl Follower {
         let subscribe = || {
             let mut socket = Socket::new(NETLINK_ROUTE)?;
             socket.set_non_blocking(true)?;
-            socket.bind_auto()?;
-            for group in GROUPS {
-                socket.add_membership(group)?;
-            }
+            socket.bind(&SocketAddr::new(0, GROUPS))?;
             Ok(socket)
         };
         let netlink = |source| RoutesError::Netlink {
