@@ -232,8 +232,17 @@ impl CgroupDir {
         }
     }
 
+    /// Whether neither the cgroup nor a descendant has a process. One file says so for all; the root has none.
+    fn is_unpopulated(&self) -> bool {
+        let events = sys::read_short(self.path.join(NOT_IN_ROOT));
+        events.is_ok_and(|text| text.lines().any(|line| line == "populated 0"))
+    }
+
     /// Returns the processes of the cgroup and its descendants in ascending order; empty if there are none.
     pub fn processes(&self) -> Result<Vec<Pid>, CgroupError> {
+        if self.is_unpopulated() {
+            return Ok(Vec::new());
+        }
         let mut found = BTreeSet::new();
         let mut hidden = 0;
         let mut folders = vec![self.path.clone()];

@@ -77,6 +77,15 @@ pub fn bound_arenas() {
     }
 }
 
+/// Reads a file of the kernel's that is shorter than a page, with one call instead of one for each few bytes.
+pub fn read_short(path: impl AsRef<Path>) -> io::Result<String> {
+    let mut bytes = vec![0; 4096];
+    let mut file = std::fs::File::open(path)?;
+    let length = io::Read::read(&mut file, &mut bytes)?;
+    bytes.truncate(length);
+    String::from_utf8(bytes).map_err(io::Error::other)
+}
+
 fn path_string(path: &Path) -> io::Result<CString> {
     CString::new(path.as_os_str().as_bytes()).map_err(io::Error::other)
 }

@@ -24,6 +24,7 @@ use crate::{
     cutover::{CutoverError, RulesState},
     escape::OneLine,
     ids::NetnsCookie,
+    listeners,
     netns::{Netns, NetnsError},
     node::{Attached, Node, NodeError, Observation, PodRecords, Rewrite, Target},
     options::{Config, OptionError},
@@ -351,7 +352,7 @@ fn processor_time() -> Duration {
 fn established(netns: &Netns) -> Result<usize, NetnsError> {
     let count = || {
         // A new pod has none. The table of connections need not be read.
-        if has_no_tcp_sockets() {
+        if listeners::has_no_tcp_sockets() {
             return Some(0);
         }
         let thread = Process::new(rustix::thread::gettid().as_raw_nonzero().get()).ok()?;
@@ -361,19 +362,6 @@ fn established(netns: &Netns) -> Result<usize, NetnsError> {
         Some(entries.filter(|entry| is_open(&entry.state)).count())
     };
     Ok(netns.run(count)?.unwrap_or_default())
-}
-
-/// Whether the calling thread's namespace has none in use, by the counters of its protocols.
-fn has_no_tcp_sockets() -> bool {
-    ["sockstat", "sockstat6"].iter().all(|file| {
-        match fs::read_to_string(Path::new("/proc/thread-self/net").join(file)) {
-            Ok(text) => text.lines().filter(|line| line.starts_with("TCP")).all(|line| {
-                line.split_once(": inuse ").is_some_and(|(_, rest)| rest.split(' ').next() == Some("0"))
-            }),
-            // The kernel has no IPv6.
-            Err(error) => error.kind() == std::io::ErrorKind::NotFound,
-        }
-    })
 }
 
 /// What becomes of a pod that is released.
