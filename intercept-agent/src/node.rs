@@ -19,7 +19,7 @@ mod register;
 mod shadow;
 mod workload;
 
-use std::{cell::OnceCell, collections::BTreeMap, path::PathBuf, time::Duration};
+use std::{cell::OnceCell, collections::BTreeMap, path::PathBuf, sync::Arc, time::Duration};
 
 use self::links::SharedPrograms;
 use crate::{
@@ -63,7 +63,7 @@ pub struct Node {
     maps: Maps,
     lookup: OnceCell<Lookup>,
     shared: SharedPrograms,
-    living: Option<Living>,
+    living: Option<Arc<Living>>,
     _lock: Lock,
 }
 

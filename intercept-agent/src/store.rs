@@ -12,6 +12,7 @@
 //! added or removed, and may be swept.
 
 use std::{
+    collections::BTreeSet,
     fs::{self, DirBuilder, File},
     io,
     os::{
@@ -273,6 +274,11 @@ impl Store {
     pub fn folders_of(&self, cookie: NetnsCookie) -> Result<Vec<PathBuf>, StoreError> {
         let is_folder = |path: &PathBuf| file_name(path).starts_with("cgroup-");
         Ok(list(&self.pod(cookie))?.into_iter().filter(is_folder).collect())
+    }
+
+    /// The names in a folder.
+    pub fn names_in(&self, folder: &Path) -> Result<BTreeSet<String>, StoreError> {
+        Ok(list(folder)?.iter().map(|path| file_name(path).to_owned()).collect())
     }
 
     /// Cookies of all pods that have a folder, active or not.

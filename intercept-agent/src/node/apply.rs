@@ -6,11 +6,12 @@
 
 use std::{
     collections::BTreeSet,
+    sync::Arc,
     time::{Instant, SystemTime, UNIX_EPOCH},
 };
 
 use super::{
-    Living, Node, NodeError, Observation, Rewrite, Target,
+    Living, LivingPod, Node, NodeError, Observation, Rewrite, Target,
     collect::changing,
     plan::{AttachPlan, PlanInput, PolicyChange, plan},
     shadow::is_shadow,
@@ -62,14 +63,23 @@ impl Node {
         let leftovers = self.has_leftovers(target.netns.cookie())?;
         let living = self.living()?;
         // Half of the steps run inside the namespace, which is entered once.
-        target.netns.run(|| {
+        let done = target.netns.run(|| {
             let record = self.settle(target)?;
             if leftovers {
                 // The cleanup has changed what was observed.
                 *observed = Observation::of(target, config, None)?;
             }
-            self.plan_and_apply(target, config, observed, rewrite, (record, &living))
-        })?
+            self.plan_and_apply(target, config, observed, rewrite, (record, &*living))
+        })??;
+        drop(living);
+        if let Some(living) = &mut self.living
+            && done != Attached::Unchanged
+            && let Ok(pod) = LivingPod::of(target)
+        {
+            // The next attach need not read it.
+            Arc::make_mut(living).insert(target.netns.cookie(), pod);
+        }
+        Ok(done)
     }
 
     /// Whether a pod has state besides its active policy, because an agent crashed or could not finish.
@@ -136,7 +146,7 @@ impl Node {
     fn settle(&mut self, target: &Target) -> Result<Option<Record>, NodeError> {
         let cookie = target.netns.cookie();
         let Some(policy) = self.maps.policy(cookie)? else {
-            if self.store.pods()?.binary_search(&cookie).is_ok() {
+            if self.store.pod(cookie).exists() {
                 self.remove_pod(cookie, Some(&target.netns))?;
             }
             return Ok(None);
@@ -173,9 +183,12 @@ impl Node {
         let registered = registered.and_then(|()| self.register_applications(target, policy));
         self.accelerate(target, config, policy);
         let ended = if config.shadow { Ok(()) } else { self.end_shadow(cookie) };
-        let removed = self
-            .remove_leftovers(cookie, plan.policy.id, &target.netns)
-            .and_then(|()| self.remove_other_links(target));
+        let removed = match plan.before {
+            // Nothing is left of an earlier policy: `settle` has seen to that.
+            None => Ok(()),
+            Some(_) => self.remove_leftovers(cookie, plan.policy.id, &target.netns),
+        };
+        let removed = removed.and_then(|()| self.remove_other_links(target));
         for error in [registered, ended, removed].into_iter().filter_map(Result::err) {
             tracing::warn!(
                 cookie = cookie.0,

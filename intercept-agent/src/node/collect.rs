@@ -3,6 +3,7 @@
 use std::{
     collections::BTreeSet,
     path::{Path, PathBuf},
+    sync::Arc,
 };
 
 use intercept_common::layout::PodPolicy;
@@ -106,7 +107,7 @@ impl Node {
 
     /// Removes what is left of pods and agents that are gone: folders without an active policy, pods whose cgroup or
     /// namespace is gone. Returns the pods that exist, by cookie.
-    pub fn sweep(&mut self) -> Result<Living, NodeError> {
+    pub fn sweep(&mut self) -> Result<Arc<Living>, NodeError> {
         let active = self.maps.policies()?;
         let mut living = Living::new();
         for cookie in self.store.pods()? {
@@ -120,14 +121,17 @@ impl Node {
                 None => self.remove_unreachable(cookie)?,
             }
         }
-        self.living = Some(living.clone());
+        let living = Arc::new(living);
+        self.living = Some(Arc::clone(&living));
         Ok(living)
     }
 
     /// Returns the pods that exist. The daemon sweeps now and then, and in between checks only pods that were added.
     /// A pod that is gone conflicts with none, because the kernel does not reuse its cookie or the id of its cgroup.
-    pub(super) fn living(&mut self) -> Result<Living, NodeError> {
-        let Some(mut living) = self.living.take() else { return self.sweep() };
+    pub(super) fn living(&mut self) -> Result<Arc<Living>, NodeError> {
+        let Some(mut known) = self.living.take() else { return self.sweep() };
+        // Nothing else has it now, so it is changed in place.
+        let living = Arc::make_mut(&mut known);
         let listed = self.store.pods()?;
         living.retain(|cookie, _| listed.binary_search(cookie).is_ok());
         for cookie in listed {
@@ -138,8 +142,8 @@ impl Node {
                 living.insert(cookie, pod);
             }
         }
-        self.living = Some(living.clone());
-        Ok(living)
+        self.living = Some(Arc::clone(&known));
+        Ok(known)
     }
 
     /// A pod, if it exists.

@@ -21,12 +21,23 @@ use crate::{
 
 /// The cgroup programs that all pods share. Each is opened at its first use and stays open.
 #[derive(Default)]
-pub(super) struct SharedPrograms([OnceCell<OwnedFd>; names::CGROUP_PROGRAMS.len()]);
+pub(super) struct SharedPrograms {
+    open: [OnceCell<OwnedFd>; names::CGROUP_PROGRAMS.len()],
+    loaded: OnceCell<Vec<&'static str>>,
+}
 
 impl SharedPrograms {
+    /// Those that this kernel supports. Only programs that serve a single option may be missing.
+    fn loaded(&self, folder: &Path) -> &[&'static str] {
+        self.loaded.get_or_init(|| {
+            let is_loaded = |name: &&str| support::need(name) == Need::Always || folder.join(name).exists();
+            names::CGROUP_PROGRAMS.into_iter().filter(is_loaded).collect()
+        })
+    }
+
     fn get(&self, folder: &Path, program: &'static str) -> io::Result<BorrowedFd<'_>> {
         let at = names::CGROUP_PROGRAMS.iter().position(|name| *name == program);
-        let kept = at.map(|at| &self.0[at]).ok_or(io::ErrorKind::NotFound)?;
+        let kept = at.map(|at| &self.open[at]).ok_or(io::ErrorKind::NotFound)?;
         if let Some(open) = kept.get() {
             return Ok(open.as_fd());
         }
@@ -42,9 +53,10 @@ impl Node {
         let mut own = OwnPrograms::default();
         for ((folder, id), cgroup) in self.link_folders(target).into_iter().zip(target.cgroups()) {
             self.store.create(&folder)?;
+            let pins = self.store.names_in(&folder)?;
             for program in self.loaded_programs() {
                 let path = folder.join(program);
-                if self.link_is(&path, LinkTarget::Cgroup(Some(id)))? {
+                if pins.contains(program) && self.link_is(&path, LinkTarget::Cgroup(Some(id)))? {
                     continue;
                 }
                 let failed = |source| NodeError::Attach {
@@ -79,12 +91,9 @@ impl Node {
             })
     }
 
-    /// The cgroup programs that this kernel supports. Only programs that serve a single option may be missing.
+    /// The cgroup programs that this kernel supports.
     fn loaded_programs(&self) -> impl Iterator<Item = &'static str> + use<'_> {
-        let programs = self.store.programs();
-        names::CGROUP_PROGRAMS
-            .into_iter()
-            .filter(move |name| support::need(name) == Need::Always || programs.join(name).exists())
+        self.shared.loaded(&self.store.programs()).iter().copied()
     }
 
     /// Refuses a capture that needs something this kernel lacks, in the words of `check`.

@@ -1,6 +1,6 @@
 //! A node between two uses by the daemon.
 
-use std::cell::OnceCell;
+use std::{cell::OnceCell, sync::Arc};
 
 use intercept_common::names;
 
@@ -17,7 +17,7 @@ pub struct Paused {
     maps: Maps,
     lookup: OnceCell<Lookup>,
     shared: SharedPrograms,
-    living: Option<Living>,
+    living: Option<Arc<Living>>,
     generation: Option<u64>,
 }
 

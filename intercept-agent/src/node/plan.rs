@@ -6,6 +6,7 @@ use intercept_common::layout::{self, PodPolicy, budget};
 
 use super::{Living, NodeError, Target};
 use crate::{
+    cgroup::{CgroupDir, CgroupError},
     compile::{Compiled, Entries},
     ids::{NetnsCookie, PolicyId, Slot},
     netns_setup::{self, NetnsChanges},
@@ -209,6 +210,16 @@ pub(super) struct LivingCgroup {
 }
 
 impl LivingPod {
+    /// A pod that is attached now.
+    pub(super) fn of(target: &Target) -> Result<Self, CgroupError> {
+        let living = |cgroup: &CgroupDir| {
+            let path = Some(cgroup.path().to_owned());
+            Ok(LivingCgroup { id: cgroup.id(), path, lineage: cgroup.lineage()? })
+        };
+        let cgroups = target.cgroups().into_iter().map(living).collect::<Result<_, _>>()?;
+        Ok(Self { cgroups, netns_inode: target.netns.inode() })
+    }
+
     /// Its first cgroup.
     pub(super) fn cgroup_name(&self) -> String {
         self.cgroups.first().map(LivingCgroup::name).unwrap_or_default()
