@@ -76,5 +76,5 @@ pub mod routes {
 
 /// The `bpf()` calls that aya does not have.
 pub mod sys {
-    pub use crate::sys::{LinkInfo, Plain, create_blob, entries, link_create, link_info, pin};
+    pub use crate::sys::{LinkInfo, Plain, create_blob, entries, link_create, link_info, open_pin, pin};
 }
