@@ -291,6 +291,23 @@ impl AsFd for CgroupDir {
     }
 }
 
+/// Whether this holds for a process in the cgroup at `path` or in a descendant, for one that is not visible from here, or
+/// for a cgroup that cannot be read. Asks only until the first such process.
+pub fn has_process(path: &Path, is_it: &impl Fn(Pid) -> bool) -> bool {
+    let list = match fs::read_to_string(path.join("cgroup.procs")) {
+        Ok(list) => list,
+        // Of a threaded cgroup, they are listed in its domain cgroup.
+        Err(error) if gone(&error) || error.raw_os_error() == Some(libc::EOPNOTSUPP) => String::new(),
+        Err(_) => return true,
+    };
+    if list.lines().any(|line| line.trim().parse().ok().and_then(Pid::from_raw).is_none_or(is_it)) {
+        return true;
+    }
+    let Ok(entries) = fs::read_dir(path) else { return false };
+    let is_folder = |entry: &fs::DirEntry| entry.file_type().is_ok_and(|kind| kind.is_dir());
+    entries.flatten().filter(is_folder).any(|entry| has_process(&entry.path(), is_it))
+}
+
 /// Returns the mount points of cgroup2; empty if it is not mounted.
 pub fn mounts() -> Vec<PathBuf> {
     let Ok(mounts) = procfs::process::Process::myself().and_then(|own| own.mountinfo()) else {
@@ -371,6 +388,17 @@ mod tests {
         assert_eq!(test.cgroup.level().unwrap(), 1);
         assert_eq!(CgroupDir::open(&inner).unwrap().level().unwrap(), 2);
         assert_eq!(CgroupDir::open(&inner).unwrap().lineage().unwrap(), [test.cgroup.id(), root]);
+    }
+
+    #[test]
+    fn a_process_is_looked_for_in_the_whole_subtree() {
+        let mut test = TestCgroup::new();
+        let found = |cgroup: &CgroupDir, is_it: &dyn Fn(Pid) -> bool| has_process(cgroup.path(), &is_it);
+        assert!(!found(&test.cgroup, &|_| true));
+        let (first, second) = (test.idle("sandbox"), test.idle("app"));
+        assert!(found(&test.cgroup, &|pid| pid == first) && found(&test.cgroup, &|pid| pid == second));
+        assert!(!found(&test.cgroup, &|pid| pid != first && pid != second));
+        assert!(!has_process(&test.cgroup.path().join("gone"), &|_| true));
     }
 
     #[test]

@@ -6,6 +6,8 @@ use std::io::{BufRead as _, BufReader, Read as _};
 use std::os::fd::AsFd as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Output, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use aya::maps::{Array, HashMap, Map, MapData};
@@ -233,8 +235,22 @@ impl Agent {
 
 impl RunningAgent {
     /// Sends SIGTERM, as systemd and the kubelet do. Returns the exit status and the log.
-    pub fn terminate(mut self) -> Result<(ExitStatus, String)> {
+    pub fn terminate(self) -> Result<(ExitStatus, String)> {
         kill_process(Pid::from_child(&self.child), Signal::TERM).context("signalling the agent")?;
+        self.wait()
+    }
+
+    /// Waits until it ends by itself. Returns the exit status and the log.
+    pub fn ended(mut self, limit: Duration) -> Result<(ExitStatus, String)> {
+        let deadline = Instant::now() + limit;
+        while self.child.try_wait().context("waiting for the agent")?.is_none() {
+            ensure!(Instant::now() < deadline, "the agent still runs after {limit:?}");
+            thread::sleep(Duration::from_millis(10));
+        }
+        self.wait()
+    }
+
+    fn wait(mut self) -> Result<(ExitStatus, String)> {
         let mut log = String::new();
         if let Some(mut output) = self.child.stderr.take() {
             output.read_to_string(&mut log)?;

@@ -15,7 +15,6 @@ use crate::{
     escape::OneLine,
     ids::NetnsCookie,
     node::{DetachedPod, Node, NodeError},
-    record::Record,
 };
 
 pub(super) fn detach(args: &DetachArgs) -> Result<()> {
@@ -73,19 +72,21 @@ pub(super) fn detach_cgroups(bpffs: &Path, cgroups: &[PathBuf], absent: Absent) 
     }
 }
 
-/// The pod or workload with this cgroup.
+/// The pod or workload with this cgroup. Of one that is gone only the name is left, which another cgroup may have by now.
 fn find(node: &Node, cgroup: &Path) -> Result<Option<NetnsCookie>> {
     if let Ok(cgroup) = CgroupDir::open_any(cgroup)
         && let Some((cookie, _)) = node.pod_of_cgroup(cgroup.id())?
     {
         return Ok(Some(cookie));
     }
-    if cgroup.exists() {
-        return Ok(None);
+    for (record, _) in node.pods()?.readable {
+        if record.cgroups().any(|path| path == cgroup)
+            && (!cgroup.exists() || node.cgroup_of(record.cookie)?.is_none())
+        {
+            return Ok(Some(record.cookie));
+        }
     }
-    let pods = node.pods()?.readable;
-    let is_its = |record: &Record| record.cgroups().any(|path| path == cgroup);
-    Ok(pods.iter().find(|(record, _)| is_its(record)).map(|(record, _)| record.cookie))
+    Ok(None)
 }
 
 pub(super) fn detach_all(bpffs: &Path) -> Result<()> {

@@ -12,13 +12,14 @@ use std::{
     time::Duration,
 };
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, bail};
 use aya_log::EbpfLogger;
 use tokio::{
     io::{Interest, unix::AsyncFd},
     signal::unix::{SignalKind, signal},
 };
 
+use self::place::RunPlace;
 use super::{
     Failed,
     attach::{self, AttachRequest, apply_capture},
@@ -30,12 +31,15 @@ use crate::{
     ids::NetnsCookie,
     netns::Netns,
     node::{Attached, Node, Rewrite},
-    routes::Follower,
     shadow::{ShadowRecord, ShadowReport},
 };
 
+mod place;
+
 /// How often the differences that shadow mode has found are read.
 const SHADOW_INTERVAL: Duration = Duration::from_secs(5);
+/// How often the pod is checked, as by the daemon.
+const LIVENESS_INTERVAL: Duration = Duration::from_millis(400);
 
 pub(super) fn run(args: AttachArgs) -> Result<()> {
     if args.confirm.is_some() {
@@ -54,12 +58,7 @@ async fn follow(request: AttachRequest) -> Result<()> {
     // Before the attach, so that no signal and no change is missed.
     let mut interrupt = signal(SignalKind::interrupt()).context("listening for SIGINT")?;
     let mut terminate = signal(SignalKind::terminate()).context("listening for SIGTERM")?;
-    let mut changes = Follower::subscribe(&target.netns)?;
-    if !config.virt_interfaces.is_empty() {
-        // Only the agent can let the proxy's listeners answer for the guests of -k (IP_TRANSPARENT), so it polls for
-        // new ones.
-        changes.watch_listeners(&target.netns, config.proxy_port)?;
-    }
+    let mut changes = place::subscribe(&target, &config)?;
     let done =
         apply_capture(&bpffs, max_connections, (&target, &config), Rewrite::IfChanged, Some(&mut changes))?;
     print_line!("{} {} in namespace {}", done.as_str(), machine::name_of(&target), target.netns.name());
@@ -70,10 +69,13 @@ async fn follow(request: AttachRequest) -> Result<()> {
     if switches.run_validation {
         attach::validate(&target, &config, &switches)?;
     }
+    let name = machine::name_of(&target);
+    let mut place = RunPlace::new(target, changes);
     let mut lines = log_lines(&bpffs)?;
     let mut compared = ShadowRecord::default();
     let mut compare = tokio::time::interval(SHADOW_INTERVAL);
-    loop {
+    let mut check = tokio::time::interval(LIVENESS_INTERVAL);
+    let exists = loop {
         tokio::select! {
             ready = lines.readable_mut() => {
                 let mut ready = ready.context("waiting for log lines of the programs")?;
@@ -81,26 +83,39 @@ async fn follow(request: AttachRequest) -> Result<()> {
                 ready.clear_ready();
             }
             _ = compare.tick(), if config.shadow => {
-                if let Err(error) = log_differences(&bpffs, target.netns.cookie(), &mut compared) {
+                if let Err(error) = log_differences(&bpffs, place.cookie(), &mut compared) {
                     tracing::warn!("{error:#}");
                 }
             }
-            _ = interrupt.recv() => break,
-            _ = terminate.recv() => break,
-            change = changes.changed() => {
+            _ = interrupt.recv() => break true,
+            _ = terminate.recv() => break true,
+            _ = check.tick() => match place.exists(&bpffs, &config) {
+                Ok(true) => {}
+                Ok(false) => break false,
+                Err(error) => tracing::warn!("checking whether {name} exists: {error:#}"),
+            },
+            change = place.changed() => {
                 if let Err(error) = change {
                     tracing::warn!(error = &error as &dyn std::error::Error, "following the namespace: reading it again");
                 }
-                match attach::apply_again(&bpffs, max_connections, &target, &mut config) {
+                let Some(open) = &place.open else { continue };
+                match attach::apply_again(&bpffs, max_connections, &open.target, &mut config) {
                     Ok(Attached::Unchanged) => {}
-                    Ok(_) => tracing::info!(netns = target.netns.name(), "applied a change of addresses or routes"),
+                    Ok(_) => tracing::info!(netns = open.target.netns.name(), "applied a change of addresses or routes"),
                     Err(error) => tracing::error!("{error:#}: the previous policy stays active"),
                 }
             }
         }
+    };
+    let (cookie, open) = (place.cookie(), place.open);
+    let netns = open.map(|open| open.target.netns).filter(|_| exists);
+    take_out(&bpffs, cookie, netns.as_ref()).context("detaching")?;
+    if !exists {
+        bail!(
+            "{name} is gone, and its capture with it: what takes its place is not captured until it is attached"
+        );
     }
-    take_out(&bpffs, &target.netns).context("detaching")?;
-    print_line!("detached {}", machine::name_of(&target));
+    print_line!("detached {name}");
     Ok(())
 }
 
@@ -137,9 +152,9 @@ fn log_lines(bpffs: &Path) -> Result<AsyncFd<EbpfLogger<&'static dyn log::Log>>>
     reader.map_err(std::io::Error::from).context("waiting for log lines of the programs")
 }
 
-fn take_out(bpffs: &Path, netns: &Netns) -> Result<()> {
+fn take_out(bpffs: &Path, cookie: NetnsCookie, netns: Option<&Netns>) -> Result<()> {
     if let Some(mut node) = Node::find(bpffs)? {
-        node.detach(netns.cookie(), Some(netns))?;
+        node.detach(cookie, netns)?;
         node.remove_if_unused()?;
     }
     Ok(())

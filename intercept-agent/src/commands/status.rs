@@ -251,6 +251,11 @@ fn print(pod: &PodStatus) {
     let is_shadow = pod.mode == "shadow";
     let mode = if is_shadow { ", shadow mode: changes nothing (see status --shadow)" } else { "" };
     print_line!("{} ({}{mode}, cookie {})", OneLine(pod.cgroup.display()), pod.state, pod.netns_cookie);
+    if pod.state == "gone" {
+        print_line!(
+            "  gone         with its cgroup or its namespace; the next attach or detach removes what is left"
+        );
+    }
     if let Some(CutoverStatus { rules, .. }) = &pod.cutover {
         let unfinished = "an interrupted cutover: run `intercept-agent cutover` again, or with --back";
         let state =

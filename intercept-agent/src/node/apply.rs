@@ -60,12 +60,12 @@ impl Node {
         if config.shadow {
             self.refuse_uncaptured(target.netns.cookie())?;
         }
-        let leftovers = self.has_leftovers(target.netns.cookie())?;
+        let has_cleanup = self.has_cleanup(target.netns.cookie())?;
         let living = self.living()?;
         // Half of the steps run inside the namespace, which is entered once.
         let done = target.netns.run(|| {
             let record = self.settle(target)?;
-            if leftovers {
+            if has_cleanup {
                 // The cleanup has changed what was observed.
                 *observed = Observation::of(target, config, None)?;
             }
@@ -82,10 +82,13 @@ impl Node {
         Ok(done)
     }
 
-    /// Whether a pod has state besides its active policy, because an agent crashed or could not finish.
-    fn has_leftovers(&self, cookie: NetnsCookie) -> Result<bool, NodeError> {
+    /// Whether a pod has state that is removed before it is attached: state besides its active policy, because an agent
+    /// crashed or could not finish, or all of its state, because its cgroup has been removed and made again.
+    fn has_cleanup(&self, cookie: NetnsCookie) -> Result<bool, NodeError> {
         let active = self.maps.policy(cookie)?.map(|policy| policy.id);
-        Ok(self.store.policies_of(cookie)?.into_iter().any(|id| Some(id) != active))
+        let records = self.store.policies_of(cookie)?;
+        let is_gone = !records.is_empty() && self.place_of(cookie)?.is_none();
+        Ok(is_gone || records.into_iter().any(|id| Some(id) != active))
     }
 
     fn plan_and_apply(

@@ -52,6 +52,12 @@ impl Node {
         let cookie = target.netns.cookie();
         let mut own = OwnPrograms::default();
         for ((folder, id), cgroup) in self.link_folders(target).into_iter().zip(target.cgroups()) {
+            // One of a workload's cgroups may be gone since it was attached.
+            if target.is_workload()
+                && self.link_is(&folder.join(names::SOCK_OPS), LinkTarget::Cgroup(None))?
+            {
+                continue;
+            }
             self.store.create(&folder)?;
             let pins = self.store.names_in(&folder)?;
             for program in self.loaded_programs() {

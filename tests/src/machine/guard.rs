@@ -13,7 +13,10 @@ use anyhow::{Context as _, Result, ensure};
 use rustix::process::{Pid, Signal, kill_process};
 
 use super::{APP, CapturedMachine, ExpectedPath, FIRST, SERVICE, Unit, difference, flow, service};
-use crate::{agent::succeed, testbed::Ids};
+use crate::{
+    agent::succeed,
+    testbed::{Ids, Namespace},
+};
 
 struct Guarded<'a> {
     machine: &'a CapturedMachine,
@@ -130,6 +133,46 @@ pub(super) fn run(machine: &CapturedMachine) -> Result<()> {
     let left = difference(&before, &guarded.state()?);
     ensure!(left.is_empty(), "run leaves: {left:#?}");
     guarded.calls("after it ended", false)
+}
+
+/// `run` says which of its cgroups is gone, goes on with the others, and ends with the last.
+pub(super) fn run_ends(machine: &CapturedMachine) -> Result<()> {
+    let before = machine.state(&[])?;
+    let guarded =
+        Guarded { machine, app: machine.unit("app", &[APP])?, envoy: machine.proxy("envoy", FIRST)? };
+    let other = machine.unit("other", &[])?;
+    let units = [&guarded.app, &guarded.envoy, &other];
+    let flags = ["--machine", "-u", "1337", "-g", "1337", "-i", "*", "-b", "*"];
+    let mut command = machine.command("run", &units, &flags);
+    let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?;
+    let mut said = String::new();
+    BufReader::new(child.stdout.take().context("no output")?).read_line(&mut said)?;
+    ensure!(said.starts_with("attached"), "{said}");
+
+    let mut log = BufReader::new(child.stderr.take().context("no log")?).lines();
+    let path = other.sandbox.cgroup.path().display().to_string();
+    drop(other);
+    let mut said = |texts: &[&str]| -> Result<String> {
+        let is_it = |line: &String| texts.iter().any(|text| line.contains(text));
+        let line = log.find(|line| line.as_ref().map_or(true, is_it));
+        line.with_context(|| format!("run ended without a line of {texts:?}"))?.context("reading its log")
+    };
+    let line = said(&["is gone"])?;
+    ensure!(line.contains(&path), "{line}");
+    guarded.calls("with the cgroups that are left", true)?;
+    let (netns, address) = (Namespace::of_machine()?, "10.97.0.1/32".parse()?);
+    netns.add_address("lo", address)?;
+    let line = said(&["applied a change", "stays active"])?;
+    ensure!(line.contains("applied a change of addresses"), "{line}");
+    netns.delete_address("lo", address)?;
+    said(&["applied a change"])?;
+    drop(guarded);
+    let last = log.last().context("run said nothing of its end")??;
+    ensure!(last.contains("is gone, and its capture with it"), "{last}");
+    ensure!(child.wait()?.code() == Some(1), "run did not fail");
+    let left = difference(&before, &machine.state(&[])?);
+    ensure!(left.is_empty(), "run leaves: {left:#?}");
+    Ok(())
 }
 
 impl CapturedMachine {
