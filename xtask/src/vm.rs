@@ -54,7 +54,7 @@ pub(crate) struct VmArgs {
     /// Seconds until a virtual machine is stopped
     #[arg(long, default_value_t = 600)]
     timeout: u64,
-    /// Options for the demo
+    /// Options for the demo; with --systemd the suites to run, of: units, ssh, containers, families
     #[arg(last = true)]
     options: Vec<String>,
 }
@@ -144,7 +144,7 @@ fn boot(kernel: &Kernel, programs: Option<&Path>, arguments: &VmArgs) -> Result<
     let (mut script, mut parameters) = (script(programs.is_some(), &arguments.options), "");
     match programs {
         Some(programs) if arguments.systemd => {
-            systemd::disk(kernel, programs, &PROGRAMS, &disk)?;
+            systemd::disk(kernel, (programs, &PROGRAMS), &arguments.options, &disk)?;
             (script, parameters) = (systemd::SCRIPT.to_owned(), systemd::PARAMETERS);
         }
         Some(programs) => {

@@ -55,6 +55,9 @@ struct DemoArguments {
     /// Capture this machine instead, whose first process is in its network namespace
     #[arg(long, value_enum, conflicts_with = "cases")]
     machine: Option<DemoMachine>,
+    /// Run these cases on this machine instead, whose first process is systemd
+    #[arg(long, value_enum, conflicts_with_all = ["cases", "machine"])]
+    systemd: Option<SystemdSuite>,
     /// Check instead that this kernel, which lacks something, is refused with the words of `check`
     #[arg(long, conflicts_with = "cases")]
     refused: bool,
@@ -66,12 +69,6 @@ enum DemoMachine {
     Whole,
     /// Only cgroups that are made for it
     Units,
-    /// Units of systemd, which is its first process
-    Systemd,
-    /// All of it, by an operator who is logged in over SSH; systemd is its first process
-    Ssh,
-    /// Pods and containers of Podman and Docker; systemd is its first process
-    Containers,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -89,6 +86,9 @@ fn main() -> ExitCode {
             (cases::run(filter).map(|failed| failed == 0), "a case does not hold")
         }
         DemoArguments { machine: Some(which), .. } => (captured_machine(*which), "a case does not hold"),
+        DemoArguments { systemd: Some(suite), .. } => {
+            (machine::systemd::run(*suite).map(|failed| failed == 0), "a case does not hold")
+        }
         DemoArguments { refused: true, .. } => (refused(), ""),
         DemoArguments { joined: true, .. } => (joined(), ""),
         _ => (demo(&options), "a flow did not go where it must"),
@@ -110,15 +110,8 @@ fn captured_machine(which: DemoMachine) -> Result<bool> {
     let root = match which {
         DemoMachine::Whole => machine::RootCgroup::Capture,
         DemoMachine::Units => machine::RootCgroup::Spare,
-        DemoMachine::Systemd => return systemd_machine(SystemdSuite::Units),
-        DemoMachine::Ssh => return systemd_machine(SystemdSuite::Ssh),
-        DemoMachine::Containers => return systemd_machine(SystemdSuite::Containers),
     };
     Ok(machine::run("", root)? == 0)
-}
-
-fn systemd_machine(suite: SystemdSuite) -> Result<bool> {
-    Ok(machine::systemd::run(suite)? == 0)
 }
 
 fn joined() -> Result<bool> {

@@ -55,14 +55,16 @@ impl Drop for SystemdMachine {
 type SystemdCase = fn(&mut SystemdMachine) -> Result<()>;
 
 /// What is tested, each on a machine that has nothing else.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
 pub enum SystemdSuite {
-    /// deploy/systemd.
+    /// deploy/systemd
     Units,
-    /// All of it, by an operator who is logged in over SSH.
+    /// All of the machine, by an operator who is logged in over SSH
     Ssh,
-    /// Pods and containers of Podman and Docker.
+    /// Pods and containers of Podman and Docker
     Containers,
+    /// Both families in containers
+    Families,
 }
 
 const UNITS: [(&str, SystemdCase); 10] = [
@@ -84,6 +86,7 @@ pub fn run(suite: SystemdSuite) -> Result<usize> {
         SystemdSuite::Units => &UNITS[..],
         SystemdSuite::Ssh => &ssh::CASES,
         SystemdSuite::Containers => &containers::CASES,
+        SystemdSuite::Families => &containers::families::CASES,
     };
     let first = fs::read_to_string("/proc/1/comm").context("reading the first process's name")?;
     ensure!(first.trim() == "systemd", "the first process is {first}, not systemd");
@@ -171,14 +174,22 @@ fn connections(script: &str) -> Result<Vec<String>> {
 
 /// The commands of a section of the documentation, block by block.
 fn documented(heading: &str) -> Result<Vec<&'static str>> {
+    blocks(section(heading)?, "sh").with_context(|| format!("a block of {heading} has no end"))
+}
+
+/// A section of the documentation.
+fn section(heading: &str) -> Result<&'static str> {
     let (_, section) = DOCUMENT
         .split_once(&format!("\n{heading}\n"))
         .with_context(|| format!("there is no section {heading}"))?;
     let end = ["\n## ", "\n### "].iter().filter_map(|next| section.find(next)).min();
-    let section = &section[..end.unwrap_or(section.len())];
-    let blocks: Option<Vec<_>> =
-        section.split("```sh\n").skip(1).map(|block| Some(block.split_once("```")?.0)).collect();
-    blocks.with_context(|| format!("a block of commands of {heading} has no end"))
+    Ok(&section[..end.unwrap_or(section.len())])
+}
+
+/// The fenced blocks of a language.
+fn blocks(section: &'static str, language: &str) -> Option<Vec<&'static str>> {
+    let blocks = section.split(&format!("```{language}\n")).skip(1).collect::<Vec<_>>();
+    blocks.into_iter().map(|block| Some(block.split_once("```")?.0)).collect()
 }
 
 /// "outbound 10.66.0.2:4711 to 10.96.0.10:80" without the client's port.

@@ -9,7 +9,7 @@ use std::{
     process::Command,
 };
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, bail};
 
 use super::{initramfs::STEP, kernel::Kernel};
 use crate::{debian::PackageLists, run, workspace};
@@ -72,9 +72,10 @@ const FILES: [(&str, &str); 6] = [
 ];
 const FOLDERS: [&str; 7] = ["proc", "sys", "dev", "run", "tmp", "root", "var/log/journal"];
 
-/// The unit that runs the steps, and what it runs.
+/// The unit that runs the steps.
 const UNIT: &str = include_str!("systemd/steps.service");
-const STEPS: &str = include_str!("systemd/steps.sh");
+/// The suites of the demo, each a step.
+const SUITES: [&str; 4] = ["units", "ssh", "containers", "families"];
 
 /// What must be in the cache: the system, and Envoy.
 pub(super) fn missing() -> Result<Vec<PathBuf>> {
@@ -82,7 +83,13 @@ pub(super) fn missing() -> Result<Vec<PathBuf>> {
 }
 
 /// Makes a disk with the system, the kernel's modules, what is tested, and a unit that runs the steps.
-pub(super) fn disk(kernel: &Kernel, programs: &Path, names: &[&str], disk: &Path) -> Result<()> {
+pub(super) fn disk(
+    kernel: &Kernel,
+    (programs, names): (&Path, &[&str]),
+    suites: &[String],
+    disk: &Path,
+) -> Result<()> {
+    let steps = steps(suites)?;
     let system = folder()?;
     // It may be of a version that tested less.
     if fs::read_to_string(system.join(CONTENTS)).unwrap_or_default() != contents() {
@@ -91,7 +98,7 @@ pub(super) fn disk(kernel: &Kernel, programs: &Path, names: &[&str], disk: &Path
     let root = disk.with_extension("root");
     drop(fs::remove_dir_all(&root));
     run::output(Command::new("cp").args(["-a", "--reflink=auto"]).arg(&system).arg(&root))?;
-    fill(&root, programs, names)?;
+    fill(&root, (programs, names), &steps)?;
     let modules = root.join("usr/lib/modules");
     fs::create_dir_all(&modules).with_context(|| format!("making {}", modules.display()))?;
     run::output(Command::new("cp").args(["-a", "--reflink=auto"]).arg(&kernel.modules).arg(&modules))?;
@@ -152,8 +159,19 @@ fn fetch(folder: &Path) -> Result<()> {
     fs::rename(&unpacked, folder).with_context(|| format!("keeping {}", folder.display()))
 }
 
+/// The script that runs these suites, or all.
+fn steps(suites: &[String]) -> Result<String> {
+    if let Some(unknown) = suites.iter().find(|suite| !SUITES.contains(&suite.as_str())) {
+        bail!("there is no suite {unknown}; there are {}", SUITES.join(", "));
+    }
+    let selected =
+        SUITES.iter().filter(|name| suites.is_empty() || suites.iter().any(|suite| suite == *name));
+    let steps: String = selected.map(|name| format!("step {name} demo --systemd {name}\n")).collect();
+    Ok(format!("{STEP}step kernel uname -r\n{steps}echo \"xtask: done\"\n"))
+}
+
 /// Adds what is tested.
-fn fill(root: &Path, programs: &Path, names: &[&str]) -> Result<()> {
+fn fill(root: &Path, (programs, names): (&Path, &[&str]), steps: &str) -> Result<()> {
     let local = root.join("usr/local/bin");
     fs::create_dir_all(&local).with_context(|| format!("making {}", local.display()))?;
     for name in names {
@@ -167,7 +185,7 @@ fn fill(root: &Path, programs: &Path, names: &[&str]) -> Result<()> {
         let entry = entry.context("reading deploy/systemd")?;
         copy(&entry.path(), &deploy.join(entry.file_name()))?;
     }
-    write(&root.join("root/steps"), &format!("{STEP}{STEPS}"))?;
+    write(&root.join("root/steps"), steps)?;
     let unit = root.join("etc/systemd/system/steps.service");
     write(&unit, UNIT)?;
     let wants = root.join("etc/systemd/system/multi-user.target.wants");

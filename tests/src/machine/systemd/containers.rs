@@ -1,14 +1,15 @@
 //! Pods and containers of Podman and Docker, with the documented commands. Images are built from files of the machine.
 
+pub(super) mod families;
+mod pod;
+
 use std::path::Path;
 
 use anyhow::{Context as _, Result, ensure};
 
-use super::{
-    OWN, SERVICE, SystemdCase, SystemdMachine, WORLD, connections, difference, documented, logged, shell,
-    until,
-};
-use crate::{bpf::links, snapshot::tree};
+use self::pod::RuntimePod;
+use super::{SystemdCase, SystemdMachine, documented, shell};
+use crate::{bpf::links, machine::difference, snapshot::tree};
 
 pub(super) const CASES: [(&str, SystemdCase); 4] = [
     ("images are built", images),
@@ -22,7 +23,7 @@ pub(super) const CASES: [(&str, SystemdCase); 4] = [
 const IMAGES: &str = r#"
 mkdir -p /etc/istio-proxy /run/envoy/lib64 /run/envoy/lib/x86_64-linux-gnu /run/app/bin /run/app/www
 cp deploy/systemd/envoy.yaml /etc/istio-proxy/envoy.yaml
-ln /usr/local/bin/envoy /etc/istio-proxy/envoy
+ln -f /usr/local/bin/envoy /etc/istio-proxy/envoy
 cp -L /lib64/ld-linux-x86-64.so.2 /run/envoy/lib64/
 for name in m rt dl pthread c; do cp -L /lib/x86_64-linux-gnu/lib$name.so.? /run/envoy/lib/x86_64-linux-gnu/; done
 cat > /run/envoy.container << 'END'
@@ -42,8 +43,23 @@ END
 "#;
 const ENVOY: &str = "envoyproxy/envoy:v1.31-latest";
 const APP: &str = "example/app";
+/// Prints the container that has a pod's network.
+const INFRA: &str = "podman pod inspect app --format '{{.InfraContainerID}}'";
+/// Prints the container that has the network that containers share.
+const PROXY: &str = "echo app-proxy";
+
+/// Removes what a suite that failed has left.
+const CLEAN: &str = "rm -f /etc/docker/daemon.json
+intercept-agent detach --all
+podman pod rm -fa
+podman rm -fa
+! systemctl -q is-active docker || docker rm -f app-main app-proxy || true";
 
 fn images(_: &mut SystemdMachine) -> Result<()> {
+    shell(CLEAN)?;
+    if shell(&format!("podman image exists {APP}")).is_ok() {
+        return Ok(());
+    }
     shell(IMAGES)?;
     for (image, name) in [(ENVOY, "envoy"), (APP, "app")] {
         shell(&format!("podman build -q -t {image} -f /run/{name}.container /run/{name}"))?;
@@ -51,28 +67,47 @@ fn images(_: &mut SystemdMachine) -> Result<()> {
     Ok(())
 }
 
-fn podman_pod(machine: &mut SystemdMachine) -> Result<()> {
-    let commands = Commands::of("### Podman", "podman")?;
-    commands.run(machine, "podman pod inspect app --format '{{.InfraContainerID}}'")
-}
-
-fn podman_containers(machine: &mut SystemdMachine) -> Result<()> {
-    Commands::of("### Docker", "podman")?.run(machine, "echo app-proxy")
-}
-
-fn docker(machine: &mut SystemdMachine) -> Result<()> {
-    shell("systemctl start docker")?;
+/// Starts Docker, with the images.
+fn start_docker(_: &mut SystemdMachine) -> Result<()> {
+    shell("systemctl restart docker")?;
+    if shell(&format!("docker image inspect {APP}")).is_ok() {
+        return Ok(());
+    }
     for image in [ENVOY, APP] {
         shell(&format!("podman save -q {image} | docker load -q"))?;
         // Podman's local images have a host name.
         shell(&format!("docker tag localhost/{image} {image}"))?;
     }
-    Commands::of("### Docker", "docker")?.run(machine, "echo app-proxy")
+    Ok(())
+}
+
+fn podman_pod(machine: &mut SystemdMachine) -> Result<()> {
+    Commands::of("### Podman", &[])?.run(machine, &Runtime::PODMAN, INFRA)
+}
+
+fn podman_containers(machine: &mut SystemdMachine) -> Result<()> {
+    Commands::of("### Docker", &[("docker", "podman")])?.run(machine, &Runtime::PODMAN, PROXY)
+}
+
+fn docker(machine: &mut SystemdMachine) -> Result<()> {
+    start_docker(machine)?;
+    Commands::of("### Docker", &[])?.run(machine, &Runtime::DOCKER, PROXY)
+}
+
+/// What runs containers, and what a client outside looks like to these.
+struct Runtime {
+    command: &'static str,
+    /// Of each family that the containers have, the source of connections from outside.
+    clients: &'static [&'static str],
+}
+
+impl Runtime {
+    const PODMAN: Self = Self { command: "podman", clients: &["10.66.0.1"] };
+    const DOCKER: Self = Self { command: "docker", clients: &["10.66.0.1"] };
 }
 
 /// The commands of a section.
 struct Commands {
-    runtime: &'static str,
     /// Makes the network and the cgroup.
     create: String,
     attach: String,
@@ -83,28 +118,22 @@ struct Commands {
 }
 
 impl Commands {
-    fn of(heading: &str, runtime: &'static str) -> Result<Self> {
-        let blocks: Vec<_> =
-            documented(heading)?.iter().map(|block| block.replace("docker", runtime)).collect();
+    /// With words that are replaced, one after the other.
+    fn of(heading: &str, replaced: &[(&str, &str)]) -> Result<Self> {
+        let replace = |block: &&str| {
+            replaced.iter().fold((*block).to_owned(), |block, (from, to)| block.replace(from, to))
+        };
+        let blocks: Vec<_> = documented(heading)?.iter().map(replace).collect();
         let [create, attach, start, detach, remove] =
             blocks.try_into().ok().with_context(|| format!("{heading} does not have five blocks"))?;
-        Ok(Self { runtime, create, attach, start, detach, remove })
+        Ok(Self { create, attach, start, detach, remove })
     }
 
     /// Captures and releases. `owner` prints the container that has the network.
-    fn run(&self, machine: &SystemdMachine, owner: &str) -> Result<()> {
-        let runtime = self.runtime;
+    fn run(&self, machine: &SystemdMachine, runtime: &'static Runtime, owner: &str) -> Result<()> {
         let pins_before = pins()?;
-        shell(&self.create)?;
-        let pid = shell(&format!("{runtime} inspect --format '{{{{.State.Pid}}}}' $({owner})"))?;
-        let mut pod = RuntimePod { runtime, pid: pid.trim().to_owned(), address: String::new(), read: 0 };
-        let before = pod.state()?;
-        shell(&self.attach)?;
-        ensure!(pod.state()? != before, "the attach has changed nothing");
-        shell(&self.start)?;
-        let address = format!("{runtime} inspect --format '{{{{.NetworkSettings.IPAddress}}}}' app-proxy");
-        shell(&address)?.trim().clone_into(&mut pod.address);
-        pod.flows(machine)?;
+        let (mut pod, before) = self.create(runtime, owner)?;
+        self.capture(&mut pod, machine)?;
         shell(&self.detach)?;
         let left = difference(&before, &pod.state()?);
         ensure!(left.is_empty(), "left in the pod: {left:#?}");
@@ -114,6 +143,24 @@ impl Commands {
         ensure!(left.is_empty(), "left: {left:#?}");
         Ok(())
     }
+
+    /// Makes the pod. Returns it with its state.
+    fn create(&self, runtime: &'static Runtime, owner: &str) -> Result<(RuntimePod, Vec<String>)> {
+        shell(&self.create)?;
+        let pod = RuntimePod::of(runtime, owner)?;
+        let before = pod.state()?;
+        Ok((pod, before))
+    }
+
+    /// Attaches, starts the rest, and makes connections.
+    fn capture(&self, pod: &mut RuntimePod, machine: &SystemdMachine) -> Result<()> {
+        let before = pod.state()?;
+        let said = shell(&self.attach)?;
+        ensure!(said.contains("attached cgroup"), "{said}");
+        ensure!(pod.state()? != before, "the attach has changed nothing");
+        shell(&self.start)?;
+        pod.flows(machine)
+    }
 }
 
 /// Pins and links of the agent.
@@ -121,103 +168,4 @@ fn pins() -> Result<Vec<String>> {
     let mut lines: Vec<_> = links()?.into_iter().map(|id| format!("link {id}")).collect();
     lines.extend(tree(Path::new("/sys/fs/bpf"))?.into_iter().map(|(path, _)| path.display().to_string()));
     Ok(lines)
-}
-
-/// The application and its proxy.
-struct RuntimePod {
-    runtime: &'static str,
-    /// A process in its network.
-    pid: String,
-    address: String,
-    /// Lines of Envoy's log that were compared.
-    read: usize,
-}
-
-impl RuntimePod {
-    /// Runs a command in the pod's network.
-    fn inside(&self, command: &str) -> Result<String> {
-        shell(&format!("nsenter --net=/proc/{}/ns/net {command}", self.pid))
-    }
-
-    /// What a capture may change in its network, and pins and links.
-    fn state(&self) -> Result<Vec<String>> {
-        let mut lines = pins()?;
-        let routes = ["-4 route show table all", "-6 route show table all"];
-        for what in ["addr", "link", "-4 rule", "-6 rule"].iter().chain(&routes) {
-            let said = self.inside(&format!("ip {what}"))?;
-            let lasting = said.lines().filter(|line| !line.contains("valid_lft"));
-            // Duplicate address detection ends meanwhile.
-            lines.extend(lasting.map(|line| format!("{what}: {}", line.replace(" tentative", "").trim())));
-        }
-        Ok(lines)
-    }
-
-    /// Makes a request from the application's container.
-    fn call(&self, user: &str) -> Result<()> {
-        // busybox's wget crashes in an emulator.
-        let script = format!(
-            "printf 'GET / HTTP/1.0\\r\\n\\r\\n' | {} exec -i {user} app-main busybox nc -w 20 {} 80",
-            self.runtime, SERVICE[0]
-        );
-        let said = shell(&script)?;
-        ensure!(said.ends_with("\r\n\r\nworld"), "{script}: got {said:?}");
-        Ok(())
-    }
-
-    /// Calls the application from outside, where its port is published.
-    fn called(&self, machine: &SystemdMachine) -> Result<()> {
-        let page = machine.world_gets(&format!("http://{}:8080/", OWN[0]))?;
-        ensure!(page == "app", "the application answered {page:?}");
-        Ok(())
-    }
-
-    /// Prints Envoy's log.
-    fn log(&self) -> String {
-        // Docker and Podman print what a container writes to stderr to theirs.
-        format!("{} logs app-proxy 2>&1", self.runtime)
-    }
-
-    fn logged(&mut self, what: &str, line: String) -> Result<()> {
-        self.read += logged(&self.log(), self.read, what, &[line])?;
-        Ok(())
-    }
-
-    /// The last request that the application logged came from this address.
-    fn served(&self, client: &str) -> Result<()> {
-        until(&format!("a request of {client}"), || {
-            let log = shell(&format!("{} logs app-main 2>&1", self.runtime))?;
-            let last = log.lines().rfind(|line| line.contains("response:"));
-            Ok(last.filter(|line| line.contains(&format!("{client}]:"))).map(drop))
-        })
-    }
-
-    fn flows(&mut self, machine: &SystemdMachine) -> Result<()> {
-        for port in [15001, 15006, 8080] {
-            until(&format!("a listener on {port}"), || {
-                let listening = self.inside("ss -Hltn")?;
-                Ok(listening.contains(&format!(":{port} ")).then_some(()))
-            })?;
-        }
-        let address = self.address.clone();
-        let outbound = format!("outbound {address} to {}:80", SERVICE[0]);
-        self.call("")?;
-        self.logged("the application calls", outbound.clone())?;
-        self.called(machine)?;
-        self.logged("the world calls", format!("inbound {} to {address}:8080", WORLD[0]))?;
-        self.served("127.0.0.6")?;
-        // What Envoy logs next is of the application, not of the proxy's user.
-        self.call("--user 1337")?;
-        self.call("")?;
-        self.logged("the proxy's user and the application call", outbound)
-    }
-
-    /// Nothing goes through the proxy.
-    fn direct(&self, machine: &SystemdMachine) -> Result<()> {
-        self.call("")?;
-        self.called(machine)?;
-        self.served(WORLD[0])?;
-        let count = connections(&self.log())?.len();
-        ensure!(count == self.read, "Envoy logged {count} connections, {} before", self.read);
-        Ok(())
-    }
 }
