@@ -86,31 +86,36 @@ fn the_command_says_so_and_is_finished_later() {
     cart.captured_once();
 }
 
-/// A program that is slow must not change the rules after its agent was killed and another has gone back.
+/// A program that is slow must not change the rules after its agent was killed, while another goes back.
 #[test]
 fn it_ends_with_the_agent() {
     let fixture = fixture("cut-slow-kill");
     let before = fixture.rules();
     fixture.shadow(&[]);
-    let tools = WrappedTools::new();
-    tools.set("restore", "case \"$INPUT\" in *'-D OUTPUT'*) sleep 7.5;; esac");
+    let (tools, folder) = (WrappedTools::new(), tempfile::tempdir().expect("a folder"));
+    let (hold, waits) = (folder.path().join("hold"), folder.path().join("waits"));
+    fs::write(&hold, "").expect("written");
+    let loops = format!("touch {}; while [ -e {} ]; do sleep 0.02; done", waits.display(), hold.display());
+    tools.set("restore", &format!("case \"$INPUT\" in *'-D OUTPUT'*) {loops};; esac"));
     let mut command = fixture.agent.command("cutover");
     command.arg("--cgroup-path").arg(fixture.pod.cgroup.path()).arg("--force").env("PATH", tools.path());
     let mut child = command.spawn().expect("started");
-    let started = Instant::now();
-    while sleepers("7.5") == 0 {
-        assert!(started.elapsed() < Duration::from_secs(20), "it removes nothing");
-        std::thread::sleep(Duration::from_millis(10));
-    }
-    let removes = Instant::now();
+    let await_that = |what: &str, so: &dyn Fn() -> bool| {
+        let started = Instant::now();
+        while !so() {
+            assert!(started.elapsed() < Duration::from_secs(20), "{what}");
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    };
+    await_that("it removes the rules", &|| waits.exists());
     child.kill().and_then(|()| child.wait()).expect("killed");
-    fixture.cut(&["--back"]);
-    assert!(removes.elapsed() < Duration::from_secs(7), "{:?}", removes.elapsed());
-    assert_eq!(fixture.rules(), before);
-    while sleepers("7.5") > 0 {
-        std::thread::sleep(Duration::from_millis(10));
-    }
-    std::thread::sleep(Duration::from_millis(500));
+    std::thread::scope(|scope| {
+        let back = scope.spawn(|| fixture.cut(&["--back"]));
+        // The rules are in, and their guards, which the late program would take out as well.
+        await_that("both capture", &|| fixture.agent.pods().expect("a status")[0].mode == "shadow");
+        fs::remove_file(&hold).expect("removed");
+        back.join().expect("it goes back");
+    });
     assert_eq!(fixture.rules(), before);
     RulesPod::cart(&fixture).captured_once();
 }

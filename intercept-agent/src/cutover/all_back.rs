@@ -53,7 +53,8 @@ fn back(bpffs: &Path, record: &Record) -> Result<Option<CutoverReport>, CutoverE
 }
 
 /// Removes state that cannot be opened, as [`Node::remove_unreadable`] does, after the rules of its pods were put in again. If that
-/// fails, nothing is removed.
+/// fails, nothing is removed. The policies cannot go into shadow mode before, so a connection of that moment may lose its original
+/// destination.
 pub fn remove_unreadable(bpffs: &Path) -> Result<bool, CutoverError> {
     let mut returned = Vec::new();
     for layout in Store::find_any(bpffs).map(|store| store.layouts()).transpose()?.unwrap_or_default() {
