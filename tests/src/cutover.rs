@@ -155,7 +155,11 @@ impl RulesFixture {
     pub fn cut(&self, flags: &[&str]) -> String {
         let output = self.cutover(flags);
         let error = String::from_utf8_lossy(&output.stderr);
-        assert!(output.status.success(), "cutover {flags:?}: {error}");
+        if !output.status.success() {
+            let mut status = self.agent.command("status");
+            let compared = finish(status.arg("--shadow")).map(|output| output.stdout).unwrap_or_default();
+            panic!("cutover {flags:?}: {error}{}", String::from_utf8_lossy(&compared));
+        }
         String::from_utf8(output.stdout).expect("text")
     }
 
