@@ -8,14 +8,17 @@ use intercept_common::{
     layout::{ConnKey, Event, PodPolicy},
 };
 
-use crate::{context::TCP, maps, verdict::PackedReason};
+use crate::{context::TCP, maps, verdict::PackedReason, verifier::opaque};
 
 #[inline(always)]
 fn decision(slot: Slot, reason: PackedReason) {
     if let Some(counters) = maps::counters(slot) {
         // SAFETY: this CPU's own value. A program that interrupts this one can lose a count, nothing more.
         unsafe {
-            if let Some(cell) = (*counters).decisions.get_mut(usize::from(reason.number())) {
+            // In a register from here to its use. Linux 6.1 does not know the bounds of what was compared and is loaded from the
+            // stack again.
+            let index = opaque(reason.number().into()) as usize;
+            if let Some(cell) = (*counters).decisions.get_mut(index) {
                 *cell += 1;
             }
         }

@@ -18,28 +18,26 @@ use tests::{
 /// A system call of the daemon in which it is killed: the call of this number in each thread.
 type KillPoint = (&'static str, usize);
 
-/// Threads of its own that enter the namespace, what saves the rules, what changes maps and pins, and the wait while both captures
-/// are active.
-const THERE: [KillPoint; 9] = [
+/// What saves the rules, each entry of the namespace and each return from it (each program of iptables is started there), what
+/// changes maps and pins, and the wait while both captures are active.
+const THERE: [KillPoint; 8] = [
+    ("rename", 1),
+    ("rename", 2),
+    ("clock_nanosleep", 1),
+    ("setns", 4),
+    ("setns", 9),
+    ("setns", 14),
+    ("setns", 19),
+    ("bpf", 45),
+];
+const BACK: [KillPoint; 8] = [
     ("rename", 1),
     ("rename", 2),
     ("rename", 3),
     ("clock_nanosleep", 1),
-    ("clone3", 9),
-    ("clone3", 11),
-    ("clone3", 13),
-    ("clone3", 15),
-    ("bpf", 45),
-];
-const BACK: [KillPoint; 9] = [
-    ("rename", 1),
-    ("rename", 2),
-    ("clock_nanosleep", 1),
-    ("clone3", 2),
-    ("clone3", 4),
-    ("clone3", 6),
-    ("clone3", 8),
-    ("clone3", 10),
+    ("setns", 3),
+    ("setns", 8),
+    ("setns", 13),
     ("bpf", 25),
 ];
 

@@ -62,8 +62,9 @@ extern "C" fn shadow_differs(netns: u64, flow: *const ComparedFlow, verdicts: u6
 /// Adds to the count of a reason, in the array of counts at this offset.
 #[inline(always)]
 fn count(netns: NetnsCookie, array: usize, reason: u8) {
-    let index = opaque(reason.into()) as usize;
     let Some(counters) = flows::counters(netns) else { return };
+    // In a register from here to its use, as in `observe::decision`.
+    let index = opaque(reason.into()) as usize;
     if index >= MAX_REASONS {
         return;
     }
