@@ -4,9 +4,11 @@ use std::{
     io::{BufRead as _, BufReader},
     net::{IpAddr, SocketAddr},
     process::{Child, Stdio},
+    thread,
+    time::Duration,
 };
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Context as _, Result, bail, ensure};
 use serde_json::Value;
 
 use super::{
@@ -69,6 +71,20 @@ pub(super) fn audit(machine: &CapturedMachine) -> Result<()> {
     succeed(machine.command("detach", &[&app], &["--machine"])).map(drop)
 }
 
+/// Returns a state that is the same a moment later: the kernel enters the route of an IPv6 address after the address.
+fn settled(state: impl Fn() -> Result<Vec<String>>) -> Result<Vec<String>> {
+    let mut last = state()?;
+    for _ in 0..50 {
+        thread::sleep(Duration::from_millis(100));
+        let next = state()?;
+        if difference(&last, &next).is_empty() {
+            return Ok(next);
+        }
+        last = next;
+    }
+    bail!("the state of the machine changes all the time")
+}
+
 /// `prove` makes connections of a unit, and asks for one to a port of its own.
 pub(super) fn prove(machine: &CapturedMachine) -> Result<()> {
     let (app, second) = (machine.unit("app", &[APP])?, machine.unit("second", &[])?);
@@ -79,7 +95,7 @@ pub(super) fn prove(machine: &CapturedMachine) -> Result<()> {
         envoy.actor.listen(Listen { name: "envoy".into(), transport: Transport::Tcp, bind })?;
     }
     succeed(machine.attach(&[&app, &envoy], FIRST, &["-b", "*"]))?;
-    let before = machine.state(&[&app, &envoy])?;
+    let before = settled(|| machine.state(&[&app, &envoy]))?;
     for unit in [&app, &envoy] {
         let said = succeed(machine.command("prove", &[unit], &["--machine", "--json"]))?;
         let proof: Value = serde_json::from_str(&said)?;
