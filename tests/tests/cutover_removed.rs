@@ -122,7 +122,7 @@ fn without_iptables_the_programs_stay() {
         &format!(
             "putting the rules of iptables of cgroup {cgroup} in again: the programs go on to capture it"
         ),
-        "restart the pod, which makes its rules anew, or remove the cause and run this command again",
+        "restart the pod, which makes its rules again, or remove the cause and run this command again",
         "iptables-nft-save is not found",
         "the programs stay for the pods that are still attached",
     ] {

@@ -150,7 +150,7 @@ fn put_rules_in(bpffs: &Path) -> Result<(Option<anyhow::Error>, BTreeSet<NetnsCo
             Err(error) => {
                 let what = format!(
                     "putting the rules of iptables of cgroup {cgroup} in again: the programs go on to capture it; restart the pod, \
-                     which makes its rules anew, or remove the cause and run this command again"
+                     which makes its rules again, or remove the cause and run this command again"
                 );
                 tracing::error!(error = &error as &dyn std::error::Error, "{what}");
                 failed = Some(anyhow::Error::from(error).context(what));

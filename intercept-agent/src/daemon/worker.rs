@@ -155,7 +155,7 @@ impl Worker {
         self.submit(priority, work).await.map_err(|_| WorkerFailed)
     }
 
-    /// Run a job, on the calling thread if no other runs or waits, so that nobody waits for another thread. The receiver gets
+    /// Run a job, on the calling thread if no other runs or waits, so that the caller waits for no other thread. The receiver gets
     /// what it gives, or an error if it panicked.
     pub fn perform<T: Send + 'static>(
         &self,
@@ -203,7 +203,7 @@ fn job<T: Send + 'static>(
     let (reply, result) = oneshot::channel();
     let job: Job = Box::new(move |access| {
         match catch_unwind(AssertUnwindSafe(|| work(access))) {
-            // Nobody waits any more: what was to be changed is changed all the same.
+            // The caller waits no more: what was to be changed is changed all the same.
             Ok(result) => drop(reply.send(result)),
             Err(_) => access.paused = None,
         }
