@@ -16,15 +16,15 @@ use tests::testbed::{Ids, Pod, PodSpec};
 const FLAGS: [&str; 6] = ["-u", "1337", "-i", "*", "-b", "*"];
 
 /// A process that is killed when it is dropped.
-struct Held(Child);
+struct SocketHolder(Child);
 
-impl Held {
+impl SocketHolder {
     fn spawn(command: &mut Command) -> Self {
         Self(command.stdin(Stdio::null()).stdout(Stdio::null()).spawn().expect("started"))
     }
 }
 
-impl Drop for Held {
+impl Drop for SocketHolder {
     fn drop(&mut self) {
         drop(self.0.kill());
         drop(self.0.wait());
@@ -53,9 +53,9 @@ impl AuditFixture {
     }
 
     /// A connection that stays open, made by bash after `before`.
-    fn connect(&self, ids: Ids, before: &str, to: &str) -> Held {
+    fn connect(&self, ids: Ids, before: &str, to: &str) -> SocketHolder {
         let script = format!("{before}exec 3<>/dev/tcp/{to}/80; exec sleep 600");
-        Held::spawn(self.pod.command_as("bash", ids).expect("a command").args(["-c", &script]))
+        SocketHolder::spawn(self.pod.command_as("bash", ids).expect("a command").args(["-c", &script]))
     }
 
     /// Audits until it is so.
@@ -131,7 +131,7 @@ fn what_goes_around_the_proxy_is_found_with_its_cause() {
     assert!(audit["bypasses"][0]["cgroup"].as_str().is_some_and(|name| name.starts_with("id ")), "{audit:#}");
 
     let raw = pod.netns.run(|| Socket::new(Domain::IPV4, Type::RAW, Some(Protocol::ICMPV4))).expect("inside");
-    let stray = Held::spawn(pod.command("unshare").expect("a command").args(["-n", "sleep", "600"]));
+    let stray = SocketHolder::spawn(pod.command("unshare").expect("a command").args(["-n", "sleep", "600"]));
     fixture.wait("all of them", |audit| causes(audit) == ["other_cgroup", "raw", "other_namespace"]);
     let mut text = agent.command("audit");
     text.arg("--cgroup-path").arg(pod.cgroup.path());
@@ -227,7 +227,7 @@ fn what_is_nested_after_the_capture_is_found() {
 
     // Packets of its own, from a cgroup and a namespace that did not exist when the pod was captured.
     let script = format!("{enter}exec unshare -n sleep 600");
-    let stray = Held::spawn(pod.command("sh").expect("a command").args(["-c", &script]));
+    let stray = SocketHolder::spawn(pod.command("sh").expect("a command").args(["-c", &script]));
     let audit = fixture.wait("a namespace", |audit| {
         causes(audit) == ["other_namespace"] && audit["bypasses"][0]["process"] == "sleep"
     });
