@@ -310,7 +310,8 @@ impl FoundRules {
     }
 }
 
-/// What is to be saved: what was saved before, with what was found since. While the rules are in and the policy only compares, only what is found.
+/// What is to be saved: what was saved before, with what was found since. While the rules are in and the policy only compares,
+/// only what is found.
 fn merged(before: Option<SavedRules>, current: &[FoundRules], mode: PolicyMode) -> SavedRules {
     let mut saved = before
         .filter(|saved| saved.state != RulesState::In || mode == PolicyMode::Enforce)
