@@ -2,7 +2,9 @@
 //! daemon finishes it or undoes it.
 
 use std::{
+    cell::Cell,
     collections::BTreeSet,
+    fs,
     io::{BufRead as _, BufReader},
     process::{Child, Command, Stdio},
     time::{Duration, Instant},
@@ -10,42 +12,83 @@ use std::{
 
 use intercept_agent::facade::daemon::{CutoverState, Response};
 use serde_json::{Value, json};
+use tempfile::TempDir;
 use tests::{
-    cutover::{CUTOVER, CutoverNode, LoadProxy, MODE, RulesFixture},
+    cutover::{CUTOVER, CutoverNode, LoadProxy, MODE, RulesFixture, WrappedTools},
     iptables::{Backend, IptablesOptions},
 };
 
-/// A system call of the daemon in which it is killed: the call of this number in each thread.
-type KillPoint = (&'static str, usize);
+/// Where the daemon is killed.
+#[derive(Clone, Copy, Debug)]
+enum KillPoint {
+    /// When the program of iptables with this number has been started and has done nothing yet.
+    Program(usize),
+    /// While both captures are active.
+    Overlap,
+    /// In the call that gives the record with this number its name.
+    Record(usize),
+}
 
-/// What saves the rules, each entry of the namespace and each return from it (each program of iptables is started there), what
-/// changes maps and pins, and the wait while both captures are active.
-const THERE: [KillPoint; 8] = [
-    ("rename", 1),
-    ("rename", 2),
-    ("clock_nanosleep", 1),
-    ("rename", 3),
-    ("setns", 9),
-    ("setns", 14),
-    ("setns", 19),
-    ("bpf", 45),
-];
-const BACK: [KillPoint; 7] = [
-    ("rename", 1),
-    ("rename", 2),
-    ("clock_nanosleep", 1),
-    ("setns", 3),
-    ("setns", 8),
-    ("setns", 13),
-    ("bpf", 25),
-];
+/// After the programs, how often the daemon writes down how far it is.
+const THERE: [KillPoint; 4] =
+    [KillPoint::Overlap, KillPoint::Record(1), KillPoint::Record(2), KillPoint::Record(3)];
+const BACK: [KillPoint; 3] = [KillPoint::Overlap, KillPoint::Record(1), KillPoint::Record(2)];
+
+const PATIENCE: Duration = Duration::from_secs(40);
+
+#[track_caller]
+fn wait(what: &str, so: impl Fn() -> bool) {
+    let deadline = Instant::now() + PATIENCE;
+    while !so() {
+        assert!(Instant::now() < deadline, "waited in vain: {what}");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+/// Programs of iptables that are counted, and of which one waits until it is killed.
+struct CountedTools {
+    tools: WrappedTools,
+    folder: TempDir,
+}
+
+impl CountedTools {
+    fn new() -> Self {
+        Self { tools: WrappedTools::new(), folder: tempfile::tempdir().expect("a folder") }
+    }
+
+    /// Counts from now on, and has the program with this number wait.
+    fn hold(&self, number: usize) {
+        let folder = self.folder.path().display();
+        self.release();
+        fs::write(self.folder.path().join("hold"), "").expect("written");
+        let commands = format!(
+            "echo >> {folder}/started\n\
+             if [ -e {folder}/hold ] && [ $(wc -l < {folder}/started) = {number} ]; then\n\
+             touch {folder}/waits; while [ -e {folder}/hold ]; do sleep 0.02; done; exit 1; fi\n"
+        );
+        for action in ["save", "restore"] {
+            self.tools.set(action, &commands);
+        }
+    }
+
+    fn waits(&self) -> bool {
+        self.folder.path().join("waits").exists()
+    }
+
+    /// No program waits any more.
+    fn release(&self) {
+        for file in ["hold", "started", "waits"] {
+            drop(fs::remove_file(self.folder.path().join(file)));
+        }
+    }
+}
 
 /// strace, which kills a process.
 struct Strace(Child);
 
 impl Strace {
-    /// Attaches to all threads of a process.
-    fn attach(pid: u32, (call, number): KillPoint) -> Self {
+    /// Attaches to all threads of a process. It is killed in the call of this number of one of them.
+    fn attach(pid: u32, call: &str, number: usize) -> Self {
         let inject = format!("--inject={call}:signal=KILL:when={number}");
         let mut command = Command::new("strace");
         command.args(["--follow-forks", "--output", "/dev/null", &format!("--trace={call}"), &inject]);
@@ -59,14 +102,9 @@ impl Strace {
         strace
     }
 
-    /// Waits until all processes have ended to which it is attached.
-    #[track_caller]
-    fn has_killed(&mut self, point: KillPoint) {
-        let deadline = Instant::now() + Duration::from_secs(40);
-        while self.0.try_wait().expect("waited for").is_none() {
-            assert!(Instant::now() < deadline, "the daemon does not come to {point:?}");
-            std::thread::sleep(Duration::from_millis(20));
-        }
+    /// Whether all processes have ended to which it is attached.
+    fn has_killed(&mut self) -> bool {
+        self.0.try_wait().expect("waited for").is_some()
     }
 }
 
@@ -100,29 +138,70 @@ fn has_mode(node: &CutoverNode<'_>, mode: &str, before: &str) {
     }
 }
 
-/// Kills the daemon at each point on the way from one mode to the other. Among the states in which it leaves the pod must be those
-/// in the midst of it, mode and rules.
+/// Changes the mode and kills the daemon on the way. Returns whether it came to the point before it was done.
+fn kill(node: &mut CutoverNode<'_>, tools: &CountedTools, point: KillPoint, to: &str) -> bool {
+    let is_done = |node: &CutoverNode<'_>| node.is_applied(to, (to == "enforce").then_some("out"));
+    let done = Cell::new(false);
+    let what = format!("the daemon comes to {point:?}");
+    match point {
+        KillPoint::Program(number) => {
+            tools.hold(number);
+            node.annotate(&annotations(to));
+            wait(&what, || {
+                done.set(is_done(node));
+                tools.waits() || done.get()
+            });
+            done.set(!tools.waits());
+        }
+        KillPoint::Overlap => {
+            let midst = if to == "enforce" { ("enforce", Some("in")) } else { ("shadow", Some("in")) };
+            node.annotate(&annotations(to));
+            wait(&what, || node.is_applied(midst.0, midst.1));
+        }
+        KillPoint::Record(number) => {
+            let mut strace = Strace::attach(node.daemon().pid().expect("it runs"), "rename", number);
+            node.annotate(&annotations(to));
+            let deadline = Instant::now() + PATIENCE;
+            while !strace.has_killed() {
+                assert!(Instant::now() < deadline, "waited in vain: {what}");
+                std::thread::sleep(Duration::from_millis(5));
+            }
+        }
+    }
+    node.watched.daemon.kill().expect("killed");
+    tools.release();
+    !done.get()
+}
+
+/// Kills the daemon at each point on the way from one mode to the other: first in every `step`-th program, until it needs no more.
+/// Among the states in which it leaves the pod must be those in the midst of it, mode and rules.
 fn kill_everywhere(
     (label, backend): (&str, Backend),
-    points: &[KillPoint],
+    (step, points): (usize, &[KillPoint]),
     [from, to]: [&str; 2],
-    midst: &[(&str, &str)],
+    midst: &[(&str, Option<&str>)],
 ) {
     let fixture = RulesFixture::new(label, backend, &IptablesOptions::injected(), LoadProxy::Relays);
     let before = fixture.rules();
-    let mut node = CutoverNode::new(&fixture, &annotations(from), None, &[]);
+    let tools = CountedTools::new();
+    let mut node = CutoverNode::new(&fixture, &annotations(from), Some(&tools.tools.path()), &[]);
     assert!(matches!(node.add(&annotations(from)), Response::Done(_)));
     let mut states = BTreeSet::new();
     let mut next = NextDaemon::Finishes;
-    for point in points {
+    let mut programs = (1..).step_by(step).map(KillPoint::Program);
+    let mut killed_in_programs = 0;
+    let mut points = points.iter();
+    let mut is_program = true;
+    while let Some(point) = if is_program { programs.next() } else { points.next().copied() } {
         has_mode(&node, from, &before);
         let account = fixture.under_load(2, || {
-            let mut strace = Strace::attach(node.daemon().pid().expect("it runs"), *point);
-            node.annotate(&annotations(to));
-            strace.has_killed(*point);
-            let (mode, rules) = node.applied().expect("it is attached");
-            println!("killed in {point:?}: {mode}, rules {rules:?}; the next daemon {next:?}");
-            states.insert((mode, rules));
+            let came = kill(&mut node, &tools, point, to);
+            is_program &= came;
+            killed_in_programs += usize::from(is_program);
+            let state = node.applied().expect("it is attached");
+            let killed = if came { "killed in" } else { "done before" };
+            println!("{killed} {point:?}: {state:?}; the next daemon {next:?}");
+            states.insert(state);
             // Without a daemon.
             std::thread::sleep(Duration::from_millis(300));
             let mode = if next == NextDaemon::Finishes { to } else { from };
@@ -138,19 +217,22 @@ fn kill_everywhere(
         next = if next == NextDaemon::Finishes { NextDaemon::Undoes } else { NextDaemon::Finishes };
     }
     has_mode(&node, from, &before);
+    assert!(killed_in_programs * step >= 8, "killed in {killed_in_programs} programs only");
     for (mode, rules) in midst {
-        assert!(states.contains(&((*mode).to_owned(), Some((*rules).to_owned()))), "{states:?}");
+        let state = ((*mode).to_owned(), rules.map(str::to_owned));
+        assert!(states.contains(&state), "{states:?}");
     }
 }
 
 #[test]
 fn killed_on_the_way_there() {
-    let midst = [("shadow", "in"), ("enforce", "in"), ("enforce", "changing")];
-    kill_everywhere(("d-kill-there", Backend::Nft), &THERE, ["shadow", "enforce"], &midst);
+    let midst =
+        [("shadow", None), ("shadow", Some("in")), ("enforce", Some("in")), ("enforce", Some("changing"))];
+    kill_everywhere(("d-kill-there", Backend::Nft), (3, &THERE), ["shadow", "enforce"], &midst);
 }
 
 #[test]
 fn killed_on_the_way_back() {
-    let midst = [("enforce", "changing"), ("shadow", "in")];
-    kill_everywhere(("d-kill-back", Backend::Legacy), &BACK, ["enforce", "shadow"], &midst);
+    let midst = [("enforce", Some("out")), ("enforce", Some("changing")), ("shadow", Some("in"))];
+    kill_everywhere(("d-kill-back", Backend::Legacy), (4, &BACK), ["enforce", "shadow"], &midst);
 }

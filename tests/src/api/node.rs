@@ -42,12 +42,14 @@ impl<'a> WatchedApi<'a> {
         Ok(watched)
     }
 
-    /// Kills the daemon, and starts one with these arguments beside its own. Waits until it watches.
+    /// Kills the daemon if it runs, and starts one with these arguments beside its own. Waits until it watches.
     ///
     /// # Errors
     /// If it does not start.
     pub fn restart_with(&mut self, arguments: &[&str]) -> Result<()> {
-        self.daemon.kill()?;
+        if self.daemon.pid().is_some() {
+            self.daemon.kill()?;
+        }
         self.api.cut();
         self.daemon.set_arguments(&[&OWN, arguments].concat());
         self.daemon.restart()?;
