@@ -21,6 +21,7 @@ pub mod protocol;
 pub mod prove;
 pub mod ready;
 pub mod reconcile;
+pub mod report;
 pub mod retry;
 pub mod serve;
 pub mod sidecar;

@@ -24,7 +24,7 @@ pub mod daemon {
         mesh::Mesh,
         mode::{ModeDecision, ModeRule, PodMode},
         protocol::{Add, DEFAULT_SOCKET, DaemonRequest, Response, SandboxInfo, Select},
-        reconcile::{PodFailure, PodReport, PodState, ProofReport},
+        report::{PodFailure, PodReport, PodState, ProofReport},
         sidecar::{Container, Ipv6, PodMetadata, PodVerdict, Selection, decide},
         socket,
     };

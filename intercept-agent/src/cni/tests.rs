@@ -1,7 +1,7 @@
 use std::os::unix::net::UnixListener;
 
 use super::*;
-use crate::daemon::{protocol, reconcile::PodFailure};
+use crate::daemon::{protocol, report::PodFailure};
 
 const PREVIOUS: &str = r#"{"cniVersion":"1.0.0","interfaces":[{"name":"eth0","sandbox":"/n"}],"ips":[{"address":"10.1.0.5/24"}]}"#;
 

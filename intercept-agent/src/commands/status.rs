@@ -10,7 +10,7 @@ use crate::{
     cli::StatusArgs,
     daemon::{
         protocol::{DaemonRequest, Response},
-        reconcile::PodReport,
+        report::PodReport,
         socket,
     },
     escape::{self, OneLine},

@@ -13,7 +13,7 @@ use tokio::sync::Semaphore;
 
 use super::{
     capture::{AppliedPod, Liveness},
-    reconcile::PodFailure,
+    report::PodFailure,
     retry,
     takeover::Takeover,
     worker::WorkerFailed,

@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{
     desired::CaptureArgs,
-    reconcile::{PodFailure, PodReport},
+    report::{PodFailure, PodReport},
 };
 
 /// Default path of the socket.

@@ -9,7 +9,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-use super::{capture::AppliedPod, reconcile::PodFailure};
+use super::{
+    capture::AppliedPod,
+    report::{PodFailure, ProofReport},
+};
 use crate::{
     audit::{Audited, ObservedSockets},
     cgroup::CgroupDir,
@@ -153,6 +156,17 @@ impl ProofRecord {
     /// Whether a probe is in flight.
     pub fn is_in_flight(&self) -> bool {
         self.in_flight
+    }
+
+    /// The report on the probes. `None` before the first has ended.
+    pub fn report(&self) -> Option<ProofReport> {
+        let (state, failure) = self.outcome()?;
+        Some(ProofReport {
+            state: state.as_str().to_owned(),
+            proven_seconds_ago: self.last_proven.map(|proven| proven.elapsed().as_secs()),
+            failure: failure.cloned(),
+            bypasses: self.bypasses.iter().map(|(cause, count)| ((*cause).to_owned(), *count)).collect(),
+        })
     }
 
     /// A probe has ended.

@@ -25,8 +25,6 @@ use tokio::{
 };
 
 pub use message::Message;
-pub use pod::{PodFailure, PodReport, PodResult, PodState};
-pub use proof::ProofReport;
 
 use self::{
     machine::{Intent, MachineEvent},
@@ -40,6 +38,7 @@ use super::{
     metrics::Metrics,
     protocol::Refusal,
     prove::ProofSettings,
+    report::{PodFailure, PodResult},
     view::PodView,
     worker::{Priority, Worker},
 };
@@ -176,7 +175,7 @@ impl Reconciler {
             Message::Delete { key, sandbox, reply } => self.delete(&key, &sandbox, reply),
             Message::Check(key, reply) => drop(reply.send(self.check(&key))),
             Message::Report(reply) => {
-                drop(reply.send(self.pods.iter().map(|(key, pod)| PodReport::of(key, pod)).collect()));
+                drop(reply.send(self.pods.iter().map(|(key, pod)| pod.report(key)).collect()));
             }
             Message::Collect(valid, reply) => drop(reply.send(self.collect(&valid))),
             Message::Leave(reply) => self.uninstall(reply),

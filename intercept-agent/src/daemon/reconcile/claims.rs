@@ -4,10 +4,11 @@ use std::collections::HashSet;
 
 use tokio::sync::oneshot;
 
-use super::{Message, PodFailure, PodResult, Reconciler, machine::MachineEvent, pod::TrackedPod};
+use super::{Message, Reconciler, machine::MachineEvent, pod::TrackedPod};
 use crate::daemon::{
     desired::Key,
     protocol::Refusal,
+    report::{PodFailure, PodResult},
     view::{ApiWait, Certainty, ObjectUid, PodView, SandboxClaim},
 };
 use crate::ids::PodUid;

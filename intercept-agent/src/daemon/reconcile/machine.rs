@@ -7,11 +7,12 @@ mod event;
 
 use std::{mem, time::Instant};
 
-use super::{EVENT_AFTER, PodFailure, PodState, START_RETRY};
+use super::{EVENT_AFTER, START_RETRY};
 use crate::daemon::{
     capture::AppliedPod,
     cause::Cause,
     desired::DesiredPod,
+    report::{PodFailure, PodState},
     sidecar::IgnoreReason,
     view::{ClaimError, Resolution},
     worker::Priority,

@@ -4,7 +4,6 @@ use std::collections::HashSet;
 
 use tokio::sync::oneshot;
 
-use super::{PodReport, PodResult};
 use crate::{
     cutover::CutoverError,
     daemon::{
@@ -12,6 +11,7 @@ use crate::{
         cutover::CutoverAttempt,
         desired::{DesiredPod, Key},
         prove::ProbeResult,
+        report::{PodReport, PodResult},
         view::{ObjectClaim, ObjectId, ObjectUid, SandboxClaim},
     },
     ids::NetnsCookie,

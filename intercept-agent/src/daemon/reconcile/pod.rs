@@ -2,104 +2,27 @@
 
 use std::time::Instant;
 
-use serde::{Deserialize, Serialize};
 use tokio::{sync::oneshot, task::JoinHandle};
 
-use super::{
-    machine::{Intent, MachineCommand, MachineContext, MachineEvent, PodMachine},
-    proof::ProofReport,
-};
+use super::machine::{Intent, MachineCommand, MachineContext, MachineEvent, PodMachine};
 use crate::{
     containers,
     daemon::{
-        capture::{AppliedPod, CaptureError},
-        cutover::{CutoverProgress, CutoverRecord},
+        capture::AppliedPod,
+        cutover::CutoverRecord,
         desired::Key,
-        mode::ModeDecision,
         protocol::Refusal,
         prove::ProofRecord,
+        report::{PodFailure, PodReport, PodResult},
         retry,
-        view::{ClaimError, PodView},
+        view::PodView,
     },
-    escape::OneLine,
     ids::NetnsCookie,
     shadow::ShadowRecord,
 };
 
 /// How often a pod is observed after one of its containers has started: for five seconds.
 const CONTAINER_LOOKS: u8 = 12;
-
-/// The answer to a request for a pod.
-pub type PodResult = Result<&'static str, PodFailure>;
-
-/// An error on a pod.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct PodFailure {
-    /// One word.
-    pub cause: String,
-    /// The error with its causes.
-    pub text: String,
-}
-
-impl PodFailure {
-    /// A refusal, without an attempt.
-    pub fn refusal(why: Refusal, text: impl Into<String>) -> Self {
-        Self { cause: why.as_str().to_owned(), text: text.into() }
-    }
-
-    /// Whether the request was refused for this reason.
-    pub fn is(&self, why: Refusal) -> bool {
-        self.cause == why.as_str()
-    }
-}
-
-impl From<&CaptureError> for PodFailure {
-    fn from(error: &CaptureError) -> Self {
-        Self { cause: error.cause().as_str().to_owned(), text: error.text() }
-    }
-}
-
-impl From<ClaimError> for PodFailure {
-    fn from(error: ClaimError) -> Self {
-        let cause = error.cause().as_str().to_owned();
-        let (ClaimError::Options(text) | ClaimError::Cgroup(text)) = error;
-        Self { cause, text: OneLine(text).to_string() }
-    }
-}
-
-/// The state of a pod in metrics and `status`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum PodState {
-    /// Desired, and not captured yet.
-    Pending,
-    /// Captured as desired.
-    Captured,
-    /// The last attempt failed and is retried. What was applied before still is.
-    Failed,
-    /// Being released.
-    #[serde(rename = "leaving")]
-    Releasing,
-    /// Ignored: it has no sidecar, or uses the node's network.
-    #[serde(rename = "left_alone")]
-    Ignored,
-}
-
-impl PodState {
-    /// All of them.
-    pub const ALL: [Self; 5] = [Self::Pending, Self::Captured, Self::Failed, Self::Releasing, Self::Ignored];
-
-    /// The word.
-    pub fn as_str(self) -> &'static str {
-        match self {
-            Self::Pending => "pending",
-            Self::Captured => "captured",
-            Self::Failed => "failed",
-            Self::Releasing => "leaving",
-            Self::Ignored => "left_alone",
-        }
-    }
-}
 
 /// A pod: its machine, the claims on it, and the requests that wait for it.
 #[derive(Default)]
@@ -204,62 +127,36 @@ impl TrackedPod {
     pub(super) fn answer_released(&mut self, answer: &PodResult) {
         send_all(&mut self.releasing, answer);
     }
+
+    /// The report on it, for `status`.
+    pub(super) fn report(&self, key: &Key) -> PodReport {
+        let applied = self.applied();
+        let desired = match &self.machine.intent {
+            Intent::Desired(desired, _) => Some(&desired.cgroup),
+            Intent::Absent | Intent::Awaiting | Intent::Ignored(_) => None,
+        };
+        PodReport {
+            pod: key.to_string(),
+            name: self.name.clone(),
+            state: self.machine.state(),
+            failure: self.machine.failure.clone(),
+            failures: self.machine.backoff.failures,
+            left_alone: self.machine.ignored().map(|why| why.as_str().to_owned()),
+            netns_cookie: applied.map(|applied| applied.cookie.0),
+            cgroup: applied.map(|applied| &applied.cgroup).or(desired).cloned(),
+            followed: self.follow.is_some(),
+            earlier_connections: self.preexisting_connections,
+            proof: self.proof.report(),
+            cutover: self.cutover.progress(),
+            mode: self.view.mode().filter(|_| self.machine.ignored().is_none()).cloned(),
+            links_verified_seconds_ago: self.last_verified.map(|verified| verified.elapsed().as_secs()),
+        }
+    }
 }
 
 fn send_all(replies: &mut Vec<oneshot::Sender<PodResult>>, answer: &PodResult) {
     for reply in replies.drain(..) {
         // The client may have gone.
         drop(reply.send(answer.clone()));
-    }
-}
-
-/// The report on a pod, for `status`.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[expect(missing_docs, reason = "the names are the documentation")]
-pub struct PodReport {
-    pub pod: String,
-    pub name: String,
-    pub state: PodState,
-    #[serde(rename = "problem")]
-    pub failure: Option<PodFailure>,
-    pub failures: u32,
-    pub left_alone: Option<String>,
-    pub netns_cookie: Option<u64>,
-    pub cgroup: Option<std::path::PathBuf>,
-    pub followed: bool,
-    pub earlier_connections: usize,
-    #[serde(default)]
-    pub links_verified_seconds_ago: Option<u64>,
-    #[serde(default)]
-    pub proof: Option<ProofReport>,
-    #[serde(default)]
-    pub cutover: Option<CutoverProgress>,
-    #[serde(default)]
-    pub mode: Option<ModeDecision>,
-}
-
-impl PodReport {
-    pub(super) fn of(key: &Key, pod: &TrackedPod) -> Self {
-        let applied = pod.applied();
-        let desired = match &pod.machine.intent {
-            Intent::Desired(desired, _) => Some(&desired.cgroup),
-            Intent::Absent | Intent::Awaiting | Intent::Ignored(_) => None,
-        };
-        Self {
-            pod: key.to_string(),
-            name: pod.name.clone(),
-            state: pod.machine.state(),
-            failure: pod.machine.failure.clone(),
-            failures: pod.machine.backoff.failures,
-            left_alone: pod.machine.ignored().map(|why| why.as_str().to_owned()),
-            netns_cookie: applied.map(|applied| applied.cookie.0),
-            cgroup: applied.map(|applied| &applied.cgroup).or(desired).cloned(),
-            followed: pod.follow.is_some(),
-            earlier_connections: pod.preexisting_connections,
-            proof: ProofReport::of(&pod.proof),
-            cutover: pod.cutover.progress(),
-            mode: pod.view.mode().filter(|_| pod.machine.ignored().is_none()).cloned(),
-            links_verified_seconds_ago: pod.last_verified.map(|verified| verified.elapsed().as_secs()),
-        }
     }
 }

@@ -2,43 +2,19 @@
 
 use std::{collections::BTreeMap, time::Instant};
 
-use serde::{Deserialize, Serialize};
-
-use super::{Message, PodFailure, PodState, Reconciler};
+use super::{Message, Reconciler};
 use crate::{
     daemon::{
         desired::Key,
         events::EventKind,
         prove::{self, ProbeResult, ProofNews, ProofRecord},
+        report::PodState,
     },
     ids::NetnsCookie,
 };
 
 /// Most probes at once.
 const PARALLEL: usize = 4;
-
-/// The report on a pod's probes, for `status`.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[expect(missing_docs, reason = "the names are the documentation")]
-pub struct ProofReport {
-    pub state: String,
-    pub proven_seconds_ago: Option<u64>,
-    #[serde(rename = "problem")]
-    pub failure: Option<PodFailure>,
-    pub bypasses: BTreeMap<String, usize>,
-}
-
-impl ProofReport {
-    pub(super) fn of(record: &ProofRecord) -> Option<Self> {
-        let (state, failure) = record.outcome()?;
-        Some(Self {
-            state: state.as_str().to_owned(),
-            proven_seconds_ago: record.last_proven.map(|proven| proven.elapsed().as_secs()),
-            failure: failure.cloned(),
-            bypasses: record.bypasses.iter().map(|(cause, count)| ((*cause).to_owned(), *count)).collect(),
-        })
-    }
-}
 
 impl Reconciler {
     /// Starts the probes that are due, a few at once.

@@ -6,7 +6,7 @@ use std::{
 };
 
 use super::{
-    Message, PodState, Reconciler,
+    Message, Reconciler,
     machine::{Aftermath, MachineEvent},
     pod::TrackedPod,
 };
@@ -16,6 +16,7 @@ use crate::{
         capture::{self, AppliedPod, Liveness},
         cutover::CutoverState,
         desired::Key,
+        report::PodState,
         worker::Priority,
     },
     ids::NetnsCookie,

@@ -6,7 +6,7 @@ use crate::daemon::{
     capture::{AppliedPod, CaptureError},
     cause::Cause,
     desired::DesiredPod,
-    reconcile::{PodFailure, PodResult},
+    report::{PodFailure, PodResult},
     sidecar::IgnoreReason,
     view::{Resolution, Stage},
     worker::Priority,

@@ -6,7 +6,7 @@ use super::{event::RUNNING_PATIENCE, *};
 use crate::{
     daemon::{
         desired::{CaptureArgs, CaptureOptions},
-        reconcile::PodResult,
+        report::PodResult,
         takeover::Takeover,
         view::{ClaimError, Stage},
     },
