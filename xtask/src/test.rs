@@ -1,6 +1,7 @@
 //! All checks, the quick ones first.
 
 use std::{
+    fs,
     io::{self, BufRead, BufReader},
     path::Path,
     time::Instant,
@@ -12,7 +13,24 @@ use clap::Args;
 mod output;
 
 use self::output::{FailedTest, TestOutput, TestTally};
-use crate::{build, run, setup, setup::Group, sweep, tidy};
+use crate::{build, run, setup, setup::Group, sweep, tidy, workspace};
+
+/// Files of tests that run three at a time: they mostly wait, have pods and agents of their own, and measure nothing.
+const SIDE_BY_SIDE: [&str; 13] = [
+    "cutover_interrupted",
+    "cutover_removed",
+    "cutover_slow",
+    "daemon_cutover",
+    "daemon_interrupted",
+    "daemon_proofs",
+    "daemon_workloads",
+    "differential",
+    "faults",
+    "gone",
+    "shadow",
+    "socket_variants",
+    "sockets",
+];
 
 /// If more integration tests fail, none is run again: then it is not the machine.
 const MOST_AGAIN: usize = 3;
@@ -59,11 +77,22 @@ pub(crate) fn test(arguments: &TestArgs) -> Result<()> {
         });
     }
     report.step("integration tests", |report| {
-        let file = arguments.file.as_ref().map(|file| ["--test", file]);
-        let mut selection = vec!["--package", "tests"];
-        selection.extend(file.iter().flatten());
-        // One at a time, because they share the machine's network stack and bpffs.
-        let mut tested = cargo_test(&agent, arguments, &selection, &["--test-threads=1"])?;
+        let files = arguments.file.clone().map_or_else(integration_tests, |file| Ok(vec![file]))?;
+        let (side_by_side, others): (Vec<_>, _) =
+            files.into_iter().partition(|file| SIDE_BY_SIDE.contains(&file.as_str()));
+        let mut tested = Tested { output: TestOutput::default(), result: Ok(()) };
+        // Otherwise one at a time, because they measure, and share the machine's network stack and bpffs.
+        for (files, threads) in [(side_by_side, "--test-threads=3"), (others, "--test-threads=1")] {
+            let mut selection = vec!["--package", "tests"];
+            selection.extend(files.iter().flat_map(|file| ["--test", file]));
+            if selection.len() > 2 {
+                tested.add(cargo_test(&agent, arguments, &selection, &[threads])?);
+            }
+        }
+        if arguments.file.is_none() {
+            let selection = ["--package", "tests", "--lib", "--bins"];
+            tested.add(cargo_test(&agent, arguments, &selection, &["--test-threads=1"])?);
+        }
         report.flaky = again(&agent, &mut tested)?;
         report.add(tested)
     });
@@ -131,6 +160,35 @@ impl TestReport {
 struct Tested {
     output: TestOutput,
     result: Result<()>,
+}
+
+impl Tested {
+    /// Adds what another `cargo test` has reported.
+    fn add(&mut self, other: Self) {
+        let Self { output, result } = other;
+        self.output.tally.passed += output.tally.passed;
+        self.output.tally.failed += output.tally.failed;
+        self.output.failed.extend(output.failed);
+        self.output.failed_files.extend(output.failed_files);
+        if self.result.is_ok() {
+            self.result = result;
+        }
+    }
+}
+
+/// The files of integration tests, in the order of their names.
+fn integration_tests() -> Result<Vec<String>> {
+    let folder = workspace::root().join("tests/tests");
+    let reading = || format!("reading {}", folder.display());
+    let mut names = Vec::new();
+    for entry in fs::read_dir(&folder).with_context(reading)? {
+        let path = entry.with_context(reading)?.path();
+        let is_test =
+            path.extension().is_some_and(|extension| extension == "rs") || path.join("main.rs").is_file();
+        names.extend(path.file_stem().filter(|_| is_test).map(|name| name.to_string_lossy().into_owned()));
+    }
+    names.sort();
+    Ok(names)
 }
 
 /// Runs `cargo test` and prints its output.

@@ -30,12 +30,12 @@ pub(super) struct TestOutput {
     /// The failures of this file, of which the output is printed before the names.
     printed: Vec<FailedTest>,
     names: Vec<String>,
-    place: Place,
+    part: OutputPart,
 }
 
 /// The part of the output that the next line belongs to.
 #[derive(Default, Clone, Copy, PartialEq, Eq)]
-enum Place {
+enum OutputPart {
     #[default]
     Elsewhere,
     /// What a failed test has printed.
@@ -58,7 +58,7 @@ impl TestOutput {
                 .to_owned();
         } else if line == "failures:" {
             self.names.clear();
-            self.place = Place::Failures;
+            self.part = OutputPart::Failures;
         } else if let Some(name) =
             line.strip_prefix("---- ").and_then(|rest| rest.strip_suffix(" stdout ----"))
         {
@@ -67,23 +67,23 @@ impl TestOutput {
                 name: name.to_owned(),
                 panic: String::new(),
             });
-            self.place = Place::Printed;
+            self.part = OutputPart::Printed;
         } else if let Some(target) = line.strip_prefix("    `-p ").and_then(|rest| rest.strip_suffix('`')) {
             let file = target.split_once(" --test ").map_or(target, |(_, file)| file);
             self.failed_files.push(file.to_owned());
         } else if let Some(counts) = line.strip_prefix("test result: ") {
             self.close(counts);
-        } else if self.place == Place::Failures {
+        } else if self.part == OutputPart::Failures {
             self.names.extend(line.strip_prefix("    ").map(str::to_owned));
         } else if let Some(last) = self.printed.last_mut() {
-            if self.place == Place::Message {
+            if self.part == OutputPart::Message {
                 last.panic = format!("{} {line}", last.panic);
-                self.place = Place::Elsewhere;
+                self.part = OutputPart::Elsewhere;
             } else if let Some((_, at)) = line.split_once("panicked at ")
-                && self.place == Place::Printed
+                && self.part == OutputPart::Printed
             {
                 at.clone_into(&mut last.panic);
-                self.place = Place::Message;
+                self.part = OutputPart::Message;
             }
         }
     }
@@ -101,7 +101,7 @@ impl TestOutput {
             let silent = FailedTest { file: self.file.clone(), name: name.clone(), panic: String::new() };
             self.failed.push(printed.iter().find(|test| test.name == name).cloned().unwrap_or(silent));
         }
-        self.place = Place::Elsewhere;
+        self.part = OutputPart::Elsewhere;
     }
 }
 
