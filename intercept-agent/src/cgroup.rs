@@ -6,8 +6,9 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 
-use rustix::fs::OFlags;
+use rustix::fs::{Mode, OFlags, openat};
 use rustix::process::Pid;
 
 use crate::sys;
@@ -32,6 +33,9 @@ pub struct CgroupDir {
     dir: File,
     path: PathBuf,
     id: u64,
+    lineage: OnceLock<Vec<u64>>,
+    /// Its `cgroup.events`, which is read again and again.
+    events: OnceLock<File>,
 }
 
 /// Why a cgroup is refused or cannot be read.
@@ -159,12 +163,14 @@ impl CgroupDir {
             CGROUP1_MAGIC => return Err(CgroupError::Version1 { path, mounts: mounts() }),
             _ => return Err(CgroupError::NotCgroup { path, mounts: mounts() }),
         }
-        if root == Root::Refuse && !path.join(NOT_IN_ROOT).exists() {
-            return Err(CgroupError::Root { path });
-        }
         // On 64-bit machines the cgroup id of bpf_get_current_cgroup_id and bpf_link_info is the inode number, since
         // Linux 5.5.
-        Ok(Self { dir, path, id: metadata.ino() })
+        let cgroup =
+            Self { dir, path, id: metadata.ino(), lineage: OnceLock::new(), events: OnceLock::new() };
+        if root == Root::Refuse && cgroup.is_root() {
+            return Err(CgroupError::Root { path: cgroup.path });
+        }
+        Ok(cgroup)
     }
 
     /// Returns the path passed to [`CgroupDir::open`].
@@ -185,7 +191,11 @@ impl CgroupDir {
 
     /// Returns the ids of the ancestors, nearest first. They are constant because a cgroup never moves.
     pub fn lineage(&self) -> Result<Vec<u64>, CgroupError> {
-        self.walk_up().map(|(lineage, _)| lineage)
+        if let Some(known) = self.lineage.get() {
+            return Ok(known.clone());
+        }
+        let (lineage, _) = self.walk_up()?;
+        Ok(self.lineage.get_or_init(|| lineage).clone())
     }
 
     /// Returns how deep the cgroup is in the hierarchy, whose root has level 0.
@@ -213,7 +223,7 @@ impl CgroupDir {
 
     /// The ids of the ancestors, nearest first, and the last of them that is visible.
     fn walk_up(&self) -> Result<(Vec<u64>, OwnedFd), CgroupError> {
-        use rustix::fs::{Mode, fstat, openat};
+        use rustix::fs::fstat;
         let read =
             |error: rustix::io::Errno| CgroupError::Read { path: self.path.join(".."), source: error.into() };
         let device = fstat(&self.dir).map_err(read)?.st_dev;
@@ -234,8 +244,18 @@ impl CgroupDir {
 
     /// Whether neither the cgroup nor a descendant has a process. One file says so for all; the root has none.
     fn is_unpopulated(&self) -> bool {
-        let events = sys::read_short(self.path.join(NOT_IN_ROOT));
-        events.is_ok_and(|text| text.lines().any(|line| line == "populated 0"))
+        let read = || {
+            let events = match self.events.get() {
+                Some(events) => events,
+                None => {
+                    let flags = OFlags::RDONLY | OFlags::CLOEXEC;
+                    let opened = openat(&self.dir, NOT_IN_ROOT, flags, Mode::empty())?;
+                    self.events.get_or_init(|| opened.into())
+                }
+            };
+            sys::read_again(events)
+        };
+        read().is_ok_and(|text| text.lines().any(|line| line == "populated 0"))
     }
 
     /// Returns the processes of the cgroup and its descendants in ascending order; empty if there are none.

@@ -20,7 +20,6 @@ use crate::{
     netns::{Netns, NetnsError},
 };
 
-pub(crate) use diag::has_no_tcp_sockets;
 pub use watch::PortWatch;
 
 /// A listening TCP socket, shared with the process that has it.

@@ -9,6 +9,7 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 use std::thread;
 
 use rustix::fs::OFlags;
@@ -20,6 +21,7 @@ use self::visit::Visit;
 use crate::cgroup::{CgroupDir, CgroupError};
 use crate::ids::NetnsCookie;
 use crate::support::{self, Lacking};
+use crate::sys;
 
 /// `NSFS_MAGIC` of linux/magic.h.
 const NSFS_MAGIC: u64 = 0x6e73_6673;
@@ -37,7 +39,11 @@ pub struct Netns {
     inode: u64,
     cookie: NetnsCookie,
     kernel_cookie: NetnsCookie,
+    counters: OnceLock<SocketCounters>,
 }
+
+/// `sockstat` and `sockstat6` of a namespace, held open. A kernel without IPv6 has only the first.
+type SocketCounters = Vec<File>;
 
 /// Why a network namespace is refused or cannot be entered.
 #[derive(Debug, thiserror::Error)]
@@ -237,12 +243,16 @@ impl Netns {
         let open = |source| NetnsError::Open { name: name.clone(), source };
         let file = File::open(&name).map_err(open)?;
         let inode = file.metadata().map_err(open)?.ino();
-        let mut netns = Self { file, name, inode, cookie: workload, kernel_cookie: NetnsCookie::default() };
+        let mut netns = Self::of_file(file, name, inode, workload);
         netns.kernel_cookie = match netns.run(cookie)? {
             Ok(cookie) => cookie,
             Err(source) => return Err(without_cookie(netns.name, source)),
         };
         Ok(netns)
+    }
+
+    fn of_file(file: File, name: String, inode: u64, cookie: NetnsCookie) -> Self {
+        Self { file, name, inode, cookie, kernel_cookie: NetnsCookie::default(), counters: OnceLock::new() }
     }
 
     fn admit(path: &Path, own_netns: OwnNetns) -> Result<Self, NetnsError> {
@@ -262,8 +272,9 @@ impl Netns {
             fs::metadata(path)
                 .is_ok_and(|other| (other.dev(), other.ino()) == (metadata.dev(), metadata.ino()))
         };
-        let own = is("/proc/thread-self/ns/net")
-            || visit::own_of_process().is_some_and(|own| own == (metadata.dev(), metadata.ino()));
+        let own = visit::own_of_process().is_some_and(|own| own == (metadata.dev(), metadata.ino()))
+            // A thread that is not on a visit is in that one.
+            || (visit::current().is_some() && is("/proc/thread-self/ns/net"));
         if metadata.ino() == FIRST_INODE || (is("/proc/1/ns/net") && (own_netns == OwnNetns::Refuse || !own))
         {
             return Err(NetnsError::Host { name, whose: Whose::Node });
@@ -272,8 +283,7 @@ impl Netns {
             return Err(NetnsError::Host { name, whose: Whose::Own });
         }
 
-        let unknown = NetnsCookie::default();
-        let mut netns = Self { file, name, inode: metadata.ino(), cookie: unknown, kernel_cookie: unknown };
+        let mut netns = Self::of_file(file, name, metadata.ino(), NetnsCookie::default());
         netns.cookie = match netns.run(cookie) {
             Ok(Ok(cookie)) => cookie,
             Ok(Err(source)) => return Err(without_cookie(netns.name, source)),
@@ -314,6 +324,25 @@ impl Netns {
     /// Whether process `pid` is in this namespace. False if the process is gone or access is denied.
     pub fn holds(&self, pid: Pid) -> bool {
         fs::metadata(path_of(pid)).is_ok_and(|other| other.ino() == self.inode)
+    }
+
+    /// Whether it has no TCP sockets in use, by the counters of its protocols. The kernel counts a socket before the callback
+    /// of its listening, so none is missed that opened while no policy was active. False if that cannot be read.
+    pub(crate) fn has_no_tcp_sockets(&self) -> Result<bool, NetnsError> {
+        let counters = match self.counters.get() {
+            Some(counters) => counters,
+            None => match self.run(open_counters)? {
+                Ok(opened) => self.counters.get_or_init(|| opened),
+                Err(_) => return Ok(false),
+            },
+        };
+        let is_zero = |line: &str| {
+            line.split_once(": inuse ").is_some_and(|(_, rest)| rest.split(' ').next() == Some("0"))
+        };
+        Ok(counters.iter().all(|counters| {
+            sys::read_again(counters)
+                .is_ok_and(|text| text.lines().filter(|line| line.starts_with("TCP")).all(is_zero))
+        }))
     }
 
     /// Runs `work` in the namespace on the calling thread, which is in its own namespace again afterwards, also after a
@@ -360,6 +389,16 @@ fn in_cgroup(cgroup: &CgroupDir) -> Result<Vec<(u64, Vec<Pid>)>, NetnsError> {
 fn started(pid: Pid) -> Option<u64> {
     let process = procfs::process::Process::new(pid.as_raw_nonzero().get()).ok()?;
     process.stat().ok().map(|stat| stat.starttime)
+}
+
+/// Opens the counters of the calling thread's namespace.
+fn open_counters() -> io::Result<SocketCounters> {
+    let mut opened = vec![File::open("/proc/thread-self/net/sockstat")?];
+    match File::open("/proc/thread-self/net/sockstat6") {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+        v6 => opened.push(v6?),
+    }
+    Ok(opened)
 }
 
 fn path_of(pid: Pid) -> PathBuf {

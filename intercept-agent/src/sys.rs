@@ -77,11 +77,11 @@ pub fn bound_arenas() {
     }
 }
 
-/// Reads a file of the kernel's that is shorter than a page, with one call instead of one for each few bytes.
-pub fn read_short(path: impl AsRef<Path>) -> io::Result<String> {
+/// Reads an open file of the kernel's that is shorter than a page from its beginning, where the kernel makes its content
+/// anew. With one call instead of one for each few bytes.
+pub fn read_again(file: &std::fs::File) -> io::Result<String> {
     let mut bytes = vec![0; 4096];
-    let mut file = std::fs::File::open(path)?;
-    let length = io::Read::read(&mut file, &mut bytes)?;
+    let length = std::os::unix::fs::FileExt::read_at(file, &mut bytes, 0)?;
     bytes.truncate(length);
     String::from_utf8(bytes).map_err(io::Error::other)
 }

@@ -6,6 +6,7 @@ use std::fs;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::fs::MetadataExt;
+use std::sync::OnceLock;
 
 use rustix::io::Errno;
 use rustix::pipe::PipeFlags;
@@ -88,7 +89,7 @@ impl IdMaps {
     pub fn of_pod(netns: &Netns, cgroup: &CgroupDir) -> Result<Self, IdMapError> {
         let owner = netns.owner()?;
         let inode = rustix::fs::fstat(&owner).map_err(io::Error::from).map_err(IdMapError::Enter)?.st_ino;
-        if fs::metadata("/proc/self/ns/user").is_ok_and(|own| own.ino() == inode) {
+        if own_inode() == Some(inode) {
             return Self::of_cgroup(cgroup);
         }
         let is_in_it = |pid: &Pid| {
@@ -118,6 +119,12 @@ impl IdMaps {
         }
         Ok(widest.unwrap_or_else(Self::identity))
     }
+}
+
+/// The inode of this process's user namespace, which it does not leave.
+fn own_inode() -> Option<u64> {
+    static OWN: OnceLock<Option<u64>> = OnceLock::new();
+    *OWN.get_or_init(|| fs::metadata("/proc/self/ns/user").ok().map(|own| own.ino()))
 }
 
 impl IdMap {

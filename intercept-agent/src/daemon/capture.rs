@@ -24,7 +24,6 @@ use crate::{
     cutover::{CutoverError, RulesState},
     escape::OneLine,
     ids::NetnsCookie,
-    listeners,
     netns::{Netns, NetnsError},
     node::{Attached, Node, NodeError, Observation, PodRecords, Rewrite, Target},
     options::{Config, OptionError},
@@ -353,11 +352,11 @@ fn processor_time() -> Duration {
 
 /// The TCP connections in a namespace, both ends counted where both are in it.
 fn established(netns: &Netns) -> Result<usize, NetnsError> {
+    // A new pod has none. The table of connections need not be read.
+    if netns.has_no_tcp_sockets()? {
+        return Ok(0);
+    }
     let count = || {
-        // A new pod has none. The table of connections need not be read.
-        if listeners::has_no_tcp_sockets() {
-            return Some(0);
-        }
         let thread = Process::new(rustix::thread::gettid().as_raw_nonzero().get()).ok()?;
         let entries = thread.tcp().ok()?.into_iter().chain(thread.tcp6().unwrap_or_default());
         let is_open =

@@ -1,6 +1,6 @@
 //! Which TCP sockets listen in a namespace: asked of the kernel by sock_diag, or read from /proc where it has none.
 
-use std::{collections::BTreeMap, io, net::SocketAddr, path::Path};
+use std::{collections::BTreeMap, io, net::SocketAddr};
 
 use netlink_packet_core::{NLM_F_DUMP, NLM_F_REQUEST};
 use netlink_packet_sock_diag::{
@@ -14,7 +14,6 @@ use super::ListenersError;
 use crate::{
     netlink::Questions,
     netns::{Netns, NetnsError},
-    sys,
 };
 
 /// Inode and address of what listens in `netns`, on ports that are wanted.
@@ -24,7 +23,7 @@ pub(super) fn listening(
 ) -> Result<BTreeMap<u64, SocketAddr>, ListenersError> {
     // A new pod has none. The kernel's table of listeners is that of the whole node, and the node's memory decides how long
     // it takes to go through it.
-    if netns.run(has_no_tcp_sockets)? {
+    if netns.has_no_tcp_sockets()? {
         return Ok(BTreeMap::new());
     }
     let list = |source| ListenersError::List { netns: netns.name().to_owned(), source };
@@ -79,19 +78,4 @@ pub(super) fn read() -> Result<Vec<(u64, SocketAddr)>, ProcError> {
     };
     let entries = thread.tcp()?.into_iter().chain(tcp6).filter(|entry| entry.state == TcpState::Listen);
     Ok(entries.map(|entry| (entry.inode, entry.local_address)).collect())
-}
-
-/// Whether the calling thread's namespace has no TCP sockets in use, by the counters of its protocols. The kernel counts a
-/// socket before the callback of its listening, so none is missed that opened while no policy was active. False if that
-/// cannot be read.
-pub(crate) fn has_no_tcp_sockets() -> bool {
-    ["sockstat", "sockstat6"].iter().all(|file| {
-        match sys::read_short(Path::new("/proc/thread-self/net").join(file)) {
-            Ok(text) => text.lines().filter(|line| line.starts_with("TCP")).all(|line| {
-                line.split_once(": inuse ").is_some_and(|(_, rest)| rest.split(' ').next() == Some("0"))
-            }),
-            // The kernel has no IPv6.
-            Err(error) => error.kind() == io::ErrorKind::NotFound,
-        }
-    })
 }

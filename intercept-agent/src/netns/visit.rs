@@ -41,9 +41,31 @@ pub(super) fn own_of_process() -> Option<(u64, u64)> {
     *OWN.get_or_init(|| fs::metadata("/proc/self/ns/net").ok().map(|own| (own.dev(), own.ino())))
 }
 
-/// A visit of the calling thread to a namespace. It ends with the return to the thread's own namespace.
+/// The namespace in which this process started, held open. Every thread that is not on a visit is in it.
+fn home_of_process() -> Result<BorrowedFd<'static>, Errno> {
+    static HOME: OnceLock<OwnedFd> = OnceLock::new();
+    if let Some(home) = HOME.get() {
+        return Ok(home.as_fd());
+    }
+    let home = open_current()?;
+    Ok(HOME.get_or_init(|| home).as_fd())
+}
+
+/// Opens the namespace that the calling thread is in.
+fn open_current() -> Result<OwnedFd, Errno> {
+    open("/proc/thread-self/ns/net", OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())
+}
+
+/// Where a visit returns to.
+enum Home {
+    Process(BorrowedFd<'static>),
+    /// Another visit.
+    Visited(OwnedFd),
+}
+
+/// A visit of the calling thread to a namespace. It ends with the return to where the thread was before.
 pub(super) struct Visit {
-    home: OwnedFd,
+    home: Home,
     before: Option<NetnsCookie>,
 }
 
@@ -51,7 +73,10 @@ impl Visit {
     /// Enters the namespace, whose cookie is not known the first time.
     pub(super) fn begin(netns: BorrowedFd<'_>, cookie: NetnsCookie) -> Result<Self, Errno> {
         own_of_process();
-        let home = open("/proc/thread-self/ns/net", OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())?;
+        let home = match current() {
+            None => Home::Process(home_of_process()?),
+            Some(_) => Home::Visited(open_current()?),
+        };
         enter(netns)?;
         Ok(Self { home, before: INSIDE.replace(Some(cookie)) })
     }
@@ -60,8 +85,12 @@ impl Visit {
 impl Drop for Visit {
     fn drop(&mut self) {
         INSIDE.set(self.before);
+        let home = match &self.home {
+            Home::Process(home) => *home,
+            Home::Visited(home) => home.as_fd(),
+        };
         for _ in 0..ATTEMPTS {
-            match enter(self.home.as_fd()) {
+            match enter(home) {
                 Ok(()) => return,
                 Err(error) => tracing::error!(%error, "leaving the network namespace of a pod"),
             }
