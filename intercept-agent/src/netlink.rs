@@ -16,8 +16,11 @@ use crate::netns::{Netns, NetnsError};
 /// The kernel answers at once. A socket that does not is broken.
 const PATIENCE: Duration = Duration::from_secs(5);
 
-/// More than the answer to a request that is no dump has: the kernel allocates at most 8 KiB for it (`NLMSG_GOODSIZE`).
+/// The most that the kernel sends at once, except of interfaces: it allocates as much as the longest buffer that was used
+/// to receive, or 8 KiB (`NLMSG_GOODSIZE`).
 const LONGEST: usize = 16 << 10;
+/// Of these, which are `RTM_GETLINK`, the kernel allocates as much as the longest description of one needs.
+const LIST_INTERFACES: u16 = 18;
 
 /// A netlink socket for requests.
 pub(crate) struct Questions {
@@ -26,6 +29,8 @@ pub(crate) struct Questions {
     /// Sequence number of a request whose answer was not read to its end. The kernel accepts no other dump before that.
     unfinished: Option<u32>,
     deadline: Option<Instant>,
+    /// Whether the answers may be longer than [`LONGEST`].
+    is_long: bool,
     /// Memory of the last answer.
     buffer: Vec<u8>,
 }
@@ -42,7 +47,14 @@ impl Questions {
                 rustix::net::sockopt::Timeout::Recv,
                 Some(PATIENCE),
             )?;
-            Ok(Self { socket, sequence: 0, unfinished: None, deadline: None, buffer: Vec::new() })
+            Ok(Self {
+                socket,
+                sequence: 0,
+                unfinished: None,
+                deadline: None,
+                is_long: false,
+                buffer: Vec::new(),
+            })
         })
     }
 
@@ -92,14 +104,14 @@ impl Questions {
         let mut bytes = vec![0; message.buffer_len()];
         message.serialize(&mut bytes);
         self.socket.send(&bytes, 0)?;
+        self.is_long = message.header.message_type == LIST_INTERFACES;
         self.unfinished = (flags & NLM_F_DUMP == NLM_F_DUMP).then_some(self.sequence);
         self.receive(flags, each)
     }
 
     /// Receives what the kernel has sent at once into the buffer.
-    fn next_answer(&mut self, flags: u16) -> io::Result<()> {
-        if flags & NLM_F_DUMP == NLM_F_DUMP {
-            // Of any length.
+    fn next_answer(&mut self) -> io::Result<()> {
+        if self.is_long {
             self.buffer = self.socket.recv_from_full()?.0;
             return Ok(());
         }
@@ -118,7 +130,7 @@ impl Questions {
             if self.deadline.is_some_and(|deadline| deadline <= Instant::now()) {
                 return Err(io::ErrorKind::TimedOut.into());
             }
-            self.next_answer(flags)?;
+            self.next_answer()?;
             make_names_text(&mut self.buffer);
             let mut rest = self.buffer.as_slice();
             while !rest.is_empty() {

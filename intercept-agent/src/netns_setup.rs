@@ -18,12 +18,13 @@ mod confined;
 mod localhost;
 
 use change::{ACCEPT_MARK, NetnsChange, PASSTHROUGH_V6, make, present, unmake};
+use confined::after_local;
 
 use crate::{
     netlink::Questions,
     netns::{Netns, NetnsError},
     options::{Config, Dns, InboundMode},
-    routes::{Reach, Route, RouteSnapshot},
+    routes::{Reach, Route, RouteReading, RouteSnapshot, RouteSocket},
 };
 
 /// Changes that the agent has made in a namespace, in order.
@@ -44,8 +45,6 @@ pub enum NetnsSetupError {
     Sysctl { path: &'static str, source: io::Error },
 }
 
-const DISABLE_V6: &str = "/proc/sys/net/ipv6/conf/lo/disable_ipv6";
-
 /// The state of a namespace that determines its changes.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct NetnsState {
@@ -59,6 +58,9 @@ pub struct NetnsState {
     confined: Vec<IpNet>,
     /// Value of the setting that [`NetnsChange::AcceptMark`] changes.
     accept_mark: String,
+    /// The priority of a rule right after that of the local table, of IPv4 and of IPv6. `None` if the kernel has no rules:
+    /// then the local table is searched first, and nothing can be added after it.
+    after_local: [Option<u32>; 2],
     /// The desired changes that already exist, made by the agent or not.
     present: Vec<NetnsChange>,
 }
@@ -69,6 +71,7 @@ pub struct NetnsPlan {
     kept: Vec<NetnsChange>,
     added: Vec<NetnsChange>,
     dropped: Vec<NetnsChange>,
+    after_local: [Option<u32>; 2],
 }
 
 impl NetnsPlan {
@@ -83,8 +86,8 @@ impl NetnsPlan {
     }
 
     /// Returns the changes to add.
-    pub fn additions(&self) -> NetnsChanges {
-        NetnsChanges(self.added.clone())
+    pub fn additions(&self) -> NetnsAdditions {
+        NetnsAdditions { changes: NetnsChanges(self.added.clone()), after_local: self.after_local }
     }
 
     /// Returns the changes to remove after the policy that needed them has been replaced.
@@ -102,6 +105,14 @@ impl NetnsPlan {
             _ => snapshot,
         })
     }
+}
+
+/// The changes to add, and what is needed to make them.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct NetnsAdditions {
+    /// The changes.
+    pub changes: NetnsChanges,
+    after_local: [Option<u32>; 2],
 }
 
 impl NetnsChanges {
@@ -123,8 +134,9 @@ impl NetnsChanges {
     }
 }
 
-/// Reads the state of a namespace with the interfaces and routes of `snapshot`.
-pub fn find(netns: &Netns, config: &Config, snapshot: &RouteSnapshot) -> Result<NetnsState, NetnsSetupError> {
+/// Reads the state of a namespace, beyond what was read for its routes.
+pub fn find(netns: &Netns, config: &Config, reading: &RouteReading) -> Result<NetnsState, NetnsSetupError> {
+    let RouteReading { snapshot, listed, socket } = reading;
     let mut found = netns.run(|| -> Result<NetnsState, NetnsSetupError> {
         let accept_mark = match config.mode {
             InboundMode::Redirect => String::new(),
@@ -134,16 +146,17 @@ pub fn find(netns: &Netns, config: &Config, snapshot: &RouteSnapshot) -> Result<
             }
         };
         let loopback_up = snapshot.interfaces.iter().any(|interface| interface.loopback && interface.up);
-        let has_v6 = has_v6();
+        let has_v6 = listed.has_v6;
         let confined =
             local_prefixes(families(has_v6)).filter(|net| !is_inside_local(snapshot, net)).collect();
-        Ok(NetnsState { has_v6, loopback_up, confined, accept_mark, present: Vec::new() })
+        let after_local = listed.rules.each_ref().map(|rules| after_local(rules));
+        Ok(NetnsState { has_v6, loopback_up, confined, accept_mark, after_local, present: Vec::new() })
     })??;
     let is_local =
         |change: &NetnsChange| matches!(change, NetnsChange::LocalPrefix { net } if snapshot.is_local(net));
     let (local, asked): (Vec<_>, Vec<_>) =
         wanted(config, &snapshot.interface_names(), &found).into_iter().partition(is_local);
-    found.present = inside(netns, |questions| present(questions, asked))??;
+    found.present = netns.run(|| socket.with(|questions| present(questions, &listed.rules, asked)))??;
     found.present.extend(local);
     Ok(found)
 }
@@ -171,21 +184,28 @@ pub fn plan(
         ![&kept, &found.present].iter().any(|list| list.iter().any(|c| c.same(change)))
     };
     let added = wanted.into_iter().filter(is_new).collect();
-    NetnsPlan { kept, added, dropped }
+    NetnsPlan { kept, added, dropped, after_local: found.after_local }
 }
 
 /// Makes the changes of a plan. `made` receives those that were made, even after a failure, so that the caller can
 /// remove them. They are fewer than planned if another process has made some since.
-pub fn add(netns: &Netns, additions: &NetnsChanges, made: &mut NetnsChanges) -> Result<(), NetnsSetupError> {
-    if additions.is_empty() {
+pub fn add(
+    netns: &Netns,
+    socket: &RouteSocket,
+    additions: &NetnsAdditions,
+    made: &mut NetnsChanges,
+) -> Result<(), NetnsSetupError> {
+    let NetnsAdditions { changes, after_local } = additions;
+    if changes.is_empty() {
         return Ok(());
     }
-    let additions = additions.0.clone();
-    inside(netns, |questions| {
-        for change in additions {
-            made.0.extend(make(questions, change)?);
-        }
-        Ok(())
+    netns.run(|| {
+        socket.with(|questions| {
+            for change in changes.0.iter().cloned() {
+                made.0.extend(make(questions, change, *after_local)?);
+            }
+            Ok(())
+        })
     })?
 }
 
@@ -233,10 +253,6 @@ fn inside<T: Send>(
         let mut questions = Questions::open(netns, NETLINK_ROUTE)?.map_err(NetnsSetupError::Open)?;
         Ok(work(&mut questions))
     })?
-}
-
-fn has_v6() -> bool {
-    fs::read_to_string(DISABLE_V6).is_ok_and(|value| value.trim() == "0")
 }
 
 /// Returns the table for -k, which is neither one of the kernel's nor that of -r.

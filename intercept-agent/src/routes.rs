@@ -16,8 +16,10 @@ mod prefixes;
 mod requests;
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use ipnet::IpNet;
@@ -26,9 +28,11 @@ use netlink_packet_route::route::RouteType;
 
 use self::prefixes::Prefixes;
 use self::requests::{ListedRoute, Requests, RoutesReply};
+use crate::netlink::Questions;
 use crate::netns::{Netns, NetnsError};
 
 pub use follow::Follower;
+pub use requests::Listed;
 
 /// Most interfaces, rules and routes per family. A pod with more is refused, because it could otherwise cost the agent
 /// any amount of memory and time.
@@ -45,6 +49,53 @@ pub struct RouteSnapshot {
     pub routes: Vec<Route>,
     /// The broadcast addresses, in ascending order.
     pub broadcasts: Vec<IpNet>,
+}
+
+/// A snapshot, what else was read for it, and the socket by which it was read.
+pub struct RouteReading {
+    /// The snapshot.
+    pub snapshot: RouteSnapshot,
+    /// What else the kernel has listed.
+    pub listed: Listed,
+    /// The socket.
+    pub socket: RouteSocket,
+}
+
+impl RouteReading {
+    /// Reads the current state of `netns`.
+    pub fn of(netns: &Netns) -> Result<Self, RoutesError> {
+        let mut requests = Requests::open(netns)?;
+        let (snapshot, listed) = RouteSnapshot::read(&mut requests)?;
+        Ok(Self { snapshot, listed, socket: RouteSocket::new(requests) })
+    }
+}
+
+/// A netlink socket in a namespace, for its routes, rules and addresses.
+#[derive(Clone)]
+pub struct RouteSocket(Arc<Mutex<Requests>>);
+
+impl RouteSocket {
+    fn new(requests: Requests) -> Self {
+        Self(Arc::new(Mutex::new(requests)))
+    }
+
+    /// Poisoning is harmless: after a panic no partial answer remains that could be taken for a later one.
+    fn requests(&self) -> MutexGuard<'_, Requests> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Uses the socket for other requests.
+    pub(crate) fn with<T>(&self, work: impl FnOnce(&mut Questions) -> T) -> T {
+        let mut requests = self.requests();
+        requests.until(Instant::now() + READ_TIME);
+        work(&mut requests.questions)
+    }
+}
+
+impl fmt::Debug for RouteSocket {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("RouteSocket").finish_non_exhaustive()
+    }
 }
 
 /// A network interface.
@@ -149,10 +200,10 @@ struct FamilyPrefixes {
 impl RouteSnapshot {
     /// Reads the current state of `netns`.
     pub fn snapshot(netns: &Netns) -> Result<Self, RoutesError> {
-        Self::read(&mut Requests::open(netns)?)
+        Ok(RouteReading::of(netns)?.snapshot)
     }
 
-    fn read(requests: &mut Requests) -> Result<Self, RoutesError> {
+    fn read(requests: &mut Requests) -> Result<(Self, Listed), RoutesError> {
         requests.until(Instant::now() + READ_TIME);
         let mut interfaces = requests.links()?;
         interfaces.sort_by_key(|interface| interface.index);
@@ -163,7 +214,7 @@ impl RouteSnapshot {
         snapshot.routes.sort_by_key(|route| route.prefix);
         snapshot.broadcasts.sort();
         snapshot.broadcasts.dedup();
-        Ok(snapshot)
+        Ok((snapshot, std::mem::take(&mut requests.listed)))
     }
 
     fn read_family(&mut self, requests: &mut Requests, family: AddressFamily) -> Result<(), RoutesError> {

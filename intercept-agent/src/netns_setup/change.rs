@@ -93,12 +93,14 @@ impl NetnsChange {
     }
 }
 
-/// Returns those changes that already exist.
+/// Returns those changes that already exist. `rules` are those of IPv4 and IPv6.
 pub(super) fn present(
     questions: &mut Questions,
+    rules: &[Vec<RuleMessage>; 2],
     changes: Vec<NetnsChange>,
 ) -> Result<Vec<NetnsChange>, NetnsSetupError> {
-    let mut state = Present { addresses: None, rules: [None, None], routes: [None, None] };
+    let mut state = Present { addresses: None, routes: [None, None] };
+    let rules = |family: Family| rules[usize::from(family == Family::V6)].iter();
     let mut found = Vec::new();
     for change in changes {
         let there = match &change {
@@ -108,13 +110,13 @@ pub(super) fn present(
             }
             NetnsChange::GuestRoute { net, table } => state.has_route(questions, *net, *table)?,
             NetnsChange::MarkRule { family, mark, table } => {
-                state.rules(questions, *family)?.iter().any(|rule| is_mark_rule(rule, *mark, *table))
+                rules(*family).any(|rule| is_mark_rule(rule, *mark, *table))
             }
             NetnsChange::GuestRule { family, interface, table } => {
-                state.rules(questions, *family)?.iter().any(|rule| is_guest_rule(rule, interface, *table))
+                rules(*family).any(|rule| is_guest_rule(rule, interface, *table))
             }
             NetnsChange::Confined { net } => {
-                state.rules(questions, Family::of(&net.addr()))?.iter().any(|rule| is_confining(rule, *net))
+                rules(Family::of(&net.addr())).any(|rule| is_confining(rule, *net))
             }
             NetnsChange::AcceptMark { before } => before == "1",
             // Found by the routes, or when it is added.
@@ -130,7 +132,6 @@ pub(super) fn present(
 /// Lists of netlink, each read at most once and only if it is needed.
 struct Present {
     addresses: Option<bool>,
-    rules: [Option<Vec<RuleMessage>>; 2],
     routes: [Option<Vec<(IpNet, u32)>>; 2],
 }
 
@@ -152,18 +153,6 @@ impl Present {
         Ok(*self.addresses.insert(found.iter().any(is_it)))
     }
 
-    fn rules(
-        &mut self,
-        questions: &mut Questions,
-        family: Family,
-    ) -> Result<&[RuleMessage], NetnsSetupError> {
-        let slot = &mut self.rules[usize::from(family == Family::V6)];
-        if slot.is_none() {
-            *slot = Some(rules(questions, family)?);
-        }
-        Ok(slot.as_deref().unwrap_or_default())
-    }
-
     fn has_route(
         &mut self,
         questions: &mut Questions,
@@ -178,10 +167,11 @@ impl Present {
     }
 }
 
-/// Makes a change. `None` if it already exists.
+/// Makes a change. `None` if it already exists. `after_local` is as in [`super::NetnsState`].
 pub(super) fn make(
     questions: &mut Questions,
     change: NetnsChange,
+    after_local: [Option<u32>; 2],
 ) -> Result<Option<NetnsChange>, NetnsSetupError> {
     let made = match &change {
         NetnsChange::PassthroughAddress => {
@@ -189,7 +179,7 @@ pub(super) fn make(
             add(questions, message, "adding ::6/128 to the loopback interface")?
         }
         NetnsChange::LocalPrefix { net } => add_local_prefix(questions, *net)?,
-        NetnsChange::Confined { net } => confine(questions, *net)?,
+        NetnsChange::Confined { net } => confine(questions, *net, after_local)?,
         NetnsChange::LocalhostBy { family, interface } => add_localhost_by(questions, *family, interface)?,
         NetnsChange::GuestRoute { net, table } => {
             let route = RouteNetlinkMessage::NewRoute(local_route(*net, *table, LOOPBACK));
@@ -413,23 +403,6 @@ fn mark_rule(family: Family, mark: u32, table: u32) -> RuleMessage {
     rule.attributes.push(RuleAttribute::FwMark(mark));
     rule.attributes.push(RuleAttribute::Table(table));
     rule
-}
-
-/// Returns the rules of a family; empty on a kernel without rules (CONFIG_IP_MULTIPLE_TABLES).
-pub(super) fn rules(questions: &mut Questions, family: Family) -> Result<Vec<RuleMessage>, NetnsSetupError> {
-    let mut question = RuleMessage::default();
-    question.header.family = address_family(family);
-    let found = match list(questions, RouteNetlinkMessage::GetRule(question), "reading the rules") {
-        Err(NetnsSetupError::Netlink { source, .. }) if source.raw_os_error() == Some(libc::EOPNOTSUPP) => {
-            return Ok(Vec::new());
-        }
-        found => found?,
-    };
-    let rule = |message| match message {
-        RouteNetlinkMessage::NewRule(rule) => Some(rule),
-        _ => None,
-    };
-    Ok(found.into_iter().filter_map(rule).collect())
 }
 
 fn is_mark_rule(rule: &RuleMessage, mark: u32, table: u32) -> bool {

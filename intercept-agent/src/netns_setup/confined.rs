@@ -14,21 +14,27 @@ use crate::netlink::Questions;
 
 use super::{
     NetnsSetupError,
-    change::{add, address_family, rules},
+    change::{add, address_family},
     localhost::TABLE_LOCAL,
 };
 
-/// Adds the rule right after that of the local table. False if it exists, or if the kernel has no rules: then the local
-/// table is searched first, and nothing can be added after it.
-pub(super) fn confine(questions: &mut Questions, net: IpNet) -> Result<bool, NetnsSetupError> {
-    let found = rules(questions, Family::of(&net.addr()))?;
-    let Some(local) = found.iter().find(|rule| table(rule) == TABLE_LOCAL) else { return Ok(false) };
-    // The kernel would accept the same rule again with another priority.
-    if found.iter().any(|rule| is_confining(rule, net)) {
-        return Ok(false);
-    }
+/// The priority right after that of the rule of the local table, if there is one.
+pub(super) fn after_local(rules: &[RuleMessage]) -> Option<u32> {
+    let local = rules.iter().find(|rule| table(rule) == TABLE_LOCAL)?;
+    Some(priority(local).saturating_add(1))
+}
+
+/// Adds the rule, which was not there when the rules were listed, with the priority of its family. False if it exists, or if
+/// there is no such priority.
+pub(super) fn confine(
+    questions: &mut Questions,
+    net: IpNet,
+    after_local: [Option<u32>; 2],
+) -> Result<bool, NetnsSetupError> {
+    let family = usize::from(Family::of(&net.addr()) == Family::V6);
+    let Some(priority) = after_local[family] else { return Ok(false) };
     let mut rule = confining(net);
-    rule.attributes.push(RuleAttribute::Priority(priority(local).saturating_add(1)));
+    rule.attributes.push(RuleAttribute::Priority(priority));
     add(questions, RouteNetlinkMessage::NewRule(rule), "adding a rule that keeps stand-in addresses inside")
 }
 

@@ -52,15 +52,17 @@ fn configs() -> [Config; 3] {
     [redirect, tproxy, guests]
 }
 
-fn added(netns: &Netns, additions: &NetnsChanges) -> NetnsChanges {
+fn added(netns: &Netns, additions: &NetnsAdditions) -> NetnsChanges {
     let mut made = NetnsChanges::default();
-    add(netns, additions, &mut made).expect("added");
+    let socket = RouteReading::of(netns).expect("a reading").socket;
+    add(netns, &socket, additions, &mut made).expect("added");
     made
 }
 
 fn planned(netns: &Netns, config: &Config, before: &NetnsChanges) -> (NetnsPlan, RouteSnapshot) {
-    let snapshot = RouteSnapshot::snapshot(netns).expect("a snapshot");
-    let found = find(netns, config, &snapshot).expect("looked at");
+    let reading = RouteReading::of(netns).expect("a reading");
+    let found = find(netns, config, &reading).expect("looked at");
+    let snapshot = reading.snapshot;
     (plan(config, &snapshot.interface_names(), &found, before, &NetnsChanges::default()), snapshot)
 }
 
@@ -92,7 +94,7 @@ fn what_is_expected_of_the_routes_comes_about() {
             let (plan, snapshot) = planned(&netns, &config, &NetnsChanges::default());
             assert!(!plan.is_empty());
             let expected = compile(&config, &plan.expected(snapshot));
-            assert_eq!(added(&netns, &plan.additions()), plan.additions());
+            assert_eq!(added(&netns, &plan.additions()), plan.additions().changes);
             eventually(&netns, |snapshot| compile(&config, snapshot) == expected);
             // There is nothing left to change.
             assert!(planned(&netns, &config, &plan.result()).0.is_empty(), "{config:?}");
@@ -114,7 +116,7 @@ fn what_another_process_made_is_neither_planned_nor_removed() {
     // The same for a change that another process has made since the plan.
     let netns = namespace(&[PAIR, GLOBAL_V6]);
     let (plan, _) = planned(&netns, &Config::default(), &NetnsChanges::default());
-    assert_eq!(added(&netns, &plan.additions()), plan.additions());
+    assert_eq!(added(&netns, &plan.additions()), plan.additions().changes);
     assert!(added(&netns, &plan.additions()).is_empty());
 }
 
@@ -125,7 +127,7 @@ fn what_is_asked_for_no_more_is_planned_to_go() {
     let (first, _) = planned(&netns, &tproxy, &NetnsChanges::default());
     added(&netns, &first.additions());
     let (second, _) = planned(&netns, &redirect, &first.result());
-    assert!(second.additions().is_empty());
+    assert!(second.additions().changes.is_empty());
     assert_eq!(second.removals(), first.result().without(&second.result()));
     assert!(second.result().0.contains(&NetnsChange::PassthroughAddress), "both plans need it");
 }

@@ -22,6 +22,7 @@ use crate::{
     netns_setup::{self, NetnsChanges},
     options::Config,
     record::Record,
+    routes::RouteSocket,
 };
 
 /// What `attach` did.
@@ -138,7 +139,7 @@ impl Node {
             }
             AttachPlan::PolicyChange(plan) => {
                 self.begin_shadow(target.netns.cookie(), config, record.as_ref())?;
-                self.apply(target, &plan)?
+                self.apply(target, &plan, &observed.socket)?
             }
         };
         observed.snapshot = expected;
@@ -165,11 +166,16 @@ impl Node {
     }
 
     /// Carries out a plan. A failure leaves the state as it was before.
-    fn apply(&mut self, target: &Target, plan: &PolicyChange) -> Result<Attached, NodeError> {
+    fn apply(
+        &mut self,
+        target: &Target,
+        plan: &PolicyChange,
+        socket: &RouteSocket,
+    ) -> Result<Attached, NodeError> {
         let cookie = plan.record.cookie;
         let (mut made, mut registered) = (NetnsChanges::default(), BTreeSet::new());
         let switched = self
-            .add(target, plan, &mut made, &mut registered)
+            .add(target, plan, socket, (&mut made, &mut registered))
             .and_then(|()| Ok(self.maps.activate(cookie, &target.expiring(plan.policy))?));
         if let Err(error) = switched {
             self.undo(target, plan, &made);
@@ -207,8 +213,8 @@ impl Node {
         &mut self,
         target: &Target,
         plan: &PolicyChange,
-        made: &mut NetnsChanges,
-        registered: &mut BTreeSet<u64>,
+        socket: &RouteSocket,
+        (made, registered): (&mut NetnsChanges, &mut BTreeSet<u64>),
     ) -> Result<(), NodeError> {
         let record = &plan.record;
         let start = Instant::now();
@@ -224,10 +230,10 @@ impl Node {
             cookie = record.cookie.0,
             "wrote maps and made links"
         );
-        netns_setup::add(&target.netns, &plan.additions, made).map_err(changing(&target.netns))?;
-        if *made != plan.additions {
+        netns_setup::add(&target.netns, socket, &plan.additions, made).map_err(changing(&target.netns))?;
+        if *made != plan.additions.changes {
             // Made by another process since the plan: not ours to remove.
-            let netns_setup = record.netns_setup.without(&plan.additions.without(made));
+            let netns_setup = record.netns_setup.without(&plan.additions.changes.without(made));
             self.store.rewrite_record(&Record { netns_setup, ..record.clone() })?;
         }
         match plan.before {

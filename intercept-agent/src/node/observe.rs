@@ -6,7 +6,7 @@ use crate::{
     containers::ContainerCgroups,
     netns_setup,
     options::Config,
-    routes::{Follower, RouteSnapshot},
+    routes::{Follower, RouteReading, RouteSnapshot, RouteSocket},
     userns::IdMaps,
 };
 
@@ -14,6 +14,8 @@ use crate::{
 #[derive(Debug)]
 pub struct Observation {
     pub(super) snapshot: RouteSnapshot,
+    /// The socket by which it was read.
+    pub(super) socket: RouteSocket,
     pub(super) found: netns_setup::NetnsState,
     pub(super) ids: IdMaps,
     pub(super) containers: ContainerCgroups,
@@ -24,12 +26,12 @@ impl Observation {
     pub fn of(target: &Target, config: &Config, follower: Option<&mut Follower>) -> Result<Self, NodeError> {
         target.netns.run(|| {
             let netns = || target.netns.name().to_owned();
-            let snapshot = match follower {
-                Some(follower) => follower.look().cloned(),
-                None => RouteSnapshot::snapshot(&target.netns),
+            let reading = match follower {
+                Some(follower) => follower.look(),
+                None => RouteReading::of(&target.netns),
             };
-            let snapshot = snapshot.map_err(|source| NodeError::RouteSnapshot { netns: netns(), source })?;
-            let found = netns_setup::find(&target.netns, config, &snapshot)
+            let reading = reading.map_err(|source| NodeError::RouteSnapshot { netns: netns(), source })?;
+            let found = netns_setup::find(&target.netns, config, &reading)
                 .map_err(|source| NodeError::NetnsChanges { netns: netns(), source })?;
             let cgroup = target.cgroup.path().display().to_string();
             let ids = if target.is_workload() {
@@ -39,7 +41,8 @@ impl Observation {
                     .map_err(|source| NodeError::UserNs { cgroup, source })?
             };
             let containers = ContainerCgroups::find(config, &target.cgroups(), target.origin.pod_uid())?;
-            Ok(Self { snapshot, found, ids, containers })
+            let RouteReading { snapshot, socket, .. } = reading;
+            Ok(Self { snapshot, socket, found, ids, containers })
         })?
     }
 

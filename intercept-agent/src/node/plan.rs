@@ -9,7 +9,7 @@ use crate::{
     cgroup::{CgroupDir, CgroupError},
     compile::{Compiled, Entries},
     ids::{NetnsCookie, PolicyId, Slot},
-    netns_setup::{self, NetnsChanges},
+    netns_setup::{self, NetnsAdditions, NetnsChanges},
     options::Config,
     record::Record,
 };
@@ -65,7 +65,7 @@ pub(super) struct PolicyChange {
     pub(super) policy: PodPolicy,
     pub(super) entries: Entries,
     /// To be added to the namespace before the switch.
-    pub(super) additions: NetnsChanges,
+    pub(super) additions: NetnsAdditions,
     /// To be removed from it after the switch.
     pub(super) removals: NetnsChanges,
     /// The policy that is replaced.

@@ -1,7 +1,7 @@
 //! Follows changes of a namespace's routes and interfaces.
 
 use std::io;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_ROUTE};
@@ -11,7 +11,7 @@ use tokio::io::unix::AsyncFd;
 use tokio::time::{Instant, sleep_until, timeout, timeout_at};
 
 use super::requests::Requests;
-use super::{RouteSnapshot, RoutesError};
+use super::{RouteReading, RouteSnapshot, RouteSocket, RoutesError};
 use crate::listeners::{ListenersError, PortWatch};
 use crate::netns::Netns;
 
@@ -40,7 +40,7 @@ const LAST_RETRY: Duration = Duration::from_secs(60);
 /// A [`RouteSnapshot`] that is kept up to date. It holds the namespace open: drop it when the pod is gone.
 pub struct Follower {
     events: AsyncFd<Socket>,
-    requests: Arc<Mutex<Requests>>,
+    socket: RouteSocket,
     current: RouteSnapshot,
     netns: String,
     /// The state is not read before this time.
@@ -75,10 +75,10 @@ impl Follower {
         let events = netns.run(subscribe)?.map_err(netlink)?;
         // SAFETY: a Socket returns the one descriptor that it owns, and closes it only in its drop.
         let events = unsafe { AsyncFd::register(events) }.map_err(|error| netlink(error.into()))?;
-        let requests = Arc::new(Mutex::new(Requests::open(netns)?));
+        let socket = RouteSocket::new(Requests::open(netns)?);
         Ok(Self {
             events,
-            requests,
+            socket,
             current: RouteSnapshot::default(),
             netns: netns.name().to_owned(),
             rest_until: Instant::now(),
@@ -91,16 +91,17 @@ impl Follower {
     }
 
     /// Reads the current state, from which later changes are reported.
-    pub fn look(&mut self) -> Result<&RouteSnapshot, RoutesError> {
+    pub fn look(&mut self) -> Result<RouteReading, RoutesError> {
         // Events before this point are part of the state read below.
         for _ in 0..BATCH {
             if take_event(self.events.get_ref()) == Err(Errno::AGAIN) {
                 break;
             }
         }
-        self.current = RouteSnapshot::read(&mut lock(&self.requests))?;
+        let (snapshot, listed) = RouteSnapshot::read(&mut self.socket.requests())?;
+        self.current = snapshot.clone();
         self.stale = false;
-        Ok(&self.current)
+        Ok(RouteReading { snapshot, listed, socket: self.socket.clone() })
     }
 
     /// Sets the state from which changes are reported, for a change that the agent makes itself.
@@ -154,10 +155,10 @@ impl Follower {
 
     /// Reads the state on a blocking thread.
     async fn read(&mut self) -> Result<RouteSnapshot, RoutesError> {
-        let requests = Arc::clone(&self.requests);
+        let socket = self.socket.clone();
         let reading = tokio::task::spawn_blocking(move || {
             let before = processor_time();
-            let read = RouteSnapshot::read(&mut lock(&requests));
+            let read = RouteSnapshot::read(&mut socket.requests()).map(|(snapshot, _)| snapshot);
             (read, processor_time().saturating_sub(before))
         });
         let (read, took) = match reading.await {
@@ -216,11 +217,6 @@ async fn has_new(listeners: Arc<Mutex<PortWatch>>) -> bool {
         }
         Err(panicked) => std::panic::resume_unwind(panicked.into_panic()),
     }
-}
-
-/// Poisoning is harmless: after a panic no partial answer remains that could be taken for a later one.
-fn lock(requests: &Mutex<Requests>) -> MutexGuard<'_, Requests> {
-    requests.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Returns the processor time of the calling thread.

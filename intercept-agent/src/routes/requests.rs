@@ -7,7 +7,7 @@ use std::time::Instant;
 
 use ipnet::IpNet;
 use netlink_packet_core::{NLM_F_DUMP, NLM_F_REQUEST};
-use netlink_packet_route::link::{LinkAttribute, LinkFlags, LinkMessage};
+use netlink_packet_route::link::{AfSpecInet6, AfSpecUnspec, LinkAttribute, LinkFlags, LinkMessage};
 use netlink_packet_route::route::{RouteAddress, RouteAttribute, RouteMessage, RouteType};
 use netlink_packet_route::rule::{RuleAction, RuleAttribute, RuleMessage};
 use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
@@ -24,8 +24,19 @@ const ATTEMPTS: usize = 16;
 
 /// A netlink socket in one namespace.
 pub(super) struct Requests {
-    questions: Questions,
+    pub(super) questions: Questions,
     netns: String,
+    /// What was listed since it was taken last.
+    pub(super) listed: Listed,
+}
+
+/// What the kernel has listed for a snapshot, and is not in it.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Listed {
+    /// The rules of IPv4 and of IPv6; empty on a kernel without rules.
+    pub rules: [Vec<RuleMessage>; 2],
+    /// Whether IPv6 is enabled on the loopback interface.
+    pub has_v6: bool,
 }
 
 /// The kernel's answer for one destination.
@@ -85,7 +96,7 @@ impl Requests {
             source,
         };
         let questions = Questions::open(netns, NETLINK_ROUTE)?.map_err(netlink)?;
-        Ok(Self { questions, netns: netns.name().to_owned() })
+        Ok(Self { questions, netns: netns.name().to_owned(), listed: Listed::default() })
     }
 
     /// Sets the time at which readings are given up.
@@ -96,16 +107,19 @@ impl Requests {
     pub(super) fn links(&mut self) -> Result<Vec<Interface>, RoutesError> {
         let interface = |message| {
             let RouteNetlinkMessage::NewLink(link) = message else { return None };
+            let has_v6 = link.attributes.iter().any(has_v6);
             let name = link.attributes.into_iter().find_map(|attribute| match attribute {
                 LinkAttribute::IfName(name) => Some(name),
                 _ => None,
             })?;
             let has = |flag| link.header.flags.contains(flag);
             let (loopback, up) = (has(LinkFlags::Loopback), has(LinkFlags::Up));
-            Some(Interface { index: link.header.index, name, loopback, up })
+            Some((Interface { index: link.header.index, name, loopback, up }, has_v6))
         };
         let question = RouteNetlinkMessage::GetLink(LinkMessage::default());
-        self.list("reading the interfaces", question, interface)
+        let found = self.list("reading the interfaces", question, interface)?;
+        self.listed.has_v6 = found.iter().any(|(interface, has_v6)| interface.loopback && *has_v6);
+        Ok(found.into_iter().map(|(interface, _)| interface).collect())
     }
 
     pub(super) fn rules(&mut self, family: AddressFamily) -> Result<RuleTables, RoutesError> {
@@ -125,18 +139,18 @@ impl Requests {
             Err(error) => return Err(error),
         };
         let (mut tables, mut by_interface, mut destinations) = (BTreeSet::new(), false, Vec::new());
-        for rule in found {
+        for rule in &found {
             if rule.header.family != family {
                 continue;
             }
             let mut table = TableId::from(rule.header.table);
-            for attribute in rule.attributes {
+            for attribute in &rule.attributes {
                 match attribute {
-                    RuleAttribute::Table(number) => table = number,
+                    RuleAttribute::Table(number) => table = *number,
                     // The rule looks up the table of the interface's VRF.
-                    RuleAttribute::L3MDev(l3mdev) => by_interface |= l3mdev,
+                    RuleAttribute::L3MDev(l3mdev) => by_interface |= *l3mdev,
                     RuleAttribute::Destination(address) => {
-                        destinations.extend(IpNet::new(address, rule.header.dst_len).map(|net| net.trunc()));
+                        destinations.extend(IpNet::new(*address, rule.header.dst_len).map(|net| net.trunc()));
                     }
                     _ => {}
                 }
@@ -145,6 +159,7 @@ impl Requests {
                 tables.insert(table);
             }
         }
+        self.listed.rules[usize::from(family == AddressFamily::Inet6)] = found;
         let tables = if by_interface { TableSet::All } else { TableSet::Some(tables) };
         Ok(RuleTables { tables, destinations })
     }
@@ -256,6 +271,17 @@ impl Requests {
         }
         RoutesError::Netlink { attempt, netns: self.netns.clone(), source }
     }
+}
+
+/// Whether the attribute of an interface says that it has IPv6.
+fn has_v6(attribute: &LinkAttribute) -> bool {
+    let LinkAttribute::AfSpecUnspec(families) = attribute else { return false };
+    families.iter().any(|family| match family {
+        AfSpecUnspec::Inet6(settings) => settings
+            .iter()
+            .any(|setting| matches!(setting, AfSpecInet6::DevConf(settings) if settings.disable_ipv6 == 0)),
+        _ => false,
+    })
 }
 
 fn ip(address: &RouteAddress) -> Option<IpAddr> {

@@ -470,7 +470,7 @@ fn an_answer_that_is_given_up_is_not_taken_for_the_next() {
     }
     requests.until(Instant::now() + Duration::from_secs(10));
     assert!(requests.routes(AddressFamily::Inet).expect("routes").len() > 64);
-    let read = RouteSnapshot::read(&mut requests).expect("a snapshot");
+    let (read, _) = RouteSnapshot::read(&mut requests).expect("a snapshot");
     assert_eq!(read, RouteSnapshot::snapshot(&netns).expect("a snapshot"));
 }
 
