@@ -64,7 +64,7 @@ pub struct Node {
     lookup: OnceCell<Lookup>,
     shared: SharedPrograms,
     living: Option<Arc<Living>>,
-    _lock: Lock,
+    lock: Lock,
 }
 
 /// The pods that are there, by netns cookie.

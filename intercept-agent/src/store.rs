@@ -122,7 +122,17 @@ pub struct Store {
 }
 
 /// A lock on the store: of the one agent that changes it, or of the daemon that keeps its programs.
-pub struct Lock(#[expect(dead_code, reason = "the lock goes with the descriptor")] File);
+pub struct Lock(File);
+
+/// The folder of a lock that was given up, still open.
+pub struct Unlocked(File);
+
+impl Lock {
+    /// Gives the lock up. `None` if it goes with the descriptor only.
+    pub fn unlock(self) -> Option<Unlocked> {
+        rustix::fs::flock(&self.0, FlockOperation::Unlock).is_ok().then_some(Unlocked(self.0))
+    }
+}
 
 /// The records of a pod by the id of their policy, each with its own result.
 pub type Records = Vec<(PolicyId, Result<Record, StoreError>)>;
@@ -183,6 +193,23 @@ impl Store {
     pub fn lock(&self) -> Result<Lock, StoreError> {
         OwnedFolder::create(&self.root)?;
         lock_dir(&self.root, FlockOperation::LockExclusive)
+    }
+
+    /// As [`Store::lock`], for a folder that was locked before and whose owners have been checked then, if it is still that of
+    /// the store.
+    pub fn lock_again(&self, Unlocked(dir): Unlocked) -> Result<Lock, StoreError> {
+        rustix::fs::flock(&dir, FlockOperation::LockExclusive)
+            .map_err(io::Error::from)
+            .map_err(at("locking", &self.root))?;
+        let folder = |found: fs::Metadata| (found.dev(), found.ino());
+        match (dir.metadata().map(folder), fs::metadata(&self.root).map(folder)) {
+            (Ok(locked), Ok(own)) if locked == own => Ok(Lock(dir)),
+            _ => {
+                // Another agent has removed it.
+                drop(dir);
+                self.lock()
+            }
+        }
     }
 
     /// Keeps programs and maps while the lock is held, even without pods, as the only daemon of this store. Does not

@@ -13,6 +13,7 @@ use std::{
 use super::{
     Living, LivingPod, Node, NodeError, Observation, Rewrite, Target,
     collect::changing,
+    links::LinksBefore,
     plan::{AttachPlan, PlanInput, PolicyChange, plan},
     shadow::is_shadow,
 };
@@ -220,7 +221,8 @@ impl Node {
         let start = Instant::now();
         self.store.create(&self.store.pod(record.cookie))?;
         self.store.write_record(record)?;
-        self.link(target)?;
+        let links = if plan.before.is_none() { LinksBefore::None } else { LinksBefore::Possible };
+        self.link(target, links)?;
         if plan.before.is_none() {
             self.maps.reset_slot(plan.policy.slot)?;
         }

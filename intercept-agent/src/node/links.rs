@@ -2,6 +2,7 @@
 
 use std::{
     cell::OnceCell,
+    collections::BTreeSet,
     io,
     os::fd::{AsFd as _, BorrowedFd, OwnedFd},
     path::Path,
@@ -46,9 +47,16 @@ impl SharedPrograms {
     }
 }
 
+/// Whether a pod may have links already.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum LinksBefore {
+    None,
+    Possible,
+}
+
 impl Node {
     /// Creates the missing links of a pod, or of a machine's workload.
-    pub(super) fn link(&self, target: &Target) -> Result<(), NodeError> {
+    pub(super) fn link(&self, target: &Target, before: LinksBefore) -> Result<(), NodeError> {
         let cookie = target.netns.cookie();
         let mut own = OwnPrograms::default();
         for ((folder, id), cgroup) in self.link_folders(target).into_iter().zip(target.cgroups()) {
@@ -58,8 +66,14 @@ impl Node {
             {
                 continue;
             }
-            self.store.create(&folder)?;
-            let pins = self.store.names_in(&folder)?;
+            let pins = match before {
+                // The pod's own folder has the record already.
+                LinksBefore::None if folder == self.store.pod(cookie) => BTreeSet::new(),
+                _ => {
+                    self.store.create(&folder)?;
+                    self.store.names_in(&folder)?
+                }
+            };
             for program in self.loaded_programs() {
                 let path = folder.join(program);
                 if pins.contains(program) && self.link_is(&path, LinkTarget::Cgroup(Some(id)))? {
@@ -84,7 +98,7 @@ impl Node {
             }
         }
         let path = self.store.pod(cookie).join(names::SK_LOOKUP);
-        if self.link_is(&path, netns_target(target))? {
+        if before == LinksBefore::Possible && self.link_is(&path, netns_target(target))? {
             return Ok(());
         }
         let program = self.lookup()?.load(cookie)?;

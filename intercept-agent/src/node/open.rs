@@ -86,7 +86,7 @@ impl Node {
 
     fn with(store: Store, maps: Maps, lock: Lock) -> Self {
         let (lookup, shared) = (OnceCell::new(), SharedPrograms::default());
-        Self { maps, lookup, shared, living: None, store, _lock: lock }
+        Self { maps, lookup, shared, living: None, store, lock }
     }
 
     /// Prepares the `sk_lookup` program, of which each pod has an instance.

@@ -8,7 +8,7 @@ use super::{Living, Node, NodeError, links::SharedPrograms};
 use crate::{
     maps::Maps,
     programs::{Lookup, ProgramError},
-    store::Store,
+    store::{Store, Unlocked},
 };
 
 /// A [`Node`] whose store is unlocked, so that other agents can use it.
@@ -19,14 +19,15 @@ pub struct Paused {
     shared: SharedPrograms,
     living: Option<Arc<Living>>,
     generation: Option<u64>,
+    unlocked: Option<Unlocked>,
 }
 
 impl Node {
     /// Unlocks the store and keeps what is open.
     pub fn pause(self) -> Paused {
         let generation = self.store.generation();
-        let Self { store, maps, lookup, shared, living, .. } = self;
-        Paused { store, maps, lookup, shared, living, generation }
+        let Self { store, maps, lookup, shared, living, lock } = self;
+        Paused { store, maps, lookup, shared, living, generation, unlocked: lock.unlock() }
     }
 }
 
@@ -50,12 +51,15 @@ impl Paused {
 
     /// Locks the store again. `None` if another agent has removed what was open, or has loaded the programs of another
     /// build; the node must then be opened anew.
-    pub fn resume(self) -> Result<Option<Node>, NodeError> {
-        let lock = self.store.lock()?;
+    pub fn resume(mut self) -> Result<Option<Node>, NodeError> {
+        let lock = match self.unlocked.take() {
+            Some(unlocked) => self.store.lock_again(unlocked)?,
+            None => self.store.lock()?,
+        };
         let same = self.generation.is_some()
             && self.store.generation() == self.generation
             && self.store.programs().join(names::CONNECT6).exists();
         let Self { store, maps, lookup, shared, living, .. } = self;
-        Ok(same.then_some(Node { store, maps, lookup, shared, living, _lock: lock }))
+        Ok(same.then_some(Node { store, maps, lookup, shared, living, lock }))
     }
 }
