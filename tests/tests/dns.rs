@@ -1,10 +1,12 @@
 //! DNS capture with real clients and servers (dig, glibc's resolver, dnsmasq), and sockets that query several servers.
 
+use std::fs;
 use std::io::Write;
 use std::net::SocketAddr;
 use std::process::{Child, Stdio};
 use std::time::{Duration, Instant};
 
+use intercept_common::names;
 use tests::agent::{Agent, INIT_FLAGS, succeed};
 use tests::testbed::{Ids, Pod, PodSpec, Sandbox};
 use tests::unusual::{Method, UnusualOutcome, UnusualProcess, UnusualSocket};
@@ -60,7 +62,20 @@ const PROXY: &str = "192.0.2.1";
 const WORLD: &str = "192.0.2.2";
 
 impl DnsFixture {
+    /// Captured with the servers of the pod's resolv.conf and these flags.
     fn new(flags: &[&str]) -> Self {
+        let fixture = Self::uncaptured();
+        fixture.attach(flags);
+        fixture
+    }
+
+    fn attach(&self, flags: &[&str]) -> String {
+        let path = self.resolv_conf.path().display().to_string();
+        let flags = [&INIT_FLAGS[..], &["--redirect-dns", "--resolv-conf", &path], flags].concat();
+        self.agent.attach(&self.pod, &flags).expect("attached")
+    }
+
+    fn uncaptured() -> Self {
         let pod = Pod::new(PodSpec::new("dns")).expect("a pod");
         let agent = Agent::new("dns").expect("a bpffs");
         let mut resolv_conf = tempfile::NamedTempFile::new().expect("a file");
@@ -72,10 +87,15 @@ impl DnsFixture {
         let fixture = Self { agent, resolv_conf, _servers: servers, pod };
         fixture.await_answer(&["@127.0.0.1", "-p", "15053"], PROXY);
         fixture.await_answer(&["@10.96.0.10"], WORLD);
-        let path = fixture.resolv_conf.path().display().to_string();
-        let flags = [&INIT_FLAGS[..], &["--redirect-dns", "--resolv-conf", &path], flags].concat();
-        fixture.agent.attach(&fixture.pod, &flags).expect("attached");
         fixture
+    }
+
+    /// How many hooks of datagrams have a link of the pod.
+    fn datagram_hooks(&self) -> usize {
+        let pods = fs::read_dir(self.agent.store().join("pods")).expect("listed");
+        let pod = pods.map(|pod| pod.expect("a pod").path()).next().expect("one");
+        let hooks = [names::SENDMSG4, names::SENDMSG6, names::RECVMSG4, names::RECVMSG6];
+        hooks.iter().filter(|hook| pod.join(hook).exists()).count()
     }
 
     fn await_answer(&self, arguments: &[&str], answer: &str) {
@@ -141,6 +161,28 @@ fn all_queries_go_to_the_proxy_if_asked_for() {
         }
     }
     assert_eq!(fixture.getent(), PROXY);
+}
+
+#[test]
+fn capture_of_queries_is_switched_on_and_off_later() {
+    let fixture = DnsFixture::uncaptured();
+    let answers = |answer: &str| {
+        for server in ["@10.96.0.10", "@fd96::10"] {
+            assert_eq!(fixture.dig(Ids::APP, &[server, "+notcp"]), answer, "{server}");
+        }
+    };
+    fixture.agent.attach(&fixture.pod, &INIT_FLAGS).expect("attached");
+    assert_eq!(fixture.datagram_hooks(), 0);
+    answers(WORLD);
+    assert!(fixture.attach(&[]).starts_with("replaced"));
+    assert_eq!(fixture.datagram_hooks(), 4);
+    answers(PROXY);
+    // Answers to earlier queries may still be on their way.
+    fixture.agent.attach(&fixture.pod, &INIT_FLAGS).expect("attached");
+    assert_eq!(fixture.datagram_hooks(), 4);
+    answers(WORLD);
+    let again = fixture.agent.attach(&fixture.pod, &INIT_FLAGS).expect("attached");
+    assert!(again.starts_with("unchanged"), "{again}");
 }
 
 /// The actor is the server here, because its answers name the query.

@@ -122,7 +122,7 @@ impl Node {
             record: record.as_ref(),
             living,
             lineage: &target.cgroup.lineage()?,
-            links_intact: self.links_intact(target.netns.cookie(), target)?,
+            links_intact: self.links_intact(target.netns.cookie(), target, config)?,
             namespace,
             max_connections: self.maps.max_connections_per_pod(),
             compiled,
@@ -222,7 +222,7 @@ impl Node {
         self.store.create(&self.store.pod(record.cookie))?;
         self.store.write_record(record)?;
         let links = if plan.before.is_none() { LinksBefore::None } else { LinksBefore::Possible };
-        self.link(target, links)?;
+        self.link(target, &record.config, links)?;
         if plan.before.is_none() {
             self.maps.reset_slot(plan.policy.slot)?;
         }

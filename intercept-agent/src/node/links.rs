@@ -56,7 +56,12 @@ pub(super) enum LinksBefore {
 
 impl Node {
     /// Creates the missing links of a pod, or of a machine's workload.
-    pub(super) fn link(&self, target: &Target, before: LinksBefore) -> Result<(), NodeError> {
+    pub(super) fn link(
+        &self,
+        target: &Target,
+        config: &Config,
+        before: LinksBefore,
+    ) -> Result<(), NodeError> {
         let cookie = target.netns.cookie();
         let mut own = OwnPrograms::default();
         for ((folder, id), cgroup) in self.link_folders(target).into_iter().zip(target.cgroups()) {
@@ -77,6 +82,9 @@ impl Node {
             for program in self.loaded_programs() {
                 let path = folder.join(program);
                 if pins.contains(program) && self.link_is(&path, LinkTarget::Cgroup(Some(id)))? {
+                    continue;
+                }
+                if !is_needed(program, config) {
                     continue;
                 }
                 let failed = |source| NodeError::Attach {
@@ -137,10 +145,15 @@ impl Node {
         Ok(link_target(path)? == Some(target))
     }
 
-    pub(super) fn links_intact(&self, cookie: NetnsCookie, target: &Target) -> Result<bool, NodeError> {
+    pub(super) fn links_intact(
+        &self,
+        cookie: NetnsCookie,
+        target: &Target,
+        config: &Config,
+    ) -> Result<bool, NodeError> {
         let folders = self.link_folders(target);
         for (folder, id) in &folders {
-            for name in self.loaded_programs() {
+            for name in self.loaded_programs().filter(|name| is_needed(name, config)) {
                 if !self.link_is(&folder.join(name), LinkTarget::Cgroup(Some(*id)))? {
                     return Ok(false);
                 }
@@ -203,9 +216,15 @@ impl Node {
                 } else {
                     self.shared.get(&self.store.programs(), program).map_err(failed)?
                 };
-                sys::open_pin(&folder.join(program))
-                    .and_then(|link| sys::link_update(link.as_fd(), fd))
-                    .map_err(failed)?;
+                let updated =
+                    sys::open_pin(&folder.join(program)).and_then(|link| sys::link_update(link.as_fd(), fd));
+                match updated {
+                    // The pod's options do not need it.
+                    Err(error)
+                        if error.kind() == io::ErrorKind::NotFound
+                            && support::need(program) != Need::Always => {}
+                    updated => updated.map_err(failed)?,
+                }
             }
         }
         self.replace_join(cookie);
@@ -214,6 +233,12 @@ impl Node {
             .and_then(|link| sys::link_update(link.as_fd(), program.as_fd()))
             .map_err(|source| NodeError::Replace { program: names::SK_LOOKUP, cookie, source })
     }
+}
+
+/// Whether a capture with these options needs a program. The hooks of datagrams do nothing unless queries are captured, or
+/// compared in shadow mode. Their links stay once they are made: answers to earlier queries need them.
+fn is_needed(program: &str, config: &Config) -> bool {
+    config.shadow || support::need(program).is_of(config)
 }
 
 fn netns_target(target: &Target) -> LinkTarget {
