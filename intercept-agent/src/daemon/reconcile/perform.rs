@@ -190,12 +190,14 @@ impl Reconciler {
         pod.cutover.captured(takeover, rules);
         self.metrics.captured(done, took);
         if done != Attached::Unchanged {
-            tracing::info!(
-                pod = %key, name = pod.name, cookie = applied.cookie.0, cgroup = %applied.cgroup.display(),
-                took = ?took, "{}", done.as_str()
-            );
-        }
-        if done != Attached::Unchanged {
+            let (key, name, applied) = (key.clone(), pod.name.clone(), applied.clone());
+            // A write to the log may take as long as several steps of the capture.
+            after_the_answer(move || {
+                tracing::info!(
+                    pod = %key, name, cookie = applied.cookie.0, cgroup = %applied.cgroup.display(), took = ?took,
+                    "{}", done.as_str()
+                );
+            });
             pod.proof.on_change(std::time::Instant::now());
         }
         if done == Attached::New {
@@ -244,4 +246,12 @@ impl Reconciler {
         });
         pod.follow = Some((cookie, task));
     }
+}
+
+/// Does this once the requests have been answered that wait for the message that is being handled.
+fn after_the_answer(work: impl FnOnce() + Send + 'static) {
+    tokio::spawn(async move {
+        tokio::task::yield_now().await;
+        work();
+    });
 }
