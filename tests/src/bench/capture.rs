@@ -76,11 +76,10 @@ impl<'a> TimedCapture<'a> {
                 vec![step("nft", &["-f", "-"], nft::ruleset(options))],
                 vec![step("nft", &["-f", "-"], nft::REMOVAL.into())],
             ),
-            CaptureMode::Baseline => by_agent(pool.baseline()?, &[])?,
-            CaptureMode::Agent => by_agent(pool.agent()?, &[])?,
+            CaptureMode::Baseline | CaptureMode::Agent => by_agent(pool.agent_of(mode)?, &[])?,
             // This program is the proxy if Envoy is not.
-            CaptureMode::Accelerated => {
-                by_agent(pool.agent()?, &["--accelerate", "--accelerate-proxies", "bench,envoy"])?
+            CaptureMode::BaselineAccelerated | CaptureMode::Accelerated => {
+                by_agent(pool.agent_of(mode)?, &["--accelerate", "--accelerate-proxies", "bench,envoy"])?
             }
             CaptureMode::Shadowed => {
                 let (mut install, mut remove) = by_iptables("nft");

@@ -59,8 +59,9 @@ pub fn run(
     random: &mut StdRng,
     mut after_each: impl FnMut(),
 ) -> Result<Vec<InstallTiming>> {
+    let other = [CaptureMode::Shadowed, CaptureMode::BaselineAccelerated];
     let modes: Vec<_> =
-        modes.iter().copied().filter(|mode| mode.captures() && *mode != CaptureMode::Shadowed).collect();
+        modes.iter().copied().filter(|mode| mode.captures() && !other.contains(mode)).collect();
     let neighbours = modes.iter().map(|_| Sandbox::new("neighbour")).collect::<Result<Vec<_>>>()?;
     let mut cases: Vec<(CaptureMode, Lists, Way)> = Vec::new();
     let mut captures = Vec::new();

@@ -25,6 +25,8 @@ pub enum CaptureMode {
     Baseline,
     /// This agent
     Agent,
+    /// The other build, joining the sockets of a node
+    BaselineAccelerated,
     /// This agent, joining the sockets of a node
     Accelerated,
     /// istio-iptables' rules by iptables-nft, and this agent in shadow mode
@@ -34,7 +36,17 @@ pub enum CaptureMode {
 impl CaptureMode {
     /// Whether the agent is needed.
     pub fn is_agent(self) -> bool {
-        matches!(self, Self::Baseline | Self::Agent | Self::Accelerated | Self::Shadowed)
+        self.is_baseline() || matches!(self, Self::Agent | Self::Accelerated | Self::Shadowed)
+    }
+
+    /// Whether the agent is the other build.
+    pub fn is_baseline(self) -> bool {
+        matches!(self, Self::Baseline | Self::BaselineAccelerated)
+    }
+
+    /// Whether connections between proxies are joined.
+    pub fn is_accelerated(self) -> bool {
+        matches!(self, Self::BaselineAccelerated | Self::Accelerated)
     }
 
     /// Whether something captures, so that flags mean something.

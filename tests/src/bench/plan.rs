@@ -102,6 +102,11 @@ impl Plan {
         self.modes.iter().copied().filter(|mode| wanted.contains(mode)).collect()
     }
 
+    /// Only the section on joined connections compares two builds that join.
+    fn without_joining_baseline(&self) -> impl Iterator<Item = CaptureMode> + use<'_> {
+        self.modes.iter().copied().filter(|mode| *mode != CaptureMode::BaselineAccelerated)
+    }
+
     /// The modes of the smaller parts: of the netfilter ones only the usual one in quick runs.
     fn few(&self) -> Vec<CaptureMode> {
         let few = [
@@ -115,7 +120,7 @@ impl Plan {
             return self.among(&few);
         }
         // Beside iptables, which is in the list already.
-        self.modes.iter().copied().filter(|mode| *mode != CaptureMode::Shadowed).collect()
+        self.without_joining_baseline().filter(|mode| *mode != CaptureMode::Shadowed).collect()
     }
 
     /// The modes that are given many connections: one of those that share a mechanism.
@@ -157,7 +162,7 @@ impl Plan {
         if self.has(Section::Stream) {
             works.push(Work::Stream);
         }
-        let cells = self.modes.iter().map(|&mode| Cell::plain(mode)).collect();
+        let cells = self.without_joining_baseline().map(Cell::plain).collect();
         Suite { title: "both pods captured", cells, works, rounds: self.rounds(5, 11), ..self.empty() }
     }
 
@@ -185,10 +190,7 @@ impl Plan {
                 Lists::Ports(1000),
             ];
             for &lists in self.choose(&[Lists::Injected, Lists::Cidrs(10_000)][..], &full) {
-                let modes = self
-                    .few()
-                    .into_iter()
-                    .filter(|mode| mode.captures() && *mode != CaptureMode::Accelerated);
+                let modes = self.few().into_iter().filter(|mode| mode.captures() && !mode.is_accelerated());
                 suite.cells.extend(modes.map(|mode| Cell { lists, ..Cell::plain(mode) }));
             }
         }
@@ -228,7 +230,12 @@ impl Plan {
         if !self.has(Section::Acceleration) {
             return suites;
         }
-        let modes = self.among(&[CaptureMode::IptablesNft, CaptureMode::Agent, CaptureMode::Accelerated]);
+        let modes = self.among(&[
+            CaptureMode::IptablesNft,
+            CaptureMode::Agent,
+            CaptureMode::BaselineAccelerated,
+            CaptureMode::Accelerated,
+        ]);
         let wanted = |goal: &goals::Goal| goal.suite.proxy == ProxyKind::Relay || !self.without_envoy;
         for goal in goals::ALL.into_iter().filter(wanted) {
             if let Some(suite) = suites.iter_mut().find(|suite| suite.title == goal.suite.title) {

@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 
 use super::agent::BenchAgent;
+use super::mode::CaptureMode;
 use super::worker::{READY, Role, WorkerAnswer, WorkerJob};
 use super::{envoy, interrupt};
 use crate::actor::binary::ReadableCopy;
@@ -75,7 +76,12 @@ impl WorkerPool {
     pub fn baseline(&self) -> Result<&BenchAgent> {
         self.baseline
             .as_ref()
-            .context("mode baseline needs another build of the agent: give it with --baseline")
+            .context("the baseline modes need another build of the agent: give it with --baseline")
+    }
+
+    /// The agent of a mode.
+    pub fn agent_of(&self, mode: CaptureMode) -> Result<&BenchAgent> {
+        if mode.is_baseline() { self.baseline() } else { self.agent() }
     }
 
     /// Starts a worker in a pod and waits until it is ready.

@@ -220,12 +220,12 @@ impl<'a> Rig<'a> {
             }
         }
         client.ask(&WorkerJob::Release, PATIENCE)?;
-        if self.cell.mode == CaptureMode::Accelerated { self.prove_joined(pool) } else { Ok(()) }
+        if self.cell.mode.is_accelerated() { self.prove_joined(pool) } else { Ok(()) }
     }
 
     /// Makes sure that the connection between two captured pods was joined, and that no other was.
     fn prove_joined(&self, pool: &WorkerPool) -> Result<()> {
-        let agent = pool.agent()?;
+        let agent = pool.agent_of(self.cell.mode)?;
         let mut joined = 0;
         if self.cell.path != Path::Inbound {
             joined += agent.joined(&self.pods.client)?;

@@ -170,11 +170,13 @@ impl SessionRun<'_> {
 
 /// Leaves out what cannot be measured here, and reports that.
 fn adapt(plan: &mut Plan, pool: &WorkerPool, notes: &mut Vec<String>) -> Result<()> {
-    if plan.modes.contains(&CaptureMode::Accelerated)
-        && let Some(why) = pool.agent()?.refuses_to_accelerate()?
-    {
-        plan.modes.retain(|mode| *mode != CaptureMode::Accelerated);
-        notes.push(format!("accelerated: left out. {why}"));
+    for mode in [CaptureMode::BaselineAccelerated, CaptureMode::Accelerated] {
+        if plan.modes.contains(&mode)
+            && let Some(why) = pool.agent_of(mode)?.refuses_to_accelerate()?
+        {
+            plan.modes.retain(|other| *other != mode);
+            notes.push(format!("{mode}: left out. {why}"));
+        }
     }
     let wants_envoy = [Section::EnvoyTcp, Section::EnvoyHttp, Section::Acceleration]
         .into_iter()

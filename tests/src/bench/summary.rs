@@ -73,8 +73,11 @@ impl Base {
             Self::NoLists if cell.lists != Lists::Injected => Cell { lists: Lists::Injected, ..cell },
             Self::NoLists => return None,
             Self::Baseline if cell.mode == CaptureMode::Agent => cell.by(CaptureMode::Baseline),
+            Self::Baseline if cell.mode == CaptureMode::Accelerated => {
+                cell.by(CaptureMode::BaselineAccelerated)
+            }
             Self::Baseline => return None,
-            Self::Agent if cell.mode == CaptureMode::Accelerated => cell.by(CaptureMode::Agent),
+            Self::Agent if cell.mode.is_accelerated() => cell.by(CaptureMode::Agent),
             Self::Agent => return None,
         };
         Some(base)

@@ -40,7 +40,7 @@ struct BenchArguments {
     /// Folder for report.html, report.md and report.json [default: target/bench]
     #[arg(long)]
     out: Option<PathBuf>,
-    /// Another build of the agent, measured as the mode `baseline`
+    /// Another build of the agent, measured as the modes `baseline` and `baseline-accelerated`
     #[arg(long, value_name = "AGENT")]
     baseline: Option<PathBuf>,
     /// Write the tables and files again from the report.json of an earlier run, without measuring
@@ -98,7 +98,7 @@ fn measure(arguments: BenchArguments, pool: &WorkerPool) -> Result<()> {
     };
     if plan.modes.is_empty() {
         plan.modes = CaptureMode::value_variants().to_vec();
-        plan.modes.retain(|mode| *mode != CaptureMode::Baseline || arguments.baseline.is_some());
+        plan.modes.retain(|mode| !mode.is_baseline() || arguments.baseline.is_some());
     }
     if plan.sections.is_empty() {
         plan.sections = Section::value_variants().iter().copied().filter(all).collect();

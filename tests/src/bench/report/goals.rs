@@ -4,13 +4,14 @@ use std::fmt::Write;
 
 use super::{BenchReport, table};
 use crate::bench::goals::Goal;
+use crate::bench::mode::CaptureMode;
 use crate::bench::statistics::Quartiles;
 use crate::bench::summary::{Base, Ratio};
 
 /// The table; empty if none of its works was measured.
 pub fn goals(report: &BenchReport) -> String {
     let mut text = String::new();
-    for summary in &report.summaries {
+    for summary in report.summaries.iter().filter(|summary| summary.cell.mode == CaptureMode::Accelerated) {
         let goal = Goal::of(&summary.suite, summary.work);
         if let (Some(goal), Some(ratio)) = (goal, summary.over(Base::Agent)) {
             write_row(goal, ratio, &mut text).expect("a String takes any text");
