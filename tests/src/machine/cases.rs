@@ -8,12 +8,13 @@ use super::{CapturedMachine, beside, guard, observed, units, whole};
 
 type MachineCase = fn(&CapturedMachine) -> Result<()>;
 
-const CASES: [(&str, MachineCase); 10] = [
+const CASES: [(&str, MachineCase); 11] = [
     ("what is refused says why, and changes nothing", units::refusals),
     ("a unit is captured, others are not, and detach restores everything", units::one_workload),
     ("two workloads have a proxy each", units::two_workloads),
     ("what is not confirmed is taken off", guard::confirm),
     ("run releases the machine when it ends", guard::run),
+    ("run keeps options by which an attach has replaced its own", guard::run_keeps_options),
     ("run ends with the last of its cgroups", guard::run_ends),
     ("queries of a workload go to its proxy", beside::dns),
     ("another build replaces the programs of a workload", beside::upgrade),

@@ -135,6 +135,43 @@ pub(super) fn run(machine: &CapturedMachine) -> Result<()> {
     guarded.calls("after it ended", false)
 }
 
+/// Options by which an attach replaces those of `run`, as `systemctl reload` does, stay when addresses change.
+pub(super) fn run_keeps_options(machine: &CapturedMachine) -> Result<()> {
+    let guarded =
+        Guarded { machine, app: machine.unit("app", &[APP])?, envoy: machine.proxy("envoy", FIRST)? };
+    let before = guarded.state()?;
+    let units = [&guarded.app, &guarded.envoy];
+    let flags = ["--machine", "-u", "1337", "-g", "1337", "-i", "*", "-b", "*"];
+    let mut command = machine.command("run", &units, &flags);
+    let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?;
+    let mut said = String::new();
+    BufReader::new(child.stdout.take().context("no output")?).read_line(&mut said)?;
+    ensure!(said.starts_with("attached"), "{said}");
+    guarded.calls("before options are replaced", true)?;
+
+    let excluded = [false, true].map(|v6| service(v6).to_string()).join(",");
+    succeed(machine.attach(&units, FIRST, &["-b", "*", "-x", &excluded]))?;
+    guarded.calls("after options were replaced", false)?;
+    let mut log = BufReader::new(child.stderr.take().context("no log")?).lines();
+    let mut applied = || -> Result<()> {
+        let line = log.find(|line| line.as_ref().map_or(true, |line| line.contains("applied a change")));
+        line.context("run ended without applying a change")?.context("reading its log").map(drop)
+    };
+    let (netns, address) = (Namespace::of_machine()?, "10.97.0.1/32".parse()?);
+    netns.add_address("lo", address)?;
+    applied()?;
+    guarded.calls("after an address was added", false)?;
+    netns.delete_address("lo", address)?;
+    applied()?;
+    guarded.calls("after an address was deleted", false)?;
+
+    kill_process(Pid::from_child(&child), Signal::TERM)?;
+    ensure!(child.wait()?.success(), "run failed");
+    let left = difference(&before, &guarded.state()?);
+    ensure!(left.is_empty(), "run leaves: {left:#?}");
+    Ok(())
+}
+
 /// `run` says which of its cgroups is gone, goes on with the others, and ends with the last.
 pub(super) fn run_ends(machine: &CapturedMachine) -> Result<()> {
     let before = machine.state(&[])?;
