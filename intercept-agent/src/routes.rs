@@ -32,7 +32,7 @@ use crate::netlink::Questions;
 use crate::netns::{Netns, NetnsError};
 
 pub use follow::Follower;
-pub use requests::Listed;
+pub use requests::NetnsListing;
 
 /// Most interfaces, rules and routes per family. A pod with more is refused, because it could otherwise cost the agent
 /// any amount of memory and time.
@@ -56,7 +56,7 @@ pub struct RouteReading {
     /// The snapshot.
     pub snapshot: RouteSnapshot,
     /// What else the kernel has listed.
-    pub listed: Listed,
+    pub listed: NetnsListing,
     /// The socket.
     pub socket: RouteSocket,
 }
@@ -203,7 +203,7 @@ impl RouteSnapshot {
         Ok(RouteReading::of(netns)?.snapshot)
     }
 
-    fn read(requests: &mut Requests) -> Result<(Self, Listed), RoutesError> {
+    fn read(requests: &mut Requests) -> Result<(Self, NetnsListing), RoutesError> {
         requests.until(Instant::now() + READ_TIME);
         let mut interfaces = requests.links()?;
         interfaces.sort_by_key(|interface| interface.index);

@@ -32,7 +32,7 @@ const SIDE_BY_SIDE: [&str; 13] = [
     "sockets",
 ];
 
-/// If more integration tests fail, none is run again: then it is not the machine.
+/// If more tests of a step fail, none is run again: then it is not the machine.
 const MOST_AGAIN: usize = 3;
 
 #[derive(Args)]
@@ -72,7 +72,8 @@ pub(crate) fn test(arguments: &TestArgs) -> Result<()> {
     }
     if arguments.file.is_none() {
         report.step("unit tests", |report| {
-            let tested = cargo_test(&agent, arguments, &["--workspace", "--exclude", "tests"], &[])?;
+            let mut tested = cargo_test(&agent, arguments, &["--workspace", "--exclude", "tests"], &[])?;
+            report.flaky.extend(again(&agent, &mut tested)?);
             report.add(tested)
         });
     }
@@ -93,7 +94,7 @@ pub(crate) fn test(arguments: &TestArgs) -> Result<()> {
             let selection = ["--package", "tests", "--lib", "--bins"];
             tested.add(cargo_test(&agent, arguments, &selection, &["--test-threads=1"])?);
         }
-        report.flaky = again(&agent, &mut tested)?;
+        report.flaky.extend(again(&agent, &mut tested)?);
         report.add(tested)
     });
     report.step("nothing is left behind", |_| sweep::nothing_new(&before));
@@ -143,8 +144,8 @@ impl TestReport {
                 &self.flaky,
             ),
         ] {
-            for FailedTest { file, name, panic } in tests {
-                println!("\n{heading}:\n    {file} {name}: {panic}");
+            for FailedTest { target, name, panic } in tests {
+                println!("\n{heading}:\n    {target} {name}: {panic}");
             }
         }
         println!("\n{} passed, {} failed", self.tests.passed, self.tests.failed);
@@ -169,7 +170,7 @@ impl Tested {
         self.output.tally.passed += output.tally.passed;
         self.output.tally.failed += output.tally.failed;
         self.output.failed.extend(output.failed);
-        self.output.failed_files.extend(output.failed_files);
+        self.output.failed_targets.extend(output.failed_targets);
         if self.result.is_ok() {
             self.result = result;
         }
@@ -220,16 +221,20 @@ fn cargo_test(agent: &Path, arguments: &TestArgs, selection: &[&str], options: &
 /// Runs a few failed tests again, each alone, and returns those that pass. These tests make thousands of real connections, on
 /// machines that may stand still for seconds. A test that passes only now does not fail the run, but it is reported.
 fn again(agent: &Path, tested: &mut Tested) -> Result<Vec<FailedTest>> {
-    let TestOutput { tally, failed, failed_files, .. } = &mut tested.output;
-    let is_named = |file: &String| failed.iter().any(|test| test.file == *file);
-    if failed_files.is_empty() || failed.len() > MOST_AGAIN || !failed_files.iter().all(is_named) {
+    let TestOutput { tally, failed, failed_targets, .. } = &mut tested.output;
+    // An executable that was killed has not said what failed.
+    let is_named = |target: &String| failed.iter().any(|test| test.is_of(target));
+    if failed_targets.is_empty() || failed.len() > MOST_AGAIN || !failed_targets.iter().all(is_named) {
         return Ok(Vec::new());
     }
     let mut flaky = Vec::new();
     for test in failed.clone() {
-        eprintln!("== again: {} {}", test.file, test.name);
+        let Some(target) = failed_targets.iter().find(|target| test.is_of(target)) else {
+            continue;
+        };
+        eprintln!("== again: {target} {}", test.name);
         let exactly = TestArgs { filter: Some(test.name.clone()), file: None };
-        let selection = ["--package", "tests", "--test", &test.file];
+        let selection: Vec<&str> = target.split(' ').collect();
         let second = cargo_test(agent, &exactly, &selection, &["--exact", "--test-threads=1"])?;
         if second.result.is_ok() && second.output.tally == (TestTally { passed: 1, failed: 0 }) {
             failed.retain(|failed| *failed != test);

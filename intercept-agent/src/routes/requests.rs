@@ -27,12 +27,12 @@ pub(super) struct Requests {
     pub(super) questions: Questions,
     netns: String,
     /// What was listed since it was taken last.
-    pub(super) listed: Listed,
+    pub(super) listed: NetnsListing,
 }
 
 /// What the kernel has listed for a snapshot, and is not in it.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Listed {
+pub struct NetnsListing {
     /// The rules of IPv4 and of IPv6; empty on a kernel without rules.
     pub rules: [Vec<RuleMessage>; 2],
     /// Whether IPv6 is enabled on the loopback interface.
@@ -96,7 +96,7 @@ impl Requests {
             source,
         };
         let questions = Questions::open(netns, NETLINK_ROUTE)?.map_err(netlink)?;
-        Ok(Self { questions, netns: netns.name().to_owned(), listed: Listed::default() })
+        Ok(Self { questions, netns: netns.name().to_owned(), listed: NetnsListing::default() })
     }
 
     /// Sets the time at which readings are given up.

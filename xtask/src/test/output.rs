@@ -12,8 +12,8 @@ pub(super) struct TestTally {
 /// A test that failed.
 #[derive(Default, Clone, PartialEq, Eq, Debug)]
 pub(super) struct FailedTest {
-    /// The file of tests/tests without `.rs`, or empty for a unit test.
-    pub(super) file: String,
+    /// What cargo calls the executable with the test, or the end or the beginning of it: `--test attach`, `-p xtask --bin`.
+    pub(super) target: String,
     pub(super) name: String,
     /// Where it panicked, and the first line of the message.
     pub(super) panic: String,
@@ -24,10 +24,11 @@ pub(super) struct FailedTest {
 pub(super) struct TestOutput {
     pub(super) tally: TestTally,
     pub(super) failed: Vec<FailedTest>,
-    /// The files that cargo reports as failed at the end. A file whose process was killed is only here.
-    pub(super) failed_files: Vec<String>,
-    file: String,
-    /// The failures of this file, of which the output is printed before the names.
+    /// The executables that cargo reports as failed at the end, such as `-p tests --test attach`. One that was killed is only
+    /// here.
+    pub(super) failed_targets: Vec<String>,
+    target: String,
+    /// The failures of this executable, of which the output is printed before the names.
     printed: Vec<FailedTest>,
     names: Vec<String>,
     part: OutputPart,
@@ -46,16 +47,18 @@ enum OutputPart {
     Failures,
 }
 
+impl FailedTest {
+    /// Whether it is of the executable that cargo calls so.
+    pub(super) fn is_of(&self, target: &str) -> bool {
+        target.ends_with(&self.target) || target.starts_with(&format!("{} ", self.target))
+    }
+}
+
 impl TestOutput {
     /// Reads the next line of standard output or standard error.
     pub(super) fn read(&mut self, line: &str) {
         if let Some(running) = line.trim_start().strip_prefix("Running ") {
-            let path = running.split(' ').next().unwrap_or_default();
-            self.file = path
-                .strip_prefix("tests/")
-                .and_then(|file| file.strip_suffix(".rs"))
-                .unwrap_or_default()
-                .to_owned();
+            self.target = target(running);
         } else if line == "failures:" {
             self.names.clear();
             self.part = OutputPart::Failures;
@@ -63,14 +66,15 @@ impl TestOutput {
             line.strip_prefix("---- ").and_then(|rest| rest.strip_suffix(" stdout ----"))
         {
             self.printed.push(FailedTest {
-                file: self.file.clone(),
+                target: self.target.clone(),
                 name: name.to_owned(),
                 panic: String::new(),
             });
             self.part = OutputPart::Printed;
-        } else if let Some(target) = line.strip_prefix("    `-p ").and_then(|rest| rest.strip_suffix('`')) {
-            let file = target.split_once(" --test ").map_or(target, |(_, file)| file);
-            self.failed_files.push(file.to_owned());
+        } else if let Some(target) = line.strip_prefix("    `").and_then(|rest| rest.strip_suffix('`'))
+            && target.starts_with("-p ")
+        {
+            self.failed_targets.push(target.to_owned());
         } else if let Some(counts) = line.strip_prefix("test result: ") {
             self.close(counts);
         } else if self.part == OutputPart::Failures {
@@ -88,7 +92,7 @@ impl TestOutput {
         }
     }
 
-    /// Reads "FAILED. 12 passed; 3 failed; ...", with which the tests of a file end.
+    /// Reads "FAILED. 12 passed; 3 failed; ...", with which the tests of an executable end.
     fn close(&mut self, counts: &str) {
         let count = |word| {
             let part = counts.split(['.', ';']).find_map(|part| part.trim().strip_suffix(word))?;
@@ -98,11 +102,24 @@ impl TestOutput {
         self.tally.failed += count("failed").unwrap_or_default();
         let printed = mem::take(&mut self.printed);
         for name in mem::take(&mut self.names) {
-            let silent = FailedTest { file: self.file.clone(), name: name.clone(), panic: String::new() };
+            let silent = FailedTest { target: self.target.clone(), name: name.clone(), panic: String::new() };
             self.failed.push(printed.iter().find(|test| test.name == name).cloned().unwrap_or(silent));
         }
         self.part = OutputPart::Elsewhere;
     }
+}
+
+/// [`FailedTest::target`] of "tests/attach.rs (target/debug/deps/attach-0a)" or "unittests src/lib.rs (...)".
+fn target(running: &str) -> String {
+    let (path, executable) = running.split_once(" (").unwrap_or((running, ""));
+    if let Some(path) = path.strip_prefix("unittests ") {
+        let name = executable.rsplit('/').next().unwrap_or_default();
+        let package = name.rsplit_once('-').map_or(name, |(package, _)| package).replace('_', "-");
+        let kind = if path.ends_with("lib.rs") { "--lib" } else { "--bin" };
+        return format!("-p {package} {kind}");
+    }
+    let path = path.strip_suffix("/main.rs").or(path.strip_suffix(".rs")).unwrap_or(path);
+    format!("--test {}", path.rsplit('/').next().unwrap_or(path))
 }
 
 #[cfg(test)]
@@ -136,24 +153,40 @@ failures:
 
 test result: FAILED. 12 passed; 2 failed; 1 ignored; 0 measured; 2 filtered out; finished in 0.10s
 
-     Running unittests src/lib.rs (target/debug/deps/tests-1b)
-test passes ... ok
-test result: ok. 3 passed; 0 failed; 0 ignored; 0 measured; 0 filtered out; finished in 0.00s
+     Running unittests src/lib.rs (target/debug/deps/intercept_agent-1b)
+test routes::passes ... ok
+test routes::fails ... FAILED
+
+failures:
+
+---- routes::fails stdout ----
+
+failures:
+    routes::fails
+
+test result: FAILED. 3 passed; 1 failed; 0 ignored; 0 measured; 0 filtered out; finished in 0.00s
 
 error: 3 targets failed:
     `-p tests --test attach`
     `-p tests --test killed`
-    `-p tests --lib`";
+    `-p intercept-agent --lib`";
         let mut output = TestOutput::default();
         printed.lines().for_each(|line| output.read(line));
-        assert_eq!(output.tally, TestTally { passed: 15, failed: 2 });
-        let test = |name: &str, panic: &str| FailedTest {
-            file: "attach".into(),
+        assert_eq!(output.tally, TestTally { passed: 15, failed: 3 });
+        let test = |target: &str, name: &str, panic: &str| FailedTest {
+            target: target.into(),
             name: name.into(),
             panic: panic.into(),
         };
-        let lost = test("lost", "tests/tests/attach.rs:10:5: the connection is lost");
-        assert_eq!(output.failed, [lost, test("result_of_nothing", "")]);
-        assert_eq!(output.failed_files, ["attach", "killed", "tests --lib"]);
+        let lost = test("--test attach", "lost", "tests/tests/attach.rs:10:5: the connection is lost");
+        let silent = test("--test attach", "result_of_nothing", "");
+        assert_eq!(output.failed, [lost, silent, test("-p intercept-agent --lib", "routes::fails", "")]);
+        let targets = ["-p tests --test attach", "-p tests --test killed", "-p intercept-agent --lib"];
+        assert_eq!(output.failed_targets, targets);
+        assert!(output.failed[0].is_of("-p tests --test attach"));
+        assert!(!output.failed[0].is_of("-p tests --test attach_again"));
+        assert!(test("-p xtask --bin", "", "").is_of("-p xtask --bin xtask"));
+        assert_eq!(target("tests/system/main.rs (target/debug/deps/system-0b)"), "--test system");
+        assert_eq!(target("unittests src/main.rs (target/debug/deps/xtask-0c)"), "-p xtask --bin");
     }
 }
