@@ -214,7 +214,7 @@ fn cargo_test(agent: &Path, arguments: &TestArgs, selection: &[&str], options: &
     let status = child.wait().context("waiting for cargo test")?;
     let passed = status.success();
     let result =
-        passed.then_some(()).with_context(|| format!("cargo test {}: {status}", selection.join(" ")));
+        passed.then_some(()).with_context(|| format!("cargo test {}: {status}", selection[..2].join(" ")));
     Ok(Tested { output, result })
 }
 
