@@ -25,33 +25,18 @@ enum FuzzTarget {
     Decide,
 }
 
-/// Flags for libFuzzer's instrumentation of edges and comparisons. They apply only to the target, not to build scripts.
-const INSTRUMENTED: [&str; 8] = [
-    "-Cpasses=sancov-module",
-    "-Cllvm-args=-sanitizer-coverage-level=4",
-    "-Cllvm-args=-sanitizer-coverage-inline-8bit-counters",
-    "-Cllvm-args=-sanitizer-coverage-pc-table",
-    "-Cllvm-args=-sanitizer-coverage-trace-compares",
-    "-Ccodegen-units=1",
-    "-Cdebug-assertions",
-    "--cfg=fuzzing",
-];
-
-const PLATFORM: &str = "x86_64-unknown-linux-gnu";
+/// Instruments the crates of the workspace, and only those.
+const COMPILER: &str = "tests/fuzz/rustc.sh";
 
 /// Builds the targets and runs each for its time. The corpora are kept in target/fuzz.
 pub(crate) fn fuzz(arguments: &FuzzArgs) -> Result<()> {
     setup::setup(&[Group::Base, Group::Fuzz])?;
     let folder = workspace::target().join("fuzz");
-    run::shown(
-        run::cargo("build")
-            .args(["--release", "--package", "fuzz", "--target", PLATFORM, "--target-dir"])
-            .arg(&folder)
-            // This halves the build time, and the fuzzers stay fast enough.
-            .env("CARGO_PROFILE_RELEASE_OPT_LEVEL", "1")
-            .env("CARGO_PROFILE_RELEASE_DEBUG", "false")
-            .env("RUSTFLAGS", INSTRUMENTED.join(" ")),
-    )?;
+    // With the packages of `build::agent`, so that the dependencies have the same features.
+    let selection = ["--package", "intercept-agent", "--package", "tests", "--package", "fuzz"];
+    let mut cargo = run::cargo("build");
+    cargo.arg("--release").args(selection).args(["--bin", "fuzz-options", "--bin", "fuzz-decide"]);
+    run::shown(cargo.env("RUSTC_WORKSPACE_WRAPPER", workspace::root().join(COMPILER)))?;
     let targets =
         if arguments.targets.is_empty() { FuzzTarget::value_variants() } else { &arguments.targets };
     let (folder, seconds) = (&folder, arguments.seconds);
@@ -77,7 +62,7 @@ fn perform(target: FuzzTarget, folder: &Path, seconds: u32) -> Result<()> {
     for folder in [&corpus, &findings] {
         fs::create_dir_all(folder).with_context(|| format!("making {}", folder.display()))?;
     }
-    let mut fuzzer = Command::new(folder.join(PLATFORM).join("release").join(name));
+    let mut fuzzer = Command::new(workspace::target().join("release").join(name));
     fuzzer.arg(format!("-max_total_time={seconds}"));
     fuzzer.arg(format!("-artifact_prefix={}/", findings.display()));
     if let Some(dictionary) = dictionary {
