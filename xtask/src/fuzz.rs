@@ -1,6 +1,6 @@
 //! Fuzzing with libFuzzer.
 
-use std::{fs, path::Path, process::Command, thread};
+use std::{fs, os::unix::fs::PermissionsExt as _, path::Path, process::Command, thread};
 
 use anyhow::{Context as _, Result};
 use clap::{Args, ValueEnum};
@@ -32,11 +32,17 @@ const COMPILER: &str = "tests/fuzz/rustc.sh";
 pub(crate) fn fuzz(arguments: &FuzzArgs) -> Result<()> {
     setup::setup(&[Group::Base, Group::Fuzz])?;
     let folder = workspace::target().join("fuzz");
+    fs::create_dir_all(&folder).with_context(|| format!("making {}", folder.display()))?;
+    let compiler = folder.join("rustc.sh");
+    // A copy, because a source tree may have lost the permission to execute it.
+    fs::copy(workspace::root().join(COMPILER), &compiler)
+        .and_then(|_| fs::set_permissions(&compiler, fs::Permissions::from_mode(0o755)))
+        .with_context(|| format!("copying {COMPILER} to {}", compiler.display()))?;
     // With the packages of `build::agent`, so that the dependencies have the same features.
     let selection = ["--package", "intercept-agent", "--package", "tests", "--package", "fuzz"];
     let mut cargo = run::cargo("build");
     cargo.arg("--release").args(selection).args(["--bin", "fuzz-options", "--bin", "fuzz-decide"]);
-    run::shown(cargo.env("RUSTC_WORKSPACE_WRAPPER", workspace::root().join(COMPILER)))?;
+    run::shown(cargo.env("RUSTC_WORKSPACE_WRAPPER", compiler))?;
     let targets =
         if arguments.targets.is_empty() { FuzzTarget::value_variants() } else { &arguments.targets };
     let (folder, seconds) = (&folder, arguments.seconds);
