@@ -77,8 +77,8 @@ pub fn bound_arenas() {
     }
 }
 
-/// Reads an open file of the kernel's that is shorter than a page from its beginning, where the kernel makes its content
-/// anew. With one call instead of one for each few bytes.
+/// Reads the present content of an open file of the kernel's that is shorter than a page, with one call instead of one for
+/// each few bytes. The kernel writes the content again when it is read from the beginning.
 pub fn read_again(file: &std::fs::File) -> io::Result<String> {
     let mut bytes = vec![0; 4096];
     let length = std::os::unix::fs::FileExt::read_at(file, &mut bytes, 0)?;
