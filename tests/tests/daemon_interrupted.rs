@@ -2,12 +2,12 @@
 //! daemon finishes it or undoes it.
 
 use std::{
-    cell::Cell,
+    cell::{Cell, RefCell},
     collections::BTreeSet,
     fs,
     io::{BufRead as _, BufReader},
     process::{Child, Command, Stdio},
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use intercept_agent::facade::daemon::{CutoverState, Response};
@@ -33,17 +33,6 @@ enum KillPoint {
 const THERE: [KillPoint; 4] =
     [KillPoint::Overlap, KillPoint::Record(1), KillPoint::Record(2), KillPoint::Record(3)];
 const BACK: [KillPoint; 3] = [KillPoint::Overlap, KillPoint::Record(1), KillPoint::Record(2)];
-
-const PATIENCE: Duration = Duration::from_secs(40);
-
-#[track_caller]
-fn wait(what: &str, so: impl Fn() -> bool) {
-    let deadline = Instant::now() + PATIENCE;
-    while !so() {
-        assert!(Instant::now() < deadline, "waited in vain: {what}");
-        std::thread::sleep(Duration::from_millis(5));
-    }
-}
 
 /// Programs of iptables that are counted, and of which one waits until it is killed.
 struct CountedTools {
@@ -147,25 +136,21 @@ fn kill(node: &mut CutoverNode<'_>, tools: &CountedTools, point: KillPoint, to: 
         KillPoint::Program(number) => {
             tools.hold(number);
             node.annotate(&annotations(to));
-            wait(&what, || {
+            node.wait(&what, |node| {
                 done.set(is_done(node));
                 tools.waits() || done.get()
             });
             done.set(!tools.waits());
         }
         KillPoint::Overlap => {
-            let midst = if to == "enforce" { ("enforce", Some("in")) } else { ("shadow", Some("in")) };
             node.annotate(&annotations(to));
-            wait(&what, || node.is_applied(midst.0, midst.1));
+            node.wait(&what, |node| node.is_applied(to, Some("in")));
         }
         KillPoint::Record(number) => {
-            let mut strace = Strace::attach(node.daemon().pid().expect("it runs"), "rename", number);
+            let strace = Strace::attach(node.daemon().pid().expect("it runs"), "rename", number);
+            let strace = RefCell::new(strace);
             node.annotate(&annotations(to));
-            let deadline = Instant::now() + PATIENCE;
-            while !strace.has_killed() {
-                assert!(Instant::now() < deadline, "waited in vain: {what}");
-                std::thread::sleep(Duration::from_millis(5));
-            }
+            node.wait(&what, |_| strace.borrow_mut().has_killed());
         }
     }
     node.watched.daemon.kill().expect("killed");

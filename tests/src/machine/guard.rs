@@ -4,7 +4,7 @@ use std::{
     fs,
     io::{BufRead as _, BufReader},
     net::SocketAddr,
-    process::Stdio,
+    process::{Child, ChildStdout, Stdio},
     thread,
     time::{Duration, Instant},
 };
@@ -24,7 +24,11 @@ struct Guarded<'a> {
     envoy: Unit,
 }
 
-impl Guarded<'_> {
+impl<'a> Guarded<'a> {
+    fn new(machine: &'a CapturedMachine) -> Result<Self> {
+        Ok(Self { machine, app: machine.unit("app", &[APP])?, envoy: machine.proxy("envoy", FIRST)? })
+    }
+
     fn calls(&self, what: &str, captured: bool) -> Result<()> {
         for v6 in [false, true] {
             let to = SocketAddr::new(service(v6), SERVICE);
@@ -41,8 +45,7 @@ impl Guarded<'_> {
 }
 
 pub(super) fn confirm(machine: &CapturedMachine) -> Result<()> {
-    let guarded =
-        Guarded { machine, app: machine.unit("app", &[APP])?, envoy: machine.proxy("envoy", FIRST)? };
+    let guarded = Guarded::new(machine)?;
     let units = [&guarded.app, &guarded.envoy];
     let before = guarded.state()?;
     let time = Duration::from_secs(machine.confirm_seconds);
@@ -115,18 +118,27 @@ fn kill_guards() -> Result<()> {
     Ok(())
 }
 
-/// `run` releases the machine when it is told to end.
-pub(super) fn run(machine: &CapturedMachine) -> Result<()> {
-    let guarded =
-        Guarded { machine, app: machine.unit("app", &[APP])?, envoy: machine.proxy("envoy", FIRST)? };
-    let before = guarded.state()?;
-    let units = [&guarded.app, &guarded.envoy];
+/// Starts `run` for these units, and waits until they are captured. Its output must stay open.
+fn running(
+    machine: &CapturedMachine,
+    units: &[&Unit],
+    stderr: Stdio,
+) -> Result<(Child, BufReader<ChildStdout>)> {
     let flags = ["--machine", "-u", "1337", "-g", "1337", "-i", "*", "-b", "*"];
-    let mut child = machine.command("run", &units, &flags).stdout(Stdio::piped()).spawn()?;
-    let mut said = String::new();
+    let mut child = machine.command("run", units, &flags).stdout(Stdio::piped()).stderr(stderr).spawn()?;
     let mut output = BufReader::new(child.stdout.take().context("no output")?);
+    let mut said = String::new();
     output.read_line(&mut said)?;
     ensure!(said.starts_with("attached"), "{said}");
+    Ok((child, output))
+}
+
+/// `run` releases the machine when it is told to end.
+pub(super) fn run(machine: &CapturedMachine) -> Result<()> {
+    let guarded = Guarded::new(machine)?;
+    let before = guarded.state()?;
+    let units = [&guarded.app, &guarded.envoy];
+    let (mut child, _output) = running(machine, &units, Stdio::inherit())?;
     guarded.calls("while it runs", true)?;
     kill_process(Pid::from_child(&child), Signal::TERM)?;
     ensure!(child.wait()?.success(), "run failed");
@@ -137,16 +149,10 @@ pub(super) fn run(machine: &CapturedMachine) -> Result<()> {
 
 /// Options by which an attach replaces those of `run`, as `systemctl reload` does, stay when addresses change.
 pub(super) fn run_keeps_options(machine: &CapturedMachine) -> Result<()> {
-    let guarded =
-        Guarded { machine, app: machine.unit("app", &[APP])?, envoy: machine.proxy("envoy", FIRST)? };
+    let guarded = Guarded::new(machine)?;
     let before = guarded.state()?;
     let units = [&guarded.app, &guarded.envoy];
-    let flags = ["--machine", "-u", "1337", "-g", "1337", "-i", "*", "-b", "*"];
-    let mut command = machine.command("run", &units, &flags);
-    let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?;
-    let mut said = String::new();
-    BufReader::new(child.stdout.take().context("no output")?).read_line(&mut said)?;
-    ensure!(said.starts_with("attached"), "{said}");
+    let (mut child, _output) = running(machine, &units, Stdio::piped())?;
     guarded.calls("before options are replaced", true)?;
 
     let excluded = [false, true].map(|v6| service(v6).to_string()).join(",");
@@ -175,16 +181,10 @@ pub(super) fn run_keeps_options(machine: &CapturedMachine) -> Result<()> {
 /// `run` says which of its cgroups is gone, goes on with the others, and ends with the last.
 pub(super) fn run_ends(machine: &CapturedMachine) -> Result<()> {
     let before = machine.state(&[])?;
-    let guarded =
-        Guarded { machine, app: machine.unit("app", &[APP])?, envoy: machine.proxy("envoy", FIRST)? };
+    let guarded = Guarded::new(machine)?;
     let other = machine.unit("other", &[])?;
     let units = [&guarded.app, &guarded.envoy, &other];
-    let flags = ["--machine", "-u", "1337", "-g", "1337", "-i", "*", "-b", "*"];
-    let mut command = machine.command("run", &units, &flags);
-    let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?;
-    let mut said = String::new();
-    BufReader::new(child.stdout.take().context("no output")?).read_line(&mut said)?;
-    ensure!(said.starts_with("attached"), "{said}");
+    let (mut child, _output) = running(machine, &units, Stdio::piped())?;
 
     let mut log = BufReader::new(child.stderr.take().context("no log")?).lines();
     let path = other.sandbox.cgroup.path().display().to_string();
