@@ -251,17 +251,22 @@ impl Acceleration {
     }
 }
 
+/// The helper in `intercept-ebpf/src/join/kernel.rs` that stands for `bpf_rdonly_cast`.
+const RDONLY_CAST: i32 = 0x7fff_0001;
+
 /// Maps of the other object that these programs use.
 const SHARED_MAPS: [&str; 3] = [names::POLICIES, names::EVENTS, names::TRACING];
 
 /// Loads the programs with the maps pinned in `maps`, which are created if they are missing, and pins them in
 /// `directory`. The sk_msg program is attached to JOIN_ENDS.
 fn load_programs(maps: &Path, directory: &Path) -> Result<(), AccelerationError> {
-    let offsets = btf_offsets::find_for_joining()?;
-    let constants: Vec<_> = offsets.iter().map(|(name, value)| (*name, bytemuck::bytes_of(value))).collect();
+    let types = btf_offsets::find_for_joining()?;
+    let constants: Vec<_> =
+        types.offsets.iter().map(|(name, value)| (*name, bytemuck::bytes_of(value))).collect();
     let pinned: Vec<_> = names::JOIN_MAPS.iter().chain(&SHARED_MAPS).copied().collect();
-    let object =
-        Loaded::new(JOIN, LoadOptions { pins: maps, pinned: &pinned, constants: &constants, sizes: &[] })?;
+    let options = LoadOptions { pins: maps, pinned: &pinned, constants: &constants, sizes: &[] };
+    let mut object = Loaded::new(JOIN, options)?;
+    object.replace_helper(RDONLY_CAST, types.cast);
     // JOIN_OPS is pinned last, so that its pin shows that everything is loaded.
     for name in [names::JOIN_MSG, names::JOIN_OPS] {
         let program = object.load(name, programs::kind(name))?;

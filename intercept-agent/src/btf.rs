@@ -8,8 +8,8 @@ use std::{io, ops::Range, path::Path};
 
 use aya_obj::generated::{
     BTF_KIND_ARRAY, BTF_KIND_CONST, BTF_KIND_DATASEC, BTF_KIND_DECL_TAG, BTF_KIND_ENUM, BTF_KIND_ENUM64,
-    BTF_KIND_FUNC_PROTO, BTF_KIND_INT, BTF_KIND_STRUCT, BTF_KIND_TYPEDEF, BTF_KIND_UNION, BTF_KIND_VAR,
-    BTF_KIND_VOLATILE,
+    BTF_KIND_FUNC, BTF_KIND_FUNC_PROTO, BTF_KIND_INT, BTF_KIND_STRUCT, BTF_KIND_TYPEDEF, BTF_KIND_UNION,
+    BTF_KIND_VAR, BTF_KIND_VOLATILE,
 };
 
 const MAGIC: u16 = 0xeb9f;
@@ -91,6 +91,22 @@ impl Btf {
                     .is_some_and(|name| self.is_named(name, value))
             })
         })
+    }
+
+    /// The id of the struct with this name.
+    pub(crate) fn struct_id(&self, name: &str) -> Option<u32> {
+        self.id(name, BTF_KIND_STRUCT)
+    }
+
+    /// The id of the function with this name. Besides those that programs may call, BTF has many others.
+    pub(crate) fn function_id(&self, name: &str) -> Option<u32> {
+        self.id(name, BTF_KIND_FUNC)
+    }
+
+    fn id(&self, name: &str, kind: u32) -> Option<u32> {
+        let is_it = |ty: BtfType| ty.kind == kind && self.is_named(ty.name, name);
+        let index = self.types.iter().position(|&at| self.at(at as usize).is_some_and(is_it))?;
+        u32::try_from(index + 1).ok()
     }
 
     fn named(&self, name: &str) -> impl Iterator<Item = BtfType> {

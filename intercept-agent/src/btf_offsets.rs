@@ -8,6 +8,18 @@ use crate::btf::Btf;
 /// Offsets in bytes, with the names of the programs' globals.
 pub type Offsets = Vec<(&'static str, u32)>;
 
+/// What the programs of joined connections need to know of the kernel's types.
+pub struct JoinTypes {
+    /// The offsets.
+    pub offsets: Offsets,
+    /// The id of `bpf_rdonly_cast`, if the kernel has it.
+    pub cast: Option<u32>,
+}
+
+/// The global for the id of `tcp_sock`, and the function that gives an address this type (Linux 6.2). The global is 0 without
+/// the function.
+const CAST: (&str, &str) = ("TCP_SOCK_TYPE", "bpf_rdonly_cast");
+
 /// A member of a kernel struct and the global for its offset.
 struct OffsetStep {
     global: &'static str,
@@ -115,9 +127,13 @@ pub fn find() -> Result<Offsets, OffsetError> {
 }
 
 /// Looks up the offsets for the programs of joined connections.
-pub fn find_for_joining() -> Result<Offsets, OffsetError> {
+pub fn find_for_joining() -> Result<JoinTypes, OffsetError> {
     let btf = Btf::read(Path::new(VMLINUX_BTF)).map_err(OffsetError::Read)?;
-    look_up(&btf, MEMBERS[..SHARED].iter().chain(&CGROUP).chain(&JOIN))
+    let mut offsets = look_up(&btf, MEMBERS[..SHARED].iter().chain(&CGROUP).chain(&JOIN))?;
+    let cast = btf.function_id(CAST.1);
+    let id = cast.and_then(|_| btf.struct_id("tcp_sock")).unwrap_or(0);
+    offsets.push((CAST.0, id));
+    Ok(JoinTypes { offsets, cast: if id == 0 { None } else { cast } })
 }
 
 fn look_up(btf: &Btf, steps: impl Iterator<Item = &'static OffsetStep>) -> Result<Offsets, OffsetError> {
@@ -143,9 +159,10 @@ mod tests {
 
     #[test]
     fn members_inside_of_others_are_found() {
-        let offsets = super::find_for_joining().expect("offsets");
+        let super::JoinTypes { offsets, cast } = super::find_for_joining().expect("offsets");
         let of = |global: &str| offsets.iter().find(|(name, _)| *name == global).expect("listed").1;
         assert_eq!(of("SK_SOCKET"), of("SOCK_SOCKET_OFF"));
+        assert_eq!(of("TCP_SOCK_TYPE") > 0, cast.is_some(), "one is of no use without the other");
         for inner in ["SK_RMEM_ALLOC", "FILE_DENTRY", "DENTRY_NAME", "MM_EXE_FILE", "WRITE_SEQ", "COPIED_SEQ"]
         {
             assert!(of(inner) > 0, "{inner}: {offsets:?}");

@@ -12,7 +12,11 @@ use std::{
 };
 
 use aya::maps::{MapData, MapError};
-use aya_obj::{EbpfSectionKind, Object, btf::BtfFeatures};
+use aya_obj::{
+    EbpfSectionKind, Object,
+    btf::BtfFeatures,
+    generated::{BPF_ALU64, BPF_CALL, BPF_JMP, BPF_K, BPF_MOV, BPF_PSEUDO_KFUNC_CALL},
+};
 
 use crate::sys::{self, ProgramKind, ProgramLoad, Rejection};
 
@@ -118,6 +122,30 @@ impl Loaded {
     /// A map of the object.
     pub fn map(&self, name: &'static str) -> Result<BorrowedFd<'_>, LoadError> {
         self.maps.get(name).map(OwnedFd::as_fd).ok_or(LoadError::Absent(name))
+    }
+
+    /// Replaces calls of a helper, which no kernel has, with calls of a function of the kernel. Without a function, calls
+    /// give 0; the programs do not reach them.
+    #[expect(clippy::cast_possible_truncation, reason = "the codes of instructions have eight bits")]
+    pub fn replace_helper(&mut self, helper: i32, function: Option<u32>) {
+        const CALL: u8 = (BPF_JMP | BPF_CALL) as u8;
+        const SET_R0: u8 = (BPF_ALU64 | BPF_MOV | BPF_K) as u8;
+        let instructions = self.object.functions.values_mut().flat_map(|function| &mut function.instructions);
+        for instruction in instructions {
+            if instruction.code != CALL || instruction.src_reg() != 0 || instruction.imm != helper {
+                continue;
+            }
+            match function {
+                Some(id) => {
+                    instruction.set_src_reg(BPF_PSEUDO_KFUNC_CALL as u8);
+                    instruction.imm = id.cast_signed();
+                }
+                None => {
+                    instruction.code = SET_R0;
+                    instruction.imm = 0;
+                }
+            }
+        }
     }
 
     /// Has the kernel verify a program.

@@ -1,8 +1,8 @@
 //! Reads of the kernel's own structs: the two sockets of a connection and the running task.
 //!
 //! The verifier knows the type of the sender's socket, so its members are plain loads. The reader's socket is an address
-//! stored when the connection was established. It is read with `bpf_probe_read_kernel`, which returns an error for memory
-//! that cannot be read, and the result is used only if the socket at that address has the stored cookie.
+//! stored when the connection was established. What is read there is used only if the socket at that address has the stored
+//! cookie. See [`KernelStruct`] for how.
 
 use core::ffi::c_void;
 
@@ -20,6 +20,9 @@ const LEVELS: usize = 6;
 /// Pages that a memory cgroup must have free; the kernel charges in batches of 64.
 const MARGIN: u64 = 128;
 
+/// Stands for `bpf_rdonly_cast` until the agent replaces it: the number of a helper that no kernel has.
+const RDONLY_CAST: usize = 0x7fff_0001;
+
 macro_rules! offsets {
     ($($name:ident,)*) => {
         $(/// Offset in bytes on the running kernel. The agent fills it in from BTF.
@@ -30,7 +33,7 @@ macro_rules! offsets {
 offsets! {
     SKC_STATE, SKC_COOKIE, SK_SHUTDOWN, SK_RCVLOWAT, SK_RMEM_ALLOC, SK_SOCKET, SK_MEMCG, WRITE_SEQ, COPIED_SEQ,
     ULP_OPS, SOCKET_FILE, FILE_FLAGS, FILE_DENTRY, MM_EXE_FILE, TASK_MM, DENTRY_NAME, MEMCG_MEMORY, MEMCG_TCPMEM,
-    COUNTER_USAGE, COUNTER_MAX, COUNTER_PARENT,
+    COUNTER_USAGE, COUNTER_MAX, COUNTER_PARENT, TCP_SOCK_TYPE,
 }
 
 macro_rules! offset {
@@ -75,7 +78,7 @@ impl Sender {
     /// with a probability of 2^-32.
     #[inline(always)]
     pub(crate) fn all_read_by(&self, reader: &Reader) -> bool {
-        read::<u32>(reader.sock, offset!(COPIED_SEQ)) == Some(self.write_seq)
+        reader.sock.member::<u32>(offset!(COPIED_SEQ)) == Some(self.write_seq)
     }
 }
 
@@ -86,46 +89,89 @@ fn typed<T>(base: *const tcp_sock, offset: usize) -> T {
     unsafe { base.cast::<u8>().add(offset).cast::<T>().read() }
 }
 
+/// The address of a kernel struct, whose memory may be freed or in use for something else.
+///
+/// Since Linux 6.2, `bpf_rdonly_cast` tells the verifier the type of an address. Its members are then plain loads, which give
+/// 0 where memory cannot be read. On older kernels `bpf_probe_read_kernel` reads each member, which takes 40 ns.
+#[derive(Clone, Copy)]
+struct KernelStruct(u64);
+
+impl KernelStruct {
+    #[inline(always)]
+    fn tcp_sock(address: u64) -> Self {
+        let id = offset!(TCP_SOCK_TYPE) as u32;
+        if id == 0 {
+            return Self(address);
+        }
+        // SAFETY: the agent replaces this call with one of `bpf_rdonly_cast`, which takes any address.
+        let cast: unsafe extern "C" fn(u64, u32) -> u64 = unsafe { core::mem::transmute(RDONLY_CAST) };
+        // SAFETY: as above.
+        Self(unsafe { cast(address, id) })
+    }
+
+    /// `None` for a null pointer or unreadable memory.
+    #[inline(always)]
+    fn member<T: Copy + Default>(self, offset: usize) -> Option<T> {
+        if offset!(TCP_SOCK_TYPE) == 0 {
+            return read(self.0, offset);
+        }
+        if self.0 == 0 {
+            return None;
+        }
+        // SAFETY: the verifier checks the load against the kernel's BTF, and the kernel handles its faults.
+        Some(unsafe { core::ptr::read_volatile((self.0 as usize + offset) as *const T) })
+    }
+
+    /// The struct that a member points to.
+    #[inline(always)]
+    fn follow(self, offset: usize) -> Option<Self> {
+        self.member(offset).map(Self)
+    }
+}
+
 /// The receiving end.
 pub(crate) struct Reader {
-    sock: u64,
+    sock: KernelStruct,
 }
 
 impl Reader {
     /// `None` if the socket no longer exists.
     #[inline(always)]
     pub(crate) fn of(end: &JoinEnd) -> Option<Self> {
-        let cookie: u64 = read(end.sock, offset!(SKC_COOKIE))?;
-        (cookie == end.cookie).then_some(Self { sock: end.sock })
+        let sock = KernelStruct::tcp_sock(end.sock);
+        let cookie: u64 = sock.member(offset!(SKC_COOKIE))?;
+        (cookie == end.cookie).then_some(Self { sock })
     }
 
     /// Whether it still receives: neither closed nor shut down for reading.
     #[inline(always)]
     pub(crate) fn is_open(&self) -> bool {
         const RCV_SHUTDOWN: u8 = 1;
-        read::<u8>(self.sock, offset!(SK_SHUTDOWN)).is_some_and(|shut| shut & RCV_SHUTDOWN == 0)
+        self.sock.member::<u8>(offset!(SK_SHUTDOWN)).is_some_and(|shut| shut & RCV_SHUTDOWN == 0)
     }
 
     /// Whether a process holds it by a non-blocking descriptor.
     #[inline(always)]
     pub(crate) fn is_non_blocking(&self) -> bool {
         const O_NONBLOCK: u32 = 0o4000;
-        let flags = read::<u64>(self.sock, offset!(SK_SOCKET))
-            .and_then(|socket| read::<u64>(socket, offset!(SOCKET_FILE)))
-            .and_then(|file| read::<u32>(file, offset!(FILE_FLAGS)));
+        let flags = self
+            .sock
+            .follow(offset!(SK_SOCKET))
+            .and_then(|socket| socket.follow(offset!(SOCKET_FILE)))
+            .and_then(|file| file.member::<u32>(offset!(FILE_FLAGS)));
         flags.is_some_and(|flags| flags & O_NONBLOCK != 0)
     }
 
     /// Whether a single byte wakes it (SO_RCVLOWAT).
     #[inline(always)]
     pub(crate) fn wants_any_byte(&self) -> bool {
-        read::<i32>(self.sock, offset!(SK_RCVLOWAT)).is_some_and(|bytes| bytes <= 1)
+        self.sock.member::<i32>(offset!(SK_RCVLOWAT)).is_some_and(|bytes| bytes <= 1)
     }
 
     /// Unread bytes, including TCP's overhead.
     #[inline(always)]
     pub(crate) fn unread(&self) -> u32 {
-        read(self.sock, offset!(SK_RMEM_ALLOC)).unwrap_or(u32::MAX)
+        self.sock.member(offset!(SK_RMEM_ALLOC)).unwrap_or(u32::MAX)
     }
 
     /// Whether its memory cgroup and the ancestors of that have room for `bytes`.
@@ -134,30 +180,31 @@ impl Reader {
         if offset!(SK_MEMCG) == 0 {
             return true;
         }
-        let memcg: u64 = read(self.sock, offset!(SK_MEMCG)).unwrap_or(0);
+        let memcg: u64 = self.sock.member(offset!(SK_MEMCG)).unwrap_or(0);
         if memcg == 0 {
             return true;
         }
         let pages = u64::from(bytes >> 12) + MARGIN;
-        has_room(memcg + offset!(MEMCG_MEMORY) as u64, pages)
-            && (offset!(MEMCG_TCPMEM) == 0 || has_room(memcg + offset!(MEMCG_TCPMEM) as u64, pages))
+        has_room(KernelStruct(memcg + offset!(MEMCG_MEMORY) as u64), pages)
+            && (offset!(MEMCG_TCPMEM) == 0
+                || has_room(KernelStruct(memcg + offset!(MEMCG_TCPMEM) as u64), pages))
     }
 }
 
 #[inline(always)]
-fn has_room(mut counter: u64, pages: u64) -> bool {
+fn has_room(mut counter: KernelStruct, pages: u64) -> bool {
     for _ in 0..LEVELS {
         let (Some(usage), Some(max), Some(parent)) = (
-            read::<u64>(counter, offset!(COUNTER_USAGE)),
-            read::<u64>(counter, offset!(COUNTER_MAX)),
-            read::<u64>(counter, offset!(COUNTER_PARENT)),
+            counter.member::<u64>(offset!(COUNTER_USAGE)),
+            counter.member::<u64>(offset!(COUNTER_MAX)),
+            counter.follow(offset!(COUNTER_PARENT)),
         ) else {
             return false;
         };
         if usage.saturating_add(pages) > max {
             return false;
         }
-        if parent == 0 {
+        if parent.0 == 0 {
             break;
         }
         counter = parent;
