@@ -33,6 +33,7 @@ fn main() -> ExitCode {
 fn build() -> Result<(), String> {
     let workspace = path("CARGO_MANIFEST_DIR")?.join("..");
     rerun_when_changed(&workspace);
+    link_at_a_fixed_address()?;
     let toolchain = toolchain::find(&path("RUSTC")?).map_err(|missing| missing.to_string())?;
     println!("cargo::rerun-if-changed={}", toolchain.linker.display());
 
@@ -59,6 +60,20 @@ fn build() -> Result<(), String> {
                 .map_err(|error| format!("taking {PER_POD} out of {binary}: {error}"))?;
             write(&out_dir.join(PER_POD).with_extension("o"), &stub)?;
         }
+    }
+    Ok(())
+}
+
+/// A position-independent executable has the addresses of its tables filled in at each start, on 150 pages: of the start of a CNI
+/// plugin that was half. `xtask/src/cross.rs` sets the same for static ones. Stack, heap and libraries stay at random
+/// addresses.
+fn link_at_a_fixed_address() -> Result<(), String> {
+    let is_static = env::var("CARGO_CFG_TARGET_FEATURE")
+        .map_err(|error| format!("CARGO_CFG_TARGET_FEATURE: {error}"))?
+        .split(',')
+        .any(|feature| feature == "crt-static");
+    if !is_static {
+        println!("cargo::rustc-link-arg-bins=-no-pie");
     }
     Ok(())
 }

@@ -28,7 +28,9 @@ enum Library {
 /// Configures a cargo command to build static programs for an architecture.
 pub(crate) fn statically(cargo: &mut Command, architecture: Architecture) -> Result<()> {
     let target = architecture.target();
-    let mut flags = vec![OsString::from("-Ctarget-feature=+crt-static")];
+    // The agent's build script tells why its address is fixed.
+    let mut flags =
+        ["-Ctarget-feature=+crt-static", "-Crelocation-model=static"].map(OsString::from).to_vec();
     if !architecture.is_host() {
         let variable = target.to_uppercase().replace('-', "_");
         cargo.env(format!("CARGO_TARGET_{variable}_LINKER"), architecture.c_compiler());
