@@ -79,8 +79,9 @@ pub fn main() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             let code = error.downcast_ref::<Failed>().map_or(1, |failed| failed.exit_code());
-            // The chain of causes, separated by colons.
-            eprintln!("error: {}", Lines(explained(error.as_ref())));
+            // The chain of causes, separated by colons. Standard error has no buffer: this is one write.
+            let message = format!("error: {}\n", Lines(explained(error.as_ref())));
+            eprint!("{message}");
             ExitCode::from(code)
         }
     }
