@@ -15,9 +15,12 @@ use crate::{
 };
 
 const PLAIN: &[&str] = &["link set lo up"];
+/// The kernel adds no link-local addresses, which would come at any time.
 const PAIR: &[&str] = &[
     "link set lo up",
     "link add eth0 type veth peer name far0",
+    "link set far0 addrgenmode none",
+    "link set eth0 addrgenmode none",
     "link set far0 up",
     "link set eth0 up",
     "addr add 10.244.1.5/24 dev eth0",
