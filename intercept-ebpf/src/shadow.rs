@@ -246,7 +246,10 @@ pub(crate) fn established(ctx: &SockOpsContext) {
     let verdicts = Verdicts { reason: conn.reason(), expected: conn.expected(), actual };
     // Where its SYN arrived was not noted if the pod has left shadow mode since.
     if verdicts.expected != verdicts.actual && pod(netns).is_none() {
-        return give_up(netns, isn);
+        if uncompared(netns) {
+            conn.set_stage(seen | stage::UNCOMPARED);
+        }
+        return;
     }
     compare(netns, verdicts, || {
         let ends = context::callback_ends(ctx.ops);
