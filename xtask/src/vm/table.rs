@@ -63,10 +63,18 @@ fn updated(page: &str, rows: &[KernelRow]) -> Option<String> {
     let (before, rest) = page.split_once(BEGIN)?;
     let (table, after) = rest.split_once(END)?;
     let mut lines: BTreeMap<(Series, Architecture), String> =
-        table.lines().filter_map(|line| Some((key(line)?, format!("{line}\n")))).collect();
+        table.lines().filter_map(|line| Some((key(line)?, with_all_columns(line)))).collect();
     lines.extend(rows.iter().map(|row| ((row.series, row.architecture), row.line())));
     let lines: String = lines.into_values().collect();
     Some(format!("{before}{BEGIN}{HEAD}{lines}{END}{after}"))
+}
+
+/// A row, which may have been written before the table had all its columns.
+fn with_all_columns(line: &str) -> String {
+    // A bar in a cell has a backslash before it.
+    let bars = |line: &str| line.matches('|').count() - line.matches("\\|").count();
+    let columns = HEAD.lines().next().map_or(0, bars);
+    format!("{line}{}\n", " - |".repeat(columns.saturating_sub(bars(line))))
 }
 
 /// The first two cells of a row.
@@ -98,6 +106,16 @@ mod tests {
         let demos: Vec<_> = page.lines().filter_map(|line| line.split('|').nth(5)).map(str::trim).collect();
         assert_eq!(demos, ["demo", "---", "x86", "arm", "new"]);
         assert!(page.starts_with("# Title\n") && page.ends_with("after\n"), "{page}");
+    }
+
+    #[test]
+    fn rows_that_were_written_before_a_column_was_added_get_it() {
+        let old = "| 6.12 | arm64 | 6.12.1 | a \\| b | 15 of 15 flows | 6 of 6 |\n";
+        let page = format!("{BEGIN}{old}{END}");
+        let page = updated(&page, &[row("6.1", Architecture::Amd64, "x86")]).expect("a page");
+        let line = page.lines().find(|line| line.contains("arm64")).expect("the row");
+        assert_eq!(line, "| 6.12 | arm64 | 6.12.1 | a \\| b | 15 of 15 flows | 6 of 6 | - |");
+        assert_eq!(updated(&page, &[]), Some(page), "a row with all columns was changed");
     }
 
     #[test]
