@@ -4,7 +4,7 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use tests::testbed::sweep::leftovers;
+use tests::testbed::{name, sweep::leftovers};
 
 fn bench(arguments: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_bench"));
@@ -14,7 +14,7 @@ fn bench(arguments: &[&str]) -> Command {
 
 fn left_behind(pid: u32) -> Vec<std::path::PathBuf> {
     let mut left = leftovers(pid).expect("namespaces and cgroups are listed");
-    let mine = format!("intercept-test.{pid}.");
+    let mine = format!("{}{}.", name::PREFIX, name::Maker::of(pid));
     for entry in std::fs::read_dir("/run").expect("/run is listed").flatten() {
         if entry.file_name().to_string_lossy().starts_with(&mine) {
             left.push(entry.path());

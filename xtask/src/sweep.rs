@@ -12,7 +12,8 @@ use rustix::process::{Pid, Signal, kill_process, test_kill_process};
 
 use crate::workspace;
 
-/// The prefix of all names that tests and the demo make. The pid of the maker follows.
+/// The prefix of all names that tests and the demo make. The maker follows: its pid, or `PID-NAMESPACE` if it is not of the
+/// first PID namespace.
 const PREFIX: &str = "intercept-test.";
 
 const NAMESPACES: &str = "/run/netns";
@@ -110,12 +111,46 @@ fn abandoned(folder: &Path) -> impl Iterator<Item = PathBuf> + use<> {
     let entries = fs::read_dir(folder).into_iter().flatten().flatten();
     entries.map(|entry| entry.path()).filter(|path| {
         let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
-        maker(name).is_some_and(|pid| test_kill_process(pid) == Err(rustix::io::Errno::SRCH))
+        maker(name).is_some_and(Maker::has_ended)
     })
 }
 
-fn maker(name: &str) -> Option<Pid> {
-    Pid::from_raw(name.strip_prefix(PREFIX)?.split('.').next()?.parse().ok()?)
+/// The process that made an object, by its pid and the inode of its PID namespace.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+struct Maker {
+    pid: Pid,
+    namespace: u64,
+}
+
+impl Maker {
+    /// The inode of the first PID namespace, which the kernel never changes (`PROC_PID_INIT_INO`).
+    const FIRST: u64 = 0xEFFF_FFFC;
+
+    /// Processes of another PID namespace have ended once it has none, which only the first PID namespace sees.
+    fn has_ended(self) -> bool {
+        let own = pid_namespace(Path::new("/proc/self"));
+        if own == Some(self.namespace) {
+            return test_kill_process(self.pid) == Err(rustix::io::Errno::SRCH);
+        }
+        let mut processes = fs::read_dir("/proc").into_iter().flatten().flatten();
+        own == Some(Self::FIRST)
+            && !processes.any(|process| pid_namespace(&process.path()) == Some(self.namespace))
+    }
+}
+
+/// The inode of a process's PID namespace.
+fn pid_namespace(process: &Path) -> Option<u64> {
+    let link = fs::read_link(process.join("ns/pid")).ok()?;
+    link.to_str()?.strip_prefix("pid:[")?.strip_suffix(']')?.parse().ok()
+}
+
+fn maker(name: &str) -> Option<Maker> {
+    let maker = name.strip_prefix(PREFIX)?.split('.').next()?;
+    let (pid, namespace) = match maker.split_once('-') {
+        Some((pid, namespace)) => (pid, namespace.parse().ok()?),
+        None => (maker, Maker::FIRST),
+    };
+    Some(Maker { pid: Pid::from_raw(pid.parse().ok()?)?, namespace })
 }
 
 /// Processes of this workspace whose parent has exited.
@@ -180,9 +215,14 @@ mod tests {
 
     #[test]
     fn names_lead_to_their_maker() {
-        let me = process::id();
-        assert_eq!(maker(&format!("{PREFIX}{me}.0.label")), Pid::from_raw(me.cast_signed()));
-        assert_eq!(maker(&format!("{PREFIX}{me}")), Pid::from_raw(me.cast_signed()));
+        let pid = Pid::from_raw(17).expect("not 0");
+        let first = Some(Maker { pid, namespace: Maker::FIRST });
+        assert_eq!(maker(&format!("{PREFIX}17.0.label")), first);
+        assert_eq!(maker(&format!("{PREFIX}17")), first);
+        assert_eq!(
+            maker(&format!("{PREFIX}17-4026532200.0.x")),
+            Some(Maker { pid, namespace: 4_026_532_200 })
+        );
         assert_eq!(maker("intercept-test.x.0"), None);
         assert_eq!(maker("other.1.0"), None);
     }
@@ -190,13 +230,25 @@ mod tests {
     #[test]
     fn only_what_dead_makers_left_is_abandoned() {
         let folder = env::temp_dir().join(format!("sweep.{}", process::id()));
+        let own = pid_namespace(Path::new("/proc/self")).expect("read");
+        let make = |pid: u32, namespace: u64| {
+            let path = folder.join(format!("{PREFIX}{pid}-{namespace}.0.x"));
+            fs::create_dir_all(&path).expect("made");
+            path
+        };
+        make(process::id(), own);
         let mut dead = process::Command::new("true").spawn().expect("started");
         dead.wait().expect("waited");
-        let left = folder.join(format!("{PREFIX}{}.0.x", dead.id()));
-        fs::create_dir_all(folder.join(format!("{PREFIX}{}.0.x", process::id()))).expect("made");
-        fs::create_dir_all(&left).expect("made");
-        let found: Vec<_> = abandoned(&folder).collect();
+        let mut expected = vec![make(dead.id(), own)];
+        // No PID namespace has this inode.
+        let of_ended_namespace = make(1, 1);
+        if own == Maker::FIRST {
+            expected.push(of_ended_namespace);
+        }
+        expected.sort();
+        let mut found: Vec<_> = abandoned(&folder).collect();
+        found.sort();
         fs::remove_dir_all(&folder).expect("removed");
-        assert_eq!(found, [left]);
+        assert_eq!(found, expected);
     }
 }

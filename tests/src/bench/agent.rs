@@ -137,8 +137,8 @@ fn locate() -> Result<PathBuf> {
 /// Removes the bpffs of runs that were killed.
 fn sweep() -> Result<()> {
     for entry in fs::read_dir(FOLDER).with_context(|| format!("listing {FOLDER}"))?.flatten() {
-        let Some(maker) = entry.file_name().to_str().and_then(name::owner) else { continue };
-        if !Path::new("/proc").join(maker.to_string()).exists() {
+        let Some(maker) = entry.file_name().to_str().and_then(name::maker) else { continue };
+        if !maker.is_alive() {
             let path = entry.path();
             remove(&path).with_context(|| format!("removing the bpffs {}", path.display()))?;
         }

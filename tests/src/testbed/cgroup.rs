@@ -9,7 +9,7 @@ use anyhow::{Context, Result, bail};
 
 use super::{complain, name};
 
-/// A cgroup of the version 2 hierarchy, below `intercept-test.PID`.
+/// A cgroup of the version 2 hierarchy, below `intercept-test.MAKER`.
 #[derive(Debug)]
 pub struct Cgroup {
     path: PathBuf,
@@ -20,8 +20,8 @@ pub struct Cgroup {
 impl Cgroup {
     /// A new, empty cgroup.
     pub fn new(label: &str) -> Result<Self> {
-        let path =
-            mount_point()?.join(format!("{}{}", name::PREFIX, std::process::id())).join(name::fresh(label));
+        let parent = format!("{}{}", name::PREFIX, name::Maker::this());
+        let path = mount_point()?.join(parent).join(name::fresh(label));
         let deadline = Instant::now() + Duration::from_secs(5);
         loop {
             // Another guard's drop may remove the parent folder between its creation and ours.

@@ -80,7 +80,7 @@ impl Namespace {
         self.link_up("lo")
     }
 
-    /// The namespace's name: `intercept-test.PID.N.LABEL`.
+    /// The namespace's name: `intercept-test.MAKER.N.LABEL`.
     pub fn name(&self) -> &str {
         &self.name
     }

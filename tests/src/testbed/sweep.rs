@@ -5,13 +5,17 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result};
 
-use super::{bpffs, cgroup, name, namespace};
+use super::{
+    bpffs, cgroup,
+    name::{self, Maker},
+    namespace,
+};
 
 /// Removes the namespaces, cgroups and bpffs mounts of processes that are dead. Returns their paths.
 pub fn sweep() -> Result<Vec<PathBuf>> {
     let mut removed = Vec::new();
-    for (path, owner) in ours()? {
-        if alive(owner) {
+    for (path, maker) in ours()? {
+        if maker.is_alive() {
             continue;
         }
         if path.starts_with(namespace::FOLDER) {
@@ -26,28 +30,22 @@ pub fn sweep() -> Result<Vec<PathBuf>> {
     Ok(removed)
 }
 
-/// The namespaces, cgroups and bpffs mounts that process `owner` made and has not removed.
-pub fn leftovers(owner: u32) -> Result<Vec<PathBuf>> {
-    Ok(ours()?.into_iter().filter(|(_, pid)| *pid == owner).map(|(path, _)| path).collect())
+/// The namespaces, cgroups and bpffs mounts that the process `pid` of this PID namespace made and has not removed.
+pub fn leftovers(pid: u32) -> Result<Vec<PathBuf>> {
+    let wanted = Maker::of(pid);
+    Ok(ours()?.into_iter().filter(|(_, maker)| *maker == wanted).map(|(path, _)| path).collect())
 }
 
-fn ours() -> Result<Vec<(PathBuf, u32)>> {
+fn ours() -> Result<Vec<(PathBuf, Maker)>> {
     let mut found = Vec::new();
     for folder in [PathBuf::from(namespace::FOLDER), PathBuf::from(bpffs::FOLDER), cgroup::mount_point()?] {
         let Ok(entries) = fs::read_dir(&folder) else { continue };
         for entry in entries {
             let entry = entry.with_context(|| format!("listing {}", folder.display()))?;
-            if let Some(owner) = entry.file_name().to_str().and_then(name::owner) {
-                found.push((entry.path(), owner));
+            if let Some(maker) = entry.file_name().to_str().and_then(name::maker) {
+                found.push((entry.path(), maker));
             }
         }
     }
     Ok(found)
-}
-
-fn alive(pid: u32) -> bool {
-    i32::try_from(pid)
-        .ok()
-        .and_then(rustix::process::Pid::from_raw)
-        .is_some_and(|pid| rustix::process::test_kill_process(pid) != Err(rustix::io::Errno::SRCH))
 }
