@@ -54,7 +54,8 @@ pub(crate) struct VmArgs {
     /// Seconds until a virtual machine is stopped
     #[arg(long, default_value_t = 600)]
     timeout: u64,
-    /// Options for the demo; with --systemd the suites to run, of: units, ssh, containers, families
+    /// Options for the demo; with --systemd the suites to run, of: units, ssh, containers, families, and
+    /// only when named: compose, rootless, cgroupfs
     #[arg(last = true)]
     options: Vec<String>,
 }

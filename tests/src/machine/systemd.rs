@@ -26,7 +26,7 @@ use crate::{
 };
 
 /// How long anything may take: emulated machines are slow.
-const PATIENCE: Duration = Duration::from_secs(90);
+const PATIENCE: Duration = Duration::from_secs(300);
 /// The machine's own addresses and those of the world, as in URLs.
 const OWN: [&str; 2] = ["10.66.0.2", "[fd66::2]"];
 const WORLD: [&str; 2] = ["10.66.0.1", "[fd66::1]"];
@@ -65,6 +65,12 @@ pub enum SystemdSuite {
     Containers,
     /// Both families in containers
     Families,
+    /// Services of Compose
+    Compose,
+    /// A pod of a user's Podman
+    Rootless,
+    /// Containers whose cgroups are made without systemd
+    Cgroupfs,
 }
 
 const UNITS: [(&str, SystemdCase); 10] = [
@@ -87,6 +93,9 @@ pub fn run(suite: SystemdSuite) -> Result<usize> {
         SystemdSuite::Ssh => &ssh::CASES,
         SystemdSuite::Containers => &containers::CASES,
         SystemdSuite::Families => &containers::families::CASES,
+        SystemdSuite::Compose => &containers::compose::CASES,
+        SystemdSuite::Rootless => &containers::rootless::CASES,
+        SystemdSuite::Cgroupfs => &containers::cgroupfs::CASES,
     };
     let first = fs::read_to_string("/proc/1/comm").context("reading the first process's name")?;
     ensure!(first.trim() == "systemd", "the first process is {first}, not systemd");
@@ -117,7 +126,7 @@ impl SystemdMachine {
         let server =
             server.stdout(Stdio::null()).stderr(Stdio::null()).spawn().context("starting python3")?;
         let mut machine = Self { neighbour, server, before: Vec::new(), read: 0, _folder: folder };
-        until("the world answers", || Ok(shell("curl -sS -m 5 http://10.96.0.10/").ok()))?;
+        until("the world answers", || Ok(shell("curl -sS -m 30 http://10.96.0.10/").ok()))?;
         machine.before = machine.state()?;
         Ok(machine)
     }
@@ -142,7 +151,7 @@ impl SystemdMachine {
     /// What a client outside gets.
     fn world_gets(&self, url: &str) -> Result<String> {
         let mut curl = self.neighbour.command("curl")?;
-        curl.args(["-sS", "-g", "-m", "10", url]);
+        curl.args(["-sS", "-g", "-m", "60", url]);
         succeed(curl)
     }
 
@@ -201,7 +210,7 @@ fn without_port(line: &str) -> Option<String> {
 /// What a process in a slice gets, as a transient unit of another user.
 fn unit_gets(slice: &str, url: &str) -> Result<String> {
     shell(&format!(
-        "systemd-run --quiet --wait --pipe --collect --slice={slice} -p User=nobody curl -sS -g -m 10 '{url}'"
+        "systemd-run --quiet --wait --pipe --collect --slice={slice} -p User=nobody curl -sS -g -m 60 '{url}'"
     ))
 }
 

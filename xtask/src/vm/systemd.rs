@@ -23,7 +23,7 @@ pub(super) const MODULES: [&str; 1] = ["virtio_blk"];
 pub(super) const SCRIPT: &str = include_str!("systemd/switch.sh");
 
 /// What the documented commands and the units need. `apt` finds what these need.
-const PACKAGES: [&str; 21] = [
+const PACKAGES: [&str; 27] = [
     "aardvark-dns",
     "apparmor",
     "base-files",
@@ -34,16 +34,22 @@ const PACKAGES: [&str; 21] = [
     "curl",
     "dash",
     "dbus",
+    "dbus-user-session",
+    "docker-compose",
     "docker.io",
     "iproute2",
     "iptables",
     "kmod",
+    "libpam-systemd",
     "netavark",
     "openssh-server",
     "passwd",
     "podman",
     "python3",
+    "sed",
+    "slirp4netns",
     "systemd-sysv",
+    "uidmap",
     "util-linux",
 ];
 /// Where the system in the cache says what it was made of.
@@ -61,7 +67,7 @@ const LINKS: [(&str, &str); 7] = [
     ("usr/sbin/ip6tables-restore", "xtables-nft-multi"),
 ];
 /// What a configured Debian has besides.
-const FILES: [(&str, &str); 6] = [
+const FILES: [(&str, &str); 13] = [
     ("etc/passwd", include_str!("systemd/passwd")),
     ("etc/group", include_str!("systemd/group")),
     // With an empty one, systemd would enable all units.
@@ -69,13 +75,23 @@ const FILES: [(&str, &str); 6] = [
     ("etc/hostname", "machine\n"),
     ("etc/hosts", "127.0.0.1 localhost machine\n"),
     ("etc/fstab", ""),
+    ("etc/subuid", "user:100000:65536\n"),
+    ("etc/subgid", "user:100000:65536\n"),
+    // What PAM's services include: everyone may log in.
+    ("etc/pam.d/common-account", "account required pam_permit.so\n"),
+    ("etc/pam.d/common-auth", "auth required pam_permit.so\n"),
+    ("etc/pam.d/common-password", "password required pam_permit.so\n"),
+    ("etc/pam.d/common-session", "session required pam_permit.so\n"),
+    ("etc/pam.d/common-session-noninteractive", "session required pam_permit.so\n"),
 ];
-const FOLDERS: [&str; 7] = ["proc", "sys", "dev", "run", "tmp", "root", "var/log/journal"];
+const FOLDERS: [&str; 8] = ["proc", "sys", "dev", "run", "tmp", "root", "home", "var/log/journal"];
 
 /// The unit that runs the steps.
 const UNIT: &str = include_str!("systemd/steps.service");
 /// The suites of the demo, each a step.
 const SUITES: [&str; 4] = ["units", "ssh", "containers", "families"];
+/// Suites that run only when they are named: they take as long as all others.
+const NAMED: [&str; 3] = ["compose", "rootless", "cgroupfs"];
 
 /// What must be in the cache: the system, and Envoy.
 pub(super) fn missing() -> Result<Vec<PathBuf>> {
@@ -106,7 +122,7 @@ pub(super) fn disk(
     let mut make = Command::new(run::which("mkfs.ext4").context("there is no mkfs.ext4: install e2fsprogs")?);
     // Without a journal and without zeroing: it is used once.
     make.args(["-q", "-F", "-O", "^has_journal", "-E", "root_owner=0:0"]);
-    run::output(make.arg("-d").arg(&root).arg(disk).arg("2G"))?;
+    run::output(make.arg("-d").arg(&root).arg(disk).arg("3G"))?;
     fs::remove_dir_all(&root).with_context(|| format!("removing {}", root.display()))
 }
 
@@ -159,14 +175,14 @@ fn fetch(folder: &Path) -> Result<()> {
     fs::rename(&unpacked, folder).with_context(|| format!("keeping {}", folder.display()))
 }
 
-/// The script that runs these suites, or all.
+/// The script that runs these suites, or those that need not be named.
 fn steps(suites: &[String]) -> Result<String> {
-    if let Some(unknown) = suites.iter().find(|suite| !SUITES.contains(&suite.as_str())) {
-        bail!("there is no suite {unknown}; there are {}", SUITES.join(", "));
+    let known = |suite: &str| SUITES.iter().chain(&NAMED).any(|name| *name == suite);
+    if let Some(unknown) = suites.iter().find(|suite| !known(suite)) {
+        bail!("there is no suite {unknown}; there are {}", [&SUITES[..], &NAMED].concat().join(", "));
     }
-    let selected =
-        SUITES.iter().filter(|name| suites.is_empty() || suites.iter().any(|suite| suite == *name));
-    let steps: String = selected.map(|name| format!("step {name} demo --systemd {name}\n")).collect();
+    let selected = if suites.is_empty() { SUITES.map(str::to_owned).to_vec() } else { suites.to_vec() };
+    let steps: String = selected.iter().map(|name| format!("step {name} demo --systemd {name}\n")).collect();
     Ok(format!("{STEP}step kernel uname -r\n{steps}echo \"xtask: done\"\n"))
 }
 

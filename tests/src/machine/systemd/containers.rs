@@ -1,14 +1,17 @@
 //! Pods and containers of Podman and Docker, with the documented commands. Images are built from files of the machine.
 
+pub(super) mod cgroupfs;
+pub(super) mod compose;
 pub(super) mod families;
 mod pod;
+pub(super) mod rootless;
 
 use std::path::Path;
 
 use anyhow::{Context as _, Result, ensure};
 
 use self::pod::RuntimePod;
-use super::{SystemdCase, SystemdMachine, documented, shell};
+use super::{SystemdCase, SystemdMachine, documented, section, shell};
 use crate::{bpf::links, machine::difference, snapshot::tree};
 
 pub(super) const CASES: [(&str, SystemdCase); 4] = [
@@ -49,8 +52,9 @@ const INFRA: &str = "podman pod inspect app --format '{{.InfraContainerID}}'";
 const PROXY: &str = "echo app-proxy";
 
 /// Removes what a suite that failed has left.
-const CLEAN: &str = "rm -f /etc/docker/daemon.json
+const CLEAN: &str = "rm -f /etc/docker/daemon.json /etc/containers/containers.conf.d/cgroupfs.conf
 intercept-agent detach --all
+! test -e /run/as-user || /run/as-user podman pod rm -fa
 podman pod rm -fa
 podman rm -fa
 ! systemctl -q is-active docker || docker rm -f app-main app-proxy || true";
@@ -161,6 +165,17 @@ impl Commands {
         shell(&self.start)?;
         pod.flows(machine)
     }
+}
+
+/// The rows of a section's table: what is to be replaced by what.
+fn replaced(heading: &str) -> Result<Vec<(&'static str, &'static str)>> {
+    let rows = section(heading)?.lines().filter_map(|line| {
+        let (from, to) = line.strip_prefix("| `")?.strip_suffix("` |")?.split_once("` | `")?;
+        Some((from, to))
+    });
+    let rows: Vec<_> = rows.collect();
+    ensure!(!rows.is_empty(), "{heading} has no rows of what is to be replaced");
+    Ok(rows)
 }
 
 /// Pins and links of the agent.

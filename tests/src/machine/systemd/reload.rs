@@ -19,7 +19,7 @@ const HELD: &str = "10.96.0.12";
 const EXCLUDED: &str = "10.96.0.11";
 /// Sends a request in two parts, the second when it is told to.
 const HOLD: &str = "import socket, sys
-held = socket.create_connection(('10.96.0.12', 80), 20)
+held = socket.create_connection(('10.96.0.12', 80), 120)
 held.sendall(b'GET / HTTP/1.0\\r\\n')
 print('held', flush=True)
 sys.stdin.readline()

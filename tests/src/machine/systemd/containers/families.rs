@@ -2,10 +2,10 @@
 
 use std::fs;
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Context as _, Result};
 
-use super::{Commands, INFRA, PROXY, Runtime, images, start_docker};
-use crate::machine::systemd::{SystemdCase, SystemdMachine, documented, section, shell};
+use super::{Commands, INFRA, PROXY, Runtime, images, replaced, start_docker};
+use crate::machine::systemd::{SystemdCase, SystemdMachine, documented, shell};
 
 pub(in crate::machine::systemd) const CASES: [(&str, SystemdCase); 3] = [
     ("images are built", images),
@@ -16,17 +16,6 @@ pub(in crate::machine::systemd) const CASES: [(&str, SystemdCase); 3] = [
 const IPV6: &str = "### IPv6";
 const PODMAN_V6: Runtime = Runtime { command: "podman", clients: &["10.66.0.1", "[fd66::1]"] };
 const DOCKER_V6: Runtime = Runtime { command: "docker", clients: &["10.66.0.1", "[fd66::1]"] };
-
-/// The rows of a section's table: what is to be replaced by what.
-fn replaced(heading: &str) -> Result<Vec<(&'static str, &'static str)>> {
-    let rows = section(heading)?.lines().filter_map(|line| {
-        let (from, to) = line.strip_prefix("| `")?.strip_suffix("` |")?.split_once("` | `")?;
-        Some((from, to))
-    });
-    let rows: Vec<_> = rows.collect();
-    ensure!(!rows.is_empty(), "{heading} has no rows of what is to be replaced");
-    Ok(rows)
-}
 
 /// The commands that make a network, of Podman and Docker.
 fn networks() -> Result<[&'static str; 2]> {

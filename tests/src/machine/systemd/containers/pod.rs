@@ -31,6 +31,12 @@ impl RuntimePod {
         let command = self.runtime.command;
         let pid = shell(&format!("{command} inspect --format '{{{{.State.Pid}}}}' $({owner})"))?;
         pid.trim().clone_into(&mut self.pid);
+        until("an advertised route", || {
+            // slirp4netns, whose interface is tap0, is a router.
+            let advertises = self.inside("ip -o link show")?.contains("tap0");
+            let routes = self.inside("ip -6 route show default")?;
+            Ok((!advertises || !routes.trim().is_empty()).then_some(()))
+        })?;
         until("addresses without a duplicate", || {
             Ok(self.inside("ip -6 addr show tentative")?.trim().is_empty().then_some(()))
         })?;
@@ -60,8 +66,7 @@ impl RuntimePod {
         for what in ["addr", "link", "-4 rule", "-6 rule"].iter().chain(&routes) {
             let said = self.inside(&format!("ip {what}"))?;
             let lasting = said.lines().filter(|line| !line.contains("valid_lft"));
-            // Duplicate address detection ends meanwhile.
-            lines.extend(lasting.map(|line| format!("{what}: {}", line.replace(" tentative", "").trim())));
+            lines.extend(lasting.map(|line| format!("{what}: {}", without_time(line))));
         }
         Ok(lines)
     }
@@ -70,7 +75,7 @@ impl RuntimePod {
     fn call(&self, user: &str, service: &str) -> Result<()> {
         // busybox's wget crashes in an emulator.
         let script = format!(
-            "printf 'GET / HTTP/1.0\\r\\n\\r\\n' | {} exec -i {user} app-main busybox nc -w 20 {} 80",
+            "printf 'GET / HTTP/1.0\\r\\n\\r\\n' | {} exec -i {user} app-main busybox nc -w 60 {} 80",
             self.runtime.command,
             service.trim_matches(['[', ']'])
         );
@@ -155,5 +160,40 @@ impl RuntimePod {
         let count = connections(&self.log())?.len();
         ensure!(count == before, "Envoy logged {count} connections, {before} before");
         Ok(())
+    }
+}
+
+/// A line of `ip` without what changes meanwhile: duplicate address detection ends, and an advertised route expires.
+fn without_time(line: &str) -> String {
+    let mut words = line.split_whitespace();
+    let mut kept = Vec::new();
+    while let Some(word) = words.next() {
+        match word {
+            "tentative" => {}
+            "expires" => {
+                words.next();
+            }
+            word => kept.push(word),
+        }
+    }
+    kept.join(" ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_changes_meanwhile_is_left_out() {
+        let route =
+            "default via fe80::2 dev tap0 proto ra metric 1024 expires 1515sec hoplimit 64 pref medium";
+        assert_eq!(
+            without_time(route),
+            "default via fe80::2 dev tap0 proto ra metric 1024 hoplimit 64 pref medium"
+        );
+        assert_eq!(
+            without_time("    inet6 fd66::2/64 scope global tentative "),
+            "inet6 fd66::2/64 scope global"
+        );
     }
 }
