@@ -56,6 +56,7 @@ const CLEAN: &str = "rm -f /etc/docker/daemon.json /etc/containers/containers.co
 intercept-agent detach --all
 ! test -e /run/as-user || /run/as-user podman pod rm -fa
 podman pod rm -fa
+podman rm -fi app-main
 podman rm -fa
 ! systemctl -q is-active docker || docker rm -f app-main app-proxy || true";
 
@@ -73,7 +74,8 @@ fn images(_: &mut SystemdMachine) -> Result<()> {
 
 /// Starts Docker, with the images.
 fn start_docker(_: &mut SystemdMachine) -> Result<()> {
-    shell("systemctl restart docker")?;
+    // If Docker has to enable forwarding, it drops what is forwarded to other networks, such as those of Podman.
+    shell("echo 1 > /proc/sys/net/ipv4/ip_forward; systemctl restart docker")?;
     if shell(&format!("docker image inspect {APP}")).is_ok() {
         return Ok(());
     }

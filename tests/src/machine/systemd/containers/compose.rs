@@ -9,8 +9,8 @@ use crate::machine::systemd::{SystemdCase, SystemdMachine, blocks, section, shel
 
 pub(in crate::machine::systemd) const CASES: [(&str, SystemdCase); 3] = [
     ("images are built", images),
-    ("services of Compose are captured and released with Docker", docker),
     ("services of Compose are captured and released with Podman", podman),
+    ("services of Compose are captured and released with Docker", docker),
 ];
 
 const HEADING: &str = "### Compose";
