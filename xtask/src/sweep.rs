@@ -111,18 +111,18 @@ fn abandoned(folder: &Path) -> impl Iterator<Item = PathBuf> + use<> {
     let entries = fs::read_dir(folder).into_iter().flatten().flatten();
     entries.map(|entry| entry.path()).filter(|path| {
         let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
-        maker(name).is_some_and(Maker::has_ended)
+        maker(name).is_some_and(LeftoverMaker::has_ended)
     })
 }
 
 /// The process that made an object, by its pid and the inode of its PID namespace.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-struct Maker {
+struct LeftoverMaker {
     pid: Pid,
     namespace: u64,
 }
 
-impl Maker {
+impl LeftoverMaker {
     /// The inode of the first PID namespace, which the kernel never changes (`PROC_PID_INIT_INO`).
     const FIRST: u64 = 0xEFFF_FFFC;
 
@@ -144,13 +144,13 @@ fn pid_namespace(process: &Path) -> Option<u64> {
     link.to_str()?.strip_prefix("pid:[")?.strip_suffix(']')?.parse().ok()
 }
 
-fn maker(name: &str) -> Option<Maker> {
+fn maker(name: &str) -> Option<LeftoverMaker> {
     let maker = name.strip_prefix(PREFIX)?.split('.').next()?;
     let (pid, namespace) = match maker.split_once('-') {
         Some((pid, namespace)) => (pid, namespace.parse().ok()?),
-        None => (maker, Maker::FIRST),
+        None => (maker, LeftoverMaker::FIRST),
     };
-    Some(Maker { pid: Pid::from_raw(pid.parse().ok()?)?, namespace })
+    Some(LeftoverMaker { pid: Pid::from_raw(pid.parse().ok()?)?, namespace })
 }
 
 /// Processes of this workspace whose parent has exited.
@@ -216,12 +216,12 @@ mod tests {
     #[test]
     fn names_lead_to_their_maker() {
         let pid = Pid::from_raw(17).expect("not 0");
-        let first = Some(Maker { pid, namespace: Maker::FIRST });
+        let first = Some(LeftoverMaker { pid, namespace: LeftoverMaker::FIRST });
         assert_eq!(maker(&format!("{PREFIX}17.0.label")), first);
         assert_eq!(maker(&format!("{PREFIX}17")), first);
         assert_eq!(
             maker(&format!("{PREFIX}17-4026532200.0.x")),
-            Some(Maker { pid, namespace: 4_026_532_200 })
+            Some(LeftoverMaker { pid, namespace: 4_026_532_200 })
         );
         assert_eq!(maker("intercept-test.x.0"), None);
         assert_eq!(maker("other.1.0"), None);
@@ -242,7 +242,7 @@ mod tests {
         let mut expected = vec![make(dead.id(), own)];
         // No PID namespace has this inode.
         let of_ended_namespace = make(1, 1);
-        if own == Maker::FIRST {
+        if own == LeftoverMaker::FIRST {
             expected.push(of_ended_namespace);
         }
         expected.sort();
