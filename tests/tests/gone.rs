@@ -19,7 +19,7 @@ use tests::{
 };
 
 /// How long anything may take.
-const PATIENCE: Duration = Duration::from_secs(10);
+const PATIENCE: Duration = Duration::from_secs(60);
 const SERVICES: [&str; 2] = ["10.96.0.10:80", "[fd96::10]:80"];
 
 fn until(what: &str, mut is_so: impl FnMut() -> bool) {

@@ -47,9 +47,11 @@ pub(super) fn run(args: AttachArgs) -> Result<()> {
     }
     let request = AttachRequest::of(args)?;
     super::check::require_privileges()?;
-    super::accelerate::admit(&request.bpffs, &request.config)?;
+    // Before the self-test of joined connections: the process's first runtime makes sockets for signals, which stay, and would keep
+    // the self-test's namespace.
     let runtime =
         tokio::runtime::Builder::new_current_thread().enable_all().build().context("starting the runtime")?;
+    super::accelerate::admit(&request.bpffs, &request.config)?;
     runtime.block_on(follow(request))
 }
 

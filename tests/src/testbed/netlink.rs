@@ -42,8 +42,10 @@ impl Namespace {
     where
         F: Future<Output = Result<T>>,
     {
-        self.run(|| {
-            let runtime = tokio::runtime::Builder::new_current_thread().enable_io().build()?;
+        // Outside of the namespace: the process's first runtime makes sockets for signals, which stay, and would keep their
+        // namespace from being removed.
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_io().build()?;
+        self.run(move || {
             runtime.block_on(async {
                 let (connection, handle, _) =
                     rtnetlink::new_connection().context("opening a netlink socket")?;
