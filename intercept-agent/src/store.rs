@@ -191,8 +191,16 @@ impl Store {
 
     /// Waits for the lock of the store.
     pub fn lock(&self) -> Result<Lock, StoreError> {
-        OwnedFolder::create(&self.root)?;
-        lock_dir(&self.root, FlockOperation::LockExclusive)
+        loop {
+            OwnedFolder::create(&self.root)?;
+            match lock_dir(&self.root, FlockOperation::LockExclusive) {
+                Ok(Lock(dir)) if self.is_root(&dir) => return Ok(Lock(dir)),
+                // The agent that had the lock has removed the folder: the lock of the next one counts.
+                Ok(_) => {}
+                Err(StoreError::Path { source, .. }) if source.kind() == io::ErrorKind::NotFound => {}
+                Err(error) => return Err(error),
+            }
+        }
     }
 
     /// As [`Store::lock`], for a folder that was locked before and whose owners have been checked then, if it is still that of
@@ -201,15 +209,18 @@ impl Store {
         rustix::fs::flock(&dir, FlockOperation::LockExclusive)
             .map_err(io::Error::from)
             .map_err(at("locking", &self.root))?;
-        let folder = |found: fs::Metadata| (found.dev(), found.ino());
-        match (dir.metadata().map(folder), fs::metadata(&self.root).map(folder)) {
-            (Ok(locked), Ok(own)) if locked == own => Ok(Lock(dir)),
-            _ => {
-                // Another agent has removed it.
-                drop(dir);
-                self.lock()
-            }
+        if self.is_root(&dir) {
+            return Ok(Lock(dir));
         }
+        drop(dir);
+        self.lock()
+    }
+
+    /// Whether an open folder is still that of the store.
+    fn is_root(&self, dir: &File) -> bool {
+        let folder = |found: fs::Metadata| (found.dev(), found.ino());
+        let own = fs::metadata(&self.root).map(folder).ok();
+        own.is_some() && dir.metadata().map(folder).ok() == own
     }
 
     /// Keeps programs and maps while the lock is held, even without pods, as the only daemon of this store. Does not
