@@ -109,7 +109,7 @@ impl KernelStruct {
         Self(unsafe { cast(address, id) })
     }
 
-    /// `None` for a null pointer or unreadable memory.
+    /// `None` for a null pointer. Unreadable memory is `None` by the helper and 0 by a plain load.
     #[inline(always)]
     fn member<T: Copy + Default>(self, offset: usize) -> Option<T> {
         if offset!(TCP_SOCK_TYPE) == 0 {
