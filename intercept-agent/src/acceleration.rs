@@ -14,8 +14,8 @@ use aya_obj::generated::bpf_attach_type;
 use intercept_common::{
     Slot,
     acceleration::{
-        JOIN_COUNTER_COUNT, JoinCount, JoinCounters, JoinOffer, JoinSocket, PodCell, ProxyName, SequenceKey,
-        TcpReason,
+        JOIN_COUNTER_COUNT, JoinCount, JoinCounters, JoinOffer, JoinSocket, PodCell, ProxyName, RDONLY_CAST,
+        SequenceKey, TcpReason,
     },
     names,
 };
@@ -250,9 +250,6 @@ impl Acceleration {
         Ok(())
     }
 }
-
-/// The helper in `intercept-ebpf/src/join/kernel.rs` that stands for `bpf_rdonly_cast`.
-const RDONLY_CAST: i32 = 0x7fff_0001;
 
 /// Maps of the other object that these programs use.
 const SHARED_MAPS: [&str; 3] = [names::POLICIES, names::EVENTS, names::TRACING];

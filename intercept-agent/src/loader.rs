@@ -127,12 +127,15 @@ impl Loaded {
     /// Replaces calls of a helper, which no kernel has, with calls of a function of the kernel. Without a function, calls
     /// give 0; the programs do not reach them.
     #[expect(clippy::cast_possible_truncation, reason = "the codes of instructions have eight bits")]
-    pub fn replace_helper(&mut self, helper: i32, function: Option<u32>) {
+    pub fn replace_helper(&mut self, helper: u32, function: Option<u32>) {
         const CALL: u8 = (BPF_JMP | BPF_CALL) as u8;
         const SET_R0: u8 = (BPF_ALU64 | BPF_MOV | BPF_K) as u8;
         let instructions = self.object.functions.values_mut().flat_map(|function| &mut function.instructions);
         for instruction in instructions {
-            if instruction.code != CALL || instruction.src_reg() != 0 || instruction.imm != helper {
+            if instruction.code != CALL
+                || instruction.src_reg() != 0
+                || instruction.imm != helper.cast_signed()
+            {
                 continue;
             }
             match function {

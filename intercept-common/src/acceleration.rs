@@ -15,6 +15,10 @@ pub const MAX_UNREAD_MESSAGES: u32 = 256;
 /// Cells of `JOIN_HINTS`.
 pub const HINTS: u32 = 1 << 14;
 
+/// The number of a helper that no kernel has. In the program of messages it stands for `bpf_rdonly_cast`, whose number the agent
+/// fills in when it loads the program.
+pub const RDONLY_CAST: u32 = 0x7fff_0001;
+
 /// Cells of `JOIN_SHORT`.
 pub const SHORT_CELLS: u32 = 1 << 12;
 /// Connections of a pod to one destination that ended after one message, in a second, from which on most further ones are

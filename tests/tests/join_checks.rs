@@ -1,4 +1,5 @@
-//! The conditions for a message to bypass TCP. Each test violates one condition while all others hold.
+//! The conditions for a message to bypass TCP. Each test violates one condition while all others hold, and is run with both
+//! ways to read the reader's socket.
 
 use std::{
     fs,
@@ -7,7 +8,8 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use intercept_common::Family;
+use aya::programs::ProgramInfo;
+use intercept_common::{Family, names};
 use rustix::event::PollFlags;
 use socket2::Socket;
 use tests::{
@@ -17,6 +19,61 @@ use tests::{
     testbed::{Ids, Sandbox},
 };
 
+/// How the programs read the members of the reader's socket.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Kernel {
+    /// By loads, if this kernel has `bpf_rdonly_cast`.
+    Own,
+    /// By a helper, as on a kernel that does not have it.
+    Linux61,
+}
+
+impl Kernel {
+    fn label(self) -> &'static str {
+        match self {
+            Self::Own => "own",
+            Self::Linux61 => "61",
+        }
+    }
+}
+
+/// Hides `bpf_rdonly_cast` in the types of the kernel that the agent reads.
+const HIDDEN: &str = "set -e; mount -t tmpfs none /mnt; \
+    LC_ALL=C sed s/bpf_rdonly_cast/bpf_rdonly_gone/g /sys/kernel/btf/vmlinux > /mnt/btf; \
+    mount --bind /mnt/btf /sys/kernel/btf/vmlinux; exec \"$@\"";
+
+macro_rules! conditions {
+    ($($condition:ident,)*) => {
+        mod by_loads {
+            $(#[test] fn $condition() { super::$condition(super::Kernel::Own); })*
+        }
+        mod by_a_helper {
+            $(#[test] fn $condition() { super::$condition(super::Kernel::Linux61); })*
+        }
+    };
+}
+conditions! {
+    bytes_that_tcp_has_are_read_first,
+    a_reader_that_blocks_is_served_by_tcp,
+    low_water_is_kept,
+    an_end_that_is_shut_is_told_so_by_tcp,
+    unread_bytes_stop_the_sender,
+    unread_messages_are_bounded_as_well,
+    a_reader_without_memory_is_served_by_tcp,
+}
+
+#[test]
+fn the_helper_is_used_where_there_is_no_cast() {
+    let length = |kernel| {
+        let fixture = JoinChecksFixture::new("cond-kernels", kernel);
+        let folders = fs::read_dir(fixture.agent.store()).expect("a store");
+        let mut paths = folders.map(|folder| folder.expect("an entry").path().join(names::JOIN_MSG));
+        let pin = paths.find(|path| path.exists()).expect("the program");
+        ProgramInfo::from_pin(pin).expect("opened").size_translated().expect("known to root")
+    };
+    assert_ne!(length(Kernel::Own), length(Kernel::Linux61), "both read in the same way");
+}
+
 struct JoinChecksFixture {
     agent: Agent,
     pods: PodPair,
@@ -24,8 +81,12 @@ struct JoinChecksFixture {
 }
 
 impl JoinChecksFixture {
-    fn new(label: &str) -> Self {
-        let agent = Agent::new(label).expect("the agent");
+    fn new(label: &str, kernel: Kernel) -> Self {
+        let label = &format!("{label}-{}", kernel.label());
+        let mut agent = Agent::new(label).expect("the agent");
+        if kernel == Kernel::Linux61 {
+            agent.start_by(["unshare", "-m", "sh", "-c", HIDDEN, "--"].map(str::to_owned).to_vec());
+        }
         let pods = PodPair::accelerated(label, &agent).expect("pods");
         let listener = pods.listen(Family::V4).expect("a listener");
         Self { agent, pods, listener }
@@ -61,9 +122,8 @@ fn fill(mut end: &TcpStream, piece: &[u8], most: usize) -> usize {
     sent
 }
 
-#[test]
-fn bytes_that_tcp_has_are_read_first() {
-    let fixture = JoinChecksFixture::new("cond-unread");
+fn bytes_that_tcp_has_are_read_first(kernel: Kernel) {
+    let fixture = JoinChecksFixture::new("cond-unread", kernel);
     let leg = fixture.joined();
     // The reader blocks for the moment, so this goes by TCP.
     leg.accepted.set_nonblocking(false).expect("set");
@@ -80,9 +140,8 @@ fn bytes_that_tcp_has_are_read_first() {
     assert!(is_past(&leg));
 }
 
-#[test]
-fn a_reader_that_blocks_is_served_by_tcp() {
-    let fixture = JoinChecksFixture::new("cond-blocks");
+fn a_reader_that_blocks_is_served_by_tcp(kernel: Kernel) {
+    let fixture = JoinChecksFixture::new("cond-blocks", kernel);
     let leg = fixture.joined();
     leg.accepted.set_nonblocking(false).expect("set");
     assert!(!is_past(&leg));
@@ -103,9 +162,8 @@ fn a_reader_that_blocks_is_served_by_tcp() {
     assert_eq!(sent(b"early"), 5);
 }
 
-#[test]
-fn low_water_is_kept() {
-    let fixture = JoinChecksFixture::new("cond-lowat");
+fn low_water_is_kept(kernel: Kernel) {
+    let fixture = JoinChecksFixture::new("cond-lowat", kernel);
     let leg = fixture.joined();
     set_int(&leg.accepted, libc::SOL_SOCKET, libc::SO_RCVLOWAT, 10).expect("set");
     assert!(!is_past(&leg));
@@ -114,9 +172,8 @@ fn low_water_is_kept() {
     assert!(is_past(&leg));
 }
 
-#[test]
-fn an_end_that_is_shut_is_told_so_by_tcp() {
-    let fixture = JoinChecksFixture::new("cond-shut");
+fn an_end_that_is_shut_is_told_so_by_tcp(kernel: Kernel) {
+    let fixture = JoinChecksFixture::new("cond-shut", kernel);
     let leg = fixture.joined();
     leg.dialled.shutdown(Shutdown::Write).expect("shut down");
     let error = (&leg.dialled).write(b"more").expect_err("it was shut down");
@@ -133,10 +190,9 @@ fn an_end_that_is_shut_is_told_so_by_tcp() {
     assert_eq!(fixture.back(&fixture.pods.dialler, "peer_closed"), 1);
 }
 
-#[test]
-fn unread_bytes_stop_the_sender() {
+fn unread_bytes_stop_the_sender(kernel: Kernel) {
     const MOST: usize = 2 << 20;
-    let fixture = JoinChecksFixture::new("cond-bytes");
+    let fixture = JoinChecksFixture::new("cond-bytes", kernel);
     let leg = fixture.joined();
     // As with TCP.
     set_int(&leg.dialled, libc::SOL_SOCKET, libc::SO_SNDBUF, 128 << 10).expect("set");
@@ -161,10 +217,9 @@ fn unread_bytes_stop_the_sender() {
     }
 }
 
-#[test]
-fn unread_messages_are_bounded_as_well() {
+fn unread_messages_are_bounded_as_well(kernel: Kernel) {
     const SENT: usize = 20_000;
-    let fixture = JoinChecksFixture::new("cond-messages");
+    let fixture = JoinChecksFixture::new("cond-messages", kernel);
     let leg = fixture.joined();
     for round in 0..3 {
         let before = given_to_tcp(&leg.dialled).expect("a count");
@@ -196,8 +251,8 @@ struct MemoryCgroup(PathBuf);
 
 impl MemoryCgroup {
     fn new(label: &str) -> Self {
-        let path =
-            Path::new("/sys/fs/cgroup/memory").join(format!("intercept-test.{}.{label}", std::process::id()));
+        let name = format!("intercept-test.{}.{label}", std::process::id());
+        let path = Path::new("/sys/fs/cgroup/memory").join(name);
         fs::create_dir(&path).expect("a memory cgroup of version 1");
         Self(path)
     }
@@ -209,10 +264,9 @@ impl Drop for MemoryCgroup {
     }
 }
 
-#[test]
-fn a_reader_without_memory_is_served_by_tcp() {
-    let fixture = JoinChecksFixture::new("cond-memory");
-    let memory = MemoryCgroup::new("cond-memory");
+fn a_reader_without_memory_is_served_by_tcp(kernel: Kernel) {
+    let fixture = JoinChecksFixture::new("cond-memory", kernel);
+    let memory = MemoryCgroup::new(kernel.label());
     let limit = memory.0.join("memory.kmem.tcp.limit_in_bytes");
     fs::write(&limit, (16 << 20).to_string()).expect("a limit");
     // The end that reads is the one that dials: its socket is charged from the start.

@@ -16,7 +16,7 @@ use self::output::{FailedTest, TestOutput, TestTally};
 use crate::{build, run, setup, setup::Group, sweep, tidy, workspace};
 
 /// Files of tests that run three at a time: they mostly wait, have pods and agents of their own, and measure nothing.
-const SIDE_BY_SIDE: [&str; 13] = [
+const SIDE_BY_SIDE: [&str; 14] = [
     "cutover_interrupted",
     "cutover_removed",
     "cutover_slow",
@@ -27,6 +27,7 @@ const SIDE_BY_SIDE: [&str; 13] = [
     "differential",
     "faults",
     "gone",
+    "join_checks",
     "shadow",
     "socket_variants",
     "sockets",

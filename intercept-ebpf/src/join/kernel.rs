@@ -12,16 +12,13 @@ use aya_ebpf::{
         bpf_get_current_task, bpf_probe_read_kernel, bpf_probe_read_kernel_str, bpf_skc_to_tcp_sock,
     },
 };
-use intercept_common::acceleration::{JoinEnd, NAME_LENGTH};
+use intercept_common::acceleration::{JoinEnd, NAME_LENGTH, RDONLY_CAST};
 
 /// Levels of memory cgroups that are checked, starting with the reader's own: container, pod, QoS class, all pods, and two
 /// for what a distribution has above.
 const LEVELS: usize = 6;
 /// Pages that a memory cgroup must have free; the kernel charges in batches of 64.
 const MARGIN: u64 = 128;
-
-/// Stands for `bpf_rdonly_cast` until the agent replaces it: the number of a helper that no kernel has.
-const RDONLY_CAST: usize = 0x7fff_0001;
 
 macro_rules! offsets {
     ($($name:ident,)*) => {
@@ -104,7 +101,8 @@ impl KernelStruct {
             return Self(address);
         }
         // SAFETY: the agent replaces this call with one of `bpf_rdonly_cast`, which takes any address.
-        let cast: unsafe extern "C" fn(u64, u32) -> u64 = unsafe { core::mem::transmute(RDONLY_CAST) };
+        let cast: unsafe extern "C" fn(u64, u32) -> u64 =
+            unsafe { core::mem::transmute(RDONLY_CAST as usize) };
         // SAFETY: as above.
         Self(unsafe { cast(address, id) })
     }
