@@ -14,6 +14,8 @@ use rustix::fs::{Mode, OFlags};
 
 /// Mode of the folders that the agent creates.
 const OWN_MODE: u32 = 0o700;
+/// How often a folder is created that another process removes at the same time.
+const CREATE_ATTEMPTS: u32 = 100;
 /// Mode bits that let others than the owner write.
 const WRITABLE: u32 = 0o022;
 /// Mode bit of a folder in which users can replace only their own files.
@@ -74,6 +76,12 @@ impl OwnershipError {
     pub fn is_not_found(&self) -> bool {
         matches!(self, Self::Io { source, .. } if source.kind() == io::ErrorKind::NotFound)
     }
+
+    /// Whether another process may have removed or created a folder between two system calls.
+    fn is_race(&self) -> bool {
+        let kinds = [io::ErrorKind::NotFound, io::ErrorKind::AlreadyExists];
+        matches!(self, Self::Io { source, .. } if kinds.contains(&source.kind()))
+    }
 }
 
 fn at(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> OwnershipError {
@@ -112,6 +120,17 @@ impl OwnedFolder {
 
     /// Opens a folder, and creates it with mode 0700 if it does not exist.
     pub fn create(path: &Path) -> Result<Self, OwnershipError> {
+        let mut result = Self::try_create(path);
+        for _ in 1..CREATE_ATTEMPTS {
+            match &result {
+                Err(error) if error.is_race() => result = Self::try_create(path),
+                _ => break,
+            }
+        }
+        result
+    }
+
+    fn try_create(path: &Path) -> Result<Self, OwnershipError> {
         let created = DirBuilder::new().recursive(true).mode(OWN_MODE).create(path);
         created.map_err(at("creating folder", path))?;
         Self::open(path)
@@ -253,6 +272,25 @@ mod tests {
         set_mode(&path("file"), 0o644);
         chown(path("file"), Some(1234), None).expect("given away");
         assert!(matches!(read("file"), Err(OwnershipError::Owner { uid: 1234, .. })));
+    }
+
+    #[test]
+    fn a_folder_that_comes_and_goes_is_opened() {
+        let dir = folder();
+        let path = dir.path().join("own");
+        let stop = std::sync::atomic::AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                while !stop.load(std::sync::atomic::Ordering::Relaxed) {
+                    _ = fs::remove_dir(&path);
+                }
+            });
+            let failed = (0..20_000).find_map(|_| OwnedFolder::create(&path).err());
+            stop.store(true, std::sync::atomic::Ordering::Relaxed);
+            assert!(failed.is_none(), "{failed:?}");
+        });
+        fs::write(dir.path().join("file"), "").expect("written");
+        OwnedFolder::create(&dir.path().join("file")).expect_err("a file is in its place");
     }
 
     #[test]

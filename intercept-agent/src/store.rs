@@ -13,7 +13,7 @@
 
 use std::{
     collections::BTreeSet,
-    fs::{self, DirBuilder, File},
+    fs::{self, DirBuilder},
     io,
     os::{
         fd::AsFd as _,
@@ -22,8 +22,11 @@ use std::{
     path::{Path, PathBuf},
 };
 
+mod lock;
 mod rules;
 
+pub use self::lock::{Lock, Unlocked};
+use self::lock::{flock, is_at, lock_dir};
 use crate::{
     ids::{NetnsCookie, PolicyId},
     objects,
@@ -96,6 +99,11 @@ pub enum StoreError {
 }
 
 impl StoreError {
+    /// Whether a folder or file does not exist.
+    pub fn is_not_found(&self) -> bool {
+        matches!(self, Self::Path { source, .. } if source.kind() == io::ErrorKind::NotFound)
+    }
+
     /// Whether it is about a shortage of memory or descriptors, so that a later call may succeed.
     pub fn may_pass(&self) -> bool {
         let Self::Path { source, .. } = self else { return false };
@@ -121,19 +129,6 @@ pub struct Store {
     digest: String,
 }
 
-/// A lock on the store: of the one agent that changes it, or of the daemon that keeps its programs.
-pub struct Lock(File);
-
-/// The folder of a lock that was given up, still open.
-pub struct Unlocked(File);
-
-impl Lock {
-    /// Gives the lock up. `None` if it goes with the descriptor only.
-    pub fn unlock(self) -> Option<Unlocked> {
-        rustix::fs::flock(&self.0, FlockOperation::Unlock).is_ok().then_some(Unlocked(self.0))
-    }
-}
-
 /// The records of a pod by the id of their policy, each with its own result.
 pub type Records = Vec<(PolicyId, Result<Record, StoreError>)>;
 
@@ -152,6 +147,8 @@ impl Store {
         }
         match OwnedFolder::open(&store.root) {
             Ok(_) => Some(store),
+            // It was removed in between.
+            Err(error) if error.is_not_found() => None,
             Err(error) => {
                 tracing::warn!(error = &error as &dyn std::error::Error, "this state is not the agent's");
                 None
@@ -194,11 +191,9 @@ impl Store {
         loop {
             OwnedFolder::create(&self.root)?;
             match lock_dir(&self.root, FlockOperation::LockExclusive) {
-                Ok(Lock(dir)) if self.is_root(&dir) => return Ok(Lock(dir)),
-                // The agent that had the lock has removed the folder: the lock of the next one counts.
-                Ok(_) => {}
-                Err(StoreError::Path { source, .. }) if source.kind() == io::ErrorKind::NotFound => {}
-                Err(error) => return Err(error),
+                // The agent that had the lock has removed the folder.
+                Err(error) if error.is_not_found() => {}
+                locked => return locked,
             }
         }
     }
@@ -206,27 +201,19 @@ impl Store {
     /// As [`Store::lock`], for a folder that was locked before and whose owners have been checked then, if it is still that of
     /// the store.
     pub fn lock_again(&self, Unlocked(dir): Unlocked) -> Result<Lock, StoreError> {
-        rustix::fs::flock(&dir, FlockOperation::LockExclusive)
-            .map_err(io::Error::from)
-            .map_err(at("locking", &self.root))?;
-        if self.is_root(&dir) {
+        flock(&dir, &self.root, FlockOperation::LockExclusive)?;
+        if is_at(&dir, &self.root) {
             return Ok(Lock(dir));
         }
         drop(dir);
         self.lock()
     }
 
-    /// Whether an open folder is still that of the store.
-    fn is_root(&self, dir: &File) -> bool {
-        let folder = |found: fs::Metadata| (found.dev(), found.ino());
-        let own = fs::metadata(&self.root).map(folder).ok();
-        own.is_some() && dir.metadata().map(folder).ok() == own
-    }
-
     /// Keeps programs and maps while the lock is held, even without pods, as the only daemon of this store. Does not
     /// wait.
     pub fn keep(&self) -> Result<Lock, StoreError> {
-        self.lock_version(FlockOperation::NonBlockingLockExclusive).map_err(|error| match error {
+        self.create(&self.version)?;
+        lock_dir(&self.version, FlockOperation::NonBlockingLockExclusive).map_err(|error| match error {
             StoreError::Path { source, .. } if source.kind() == io::ErrorKind::WouldBlock => {
                 StoreError::OtherDaemon { path: self.version.display().to_string() }
             }
@@ -234,19 +221,15 @@ impl Store {
         })
     }
 
-    /// Whether a daemon keeps programs and maps.
+    /// Whether a daemon keeps programs and maps. The caller has locked the store, so that no daemon that starts meets this lock.
     pub fn is_kept(&self) -> bool {
-        self.version.is_dir() && self.lock_version(FlockOperation::NonBlockingLockExclusive).is_err()
+        let trial = lock_dir(&self.version, FlockOperation::NonBlockingLockExclusive);
+        trial.is_err_and(|error| !error.is_not_found())
     }
 
     /// Becomes the only reader of the events of `trace`. Fails if there is another reader.
     pub fn lock_events(&self) -> Result<Lock, StoreError> {
         lock_dir(&self.maps(), FlockOperation::NonBlockingLockExclusive)
-    }
-
-    fn lock_version(&self, operation: FlockOperation) -> Result<Lock, StoreError> {
-        self.create(&self.version)?;
-        lock_dir(&self.version, operation)
     }
 
     /// Returns a missing map, if any: the first agent of the store may have crashed while it created them.
@@ -413,12 +396,6 @@ fn read_blob(path: &Path) -> io::Result<Vec<u8>> {
     sys::read_blob(data.fd().as_fd(), len as usize)
 }
 
-fn lock_dir(path: &Path, operation: FlockOperation) -> Result<Lock, StoreError> {
-    let dir = File::open(path).map_err(at("opening", path))?;
-    rustix::fs::flock(&dir, operation).map_err(io::Error::from).map_err(at("locking", path))?;
-    Ok(Lock(dir))
-}
-
 fn file_name(path: &Path) -> &str {
     path.file_name().and_then(|name| name.to_str()).unwrap_or_default()
 }
@@ -443,6 +420,11 @@ fn ensure_bpffs(path: &Path) -> Result<(), StoreError> {
         return Ok(());
     }
     fs::create_dir_all(path).map_err(at("creating", path))?;
+    // Two mounts at once would hide the first, with what is in it.
+    let _mounting = lock_dir(path.parent().unwrap_or(path), FlockOperation::LockExclusive)?;
+    if is_bpffs(path) {
+        return Ok(());
+    }
     rustix::mount::mount("bpf", path, "bpf", rustix::mount::MountFlags::empty(), Some(c"mode=0700"))
         .map_err(|source| StoreError::Mount { path: path.display().to_string(), source: source.into() })?;
     tracing::info!(path = %path.display(), "mounted bpffs");

@@ -4,6 +4,7 @@
 use std::{
     fs,
     net::SocketAddr,
+    process::Command,
     time::{Duration, Instant},
 };
 
@@ -241,4 +242,48 @@ fn the_daemon_captures_the_namespace_of_a_restarted_container() {
     println!("captured after {:?}", restarted.elapsed());
     assert_eq!(agent.pods().expect("a status").len(), 1);
     second.kill().and_then(|()| second.wait()).expect("killed");
+}
+
+/// The detach of the last pod removes the state, whose lock others wait for.
+#[test]
+fn pods_that_come_and_go_at_once_fail_none() {
+    let agent = Agent::new("gone-at-once").expect("the agent");
+    std::thread::scope(|scope| {
+        for _ in 0..3 {
+            scope.spawn(|| {
+                let pod = Sandbox::new("gone-at-once").expect("a pod");
+                for _ in 0..8 {
+                    agent.attach(&pod, &INIT_FLAGS).expect("attached");
+                    agent.detach(&pod).expect("detached");
+                }
+            });
+        }
+    });
+    assert!(!agent.bpffs().join("intercept").exists());
+}
+
+#[test]
+fn the_first_pods_of_a_node_mount_one_bpffs() {
+    let agent = Agent::new("gone-mounts").expect("the agent");
+    let mounts = || {
+        let path = agent.bpffs().to_str().expect("text").to_owned();
+        let mounts = fs::read_to_string("/proc/self/mountinfo").expect("read");
+        mounts.lines().filter(|line| line.split(' ').nth(4) == Some(&path)).count()
+    };
+    let pods = [(); 3].map(|()| Sandbox::new("gone-mounts").expect("a pod"));
+    for _ in 0..5 {
+        let mut unmount = Command::new("umount");
+        unmount.arg(agent.bpffs());
+        succeed(unmount).expect("unmounted");
+        assert_eq!(mounts(), 0);
+        std::thread::scope(|scope| {
+            for pod in &pods {
+                scope.spawn(|| agent.attach(pod, &INIT_FLAGS).expect("attached"));
+            }
+        });
+        assert_eq!((mounts(), agent.pods().expect("a status").len()), (1, 3));
+        for pod in &pods {
+            agent.detach(pod).expect("detached");
+        }
+    }
 }

@@ -43,20 +43,31 @@ impl CutoverPod {
             let found = node.pod_of_cgroup(cgroup.id())?;
             Ok(found.map(|(cookie, _)| (node, cookie)))
         };
-        let (node, cookie) = find()?.ok_or_else(absent)?;
+        let (node, cookie, lock) = loop {
+            let (node, cookie) = find()?.ok_or_else(absent)?;
+            let store = node.store().clone();
+            // Commands for other pods go on meanwhile.
+            drop(node);
+            let lock = match store.lock_pod(cookie) {
+                Err(error) if error.is_not_found() => return Err(absent()),
+                lock => lock?,
+            };
+            let (node, found) = find()?.ok_or_else(absent)?;
+            // Else it was detached and attached again.
+            if found == cookie && store.is_lock_of(&lock, cookie) {
+                break (node, cookie, lock);
+            }
+        };
         let store = node.store().clone();
-        // Commands for other pods go on meanwhile.
-        drop(node);
-        let lock = store.lock_pod(cookie)?;
-        let (node, cookie) = find()?.ok_or_else(absent)?;
         let record = node.record_of(cookie)?.ok_or(NodeError::NoRecord(cookie))?;
         let shadow = ShadowReport::read(node.maps().shadow(), cookie).map_err(NodeError::from)?;
+        let is_kept = store.is_kept();
         drop(node);
         if cookie.is_workload() {
             return Err(CutoverError::Machine { cgroup: path() });
         }
         // Without a daemon nothing else changes the pod, and the next one goes on from there.
-        if keeper == Keeper::Command && record.origin != RecordOrigin::Command && store.is_kept() {
+        if keeper == Keeper::Command && record.origin != RecordOrigin::Command && is_kept {
             return Err(CutoverError::Kept { cgroup: path(), name: record.name() });
         }
         let netns = record.netns().map_or_else(|| Netns::of_cgroup(cgroup), Ok)?;

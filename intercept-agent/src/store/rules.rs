@@ -4,13 +4,18 @@ use std::{fs, io, os::fd::AsFd as _, path::PathBuf};
 
 use rustix::fs::FlockOperation;
 
-use super::{Lock, Store, StoreError, at, lock_dir, read_blob};
+use super::{Lock, Store, StoreError, at, is_at, lock_dir, read_blob};
 use crate::{cutover::SavedRules, ids::NetnsCookie, sys};
 
 impl Store {
     /// Waits until no other process cuts the pod over.
     pub fn lock_pod(&self, cookie: NetnsCookie) -> Result<Lock, StoreError> {
         lock_dir(&self.pod(cookie), FlockOperation::LockExclusive)
+    }
+
+    /// Whether a pod's lock is still that of its folder: a detach removes the folder.
+    pub fn is_lock_of(&self, Lock(dir): &Lock, cookie: NetnsCookie) -> bool {
+        is_at(dir, &self.pod(cookie))
     }
 
     fn rules_path(&self, cookie: NetnsCookie) -> PathBuf {

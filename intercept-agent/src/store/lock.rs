@@ -1,0 +1,84 @@
+//! Locks of folders that the agent that has the lock may remove.
+
+use std::{
+    fs::{self, File},
+    io,
+    os::unix::fs::MetadataExt as _,
+    path::Path,
+};
+
+use rustix::fs::FlockOperation;
+
+use super::{StoreError, at};
+
+/// A lock on the store: of the one agent that changes it, or of the daemon that keeps its programs.
+pub struct Lock(pub(super) File);
+
+/// The folder of a lock that was given up, still open.
+pub struct Unlocked(pub(super) File);
+
+impl Lock {
+    /// Gives the lock up. `None` if it goes with the descriptor only.
+    pub fn unlock(self) -> Option<Unlocked> {
+        rustix::fs::flock(&self.0, FlockOperation::Unlock).is_ok().then_some(Unlocked(self.0))
+    }
+}
+
+/// Locks the folder that is at the path once it has the lock: the agent that had it may have removed the folder, and another one
+/// may have created it anew.
+pub(super) fn lock_dir(path: &Path, operation: FlockOperation) -> Result<Lock, StoreError> {
+    loop {
+        let dir = File::open(path).map_err(at("opening", path))?;
+        flock(&dir, path, operation)?;
+        if is_at(&dir, path) {
+            return Ok(Lock(dir));
+        }
+    }
+}
+
+pub(super) fn flock(dir: &File, path: &Path, operation: FlockOperation) -> Result<(), StoreError> {
+    rustix::fs::flock(dir, operation).map_err(io::Error::from).map_err(at("locking", path))
+}
+
+/// Whether an open folder is the one at the path.
+pub(super) fn is_at(dir: &File, path: &Path) -> bool {
+    let folder = |found: fs::Metadata| (found.dev(), found.ino());
+    let own = dir.metadata().map(folder).ok();
+    own.is_some() && fs::metadata(path).map(folder).ok() == own
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{thread, time::Duration};
+
+    use super::*;
+
+    #[test]
+    fn the_lock_of_a_removed_folder_does_not_count() {
+        let dir = tempfile::tempdir().expect("a folder");
+        let path = dir.path().join("own");
+        fs::create_dir(&path).expect("created");
+        let first = lock_dir(&path, FlockOperation::LockExclusive).expect("locked");
+        thread::scope(|scope| {
+            let waiting = scope.spawn(|| lock_dir(&path, FlockOperation::LockExclusive));
+            let number = fs::metadata(&path).expect("there").ino().to_string();
+            let is_waiting = || {
+                let locks = fs::read_to_string("/proc/locks").expect("read");
+                locks.lines().any(|line| line.contains("->") && line.contains(&format!(":{number} ")))
+            };
+            while !is_waiting() {
+                thread::sleep(Duration::from_millis(1));
+            }
+            fs::remove_dir(&path).expect("removed");
+            fs::create_dir(&path).expect("created anew");
+            drop(first);
+            let lock = waiting.join().expect("no panic").expect("locked");
+            assert!(is_at(&lock.0, &path), "it waited for the folder that is gone");
+            let next = lock_dir(&path, FlockOperation::NonBlockingLockExclusive);
+            assert!(next.is_err_and(|error| !error.is_not_found()), "the new folder is not locked");
+        });
+        fs::remove_dir(&path).expect("removed");
+        let absent = lock_dir(&path, FlockOperation::LockExclusive);
+        assert!(absent.is_err_and(|error| error.is_not_found()));
+    }
+}
