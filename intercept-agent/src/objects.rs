@@ -8,3 +8,6 @@ pub static JOIN: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/
 
 /// The program of [`CAPTURE`] of which each pod has an instance, alone, with the maps that it uses.
 pub static LOOKUP: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/lookup.o"));
+
+/// A digest of all of them for a path, without dots, which bpffs does not allow. It distinguishes builds and is no protection.
+pub static DIGEST: &str = env!("INTERCEPT_OBJECTS_DIGEST");

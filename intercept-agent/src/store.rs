@@ -126,7 +126,6 @@ pub struct Store {
     root: PathBuf,
     /// Folder of the layout.
     version: PathBuf,
-    digest: String,
 }
 
 /// The records of a pod by the id of their policy, each with its own result.
@@ -179,11 +178,7 @@ impl Store {
     }
 
     fn with_root(root: PathBuf) -> Self {
-        Self {
-            version: root.join(format!("v{}", layout::VERSION)),
-            root,
-            digest: digest(&[objects::CAPTURE, objects::JOIN]),
-        }
+        Self { version: root.join(format!("v{}", layout::VERSION)), root }
     }
 
     /// Waits for the lock of the store.
@@ -249,7 +244,7 @@ impl Store {
 
     /// Folder of the programs of this build.
     pub fn programs(&self) -> PathBuf {
-        self.version.join(format!("programs-{}", self.digest))
+        self.version.join(format!("programs-{}", objects::DIGEST))
     }
 
     /// Folders of the programs of other builds.
@@ -429,13 +424,4 @@ fn ensure_bpffs(path: &Path) -> Result<(), StoreError> {
         .map_err(|source| StoreError::Mount { path: path.display().to_string(), source: source.into() })?;
     tracing::info!(path = %path.display(), "mounted bpffs");
     Ok(())
-}
-
-/// A digest of an object for a path, without dots, which bpffs does not allow. It distinguishes builds and is no
-/// protection.
-fn digest(objects: &[&[u8]]) -> String {
-    use std::hash::{Hash as _, Hasher as _};
-    let mut hasher = std::hash::DefaultHasher::new();
-    objects.hash(&mut hasher);
-    format!("{:016x}", hasher.finish())
 }
