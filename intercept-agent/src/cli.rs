@@ -1,5 +1,6 @@
 //! The command line and logging.
 
+mod deferred;
 mod logging;
 mod parse;
 mod pod;
@@ -13,6 +14,7 @@ use crate::{
     store::DEFAULT_BPFFS,
 };
 
+pub(crate) use deferred::Deferred;
 pub(crate) use logging::start_logging;
 use parse::{arguments, minutes, namespace, seconds, workload};
 pub(crate) use pod::{CutoverArgs, Direction, ExplainArgs, FlowContainer, InspectArgs};
@@ -64,52 +66,52 @@ pub(crate) enum Command {
     ///
     /// The capture outlives the agent. The same options again change nothing; other options replace the capture
     /// atomically.
-    Attach(AttachArgs),
+    Attach(Deferred<AttachArgs>),
     /// Release a pod, or all pods, and leave nothing behind
-    Detach(DetachArgs),
+    Detach(Deferred<DetachArgs>),
     /// Capture a pod in the foreground: follow its addresses and routes, detach on SIGINT or SIGTERM
-    Run(AttachArgs),
+    Run(Deferred<AttachArgs>),
     /// Keep what `attach --machine --confirm` attached
-    Confirm(ConfirmArgs),
+    Confirm(Deferred<ConfirmArgs>),
     /// Take off what is not confirmed; `attach --confirm` starts it
     #[command(hide = true)]
-    Guard(GuardArgs),
+    Guard(Deferred<GuardArgs>),
     /// Show attached pods and their counters
-    Status(StatusArgs),
+    Status(Deferred<StatusArgs>),
     /// Show how a flow would be decided, and by which row
-    Explain(ExplainArgs),
+    Explain(Deferred<ExplainArgs>),
     /// Report which sockets of a captured pod go around the proxy, and why
-    Audit(InspectArgs),
+    Audit(Deferred<InspectArgs>),
     /// Prove by a connection in a captured pod that the proxy is reached; exits with 126 if it is not
     ///
     /// Outbound, a process without privileges connects from the pod to an address that nobody has. Inbound, the kernel is
     /// asked which socket a connection from outside would reach.
-    Prove(InspectArgs),
+    Prove(Deferred<InspectArgs>),
     /// Enforce the policy of a pod in shadow mode in place of its rules of iptables, without a restart
     ///
     /// The rules that capture the pod are taken out of its namespace, and saved. Each new connection is captured by the
     /// policy or by the rules, and established connections continue. A command that was interrupted is finished by running
     /// it again, in either direction.
-    Cutover(CutoverArgs),
+    Cutover(Deferred<CutoverArgs>),
     /// Check what this kernel supports; loads every program and removes it again
-    Check(CheckArgs),
+    Check(Deferred<CheckArgs>),
     /// Keep every pod of this node captured
     ///
     /// Pods come from --pods-dir, from the CNI plugin and, with --node-name, from the Kubernetes API. The daemon adopts
     /// captures that are active when it starts, and they stay active when it ends.
-    Daemon(DaemonArgs),
+    Daemon(Deferred<DaemonArgs>),
     /// Print decisions as they are made; one reader at a time
-    Trace(TraceArgs),
+    Trace(Deferred<TraceArgs>),
     /// Switch joined connections of this node off or on, from the next message on
-    Accelerate(AccelerateArgs),
+    Accelerate(Deferred<AccelerateArgs>),
     /// Remove everything from this node: captures, programs, maps and the CNI plugin; a running daemon releases its
     /// pods
-    Cleanup(CleanupArgs),
+    Cleanup(Deferred<CleanupArgs>),
     /// Run as the CNI plugin, as a container runtime does, or install it on the node
-    Cni(CniArgs),
+    Cni(Deferred<CniArgs>),
     /// The command line of istio-iptables, for the namespace and the pod in which it runs
     #[command(name = "istio-iptables")]
-    IstioIptables(IstioArgs),
+    IstioIptables(Deferred<IstioArgs>),
 }
 
 /// Parameters of the node's programs and maps.

@@ -89,23 +89,23 @@ pub fn main() -> ExitCode {
 
 fn run(cli: Cli) -> Result<()> {
     match cli.command {
-        Command::Attach(args) => attach::attach(args),
+        Command::Attach(args) => attach::attach(args.0),
         Command::Audit(args) => audit::audit(&args),
         Command::Prove(args) => prove::prove(&args),
         Command::Cutover(args) => cutover::cutover(&args),
         Command::Detach(args) => detach::detach(&args),
         Command::Confirm(args) => machine::confirm(&args),
         Command::Guard(args) => machine::guard(&args),
-        Command::Run(args) => run::run(args),
+        Command::Run(args) => run::run(args.0),
         Command::Status(args) if args.shadow => shadow::status(&args),
         Command::Status(args) => status::status(&args),
         Command::Explain(args) => explain::explain(&args),
         Command::Check(args) => check::check(&args),
-        Command::Daemon(args) => daemon::daemon(args),
+        Command::Daemon(args) => daemon::daemon(args.0),
         Command::Trace(args) => trace::trace(&args),
         Command::Accelerate(args) => accelerate::accelerate(&args),
         Command::Cleanup(args) => cleanup::cleanup(&args),
-        Command::Cni(args) => cni::cni(args),
-        Command::IstioIptables(args) => attach::istio_iptables(args),
+        Command::Cni(args) => cni::cni(args.0),
+        Command::IstioIptables(args) => attach::istio_iptables(args.0),
     }
 }

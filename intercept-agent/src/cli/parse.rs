@@ -2,7 +2,7 @@
 
 use std::{ffi::OsString, path::Path, time::Duration};
 
-use super::{Cli, CniArgs, Command, LogFormat, Logging, WhichCapture};
+use super::{Cli, CniArgs, Command, Deferred, LogFormat, Logging, WhichCapture};
 use crate::{
     cgroup::{CgroupDir, CgroupError},
     cni,
@@ -45,7 +45,7 @@ impl Cli {
     /// A call of the CNI plugin, which logs nothing.
     pub(super) fn plugin() -> Self {
         let logging = Logging { log_format: LogFormat::Text, log: "off".to_owned() };
-        Self { logging, command: Command::Cni(CniArgs { command: None }) }
+        Self { logging, command: Command::Cni(Deferred(CniArgs { command: None })) }
     }
 }
 
