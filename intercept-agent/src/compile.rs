@@ -159,7 +159,8 @@ fn owners(ids: &[u32]) -> ([u32; MAX_OWNERS], u16) {
     (owners, count)
 }
 
-fn flags(config: &Config) -> u32 {
+/// Returns the flags of a policy that follow from its options.
+pub fn flags(config: &Config) -> u32 {
     let mut flags = 0;
     let mut set = |when: bool, bit: u32| {
         if when {

@@ -14,7 +14,7 @@ use intercept_common::{
     Addr,
     layout::{
         ConnKey, Destination, DestinationKey, ListenerKey, MemberKey, OrigDst, PodPolicy, PortKey, Proxy,
-        ReasonCounters, budget,
+        ReasonCounters, budget, policy,
     },
     names,
 };
@@ -241,7 +241,7 @@ impl Maps {
     pub fn write(&mut self, id: PolicyId, entries: &Entries) -> Result<(), MapsError> {
         let written = self.write_all(id, entries);
         if written.is_err() {
-            self.remove_lists(&[id])?;
+            self.remove_lists(&[(id, u32::MAX)])?;
         }
         written
     }
@@ -271,9 +271,10 @@ impl Maps {
         Ok(())
     }
 
-    /// Removes the entries of these policies. Entries of other pods are not read in the large maps.
-    pub fn remove_lists(&mut self, ids: &[PolicyId]) -> Result<(), MapsError> {
-        for &id in ids {
+    /// Removes the entries of these policies, each with its flags, or all flags if they are not known. Entries of other pods are
+    /// not read in the large maps, and in the small ones only for a policy with entries there.
+    pub fn remove_lists(&mut self, policies: &[(PolicyId, u32)]) -> Result<(), MapsError> {
+        for &(id, _) in policies {
             for key in self.destinations_of(id)? {
                 gone_is_fine(self.destinations.remove(&Key::new(key.prefix_len, Plain(key.key))))
                     .map_err(failed("purging", names::DESTINATIONS))?;
@@ -283,9 +284,16 @@ impl Maps {
                     .map_err(failed("purging", names::PORTS))?;
             }
         }
-        for (map, name) in [(&mut self.groups, names::GROUPS), (&mut self.interfaces, names::INTERFACES)] {
+        for (map, name, flags) in [
+            (&mut self.groups, names::GROUPS, policy::GROUPS_ONLY | policy::GROUPS_EXCEPT),
+            (&mut self.interfaces, names::INTERFACES, policy::INTERFACES),
+        ] {
+            let has_entries = |id| policies.iter().any(|&(other, its)| other == id && its & flags != 0);
+            if policies.iter().all(|&(id, _)| !has_entries(id)) {
+                continue;
+            }
             for (key, _) in entries::<MemberKey, u32>(map.map(), name)? {
-                if ids.contains(&key.policy) {
+                if has_entries(key.policy) {
                     gone_is_fine(map.remove(&Plain(key))).map_err(failed("purging", name))?;
                 }
             }
@@ -345,22 +353,15 @@ impl Maps {
         Ok(usage)
     }
 
-    /// Removes the connections and listeners of all namespaces for which `keep` is false. Returns their number.
-    pub fn purge_connections(&mut self, keep: impl Fn(NetnsCookie) -> bool) -> Result<usize, MapsError> {
-        let mut purged = 0;
+    /// Removes the connections of a namespace. Reads those of all pods.
+    pub fn remove_connections(&mut self, netns: NetnsCookie) -> Result<(), MapsError> {
         for (key, _) in self.originals()? {
-            if !keep(key.netns) {
+            if key.netns == netns {
                 gone_is_fine(self.orig_dst.remove(&Plain(key)))
-                    .map_err(failed("purging", names::ORIG_DST))?;
-                purged += 1;
+                    .map_err(failed("removing from", names::ORIG_DST))?;
             }
         }
-        let listeners: Vec<_> =
-            self.listeners.keys().filter_map(Result::ok).filter(|key| !keep(key.0.netns)).collect();
-        for key in &listeners {
-            gone_is_fine(self.listeners.remove(key)).map_err(failed("purging", names::LISTENERS))?;
-        }
-        Ok(purged + listeners.len())
+        Ok(())
     }
 
     /// The record of a connection that the programs redirected, handed to a listener, or let pass by its mark.

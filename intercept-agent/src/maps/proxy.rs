@@ -107,7 +107,7 @@ impl Maps {
         Ok(Registered::TooMany)
     }
 
-    /// Removes the registered listeners of a workload, whose sockets stay open.
+    /// Removes the registered listeners of a namespace or workload, whose sockets may stay open.
     pub fn remove_listeners(&mut self, cookie: NetnsCookie) -> Result<(), MapsError> {
         for key in self.listeners(cookie)? {
             gone_is_fine(self.listeners.remove(&Plain(key)))

@@ -257,7 +257,7 @@ impl Node {
         let undone = restored.and_then(|()| match plan.before {
             None => self.remove_pod(cookie, None),
             Some(before) => {
-                self.maps.remove_lists(&[plan.policy.id])?;
+                self.maps.remove_lists(&[(plan.policy.id, plan.policy.flags)])?;
                 Ok(self.store.drop_other_records(cookie, before.id)?)
             }
         });

@@ -11,6 +11,7 @@ use intercept_common::layout::PodPolicy;
 use super::{Living, LivingPod, Node, NodeError, plan::LivingCgroup, workload::is_expired};
 use crate::{
     cgroup::CgroupDir,
+    compile,
     ids::{NetnsCookie, PolicyId},
     netns::Netns,
     netns_setup::{self, NetnsChanges, NetnsSetupError},
@@ -195,10 +196,10 @@ impl Node {
         for (id, record) in self.store.records(cookie)? {
             match record {
                 Ok(record) if id == active => needed.merge(&record.netns_setup),
-                Ok(record) => others.push((id, record.netns_setup)),
+                Ok(record) => others.push(((id, compile::flags(&record.config)), record.netns_setup)),
                 Err(error) if error.may_pass() => return Err(error.into()),
                 // Its changes are not known, so nothing can be undone.
-                Err(_) if id != active => others.push((id, NetnsChanges::default())),
+                Err(_) if id != active => others.push(((id, u32::MAX), NetnsChanges::default())),
                 Err(_) => {}
             }
         }
@@ -206,7 +207,7 @@ impl Node {
             netns_setup::remove(netns, &changes.without(&needed)).map_err(changing(netns))?;
         }
         if !others.is_empty() {
-            self.maps.remove_lists(&others.iter().map(|(id, _)| *id).collect::<Vec<_>>())?;
+            self.maps.remove_lists(&others.iter().map(|(lists, _)| *lists).collect::<Vec<_>>())?;
             // Last, so that the next call repeats all of this if it fails before.
             self.store.drop_other_records(cookie, active)?;
         }
@@ -238,18 +239,24 @@ impl Node {
         for folder in self.existing_link_folders(cookie)? {
             self.detach_links(&folder);
         }
-        if cookie.is_workload() {
-            self.maps.remove_listeners(cookie)?;
-        }
         // Every list was written after its record.
         let records = self.store.records(cookie)?;
-        let ids: Vec<PolicyId> =
-            records.iter().map(|(id, _)| *id).chain(policy.map(|policy| policy.id)).collect();
-        self.maps.remove_lists(&ids)?;
-        self.maps.purge_connections(|netns| netns != cookie)?;
+        let flags = |record: &Result<Record, _>| {
+            record.as_ref().map_or(u32::MAX, |record| compile::flags(&record.config))
+        };
+        let mut lists: Vec<(PolicyId, u32)> =
+            records.iter().map(|(id, record)| (*id, flags(record))).collect();
+        lists.extend(policy.as_ref().map(|policy| (policy.id, policy.flags)));
+        self.maps.remove_lists(&lists)?;
+        // Reading the connections of all pods takes milliseconds, and most pods have closed theirs by now. The slot of an inactive
+        // policy may count those of another pod.
+        if policy.as_ref().is_none_or(|policy| self.maps.connections(policy.slot) != 0) {
+            self.maps.remove_connections(cookie)?;
+        }
+        self.maps.remove_listeners(cookie)?;
         let others = self.maps.policies()?;
         let slots = records.iter().filter_map(|(_, record)| record.as_ref().ok()).map(|record| record.slot);
-        for slot in slots.chain(policy.map(|policy| policy.slot)) {
+        for slot in slots.chain(policy.as_ref().map(|policy| policy.slot)) {
             // The slot of an inactive policy may belong to another pod by now.
             if others.iter().all(|(_, other)| other.slot != slot) {
                 self.maps.reset_slot(slot)?;
