@@ -7,7 +7,9 @@ use std::time::Instant;
 
 use ipnet::IpNet;
 use netlink_packet_core::{NLM_F_DUMP, NLM_F_REQUEST};
-use netlink_packet_route::link::{AfSpecInet6, AfSpecUnspec, LinkAttribute, LinkFlags, LinkMessage};
+use netlink_packet_route::link::{
+    AfSpecInet6, AfSpecUnspec, LinkAttribute, LinkExtentMask, LinkFlags, LinkMessage,
+};
 use netlink_packet_route::route::{RouteAddress, RouteAttribute, RouteMessage, RouteType};
 use netlink_packet_route::rule::{RuleAction, RuleAttribute, RuleMessage};
 use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
@@ -116,7 +118,10 @@ impl Requests {
             let (loopback, up) = (has(LinkFlags::Loopback), has(LinkFlags::Up));
             Some((Interface { index: link.header.index, name, loopback, up }, has_v6))
         };
-        let question = RouteNetlinkMessage::GetLink(LinkMessage::default());
+        let mut link = LinkMessage::default();
+        // They are most of an answer, and added up over all processors.
+        link.attributes.push(LinkAttribute::ExtMask(vec![LinkExtentMask::SkipStats]));
+        let question = RouteNetlinkMessage::GetLink(link);
         let found = self.list("reading the interfaces", question, interface)?;
         self.listed.has_v6 = found.iter().any(|(interface, has_v6)| interface.loopback && *has_v6);
         Ok(found.into_iter().map(|(interface, _)| interface).collect())
