@@ -14,6 +14,7 @@ use rustix::process::{Pid, WaitOptions};
 
 use crate::cgroup::{CgroupDir, CgroupError};
 use crate::netns::{Netns, NetnsError};
+use crate::pod_process::close_others;
 
 /// The id maps of a pod.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -169,10 +170,13 @@ fn of_namespace(namespace: BorrowedFd<'_>) -> Result<IdMaps, IdMapError> {
     let child = unsafe {
         match libc::fork() {
             0 => {
-                // Closed in the child, so that the read below ends when the parent closes its end or dies.
-                libc::close(release.as_raw_fd());
-                let result = libc::setns(namespace.as_raw_fd(), libc::CLONE_NEWUSER);
-                let error = if result == 0 { 0 } else { *libc::__errno_location() };
+                // So that the read below ends when the parent closes its end or dies. Two children that are started at
+                // the same time would each hold the end that the other waits on.
+                let error = match close_others([namespace, enters.as_fd(), released.as_fd()]) {
+                    Err(error) => error.raw_os_error(),
+                    Ok(()) if libc::setns(namespace.as_raw_fd(), libc::CLONE_NEWUSER) == 0 => 0,
+                    Ok(()) => *libc::__errno_location(),
+                };
                 let answer = error.to_ne_bytes();
                 libc::write(enters.as_raw_fd(), answer.as_ptr().cast(), answer.len());
                 let mut end = [0_u8; 1];
@@ -204,6 +208,7 @@ fn gone(error: &io::Error) -> bool {
 mod tests {
     use std::fs;
     use std::process::Command;
+    use std::sync::{Arc, mpsc};
     use std::thread;
     use std::time::{Duration, Instant};
 
@@ -244,12 +249,11 @@ mod tests {
         assert_eq!(IdMaps::of_cgroup(&TestCgroup::new().cgroup).unwrap(), IdMaps::identity());
     }
 
-    #[test]
-    fn the_owner_of_the_network_namespace_tells_before_anything_runs() {
-        let mut test = TestCgroup::new();
+    /// The network namespace of a process that is started in a cgroup and in a user namespace of its own.
+    fn netns_of_other_users(test: &mut TestCgroup) -> Netns {
         let pid = test.spawn("app", Command::new("unshare").args(["--user", "--net", "sleep", "600"]));
         let own = ["user", "net"].map(|kind| fs::read_link(format!("/proc/self/ns/{kind}")).unwrap());
-        let deadline = Instant::now() + Duration::from_secs(5);
+        let deadline = Instant::now() + Duration::from_secs(30);
         while own
             .iter()
             .zip(["user", "net"])
@@ -260,7 +264,13 @@ mod tests {
         }
         fs::write(format!("/proc/{pid}/uid_map"), "0 100000 65536").unwrap();
         fs::write(format!("/proc/{pid}/gid_map"), "0 200000 65536").unwrap();
-        let netns = Netns::of_process(pid).unwrap();
+        Netns::of_process(pid).unwrap()
+    }
+
+    #[test]
+    fn the_owner_of_the_network_namespace_tells_before_anything_runs() {
+        let mut test = TestCgroup::new();
+        let netns = netns_of_other_users(&mut test);
         let running = IdMaps::of_pod(&netns, &test.cgroup).unwrap();
         assert_eq!(running.users.outside(1337), Some(101_337));
         assert_eq!(running.groups.outside(1337), Some(201_337));
@@ -271,6 +281,29 @@ mod tests {
         // A process in the cgroup with the node's user namespace has no effect.
         test.idle("app");
         assert_eq!(IdMaps::of_pod(&netns, &test.cgroup).unwrap(), running);
+    }
+
+    #[test]
+    fn pods_without_processes_are_read_at_the_same_time() {
+        const PODS: usize = 4;
+        const TIMES: usize = 200;
+        let mut test = TestCgroup::new();
+        let netns = Arc::new(netns_of_other_users(&mut test));
+        test.kill_all();
+        let (read, reads) = mpsc::channel();
+        for _ in 0..PODS {
+            let (netns, read) = (Arc::clone(&netns), read.clone());
+            let cgroup = CgroupDir::open(test.cgroup.path()).unwrap();
+            // Not joined: a thread that hangs shows by the time limit below.
+            thread::spawn(move || {
+                for _ in 0..TIMES {
+                    read.send(IdMaps::of_pod(&netns, &cgroup).unwrap().users.outside(1337)).unwrap();
+                }
+            });
+        }
+        for _ in 0..PODS * TIMES {
+            assert_eq!(reads.recv_timeout(Duration::from_secs(60)), Ok(Some(101_337)));
+        }
     }
 
     #[test]

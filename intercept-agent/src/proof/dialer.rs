@@ -4,7 +4,7 @@
 use std::{
     io,
     net::SocketAddr,
-    os::fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd, RawFd},
+    os::fd::{AsFd as _, BorrowedFd, OwnedFd},
     time::{Duration, Instant},
 };
 
@@ -29,7 +29,7 @@ use super::{ProbeDialled, ProofError};
 use crate::{
     cgroup::CgroupDir,
     netns::Netns,
-    pod_process::{LeafCgroup, PodProcess, receive},
+    pod_process::{LeafCgroup, PodProcess, close_others, receive},
 };
 
 /// Time for the child to start and to report.
@@ -169,28 +169,6 @@ fn enter(job: &ProbeJob<'_>) -> Result<(), (SetupStep, Errno)> {
         // A process of the same user cannot read its memory, which is a copy of the agent's.
         .and_then(|()| set_dumpable_behavior(DumpableBehavior::NotDumpable))
         .map_err(at(SetupStep::User))
-}
-
-/// Closes all descriptors but these.
-fn close_others(mut kept: [BorrowedFd<'_>; 4]) -> Result<(), Errno> {
-    kept.sort_unstable_by_key(|fd| fd.as_raw_fd());
-    let mut next: RawFd = 0;
-    for fd in kept {
-        close_range(next, fd.as_raw_fd() - 1)?;
-        next = fd.as_raw_fd() + 1;
-    }
-    close_range(next, RawFd::MAX)
-}
-
-fn close_range(first: RawFd, last: RawFd) -> Result<(), Errno> {
-    if last < first {
-        return Ok(());
-    }
-    // SAFETY: nothing in the child uses these descriptors, and it runs no destructor that would close them.
-    match unsafe { libc::syscall(libc::SYS_close_range, first, last, 0) } {
-        0 => Ok(()),
-        _ => Err(Errno::from_io_error(&io::Error::last_os_error()).unwrap_or(Errno::BADF)),
-    }
 }
 
 fn dial(
