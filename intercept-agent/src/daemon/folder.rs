@@ -112,8 +112,8 @@ impl Folder {
         loop {
             match self.watch.changed().await {
                 Ok(Changed::Names(names)) => self.tell(Files::Named(names), &messages).await,
-                Ok(Changed::Everything) => self.tell(Files::All, &messages).await,
-                Ok(Changed::Gone) => self.reopen(&messages).await,
+                Ok(Changed::Everything) if self.open_again(&messages).await.is_ok() => {}
+                Ok(Changed::Everything | Changed::Gone) => self.reopen(&messages).await,
                 Err(error) => {
                     tracing::error!(folder = %self.path.display(), %error, "watching the folder of pods");
                     self.reopen(&messages).await;
@@ -125,17 +125,22 @@ impl Folder {
         }
     }
 
-    /// The folder was removed or renamed. Its pods stay as they are until it exists again.
+    /// Watches the folder that is at the path now, and reads it.
+    async fn open_again(&mut self, messages: &UnboundedSender<Message>) -> Result<(), FolderError> {
+        *self = Self::open(self.path.clone())?;
+        self.tell(Files::All, messages).await;
+        Ok(())
+    }
+
+    /// The folder was removed or renamed, or others than root can write to it. Its pods stay as they are until it exists
+    /// again and is root's.
     async fn reopen(&mut self, messages: &UnboundedSender<Message>) {
-        tracing::error!(folder = %self.path.display(), "the folder of pods is gone: its pods stay captured until it exists again");
+        tracing::error!(folder = %self.path.display(), "the folder of pods is gone or refused: its pods stay captured until it can be read again");
         let mut logged = None;
         loop {
             tokio::time::sleep(ABSENT).await;
-            match Self::open(self.path.clone()) {
-                Ok(again) => {
-                    *self = again;
-                    return self.tell(Files::All, messages).await;
-                }
+            match self.open_again(messages).await {
+                Ok(()) => return,
                 Err(FolderError { source, .. }) if source.is_not_found() => {}
                 Err(FolderError { source, .. }) => {
                     let text = source.to_string();
@@ -353,6 +358,65 @@ mod tests {
             fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o770)).expect("opened");
             let error = Folder::open(dir.path().to_owned()).err().expect("refused");
             assert!(error.source.to_string().contains("chmod go-w"), "{}", error.source);
+        });
+    }
+
+    #[test]
+    fn what_is_given_back_to_root_is_read() {
+        let dir = tempfile::tempdir().expect("a folder");
+        let write = |name: &str| fs::write(dir.path().join(name), POD).expect("written");
+        let set_mode =
+            |mode| fs::set_permissions(dir.path(), fs::Permissions::from_mode(mode)).expect("changed");
+        write("a.json");
+        chown(dir.path().join("a.json"), Some(65534), None).expect("given away");
+        runtime().block_on(async {
+            let (send, mut messages) = mpsc::unbounded_channel();
+            let folder = Folder::open(dir.path().to_owned()).expect("watched");
+            let task = tokio::spawn(folder.follow(send));
+            let refused = next(&mut messages).await;
+            assert!(refused.starts_with("refused file/a.json: refusing"), "{refused}");
+            assert_eq!(next(&mut messages).await, "listed 1");
+            chown(dir.path().join("a.json"), Some(0), None).expect("given back");
+            assert_eq!(next(&mut messages).await, "want a.json /c");
+
+            // Nothing is read from a folder that others can write to, until they cannot.
+            set_mode(0o777);
+            write("b.json");
+            let silent = tokio::time::timeout(Duration::from_millis(200), messages.recv()).await;
+            assert!(silent.is_err(), "read from a folder of others");
+            set_mode(0o700);
+            let mut told = [(); 3].map(|()| String::new());
+            for told in &mut told {
+                *told = next(&mut messages).await;
+            }
+            told.sort();
+            assert_eq!(told, ["listed 2", "want a.json /c", "want b.json /c"]);
+            task.abort();
+        });
+    }
+
+    #[test]
+    fn a_folder_that_is_replaced_while_the_kernel_drops_events_is_watched() {
+        let dir = tempfile::tempdir().expect("a folder");
+        let pods = dir.path().join("pods");
+        fs::create_dir(&pods).expect("made");
+        let queued = fs::read_to_string("/proc/sys/fs/inotify/max_queued_events").expect("read");
+        let queued: usize = queued.trim().parse().expect("a number");
+        runtime().block_on(async {
+            let (send, mut messages) = mpsc::unbounded_channel();
+            let folder = Folder::open(pods.clone()).expect("watched");
+            // The kernel merges equal events.
+            for number in 0..=queued {
+                fs::write(pods.join(if number % 2 == 0 { ".a" } else { ".b" }), "").expect("written");
+            }
+            fs::remove_dir_all(&pods).expect("removed");
+            fs::create_dir(&pods).expect("made again");
+            let task = tokio::spawn(folder.follow(send));
+            assert_eq!(next(&mut messages).await, "listed 0");
+            assert_eq!(next(&mut messages).await, "listed 0");
+            fs::write(pods.join("a.json"), POD).expect("written");
+            assert_eq!(next(&mut messages).await, "want a.json /c");
+            task.abort();
         });
     }
 

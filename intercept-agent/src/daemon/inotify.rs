@@ -16,9 +16,9 @@ pub(super) struct FolderWatch {
 /// What changed.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Changed {
-    /// Files with these names were written, renamed or removed.
+    /// Files with these names were written, renamed or removed, or have another owner or mode.
     Names(HashSet<String>),
-    /// The kernel dropped events.
+    /// The folder has another owner or mode, or the kernel dropped events. One of them may have been the end of the watch.
     Everything,
     /// The folder itself was removed or renamed, which ends the watch.
     Gone,
@@ -32,6 +32,7 @@ impl FolderWatch {
             | WatchFlags::MOVED_TO
             | WatchFlags::MOVED_FROM
             | WatchFlags::DELETE
+            | WatchFlags::ATTRIB
             | WatchFlags::DELETE_SELF
             | WatchFlags::MOVE_SELF
             | WatchFlags::ONLYDIR;
@@ -43,7 +44,7 @@ impl FolderWatch {
 
     /// Waits for changes.
     pub(super) async fn changed(&self) -> io::Result<Changed> {
-        let mut names = HashSet::new();
+        let (mut names, mut everything) = (HashSet::new(), false);
         loop {
             let mut ready = self.events.readable().await?;
             let mut space = [MaybeUninit::uninit(); 4096];
@@ -52,16 +53,15 @@ impl FolderWatch {
                 match reader.next() {
                     Ok(event) => {
                         let flags = event.events();
-                        if flags.contains(ReadFlags::QUEUE_OVERFLOW) {
-                            return Ok(Changed::Everything);
-                        }
                         if flags
                             .intersects(ReadFlags::DELETE_SELF | ReadFlags::MOVE_SELF | ReadFlags::IGNORED)
                         {
                             return Ok(Changed::Gone);
                         }
-                        names
-                            .extend(event.file_name().and_then(|name| name.to_str().ok()).map(str::to_owned));
+                        match event.file_name() {
+                            Some(name) => names.extend(name.to_str().ok().map(str::to_owned)),
+                            None => everything = true,
+                        }
                     }
                     Err(Errno::AGAIN) => break,
                     Err(Errno::INTR) => {}
@@ -69,6 +69,9 @@ impl FolderWatch {
                 }
             }
             ready.clear_ready();
+            if everything {
+                return Ok(Changed::Everything);
+            }
             if !names.is_empty() {
                 return Ok(Changed::Names(names));
             }
