@@ -22,6 +22,8 @@ const MAX_FILE: u64 = 1 << 20;
 pub(super) struct ConfFile {
     pub(super) path: PathBuf,
     pub(super) content: Value,
+    /// The text that was read.
+    text: Vec<u8>,
 }
 
 /// The position of the entry in a configuration.
@@ -85,9 +87,17 @@ impl ConfFile {
             false => kind(&content).is_some(),
         };
         if valid {
-            Ok(Self { path: path.to_owned(), content })
+            Ok(Self { path: path.to_owned(), content, text })
         } else {
             Err(InstallError::Shape { path: shown() })
+        }
+    }
+
+    /// Fails if another program has written the file since it was read.
+    pub(super) fn check_unchanged(&self) -> Result<(), InstallError> {
+        match fs::read(&self.path) {
+            Ok(text) if text == self.text => Ok(()),
+            _ => Err(InstallError::Changed { path: self.path.display().to_string() }),
         }
     }
 

@@ -22,6 +22,10 @@ use crate::daemon::mesh::Mesh;
 const SAVED: &str = "before-intercept";
 /// File name of a plugin that is not chained. It sorts last, so that no runtime uses it as the node's network.
 const STANDALONE: &str = "zzz-intercept-cni.conf";
+/// What precedes the number of the process in the names of temporary files.
+const TEMPORARY: &str = ".intercept-";
+/// How often an edit is begun anew if others write the file meanwhile.
+const ATTEMPTS: usize = 8;
 
 /// This process's binary, which is also the plugin.
 pub const OWN_BINARY: &str = "/proc/self/exe";
@@ -101,6 +105,10 @@ pub enum InstallError {
         newest = VERSIONS[VERSIONS.len() - 1], all = VERSIONS.join(", ")
     )]
     Version { path: String, version: String },
+    #[error(
+        "another program has written {path} while the plugin was added to it or removed from it; try again"
+    )]
+    Changed { path: String },
 }
 
 fn at<'a>(action: &'static str, path: &'a Path) -> impl FnOnce(io::Error) -> InstallError + use<'a> {
@@ -110,8 +118,9 @@ fn at<'a>(action: &'static str, path: &'a Path) -> impl FnOnce(io::Error) -> Ins
 impl Plugin {
     /// Copies this binary and adds the plugin to the configuration. Files that are up to date are not changed.
     pub fn install(&self) -> Result<Installed, InstallError> {
+        remove_leftovers(&self.folders);
         match &self.mode {
-            Mode::Chained { file } => self.chain(file.as_deref()),
+            Mode::Chained { file } => unless_changed(|| self.chain(file.as_deref())),
             Mode::Standalone { network } => self.stand_alone(network),
         }
     }
@@ -141,12 +150,12 @@ impl Plugin {
                     if file.path.extension().is_some_and(|kind| kind != "conflist") && !is_multus(&file) =>
                 {
                     let target = file.path.with_extension("conflist");
-                    write(&target, &file.content)?;
+                    write(&target, &file.content, || file.check_unchanged())?;
                     fs::rename(&file.path, saved(&file.path)).map_err(at("renaming", &file.path))?;
                     Installed { path: target, ..one }
                 }
                 Inserted::IntoNewList | Inserted::IntoList => {
-                    write(&file.path, &file.content)?;
+                    write(&file.path, &file.content, || file.check_unchanged())?;
                     one
                 }
                 Inserted::Unchanged => one,
@@ -166,7 +175,7 @@ impl Plugin {
         copy_binary(&self.binary, &self.folders.binaries)?;
         let changed = ConfFile::read(&path).map_or(true, |file| file.content != content);
         if changed {
-            write(&path, &content)?;
+            write(&path, &content, || Ok(()))?;
         }
         Ok(Installed { path, changed })
     }
@@ -174,10 +183,11 @@ impl Plugin {
 
 /// Removes the plugin from all lists, and its binary. Continues after a failure. Returns the changed files.
 pub fn uninstall(folders: &Folders) -> Result<Vec<PathBuf>, InstallError> {
+    remove_leftovers(folders);
     let mut changed = Vec::new();
     let mut failed = None;
     for path in chain::configurations(&folders.configurations)? {
-        match take_out(&path) {
+        match unless_changed(|| take_out(&path)) {
             Ok(true) => changed.push(path),
             Ok(false) => {}
             Err(error) => failed = Some(error),
@@ -194,6 +204,17 @@ pub fn uninstall(folders: &Folders) -> Result<Vec<PathBuf>, InstallError> {
         Err(error) => return Err(at("removing", &binary)(error)),
     }
     Ok(changed)
+}
+
+/// Does an edit again that another program has disturbed.
+fn unless_changed<T>(mut edit: impl FnMut() -> Result<T, InstallError>) -> Result<T, InstallError> {
+    for _ in 1..ATTEMPTS {
+        match edit() {
+            Err(InstallError::Changed { .. }) => {}
+            done => return done,
+        }
+    }
+    edit()
 }
 
 fn take_out(path: &Path) -> Result<bool, InstallError> {
@@ -216,7 +237,7 @@ fn take_out(path: &Path) -> Result<bool, InstallError> {
             fs::rename(saved(single), single).map_err(at("restoring", single))?;
             fs::remove_file(path).map_err(at("removing", path))?;
         }
-        None => write(path, &file.content)?,
+        None => write(path, &file.content, || file.check_unchanged())?,
     }
     Ok(true)
 }
@@ -269,11 +290,16 @@ fn saved(path: &Path) -> PathBuf {
     name.into()
 }
 
-fn write(path: &Path, content: &Value) -> Result<(), InstallError> {
+/// Writes a configuration, unless `check` fails.
+fn write(
+    path: &Path,
+    content: &Value,
+    check: impl FnOnce() -> Result<(), InstallError>,
+) -> Result<(), InstallError> {
     let mut text = serde_json::to_vec_pretty(content).expect("JSON that was read");
     text.push(b'\n');
     let mode = fs::metadata(path).ok().map(|metadata| metadata.permissions());
-    replace(path, &mut text.as_slice(), mode)
+    replace(path, &mut text.as_slice(), mode, check)
 }
 
 fn copy_binary(own: &Path, folder: &Path) -> Result<(), InstallError> {
@@ -288,7 +314,7 @@ fn copy_binary(own: &Path, folder: &Path) -> Result<(), InstallError> {
     }
     fs::create_dir_all(folder).map_err(at("creating folder", folder))?;
     source = open(own)?;
-    replace(&target, &mut source, Some(fs::Permissions::from_mode(0o755)))
+    replace(&target, &mut source, Some(fs::Permissions::from_mode(0o755)), || Ok(()))
 }
 
 fn is_executable(file: &fs::File) -> bool {
@@ -316,23 +342,44 @@ fn same(a: &fs::File, b: &fs::File) -> io::Result<bool> {
     }
 }
 
-/// Writes a temporary file, whose name is not that of a configuration, and renames it.
-fn replace(path: &Path, content: &mut impl Read, mode: Option<fs::Permissions>) -> Result<(), InstallError> {
+/// Writes a temporary file, whose name is not that of a configuration, and renames it if `check` succeeds then.
+fn replace(
+    path: &Path,
+    content: &mut impl Read,
+    mode: Option<fs::Permissions>,
+    check: impl FnOnce() -> Result<(), InstallError>,
+) -> Result<(), InstallError> {
     let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
-    let beside = path.with_file_name(format!(".{name}.intercept-{}", std::process::id()));
+    let beside = path.with_file_name(format!(".{name}{TEMPORARY}{}", std::process::id()));
     let written = || {
         let mut file = fs::File::create(&beside)?;
         io::copy(content, &mut file)?;
         if let Some(mode) = mode {
             fs::set_permissions(&beside, mode)?;
         }
-        file.sync_all()?;
-        fs::rename(&beside, path)
+        file.sync_all()
     };
-    written().map_err(|error| {
-        drop(fs::remove_file(&beside));
-        at("writing", path)(error)
-    })
+    let replaced = written()
+        .map_err(at("writing", path))
+        .and_then(|()| check())
+        .and_then(|()| fs::rename(&beside, path).map_err(at("writing", path)));
+    replaced.inspect_err(|_| drop(fs::remove_file(&beside)))
+}
+
+/// Removes the temporary files of processes that were killed while they wrote.
+fn remove_leftovers(folders: &Folders) {
+    let is_leftover = |name: &str| {
+        let process = name.strip_prefix('.').and_then(|name| name.rsplit_once(TEMPORARY));
+        let process = process.and_then(|(_, process)| process.parse::<u32>().ok());
+        process.is_some_and(|process| !Path::new(&format!("/proc/{process}")).exists())
+    };
+    for folder in [&folders.configurations, &folders.binaries] {
+        let entries = fs::read_dir(folder).into_iter().flatten().flatten();
+        for entry in entries.filter(|entry| entry.file_name().to_str().is_some_and(is_leftover)) {
+            // It is only in the way of the disk's space.
+            drop(fs::remove_file(entry.path()));
+        }
+    }
 }
 
 #[cfg(test)]

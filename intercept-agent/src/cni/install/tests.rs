@@ -1,3 +1,10 @@
+use std::{
+    io::Write as _,
+    os::unix::fs::OpenOptionsExt as _,
+    sync::atomic::{AtomicBool, Ordering},
+    thread,
+};
+
 use super::*;
 
 struct ConfigFolders {
@@ -95,6 +102,98 @@ fn installed_last_once_and_taken_out_again() {
     assert_eq!(changed, [path, node.folders.binaries.join(PLUGIN)]);
     assert_eq!(node.files(), before);
     assert_eq!(uninstall(&node.folders).expect("again"), Vec::<PathBuf>::new());
+}
+
+/// Installs the plugin. `meanwhile` happens when the binary is read: after the configuration has been read and before it is written.
+fn while_it_installs(
+    node: &ConfigFolders,
+    meanwhile: impl FnOnce() + Send,
+) -> Result<Installed, InstallError> {
+    let binary = node.folders.configurations.with_file_name("pipe");
+    let mode = rustix::fs::Mode::RUSR | rustix::fs::Mode::WUSR;
+    rustix::fs::mknodat(rustix::fs::CWD, &binary, rustix::fs::FileType::Fifo, mode, 0).expect("a pipe");
+    let plugin = Plugin {
+        folders: node.folders.clone(),
+        mode: Mode::Chained { file: None },
+        entry: ours(),
+        binary: binary.clone(),
+    };
+    let is_done = AtomicBool::new(false);
+    thread::scope(|scope| {
+        let feeder = || {
+            let mut meanwhile = Some(meanwhile);
+            while !is_done.load(Ordering::Relaxed) {
+                // Without a reader it cannot be opened.
+                let opened = fs::OpenOptions::new().write(true).custom_flags(libc::O_NONBLOCK).open(&binary);
+                if let Ok(mut writer) = opened {
+                    meanwhile.take().map(|meanwhile| meanwhile());
+                    // The reader may have gone.
+                    drop(writer.write_all(b"the agent"));
+                }
+                thread::yield_now();
+            }
+        };
+        scope.spawn(feeder);
+        let installed = plugin.install();
+        is_done.store(true, Ordering::Relaxed);
+        installed
+    })
+}
+
+#[test]
+fn what_another_program_writes_meanwhile_is_kept() {
+    let node = node(&[("10-net.conflist", LIST)]);
+    let newer = LIST.replace("portmap", "bandwidth");
+    let path = node.path("10-net.conflist");
+    let installed = while_it_installs(&node, || fs::write(&path, &newer).expect("written"));
+    assert_eq!(installed.expect("installed"), Installed { path: path.clone(), changed: true });
+    let types = |path: &Path| -> Vec<Value> {
+        read(path)["plugins"].as_array().expect("a list").iter().map(|p| p["type"].clone()).collect()
+    };
+    assert_eq!(types(&path), ["bridge", "bandwidth", PLUGIN]);
+    assert_eq!(node.files().len(), 1, "nothing is left beside it");
+
+    // The configuration that is used is another one now.
+    let node = self::node(&[("10-net.conf", r#"{"name": "net", "type": "bridge"}"#)]);
+    let (old, new) = (node.path("10-net.conf"), node.path("05-other.conflist"));
+    let installed = while_it_installs(&node, || {
+        fs::write(&new, &newer).expect("written");
+        fs::remove_file(&old).expect("removed");
+    });
+    assert_eq!(installed.expect("installed").path, new);
+    assert_eq!(types(&new), ["bridge", "bandwidth", PLUGIN]);
+    assert_eq!(node.files().len(), 1);
+}
+
+#[test]
+fn what_a_killed_agent_has_left_is_removed() {
+    let node = node(&[("10-net.conflist", LIST)]);
+    fs::create_dir(&node.folders.binaries).expect("made");
+    // No process has such a number.
+    let of_killed = [
+        node.path(".10-net.conflist.intercept-4194305"),
+        node.folders.binaries.join(".intercept-cni.intercept-4194305"),
+    ];
+    let of_others = [
+        node.path(&format!(".20-net.conflist.intercept-{}", std::process::id())),
+        node.path(".10-net.conflist.intercept-new"),
+        node.path("10-net.intercept-4194305"),
+    ];
+    let write_all = || {
+        for path in of_killed.iter().chain(&of_others) {
+            fs::write(path, "half").expect("written");
+        }
+    };
+    let check = || {
+        assert!(!of_killed.iter().any(|path| path.exists()));
+        assert!(of_others.iter().all(|path| path.exists()));
+    };
+    write_all();
+    node.chain(ours()).expect("installed");
+    check();
+    write_all();
+    uninstall(&node.folders).expect("uninstalled");
+    check();
 }
 
 #[test]
