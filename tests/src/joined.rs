@@ -38,6 +38,7 @@ use socket2::{SockAddr, Socket};
 
 use crate::{
     agent::{Agent, INIT_FLAGS},
+    deadline::scaled,
     status::count_of,
     testbed::{
         Ids, Sandbox,
@@ -205,7 +206,9 @@ pub struct Leg {
 impl Leg {
     /// Connects and accepts.
     pub fn of(socket: Socket, listener: &Socket, to: SocketAddr) -> Result<Self> {
-        socket.connect_timeout(&SockAddr::from(to), PATIENCE).with_context(|| format!("dialling {to}"))?;
+        socket
+            .connect_timeout(&SockAddr::from(to), scaled(PATIENCE))
+            .with_context(|| format!("dialling {to}"))?;
         Self::accepted(socket, listener)
     }
 
@@ -275,8 +278,9 @@ pub fn receive(mut end: &TcpStream, length: usize) -> Result<Vec<u8>> {
 
 /// Waits until the socket is ready.
 pub fn wait(end: impl AsFd, what: PollFlags) -> Result<()> {
-    let within = Timespec { tv_sec: PATIENCE.as_secs().cast_signed(), tv_nsec: 0 };
-    ensure!(poll(&mut [PollFd::new(&end, what)], Some(&within))? > 0, "nothing in {PATIENCE:?}");
+    let patience = scaled(PATIENCE);
+    let within = Timespec { tv_sec: patience.as_secs().cast_signed(), tv_nsec: 0 };
+    ensure!(poll(&mut [PollFd::new(&end, what)], Some(&within))? > 0, "nothing in {patience:?}");
     Ok(())
 }
 

@@ -17,6 +17,7 @@ pub mod cri;
 pub mod cutover;
 pub mod daemon;
 pub mod datagram;
+pub mod deadline;
 pub mod differential;
 pub mod envoy;
 pub mod iptables;

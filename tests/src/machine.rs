@@ -26,6 +26,7 @@ use ipnet::IpNet;
 use crate::{
     actor::{Actor, Bind, Dial, DialOutcome, Listen, OriginalDst, Transport},
     agent::Agent,
+    deadline::scaled,
     kernel::attached,
     snapshot::tree,
     testbed::{
@@ -272,7 +273,7 @@ fn flow(
     ensure!(dialled.peername == Some(to), "{what}, {to}: the client's peer is {:?}", dialled.peername);
     for proxy in proxies {
         let must = matches!(way, ExpectedPath::Proxy(unit, _) if std::ptr::eq(unit, *proxy));
-        let wait = if must { Duration::from_secs(5) } else { Duration::ZERO };
+        let wait = if must { scaled(Duration::from_secs(5)) } else { Duration::ZERO };
         let relayed = proxy.actor.relayed(usize::from(must), wait);
         let through: Vec<_> = relayed.iter().map(|relayed| relayed.relay.as_str()).collect();
         match way {

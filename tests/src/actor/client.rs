@@ -17,6 +17,7 @@ use super::protocol::{
     ActorJob, ActorMessage, Bind, Dial, Dialled, Done, Listen, Queried, Query, Relay, RelayDirection,
     Relayed, Request,
 };
+use crate::deadline::scaled;
 use crate::testbed::{Ids, Sandbox};
 
 /// The variable with the path of the actor's executable.
@@ -111,7 +112,7 @@ impl Actor {
 
     fn open(&self, job: ActorJob) -> Result<Listening> {
         let (id, done) = self.send(job)?;
-        match Self::wait(&done, GRACE)? {
+        match Self::wait(&done, scaled(GRACE))? {
             Done::Ready(addr) => Ok(Listening { id, addr }),
             other => bail!("the actor answered {other:?}"),
         }
@@ -120,7 +121,7 @@ impl Actor {
     /// Closes a server or relay: connections made from now on are refused.
     pub fn close(&self, listening: Listening) -> Result<()> {
         let (_, done) = self.send(ActorJob::Close(listening.id))?;
-        match Self::wait(&done, GRACE)? {
+        match Self::wait(&done, scaled(GRACE))? {
             Done::Closed => Ok(()),
             other => bail!("closing {}: the actor answered {other:?}", listening.addr),
         }
@@ -137,10 +138,11 @@ impl Actor {
         let pending =
             dials.into_iter().map(|dial| Ok((dial.timeout * 2, self.send(ActorJob::Dial(dial))?.1)));
         let pending = pending.collect::<Result<Vec<_>>>()?;
-        let results = pending.into_iter().map(|(timeout, done)| match Self::wait(&done, timeout + GRACE)? {
-            Done::Dialled(dialled) => Ok(dialled),
-            other => bail!("dialling: the actor answered {other:?}"),
-        });
+        let results =
+            pending.into_iter().map(|(timeout, done)| match Self::wait(&done, timeout + scaled(GRACE))? {
+                Done::Dialled(dialled) => Ok(dialled),
+                other => bail!("dialling: the actor answered {other:?}"),
+            });
         results.collect()
     }
 
@@ -154,10 +156,11 @@ impl Actor {
         let pending =
             queries.into_iter().map(|query| Ok((query.timeout, self.send(ActorJob::Query(query))?.1)));
         let pending = pending.collect::<Result<Vec<_>>>()?;
-        let results = pending.into_iter().map(|(timeout, done)| match Self::wait(&done, timeout + GRACE)? {
-            Done::Queried(queried) => Ok(queried),
-            other => bail!("querying: the actor answered {other:?}"),
-        });
+        let results =
+            pending.into_iter().map(|(timeout, done)| match Self::wait(&done, timeout + scaled(GRACE))? {
+                Done::Queried(queried) => Ok(queried),
+                other => bail!("querying: the actor answered {other:?}"),
+            });
         results.collect()
     }
 

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-use crate::testbed::Ids;
+use crate::{deadline::scaled, testbed::Ids};
 
 /// A line to the actor.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -144,9 +144,9 @@ pub struct Dial {
 }
 
 impl Dial {
-    /// A plain connection with a timeout of three seconds.
+    /// A plain connection with a timeout of three seconds on hardware.
     pub fn new(ids: Ids, to: SocketAddr) -> Self {
-        Self { ids, to, from: None, mapped: false, timeout: Duration::from_secs(3) }
+        Self { ids, to, from: None, mapped: false, timeout: scaled(Duration::from_secs(3)) }
     }
 }
 
@@ -229,9 +229,9 @@ pub struct Query {
 }
 
 impl Query {
-    /// One datagram by sendto() with a timeout of one second.
+    /// One datagram by sendto() with a timeout of one second on hardware.
     pub fn new(ids: Ids, to: SocketAddr) -> Self {
-        let timeout = Duration::from_secs(1);
+        let timeout = scaled(Duration::from_secs(1));
         Self { ids, to: vec![to], from: None, mapped: false, sending: Sending::To, timeout }
     }
 }

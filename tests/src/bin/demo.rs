@@ -22,6 +22,7 @@ use tests::{
         binary::ReadableCopy,
     },
     cases,
+    deadline::scaled,
     envoy::{self, Sidecar, Speaks},
     machine::{self, systemd::SystemdSuite},
     testbed::{self, Ids, Pod, PodSpec},
@@ -380,7 +381,7 @@ impl Reports<'_> {
     fn of(&mut self, flow: &DemoFlow) -> Result<Option<Relayed>> {
         let (expected, patience) = match flow.expect {
             Expect::Direct => (0, Duration::ZERO),
-            _ => (1, Duration::from_secs(3)),
+            _ => (1, scaled(Duration::from_secs(3))),
         };
         let Some(sidecar) = self.sidecar else {
             return Ok(self.inside.relayed(expected, patience).into_iter().next());

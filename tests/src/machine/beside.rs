@@ -12,6 +12,7 @@ use crate::{
     actor::{Actor, Bind, Dial, DialOutcome, Listen, Query, QueryReply, Transport},
     agent::succeed,
     daemon::Daemon,
+    deadline::scaled,
     testbed::{Ids, Pod, PodSpec},
 };
 
@@ -38,7 +39,7 @@ pub(super) fn dns(machine: &CapturedMachine) -> Result<()> {
         let to = SocketAddr::new(service(v6), 53);
         for (unit, server) in [(&app, "dns"), (&other, "world")] {
             let mut query = Query::new(Ids::APP, to);
-            query.timeout = Duration::from_secs(5);
+            query.timeout = scaled(Duration::from_secs(5));
             let queried = unit.actor.query(query)?;
             let Some(QueryReply::Answered { from, answer }) = queried.replies.first() else {
                 anyhow::bail!("{to}: {queried:?}")
@@ -109,7 +110,7 @@ pub(super) fn daemon(machine: &CapturedMachine) -> Result<()> {
             let outbound = ExpectedPath::Proxy(&envoy, "outbound");
             flow(what, &app.actor, Ids::APP, out, "world", outbound, &[&envoy])?;
             flow(what, &inside, Ids::APP, out, "outside", ExpectedPath::Direct, &[&envoy])?;
-            let relayed = inside.relayed(usize::from(pod_relays), Duration::from_secs(5)).len();
+            let relayed = inside.relayed(usize::from(pod_relays), scaled(Duration::from_secs(5))).len();
             ensure!(relayed == usize::from(pod_relays), "{what}: the pod's proxy relayed {relayed}");
         }
         Ok(())

@@ -15,6 +15,7 @@ use rustix::process::{Pid, Signal, kill_process};
 use super::{APP, CapturedMachine, ExpectedPath, FIRST, SERVICE, Unit, difference, flow, service};
 use crate::{
     agent::succeed,
+    deadline::scaled,
     testbed::{Ids, Namespace},
 };
 
@@ -48,8 +49,12 @@ pub(super) fn confirm(machine: &CapturedMachine) -> Result<()> {
     let guarded = Guarded::new(machine)?;
     let units = [&guarded.app, &guarded.envoy];
     let before = guarded.state()?;
-    let time = Duration::from_secs(machine.confirm_seconds);
-    let seconds = machine.confirm_seconds.to_string();
+    // What is done before it expires must take a small part of the time.
+    let start = Instant::now();
+    guarded.calls("before it is captured", false)?;
+    succeed(machine.agent_sweep())?;
+    let seconds = machine.confirm_seconds + 4 * start.elapsed().as_secs();
+    let (time, seconds) = (Duration::from_secs(seconds), seconds.to_string());
 
     // It expires, although the command is killed as soon as it has spoken.
     let mut command = machine.attach(&units, FIRST, &["-b", "*", "--confirm", &seconds]);
@@ -62,7 +67,7 @@ pub(super) fn confirm(machine: &CapturedMachine) -> Result<()> {
     ensure!(said.starts_with("attached"), "{said}");
     guarded.calls("before it expires", true)?;
     ensure!(start.elapsed() < time, "too slow to see it captured");
-    restored(&guarded, &before, 3 * time)?;
+    restored(&guarded, &before, 3 * time + scaled(Duration::from_secs(10)))?;
     guarded.calls("after it expired", false)?;
 
     // Without the process that takes it off, the programs themselves ignore it, and the next command removes it.

@@ -1,6 +1,6 @@
 //! The whole machine: the root cgroup, which is captured in a virtual machine only.
 
-use std::net::SocketAddr;
+use std::{net::SocketAddr, time::Duration};
 
 use anyhow::{Result, ensure};
 
@@ -8,6 +8,7 @@ use super::{APP, CapturedMachine, ExpectedPath, FIRST, OTHER, SERVICE, differenc
 use crate::{
     actor::Actor,
     agent::succeed,
+    deadline::scaled,
     testbed::{Ids, Pod, PodSpec},
 };
 
@@ -56,7 +57,7 @@ pub(super) fn whole_machine(machine: &CapturedMachine) -> Result<()> {
     container.relays(FIRST)?;
     succeed(machine.agent.for_pod("attach", &pod, &["-u", "1337", "-i", "*"]))?;
     flow("a captured container calls", &inside, Ids::APP, to, "outside", ExpectedPath::Direct, &proxies)?;
-    let relayed = container.relayed(1, std::time::Duration::from_secs(5));
+    let relayed = container.relayed(1, scaled(Duration::from_secs(5)));
     ensure!(relayed.len() == 1, "the container's proxy saw {relayed:?}");
     succeed(machine.agent.for_pod("detach", &pod, &[]))?;
 

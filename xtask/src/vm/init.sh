@@ -1,7 +1,7 @@
 #!/bin/busybox sh
 # The first process. What it prints goes to the serial console; the lines "xtask: ..." are read by `cargo xtask vm`.
 /bin/busybox --install -s /bin
-export PATH=/bin HOME=/root RUST_BACKTRACE=1 INTERCEPT_AGENT=/bin/intercept-agent
+export PATH=/bin HOME=/root RUST_BACKTRACE=1 INTERCEPT_AGENT=/bin/intercept-agent INTERCEPT_SLOWDOWN=8
 
 mount -t proc proc /proc
 mount -t sysfs sysfs /sys

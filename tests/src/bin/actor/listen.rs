@@ -10,6 +10,7 @@ use intercept_common::Family;
 use socket2::SockRef;
 use tests::actor::{Answer, Listen, Transport};
 use tests::datagram;
+use tests::deadline::scaled;
 use tokio::io::{AsyncReadExt, AsyncWriteExt, Interest};
 use tokio::net::{TcpListener, TcpStream, UdpSocket};
 use tokio::time::timeout;
@@ -69,7 +70,7 @@ async fn answer(mut stream: TcpStream, peer: SocketAddr, name: &str) -> io::Resu
     stream.write_all(&line).await?;
     stream.shutdown().await?;
     let mut rest = Vec::new();
-    drop(timeout(PATIENCE, stream.read_to_end(&mut rest)).await);
+    drop(timeout(scaled(PATIENCE), stream.read_to_end(&mut rest)).await);
     Ok(())
 }
 

@@ -12,6 +12,7 @@ use nix::poll::{PollFd, PollFlags, poll};
 use nix::sys::socket::{ControlMessage, MsgFlags, MultiHeaders, SockaddrStorage, sendmmsg, sendmsg};
 use socket2::{Domain, Protocol, SockAddr, Socket, Type};
 use tests::actor::{Answer, OriginalDst};
+use tests::deadline::scaled;
 use tests::steps::{SocketKind, Step, StepOutcome, shown};
 
 const PATIENCE: Duration = Duration::from_secs(2);
@@ -129,9 +130,9 @@ fn open(kind: SocketKind) -> io::Result<Socket> {
         SocketKind::Mptcp4 => (Domain::IPV4, Type::STREAM, Protocol::MPTCP),
     };
     let socket = Socket::new(domain, kind, Some(protocol))?;
-    socket.set_read_timeout(Some(PATIENCE))?;
+    socket.set_read_timeout(Some(scaled(PATIENCE)))?;
     // Of connect(), too.
-    socket.set_write_timeout(Some(PATIENCE))?;
+    socket.set_write_timeout(Some(scaled(PATIENCE)))?;
     Ok(socket)
 }
 
@@ -162,7 +163,7 @@ fn disconnect(socket: &Socket) -> io::Result<()> {
 
 fn await_connection(socket: &Socket) -> io::Result<()> {
     let mut polled = [PollFd::new(socket.as_fd(), PollFlags::POLLOUT)];
-    let patience = u16::try_from(PATIENCE.as_millis()).map_err(io::Error::other)?;
+    let patience = u16::try_from(scaled(PATIENCE).as_millis()).map_err(io::Error::other)?;
     if poll(&mut polled, patience)? == 0 {
         return Err(nix::errno::Errno::ETIMEDOUT.into());
     }

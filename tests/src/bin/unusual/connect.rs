@@ -8,6 +8,7 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use socket2::{Domain, Protocol, SockAddr, SockRef, Socket, Type};
 use tests::actor::Answer;
+use tests::deadline::scaled;
 use tests::unusual::{Method, UnusualOutcome, UnusualSocket};
 
 use crate::ring;
@@ -51,7 +52,7 @@ fn connect(unusual: &UnusualSocket, socket: OwnedFd) -> io::Result<TcpStream> {
     let to = SockAddr::from(unusual.to[0]);
     let as_socket = SockRef::from(&socket);
     as_socket.set_linger(Some(Duration::ZERO))?;
-    as_socket.set_read_timeout(Some(PATIENCE))?;
+    as_socket.set_read_timeout(Some(scaled(PATIENCE)))?;
     match unusual.method {
         Method::IoUring => ring::connect(socket.as_fd(), &to)?,
         Method::FastOpenSend => {
@@ -62,7 +63,7 @@ fn connect(unusual: &UnusualSocket, socket: OwnedFd) -> io::Result<TcpStream> {
             as_socket.connect(&to)?;
             as_socket.send(b"early")?;
         }
-        _ => as_socket.connect_timeout(&to, PATIENCE)?,
+        _ => as_socket.connect_timeout(&to, scaled(PATIENCE))?,
     }
     Ok(TcpStream::from(socket))
 }

@@ -6,6 +6,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 use socket2::{Domain, Protocol, Socket, Type};
 use tests::actor::Answer;
+use tests::deadline::scaled;
 use tests::unusual::{Method, UnusualOutcome, UnusualSocket};
 
 const PATIENCE: Duration = Duration::from_secs(2);
@@ -13,7 +14,7 @@ const PATIENCE: Duration = Duration::from_secs(2);
 pub(crate) fn socket(unusual: &UnusualSocket) -> Result<UdpSocket> {
     let any: SocketAddr = if unusual.to[0].is_ipv6() { "[::]:0" } else { "0.0.0.0:0" }.parse()?;
     let socket = UdpSocket::bind(any)?;
-    socket.set_read_timeout(Some(PATIENCE))?;
+    socket.set_read_timeout(Some(scaled(PATIENCE)))?;
     Ok(socket)
 }
 
@@ -76,7 +77,7 @@ fn receive(socket: &UdpSocket) -> Result<(Answer, SocketAddr)> {
 pub(crate) fn raw(unusual: &UnusualSocket) -> Result<(Socket, UdpSocket)> {
     let Method::Raw(source) = unusual.method else { bail!("not a raw socket") };
     let answers = UdpSocket::bind(SocketAddr::new(source, 0))?;
-    answers.set_read_timeout(Some(PATIENCE))?;
+    answers.set_read_timeout(Some(scaled(PATIENCE)))?;
     let raw = Socket::new(Domain::IPV4, Type::RAW, Some(Protocol::UDP)).context("a raw socket")?;
     raw.bind(&SocketAddr::new(source, 0).into())?;
     Ok((raw, answers))

@@ -160,7 +160,7 @@ pub(super) fn confirm(machine: &mut SystemdMachine) -> Result<()> {
     shell("systemd-run --quiet --unit=bare --slice=bare.slice sleep infinity")?;
     let calls = || unit_gets("bare.slice", "http://10.96.0.10/");
     // On a busy machine it may expire before it is seen.
-    let seen = [10, 60].into_iter().try_fold(false, |seen, seconds| -> Result<bool> {
+    let seen = [10, 60, 240].into_iter().try_fold(false, |seen, seconds| -> Result<bool> {
         if seen {
             return Ok(true);
         }

@@ -19,7 +19,7 @@ const HELD: &str = "10.96.0.12";
 const EXCLUDED: &str = "10.96.0.11";
 /// Sends a request in two parts, the second when it is told to.
 const HOLD: &str = "import socket, sys
-held = socket.create_connection(('10.96.0.12', 80), 120)
+held = socket.create_connection(('10.96.0.12', 80), 600)
 held.sendall(b'GET / HTTP/1.0\\r\\n')
 print('held', flush=True)
 sys.stdin.readline()
@@ -100,7 +100,7 @@ fn follow_addresses() -> Result<()> {
 fn start_load() -> Result<()> {
     shell(&format!(
         "systemd-run --quiet --unit=load --slice=mesh.slice -p User=nobody sh -c \
-         'until [ -e /run/stop-load ]; do curl -sS -m 20 -o /dev/null http://{CALLED}/ && echo called; done'"
+         'until [ -e /run/stop-load ]; do curl -sS -m 120 -o /dev/null http://{CALLED}/ && echo called; done'"
     ))?;
     until("the load", || Ok((calls()? > 2).then_some(())))
 }
