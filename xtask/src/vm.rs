@@ -51,8 +51,8 @@ pub(crate) struct VmArgs {
     /// Test deploy/systemd, SSH and containers instead: a Debian system whose first process is systemd, with Envoy
     #[arg(long, conflicts_with_all = ["boot_only", "apparmor"])]
     systemd: bool,
-    /// Seconds until a virtual machine is stopped
-    #[arg(long, default_value_t = 600)]
+    /// Seconds without a line of output until a virtual machine is stopped
+    #[arg(long, default_value_t = 900)]
     timeout: u64,
     /// Options for the demo; with --systemd the suites to run, of: units, ssh, containers, families, and
     /// only when named: compose, rootless, cgroupfs
