@@ -302,7 +302,24 @@ mod tests {
             });
         }
         for _ in 0..PODS * TIMES {
-            assert_eq!(reads.recv_timeout(Duration::from_secs(60)), Ok(Some(101_337)));
+            let read = reads.recv_timeout(Duration::from_secs(60));
+            if read.is_err() {
+                kill_children();
+            }
+            assert_eq!(read, Ok(Some(101_337)));
+        }
+    }
+
+    /// Kills the children that run this test. Those that wait for each other would outlive it.
+    fn kill_children() {
+        let own = procfs::process::Process::myself().unwrap();
+        let is_child = |process: &procfs::process::Process| {
+            let has_parent = process.stat().is_ok_and(|stat| stat.ppid == own.pid);
+            has_parent && process.exe().ok() == own.exe().ok()
+        };
+        for child in procfs::process::all_processes().unwrap().flatten().filter(is_child) {
+            rustix::process::kill_process(Pid::from_raw(child.pid()).unwrap(), rustix::process::Signal::KILL)
+                .unwrap();
         }
     }
 
