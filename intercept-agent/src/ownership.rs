@@ -283,6 +283,7 @@ mod tests {
             scope.spawn(|| {
                 while !stop.load(std::sync::atomic::Ordering::Relaxed) {
                     _ = fs::remove_dir(&path);
+                    std::thread::sleep(std::time::Duration::from_micros(1));
                 }
             });
             let failed = (0..20_000).find_map(|_| OwnedFolder::create(&path).err());

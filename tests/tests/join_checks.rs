@@ -21,18 +21,18 @@ use tests::{
 
 /// How the programs read the members of the reader's socket.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Kernel {
+enum CastSupport {
     /// By loads, if this kernel has `bpf_rdonly_cast`.
     Own,
     /// By a helper, as on a kernel that does not have it.
-    Linux61,
+    Hidden,
 }
 
-impl Kernel {
+impl CastSupport {
     fn label(self) -> &'static str {
         match self {
             Self::Own => "own",
-            Self::Linux61 => "61",
+            Self::Hidden => "hidden",
         }
     }
 }
@@ -45,10 +45,10 @@ const HIDDEN: &str = "set -e; mount -t tmpfs none /mnt; \
 macro_rules! conditions {
     ($($condition:ident,)*) => {
         mod by_loads {
-            $(#[test] fn $condition() { super::$condition(super::Kernel::Own); })*
+            $(#[test] fn $condition() { super::$condition(super::CastSupport::Own); })*
         }
         mod by_a_helper {
-            $(#[test] fn $condition() { super::$condition(super::Kernel::Linux61); })*
+            $(#[test] fn $condition() { super::$condition(super::CastSupport::Hidden); })*
         }
     };
 }
@@ -64,14 +64,14 @@ conditions! {
 
 #[test]
 fn the_helper_is_used_where_there_is_no_cast() {
-    let length = |kernel| {
-        let fixture = JoinChecksFixture::new("cond-kernels", kernel);
+    let length = |support| {
+        let fixture = JoinChecksFixture::new("cond-kernels", support);
         let folders = fs::read_dir(fixture.agent.store()).expect("a store");
         let mut paths = folders.map(|folder| folder.expect("an entry").path().join(names::JOIN_MSG));
         let pin = paths.find(|path| path.exists()).expect("the program");
         ProgramInfo::from_pin(pin).expect("opened").size_translated().expect("known to root")
     };
-    assert_ne!(length(Kernel::Own), length(Kernel::Linux61), "both read in the same way");
+    assert_ne!(length(CastSupport::Own), length(CastSupport::Hidden), "both read in the same way");
 }
 
 struct JoinChecksFixture {
@@ -81,10 +81,10 @@ struct JoinChecksFixture {
 }
 
 impl JoinChecksFixture {
-    fn new(label: &str, kernel: Kernel) -> Self {
-        let label = &format!("{label}-{}", kernel.label());
+    fn new(label: &str, support: CastSupport) -> Self {
+        let label = &format!("{label}-{}", support.label());
         let mut agent = Agent::new(label).expect("the agent");
-        if kernel == Kernel::Linux61 {
+        if support == CastSupport::Hidden {
             agent.start_by(["unshare", "-m", "sh", "-c", HIDDEN, "--"].map(str::to_owned).to_vec());
         }
         let pods = PodPair::accelerated(label, &agent).expect("pods");
@@ -122,8 +122,8 @@ fn fill(mut end: &TcpStream, piece: &[u8], most: usize) -> usize {
     sent
 }
 
-fn bytes_that_tcp_has_are_read_first(kernel: Kernel) {
-    let fixture = JoinChecksFixture::new("cond-unread", kernel);
+fn bytes_that_tcp_has_are_read_first(support: CastSupport) {
+    let fixture = JoinChecksFixture::new("cond-unread", support);
     let leg = fixture.joined();
     // The reader blocks for the moment, so this goes by TCP.
     leg.accepted.set_nonblocking(false).expect("set");
@@ -140,8 +140,8 @@ fn bytes_that_tcp_has_are_read_first(kernel: Kernel) {
     assert!(is_past(&leg));
 }
 
-fn a_reader_that_blocks_is_served_by_tcp(kernel: Kernel) {
-    let fixture = JoinChecksFixture::new("cond-blocks", kernel);
+fn a_reader_that_blocks_is_served_by_tcp(support: CastSupport) {
+    let fixture = JoinChecksFixture::new("cond-blocks", support);
     let leg = fixture.joined();
     leg.accepted.set_nonblocking(false).expect("set");
     assert!(!is_past(&leg));
@@ -162,8 +162,8 @@ fn a_reader_that_blocks_is_served_by_tcp(kernel: Kernel) {
     assert_eq!(sent(b"early"), 5);
 }
 
-fn low_water_is_kept(kernel: Kernel) {
-    let fixture = JoinChecksFixture::new("cond-lowat", kernel);
+fn low_water_is_kept(support: CastSupport) {
+    let fixture = JoinChecksFixture::new("cond-lowat", support);
     let leg = fixture.joined();
     set_int(&leg.accepted, libc::SOL_SOCKET, libc::SO_RCVLOWAT, 10).expect("set");
     assert!(!is_past(&leg));
@@ -172,8 +172,8 @@ fn low_water_is_kept(kernel: Kernel) {
     assert!(is_past(&leg));
 }
 
-fn an_end_that_is_shut_is_told_so_by_tcp(kernel: Kernel) {
-    let fixture = JoinChecksFixture::new("cond-shut", kernel);
+fn an_end_that_is_shut_is_told_so_by_tcp(support: CastSupport) {
+    let fixture = JoinChecksFixture::new("cond-shut", support);
     let leg = fixture.joined();
     leg.dialled.shutdown(Shutdown::Write).expect("shut down");
     let error = (&leg.dialled).write(b"more").expect_err("it was shut down");
@@ -190,9 +190,9 @@ fn an_end_that_is_shut_is_told_so_by_tcp(kernel: Kernel) {
     assert_eq!(fixture.back(&fixture.pods.dialler, "peer_closed"), 1);
 }
 
-fn unread_bytes_stop_the_sender(kernel: Kernel) {
+fn unread_bytes_stop_the_sender(support: CastSupport) {
     const MOST: usize = 2 << 20;
-    let fixture = JoinChecksFixture::new("cond-bytes", kernel);
+    let fixture = JoinChecksFixture::new("cond-bytes", support);
     let leg = fixture.joined();
     // As with TCP.
     set_int(&leg.dialled, libc::SOL_SOCKET, libc::SO_SNDBUF, 128 << 10).expect("set");
@@ -217,9 +217,9 @@ fn unread_bytes_stop_the_sender(kernel: Kernel) {
     }
 }
 
-fn unread_messages_are_bounded_as_well(kernel: Kernel) {
+fn unread_messages_are_bounded_as_well(support: CastSupport) {
     const SENT: usize = 20_000;
-    let fixture = JoinChecksFixture::new("cond-messages", kernel);
+    let fixture = JoinChecksFixture::new("cond-messages", support);
     let leg = fixture.joined();
     for round in 0..3 {
         let before = given_to_tcp(&leg.dialled).expect("a count");
@@ -264,9 +264,9 @@ impl Drop for MemoryCgroup {
     }
 }
 
-fn a_reader_without_memory_is_served_by_tcp(kernel: Kernel) {
-    let fixture = JoinChecksFixture::new("cond-memory", kernel);
-    let memory = MemoryCgroup::new(kernel.label());
+fn a_reader_without_memory_is_served_by_tcp(support: CastSupport) {
+    let fixture = JoinChecksFixture::new("cond-memory", support);
+    let memory = MemoryCgroup::new(support.label());
     let limit = memory.0.join("memory.kmem.tcp.limit_in_bytes");
     fs::write(&limit, (16 << 20).to_string()).expect("a limit");
     // The end that reads is the one that dials: its socket is charged from the start.

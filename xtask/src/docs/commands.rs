@@ -199,15 +199,17 @@ fn kebab(name: &str) -> String {
     kebab
 }
 
-/// The last segment of a type, or of the type in an `Option`.
+/// The last segment of a type, or of the type in an `Option` or `Deferred`.
 fn type_name(kind: &Type) -> String {
     let Type::Path(path) = kind else { return String::new() };
     let Some(last) = path.path.segments.last() else { return String::new() };
     match &last.arguments {
-        syn::PathArguments::AngleBracketed(inner) if last.ident == "Option" => match inner.args.first() {
-            Some(syn::GenericArgument::Type(kind)) => type_name(kind),
-            _ => String::new(),
-        },
+        syn::PathArguments::AngleBracketed(inner) if last.ident == "Option" || last.ident == "Deferred" => {
+            match inner.args.first() {
+                Some(syn::GenericArgument::Type(kind)) => type_name(kind),
+                _ => String::new(),
+            }
+        }
         _ => last.ident.to_string(),
     }
 }
@@ -271,7 +273,7 @@ mod tests {
                 #[arg(long, default_value = "info", env = "LOG")]
                 log: String,
             }
-            enum Command { Attach(AttachArgs), #[command(name = "other-name")] Renamed(AttachArgs), Cni(CniArgs) }
+            enum Command { Attach(Deferred<AttachArgs>), #[command(name = "other-name")] Renamed(AttachArgs), Cni(CniArgs) }
             struct AttachArgs {
                 /// A path [default: its own]
                 #[arg(long, value_name = "PATH")]

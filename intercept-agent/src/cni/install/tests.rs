@@ -126,7 +126,9 @@ fn while_it_installs(
                 // Without a reader it cannot be opened.
                 let opened = fs::OpenOptions::new().write(true).custom_flags(libc::O_NONBLOCK).open(&binary);
                 if let Ok(mut writer) = opened {
-                    meanwhile.take().map(|meanwhile| meanwhile());
+                    if let Some(meanwhile) = meanwhile.take() {
+                        meanwhile();
+                    }
                     // The reader may have gone.
                     drop(writer.write_all(b"the agent"));
                 }
