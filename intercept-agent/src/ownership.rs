@@ -179,6 +179,13 @@ impl OwnedFolder {
     }
 }
 
+/// Whether an open folder is the one at the path, where another process may have removed it and created it again.
+pub fn is_at(dir: &File, path: &Path) -> bool {
+    let folder = |found: fs::Metadata| (found.dev(), found.ino());
+    let own = dir.metadata().map(folder).ok();
+    own.is_some() && fs::metadata(path).map(folder).ok() == own
+}
+
 fn check(path: &Path, uid: u32, mode: u32) -> Result<(), OwnershipError> {
     let path = || path.display().to_string();
     if uid != 0 {

@@ -3,10 +3,7 @@
 use std::{
     fs::{self, File},
     io::{self, Read as _},
-    os::{
-        fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd, RawFd},
-        unix::fs::MetadataExt as _,
-    },
+    os::fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd, RawFd},
     path::{Path, PathBuf},
     thread,
     time::{Duration, Instant},
@@ -19,7 +16,7 @@ use rustix::{
     process::{Pid, PidfdFlags, Signal, WaitOptions, pidfd_open, pidfd_send_signal, waitpid},
 };
 
-use crate::cgroup::CgroupDir;
+use crate::{cgroup::CgroupDir, ownership::is_at};
 
 /// What the names of these cgroups begin with. They are no containers.
 const PREFIX: &str = "intercept-";
@@ -58,8 +55,7 @@ impl LeafCgroup {
                 }
                 locked => locked?,
             }
-            let id = |found: fs::Metadata| (found.dev(), found.ino());
-            if fs::metadata(&path).map(id).ok() != Some(id(dir.metadata()?)) {
+            if !is_at(&dir, &path) {
                 continue;
             }
             let procs = openat(&dir, "cgroup.procs", OFlags::WRONLY | OFlags::CLOEXEC, Mode::empty());

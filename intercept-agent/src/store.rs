@@ -26,11 +26,11 @@ mod lock;
 mod rules;
 
 pub use self::lock::{Lock, Unlocked};
-use self::lock::{flock, is_at, lock_dir};
+use self::lock::{flock, lock_dir};
 use crate::{
     ids::{NetnsCookie, PolicyId},
     objects,
-    ownership::{OwnedFolder, OwnershipError},
+    ownership::{OwnedFolder, OwnershipError, is_at},
     record::Record,
     sys,
 };

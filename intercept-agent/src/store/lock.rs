@@ -1,15 +1,11 @@
 //! Locks of folders that the agent that has the lock may remove.
 
-use std::{
-    fs::{self, File},
-    io,
-    os::unix::fs::MetadataExt as _,
-    path::Path,
-};
+use std::{fs::File, io, path::Path};
 
 use rustix::fs::FlockOperation;
 
 use super::{StoreError, at};
+use crate::ownership::is_at;
 
 /// A lock on the store: of the one agent that changes it, or of the daemon that keeps its programs.
 pub struct Lock(pub(super) File);
@@ -25,7 +21,7 @@ impl Lock {
 }
 
 /// Locks the folder that is at the path once it has the lock: the agent that had it may have removed the folder, and another one
-/// may have created it anew.
+/// may have created it again.
 pub(super) fn lock_dir(path: &Path, operation: FlockOperation) -> Result<Lock, StoreError> {
     loop {
         let dir = File::open(path).map_err(at("opening", path))?;
@@ -40,16 +36,9 @@ pub(super) fn flock(dir: &File, path: &Path, operation: FlockOperation) -> Resul
     rustix::fs::flock(dir, operation).map_err(io::Error::from).map_err(at("locking", path))
 }
 
-/// Whether an open folder is the one at the path.
-pub(super) fn is_at(dir: &File, path: &Path) -> bool {
-    let folder = |found: fs::Metadata| (found.dev(), found.ino());
-    let own = dir.metadata().map(folder).ok();
-    own.is_some() && fs::metadata(path).map(folder).ok() == own
-}
-
 #[cfg(test)]
 mod tests {
-    use std::{thread, time::Duration};
+    use std::{fs, os::unix::fs::MetadataExt as _, thread, time::Duration};
 
     use super::*;
 
@@ -70,7 +59,7 @@ mod tests {
                 thread::sleep(Duration::from_millis(1));
             }
             fs::remove_dir(&path).expect("removed");
-            fs::create_dir(&path).expect("created anew");
+            fs::create_dir(&path).expect("created again");
             drop(first);
             let lock = waiting.join().expect("no panic").expect("locked");
             assert!(is_at(&lock.0, &path), "it waited for the folder that is gone");

@@ -4,8 +4,8 @@ use std::{fs, io, os::fd::AsFd as _, path::PathBuf};
 
 use rustix::fs::FlockOperation;
 
-use super::{Lock, Store, StoreError, at, is_at, lock_dir, read_blob};
-use crate::{cutover::SavedRules, ids::NetnsCookie, sys};
+use super::{Lock, Store, StoreError, at, lock_dir, read_blob};
+use crate::{cutover::SavedRules, ids::NetnsCookie, ownership::is_at, sys};
 
 impl Store {
     /// Waits until no other process cuts the pod over.
