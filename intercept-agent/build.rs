@@ -64,7 +64,7 @@ fn build() -> Result<(), String> {
             write(&out_dir.join(PER_POD).with_extension("o"), &stub)?;
         }
     }
-    // Here, because at each start of the agent it would take a tenth of an attach.
+    // Here, because the agent would read and hash all of them at each start.
     println!("cargo::rustc-env=INTERCEPT_OBJECTS_DIGEST={:016x}", digest.finish());
     Ok(())
 }

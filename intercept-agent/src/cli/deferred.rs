@@ -4,8 +4,8 @@ use std::ops::Deref;
 
 use clap::{ArgMatches, Args, Command, Error, FromArgMatches, builder::Resettable};
 
-/// The arguments of a subcommand. Those of all subcommands have hundreds of options, and building them takes as long as the rest of
-/// a start.
+/// The arguments of a subcommand. Those of all subcommands have hundreds of options, and building them takes a third of the time to
+/// start.
 pub(crate) struct Deferred<T>(pub(crate) T);
 
 impl<T> Deref for Deferred<T> {

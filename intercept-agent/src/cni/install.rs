@@ -24,7 +24,7 @@ const SAVED: &str = "before-intercept";
 const STANDALONE: &str = "zzz-intercept-cni.conf";
 /// What precedes the number of the process in the names of temporary files.
 const TEMPORARY: &str = ".intercept-";
-/// How often an edit is begun anew if others write the file meanwhile.
+/// How often an edit is started again if others write the file meanwhile.
 const ATTEMPTS: usize = 8;
 
 /// This process's binary, which is also the plugin.
