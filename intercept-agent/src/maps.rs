@@ -26,6 +26,7 @@ use crate::{
 };
 
 mod lookup;
+mod pinned;
 mod proxy;
 mod shadow;
 
@@ -33,20 +34,21 @@ pub use lookup::FromMaps;
 pub use proxy::Registered;
 pub use shadow::ShadowMaps;
 
+use pinned::Pinned;
+
 type Hash<K, V> = HashMap<MapData, Plain<K>, Plain<V>>;
 
-/// The maps, opened from their pins.
+/// The maps. Those that most commands do not need are opened when they are used first.
 pub struct Maps {
     /// Policies by netns cookie.
     pub pods: HashMap<MapData, Plain<NetnsCookie>, Plain<PodPolicy>>,
     destinations: LpmTrie<MapData, Plain<DestinationKey>, Plain<Destination>>,
     ports: LpmTrie<MapData, Plain<PortKey>, Plain<u32>>,
-    groups: Hash<MemberKey, u32>,
-    interfaces: Hash<MemberKey, u32>,
-    listeners: SockHash<MapData, Plain<ListenerKey>>,
-    orig_dst: Hash<ConnKey, OrigDst>,
+    groups: Pinned<Hash<MemberKey, u32>>,
+    interfaces: Pinned<Hash<MemberKey, u32>>,
+    listeners: Pinned<SockHash<MapData, Plain<ListenerKey>>>,
+    orig_dst: Pinned<Hash<ConnKey, OrigDst>>,
     proxies: SharedArray<Proxy>,
-    max_connections: u32,
     decisions: PerCpuArray<MapData, Plain<ReasonCounters>>,
     shadow: ShadowMaps,
 }
@@ -179,23 +181,20 @@ fn entries<K: bytemuck::Pod, V: bytemuck::Pod>(map: &MapData, name: &str) -> Res
 }
 
 impl Maps {
-    /// Opens all maps from their pins in `dir`.
+    /// Opens the maps from their pins in `dir`.
     pub fn open(dir: &Path) -> Result<Self, MapsError> {
         use aya::maps::Map;
         Ok(Self {
             pods: open(dir, names::POLICIES, Map::HashMap)?,
             destinations: open(dir, names::DESTINATIONS, Map::LpmTrie)?,
             ports: open(dir, names::PORTS, Map::LpmTrie)?,
-            groups: open(dir, names::GROUPS, Map::HashMap)?,
-            interfaces: open(dir, names::INTERFACES, Map::HashMap)?,
-            listeners: open(dir, names::LISTENERS, Map::SockHash)?,
-            orig_dst: open(dir, names::ORIG_DST, Map::HashMap)?,
+            groups: Pinned::new(dir, names::GROUPS, Map::HashMap),
+            interfaces: Pinned::new(dir, names::INTERFACES, Map::HashMap),
+            listeners: Pinned::new(dir, names::LISTENERS, Map::SockHash),
+            orig_dst: Pinned::new(dir, names::ORIG_DST, Map::HashMap),
             proxies: proxy::open(dir)?,
-            max_connections: MapInfo::from_pin(dir.join(names::ORIG_DST))
-                .map_err(failed("reading the size of", names::ORIG_DST))?
-                .max_entries(),
             decisions: open(dir, names::COUNTERS, Map::PerCpuArray)?,
-            shadow: ShadowMaps::open(dir)?,
+            shadow: ShadowMaps::new(dir),
         })
     }
 
@@ -264,7 +263,8 @@ impl Maps {
             (&mut self.interfaces, names::INTERFACES, &entries.interfaces),
         ] {
             for (&member, &bits) in members {
-                map.insert(Plain(MemberKey { policy: id, member }), Plain(bits), 0)
+                map.get_mut()?
+                    .insert(Plain(MemberKey { policy: id, member }), Plain(bits), 0)
                     .map_err(failed("writing to", name))?;
             }
         }
@@ -292,6 +292,7 @@ impl Maps {
             if policies.iter().all(|&(id, _)| !has_entries(id)) {
                 continue;
             }
+            let map = map.get_mut()?;
             for (key, _) in entries::<MemberKey, u32>(map.map(), name)? {
                 if has_entries(key.policy) {
                     gone_is_fine(map.remove(&Plain(key))).map_err(failed("purging", name))?;
@@ -342,11 +343,11 @@ impl Maps {
             keys.iter().for_each(|key| usage.entry(key.key.policy()).or_default().ports += 1);
         })
         .map_err(reading(names::PORTS))?;
-        sys::for_each_batch(self.groups.map().fd().as_fd(), |keys: &[MemberKey], _: &[u32]| {
+        sys::for_each_batch(self.groups.get()?.map().fd().as_fd(), |keys: &[MemberKey], _: &[u32]| {
             keys.iter().for_each(|key| usage.entry(key.policy).or_default().groups += 1);
         })
         .map_err(reading(names::GROUPS))?;
-        sys::for_each_batch(self.interfaces.map().fd().as_fd(), |keys: &[MemberKey], _: &[u32]| {
+        sys::for_each_batch(self.interfaces.get()?.map().fd().as_fd(), |keys: &[MemberKey], _: &[u32]| {
             keys.iter().for_each(|key| usage.entry(key.policy).or_default().interfaces += 1);
         })
         .map_err(reading(names::INTERFACES))?;
@@ -357,7 +358,7 @@ impl Maps {
     pub fn remove_connections(&mut self, netns: NetnsCookie) -> Result<(), MapsError> {
         for (key, _) in self.originals()? {
             if key.netns == netns {
-                gone_is_fine(self.orig_dst.remove(&Plain(key)))
+                gone_is_fine(self.orig_dst.get_mut()?.remove(&Plain(key)))
                     .map_err(failed("removing from", names::ORIG_DST))?;
             }
         }
@@ -366,17 +367,17 @@ impl Maps {
 
     /// The record of a connection that the programs redirected, handed to a listener, or let pass by its mark.
     pub fn original(&self, key: &ConnKey) -> Option<OrigDst> {
-        self.orig_dst.get(&Plain(*key), 0).ok().map(|original| original.0)
+        self.orig_dst.get().ok()?.get(&Plain(*key), 0).ok().map(|original| original.0)
     }
 
     /// The groups that a policy lists, as the programs compare them.
     pub fn groups_of(&self, policy: PolicyId) -> Result<Vec<u32>, MapsError> {
-        let all = entries::<MemberKey, u32>(self.groups.map(), names::GROUPS)?;
+        let all = entries::<MemberKey, u32>(self.groups.get()?.map(), names::GROUPS)?;
         Ok(all.into_iter().filter(|(key, _)| key.policy == policy).map(|(key, _)| key.member).collect())
     }
 
     fn originals(&self) -> Result<Vec<(ConnKey, OrigDst)>, MapsError> {
-        entries(self.orig_dst.map(), names::ORIG_DST)
+        entries(self.orig_dst.get()?.map(), names::ORIG_DST)
     }
 
     /// Returns the use of the maps in `dir`. The number of connections is a counter of the programs, so that map is not
@@ -390,7 +391,7 @@ impl Maps {
             (names::POLICIES, policies.len()),
             (names::ORIG_DST, usize::try_from(connections).unwrap_or(usize::MAX)),
             (names::DESTINATIONS, sum(|usage| usage.destinations)),
-            (names::LISTENERS, self.listeners.keys().count()),
+            (names::LISTENERS, self.listeners.get()?.keys().count()),
             (names::PORTS, sum(|usage| usage.ports)),
             (names::GROUPS, sum(|usage| usage.groups)),
             (names::INTERFACES, sum(|usage| usage.interfaces)),
@@ -405,8 +406,10 @@ impl Maps {
 
     /// Returns the most redirected connections of a pod: a quarter of the node's, so that three pods cannot block a
     /// fourth.
-    pub fn max_connections_per_pod(&self) -> u32 {
-        (self.max_connections / 4).max(1)
+    pub fn max_connections_per_pod(&self) -> Result<u32, MapsError> {
+        let info = self.orig_dst.get()?.map().info();
+        let max = info.map_err(failed("reading the size of", names::ORIG_DST))?.max_entries();
+        Ok((max / 4).max(1))
     }
 
     /// Reads the counters of a slot, summed over all CPUs.
@@ -444,11 +447,13 @@ impl Maps {
 
     /// Looks up a group as the programs do.
     pub fn group(&self, policy: PolicyId, gid: u32) -> bool {
-        self.groups.get(&Plain(MemberKey { policy, member: gid }), 0).is_ok()
+        let key = Plain(MemberKey { policy, member: gid });
+        self.groups.get().is_ok_and(|groups| groups.get(&key, 0).is_ok())
     }
 
     /// Looks up an interface as the programs do. Bits of `layout::interface`.
     pub fn interface(&self, policy: PolicyId, ifindex: u32) -> u32 {
-        self.interfaces.get(&Plain(MemberKey { policy, member: ifindex }), 0).map_or(0, |bits| bits.0)
+        let key = Plain(MemberKey { policy, member: ifindex });
+        self.interfaces.get().ok().and_then(|map| map.get(&key, 0).ok()).map_or(0, |bits| bits.0)
     }
 }

@@ -228,8 +228,9 @@ impl Store {
     }
 
     /// Returns a missing map, if any: the first agent of the store may have crashed while it created them.
-    pub fn missing_map(&self) -> Option<&'static str> {
-        names::MAPS.into_iter().find(|name| !self.maps().join(name).exists())
+    pub fn missing_map(&self) -> Result<Option<&'static str>, StoreError> {
+        let pins = self.names_in(&self.maps())?;
+        Ok(names::MAPS.into_iter().find(|name| !pins.contains(*name)))
     }
 
     /// The inode of the folder of maps, which shows whether the maps are still those that were opened.
@@ -292,7 +293,7 @@ impl Store {
         Ok(list(&self.pod(cookie))?.into_iter().filter(is_folder).collect())
     }
 
-    /// The names in a folder.
+    /// The names in a folder. None if there is no such folder.
     pub fn names_in(&self, folder: &Path) -> Result<BTreeSet<String>, StoreError> {
         Ok(list(folder)?.iter().map(|path| file_name(path).to_owned()).collect())
     }

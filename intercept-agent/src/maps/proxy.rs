@@ -59,9 +59,10 @@ impl Maps {
         else {
             return Ok(Registered::Yes);
         };
+        let listeners = self.listeners.get_mut()?;
         for _ in 0..LISTENER_SLOTS {
             let key = ListenerKey { slot: Ring::slot(top.fetch_add(1, Ordering::Relaxed)), ..key };
-            match self.listeners.insert(Plain(key), socket.as_raw_fd(), BPF_NOEXIST) {
+            match listeners.insert(Plain(key), socket.as_raw_fd(), BPF_NOEXIST) {
                 Ok(()) => {
                     mptcp.fetch_and(!(1 << index), Ordering::Relaxed);
                     return Ok(Registered::Yes);
@@ -88,9 +89,10 @@ impl Maps {
         socket: &impl std::os::fd::AsRawFd,
     ) -> Result<Registered, MapsError> {
         const BPF_NOEXIST: u64 = 1;
+        let listeners = self.listeners.get_mut()?;
         for number in 0..APPLICATION_LISTENERS {
             let key = ListenerKey { scope: scope::APPLICATION + number, ..key };
-            let code = match self.listeners.insert(Plain(key), socket.as_raw_fd(), BPF_NOEXIST) {
+            let code = match listeners.insert(Plain(key), socket.as_raw_fd(), BPF_NOEXIST) {
                 Ok(()) => return Ok(Registered::Yes),
                 Err(MapError::SyscallError(error)) => error.io_error,
                 Err(error) => return Err(failed("registering a listener in", names::LISTENERS)(error)),
@@ -110,7 +112,7 @@ impl Maps {
     /// Removes the registered listeners of a namespace or workload, whose sockets may stay open.
     pub fn remove_listeners(&mut self, cookie: NetnsCookie) -> Result<(), MapsError> {
         for key in self.listeners(cookie)? {
-            gone_is_fine(self.listeners.remove(&Plain(key)))
+            gone_is_fine(self.listeners.get_mut()?.remove(&Plain(key)))
                 .map_err(failed("removing a listener from", names::LISTENERS))?;
         }
         Ok(())
@@ -119,7 +121,7 @@ impl Maps {
     /// Reads the registered listeners of a namespace.
     pub fn listeners(&self, cookie: NetnsCookie) -> Result<Vec<ListenerKey>, MapsError> {
         let mut found = Vec::new();
-        for key in self.listeners.keys() {
+        for key in self.listeners.get()?.keys() {
             let key = key.map_err(failed("reading", names::LISTENERS))?.0;
             if key.netns == cookie {
                 found.push(key);

@@ -2,7 +2,7 @@
 
 use std::{os::fd::AsFd as _, path::Path};
 
-use aya::maps::{Array, HashMap, IterableMap as _, MapData, MapError};
+use aya::maps::{Array, IterableMap as _, MapData, MapError};
 use intercept_common::{
     layout::{
         ComparedFlow, DifferenceKey, RememberedFlow, SHADOW_CONNS, SHADOW_DIALS, ShadowCounters, ShadowKey,
@@ -11,33 +11,33 @@ use intercept_common::{
     names,
 };
 
-use super::{Hash, MapsError, failed, gone_is_fine, open};
+use super::{Hash, MapsError, Pinned, failed, gone_is_fine};
 use crate::{
     ids::NetnsCookie,
     sys::{self, Plain, SharedArray},
 };
 
-/// The maps, opened from their pins.
+/// The maps, each opened when it is used first.
 pub struct ShadowMaps {
-    counters: Hash<NetnsCookie, ShadowCounters>,
-    kinds: Hash<DifferenceKey, ComparedFlow>,
-    flows: Hash<ShadowKey, RememberedFlow>,
-    conns: Array<MapData, Plain<ShadowSet>>,
-    dials: Array<MapData, Plain<ShadowSocket>>,
-    switch: Array<MapData, u32>,
+    counters: Pinned<Hash<NetnsCookie, ShadowCounters>>,
+    kinds: Pinned<Hash<DifferenceKey, ComparedFlow>>,
+    flows: Pinned<Hash<ShadowKey, RememberedFlow>>,
+    conns: Pinned<Array<MapData, Plain<ShadowSet>>>,
+    dials: Pinned<Array<MapData, Plain<ShadowSocket>>>,
+    switch: Pinned<Array<MapData, u32>>,
 }
 
 impl ShadowMaps {
-    pub(super) fn open(dir: &Path) -> Result<Self, MapsError> {
+    pub(super) fn new(dir: &Path) -> Self {
         use aya::maps::Map;
-        Ok(Self {
-            counters: open::<HashMap<_, _, _>>(dir, names::SHADOW_COUNTERS, Map::HashMap)?,
-            kinds: open::<HashMap<_, _, _>>(dir, names::SHADOW_KINDS, Map::HashMap)?,
-            flows: open::<HashMap<_, _, _>>(dir, names::SHADOW_FLOWS, Map::LruHashMap)?,
-            conns: open(dir, names::SHADOW_CONNS, Map::Array)?,
-            dials: open(dir, names::SHADOW_DIALS, Map::Array)?,
-            switch: open(dir, names::SHADOWING, Map::Array)?,
-        })
+        Self {
+            counters: Pinned::new(dir, names::SHADOW_COUNTERS, Map::HashMap),
+            kinds: Pinned::new(dir, names::SHADOW_KINDS, Map::HashMap),
+            flows: Pinned::new(dir, names::SHADOW_FLOWS, Map::LruHashMap),
+            conns: Pinned::new(dir, names::SHADOW_CONNS, Map::Array),
+            dials: Pinned::new(dir, names::SHADOW_DIALS, Map::Array),
+            switch: Pinned::new(dir, names::SHADOWING, Map::Array),
+        }
     }
 
     /// Starts counting for a pod. What was counted before is forgotten. `now` is in seconds since 1970.
@@ -45,39 +45,44 @@ impl ShadowMaps {
         self.end(cookie)?;
         let counters = ShadowCounters { since: now, ..bytemuck::Zeroable::zeroed() };
         self.counters
+            .get_mut()?
             .insert(Plain(cookie), Plain(counters), 0)
             .map_err(failed("writing to", names::SHADOW_COUNTERS))
     }
 
     /// Forgets what was counted for a pod.
     pub fn end(&mut self, cookie: NetnsCookie) -> Result<(), MapsError> {
-        gone_is_fine(self.counters.remove(&Plain(cookie)))
+        gone_is_fine(self.counters.get_mut()?.remove(&Plain(cookie)))
             .map_err(failed("purging", names::SHADOW_COUNTERS))?;
         for (key, _) in self.differences(cookie)? {
-            gone_is_fine(self.kinds.remove(&Plain(key))).map_err(failed("purging", names::SHADOW_KINDS))?;
+            gone_is_fine(self.kinds.get_mut()?.remove(&Plain(key)))
+                .map_err(failed("purging", names::SHADOW_KINDS))?;
         }
         Ok(())
     }
 
     /// Switches the programs' part on before the first pod is in shadow mode.
     pub fn switch_on(&mut self) -> Result<(), MapsError> {
-        self.switch.set(0, 1, 0).map_err(failed("writing to", names::SHADOWING))
+        self.switch.get_mut()?.set(0, 1, 0).map_err(failed("writing to", names::SHADOWING))
     }
 
     /// Switches the programs' part off after the last pod has left shadow mode, and forgets what they remember.
     pub fn switch_off(&mut self) -> Result<(), MapsError> {
-        self.switch.set(0, 0, 0).map_err(failed("writing to", names::SHADOWING))?;
-        clear(&self.conns, SHADOW_CONNS as usize, names::SHADOW_CONNS)?;
-        clear(&self.dials, SHADOW_DIALS as usize, names::SHADOW_DIALS)?;
-        for (key, _) in super::entries::<ShadowKey, RememberedFlow>(self.flows.map(), names::SHADOW_FLOWS)? {
-            gone_is_fine(self.flows.remove(&Plain(key))).map_err(failed("purging", names::SHADOW_FLOWS))?;
+        self.switch.get_mut()?.set(0, 0, 0).map_err(failed("writing to", names::SHADOWING))?;
+        clear(self.conns.get()?, SHADOW_CONNS as usize, names::SHADOW_CONNS)?;
+        clear(self.dials.get()?, SHADOW_DIALS as usize, names::SHADOW_DIALS)?;
+        for (key, _) in
+            super::entries::<ShadowKey, RememberedFlow>(self.flows.get()?.map(), names::SHADOW_FLOWS)?
+        {
+            gone_is_fine(self.flows.get_mut()?.remove(&Plain(key)))
+                .map_err(failed("purging", names::SHADOW_FLOWS))?;
         }
         Ok(())
     }
 
     /// The counts of a pod. `None` if it is not in shadow mode.
     pub fn counters(&self, cookie: NetnsCookie) -> Result<Option<ShadowCounters>, MapsError> {
-        match self.counters.get(&Plain(cookie), 0) {
+        match self.counters.get()?.get(&Plain(cookie), 0) {
             Ok(counters) => Ok(Some(counters.0)),
             Err(MapError::KeyNotFound) => Ok(None),
             Err(error) => Err(failed("reading", names::SHADOW_COUNTERS)(error)),
@@ -86,7 +91,7 @@ impl ShadowMaps {
 
     /// The counts of all pods in shadow mode.
     pub fn all_counters(&self) -> Result<Vec<(NetnsCookie, ShadowCounters)>, MapsError> {
-        super::entries(self.counters.map(), names::SHADOW_COUNTERS)
+        super::entries(self.counters.get()?.map(), names::SHADOW_COUNTERS)
     }
 
     /// The examples of a pod's differences.
@@ -98,7 +103,7 @@ impl ShadowMaps {
 
     /// The examples of all pods' differences, in the order of their keys: the last of a kind comes after the first.
     pub fn all_differences(&self) -> Result<Vec<(DifferenceKey, ComparedFlow)>, MapsError> {
-        let mut all: Vec<(DifferenceKey, ComparedFlow)> = sys::entries(self.kinds.map().fd().as_fd())
+        let mut all: Vec<(DifferenceKey, ComparedFlow)> = sys::entries(self.kinds.get()?.map().fd().as_fd())
             .map_err(|error| failed("reading", names::SHADOW_KINDS)(MapError::IoError(error)))?;
         all.sort_by_key(|(key, _)| *key);
         Ok(all)

@@ -124,7 +124,7 @@ impl Node {
             lineage: &target.cgroup.lineage()?,
             links_intact: self.links_intact(target.netns.cookie(), target, config)?,
             namespace,
-            max_connections: self.maps.max_connections_per_pod(),
+            max_connections: self.maps.max_connections_per_pod()?,
             compiled,
             now: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |t| t.as_secs()),
         };

@@ -16,6 +16,7 @@ use crate::{
     netns::Netns,
     options::Config,
     programs,
+    store::{Store, StoreError},
     support::{self, Lacking, Need},
     sys::{self, LinkTarget},
 };
@@ -29,11 +30,13 @@ pub(super) struct SharedPrograms {
 
 impl SharedPrograms {
     /// Those that this kernel supports. Only programs that serve a single option may be missing.
-    fn loaded(&self, folder: &Path) -> &[&'static str] {
-        self.loaded.get_or_init(|| {
-            let is_loaded = |name: &&str| support::need(name) == Need::Always || folder.join(name).exists();
-            names::CGROUP_PROGRAMS.into_iter().filter(is_loaded).collect()
-        })
+    fn loaded(&self, store: &Store) -> Result<&[&'static str], StoreError> {
+        if let Some(loaded) = self.loaded.get() {
+            return Ok(loaded);
+        }
+        let pins = store.names_in(&store.programs())?;
+        let is_loaded = |name: &&str| support::need(name) == Need::Always || pins.contains(*name);
+        Ok(self.loaded.get_or_init(|| names::CGROUP_PROGRAMS.into_iter().filter(is_loaded).collect()))
     }
 
     fn get(&self, folder: &Path, program: &'static str) -> io::Result<BorrowedFd<'_>> {
@@ -79,7 +82,7 @@ impl Node {
                     self.store.names_in(&folder)?
                 }
             };
-            for program in self.loaded_programs() {
+            for &program in self.loaded_programs()? {
                 let path = folder.join(program);
                 if pins.contains(program) && self.link_is(&path, LinkTarget::Cgroup(Some(id)))? {
                     continue;
@@ -120,13 +123,13 @@ impl Node {
     }
 
     /// The cgroup programs that this kernel supports.
-    fn loaded_programs(&self) -> impl Iterator<Item = &'static str> + use<'_> {
-        self.shared.loaded(&self.store.programs()).iter().copied()
+    fn loaded_programs(&self) -> Result<&[&'static str], StoreError> {
+        self.shared.loaded(&self.store)
     }
 
     /// Refuses a capture that needs something this kernel lacks, in the words of `check`.
     pub(super) fn refuse_unsupported(&self, config: &Config) -> Result<(), NodeError> {
-        let loaded: Vec<_> = self.loaded_programs().collect();
+        let loaded = self.loaded_programs()?;
         let lacks_any = names::CGROUP_PROGRAMS
             .iter()
             .any(|name| support::need(name).is_of(config) && !loaded.contains(name));
@@ -153,7 +156,7 @@ impl Node {
     ) -> Result<bool, NodeError> {
         let folders = self.link_folders(target);
         for (folder, id) in &folders {
-            for name in self.loaded_programs().filter(|name| is_needed(name, config)) {
+            for name in self.loaded_programs()?.iter().filter(|name| is_needed(name, config)) {
                 if !self.link_is(&folder.join(name), LinkTarget::Cgroup(Some(*id)))? {
                     return Ok(false);
                 }
@@ -206,7 +209,7 @@ impl Node {
             if link_target(&folder.join(names::SOCK_OPS))? == Some(LinkTarget::Cgroup(None)) {
                 continue;
             }
-            for program in self.loaded_programs() {
+            for &program in self.loaded_programs()? {
                 let failed = |source| NodeError::Replace { program, cookie, source };
                 let fd = if let Some(netns) = netns {
                     match own.get(self, cookie, netns, program)? {

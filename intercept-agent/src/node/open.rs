@@ -24,7 +24,7 @@ impl Node {
         if let Some(other) = store.other_layout()? {
             return Err(NodeError::OtherLayout(other.display().to_string()));
         }
-        let load = !store.programs().join(names::CONNECT6).exists() || store.missing_map().is_some();
+        let load = !store.programs().join(names::CONNECT6).exists() || store.missing_map()?.is_some();
         if load {
             store.remove_other_layouts()?;
             // Remove partial state left by an agent that crashed.
@@ -77,7 +77,7 @@ impl Node {
         let Some(store) = Store::find(bpffs) else { return Ok(None) };
         let lock = store.lock()?;
         // Another agent may have removed it during the wait, or crashed before it was complete.
-        if let Some(map) = store.missing_map() {
+        if let Some(map) = store.missing_map()? {
             return if store.pods()?.is_empty() { Ok(None) } else { Err(NodeError::Incomplete(map)) };
         }
         let maps = Maps::open(&store.maps())?;
