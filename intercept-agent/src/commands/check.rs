@@ -3,6 +3,7 @@
 use std::{collections::BTreeSet, fs, path::Path};
 
 use anyhow::{Result, bail};
+use rustix::thread::CapabilitySet;
 use serde::Serialize;
 
 use super::{accelerate, print_line};
@@ -61,24 +62,19 @@ impl CheckFinding {
     }
 }
 
-/// The capabilities that attaching needs: bit in CapEff, name and purpose.
-const CAPABILITIES: [(u32, &str, &str); 4] = [
-    (12, "CAP_NET_ADMIN", "to load and attach network programs"),
-    (21, "CAP_SYS_ADMIN", "to enter namespaces and mount bpffs"),
-    (19, "CAP_SYS_PTRACE", "to read the pod's processes and take over its listeners"),
-    (1, "CAP_DAC_OVERRIDE", "to open the pod's files"),
+/// The capabilities that attaching needs, with their names and what each is for.
+const CAPABILITIES: [(CapabilitySet, &str, &str); 4] = [
+    (CapabilitySet::NET_ADMIN, "CAP_NET_ADMIN", "to load and attach network programs"),
+    (CapabilitySet::SYS_ADMIN, "CAP_SYS_ADMIN", "to enter namespaces and mount bpffs"),
+    (CapabilitySet::SYS_PTRACE, "CAP_SYS_PTRACE", "to read the pod's processes and take over its listeners"),
+    (CapabilitySet::DAC_OVERRIDE, "CAP_DAC_OVERRIDE", "to open the pod's files"),
 ];
 
 fn missing_capabilities() -> Vec<String> {
-    let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
-    let effective = status
-        .lines()
-        .find_map(|line| line.strip_prefix("CapEff:"))
-        .and_then(|hex| u64::from_str_radix(hex.trim(), 16).ok())
-        .unwrap_or(0);
+    let effective = rustix::thread::capabilities(None).map_or(CapabilitySet::empty(), |sets| sets.effective);
     CAPABILITIES
         .iter()
-        .filter(|(bit, ..)| effective & (1 << bit) == 0)
+        .filter(|(capability, ..)| !effective.contains(*capability))
         .map(|(_, name, why)| format!("{name} ({why})"))
         .collect()
 }

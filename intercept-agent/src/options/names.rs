@@ -156,10 +156,13 @@ pub(super) fn read_resolv_conf(path: &str) -> io::Result<String> {
 
 /// The text of a regular file; what is not UTF-8 in it is replaced.
 fn read_text(file: File, limit: u64) -> io::Result<String> {
-    if !file.metadata()?.is_file() {
+    let metadata = file.metadata()?;
+    if !metadata.is_file() {
         return Err(io::Error::new(io::ErrorKind::InvalidInput, "not a regular file"));
     }
-    let mut bytes = Vec::new();
+    // With room for the whole file and its end, two reads are enough.
+    let expected = usize::try_from(metadata.len().min(limit)).map_or(0, |len| len + 1);
+    let mut bytes = Vec::with_capacity(expected);
     file.take(limit + 1).read_to_end(&mut bytes)?;
     if u64::try_from(bytes.len()).is_ok_and(|len| len > limit) {
         let text = format!("it is longer than {limit} bytes");
