@@ -59,9 +59,6 @@ pub(crate) fn arrive(ctx: &SkLookupContext) -> Steer {
     if load!(load_u32, bpf_sk_lookup, ctx.lookup, protocol) != TCP {
         return Steer::Pass;
     }
-    if passes_early(ctx) {
-        return Steer::Pass;
-    }
     let netns = own_netns();
     if let Some(scratch) = maps::scratch() {
         // SAFETY: this CPU's own value.
@@ -69,8 +66,9 @@ pub(crate) fn arrive(ctx: &SkLookupContext) -> Steer {
         maps::tail_call(ctx);
     }
     match maps::policy(netns) {
-        Some(pod) => fail(pod, Failure::SteerMissing),
-        None => Steer::Pass,
+        // A connection within the pod is none of this program's, nor one to its proxy.
+        Some(pod) if !context::lookup_local(ctx.lookup).is_loopback() => fail(pod, Failure::SteerMissing),
+        _ => Steer::Pass,
     }
 }
 
@@ -108,6 +106,9 @@ pub(crate) fn steer(ctx: &SkLookupContext) -> Steer {
     if noted.tag != tag(ctx) {
         // Not a packet: the process that asks finds no socket.
         return Steer::Drop;
+    }
+    if passes_early(ctx) {
+        return Steer::Pass;
     }
     let Some(pod) = maps::policy(noted.netns) else { return Steer::Pass };
     if shadow::is_of(pod) {

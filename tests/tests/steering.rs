@@ -33,17 +33,18 @@ fn pin(agent: &Agent, map: &str) -> PathBuf {
 }
 
 fn answer(pod: &Pod, world: &Actor) -> String {
-    match world
-        .dial(Dial::new(Ids::ROOT, SocketAddr::new(pod.address(Family::V4), 8080)))
-        .expect("dialled")
-        .outcome
-    {
+    answer_of(world, pod.address(Family::V4), 8080)
+}
+
+fn answer_of(client: &Actor, address: IpAddr, port: u16) -> String {
+    match client.dial(Dial::new(Ids::ROOT, SocketAddr::new(address, port))).expect("dialled").outcome {
         DialOutcome::Answered(answer) => answer.server,
         other => format!("{other:?}"),
     }
 }
 
-/// Without the shared program, connections are refused and counted, or pass if that is requested.
+/// Without the shared program, connections from outside are refused and counted, or pass if that is requested. Those within
+/// the pod go on, also to its proxy.
 #[test]
 fn without_the_shared_half_inbound_is_refused() {
     let agent = Agent::new("half").expect("the agent");
@@ -52,6 +53,7 @@ fn without_the_shared_half_inbound_is_refused() {
         (Actor::start(&pod).expect("an actor"), Actor::start(pod.neighbour()).expect("an actor"));
     listen(&inside, "app", Ids::APP, 8080);
     listen(&inside, "proxy", Ids::PROXY, 15006);
+    listen(&inside, "outbound", Ids::PROXY, 15001);
     agent.attach(&pod, &FLAGS).expect("attached");
     assert_eq!(answer(&pod, &world), "proxy");
 
@@ -60,6 +62,8 @@ fn without_the_shared_half_inbound_is_refused() {
     programs.clear_index(&0).expect("taken out");
     let refused = answer(&pod, &world);
     assert!(refused != "proxy" && refused != "app", "{refused}");
+    assert_eq!(answer_of(&inside, IpAddr::from([127, 0, 0, 1]), 8080), "app");
+    assert_eq!(answer_of(&inside, IpAddr::from([192, 0, 2, 1]), 80), "outbound");
     let pods = agent.pods().expect("status");
     assert_eq!(pods[0].failures[0].reason, "steer_missing", "{pods:#?}");
 
