@@ -8,6 +8,7 @@ use std::{
     path::PathBuf,
     sync::{Arc, Condvar, Mutex, PoisonError},
     thread,
+    time::Duration,
 };
 
 use tokio::sync::oneshot;
@@ -17,6 +18,9 @@ use crate::{
     node::{Node, NodeError, Paused},
     store::Lock,
 };
+
+/// How long there must be no job before something is prepared, so that a processor is left for the answer to the last one.
+const PREPARE_AFTER: Duration = Duration::from_millis(2);
 
 type Job = Box<dyn FnOnce(&mut Access) + Send>;
 
@@ -85,10 +89,17 @@ impl Queue {
             if queues.closed {
                 return Next::End;
             }
-            if otherwise == Otherwise::Prepare || std::mem::take(&mut queues.was_used) {
+            if otherwise == Otherwise::Wait && !queues.was_used {
+                queues = self.more.wait(queues).unwrap_or_else(PoisonError::into_inner);
+                continue;
+            }
+            let waited = self.more.wait_timeout(queues, PREPARE_AFTER);
+            let (after, time) = waited.unwrap_or_else(PoisonError::into_inner);
+            queues = after;
+            if time.timed_out() && queues.is_empty() && !queues.closed {
+                queues.was_used = false;
                 return Next::Nothing;
             }
-            queues = self.more.wait(queues).unwrap_or_else(PoisonError::into_inner);
         }
     }
 }
