@@ -6,7 +6,10 @@
 //! Existing addresses, rules and routes are neither replaced nor removed. [`plan`] decides without a change, [`add`]
 //! runs before a policy is activated, and [`remove`] after another has replaced it.
 
-use std::{fs, io};
+use std::{
+    fs, io, thread,
+    time::{Duration, Instant},
+};
 
 use intercept_common::{Addr, Family};
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
@@ -26,6 +29,9 @@ use crate::{
     options::{Config, Dns, InboundMode},
     routes::{Reach, Route, RouteReading, RouteSnapshot, RouteSocket},
 };
+
+/// How long the kernel may take to deliver to an address that was added.
+const DELIVERY_TIME: Duration = Duration::from_secs(1);
 
 /// Changes that the agent has made in a namespace, in order.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -72,6 +78,7 @@ pub struct NetnsPlan {
     added: Vec<NetnsChange>,
     dropped: Vec<NetnsChange>,
     after_local: [Option<u32>; 2],
+    loopback_up: bool,
 }
 
 impl NetnsPlan {
@@ -87,7 +94,9 @@ impl NetnsPlan {
 
     /// Returns the changes to add.
     pub fn additions(&self) -> NetnsAdditions {
-        NetnsAdditions { changes: NetnsChanges(self.added.clone()), after_local: self.after_local }
+        let Self { added, after_local, loopback_up, .. } = self;
+        let changes = NetnsChanges(added.clone());
+        NetnsAdditions { changes, after_local: *after_local, loopback_up: *loopback_up }
     }
 
     /// Returns the changes to remove after the policy that needed them has been replaced.
@@ -113,6 +122,7 @@ pub struct NetnsAdditions {
     /// The changes.
     pub changes: NetnsChanges,
     after_local: [Option<u32>; 2],
+    loopback_up: bool,
 }
 
 impl NetnsChanges {
@@ -184,7 +194,7 @@ pub fn plan(
         ![&kept, &found.present].iter().any(|list| list.iter().any(|c| c.same(change)))
     };
     let added = wanted.into_iter().filter(is_new).collect();
-    NetnsPlan { kept, added, dropped, after_local: found.after_local }
+    NetnsPlan { kept, added, dropped, after_local: found.after_local, loopback_up: found.loopback_up }
 }
 
 /// Makes the changes of a plan. `made` receives those that were made, even after a failure, so that the caller can
@@ -195,18 +205,41 @@ pub fn add(
     additions: &NetnsAdditions,
     made: &mut NetnsChanges,
 ) -> Result<(), NetnsSetupError> {
-    let NetnsAdditions { changes, after_local } = additions;
+    let NetnsAdditions { changes, after_local, loopback_up } = additions;
     if changes.is_empty() {
         return Ok(());
     }
     netns.run(|| {
-        socket.with(|questions| {
+        socket.with(|questions| -> Result<(), NetnsSetupError> {
             for change in changes.0.iter().cloned() {
                 made.0.extend(make(questions, change, *after_local)?);
             }
             Ok(())
         })
-    })?
+    })??;
+    if *loopback_up && made.0.contains(&NetnsChange::PassthroughAddress) {
+        await_delivery(netns, socket);
+    }
+    Ok(())
+}
+
+/// Waits until packets to `::6` arrive. The kernel adds the local route of an address from a work queue, after it has
+/// acknowledged the address. Until then it routes packets to the loopback interface and drops them there.
+fn await_delivery(netns: &Netns, socket: &RouteSocket) {
+    let deadline = Instant::now() + DELIVERY_TIME;
+    let late = loop {
+        match socket.is_local(PASSTHROUGH_V6.into()) {
+            Ok(true) => return,
+            Ok(false) if Instant::now() < deadline => thread::sleep(Duration::from_millis(1)),
+            Ok(false) => break None,
+            Err(error) => break Some(error),
+        }
+    };
+    tracing::warn!(
+        netns = netns.name(),
+        error = late.as_ref().map(|error| error as &dyn std::error::Error),
+        "the kernel does not deliver to ::6 yet: connections to it may be slow at first"
+    );
 }
 
 /// Removes all changes. A failure is logged and the remaining changes are still removed.

@@ -84,6 +84,13 @@ impl RouteSocket {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Whether the kernel delivers packets to this address in the namespace.
+    pub(crate) fn is_local(&self, address: IpAddr) -> Result<bool, RoutesError> {
+        let mut requests = self.requests();
+        requests.until(Instant::now() + READ_TIME);
+        Ok(matches!(requests.ask(address)?, RoutesReply::Route { kind: RouteType::Local, .. }))
+    }
+
     /// Uses the socket for other requests.
     pub(crate) fn with<T>(&self, work: impl FnOnce(&mut Questions) -> T) -> T {
         let mut requests = self.requests();

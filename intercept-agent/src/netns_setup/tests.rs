@@ -1,7 +1,7 @@
 //! Namespaces that are set up with iproute2.
 
 use std::{
-    net::IpAddr,
+    net::{IpAddr, Ipv6Addr, UdpSocket},
     process::Command,
     time::{Duration, Instant},
 };
@@ -80,6 +80,26 @@ fn eventually(netns: &Netns, mut is_it: impl FnMut(&RouteSnapshot) -> bool) {
         }
         assert!(Instant::now() < deadline, "still {snapshot:#?}");
         std::thread::yield_now();
+    }
+}
+
+/// The kernel makes the route of an address later than it acknowledges the address. Packets that are sent between are lost.
+#[test]
+fn packets_to_an_added_address_arrive_at_once() {
+    let netns = namespace(&[PLAIN]);
+    let (plan, _) = planned(&netns, &Config::default(), &NetnsChanges::default());
+    let ports = || {
+        let receiver = UdpSocket::bind((Ipv6Addr::UNSPECIFIED, 0)).expect("a socket");
+        receiver.set_read_timeout(Some(Duration::from_secs(5))).expect("set");
+        (UdpSocket::bind((Ipv6Addr::UNSPECIFIED, 0)).expect("a socket"), receiver)
+    };
+    let (sender, receiver) = netns.run(ports).expect("entering");
+    let port = receiver.local_addr().expect("bound").port();
+    for round in 0..500 {
+        let made = added(&netns, &plan.additions());
+        sender.send_to(b"early", (PASSTHROUGH_V6, port)).expect("sent");
+        receiver.recv(&mut [0; 8]).unwrap_or_else(|error| panic!("round {round}: {error}"));
+        remove(&netns, &made).expect("removed");
     }
 }
 
