@@ -33,8 +33,9 @@ impl KernelRow {
             Some(_) => "FAILED".to_owned(),
             None => "-".to_owned(),
         };
-        // What is missing is what is of interest.
-        let check = step("check").map_or_else(|| "-".to_owned(), |step| step.last.replace("error: ", ""));
+        // What is missing is what is of interest. `check` itself says what is lost with it.
+        let check = step("check")
+            .map_or_else(|| "-".to_owned(), |step| without_parentheses(&step.last.replace("error: ", "")));
         let demo = if step("refusal").is_some() { cell("refusal") } else { cell("demo") };
         let cells = [cell("kernel"), check, demo, cell("cases"), cell("joined")];
         Self { series: kernel.series, architecture: kernel.architecture, cells }
@@ -67,6 +68,24 @@ fn updated(page: &str, rows: &[KernelRow]) -> Option<String> {
     lines.extend(rows.iter().map(|row| ((row.series, row.architecture), row.line())));
     let lines: String = lines.into_values().collect();
     Some(format!("{before}{BEGIN}{HEAD}{lines}{END}{after}"))
+}
+
+/// A sentence without what it has in parentheses.
+fn without_parentheses(text: &str) -> String {
+    let mut depth = 0_usize;
+    let mut kept = String::new();
+    for character in text.chars() {
+        match character {
+            '(' => {
+                depth += 1;
+                kept.truncate(kept.trim_end().len());
+            }
+            ')' => depth = depth.saturating_sub(1),
+            other if depth == 0 => kept.push(other),
+            _ => {}
+        }
+    }
+    kept
 }
 
 /// A row, which may have been written before the table had all its columns.
@@ -116,6 +135,13 @@ mod tests {
         let line = page.lines().find(|line| line.contains("arm64")).expect("the row");
         assert_eq!(line, "| 6.12 | arm64 | 6.12.1 | a \\| b | 15 of 15 flows | 6 of 6 | - |");
         assert_eq!(updated(&page, &[]), Some(page), "a row with all columns was changed");
+    }
+
+    #[test]
+    fn a_row_says_what_is_missing_and_not_what_it_is_for() {
+        let text = "this kernel lacks helper a (x is lost; y (Z)), option B (w)";
+        assert_eq!(without_parentheses(text), "this kernel lacks helper a, option B");
+        assert_eq!(without_parentheses("captures, with every option"), "captures, with every option");
     }
 
     #[test]
