@@ -365,11 +365,6 @@ impl Maps {
         Ok(())
     }
 
-    /// The record of a connection that the programs redirected, handed to a listener, or let pass by its mark.
-    pub fn original(&self, key: &ConnKey) -> Option<OrigDst> {
-        self.orig_dst.get().ok()?.get(&Plain(*key), 0).ok().map(|original| original.0)
-    }
-
     /// The groups that a policy lists, as the programs compare them.
     pub fn groups_of(&self, policy: PolicyId) -> Result<Vec<u32>, MapsError> {
         let all = entries::<MemberKey, u32>(self.groups.get()?.map(), names::GROUPS)?;
@@ -431,29 +426,5 @@ impl Maps {
         let values = PerCpuValues::try_from(vec![zero; cpus])
             .map_err(|e| failed("writing to", names::COUNTERS)(MapError::IoError(e)))?;
         self.decisions.set(slot.0, values, 0).map_err(failed("writing to", names::COUNTERS))
-    }
-
-    /// Looks up an address as the programs do.
-    pub fn destination(&self, policy: PolicyId, addr: Addr) -> Option<Destination> {
-        self.destinations.get(&Key::new(160, Plain(DestinationKey { policy, addr })), 0).ok().map(|d| d.0)
-    }
-
-    /// Looks up a port as the programs do. Bits of `layout::port`.
-    pub fn port(&self, policy: PolicyId, port: u16) -> u32 {
-        self.ports
-            .get(&Key::new(PortKey::BITS, Plain(PortKey::new(policy, port))), 0)
-            .map_or(0, |bits| bits.0)
-    }
-
-    /// Looks up a group as the programs do.
-    pub fn group(&self, policy: PolicyId, gid: u32) -> bool {
-        let key = Plain(MemberKey { policy, member: gid });
-        self.groups.get().is_ok_and(|groups| groups.get(&key, 0).is_ok())
-    }
-
-    /// Looks up an interface as the programs do. Bits of `layout::interface`.
-    pub fn interface(&self, policy: PolicyId, ifindex: u32) -> u32 {
-        let key = Plain(MemberKey { policy, member: ifindex });
-        self.interfaces.get().ok().and_then(|map| map.get(&key, 0).ok()).map_or(0, |bits| bits.0)
     }
 }

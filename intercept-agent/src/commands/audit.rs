@@ -52,13 +52,14 @@ fn of_cgroup(args: &InspectArgs) -> Result<Audit> {
     let observed = ObservedSockets::of(&cgroups, &netns)?;
     let node = Node::find(&args.bpffs.bpffs)?.with_context(absent)?;
     let Some(policy) = node.maps().policy(netns.cookie())? else { bail!(absent()) };
+    let lookup = FromMaps::of(node.maps())?;
     let audited = Audited {
         observed: &observed,
         cookie: netns.cookie(),
         policy: &policy,
         since: record.map_or(0, |record| record.since),
-        lookup: &FromMaps(node.maps()),
-        original: &|key| node.maps().original(key),
+        lookup: &lookup,
+        original: &|key| lookup.original(key),
     };
     Ok(audited.audit())
 }

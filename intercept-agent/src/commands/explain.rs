@@ -42,7 +42,7 @@ pub(super) fn explain(args: &ExplainArgs) -> Result<()> {
             cgroup.path().display()
         );
     };
-    let decision = decide(args, &policy, &FromMaps(node.maps()));
+    let decision = decide(args, &policy, &FromMaps::of(node.maps())?);
     let answer = answer(decision, &policy);
     if args.json {
         print_line!("{}", serde_json::to_string_pretty(&answer)?);

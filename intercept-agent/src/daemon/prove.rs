@@ -91,14 +91,15 @@ fn probe_now(bpffs: &Path, applied: &AppliedPod) -> Result<ProbeResult, Box<dyn 
         },
         Err(error) => ProbeResult::unprobed(OneLine(explained(&error)).to_string()).proof,
     };
+    let lookup = FromMaps::of(&maps)?;
     let bypasses = ObservedSockets::of(&[&cgroup], &netns).map(|observed| {
         let audited = Audited {
             observed: &observed,
             cookie: applied.cookie,
             policy: &policy,
             since: record.since,
-            lookup: &FromMaps(&maps),
-            original: &|key| maps.original(key),
+            lookup: &lookup,
+            original: &|key| lookup.original(key),
         };
         let mut causes = BTreeMap::new();
         for bypass in audited.audit().bypasses {

@@ -64,8 +64,8 @@ pub(super) struct ProbePlan {
 
 impl ProbePlan {
     pub(super) fn of(pod: &Probed<'_>) -> Result<Self, ProofError> {
-        let lookup = FromMaps(pod.maps);
-        let mut plan = Self { owner: owner(pod)?, ..Self::default() };
+        let lookup = FromMaps::of(pod.maps)?;
+        let mut plan = Self { owner: owner(pod, &lookup)?, ..Self::default() };
         if let Some(owner) = plan.owner {
             plan.outbound = outbound(pod, owner, &lookup);
         }
@@ -84,7 +84,7 @@ impl ProbePlan {
 }
 
 /// A user and a group that are not the proxy's and, if the policy names groups, are captured.
-fn owner(pod: &Probed<'_>) -> Result<Option<Owner>, ProofError> {
+fn owner(pod: &Probed<'_>, lookup: &FromMaps<'_>) -> Result<Option<Owner>, ProofError> {
     let policy = pod.policy;
     let mut nobody = (0..IDS).map(|below| FIRST_ID - below);
     let uid = nobody.clone().find(|uid| !policy.is_proxy(*uid, Owner::NONE.gid));
@@ -93,7 +93,7 @@ fn owner(pod: &Probed<'_>) -> Result<Option<Owner>, ProofError> {
         pod.maps.groups_of(policy.id)?.into_iter().find(is_other)
     } else {
         let is_except = policy.flags & policy::GROUPS_EXCEPT != 0;
-        nobody.find(|gid| is_other(gid) && !(is_except && pod.maps.group(policy.id, *gid)))
+        nobody.find(|gid| is_other(gid) && !(is_except && lookup.group(policy.id, *gid)))
     };
     Ok(uid.zip(gid).map(|(uid, gid)| Owner { uid, gid }))
 }

@@ -11,6 +11,7 @@ use intercept_common::{
 use super::{ProbeDialled, Probed, ProofCause, ProofLeg, ProofState, plan::InboundProbe};
 use crate::{
     audit::Inventory,
+    maps::FromMaps,
     netlink::Questions,
     sockets::{self, OpenSocket},
 };
@@ -118,7 +119,8 @@ impl<'a> Judge<'a> {
             proxy_port: client.remote.port(),
             reserved: 0,
         };
-        let Some(original) = self.pod.maps.original(&key) else {
+        let maps = FromMaps::of(self.pod.maps).map_err(io::Error::other)?;
+        let Some(original) = maps.original(&key) else {
             let cause =
                 if client.remote == to { ProofCause::NotRedirected } else { ProofCause::WrongDestination };
             let text = match cause {
