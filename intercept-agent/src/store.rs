@@ -293,7 +293,7 @@ impl Store {
         Ok(list(&self.pod(cookie))?.into_iter().filter(is_folder).collect())
     }
 
-    /// The names in a folder. None if there is no such folder.
+    /// The names in a folder. Empty if there is no such folder.
     pub fn names_in(&self, folder: &Path) -> Result<BTreeSet<String>, StoreError> {
         Ok(list(folder)?.iter().map(|path| file_name(path).to_owned()).collect())
     }

@@ -86,14 +86,14 @@ impl ProbePlan {
 /// A user and a group that are not the proxy's and, if the policy names groups, are captured.
 fn owner(pod: &Probed<'_>, lookup: &FromMaps<'_>) -> Result<Option<Owner>, ProofError> {
     let policy = pod.policy;
-    let mut nobody = (0..IDS).map(|below| FIRST_ID - below);
-    let uid = nobody.clone().find(|uid| !policy.is_proxy(*uid, Owner::NONE.gid));
+    let mut candidates = (0..IDS).map(|below| FIRST_ID - below);
+    let uid = candidates.clone().find(|uid| !policy.is_proxy(*uid, Owner::NONE.gid));
     let is_other = |gid: &u32| *gid != 0 && !policy.is_proxy(Owner::NONE.uid, *gid);
     let gid = if policy.flags & policy::GROUPS_ONLY != 0 {
         pod.maps.groups_of(policy.id)?.into_iter().find(is_other)
     } else {
         let is_except = policy.flags & policy::GROUPS_EXCEPT != 0;
-        nobody.find(|gid| is_other(gid) && !(is_except && lookup.group(policy.id, *gid)))
+        candidates.find(|gid| is_other(gid) && !(is_except && lookup.group(policy.id, *gid)))
     };
     Ok(uid.zip(gid).map(|(uid, gid)| Owner { uid, gid }))
 }
