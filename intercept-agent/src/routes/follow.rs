@@ -51,9 +51,21 @@ pub struct Follower {
     stale: bool,
     /// Listeners that no program registers, and that the agent must therefore poll for.
     listeners: Option<Arc<Mutex<PortWatch>>>,
-    /// Processor time of all readings.
+    /// All readings so far.
     #[cfg(test)]
-    used: Duration,
+    readings: Vec<Reading>,
+}
+
+/// A reading by [`Follower::changed`].
+#[cfg(test)]
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Reading {
+    /// When it was asked for.
+    pub(super) began: Instant,
+    /// When it was done.
+    pub(super) ended: Instant,
+    /// Processor time that it took.
+    pub(super) took: Duration,
 }
 
 impl Follower {
@@ -86,7 +98,7 @@ impl Follower {
             stale: false,
             listeners: None,
             #[cfg(test)]
-            used: Duration::ZERO,
+            readings: Vec::new(),
         })
     }
 
@@ -155,6 +167,8 @@ impl Follower {
 
     /// Reads the state on a blocking thread.
     async fn read(&mut self) -> Result<RouteSnapshot, RoutesError> {
+        #[cfg(test)]
+        let began = Instant::now();
         let socket = self.socket.clone();
         let reading = tokio::task::spawn_blocking(move || {
             let before = processor_time();
@@ -166,9 +180,7 @@ impl Follower {
             Err(panicked) => std::panic::resume_unwind(panicked.into_panic()),
         };
         #[cfg(test)]
-        {
-            self.used += took;
-        }
+        self.readings.push(Reading { began, ended: Instant::now(), took });
         let mut rest = took * REST;
         self.failures = if read.is_ok() { 0 } else { self.failures + 1 };
         if self.failures > 0 {
@@ -240,9 +252,9 @@ impl Follower {
         Ok(follower)
     }
 
-    /// Returns the processor time of all readings.
-    pub(super) fn processor_time(&self) -> Duration {
-        self.used
+    /// Returns all readings so far.
+    pub(super) fn readings(&self) -> &[Reading] {
+        &self.readings
     }
 
     /// Shrinks the receive buffer to a few events.

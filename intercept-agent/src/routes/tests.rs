@@ -353,7 +353,7 @@ async fn until(change: &str, follower: &mut Follower, wanted: impl Fn(&RouteSnap
             follower.changed().await.expect("following");
         }
     };
-    let waited = tokio::time::timeout(Duration::from_secs(10), wait).await;
+    let waited = tokio::time::timeout(Duration::from_secs(60), wait).await;
     assert!(waited.is_ok(), "{change} is not followed: {:#?}", follower.current());
 }
 
@@ -474,7 +474,7 @@ fn an_answer_that_is_given_up_is_not_taken_for_the_next() {
     assert_eq!(read, RouteSnapshot::snapshot(&netns).expect("a snapshot"));
 }
 
-/// A pod that changes its routes endlessly costs a small part of a processor.
+/// A pod that changes its routes endlessly costs at most a fiftieth of a processor, however slow that is.
 #[test]
 fn a_flapping_table_is_read_less_and_less() {
     let netns = pod();
@@ -482,18 +482,16 @@ fn a_flapping_table_is_read_less_and_less() {
     ip(&netns, &lines.iter().map(String::as_str).collect::<Vec<_>>());
     runtime().block_on(async {
         let mut follower = Follower::start(&netns).unwrap();
-        let until = Instant::now() + Duration::from_secs(2);
-        let mut read = 0;
-        for change in ["add", "del"].into_iter().cycle() {
-            if Instant::now() > until {
-                break;
-            }
-            ip(&netns, &[&format!("route {change} 12.9.9.0/24 dev net1")]);
-            let changed = tokio::time::timeout(Duration::from_millis(20), follower.changed()).await;
-            read += u32::from(changed.is_ok());
+        for (change, back) in [("add", "del"), ("del", "add")].into_iter().cycle().take(4) {
+            let changes = [change, back, change].map(|change| format!("route {change} 12.9.9.0/24 dev net1"));
+            ip(&netns, &changes.each_ref().map(String::as_str));
+            let is_there = |now: &RouteSnapshot| way(now, "12.9.9.1").is_some_and(|way| way.contains("net1"));
+            until(change, &mut follower, |now| is_there(now) == (change == "add")).await;
         }
-        let used = follower.processor_time();
-        assert!(read > 0, "it is followed all the same");
-        assert!(used < Duration::from_secs(2) / 20, "{used:?} of 2 s for {read} readings");
+        let readings = follower.readings();
+        assert!(readings.len() >= 4, "it is followed all the same: {readings:?}");
+        for pair in readings.windows(2) {
+            assert!(pair[1].began - pair[0].ended >= pair[0].took * 50, "{pair:?}");
+        }
     });
 }
