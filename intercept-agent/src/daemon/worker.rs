@@ -8,7 +8,7 @@ use std::{
     path::PathBuf,
     sync::{Arc, Condvar, Mutex, PoisonError},
     thread,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use tokio::sync::oneshot;
@@ -39,22 +39,38 @@ pub enum Priority {
 pub struct WorkerFailed;
 
 struct Queue {
-    queues: Mutex<PriorityQueues>,
+    schedule: Mutex<Schedule>,
     more: Condvar,
-    /// Locked by a job.
+    /// Of the thread that has begun a step.
     access: Mutex<Access>,
 }
 
+/// Which step comes next. Of all threads, one at a time has begun a step.
 #[derive(Default)]
-struct PriorityQueues {
+struct Schedule {
     urgent: VecDeque<Job>,
     normal: VecDeque<Job>,
-    /// Another thread has carried a job out, after which there may be something to prepare.
-    was_used: bool,
+    has_begun: bool,
+    /// When the last step ended, if something is to be prepared.
+    idle_since: Option<Instant>,
     closed: bool,
 }
 
-impl PriorityQueues {
+/// What the worker's thread does next.
+enum WorkerStep {
+    Job(Job),
+    Prepare,
+    End,
+}
+
+/// A step, or how long to wait until there is one.
+enum Next {
+    Step(WorkerStep),
+    Wait,
+    WaitFor(Duration),
+}
+
+impl Schedule {
     fn is_empty(&self) -> bool {
         self.urgent.is_empty() && self.normal.is_empty()
     }
@@ -65,57 +81,89 @@ impl PriorityQueues {
             Priority::Normal => self.normal.push_back(job),
         }
     }
+
+    /// What the worker's thread does now. A step that is returned has begun.
+    fn next(&mut self, now: Instant) -> Next {
+        if self.has_begun {
+            return Next::Wait;
+        }
+        let step = match self.urgent.pop_front().or_else(|| self.normal.pop_front()) {
+            Some(job) => WorkerStep::Job(job),
+            None if self.closed => WorkerStep::End,
+            None => {
+                let Some(since) = self.idle_since else { return Next::Wait };
+                let left = PREPARE_AFTER.saturating_sub(now.saturating_duration_since(since));
+                if !left.is_zero() {
+                    return Next::WaitFor(left);
+                }
+                WorkerStep::Prepare
+            }
+        };
+        self.has_begun = true;
+        Next::Step(step)
+    }
+
+    /// Begins a job on the calling thread, if nothing is ahead of it.
+    fn begin(&mut self) -> bool {
+        let is_free = !self.has_begun && self.is_empty();
+        self.has_begun |= is_free;
+        is_free
+    }
+
+    /// The step has ended.
+    fn end(&mut self, now: Instant, preparation: Preparation) {
+        self.has_begun = false;
+        self.idle_since = (preparation == Preparation::Wanted).then_some(now);
+    }
+}
+
+/// Whether something can be made ahead that the next attach needs.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Preparation {
+    Wanted,
+    Done,
 }
 
 impl Queue {
-    fn queues(&self) -> std::sync::MutexGuard<'_, PriorityQueues> {
+    fn schedule(&self) -> std::sync::MutexGuard<'_, Schedule> {
         // Jobs run outside the lock, so that a panic leaves the queue whole.
-        self.queues.lock().unwrap_or_else(PoisonError::into_inner)
+        self.schedule.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Waits until no other job runs.
+    /// For the step that has begun.
     fn access(&self) -> std::sync::MutexGuard<'_, Access> {
         // A job that panics leaves it whole.
         self.access.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Waits for a job, unless there is something else to do.
-    fn next(&self, otherwise: Otherwise) -> Next {
-        let mut queues = self.queues();
+    /// Waits for the next step of the worker's thread.
+    fn next(&self) -> WorkerStep {
+        let mut schedule = self.schedule();
         loop {
-            if let Some(job) = queues.urgent.pop_front().or_else(|| queues.normal.pop_front()) {
-                return Next::Job(job);
-            }
-            if queues.closed {
-                return Next::End;
-            }
-            if otherwise == Otherwise::Wait && !queues.was_used {
-                queues = self.more.wait(queues).unwrap_or_else(PoisonError::into_inner);
-                continue;
-            }
-            let waited = self.more.wait_timeout(queues, PREPARE_AFTER);
-            let (after, time) = waited.unwrap_or_else(PoisonError::into_inner);
-            queues = after;
-            if time.timed_out() && queues.is_empty() && !queues.closed {
-                queues.was_used = false;
-                return Next::Nothing;
-            }
+            schedule = match schedule.next(Instant::now()) {
+                Next::Step(step) => return step,
+                Next::Wait => self.more.wait(schedule).unwrap_or_else(PoisonError::into_inner),
+                Next::WaitFor(time) => {
+                    let waited = self.more.wait_timeout(schedule, time);
+                    waited.unwrap_or_else(PoisonError::into_inner).0
+                }
+            };
         }
     }
-}
 
-/// What the thread does while there is no job.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Otherwise {
-    Wait,
-    Prepare,
-}
+    /// Carries a job out that has begun.
+    fn perform(&self, job: Job) {
+        let mut access = self.access();
+        job(&mut access);
+        let preparation = access.preparation();
+        drop(access);
+        self.end(preparation);
+    }
 
-/// What the thread does next.
-enum Next {
-    Job(Job),
-    Nothing,
-    End,
+    fn end(&self, preparation: Preparation) {
+        self.schedule().end(Instant::now(), preparation);
+        self.more.notify_one();
+    }
 }
 
 /// Gives jobs to the thread, which ends with the last of these.
@@ -126,7 +174,7 @@ struct Handle(Arc<Queue>);
 
 impl Drop for Handle {
     fn drop(&mut self) {
-        self.0.queues().closed = true;
+        self.0.schedule().closed = true;
         self.0.more.notify_all();
     }
 }
@@ -136,21 +184,19 @@ impl Worker {
     pub fn start(bpffs: PathBuf, max_connections: u32) -> io::Result<Self> {
         let access = Access { bpffs, max_connections, paused: None, keep: None, left: false };
         let queue =
-            Arc::new(Queue { queues: Mutex::default(), more: Condvar::new(), access: Mutex::new(access) });
+            Arc::new(Queue { schedule: Mutex::default(), more: Condvar::new(), access: Mutex::new(access) });
         thread::Builder::new().name("node".to_owned()).spawn({
             let queue = Arc::clone(&queue);
             move || {
-                let mut otherwise = Otherwise::Wait;
                 loop {
-                    otherwise = match queue.next(otherwise) {
-                        Next::Job(job) => {
-                            let mut access = queue.access();
-                            job(&mut access);
-                            access.otherwise()
+                    match queue.next() {
+                        WorkerStep::Job(job) => queue.perform(job),
+                        WorkerStep::Prepare => {
+                            let preparation = queue.access().prepare();
+                            queue.end(preparation);
                         }
-                        Next::Nothing => queue.access().prepare(),
-                        Next::End => return,
-                    };
+                        WorkerStep::End => return,
+                    }
                 }
             }
         })?;
@@ -175,17 +221,15 @@ impl Worker {
     ) -> oneshot::Receiver<T> {
         let (job, result) = job(work);
         let queue = &self.0.0;
-        let mut queues = queue.queues();
-        match queue.access.try_lock() {
-            Ok(mut access) if queues.is_empty() => {
-                drop(queues);
-                job(&mut access);
-                drop(access);
-                queue.queues().was_used = true;
-            }
-            _ => queues.push(priority, job),
+        let mut schedule = queue.schedule();
+        if schedule.begin() {
+            drop(schedule);
+            queue.perform(job);
+        } else {
+            schedule.push(priority, job);
+            drop(schedule);
+            queue.more.notify_one();
         }
-        queue.more.notify_one();
         result
     }
 
@@ -196,15 +240,15 @@ impl Worker {
         work: impl FnOnce(&mut Access) -> T + Send + 'static,
     ) -> oneshot::Receiver<T> {
         let (job, result) = job(work);
-        self.0.0.queues().push(priority, job);
+        self.0.0.schedule().push(priority, job);
         self.0.0.more.notify_one();
         result
     }
 
     /// How many jobs wait.
     pub fn waiting(&self) -> usize {
-        let queues = self.0.0.queues();
-        queues.urgent.len() + queues.normal.len()
+        let schedule = self.0.0.schedule();
+        schedule.urgent.len() + schedule.normal.len()
     }
 }
 
@@ -259,24 +303,21 @@ impl Access {
         result
     }
 
-    fn otherwise(&self) -> Otherwise {
+    fn preparation(&self) -> Preparation {
         match &self.paused {
-            Some(paused) if paused.wants_preparation() => Otherwise::Prepare,
-            _ => Otherwise::Wait,
+            Some(paused) if paused.wants_preparation() => Preparation::Wanted,
+            _ => Preparation::Done,
         }
     }
 
     /// Make one thing that the next attach needs. If that fails, the attach makes it, and says why it cannot.
-    fn prepare(&self) -> Otherwise {
-        if self.otherwise() == Otherwise::Wait {
-            return Otherwise::Wait;
-        }
-        let Some(paused) = &self.paused else { return Otherwise::Wait };
+    fn prepare(&self) -> Preparation {
+        let Some(paused) = &self.paused else { return Preparation::Done };
         match paused.prepare() {
-            Ok(()) => self.otherwise(),
+            Ok(()) => self.preparation(),
             Err(error) => {
                 tracing::debug!(error = &error as &dyn std::error::Error, "preparing for the next pod");
-                Otherwise::Wait
+                Preparation::Done
             }
         }
     }
@@ -332,6 +373,55 @@ mod tests {
             ahead.await.expect("done");
             assert_ne!(behind.await, Ok(thread::current().id()));
         });
+    }
+
+    fn no_job() -> Job {
+        Box::new(|_| ())
+    }
+
+    #[test]
+    fn something_is_prepared_after_a_time_without_a_job() {
+        let mut schedule = Schedule::default();
+        assert!(schedule.begin(), "nothing is ahead");
+        let answered = Instant::now();
+        schedule.end(answered, Preparation::Wanted);
+        // The thread is told at once, and leaves the processor to the answer.
+        assert!(matches!(schedule.next(answered), Next::WaitFor(PREPARE_AFTER)));
+        let moment = Duration::from_nanos(1);
+        let almost = answered + PREPARE_AFTER - moment;
+        assert!(matches!(schedule.next(almost), Next::WaitFor(left) if left == moment));
+        assert!(matches!(schedule.next(answered + PREPARE_AFTER), Next::Step(WorkerStep::Prepare)));
+        assert!(!schedule.begin(), "it would wait for what is prepared");
+        // The same again, until there is nothing to prepare.
+        let prepared = answered + PREPARE_AFTER * 2;
+        schedule.end(prepared, Preparation::Wanted);
+        assert!(matches!(schedule.next(prepared), Next::WaitFor(PREPARE_AFTER)));
+        assert!(matches!(schedule.next(prepared + PREPARE_AFTER), Next::Step(WorkerStep::Prepare)));
+        schedule.end(prepared + PREPARE_AFTER, Preparation::Done);
+        assert!(matches!(schedule.next(prepared + PREPARE_AFTER * 9), Next::Wait));
+    }
+
+    #[test]
+    fn nothing_is_prepared_between_the_jobs_of_a_burst() {
+        let mut schedule = Schedule::default();
+        let mut now = Instant::now();
+        for _ in 0..9 {
+            // On the thread that asks. However long it takes, the worker's thread does not wait for its end to prepare.
+            assert!(schedule.begin(), "nothing is ahead");
+            now += PREPARE_AFTER * 3;
+            assert!(matches!(schedule.next(now), Next::Wait));
+            schedule.end(now, Preparation::Wanted);
+            now += PREPARE_AFTER / 2;
+            assert!(matches!(schedule.next(now), Next::WaitFor(_)));
+            // On the worker's, also if it comes to it late.
+            schedule.push(Priority::Normal, no_job());
+            now += PREPARE_AFTER * 3;
+            assert!(matches!(schedule.next(now), Next::Step(WorkerStep::Job(_))));
+            schedule.end(now, Preparation::Wanted);
+            now += PREPARE_AFTER / 2;
+            assert!(matches!(schedule.next(now), Next::WaitFor(_)));
+        }
+        assert!(matches!(schedule.next(now + PREPARE_AFTER), Next::Step(WorkerStep::Prepare)));
     }
 
     #[test]
