@@ -9,20 +9,23 @@ use std::{
     time::{Duration, Instant},
 };
 
-use aya::maps::{Array, Map};
+use aya::maps::{Array, HashMap, Map};
 use aya_obj::generated::bpf_attach_type;
 use intercept_agent::facade::sys::{self, Plain};
 use intercept_common::{
+    NetnsCookie,
     layout::{
-        ComparedFlow, DifferenceKey, RememberedFlow, SHADOW_CONNS, ShadowConn, ShadowCounters, ShadowKey,
-        ShadowSet, ShadowSocket,
+        ComparedFlow, DifferenceKey, PodPolicy, RememberedFlow, SHADOW_CONNS, ShadowConn, ShadowCounters,
+        ShadowKey, ShadowSet, ShadowSocket, policy, stage,
     },
     names,
 };
+use rustix::process::{Pid, Signal, kill_process};
 use tests::{
     actor::{Actor, Bind, Dial, DialOutcome, Listen, Query, QueryReply, Transport},
     agent::{Agent, INIT_FLAGS, succeed},
     bpf,
+    deadline::scaled,
     iptables::{Backend, IptablesDns, IptablesOptions, apply},
     status::ShadowEntry,
     steps::{self, SocketKind, Step},
@@ -107,6 +110,60 @@ impl RememberedFixture {
         let sets = self.agent.entries::<u32, ShadowSet>(names::SHADOW_CONNS).expect("read");
         sets.iter().flat_map(|(_, set)| set.conns).filter(|conn| conn.id != 0).collect()
     }
+}
+
+/// Adds or removes the flag of shadow mode in the pod's policy.
+fn set_shadow(fixture: &RememberedFixture, is_shadow: bool) {
+    let mut policies: HashMap<_, Plain<NetnsCookie>, Plain<PodPolicy>> =
+        Map::HashMap(fixture.agent.map(names::POLICIES).expect("a map")).try_into().expect("a hash");
+    let (cookie, mut policy) = policies.iter().next().expect("a policy").expect("read");
+    policy.0.flags =
+        if is_shadow { policy.0.flags | policy::SHADOW } else { policy.0.flags & !policy::SHADOW };
+    policies.insert(cookie, policy, 0).expect("written");
+}
+
+/// An attach makes the policy enforce before it removes what shadow mode remembers. Between the two it is not noted where a SYN has
+/// arrived, so a connection that seems to differ is counted as not compared, once, and compared by nothing later.
+#[test]
+fn a_connection_that_outlives_shadow_mode_is_not_compared() {
+    let fixture = RememberedFixture::new("remembered-late");
+    // The proxy is told another destination, which would be a difference.
+    let balancing = bpf::load_balancing([198, 51, 100, 7].into()).expect("loaded");
+    let cgroup = File::open(fixture.pod.cgroup.path()).expect("a cgroup");
+    let hook = bpf_attach_type::BPF_CGROUP_INET4_CONNECT;
+    let _link = sys::link_create(balancing.as_fd(), cgroup.as_fd(), hook).expect("attached");
+    let signal = |signal| {
+        let proxy = Pid::from_raw(fixture.inside.pid().cast_signed()).expect("a process");
+        kill_process(proxy, signal).expect("signalled");
+    };
+    let counters = || {
+        let all = fixture.agent.entries::<u64, ShadowCounters>(names::SHADOW_COUNTERS).expect("read");
+        let [(_, counters)] = all[..] else { panic!("one pod: {}", all.len()) };
+        (counters.agreed.iter().sum::<u64>(), counters.differed.iter().sum::<u64>(), counters.uncompared)
+    };
+    let until = |what: &str, is_so: &dyn Fn() -> bool| {
+        let deadline = Instant::now() + scaled(Duration::from_secs(30));
+        while !is_so() {
+            assert!(Instant::now() < deadline, "{what}: {:?} {:?}", fixture.remembered(), counters());
+            thread::sleep(Duration::from_millis(10));
+        }
+    };
+    fixture.iptables("-I INPUT -p tcp --dport 15001 --syn -j DROP");
+    let connect = [Step::Open(SocketKind::Tcp4), Step::Connect(at("10.96.0.10:80")), Step::Read];
+    let connecting = steps::start(&fixture.pod, Ids::APP, "", &connect).expect("started");
+    until("its SYN has left", &|| fixture.remembered().len() == 1);
+    signal(Signal::STOP);
+    set_shadow(&fixture, false);
+    fixture.iptables("-D INPUT -p tcp --dport 15001 --syn -j DROP");
+    until("it is established", &|| counters() == (0, 0, 1));
+    let [conn] = fixture.remembered()[..] else { panic!("in its place alone: {:?}", fixture.remembered()) };
+    assert_eq!(conn.stage & stage::UNCOMPARED, stage::UNCOMPARED, "{conn:?}");
+    // Back in shadow mode when the proxy asks.
+    set_shadow(&fixture, true);
+    signal(Signal::CONT);
+    let told = "outbound for 198.51.100.7:80 from 10.66.0.2:*";
+    assert_eq!(connecting.finish().expect("run"), ["ok", "ok", told]);
+    assert_eq!(counters(), (0, 0, 1));
 }
 
 /// Many connections at once take the places of others that wait for the answer to their SYN.
