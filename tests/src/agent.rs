@@ -234,6 +234,11 @@ impl Agent {
 }
 
 impl RunningAgent {
+    /// The process id.
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
     /// Sends SIGTERM, as systemd and the kubelet do. Returns the exit status and the log.
     pub fn terminate(self) -> Result<(ExitStatus, String)> {
         kill_process(Pid::from_child(&self.child), Signal::TERM).context("signalling the agent")?;

@@ -2,8 +2,11 @@
 //! results for proxies.
 
 use std::{
+    collections::BTreeSet,
+    fs,
     process::{Command, Output},
-    time::Instant,
+    thread,
+    time::{Duration, Instant},
 };
 
 use intercept_agent::facade::daemon::PodState;
@@ -11,6 +14,7 @@ use serde_json::Value;
 use tests::{
     agent::{Agent, finish},
     daemon::{Daemon, OUTBOUND},
+    deadline::scaled,
     joined::PodPair,
     snapshot::Snapshot,
     testbed::Sandbox,
@@ -116,6 +120,48 @@ fn it_says_a_line_for_each_and_needs_nothing_of_the_namespace_it_is_started_in()
     }
     assert_eq!(output.status.code(), Some(0), "{said}");
     assert!(Snapshot::of(&sandbox).expect("looked at") == before);
+}
+
+/// The inodes of the sockets in a file such as /proc/net/unix.
+fn inodes(file: &str) -> BTreeSet<u64> {
+    let text = fs::read_to_string(file).unwrap_or_else(|error| panic!("reading {file}: {error}"));
+    let mut lines = text.lines().map(|line| line.split_ascii_whitespace());
+    let column = lines.next().expect("names").position(|name| name == "Inode").expect("a column of inodes");
+    lines.map(|mut words| words.nth(column).expect("an inode").parse().expect("a number")).collect()
+}
+
+/// The namespace of the self-test goes with it: each socket that `run` keeps is of its own namespace or of the pod's.
+#[test]
+fn run_keeps_no_socket_of_its_namespace() {
+    let (agent, pod) = (Agent::new("kept").expect("the agent"), Sandbox::new("kept").expect("a pod"));
+    let (running, _) = agent.run(&pod, &["-i", "*", "--accelerate"]).expect("captured");
+    let process = format!("/proc/{}", running.pid());
+    let sockets = || -> BTreeSet<u64> {
+        let entries = fs::read_dir(format!("{process}/fd")).expect("its descriptors").flatten();
+        let links = entries.filter_map(|entry| fs::read_link(entry.path()).ok());
+        let inode = |link: &str| link.strip_prefix("socket:[")?.strip_suffix(']')?.parse().ok();
+        links.filter_map(|link| inode(&link.to_string_lossy())).collect()
+    };
+    let known = || -> BTreeSet<u64> {
+        let of_pod = || ["unix", "netlink"].map(|kind| inodes(&format!("/proc/thread-self/net/{kind}")));
+        let of_pod = pod.netns.run(of_pod).expect("entered");
+        let own = ["unix", "netlink"].map(|kind| inodes(&format!("{process}/net/{kind}")));
+        own.into_iter().chain(of_pod).flatten().collect()
+    };
+    let deadline = Instant::now() + scaled(Duration::from_secs(10));
+    loop {
+        let (kept, known) = (sockets(), known());
+        assert!(kept.len() >= 3, "two for signals, and the pod's: {kept:?}");
+        let others: Vec<_> = kept.difference(&known).collect();
+        if others.is_empty() {
+            break;
+        }
+        assert!(Instant::now() < deadline, "sockets of another namespace: {others:?}");
+        // It may have closed one in between.
+        thread::sleep(Duration::from_millis(10));
+    }
+    let (status, log) = running.terminate().expect("ended");
+    assert!(status.success(), "{log}");
 }
 
 #[test]
