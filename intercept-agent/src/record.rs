@@ -6,9 +6,10 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     ids::{CookieNumber, NetnsCookie, PodUid, PolicyId, PolicyNumber, Slot, SlotNumber},
-    netns::Netns,
+    netns::{Netns, NetnsError},
     netns_setup::NetnsChanges,
     options::Config,
+    store::may_pass,
 };
 
 /// The source that asked for a pod, which may also end the capture.
@@ -106,19 +107,30 @@ impl Record {
         std::iter::once(&self.cgroup).chain(&self.also)
     }
 
-    /// Opens its namespace, by its path or by a process in it. `None` if it is gone.
-    pub fn netns(&self) -> Option<Netns> {
+    /// Opens its namespace, by its path or by a process in it. `None` if it is gone, which a lack of descriptors does not show.
+    pub fn netns(&self) -> Result<Option<Netns>, NetnsError> {
+        let if_it = |opened: Result<Netns, NetnsError>| match opened {
+            Err(error) if may_pass(&error) => Err(error),
+            opened => Ok(opened.ok().filter(|netns| netns.cookie() == self.cookie)),
+        };
         if self.cookie.is_workload() {
-            return Netns::of_machine(self.cookie).ok().filter(|netns| netns.inode() == self.netns_inode);
+            let netns = if_it(Netns::of_machine(self.cookie))?;
+            return Ok(netns.filter(|netns| netns.inode() == self.netns_inode));
         }
-        let is_it = |netns: &Netns| netns.cookie() == self.cookie;
-        let by_path = self.netns_path.as_ref().and_then(|path| Netns::open(path).ok()).filter(is_it);
-        by_path.or_else(|| {
-            fs::read_dir("/proc").ok()?.filter_map(Result::ok).find_map(|process| {
-                let path = process.path().join("ns/net");
-                let inode = fs::metadata(&path).ok()?.ino();
-                (inode == self.netns_inode).then(|| Netns::open(&path).ok()).flatten().filter(is_it)
-            })
-        })
+        if let Some(path) = &self.netns_path
+            && let Some(netns) = if_it(Netns::open(path))?
+        {
+            return Ok(Some(netns));
+        }
+        let failed = |source| NetnsError::Open { name: "/proc".to_owned(), source };
+        for process in fs::read_dir("/proc").map_err(failed)?.filter_map(Result::ok) {
+            let path = process.path().join("ns/net");
+            if fs::metadata(&path).is_ok_and(|found| found.ino() == self.netns_inode)
+                && let Some(netns) = if_it(Netns::open(&path))?
+            {
+                return Ok(Some(netns));
+            }
+        }
+        Ok(None)
     }
 }

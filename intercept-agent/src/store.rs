@@ -104,16 +104,25 @@ impl StoreError {
         matches!(self, Self::Path { source, .. } if source.kind() == io::ErrorKind::NotFound)
     }
 
-    /// Whether it is about a shortage of memory or descriptors, so that a later call may succeed.
-    pub fn may_pass(&self) -> bool {
-        let Self::Path { source, .. } = self else { return false };
-        // aya wraps the error of the kernel.
-        let mut errors =
-            std::iter::successors(Some(source as &dyn std::error::Error), |error| error.source());
-        let code = errors.find_map(|error| error.downcast_ref::<io::Error>()?.raw_os_error());
-        let is_short = [libc::ENOMEM, libc::EMFILE, libc::ENFILE, libc::EINTR, libc::EAGAIN];
-        code.is_some_and(|code| is_short.contains(&code))
+    /// Whether another process has the lock.
+    pub fn is_taken(&self) -> bool {
+        matches!(self, Self::Path { source, .. } if source.kind() == io::ErrorKind::WouldBlock)
     }
+
+    /// Whether the kernel lacks memory or descriptors or refuses this process, so that a later call or another process may succeed.
+    pub fn may_pass(&self) -> bool {
+        may_pass(self)
+    }
+}
+
+/// As [`StoreError::may_pass`], for any error that the kernel may have caused.
+pub fn may_pass(error: &(dyn std::error::Error + 'static)) -> bool {
+    const PASSING: [i32; 7] =
+        [libc::ENOMEM, libc::EMFILE, libc::ENFILE, libc::EINTR, libc::EAGAIN, libc::EACCES, libc::EPERM];
+    // aya wraps the error of the kernel.
+    let mut errors = std::iter::successors(Some(error), |error| error.source());
+    let code = errors.find_map(|error| error.downcast_ref::<io::Error>()?.raw_os_error());
+    code.is_some_and(|code| PASSING.contains(&code))
 }
 
 fn at<'a>(action: &'static str, path: &'a Path) -> impl FnOnce(io::Error) -> StoreError + use<'a> {
@@ -139,26 +148,27 @@ impl Store {
     }
 
     /// Opens the store in this bpffs if it exists, to read it.
-    pub fn find(bpffs: &Path) -> Option<Self> {
+    pub fn find(bpffs: &Path) -> Result<Option<Self>, StoreError> {
         let store = Self::at(bpffs);
-        if !is_bpffs(bpffs) || !store.maps().is_dir() {
-            return None;
+        if !is_bpffs(bpffs)? || !is_folder(&store.maps())? {
+            return Ok(None);
         }
         match OwnedFolder::open(&store.root) {
-            Ok(_) => Some(store),
+            Ok(_) => Ok(Some(store)),
             // It was removed in between.
-            Err(error) if error.is_not_found() => None,
+            Err(error) if error.is_not_found() => Ok(None),
+            Err(error @ OwnershipError::Io { .. }) => Err(error.into()),
             Err(error) => {
                 tracing::warn!(error = &error as &dyn std::error::Error, "this state is not the agent's");
-                None
+                Ok(None)
             }
         }
     }
 
     /// The store in this bpffs, whichever layouts it has. None if there is no folder.
-    pub fn find_any(bpffs: &Path) -> Option<Self> {
+    pub fn find_any(bpffs: &Path) -> Result<Option<Self>, StoreError> {
         let store = Self::at(bpffs);
-        (is_bpffs(bpffs) && store.root.is_dir()).then_some(store)
+        Ok((is_bpffs(bpffs)? && is_folder(&store.root)?).then_some(store))
     }
 
     /// The same store, once for each layout that it has.
@@ -208,11 +218,11 @@ impl Store {
     /// wait.
     pub fn keep(&self) -> Result<Lock, StoreError> {
         self.create(&self.version)?;
-        lock_dir(&self.version, FlockOperation::NonBlockingLockExclusive).map_err(|error| match error {
-            StoreError::Path { source, .. } if source.kind() == io::ErrorKind::WouldBlock => {
-                StoreError::OtherDaemon { path: self.version.display().to_string() }
+        lock_dir(&self.version, FlockOperation::NonBlockingLockExclusive).map_err(|error| {
+            match error.is_taken() {
+                true => StoreError::OtherDaemon { path: self.version.display().to_string() },
+                false => error,
             }
-            error => error,
         })
     }
 
@@ -406,19 +416,35 @@ fn list(dir: &Path) -> Result<Vec<PathBuf>, StoreError> {
     }
 }
 
-fn is_bpffs(path: &Path) -> bool {
+fn is_folder(path: &Path) -> Result<bool, StoreError> {
+    match fs::metadata(path) {
+        Ok(found) => Ok(found.is_dir()),
+        Err(error) if is_absent(&error) => Ok(false),
+        Err(error) => Err(at("looking for", path)(error)),
+    }
+}
+
+fn is_bpffs(path: &Path) -> Result<bool, StoreError> {
     const BPF_FS_MAGIC: u64 = 0xcafe_4a11;
-    rustix::fs::statfs(path).is_ok_and(|stat| stat.f_type.cast_unsigned() == BPF_FS_MAGIC)
+    match rustix::fs::statfs(path).map_err(io::Error::from) {
+        Ok(stat) => Ok(stat.f_type.cast_unsigned() == BPF_FS_MAGIC),
+        Err(error) if is_absent(&error) => Ok(false),
+        Err(error) => Err(at("looking for", path)(error)),
+    }
+}
+
+fn is_absent(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory)
 }
 
 fn ensure_bpffs(path: &Path) -> Result<(), StoreError> {
-    if is_bpffs(path) {
+    if is_bpffs(path)? {
         return Ok(());
     }
     fs::create_dir_all(path).map_err(at("creating", path))?;
     // Two mounts at once would hide the first, with what is in it.
     let _mounting = lock_dir(path.parent().unwrap_or(path), FlockOperation::LockExclusive)?;
-    if is_bpffs(path) {
+    if is_bpffs(path)? {
         return Ok(());
     }
     rustix::mount::mount("bpf", path, "bpf", rustix::mount::MountFlags::empty(), Some(c"mode=0700"))

@@ -35,7 +35,7 @@ pub enum TraceError {
     )]
     Busy(#[source] StoreError),
     #[error("{action} map {map}")]
-    Map { action: &'static str, map: &'static str, source: MapError },
+    Map { action: &'static str, map: String, source: MapError },
     #[error("waiting for events")]
     Wait(#[source] io::Error),
 }
@@ -53,15 +53,16 @@ fn open<T: TryFrom<Map, Error = MapError>>(
     map: &'static str,
     wrap: fn(MapData) -> Map,
 ) -> Result<T, TraceError> {
-    MapData::from_pin(store.maps().join(map))
-        .and_then(|data| T::try_from(wrap(data)))
-        .map_err(|source| TraceError::Map { action: "opening", map, source })
+    let path = store.maps().join(map);
+    let opened = MapData::from_pin(&path).and_then(|data| T::try_from(wrap(data)));
+    let map = || path.display().to_string();
+    opened.map_err(|source| TraceError::Map { action: "opening", map: map(), source })
 }
 
 fn set(switch: &mut Array<MapData, u32>, value: u32) -> Result<(), TraceError> {
     switch.set(0, value, 0).map_err(|source| TraceError::Map {
         action: "writing to",
-        map: names::TRACING,
+        map: names::TRACING.to_owned(),
         source,
     })
 }
@@ -69,7 +70,10 @@ fn set(switch: &mut Array<MapData, u32>, value: u32) -> Result<(), TraceError> {
 impl Trace {
     /// Switches the events on. Must be called in a tokio runtime with io enabled.
     pub fn start(store: &Store) -> Result<Self, TraceError> {
-        let lock = store.lock_events().map_err(TraceError::Busy)?;
+        let lock = store.lock_events().map_err(|error| match error.is_taken() {
+            true => TraceError::Busy(error),
+            false => error.into(),
+        })?;
         let events: RingBuf<MapData> = open(store, names::EVENTS, Map::RingBuf)?;
         let mut switch = open(store, names::TRACING, Map::Array)?;
         // SAFETY: the ring buffer owns its descriptor, which does not change, until it is dropped.

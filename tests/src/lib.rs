@@ -33,5 +33,6 @@ pub mod snapshot;
 pub mod soak;
 pub mod status;
 pub mod steps;
+pub mod strace;
 pub mod testbed;
 pub mod unusual;

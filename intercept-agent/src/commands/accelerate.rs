@@ -46,8 +46,9 @@ fn print(finding: &Finding) {
 
 /// Refuses `--accelerate`, before anything is changed, if joined connections do not behave like TCP on this kernel.
 pub(super) fn admit(bpffs: &std::path::Path, config: &Config) -> Result<()> {
-    let is_loaded = || Store::find(bpffs).is_some_and(|store| Acceleration::is_loaded(&store));
-    if config.accelerate.is_empty() || is_loaded() {
+    if config.accelerate.is_empty()
+        || Store::find(bpffs)?.is_some_and(|store| Acceleration::is_loaded(&store))
+    {
         return Ok(());
     }
     self_test::admit().with_context(|| format!("refusing --accelerate ({WITHOUT})"))

@@ -9,6 +9,7 @@ use crate::{
     maps::FromMaps,
     netns::Netns,
     node::Node,
+    record::Record,
 };
 
 pub(super) fn audit(args: &InspectArgs) -> Result<()> {
@@ -40,10 +41,11 @@ fn of_cgroup(args: &InspectArgs) -> Result<Audit> {
         let node = Node::find(&args.bpffs.bpffs)?.with_context(absent)?;
         let (cookie, _) = node.pod_of_cgroup(cgroup.id())?.with_context(absent)?;
         let record = node.record_of(cookie)?;
-        let cgroups = record.as_ref().map(|record| node.open_cgroups(record)).unwrap_or_default();
+        let cgroups =
+            record.as_ref().map(|record| node.open_cgroups(record)).transpose()?.unwrap_or_default();
         (record, cgroups)
     };
-    let netns = match record.as_ref().and_then(|record| record.netns()) {
+    let netns = match record.as_ref().map(Record::netns).transpose()?.flatten() {
         Some(netns) => netns,
         None => Netns::of_cgroup(&cgroup)?,
     };

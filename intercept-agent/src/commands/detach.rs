@@ -15,6 +15,7 @@ use crate::{
     escape::OneLine,
     ids::NetnsCookie,
     node::{DetachedPod, Node, NodeError},
+    store::may_pass,
 };
 
 pub(super) fn detach(args: &DetachArgs) -> Result<()> {
@@ -58,7 +59,7 @@ pub(super) fn detach_cgroups(bpffs: &Path, cgroups: &[PathBuf], absent: Absent) 
         }
     }
     for (cookie, cgroup) in found {
-        let netns = node.record_of(cookie)?.and_then(|record| record.netns());
+        let netns = node.record_of(cookie)?.map(|record| record.netns()).transpose()?.flatten();
         node.detach(cookie, netns.as_ref())
             .with_context(|| format!("detaching cgroup {}", cgroup.display()))?;
         print_line!("detached cgroup {} (cookie {cookie})", cgroup.display());
@@ -74,10 +75,14 @@ pub(super) fn detach_cgroups(bpffs: &Path, cgroups: &[PathBuf], absent: Absent) 
 
 /// The pod or workload with this cgroup. Of one that is gone only the name is left, which another cgroup may have by now.
 fn find(node: &Node, cgroup: &Path) -> Result<Option<NetnsCookie>> {
-    if let Ok(cgroup) = CgroupDir::open_any(cgroup)
-        && let Some((cookie, _)) = node.pod_of_cgroup(cgroup.id())?
-    {
-        return Ok(Some(cookie));
+    match CgroupDir::open_any(cgroup) {
+        Ok(cgroup) => {
+            if let Some((cookie, _)) = node.pod_of_cgroup(cgroup.id())? {
+                return Ok(Some(cookie));
+            }
+        }
+        Err(error) if may_pass(&error) => return Err(error.into()),
+        Err(_) => {}
     }
     for (record, _) in node.pods()?.readable {
         if record.cgroups().any(|path| path == cgroup)
@@ -90,11 +95,16 @@ fn find(node: &Node, cgroup: &Path) -> Result<Option<NetnsCookie>> {
 }
 
 pub(super) fn detach_all(bpffs: &Path) -> Result<()> {
-    let found = Node::find(bpffs).unwrap_or_else(|error| {
-        // State that cannot be read can still be removed.
-        tracing::warn!(error = &error as &dyn std::error::Error, "removing state that cannot be read");
-        None
-    });
+    let found = match Node::find(bpffs) {
+        // Nor could the changes of the pods' namespaces be read, which must be undone first.
+        Err(error) if may_pass(&error) => return Err(error).context("detaching all pods"),
+        Err(error) => {
+            // State that cannot be read can still be removed.
+            tracing::warn!(error = &error as &dyn std::error::Error, "removing state that cannot be read");
+            None
+        }
+        Ok(found) => found,
+    };
     let Some(node) = found else {
         let removed = cutover::remove_unreadable(bpffs).context(
             "removing the state of another version of the agent, after the rules of iptables of its pods are in again",

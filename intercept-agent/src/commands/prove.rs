@@ -50,10 +50,10 @@ fn of_cgroup(args: &InspectArgs) -> Result<Proof> {
         );
     }
     let maps = node.open_maps()?;
-    let cgroups = node.open_cgroups(&record);
+    let cgroups = node.open_cgroups(&record)?;
     // A probe may take seconds, and the node's lock is not held meanwhile.
     drop(node);
-    let netns = match record.netns() {
+    let netns = match record.netns()? {
         Some(netns) => netns,
         None => Netns::of_cgroup(&cgroup)?,
     };

@@ -81,10 +81,10 @@ enum Listed {
 }
 
 impl BrokenStatus {
-    fn of(node: &Node, pod: &BrokenPod) -> Self {
+    fn of(node: &Node, pod: &BrokenPod) -> Result<Self> {
         let problem = pod.error.to_string();
-        let cgroup_id = node.cgroup_of(pod.cookie).ok().flatten();
-        Self { netns_cookie: pod.cookie, cgroup_id, state: "broken", policy: pod.policy.id, problem }
+        let cgroup_id = node.cgroup_of(pod.cookie)?;
+        Ok(Self { netns_cookie: pod.cookie, cgroup_id, state: "broken", policy: pod.policy.id, problem })
     }
 }
 
@@ -142,7 +142,7 @@ pub(super) fn status(args: &StatusArgs) -> Result<()> {
     if let Some(node) = Node::find(&args.bpffs.bpffs)? {
         let found = node.pods()?;
         let usage = node.maps().usage()?;
-        broken = found.broken.into_iter().map(|pod| BrokenStatus::of(&node, &pod)).collect();
+        broken = found.broken.iter().map(|pod| BrokenStatus::of(&node, pod)).collect::<Result<_>>()?;
         broken.retain(|pod| only.is_none() || pod.cgroup_id == only);
         for (record, policy) in found.readable {
             if only.is_none_or(|id| id == record.cgroup_id)

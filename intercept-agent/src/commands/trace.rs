@@ -17,7 +17,7 @@ use crate::{
 
 pub(super) fn trace(args: &TraceArgs) -> Result<()> {
     let bpffs = &args.bpffs.bpffs;
-    let (Some(node), Some(store)) = (Node::find(bpffs)?, Store::find(bpffs)) else {
+    let (Some(node), Some(store)) = (Node::find(bpffs)?, Store::find(bpffs)?) else {
         bail!("tracing: no pod is attached on this node, so there are no decisions");
     };
     let mut only = None;

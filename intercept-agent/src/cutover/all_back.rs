@@ -9,7 +9,7 @@ use crate::{
     netns::Netns,
     node::{Node, NodeError},
     record::Record,
-    store::{Store, StoreError},
+    store::Store,
 };
 
 /// What became of the rules of one pod.
@@ -42,7 +42,7 @@ pub fn all_back(bpffs: &Path) -> Result<Vec<RulesReturn>, CutoverError> {
 
 fn back(bpffs: &Path, record: &Record) -> Result<Option<CutoverReport>, CutoverError> {
     let Some(node) = Node::find(bpffs)? else { return Ok(None) };
-    if node.cgroup_of(record.cookie)?.is_none() || record.netns().is_none() {
+    if node.cgroup_of(record.cookie)?.is_none() || record.netns().map_err(NodeError::from)?.is_none() {
         // It is detached without a look at them.
         node.store().forget_rules(record.cookie)?;
         return Ok(None);
@@ -57,7 +57,7 @@ fn back(bpffs: &Path, record: &Record) -> Result<Option<CutoverReport>, CutoverE
 /// destination.
 pub fn remove_unreadable(bpffs: &Path) -> Result<bool, CutoverError> {
     let mut returned = Vec::new();
-    for layout in Store::find_any(bpffs).map(|store| store.layouts()).transpose()?.unwrap_or_default() {
+    for layout in Store::find_any(bpffs)?.map(|store| store.layouts()).transpose()?.unwrap_or_default() {
         for cookie in layout.pods()? {
             if let Some((netns, saved)) = unreadable_rules(&layout, cookie)? {
                 put_in(&netns, &saved)?;
@@ -78,10 +78,15 @@ pub fn remove_unreadable(bpffs: &Path) -> Result<bool, CutoverError> {
 }
 
 /// The namespace and the saved rules of a pod, if it lives and is cut over.
-fn unreadable_rules(layout: &Store, cookie: NetnsCookie) -> Result<Option<(Netns, SavedRules)>, StoreError> {
-    let readable = layout.records(cookie)?.into_iter().filter_map(|(_, record)| record.ok());
-    let Some(netns) = readable.filter_map(|record| record.netns()).next() else { return Ok(None) };
-    Ok(layout.saved_rules(cookie)?.map(|saved| (netns, saved)))
+fn unreadable_rules(layout: &Store, cookie: NetnsCookie) -> Result<Option<(Netns, SavedRules)>, NodeError> {
+    for (_, record) in layout.records(cookie)? {
+        if let Ok(record) = record
+            && let Some(netns) = record.netns()?
+        {
+            return Ok(layout.saved_rules(cookie)?.map(|saved| (netns, saved)));
+        }
+    }
+    Ok(None)
 }
 
 fn remove_guards(netns: &Netns, saved: &SavedRules) -> Result<(), CutoverError> {

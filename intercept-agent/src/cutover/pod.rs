@@ -70,7 +70,10 @@ impl CutoverPod {
         if keeper == Keeper::Command && record.origin != RecordOrigin::Command && is_kept {
             return Err(CutoverError::Kept { cgroup: path(), name: record.name() });
         }
-        let netns = record.netns().map_or_else(|| Netns::of_cgroup(cgroup), Ok)?;
+        let netns = match record.netns().map_err(NodeError::from)? {
+            Some(netns) => netns,
+            None => Netns::of_cgroup(cgroup)?,
+        };
         let target = Target {
             cgroup: CgroupDir::open(cgroup.path()).map_err(NodeError::from)?,
             also: Vec::new(),

@@ -59,7 +59,7 @@ impl Cutovers {
 
     /// Where the saved rules of a pod are; `None` if it has none.
     pub fn rules(&self, applied: &AppliedPod) -> Option<RulesState> {
-        let store = Store::find(&self.bpffs)?;
+        let store = Store::find(&self.bpffs).ok().flatten()?;
         store.saved_rules(applied.cookie).ok().flatten().map(|saved| saved.state)
     }
 

@@ -255,7 +255,7 @@ fn read_node(
     let budgets = table::POD_MAP_MAX_ENTRIES.register(registry);
 
     // Without the lock, because reading must not wait for an attach.
-    let Some(store) = Store::find(bpffs) else { return Ok(()) };
+    let Some(store) = Store::find(bpffs)? else { return Ok(()) };
     let maps = Maps::open(&store.maps())?;
     let name = |cookie: NetnsCookie| names.get(&cookie).cloned().unwrap_or_else(|| format!("netns:{cookie}"));
     let fill = maps.fill(&store.maps())?;

@@ -72,7 +72,7 @@ pub async fn probe(bpffs: PathBuf, applied: AppliedPod) -> ProbeResult {
 }
 
 fn probe_now(bpffs: &Path, applied: &AppliedPod) -> Result<ProbeResult, Box<dyn Error + Send + Sync>> {
-    let store = Store::find(bpffs).ok_or("the node has no programs")?;
+    let store = Store::find(bpffs)?.ok_or("the node has no programs")?;
     let maps = Maps::open(&store.maps())?;
     let policy = maps.policy(applied.cookie)?.ok_or("the pod is not captured any more")?;
     let record = store.read_record(applied.cookie, policy.id)?.ok_or("the pod's record is missing")?;

@@ -16,7 +16,7 @@ use tokio::sync::oneshot;
 use crate::{
     cutover::{self, CutoverError},
     node::{Node, NodeError, Paused},
-    store::Lock,
+    store::{Lock, may_pass},
 };
 
 /// How long there must be no job before something is prepared, so that a processor is left for the answer to the last one.
@@ -329,6 +329,7 @@ impl Access {
         self.keep = None;
         match Node::find(&self.bpffs) {
             Ok(Some(node)) => Ok(node.remove_everything()?),
+            Err(error) if may_pass(&error) => Err(error.into()),
             // What cannot be read can be removed.
             Ok(None) | Err(_) => cutover::remove_unreadable(&self.bpffs).map(drop),
         }

@@ -59,7 +59,7 @@ impl Node {
         let mut pods = Vec::new();
         for cookie in cookies {
             let record = self.record_of(cookie)?;
-            let netns = record.as_ref().and_then(Record::netns);
+            let netns = record.as_ref().map(Record::netns).transpose()?.flatten();
             let cgroup = record.map(|record| record.cgroup);
             pods.push(DetachedPod { cookie, cgroup, result: self.detach(cookie, netns.as_ref()) });
         }
@@ -95,7 +95,7 @@ impl Node {
     /// Removes the state of every layout in this bpffs, which [`Node::find`] cannot open. What was changed in the pods'
     /// namespaces is undone as far as their records can be read. False if there is no state.
     pub fn remove_unreadable(bpffs: &Path) -> Result<bool, NodeError> {
-        let Some(store) = Store::find_any(bpffs) else { return Ok(false) };
+        let Some(store) = Store::find_any(bpffs)? else { return Ok(false) };
         let _lock = store.lock()?;
         for layout in store.layouts()? {
             for cookie in layout.pods()? {
@@ -152,7 +152,10 @@ impl Node {
         let Some((ids, netns_inode)) = self.place_of(cookie)?.filter(|_| !is_expired(policy)) else {
             return Ok(None);
         };
-        let record = self.store.read_record(cookie, policy.id).ok().flatten();
+        let record = match self.store.read_record(cookie, policy.id) {
+            Err(error) if error.may_pass() => return Err(error.into()),
+            read => read.ok().flatten(),
+        };
         let paths: Vec<PathBuf> = record.iter().flat_map(Record::cgroups).cloned().collect();
         let opened: Vec<CgroupDir> = paths.iter().filter_map(|path| CgroupDir::open_any(path).ok()).collect();
         let living = |id: u64| {
@@ -175,7 +178,9 @@ impl Node {
         if self.may_have_netns(cookie)? {
             for (_, record) in self.store.records(cookie)? {
                 match record {
-                    Ok(record) if netns.is_none() && !record.netns_setup.is_empty() => netns = record.netns(),
+                    Ok(record) if netns.is_none() && !record.netns_setup.is_empty() => {
+                        netns = record.netns()?
+                    }
                     Err(error) if error.may_pass() => return Err(error.into()),
                     _ => {}
                 }
@@ -292,7 +297,7 @@ fn restore_unreadable(store: &Store, cookie: NetnsCookie) {
     let undo = || -> Result<(), NodeError> {
         for (_, record) in store.records(cookie)? {
             let record = record?;
-            if let Some(netns) = record.netns() {
+            if let Some(netns) = record.netns()? {
                 netns_setup::remove(&netns, &record.netns_setup).map_err(changing(&netns))?;
             }
         }

@@ -74,7 +74,7 @@ impl Node {
 
     /// Opens an existing store with its maps, to read or to remove.
     pub fn find(bpffs: &Path) -> Result<Option<Self>, NodeError> {
-        let Some(store) = Store::find(bpffs) else { return Ok(None) };
+        let Some(store) = Store::find(bpffs)? else { return Ok(None) };
         let lock = store.lock()?;
         // Another agent may have removed it during the wait, or crashed before it was complete.
         if let Some(map) = store.missing_map()? {

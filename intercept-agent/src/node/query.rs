@@ -5,7 +5,13 @@ use aya_log::EbpfLogger;
 use intercept_common::{layout::PodPolicy, names};
 
 use super::{Node, NodeError};
-use crate::{cgroup::CgroupDir, ids::NetnsCookie, maps::Maps, record::Record, store::Store};
+use crate::{
+    cgroup::CgroupDir,
+    ids::NetnsCookie,
+    maps::Maps,
+    record::Record,
+    store::{Store, may_pass},
+};
 
 /// The attached pods.
 #[derive(Debug, Default)]
@@ -58,6 +64,8 @@ impl Node {
         for (cookie, policy) in self.maps.policies()? {
             match self.store.read_record(cookie, policy.id) {
                 Ok(Some(record)) => pods.readable.push((record, policy)),
+                // It says nothing about the record.
+                Err(error) if error.may_pass() => return Err(error.into()),
                 Ok(None) => {
                     pods.broken.push(BrokenPod { cookie, policy, error: NodeError::NoRecord(cookie) })
                 }
@@ -70,10 +78,17 @@ impl Node {
     }
 
     /// Opens the cgroups of a pod or workload that are still attached: others of the same names may have taken their place.
-    pub fn open_cgroups(&self, record: &Record) -> Vec<CgroupDir> {
-        let attached = self.cgroups_of(record.cookie).unwrap_or_default();
-        let opened = record.cgroups().filter_map(|path| CgroupDir::open_any(path).ok());
-        opened.filter(|cgroup| attached.contains(&cgroup.id())).collect()
+    pub fn open_cgroups(&self, record: &Record) -> Result<Vec<CgroupDir>, NodeError> {
+        let attached = self.cgroups_of(record.cookie)?;
+        let mut opened = Vec::new();
+        for path in record.cgroups() {
+            match CgroupDir::open_any(path) {
+                Ok(cgroup) if attached.contains(&cgroup.id()) => opened.push(cgroup),
+                Err(error) if may_pass(&error) => return Err(error.into()),
+                _ => {}
+            }
+        }
+        Ok(opened)
     }
 
     /// Returns the pod that is attached to this cgroup. Its links say so; its record is not read.
