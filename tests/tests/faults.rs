@@ -1,8 +1,8 @@
 //! A failure leaves the state unchanged. In attach, replace and detach, each system call that changes or reads the kernel's
-//! state is made to fail, one at a time, and the whole state is compared with the state before.
+//! state is made to fail, one at a time, and each runs out of descriptors at every place. The whole state is compared with
+//! the state before.
 
 use std::{
-    fs,
     os::fd::AsFd as _,
     path::{Path, PathBuf},
     process::Output,
@@ -16,11 +16,11 @@ use intercept_common::{
     layout::{ListenerKey, MemberKey, PodPolicy, Proxy},
     names,
 };
-use tempfile::TempDir;
 use tests::{
     actor::{Actor, Bind, Listen, Transport},
     agent::{Agent, finish},
     snapshot::{Snapshot, tree},
+    strace::StraceOutput,
     testbed::{Ids, Pod, PodSpec},
 };
 
@@ -30,6 +30,8 @@ const OTHER: [&str; 12] =
     ["-u", "1337", "-m", "TPROXY", "-i", "10.0.0.0/8", "-x", "10.1.0.0/16", "-b", "*", "-d", "82"];
 /// System calls that read or change state: maps, links and pins; netlink; folders of pins.
 const CALLS: [&str; 3] = ["bpf", "sendto", "mkdir"];
+/// Descriptors that every process has.
+const STANDARD: usize = 3;
 
 /// The agent with the tested pod and a second one, so that the programs stay loaded.
 struct FaultsFixture {
@@ -37,7 +39,7 @@ struct FaultsFixture {
     pod: Pod,
     _inside: Actor,
     _beside: Pod,
-    trace: TempDir,
+    strace: StraceOutput,
 }
 
 /// Everything that is pinned, in maps, or in the pod's namespace.
@@ -133,7 +135,7 @@ impl FaultsFixture {
             inside.listen(listen).expect("a listener");
         }
         agent.attach(&beside, &ONE).expect("attached");
-        Self { agent, pod, _inside: inside, _beside: beside, trace: TempDir::new().expect("a folder") }
+        Self { agent, pod, _inside: inside, _beside: beside, strace: StraceOutput::new().expect("a folder") }
     }
 
     /// Runs a command under strace, which injects something into the call with this number on every thread.
@@ -143,14 +145,7 @@ impl FaultsFixture {
         number: usize,
         (subcommand, flags): (&str, &[&str]),
     ) -> Output {
-        let trace = self.trace.path().join("trace");
-        let arguments =
-            ["strace", "--follow-forks", "--quiet=all", "--output", trace.to_str().expect("text")];
-        // --seccomp-bpf is quicker, but strace then delivers no signals.
-        let filter = what.starts_with("error").then(|| "--seccomp-bpf".to_owned());
-        let inject = format!("--inject={call}:{what}:when={number}");
-        let starter = arguments.iter().map(|text| (*text).to_owned());
-        self.agent.start_by(starter.chain(filter).chain([format!("--trace={call}"), inject]).collect());
+        self.agent.start_by(self.strace.injecting((call, what), number));
         let output = finish(&mut self.agent.for_pod(subcommand, &self.pod, flags)).expect("strace starts");
         self.agent.start_by(Vec::new());
         output
@@ -159,11 +154,17 @@ impl FaultsFixture {
     /// Runs a command with a failure in the call with this number on every thread. `None` if there are fewer calls.
     fn fail(&mut self, call: &str, number: usize, subcommand: &str, flags: &[&str]) -> Option<Output> {
         let output = self.inject((call, "error=ENOMEM"), number, (subcommand, flags));
-        let trace = self.trace.path().join("trace");
-        let traced = fs::read_to_string(trace).expect("a trace");
-        let injected = traced.contains("(INJECTED)");
+        let injected = self.strace.injected().expect("a trace").is_some();
         assert!(injected || output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
         injected.then_some(output)
+    }
+
+    /// Runs a command that may have so many descriptors.
+    fn limit(&mut self, descriptors: usize, (subcommand, flags): (&str, &[&str])) -> Output {
+        self.agent.start_by(vec!["prlimit".to_owned(), format!("--nofile={descriptors}")]);
+        let output = finish(&mut self.agent.for_pod(subcommand, &self.pod, flags)).expect("prlimit starts");
+        self.agent.start_by(Vec::new());
+        output
     }
 
     /// Makes each call of a command fail in turn. `reset` establishes the initial state, and `check` examines the result.
@@ -187,6 +188,23 @@ impl FaultsFixture {
                 }
             }
             assert!(call != "bpf" || tried > 30, "{subcommand} made {tried} calls of bpf only");
+        }
+        reset(self);
+        let mut before = KernelState::of(self);
+        for descriptors in STANDARD.. {
+            let output = self.limit(descriptors, (subcommand, flags));
+            let error = String::from_utf8_lossy(&output.stderr).into_owned();
+            if output.status.success() && error.is_empty() {
+                assert!(descriptors > STANDARD + 5, "{subcommand} did with {descriptors} descriptors");
+                break;
+            }
+            let when = format!("{subcommand} with {descriptors} descriptors ({error})");
+            assert!(output.status.success() || error.contains("rror 24"), "{when} is not told why");
+            check(self, &before, &output, &when);
+            if output.status.success() {
+                reset(self);
+                before = KernelState::of(self);
+            }
         }
     }
 

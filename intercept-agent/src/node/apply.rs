@@ -26,6 +26,10 @@ use crate::{
     routes::RouteSocket,
 };
 
+/// More descriptors than an attach opens, or undoing one. They are asked for before anything is changed, because an attach that
+/// runs out of them could not be undone.
+const DESCRIPTORS: u8 = 48;
+
 /// What `attach` did.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Attached {
@@ -58,6 +62,9 @@ impl Node {
         observed: &mut Observation,
         rewrite: Rewrite,
     ) -> Result<Attached, NodeError> {
+        self.lock
+            .require_descriptors(DESCRIPTORS)
+            .map_err(|source| NodeError::Descriptors { count: DESCRIPTORS, source })?;
         self.refuse_unsupported(config)?;
         if config.shadow {
             self.refuse_uncaptured(target.netns.cookie())?;

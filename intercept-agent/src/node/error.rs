@@ -91,6 +91,10 @@ pub enum NodeError {
     Incomplete(&'static str),
     #[error("the pod needs {needed} {what}, and may have {limit}: shorten its lists")]
     OverBudget { what: &'static str, needed: usize, limit: u32 },
+    #[error(
+        "an attach opens up to {count} files, which this process may not: raise its limit of open files (`ulimit -n`)"
+    )]
+    Descriptors { count: u8, source: io::Error },
     #[error("{0} pods are attached to this node, which is all it has counters for")]
     TooManyPods(usize),
     #[error(
