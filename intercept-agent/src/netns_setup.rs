@@ -3,8 +3,8 @@
 //! rules and routes that deliver their traffic for other destinations in the pod. Also the addresses that redirected
 //! connections use.
 //!
-//! Existing addresses, rules and routes are neither replaced nor removed. [`plan`] decides without a change, [`add`]
-//! runs before a policy is activated, and [`remove`] after another has replaced it.
+//! Existing addresses, rules and routes are neither replaced nor removed. [`plan`] decides without a change,
+//! [`add_addresses`] and [`add_others`] run before a policy is activated, and [`remove`] after another has replaced it.
 
 use std::{
     fs, io, thread,
@@ -32,6 +32,8 @@ use crate::{
 
 /// How long the kernel may take to deliver to an address that was added.
 const DELIVERY_TIME: Duration = Duration::from_secs(1);
+/// Pause between two questions whether it does.
+const DELIVERY_INTERVAL: Duration = Duration::from_micros(100);
 
 /// Changes that the agent has made in a namespace, in order.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -197,30 +199,51 @@ pub fn plan(
     NetnsPlan { kept, added, dropped, after_local: found.after_local, loopback_up: found.loopback_up }
 }
 
-/// Makes the changes of a plan. `made` receives those that were made, even after a failure, so that the caller can
-/// remove them. They are fewer than planned if another process has made some since.
-pub fn add(
+/// Adds the addresses of a plan. The kernel completes them in the background, during the next steps of an attach. No
+/// connection uses them before a policy is active. For `made` see [`add_others`].
+pub fn add_addresses(
     netns: &Netns,
     socket: &RouteSocket,
     additions: &NetnsAdditions,
     made: &mut NetnsChanges,
 ) -> Result<(), NetnsSetupError> {
-    let NetnsAdditions { changes, after_local, loopback_up } = additions;
-    if changes.is_empty() {
+    add(netns, socket, additions, NetnsChange::is_address, made)
+}
+
+/// Makes the other changes of a plan, and waits until its addresses can be used. `made` receives those that were made, even
+/// after a failure, so that the caller can remove them. They are fewer than planned if another process has made some since.
+pub fn add_others(
+    netns: &Netns,
+    socket: &RouteSocket,
+    additions: &NetnsAdditions,
+    made: &mut NetnsChanges,
+) -> Result<(), NetnsSetupError> {
+    add(netns, socket, additions, |change| !change.is_address(), made)?;
+    if additions.loopback_up && made.0.contains(&NetnsChange::PassthroughAddress) {
+        await_delivery(netns, socket);
+    }
+    Ok(())
+}
+
+fn add(
+    netns: &Netns,
+    socket: &RouteSocket,
+    additions: &NetnsAdditions,
+    is_now: impl Fn(&NetnsChange) -> bool,
+    made: &mut NetnsChanges,
+) -> Result<(), NetnsSetupError> {
+    let now: Vec<_> = additions.changes.0.iter().filter(|&change| is_now(change)).cloned().collect();
+    if now.is_empty() {
         return Ok(());
     }
     netns.run(|| {
         socket.with(|questions| -> Result<(), NetnsSetupError> {
-            for change in changes.0.iter().cloned() {
-                made.0.extend(make(questions, change, *after_local)?);
+            for change in now {
+                made.0.extend(make(questions, change, additions.after_local)?);
             }
             Ok(())
         })
-    })??;
-    if *loopback_up && made.0.contains(&NetnsChange::PassthroughAddress) {
-        await_delivery(netns, socket);
-    }
-    Ok(())
+    })?
 }
 
 /// Waits until packets to `::6` arrive. The kernel adds the local route of an address from a work queue, after it has
@@ -230,7 +253,7 @@ fn await_delivery(netns: &Netns, socket: &RouteSocket) {
     let late = loop {
         match socket.is_local(PASSTHROUGH_V6.into()) {
             Ok(true) => return,
-            Ok(false) if Instant::now() < deadline => thread::sleep(Duration::from_millis(1)),
+            Ok(false) if Instant::now() < deadline => thread::sleep(DELIVERY_INTERVAL),
             Ok(false) => break None,
             Err(error) => break Some(error),
         }

@@ -91,6 +91,10 @@ impl NetnsChange {
     pub(super) fn same(&self, other: &Self) -> bool {
         matches!((self, other), (Self::AcceptMark { .. }, Self::AcceptMark { .. })) || self == other
     }
+
+    pub(super) fn is_address(&self) -> bool {
+        matches!(self, Self::PassthroughAddress)
+    }
 }
 
 /// Returns those changes that already exist. `rules` are those of IPv4 and IPv6.

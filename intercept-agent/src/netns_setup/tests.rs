@@ -58,7 +58,8 @@ fn configs() -> [Config; 3] {
 fn added(netns: &Netns, additions: &NetnsAdditions) -> NetnsChanges {
     let mut made = NetnsChanges::default();
     let socket = RouteReading::of(netns).expect("a reading").socket;
-    add(netns, &socket, additions, &mut made).expect("added");
+    add_addresses(netns, &socket, additions, &mut made).expect("added");
+    add_others(netns, &socket, additions, &mut made).expect("added");
     made
 }
 

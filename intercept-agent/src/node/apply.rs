@@ -228,6 +228,8 @@ impl Node {
         let start = Instant::now();
         self.store.create(&self.store.pod(record.cookie))?;
         self.store.write_record(record)?;
+        netns_setup::add_addresses(&target.netns, socket, &plan.additions, made)
+            .map_err(changing(&target.netns))?;
         let links = if plan.before.is_none() { LinksBefore::None } else { LinksBefore::Possible };
         self.link(target, &record.config, links)?;
         if plan.before.is_none() {
@@ -239,7 +241,8 @@ impl Node {
             cookie = record.cookie.0,
             "wrote maps and made links"
         );
-        netns_setup::add(&target.netns, socket, &plan.additions, made).map_err(changing(&target.netns))?;
+        netns_setup::add_others(&target.netns, socket, &plan.additions, made)
+            .map_err(changing(&target.netns))?;
         if *made != plan.additions.changes {
             // Made by another process since the plan: not ours to remove.
             let netns_setup = record.netns_setup.without(&plan.additions.changes.without(made));
