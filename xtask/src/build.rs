@@ -7,28 +7,35 @@ use std::{
     process::Command,
 };
 
-use anyhow::{Context as _, Result, bail, ensure};
+use anyhow::{Context as _, Result, ensure};
 
 use crate::{architecture::Architecture, cross, run, workspace};
 
 const AGENT: &str = "intercept-agent";
+
+/// Cargo gives dependencies the features that all selected packages ask for. Commands that select the whole workspace, and
+/// name what they want of it, share one build of the dependencies.
+pub(crate) const SELECTION: &str = "--workspace";
 
 /// The programs of the package `tests` that are not tests.
 const PROGRAMS: &str = "tests/src/bin";
 
 /// Builds the agent in release mode. Returns its path.
 pub(crate) fn agent() -> Result<PathBuf> {
-    // Cargo gives dependencies the features that all selected packages ask for. With the same packages as in
-    // `everything`, one build of the dependencies serves both.
-    let selection = ["--package", AGENT, "--package", "tests", "--bin", AGENT];
-    run::shown(run::cargo("build").arg("--release").args(selection))?;
+    run::shown(run::cargo("build").args(["--release", SELECTION, "--bin", AGENT]))?;
     Ok(workspace::target().join("release").join(AGENT))
+}
+
+/// Selects the agent and the programs of the package `tests`, which start each other.
+pub(crate) fn programs() -> Result<Vec<String>> {
+    let names = [AGENT.to_owned()].into_iter().chain(workspace::sources(Path::new(PROGRAMS))?);
+    Ok(names.flat_map(|name| ["--bin".to_owned(), name]).collect())
 }
 
 /// Builds the agent and the programs of the package `tests`, and runs the one with this name.
 pub(crate) fn and_run(name: &str, options: &[OsString]) -> Result<()> {
     exists(name)?;
-    run::shown(&mut everything())?;
+    run::shown(&mut everything()?)?;
     let folder = workspace::target().join("release");
     let mut program = Command::new(folder.join(name));
     run::shown(with_parts(program.args(options), &folder.join(AGENT))?)
@@ -38,7 +45,7 @@ pub(crate) fn and_run(name: &str, options: &[OsString]) -> Result<()> {
 pub(crate) fn linked_statically(name: &str, architecture: Architecture) -> Result<PathBuf> {
     exists(name)?;
     // A debug build: the programs run for seconds, and an optimised build takes minutes.
-    statically(everything().env("CARGO_PROFILE_RELEASE_OPT_LEVEL", "1"), "static", architecture)
+    statically(everything()?.env("CARGO_PROFILE_RELEASE_OPT_LEVEL", "1"), "static", architecture)
 }
 
 /// Builds the static agent for the image in release mode. Returns its path.
@@ -78,11 +85,10 @@ pub(crate) fn needs_libraries(elf: &[u8]) -> bool {
     (0..count).any(|index| number(table.saturating_add(index * size), 4) == PT_INTERP as usize)
 }
 
-/// Builds all programs, because those of `tests` start each other.
-fn everything() -> Command {
+fn everything() -> Result<Command> {
     let mut cargo = run::cargo("build");
-    cargo.args(["--release", "--package", AGENT, "--package", "tests", "--bins"]);
-    cargo
+    cargo.args(["--release", SELECTION]).args(programs()?);
+    Ok(cargo)
 }
 
 /// Sets the variables with the paths of what set-up and the build have made.
@@ -96,10 +102,11 @@ pub(crate) fn with_parts<'a>(program: &'a mut Command, agent: &Path) -> Result<&
 }
 
 fn exists(name: &str) -> Result<()> {
-    let source = workspace::root().join(PROGRAMS).join(name);
-    if !source.with_extension("rs").is_file() && !source.join("main.rs").is_file() {
-        bail!("building {name}: there is no {PROGRAMS}/{name}.rs");
-    }
+    let programs = workspace::sources(Path::new(PROGRAMS))?;
+    ensure!(
+        programs.iter().any(|program| program == name),
+        "building {name}: there is no {PROGRAMS}/{name}.rs"
+    );
     Ok(())
 }
 

@@ -5,7 +5,7 @@ use std::{fs, os::unix::fs::PermissionsExt as _, path::Path, process::Command, t
 use anyhow::{Context as _, Result};
 use clap::{Args, ValueEnum};
 
-use crate::{run, setup, setup::Group, workspace};
+use crate::{build, run, setup, setup::Group, workspace};
 
 #[derive(Args)]
 pub(crate) struct FuzzArgs {
@@ -38,10 +38,8 @@ pub(crate) fn fuzz(arguments: &FuzzArgs) -> Result<()> {
     fs::copy(workspace::root().join(COMPILER), &compiler)
         .and_then(|_| fs::set_permissions(&compiler, fs::Permissions::from_mode(0o755)))
         .with_context(|| format!("copying {COMPILER} to {}", compiler.display()))?;
-    // With the packages of `build::agent`, so that the dependencies have the same features.
-    let selection = ["--package", "intercept-agent", "--package", "tests", "--package", "fuzz"];
     let mut cargo = run::cargo("build");
-    cargo.arg("--release").args(selection).args(["--bin", "fuzz-options", "--bin", "fuzz-decide"]);
+    cargo.args(["--release", build::SELECTION, "--bin", "fuzz-options", "--bin", "fuzz-decide"]);
     run::shown(cargo.env("RUSTC_WORKSPACE_WRAPPER", compiler))?;
     let targets =
         if arguments.targets.is_empty() { FuzzTarget::value_variants() } else { &arguments.targets };

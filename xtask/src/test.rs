@@ -1,7 +1,7 @@
 //! All checks, the quick ones first.
 
 use std::{
-    fs,
+    ffi::OsStr,
     io::{self, BufRead, BufReader},
     path::Path,
     time::Instant,
@@ -68,32 +68,29 @@ pub(crate) fn test(arguments: &TestArgs) -> Result<()> {
         report.step("structure", |_| tidy::tidy());
         report.step("lints", |_| {
             let mut clippy = run::cargo("clippy");
-            run::shown(clippy.args(["--workspace", "--all-targets", "--", "--deny", "warnings"]))
+            run::shown(clippy.args([build::SELECTION, "--all-targets", "--", "--deny", "warnings"]))
         });
     }
     if arguments.file.is_none() {
         report.step("unit tests", |report| {
-            let mut tested = cargo_test(&agent, arguments, &["--workspace", "--exclude", "tests"], &[])?;
+            let mut tested = cargo_test(&agent, arguments, &unit_tests()?, &[])?;
+            tested.add(cargo_test(&agent, arguments, &["--doc"], &[])?);
             report.flaky.extend(again(&agent, &mut tested)?);
             report.add(tested)
         });
     }
     report.step("integration tests", |report| {
-        let files = arguments.file.clone().map_or_else(integration_tests, |file| Ok(vec![file]))?;
+        let all = || workspace::sources(Path::new("tests/tests"));
+        let files = arguments.file.clone().map_or_else(all, |file| Ok(vec![file]))?;
         let (side_by_side, others): (Vec<_>, _) =
             files.into_iter().partition(|file| SIDE_BY_SIDE.contains(&file.as_str()));
         let mut tested = Tested { output: TestOutput::default(), result: Ok(()) };
         // Otherwise one at a time, because they measure, and share the machine's network stack and bpffs.
         for (files, threads) in [(side_by_side, "--test-threads=3"), (others, "--test-threads=1")] {
-            let mut selection = vec!["--package", "tests"];
-            selection.extend(files.iter().flat_map(|file| ["--test", file]));
-            if selection.len() > 2 {
-                tested.add(cargo_test(&agent, arguments, &selection, &[threads])?);
+            if !files.is_empty() {
+                let targets: Vec<_> = files.iter().flat_map(|file| ["--test", file]).collect();
+                tested.add(cargo_test(&agent, arguments, &targets, &[threads])?);
             }
-        }
-        if arguments.file.is_none() {
-            let selection = ["--package", "tests", "--lib", "--bins"];
-            tested.add(cargo_test(&agent, arguments, &selection, &["--test-threads=1"])?);
         }
         report.flaky.extend(again(&agent, &mut tested)?);
         report.add(tested)
@@ -107,7 +104,7 @@ pub(crate) fn needing(file: &str, parts: &[(&str, &Path)]) -> Result<()> {
     let agent = build::agent()?;
     let before = sweep::present();
     let mut test = run::cargo("test");
-    test.args(["--package", "tests", "--test", file, "--", "--ignored", "--test-threads=1"]);
+    test.args([build::SELECTION, "--test", file, "--", "--ignored", "--test-threads=1"]);
     let tested = run::shown(build::with_parts(test.envs(parts.iter().copied()), &agent)?);
     let left = sweep::nothing_new(&before);
     tested?;
@@ -178,25 +175,30 @@ impl Tested {
     }
 }
 
-/// The files of integration tests, in the order of their names.
-fn integration_tests() -> Result<Vec<String>> {
-    let folder = workspace::root().join("tests/tests");
-    let reading = || format!("reading {}", folder.display());
-    let mut names = Vec::new();
-    for entry in fs::read_dir(&folder).with_context(reading)? {
-        let path = entry.with_context(reading)?.path();
-        let is_test =
-            path.extension().is_some_and(|extension| extension == "rs") || path.join("main.rs").is_file();
-        names.extend(path.file_stem().filter(|_| is_test).map(|name| name.to_string_lossy().into_owned()));
+/// Selects all tests but those in `tests/tests`.
+fn unit_tests() -> Result<Vec<String>> {
+    let mut targets = build::programs()?;
+    targets.extend(["--lib", "--bin", "xtask"].map(str::to_owned));
+    for package in ["intercept-agent", "intercept-common", "xtask"] {
+        let folder = Path::new(package).join("tests");
+        if workspace::root().join(&folder).is_dir() {
+            let files = workspace::sources(&folder)?;
+            targets.extend(files.into_iter().flat_map(|file| ["--test".to_owned(), file]));
+        }
     }
-    names.sort();
-    Ok(names)
+    Ok(targets)
 }
 
-/// Runs `cargo test` and prints its output.
-fn cargo_test(agent: &Path, arguments: &TestArgs, selection: &[&str], options: &[&str]) -> Result<Tested> {
+/// Runs `cargo test` and prints its output. `targets` are of any package.
+fn cargo_test(
+    agent: &Path,
+    arguments: &TestArgs,
+    targets: &[impl AsRef<OsStr>],
+    options: &[&str],
+) -> Result<Tested> {
     let mut cargo = run::cargo("test");
-    cargo.arg("--no-fail-fast").args(selection).args(&arguments.filter).arg("--").args(options);
+    cargo.args([build::SELECTION, "--no-fail-fast"]).args(targets).args(&arguments.filter);
+    cargo.arg("--").args(options);
     // One pipe for both, because cargo names the file on standard error.
     let (reader, writer) = io::pipe().context("creating a pipe")?;
     let second = writer.try_clone().context("copying a descriptor")?;
@@ -214,8 +216,7 @@ fn cargo_test(agent: &Path, arguments: &TestArgs, selection: &[&str], options: &
     }
     let status = child.wait().context("waiting for cargo test")?;
     let passed = status.success();
-    let result =
-        passed.then_some(()).with_context(|| format!("cargo test {}: {status}", selection[..2].join(" ")));
+    let result = passed.then_some(()).with_context(|| format!("cargo test: {status}"));
     Ok(Tested { output, result })
 }
 
@@ -235,8 +236,9 @@ fn again(agent: &Path, tested: &mut Tested) -> Result<Vec<FailedTest>> {
         };
         eprintln!("== again: {target} {}", test.name);
         let exactly = TestArgs { filter: Some(test.name.clone()), file: None };
-        let selection: Vec<&str> = target.split(' ').collect();
-        let second = cargo_test(agent, &exactly, &selection, &["--exact", "--test-threads=1"])?;
+        // Without `-p PACKAGE`, which would build dependencies with other features.
+        let targets: Vec<&str> = target.split(' ').skip(2).collect();
+        let second = cargo_test(agent, &exactly, &targets, &["--exact", "--test-threads=1"])?;
         if second.result.is_ok() && second.output.tally == (TestTally { passed: 1, failed: 0 }) {
             failed.retain(|failed| *failed != test);
             tally.passed += 1;
