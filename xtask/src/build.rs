@@ -34,11 +34,20 @@ pub(crate) fn programs() -> Result<Vec<String>> {
 
 /// Builds the agent and the programs of the package `tests`, and runs the one with this name.
 pub(crate) fn and_run(name: &str, options: &[OsString]) -> Result<()> {
+    run_with(name, options, |folder| Ok(folder.join(AGENT)))
+}
+
+/// The same with the agent as it is released, for what is measured: it starts faster without a dynamic linker.
+pub(crate) fn and_measure(name: &str, options: &[OsString]) -> Result<()> {
+    run_with(name, options, |_| static_agent(Architecture::HOST))
+}
+
+fn run_with(name: &str, options: &[OsString], agent: impl FnOnce(&Path) -> Result<PathBuf>) -> Result<()> {
     exists(name)?;
     run::shown(&mut everything()?)?;
     let folder = workspace::target().join("release");
-    let mut program = Command::new(folder.join(name));
-    run::shown(with_parts(program.args(options), &folder.join(AGENT))?)
+    let agent = agent(&folder)?;
+    run::shown(with_parts(Command::new(folder.join(name)).args(options), &agent)?)
 }
 
 /// Builds static programs for the virtual machine, which has no libraries. Returns their folder.
@@ -48,7 +57,7 @@ pub(crate) fn linked_statically(name: &str, architecture: Architecture) -> Resul
     statically(everything()?.env("CARGO_PROFILE_RELEASE_OPT_LEVEL", "1"), "static", architecture)
 }
 
-/// Builds the static agent for the image in release mode. Returns its path.
+/// Builds the static agent for the image and the release. Returns its path.
 pub(crate) fn static_agent(architecture: Architecture) -> Result<PathBuf> {
     let mut cargo = run::cargo("build");
     let folder = statically(cargo.args(["--release", "--package", AGENT]), "image", architecture)?;

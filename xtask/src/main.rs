@@ -123,7 +123,7 @@ fn perform(task: Task) -> Result<()> {
         }
         Task::Bench { options } => {
             setup::setup(&[Group::Base, Group::Test, Group::Envoy, Group::Bench])?;
-            build::and_run("bench", &options)
+            build::and_measure("bench", &options)
         }
         Task::Test(arguments) => test::test(&arguments),
         Task::Soak(arguments) => soak::soak(&arguments),
