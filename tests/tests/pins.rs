@@ -5,6 +5,7 @@ use std::{
     net::SocketAddr,
     path::Path,
     process::{Command, Output, Stdio},
+    time::{Duration, Instant},
 };
 
 use intercept_agent::facade::{netns::Netns, routes::RouteSnapshot};
@@ -12,6 +13,7 @@ use intercept_common::{Family, names};
 use tests::{
     actor::{Actor, Bind, Dial, Listen, Transport, binary::ReadableCopy},
     agent::{Agent, finish, succeed},
+    deadline::scaled,
     steps::{self, SocketKind, Step},
     strace::StraceOutput,
     testbed::{Ids, Pod, PodSpec},
@@ -79,7 +81,12 @@ impl PinsFixture {
             return finish(&mut command).expect("it starts");
         }
         let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("it starts");
+        let deadline = Instant::now() + scaled(Duration::from_secs(120));
         while child.try_wait().expect("waited").is_none() {
+            if Instant::now() > deadline {
+                child.kill().expect("killed");
+                panic!("{question:?} does not end: {:?}", child.wait_with_output());
+            }
             let to = SocketAddr::from(([10, 9, 0, 1], 80));
             self.inside.dial(Dial::new(Ids::APP, to)).expect("dialled");
         }
