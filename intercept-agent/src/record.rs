@@ -9,7 +9,7 @@ use crate::{
     netns::{Netns, NetnsError},
     netns_setup::NetnsChanges,
     options::Config,
-    store::may_pass,
+    store::is_short,
 };
 
 /// The source that asked for a pod, which may also end the capture.
@@ -109,8 +109,9 @@ impl Record {
 
     /// Opens its namespace, by its path or by a process in it. `None` if it is gone, which a lack of descriptors does not show.
     pub fn netns(&self) -> Result<Option<Netns>, NetnsError> {
+        // Access is refused to processes of others, which may have this number by now.
         let if_it = |opened: Result<Netns, NetnsError>| match opened {
-            Err(error) if may_pass(&error) => Err(error),
+            Err(error) if is_short(&error) => Err(error),
             opened => Ok(opened.ok().filter(|netns| netns.cookie() == self.cookie)),
         };
         if self.cookie.is_workload() {

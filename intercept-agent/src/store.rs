@@ -117,12 +117,19 @@ impl StoreError {
 
 /// As [`StoreError::may_pass`], for any error that the kernel may have caused.
 pub fn may_pass(error: &(dyn std::error::Error + 'static)) -> bool {
-    const PASSING: [i32; 7] =
-        [libc::ENOMEM, libc::EMFILE, libc::ENFILE, libc::EINTR, libc::EAGAIN, libc::EACCES, libc::EPERM];
-    // aya wraps the error of the kernel.
+    is_short(error) || code(error).is_some_and(|code| [libc::EACCES, libc::EPERM].contains(&code))
+}
+
+/// Whether the kernel lacks memory or descriptors, which says nothing about what was asked for.
+pub fn is_short(error: &(dyn std::error::Error + 'static)) -> bool {
+    const SHORT: [i32; 5] = [libc::ENOMEM, libc::EMFILE, libc::ENFILE, libc::EINTR, libc::EAGAIN];
+    code(error).is_some_and(|code| SHORT.contains(&code))
+}
+
+/// The kernel's number of an error, which aya wraps.
+fn code(error: &(dyn std::error::Error + 'static)) -> Option<i32> {
     let mut errors = std::iter::successors(Some(error), |error| error.source());
-    let code = errors.find_map(|error| error.downcast_ref::<io::Error>()?.raw_os_error());
-    code.is_some_and(|code| PASSING.contains(&code))
+    errors.find_map(|error| error.downcast_ref::<io::Error>()?.raw_os_error())
 }
 
 fn at<'a>(action: &'static str, path: &'a Path) -> impl FnOnce(io::Error) -> StoreError + use<'a> {

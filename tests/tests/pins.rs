@@ -14,6 +14,7 @@ use tests::{
     actor::{Actor, Bind, Dial, Listen, Transport, binary::ReadableCopy},
     agent::{Agent, finish, succeed},
     deadline::scaled,
+    snapshot::Snapshot,
     steps::{self, SocketKind, Step},
     strace::StraceOutput,
     testbed::{Ids, Pod, PodSpec},
@@ -223,6 +224,24 @@ fn a_folder_that_may_not_be_read_is_not_taken_for_an_empty_one() {
         assert!(!output.status.success() && printed.is_empty(), "{command:?}: {printed} {error}");
         assert!(error.contains(&folder) && error.contains("(os error 13)"), "{command:?}: {error}");
     }
+}
+
+/// The process by which a namespace was opened may be gone, and its number that of another, which this process may not look at.
+#[test]
+fn a_namespace_whose_path_may_not_be_opened_is_found_by_a_process() {
+    let mut fixture = PinsFixture::new("refused");
+    let cgroup = fixture.pod.cgroup.path().display().to_string();
+    let arguments = ["--cgroup-path", &cgroup];
+    let detach: Question<'_> = ("detach", &arguments);
+    assert!(finish(&mut fixture.command(detach)).expect("it starts").status.success());
+    let before = Snapshot::of(&fixture.pod).expect("a snapshot");
+    fixture.capture(&fixture.pod);
+    let mut starter = fixture.strace.injecting(("openat", "error=EACCES"), 1);
+    starter.push(format!("--trace-path={}", fixture.pod.netns.path().display()));
+    let output = fixture.ask_by(starter, detach);
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    assert!(fixture.strace.injected().expect("calls").is_some(), "it is not opened by its path");
+    assert_eq!(before.difference(&Snapshot::of(&fixture.pod).expect("a snapshot")), [""; 0]);
 }
 
 /// A pod that closed its connections is detached without a look at those of others, however many there are.
