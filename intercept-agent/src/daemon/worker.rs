@@ -113,14 +113,14 @@ impl Schedule {
     /// The step has ended.
     fn end(&mut self, now: Instant, preparation: Preparation) {
         self.has_begun = false;
-        self.idle_since = (preparation == Preparation::Wanted).then_some(now);
+        self.idle_since = (preparation == Preparation::Pending).then_some(now);
     }
 }
 
-/// Whether something can be made ahead that the next attach needs.
+/// Whether something is still to be made ahead that the next attach needs.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Preparation {
-    Wanted,
+    Pending,
     Done,
 }
 
@@ -305,7 +305,7 @@ impl Access {
 
     fn preparation(&self) -> Preparation {
         match &self.paused {
-            Some(paused) if paused.wants_preparation() => Preparation::Wanted,
+            Some(paused) if paused.wants_preparation() => Preparation::Pending,
             _ => Preparation::Done,
         }
     }
@@ -385,7 +385,7 @@ mod tests {
         let mut schedule = Schedule::default();
         assert!(schedule.begin(), "nothing is ahead");
         let answered = Instant::now();
-        schedule.end(answered, Preparation::Wanted);
+        schedule.end(answered, Preparation::Pending);
         // The thread is told at once, and leaves the processor to the answer.
         assert!(matches!(schedule.next(answered), Next::WaitFor(PREPARE_AFTER)));
         let moment = Duration::from_nanos(1);
@@ -395,7 +395,7 @@ mod tests {
         assert!(!schedule.begin(), "it would wait for what is prepared");
         // The same again, until there is nothing to prepare.
         let prepared = answered + PREPARE_AFTER * 2;
-        schedule.end(prepared, Preparation::Wanted);
+        schedule.end(prepared, Preparation::Pending);
         assert!(matches!(schedule.next(prepared), Next::WaitFor(PREPARE_AFTER)));
         assert!(matches!(schedule.next(prepared + PREPARE_AFTER), Next::Step(WorkerStep::Prepare)));
         schedule.end(prepared + PREPARE_AFTER, Preparation::Done);
@@ -411,14 +411,14 @@ mod tests {
             assert!(schedule.begin(), "nothing is ahead");
             now += PREPARE_AFTER * 3;
             assert!(matches!(schedule.next(now), Next::Wait));
-            schedule.end(now, Preparation::Wanted);
+            schedule.end(now, Preparation::Pending);
             now += PREPARE_AFTER / 2;
             assert!(matches!(schedule.next(now), Next::WaitFor(_)));
             // On the worker's, also if it comes to it late.
             schedule.push(Priority::Normal, no_job());
             now += PREPARE_AFTER * 3;
             assert!(matches!(schedule.next(now), Next::Step(WorkerStep::Job(_))));
-            schedule.end(now, Preparation::Wanted);
+            schedule.end(now, Preparation::Pending);
             now += PREPARE_AFTER / 2;
             assert!(matches!(schedule.next(now), Next::WaitFor(_)));
         }
