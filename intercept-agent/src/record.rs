@@ -96,6 +96,11 @@ pub struct Record {
     pub since: u64,
 }
 
+/// Opens the namespace of a pod, of which there may be no record. As [`Record::netns`].
+pub fn netns_of(record: Option<&Record>) -> Result<Option<Netns>, NetnsError> {
+    record.map_or(Ok(None), Record::netns)
+}
+
 impl Record {
     /// Its name for logs: `namespace/name` of a pod, or the path of the cgroup.
     pub fn name(&self) -> String {

@@ -9,7 +9,7 @@ use crate::{
     maps::FromMaps,
     netns::Netns,
     node::Node,
-    record::Record,
+    record::netns_of,
 };
 
 pub(super) fn audit(args: &InspectArgs) -> Result<()> {
@@ -45,7 +45,7 @@ fn of_cgroup(args: &InspectArgs) -> Result<Audit> {
             record.as_ref().map(|record| node.open_cgroups(record)).transpose()?.unwrap_or_default();
         (record, cgroups)
     };
-    let netns = match record.as_ref().map(Record::netns).transpose()?.flatten() {
+    let netns = match netns_of(record.as_ref())? {
         Some(netns) => netns,
         None => Netns::of_cgroup(&cgroup)?,
     };

@@ -15,6 +15,7 @@ use crate::{
     escape::OneLine,
     ids::NetnsCookie,
     node::{DetachedPod, Node, NodeError},
+    record::netns_of,
     store::may_pass,
 };
 
@@ -59,7 +60,7 @@ pub(super) fn detach_cgroups(bpffs: &Path, cgroups: &[PathBuf], absent: Absent) 
         }
     }
     for (cookie, cgroup) in found {
-        let netns = node.record_of(cookie)?.map(|record| record.netns()).transpose()?.flatten();
+        let netns = netns_of(node.record_of(cookie)?.as_ref())?;
         node.detach(cookie, netns.as_ref())
             .with_context(|| format!("detaching cgroup {}", cgroup.display()))?;
         print_line!("detached cgroup {} (cookie {cookie})", cgroup.display());

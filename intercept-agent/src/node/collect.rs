@@ -15,7 +15,7 @@ use crate::{
     ids::{NetnsCookie, PolicyId},
     netns::Netns,
     netns_setup::{self, NetnsChanges, NetnsSetupError},
-    record::Record,
+    record::{Record, netns_of},
     store::Store,
 };
 
@@ -59,7 +59,7 @@ impl Node {
         let mut pods = Vec::new();
         for cookie in cookies {
             let record = self.record_of(cookie)?;
-            let netns = record.as_ref().map(Record::netns).transpose()?.flatten();
+            let netns = netns_of(record.as_ref())?;
             let cgroup = record.map(|record| record.cgroup);
             pods.push(DetachedPod { cookie, cgroup, result: self.detach(cookie, netns.as_ref()) });
         }
