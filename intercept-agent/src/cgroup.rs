@@ -323,7 +323,10 @@ pub fn has_process(path: &Path, is_it: &impl Fn(Pid) -> bool) -> bool {
     if list.lines().any(|line| line.trim().parse().ok().and_then(Pid::from_raw).is_none_or(is_it)) {
         return true;
     }
-    let Ok(entries) = fs::read_dir(path) else { return false };
+    let entries = match fs::read_dir(path) {
+        Ok(entries) => entries,
+        Err(error) => return !gone(&error),
+    };
     let is_folder = |entry: &fs::DirEntry| entry.file_type().is_ok_and(|kind| kind.is_dir());
     entries.flatten().filter(is_folder).any(|entry| has_process(&entry.path(), is_it))
 }

@@ -1,13 +1,14 @@
 //! Netlink requests and their complete answers, on a socket in a network namespace.
 
 use std::{
+    convert::Infallible,
     io,
     time::{Duration, Instant},
 };
 
 use netlink_packet_core::{
-    NLM_F_ACK, NLM_F_DUMP, NLM_F_DUMP_INTR, NLM_F_REQUEST, NetlinkDeserializable, NetlinkHeader,
-    NetlinkMessage, NetlinkPayload, NetlinkSerializable,
+    NLM_F_ACK, NLM_F_DUMP, NLM_F_DUMP_INTR, NLM_F_REQUEST, NetlinkBuffer, NetlinkDeserializable,
+    NetlinkHeader, NetlinkMessage, NetlinkPayload, NetlinkSerializable,
 };
 use netlink_sys::{Socket, SocketAddr};
 
@@ -80,18 +81,19 @@ impl Questions {
         M: NetlinkSerializable + NetlinkDeserializable,
         NetlinkPayload<M>: From<M>,
     {
-        self.ask_each(message, NLM_F_REQUEST | NLM_F_ACK | flags, |_| {}).map(drop)
+        self.ask_each(message, NLM_F_REQUEST | NLM_F_ACK | flags, |_: M| {}).map(drop)
     }
 
     /// As [`Questions::ask`], but passes on each message as it arrives: a list may be larger than memory.
-    pub(crate) fn ask_each<M>(&mut self, question: M, flags: u16, each: impl FnMut(M)) -> io::Result<bool>
+    pub(crate) fn ask_each<Q, M>(&mut self, question: Q, flags: u16, each: impl FnMut(M)) -> io::Result<bool>
     where
-        M: NetlinkSerializable + NetlinkDeserializable,
-        NetlinkPayload<M>: From<M>,
+        Q: NetlinkSerializable,
+        M: NetlinkDeserializable,
+        NetlinkPayload<Q>: From<Q>,
     {
         if self.unfinished.is_some() {
             // An error at its end belongs to the earlier request.
-            match self.receive::<M>(NLM_F_DUMP, |_| {}) {
+            match self.receive(NLM_F_DUMP, |_: Discarded| {}) {
                 Err(error) if self.unfinished.is_some() => return Err(error),
                 _ => {}
             }
@@ -134,14 +136,16 @@ impl Questions {
             make_names_text(&mut self.buffer);
             let mut rest = self.buffer.as_slice();
             while !rest.is_empty() {
-                let message = NetlinkMessage::<M>::deserialize(rest).map_err(io::Error::other)?;
+                let bytes = rest;
+                let header = NetlinkBuffer::new_checked(bytes).map_err(io::Error::other)?;
                 // Padded to four bytes, except perhaps the last.
-                let length = usize::try_from(message.header.length).unwrap_or(usize::MAX);
+                let length = usize::try_from(header.length()).unwrap_or(usize::MAX);
                 rest = rest.get(length.next_multiple_of(4)..).unwrap_or_default();
-                if message.header.sequence_number != self.sequence {
-                    // Left over from a request whose answer was given up.
+                if header.sequence_number() != self.sequence {
+                    // Left over from a request whose answer was given up, which may have been another kind of question.
                     continue;
                 }
+                let message = NetlinkMessage::<M>::deserialize(bytes).map_err(io::Error::other)?;
                 interrupted |= message.header.flags & NLM_F_DUMP_INTR != 0;
                 match message.payload {
                     NetlinkPayload::InnerMessage(inner) => {
@@ -170,32 +174,33 @@ impl Questions {
     }
 }
 
-/// Replaces bytes of interface names that are not UTF-8 by `?`. The kernel accepts any bytes and a pod chooses its own
+/// Any answer, which is not looked at.
+struct Discarded;
+
+impl NetlinkDeserializable for Discarded {
+    type Error = Infallible;
+
+    fn deserialize(_: &NetlinkHeader, _: &[u8]) -> Result<Self, Infallible> {
+        Ok(Self)
+    }
+}
+
+/// Replaces bytes of the interface names of rules that are not UTF-8 by `?`. The kernel accepts any bytes and a pod chooses its own
 /// names, but one such name makes the parser fail for the complete answer.
 fn make_names_text(messages: &mut [u8]) {
-    const RTM_NEWLINK: u16 = 16;
     const RTM_NEWRULE: u16 = 32;
-    const IFLA_PROP_LIST: u16 = 52;
-    /// IFLA_IFNAME, IFLA_QDISC, IFLA_IFALIAS, IFLA_PHYS_PORT_NAME.
-    const LINK_NAMES: [u16; 4] = [3, 6, 20, 38];
     /// FRA_IIFNAME, FRA_OIFNAME.
     const RULE_NAMES: [u16; 2] = [3, 17];
 
-    for_each_part(messages, 4, |kind, message| match kind {
-        // The netlink header is followed by the header of the message.
-        RTM_NEWLINK => for_each_part(message.get_mut(10 + 16..).unwrap_or_default(), 2, |kind, attribute| {
-            if kind == IFLA_PROP_LIST {
-                for_each_part(attribute, 2, |_, name| make_text(name));
-            } else if LINK_NAMES.contains(&kind) {
-                make_text(attribute);
-            }
-        }),
-        RTM_NEWRULE => for_each_part(message.get_mut(10 + 12..).unwrap_or_default(), 2, |kind, attribute| {
-            if RULE_NAMES.contains(&kind) {
-                make_text(attribute);
-            }
-        }),
-        _ => {}
+    for_each_part(messages, 4, |kind, message| {
+        if kind == RTM_NEWRULE {
+            // The netlink header is followed by the header of the rule.
+            for_each_part(message.get_mut(10 + 12..).unwrap_or_default(), 2, |kind, attribute| {
+                if RULE_NAMES.contains(&kind) {
+                    make_text(attribute);
+                }
+            });
+        }
     });
 }
 
@@ -217,6 +222,13 @@ fn for_each_part(mut parts: &mut [u8], width: usize, mut take: impl FnMut(u16, &
         let next = length.next_multiple_of(4).min(parts.len());
         parts = &mut parts[next..];
     }
+}
+
+/// The text of a name that the kernel gives. Bytes that are not UTF-8 become `?`, as in the names of rules.
+pub(crate) fn name(bytes: &[u8]) -> String {
+    let mut text = bytes.strip_suffix(&[0]).unwrap_or(bytes).to_vec();
+    make_text(&mut text);
+    String::from_utf8(text).unwrap_or_default()
 }
 
 fn make_text(bytes: &mut [u8]) {

@@ -32,7 +32,9 @@ use crate::{
 
 /// How long the kernel may take to deliver to an address that was added.
 const DELIVERY_TIME: Duration = Duration::from_secs(1);
-/// Pause between two questions whether it does.
+/// Questions whether it does that are asked without a pause.
+const DELIVERY_ATTEMPTS: u32 = 4;
+/// Pause between two later ones.
 const DELIVERY_INTERVAL: Duration = Duration::from_micros(100);
 
 /// Changes that the agent has made in a namespace, in order.
@@ -250,11 +252,15 @@ fn add(
 /// acknowledged the address. Until then it routes packets to the loopback interface and drops them there.
 fn await_delivery(netns: &Netns, socket: &RouteSocket) {
     let deadline = Instant::now() + DELIVERY_TIME;
+    let mut asked = 0;
     let late = loop {
+        // The work queue may be waiting for this processor, and then needs a few microseconds of it.
+        thread::yield_now();
         match socket.is_local(PASSTHROUGH_V6.into()) {
             Ok(true) => return,
-            Ok(false) if Instant::now() < deadline => thread::sleep(DELIVERY_INTERVAL),
-            Ok(false) => break None,
+            Ok(false) if Instant::now() >= deadline => break None,
+            Ok(false) if asked < DELIVERY_ATTEMPTS => asked += 1,
+            Ok(false) => thread::sleep(DELIVERY_INTERVAL),
             Err(error) => break Some(error),
         }
     };

@@ -27,7 +27,7 @@ pub use config::{
 pub use error::{OptionError, OptionProblem};
 pub(crate) use go_syntax::parse_bool;
 pub use interface::InterfacePattern;
-pub use names::{EtcFiles, NameSource};
+pub use names::{EtcFiles, NameSource, PodFiles};
 pub use ports::Ports;
 pub use raw::RawOptions;
 pub use reader::Note;

@@ -12,6 +12,7 @@
 //! prefix (RFC 6724, rules 6 and 8). Routes are divided further where those may change it.
 
 mod follow;
+mod interfaces;
 mod prefixes;
 mod requests;
 
@@ -31,7 +32,7 @@ use self::requests::{ListedRoute, Requests, RoutesReply};
 use crate::netlink::Questions;
 use crate::netns::{Netns, NetnsError};
 
-pub use follow::Follower;
+pub use follow::{Follower, Subscription};
 pub use requests::NetnsListing;
 
 /// Most interfaces, rules and routes per family. A pod with more is refused, because it could otherwise cost the agent

@@ -13,7 +13,7 @@
 
 use std::{
     collections::BTreeSet,
-    fs::{self, DirBuilder},
+    fs::{self, DirBuilder, File},
     io,
     os::{
         fd::AsFd as _,
@@ -26,7 +26,7 @@ mod lock;
 mod rules;
 
 pub use self::lock::{Lock, Unlocked};
-use self::lock::{flock, lock_dir};
+use self::lock::{flock, lock_dir, require_descriptors};
 use crate::{
     ids::{NetnsCookie, PolicyId},
     objects,
@@ -152,6 +152,12 @@ impl Store {
     pub fn open(bpffs: &Path) -> Result<Self, StoreError> {
         ensure_bpffs(bpffs)?;
         Ok(Self::at(bpffs))
+    }
+
+    /// Fails unless this process may open so many more descriptors.
+    pub fn require_descriptors(&self, count: u8) -> io::Result<()> {
+        let bpffs = self.root.parent().unwrap_or(&self.root);
+        require_descriptors(&File::open(bpffs)?, count)
     }
 
     /// Opens the store in this bpffs if it exists, to read it.
@@ -359,13 +365,25 @@ impl Store {
     /// The record of a policy, if there is one.
     pub fn read_record(&self, cookie: NetnsCookie, policy: PolicyId) -> Result<Option<Record>, StoreError> {
         let path = self.record_path(cookie, policy);
-        if !path.exists() {
+        if !path.try_exists().map_err(at("reading record", &path))? {
             return Ok(None);
         }
         let json = read_blob(&path).map_err(at("reading record", &path))?;
         serde_json::from_slice(&json)
             .map(Some)
             .map_err(|source| StoreError::Record { path: path.display().to_string(), source })
+    }
+
+    /// As [`Store::read_record`]. `None` too if the record will never be readable; an error if it may be the next time.
+    pub fn readable_record(
+        &self,
+        cookie: NetnsCookie,
+        policy: PolicyId,
+    ) -> Result<Option<Record>, StoreError> {
+        match self.read_record(cookie, policy) {
+            Err(error) if error.may_pass() => Err(error),
+            read => Ok(read.ok().flatten()),
+        }
     }
 
     /// Removes all records of a pod except that of one policy.

@@ -340,3 +340,26 @@ fn an_agent_killed_in_the_first_load_does_not_affect_the_next() {
     }
     assert!(number > 100, "{number} calls of bpf only");
 }
+
+/// As above, for a first agent that may have few descriptors: what it made it removes itself.
+#[test]
+fn a_first_attach_without_descriptors_leaves_nothing() {
+    let mut fixture = FaultsFixture::new("few");
+    fixture.agent.detach_all().expect("detached");
+    let clean = tree(fixture.agent.bpffs()).expect("a tree");
+    let namespace = Snapshot::of(&fixture.pod).expect("a snapshot");
+    for descriptors in STANDARD.. {
+        let output = fixture.limit(descriptors, ("attach", &ONE));
+        let error = String::from_utf8_lossy(&output.stderr);
+        let when = format!("with {descriptors} descriptors ({error})");
+        if output.status.success() {
+            assert!(error.is_empty() && descriptors > STANDARD + 5, "{when}");
+            break;
+        }
+        assert!(error.contains("rror 24"), "{when} is not told why");
+        assert_eq!(tree(fixture.agent.bpffs()).expect("a tree"), clean, "{when}");
+        let after = Snapshot::of(&fixture.pod).expect("a snapshot");
+        assert_eq!(namespace.difference(&after), [""; 0], "{when}");
+    }
+    fixture.attach(&ONE);
+}

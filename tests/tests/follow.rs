@@ -182,11 +182,16 @@ fn validation_reports_whether_redirection_works() {
     let (code, said) = attach(&agent, &pod, &["--skip-rule-apply", "--run-validation"]);
     assert_eq!(code, Some(126), "{said}");
     assert!(said.contains("before the proxy starts"), "{said}");
+    // `run` leaves no capture behind that it does not keep up to date.
+    agent.detach(&pod).expect("detached");
+    let args = [&INIT_FLAGS[..], &["--run-validation"]].concat();
+    let output = finish(&mut agent.for_pod("run", &pod, &args)).expect("started");
+    let error = String::from_utf8_lossy(&output.stderr);
+    assert!(!output.status.success() && error.contains("before the proxy starts"), "{error}");
+    assert!(!agent.bpffs().join("intercept").exists());
     drop(inside);
 
     let children = std::fs::read_dir(pod.cgroup.path()).expect("the cgroup").flatten();
     let children = children.filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir())).count();
     assert_eq!(children, 0, "the check's cgroup is left");
-    agent.detach(&pod).expect("detached");
-    assert!(!agent.bpffs().join("intercept").exists());
 }

@@ -109,14 +109,19 @@ impl PinsFixture {
         self.strace.text().expect("calls").lines().map(str::to_owned).collect()
     }
 
-    /// Has each pin that the command opens be one that cannot be opened. Returns their names.
-    fn refuse_each(&mut self, question: Question<'_>, (errno, number): (&str, u32)) -> Vec<String> {
+    /// Makes each call fail for which `object` names what it is about, such as the path of a pin. Returns these names.
+    fn refuse_each(
+        &mut self,
+        question: Question<'_>,
+        (errno, number): (&str, u32),
+        object: fn(&str) -> Option<&str>,
+    ) -> Vec<String> {
         let mut pins = Vec::new();
         for call in 1.. {
             let starter = self.strace.injecting(("bpf", &format!("error={errno}")), call);
             let output = self.ask_by(starter, question);
             let Some(call) = self.strace.injected().expect("calls") else { break };
-            let Some(pin) = opened(&call) else { continue };
+            let Some(pin) = object(&call) else { continue };
             let error = text(&output.stderr);
             let when = format!("{question:?} with {errno} of {pin}: {error}");
             assert!(!output.status.success(), "{when}: {}", text(&output.stdout));
@@ -154,13 +159,18 @@ fn opened(call: &str) -> Option<&str> {
     path.split('"').next()
 }
 
+/// Nothing, if this call looks an entry up: of a map, which is open by now, it has the descriptor only.
+fn looked_up(call: &str) -> Option<&str> {
+    call.contains("bpf(BPF_MAP_LOOKUP_ELEM").then_some("")
+}
+
 /// The command of each call.
 fn kinds(calls: &[String]) -> Vec<&str> {
     calls.iter().filter_map(|call| call.split_once("bpf(")?.1.split(',').next()).collect()
 }
 
 #[test]
-fn a_pin_that_cannot_be_opened_is_an_error_and_no_answer() {
+fn what_cannot_be_opened_or_read_is_an_error_and_no_answer() {
     let mut fixture = PinsFixture::new("pins");
     let cgroup = fixture.pod.cgroup.path().display().to_string();
     let own = fixture.pod.address(Family::V4).to_string();
@@ -196,7 +206,7 @@ fn a_pin_that_cannot_be_opened_is_an_error_and_no_answer() {
         let printed = text(&output.stdout);
         assert!(output.status.success() && printed.contains(answer), "{question:?}: {printed} {output:?}");
         for error in [("EMFILE", 24), ("EACCES", 13)] {
-            let pins = fixture.refuse_each(question, error);
+            let pins = fixture.refuse_each(question, error, opened);
             assert!(pins.iter().any(|pin| pin == names::POLICIES), "{question:?}: {pins:?}");
             if *subcommand == "explain" {
                 let opened = |name: &&str| pins.iter().any(|pin| pin == name);
@@ -204,6 +214,9 @@ fn a_pin_that_cannot_be_opened_is_an_error_and_no_answer() {
                     [names::DESTINATIONS, names::PORTS, names::GROUPS, names::INTERFACES].iter().all(opened)
                 );
             }
+        }
+        if *subcommand == "explain" {
+            assert!(!fixture.refuse_each(question, ("ENOMEM", 12), looked_up).is_empty());
         }
         fixture.run_out(question, &printed);
     }

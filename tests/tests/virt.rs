@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use nix::sys::socket::{getsockopt, sockopt};
 use tests::actor::{Actor, Bind, Dial, DialOutcome, Dialled, FlowStage, Listen, OriginalDst, Transport};
 use tests::agent::Agent;
-use tests::agent::succeed;
+use tests::agent::{finish, succeed};
 use tests::iptables::{Backend, IptablesCidrs, IptablesOptions, apply};
 use tests::testbed::netlink::{RouteSpec, TABLE_LOCAL};
 use tests::testbed::{Ids, Pod, PodSpec, Sandbox};
@@ -131,6 +131,32 @@ fn a_later_listener_serves_guests_where_the_agent_stays() {
     guests_are_captured(&world);
     running.terminate().expect("ended");
     assert!(!transparent(&pod).contains(&true));
+}
+
+/// However few descriptors a detach has, the option is reset by it or by the next.
+#[test]
+fn a_detach_without_descriptors_leaves_no_option_behind() {
+    let mut agent = Agent::new("virt").expect("the agent");
+    let (pod, inside, _) = pod("virt-few");
+    listen(&inside);
+    for descriptors in 3.. {
+        agent.attach(&pod, &FLAGS).expect("attached");
+        assert!(transparent(&pod).contains(&true));
+        agent.start_by(vec!["prlimit".to_owned(), format!("--nofile={descriptors}")]);
+        let output = finish(&mut agent.for_pod("detach", &pod, &[])).expect("prlimit starts");
+        agent.start_by(Vec::new());
+        let error = String::from_utf8_lossy(&output.stderr);
+        if !output.status.success() {
+            let again = finish(&mut agent.for_pod("detach", &pod, &[])).expect("it starts");
+            let unknown = String::from_utf8_lossy(&again.stderr);
+            assert!(again.status.success() || unknown.contains("not attached"), "{descriptors}: {unknown}");
+        }
+        assert!(!transparent(&pod).contains(&true), "{descriptors}: {error}");
+        if output.status.success() && error.is_empty() {
+            assert!(descriptors > 8, "it did with {descriptors} descriptors");
+            break;
+        }
+    }
 }
 
 /// IP_TRANSPARENT of each listener on 15001.

@@ -17,9 +17,9 @@ use crate::{
     cli::{AttachArgs, IstioArgs},
     netns::Netns,
     node::{Attached, Node, Observation, Rewrite, Target},
-    options::{Config, EtcFiles, Note, RawOptions, RunOptions},
+    options::{Config, EtcFiles, NameSource, Note, PodFiles, RawOptions, RunOptions},
     record::RecordOrigin,
-    routes::Follower,
+    routes::Subscription,
     userns::{IdMap, IdMaps},
     validation::{self, Probe, Validated},
 };
@@ -49,7 +49,7 @@ impl AttachRequest {
             return Err(Failed::Machine(MachineError::Several(args.cgroup_path.len())).into());
         };
         let cgroup = CgroupDir::open(path)?;
-        let options = Checked::of(args.options, &EtcFiles::of_pod(&cgroup))?;
+        let options = Checked::of(args.options, &PodFiles::of(&cgroup))?;
         let netns_path = args.netns.or_else(|| options.switches.network_namespace.clone());
         let netns = match &netns_path {
             Some(path) => Netns::open(path)?,
@@ -87,9 +87,9 @@ struct Checked {
 }
 
 impl Checked {
-    /// Names of users, groups and resolvers are those of `files`: the pod's, if it has a process.
-    fn of(options: RawOptions, files: &EtcFiles) -> Result<Self> {
-        let (config, switches, notes) = options.read_process_env().validate(files).map_err(Failed::Usage)?;
+    /// Users, groups and resolvers are looked up in `names`: the pod's, if it has a process.
+    fn of(options: RawOptions, names: &dyn NameSource) -> Result<Self> {
+        let (config, switches, notes) = options.read_process_env().validate(names).map_err(Failed::Usage)?;
         for Note { origin, why } in notes {
             tracing::info!(option = %origin, "{why}");
         }
@@ -108,7 +108,7 @@ pub(super) fn istio_iptables(args: IstioArgs) -> Result<()> {
         None => around_own_cgroup()?,
     };
     let cgroup = CgroupDir::open(&path)?;
-    let options = Checked::of(args.options, &EtcFiles::of_pod(&cgroup))?;
+    let options = Checked::of(args.options, &PodFiles::of(&cgroup))?;
     let netns_path = options.switches.network_namespace.clone();
     let netns = match &netns_path {
         Some(path) => Netns::open(path)?,
@@ -180,20 +180,20 @@ fn apply(request: AttachRequest) -> Result<()> {
     Ok(())
 }
 
-/// Reads the pod's routes and attaches it. A follower of its namespace is given the expected state.
+/// Reads the pod's routes and attaches it. A subscription to its namespace is given the expected state.
 pub(super) fn apply_capture(
     bpffs: &Path,
     max_connections: u32,
     (target, config): (&Target, &Config),
     rewrite: Rewrite,
-    mut follower: Option<&mut Follower>,
+    mut changes: Option<&mut Subscription>,
 ) -> Result<Attached> {
     let mut observed =
-        Observation::of(target, config, follower.as_deref_mut()).with_context(|| attaching(target))?;
+        Observation::of(target, config, changes.as_deref_mut()).with_context(|| attaching(target))?;
     let node = open(bpffs, max_connections)?;
     let done = apply_observed(node, (target, config), &mut observed, rewrite)?;
-    if let Some(follower) = follower {
-        follower.expect(observed.into_routes());
+    if let Some(changes) = changes {
+        changes.expect(observed.into_routes());
     }
     Ok(done)
 }

@@ -6,7 +6,6 @@ use super::print_line;
 use crate::{
     audit::{Audit, Audited, Bypass, ObservedSockets},
     cli::InspectArgs,
-    maps::FromMaps,
     netns::Netns,
     node::Node,
     record::netns_of,
@@ -54,16 +53,18 @@ fn of_cgroup(args: &InspectArgs) -> Result<Audit> {
     let observed = ObservedSockets::of(&cgroups, &netns)?;
     let node = Node::find(&args.bpffs.bpffs)?.with_context(absent)?;
     let Some(policy) = node.maps().policy(netns.cookie())? else { bail!(absent()) };
-    let lookup = FromMaps::of(node.maps())?;
-    let audited = Audited {
-        observed: &observed,
-        cookie: netns.cookie(),
-        policy: &policy,
-        since: record.map_or(0, |record| record.since),
-        lookup: &lookup,
-        original: &|key| lookup.original(key),
-    };
-    Ok(audited.audit())
+    let audit = node.maps().look_up(|lookup| {
+        let audited = Audited {
+            observed: &observed,
+            cookie: netns.cookie(),
+            policy: &policy,
+            since: record.map_or(0, |record| record.since),
+            lookup,
+            original: &|key| lookup.original(key),
+        };
+        audited.audit()
+    });
+    Ok(audit?)
 }
 
 fn line(bypass: &Bypass) -> String {

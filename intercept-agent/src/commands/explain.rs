@@ -13,7 +13,6 @@ use serde::Serialize;
 use super::print_line;
 use crate::{
     cli::{Direction, ExplainArgs, FlowContainer},
-    maps::FromMaps,
     node::Node,
 };
 
@@ -42,7 +41,7 @@ pub(super) fn explain(args: &ExplainArgs) -> Result<()> {
             cgroup.path().display()
         );
     };
-    let decision = decide(args, &policy, &FromMaps::of(node.maps())?);
+    let decision = node.maps().look_up(|lookup| decide(args, &policy, lookup))?;
     let answer = answer(decision, &policy);
     if args.json {
         print_line!("{}", serde_json::to_string_pretty(&answer)?);

@@ -16,7 +16,7 @@ use anyhow::{Context as _, Result, bail};
 use aya_log::EbpfLogger;
 use tokio::{
     io::{Interest, unix::AsyncFd},
-    signal::unix::{SignalKind, signal},
+    signal::unix::{Signal, SignalKind, signal},
 };
 
 use self::place::RunPlace;
@@ -31,6 +31,7 @@ use crate::{
     ids::NetnsCookie,
     netns::Netns,
     node::{Attached, Node, Rewrite},
+    options::{Config, RunOptions},
     shadow::{ShadowRecord, ShadowReport},
 };
 
@@ -56,28 +57,79 @@ pub(super) fn run(args: AttachArgs) -> Result<()> {
 }
 
 async fn follow(request: AttachRequest) -> Result<()> {
-    let AttachRequest { target, mut config, switches, bpffs, max_connections, protected } = request;
+    let AttachRequest { target, config, switches, bpffs, max_connections, protected } = request;
     // Before the attach, so that no signal and no change is missed.
-    let mut interrupt = signal(SignalKind::interrupt()).context("listening for SIGINT")?;
-    let mut terminate = signal(SignalKind::terminate()).context("listening for SIGTERM")?;
+    let ends = EndSignals::listen()?;
     let mut changes = place::subscribe(&target, &config)?;
     let done =
         apply_capture(&bpffs, max_connections, (&target, &config), Rewrite::IfChanged, Some(&mut changes))?;
-    print_line!("{} {} in namespace {}", done.as_str(), machine::name_of(&target), target.netns.name());
+    let (name, cookie) = (machine::name_of(&target), target.netns.cookie());
+    let changes = match changes.follow() {
+        Ok(changes) => changes,
+        Err(error) => {
+            take_out(&bpffs, cookie, Some(&target.netns)).context("detaching")?;
+            return Err(error.into());
+        }
+    };
+    print_line!("{} {name} in namespace {}", done.as_str(), target.netns.name());
     if let Some(protected) = protected {
         print_line!("inbound: {}", protected.describe(&config));
     }
     tell_systemd();
-    if switches.run_validation {
-        attach::validate(&target, &config, &switches)?;
-    }
-    let name = machine::name_of(&target);
     let mut place = RunPlace::new(target, changes);
-    let mut lines = log_lines(&bpffs)?;
+    let kept = keep(&mut place, &name, ends, (config, switches), (&bpffs, max_connections)).await;
+    // Whatever ends this, nothing would keep the capture up to date.
+    let exists = !matches!(kept, Ok(Kept::Gone));
+    let netns = place.open.map(|open| open.target.netns).filter(|_| exists);
+    take_out(&bpffs, cookie, netns.as_ref()).context("detaching")?;
+    if kept? == Kept::Gone {
+        bail!(
+            "{name} is gone, and its capture with it: what takes its place is not captured until it is attached"
+        );
+    }
+    print_line!("detached {name}");
+    Ok(())
+}
+
+/// The signals that end `run`.
+struct EndSignals {
+    interrupt: Signal,
+    terminate: Signal,
+}
+
+impl EndSignals {
+    fn listen() -> Result<Self> {
+        let interrupt = signal(SignalKind::interrupt()).context("listening for SIGINT")?;
+        let terminate = signal(SignalKind::terminate()).context("listening for SIGTERM")?;
+        Ok(Self { interrupt, terminate })
+    }
+}
+
+/// How `run` ends.
+#[derive(PartialEq, Eq)]
+enum Kept {
+    /// By a signal.
+    Interrupted,
+    /// The pod is gone.
+    Gone,
+}
+
+/// Keeps a capture up to date until a signal comes or the pod is gone.
+async fn keep(
+    place: &mut RunPlace,
+    name: &str,
+    mut ends: EndSignals,
+    (mut config, switches): (Config, RunOptions),
+    (bpffs, max_connections): (&Path, u32),
+) -> Result<Kept> {
+    if let Some(open) = place.open.as_ref().filter(|_| switches.run_validation) {
+        attach::validate(&open.target, &config, &switches)?;
+    }
+    let mut lines = log_lines(bpffs)?;
     let mut compared = ShadowRecord::default();
     let mut compare = tokio::time::interval(SHADOW_INTERVAL);
     let mut check = tokio::time::interval(LIVENESS_INTERVAL);
-    let exists = loop {
+    loop {
         tokio::select! {
             ready = lines.readable_mut() => {
                 let mut ready = ready.context("waiting for log lines of the programs")?;
@@ -85,15 +137,15 @@ async fn follow(request: AttachRequest) -> Result<()> {
                 ready.clear_ready();
             }
             _ = compare.tick(), if config.shadow => {
-                if let Err(error) = log_differences(&bpffs, place.cookie(), &mut compared) {
+                if let Err(error) = log_differences(bpffs, place.cookie(), &mut compared) {
                     tracing::warn!("{error:#}");
                 }
             }
-            _ = interrupt.recv() => break true,
-            _ = terminate.recv() => break true,
-            _ = check.tick() => match place.exists(&bpffs, &config) {
+            _ = ends.interrupt.recv() => return Ok(Kept::Interrupted),
+            _ = ends.terminate.recv() => return Ok(Kept::Interrupted),
+            _ = check.tick() => match place.exists(bpffs, &config) {
                 Ok(true) => {}
-                Ok(false) => break false,
+                Ok(false) => return Ok(Kept::Gone),
                 Err(error) => tracing::warn!("checking whether {name} exists: {error:#}"),
             },
             change = place.changed() => {
@@ -101,24 +153,14 @@ async fn follow(request: AttachRequest) -> Result<()> {
                     tracing::warn!(error = &error as &dyn std::error::Error, "following the namespace: reading it again");
                 }
                 let Some(open) = &place.open else { continue };
-                match attach::apply_again(&bpffs, max_connections, &open.target, &mut config) {
+                match attach::apply_again(bpffs, max_connections, &open.target, &mut config) {
                     Ok(Attached::Unchanged) => {}
                     Ok(_) => tracing::info!(netns = open.target.netns.name(), "applied a change of addresses or routes"),
                     Err(error) => tracing::error!("{error:#}: the previous policy stays active"),
                 }
             }
         }
-    };
-    let (cookie, open) = (place.cookie(), place.open);
-    let netns = open.map(|open| open.target.netns).filter(|_| exists);
-    take_out(&bpffs, cookie, netns.as_ref()).context("detaching")?;
-    if !exists {
-        bail!(
-            "{name} is gone, and its capture with it: what takes its place is not captured until it is attached"
-        );
     }
-    print_line!("detached {name}");
-    Ok(())
 }
 
 /// Logs each kind of difference that shadow mode has found since the last call.

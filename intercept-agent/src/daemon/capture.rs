@@ -9,7 +9,6 @@ use std::{
 
 use procfs::{net::TcpState, process::Process};
 use rustix::time::{ClockId, clock_gettime};
-use tokio::runtime::Handle;
 
 use super::{
     cause::Cause,
@@ -28,9 +27,9 @@ use crate::{
     node::{Attached, Node, NodeError, Observation, PodRecords, Rewrite, Target},
     options::{Config, OptionError},
     record::{Record, RecordOrigin},
-    routes::{Follower, RoutesError},
+    routes::{RoutesError, Subscription},
     shadow::ShadowReport,
-    store::StoreError,
+    store::{StoreError, is_short},
 };
 
 /// Why a pod is not captured as desired.
@@ -151,14 +150,14 @@ impl AppliedPod {
 
     /// Checks it, with two system calls, or a dozen if its namespace has no path.
     pub fn liveness(&self) -> Liveness {
-        if inode(&self.cgroup) != Some(self.cgroup_id) {
+        if !leads_to(&self.cgroup, self.cgroup_id) {
             return Liveness::Gone;
         }
         let leads = match &self.netns_path {
-            Some(path) => inode(path) == Some(self.netns_inode),
+            Some(path) => leads_to(path, self.netns_inode),
             // A container that was restarted in the same cgroup is in another namespace.
             None => cgroup::has_process(&self.cgroup, &|pid| {
-                inode(Path::new(&format!("/proc/{pid}/ns/net"))) == Some(self.netns_inode)
+                leads_to(Path::new(&format!("/proc/{pid}/ns/net")), self.netns_inode)
             }),
         };
         if leads { Liveness::Alive } else { Liveness::Unknown }
@@ -170,20 +169,25 @@ impl AppliedPod {
         events.is_ok_and(|text| text.lines().any(|line| line == "populated 1"))
     }
 
-    /// Its namespace, if something still leads to it.
-    pub fn netns(&self) -> Option<Netns> {
-        let opened = match &self.netns_path {
-            Some(path) => Netns::open(path).ok(),
-            None => CgroupDir::open(&self.cgroup)
-                .ok()
-                .and_then(|cgroup| Netns::of_sandbox(&cgroup, Some(self.netns_inode)).ok()),
+    /// Its namespace, if something still leads to it, which a lack of descriptors does not show.
+    pub fn netns(&self) -> Result<Option<Netns>, NodeError> {
+        let open = || match &self.netns_path {
+            Some(path) => Ok(Netns::open(path)?),
+            None => Ok(Netns::of_sandbox(&CgroupDir::open(&self.cgroup)?, Some(self.netns_inode))?),
         };
-        opened.filter(|netns| netns.cookie() == self.cookie)
+        match open() {
+            Err(error) if is_short(&error) => Err(error),
+            opened => Ok(opened.ok().filter(|netns: &Netns| netns.cookie() == self.cookie)),
+        }
     }
 }
 
-fn inode(path: &Path) -> Option<u64> {
-    fs::metadata(path).ok().map(|found| found.ino())
+/// Whether a path leads to this inode. If the kernel lacks the memory to tell, it does as before.
+pub fn leads_to(path: &Path, inode: u64) -> bool {
+    match fs::metadata(path) {
+        Ok(found) => found.ino() == inode,
+        Err(error) => is_short(&error),
+    }
 }
 
 /// The result of a capture.
@@ -193,7 +197,7 @@ pub struct Captured {
     /// The pod.
     pub applied: AppliedPod,
     /// Follows its namespace, unless it is already followed.
-    pub follower: Option<Follower>,
+    pub changes: Option<Subscription>,
     /// Number of connections from before the capture, which continue past the proxy.
     pub preexisting_connections: usize,
     /// Duration, without the wait for the worker.
@@ -217,17 +221,16 @@ pub struct Prepared {
     target: Target,
     config: Config,
     observed: Observation,
-    follower: Option<Follower>,
+    changes: Option<Subscription>,
     connections: Option<usize>,
     idle: bool,
     containers: Option<Vec<(u64, String)>>,
     takeover: Takeover,
 }
 
-/// Observes a desired pod, on a thread of its own, so that a slow pod delays no other. `before` is the applied pod,
-/// `followed` the cookie of the followed namespace, and `runtime` the one in which a new follower runs.
+/// Observes a desired pod, on a thread of its own, so that a slow pod delays no other. `before` is the applied pod, and
+/// `followed` the cookie of the followed namespace.
 pub fn prepare(
-    runtime: &Handle,
     desired: &DesiredPod,
     before: Option<&AppliedPod>,
     followed: Option<NetnsCookie>,
@@ -257,28 +260,27 @@ pub fn prepare(
         .netns
         .run(|| {
             // Before the attach, so that no change falls in between.
-            let mut follower = if followed == Some(cookie) {
+            let mut changes = if followed == Some(cookie) {
                 None
             } else {
-                let _runtime = runtime.enter();
-                let mut follower = Follower::subscribe(&target.netns)?;
+                let mut changes = Subscription::open(&target.netns)?;
                 if !config.virt_interfaces.is_empty() {
-                    follower.watch_listeners(&target.netns, config.proxy_port).map_err(|source| {
+                    changes.watch_listeners(&target.netns, config.proxy_port).map_err(|source| {
                         NodeError::Listeners { netns: target.netns.name().to_owned(), source }
                     })?;
                 }
-                Some(follower)
+                Some(changes)
             };
-            let observed = Observation::of(&target, &config, follower.as_mut())?;
+            let observed = Observation::of(&target, &config, changes.as_mut())?;
             let is_new = before.is_none_or(|applied| applied.cookie != cookie);
             let connections = if is_new { established(&target.netns).ok() } else { None };
-            Ok::<_, CaptureError>((observed, follower, connections))
+            Ok::<_, CaptureError>((observed, changes, connections))
         })?
-        .map(|(observed, follower, connections)| Prepared {
+        .map(|(observed, changes, connections)| Prepared {
             target,
             config,
             observed,
-            follower,
+            changes,
             connections,
             idle,
             containers,
@@ -293,7 +295,7 @@ pub fn capture(
     before: Option<&AppliedPod>,
 ) -> Result<Captured, CaptureError> {
     let (started, before_cost) = (Instant::now(), processor_time());
-    let Prepared { target, mut config, mut observed, mut follower, connections, idle, containers, takeover } =
+    let Prepared { target, mut config, mut observed, mut changes, connections, idle, containers, takeover } =
         prepared;
     let cookie = target.netns.cookie();
     let (done, awaits_self_test, rules) = access.with(|node| {
@@ -318,8 +320,8 @@ pub fn capture(
         let done = node.attach(&target, &config, &mut observed, Rewrite::IfChanged)?;
         Ok::<_, CaptureError>((done, awaits_self_test, rules))
     })?;
-    if let Some(follower) = &mut follower {
-        follower.expect(observed.into_routes());
+    if let Some(changes) = &mut changes {
+        changes.expect(observed.into_routes());
     }
     let applied = AppliedPod {
         cookie,
@@ -333,7 +335,7 @@ pub fn capture(
     Ok(Captured {
         done,
         applied,
-        follower,
+        changes,
         preexisting_connections,
         took: started.elapsed(),
         cost,
@@ -377,7 +379,7 @@ pub enum ReleasedPod {
 
 /// Releases a pod.
 pub fn release(access: &mut Access, applied: &AppliedPod, released: ReleasedPod) -> Result<(), NodeError> {
-    let netns = applied.netns();
+    let netns = applied.netns()?;
     access.with(|node| {
         if released == ReleasedPod::Ends {
             node.store().forget_rules(applied.cookie)?;

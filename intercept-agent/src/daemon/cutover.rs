@@ -23,6 +23,7 @@ use crate::{
     confinement::explained,
     cutover::{self, Caution, CutoverError, CutoverReport, Keeper, RulesState},
     escape::OneLine,
+    node::NodeError,
     store::Store,
 };
 
@@ -58,9 +59,9 @@ impl Cutovers {
     }
 
     /// Where the saved rules of a pod are; `None` if it has none.
-    pub fn rules(&self, applied: &AppliedPod) -> Option<RulesState> {
-        let store = Store::find(&self.bpffs).ok().flatten()?;
-        store.saved_rules(applied.cookie).ok().flatten().map(|saved| saved.state)
+    pub fn rules(&self, applied: &AppliedPod) -> Result<Option<RulesState>, NodeError> {
+        let Some(store) = Store::find(&self.bpffs)? else { return Ok(None) };
+        Ok(store.saved_rules(applied.cookie)?.map(|saved| saved.state))
     }
 
     /// Cuts a pod over.
@@ -81,7 +82,8 @@ impl Cutovers {
 
     /// Puts the rules of all these pods in again, as far as they live.
     pub async fn all_back(&self, pods: &[AppliedPod]) {
-        let out = pods.iter().filter(|applied| self.is_cut_over(applied));
+        // Of those whose rules cannot be read, the attempt tells why.
+        let out = pods.iter().filter(|applied| self.is_cut_over(applied).unwrap_or(true));
         let all = out.map(|applied| async {
             let error = match self.back(applied.clone()).await {
                 Ok(CutoverAttempt { result: Ok(_), .. }) => return,
@@ -98,8 +100,8 @@ impl Cutovers {
     }
 
     /// Whether a living pod has saved rules, which have to be put in again before the programs leave it.
-    pub fn is_cut_over(&self, applied: &AppliedPod) -> bool {
-        applied.liveness() == Liveness::Alive && self.rules(applied).is_some()
+    pub fn is_cut_over(&self, applied: &AppliedPod) -> Result<bool, NodeError> {
+        Ok(applied.liveness() == Liveness::Alive && self.rules(applied)?.is_some())
     }
 
     async fn run(
@@ -120,7 +122,7 @@ impl Cutovers {
 
 impl AppliedPod {
     fn open_cgroup(&self) -> Result<CgroupDir, CutoverError> {
-        Ok(CgroupDir::open(&self.cgroup).map_err(crate::node::NodeError::from)?)
+        Ok(CgroupDir::open(&self.cgroup).map_err(NodeError::from)?)
     }
 }
 

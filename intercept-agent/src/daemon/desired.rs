@@ -4,7 +4,7 @@ use std::{
     collections::BTreeMap,
     fmt,
     path::PathBuf,
-    sync::{LazyLock, Mutex, PoisonError},
+    sync::{LazyLock, Mutex, MutexGuard, PoisonError},
 };
 
 use clap::{Args as _, Command, FromArgMatches as _};
@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 use crate::{
     cgroup::CgroupDir,
     ids::{NetnsCookie, PodUid},
-    options::{Config, EtcFiles, OptionError, RawOptions},
+    options::{Config, EtcFiles, NameSource, OptionError, PodFiles, RawOptions},
     record::{Record, RecordOrigin},
 };
 
@@ -113,12 +113,21 @@ fn first_line(error: &clap::Error) -> String {
 impl CaptureArgs {
     /// Validates the options, with the users, groups and resolvers of the pod if it has a process.
     pub fn validate(&self, cgroup: &CgroupDir) -> Result<Config, CaptureArgsError> {
-        self.validate_with(&EtcFiles::of_pod(cgroup))
+        if let Some(config) = OptionsReader::lock().config(self) {
+            return Ok(config);
+        }
+        // The files may take long to read, so the reader is free meanwhile.
+        let files = PodFiles::of(cgroup);
+        let config = self.validate_with(&files)?;
+        if !files.is_used() {
+            OptionsReader::lock().remember(self, &config);
+        }
+        Ok(config)
     }
 
-    /// Whether these are valid options of shadow mode.
+    /// Whether these are options of shadow mode, whatever users and groups they name.
     pub fn is_shadow(&self) -> bool {
-        self.check().is_ok_and(|config| config.shadow)
+        OptionsReader::lock().read(self).is_ok_and(|raw| raw.is_shadow().is_ok_and(|shadow| shadow))
     }
 
     /// Validates options that name no user or group.
@@ -126,20 +135,9 @@ impl CaptureArgs {
         self.validate_with(&EtcFiles::below("/"))
     }
 
-    fn validate_with(&self, files: &EtcFiles) -> Result<Config, CaptureArgsError> {
-        /// Made once: that takes longer than reading options.
-        static COMMAND: LazyLock<Mutex<Command>> = LazyLock::new(|| {
-            let command = Command::new("pod").no_binary_name(true).disable_help_flag(true);
-            Mutex::new(RawOptions::augment_args(command))
-        });
-        let matches = COMMAND
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .try_get_matches_from_mut(&self.arguments)
-            .map_err(CaptureArgsError::Flags)?;
-        let raw = RawOptions::from_arg_matches(&matches).map_err(CaptureArgsError::Flags)?;
-        let raw = raw.read_env(|name| self.environment.get(name).cloned());
-        let (config, switches, _notes) = raw.validate(files)?;
+    fn validate_with(&self, names: &dyn NameSource) -> Result<Config, CaptureArgsError> {
+        let raw = OptionsReader::lock().read(self)?.clone();
+        let (config, switches, _notes) = raw.validate(names)?;
         for (set, name) in [
             (switches.dry_run, "--dry-run"),
             (switches.cleanup_only, "--cleanup-only"),
@@ -152,6 +150,55 @@ impl CaptureArgs {
             }
         }
         Ok(config)
+    }
+}
+
+/// Reads options, and keeps what was read last: the pods of a node mostly have the same ones, and each is asked for several
+/// times.
+struct OptionsReader {
+    command: Command,
+    last: Option<LastRead>,
+}
+
+struct LastRead {
+    given: CaptureArgs,
+    raw: RawOptions,
+    /// Their meaning, if it depends on no file of a pod.
+    config: Option<Config>,
+}
+
+impl OptionsReader {
+    /// The reader of this process. Hold it for no longer than it takes to read options.
+    fn lock() -> MutexGuard<'static, Self> {
+        static READER: LazyLock<Mutex<OptionsReader>> = LazyLock::new(|| {
+            let command = Command::new("pod").no_binary_name(true).disable_help_flag(true);
+            Mutex::new(OptionsReader { command: RawOptions::augment_args(command), last: None })
+        });
+        READER.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn read(&mut self, given: &CaptureArgs) -> Result<&RawOptions, CaptureArgsError> {
+        let last = match self.last.take().filter(|last| last.given == *given) {
+            Some(last) => last,
+            None => {
+                let matches = self.command.try_get_matches_from_mut(&given.arguments);
+                let matches = matches.map_err(CaptureArgsError::Flags)?;
+                let flags = RawOptions::from_arg_matches(&matches).map_err(CaptureArgsError::Flags)?;
+                let raw = flags.read_env(|name| given.environment.get(name).cloned());
+                LastRead { given: given.clone(), raw, config: None }
+            }
+        };
+        Ok(&self.last.insert(last).raw)
+    }
+
+    fn config(&self, given: &CaptureArgs) -> Option<Config> {
+        self.last.as_ref().filter(|last| last.given == *given)?.config.clone()
+    }
+
+    fn remember(&mut self, given: &CaptureArgs, config: &Config) {
+        if let Some(last) = self.last.as_mut().filter(|last| last.given == *given) {
+            last.config = Some(config.clone());
+        }
     }
 }
 
@@ -190,5 +237,55 @@ impl DesiredPod {
     /// Its name for logs: `namespace/name`, if it has these.
     pub fn name(&self) -> String {
         self.origin.name().unwrap_or_else(|| self.cgroup.display().to_string())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::TestCgroup;
+
+    fn args(arguments: &[&str]) -> CaptureArgs {
+        CaptureArgs {
+            arguments: arguments.iter().map(ToString::to_string).collect(),
+            ..CaptureArgs::default()
+        }
+    }
+
+    #[test]
+    fn shadow_mode_depends_on_no_other_option() {
+        assert!(args(&["--shadow", "-u", "a-user-of-the-pod"]).is_shadow());
+        assert!(args(&["-p", "none", "--shadow"]).is_shadow());
+        assert!(!args(&["-u", "a-user-of-the-pod"]).is_shadow());
+        assert!(!args(&["--shadow=false"]).is_shadow());
+        let environment = BTreeMap::from([("SHADOW".to_owned(), "true".to_owned())]);
+        assert!(CaptureArgs { environment, ..args(&[]) }.is_shadow());
+    }
+
+    #[test]
+    fn arguments_are_parsed_again_when_they_differ() {
+        for _ in 0..2 {
+            for (port, expected) in [("15001", 15001), ("15011", 15011)] {
+                let config = args(&["-p", port]).check().expect("valid options");
+                assert_eq!(config.proxy_port, expected);
+            }
+        }
+        args(&["--unknown"]).check().expect_err("no such flag");
+        args(&["-p", "15011"]).check().expect("valid after a refused one");
+    }
+
+    #[test]
+    fn what_the_files_of_a_pod_say_is_read_for_each_pod() {
+        let by_name = args(&["-u", "root"]);
+        for _ in 0..2 {
+            let config = by_name.validate(&TestCgroup::new().cgroup).expect("a user of this machine");
+            assert_eq!(config.proxy_uids, [0]);
+            assert!(
+                OptionsReader::lock().config(&by_name).is_none(),
+                "it may have another id in the next pod"
+            );
+        }
+        let by_id = args(&["-u", "1337"]);
+        assert_eq!(by_id.validate(&TestCgroup::new().cgroup).expect("valid").proxy_uids, [1337]);
     }
 }

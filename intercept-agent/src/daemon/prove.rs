@@ -18,7 +18,7 @@ use crate::{
     cgroup::CgroupDir,
     confinement::explained,
     escape::OneLine,
-    maps::{FromMaps, Maps},
+    maps::Maps,
     proof::{Probed, ProofCause, ProofState},
     store::Store,
 };
@@ -81,7 +81,7 @@ fn probe_now(bpffs: &Path, applied: &AppliedPod) -> Result<ProbeResult, Box<dyn 
         return Ok(ProbeResult { proof: Ok(ProofState::NothingToProve), bypasses: None });
     }
     let cgroup = CgroupDir::open(&applied.cgroup)?;
-    let netns = applied.netns().ok_or("nothing leads to the pod's network namespace")?;
+    let netns = applied.netns()?.ok_or("nothing leads to the pod's network namespace")?;
     let probed =
         Probed { cgroups: &[&cgroup], netns: &netns, policy: &policy, config: &record.config, maps: &maps };
     let proof = match probed.prove() {
@@ -91,23 +91,25 @@ fn probe_now(bpffs: &Path, applied: &AppliedPod) -> Result<ProbeResult, Box<dyn 
         },
         Err(error) => ProbeResult::unprobed(OneLine(explained(&error)).to_string()).proof,
     };
-    let lookup = FromMaps::of(&maps)?;
-    let bypasses = ObservedSockets::of(&[&cgroup], &netns).map(|observed| {
-        let audited = Audited {
-            observed: &observed,
-            cookie: applied.cookie,
-            policy: &policy,
-            since: record.since,
-            lookup: &lookup,
-            original: &|key| lookup.original(key),
-        };
-        let mut causes = BTreeMap::new();
-        for bypass in audited.audit().bypasses {
-            *causes.entry(bypass.cause.as_str()).or_default() += 1;
-        }
-        causes
-    });
-    Ok(ProbeResult { proof, bypasses: bypasses.ok() })
+    let audit = |observed: ObservedSockets| {
+        maps.look_up(|lookup| {
+            let audited = Audited {
+                observed: &observed,
+                cookie: applied.cookie,
+                policy: &policy,
+                since: record.since,
+                lookup,
+                original: &|key| lookup.original(key),
+            };
+            let mut causes = BTreeMap::new();
+            for bypass in audited.audit().bypasses {
+                *causes.entry(bypass.cause.as_str()).or_default() += 1;
+            }
+            causes
+        })
+    };
+    let bypasses = ObservedSockets::of(&[&cgroup], &netns).ok().and_then(|observed| audit(observed).ok());
+    Ok(ProbeResult { proof, bypasses })
 }
 
 /// The probes of one pod.

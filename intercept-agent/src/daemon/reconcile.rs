@@ -19,10 +19,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use tokio::{
-    runtime::Handle,
-    sync::{mpsc, oneshot},
-};
+use tokio::sync::{mpsc, oneshot};
 
 pub use message::Message;
 
@@ -42,7 +39,7 @@ use super::{
     view::PodView,
     worker::{Priority, Worker},
 };
-use crate::{cutover::CutoverError, record::Record};
+use crate::{cutover::CutoverError, node::NodeError, record::Record, store::may_pass};
 
 /// How often pods are checked. The state of a pod that is gone is removed within a second.
 const POLL_INTERVAL: Duration = Duration::from_millis(400);
@@ -64,7 +61,6 @@ pub struct Reconciler {
     metrics: Metrics,
     messages: mpsc::UnboundedSender<Message>,
     inbox: mpsc::UnboundedReceiver<Message>,
-    runtime: Handle,
     events: Option<mpsc::UnboundedSender<PodEvent>>,
     /// How long a sandbox waits for the API. `None` if the API is not watched.
     api_wait: Option<Duration>,
@@ -74,14 +70,13 @@ pub struct Reconciler {
 }
 
 impl Reconciler {
-    /// Creates one without pods, and the sender of its messages. Must be called within the runtime.
+    /// Creates one without pods, and the sender of its messages.
     pub fn new(
         worker: Worker,
         cutovers: Cutovers,
         metrics: Metrics,
     ) -> (Self, mpsc::UnboundedSender<Message>) {
         let (messages, inbox) = mpsc::unbounded_channel();
-        let runtime = Handle::current();
         let reconciler = Self {
             pods: BTreeMap::new(),
             worker,
@@ -89,7 +84,6 @@ impl Reconciler {
             metrics,
             messages: messages.clone(),
             inbox,
-            runtime,
             events: None,
             api_wait: None,
             proofs: None,
@@ -118,19 +112,24 @@ impl Reconciler {
         let records = self.worker.run(Priority::Urgent, capture::sweep).await??;
         let adopted = records.len();
         for record in records {
-            self.adopt_record(&record);
+            self.adopt_record(&record)?;
         }
         Ok(adopted)
     }
 
-    fn adopt_record(&mut self, record: &Record) {
+    fn adopt_record(&mut self, record: &Record) -> Result<(), NodeError> {
         if record.cookie.is_workload() {
             // Not a pod: it stays as it is.
-            return;
+            return Ok(());
         }
         let (key, applied) = (Key::of_record(record), AppliedPod::of_record(record));
+        let rules = match self.cutovers.rules(&applied) {
+            Err(error) if may_pass(&error) => return Err(error),
+            // What cannot be read for good is told when the pod is captured again or released.
+            read => read.ok().flatten(),
+        };
         let pod = self.pods.entry(key.clone()).or_default();
-        pod.cutover.rules = self.cutovers.rules(&applied);
+        pod.cutover.rules = rules;
         pod.last_verified = Some(Instant::now());
         let is_unclaimed = pod.view.is_empty();
         if is_unclaimed {
@@ -143,6 +142,7 @@ impl Reconciler {
             // Routes may have changed while no daemon followed them.
             self.on(&key, MachineEvent::Recheck);
         }
+        Ok(())
     }
 
     /// Runs until the last sender of messages is gone.

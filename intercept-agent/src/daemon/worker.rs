@@ -160,9 +160,16 @@ impl Queue {
         self.end(preparation);
     }
 
+    /// Ends a step. The worker's thread is woken for jobs alone: what is to be prepared can wait until the caller has its
+    /// answer ([`Worker::prepare_soon`]).
     fn end(&self, preparation: Preparation) {
-        self.schedule().end(Instant::now(), preparation);
-        self.more.notify_one();
+        let mut schedule = self.schedule();
+        schedule.end(Instant::now(), preparation);
+        let has_next = schedule.closed || !schedule.is_empty();
+        drop(schedule);
+        if has_next {
+            self.more.notify_one();
+        }
     }
 }
 
@@ -231,6 +238,14 @@ impl Worker {
             queue.more.notify_one();
         }
         result
+    }
+
+    /// Has the thread prepare what the next attach needs, when there has been no job for a while.
+    pub fn prepare_soon(&self) {
+        let is_pending = self.0.0.schedule().idle_since.is_some();
+        if is_pending {
+            self.0.0.more.notify_one();
+        }
     }
 
     /// Have the thread run a job. The receiver gets what it gives, or an error if it panicked.
@@ -386,7 +401,7 @@ mod tests {
         assert!(schedule.begin(), "nothing is ahead");
         let answered = Instant::now();
         schedule.end(answered, Preparation::Pending);
-        // The thread is told at once, and leaves the processor to the answer.
+        // However soon the thread is woken, it leaves the processor to the answer.
         assert!(matches!(schedule.next(answered), Next::WaitFor(PREPARE_AFTER)));
         let moment = Duration::from_nanos(1);
         let almost = answered + PREPARE_AFTER - moment;

@@ -9,6 +9,7 @@ use std::{
 };
 
 use rustix::{
+    io::Errno,
     net::AddressFamily,
     process::{Pid, PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open},
 };
@@ -16,7 +17,7 @@ use rustix::{
 use super::{FoundListeners, Listener, Missed};
 use intercept_common::Family;
 
-use crate::netns::Netns;
+use crate::{netns::Netns, store::is_short};
 
 /// How many descriptors of a process are looked at before those of the next.
 const FEW: usize = 128;
@@ -28,10 +29,12 @@ pub(super) fn take(netns: &Netns, first: Vec<Pid>, wanted: BTreeMap<u64, SocketA
     walk(first.into_iter().chain(others), wanted, Walk::TIME).end()
 }
 
-/// Takes `wanted` from these processes. What they do not have is not missed, unless there was no time to look for it.
+/// Takes `wanted` from these processes. What they do not have is not missed, unless there was no time to look for it, or the
+/// kernel lacked something for that.
 pub(super) fn take_from(processes: Vec<Pid>, wanted: BTreeMap<u64, SocketAddr>) -> FoundListeners {
     let walk = walk(processes.into_iter(), wanted, Walk::LONG_TIME);
-    if walk.is_over() { walk.end() } else { FoundListeners { missed: Vec::new(), ..walk.end() } }
+    let is_complete = !walk.is_over() && walk.lacking.is_none();
+    if is_complete { FoundListeners { missed: Vec::new(), ..walk.end() } } else { walk.end() }
 }
 
 fn walk(processes: impl Iterator<Item = Pid>, wanted: BTreeMap<u64, SocketAddr>, time: Duration) -> Walk {
@@ -63,6 +66,8 @@ struct Walk {
     wanted: BTreeMap<u64, SocketAddr>,
     /// Why a socket that was found could not be taken.
     causes: BTreeMap<u64, io::Error>,
+    /// What the kernel lacked for looking at a process.
+    lacking: Option<Errno>,
     listeners: Vec<Listener>,
 }
 
@@ -75,7 +80,14 @@ impl Walk {
 
     fn start(wanted: BTreeMap<u64, SocketAddr>, time: Duration) -> Self {
         let until = Instant::now() + time;
-        Self { left: Self::LEAST, until, wanted, causes: BTreeMap::new(), listeners: Vec::new() }
+        Self {
+            left: Self::LEAST,
+            until,
+            wanted,
+            causes: BTreeMap::new(),
+            lacking: None,
+            listeners: Vec::new(),
+        }
     }
 
     fn is_over(&self) -> bool {
@@ -88,8 +100,14 @@ impl Walk {
 
     /// Takes those of the wanted sockets that the process has among these of its descriptors. Breaks where it has more.
     fn take(&mut self, pid: Pid, range: Range<usize>) -> ControlFlow<()> {
-        // A process that is gone, or that may not be looked at, has nothing for us.
-        let Ok(entries) = fs::read_dir(format!("/proc/{pid}/fd")) else { return ControlFlow::Continue(()) };
+        let entries = match fs::read_dir(format!("/proc/{pid}/fd")) {
+            Ok(entries) => entries,
+            Err(error) => {
+                // A process that is gone, or that may not be looked at, has nothing for us.
+                self.note_lack(&error);
+                return ControlFlow::Continue(());
+            }
+        };
         for (number, entry) in entries.flatten().enumerate().skip(range.start) {
             if number >= range.end || self.is_over() {
                 return ControlFlow::Break(());
@@ -98,10 +116,8 @@ impl Walk {
             let Some(number) = entry.file_name().to_str().and_then(|name| name.parse().ok()) else {
                 continue;
             };
-            let Some(inode) = fs::read_link(entry.path()).ok().and_then(|link| socket_inode(link.to_str()?))
-            else {
-                continue;
-            };
+            let link = fs::read_link(entry.path()).map_err(|error| self.note_lack(&error));
+            let Some(inode) = link.ok().and_then(|link| socket_inode(link.to_str()?)) else { continue };
             let Some(&address) = self.wanted.get(&inode) else { continue };
             match duplicate(pid, number, inode, address) {
                 Ok(Some(listener)) => {
@@ -116,11 +132,17 @@ impl Walk {
         ControlFlow::Continue(())
     }
 
+    fn note_lack(&mut self, error: &io::Error) {
+        self.lacking = Errno::from_io_error(error).filter(|_| is_short(error)).or(self.lacking);
+    }
+
     fn end(mut self) -> FoundListeners {
         let gave_up = self.is_over();
         let missed = |(inode, address)| {
             let too_many = || io::Error::new(io::ErrorKind::TimedOut, TOO_MANY);
-            Missed { address, cause: self.causes.remove(&inode).or_else(|| gave_up.then(too_many)) }
+            let lacking = || self.lacking.map(io::Error::from);
+            let cause = self.causes.remove(&inode).or_else(lacking).or_else(|| gave_up.then(too_many));
+            Missed { address, cause }
         };
         FoundListeners { missed: self.wanted.into_iter().map(missed).collect(), listeners: self.listeners }
     }

@@ -16,7 +16,7 @@ use crate::{
     netns::Netns,
     netns_setup::{self, NetnsChanges, NetnsSetupError},
     record::{Record, netns_of},
-    store::Store,
+    store::{Store, is_short},
 };
 
 /// A pod of [`Node::detach_all`].
@@ -152,12 +152,17 @@ impl Node {
         let Some((ids, netns_inode)) = self.place_of(cookie)?.filter(|_| !is_expired(policy)) else {
             return Ok(None);
         };
-        let record = match self.store.read_record(cookie, policy.id) {
-            Err(error) if error.may_pass() => return Err(error.into()),
-            read => read.ok().flatten(),
-        };
+        let record = self.store.readable_record(cookie, policy.id)?;
         let paths: Vec<PathBuf> = record.iter().flat_map(Record::cgroups).cloned().collect();
-        let opened: Vec<CgroupDir> = paths.iter().filter_map(|path| CgroupDir::open_any(path).ok()).collect();
+        let mut opened = Vec::new();
+        for path in &paths {
+            match CgroupDir::open_any(path) {
+                Ok(dir) => opened.push(dir),
+                Err(error) if is_short(&error) => return Err(error.into()),
+                // It is gone, or has another path as this agent sees it.
+                Err(_) => {}
+            }
+        }
         let living = |id: u64| {
             let dir = opened.iter().find(|dir| dir.id() == id);
             // A pod has one cgroup, whose name its record has even if it cannot be opened.
@@ -165,10 +170,14 @@ impl Node {
                 [path] => Some(path.clone()),
                 _ => None,
             });
-            let lineage = dir.and_then(|dir| dir.lineage().ok()).unwrap_or_default();
-            LivingCgroup { id, path, lineage }
+            let lineage = match dir.map(CgroupDir::lineage) {
+                Some(Err(error)) if is_short(&error) => return Err(error.into()),
+                found => found.and_then(Result::ok).unwrap_or_default(),
+            };
+            Ok(LivingCgroup { id, path, lineage })
         };
-        Ok(Some(LivingPod { cgroups: ids.into_iter().map(living).collect(), netns_inode }))
+        let cgroups = ids.into_iter().map(living).collect::<Result<_, NodeError>>()?;
+        Ok(Some(LivingPod { cgroups, netns_inode }))
     }
 
     /// Removes a pod whose namespace the caller does not have. If it still exists and the agent changed something in
@@ -232,13 +241,17 @@ impl Node {
                 "joined connections stay joined"
             );
         }
+        // Before the policy is deactivated: a call after that would not know which sockets it has changed.
+        let listeners = match (&policy, netns) {
+            (Some(policy), Some(netns)) => match self.store.readable_record(cookie, policy.id)? {
+                Some(record) => self.changed_listeners(&record, policy, netns)?,
+                None => Vec::new(),
+            },
+            _ => Vec::new(),
+        };
         self.maps.deactivate(cookie)?;
         if let Some(netns) = netns {
-            if let Some(policy) = &policy
-                && let Ok(Some(record)) = self.store.read_record(cookie, policy.id)
-            {
-                self.restore_listeners(&record, policy, netns);
-            }
+            Self::restore_listeners(cookie, &listeners);
             self.restore(cookie, netns)?;
         }
         for folder in self.existing_link_folders(cookie)? {

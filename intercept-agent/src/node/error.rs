@@ -1,6 +1,6 @@
 //! Errors of attaching, detaching and reading pods.
 
-use std::io;
+use std::{io, net::SocketAddr};
 
 use crate::{
     cgroup::CgroupError,
@@ -45,6 +45,8 @@ pub enum NodeError {
     RouteSnapshot { netns: String, source: RoutesError },
     #[error("looking for listeners of the proxy in {netns}")]
     Listeners { netns: String, source: ListenersError },
+    #[error("taking the proxy's listener at {address} from its process")]
+    Listener { address: SocketAddr, source: io::Error },
     #[error("changing or restoring namespace {netns}")]
     NetnsChanges { netns: String, source: NetnsSetupError },
     #[error("letting the listener of port {port} answer for the guests of -k (IP_TRANSPARENT)")]

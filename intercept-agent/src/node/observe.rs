@@ -6,7 +6,7 @@ use crate::{
     containers::ContainerCgroups,
     netns_setup,
     options::Config,
-    routes::{Follower, RouteReading, RouteSnapshot, RouteSocket},
+    routes::{RouteReading, RouteSnapshot, RouteSocket, Subscription},
     userns::IdMaps,
 };
 
@@ -22,12 +22,16 @@ pub struct Observation {
 }
 
 impl Observation {
-    /// Reads it. A follower of the namespace reads the routes itself, so that it misses no change after them.
-    pub fn of(target: &Target, config: &Config, follower: Option<&mut Follower>) -> Result<Self, NodeError> {
+    /// Reads it. A subscription to the namespace reads the routes itself, so that it misses no change after them.
+    pub fn of(
+        target: &Target,
+        config: &Config,
+        changes: Option<&mut Subscription>,
+    ) -> Result<Self, NodeError> {
         target.netns.run(|| {
             let netns = || target.netns.name().to_owned();
-            let reading = match follower {
-                Some(follower) => follower.look(),
+            let reading = match changes {
+                Some(changes) => changes.look(),
                 None => RouteReading::of(&target.netns),
             };
             let reading = reading.map_err(|source| NodeError::RouteSnapshot { netns: netns(), source })?;

@@ -15,11 +15,18 @@ use crate::{
     sys,
 };
 
+/// More descriptors than opening the store of a node takes, with loading the programs and a first attach. They are asked for before
+/// anything is made: what is left of a load without descriptors could not be removed.
+const DESCRIPTORS: u8 = 64;
+
 impl Node {
     /// Locks the store, loads this build's programs if they are not loaded, and replaces those of all pods' links.
     /// `max_connections` is the size of ORIG_DST if it is created now.
     pub fn open(bpffs: &Path, max_connections: u32) -> Result<Self, NodeError> {
         let store = Store::open(bpffs)?;
+        store
+            .require_descriptors(DESCRIPTORS)
+            .map_err(|source| NodeError::Descriptors { count: DESCRIPTORS, source })?;
         let lock = store.lock()?;
         if let Some(other) = store.other_layout()? {
             return Err(NodeError::OtherLayout(other.display().to_string()));

@@ -104,9 +104,6 @@ impl Node {
     /// The record of a namespace's active policy, if it can be read.
     pub fn record_of(&self, cookie: NetnsCookie) -> Result<Option<Record>, NodeError> {
         let Some(policy) = self.maps.policy(cookie)? else { return Ok(None) };
-        match self.store.read_record(cookie, policy.id) {
-            Err(error) if error.may_pass() => Err(error.into()),
-            read => Ok(read.ok().flatten()),
-        }
+        Ok(self.store.readable_record(cookie, policy.id)?)
     }
 }

@@ -2,6 +2,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    fmt::Display,
     io,
 };
 
@@ -11,13 +12,15 @@ use nix::sys::socket::{getsockopt, setsockopt, sockopt};
 use super::{Node, NodeError, Target};
 use crate::{
     cgroup::CgroupDir,
+    confinement::explained,
     containers,
-    ids::Slot,
-    listeners::{self, Listener},
+    ids::{NetnsCookie, Slot},
+    listeners::{self, FoundListeners, Listener, Missed},
     maps::Registered,
     netns::Netns,
     options::Config,
     record::Record,
+    store::is_short,
 };
 
 impl Node {
@@ -111,25 +114,45 @@ impl Node {
         Ok(())
     }
 
-    /// Undoes the changes of the proxy's own sockets.
-    pub(super) fn restore_listeners(&self, record: &Record, policy: &PodPolicy, netns: &Netns) {
+    /// The proxy's own sockets that the agent has changed.
+    pub(super) fn changed_listeners(
+        &self,
+        record: &Record,
+        policy: &PodPolicy,
+        netns: &Netns,
+    ) -> Result<Vec<Listener>, NodeError> {
         if !self.maps.is_transparent(policy.slot) {
-            return;
+            return Ok(Vec::new());
         }
-        let restore = || -> Result<(), Box<dyn std::error::Error>> {
-            let found =
-                listeners::find(netns, &[&CgroupDir::open(&record.cgroup)?], &[policy.outbound_port])?;
-            for listener in &found.listeners {
-                setsockopt(&listener.fd, sockopt::IpTransparent, &false)?;
+        let failed = |source| NodeError::Listeners { netns: netns.name().to_owned(), source };
+        let find = || {
+            let cgroup = CgroupDir::open(&record.cgroup)?;
+            let FoundListeners { listeners, missed } =
+                listeners::find(netns, &[&cgroup], &[policy.outbound_port]).map_err(failed)?;
+            for Missed { address, cause } in missed {
+                match cause {
+                    Some(source) if is_short(&source) => return Err(NodeError::Listener { address, source }),
+                    Some(cause) => stays_transparent(record.cookie, &cause),
+                    None => stays_transparent(record.cookie, &"no process was found that has it"),
+                }
             }
-            Ok(())
+            Ok(listeners)
         };
-        if let Err(error) = restore() {
-            tracing::warn!(
-                cookie = record.cookie.0,
-                error = &*error,
-                "a listener of the proxy stays IP_TRANSPARENT"
-            );
+        match find() {
+            Err(error) if !is_short(&error) => {
+                stays_transparent(record.cookie, &explained(&error));
+                Ok(Vec::new())
+            }
+            found => found,
+        }
+    }
+
+    /// Undoes the changes of the proxy's own sockets.
+    pub(super) fn restore_listeners(cookie: NetnsCookie, changed: &[Listener]) {
+        for listener in changed {
+            if let Err(error) = setsockopt(&listener.fd, sockopt::IpTransparent, &false) {
+                stays_transparent(cookie, &error);
+            }
         }
     }
 
@@ -189,4 +212,8 @@ impl Node {
             self.maps.set_bound(policy.slot, role, listener.family, bound);
         }
     }
+}
+
+fn stays_transparent(cookie: NetnsCookie, cause: &dyn Display) {
+    tracing::warn!(cookie = cookie.0, %cause, "a listener of the proxy stays IP_TRANSPARENT");
 }

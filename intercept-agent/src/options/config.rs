@@ -274,7 +274,7 @@ impl RunOptions {
 }
 
 /// A pod without users, groups and servers.
-struct Nameless;
+pub(super) struct Nameless;
 
 impl NameSource for Nameless {
     fn user(&self, _: &str) -> io::Result<Option<u32>> {

@@ -1,5 +1,6 @@
 //! What a pod's /etc says: the ids of users and groups, and its name servers.
 
+use std::cell::OnceCell;
 use std::collections::BTreeSet;
 use std::fs::File;
 use std::io::{self, Read};
@@ -52,8 +53,7 @@ impl EtcFiles {
         Self { owner: root.display().to_string(), root }
     }
 
-    /// The files of the pod with this cgroup, below the root of its first process. Of this machine if nothing runs in it.
-    pub fn of_pod(cgroup: &CgroupDir) -> Self {
+    fn of_pod(cgroup: &CgroupDir) -> Self {
         let first = cgroup.processes().ok().and_then(|pids| pids.first().copied());
         let root = first.map_or_else(|| PathBuf::from("/"), |pid| PathBuf::from(format!("/proc/{pid}/root")));
         Self { root, owner: format!("cgroup {}", cgroup.id()) }
@@ -127,6 +127,43 @@ impl NameSource for EtcFiles {
 
     fn resolv_conf(&self) -> io::Result<String> {
         self.read(&self.root, "etc/resolv.conf", MAX_RESOLV_CONF)
+    }
+}
+
+/// The files of the pod with this cgroup, below the root of its first process; of this machine if nothing runs in it. The
+/// processes are listed when the first name is looked up.
+pub struct PodFiles<'a> {
+    cgroup: &'a CgroupDir,
+    files: OnceCell<EtcFiles>,
+}
+
+impl<'a> PodFiles<'a> {
+    /// Looks nothing up yet.
+    pub fn of(cgroup: &'a CgroupDir) -> Self {
+        Self { cgroup, files: OnceCell::new() }
+    }
+
+    /// Whether a name was looked up.
+    pub fn is_used(&self) -> bool {
+        self.files.get().is_some()
+    }
+
+    fn files(&self) -> &EtcFiles {
+        self.files.get_or_init(|| EtcFiles::of_pod(self.cgroup))
+    }
+}
+
+impl NameSource for PodFiles<'_> {
+    fn user(&self, name: &str) -> io::Result<Option<u32>> {
+        self.files().user(name)
+    }
+
+    fn group(&self, name: &str) -> io::Result<Option<u32>> {
+        self.files().group(name)
+    }
+
+    fn resolv_conf(&self) -> io::Result<String> {
+        self.files().resolv_conf()
     }
 }
 

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use intercept_common::{NetnsCookie, acceleration::ProxyName};
 use ipnet::IpNet;
 
-use super::config::DEFAULT_DNS_PORT;
+use super::config::{DEFAULT_DNS_PORT, Nameless};
 use super::ports::parse_port;
 use super::setting::{Setting, SettingOrigin};
 use super::values::parse_id;
@@ -45,6 +45,11 @@ impl RawOptions {
             (setting.binding.read)(&mut reader, setting, &mut options)?;
         }
         Ok((options.config, options.run, reader.notes))
+    }
+
+    /// Whether shadow mode is on. The other options are not checked, so that this needs no names.
+    pub fn is_shadow(&self) -> Result<bool, OptionError> {
+        OptionReader { raw: self, names: &Nameless, notes: Vec::new() }.switch(&table::SHADOW)
     }
 }
 

@@ -64,10 +64,13 @@ pub(super) struct ProbePlan {
 
 impl ProbePlan {
     pub(super) fn of(pod: &Probed<'_>) -> Result<Self, ProofError> {
-        let lookup = FromMaps::of(pod.maps)?;
-        let mut plan = Self { owner: owner(pod, &lookup)?, ..Self::default() };
+        pod.maps.look_up(|lookup| Self::by_lookup(pod, lookup))?
+    }
+
+    fn by_lookup(pod: &Probed<'_>, lookup: &FromMaps<'_>) -> Result<Self, ProofError> {
+        let mut plan = Self { owner: owner(pod, lookup)?, ..Self::default() };
         if let Some(owner) = plan.owner {
-            plan.outbound = outbound(pod, owner, &lookup);
+            plan.outbound = outbound(pod, owner, lookup);
         }
         let addresses = match addresses(pod.netns)? {
             Ok(addresses) => addresses,
@@ -77,7 +80,7 @@ impl ProbePlan {
         };
         for is_family in [IpAddr::is_ipv4, IpAddr::is_ipv6] {
             let of_family = addresses.iter().filter(|(address, _)| is_family(address));
-            plan.inbound.extend(of_family.filter_map(|found| inbound(pod, *found, &lookup)).next());
+            plan.inbound.extend(of_family.filter_map(|found| inbound(pod, *found, lookup)).next());
         }
         Ok(plan)
     }

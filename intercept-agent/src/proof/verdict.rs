@@ -11,7 +11,6 @@ use intercept_common::{
 use super::{ProbeDialled, Probed, ProofCause, ProofLeg, ProofState, plan::InboundProbe};
 use crate::{
     audit::Inventory,
-    maps::FromMaps,
     netlink::Questions,
     sockets::{self, OpenSocket},
 };
@@ -119,8 +118,8 @@ impl<'a> Judge<'a> {
             proxy_port: client.remote.port(),
             reserved: 0,
         };
-        let maps = FromMaps::of(self.pod.maps).map_err(io::Error::other)?;
-        let Some(original) = maps.original(&key) else {
+        let original = self.pod.maps.look_up(|lookup| lookup.original(&key)).map_err(io::Error::other)?;
+        let Some(original) = original else {
             let cause =
                 if client.remote == to { ProofCause::NotRedirected } else { ProofCause::WrongDestination };
             let text = match cause {

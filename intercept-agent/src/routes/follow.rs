@@ -37,6 +37,19 @@ const REST: u32 = 50;
 const FIRST_RETRY: Duration = Duration::from_millis(100);
 const LAST_RETRY: Duration = Duration::from_secs(60);
 
+const SUBSCRIBING: &str = "subscribing to changes";
+
+/// Collects the changes of a namespace from the time at which it is opened, for a [`Follower`] that starts later. It holds the
+/// namespace open.
+pub struct Subscription {
+    events: Socket,
+    socket: RouteSocket,
+    current: RouteSnapshot,
+    netns: String,
+    /// Listeners that no program registers, and that the agent must therefore poll for.
+    listeners: Option<Arc<Mutex<PortWatch>>>,
+}
+
 /// A [`RouteSnapshot`] that is kept up to date. It holds the namespace open: drop it when the pod is gone.
 pub struct Follower {
     events: AsyncFd<Socket>,
@@ -49,7 +62,6 @@ pub struct Follower {
     failures: u32,
     /// An event came since `current` was read.
     stale: bool,
-    /// Listeners that no program registers, and that the agent must therefore poll for.
     listeners: Option<Arc<Mutex<PortWatch>>>,
     /// All readings so far.
     #[cfg(test)]
@@ -68,51 +80,31 @@ pub(super) struct Reading {
     pub(super) took: Duration,
 }
 
-impl Follower {
-    /// Subscribes to changes. The current state is not read yet; [`Follower::look`] does that.
-    ///
-    /// Must be called in a tokio runtime with io and time enabled.
-    pub fn subscribe(netns: &Netns) -> Result<Self, RoutesError> {
+impl Subscription {
+    /// Subscribes to changes. The current state is not read yet; [`Subscription::look`] does that.
+    pub fn open(netns: &Netns) -> Result<Self, RoutesError> {
         let subscribe = || {
             let mut socket = Socket::new(NETLINK_ROUTE)?;
             socket.set_non_blocking(true)?;
             socket.bind(&SocketAddr::new(0, GROUPS))?;
             Ok(socket)
         };
-        let netlink = |source| RoutesError::Netlink {
-            attempt: "subscribing to changes",
-            netns: netns.name().to_owned(),
-            source,
-        };
-        let events = netns.run(subscribe)?.map_err(netlink)?;
-        // SAFETY: a Socket returns the one descriptor that it owns, and closes it only in its drop.
-        let events = unsafe { AsyncFd::register(events) }.map_err(|error| netlink(error.into()))?;
+        let events = netns.run(subscribe)?.map_err(|source| failed(SUBSCRIBING, netns.name(), source))?;
         let socket = RouteSocket::new(Requests::open(netns)?);
-        Ok(Self {
-            events,
-            socket,
-            current: RouteSnapshot::default(),
-            netns: netns.name().to_owned(),
-            rest_until: Instant::now(),
-            failures: 0,
-            stale: false,
-            listeners: None,
-            #[cfg(test)]
-            readings: Vec::new(),
-        })
+        let (current, netns) = (RouteSnapshot::default(), netns.name().to_owned());
+        Ok(Self { events, socket, current, netns, listeners: None })
     }
 
     /// Reads the current state, from which later changes are reported.
     pub fn look(&mut self) -> Result<RouteReading, RoutesError> {
         // Events before this point are part of the state read below.
         for _ in 0..BATCH {
-            if take_event(self.events.get_ref()) == Err(Errno::AGAIN) {
+            if take_event(&self.events) == Err(Errno::AGAIN) {
                 break;
             }
         }
         let (snapshot, listed) = RouteSnapshot::read(&mut self.socket.requests())?;
         self.current = snapshot.clone();
-        self.stale = false;
         Ok(RouteReading { snapshot, listed, socket: self.socket.clone() })
     }
 
@@ -127,6 +119,30 @@ impl Follower {
         Ok(())
     }
 
+    /// Starts to report changes, and those that came before.
+    ///
+    /// Must be called in a tokio runtime with io and time enabled.
+    pub fn follow(self) -> Result<Follower, RoutesError> {
+        let Self { events, socket, current, netns, listeners } = self;
+        // SAFETY: a Socket returns the one descriptor that it owns, and closes it only in its drop.
+        let events = unsafe { AsyncFd::register(events) };
+        let events = events.map_err(|error| failed(SUBSCRIBING, &netns, error.into()))?;
+        Ok(Follower {
+            events,
+            socket,
+            current,
+            netns,
+            rest_until: Instant::now(),
+            failures: 0,
+            stale: false,
+            listeners,
+            #[cfg(test)]
+            readings: Vec::new(),
+        })
+    }
+}
+
+impl Follower {
     /// The last state read.
     #[cfg(test)]
     pub fn current(&self) -> &RouteSnapshot {
@@ -193,11 +209,7 @@ impl Follower {
     /// Waits for events and discards them. Their content does not matter, nor does the loss of some (ENOBUFS), because
     /// the whole state is read.
     async fn event(&mut self) -> Result<(), RoutesError> {
-        let netlink = |source: io::Error| RoutesError::Netlink {
-            attempt: "waiting for changes",
-            netns: self.netns.clone(),
-            source,
-        };
+        let netlink = |source| failed("waiting for changes", &self.netns, source);
         loop {
             let mut ready = self.events.readable().await.map_err(netlink)?;
             for _ in 0..BATCH {
@@ -237,6 +249,10 @@ fn processor_time() -> Duration {
     Duration::try_from(time).unwrap_or_default()
 }
 
+fn failed(attempt: &'static str, netns: &str, source: io::Error) -> RoutesError {
+    RoutesError::Netlink { attempt, netns: netns.to_owned(), source }
+}
+
 /// Receives one event and discards it.
 fn take_event(socket: &Socket) -> Result<(), Errno> {
     let mut bytes = [0_u8; 16];
@@ -247,9 +263,9 @@ fn take_event(socket: &Socket) -> Result<(), Errno> {
 impl Follower {
     /// Subscribes and reads the state.
     pub(super) fn start(netns: &Netns) -> Result<Self, RoutesError> {
-        let mut follower = Self::subscribe(netns)?;
-        follower.look()?;
-        Ok(follower)
+        let mut subscription = Subscription::open(netns)?;
+        subscription.look()?;
+        subscription.follow()
     }
 
     /// Returns all readings so far.

@@ -6,16 +6,14 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::time::Instant;
 
 use ipnet::IpNet;
-use netlink_packet_core::{NLM_F_DUMP, NLM_F_REQUEST};
-use netlink_packet_route::link::{
-    AfSpecInet6, AfSpecUnspec, LinkAttribute, LinkExtentMask, LinkFlags, LinkMessage,
-};
+use netlink_packet_core::{NLM_F_DUMP, NLM_F_REQUEST, NetlinkDeserializable};
+use netlink_packet_route::link::{LinkAttribute, LinkExtentMask, LinkMessage};
 use netlink_packet_route::route::{RouteAddress, RouteAttribute, RouteMessage, RouteType};
 use netlink_packet_route::rule::{RuleAction, RuleAttribute, RuleMessage};
 use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
 use netlink_sys::protocols::NETLINK_ROUTE;
 
-use super::{Interface, MAX_ENTRIES, RoutesError};
+use super::{Interface, MAX_ENTRIES, RoutesError, interfaces::InterfaceReply};
 use crate::{netlink::Questions, netns::Netns};
 
 /// Number of a routing table.
@@ -107,24 +105,13 @@ impl Requests {
     }
 
     pub(super) fn links(&mut self) -> Result<Vec<Interface>, RoutesError> {
-        let interface = |message| {
-            let RouteNetlinkMessage::NewLink(link) = message else { return None };
-            let has_v6 = link.attributes.iter().any(has_v6);
-            let name = link.attributes.into_iter().find_map(|attribute| match attribute {
-                LinkAttribute::IfName(name) => Some(name),
-                _ => None,
-            })?;
-            let has = |flag| link.header.flags.contains(flag);
-            let (loopback, up) = (has(LinkFlags::Loopback), has(LinkFlags::Up));
-            Some((Interface { index: link.header.index, name, loopback, up }, has_v6))
-        };
         let mut link = LinkMessage::default();
         // They are most of an answer, and added up over all processors.
         link.attributes.push(LinkAttribute::ExtMask(vec![LinkExtentMask::SkipStats]));
         let question = RouteNetlinkMessage::GetLink(link);
-        let found = self.list("reading the interfaces", question, interface)?;
-        self.listed.has_v6 = found.iter().any(|(interface, has_v6)| interface.loopback && *has_v6);
-        Ok(found.into_iter().map(|(interface, _)| interface).collect())
+        let found: Vec<InterfaceReply> = self.list("reading the interfaces", question, Some)?;
+        self.listed.has_v6 = found.iter().any(|reply| reply.is_loopback_v6);
+        Ok(found.into_iter().map(|reply| reply.interface).collect())
     }
 
     pub(super) fn rules(&mut self, family: AddressFamily) -> Result<RuleTables, RoutesError> {
@@ -236,11 +223,11 @@ impl Requests {
     }
 
     /// Returns what `keep` makes of the entries of a list, from a reading during which the list did not change.
-    fn list<T>(
+    fn list<M: NetlinkDeserializable, T>(
         &mut self,
         attempt: &'static str,
         question: RouteNetlinkMessage,
-        keep: impl Fn(RouteNetlinkMessage) -> Option<T>,
+        keep: impl Fn(M) -> Option<T>,
     ) -> Result<Vec<T>, RoutesError> {
         for _ in 0..ATTEMPTS {
             let (mut kept, mut found) = (Vec::new(), 0);
@@ -276,17 +263,6 @@ impl Requests {
         }
         RoutesError::Netlink { attempt, netns: self.netns.clone(), source }
     }
-}
-
-/// Whether the attribute of an interface says that it has IPv6.
-fn has_v6(attribute: &LinkAttribute) -> bool {
-    let LinkAttribute::AfSpecUnspec(families) = attribute else { return false };
-    families.iter().any(|family| match family {
-        AfSpecUnspec::Inet6(settings) => settings
-            .iter()
-            .any(|setting| matches!(setting, AfSpecInet6::DevConf(settings) if settings.disable_ipv6 == 0)),
-        _ => false,
-    })
 }
 
 fn ip(address: &RouteAddress) -> Option<IpAddr> {

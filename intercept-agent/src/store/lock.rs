@@ -17,23 +17,28 @@ pub struct Lock(pub(super) File);
 pub struct Unlocked(pub(super) File);
 
 impl Lock {
-    /// Fails unless this process may open so many more descriptors.
+    /// As [`require_descriptors`].
     pub fn require_descriptors(&self, count: u8) -> io::Result<()> {
-        let another = || rustix::io::fcntl_dupfd_cloexec(&self.0, 0);
-        let lowest = another()?;
-        let limit = getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX);
-        // Few above the lowest free one are open, so that with many left they need not be tried.
-        if limit.saturating_sub(lowest.as_raw_fd().cast_unsigned().into()) >= u64::from(count) * 4 {
-            return Ok(());
-        }
-        let more = std::iter::repeat_with(another).take(count.into());
-        Ok(more.collect::<Result<Vec<_>, _>>().map(drop)?)
+        require_descriptors(&self.0, count)
     }
 
     /// Gives the lock up. `None` if it goes with the descriptor only.
     pub fn unlock(self) -> Option<Unlocked> {
         rustix::fs::flock(&self.0, FlockOperation::Unlock).is_ok().then_some(Unlocked(self.0))
     }
+}
+
+/// Fails unless this process may open so many more descriptors than `one`.
+pub fn require_descriptors(one: &File, count: u8) -> io::Result<()> {
+    let another = || rustix::io::fcntl_dupfd_cloexec(one, 0);
+    let lowest = another()?;
+    let limit = getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX);
+    // Few above the lowest free one are open, so that with many left they need not be tried.
+    if limit.saturating_sub(lowest.as_raw_fd().cast_unsigned().into()) >= u64::from(count) * 4 {
+        return Ok(());
+    }
+    let more = std::iter::repeat_with(another).take(count.into());
+    Ok(more.collect::<Result<Vec<_>, _>>().map(drop)?)
 }
 
 /// Locks the folder that is at the path once it has the lock: the agent that had it may have removed the folder, and another one

@@ -25,7 +25,7 @@ impl Store {
     /// The pod's rules, if it is cut over or about to be.
     pub fn saved_rules(&self, cookie: NetnsCookie) -> Result<Option<SavedRules>, StoreError> {
         let path = self.rules_path(cookie);
-        if !path.exists() {
+        if !path.try_exists().map_err(at("reading saved rules", &path))? {
             return Ok(None);
         }
         let json = read_blob(&path).map_err(at("reading saved rules", &path))?;

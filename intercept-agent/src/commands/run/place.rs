@@ -1,21 +1,17 @@
 //! The pod or workload that `run` captures: whether it still exists, and what keeps its namespace open.
 
-use std::{
-    fs,
-    os::unix::fs::MetadataExt as _,
-    path::{Path, PathBuf},
-};
+use std::path::{Path, PathBuf};
 
 use anyhow::Result;
 
 use crate::{
     cgroup::CgroupDir,
-    daemon::capture::{AppliedPod, Liveness},
+    daemon::capture::{AppliedPod, Liveness, leads_to},
     ids::NetnsCookie,
     node::{Node, Target},
     options::Config,
     record::RecordOrigin,
-    routes::Follower,
+    routes::{Follower, Subscription},
 };
 
 /// What `run` has open of a pod. It keeps the namespace alive, so it is closed when nothing else leads there.
@@ -33,8 +29,8 @@ pub(super) struct RunPlace {
 }
 
 /// Subscribes to what `run` follows in a namespace.
-pub(super) fn subscribe(target: &Target, config: &Config) -> Result<Follower> {
-    let mut changes = Follower::subscribe(&target.netns)?;
+pub(super) fn subscribe(target: &Target, config: &Config) -> Result<Subscription> {
+    let mut changes = Subscription::open(&target.netns)?;
     if !config.virt_interfaces.is_empty() {
         // Only the agent can let the proxy's listeners answer for the guests of -k (IP_TRANSPARENT), so it polls for
         // new ones.
@@ -75,9 +71,7 @@ impl RunPlace {
     /// again when something does. A workload exists as long as one of its cgroups does.
     pub(super) fn exists(&mut self, bpffs: &Path, config: &Config) -> Result<bool> {
         if self.pod.cookie.is_workload() {
-            let is_gone = |(path, id): &mut (PathBuf, u64)| {
-                fs::metadata(path).map(|found| found.ino()).ok() != Some(*id)
-            };
+            let is_gone = |(path, id): &mut (PathBuf, u64)| !leads_to(path, *id);
             for (path, _) in self.cgroups.extract_if(.., is_gone) {
                 tracing::warn!(cgroup = %path.display(), "this cgroup of the workload is gone, and its capture with it");
             }
@@ -103,11 +97,11 @@ impl RunPlace {
     }
 
     fn reopen(&mut self, config: &Config) -> Result<()> {
-        let Some(netns) = self.pod.netns() else { return Ok(()) };
+        let Some(netns) = self.pod.netns()? else { return Ok(()) };
         let (cgroup, netns_path) = (CgroupDir::open(&self.pod.cgroup)?, self.pod.netns_path.clone());
         let origin = RecordOrigin::Command;
         let target = Target { cgroup, also: Vec::new(), netns, netns_path, origin, confirm: None };
-        let changes = subscribe(&target, config)?;
+        let changes = subscribe(&target, config)?.follow()?;
         tracing::info!(netns = target.netns.name(), "following the pod's network namespace again");
         self.open = Some(OpenPlace { target, changes });
         Ok(())

@@ -119,7 +119,7 @@ pub(super) struct RulesMover {
 impl RulesMover {
     /// Puts the rules in again, if some are saved.
     pub(super) async fn back(&self, applied: &AppliedPod) -> Result<(), CaptureError> {
-        if !self.cutovers.is_cut_over(applied) {
+        if !self.cutovers.is_cut_over(applied)? {
             return Ok(());
         }
         let CutoverAttempt { result, took } = self.cutovers.back(applied.clone()).await?;
@@ -131,7 +131,13 @@ impl RulesMover {
     pub(super) async fn there(&self, captured: &mut Captured) -> Result<(), CaptureError> {
         let attempt = self.cutovers.there(captured.applied.clone(), captured.takeover).await?;
         self.report(attempt);
-        captured.rules = self.cutovers.rules(&captured.applied);
+        match self.cutovers.rules(&captured.applied) {
+            Ok(rules) => captured.rules = rules,
+            Err(error) => {
+                // `status` tells of the next attempt.
+                tracing::warn!(pod = %self.key, error = &error as &dyn std::error::Error, "reading the saved rules");
+            }
+        }
         Ok(())
     }
 

@@ -16,7 +16,7 @@ use crate::{
     },
     ids::NetnsCookie,
     node::Attached,
-    routes::Follower,
+    routes::{RoutesError, Subscription},
 };
 
 impl Reconciler {
@@ -83,15 +83,15 @@ impl Reconciler {
     /// that if it goes back into shadow mode, and taken out after it if it is time for its cut-over.
     fn capture(&mut self, key: &Key, desired: DesiredPod, before: Option<AppliedPod>, priority: Priority) {
         let Some(pod) = self.pods.get_mut(key) else { return };
-        let followed = pod.follow.as_ref().map(|(cookie, _)| *cookie);
+        let followed = pod.followed();
         // The start of a pod waits for no cut-over.
         let cuts_over = priority == Priority::Normal && pod.cutover.take_due();
         let (rules, worker, key) = (self.rules_mover(key), self.worker.clone(), key.clone());
-        let (runtime, messages) = (self.runtime.clone(), self.messages.clone());
+        let messages = self.messages.clone();
         let into_shadow = before.clone().filter(|_| desired.options.is_shadow());
         // The thread goes on with the attach if it can, so that the pod waits for no other thread.
         let prepare = move || {
-            let prepared = capture::prepare(&runtime, &desired, before.as_ref(), followed)?;
+            let prepared = capture::prepare(&desired, before.as_ref(), followed)?;
             let attach = move |access: &mut Access| capture::capture(access, prepared, before.as_ref());
             Ok::<_, CaptureError>(worker.perform(priority, attach))
         };
@@ -148,6 +148,8 @@ impl Reconciler {
 
     /// The worker is done with a pod.
     pub(super) fn done(&mut self, key: &Key, outcome: JobOutcome) {
+        let worker = self.worker.clone();
+        after_the_answer(move || worker.prepare_soon());
         let Some(pod) = self.pods.get_mut(key) else { return };
         let event = match outcome {
             JobOutcome::Captured(Ok(captured)) => return self.captured(key, captured),
@@ -177,7 +179,7 @@ impl Reconciler {
         let Captured {
             done,
             applied,
-            follower,
+            changes,
             preexisting_connections,
             took,
             cost,
@@ -218,24 +220,37 @@ impl Reconciler {
             pod.ids_to_confirm = CONFIRMATIONS;
         }
         pod.last_verified = Some(std::time::Instant::now());
-        if let Some(follower) = follower {
-            self.follow(key, applied.cookie, follower);
+        if let Some(changes) = changes {
+            self.follow(key, applied.cookie, changes);
         }
         self.on(key, MachineEvent::Rest(retry::rest(cost)));
         self.on(key, MachineEvent::Captured(applied));
     }
 
     /// Sends a message when the namespace of a pod changes.
-    fn follow(&mut self, key: &Key, cookie: NetnsCookie, mut follower: Follower) {
+    fn follow(&mut self, key: &Key, cookie: NetnsCookie, changes: Subscription) {
         let Some(pod) = self.pods.get_mut(key) else { return };
         pod.stop_following();
         let (messages, key) = (self.messages.clone(), key.clone());
         let task = tokio::spawn(async move {
             // After the answer to the request for the pod.
             tokio::task::yield_now().await;
+            let failed = |error: RoutesError| {
+                tracing::warn!(pod = %key, error = &error as &dyn std::error::Error, "following the namespace");
+            };
+            let mut follower = match changes.follow() {
+                Ok(follower) => follower,
+                Err(error) => {
+                    failed(error);
+                    tokio::time::sleep(retry::delay(4)).await;
+                    // As this task has ended, the pod is captured again with another subscription.
+                    drop(messages.send(Message::Changed(key.clone(), cookie)));
+                    return;
+                }
+            };
             loop {
                 if let Err(error) = follower.changed().await {
-                    tracing::warn!(pod = %key, error = &error as &dyn std::error::Error, "following the namespace");
+                    failed(error);
                     // The next call reads the whole state again.
                     tokio::time::sleep(retry::delay(4)).await;
                 }

@@ -104,6 +104,11 @@ impl TrackedPod {
         confirms || *before != containers::fingerprint(&applied.cgroup)
     }
 
+    /// The cookie of the namespace that is followed.
+    pub(super) fn followed(&self) -> Option<NetnsCookie> {
+        self.follow.as_ref().filter(|(_, task)| !task.is_finished()).map(|(cookie, _)| *cookie)
+    }
+
     /// Stops following its namespace.
     pub(super) fn stop_following(&mut self) {
         if let Some((_, task)) = self.follow.take() {
@@ -144,7 +149,7 @@ impl TrackedPod {
             left_alone: self.machine.ignored().map(|why| why.as_str().to_owned()),
             netns_cookie: applied.map(|applied| applied.cookie.0),
             cgroup: applied.map(|applied| &applied.cgroup).or(desired).cloned(),
-            followed: self.follow.is_some(),
+            followed: self.followed().is_some(),
             earlier_connections: self.preexisting_connections,
             proof: self.proof.report(),
             cutover: self.cutover.progress(),

@@ -39,7 +39,7 @@ impl Reconciler {
                 Some(Liveness::Gone) => gone.push(key.clone()),
                 Some(Liveness::Unknown) => unreachable.push(key.clone()),
                 // The pod has processes in the namespace again, so follow it again.
-                Some(Liveness::Alive) if pod.follow.is_none() && pod.machine.failure.is_none() => {
+                Some(Liveness::Alive) if pod.followed().is_none() && pod.machine.failure.is_none() => {
                     due.push(key.clone())
                 }
                 Some(Liveness::Alive) if pod.confirms_ids() || pod.confirms_containers() => {
@@ -126,8 +126,11 @@ impl Reconciler {
         let known: HashSet<NetnsCookie> = self.applied_cookies().collect();
         for record in new.iter().filter(|record| !known.contains(&record.cookie)) {
             let key = Key::of_record(record);
-            if !self.pods.get(&key).is_some_and(|pod| pod.machine.phase.is_in_flight()) {
-                self.adopt_record(record);
+            if !self.pods.get(&key).is_some_and(|pod| pod.machine.phase.is_in_flight())
+                && let Err(error) = self.adopt_record(record)
+            {
+                // The next comparison finds it again.
+                tracing::error!(pod = %key, error = &error as &dyn std::error::Error, "reading an applied pod");
             }
         }
         let now = Instant::now();
