@@ -184,6 +184,7 @@ fn validation_reports_whether_redirection_works() {
     assert!(said.contains("before the proxy starts"), "{said}");
     // `run` leaves no capture behind that it does not keep up to date.
     agent.detach(&pod).expect("detached");
+    assert!(!agent.bpffs().join("intercept").exists());
     let args = [&INIT_FLAGS[..], &["--run-validation"]].concat();
     let output = finish(&mut agent.for_pod("run", &pod, &args)).expect("started");
     let error = String::from_utf8_lossy(&output.stderr);
