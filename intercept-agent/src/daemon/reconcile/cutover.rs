@@ -134,7 +134,7 @@ impl RulesMover {
         match self.cutovers.rules(&captured.applied) {
             Ok(rules) => captured.rules = rules,
             Err(error) => {
-                // `status` tells of the next attempt.
+                // The cut-over has ended all the same, and the state from before it is shown until the next capture.
                 tracing::warn!(pod = %self.key, error = &error as &dyn std::error::Error, "reading the saved rules");
             }
         }
